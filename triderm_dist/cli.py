@@ -1,0 +1,60 @@
+"""The one command line of every program: `python -m ROOM.PROGRAM [--config FILE.yaml] [key.subkey=value ...]`.
+
+Exit status 0: done. 2: bad input, told in one line. 3: interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from triderm_dist.config import Section, Tree, describe, load
+from triderm_dist.schema import InputError
+
+BAD_INPUT = 2
+INTERRUPTED = 3
+
+
+class Interrupted(Exception):
+    """Work was asked to stop, has saved its state, and can be resumed. Its text says how."""
+
+
+def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv: Sequence[str] | None = None) -> None:
+    """Read the settings of `kind` from the command line, call `main`, and leave with the right exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(_help(kind, about or ""))
+        sys.exit(0)
+    try:
+        main(_settings(kind, arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"interrupted: {stop or 'run the same command again to go on'}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _settings(kind: type[Tree], arguments: list[str]) -> Tree:
+    file: str | None = None
+    overrides: list[str] = []
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config":
+            if not arguments:
+                raise InputError("--config needs a YAML file after it")
+            file = arguments.pop(0)
+        elif argument.startswith("--config="):
+            file = argument.removeprefix("--config=")
+        elif argument.startswith("-"):
+            raise InputError(f"unknown option {argument}; there are --config FILE, --help and key.subkey=value")
+        else:
+            overrides.append(argument)
+    return load(kind, file, overrides)
+
+
+def _help(kind: type[Section], about: str) -> str:
+    lines = [about.strip(), "", "settings, as key.subkey=value or in the YAML file of --config:", ""]
+    for key, type_name, default, description in describe(kind):
+        lines += [f"  {key}  ({type_name}, default {default})", f"      {description}"]
+    return "\n".join(lines)

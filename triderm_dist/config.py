@@ -1,0 +1,386 @@
+"""Settings: one typed tree, read from YAML and dotted overrides.
+
+Every section refuses unknown keys and names the nearest right one. `Experiment` is the tree of a whole run; programs
+that need less declare a smaller `Section` of their own and go through the same reader (`load`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from triderm_dist.schema import ConfigError
+
+
+class Section(BaseModel):
+    """A node of the settings tree."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class DataConfig(Section):
+    source: str | None = Field(None, description="challenge folder with photos, metadata and ground truth")
+    test: str | None = Field(None, description="challenge folder to predict; labels are not needed")
+    shards: str | None = Field(None, description="packed training shards; default OUTPUT/shards/train")
+    test_shards: str | None = Field(None, description="packed test shards; default OUTPUT/shards/test")
+    folds: int = Field(5, ge=2, description="number of cross-validation folds")
+    fold_seed: int = Field(0, description="seed of the fold assignment")
+    short_side: int | None = Field(
+        288, ge=32, description="packing reduces photos to this short side in pixels; null keeps the bytes"
+    )
+    missing_view: Literal["refuse", "mark"] = Field(
+        "refuse", description="a lesion with one photo: refuse it, or keep it with the view marked missing"
+    )
+    invalid: Literal["refuse", "drop"] = Field(
+        "refuse", description="an unreadable photo: refuse the folder, or drop the lesion and count it"
+    )
+    workers: int = Field(2, ge=1, description="decoder threads a rank")
+    prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
+
+
+class SamplingConfig(Section):
+    kind: Literal["shuffle", "balanced"] = Field("balanced", description="order of an epoch")
+    threshold: float = Field(
+        0.1, gt=0, le=1, description="balanced: diagnoses rarer than this share of the lesions are repeated"
+    )
+    power: float = Field(0.5, ge=0, le=1, description="balanced: repeat factor is (threshold / share) ** power")
+    window: int | None = Field(None, ge=1, description="samples in a shuffle window; null shuffles the whole epoch")
+
+
+class AugmentConfig(Section):
+    min_scale: float = Field(0.7, gt=0, le=1, description="smallest share of the photo's area that a crop keeps")
+    dihedral: bool = Field(True, description="random flips and quarter turns")
+    rotation: float = Field(15.0, ge=0, le=180, description="random rotation up to this many degrees")
+    brightness: float = Field(0.15, ge=0, le=1, description="brightness factor within 1 +- this")
+    contrast: float = Field(0.15, ge=0, le=1, description="contrast factor within 1 +- this")
+    saturation: float = Field(0.15, ge=0, le=1, description="saturation factor within 1 +- this")
+    tied_views: bool = Field(False, description="the same geometry for both photos of a lesion")
+    clinical_dropout: float = Field(0.2, ge=0, lt=1, description="probability that the clinical view is hidden")
+    dermoscopic_dropout: float = Field(0.0, ge=0, lt=1, description="probability that the dermoscopic view is hidden")
+    concept_dropout: float = Field(0.1, ge=0, lt=1, description="probability that one concept score is hidden")
+    token_variants: int = Field(
+        0, ge=0, le=16, description="frozen towers: augmented versions of each photo in the token cache, beside the plain one"
+    )
+
+
+class TowerConfig(Section):
+    source: str = Field(
+        "hf-hub:redlessone/DermLIP_ViT-B-16",
+        description="hf-hub:ID, local-dir:PATH, a PanDerm checkpoint file, timm:NAME, or timm:NAME@WEIGHTS_FILE",
+    )
+    pretrained: bool = Field(True, description="load weights; false starts from random numbers")
+    image_size: int | None = Field(None, ge=32, description="input side in pixels; null takes the tower's own")
+    quick_gelu: bool | None = Field(
+        None, description="open_clip ViT: force QuickGELU on or off; null follows the checkpoint's config"
+    )
+    shared: bool = Field(False, description="one tower for both views")
+    frozen: bool = Field(
+        False, description="the whole tower stays as it is; its tokens are computed once and cached"
+    )
+    freeze_clinical: int = Field(6, ge=0, description="leading blocks of the clinical tower that stay as they are")
+    freeze_dermoscopic: int = Field(4, ge=0, description="leading blocks of the dermoscopic tower that stay as they are")
+
+
+class LossConfig(Section):
+    focal_weight: float = Field(0.5, ge=0, description="weight of the focal (or cross-entropy) part")
+    soft_f1_weight: float = Field(0.5, ge=0, description="weight of the soft F1 part")
+    aux_weight: float = Field(0.3, ge=0, description="weight of the loss of each view's own head")
+    gamma: float = Field(2.0, ge=0, description="focal exponent; 0 is plain cross-entropy")
+    alpha: float | None = Field(
+        None, gt=0, lt=1, description="sigmoid head: weight of positives, 1 - alpha of negatives; null weighs both 1"
+    )
+    class_weight_power: float = Field(
+        0.0, ge=0, le=1, description="weight of a diagnosis is share ** -power, scaled to mean 1; 0 weighs all alike"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="softmax head: share of the target spread evenly")
+    logit_adjustment: float = Field(
+        0.0, ge=0, description="softmax head: tau of the training-time adjustment logits + tau * log(prior)"
+    )
+    soft_f1_sums: Literal["exact", "previous"] = Field(
+        "exact",
+        description="with accumulation: sums of the whole global batch by a first pass without gradients, or those of "
+        "the step before (cheaper, biased)",
+    )
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-4, gt=0, description="learning rate of heads and fusion")
+    layer_decay: float = Field(0.9, gt=0, le=1, description="factor of the learning rate for each block further from the heads")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices; vectors and embeddings have none")
+    min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine")
+    warmup_epochs: float = Field(3.0, ge=0, description="epochs of linear warm-up, counted in optimiser steps")
+    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class TrainConfig(Section):
+    epochs: int = Field(60, ge=1, description="passes over the epoch plan")
+    global_batch: int = Field(96, ge=1, description="lesions an optimiser step, over all ranks and accumulation")
+    micro_batch: int = Field(16, ge=1, description="lesions a rank takes at once; accumulation follows from it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    compile: bool = Field(False, description="torch.compile each tower block and fusion stage")
+    log_every: int = Field(10, ge=1, description="optimiser steps between two log lines")
+    save_every: int | None = Field(
+        None, ge=1, description="optimiser steps between two checkpoints inside an epoch; null saves at each epoch's end"
+    )
+    keep_last: int = Field(2, ge=1, description="resumable checkpoints that are kept")
+    select: Literal["best", "last"] = Field(
+        "best", description="weights that predict: of the epoch with the best validation macro F1 (argmax), or the last"
+    )
+    sampling: SamplingConfig = SamplingConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+class ModelConfig(Section):
+    kind: Literal["trimodal", "dual_cnn"] = Field("trimodal", description="network")
+    tower: TowerConfig = TowerConfig()
+    width: int = Field(768, ge=8, description="fusion width D")
+    heads: int = Field(8, ge=1, description="attention heads of the fusion")
+    depth: int = Field(1, ge=1, description="fusion blocks, one after the other")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the fusion's MLPs over D")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in fusion and heads")
+    head: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="softmax: one diagnosis a lesion; sigmoid: each diagnosis on its own"
+    )
+    use: tuple[Literal["clinical", "dermoscopic", "concepts", "metadata"], ...] = Field(
+        ("clinical", "dermoscopic", "concepts", "metadata"),
+        description="modalities the network sees; the others are treated as missing, in training and prediction",
+    )
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.head == "sigmoid" and (self.train.loss.label_smoothing or self.train.loss.logit_adjustment):
+            raise ValueError("label_smoothing and logit_adjustment work with head=softmax only")
+        if self.head == "softmax" and self.train.loss.alpha is not None:
+            raise ValueError("alpha works with head=sigmoid only")
+        return self
+
+
+class StackConfig(Section):
+    enabled: bool = Field(True, description="fit the XGBoost stage on the out-of-fold rows")
+    booster: Literal["softprob", "multi_output"] = Field("softprob", description="one multi-class booster, or multi-output trees")
+    max_depth: int = Field(3, ge=1, description="depth of a tree")
+    learning_rate: float = Field(0.05, gt=0, description="shrinkage of a tree")
+    max_rounds: int = Field(600, ge=1, description="most boosting rounds")
+    early_stopping: int = Field(40, ge=1, description="rounds without gain after which boosting stops")
+    class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row is its diagnosis' share ** -power")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where XGBoost runs; auto takes a GPU if there is one")
+
+
+class EnsembleConfig(Section):
+    members: tuple[str, ...] | None = Field(None, description="models to combine; null takes all of the out-of-fold table")
+    rounds: int = Field(30, ge=1, description="greedy selection rounds")
+    shrinkage: float | Literal["auto"] = Field(
+        "auto", description="pull of rare diagnoses' thresholds to the pooled one, in positives; auto: by inner folds"
+    )
+    bootstrap: int = Field(1000, ge=10, description="resamples of lesions behind each interval")
+
+
+class PredictConfig(Section):
+    transforms: Literal[1, 2, 4, 8] = Field(8, description="test-time transforms of the dihedral group, averaged")
+    batch: int = Field(64, ge=1, description="lesions a forward")
+
+
+class Experiment(Section):
+    """The whole tree: what `launch.*` and `tune.*` read."""
+
+    output: str = Field("runs/default", description="folder of this run")
+    seed: int = Field(0, description="seed of initial weights, order and augmentation")
+    data: DataConfig = DataConfig()
+    train: TrainConfig = Field(TrainConfig(), description="defaults for every model; models.NAME.train wins")
+    models: dict[str, ModelConfig] = Field(
+        default_factory=lambda: {"trimodal": ModelConfig()}, min_length=1, description="the networks, by name"
+    )
+    stack: StackConfig = StackConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    predict: PredictConfig = PredictConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_train_settings(cls, raw: Any) -> Any:
+        """Lay `train` under each `models.NAME.train`."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("models"), Mapping):
+            return raw
+        shared = raw.get("train") or {}
+        if not isinstance(shared, Mapping):
+            return raw
+        models = {
+            name: {**model, "train": merge(shared, model.get("train") or {})}
+            if isinstance(model, Mapping)
+            else model
+            for name, model in raw["models"].items()
+        }
+        return {**raw, "models": models}
+
+    @property
+    def train_shards(self) -> Path:
+        return Path(self.data.shards or Path(self.output) / "shards" / "train")
+
+    @property
+    def test_shards(self) -> Path:
+        return Path(self.data.test_shards or Path(self.output) / "shards" / "test")
+
+    def fold_folder(self, model: str, fold: int) -> Path:
+        return Path(self.output) / model / f"fold-{fold}"
+
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
+    """The settings of `kind` from a YAML file and `key.subkey=value` overrides; values are read as YAML.
+
+    Raises ConfigError for a file that is missing or no mapping, an unknown key (with the nearest right one), or a value
+    of the wrong type.
+    """
+    raw: dict[str, Any] = {}
+    if file is not None:
+        raw = _read_yaml(Path(file))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is no setting: write key.subkey=value")
+        try:
+            value = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} is not YAML ({str(error).splitlines()[0]})") from None
+        raw = merge(raw, _nest(key.split("."), value))
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(kind, error)) from None
+
+
+def save(config: Section, path: Path) -> None:
+    """Write the resolved settings as YAML that `load` reads back to an equal tree."""
+    tree = config.model_dump(mode="json")
+    if isinstance(config, Experiment):
+        # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
+        for model in tree["models"].values():
+            model["train"] = _difference(model["train"], tree["train"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    beside.replace(path)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`, mapping by mapping; neither is changed."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
+    """(dotted key, type, default, description) of every setting of a tree, for `--help`."""
+    for name, field in kind.model_fields.items():
+        section, prefix = _section_of(field), name
+        if isinstance(field.annotation, type) is False and section is not None and _is_mapping(field):
+            prefix = f"{name}.NAME"
+        if section is None:
+            yield name, _type_name(field), _default(field), field.description or ""
+        else:
+            yield from ((f"{prefix}.{key}", *rest) for key, *rest in describe(section))  # type: ignore[misc]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = _number(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: the file holds a {type(raw).__name__}, settings are a mapping of keys")
+    return raw
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people write it as a number."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            if inner := _difference(value, base[key]):
+                result[key] = inner
+        elif value != base[key]:
+            result[key] = value
+    return result
+
+
+def _one_line(kind: type[Section], error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [row[0] for row in describe(kind)]
+        sections = {known_key.rsplit(".", depth)[0] for known_key in known for depth in range(1, known_key.count(".") + 1)}
+        near = difflib.get_close_matches(_anonymous(key), [*known, *sections], n=1, cutoff=0.0)
+        return f"unknown setting {key!r}; did you mean {near[0]!r}?"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
+    return f"{key or 'settings'}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _anonymous(key: str) -> str:
+    parts = key.split(".")
+    return ".".join([parts[0], "NAME", *parts[2:]]) if parts[0] == "models" and len(parts) > 2 else key
+
+
+def _is_mapping(field: FieldInfo) -> bool:
+    return getattr(field.annotation, "__origin__", None) is dict
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _type_name(field: FieldInfo) -> str:
+    annotation = field.annotation
+    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return text.replace("typing.", "").replace("NoneType", "None").replace("Literal", "one of ")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "null" if value is None else str(value)

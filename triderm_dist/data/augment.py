@@ -1,0 +1,148 @@
+"""Augmentation: draws that belong to a lesion, applied batched on the device.
+
+Every random number is a hash of (seed, epoch, lesion, copy, name of the draw): it depends on no rank, worker or order, so a
+lesion looks the same however the batch is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from triderm_dist.config import AugmentConfig
+from triderm_dist.schema import VIEWS
+
+_GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip")
+_COLOUR = ("brightness", "contrast", "saturation")
+
+
+def lesion_keys(lesion_ids: Sequence[str]) -> np.ndarray:
+    """A 64-bit key for each lesion id, (N,) uint64."""
+    digests = b"".join(hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in lesion_ids)
+    return np.frombuffer(digests, np.uint64)
+
+
+def uniform(seed: int, epoch: int, keys: np.ndarray, copies: np.ndarray, name: str) -> np.ndarray:
+    """One number in [0, 1) for each lesion, (B,) float64, from splitmix64 (Steele et al. 2014) over all arguments."""
+    state = keys.copy()
+    for part in (seed, epoch, int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")):
+        state = _mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+    state = _mix(state ^ copies.astype(np.uint64))
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+class Draws:
+    """The random numbers of one batch: `draws("name")` is (B,) in [0, 1)."""
+
+    def __init__(self, seed: int, epoch: int, keys: np.ndarray, copies: np.ndarray) -> None:
+        self._arguments = (seed, epoch, keys, copies)
+
+    def __call__(self, name: str) -> np.ndarray:
+        return uniform(*self._arguments, name)
+
+
+def hide(
+    draws: Draws, config: AugmentConfig, view_present: np.ndarray, concepts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Dropout of views and concepts: view_present (B, 2) with hidden views False, concepts (B, K) with hidden scores NaN.
+
+    A view is hidden only where the other one is seen.
+    """
+    keep = np.stack([draws(f"hide/{view}") for view in VIEWS], 1) >= [config.clinical_dropout, config.dermoscopic_dropout]
+    seen = view_present & keep
+    seen = np.where(seen.any(1, keepdims=True), seen, view_present)
+    hidden = np.stack([draws(f"hide/concept/{k}") for k in range(concepts.shape[1])], 1) < config.concept_dropout
+    return seen, np.where(hidden, np.float32(np.nan), concepts)
+
+
+def view_transform(
+    photos: torch.Tensor, size: int, draws: Draws | None, config: AugmentConfig, view: str
+) -> torch.Tensor:
+    """Crops of one view in [0, 1], (B, 3, size, size) float32, from photos (B, H, W, 3) uint8.
+
+    With draws: random crop, rotation, quarter turns, flip and colour. Without: the centred square of the short side.
+    """
+    pixels = photos.permute(0, 3, 1, 2).float().div_(255)
+    pixels = _shrink(pixels, size)
+    height, width = pixels.shape[2:]
+    side = min(height, width)
+    if draws is None and side == size:
+        top, left = (height - size) // 2, (width - size) // 2
+        return pixels[:, :, top : top + size, left : left + size].contiguous(memory_format=torch.channels_last)
+    prefix = "both" if config.tied_views else view
+    if draws is None:
+        matrix = _affine(np.zeros((len(photos), 1)), np.full((len(photos), 2), side), np.zeros((len(photos), 2)), height, width)
+        return _sample(pixels, matrix, size)
+    geometry = {name: draws(f"{prefix}/{name}") for name in _GEOMETRY}
+    crop = side * np.sqrt(config.min_scale + (1 - config.min_scale) * geometry["scale"])
+    angle = np.radians(config.rotation) * (2 * geometry["rotation"] - 1)
+    mirror = np.ones_like(crop)
+    if config.dihedral:
+        angle = angle + np.floor(4 * geometry["turns"]) * math.pi / 2
+        mirror = np.where(geometry["flip"] < 0.5, -1.0, 1.0)
+    # The crop's centre moves so far that an unrotated crop stays inside the photo; corners that leave it are mirrored back.
+    room = np.stack([width - crop, height - crop], 1) / 2
+    shift = room * (2 * np.stack([geometry["shift_x"], geometry["shift_y"]], 1) - 1)
+    matrix = _affine(angle[:, None], np.stack([crop * mirror, crop], 1), shift, height, width)
+    return _colour(_sample(pixels, matrix, size), {name: draws(f"{prefix}/{name}") for name in _COLOUR}, config)
+
+
+def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(pixels - mean) / std for each of the 3 channels of (B, 3, H, W)."""
+    shape = (1, 3, 1, 1)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+
+
+def dihedral(pixels: torch.Tensor, index: int) -> torch.Tensor:
+    """Transform `index` of the 8 of the dihedral group on (..., H, W): index % 4 quarter turns, then a flip from 4 on."""
+    turned = torch.rot90(pixels, index % 4, (-2, -1))
+    return turned.flip(-1) if index >= 4 else turned
+
+
+def _shrink(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Photos far larger than the crop are reduced first: bilinear sampling alone would alias."""
+    height, width = pixels.shape[2:]
+    factor = size * 1.5 / min(height, width)
+    if factor >= 1:
+        return pixels
+    target = (max(size, round(height * factor)), max(size, round(width * factor)))
+    return F.interpolate(pixels, size=target, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _affine(angle: np.ndarray, crop: np.ndarray, shift: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(B, 2, 3) maps from output to input in the [-1, 1] coordinates of `grid_sample`; crop and shift in pixels (x, y)."""
+    cos, sin = np.cos(angle[:, 0]), np.sin(angle[:, 0])
+    x = np.stack([cos * crop[:, 0] / width, -sin * crop[:, 1] / width, 2 * shift[:, 0] / width], 1)
+    y = np.stack([sin * crop[:, 0] / height, cos * crop[:, 1] / height, 2 * shift[:, 1] / height], 1)
+    return np.stack([x, y], 1)
+
+
+def _sample(pixels: torch.Tensor, matrix: np.ndarray, size: int) -> torch.Tensor:
+    theta = torch.from_numpy(matrix.astype(np.float32)).to(pixels.device)
+    grid = F.affine_grid(theta, [len(pixels), 3, size, size], align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _colour(pixels: torch.Tensor, draws: dict[str, np.ndarray], config: AugmentConfig) -> torch.Tensor:
+    def factor(name: str, strength: float) -> torch.Tensor:
+        values = (1 + strength * (2 * draws[name] - 1)).astype(np.float32)
+        return torch.from_numpy(values).to(pixels.device).view(-1, 1, 1, 1)
+
+    pixels = pixels * factor("brightness", config.brightness)
+    average = pixels.mean((1, 2, 3), keepdim=True)
+    pixels = average + (pixels - average) * factor("contrast", config.contrast)
+    grey = pixels.mean(1, keepdim=True)
+    return (grey + (pixels - grey) * factor("saturation", config.saturation)).clamp_(0, 1)

@@ -1,0 +1,67 @@
+"""Tokens of frozen towers on local disk.
+
+A cache belongs to one tower at one resolution and one packed set (`key`). It holds versions of every photo: `plain`, the
+transforms of the dihedral group, and augmented ones. A version is written in chunks of lesions, each atomically, so that
+an interrupted extraction goes on where it was and ranks share the work without talking.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 256
+
+
+class TokenCache:
+    """Float16 tokens (L, D) a photo, memory-mapped. `lesions` is the number of rows of the packed set."""
+
+    def __init__(self, folder: Path, lesions: int, shape: tuple[int, int]) -> None:
+        self.folder, self.lesions, self.shape = folder, lesions, shape
+
+    @property
+    def chunks(self) -> range:
+        return range(-(-self.lesions // CHUNK))
+
+    def rows(self, chunk: int) -> np.ndarray:
+        """Index rows of a chunk, (n,) int64, n <= CHUNK."""
+        return np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.lesions))
+
+    def has(self, version: str, chunk: int) -> bool:
+        return self._path(version, chunk).exists()
+
+    def missing(self, versions: Sequence[str]) -> list[tuple[str, int]]:
+        """(version, chunk) pairs that are not on disk yet."""
+        return [(version, chunk) for version in versions for chunk in self.chunks if not self.has(version, chunk)]
+
+    def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
+        """Store tokens (n, 2 views, L, D) of a chunk, float16."""
+        path = self._path(version, chunk)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        with beside.open("wb") as file:
+            np.save(file, tokens.astype(np.float16, copy=False))
+        beside.replace(path)
+
+    def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
+        """Fill `out` (n, L, D) with the tokens of one view of `rows`, each in its own version."""
+        for i, (row, version) in enumerate(zip(rows, versions, strict=True)):
+            out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - a cache lives as long as the run that reads it
+    def _open(self, version: str, chunk: int) -> np.ndarray:
+        return np.load(self._path(version, chunk), mmap_mode="r", allow_pickle=False)
+
+    def _path(self, version: str, chunk: int) -> Path:
+        return self.folder / version / f"{chunk:06d}.npy"
+
+
+def cache_key(**identity: object) -> str:
+    """A short name for everything that the tokens depend on."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""Outputs of a network for given lesions, gathered from all ranks and equal to what one process computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from triderm_dist.data.loader import Loader, ViewSource
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import ShardIndex
+from triderm_dist.schema import Batch, Outputs
+
+
+@dataclass
+class Evaluation:
+    """Network outputs in the order of `rows` (N,): logits, aux_clinical, aux_dermoscopic (N, C), features (N, D), float32."""
+
+    rows: np.ndarray
+    logits: np.ndarray
+    aux_clinical: np.ndarray
+    aux_dermoscopic: np.ndarray
+    features: np.ndarray
+
+
+def forward(network: nn.Module, batch: Batch) -> Outputs:
+    return network(batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata)
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    index: ShardIndex,
+    source: ViewSource,
+    rows: np.ndarray,
+    accelerator: Accelerator,
+    *,
+    micro_batch: int,
+    transforms: int = 1,
+    workers: int = 2,
+    prefetch: int = 4,
+) -> Evaluation:
+    """Mean outputs of `rows` over the first `transforms` transforms of the dihedral group; one forward for each.
+
+    Batches keep one static shape: the last one is padded, and what the padding doubled is removed by row number.
+    """
+    network.eval()
+    position = {int(row): i for i, row in enumerate(rows)}
+    total: list[np.ndarray] = []
+    samples = Samples(rows, index.labels[rows], index.shard[rows])
+    for transform in range(transforms):
+        plan = EpochPlan(samples, Sampling("sequential"), seed=0, epoch=0)
+        world = accelerator.num_processes
+        batches = plan.batches(accelerator.process_index, world, micro_batch * world)
+        loader = Loader(
+            index, source, batches, micro_batch, accelerator.device, transform=transform, workers=workers, prefetch=prefetch
+        )
+        arrays: list[np.ndarray] = []
+        for step in loader:
+            batch = step.micro_batches[0]
+            outputs = forward(network, batch)
+            numbers = torch.from_numpy(step.rows).to(accelerator.device)
+            gathered = accelerator.gather((numbers, batch.valid, *(tensor.float() for tensor in outputs)))
+            seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]
+            places = np.array([position[int(row)] for row in seen[valid]], np.int64)
+            arrays = arrays or [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
+            for array, value in zip(arrays, values, strict=True):
+                array[places] = value[valid]
+        total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
+    return Evaluation(rows, *(array / transforms for array in total))
