@@ -1,0 +1,393 @@
+"""A challenge folder on disk -> checked lesions. No pixel is read here, no row is believed.
+
+Layouts that are understood, by the names of their tables (any case; the folder itself, or one folder below it):
+
+    MILK10k_Training_Metadata.csv, MILK10k_Training_GroundTruth.csv, MILK10k_Training_Input/LESION/PHOTO.jpg
+    MILK10k_Test_Metadata.csv, MILK10k_Test_Input/LESION/PHOTO.jpg          (labels are not needed)
+    supplements/training_input.csv, supplements/training_gt.csv, images/PHOTO.jpg      (zip of the ISIC Archive)
+    metadata.csv, images/PHOTO.jpg
+
+Photos are found by name at any depth below `*_Input` or `images`, so a folder nested twice is no obstacle. Tables may
+carry a byte-order mark and any line ends. The supplement holds label information and is never read.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from triderm_dist.schema import (
+    DIAGNOSES,
+    METADATA_CATEGORIES,
+    METADATA_FIELDS,
+    UNLABELLED,
+    VIEWS,
+    DataError,
+    Lesion,
+)
+
+VIEW_OF_IMAGE_TYPE: dict[str, str] = {"clinical: close-up": "clinical", "dermoscopic": "dermoscopic"}
+COLUMN_OF_FIELD: dict[str, str] = {
+    "age": "age_approx",
+    "sex": "sex",
+    "skin_tone": "skin_tone_class",
+    "site": "site",
+}
+CONCEPT_PREFIX = "MONET_"
+GROUP_COLUMN = "patient_id"
+
+_MISSING = {"", "na", "n/a", "nan", "none", "null"}
+_PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
+_TABLE_NAME = re.compile(r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.csv$", re.IGNORECASE)
+# A lesion's id names its files in the shards, where WebDataset cuts the name at the first dot.
+_LESION_ID = re.compile(r"[^\s./\\]{1,80}")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Checked lesions of one challenge folder, in the order of its metadata table.
+
+    `concepts` are the names of the K concept scores, `labelled` says whether the folder has a ground truth, and
+    `notes` lists what looked odd and was tolerated, with counts.
+    """
+
+    lesions: list[Lesion]
+    concepts: tuple[str, ...]
+    labelled: bool
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a table; `where` names file and row for messages."""
+
+    where: str
+    cells: dict[str, str]
+
+    def __getitem__(self, column: str) -> str:
+        return self.cells[column]
+
+
+@dataclass(frozen=True)
+class _Photo:
+    row: _Row
+    path: str | None
+    scores: tuple[float, ...]
+
+
+def read_challenge(folder: str | os.PathLike[str], missing_view: Literal["refuse", "mark"] = "refuse") -> Dataset:
+    """The lesions of a challenge folder, or of the metadata table given where a folder holds several.
+
+    With `missing_view="mark"` a lesion with one photo is kept, the other view's path None and, where the table has no
+    row for it either, its scores NaN. Raises DataError naming the file and the row or lesion.
+    """
+    metadata_path, truth_path, photo_roots = _find(Path(folder))
+    columns, rows = _read_table(
+        metadata_path, required=("lesion_id", "isic_id", "image_type", *COLUMN_OF_FIELD.values())
+    )
+    scores = [column for column in columns if column.startswith(CONCEPT_PREFIX)]
+    if not scores:
+        raise DataError(f"{metadata_path}: no column starts with {CONCEPT_PREFIX}; the concept scores belong here")
+    if not rows:
+        raise DataError(f"{metadata_path}: the table has no rows")
+
+    notes: list[str] = []
+    find_photo = _PhotoFinder(photo_roots)
+    views = _group_views(rows, scores, find_photo, missing_view)
+    labels = _read_labels(truth_path) if truth_path else {}
+    grouped = GROUP_COLUMN in columns
+
+    lesions = []
+    tolerated: Counter[str] = Counter()
+    for lesion_id, photos in views.items():
+        _check_views(lesion_id, photos, missing_view)
+        own_rows = [photo.row for photo in photos.values()]
+        marked = sum(view not in photos or photos[view].path is None for view in VIEWS)
+        tolerated["with one photo, the other view marked missing"] += bool(marked)
+        metadata = tuple(_agreed(lesion_id, field, own_rows) for field in METADATA_FIELDS)
+        for field, value in zip(METADATA_FIELDS, metadata, strict=True):
+            tolerated[f"without {field.replace('_', ' ')}"] += math.isnan(value)
+        label = labels.pop(lesion_id, UNLABELLED)
+        tolerated["without a diagnosis"] += bool(truth_path) and label == UNLABELLED
+        lesions.append(
+            Lesion(
+                lesion_id=lesion_id,
+                images={view: photos[view].path if view in photos else None for view in VIEWS},
+                concepts=tuple(
+                    score
+                    for view in VIEWS
+                    for score in (photos[view].scores if view in photos else (math.nan,) * len(scores))
+                ),
+                metadata=metadata,
+                label=label,
+                group=_group(lesion_id, own_rows) if grouped else lesion_id,
+            )
+        )
+    notes += [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
+    if labels:
+        notes.append(f"{len(labels)} rows of {truth_path} name a lesion that {metadata_path.name} lacks")
+    if unused := find_photo.count_others(row["isic_id"] for row in rows):
+        notes.append(f"{unused} photos that no row of {metadata_path.name} names")
+    concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
+    return Dataset(lesions, concepts, labelled=truth_path is not None, notes=notes)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _find(source: Path) -> tuple[Path, Path | None, list[Path]]:
+    """(metadata, ground truth or None, folders of photos) of a folder, or of a metadata table given by its path."""
+    folder = source.parent if source.is_file() else source
+    if not folder.is_dir():
+        raise DataError(f"{source}: no such folder; give the folder that holds the challenge's tables and photos")
+    tables = sorted({path for pattern in ("*.csv", "*/*.csv", "*.CSV", "*/*.CSV") for path in folder.glob(pattern)})
+    metadata: dict[Path, str] = {}
+    truths: dict[Path, str] = {}
+    for path in tables:
+        if match := _TABLE_NAME.match(path.name):
+            prefix = (match["prefix"] or "").lower()
+            (metadata if match["kind"].lower() in ("metadata", "input") else truths)[path] = prefix
+
+    if source.is_file():
+        if source not in metadata:
+            raise DataError(f"{source}: not a metadata table by its name; give the folder or its *_Metadata.csv")
+        chosen = source
+    else:
+        if not metadata:
+            raise DataError(f"{folder}: no *_Metadata.csv, *_input.csv or metadata.csv here; is it a challenge folder?")
+        # The Archive's own metadata.csv lacks scores and skin tone; its supplement has them.
+        prefixed = {path: prefix for path, prefix in metadata.items() if prefix} or metadata
+        if len(prefixed) > 1:
+            names = " and ".join(str(path.relative_to(folder)) for path in prefixed)
+            first = next(iter(prefixed))
+            raise DataError(f"{folder}: holds {names}; name the one to read, such as source={first}")
+        chosen = next(iter(prefixed))
+
+    prefix = metadata[chosen]
+    partners = [path for path, other in truths.items() if other == prefix or not prefix]
+    if len(partners) > 1:
+        raise DataError(f"{folder}: several ground truths ({', '.join(path.name for path in partners)}); keep one")
+    if not partners and prefix.endswith(("training", "train")):
+        raise DataError(
+            f"{chosen}: no ground truth beside it; put {chosen.name.rpartition('_')[0]}_GroundTruth.csv there"
+        )
+    return chosen, partners[0] if partners else None, _photo_roots(folder, chosen.parent, f"{prefix}_input")
+
+
+def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_Row]]:
+    """Header and rows of a CSV; blank lines are skipped, rows are numbered as in a spreadsheet: the header is row 1."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable CSV in UTF-8 ({' '.join(str(error).split())})") from None
+    if not lines:
+        raise DataError(f"{path}: the file is empty")
+    header = [name.strip() for name in lines[0]]
+    if doubled := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{path}: column {doubled[0]!r} appears twice in the header; remove one")
+    for name in required:
+        if name not in header:
+            near = get_close_matches(name, header, n=1)
+            hint = f"; is {near[0]!r} meant?" if near else ""
+            raise DataError(f"{path}: column {name!r} is missing from the header{hint}")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        where = f"{path}, row {number}"
+        if len(line) != len(header):
+            raise DataError(f"{where}: {len(line)} cells, the header has {len(header)}")
+        rows.append(_Row(where, {name: cell.strip() for name, cell in zip(header, line, strict=True)}))
+    return header, rows
+
+
+def _read_labels(path: Path) -> dict[str, int]:
+    """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabelled."""
+    header, rows = _read_table(path, required=("lesion_id", *DIAGNOSES))
+    if unknown := [name for name in header if name not in DIAGNOSES and name != "lesion_id"]:
+        raise DataError(f"{path}: unknown diagnosis {unknown[0]!r} in the header; known are {', '.join(DIAGNOSES)}")
+    labels: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for row in rows:
+        lesion_id = _lesion_id(row)
+        if lesion_id in first:
+            raise DataError(f"{row.where}: lesion {lesion_id} is there twice, first in {first[lesion_id]}; remove one")
+        first[lesion_id] = row.where
+        cells = [row[name] for name in DIAGNOSES]
+        if all(cell.lower() in _MISSING for cell in cells):
+            labels[lesion_id] = UNLABELLED
+            continue
+        try:
+            values = [float(cell) for cell in cells]
+        except ValueError:
+            values = []
+        if sorted(values) != [0.0] * (len(DIAGNOSES) - 1) + [1.0]:
+            raise DataError(
+                f"{row.where}: lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
+                f"not {','.join(cells)}; leave all empty if it is unlabelled"
+            )
+        labels[lesion_id] = values.index(1.0)
+    return labels
+
+
+# --- rows of one lesion ----------------------------------------------------------------------------------------------
+
+
+def _group_views(
+    rows: list[_Row], scores: list[str], find_photo: _PhotoFinder, missing_view: str
+) -> dict[str, dict[str, _Photo]]:
+    """{lesion id: {view: photo}}, each row checked on its own."""
+    views: dict[str, dict[str, _Photo]] = defaultdict(dict)
+    owner: dict[str, str] = {}
+    for row in rows:
+        lesion_id, isic_id, kind = _lesion_id(row), row["isic_id"], row["image_type"]
+        view = VIEW_OF_IMAGE_TYPE.get(kind.lower())
+        if view is None:
+            raise DataError(f"{row.where}: unknown image_type {kind!r}; known are {', '.join(VIEW_OF_IMAGE_TYPE)}")
+        if view in views[lesion_id]:
+            earlier = views[lesion_id][view].row.where
+            raise DataError(f"{row.where}: lesion {lesion_id} has two {view} photos, the first in {earlier}; keep one")
+        if not isic_id:
+            raise DataError(f"{row.where}: isic_id is empty; it names the photo")
+        if isic_id in owner:
+            raise DataError(f"{row.where}: photo {isic_id} is there twice, first in {owner[isic_id]}; remove one")
+        owner[isic_id] = row.where
+        path = find_photo(lesion_id, isic_id)
+        if path is None and missing_view == "refuse":
+            raise DataError(
+                f"{row.where}: no photo {isic_id}.jpg of lesion {lesion_id} below {find_photo.where}; "
+                "put it there, or allow lesions with one photo by missing_view=mark"
+            )
+        views[lesion_id][view] = _Photo(row, path, tuple(_score(row, column) for column in scores))
+    return views
+
+
+def _check_views(lesion_id: str, photos: dict[str, _Photo], missing_view: str) -> None:
+    where = next(iter(photos.values())).row.where
+    if len(photos) < len(VIEWS) and missing_view == "refuse":
+        absent = next(view for view in VIEWS if view not in photos)
+        raise DataError(
+            f"{where}: lesion {lesion_id} has one photo only, no {absent} one; "
+            "add its row, or allow lesions with one photo by missing_view=mark"
+        )
+    if all(photo.path is None for photo in photos.values()):
+        raise DataError(f"{where}: lesion {lesion_id} has no photo at all; add one or remove its rows")
+
+
+def _agreed(lesion_id: str, field: str, rows: list[_Row]) -> float:
+    """The value of a metadata field, which the rows of a lesion must share; a row that lacks it is overruled."""
+    values = {value for row in rows if not math.isnan(value := _field(row, field))}
+    if len(values) > 1:
+        raise DataError(
+            f"{rows[-1].where}: the photos of lesion {lesion_id} differ in {COLUMN_OF_FIELD[field]} "
+            f"({' and '.join(row[COLUMN_OF_FIELD[field]] for row in rows)}); both rows need the same"
+        )
+    return values.pop() if values else math.nan
+
+
+def _group(lesion_id: str, rows: list[_Row]) -> str:
+    groups = {row[GROUP_COLUMN] for row in rows if row[GROUP_COLUMN].lower() not in _MISSING}
+    if len(groups) > 1:
+        raise DataError(f"{rows[-1].where}: lesion {lesion_id} belongs to two patients ({', '.join(sorted(groups))})")
+    return groups.pop() if groups else lesion_id
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _lesion_id(row: _Row) -> str:
+    lesion_id = row["lesion_id"]
+    if not _LESION_ID.fullmatch(lesion_id):
+        raise DataError(f"{row.where}: lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash")
+    return lesion_id
+
+
+def _field(row: _Row, field: str) -> float:
+    """Age in years or the index of a category; NaN where the cell is empty."""
+    column = COLUMN_OF_FIELD[field]
+    text = row[column]
+    if text.lower() in _MISSING:
+        return math.nan
+    if field == "age":
+        age = _number(text)
+        if age is None or not 0 <= age <= 120:
+            raise DataError(
+                f"{row.where}: {column} {text!r} is no age in years from 0 to 120; leave it empty if unknown"
+            )
+        return age
+    known = METADATA_CATEGORIES[field]
+    # pandas writes a column of whole numbers with gaps as 3.0.
+    name = text.lower().removesuffix(".0")
+    if name not in known:
+        raise DataError(f"{row.where}: unknown {column} {text!r}; known are {', '.join(known)}, or leave it empty")
+    return float(known.index(name))
+
+
+def _score(row: _Row, column: str) -> float:
+    text = row[column]
+    if text.lower() in _MISSING:
+        return math.nan
+    score = _number(text)
+    if score is None or not 0 <= score <= 1:
+        raise DataError(f"{row.where}: {column} {text!r} is no score from 0 to 1; leave it empty if unknown")
+    return score
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+# --- photos ----------------------------------------------------------------------------------------------------------
+
+
+class _PhotoFinder:
+    """Path of a photo by lesion and name; the folders are walked once."""
+
+    def __init__(self, roots: list[Path]) -> None:
+        self.where = " and ".join(map(str, roots))
+        self._by_lesion: dict[tuple[str, str], str] = {}
+        self._by_name: dict[str, str] = {}
+        for path in _walk_photos(roots):
+            folder, file = os.path.split(path)
+            name = os.path.splitext(file)[0]
+            self._by_lesion.setdefault((os.path.basename(folder), name), path)
+            self._by_name.setdefault(name, path)
+
+    def __call__(self, lesion_id: str, isic_id: str) -> str | None:
+        return self._by_lesion.get((lesion_id, isic_id)) or self._by_name.get(isic_id)
+
+    def count_others(self, names: Iterable[str]) -> int:
+        return len(self._by_name.keys() - set(names))
+
+
+def _photo_roots(folder: Path, tables: Path, own_name: str) -> list[Path]:
+    """Folders to look for photos in: that of the table's own name, else any of a known name, else the whole folder."""
+    if tables.name.lower() == "supplements":
+        tables = tables.parent
+    candidates = sorted({path for parent in (folder, tables) for path in parent.iterdir() if path.is_dir()})
+    own = [path for path in candidates if path.name.lower() == own_name]
+    known = [path for path in candidates if path.name.lower().endswith(("_input", "images"))]
+    return own or known or [tables]
+
+
+def _walk_photos(roots: list[Path]) -> Iterator[str]:
+    for root in roots:
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if name != "__MACOSX")
+            for name in sorted(files):
+                # Names that start with a dot are what macOS leaves beside the photos.
+                if os.path.splitext(name)[1].lower() in _PHOTO_SUFFIXES and not name.startswith("."):
+                    yield os.path.join(folder, name)
