@@ -30,6 +30,7 @@ class DataConfig(Section):
     test: str | None = Field(None, description="challenge folder to predict; labels are not needed")
     shards: str | None = Field(None, description="packed training shards; default OUTPUT/shards/train")
     test_shards: str | None = Field(None, description="packed test shards; default OUTPUT/shards/test")
+    test_truth: str | None = Field(None, description="ground truth of the test set, if it is known: scores the submission")
     folds: int = Field(5, ge=2, description="number of cross-validation folds")
     fold_seed: int = Field(0, description="seed of the fold assignment")
     short_side: int | None = Field(
@@ -227,15 +228,19 @@ class Experiment(Section):
         return {**raw, "models": models}
 
     @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    @property
     def train_shards(self) -> Path:
-        return Path(self.data.shards or Path(self.output) / "shards" / "train")
+        return Path(self.data.shards or self.folder / "shards" / "train")
 
     @property
     def test_shards(self) -> Path:
-        return Path(self.data.test_shards or Path(self.output) / "shards" / "test")
+        return Path(self.data.test_shards or self.folder / "shards" / "test")
 
     def fold_folder(self, model: str, fold: int) -> Path:
-        return Path(self.output) / model / f"fold-{fold}"
+        return self.folder / model / f"fold-{fold}"
 
 
 Tree = TypeVar("Tree", bound=Section)

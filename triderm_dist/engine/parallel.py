@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from triderm_dist.config import TrainConfig
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
 
@@ -51,10 +52,9 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
         # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
     )
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != announced:
+    if accelerator.num_processes != world():
         raise ConfigError(
-            f"the launcher started {announced} processes but this one sees {accelerator.num_processes}; "
+            f"the launcher started {world()} processes but this one sees {accelerator.num_processes}; "
             "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
         )
     accumulation = split_batch(global_batch, micro_batch, accelerator.num_processes)
@@ -70,6 +70,29 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return accelerator
+
+
+def world() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, also before `start`."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def describe(accelerator: Accelerator, config: TrainConfig, network: Network) -> str:
+    """One line for people: how this run is spread, its precision and why, batch and parameters."""
+    precision, why = choose_precision(config.precision, accelerator.device)
+    accumulation = split_batch(config.global_batch, config.micro_batch, accelerator.num_processes)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    held = sum(p.numel() for p in network.parameters())
+    return (
+        f"{accelerator.distributed_type.value} on {accelerator.device}, {accelerator.num_processes} rank(s); "
+        f"{precision} ({why}); global batch {config.global_batch} = {accelerator.num_processes} x {config.micro_batch} x "
+        f"{accumulation}; {trained / 1e6:.2f} of {held / 1e6:.2f} million parameters are trained"
+    )
 
 
 def split_batch(global_batch: int, micro_batch: int, world: int) -> int:

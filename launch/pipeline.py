@@ -1,0 +1,80 @@
+"""The whole way: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
+
+python -m launch.pipeline --config launch/experiments/milk10k_cpu.yaml data.source=MILK10k data.test=MILK10k_TEST output=runs/milk10k
+
+Run again, it skips what is done; killed and run again, it goes on where it was.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment, save
+from triderm_dist.schema import ConfigError
+from triderm_dist.stages import Stage, run_stages
+
+
+class PipelineRun(Experiment):
+    launcher: str | None = Field(
+        None, description="accelerate config file for the stages that use the network; null runs one process"
+    )
+
+
+def main(config: PipelineRun) -> None:
+    if config.data.source is None and config.data.shards is None:
+        raise ConfigError("data.source: the challenge folder is needed, or data.shards with packed shards")
+    folder, settings = config.folder, config.folder / "config.yaml"
+    if config.launcher and not Path(config.launcher).is_file():
+        raise ConfigError(f"launcher: {config.launcher} is no file; see accelerate_configs/")
+    save(Experiment(**config.model_dump(exclude={"launcher"})), settings)
+    run_stages(list(stages(config, settings)), folder)
+    for name in ("submission.csv", "oof_submission.csv", "report.html"):
+        if (folder / name).exists():
+            print(f"{folder / name}")
+
+
+def stages(config: PipelineRun, settings: Path) -> list[Stage]:
+    """What has to run, in order; what is skipped is decided by `run_stages`."""
+    folder, with_config = config.folder, ["--config", str(settings)]
+    data = config.data.model_dump(mode="json", exclude={"workers", "prefetch"})
+    network = ["accelerate", "launch", "--config_file", config.launcher, "-m"] if config.launcher else ["python", "-m"]
+    models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
+    folds = [config.fold_folder(name, fold) for name in models for fold in range(config.data.folds)]
+    tests = bool(config.data.test or config.data.test_shards)
+    result = []
+    if config.data.shards is None:
+        result.append(_pack("pack", config, config.data.source, config.train_shards))
+    if config.data.test:
+        result.append(_pack("pack test", config, config.data.test, config.test_shards))
+    oof = folder / "oof.parquet"
+    result.append(
+        Stage("crossval", [*network, "launch.crossval", *with_config], [models, data, config.seed],
+              [config.train_shards / "index.json"], [oof, *(fold / "predictions.parquet" for fold in folds)])
+    )  # fmt: skip
+    after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
+    ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
+    result.append(Stage("stack", ["python", "-m", "launch.stack", *with_config], after, [oof], [ensemble, stacked]))
+    shown = [ensemble, oof, settings]
+    if tests:
+        truth = [Path(config.data.test_truth)] if config.data.test_truth else []
+        submission = folder / "submission.csv"
+        result.append(
+            Stage("predict", [*network, "launch.predict", *with_config], [config.predict.model_dump(mode="json"), data],
+                  [ensemble, config.test_shards / "index.json", *(fold / "fold.json" for fold in folds), *truth], [submission])
+        )  # fmt: skip
+        shown += [submission, *truth]
+    result.append(Stage("report", ["python", "-m", "launch.report", *with_config], [], shown, [folder / "report.html"]))
+    return result
+
+
+def _pack(name: str, config: Experiment, source: str | None, output: Path) -> Stage:
+    data = config.data
+    keys = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
+    words = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+    command = ["python", "-m", "shards.pack", f"source={source}", f"output={output}", *words]
+    return Stage(name, command, keys, [Path(str(source))], [output / "index.json"])
+
+
+if __name__ == "__main__":
+    run(PipelineRun, main, __doc__)

@@ -1,0 +1,37 @@
+"""Train one fold of one model and predict the lesions it never saw.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.train --config launch/experiments/a100.yaml model=trimodal fold=0
+"""
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment, save
+
+
+class TrainRun(Experiment):
+    model: str | None = Field(None, description="the model of `models` to train; null takes the first")
+    fold: int = Field(0, ge=0, description="the fold that is validated on and predicted")
+
+
+def main(config: TrainRun) -> None:
+    from triderm_dist.data.shards import read_index
+    from triderm_dist.engine.crossval import model_named, run_folds
+    from triderm_dist.engine.parallel import is_main
+    from triderm_dist.schema import ConfigError
+
+    if config.fold >= config.data.folds:
+        raise ConfigError(f"fold={config.fold}: data.folds is {config.data.folds}, folds count from 0")
+    name = config.model or next(iter(config.models))
+    model_named(config, name)
+    index = read_index(config.train_shards)
+    folder = config.fold_folder(name, config.fold)
+    if is_main():
+        save(config, folder / "config.yaml")
+    run_folds(config, index, [name], [config.fold])
+    if is_main():
+        print(f"weights and predictions are in {folder}")
+
+
+if __name__ == "__main__":
+    run(TrainRun, main, __doc__)

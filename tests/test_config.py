@@ -1,0 +1,52 @@
+"""Settings: strict, helpful, and the same after writing and reading."""
+
+import pytest
+
+from triderm_dist.config import Experiment, describe, load, save
+from triderm_dist.schema import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"unknown setting 'train.epoch'; did you mean 'train.epochs'\?"),
+        ("models.a.widht=3", r"unknown setting 'models.a.widht'; did you mean 'models.NAME.width'\?"),
+        ("train.epochs=many", "train.epochs: input should be a valid integer"),
+        ("models.a.width=30", "width 30 is not a multiple of heads 8"),
+        ("models.a.train.loss.alpha=0.3", "alpha works with head=sigmoid only"),
+        ("epochs", "'epochs' is no setting: write key.subkey=value"),
+        ("train.optim.lr=[1", "train.optim.lr: '\\[1' is not YAML"),
+    ],
+)
+def test_wrong_settings_are_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(Experiment, None, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load(Experiment, tmp_path / "none.yaml")
+
+
+def test_overrides_win_and_train_is_shared(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {epochs: 7, optim: {lr: 1e-3}}\nmodels: {a: {}, b: {train: {epochs: 9}}}\n")
+    config = load(Experiment, file, ["train.optim.lr=2e-3"])
+    assert (config.models["a"].train.epochs, config.models["b"].train.epochs) == (7, 9)
+    assert config.models["b"].train.optim.lr == 0.002
+
+
+def test_saved_settings_read_back_and_stay_overridable(tmp_path):
+    config = load(Experiment, None, ["models.a.train.epochs=3", "models.b.width=64", "train.optim.lr=1e-3"])
+    save(config, tmp_path / "config.yaml")
+    assert load(Experiment, tmp_path / "config.yaml") == config
+    changed = load(Experiment, tmp_path / "config.yaml", ["train.epochs=5"])
+    assert (changed.models["a"].train.epochs, changed.models["b"].train.epochs) == (3, 5)
+
+
+def test_every_setting_is_described():
+    rows = list(describe(Experiment))
+    assert len(rows) > 80
+    assert all(text for *_, text in rows)
+    assert "models.NAME.train.optim.layer_decay" in {key for key, *_ in rows}

@@ -1,0 +1,196 @@
+"""One fold of one model, from packed photos to the predictions of lesions it never saw; and all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from triderm_dist.config import DataConfig, Experiment, ModelConfig
+from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.shards import ShardIndex
+from triderm_dist.engine import parallel
+from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
+from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.tokens import Views, open_views
+from triderm_dist.engine.trainer import TrainingData, train
+from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.network import Network
+from triderm_dist.oof import NO_FOLD, Predictions, write_predictions
+from triderm_dist.schema import ConfigError, DataError
+
+
+def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
+    """The fold of each lesion, (N,) int64, -1 for lesions without a label."""
+    return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
+
+
+def run_folds(experiment: Experiment, index: ShardIndex, models: Iterable[str], folds: Iterable[int]) -> None:
+    """Train every fold of every model one after the other on all ranks, skipping what is done. Call on all ranks.
+
+    Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}.
+    """
+    folds = list(folds)
+    assignment = folds_of(index, experiment.data)
+    for name in models:
+        model = model_named(experiment, name)
+        todo = [fold for fold in folds if not is_done(experiment, index, name, fold)]
+        if not todo:
+            continue
+        train_config = model.train
+        accelerator = parallel.start(
+            train_config.precision, train_config.micro_batch, train_config.global_batch, train_config.optim.clip_norm
+        )
+        views = open_views(
+            model, index, token_folder(experiment), accelerator, experiment.data, seed=experiment.seed, train=True
+        )
+        for fold in todo:
+            _run_fold(experiment, index, assignment, name, fold, views)
+
+
+def _run_fold(
+    experiment: Experiment, index: ShardIndex, assignment: np.ndarray, name: str, fold: int, views: Views
+) -> None:
+    model, folder = experiment.models[name], experiment.fold_folder(name, fold)
+    config = model.train
+    # A fresh one for each training: DeepSpeed binds an Accelerator to one engine.
+    accelerator = parallel.start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm)
+    train_rows = np.flatnonzero((assignment >= 0) & (assignment != fold))
+    validation_rows = np.flatnonzero(assignment == fold)
+    identity = fold_identity(experiment, index, name, fold)
+    torch.manual_seed(experiment.seed * 1_009 + fold)
+    network = new_network(model, index.concepts, views).to(accelerator.device)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.print(
+        f"{name} fold {fold}: {len(train_rows)} lesions to train, {len(validation_rows)} to validate; "
+        f"{parallel.describe(accelerator, config, network)}"
+    )
+    data = TrainingData(
+        index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
+    )
+    train(f"{name} fold {fold}", network, model.head, config, data, accelerator, folder, experiment.seed, identity)
+    load_weights(folder / "weights", network)
+    evaluation = evaluate(
+        network, index, views.source, validation_rows, accelerator,
+        micro_batch=config.micro_batch, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        digest = read_about(folder / "weights")["sha256"]
+        predictions = as_predictions(evaluation, index, name, model.head, fold, digest)
+        write_predictions(folder / "predictions.parquet", predictions)
+        save_about(folder / "fold", identity=identity, model=model.model_dump(mode="json"), concepts=index.concepts, fold=fold, weights=digest)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
+    """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
+
+    Leaves OUTPUT/MODEL/fold-K/test.parquet. Raises DataError where a fold is not trained, or where the test set has other concepts.
+    """
+    for name in models:
+        model = model_named(experiment, name)
+        views: Views | None = None
+        for fold in range(experiment.data.folds):
+            folder = experiment.fold_folder(name, fold)
+            if not (folder / "fold.json").exists():
+                raise DataError(f"{folder}: this fold is not trained; run launch.crossval first")
+            about = read_about(folder / "fold")
+            if tuple(about["concepts"]) != index.concepts:
+                raise DataError(f"{index.folder}: the test set's concepts are not those of training; pack it from matching metadata")
+            transforms = experiment.predict.transforms
+            stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
+            if _stamp(folder / "test.json") == stamp and (folder / "test.parquet").exists():
+                continue
+            accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0)
+            if views is None:
+                views = open_views(
+                    model, index, token_folder(experiment), accelerator, experiment.data,
+                    seed=experiment.seed, train=False, transforms=transforms,
+                )  # fmt: skip
+            network = new_network(model, index.concepts, views, pretrained=False)
+            load_weights(folder / "weights", network)
+            network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
+            evaluation = evaluate(
+                network, index, views.source, np.arange(len(index)), accelerator, micro_batch=experiment.predict.batch,
+                transforms=transforms, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
+            )  # fmt: skip
+            if accelerator.is_main_process:
+                predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
+                write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
+                save_about(folder / "test", stamp=stamp)
+                print(f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True)
+            accelerator.wait_for_everyone()
+
+
+def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pretrained: bool = True) -> Network:
+    """A network on the views' tokens, or with towers of its own; pretrained False where weights are loaded afterwards."""
+    if views.tokens is not None:
+        return build_network(model, concepts, views.tokens)
+    tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
+    return build_network(model, concepts, build_towers(tower))
+
+
+def as_predictions(
+    evaluation: Evaluation, index: ShardIndex, name: str, head: str, fold: int, model_hash: str
+) -> Predictions:
+    """The table of what one model said about `evaluation.rows`."""
+    rows = evaluation.rows
+    return Predictions(
+        lesion_ids=index.lesion_ids[rows],
+        groups=index.groups[rows],
+        labels=index.labels[rows],
+        fold=fold,  # type: ignore[arg-type]
+        model=name,  # type: ignore[arg-type]
+        model_hash=model_hash,  # type: ignore[arg-type]
+        head=head,  # type: ignore[arg-type]
+        logits=evaluation.logits,
+        aux_clinical=evaluation.aux_clinical,
+        aux_dermoscopic=evaluation.aux_dermoscopic,
+        features=evaluation.features,
+        concepts=index.concept_scores[rows],
+        metadata=index.metadata[rows],
+        concept_names=index.concepts,
+    )
+
+
+def model_named(experiment: Experiment, name: str) -> ModelConfig:
+    """Raises ConfigError for a name that is not under `models`."""
+    if name not in experiment.models:
+        raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
+    return experiment.models[name]
+
+
+def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
+    """Whether this fold has been trained and predicted with these settings and these data."""
+    folder = experiment.fold_folder(name, fold)
+    return (folder / "predictions.parquet").exists() and _stamp(folder / "fold.json", "identity") == fold_identity(
+        experiment, index, name, fold
+    )
+
+
+def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
+    """A hash of all that the fold's result depends on."""
+    model = experiment.models[name].model_dump(mode="json")
+    for cosmetic in ("log_every", "save_every", "keep_last"):
+        model["train"].pop(cosmetic)
+    content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def token_folder(experiment: Experiment) -> Path:
+    return experiment.folder / "tokens"
+
+
+def _stamp(path: Path, key: str = "stamp") -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, json.JSONDecodeError):
+        return None
