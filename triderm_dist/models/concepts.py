@@ -1,0 +1,96 @@
+"""Concepts and metadata as tokens that the image can attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS
+
+BUMPS = 8
+MAX_AGE = 100.0
+"""Years that are scaled to 1."""
+
+TOKEN_STD = 0.02
+"""Standard deviation of learned tokens at the start, as in ViT and BERT."""
+
+
+def smooth_features(x: Tensor) -> Tensor:
+    """x and `BUMPS` Gaussian bumps over [0, 1], (...) to (..., 1 + BUMPS): a linear map of them is a smooth curve."""
+    centres = torch.linspace(0, 1, BUMPS, device=x.device)
+    bumps = torch.exp(-0.5 * ((x[..., None] - centres) * (BUMPS - 1)) ** 2)
+    return torch.cat([x[..., None], bumps], -1)
+
+
+def learned_token(*shape: int) -> nn.Parameter:
+    """A learned vector or table of vectors."""
+    return nn.Parameter(torch.randn(*shape) * TOKEN_STD)
+
+
+class NumericTokens(nn.Module):
+    """n numbers about [0, 1], NaN where missing, (B, n) to tokens (B, n, D).
+
+    token = name + curve(value), or name + missing. The value is a term of the token itself: softmax over tokens always
+    sums to 1, so a score that only scaled attention, or the token's length before a norm, would be lost.
+    """
+
+    def __init__(self, n: int, width: int) -> None:
+        super().__init__()
+        self.name = learned_token(n, width)
+        self.missing = learned_token(n, width)
+        self.curve = learned_token(n, 1 + BUMPS, width)
+
+    def forward(self, values: Tensor) -> Tensor:
+        missing = values.isnan()
+        features = smooth_features(values.float().masked_fill(missing, 0.0)).to(self.curve.dtype)
+        value = torch.einsum("bnf,nfd->bnd", features, self.curve)
+        return self.name + torch.where(missing[..., None], self.missing, value)
+
+
+class CategoryToken(nn.Module):
+    """The index of a category, NaN where missing, (B,) to a token (B, 1, D). Missing is one more category, the last."""
+
+    def __init__(self, categories: int, width: int) -> None:
+        super().__init__()
+        self.categories = categories
+        self.embedding = nn.Embedding(categories + 1, width)
+        nn.init.normal_(self.embedding.weight, std=TOKEN_STD)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.embedding(index.nan_to_num(nan=self.categories).long())[:, None]
+
+
+class SemanticTokens(nn.Module):
+    """Concept scores (B, K) and metadata (B, M) to tokens (B, K + M + 1, D).
+
+    K or M counts 0 where the network does not use them. `names` names them in order. The last is the null token: learned,
+    the same for all, so that an image may attend to no concept at all.
+    """
+
+    def __init__(
+        self, concepts: Sequence[str], width: int, use_concepts: bool = True, use_metadata: bool = True
+    ) -> None:
+        super().__init__()
+        self.concepts = NumericTokens(len(concepts), width) if use_concepts and concepts else None
+        self.age = NumericTokens(1, width) if use_metadata else None
+        self.categories = nn.ModuleDict(
+            {field: CategoryToken(len(names), width) for field, names in METADATA_CATEGORIES.items()}
+            if use_metadata
+            else {}
+        )
+        self.null = learned_token(1, width)
+        self.names: tuple[str, ...] = (
+            *(concepts if use_concepts else ()),
+            *(METADATA_FIELDS if use_metadata else ()),
+            "null",
+        )
+
+    def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:
+        tokens = [] if self.concepts is None else [self.concepts(concepts)]
+        if self.age is not None:
+            columns = dict(zip(METADATA_FIELDS, metadata.unbind(1), strict=True))
+            tokens.append(self.age(columns["age"][:, None] / MAX_AGE))
+            tokens += [self.categories[field](columns[field]) for field in METADATA_FIELDS if field != "age"]
+        return torch.cat([*tokens, self.null.expand(len(concepts), -1, -1)], 1)
