@@ -83,7 +83,7 @@ def _cheapest(counts: np.ndarray, content: np.ndarray, totals: np.ndarray, turn:
 
 
 def _level(counts: np.ndarray, sizes: np.ndarray, rows: int, turn: np.ndarray) -> np.ndarray:
-    """How many of `rows` each fold gets to level the counts as far as they go; the odd ones go to the smallest folds."""
+    """How many of `rows` each fold gets to level the counts as far as they go, odd ones to the smallest folds."""
     rising = np.sort(counts)
     water = next(
         (rising[:k].sum() + rows) // k

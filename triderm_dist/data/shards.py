@@ -65,7 +65,7 @@ class ShardIndex:
     """What a folder of shards holds, in the order in which the tars hold it; N lesions, K concepts, M metadata fields.
 
     lesion_ids, groups: (N,) str objects.  labels: (N,) int64, `UNLABELLED` where unknown.  shard: (N,) int32 into
-    `shards`.  offsets, sizes: (N, 2) int64, where the JPEG of each of `VIEWS` lies in its tar, size 0 for a missing one.
+    `shards`.  offsets, sizes: (N, 2) int64, where the JPEG of each of `VIEWS` lies in its tar, size 0 if missing.
     concept_scores: (N, K) float32, metadata: (N, M) float32, NaN where missing.  fingerprint: SHA-256 of index.json,
     which vouches for every other file.
     """
