@@ -65,8 +65,8 @@ class CategoryToken(nn.Module):
 class SemanticTokens(nn.Module):
     """Concept scores (B, K) and metadata (B, M) to tokens (B, K + M + 1, D).
 
-    K or M counts 0 where the network does not use them. `names` names them in order. The last is the null token: learned,
-    the same for all, so that an image may attend to no concept at all.
+    K or M counts 0 where the network does not use them. `names` names them in order. The last is the null token:
+    learned, the same for all, so that an image may attend to no concept at all.
     """
 
     def __init__(

@@ -1,0 +1,124 @@
+"""Fusion against a slow reference that writes the guide's formulas out, and tokens of concepts and metadata."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from triderm_dist.models.concepts import SemanticTokens
+from triderm_dist.models.fusion import CrossAttention, FusionBlock, GlobalPooling
+from triderm_dist.schema import CONCEPTS, METADATA_FIELDS
+
+
+def attend(m: CrossAttention, query: Tensor, context: Tensor) -> Tensor:
+    """Guide 2.1 with its own softmax, one lesion and one head at a time."""
+    out = torch.zeros_like(query)
+    head = query.shape[-1] // m.heads
+    for b in range(len(query)):
+        q, k, v = (
+            x @ linear.weight.T + linear.bias
+            for x, linear in ((query[b], m.query), (context[b], m.key), (context[b], m.value))
+        )
+        parts = []
+        for h in range(m.heads):
+            cut = slice(h * head, (h + 1) * head)
+            scores = q[:, cut] @ k[:, cut].T / math.sqrt(head)
+            weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+            parts.append(weights @ v[:, cut])
+        out[b] = torch.cat(parts, 1) @ m.out.weight.T + m.out.bias
+    return out
+
+
+def norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + m.eps).sqrt() * m.weight + m.bias
+
+
+def mlp(m: nn.Sequential, x: Tensor) -> Tensor:
+    hidden = x @ m[0].weight.T + m[0].bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    return hidden @ m[3].weight.T + m[3].bias
+
+
+def reference(block: FusionBlock, pooling: GlobalPooling, derm: Tensor, clin: Tensor, semantic: Tensor) -> Tensor:
+    """Guide 2.2 and 2.3, with a norm of its own for each modality (errata)."""
+    for stage, context in ((block.view_alignment, clin), (block.semantic_gating, semantic)):
+        derm = derm + attend(stage.attention, norm(stage.query_norm, derm), norm(stage.context_norm, context))
+        derm = derm + mlp(stage.mlp, norm(stage.mlp_norm, derm))
+    return norm(pooling.norm, attend(pooling.attention, pooling.query.expand(len(derm), 1, -1), derm))[:, 0]
+
+
+@pytest.mark.parametrize(("heads", "dermoscopic", "clinical"), [(1, 5, 5), (4, 6, 3)])
+def test_fusion_equals_the_formulas_forward_and_backward(heads: int, dermoscopic: int, clinical: int) -> None:
+    torch.manual_seed(heads)
+    block, pooling = FusionBlock(16, heads, 4.0, 0.3).eval(), GlobalPooling(16, heads, 0.3).eval()
+    parameters = [*block.parameters(), *pooling.parameters()]
+    for parameter in parameters:
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    inputs = [torch.randn(3, length, 16, requires_grad=True) for length in (dermoscopic, clinical, 4)]
+    probe = torch.randn(3, 16)
+    fast = pooling(block(*inputs))
+    slow = reference(block, pooling, *inputs)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    # The key biases have no influence: softmax is the same for scores shifted by a constant.
+    gradients = [torch.autograd.grad((out * probe).sum(), [*parameters, *inputs]) for out in (fast, slow)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_fusion_drops_out_in_training_only() -> None:
+    block = FusionBlock(16, 2, 2.0, 0.5)
+    x, y, z = (torch.randn(1, 4, 16) for _ in range(3))
+    assert not torch.equal(block(x, y, z), block(x, y, z))
+    block.eval()
+    assert torch.equal(block(x, y, z), block(x, y, z))
+
+
+def lesion(**changes: float) -> Tensor:
+    values = {"age": 50.0, "sex": 0.0, "skin_tone": 2.0, "site": 3.0, **changes}
+    return torch.tensor([[values[field] for field in METADATA_FIELDS]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(field=st.integers(0, len(CONCEPTS) - 1), a=st.floats(0, 1), b=st.floats(0, 1))
+def test_a_score_lives_in_the_value_of_its_own_token(field: int, a: float, b: float) -> None:
+    torch.manual_seed(0)
+    tokens = SemanticTokens(CONCEPTS, 8)
+    scores = torch.full((3, len(CONCEPTS)), 0.5)
+    scores[0, field], scores[1, field], scores[2, field] = a, b, float("nan")
+    out = tokens(scores, lesion().expand(3, -1))
+    assert out.shape == (3, len(CONCEPTS) + len(METADATA_FIELDS) + 1, 8) == (3, len(tokens.names), 8)
+    assert out.isfinite().all()
+    others = [i for i in range(out.shape[1]) if i != field]
+    assert torch.equal(out[0, others], out[1, others]) and torch.equal(out[0, others], out[2, others])
+    # A norm may follow, hence directions are compared, not lengths.
+    direction = nn.functional.normalize(out[:, field], dim=-1)
+    if abs(a - b) > 0.05:
+        assert (direction[0] - direction[1]).abs().max() > 1e-3
+    assert (direction[0] - direction[2]).abs().max() > 1e-3
+
+
+def test_every_field_and_its_absence_has_its_own_token() -> None:
+    torch.manual_seed(0)
+    tokens = SemanticTokens(("a",), 8)
+    plain = tokens(torch.tensor([[0.5]]), lesion())
+    for position, field in enumerate(METADATA_FIELDS, start=1):
+        seen = [plain[0, position]]
+        for value in (1.0, float("nan")):
+            out = tokens(torch.tensor([[0.5]]), lesion(**{field: value}))
+            changed = (out != plain).any(-1)[0].nonzero().flatten().tolist()
+            assert changed == [position] and tokens.names[position] == field
+            seen.append(out[0, position])
+        assert not torch.equal(seen[1], seen[2])
+    assert tokens.names[-1] == "null"
+
+
+def test_unused_semantics_leave_the_null_token() -> None:
+    tokens = SemanticTokens(("a", "b"), 8, use_concepts=False, use_metadata=False)
+    assert tokens(torch.rand(2, 2), lesion().expand(2, -1)).shape == (2, 1, 8) and tokens.names == ("null",)
+    assert [name for name, _ in tokens.named_parameters()] == ["null"]

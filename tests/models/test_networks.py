@@ -1,0 +1,225 @@
+"""Both networks: shapes, a missing view that is never looked at, gradients for every parameter, and learning."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from triderm_dist.config import ModelConfig
+from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.network import Network
+from triderm_dist.models.towers import TokenShape
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS
+
+CONCEPTS = ("clinical/hair", "dermoscopic/hair", "dermoscopic/veil")
+KINDS = ("trimodal", "dual_cnn")
+ALL = ("clinical", "dermoscopic", "concepts", "metadata")
+
+
+def config(kind: str, tower: str = "test_vit", **settings: Any) -> ModelConfig:
+    tower_settings = {
+        "source": f"timm:{tower}", "pretrained": False, "image_size": 64,
+        "freeze_clinical": 2, "freeze_dermoscopic": 1, **settings.pop("tower_settings", {}),
+    }  # fmt: skip
+    return ModelConfig.model_validate({"kind": kind, "tower": tower_settings, "width": 32, "heads": 4, **settings})
+
+
+def network_of(kind: str, tower: str = "test_vit", **settings: Any) -> Network:
+    torch.manual_seed(0)
+    c = config(kind, tower, **settings)
+    return build_network(c, CONCEPTS, build_towers(c.tower))
+
+
+def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
+    """clinical, dermoscopic, view_present, concepts, metadata; some of each missing."""
+    g = torch.Generator().manual_seed(1)
+    present = torch.ones(size, 2, dtype=torch.bool)
+    present[1, 0] = present[2, 1] = False
+    concepts = torch.rand(size, len(CONCEPTS), generator=g)
+    concepts[0, 1] = float("nan")
+    metadata = torch.tensor([[55.0, 0, 2, 1]]).repeat(size, 1)
+    metadata[3] = float("nan")
+    return [torch.randn(size, *shape, generator=g), torch.randn(size, *shape, generator=g), present, concepts, metadata]
+
+
+def total(outputs: tuple[Tensor, ...]) -> Tensor:
+    """A loss that reaches all heads, as the compound loss does."""
+    return sum((o.square().sum() for o in outputs[:3]), torch.zeros(()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tower", ["test_vit", "test_efficientnet"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_shapes_and_a_gradient_for_every_trained_parameter(kind: str, tower: str, shared: bool) -> None:
+    network = network_of(kind, tower, tower_settings={"shared": shared}).train()
+    outputs = network(*batch())
+    for logits in outputs[:3]:
+        assert logits.shape == (4, len(DIAGNOSES)) and logits.dtype == torch.float32
+    assert outputs.features.shape == (4, 32)
+    total(outputs).backward()
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert {name for name, p in network.named_parameters() if p.grad is not None} == trained
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use", [ALL[:n] for n in (1, 2, 3)] + [ALL[1:], ALL[2:], ALL[3:], ("dermoscopic",)])
+def test_unused_modalities_have_no_say_and_no_idle_parameters(kind: str, use: tuple[str, ...]) -> None:
+    network = network_of(kind, use=use).train()
+    inputs = batch()
+    total(network(*inputs)).backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    network.eval()
+    first = network(*inputs)
+    for position, modality in zip((0, 1, 3, 4), ALL, strict=True):
+        changed = list(inputs)
+        changed[position] = torch.rand_like(inputs[position]).round()
+        same = torch.equal(network(*changed).logits, first.logits)
+        assert same == (modality not in use), modality
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tower", ["test_vit", "test_efficientnet"])
+def test_a_missing_view_is_never_looked_at(kind: str, tower: str) -> None:
+    network = network_of(kind, tower).eval()
+    inputs = batch()
+    inputs[2][:] = True
+    seen = network(*inputs)
+    for view, name in enumerate(VIEWS):
+        garbage = list(inputs)
+        garbage[2] = inputs[2].clone()
+        garbage[2][:, view] = False
+        blind = network(*garbage)
+        garbage[view] = torch.full_like(inputs[view], float("nan"))
+        for a, b in zip(network(*garbage), blind, strict=True):
+            assert torch.equal(a, b)
+        assert not torch.equal(blind.logits, seen.logits)
+        network.train()
+        network.zero_grad()
+        total(network(*garbage)).backward()
+        assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+        assert network.views[name].missing.grad.abs().sum() > 0
+        network.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lesions_of_a_batch_do_not_touch_each_other(kind: str) -> None:
+    network = network_of(kind).eval()
+    inputs = batch()
+    alone = [network(*(tensor[i : i + 1] for tensor in inputs)).logits for i in range(4)]
+    torch.testing.assert_close(torch.cat(alone), network(*inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_a_frozen_tower_give_what_its_pixels_give(kind: str) -> None:
+    c = config(kind, tower_settings={"frozen": True})
+    towers = build_towers(c.tower)
+    with_towers = build_network(c, CONCEPTS, towers).eval()
+    shape = TokenShape(towers[0].num_tokens, towers[0].width)
+    on_tokens = build_network(c, CONCEPTS, shape).eval()
+    assert not any(name.startswith("towers.") for name in on_tokens.state_dict())
+    on_tokens.load_state_dict({k: v for k, v in with_towers.state_dict().items() if not k.startswith("towers.")})
+    inputs = batch()
+    tokens = [tower.eval()(pixels) for tower, pixels in zip(towers, inputs, strict=False)]
+    for a, b in zip(with_towers(*inputs), on_tokens(*tokens, *inputs[2:]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    half = [t.half() for t in tokens]  # as the cache keeps them
+    assert on_tokens(*half, *inputs[2:]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_keeps_heads_in_float32(kind: str) -> None:
+    network = network_of(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(*batch())
+    assert all(o.dtype == torch.float32 for o in outputs)
+    network.bfloat16()  # as DeepSpeed holds it
+    outputs = network(*batch())
+    assert all(o.dtype == torch.float32 and o.isfinite().all() for o in outputs)
+    total(outputs).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigmoid_head_starts_at_the_prior(kind: str) -> None:
+    network = network_of(kind, head="sigmoid").eval()
+    with torch.no_grad():
+        p = network(*batch()).logits.sigmoid()
+    assert abs(float(p.mean()) - 1 / len(DIAGNOSES)) < 0.03
+    assert network.head.linear.bias[0].item() == pytest.approx(-math.log(10))
+
+
+def test_blocks_are_what_is_trained() -> None:
+    network = network_of("trimodal", depth=2)
+    kinds = [type(block).__name__ for block in network.blocks()]
+    assert kinds == ["Block"] * 4 + ["Block"] * 5 + ["ViewAlignment", "SemanticGating"] * 2
+    frozen = network_of("dual_cnn", tower_settings={"frozen": True})
+    assert frozen.blocks() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_blocks_give_the_same_gradients(kind: str) -> None:
+    import functools
+
+    from torch.utils.checkpoint import checkpoint
+
+    gradients = []
+    for checkpointed in (False, True):
+        network = network_of(kind, dropout=0.0)
+        if checkpointed:
+            for block in network.blocks():
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        total(network(*batch())).backward()
+        gradients.append([p.grad for p in network.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("signal", ["clinical", "dermoscopic", "concepts", "metadata"])
+def test_learns_from_each_modality(kind: str, signal: str) -> None:
+    """Four diagnoses, told by one modality alone, on tokens: the network finds them on lesions it never saw."""
+    torch.manual_seed(0)
+    shape = TokenShape(4, 8)
+    network = build_network(config(kind, dropout=0.0), CONCEPTS, shape)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    patterns = torch.randn(4, 4, 8)
+
+    def draw(size: int) -> tuple[list[Tensor], Tensor]:
+        labels = torch.randint(0, 4, (size,))
+        views = [torch.randn(size, 4, 8) + (2 * patterns[labels] if signal == view else 0) for view in VIEWS]
+        present = torch.rand(size, 2) > (0.0 if signal in VIEWS else 0.2)
+        concepts = torch.rand(size, len(CONCEPTS))
+        if signal == "concepts":
+            concepts[:, 1] = labels / 3
+        metadata = torch.full((size, len(METADATA_FIELDS)), float("nan"))
+        if signal == "metadata":
+            metadata[:, METADATA_FIELDS.index("site")] = labels.float()
+        return [*views, present, concepts, metadata], labels
+
+    for _, (inputs, labels) in zip(range(150), (draw(32) for _ in itertools.count()), strict=False):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(*inputs).logits, labels).backward()
+        optimizer.step()
+    network.eval()
+    inputs, labels = draw(200)
+    assert (network(*inputs).logits.argmax(1) == labels).float().mean() > 0.9
+
+
+def test_trimodal_with_towers_learns_a_toy_batch() -> None:
+    network = network_of("trimodal", dropout=0.0).train()
+    inputs, labels = batch(8), torch.arange(8) % 4
+    inputs[2][:] = True
+    inputs[1] += labels.view(-1, 1, 1, 1) - 1.5
+    optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=1e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(network(*inputs).logits, labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5 and losses[-1] < 0.1

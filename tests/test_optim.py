@@ -1,0 +1,149 @@
+"""Parameter groups of every kind of tower, and the schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triderm_dist.config import ModelConfig, OptimConfig
+from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.network import Network
+from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups, lr_factor, parameter_groups
+from triderm_dist.schema import ConfigError
+
+
+def network(
+    kind: str = "trimodal", tower: str = "test_vit", clinical: int = 0, dermoscopic: int = 0, shared: bool = False
+) -> Network:
+    config = ModelConfig.model_validate({
+        "kind": kind, "width": 16, "heads": 2,
+        "tower": {
+            "source": f"timm:{tower}", "pretrained": False, "image_size": 64, "shared": shared,
+            "freeze_clinical": clinical, "freeze_dermoscopic": dermoscopic,
+        },
+    })  # fmt: skip
+    return build_network(config, ("a", "b"), build_towers(config.tower))
+
+
+def rates(net: Network, lr: float = 1.0, decay: float = 0.5) -> dict[str, tuple[float, float]]:
+    """(learning rate, weight decay) of each trained parameter, by name; fails if one is in no group or in two."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    found: dict[str, tuple[float, float]] = {}
+    for group in parameter_groups(net, lr, decay, 0.05):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+    assert set(found) == {name for name, p in net.named_parameters() if p.requires_grad}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["trimodal", "dual_cnn"])
+@pytest.mark.parametrize("tower", ["test_vit", "test_efficientnet", "test_convnext", "test_resnet"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rates_of_every_kind_of_tower(kind: str, tower: str, shared: bool) -> None:
+    net = network(kind, tower, clinical=2, dermoscopic=1, shared=shared)
+    blocks = len(next(iter(net.towers.values())).blocks)
+    seen = set()
+    for name, (lr, _) in rates(net).items():
+        parts = name.split(".")
+        if parts[0] != "towers":
+            assert lr == 1.0, name
+        elif parts[2] == "blocks":
+            assert lr == 0.5 ** (blocks - int(parts[3])), name
+            seen.add((parts[1], int(parts[3])))
+        else:
+            assert parts[2] == "tail" and lr == 0.5, name
+    first = {"shared": 1} if shared else {"clinical": 2, "dermoscopic": 1}
+    # Both towers count from the top: however many blocks are frozen, the last has the same rate.
+    assert seen == {(view, i) for view, start in first.items() for i in range(start, blocks)}
+
+
+def test_exact_depths_of_a_vit() -> None:
+    depths = network(clinical=0, dermoscopic=0).parameter_depths()
+    assert depths["towers.clinical.stem.model.patch_embed.proj.weight"] == 7
+    assert depths["towers.clinical.stem.model.cls_token"] == 7
+    assert depths["towers.clinical.blocks.0.attn.qkv.weight"] == 6
+    assert depths["towers.dermoscopic.blocks.5.attn.qkv.weight"] == 1
+    assert depths["towers.dermoscopic.tail.0.weight"] == 1
+    assert {depths[n] for n in depths if not n.startswith("towers.")} == {0}
+
+
+def test_weight_decay_is_for_matrices_of_linear_maps_only() -> None:
+    found = rates(network())
+    for name in (
+        "towers.clinical.stem.model.pos_embed", "towers.clinical.stem.model.cls_token",
+        "towers.clinical.blocks.0.norm1.weight", "towers.clinical.blocks.0.attn.qkv.bias",
+        "semantic.null", "semantic.concepts.name", "semantic.concepts.missing",
+        "semantic.categories.site.embedding.weight", "pooling.query", "pooling.norm.weight", "views.clinical.missing",
+        "head.linear.bias",
+    ):  # fmt: skip
+        assert found[name][1] == 0.0, name
+    for name in (
+        "towers.clinical.stem.model.patch_embed.proj.weight", "towers.clinical.blocks.0.attn.qkv.weight",
+        "fusion.0.semantic_gating.attention.query.weight", "views.clinical.project.1.weight", "head.linear.weight",
+    ):  # fmt: skip
+        assert found[name][1] == 0.05, name
+
+
+def test_open_clips_attention_matrices_decay() -> None:
+    net = network()
+    net.add_module("extra", torch.nn.MultiheadAttention(8, 2))
+    found = rates(net)
+    assert found["extra.in_proj_weight"][1] == found["extra.out_proj.weight"][1] == 0.05
+    assert found["extra.in_proj_bias"][1] == 0.0
+
+
+def test_optimizer_table_and_nothing_to_train() -> None:
+    net = network("dual_cnn", "test_resnet")
+    optimizer = build_optimizer(net, OptimConfig(lr=1e-3, layer_decay=0.5))
+    table = describe_groups(optimizer.param_groups).splitlines()
+    assert len(table) == 1 + len(optimizer.param_groups) and "depth 0, decay" in table[1]
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in net.parameters()
+    )
+    net.requires_grad_(False)
+    with pytest.raises(ConfigError, match="frozen"):
+        build_optimizer(net, OptimConfig())
+
+
+def test_lr_factor_by_hand() -> None:
+    values = [lr_factor(step, total_steps=9, warmup_steps=4, min_factor=0.1) for step in range(11)]
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
+    assert values == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine, 0.1, 0.1])
+
+
+@given(st.integers(1, 200), st.integers(0, 250), st.floats(0, 1))
+def test_lr_factor_rises_then_falls_within_bounds(total: int, warmup: int, least: float) -> None:
+    values = [lr_factor(step, total, warmup, least) for step in range(total)]
+    assert all(0 < value <= 1 or value == least == 0 for value in values)
+    peak = min(warmup, total - 1)
+    assert all(a < b for a, b in itertools.pairwise(values[: peak + 1]))
+    assert all(a >= b for a, b in itertools.pairwise(values[peak:]))
+    if warmup < total:
+        assert values[warmup] == pytest.approx(1.0)
+    if warmup < total - 1:
+        assert values[-1] == pytest.approx(least)
+
+
+def test_scheduler_moves_all_groups_alike() -> None:
+    config = OptimConfig(lr=1e-2, layer_decay=0.5, min_lr=1e-4, warmup_epochs=1.5)
+    optimizer = build_optimizer(network("dual_cnn", "test_resnet"), config)
+    scheduler = build_scheduler(optimizer, config, total_steps=10, steps_per_epoch=2)
+    history = []
+    for _ in range(10):
+        history.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    heads = [rates[0] for rates in history]
+    assert heads == pytest.approx([1e-2 * lr_factor(step, 10, 3, 0.01) for step in range(10)])
+    assert heads[-1] == pytest.approx(1e-4)
+    for rates_now in history:
+        expected = [rates_now[0] * 0.5 ** group["depth"] for group in optimizer.param_groups]
+        assert rates_now == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="min_lr"):
+        build_scheduler(optimizer, OptimConfig(lr=1e-5, min_lr=1e-4), 10, 2)
