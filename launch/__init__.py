@@ -1,0 +1,1 @@
+"""Programs that run work: each parses its settings, calls the library, prints."""

@@ -1,0 +1,292 @@
+"""The whole stage after cross-validation: stacker, ensemble and honest scores from oof.parquet, and their use on a test set.
+
+Files in a run's folder: stack.ubj + stack.json (the stacker), ensemble.json (members, weights, thresholds, rule and
+all scores), ensemble_oof.parquet (what the nested ensemble and stacker said about each lesion), oof_submission.csv (the
+nested decisions in the official format).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triderm_dist import calibration, ensemble, metrics, oof, stacking, submission
+from triderm_dist.config import Experiment
+from triderm_dist.schema import DataError
+
+STACK_FILE = "stack.ubj"
+ENSEMBLE_FILE = "ensemble.json"
+OOF_FILE = "oof.parquet"
+NESTED_FILE = "ensemble_oof.parquet"
+SUBMISSION_FILE = "oof_submission.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one way to decide, macro F1 on the out-of-fold lesions.
+
+    official: probabilities cut at 0.5, nothing fitted.  argmax: the likeliest diagnosis.  argmax_tau: the same after
+    logit adjustment with tau fitted on the other folds (networks only).  fitted: thresholds fitted on the very
+    lesions they are scored on, too high by nature.  nested: all fitted on the other folds.
+    """
+
+    name: str
+    official: float | None
+    argmax: float | None
+    argmax_tau: float | None
+    fitted: float
+    nested: metrics.Interval
+    less_than_chosen: metrics.Interval
+
+    def json(self) -> dict[str, Any]:
+        return {
+            **{key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")},
+            "nested": self.nested.json(),
+            "chosen_minus_this": self.less_than_chosen.json(),
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `fit_final` wrote, for a program to print."""
+
+    rows: list[Row]
+    chosen: str
+    notes: list[str]
+    device: str | None
+    lesions: int
+
+
+def fit_final(run_folder: Path, config: Experiment) -> Fit:
+    """Fit stacker and ensemble on RUN/oof.parquet, estimate them nested over folds, write the files named above.
+
+    Raises DataError where the table is unusable: fewer than two folds, or no lesion that every member has predicted.
+    """
+    run_folder = Path(run_folder)
+    table = oof.read_oof(run_folder / OOF_FILE)
+    models = _members(table, config.ensemble.members, run_folder / OOF_FILE)
+    notes = []
+    usable = table.complete(models) & oof.labelled(table)
+    if not usable.all():
+        notes.append(f"{(~usable).sum()} of {len(table)} lesions are left out: not labelled, or not predicted by every model")
+    table = table.take(usable)
+    if len(np.unique(table.folds)) < 2:
+        raise DataError(
+            f"{run_folder / OOF_FILE}: lesions predicted by every model lie in {len(np.unique(table.folds))} folds, "
+            "two are needed; finish launch.crossval first"
+        )
+    labels, folds, seed = table.labels, table.folds, config.seed
+    absent = [name for index, name in enumerate(table.diagnoses) if not (labels == index).any()]
+    if absent:
+        notes.append(f"no lesion has {', '.join(absent)}: left out of every score, never claimed")
+
+    temperatures = {model: _temperature(table, model, np.ones(len(table), bool)) for model in models}
+    nested_temperatures = {
+        fold: {model: _temperature(table, model, folds != fold) for model in models}
+        for fold in np.unique(folds).tolist()
+    }
+    stack = stacker = None
+    if config.stack.enabled:
+        stack, stacker = stacking.in_own_process(config.stack, _fit_stack, table, models, config)
+
+    def members_without(fold: int) -> dict[str, np.ndarray]:
+        members = {model: _probabilities(table, model, nested_temperatures[fold][model]) for model in models}
+        return members | ({stacking.NAME: stack.without[fold]} if stack else {})
+
+    members = {model: _probabilities(table, model, temperatures[model]) for model in models}
+    if stack:
+        members[stacking.NAME] = stack.out_of_fold
+
+    nested = ensemble.nested_estimate(
+        members_without,
+        labels,
+        folds,
+        lambda fold: stacking.inner_folds(labels, table.groups, folds, folds != fold, seed),
+        config.ensemble,
+        seed,
+        table.diagnoses,
+    )
+    candidates = ensemble.fit_candidates(members, labels, folds, config.ensemble, seed, table.diagnoses)
+    best = ensemble.choose(candidates)
+    final = ensemble.with_temperatures(best.ensemble, temperatures)
+    notes.append(_why(candidates, best))
+
+    def score(name: str, way: str) -> Row:
+        own = candidates[way].ensemble if way in candidates else final
+        combined = own.combine(list(members.values()))
+        decisions = nested.decisions[way]
+        fitted = ensemble.decide(combined, ensemble.best_thresholds(combined, labels), "any")
+        return Row(
+            name=name,
+            official=metrics.official_macro_f1(combined, labels),
+            argmax=metrics.argmax_macro_f1(combined, labels),
+            argmax_tau=_nested_tau(table, way) if way in models else None,
+            fitted=metrics.macro_f1(fitted, labels),
+            nested=metrics.bootstrap_interval(decisions, labels, config.ensemble.bootstrap, seed),
+            less_than_chosen=metrics.paired_difference(
+                nested.decisions[ensemble.CHOSEN], decisions, labels, config.ensemble.bootstrap, seed
+            ),
+        )
+
+    ways = {way: {ensemble.MEAN: "plain mean", ensemble.FITTED: "fitted weights"}.get(way, way) for way in candidates}
+    rows = [score(name, way) for way, name in ways.items()] + [score("ensemble", ensemble.CHOSEN)]
+    for file in (STACK_FILE, Path(STACK_FILE).with_suffix(".json")):
+        if stacker is None:
+            (run_folder / file).unlink(missing_ok=True)  # of an earlier fit, with which this ensemble has nothing to do
+    if stacker is not None:
+        stacker.save(run_folder / STACK_FILE)
+        if stacker.absent:
+            notes.append(f"the stacker had no row of {', '.join(stacker.absent)}")
+    _write_nested(run_folder / NESTED_FILE, table, nested, stack)
+    submission.write_submission(
+        run_folder / SUBMISSION_FILE, table.lesion_ids, nested.final, nested.thresholds, diagnoses=table.diagnoses
+    )
+    final.save(
+        run_folder / ENSEMBLE_FILE,
+        lesions=len(table),
+        folds=len(np.unique(folds)),
+        scores={row.name: row.json() for row in rows},
+        picks={str(fold): pick for fold, pick in nested.picks.items()},
+        device=stacker.device if stacker else None,
+        rounds=stacker.rounds if stacker else None,
+        bootstrap=config.ensemble.bootstrap,
+        notes=notes,
+    )
+    return Fit(rows, final.weighting, notes, stacker.device if stacker else None, len(table))
+
+
+def predict_final(run_folder: Path, table: oof.OofTable) -> tuple[np.ndarray, np.ndarray]:
+    """((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
+
+    `table` is `oof.average_test` of every fold model's predictions; a diagnosis is claimed where its probability is
+    strictly above its threshold: hand both to `submission.write_submission`. Raises DataError where stack.ubj or
+    ensemble.json is missing or wants a model that the table has not.
+    """
+    run_folder = Path(run_folder)
+    fitted = ensemble.Ensemble.load(run_folder / ENSEMBLE_FILE)
+    models = [name for name in fitted.members if name != stacking.NAME]
+    for model in models:
+        if model not in table.models:
+            raise DataError(f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; there are {', '.join(table.models)}")
+    if table.diagnoses != fitted.diagnoses:
+        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set names")
+    members = []
+    for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
+        if name == stacking.NAME:
+            stacker = stacking.Stacker.load(run_folder / STACK_FILE)
+            features, names = stacking.stack_features(table, models)
+            if names != stacker.feature_names:
+                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set has")
+            members.append(stacker.predict(features))
+        else:
+            members.append(_probabilities(table, name, temperature))
+    return fitted.final(members), fitted.thresholds
+
+
+@dataclass(frozen=True)
+class NestedRows:
+    """ensemble_oof.parquet: (N,) ids, labels, folds; (N, C) probabilities of ensemble and stacker, and decisions."""
+
+    lesion_ids: np.ndarray
+    labels: np.ndarray
+    folds: np.ndarray
+    probabilities: np.ndarray
+    decisions: np.ndarray
+    stack: np.ndarray
+
+
+def read_nested(path: Path) -> NestedRows:
+    """Read what `fit_final` wrote. Raises DataError naming the file."""
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run launch.stack first") from None
+
+    def wide(name: str) -> np.ndarray:
+        return np.array(table[name].to_pylist())
+
+    return NestedRows(
+        lesion_ids=np.array(table["lesion_id"].to_pylist(), object),
+        labels=table["label"].to_numpy(),
+        folds=table["fold"].to_numpy(),
+        probabilities=wide("probabilities"),
+        decisions=wide("decisions"),
+        stack=wide("stack"),
+    )
+
+
+def _write_nested(
+    path: Path, table: oof.OofTable, nested: ensemble.NestedEstimate, stack: stacking.NestedStack | None
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    silent = np.full(nested.probabilities.shape, np.nan)
+    columns = {
+        "lesion_id": pa.array(table.lesion_ids, pa.string()),
+        "fold": pa.array(table.folds),
+        "label": pa.array(table.labels),
+        "probabilities": pa.array(list(nested.probabilities)),
+        "decisions": pa.array(list(nested.decisions[ensemble.CHOSEN])),
+        "stack": pa.array(list(stack.out_of_fold if stack else silent)),
+    }
+    beside = path.with_name(path.name + ".part")
+    pq.write_table(pa.table(columns), beside, compression="zstd")
+    beside.replace(path)
+
+
+def _fit_stack(
+    table: oof.OofTable, models: tuple[str, ...], config: Experiment
+) -> tuple[stacking.NestedStack, stacking.Stacker]:
+    features, names = stacking.stack_features(table, models)
+    rest = (names, table.diagnoses, config.stack, config.seed)
+    nested = stacking.nested_stack(features, table.labels, table.groups, table.folds, *rest)
+    # All rows leave none to stop on; the folds have shown how many rounds are good.
+    rounds = int(np.median(list(nested.rounds.values())))
+    return nested, stacking.fit_stacker(features, table.labels, table.groups, *rest, rounds=rounds)
+
+
+def _members(table: oof.OofTable, wanted: tuple[str, ...] | None, path: Path) -> tuple[str, ...]:
+    for name in wanted or ():
+        if name not in table.models:
+            raise DataError(f"{path}: has no model {name!r} of ensemble.members; there are {', '.join(table.models)}")
+    if reserved := {stacking.NAME, ensemble.MEAN, ensemble.FITTED, ensemble.CHOSEN} & set(table.models):
+        raise DataError(f"{path}: a model can't be called {min(reserved)!r}, the ensemble uses that name")
+    return wanted or table.models
+
+
+def _probabilities(table: oof.OofTable, model: str, temperature: float) -> np.ndarray:
+    return calibration.probabilities_of(table.logits[model] / temperature, table.heads[model])
+
+
+def _temperature(table: oof.OofTable, model: str, rows: np.ndarray) -> float:
+    return calibration.fit_temperature(table.logits[model][rows], table.labels[rows], table.heads[model])
+
+
+def _nested_tau(table: oof.OofTable, model: str) -> float:
+    """Argmax macro F1 with prior and tau of logit adjustment taken from the other folds."""
+    logits = calibration.log_probabilities(table.logits[model], table.heads[model])
+    adjusted = np.empty_like(logits)
+    for fold in np.unique(table.folds):
+        inside, outside = table.folds == fold, table.folds != fold
+        prior = calibration.class_prior(table.labels[outside], len(table.diagnoses))
+        tau = calibration.fit_tau(logits[outside], table.labels[outside], prior)
+        adjusted[inside] = calibration.adjust_logits(logits[inside], prior, tau)
+    return metrics.argmax_macro_f1(adjusted, table.labels)
+
+
+def _why(candidates: dict[str, ensemble.Candidate], best: ensemble.Candidate) -> str:
+    if len(candidates) == 1:
+        return "one member only: nothing to weigh"
+    scores = {name: candidate.score for name, candidate in candidates.items()}
+    fitted = scores.pop(ensemble.FITTED)
+    rival = max(scores, key=lambda name: scores[name])
+    against = f"({fitted:.3f}) against {'the plain mean' if rival == ensemble.MEAN else rival} ({scores[rival]:.3f})"
+    if best.ensemble.weighting == ensemble.FITTED:
+        return f"fitted weights are used: best on lesions they were not fitted on {against}"
+    return f"the plain mean is used: fitted weights do not beat it and every member on lesions they were not fitted on {against}"

@@ -1,0 +1,505 @@
+"""Predictions on disk, and the out-of-fold table that everything after training is fitted on.
+
+One row is one lesion seen by one model. A fold's model writes `predictions.parquet` (the lesions of its fold, which it
+never saw) and `test.parquet`; `gather` puts the former of all folds and models together and refuses whatever would let
+a training row in. Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, DataError
+
+FORMAT = "triderm-predictions"
+VERSION = 1
+OUT_OF_FOLD = "out_of_fold"
+TEST = "test"
+NO_FOLD = -1
+"""The fold of a lesion that belongs to none: a test lesion."""
+
+_KEY = b"triderm"
+_SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
+_LISTS = ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What models said about lesions, one row for each pair; `model`, `model_hash`, `head`, `fold` may be one for all.
+
+    lesion_ids, groups, model, model_hash, head: (N,) text.  labels, fold: (N,) int64.  logits, aux_clinical,
+    aux_dermoscopic: (N, C).  features: (N, D).  concepts: (N, K) and metadata: (N, M), NaN where missing.
+    head: "softmax" or "sigmoid".  model_hash: sha256 of the weights.
+    """
+
+    lesion_ids: np.ndarray
+    groups: np.ndarray
+    labels: np.ndarray
+    fold: np.ndarray
+    model: np.ndarray
+    model_hash: np.ndarray
+    head: np.ndarray
+    logits: np.ndarray
+    aux_clinical: np.ndarray
+    aux_dermoscopic: np.ndarray
+    features: np.ndarray
+    concepts: np.ndarray
+    metadata: np.ndarray
+    concept_names: tuple[str, ...]
+    diagnoses: tuple[str, ...] = DIAGNOSES
+    split: str = OUT_OF_FOLD
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = len(self.lesion_ids)
+        for name in ("lesion_ids", "groups", "model", "model_hash", "head"):
+            object.__setattr__(self, name, _column(getattr(self, name), rows, object))
+        for name in ("labels", "fold"):
+            object.__setattr__(self, name, _column(getattr(self, name), rows, np.int64))
+        widths = {
+            "logits": len(self.diagnoses),
+            "aux_clinical": len(self.diagnoses),
+            "aux_dermoscopic": len(self.diagnoses),
+            "features": None,
+            "concepts": len(self.concept_names),
+            "metadata": len(METADATA_FIELDS),
+        }
+        for name, width in widths.items():
+            value = np.asarray(getattr(self, name), np.float32)
+            if value.ndim != 2 or len(value) != rows or (width is not None and value.shape[1] != width):
+                raise DataError(f"{name} has shape {value.shape}, ({rows}, {width or 'D'}) is needed")
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.lesion_ids)
+
+
+@dataclass(frozen=True)
+class OofTable:
+    """One row a lesion; what each model said about it, NaN where no model that never saw the lesion has spoken.
+
+    lesion_ids, groups: (N,) text.  labels, folds: (N,) int64.  concepts (N, K), metadata (N, M).  Of each model by
+    name: heads text; logits, aux_clinical, aux_dermoscopic (N, C); features (N, D); hashes (N,) text, "" where the
+    model is silent. The same table carries the test set (`average_test`): its folds are all `NO_FOLD`.
+    """
+
+    lesion_ids: np.ndarray
+    groups: np.ndarray
+    labels: np.ndarray
+    folds: np.ndarray
+    concepts: np.ndarray
+    metadata: np.ndarray
+    models: tuple[str, ...]
+    heads: dict[str, str]
+    logits: dict[str, np.ndarray]
+    aux_clinical: dict[str, np.ndarray]
+    aux_dermoscopic: dict[str, np.ndarray]
+    features: dict[str, np.ndarray]
+    hashes: dict[str, np.ndarray]
+    concept_names: tuple[str, ...]
+    diagnoses: tuple[str, ...] = DIAGNOSES
+
+    def __len__(self) -> int:
+        return len(self.lesion_ids)
+
+    def complete(self, models: Sequence[str] | None = None) -> np.ndarray:
+        """(N,) bool: lesions that every one of the models has spoken about."""
+        names = self.models if models is None else models
+        return np.logical_and.reduce([np.isfinite(self.logits[name]).all(axis=1) for name in names])
+
+    def take(self, rows: np.ndarray) -> OofTable:
+        """The table of some lesions, by index or mask."""
+        by_lesion = ("lesion_ids", "groups", "labels", "folds", "concepts", "metadata")
+        by_model = ("logits", "aux_clinical", "aux_dermoscopic", "features", "hashes")
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in by_lesion},
+            **{name: {model: value[rows] for model, value in getattr(self, name).items()} for name in by_model},
+        )
+
+
+def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_FOLD, **extra: Any) -> None:
+    """Write a parquet file, whole or not at all. `extra` (JSON values, such as transforms=8) goes into its head."""
+    import pyarrow as pa
+
+    scalars = {
+        "lesion_id": predictions.lesion_ids,
+        "group": predictions.groups,
+        "fold": predictions.fold,
+        "model": predictions.model,
+        "model_hash": predictions.model_hash,
+        "head": predictions.head,
+        "label": predictions.labels,
+    }
+    columns: dict[str, Any] = {
+        name: pa.array(scalars[name], pa.int64() if name in ("fold", "label") else pa.string()) for name in _SCALARS
+    }
+    columns |= {name: _as_lists(getattr(predictions, name)) for name in _LISTS}
+    _write(Path(path), pa.table(columns), _head(predictions.diagnoses, predictions.concept_names, split, extra))
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote. Raises DataError naming the file for anything else."""
+    path = Path(path)
+    table, head = _read(path)
+    diagnoses, concepts = tuple(head.pop("diagnoses")), tuple(head.pop("concepts"))
+    split = head.pop("split")
+    columns = {name: _as_array(table, name, path) for name in _LISTS}
+    try:
+        return Predictions(
+            lesion_ids=_text(table, "lesion_id"),
+            groups=_text(table, "group"),
+            labels=table["label"].to_numpy(),
+            fold=table["fold"].to_numpy(),
+            model=_text(table, "model"),
+            model_hash=_text(table, "model_hash"),
+            head=_text(table, "head"),
+            **columns,
+            concept_names=concepts,
+            diagnoses=diagnoses,
+            split=split,
+            extra=head,
+        )
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def find_predictions(run_folder: Path, models: Sequence[str] | None = None) -> list[Path]:
+    """The files MODEL/fold-K/predictions.parquet of a run, sorted; of some models only if they are named."""
+    found = sorted(Path(run_folder).glob("*/fold-*/predictions.parquet"))
+    return [path for path in found if models is None or path.parent.parent.name in models]
+
+
+def gather(
+    source: Path | str | Iterable[Path],
+    models: Sequence[str] | None,
+    lesion_ids: Sequence[str],
+    labels: np.ndarray,
+    folds: np.ndarray,
+) -> OofTable:
+    """The out-of-fold table of a run folder (or of named files, in any order, of any machine).
+
+    lesion_ids (N,), labels (N,) int64 and folds (N,) int64 are those of the data: the table has their lesions in their
+    order. A fold whose file is absent shows as NaN. `models` None takes what is found.
+
+    Raises DataError for a wrong format or version, a test file, a lesion or model that is not expected, a lesion
+    predicted twice by a model, a label or a fold that differs from the data's, a group in two folds, and weights
+    that predict two folds (they were trained on one of them).
+    """
+    if isinstance(source, str | Path):
+        paths = find_predictions(Path(source), models)
+        if not paths:
+            raise DataError(f"{source}: no MODEL/fold-K/predictions.parquet in this folder; run launch.crossval first")
+    else:
+        paths = [Path(path) for path in source]
+    parts = [(path, read_predictions(path)) for path in paths]
+    if not parts:
+        raise DataError("no predictions to gather; run launch.crossval first")
+    expected = _Expected(lesion_ids, labels, folds)
+    for path, part in parts:
+        expected.check(path, part)
+        if models is not None and (unknown := sorted(set(part.model) - set(models))):
+            raise DataError(f"{path}: holds model {unknown[0]!r}, which is not among {', '.join(models)}")
+    return _table(parts, expected, models)
+
+
+def write_oof(path: Path, table: OofTable) -> None:
+    """Write the table as parquet, one row a lesion and model, silent pairs with NaN; whole or not at all."""
+    import pyarrow as pa
+
+    rows, names = len(table), table.models
+    columns: dict[str, Any] = {
+        "lesion_id": np.tile(table.lesion_ids, len(names)),
+        "group": np.tile(table.groups, len(names)),
+        "fold": np.tile(table.folds, len(names)),
+        "model": np.repeat(np.array(names, object), rows),
+        "model_hash": np.concatenate([table.hashes[name] for name in names]),
+        "head": np.repeat(np.array([table.heads[name] for name in names], object), rows),
+        "label": np.tile(table.labels, len(names)),
+    }
+    arrays = {key: pa.array(value, from_pandas=False) for key, value in columns.items()}
+    for key in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
+        # Models differ in the width of their features, so that the lists of a chunk are as long as its model says.
+        arrays[key] = pa.chunked_array([_as_lists(getattr(table, key)[name]) for name in names])
+    for key in ("concepts", "metadata"):
+        arrays[key] = pa.chunked_array([_as_lists(getattr(table, key))] * len(names))
+    _write(Path(path), pa.table(arrays), _head(table.diagnoses, table.concept_names, OUT_OF_FOLD, {}))
+
+
+def read_oof(path: Path) -> OofTable:
+    """Read what `write_oof` wrote. Raises DataError naming the file, also where its rows leak (see `gather`)."""
+    import pyarrow.compute as pc
+
+    path = Path(path)
+    table, head = _read(path)
+    names = tuple(dict.fromkeys(_text(table, "model")))
+    if head["split"] != OUT_OF_FOLD:
+        raise DataError(f"{path}: holds {head['split']} predictions, the out-of-fold table is needed")
+    if not names:
+        raise DataError(f"{path}: has no rows; run launch.crossval first")
+    parts = []
+    for name in names:
+        rows = table.filter(pc.equal(table["model"], name))
+        parts.append(
+            (
+                path,
+                Predictions(
+                    lesion_ids=_text(rows, "lesion_id"),
+                    groups=_text(rows, "group"),
+                    labels=rows["label"].to_numpy(),
+                    fold=rows["fold"].to_numpy(),
+                    model=_text(rows, "model"),
+                    model_hash=_text(rows, "model_hash"),
+                    head=_text(rows, "head"),
+                    **{key: _as_array(rows, key, path) for key in _LISTS},
+                    concept_names=tuple(head["concepts"]),
+                    diagnoses=tuple(head["diagnoses"]),
+                ),
+            )
+        )
+    first = parts[0][1]
+    expected = _Expected(first.lesion_ids, first.labels, first.fold)
+    for _, part in parts:
+        expected.check(path, part)
+    return _table(parts, expected, names)
+
+
+def average_test(parts: Iterable[Predictions]) -> OofTable:
+    """The test set as a table: for each model the mean over its fold models of logits, auxiliary logits, features.
+
+    Logits are averaged, since they are what the stacker was fitted on. Raises DataError unless every part holds the
+    same lesions, each once, and no weights come twice.
+    """
+    parts = list(parts)
+    if not parts:
+        raise DataError("no test predictions to average; run launch.predict on the fold models first")
+    first = parts[0]
+    ids = first.lesion_ids
+    seen: set[tuple[str, str]] = set()
+    by_model: dict[str, list[tuple[Predictions, np.ndarray]]] = {}
+    for part in parts:
+        key = (_single(part.model, "model"), _single(part.model_hash, "model_hash"))
+        if key in seen:
+            raise DataError(f"test predictions of {key[0]} with weights {key[1][:12]} come twice")
+        seen.add(key)
+        if part.concept_names != first.concept_names or part.diagnoses != first.diagnoses:
+            raise DataError(f"test predictions of {key[0]} name other concepts or diagnoses than the first file")
+        place = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
+        if len(place) != len(part) or set(place) != set(ids):
+            raise DataError(f"test predictions of {key[0]} ({key[1][:12]}) hold other lesions than the first file")
+        by_model.setdefault(key[0], []).append((part, np.array([place[lesion] for lesion in ids], np.int64)))
+
+    def mean(name: str, model: str) -> np.ndarray:
+        return np.mean([getattr(part, name)[order] for part, order in by_model[model]], axis=0, dtype=np.float64)
+
+    models = tuple(by_model)
+    return OofTable(
+        lesion_ids=ids,
+        groups=first.groups,
+        labels=first.labels,
+        folds=np.full(len(ids), NO_FOLD, np.int64),
+        concepts=first.concepts,
+        metadata=first.metadata,
+        models=models,
+        heads={model: _single(by_model[model][0][0].head, "head") for model in models},
+        logits={model: mean("logits", model) for model in models},
+        aux_clinical={model: mean("aux_clinical", model) for model in models},
+        aux_dermoscopic={model: mean("aux_dermoscopic", model) for model in models},
+        # Axes of one fold model's features mean nothing in another's: there is no mean of them.
+        features={model: np.full((len(ids), 0), np.nan, np.float32) for model in models},
+        hashes={model: np.full(len(ids), "", object) for model in models},
+        concept_names=first.concept_names,
+        diagnoses=first.diagnoses,
+    )
+
+
+class _Expected:
+    """The lesions of the data with their labels and folds, and the checks of a file against them."""
+
+    def __init__(self, lesion_ids: Sequence[str], labels: np.ndarray, folds: np.ndarray) -> None:
+        self.lesion_ids = np.array(list(lesion_ids), object)
+        self.labels = np.asarray(labels, np.int64)
+        self.folds = np.asarray(folds, np.int64)
+        self.place = {lesion: row for row, lesion in enumerate(self.lesion_ids)}
+        if len(self.place) != len(self.lesion_ids):
+            raise DataError("a lesion id occurs twice among the lesions of the data")
+        self.fold_of_group: dict[str, int] = {}
+        self.fold_of_weights: dict[tuple[str, str], int] = {}
+
+    def rows(self, part: Predictions) -> np.ndarray:
+        return np.array([self.place[lesion] for lesion in part.lesion_ids], np.int64)
+
+    def check(self, path: Path, part: Predictions) -> None:
+        if part.split != OUT_OF_FOLD:
+            raise DataError(f"{path}: holds {part.split} predictions, out-of-fold ones are needed")
+        seen: set[tuple[str, str]] = set()
+        columns = (part.lesion_ids, part.groups, part.labels, part.fold, part.model, part.model_hash)
+        for lesion, group, label, fold, model, weights in zip(*(column.tolist() for column in columns), strict=True):
+            if lesion not in self.place:
+                raise DataError(f"{path}: lesion {lesion} is not among the lesions of the data")
+            if (lesion, model) in seen:
+                raise DataError(f"{path}: lesion {lesion} occurs twice for model {model}")
+            seen.add((lesion, model))
+            row = self.place[lesion]
+            if label != self.labels[row]:
+                raise DataError(f"{path}: lesion {lesion} has label {label}, in the data it is {self.labels[row]}")
+            if fold != self.folds[row]:
+                raise DataError(
+                    f"{path}: lesion {lesion} is predicted as fold {fold} but belongs to fold {self.folds[row]}: "
+                    "its model was trained on it; train again with the folds of this data"
+                )
+            if self.fold_of_group.setdefault(group, fold) != fold:
+                raise DataError(
+                    f"{path}: group {group} is in folds {self.fold_of_group[group]} and {fold}: assign folds by group"
+                )
+            if weights and self.fold_of_weights.setdefault((model, weights), fold) != fold:
+                raise DataError(
+                    f"{path}: weights {weights[:12]} of {model} predict folds "
+                    f"{self.fold_of_weights[model, weights]} and {fold}: they were trained on one of them"
+                )
+
+
+def _table(parts: list[tuple[Path, Predictions]], expected: _Expected, models: Sequence[str] | None) -> OofTable:
+    first_path, first = parts[0]
+    rows = len(expected.lesion_ids)
+    found = tuple(dict.fromkeys(model for _, part in parts for model in part.model))
+    if models is not None and (absent := [name for name in models if name not in found]):
+        raise DataError(f"no predictions of model {absent[0]!r} were found; train it or take it out of the models")
+    names = found if models is None else tuple(models)
+    groups = expected.lesion_ids.copy()
+    concepts = np.full((rows, len(first.concept_names)), np.nan, np.float32)
+    metadata = np.full((rows, len(METADATA_FIELDS)), np.nan, np.float32)
+    heads: dict[str, str] = {}
+    hashes = {name: np.full(rows, "", object) for name in names}
+    arrays: dict[str, dict[str, np.ndarray]] = {key: {} for key in _LISTS[:4]}
+    spoken = {name: np.zeros(rows, bool) for name in names}
+    for path, part in parts:
+        if part.diagnoses != first.diagnoses or part.concept_names != first.concept_names:
+            raise DataError(f"{path}: names other diagnoses or concepts than {first_path}")
+        for name in dict.fromkeys(part.model):
+            own = part.model == name
+            place = expected.rows(part)[own]
+            if spoken[name][place].any():
+                lesion = expected.lesion_ids[place[spoken[name][place]][0]]
+                raise DataError(f"{path}: lesion {lesion} was already predicted by model {name} in another file")
+            spoken[name][place] = True
+            head = _single(part.head[own], "head", path)
+            if heads.setdefault(name, head) != head:
+                raise DataError(f"{path}: model {name} has a {head} head here and a {heads[name]} head elsewhere")
+            hashes[name][place] = part.model_hash[own]
+            for key in arrays:
+                value = getattr(part, key)[own]
+                kept = arrays[key].setdefault(name, np.full((rows, value.shape[1]), np.nan, np.float32))
+                if kept.shape[1] != value.shape[1]:
+                    raise DataError(f"{path}: {key} of {name} has width {value.shape[1]}, elsewhere {kept.shape[1]}")
+                kept[place] = value
+            groups[place], concepts[place], metadata[place] = part.groups[own], part.concepts[own], part.metadata[own]
+    return OofTable(
+        lesion_ids=expected.lesion_ids,
+        groups=groups,
+        labels=expected.labels,
+        folds=expected.folds,
+        concepts=concepts,
+        metadata=metadata,
+        models=names,
+        heads=heads,
+        **arrays,
+        hashes=hashes,
+        concept_names=first.concept_names,
+        diagnoses=first.diagnoses,
+    )
+
+
+def _head(
+    diagnoses: tuple[str, ...], concepts: tuple[str, ...], split: str, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    if split not in (OUT_OF_FOLD, TEST):
+        raise DataError(f"split {split!r} is unknown; there are {OUT_OF_FOLD} and {TEST}")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": split,
+        "diagnoses": list(diagnoses),
+        "concepts": list(concepts),
+        **extra,
+    }
+
+
+def _write(path: Path, table: Any, head: dict[str, Any]) -> None:
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(head)}), beside, compression="zstd")
+    beside.replace(path)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run launch.crossval first") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    try:
+        head = json.loads((table.schema.metadata or {})[_KEY])
+    except (KeyError, ValueError):
+        raise DataError(f"{path}: not a file of predictions of this toolkit") from None
+    if (head.pop("format", None), head.pop("version", None)) != (FORMAT, VERSION):
+        raise DataError(f"{path}: not {FORMAT} version {VERSION}; write it again with this version of the toolkit")
+    if absent := [name for name in (*_SCALARS, *_LISTS) if name not in table.column_names]:
+        raise DataError(f"{path}: column {absent[0]!r} is missing")
+    return table, head
+
+
+def _as_lists(array: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    array = np.ascontiguousarray(array, np.float32)
+    offsets = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(array.ravel(), from_pandas=False))
+
+
+def _as_array(table: Any, name: str, path: Path) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    column = table[name].combine_chunks()
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    if len(lengths) and not (lengths == lengths[0]).all():
+        raise DataError(f"{path}: column {name!r} has rows of {lengths.min():.0f} and of {lengths.max():.0f} numbers")
+    width = int(lengths[0]) if len(lengths) else 0
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(values, np.float32).reshape(len(lengths), width)
+
+
+def _text(table: Any, name: str) -> np.ndarray:
+    return np.array(table[name].to_pylist(), object)
+
+
+def _column(value: Any, rows: int, kind: type) -> np.ndarray:
+    array = np.asarray(value, kind)
+    if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
+        raise DataError(f"a column of shape {array.shape} does not fit {rows} rows")
+    return np.array(np.broadcast_to(array, (rows,)))
+
+
+def _single(values: np.ndarray, what: str, path: Path | None = None) -> str:
+    distinct = sorted(set(values))
+    if len(distinct) != 1:
+        where = f"{path}: " if path else ""
+        raise DataError(f"{where}one {what} is needed, there are {len(distinct)}: {', '.join(map(str, distinct[:3]))}")
+    return str(distinct[0])
+
+
+def labelled(table: OofTable) -> np.ndarray:
+    """(N,) bool: lesions whose diagnosis is known."""
+    return table.labels != UNLABELLED
