@@ -49,7 +49,9 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> None:
             print(f"{title}: {' '.join(stage.command)}", flush=True)
             started = time.perf_counter()
             command = [sys.executable if word == "python" else word for word in stage.command]
-            status = subprocess.run(command, pass_fds=[lock], preexec_fn=_end_with_parent).returncode
+            # Waiting OpenMP threads must not spin: they would fight with decoder threads and XGBoost for the cores.
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+            status = subprocess.run(command, env=environment, pass_fds=[lock], preexec_fn=_end_with_parent).returncode
             if status:
                 sys.exit(status if status > 0 else 128 - status)
             beside = record.with_suffix(".json.part")

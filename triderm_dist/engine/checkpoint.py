@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from triderm_dist.engine.parallel import unwrap
 from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
@@ -61,7 +62,7 @@ class Checkpoints:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             network.save_checkpoint(str(beside), tag="engine")  # type: ignore[operator]
         else:
-            content["network"] = accelerator.unwrap_model(network).state_dict()
+            content["network"] = unwrap(network).state_dict()
             content["optimizer"] = optimizer.state_dict()
             content["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
         if accelerator.is_main_process:
@@ -99,7 +100,7 @@ class Checkpoints:
                 f"{found[-1]}: saved under DeepSpeed, this run is not; resume with DeepSpeed or delete {self.folder}"
             )
         else:
-            accelerator.unwrap_model(network).load_state_dict(content["network"])
+            unwrap(network).load_state_dict(content["network"])
             optimizer.load_state_dict(content["optimizer"])
             if accelerator.scaler and content["scaler"]:
                 accelerator.scaler.load_state_dict(content["scaler"])

@@ -47,15 +47,23 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
     """
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # Compiling this op takes most of a minute and a C++ compiler; gloo does the same work.
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    elif on_cpu:
+        # A launcher that was told of several GPUs starts the processes; this makes them use gloo on the CPU.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
         # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and "WORLD_SIZE" in os.environ else [],
     )
     if accelerator.num_processes != world():
         raise ConfigError(
             f"the launcher started {world()} processes but this one sees {accelerator.num_processes}; "
-            "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu"
+            "use a file of accelerate_configs/"
         )
     accumulation = split_batch(global_batch, micro_batch, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -64,11 +72,6 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
         settings["gradient_accumulation_steps"] = accumulation
         settings["gradient_clipping"] = clip_norm
         accelerator.gradient_accumulation_steps = accumulation
-        if on_cpu:
-            # Compiling this op takes most of a minute and a C++ compiler; gloo does the same work.
-            import deepspeed
-
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return accelerator
 
 
@@ -134,6 +137,18 @@ def wrap(
             "or DeepSpeed: see accelerate_configs/"
         )
     return wrapped, prepared
+
+
+def unwrap(wrapped: nn.Module) -> nn.Module:
+    """The network inside DDP or a DeepSpeed engine, whose state dict has canonical keys."""
+    return wrapped.module if hasattr(wrapped, "module") else wrapped  # type: ignore[return-value]
+
+
+def whole_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights under canonical keys; call on all ranks, for ZeRO 3 gathers them."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.get_state_dict(wrapped)
+    return unwrap(wrapped).state_dict()
 
 
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:

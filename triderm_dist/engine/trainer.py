@@ -19,7 +19,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine.checkpoint import Checkpoints, TrainState, save_weights
 from triderm_dist.engine.evaluate import evaluate, forward
-from triderm_dist.engine.parallel import accumulate, all_sum, backward, wrap
+from triderm_dist.engine.parallel import accumulate, all_sum, backward, whole_state, wrap
 from triderm_dist.engine.tracking import Tracker, clock
 from triderm_dist.losses import CompoundLoss, Head, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
@@ -206,7 +206,7 @@ def _still_running_statistics(network: nn.Module) -> Iterator[None]:
 
 def _keep_weights(accelerator: Accelerator, wrapped: nn.Module, folder: Path, state: TrainState) -> None:
     """The weights that predict, whole and under canonical keys."""
-    weights = accelerator.get_state_dict(wrapped)
+    weights = whole_state(accelerator, wrapped)
     if accelerator.is_main_process:
         save_weights(folder / "weights", weights, epoch=state.best_epoch, validation_macro_f1=state.best_score)
     accelerator.wait_for_everyone()

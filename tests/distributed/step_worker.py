@@ -1,0 +1,70 @@
+"""One optimiser step for each case in a JSON list, on however many ranks were started; rank 0 writes loss and gradients."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.loader import Loader
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import read_index
+from triderm_dist.engine import parallel
+from triderm_dist.engine.crossval import new_network
+from triderm_dist.engine.tokens import open_views
+from triderm_dist.engine.trainer import train_step
+from triderm_dist.losses import CompoundLoss
+from triderm_dist.schema import DIAGNOSES
+
+GLOBAL_BATCH = 16
+
+
+def experiment(head: str, micro_batch: int, dropout: float, sums: str) -> Experiment:
+    return load(
+        Experiment,
+        None,
+        [
+            "models.tri.width=32", "models.tri.heads=2", f"models.tri.dropout={dropout}", f"models.tri.head={head}",
+            "models.tri.tower={source: 'timm:test_vit', pretrained: false, image_size: 32, freeze_clinical: 1, freeze_dermoscopic: 0}",
+            f"train.global_batch={GLOBAL_BATCH}", f"train.micro_batch={micro_batch}", f"train.loss.soft_f1_sums={sums}",
+            "train.optim.clip_norm=1e9",
+        ],
+    )  # fmt: skip
+
+
+def main(shards: str, output: str, cases: str) -> None:
+    index = read_index(shards)
+    for case in json.loads(cases):
+        config = experiment(case["head"], case["micro_batch"], case["dropout"], case.get("sums", "exact"))
+        model = config.models["tri"]
+        accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9)
+        views = open_views(model, index, Path(output), accelerator, config.data, seed=0, train=True)
+        torch.manual_seed(0)
+        network = new_network(model, index.concepts, views)
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
+        gradients: dict[str, torch.Tensor] = {}
+
+        def keep(*_, network=network, gradients=gradients) -> None:
+            gradients.update({n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None})
+
+        optimizer.register_step_pre_hook(keep)
+        wrapped, prepared = parallel.wrap(accelerator, network, optimizer, case.get("checkpointing", False), False)
+        loss = CompoundLoss(model.train.loss, model.head, list(range(1, len(DIAGNOSES) + 1)))
+        plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
+        batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
+        loader = Loader(
+            index, views.source, [next(batches)], case["micro_batch"], accelerator.device, augment=model.train.augment
+        )
+        (step,) = loader
+        wrapped.train()
+        focal, sums, norm = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
+        value = loss.values(parallel.all_sum(focal), sums)["loss"]
+        if accelerator.is_main_process:
+            save_file({**gradients, "loss": torch.tensor(value, dtype=torch.float64)}, f"{output}/{case['name']}.safetensors")
+        accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

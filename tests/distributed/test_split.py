@@ -1,0 +1,102 @@
+"""A step is the same step on 1, 2 and 4 ranks with 1, 2 and 4 micro-batches, and the step of the plain formulas."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from triderm_dist.config import AugmentConfig
+from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import read_index
+from triderm_dist.losses import focal_loss, soft_f1_loss
+from triderm_dist.models import build_network, build_towers
+
+from .conftest import ROOT, launch
+from .step_worker import GLOBAL_BATCH, experiment
+
+WORKER = str(ROOT / "tests" / "distributed" / "step_worker.py")
+LAST = 6  # 100 lesions in batches of 16: the seventh holds 4, so that some ranks hold padding only
+
+
+def cases_of(world: int) -> list[dict]:
+    result = []
+    for head in ("softmax", "sigmoid"):
+        for batch in (0, LAST):
+            for accumulation in (1, 2, 4):
+                if world * accumulation <= 4:
+                    micro = GLOBAL_BATCH // (world * accumulation)
+                    name = f"{head}-{batch}-{world}-{accumulation}"
+                    result.append({"name": name, "head": head, "batch": batch, "micro_batch": micro, "dropout": 0.0})
+    # Dropout belongs to the micro-batch, so with micro-batches of 4 it is the same on any number of ranks, checkpointed or not.
+    result.append({"name": f"dropout-{world}", "head": "softmax", "batch": 0, "micro_batch": 4, "dropout": 0.3, "checkpointing": world == 2})
+    return result
+
+
+@pytest.fixture(scope="module")
+def steps(packed, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("steps")
+    for world in (1, 2, 4):
+        launch(WORKER, str(packed), str(folder), json.dumps(cases_of(world)), ranks=world)
+    return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def references(packed) -> dict[str, dict[str, torch.Tensor]]:
+    """One process, one undivided batch without padding, losses by the plain formulas and autograd."""
+    index = read_index(packed)
+    result = {}
+    for head in ("softmax", "sigmoid"):
+        model = experiment(head, GLOBAL_BATCH, 0.0, "exact").models["tri"]
+        torch.manual_seed(0)
+        network = build_network(model, index.concepts, build_towers(model.tower))
+        tower = build_towers(model.tower)[0]
+        source = PhotoSource(index, tower.image_size, tower.mean, tower.std)
+        plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
+        for number in (0, LAST):
+            (step,) = Loader(
+                index, source, [list(plan.batches(0, 1, GLOBAL_BATCH))[number]], GLOBAL_BATCH, torch.device("cpu"),
+                augment=AugmentConfig(),
+            )  # fmt: skip
+            batch, keep = step.micro_batches[0], slice(0, step.count)
+            network.train()
+            network.zero_grad()
+            outputs = network(
+                batch.clinical[keep], batch.dermoscopic[keep], batch.view_present[keep], batch.concepts[keep], batch.metadata[keep]
+            )
+            labels, total = batch.labels[keep], torch.zeros(())
+            for weight, logits in zip((1.0, 0.3, 0.3), outputs[:3], strict=True):
+                part = 0.5 * focal_loss(logits, labels, head).mean() + 0.5 * soft_f1_loss(logits, labels, head)
+                total = total + weight * part
+            total.backward()
+            gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+            result[f"{head}-{number}"] = {**gradients, "loss": total.detach().double()}
+    return result
+
+
+def assert_same_step(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert got["loss"].item() == pytest.approx(expected["loss"].item(), abs=1e-6)
+    # A parameter whose gradient is zero but for rounding (the bias of attention keys) is measured against the largest one.
+    largest = max(gradient.abs().max() for name, gradient in expected.items() if name != "loss")
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max(), 1e-3 * largest)
+        assert ((got[name] - gradient).abs().max() / scale).item() < 1e-5, name
+
+
+def names() -> list[str]:
+    return [case["name"] for world in (1, 2, 4) for case in cases_of(world) if case["dropout"] == 0]
+
+
+@pytest.mark.parametrize("name", names())
+def test_split_step_is_the_step_of_the_formulas(steps, references, name):
+    head, batch, *_ = name.split("-")
+    assert_same_step(steps[name], references[f"{head}-{batch}"])
+
+
+def test_dropout_is_the_same_on_any_number_of_ranks(steps):
+    for world in (2, 4):
+        assert_same_step(steps[f"dropout-{world}"], steps["dropout-1"])
+    assert not torch.equal(steps["dropout-1"]["loss"], steps["softmax-0-1-4"]["loss"])
