@@ -70,9 +70,9 @@ SITE_SHARES = {
 
 README = """SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.
 
-Every picture, score and label here was drawn by a program (triderm-dist, shards/demo.py) from random numbers. No patient
-is shown, no lesion exists, and a figure reached on these data says nothing about real skin. The layout is that of the
-MILK10k challenge, so that every program can be tried at once.
+Every picture, score and label here was drawn from random numbers by a program (triderm-dist, shards/demo.py). No
+patient is shown, no lesion exists, and a figure reached on these data says nothing about real skin. The layout is that
+of the MILK10k challenge, so that every program can be tried at once.
 
 train/   tables and photos with labels
 test/    tables and photos without labels
@@ -228,7 +228,7 @@ def draw_metadata(generator: np.random.Generator, older: int, tone: int) -> dict
 def draw_scores(
     generator: np.random.Generator, ulcerated: int, hairs: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Concept scores of the clinical and of the dermoscopic photo; ulceration is what tells, vessels and redness hint."""
+    """Concept scores of the clinical and of the dermoscopic photo: ulceration tells, vessels and redness hint."""
     strong = (6.0, 2.5) if ulcerated else (2.5, 6.0)
     weak = (3.5, 3.0) if ulcerated else (3.0, 3.5)
     hair = (1.0 + hairs, 5.0)

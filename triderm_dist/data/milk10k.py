@@ -102,7 +102,7 @@ def read_challenge(folder: str | os.PathLike[str], missing_view: Literal["refuse
     notes: list[str] = []
     find_photo = _PhotoFinder(photo_roots)
     views = _group_views(rows, scores, find_photo, missing_view)
-    labels = _read_labels(truth_path) if truth_path else {}
+    labels = read_labels(truth_path) if truth_path else {}
     grouped = GROUP_COLUMN in columns
 
     lesions = []
@@ -210,7 +210,7 @@ def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_R
     return header, rows
 
 
-def _read_labels(path: Path) -> dict[str, int]:
+def read_labels(path: Path) -> dict[str, int]:
     """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabelled."""
     header, rows = _read_table(path, required=("lesion_id", *DIAGNOSES))
     if unknown := [name for name in header if name not in DIAGNOSES and name != "lesion_id"]:

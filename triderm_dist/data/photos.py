@@ -26,22 +26,19 @@ def prepare_photo(data: bytes, short_side: int | None) -> bytes:
     that is small enough keeps the bytes of its pixels; only its metadata segments are left out.
     Raises PhotoError for a file that is no photo, is cut off or is damaged.
     """
+    # Before decoding: a JPEG cut in its last rows decodes to grey there without a word.
+    clean = strip_metadata(data) if data[:2] == bytes((0xFF, _SOI)) else None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             width, height = image.size
             scale = 1.0 if short_side is None else min(1.0, short_side / min(width, height))
             target = (max(1, round(width * scale)), max(1, round(height * scale)))
-            upright = image.getexif().get(_ORIENTATION, 1) in (0, 1)
-            keep = scale == 1.0 and upright and image.format == "JPEG" and image.mode == "RGB"
-            if image.format == "JPEG":
-                # Before decoding: a JPEG cut in its last rows decodes to grey there without a word.
-                clean = strip_metadata(data)
-                # For a much larger photo the decoder itself halves, never below twice what is wanted.
-                image.draft(None, (2 * target[0], 2 * target[1]))
+            orientation = _orientation(image)
+            # A much larger JPEG is halved by the decoder itself, never below twice what is wanted.
+            image.draft(None, (2 * target[0], 2 * target[1]))
             image.load()
-            return clean if keep else _encode(image, target)
-    except PhotoError:
-        raise
+            as_it_is = scale == 1.0 and orientation == 1 and image.mode == "RGB"
+            return clean if clean is not None and as_it_is else _encode(image, target, orientation)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise PhotoError(" ".join(str(error).split()) or type(error).__name__) from None
 
@@ -100,13 +97,21 @@ def _segment(marker: int, payload: bytes) -> bytes:
     return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
-def _encode(image: Image.Image, size: tuple[int, int]) -> bytes:
-    orientation = image.getexif().get(_ORIENTATION, 1)
+def _orientation(image: Image.Image) -> int:
+    """1 (upright) to 8, as EXIF has it; 1 where the EXIF says nothing or is broken, which is no fault of the pixels."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _encode(image: Image.Image, size: tuple[int, int], orientation: int) -> bytes:
     pixels = image.convert("RGB")
     if pixels.size != size:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS)
     pixels.info = {}
-    if orientation not in (0, 1):
+    if orientation != 1:
         pixels.getexif()[_ORIENTATION] = orientation
         pixels = ImageOps.exif_transpose(pixels)
         pixels.info = {}

@@ -140,7 +140,7 @@ def _source_fingerprint(dataset: Dataset, short_side: int | None, shard_samples:
     """SHA-256 over settings, tables and the size of each photo (not its bytes, which would mean reading everything)."""
     digest = hashlib.sha256()
     digest.update(json.dumps([FORMAT, VERSION, short_side, shard_samples, invalid, dataset.concepts]).encode())
-    for lesion in dataset.lesions:
+    for lesion in sorted(dataset.lesions, key=lambda lesion: lesion.lesion_id):
         photos = [[os.path.basename(path), os.path.getsize(path)] if path else None for path in lesion.images.values()]
         row = [lesion.lesion_id, lesion.group, lesion.label, repr(lesion.concepts), repr(lesion.metadata), photos]
         digest.update(json.dumps(row).encode())

@@ -1,0 +1,103 @@
+"""Small challenge folders, written afresh for each test."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from triderm_dist.schema import DIAGNOSES, MONET_COLUMNS, SITES
+
+IMAGE_TYPES = {"clinical": "clinical: close-up", "dermoscopic": "dermoscopic"}
+
+
+@dataclass
+class Challenge:
+    """A challenge folder as rows of its tables; change the rows, then `write()` again."""
+
+    folder: Path
+    prefix: str
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+    truth: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def metadata_path(self) -> Path:
+        return self.folder / f"{self.prefix}_Metadata.csv"
+
+    @property
+    def truth_path(self) -> Path:
+        return self.folder / f"{self.prefix}_GroundTruth.csv"
+
+    def photo(self, row: int) -> Path:
+        cells = self.metadata[row]
+        return self.folder / f"{self.prefix}_Input" / cells["lesion_id"] / f"{cells['isic_id']}.jpg"
+
+    def write(self) -> Challenge:
+        write_table(self.metadata_path, self.metadata)
+        if self.truth:
+            write_table(self.truth_path, self.truth)
+        return self
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], newline: str = "\n", encoding: str = "utf-8") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator=newline)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_photo(seed: int, size: tuple[int, int] = (48, 36)) -> Image.Image:
+    """A smooth picture, different for each seed."""
+    corners = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def make_challenge(tmp_path: Path) -> Callable[..., Challenge]:
+    """make_challenge(lesions=22, prefix="MILK10k_Training", labelled=True, size=(48, 36), name="challenge").
+
+    Lesion i has diagnosis i % 11, two photos, 14 scores; some have no age or site.
+    """
+
+    def make(
+        lesions: int = 22,
+        prefix: str = "MILK10k_Training",
+        labelled: bool = True,
+        size: tuple[int, int] = (48, 36),
+        name: str = "challenge",
+    ) -> Challenge:
+        challenge = Challenge(tmp_path / name, prefix)
+        scores = np.random.default_rng(0).random((lesions, 2, len(MONET_COLUMNS))).round(6)
+        for i in range(lesions):
+            lesion_id = f"IL_{1000 + 7 * i}"
+            for v, kind in enumerate(IMAGE_TYPES.values()):
+                row = {
+                    "lesion_id": lesion_id,
+                    "image_type": kind,
+                    "isic_id": f"ISIC_{5000 + 2 * i + v}",
+                    "attribution": "made for tests",
+                    "copyright_license": "CC-0",
+                    "image_manipulation": "synthetic",
+                    "age_approx": "" if i % 9 == 4 else 5 * (i % 17 + 1),
+                    "sex": ("male", "female")[i % 2],
+                    "skin_tone_class": i % 6,
+                    "site": "" if i % 10 == 6 else SITES[i % len(SITES)],
+                    **dict(zip(MONET_COLUMNS, scores[i, v].tolist(), strict=True)),
+                }
+                challenge.metadata.append(row)
+                path = challenge.photo(len(challenge.metadata) - 1)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw_photo(2 * i + v, size).save(path, quality=90)
+            if labelled:
+                truth = {name: float(label == i % len(DIAGNOSES)) for label, name in enumerate(DIAGNOSES)}
+                challenge.truth.append({"lesion_id": lesion_id, **truth})
+        return challenge.write()
+
+    return make

@@ -1,0 +1,122 @@
+"""The demo folder: official layout, says that it is synthetic, rare diagnoses, holes, truth apart, all reproducible."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "shards.demo", f"output={output}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("data") / "demo"
+    result = write_demo(output, lesions=130, test_lesions=60)
+    assert result.returncode == 0 and result.stderr == "" and "SYNTHETIC" in result.stdout
+    return output
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_official_layout(demo: Path) -> None:
+    assert {path.name for path in (demo / "train").iterdir()} == {
+        "MILK10k_Training_Input",
+        "MILK10k_Training_Metadata.csv",
+        "MILK10k_Training_GroundTruth.csv",
+        "MILK10k_Training_Supplement.csv",
+        "attribution.txt",
+    }
+    assert {path.name for path in (demo / "test").iterdir()} == {
+        "MILK10k_Test_Input",
+        "MILK10k_Test_Metadata.csv",
+        "attribution.txt",
+    }
+    assert [path.name for path in (demo / "truth").iterdir()] == ["MILK10k_Test_GroundTruth.csv"]
+    rows = read_rows(demo / "train" / "MILK10k_Training_Metadata.csv")
+    first = ["lesion_id", "image_type", "isic_id", "attribution", "copyright_license", "image_manipulation"]
+    assert list(rows[0]) == [*first, "age_approx", "sex", "skin_tone_class", "site", *MONET_COLUMNS]
+    assert len(rows) == 260
+    truth = read_rows(demo / "truth" / "MILK10k_Test_GroundTruth.csv")
+    assert list(truth[0]) == ["lesion_id", *DIAGNOSES]
+
+
+def test_it_says_that_it_is_synthetic(demo: Path) -> None:
+    for file in ("README.txt", "train/attribution.txt", "test/attribution.txt"):
+        assert "SYNTHETIC" in (demo / file).read_text()
+    assert {row["attribution"] for row in read_rows(demo / "test" / "MILK10k_Test_Metadata.csv")} == {
+        "SYNTHETIC, drawn by triderm-dist"
+    }
+
+
+def test_content(demo: Path) -> None:
+    train, test = read_challenge(demo / "train"), read_challenge(demo / "test")
+    assert train.labelled and not test.labelled and train.concepts == test.concepts == CONCEPTS
+    counts = np.bincount([lesion.label for lesion in train.lesions], minlength=11)
+    assert counts.sum() == 130 and counts.min() >= 6 and counts.max() > 3 * counts.min()
+    truth = read_rows(demo / "truth" / "MILK10k_Test_GroundTruth.csv")
+    assert sorted(row["lesion_id"] for row in truth) == sorted(lesion.lesion_id for lesion in test.lesions)
+    assert min(sum(float(row[name]) for row in truth) for name in DIAGNOSES) >= 3
+    assert not {lesion.lesion_id for lesion in train.lesions} & {lesion.lesion_id for lesion in test.lesions}
+    metadata = np.array([lesion.metadata for lesion in train.lesions])
+    assert np.isnan(metadata[:, 0]).any() and np.isnan(metadata[:, 3]).any()
+    assert len(np.unique(metadata[:, 2])) >= 5
+    photo = np.asarray(Image.open(str(train.lesions[0].images["dermoscopic"])))
+    assert photo.shape == (84, 112, 3) and photo.std() > 10
+
+
+def test_views_and_scores_carry_signal(demo: Path) -> None:
+    """Each side tells the diagnoses that only it can tell, by one obvious number; none is certain."""
+    lesions = read_challenge(demo / "train").lesions
+
+    def centre(view: str, lesion: object) -> np.ndarray:
+        image = Image.open(str(lesion.images[view]))  # type: ignore[attr-defined]
+        return np.asarray(image, float)[30:54, 42:70].mean(axis=(0, 1))
+
+    red = np.array([centre("clinical", lesion)[0] - centre("clinical", lesion)[1] for lesion in lesions])
+    ulcerated = np.array([lesion.concepts[0] + lesion.concepts[7] for lesion in lesions])
+    age = np.array([lesion.metadata[0] for lesion in lesions])
+    labels = np.array([DIAGNOSES[lesion.label] for lesion in lesions])
+
+    def separation(value: np.ndarray, high: list[str], low: list[str]) -> float:
+        """Share of pairs in the right order (AUC)."""
+        above, below = value[np.isin(labels, high)], value[np.isin(labels, low)]
+        return float(np.nanmean(np.where(np.isnan(above[:, None] - below), np.nan, above[:, None] > below)))
+
+    assert separation(red, ["AKIEC", "DF", "BCC"], ["BKL", "NV", "MAL_OTH"]) > 0.9
+    assert separation(ulcerated, ["BCC", "SCCKA"], ["BEN_OTH", "AKIEC"]) > 0.85
+    assert separation(age, ["BKL"], ["NV"]) > 0.85
+
+
+def test_reproducible(demo: Path, tmp_path: Path) -> None:
+    def content(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    write_demo(tmp_path / "again", lesions=130, test_lesions=60)
+    assert content(tmp_path / "again") == content(demo)
+
+
+def test_never_overwrites(demo: Path, tmp_path: Path) -> None:
+    before = (demo / "README.txt").stat().st_mtime_ns
+    again = write_demo(demo, lesions=130, test_lesions=60)
+    assert again.returncode == 0 and "already" in again.stdout
+    assert (demo / "README.txt").stat().st_mtime_ns == before
+    other = write_demo(demo, lesions=130, test_lesions=60, seed=1)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "is not this demo data" in other.stderr

@@ -1,0 +1,90 @@
+"""Folds: exact for single rows, grouped, independent of row order, no label without a training row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triderm_dist.data.folds import assign_folds
+from triderm_dist.schema import DataError
+
+
+def table(labels: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
+    """(F, C) lesions of each label in each fold."""
+    return np.array([np.bincount(labels[fold == f], minlength=labels.max() + 1) for f in range(folds)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=11).filter(lambda c: sum(c) >= 5),
+    folds=st.integers(2, 5),
+    seed=st.integers(0, 9),
+)
+def test_single_rows_are_spread_exactly(counts: list[int], folds: int, seed: int) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    fold = assign_folds(labels, [f"L{i}" for i in range(len(labels))], folds, seed)
+    held = table(labels, fold, folds)
+    assert (held.max(axis=0) - held.min(axis=0) <= 1).all()
+    assert np.ptp(held.sum(axis=1)) <= 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), folds=st.integers(2, 5), seed=st.integers(0, 9))
+def test_grouped_rows(data: st.DataObject, folds: int, seed: int) -> None:
+    rows = data.draw(st.integers(20, 150))
+    generator = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    labels = generator.choice(6, rows, p=[0.5, 0.2, 0.15, 0.1, 0.03, 0.02])
+    groups = np.array([f"P{i}" for i in generator.integers(0, rows // 2, rows)])
+    try:
+        fold = assign_folds(labels, groups, folds, seed)
+    except DataError as error:
+        assert "use more folds" in str(error) and folds == 2
+        return
+    assert set(fold.tolist()) == set(range(folds))
+    for group in np.unique(groups):
+        assert len(np.unique(fold[groups == group])) == 1
+    for label in np.unique(labels):
+        if len(np.unique(groups[labels == label])) > 1:
+            assert len(np.unique(fold[labels == label])) > 1
+
+    order = generator.permutation(rows)
+    np.testing.assert_array_equal(assign_folds(labels[order], groups[order], folds, seed), fold[order])
+
+
+def test_grouped_folds_are_near_the_right_size() -> None:
+    generator = np.random.default_rng(1)
+    groups = generator.integers(0, 400, 1000).astype(str)
+    labels = generator.choice(4, 1000, p=[0.6, 0.25, 0.1, 0.05])
+    held = table(labels, assign_folds(labels, groups, 5, 0), 5)
+    np.testing.assert_allclose(held, np.tile(held.mean(axis=0), (5, 1)), atol=2)
+
+
+def test_rare_label_tied_to_a_common_one() -> None:
+    """Two patients hold the rare label and drag many common lesions; they still part."""
+    labels = np.array([1] + [0] * 50 + [1] + [0] * 50 + [0] * 10)
+    groups = ["a"] * 51 + ["b"] * 51 + [f"s{i}" for i in range(10)]
+    fold = assign_folds(labels, groups, 2, 0)
+    assert fold[0] != fold[51]
+
+
+def test_labels_that_cannot_be_spread() -> None:
+    """Three patients share three labels in a ring: two folds leave one label without a training row, three do not."""
+    labels, groups = np.array([0, 1, 1, 2, 2, 0]), ["a", "a", "b", "b", "c", "c"]
+    with pytest.raises(DataError, match="use more folds"):
+        assign_folds(labels, groups, 2, 0)
+    assert sorted(set(assign_folds(labels, groups, 3, 0).tolist())) == [0, 1, 2]
+
+
+def test_seed_unlabelled_and_too_many_folds() -> None:
+    labels = np.array([0] * 20 + [-1] * 5 + [1] * 7)
+    groups = [f"L{i}" for i in range(len(labels))]
+    fold = assign_folds(labels, groups, 3, 0)
+    assert (fold[20:25] == -1).all() and (fold[labels >= 0] >= 0).all() and fold.dtype == np.int64
+    assert (assign_folds(labels, groups, 3, 1) != fold).any()
+    np.testing.assert_array_equal(
+        assign_folds(labels[labels >= 0], np.array(groups)[labels >= 0], 3, 0), fold[labels >= 0]
+    )
+    with pytest.raises(DataError, match="5 folds need at least 5 groups of labelled lesions, there are 4"):
+        assign_folds(np.zeros(8, int), ["a", "b", "c", "d"] * 2, 5, 0)

@@ -1,0 +1,297 @@
+"""The reader accepts every published layout alike, and refuses every broken table by file and row."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Challenge, write_table
+from triderm_dist.data.milk10k import Dataset, read_challenge
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, SITES, UNLABELLED, DataError
+
+Make = Callable[..., Challenge]
+
+
+def content(dataset: Dataset) -> str:
+    """All but where the photos lie; text, since NaN is not equal to itself."""
+    return repr(
+        [
+            (
+                (lesion.lesion_id, lesion.concepts, lesion.metadata, lesion.label, lesion.group),
+                [Path(path).name for path in lesion.images.values() if path],
+            )
+            for lesion in dataset.lesions
+        ]
+    )
+
+
+def test_reads_the_official_layout(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    dataset = read_challenge(challenge.folder)
+    assert dataset.concepts == CONCEPTS
+    assert dataset.labelled
+    assert [lesion.label for lesion in dataset.lesions] == [i % 11 for i in range(22)]
+    lesion, (clinical, dermoscopic) = dataset.lesions[3], challenge.metadata[6:8]
+    assert lesion.lesion_id == lesion.group == clinical["lesion_id"]
+    assert lesion.images == {"clinical": str(challenge.photo(6)), "dermoscopic": str(challenge.photo(7))}
+    monet = [name for name in clinical if name.startswith("MONET_")]
+    assert lesion.concepts == tuple([clinical[name] for name in monet] + [dermoscopic[name] for name in monet])
+    assert lesion.metadata == (20.0, 0.0, 3.0, float(SITES.index("upper_extremity")))
+    assert math.isnan(dataset.lesions[4].metadata[0]) and math.isnan(dataset.lesions[6].metadata[3])
+    assert dataset.notes == ["2 of 22 lesions without age", "2 of 22 lesions without site"]
+
+
+def archive_layout(challenge: Challenge, nested: str) -> None:
+    """The ISIC Archive's zip: flat photos, tables under supplements/, and a metadata.csv without the scores."""
+    images = challenge.folder / "images"
+    images.mkdir()
+    for row in range(len(challenge.metadata)):
+        challenge.photo(row).rename(images / challenge.photo(row).name)
+    shutil.rmtree(challenge.folder / f"{challenge.prefix}_Input")
+    supplements = challenge.folder / nested
+    supplements.mkdir(exist_ok=True)
+    challenge.metadata_path.rename(supplements / "training_input.csv")
+    challenge.truth_path.rename(supplements / "training_gt.csv")
+    write_table(
+        challenge.folder / "metadata.csv", [{"isic_id": r["isic_id"], "sex": r["sex"]} for r in challenge.metadata]
+    )
+    write_table(supplements / "training_supp.csv", [{"isic_id": "ISIC_1", "diagnosis_full": "x"}])
+
+
+def nested_twice(challenge: Challenge) -> None:
+    outer = challenge.folder / f"{challenge.prefix}_Input"
+    outer.rename(challenge.folder / "inner")
+    outer.mkdir()
+    (challenge.folder / "inner").rename(outer / outer.name)
+
+
+def plain_metadata(challenge: Challenge) -> None:
+    archive_layout(challenge, ".")
+    (challenge.folder / "training_input.csv").replace(challenge.folder / "metadata.csv")
+
+
+def windows_tables(challenge: Challenge) -> None:
+    write_table(challenge.metadata_path, challenge.metadata, newline="\r\n", encoding="utf-8-sig")
+    write_table(challenge.truth_path, challenge.truth, newline="\r\n", encoding="utf-8-sig")
+
+
+def floats_and_capitals(challenge: Challenge) -> None:
+    for row in challenge.metadata:
+        row.update(sex=str(row["sex"]).upper(), skin_tone_class=f"{row['skin_tone_class']}.0")
+        row["site"] = row["site"] or "NaN"
+    challenge.write()
+
+
+def macos_leftovers(challenge: Challenge) -> None:
+    """An unpacked zip: `._` twins of the photos, and a __MACOSX folder."""
+    for row in range(len(challenge.metadata)):
+        path = challenge.photo(row)
+        (path.parent / f"._{path.name}").write_bytes(b"junk")
+    junk = challenge.folder / f"{challenge.prefix}_Input" / "__MACOSX"
+    junk.mkdir()
+    (junk / challenge.photo(0).name).write_bytes(b"junk")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda challenge: archive_layout(challenge, "supplements"),
+        lambda challenge: archive_layout(challenge, "."),
+        nested_twice,
+        plain_metadata,
+        windows_tables,
+        floats_and_capitals,
+        macos_leftovers,
+        lambda challenge: challenge.folder.joinpath("old").mkdir(),
+    ],
+    ids=["archive", "archive-flat", "nested", "metadata.csv", "crlf-bom", "floats", "macos", "empty-subfolder"],
+)
+def test_layouts_read_alike(make_challenge: Make, change: Callable[[Challenge], Any]) -> None:
+    challenge = make_challenge()
+    expected = read_challenge(challenge.folder)
+    change(challenge)
+    dataset = read_challenge(challenge.folder)
+    assert content(dataset) == content(expected)
+    assert dataset.labelled and dataset.concepts == expected.concepts
+    assert all(path and Path(path).is_file() for lesion in dataset.lesions for path in lesion.images.values())
+
+
+def test_test_folder_has_no_labels(make_challenge: Make) -> None:
+    dataset = read_challenge(make_challenge(prefix="MILK10k_Test", labelled=False).folder)
+    assert not dataset.labelled
+    assert {lesion.label for lesion in dataset.lesions} == {UNLABELLED}
+
+
+def test_partly_labelled(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    challenge.truth[2].update(dict.fromkeys(DIAGNOSES, ""))
+    del challenge.truth[5]
+    dataset = read_challenge(challenge.write().folder)
+    assert [i for i, lesion in enumerate(dataset.lesions) if lesion.label == UNLABELLED] == [2, 5]
+    assert "2 of 22 lesions without a diagnosis" in dataset.notes
+
+
+def test_training_and_test_in_one_folder(make_challenge: Make) -> None:
+    training = make_challenge(lesions=4)
+    test = make_challenge(lesions=3, prefix="MILK10k_Test", labelled=False)
+    with pytest.raises(DataError, match="name the one to read"):
+        read_challenge(test.folder)
+    assert len(read_challenge(training.metadata_path).lesions) == 4
+    dataset = read_challenge(test.metadata_path)
+    assert len(dataset.lesions) == 3 and not dataset.labelled
+    assert not any("no row" in note for note in dataset.notes)
+
+
+def test_concepts_come_from_the_table(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    for row in challenge.metadata:
+        del row["MONET_hair"]
+        row["MONET_scale"] = 0.25
+    challenge.metadata[0]["MONET_scale"] = ""
+    dataset = read_challenge(challenge.write().folder)
+    assert len(dataset.concepts) == 14
+    assert "clinical/hair" not in dataset.concepts
+    place = dataset.concepts.index("clinical/scale")
+    assert math.isnan(dataset.lesions[0].concepts[place]) and dataset.lesions[1].concepts[place] == 0.25
+
+
+def test_patients_are_groups(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    for i, row in enumerate(challenge.metadata):
+        row["patient_id"] = f"P{i // 8}" if i < 16 else ""
+    groups = [lesion.group for lesion in read_challenge(challenge.write().folder).lesions]
+    assert groups[:8] == ["P0"] * 4 + ["P1"] * 4
+    assert groups[8] == challenge.metadata[16]["lesion_id"]
+    challenge.metadata[1]["patient_id"] = "P7"
+    with pytest.raises(DataError, match=r"row 3: lesion IL_1000 belongs to two patients \(P0, P7\)"):
+        read_challenge(challenge.write().folder)
+
+
+def test_missing_view_is_marked(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    del challenge.metadata[1]
+    challenge.photo(4).unlink()
+    with pytest.raises(DataError, match="missing_view=mark"):
+        read_challenge(challenge.write().folder)
+    dataset = read_challenge(challenge.folder, missing_view="mark")
+    first, third = dataset.lesions[0], dataset.lesions[2]
+    assert first.images["clinical"] and first.images["dermoscopic"] is None
+    assert not any(map(math.isnan, first.concepts[:7])) and all(map(math.isnan, first.concepts[7:]))
+    # The file is gone but its row is not: the scores are still known.
+    assert third.images["dermoscopic"] is None and not any(map(math.isnan, third.concepts))
+    assert "2 of 22 lesions with one photo, the other view marked missing" in dataset.notes
+
+
+def test_notes_count_what_nobody_names(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    challenge.metadata = challenge.metadata[:-4]
+    notes = read_challenge(challenge.write().folder).notes
+    assert f"2 rows of {challenge.truth_path} name a lesion that {challenge.metadata_path.name} lacks" in notes
+    assert f"4 photos that no row of {challenge.metadata_path.name} names" in notes
+
+
+def edit(row: int, **cells: Any) -> Callable[[Challenge], None]:
+    return lambda challenge: challenge.metadata[row].update(cells)
+
+
+def edit_truth(row: int, **cells: Any) -> Callable[[Challenge], None]:
+    return lambda challenge: challenge.truth[row].update(cells)
+
+
+def without(table: str, column: str) -> Callable[[Challenge], None]:
+    return lambda challenge: [row.pop(column) for row in getattr(challenge, table)] and None
+
+
+BROKEN = {
+    "column": (without("metadata", "site"), r"Metadata.csv: column 'site' is missing"),
+    "truth column": (without("truth", "DF"), r"GroundTruth.csv: column 'DF' is missing"),
+    "no scores": (
+        lambda c: [r.pop(k) for r in c.metadata for k in list(r) if k.startswith("MONET_")],
+        r"Metadata.csv: no column starts with MONET_",
+    ),
+    "one photo": (lambda c: c.metadata.pop(5), r"row 6: lesion IL_1014 has one photo only, no dermoscopic one"),
+    "no photo file": (lambda c: c.photo(7).unlink(), r"row 9: no photo ISIC_5007.jpg of lesion IL_1021"),
+    "doubled lesion": (lambda c: c.truth.append(c.truth[3]), r"row 24: lesion IL_1021 is there twice.*row 5"),
+    "doubled rows": (lambda c: c.metadata.append(c.metadata[3]), r"row 46: lesion IL_1007 has two dermoscopic"),
+    "doubled view": (edit(3, image_type="clinical: close-up"), r"row 5: lesion IL_1007 has two clinical.*row 4"),
+    "doubled photo": (edit(3, isic_id="ISIC_5000"), r"row 5: photo ISIC_5000 is there twice.*row 2"),
+    "no photo name": (edit(3, isic_id=""), r"row 5: isic_id is empty"),
+    "image type": (edit(3, image_type="overview"), r"row 5: unknown image_type 'overview'"),
+    "sex": (edit(3, sex="mal"), r"row 5: unknown sex 'mal'"),
+    "site": (edit(3, site="torso"), r"row 5: unknown site 'torso'"),
+    "skin tone": (edit(3, skin_tone_class=6), r"row 5: unknown skin_tone_class '6'"),
+    "age": (edit(3, age_approx="old"), r"row 5: age_approx 'old'"),
+    "age infinite": (edit(3, age_approx="inf"), r"row 5: age_approx 'inf'"),
+    "age negative": (edit(3, age_approx=-5), r"row 5: age_approx '-5'"),
+    "ages differ": (edit(3, age_approx=80), r"row 5: the photos of lesion IL_1007 differ in age_approx"),
+    "score high": (edit(3, MONET_hair=1.5), r"row 5: MONET_hair '1.5'"),
+    "score text": (edit(3, MONET_hair="high"), r"row 5: MONET_hair 'high'"),
+    "lesion id": (edit(3, lesion_id="IL.7"), r"row 5: lesion_id 'IL.7'"),
+    "diagnosis": (lambda c: [r.update(SCC=0.0) for r in c.truth], r"GroundTruth.csv: unknown diagnosis 'SCC'"),
+    "two labels": (edit_truth(3, NV=1.0), r"GroundTruth.csv, row 5: lesion IL_1021 needs a single 1"),
+    "no label": (edit_truth(3, BKL=0.0), r"GroundTruth.csv, row 5: lesion IL_1021 needs a single 1"),
+    "label text": (edit_truth(3, BKL="yes"), r"GroundTruth.csv, row 5: lesion IL_1021 needs a single 1"),
+    "label half": (edit_truth(3, BKL=0.5, NV=0.5), r"GroundTruth.csv, row 5: lesion IL_1021 needs a single 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_tables_are_refused(make_challenge: Make, name: str) -> None:
+    challenge = make_challenge()
+    change, message = BROKEN[name]
+    change(challenge)
+    with pytest.raises(DataError, match=message) as caught:
+        read_challenge(challenge.write().folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\xff\xfe\x00", "not a readable CSV in UTF-8"),
+        (b"lesion_id,lesion_id\n", "column 'lesion_id' appears twice"),
+        (b"lesion,image_type,isic_id\n", "column 'lesion_id' is missing from the header; is 'lesion' meant?"),
+    ],
+)
+def test_unreadable_tables_are_refused(make_challenge: Make, text: bytes, message: str) -> None:
+    challenge = make_challenge(lesions=2)
+    challenge.metadata_path.write_bytes(text)
+    with pytest.raises(DataError, match=message.replace("?", r"\?")) as caught:
+        read_challenge(challenge.folder)
+    assert "\n" not in str(caught.value) and str(challenge.metadata_path) in str(caught.value)
+
+
+def test_short_row_is_refused(make_challenge: Make) -> None:
+    challenge = make_challenge(lesions=2)
+    lines = challenge.metadata_path.read_text().splitlines()
+    challenge.metadata_path.write_text("\n".join([*lines[:3], "", lines[3].rpartition(",")[0], lines[4]]))
+    with pytest.raises(DataError, match="row 5: 16 cells, the header has 17"):
+        read_challenge(challenge.folder)
+
+
+def test_missing_files_are_refused(make_challenge: Make, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        read_challenge(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no \*_Metadata.csv"):
+        read_challenge(tmp_path / "empty")
+    challenge = make_challenge(lesions=2)
+    challenge.truth_path.unlink()
+    with pytest.raises(DataError, match=r"no ground truth beside it; put MILK10k_Training_GroundTruth.csv there"):
+        read_challenge(challenge.folder)
+
+
+REAL = Path(__file__).parents[3] / "shared" / "milk10k_original"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")
+def test_real_folder() -> None:
+    dataset = read_challenge(REAL)
+    assert dataset.concepts == CONCEPTS and dataset.labelled
+    assert len(dataset.lesions) > 300 and {lesion.label for lesion in dataset.lesions} == set(range(11))

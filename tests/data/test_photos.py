@@ -1,0 +1,154 @@
+"""Photos keep their pixels, lose their private metadata, and are refused when a byte of the picture is missing."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.conftest import draw_photo
+from triderm_dist.data.photos import PhotoError, check_photo, prepare_photo, strip_metadata
+
+SECRETS = (b"Exif\0\0", b"http://ns.adobe.com", b"Canon", b"a comment", b"ICC_PROFILE", b"after the end")
+
+
+def encode(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **{"format": "JPEG", "quality": 85, **options})
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x010F] = "Canon"
+    tags[0x0112] = orientation
+    tags.get_ifd(0x8825)[1] = "N"  # GPS
+    return tags
+
+
+def loaded(orientation: int = 1, **options: object) -> bytes:
+    """A JPEG with everything that a camera and an editor leave behind."""
+    return (
+        encode(
+            draw_photo(0),
+            exif=exif(orientation),
+            xmp=b"<x:xmpmeta/>",
+            comment=b"a comment",
+            icc_profile=b"p" * 100,
+            **options,
+        )
+        + b"after the end"
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}, {"keep_rgb": True}]
+)
+def test_metadata_goes_and_pixels_stay(options: dict[str, object]) -> None:
+    data = loaded(**options)
+    assert all(secret in data for secret in SECRETS)
+    clean = prepare_photo(data, short_side=36)
+    assert not any(secret in clean for secret in SECRETS)
+    np.testing.assert_array_equal(pixels(clean), pixels(data))
+    # The coded pixels are the very bytes of the file: quantisation tables to end marker hold no metadata.
+    start, end = data.index(b"\xff\xdb"), data.index(b"after the end")
+    assert clean.endswith(data[start:end])
+    assert strip_metadata(clean) == clean
+
+
+def test_adobe_colour_transform_stays() -> None:
+    """CMYK and RGB JPEGs are told from YCbCr by Adobe's segment; dropping it would change every colour."""
+    image = draw_photo(1).convert("CMYK")
+    data = encode(image)
+    assert b"Adobe" in strip_metadata(data)
+    np.testing.assert_array_equal(pixels(strip_metadata(data)), pixels(data))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("short_side", [None, 20])
+def test_orientation_is_applied(orientation: int, short_side: int | None) -> None:
+    stored = Image.fromarray(np.zeros((36, 48, 3), np.uint8))
+    stored.paste((255, 0, 0), (0, 0, 24, 18))  # a red corner shows where up is
+    expected = np.asarray(stored).copy()
+    steps = {2: ("x",), 3: ("x", "y"), 4: ("y",), 5: ("t",), 6: ("t", "x"), 7: ("t", "x", "y"), 8: ("t", "y")}
+    for step in steps.get(orientation, ()):
+        expected = {"x": expected[:, ::-1], "y": expected[::-1], "t": expected.swapaxes(0, 1)}[step]
+    result = pixels(prepare_photo(encode(stored, exif=exif(orientation), quality=95), short_side))
+    if short_side is None:
+        assert result.shape == expected.shape
+    else:
+        assert min(result.shape[:2]) == short_side and (result.shape[0] > result.shape[1]) == (orientation > 4)
+    corner = lambda image: [image[y, x, 0] > 128 for y in (3, -4) for x in (3, -4)]  # noqa: E731
+    assert corner(result) == corner(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(8, 300), height=st.integers(8, 300), short_side=st.integers(8, 100))
+def test_short_side(width: int, height: int, short_side: int) -> None:
+    data = encode(draw_photo(2, (width, height)))
+    rows, columns = pixels(prepare_photo(data, short_side)).shape[:2]
+    scale = min(1.0, short_side / min(width, height))
+    assert (columns, rows) == (round(width * scale), round(height * scale))
+
+
+def test_reduction_is_lanczos() -> None:
+    image = draw_photo(3, (180, 120))
+    data = encode(image, quality=95)
+    reference = Image.fromarray(pixels(data)).resize((90, 60), Image.Resampling.LANCZOS)
+    difference = pixels(prepare_photo(data, 60)).astype(int) - np.asarray(reference).astype(int)
+    assert np.abs(difference).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG")]
+)
+def test_other_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
+    image = draw_photo(4)
+    data = encode(image.quantize(64) if mode == "P" else image.convert(mode), format=kind)
+    with Image.open(io.BytesIO(prepare_photo(data, None))) as result:
+        assert (result.format, result.mode, result.size) == ("JPEG", "RGB", (48, 36))
+        difference = np.asarray(result).astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(difference).mean() < 8  # the steps of a palette blur in a JPEG
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_cut_is_found(progressive: bool) -> None:
+    data = encode(draw_photo(5, (96, 72)), progressive=progressive)
+    for length in range(len(data)):
+        with pytest.raises(PhotoError):
+            prepare_photo(data[:length], 36)
+    check_photo(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not a photo", bytes(1000), encode(draw_photo(6), format="GIF"), encode(draw_photo(6), format="PNG")[:400]],
+    ids=["empty", "text", "zeros", "gif", "cut png"],
+)
+def test_other_files_are_refused(data: bytes) -> None:
+    with pytest.raises(PhotoError) as caught:
+        prepare_photo(data, 36)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_zero_filled_tail_is_found() -> None:
+    """A download that was reserved but not finished; decoders show grey and say nothing."""
+    data = encode(draw_photo(7, (96, 72)))
+    with pytest.raises(PhotoError, match="truncated"):
+        prepare_photo(data[: len(data) // 2] + bytes(len(data) - len(data) // 2), 36)
+
+
+def test_broken_exif_is_no_obstacle() -> None:
+    data = loaded()
+    place = data.index(b"Exif\0\0") + 6
+    broken = data[:place] + b"\xff" * 12 + data[place + 12 :]
+    np.testing.assert_array_equal(pixels(prepare_photo(broken, 36)), pixels(data))

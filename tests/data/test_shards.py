@@ -1,0 +1,318 @@
+"""Shards hold what the folder held, any tar reader agrees with the index, and damage is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from tests.conftest import Challenge
+from triderm_dist.data.milk10k import Dataset, read_challenge
+from triderm_dist.data.shards import (
+    ShardIndex,
+    pack_shards,
+    read_index,
+    read_photo_bytes,
+    verify_samples,
+    verify_shards,
+)
+from triderm_dist.schema import DIAGNOSES, VIEWS, DataError
+
+Make = Callable[..., Challenge]
+
+
+def pack(dataset: Dataset, output: Path, **options: Any) -> ShardIndex:
+    return pack_shards(dataset, output, **{"short_side": 24, "shard_samples": 5, **options})
+
+
+@pytest.fixture
+def dataset(make_challenge: Make) -> Dataset:
+    """22 lesions, one without a dermoscopic photo, one without a diagnosis."""
+    challenge = make_challenge()
+    del challenge.metadata[9]
+    challenge.truth[7].update(dict.fromkeys(DIAGNOSES, ""))
+    return read_challenge(challenge.write().folder, missing_view="mark")
+
+
+def test_index_holds_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
+    index = pack(dataset, tmp_path / "out")
+    order = {lesion.lesion_id: lesion for lesion in dataset.lesions}
+    lesions = [order[name] for name in index.lesion_ids]
+    assert len(index) == len(dataset.lesions) == len(set(index.lesion_ids))
+    assert [shard.samples for shard in index.shards] == [5, 5, 5, 5, 2]
+    assert index.shard.tolist() == [row // 5 for row in range(22)]
+    assert index.labels.tolist() == [lesion.label for lesion in lesions]
+    assert index.groups.tolist() == [lesion.group for lesion in lesions]
+    np.testing.assert_array_equal(index.concept_scores, np.float32([lesion.concepts for lesion in lesions]))
+    np.testing.assert_array_equal(index.metadata, np.float32([lesion.metadata for lesion in lesions]))
+    assert index.concepts == dataset.concepts and index.diagnoses == DIAGNOSES
+    types = {name: getattr(index, name).dtype for name in ("labels", "shard", "offsets", "sizes", "concept_scores")}
+    assert list(types.values()) == [np.int64, np.int32, np.int64, np.int64, np.float32]
+    assert index.counts()["unlabelled"] == 1 and sum(index.counts().values()) == 22
+    missing = np.argwhere(index.sizes == 0)
+    assert [(index.lesion_ids[row], VIEWS[view]) for row, view in missing] == [("IL_1028", "dermoscopic")]
+    assert index.fingerprint == hashlib.sha256((tmp_path / "out" / "index.json").read_bytes()).hexdigest()
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_webdataset_reads_the_same_samples(dataset: Dataset, tmp_path: Path) -> None:
+    """A plain reader, in the order of the index: ids, photo bytes, labels, scores."""
+    index = pack(dataset, tmp_path / "out")
+    urls = [str(tmp_path / "out" / shard.url) for shard in index.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == index.lesion_ids.tolist()
+    for row, sample in enumerate(samples):
+        for view in VIEWS:
+            assert sample.get(f"{view}.jpg", b"") == read_photo_bytes(index, row, view)
+        record = json.loads(sample["json"])
+        label = int(index.labels[row])
+        assert record["label"] == (DIAGNOSES[label] if label >= 0 else None)
+        assert record["lesion_id"] == index.lesion_ids[row] and record["group"] == index.groups[row]
+        scores = [math.nan if score is None else score for score in record["concepts"].values()]
+        np.testing.assert_array_equal(np.float32(scores), index.concept_scores[row])
+        assert tuple(record["concepts"]) == index.concepts
+        age = index.metadata[row, 0]
+        assert record["metadata"]["age"] == (None if np.isnan(age) else age)
+        assert record["metadata"]["sex"] in ("male", "female")
+
+
+def test_photos_are_reduced_or_kept(make_challenge: Make, tmp_path: Path) -> None:
+    dataset = read_challenge(make_challenge(lesions=3).folder)
+    reduced, kept = pack(dataset, tmp_path / "small"), pack(dataset, tmp_path / "whole", short_side=None)
+    for lesion in dataset.lesions:
+        original = Path(str(lesion.images["clinical"])).read_bytes()
+        for index, size in ((reduced, (32, 24)), (kept, (48, 36))):
+            row = index.lesion_ids.tolist().index(lesion.lesion_id)
+            data = read_photo_bytes(index, row, "clinical")
+            assert Image.open(io.BytesIO(data)).size == size
+            if index is kept:
+                assert data == original  # no metadata to strip in these
+
+
+def test_bytes_depend_on_the_input_only(dataset: Dataset, tmp_path: Path) -> None:
+    shuffled = dataclasses.replace(dataset, lesions=dataset.lesions[::-1])
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    pack(dataset, folders[0], workers=1)
+    pack(dataset, folders[1], workers=7)
+    pack(shuffled, folders[2])
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert contents[0] == contents[1] == contents[2]
+    with tarfile.open(folders[0] / "shard-000000.tar") as tar:
+        members = tar.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+
+
+def test_shards_mix_diagnoses(make_challenge: Make, tmp_path: Path) -> None:
+    challenge = make_challenge(lesions=44)
+    challenge.truth.sort(key=lambda row: [row[name] for name in DIAGNOSES])
+    index = pack(read_challenge(challenge.folder), tmp_path / "out", shard_samples=22)
+    assert all(len(np.unique(index.labels[index.shard == shard])) >= 7 for shard in (0, 1))
+
+
+def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
+    """The same input is not packed twice; another input or setting never overwrites."""
+    output = tmp_path / "out"
+    output.mkdir()  # an empty folder is no obstacle
+    first = pack(dataset, output)
+    stamps = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert pack(dataset, output, workers=1).fingerprint == first.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == stamps
+    relabelled = dataclasses.replace(dataset.lesions[0], label=3)
+    others = [
+        lambda: pack(dataset, output, short_side=25),
+        lambda: pack(dataclasses.replace(dataset, lesions=dataset.lesions[1:]), output),
+        lambda: pack(dataclasses.replace(dataset, lesions=[relabelled, *dataset.lesions[1:]]), output),
+    ]
+    for other in others:
+        with pytest.raises(DataError, match="other data or with other settings; choose another output folder"):
+            other()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(DataError, match="holds no packed shards"):
+        pack(dataset, tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_a_killed_run_leaves_no_obstacle(dataset: Dataset, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pack(dataset, tmp_path / "out", progress=kill)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "shard-000000.tar").write_bytes(b"half")
+    calls: list[tuple[int, int]] = []
+    pack(dataset, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 22) for done in range(1, 23)]
+
+
+def test_unreadable_photos(make_challenge: Make, tmp_path: Path) -> None:
+    challenge = make_challenge()
+    for row in (8, 30):
+        path = challenge.photo(row)
+        path.write_bytes(path.read_bytes()[:-40])
+    dataset = read_challenge(challenge.folder)
+    with pytest.raises(DataError, match=r"ISIC_5\d+\.jpg: truncated.*2 of 22 lesions.*invalid=drop"):
+        pack(dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    index = pack(dataset, tmp_path / "out", invalid="drop")
+    assert len(index) == 20 and not {"IL_1028", "IL_1105"} & set(index.lesion_ids)
+    assert len(index.problems) == 2 and all("truncated" in problem for problem in index.problems)
+    assert [shard.samples for shard in index.shards] == [5, 5, 5, 5]
+    verify_samples(index)
+    for row in range(44):
+        challenge.photo(row).write_bytes(b"")
+    with pytest.raises(DataError, match="no lesion is left to pack"):
+        pack(read_challenge(challenge.folder), tmp_path / "none", invalid="drop")
+
+
+def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> None:
+    """Names over the 100 bytes of a plain tar header take further blocks; offsets must follow."""
+    challenge = make_challenge(lesions=3)
+    old = challenge.metadata[0]["lesion_id"]
+    for row in [*challenge.metadata[:2], challenge.truth[0]]:
+        row["lesion_id"] = "Läsion" + "x" * 74
+    (challenge.photo(2).parents[1] / old).rename(challenge.photo(0).parent)
+    index = pack(read_challenge(challenge.write().folder), tmp_path / "out")
+    verify_samples(index)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    raw = json.loads((folder / "index.json").read_text())
+    change(raw)
+    (folder / "index.json").write_text(json.dumps(raw))
+
+
+def flip_byte(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def set_url(url: str) -> Callable[[Path], None]:
+    return lambda folder: edit_index(folder, lambda raw: raw["shards"][1].update(url=url))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no index": (lambda f: (f / "index.json").unlink(), "no index.json here"),
+    "not json": (lambda f: (f / "index.json").write_text("{"), "not readable as JSON"),
+    "list": (lambda f: (f / "index.json").write_text("[]"), "not an index of shards"),
+    "format": (
+        lambda f: edit_index(f, lambda raw: raw.update(format="other")),
+        "'other' version 1, this program reads",
+    ),
+    "version": (lambda f: edit_index(f, lambda raw: raw.update(version=2)), "version 2, this program reads"),
+    "key": (lambda f: edit_index(f, lambda raw: raw.pop("concepts")), "incomplete .KeyError: 'concepts'"),
+    "diagnoses": (lambda f: edit_index(f, lambda raw: raw["diagnoses"].reverse()), "diagnoses are not those"),
+    "missing shard": (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar: missing"),
+    "short shard": (lambda f: (f / "shard-000001.tar").write_bytes(b"short"), "shard-000001.tar: 5 bytes, index.json"),
+    "missing rows": (lambda f: (f / "samples.parquet").unlink(), "samples.parquet: missing"),
+    "pipe": (set_url("pipe:cat /etc/passwd"), "'pipe:cat /etc/passwd' is not a file name"),
+    "outside": (set_url("../shard-000001.tar"), "'../shard-000001.tar' is not a file name"),
+    "absolute": (set_url("/tmp/shard-000001.tar"), "is not a file name"),
+    "counts": (
+        lambda f: edit_index(f, lambda raw: raw["shards"][0].update(samples=4)),
+        "not those that index.json counts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_folders_are_refused(make_challenge: Make, tmp_path: Path, name: str) -> None:
+    pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
+    change, message = DAMAGE[name]
+    change(tmp_path / "out")
+    with pytest.raises(DataError, match=message) as caught:
+        read_index(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder; pack a challenge folder"):
+        read_index(tmp_path / "absent")
+
+
+def test_checksums(make_challenge: Make, tmp_path: Path) -> None:
+    index = pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
+    read_index(tmp_path / "out", verify=True)
+    shard = tmp_path / "out" / "shard-000001.tar"
+    expected, offset = index.shards[1].sha256, int(index.offsets[7, 0])
+    flip_byte(shard, offset + 300)
+    actual = hashlib.sha256(shard.read_bytes()).hexdigest()
+    read_index(tmp_path / "out")  # sizes are still right
+    for check in (lambda: read_index(tmp_path / "out", verify=True), lambda: verify_shards(index)):
+        with pytest.raises(DataError, match=rf"shard-000001.tar: checksum {actual[:16]}.*{expected[:16]}.*pack"):
+            check()
+    flip_byte(shard, offset + 300)
+    flip_byte(tmp_path / "out" / "samples.parquet", 200)
+    with pytest.raises(DataError, match=r"samples.parquet: checksum"):
+        read_index(tmp_path / "out", verify=True)
+
+
+def test_rows_out_of_range_are_refused(make_challenge: Make, tmp_path: Path) -> None:
+    pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
+    path = tmp_path / "out" / "samples.parquet"
+    table = pq.read_table(path)
+    far = table.column("clinical_offset").to_numpy() + 10**7
+    pq.write_table(table.set_column(4, table.schema.field(4), [far]), path)
+    edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+    with pytest.raises(DataError, match="an offset or a label is out of range"):
+        read_index(tmp_path / "out")
+    pq.write_table(table.drop_columns("group"), path)
+    edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+    with pytest.raises(DataError, match="its columns are not those"):
+        read_index(tmp_path / "out")
+
+
+def test_samples_that_differ_from_the_index(make_challenge: Make, tmp_path: Path) -> None:
+    index = pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
+    swapped = index.lesion_ids.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    with pytest.raises(DataError, match=r"shard-000000.tar, lesion .* webdataset reads .* in its place"):
+        verify_samples(dataclasses.replace(index, lesion_ids=swapped))
+    offsets = index.offsets.copy()
+    offsets[6, 1] += 1
+    with pytest.raises(DataError, match=r"the dermoscopic photo is not where samples.parquet says"):
+        verify_samples(dataclasses.replace(index, offsets=offsets))
+    start = int(index.offsets[2, 0])
+    path = tmp_path / "out" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:start] + b"xx" + path.read_bytes()[start + 2 :])
+    with pytest.raises(DataError, match=f"lesion {index.lesion_ids[2]}: the clinical photo does not decode"):
+        verify_samples(index)
+
+
+REAL = Path(__file__).parents[3] / "shared" / "milk10k_original"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")
+def test_real_photos(tmp_path: Path) -> None:
+    dataset = read_challenge(REAL)
+    few = dataclasses.replace(dataset, lesions=dataset.lesions[:24])
+    index = pack_shards(few, tmp_path / "out", short_side=None)
+    for row in range(len(index)):
+        lesion = next(lesion for lesion in few.lesions if lesion.lesion_id == index.lesion_ids[row])
+        for view in VIEWS:
+            data = read_photo_bytes(index, row, view)
+            original = Image.open(str(lesion.images[view]))
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(original))
+            assert b"adobe" not in data.lower() and b"photoshop" not in data.lower()

@@ -1,0 +1,109 @@
+"""Broken data through the real program: exit status 2, one line on stderr that says where, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Challenge
+
+ROOT = Path(__file__).parents[1]
+Make = Callable[..., Challenge]
+
+
+def run(program: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", program, *settings]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def truncate(challenge: Challenge) -> None:
+    path = challenge.photo(4)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def forget_folder(challenge: Challenge) -> None:
+    challenge.folder = challenge.folder.with_name("absent")
+
+
+def cut_column(challenge: Challenge) -> None:
+    for row in challenge.metadata:
+        del row["sex"]
+
+
+def rename_diagnosis(challenge: Challenge) -> None:
+    challenge.truth = [{("SCC" if name == "SCCKA" else name): v for name, v in row.items()} for row in challenge.truth]
+
+
+BROKEN: dict[str, tuple[Callable[[Challenge], Any], str]] = {
+    "missing folder": (forget_folder, "absent: no such folder"),
+    "missing table": (lambda c: c.metadata_path.rename(c.folder / "tables.csv"), "no *_Metadata.csv"),
+    "missing column": (cut_column, "MILK10k_Training_Metadata.csv: column 'sex' is missing"),
+    "one photo only": (lambda c: c.metadata.pop(5), "row 6: lesion IL_1014 has one photo only"),
+    "missing photo": (lambda c: c.photo(5).unlink(), "row 7: no photo ISIC_5005.jpg of lesion IL_1014"),
+    "truncated photo": (truncate, "ISIC_5004.jpg: truncated"),
+    "unknown diagnosis": (rename_diagnosis, "MILK10k_Training_GroundTruth.csv: column 'SCCKA' is missing"),
+    "extra diagnosis": (lambda c: [r.update(SCC=0.0) for r in c.truth], "unknown diagnosis 'SCC' in the header"),
+    "doubled lesion": (lambda c: c.truth.append(c.truth[1]), "row 13: lesion IL_1007 is there twice"),
+    "doubled view": (lambda c: c.metadata[5].update(image_type="clinical: close-up"), "row 7: lesion IL_1014 has two"),
+    "unknown site": (lambda c: c.metadata[5].update(site="torso"), "row 7: unknown site 'torso'"),
+    "score over one": (lambda c: c.metadata[5].update(MONET_hair=2), "row 7: MONET_hair '2'"),
+    "age as text": (lambda c: c.metadata[5].update(age_approx="old"), "row 7: age_approx 'old'"),
+    "two diagnoses": (lambda c: c.truth[5].update(AKIEC=1.0), "row 7: lesion IL_1035 needs a single 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_pack_refuses(make_challenge: Make, tmp_path: Path, name: str) -> None:
+    challenge = make_challenge(lesions=11)
+    change, message = BROKEN[name]
+    change(challenge)
+    if challenge.folder.exists() and challenge.metadata_path.exists():
+        challenge.write()
+    output = tmp_path / "shards"
+    result = run("shards.pack", f"source={challenge.folder}", f"output={output}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
+    assert message in result.stderr
+    assert not output.exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_what_a_setting_allows(make_challenge: Make, tmp_path: Path) -> None:
+    """One photo only is kept with the view marked, an unreadable photo drops its lesion; `verify` is content."""
+    challenge = make_challenge(lesions=11)
+    del challenge.metadata[1]
+    truncate(challenge.write())
+    output = tmp_path / "shards"
+    packed = run("shards.pack", f"source={challenge.folder}", f"output={output}", "missing_view=mark", "invalid=drop")
+    assert packed.returncode == 0 and packed.stderr == ""
+    assert "note: 1 of 11 lesions with one photo" in packed.stdout
+    assert "dropped: lesion IL_1014" in packed.stdout and "10 lesions, 1 shards" in packed.stdout
+    verified = run("shards.verify", f"folder={output}")
+    assert verified.returncode == 0 and "19 photos (1 views missing)" in verified.stdout
+
+    shard = output / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 255
+    shard.write_bytes(data)
+    refused = run("shards.verify", f"folder={output}")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"error: {shard}: checksum ")
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "message"),
+    [
+        ("shards.pack", ["sorce=x", "output=y"], "unknown setting 'sorce'; did you mean 'source'?"),
+        ("shards.pack", ["source=x"], "output: field required"),
+        ("shards.verify", ["folder=absent"], "absent: no such folder"),
+        ("shards.demo", ["output=y", "lesions=3"], "lesions: input should be greater than or equal to 100"),
+    ],
+)
+def test_bad_settings(program: str, settings: list[str], message: str) -> None:
+    result = run(program, *settings)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
