@@ -61,6 +61,24 @@ def test_grouped_folds_are_near_the_right_size() -> None:
     np.testing.assert_allclose(held, np.tile(held.mean(axis=0), (5, 1)), atol=2)
 
 
+def test_rare_labels_weigh_more() -> None:
+    """Three patients fill three folds with common lesions; five patients with a rare one still go to one fold each."""
+    content = [[0] * 20] * 3 + [[0, 1]] * 5 + [[0]] * 100
+    labels = np.concatenate(content)
+    groups = [f"P{i}" for i, rows in enumerate(content) for _ in rows]
+    held = table(labels, assign_folds(labels, groups, 5, 0), 5)
+    assert held[:, 1].tolist() == [1] * 5 and np.ptp(held[:, 0]) <= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_patient_moves_where_placing_one_by_one_fails(seed: int) -> None:
+    """Here the cheapest fold for each patient in turn would leave a label in one fold."""
+    content = {"a": [0, 2, 2], "b": [2, 2, 1, 1], "c": [1, 0], "d": [1], "e": [2]}
+    labels = np.concatenate(list(content.values()))
+    groups = [name for name, rows in content.items() for _ in rows]
+    assert (table(labels, assign_folds(labels, groups, 2, seed), 2) > 0).all()
+
+
 def test_rare_label_tied_to_a_common_one() -> None:
     """Two patients hold the rare label and drag many common lesions; they still part."""
     labels = np.array([1] + [0] * 50 + [1] + [0] * 50 + [0] * 10)

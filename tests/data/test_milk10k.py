@@ -117,7 +117,7 @@ def test_layouts_read_alike(make_challenge: Make, change: Callable[[Challenge], 
     change(challenge)
     dataset = read_challenge(challenge.folder)
     assert content(dataset) == content(expected)
-    assert dataset.labelled and dataset.concepts == expected.concepts
+    assert dataset.labelled and dataset.concepts == expected.concepts and dataset.notes == expected.notes
     assert all(path and Path(path).is_file() for lesion in dataset.lesions for path in lesion.images.values())
 
 

@@ -22,6 +22,8 @@ from tests.conftest import Challenge
 from triderm_dist.data.milk10k import Dataset, read_challenge
 from triderm_dist.data.shards import (
     ShardIndex,
+    _in_order,
+    _TarWriter,
     pack_shards,
     read_index,
     read_photo_bytes,
@@ -194,6 +196,33 @@ def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> N
     verify_samples(index)
 
 
+def test_tar_offsets(tmp_path: Path) -> None:
+    """Members of every awkward size lie where `add` says, and Python's own reader finds nothing else."""
+    members = {f"m{size}": bytes([size % 251]) * size for size in (1, 511, 512, 513, 1024, 9999)}
+    writer = _TarWriter(tmp_path / "a.tar")
+    offsets = [writer.add(name, data) for name, data in members.items()]
+    shard = writer.close()
+    data = (tmp_path / "a.tar").read_bytes()
+    assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert [(m.name, m.offset_data) for m in tar.getmembers()] == list(zip(members, offsets, strict=True))
+    for offset, content in zip(offsets, members.values(), strict=True):
+        assert data[offset : offset + len(content)] == content
+    assert len(data) == tarfile.RECORDSIZE * -(-len(data) // tarfile.RECORDSIZE)
+
+
+def test_threads_keep_order_and_do_not_run_ahead() -> None:
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        return item * item
+
+    for done, (item, result) in enumerate(_in_order(work, range(100), workers=3), start=1):
+        assert result == item * item == (done - 1) ** 2
+        assert len(started) <= done + 12
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +256,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar: missing"),
     "short shard": (lambda f: (f / "shard-000001.tar").write_bytes(b"short"), "shard-000001.tar: 5 bytes, index.json"),
     "missing rows": (lambda f: (f / "samples.parquet").unlink(), "samples.parquet: missing"),
-    "pipe": (set_url("pipe:cat /etc/passwd"), "'pipe:cat /etc/passwd' is not a file name"),
+    "pipe": (set_url("pipe:cat secret.tar"), "'pipe:cat secret.tar' is not a file name"),
     "outside": (set_url("../shard-000001.tar"), "'../shard-000001.tar' is not a file name"),
     "absolute": (set_url("/tmp/shard-000001.tar"), "is not a file name"),
     "counts": (

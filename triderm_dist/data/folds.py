@@ -15,10 +15,10 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     Rows of one group share a fold. Where every group is one row, the counts of each label differ by at most 1 over the
     folds, and so do the sizes of the folds. Larger groups are placed first, largest first, each where it least
     increases the sum over labels and folds of count^2 / total, which weighs a rare label's counts more; the single
-    rows then level what is left. No label with two groups or more sits in one fold only, so that none vanishes from a
-    training part. Depends on the ids and the seed, not on the order of the rows.
+    rows then level what is left. A label with two groups or more never sits in one fold only, so that none vanishes
+    from a training part. Depends on the ids and the seed, not on the order of the rows.
 
-    Raises DataError for fewer groups than folds, or where groups tie the labels so that some label can't be spread.
+    Raises DataError for fewer groups than folds, or where groups tie labels together so that no such folds are found.
     """
     labels = np.asarray(labels, dtype=np.int64)
     result = np.full(len(labels), -1, dtype=np.int64)
@@ -56,7 +56,7 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     for label in np.flatnonzero(_confined(counts)):
         if len(np.unique(group_of_row[class_of_row == label])) > 1:
             raise DataError(
-                f"label {classes[label]} can't be kept in every training part with {folds} folds, "
+                f"no {folds} folds are found that leave label {classes[label]} in every training part, "
                 "since its groups are tied to other rare labels; use more folds"
             )
     result[rows] = fold_of_group[group_of_row]
@@ -74,12 +74,9 @@ def _content(groups: np.ndarray, group_of_row: np.ndarray, class_of_row: np.ndar
 
 
 def _cheapest(counts: np.ndarray, content: np.ndarray, totals: np.ndarray, turn: np.ndarray) -> int:
-    """The fold for a group: first confine no label to one fold, then the stratification cost, then the smaller fold."""
-    present = content > 0
-    others = counts.sum(axis=0) - counts
-    confined = ((others == 0) & (counts > 0))[:, present].sum(axis=1)
+    """The fold for a group: where the stratification cost grows least; of equal ones the smallest."""
     cost = ((2 * counts + content) * content / totals).sum(axis=1)
-    return int(np.lexsort((turn, counts.sum(axis=1), cost, confined))[0])
+    return int(np.lexsort((turn, counts.sum(axis=1), cost))[0])
 
 
 def _level(counts: np.ndarray, sizes: np.ndarray, rows: int, turn: np.ndarray) -> np.ndarray:
