@@ -17,7 +17,7 @@ from torch import Tensor
 from triderm_dist.config import TowerConfig
 from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
-from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, build_tower, tower_hash
+from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, _split, build_tower, tower_hash
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
@@ -25,7 +25,7 @@ needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="golden tensors of the original PanDerm code are not here"
 )
 
-TIMM = ("test_vit", "test_efficientnet", "test_convnext", "test_resnet", "swin_tiny_patch4_window7_224")
+TIMM = ("test_vit", "test_efficientnet", "test_convnext", "test_resnet")
 
 
 def tokens(tower: Tower, x: Tensor) -> Tensor:
@@ -220,25 +220,33 @@ def test_open_clip_around_timm_needs_no_text_tower(tmp_path: Path) -> None:
 def test_timm_tokens_are_the_models_own(name: str, tmp_path: Path) -> None:
     model = timm.create_model(name).eval()
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    size = 224 if "swin" in name else 160
-    tower = build_tower(f"timm:{name}@{tmp_path / 'w.safetensors'}", image_size=size)
-    x = torch.randn(1, 3, size, size)
+    tower = build_tower(f"timm:{name}@{tmp_path / 'w.safetensors'}")
+    x = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         expected = model.forward_features(x)
-    if expected.ndim == 4:
-        expected = expected.flatten(1, 2) if "swin" in name else expected.flatten(2).transpose(1, 2)
-    else:
-        expected = expected[:, 1:]
+    expected = expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected[:, 1:]
     torch.testing.assert_close(tokens(tower, x), expected, rtol=1e-5, atol=1e-5)
     assert expected.shape[1:] == (tower.num_tokens, tower.width)
     assert tower.mean == model.pretrained_cfg["mean"]
 
 
-@pytest.mark.parametrize("name", TIMM[:4])
+@pytest.mark.parametrize("name", TIMM)
 def test_timm_towers_at_64_pixels(name: str) -> None:
     tower = build_tower(f"timm:{name}", pretrained=False, image_size=64)
     assert tokens(tower, torch.randn(2, 3, 64, 64)).shape == (2, tower.num_tokens, tower.width)
     assert len(tower.blocks) > 1 and tower.report
+
+
+def test_channels_last_maps_are_read_row_by_row() -> None:
+    model = timm.models.SwinTransformer(
+        img_size=64, window_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 2), num_classes=0
+    ).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.forward_features(x).flatten(1, 2)  # (B, 8, 8, 48)
+    tower = _split(model, "swin", 64, None, IMAGENET_MEAN, IMAGENET_MEAN, "")
+    torch.testing.assert_close(tokens(tower, x), expected, rtol=1e-5, atol=1e-5)
+    assert (tower.num_tokens, tower.width, len(tower.blocks)) == (64, 48, 2)
 
 
 def test_files_of_other_libraries_are_renamed_only_where_all_agrees(tmp_path: Path) -> None:
@@ -313,7 +321,7 @@ def saved_bytes(tower: Tower, x: Tensor) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", TIMM[:4])
+@pytest.mark.parametrize("name", TIMM)
 def test_frozen_prefix_stays_as_it_is_and_stores_nothing(name: str) -> None:
     torch.manual_seed(0)
     tower = build_tower(f"timm:{name}", pretrained=False, image_size=64).train()
@@ -322,6 +330,9 @@ def test_frozen_prefix_stays_as_it_is_and_stores_nothing(name: str) -> None:
     for frozen in range(1, len(tower.blocks) + 1):
         tower.freeze(frozen)
         stored.append(saved_bytes(tower, x))
+    x.requires_grad_()  # not even then, although every operation is differentiable
+    assert saved_bytes(tower, x) == 0
+    x.requires_grad_(False)
     assert stored[-1] == 0 and all(later < earlier for earlier, later in itertools.pairwise(stored))
 
     tower = build_tower(f"timm:{name}", pretrained=False, image_size=64)

