@@ -350,7 +350,9 @@ def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(kind: type[Section], error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key also leaves the right one missing; the misspelling is the news.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = [row[0] for row in describe(kind)]
