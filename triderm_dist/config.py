@@ -227,9 +227,15 @@ class Experiment(Section):
         }
         return {**raw, "models": models}
 
+    tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
+
     @property
     def folder(self) -> Path:
         return Path(self.output)
+
+    @property
+    def token_folder(self) -> Path:
+        return Path(self.tokens or self.folder / "tokens")
 
     @property
     def train_shards(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,13 @@ def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
     return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
 
 
-def run_folds(experiment: Experiment, index: ShardIndex, models: Iterable[str], folds: Iterable[int]) -> None:
+def run_folds(
+    experiment: Experiment,
+    index: ShardIndex,
+    models: Iterable[str],
+    folds: Iterable[int],
+    on_validation: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
     """Train every fold of every model one after the other on all ranks, skipping what is done. Call on all ranks.
 
     Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}.
@@ -47,14 +53,20 @@ def run_folds(experiment: Experiment, index: ShardIndex, models: Iterable[str], 
             train_config.precision, train_config.micro_batch, train_config.global_batch, train_config.optim.clip_norm
         )
         views = open_views(
-            model, index, token_folder(experiment), accelerator, experiment.data, seed=experiment.seed, train=True
+            model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed, train=True
         )
         for fold in todo:
-            _run_fold(experiment, index, assignment, name, fold, views)
+            _run_fold(experiment, index, assignment, name, fold, views, on_validation)
 
 
 def _run_fold(
-    experiment: Experiment, index: ShardIndex, assignment: np.ndarray, name: str, fold: int, views: Views
+    experiment: Experiment,
+    index: ShardIndex,
+    assignment: np.ndarray,
+    name: str,
+    fold: int,
+    views: Views,
+    on_validation: Callable[[int, dict[str, float]], None] | None,
 ) -> None:
     model, folder = experiment.models[name], experiment.fold_folder(name, fold)
     config = model.train
@@ -75,7 +87,7 @@ def _run_fold(
     data = TrainingData(
         index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
     )
-    train(f"{name} fold {fold}", network, model.head, config, data, accelerator, folder, experiment.seed, identity)
+    train(f"{name} fold {fold}", network, model.head, config, data, accelerator, folder, experiment.seed, identity, on_validation)
     load_weights(folder / "weights", network)
     evaluation = evaluate(
         network, index, views.source, validation_rows, accelerator,
@@ -112,7 +124,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
             accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0)
             if views is None:
                 views = open_views(
-                    model, index, token_folder(experiment), accelerator, experiment.data,
+                    model, index, experiment.token_folder, accelerator, experiment.data,
                     seed=experiment.seed, train=False, transforms=transforms,
                 )  # fmt: skip
             network = new_network(model, index.concepts, views, pretrained=False)
@@ -183,10 +195,6 @@ def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: in
         model["train"].pop(cosmetic)
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def token_folder(experiment: Experiment) -> Path:
-    return experiment.folder / "tokens"
 
 
 def _stamp(path: Path, key: str = "stamp") -> str | None:

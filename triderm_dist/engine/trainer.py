@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +50,12 @@ def train(
     folder: Path,
     seed: int,
     identity: str,
+    on_validation: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train `network` and leave the selected weights in it and in FOLDER/weights.safetensors; resumes from FOLDER/checkpoints.
 
     Call on all ranks. Two runs with the same `identity` (settings and data), seed, micro-batch and global batch give the same numbers,
-    on any number of ranks up to the order of floating-point sums. Raises InputError for a loss that is not finite, before the step.
+    on any number of ranks up to the order of floating-point sums. `on_validation` is told (epoch, scores). Raises InputError for a loss that is not finite, before the step.
     """
     samples = Samples(data.train_rows, data.index.labels[data.train_rows], data.index.shard[data.train_rows])
     sampling = Sampling(**config.sampling.model_dump())
@@ -110,6 +111,8 @@ def train(
             checkpoints.save(accelerator, wrapped, optimizer, scheduler, state, sums)
             line = f"{name}  epoch {state.epoch}/{config.epochs}  validation macro F1 {scores['macro_f1']:.3f} (argmax)"
             tracker.log("validation", state.epoch, state.step, scores, f"{line}  {scores['official']:.3f} (p > 0.5)")
+            if on_validation:
+                on_validation(state.epoch, scores)
 
 
 def train_step(

@@ -1,0 +1,40 @@
+"""Predict a test set with every fold's model and test-time augmentation, and write submission.csv.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.predict --config RUN/config.yaml data.test_shards=RUN/shards/test
+"""
+
+from pathlib import Path
+
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment
+
+
+def main(config: Experiment) -> None:
+    from triderm_dist.data.milk10k import read_labels
+    from triderm_dist.data.shards import read_index
+    from triderm_dist.engine.crossval import predict_test
+    from triderm_dist.engine.parallel import is_main
+    from triderm_dist.ensemble import Ensemble
+    from triderm_dist.final import ENSEMBLE_FILE
+    from triderm_dist.predict import score, submit
+
+    truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
+    fitted = Ensemble.load(config.folder / ENSEMBLE_FILE)
+    members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
+    predict_test(config, read_index(config.test_shards), members)
+    if not is_main():
+        return
+    files = [config.fold_folder(name, fold) / "test.parquet" for name in members for fold in range(config.data.folds)]
+    path = submit(config.folder, files)
+    print(f"{path}: the {fitted.weighting} of {', '.join(fitted.members)} over {config.data.folds} folds")
+    if truth is not None:
+        result = score(path, truth, config.ensemble.bootstrap, config.seed)
+        low, high = result["interval"]
+        print(
+            f"held-out macro F1 by the official rule {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
+            f"argmax {result['argmax']:.3f}, {result['n']} lesions"
+        )
+
+
+if __name__ == "__main__":
+    run(Experiment, main, __doc__)
