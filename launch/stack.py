@@ -6,8 +6,6 @@ same files.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 
@@ -18,18 +16,19 @@ def main(config: Experiment) -> None:
 
     from triderm_dist.final import fit_final
 
-    fit = fit_final(Path(config.output), config)
+    fit = fit_final(config.folder, config)
     table = Table(title=f"Macro F1 over {fit.lesions} out-of-fold lesions", title_justify="left")
     table.add_column("")
-    for heading in ("p > 0.5", "argmax", "argmax, tau", "nested thresholds [95%]", "ensemble less this [95%]"):
-        table.add_column(heading, justify="right")
+    for heading in ("p > 0.5", "argmax", "argmax, tau", "nested", "95%", "ensemble less this, 95%"):
+        table.add_column(heading, justify="right", no_wrap=heading != "ensemble less this, 95%")
     for row in fit.rows:
         ensemble = row.name == "ensemble"
         table.add_row(
             row.name,
             *("" if value is None else f"{value:.3f}" for value in (row.official, row.argmax, row.argmax_tau)),
-            str(row.nested),
-            "" if ensemble else str(row.less_than_chosen),
+            f"{row.nested.value:.3f}",
+            f"{row.nested.low:.3f} to {row.nested.high:.3f}",
+            "" if ensemble else f"{row.less_than_chosen.low:+.3f} to {row.less_than_chosen.high:+.3f}",
             style="bold" if ensemble else None,
         )
     console = Console()
@@ -38,7 +37,7 @@ def main(config: Experiment) -> None:
         console.print(f"- {note}")
     if fit.device:
         console.print(f"- XGBoost ran on {fit.device}")
-    console.print(f"written: {Path(config.output) / 'ensemble.json'} and the files beside it")
+    console.print(f"written: {config.folder / 'ensemble.json'} and the files beside it")
 
 
 if __name__ == "__main__":

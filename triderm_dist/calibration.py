@@ -24,7 +24,8 @@ def log_probabilities(logits: np.ndarray, head: str) -> np.ndarray:
         centred = logits - logits.max(axis=1, keepdims=True)
         return centred - np.log(np.exp(centred).sum(axis=1, keepdims=True))
     if head == "sigmoid":
-        return -np.logaddexp(0.0, -logits)
+        with np.errstate(invalid="ignore"):  # NaN rows: no model has spoken
+            return -np.logaddexp(0.0, -logits)
     raise ConfigError(f"head {head!r} is unknown; there are softmax and sigmoid")
 
 

@@ -22,7 +22,7 @@ from triderm_dist.schema import DIAGNOSES, DataError
 
 Rule = Literal["any", "at_least_one"]
 RULES: tuple[Rule, ...] = ("any", "at_least_one")
-"""any: each diagnosis above its threshold. at_least_one: also, where none is, the one that comes nearest (largest p/t)."""
+"""any: each diagnosis above its threshold. at_least_one: where none is, also the one that comes nearest, by p/t."""
 
 SHRINKAGES: tuple[float, ...] = (0.0, 10.0, 30.0, 100.0)
 """What shrinkage=auto chooses from, in positives."""
@@ -48,9 +48,7 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray
     return _thresholds(probabilities, labels, np.ones((1, len(labels))))[0]
 
 
-def guarded_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, shrinkage: float, seed: int = 0
-) -> np.ndarray:
+def guarded_thresholds(probabilities: np.ndarray, labels: np.ndarray, shrinkage: float, seed: int = 0) -> np.ndarray:
     """(C,) thresholds made to hold on new lesions, by two means, both on the scale of logit(threshold).
 
     First the exact threshold is averaged over bootstrap resamples of the lesions, stratified by diagnosis. Then
@@ -358,7 +356,7 @@ def _thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarr
 
 
 def _averaged_thresholds(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """(C,) mean over bootstrap resamples of the logit of the exact thresholds; NaN for a diagnosis without positives."""
+    """(C,) logit of the exact thresholds, mean over bootstrap resamples; NaN for a diagnosis without positives."""
     generator = np.random.default_rng(seed)
     weights = np.zeros((_RESAMPLES, len(labels)))
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""The whole stage after cross-validation: stacker, ensemble and honest scores from oof.parquet, and their use on a test set.
+"""After cross-validation: stacker, ensemble and honest scores from oof.parquet, and their use on a test set.
 
 Files in a run's folder: stack.ubj + stack.json (the stacker), ensemble.json (members, weights, thresholds, rule and
 all scores), ensemble_oof.parquet (what the nested ensemble and stacker said about each lesion), oof_submission.csv (the
@@ -71,7 +71,9 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     notes = []
     usable = table.complete(models) & oof.labelled(table)
     if not usable.all():
-        notes.append(f"{(~usable).sum()} of {len(table)} lesions are left out: not labelled, or not predicted by every model")
+        notes.append(
+            f"{(~usable).sum()} of {len(table)} lesions are left out: not labelled, or not predicted by every model"
+        )
     table = table.take(usable)
     if len(np.unique(table.folds)) < 2:
         raise DataError(
@@ -142,7 +144,11 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
             notes.append(f"the stacker had no row of {', '.join(stacker.absent)}")
     _write_nested(run_folder / NESTED_FILE, table, nested, stack)
     submission.write_submission(
-        run_folder / SUBMISSION_FILE, table.lesion_ids, nested.final, nested.thresholds, diagnoses=table.diagnoses
+        run_folder / SUBMISSION_FILE,
+        table.lesion_ids.tolist(),
+        nested.final,
+        nested.thresholds,
+        diagnoses=table.diagnoses,
     )
     final.save(
         run_folder / ENSEMBLE_FILE,
@@ -170,7 +176,10 @@ def predict_final(run_folder: Path, table: oof.OofTable) -> tuple[np.ndarray, np
     models = [name for name in fitted.members if name != stacking.NAME]
     for model in models:
         if model not in table.models:
-            raise DataError(f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; there are {', '.join(table.models)}")
+            raise DataError(
+                f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}, "
+                f"there are those of {', '.join(table.models)}"
+            )
     if table.diagnoses != fitted.diagnoses:
         raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set names")
     members = []
@@ -286,7 +295,7 @@ def _why(candidates: dict[str, ensemble.Candidate], best: ensemble.Candidate) ->
     scores = {name: candidate.score for name, candidate in candidates.items()}
     fitted = scores.pop(ensemble.FITTED)
     rival = max(scores, key=lambda name: scores[name])
-    against = f"({fitted:.3f}) against {'the plain mean' if rival == ensemble.MEAN else rival} ({scores[rival]:.3f})"
+    against = f"{'the plain mean' if rival == ensemble.MEAN else rival} ({scores[rival]:.3f})"
     if best.ensemble.weighting == ensemble.FITTED:
-        return f"fitted weights are used: best on lesions they were not fitted on {against}"
-    return f"the plain mean is used: fitted weights do not beat it and every member on lesions they were not fitted on {against}"
+        return f"fitted weights are used: they beat {against} with {fitted:.3f} on lesions they were not fitted on"
+    return f"the plain mean is used: fitted weights ({fitted:.3f}) do not beat {against} on lesions they were not fitted on"

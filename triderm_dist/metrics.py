@@ -120,7 +120,7 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Macro F1 of `first` less that of `second`, both (N, C) bool, with the interval over the same resampled lesions."""
+    """Macro F1 of `first` less that of `second`, both (N, C) bool; its interval is over the same resamples of both."""
     draws = _bootstrap([np.asarray(first, bool), np.asarray(second, bool)], labels, resamples, seed)
     return interval_of(macro_f1(first, labels) - macro_f1(second, labels), _macro(draws[0]) - _macro(draws[1]), level)
 
@@ -162,9 +162,7 @@ def _macro(f1: np.ndarray) -> np.ndarray:
 def _labelled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray(labels)
     if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
-        raise DataError(
-            f"decisions {decisions.shape} and labels {labels.shape} do not fit: (N, C) and (N,) are needed"
-        )
+        raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not fit: (N, C) and (N,) are needed")
     known = labels != UNLABELLED
     return decisions[known], labels[known]
 

@@ -115,12 +115,23 @@ class OofTable:
 
     def take(self, rows: np.ndarray) -> OofTable:
         """The table of some lesions, by index or mask."""
-        by_lesion = ("lesion_ids", "groups", "labels", "folds", "concepts", "metadata")
-        by_model = ("logits", "aux_clinical", "aux_dermoscopic", "features", "hashes")
+
+        def each(by_model: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {model: values[rows] for model, values in by_model.items()}
+
         return replace(
             self,
-            **{name: getattr(self, name)[rows] for name in by_lesion},
-            **{name: {model: value[rows] for model, value in getattr(self, name).items()} for name in by_model},
+            lesion_ids=self.lesion_ids[rows],
+            groups=self.groups[rows],
+            labels=self.labels[rows],
+            folds=self.folds[rows],
+            concepts=self.concepts[rows],
+            metadata=self.metadata[rows],
+            logits=each(self.logits),
+            aux_clinical=each(self.aux_clinical),
+            aux_dermoscopic=each(self.aux_dermoscopic),
+            features=each(self.features),
+            hashes=each(self.hashes),
         )
 
 
@@ -150,22 +161,8 @@ def read_predictions(path: Path) -> Predictions:
     table, head = _read(path)
     diagnoses, concepts = tuple(head.pop("diagnoses")), tuple(head.pop("concepts"))
     split = head.pop("split")
-    columns = {name: _as_array(table, name, path) for name in _LISTS}
     try:
-        return Predictions(
-            lesion_ids=_text(table, "lesion_id"),
-            groups=_text(table, "group"),
-            labels=table["label"].to_numpy(),
-            fold=table["fold"].to_numpy(),
-            model=_text(table, "model"),
-            model_hash=_text(table, "model_hash"),
-            head=_text(table, "head"),
-            **columns,
-            concept_names=concepts,
-            diagnoses=diagnoses,
-            split=split,
-            extra=head,
-        )
+        return replace(_from_rows(table, path, diagnoses, concepts), split=split, extra=head)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -243,28 +240,12 @@ def read_oof(path: Path) -> OofTable:
         raise DataError(f"{path}: holds {head['split']} predictions, the out-of-fold table is needed")
     if not names:
         raise DataError(f"{path}: has no rows; run launch.crossval first")
-    parts = []
-    for name in names:
-        rows = table.filter(pc.equal(table["model"], name))
-        parts.append(
-            (
-                path,
-                Predictions(
-                    lesion_ids=_text(rows, "lesion_id"),
-                    groups=_text(rows, "group"),
-                    labels=rows["label"].to_numpy(),
-                    fold=rows["fold"].to_numpy(),
-                    model=_text(rows, "model"),
-                    model_hash=_text(rows, "model_hash"),
-                    head=_text(rows, "head"),
-                    **{key: _as_array(rows, key, path) for key in _LISTS},
-                    concept_names=tuple(head["concepts"]),
-                    diagnoses=tuple(head["diagnoses"]),
-                ),
-            )
-        )
+    concepts, diagnoses = tuple(head["concepts"]), tuple(head["diagnoses"])
+    parts = [
+        (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, diagnoses, concepts)) for name in names
+    ]
     first = parts[0][1]
-    expected = _Expected(first.lesion_ids, first.labels, first.fold)
+    expected = _Expected(first.lesion_ids.tolist(), first.labels, first.fold)
     for _, part in parts:
         expected.check(path, part)
     return _table(parts, expected, names)
@@ -296,7 +277,7 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         by_model.setdefault(key[0], []).append((part, np.array([place[lesion] for lesion in ids], np.int64)))
 
     def mean(name: str, model: str) -> np.ndarray:
-        return np.mean([getattr(part, name)[order] for part, order in by_model[model]], axis=0, dtype=np.float64)
+        return np.asarray(np.mean([getattr(part, name)[order] for part, order in by_model[model]], axis=0))
 
     models = tuple(by_model)
     return OofTable(
@@ -461,6 +442,26 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     return table, head
 
 
+def _from_rows(table: Any, path: Path, diagnoses: tuple[str, ...], concepts: tuple[str, ...]) -> Predictions:
+    return Predictions(
+        lesion_ids=_text(table, "lesion_id"),
+        groups=_text(table, "group"),
+        labels=table["label"].to_numpy(),
+        fold=table["fold"].to_numpy(),
+        model=_text(table, "model"),
+        model_hash=_text(table, "model_hash"),
+        head=_text(table, "head"),
+        logits=_as_array(table, "logits", path),
+        aux_clinical=_as_array(table, "aux_clinical", path),
+        aux_dermoscopic=_as_array(table, "aux_dermoscopic", path),
+        features=_as_array(table, "features", path),
+        concepts=_as_array(table, "concepts", path),
+        metadata=_as_array(table, "metadata", path),
+        concept_names=concepts,
+        diagnoses=diagnoses,
+    )
+
+
 def _as_lists(array: np.ndarray) -> Any:
     import pyarrow as pa
 
@@ -486,7 +487,7 @@ def _text(table: Any, name: str) -> np.ndarray:
 
 
 def _column(value: Any, rows: int, kind: type) -> np.ndarray:
-    array = np.asarray(value, kind)
+    array: np.ndarray = np.asarray(value, kind)
     if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
         raise DataError(f"a column of shape {array.shape} does not fit {rows} rows")
     return np.array(np.broadcast_to(array, (rows,)))

@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Stacker:
-    """A fitted booster. `model` is its UBJ; `rounds` its trees a diagnosis; `absent` diagnoses had no row to learn from."""
+    """A fitted booster. `model` is its UBJ, `rounds` its trees a diagnosis; `absent` diagnoses had no row."""
 
     model: bytes
     feature_names: tuple[str, ...]
@@ -249,10 +249,8 @@ def nested_stack(
     return NestedStack(out_of_fold, without, rounds)
 
 
-def inner_folds(
-    labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows: np.ndarray, seed: int
-) -> np.ndarray:
-    """(N,) parts for fitting inside `rows` (N,) bool: their folds, or three stratified parts where there is only one."""
+def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) parts for fitting inside `rows` (N,) bool: their folds, or three stratified parts of the only one."""
     if len(np.unique(folds[rows])) > 1:
         return folds
     parts = np.full(len(labels), -1)

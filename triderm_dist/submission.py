@@ -18,14 +18,17 @@ _STEP = 1e-6
 
 
 def map_to_half(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(N, C) monotone map of [0, 1] onto itself with threshold t at 0.5: 0.5 p/t up to t, 0.5 + 0.5 (p - t)/(1 - t) above.
+    """(N, C) monotone map of [0, 1] onto itself that puts threshold t at 0.5.
 
+    0.5 p/t up to t, 0.5 + 0.5 (p - t)/(1 - t) above.
     thresholds: (C,) or (N, C) in [0, 1]. What is strictly above its threshold comes out above 0.5 by at least 1e-6.
     """
     probabilities = np.asarray(probabilities, np.float64)
     thresholds = np.broadcast_to(np.asarray(thresholds, np.float64), probabilities.shape)
     claimed = probabilities > thresholds
-    below = 0.5 * np.divide(probabilities, thresholds, out=np.zeros_like(probabilities), where=thresholds > 0)
+    below = 0.5 * np.divide(
+        probabilities, thresholds, out=np.zeros_like(probabilities), where=~claimed & (thresholds > 0)
+    )
     above = 0.5 + 0.5 * np.divide(
         probabilities - thresholds, 1 - thresholds, out=np.zeros_like(probabilities), where=claimed
     )

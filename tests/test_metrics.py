@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from triderm_dist import metrics
+from triderm_dist.schema import DIAGNOSES, DataError
+
+C = len(DIAGNOSES)
+
+
+def slow_f1(decisions: np.ndarray, labels: np.ndarray, label: int) -> float:
+    tp = sum(1 for row, y in zip(decisions, labels, strict=True) if row[label] and y == label)
+    fp = sum(1 for row, y in zip(decisions, labels, strict=True) if row[label] and y not in (label, -1))
+    fn = sum(1 for row, y in zip(decisions, labels, strict=True) if not row[label] and y == label)
+    return 2 * tp / (2 * tp + fp + fn)
+
+
+@given(arrays(bool, (30, 4)), arrays(np.int64, 30, elements=st.integers(-1, 3)))
+def test_f1_equals_a_slow_count_and_leaves_out_the_unlabelled(decisions: np.ndarray, labels: np.ndarray) -> None:
+    f1 = metrics.f1_per_class(decisions, labels)
+    for label in range(4):
+        if (labels == label).any():
+            assert f1[label] == pytest.approx(slow_f1(decisions, labels, label))
+        else:
+            assert np.isnan(f1[label])
+    if (labels >= 0).any():
+        assert metrics.macro_f1(decisions, labels) == pytest.approx(np.nanmean(f1))
+
+
+def test_the_official_cut_is_strict() -> None:
+    labels = np.arange(3)
+    assert metrics.official_macro_f1(np.eye(3) * 0.5, labels) == 0.0
+    assert metrics.official_macro_f1(np.eye(3) * 0.5000001, labels) == 1.0
+    assert metrics.argmax_macro_f1(np.eye(3) * 0.5, labels) == 1.0
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\(3, 2\).*\(4,\)"):
+        metrics.macro_f1(np.ones((3, 2), bool), np.zeros(4, int))
+
+
+def test_bootstrap_equals_resampling_lesions_one_by_one() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), [200, 40, 9])
+    decisions = generator.random((len(labels), 3)) < np.where(np.eye(3)[labels] > 0, 0.7, 0.15)
+    slow = []
+    for _ in range(3000):
+        rows = np.concatenate([generator.choice(np.flatnonzero(labels == c), (labels == c).sum()) for c in range(3)])
+        slow.append(metrics.f1_per_class(decisions[rows], labels[rows]))
+    fast = metrics.bootstrap_f1(decisions, labels, 3000, seed=1)
+    np.testing.assert_allclose(fast.mean(axis=0), np.mean(slow, axis=0), atol=0.01)
+    np.testing.assert_allclose(fast.std(axis=0), np.std(slow, axis=0), rtol=0.1)
+    assert np.isfinite(fast).all()  # stratified: no diagnosis vanishes
+    interval = metrics.bootstrap_interval(decisions, labels, 3000)
+    assert interval.low < interval.value < interval.high
+
+
+def test_paired_difference_sees_what_two_intervals_hide() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 100)
+    first = metrics.argmax_decisions(np.eye(3)[labels] + generator.normal(scale=0.6, size=(300, 3)))
+    second = first.copy()
+    second[np.flatnonzero(first.any(axis=1))[::15]] = False
+    assert metrics.paired_difference(first, first, labels) == metrics.Interval(0.0, 0.0, 0.0)
+    difference = metrics.paired_difference(first, second, labels)
+    assert 0 < difference.low < difference.value < difference.high
+    alone = [metrics.bootstrap_interval(table, labels) for table in (first, second)]
+    assert alone[0].low < alone[1].high
+    assert difference.high - difference.low < alone[0].high - alone[0].low
+
+
+def test_the_official_scorer_gives_the_same_figure(tmp_path) -> None:
+    scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
+    if not hasattr(scoring, "ClassificationMetric") or not hasattr(scoring.ClassificationMetric, "DICE"):
+        pytest.skip("this isic-challenge-scoring is older than 5.8.0 and has no dice")
+    pandas = pytest.importorskip("pandas")
+    from isic_challenge_scoring.classification import ClassificationScore
+
+    generator = np.random.default_rng(0)
+    for trial in range(24):  # about a third of a second each
+        rows = int(generator.integers(C * 2, 90))
+        labels = generator.permutation(np.concatenate([np.arange(C), generator.integers(0, C, rows - C)]))
+        kind = trial % 4
+        table = generator.random((rows, C))
+        if kind == 1:  # ties at 0.5 exactly
+            table = generator.choice([0.0, 0.25, 0.5, 0.5000001, 0.75, 1.0], (rows, C))
+        elif kind == 2:  # some diagnoses never claimed
+            table[:, generator.choice(C, 4, replace=False)] *= 0.5
+        elif kind == 3:  # one diagnosis only
+            table = np.zeros((rows, C))
+            table[:, generator.integers(C)] = 0.9
+        ids = [f"lesion-{row}" for row in range(rows)]
+        truth = pandas.DataFrame(np.eye(C)[labels], columns=DIAGNOSES, index=pandas.Index(ids, name="lesion_id"))
+        submitted = pandas.DataFrame(table, columns=DIAGNOSES, index=pandas.Index(ids, name="lesion_id"))
+        weights = pandas.DataFrame({"score_weight": 1.0, "validation_weight": 1.0}, index=truth.index)
+        score = ClassificationScore(truth, submitted, weights, scoring.ClassificationMetric.DICE)
+        assert score.overall == pytest.approx(metrics.official_macro_f1(table, labels), abs=1e-12)

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from triderm_dist import metrics
+from triderm_dist.schema import DIAGNOSES, DataError
+from triderm_dist.submission import map_to_half, read_submission, write_submission
+
+C = len(DIAGNOSES)
+UNIT = st.floats(0, 1)
+
+
+@given(arrays(np.float64, (12, 3), elements=UNIT), arrays(np.float64, 3, elements=UNIT))
+def test_the_map_keeps_decisions_and_order(probabilities: np.ndarray, thresholds: np.ndarray) -> None:
+    mapped = map_to_half(probabilities, thresholds)
+    assert ((mapped >= 0) & (mapped <= 1)).all()
+    np.testing.assert_array_equal(mapped > 0.5, probabilities > thresholds)
+    for column in range(3):
+        order = np.argsort(probabilities[:, column], kind="stable")
+        assert (np.diff(mapped[order, column]) >= 0).all()
+
+
+@given(st.data())
+def test_the_file_says_what_was_decided_down_to_the_last_bit(tmp_path_factory, data) -> None:
+    thresholds = data.draw(arrays(np.float64, C, elements=st.floats(0.001, 0.999)))
+    probabilities = data.draw(arrays(np.float64, (4, C), elements=UNIT))
+    probabilities[1] = thresholds
+    probabilities[2] = np.nextafter(thresholds, 1)
+    probabilities[3] = np.nextafter(thresholds, 0)
+    path = tmp_path_factory.mktemp("submission") / "submission.csv"
+    write_submission(path, list("abcd"), probabilities, thresholds)
+    ids, read = read_submission(path)
+    assert ids == list("abcd")
+    np.testing.assert_array_equal(read > 0.5, probabilities > thresholds)
+    assert (read[2] > 0.5).all() and not (read[1] > 0.5).any() and not (read[3] > 0.5).any()
+
+
+def test_format(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "submission.csv"
+    write_submission(path, ["b", "a"], np.array([[0.0] * C, [1.0] * C]), np.full(C, 0.5), template=["a", "b"])
+    lines = path.read_bytes().decode().split("\n")
+    assert lines[0] == "lesion_id," + ",".join(DIAGNOSES)
+    assert lines[1] == "a" + ",1.000000000" * C
+    assert lines[2] == "b" + ",0.000000000" * C  # floats: the scorer refuses a column of integers
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"probabilities": np.full((2, C), np.nan)}, "lesion a has nan for AKIEC"),
+        ({"probabilities": np.full((2, C), 1.1)}, r"lesion a has 1.1"),
+        ({"probabilities": np.zeros((2, C - 1))}, "shape"),
+        ({"thresholds": np.zeros(3)}, "thresholds have shape"),
+        ({"thresholds": np.full(C, np.nan)}, r"thresholds must lie in \[0, 1\]"),
+        ({"lesion_ids": ["a", "a"]}, "lesion a occurs twice"),
+        ({"lesion_ids": [], "probabilities": np.zeros((0, C))}, "no lesion"),
+        ({"template": ["a", "b", "c"]}, "1 lesions of the template are not predicted, the first is c"),
+        ({"template": ["a"]}, "1 lesions are not in the template, the first is b"),
+        ({"template": ["a", "b", "b"]}, "twice in the template"),
+    ],
+)
+def test_what_the_scorer_would_refuse_is_refused_and_nothing_written(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    good = {"lesion_ids": ["a", "b"], "probabilities": np.zeros((2, C)), "thresholds": np.full(C, 0.5)}
+    with pytest.raises(DataError, match=message):
+        write_submission(tmp_path / "submission.csv", **(good | change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    with pytest.raises(DataError, match="no such file"):
+        read_submission(path)
+    header = "lesion_id," + ",".join(DIAGNOSES)
+    for text, message in (
+        ("id,x\n", "header"),
+        (f"{header}\na,1.0\n", "line 2"),
+        (f"{header}\na{',x' * C}\n", "no number"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_submission(path)
+
+
+def test_the_official_scorer_accepts_the_file_and_agrees(tmp_path: Path) -> None:
+    scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
+    if not hasattr(scoring.ClassificationMetric, "DICE"):
+        pytest.skip("this isic-challenge-scoring is older than 5.8.0 and has no dice")
+    generator = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(C), generator.integers(0, C, 200)])
+    probabilities = generator.random((len(labels), C)) ** 2 + 0.3 * np.eye(C)[labels]
+    probabilities = np.round(np.minimum(probabilities, 1), 3)
+    thresholds = np.round(generator.uniform(0.05, 0.9, C), 3)  # with rounding some scores lie on their threshold
+    ids = [f"MILK10k_{row:07d}" for row in range(len(labels))]
+    truth = tmp_path / "truth.csv"
+    rows = [
+        f"{lesion}," + ",".join(f"{v:.1f}" for v in np.eye(C)[label]) for lesion, label in zip(ids, labels, strict=True)
+    ]
+    truth.write_text("\n".join(["lesion_id," + ",".join(DIAGNOSES), *rows]) + "\n")
+    path = tmp_path / "submission.csv"
+    write_submission(path, ids, probabilities, thresholds, template=sorted(ids, reverse=True))
+    with truth.open() as truth_file, path.open() as prediction_file:
+        score = scoring.ClassificationScore.from_stream(truth_file, prediction_file, scoring.ClassificationMetric.DICE)
+    assert score.overall == pytest.approx(metrics.macro_f1(probabilities > thresholds, labels), abs=1e-12)
