@@ -1,6 +1,6 @@
 """Train all folds of all models, then gather what each model says about lesions it never saw into oof.parquet.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.crossval --config launch/experiments/a100.yaml
+accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.crossval --config EXPERIMENT.yaml
 """
 
 from pydantic import Field
@@ -27,7 +27,9 @@ def main(config: CrossvalRun) -> None:
         save(Experiment(**config.model_dump(exclude={"only"})), config.folder / "config.yaml")
     run_folds(config, index, names, range(config.data.folds))
     if is_main():
-        table = gather(config.folder, tuple(config.models), index.lesion_ids, index.labels, folds_of(index, config.data))
+        table = gather(
+            config.folder, tuple(config.models), index.lesion_ids.tolist(), index.labels, folds_of(index, config.data)
+        )
         write_oof(config.folder / "oof.parquet", table)
         print(f"{len(table)} lesions by {len(table.models)} models in {config.folder / 'oof.parquet'}")
 

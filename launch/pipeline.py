@@ -1,6 +1,8 @@
 """The whole way: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
 
-python -m launch.pipeline --config launch/experiments/milk10k_cpu.yaml data.source=MILK10k data.test=MILK10k_TEST output=runs/milk10k
+python -m launch.pipeline --config launch/experiments/milk10k_cpu.yaml data.source=MILK10k output=runs/milk10k
+
+With data.test=FOLDER it also predicts a test set and writes the submission.
 
 Run again, it skips what is done; killed and run again, it goes on where it was.
 """
@@ -61,7 +63,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         submission = folder / "submission.csv"
         result.append(
             Stage("predict", [*network, "launch.predict", *with_config], [config.predict.model_dump(mode="json"), data],
-                  [ensemble, config.test_shards / "index.json", *(fold / "fold.json" for fold in folds), *truth], [submission])
+                  [ensemble, config.test_shards / "index.json", *(fold / "fold.json" for fold in folds), *truth],
+                  [submission])
         )  # fmt: skip
         shown += [submission, *truth]
     result.append(Stage("report", ["python", "-m", "launch.report", *with_config], [], shown, [folder / "report.html"]))

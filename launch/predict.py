@@ -1,6 +1,6 @@
 """Predict a test set with every fold's model and test-time augmentation, and write submission.csv.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.predict --config RUN/config.yaml data.test_shards=RUN/shards/test
+accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.predict --config RUN/config.yaml
 """
 
 from pathlib import Path

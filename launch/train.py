@@ -1,6 +1,6 @@
 """Train one fold of one model and predict the lesions it never saw.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.train --config launch/experiments/a100.yaml model=trimodal fold=0
+accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.train --config EXPERIMENT.yaml fold=0
 """
 
 from pydantic import Field

@@ -57,7 +57,9 @@ def test_focal(head, gamma):
     smoothing = 0.1 if head == "softmax" else 0.0
     weights = torch.rand(C) + 0.5
     got = focal_loss(logits, labels, head, gamma, alpha, weights, smoothing)
-    torch.testing.assert_close(got, slow_focal(logits, labels, head, gamma, alpha, weights, smoothing), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        got, slow_focal(logits, labels, head, gamma, alpha, weights, smoothing), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_focal_gamma_zero_is_cross_entropy():
@@ -122,7 +124,11 @@ def test_split_soft_f1_has_the_gradient_of_the_whole(head, parts):
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("parts", [[24, 16], [5] * 8])
 def test_compound_loss_split_with_padding_equals_the_whole(head, parts):
-    config = LossConfig(class_weight_power=0.5, logit_adjustment=0.5 if head == "softmax" else 0.0, label_smoothing=0.1 if head == "softmax" else 0)
+    config = LossConfig(
+        class_weight_power=0.5,
+        logit_adjustment=0.5 if head == "softmax" else 0.0,
+        label_smoothing=0.1 if head == "softmax" else 0,
+    )
     loss = CompoundLoss(config, head, COUNTS)
     heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
     labels = some(40, 4)[1]
@@ -132,7 +138,12 @@ def test_compound_loss_split_with_padding_equals_the_whole(head, parts):
         leaves = [z[rows].clone().requires_grad_() for z in heads]
         split = [
             (Outputs(*zs, torch.zeros(len(y), 1)), y, v)
-            for *zs, y, v in zip(*(leaf.split(sizes) for leaf in leaves), labels[rows].split(sizes), valid[rows].split(sizes), strict=True)
+            for *zs, y, v in zip(
+                *(leaf.split(sizes) for leaf in leaves),
+                labels[rows].split(sizes),
+                valid[rows].split(sizes),
+                strict=True,
+            )
         ]
         sums = sum(loss.sums(*part) for part in split)
         results = [loss(*part, 37, sums) for part in split]

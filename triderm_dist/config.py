@@ -30,7 +30,9 @@ class DataConfig(Section):
     test: str | None = Field(None, description="challenge folder to predict; labels are not needed")
     shards: str | None = Field(None, description="packed training shards; default OUTPUT/shards/train")
     test_shards: str | None = Field(None, description="packed test shards; default OUTPUT/shards/test")
-    test_truth: str | None = Field(None, description="ground truth of the test set, if it is known: scores the submission")
+    test_truth: str | None = Field(
+        None, description="ground truth of the test set, if it is known: scores the submission"
+    )
     folds: int = Field(5, ge=2, description="number of cross-validation folds")
     fold_seed: int = Field(0, description="seed of the fold assignment")
     short_side: int | None = Field(
@@ -67,7 +69,10 @@ class AugmentConfig(Section):
     dermoscopic_dropout: float = Field(0.0, ge=0, lt=1, description="probability that the dermoscopic view is hidden")
     concept_dropout: float = Field(0.1, ge=0, lt=1, description="probability that one concept score is hidden")
     token_variants: int = Field(
-        0, ge=0, le=16, description="frozen towers: augmented versions of each photo in the token cache, beside the plain one"
+        0,
+        ge=0,
+        le=16,
+        description="frozen towers: augmented versions of each photo in the token cache, beside the plain one",
     )
 
 
@@ -82,11 +87,11 @@ class TowerConfig(Section):
         None, description="open_clip ViT: force QuickGELU on or off; null follows the checkpoint's config"
     )
     shared: bool = Field(False, description="one tower for both views")
-    frozen: bool = Field(
-        False, description="the whole tower stays as it is; its tokens are computed once and cached"
-    )
+    frozen: bool = Field(False, description="the whole tower stays as it is; its tokens are computed once and cached")
     freeze_clinical: int = Field(6, ge=0, description="leading blocks of the clinical tower that stay as they are")
-    freeze_dermoscopic: int = Field(4, ge=0, description="leading blocks of the dermoscopic tower that stay as they are")
+    freeze_dermoscopic: int = Field(
+        4, ge=0, description="leading blocks of the dermoscopic tower that stay as they are"
+    )
 
 
 class LossConfig(Section):
@@ -113,7 +118,9 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0, description="learning rate of heads and fusion")
-    layer_decay: float = Field(0.9, gt=0, le=1, description="factor of the learning rate for each block further from the heads")
+    layer_decay: float = Field(
+        0.9, gt=0, le=1, description="factor of the learning rate for each block further from the heads"
+    )
     weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices; vectors and embeddings have none")
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float = Field(3.0, ge=0, description="epochs of linear warm-up, counted in optimiser steps")
@@ -131,7 +138,9 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile each tower block and fusion stage")
     log_every: int = Field(10, ge=1, description="optimiser steps between two log lines")
     save_every: int | None = Field(
-        None, ge=1, description="optimiser steps between two checkpoints inside an epoch; null saves at each epoch's end"
+        None,
+        ge=1,
+        description="optimiser steps between two checkpoints inside an epoch; null saves at each epoch's end",
     )
     keep_last: int = Field(2, ge=1, description="resumable checkpoints that are kept")
     select: Literal["best", "last"] = Field(
@@ -173,17 +182,23 @@ class ModelConfig(Section):
 
 class StackConfig(Section):
     enabled: bool = Field(True, description="fit the XGBoost stage on the out-of-fold rows")
-    booster: Literal["softprob", "multi_output"] = Field("softprob", description="one multi-class booster, or multi-output trees")
+    booster: Literal["softprob", "multi_output"] = Field(
+        "softprob", description="one multi-class booster, or multi-output trees"
+    )
     max_depth: int = Field(3, ge=1, description="depth of a tree")
     learning_rate: float = Field(0.1, gt=0, description="shrinkage of a tree")
     max_rounds: int = Field(600, ge=1, description="most boosting rounds")
     early_stopping: int = Field(40, ge=1, description="rounds without gain after which boosting stops")
     class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row is its diagnosis' share ** -power")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where XGBoost runs; auto takes a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where XGBoost runs; auto takes a GPU if there is one"
+    )
 
 
 class EnsembleConfig(Section):
-    members: tuple[str, ...] | None = Field(None, description="models to combine; null takes all of the out-of-fold table")
+    members: tuple[str, ...] | None = Field(
+        None, description="models to combine; null takes all of the out-of-fold table"
+    )
     rounds: int = Field(30, ge=1, description="greedy selection rounds")
     shrinkage: float | Literal["auto"] = Field(
         "auto", description="pull of rare diagnoses' thresholds to the pooled one, in positives; auto: by inner folds"
@@ -220,9 +235,7 @@ class Experiment(Section):
         if not isinstance(shared, Mapping):
             return raw
         models = {
-            name: {**model, "train": merge(shared, model.get("train") or {})}
-            if isinstance(model, Mapping)
-            else model
+            name: {**model, "train": merge(shared, model.get("train") or {})} if isinstance(model, Mapping) else model
             for name, model in raw["models"].items()
         }
         return {**raw, "models": models}
@@ -362,7 +375,9 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = [row[0] for row in describe(kind)]
-        sections = {known_key.rsplit(".", depth)[0] for known_key in known for depth in range(1, known_key.count(".") + 1)}
+        sections = {
+            known_key.rsplit(".", depth)[0] for known_key in known for depth in range(1, known_key.count(".") + 1)
+        }
         near = difflib.get_close_matches(_anonymous(key), [*known, *sections], n=1, cutoff=0.0)
         return f"unknown setting {key!r}; did you mean {near[0]!r}?"
     message = first["msg"].removeprefix("Value error, ")

@@ -1,7 +1,9 @@
-"""Losses whose value and gradient are those of the whole global batch, however it is split over ranks and micro-batches.
+"""Losses whose value and gradient are those of the whole global batch, however it is split over ranks and
+micro-batches.
 
-Focal loss is a sum over lesions divided by the global count. Soft F1 is a ratio of sums, so the sums of the global batch
-are taken first and each part then backpropagates a linear surrogate with the exact gradient (see `soft_f1_surrogate`).
+Focal loss is a sum over lesions divided by the global count. Soft F1 is a ratio of sums, so the sums of the global
+batch are taken first and each part then backpropagates a linear surrogate with the exact gradient (see
+`soft_f1_surrogate`).
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ def focal_loss(
 ) -> torch.Tensor:
     """Focal loss of each lesion, (B,) float32 (Lin et al. 2017); logits (B, C), labels (B,) int64.
 
-    sigmoid: mean over the C diagnoses of -a (1 - q)^gamma log q, q = p for the lesion's diagnosis and 1 - p for the others;
-    a = alpha and 1 - alpha if alpha is given. softmax: -(1 - p_y)^gamma log p_y, and with label smoothing e the sum over
-    diagnoses of t_c times that term, t = (1 - e) onehot + e / C. A class weight multiplies the terms of its diagnosis as
-    target: in the sigmoid form the positive term alone, so that a rare diagnosis is not pushed down harder too.
+    sigmoid: mean over the C diagnoses of -a (1 - q)^gamma log q, q = p for the lesion's diagnosis and 1 - p for the
+    others; a = alpha and 1 - alpha if alpha is given. softmax: -(1 - p_y)^gamma log p_y, and with label smoothing e
+    the sum over diagnoses of t_c times that term, t = (1 - e) onehot + e / C. A class weight multiplies the terms
+    of its diagnosis as target: in the sigmoid form the positive term alone, so that a rare diagnosis is not pushed
+    down harder too.
     """
     logits = logits.float()
     classes = logits.shape[1]
@@ -156,7 +159,12 @@ class CompoundLoss(nn.Module):
         heads = self.config.focal_weight * focal + self.config.soft_f1_weight * soft_f1
         numbers = torch.cat([focal[:1], soft_f1[:1], heads]).tolist()
         aux = numbers[3] + numbers[4]
-        return {"loss": numbers[2] + self.config.aux_weight * aux, "focal": numbers[0], "soft_f1": numbers[1], "aux": aux}
+        return {
+            "loss": numbers[2] + self.config.aux_weight * aux,
+            "focal": numbers[0],
+            "soft_f1": numbers[1],
+            "aux": aux,
+        }
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(self._adjusted(logits), self.head)

@@ -16,10 +16,10 @@ from triderm_dist.submission import read_submission, write_submission
 
 
 def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
-    """Average `test_files` (MODEL/fold-K/test.parquet) over folds, apply stacker and ensemble, write RUN/submission.csv.
+    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble, write RUN/submission.csv.
 
-    Also leaves RUN/predictions.parquet: one row a lesion and model, the mean over folds and transforms. Raises DataError where the
-    files do not hold the same lesions or the ensemble wants another model.
+    Also leaves RUN/predictions.parquet: one row a lesion and model, the mean over folds and transforms. Raises
+    DataError where the files do not hold the same lesions or the ensemble wants another model.
     """
     table = oof.average_test([oof.read_predictions(path) for path in test_files])
     probabilities, thresholds = predict_final(run_folder, table)
@@ -31,7 +31,8 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
 
 
 def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int) -> dict[str, Any]:
-    """Official macro F1 of a submission against {lesion id: label}, with its interval; written to heldout.json beside it.
+    """Official macro F1 of a submission against {lesion id: label}, with its interval; written to heldout.json beside
+    it.
 
     Raises DataError where a lesion of the submission has no truth, or a diagnosis no lesion.
     """

@@ -83,7 +83,9 @@ UNLABELLED = -1
 
 
 class InputError(Exception):
-    """Bad input by the user. Its text is one line: what is wrong, where, and what to do. Programs exit with status 2."""
+    """Bad input by the user. Its text is one line: what is wrong, where, and what to do. Programs exit with status
+    2.
+    """
 
 
 class DataError(InputError):

@@ -1,7 +1,7 @@
 """Programs run one after the other, each skipped while its inputs (content, not time) are what they were.
 
-A stage is a program in a process of its own: its memory is given back, its failure is its own exit status, and it can be
-run by hand with the same settings.
+A stage is a program in a process of its own: its memory is given back, its failure is its own exit status, and it can
+be run by hand with the same settings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path) -> None:
-    """Run what is not done, recording each finished stage in FOLDER/stages.json. Leaves with a failed stage's exit status."""
+    """Run what is not done, recording each finished stage in FOLDER/stages.json. Leaves with a failed stage's exit
+    status.
+    """
     record = folder / "stages.json"
     with _only_one(folder) as lock:
         for number, stage in enumerate(stages, 1):

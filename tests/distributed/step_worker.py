@@ -1,4 +1,6 @@
-"""One optimiser step for each case in a JSON list, on however many ranks were started; rank 0 writes loss and gradients."""
+"""One optimiser step for each case in a JSON list, on however many ranks were started; rank 0 writes loss and
+gradients.
+"""
 
 import json
 import sys
@@ -27,7 +29,8 @@ def experiment(head: str, micro_batch: int, dropout: float, sums: str) -> Experi
         None,
         [
             "models.tri.width=32", "models.tri.heads=2", f"models.tri.dropout={dropout}", f"models.tri.head={head}",
-            "models.tri.tower={source: 'timm:test_vit', pretrained: false, image_size: 32, freeze_clinical: 1, freeze_dermoscopic: 0}",
+            "models.tri.tower={source: 'timm:test_vit', pretrained: false, image_size: 32}",
+            "models.tri.tower.freeze_clinical=1", "models.tri.tower.freeze_dermoscopic=0",
             f"train.global_batch={GLOBAL_BATCH}", f"train.micro_batch={micro_batch}", f"train.loss.soft_f1_sums={sums}",
             "train.optim.clip_norm=1e9",
         ],
@@ -59,10 +62,12 @@ def main(shards: str, output: str, cases: str) -> None:
         )
         (step,) = loader
         wrapped.train()
-        focal, sums, norm = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
+        focal, sums, _ = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
         value = loss.values(parallel.all_sum(focal), sums)["loss"]
         if accelerator.is_main_process:
-            save_file({**gradients, "loss": torch.tensor(value, dtype=torch.float64)}, f"{output}/{case['name']}.safetensors")
+            save_file(
+                {**gradients, "loss": torch.tensor(value, dtype=torch.float64)}, f"{output}/{case['name']}.safetensors"
+            )
         accelerator.wait_for_everyone()
 
 

@@ -1,7 +1,6 @@
 """A step is the same step on 1, 2 and 4 ranks with 1, 2 and 4 micro-batches, and the step of the plain formulas."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,8 +29,18 @@ def cases_of(world: int) -> list[dict]:
                     micro = GLOBAL_BATCH // (world * accumulation)
                     name = f"{head}-{batch}-{world}-{accumulation}"
                     result.append({"name": name, "head": head, "batch": batch, "micro_batch": micro, "dropout": 0.0})
-    # Dropout belongs to the micro-batch, so with micro-batches of 4 it is the same on any number of ranks, checkpointed or not.
-    result.append({"name": f"dropout-{world}", "head": "softmax", "batch": 0, "micro_batch": 4, "dropout": 0.3, "checkpointing": world == 2})
+    # Dropout belongs to the micro-batch, so with micro-batches of 4 it is the same on any number of ranks,
+    # checkpointed or not.
+    result.append(
+        {
+            "name": f"dropout-{world}",
+            "head": "softmax",
+            "batch": 0,
+            "micro_batch": 4,
+            "dropout": 0.3,
+            "checkpointing": world == 2,
+        }
+    )
     return result
 
 
@@ -64,7 +73,11 @@ def references(packed) -> dict[str, dict[str, torch.Tensor]]:
             network.train()
             network.zero_grad()
             outputs = network(
-                batch.clinical[keep], batch.dermoscopic[keep], batch.view_present[keep], batch.concepts[keep], batch.metadata[keep]
+                batch.clinical[keep],
+                batch.dermoscopic[keep],
+                batch.view_present[keep],
+                batch.concepts[keep],
+                batch.metadata[keep],
             )
             labels, total = batch.labels[keep], torch.zeros(())
             for weight, logits in zip((1.0, 0.3, 0.3), outputs[:3], strict=True):
@@ -79,7 +92,8 @@ def references(packed) -> dict[str, dict[str, torch.Tensor]]:
 def assert_same_step(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     assert got["loss"].item() == pytest.approx(expected["loss"].item(), abs=1e-6)
-    # A parameter whose gradient is zero but for rounding (the bias of attention keys) is measured against the largest one.
+    # A parameter whose gradient is zero but for rounding (the bias of attention keys) is measured against the largest
+    # one.
     largest = max(gradient.abs().max() for name, gradient in expected.items() if name != "loss")
     for name, gradient in expected.items():
         scale = max(gradient.abs().max(), 1e-3 * largest)

@@ -1,14 +1,14 @@
 """Augmentation: draws that belong to a lesion, applied batched on the device.
 
-Every random number is a hash of (seed, epoch, lesion, copy, name of the draw): it depends on no rank, worker or order, so a
-lesion looks the same however the batch is split.
+Every random number is a hash of (seed, epoch, lesion, copy, name of the draw): it depends on no rank, worker or
+order, so a lesion looks the same however the batch is split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip")
 _COLOUR = ("brightness", "contrast", "saturation")
 
 
-def lesion_keys(lesion_ids: Sequence[str]) -> np.ndarray:
+def lesion_keys(lesion_ids: Iterable[str]) -> np.ndarray:
     """A 64-bit key for each lesion id, (N,) uint64."""
     digests = b"".join(hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in lesion_ids)
     return np.frombuffer(digests, np.uint64)
@@ -57,11 +57,14 @@ class Draws:
 def hide(
     draws: Draws, config: AugmentConfig, view_present: np.ndarray, concepts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Dropout of views and concepts: view_present (B, 2) with hidden views False, concepts (B, K) with hidden scores NaN.
+    """Dropout of views and concepts: view_present (B, 2), hidden views False; concepts (B, K), hidden scores NaN.
 
     A view is hidden only where the other one is seen.
     """
-    keep = np.stack([draws(f"hide/{view}") for view in VIEWS], 1) >= [config.clinical_dropout, config.dermoscopic_dropout]
+    keep = np.stack([draws(f"hide/{view}") for view in VIEWS], 1) >= [
+        config.clinical_dropout,
+        config.dermoscopic_dropout,
+    ]
     seen = view_present & keep
     seen = np.where(seen.any(1, keepdims=True), seen, view_present)
     hidden = np.stack([draws(f"hide/concept/{k}") for k in range(concepts.shape[1])], 1) < config.concept_dropout
@@ -84,7 +87,9 @@ def view_transform(
         return pixels[:, :, top : top + size, left : left + size].contiguous(memory_format=torch.channels_last)
     prefix = "both" if config.tied_views else view
     if draws is None:
-        matrix = _affine(np.zeros((len(photos), 1)), np.full((len(photos), 2), side), np.zeros((len(photos), 2)), height, width)
+        matrix = _affine(
+            np.zeros((len(photos), 1)), np.full((len(photos), 2), side), np.zeros((len(photos), 2)), height, width
+        )
         return _sample(pixels, matrix, size)
     geometry = {name: draws(f"{prefix}/{name}") for name in _GEOMETRY}
     crop = side * np.sqrt(config.min_scale + (1 - config.min_scale) * geometry["scale"])
@@ -93,7 +98,8 @@ def view_transform(
     if config.dihedral:
         angle = angle + np.floor(4 * geometry["turns"]) * math.pi / 2
         mirror = np.where(geometry["flip"] < 0.5, -1.0, 1.0)
-    # The crop's centre moves so far that an unrotated crop stays inside the photo; corners that leave it are mirrored back.
+    # The crop's centre moves so far that an unrotated crop stays inside the photo; corners that leave it are mirrored
+    # back.
     room = np.stack([width - crop, height - crop], 1) / 2
     shift = room * (2 * np.stack([geometry["shift_x"], geometry["shift_y"]], 1) - 1)
     matrix = _affine(angle[:, None], np.stack([crop * mirror, crop], 1), shift, height, width)
@@ -107,7 +113,9 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def dihedral(pixels: torch.Tensor, index: int) -> torch.Tensor:
-    """Transform `index` of the 8 of the dihedral group on (..., H, W): index % 4 quarter turns, then a flip from 4 on."""
+    """Transform `index` of the 8 of the dihedral group on (..., H, W): index % 4 quarter turns, then a flip from 4
+    on.
+    """
     turned = torch.rot90(pixels, index % 4, (-2, -1))
     return turned.flip(-1) if index >= 4 else turned
 
@@ -123,7 +131,9 @@ def _shrink(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _affine(angle: np.ndarray, crop: np.ndarray, shift: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(B, 2, 3) maps from output to input in the [-1, 1] coordinates of `grid_sample`; crop and shift in pixels (x, y)."""
+    """(B, 2, 3) maps from output to input in the [-1, 1] coordinates of `grid_sample`; crop and shift in pixels (x,
+    y).
+    """
     cos, sin = np.cos(angle[:, 0]), np.sin(angle[:, 0])
     x = np.stack([cos * crop[:, 0] / width, -sin * crop[:, 1] / width, 2 * shift[:, 0] / width], 1)
     y = np.stack([sin * crop[:, 0] / height, cos * crop[:, 1] / height, 2 * shift[:, 1] / height], 1)

@@ -1,8 +1,8 @@
 """From planned rows to batches on the device.
 
-Threads read and decode to uint8 (decoders release the interpreter lock, and moving photos between processes costs more than
-decoding them); geometry, colour and normalisation run batched on the device. The loader is not prepared by Accelerate:
-the plan has already given each rank its part.
+Threads read and decode to uint8 (decoders release the interpreter lock, and moving photos between processes costs
+more than decoding them); geometry, colour and normalisation run batched on the device. The loader is not prepared by
+Accelerate: the plan has already given each rank its part.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ViewSource(Protocol):
 class PhotoSource:
     """Photos (B, 3, size, size) of a packed set, normalised for a tower.
 
-    All photos are brought to the canvas, the size of the first one; where another size occurs, a photo is resized to cover
-    the canvas and cropped to it. Draws augment; `transform` is one of the 8 of the dihedral group.
+    All photos are brought to the canvas, the size of the first one; where another size occurs, a photo is resized to
+    cover the canvas and cropped to it. Draws augment; `transform` is one of the 8 of the dihedral group.
     """
 
     def __init__(
@@ -154,7 +154,13 @@ class Loader:
         workers: int = 2,
         prefetch: int = 4,
     ) -> None:
-        self.index, self.source, self.batches, self.micro_batch, self.device = index, source, batches, micro_batch, device
+        self.index, self.source, self.batches, self.micro_batch, self.device = (
+            index,
+            source,
+            batches,
+            micro_batch,
+            device,
+        )
         self.augment, self.seed, self.epoch, self.transform = augment, seed, epoch, transform
         self.workers, self.prefetch = workers, prefetch
         self.keys = lesion_keys(index.lesion_ids)

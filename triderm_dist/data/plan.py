@@ -1,8 +1,8 @@
 """The order of an epoch: a pure function of (samples, sampling, seed, epoch).
 
-A plan knows no ranks and no workers. Global batch b is a slice of the order and every rank takes its part of that slice,
-so the union over ranks is the plan for any world size, all ranks have the same number of batches, and the only state a
-resumed run needs is one integer: the global batches already consumed.
+A plan knows no ranks and no workers. Global batch b is a slice of the order and every rank takes its part of that
+slice, so the union over ranks is the plan for any world size, all ranks have the same number of batches, and the only
+state a resumed run needs is one integer: the global batches already consumed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Sampling:
     """How an epoch is ordered.
 
     sequential: as they are. shuffle: each sample once. balanced: each sample of a diagnosis with share f of the samples
-    exactly max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power 1/2; the fractional part is
-    spread over the epochs by rotation, never by chance. `window` samples are shuffled together, in shuffled order of the
-    shards, so that reads stay near-sequential; None shuffles everything.
+    exactly max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power 1/2; the fractional
+    part is spread over the epochs by rotation, never by chance. `window` samples are shuffled together, in shuffled
+    order of the shards, so that reads stay near-sequential; None shuffles everything.
     """
 
     kind: Literal["sequential", "shuffle", "balanced"] = "shuffle"
@@ -62,8 +62,9 @@ class PlannedBatch:
 class EpochPlan:
     """The samples of one epoch in order.
 
-    `order` (N,) int64 holds index rows; `copies` (N,) int64 tells a repeated lesion's turns apart, so that each draws its own
-    augmentation. N is len(samples) but for balanced sampling, where it is the sum of the repeat counts.
+    `order` (N,) int64 holds index rows; `copies` (N,) int64 tells a repeated lesion's turns apart, so that each
+    draws its own augmentation. N is len(samples) but for balanced sampling, where it is the sum of the repeat
+    counts.
     """
 
     def __init__(self, samples: Samples, sampling: Sampling, seed: int, epoch: int) -> None:
@@ -87,8 +88,8 @@ class EpochPlan:
     def batches(self, rank: int, world: int, global_batch: int, start: int = 0) -> Iterator[PlannedBatch]:
         """The rank's part of the global batches from number `start` on.
 
-        Every part has global_batch / world rows; past the end of the order the last sample is repeated and marked not valid.
-        Raises ConfigError if the global batch does not split evenly.
+        Every part has global_batch / world rows; past the end of the order it starts again, marked not
+        valid. Raises ConfigError if the global batch does not split evenly.
         """
         if global_batch % world:
             raise ConfigError(f"global_batch {global_batch} does not split over {world} ranks; choose a multiple")
@@ -96,7 +97,7 @@ class EpochPlan:
         order, copies = self.order, self.copies
         for number in range(start, self.num_batches(global_batch)):
             at = number * global_batch + rank * part + np.arange(part)
-            inside = np.minimum(at, len(self) - 1)
+            inside = at % len(self)  # other lesions, not one many times: batch norms see the padding
             count = min(global_batch, len(self) - number * global_batch)
             yield PlannedBatch(number, order[inside], copies[inside], at < len(self), count)
 
@@ -110,7 +111,8 @@ class EpochPlan:
         repeats = self._repeats if self.sampling.kind == "balanced" else np.ones(number, np.int64)
         positions = np.repeat(np.arange(number), repeats)
         copies = np.arange(len(positions)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        # Each lesion draws one place on a circle and its copies stand at equal distances from there: never side by side.
+        # Each lesion draws one place on a circle and its copies stand at equal distances from there: never side by
+        # side.
         places = (random.random(number)[positions] + copies / repeats[positions]) % 1.0
         if self.sampling.window is None:
             arranged = np.argsort(places, kind="stable")

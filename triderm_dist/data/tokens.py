@@ -1,8 +1,8 @@
 """Tokens of frozen towers on local disk.
 
-A cache belongs to one tower at one resolution and one packed set (`key`). It holds versions of every photo: `plain`, the
-transforms of the dihedral group, and augmented ones. A version is written in chunks of lesions, each atomically, so that
-an interrupted extraction goes on where it was and ranks share the work without talking.
+A cache belongs to one tower at one resolution and one packed set (`key`). It holds versions of every photo: `plain`,
+the transforms of the dihedral group, and augmented ones. A version is written in chunks of lesions, each atomically,
+so that an interrupted extraction goes on where it was and ranks share the work without talking.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TokenCache:
         for i, (row, version) in enumerate(zip(rows, versions, strict=True)):
             out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - a cache lives as long as the run that reads it
+    @functools.cache  # noqa: B019 - a cache lives as long as the run that reads it
     def _open(self, version: str, chunk: int) -> np.ndarray:
         return np.load(self._path(version, chunk), mmap_mode="r", allow_pickle=False)
 

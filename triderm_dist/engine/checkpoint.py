@@ -1,7 +1,7 @@
 """Checkpoints that resume bit for bit, and weight files that load without the engine.
 
-A checkpoint is a folder FOLDER/checkpoints/step-N, written beside and renamed, with parameters, optimiser, schedule, loss
-scaler and `TrainState`. No random state is in it: order, augmentation and dropout are functions of (seed, step).
+A checkpoint is a folder FOLDER/checkpoints/step-N, written beside and renamed, with parameters, optimiser, schedule,
+loss scaler and `TrainState`. No random state is in it: order, augmentation and dropout are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ FORMAT, VERSION = "triderm-model", 1
 
 @dataclass
 class TrainState:
-    """Where a run is: epoch, global batches consumed in it, optimiser steps in all, best validation score and its epoch."""
+    """Where a run is: epoch, global batches consumed in it, optimiser steps in all, best validation score and its
+    epoch.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -83,7 +85,9 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
     ) -> tuple[TrainState, torch.Tensor | None]:
-        """Load the newest checkpoint of the same settings into everything, on all ranks; a fresh state if there is none."""
+        """Load the newest checkpoint of the same settings into everything, on all ranks; a fresh state if there is
+        none.
+        """
         found = self._found()
         if not found:
             return TrainState(), None
@@ -150,7 +154,9 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
-    """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError naming what does not fit."""
+    """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError naming what does not
+    fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -163,9 +169,14 @@ def load_weights(path: Path, network: nn.Module) -> None:
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
     if missing or extra or other:
-        said = [f"{len(names)} {what} ({names[0]}, ...)" for what, names in
-                (("missing", missing), ("unknown", extra), ("of other shape", other)) if names]
-        raise CheckpointError(f"{file}: weights of another architecture: {'; '.join(said)}; use the settings it was trained with")
+        said = [
+            f"{len(names)} {what} ({names[0]}, ...)"
+            for what, names in (("missing", missing), ("unknown", extra), ("of other shape", other))
+            if names
+        ]
+        raise CheckpointError(
+            f"{file}: weights of another architecture: {'; '.join(said)}; use the settings it was trained with"
+        )
     network.load_state_dict(weights)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from triderm_dist.config import DataConfig, Experiment, ModelConfig
 from triderm_dist.data.folds import assign_folds
@@ -87,7 +86,18 @@ def _run_fold(
     data = TrainingData(
         index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
     )
-    train(f"{name} fold {fold}", network, model.head, config, data, accelerator, folder, experiment.seed, identity, on_validation)
+    train(
+        f"{name} fold {fold}",
+        network,
+        model.head,
+        config,
+        data,
+        accelerator,
+        folder,
+        experiment.seed,
+        identity,
+        on_validation,
+    )
     load_weights(folder / "weights", network)
     evaluation = evaluate(
         network, index, views.source, validation_rows, accelerator,
@@ -97,7 +107,14 @@ def _run_fold(
         digest = read_about(folder / "weights")["sha256"]
         predictions = as_predictions(evaluation, index, name, model.head, fold, digest)
         write_predictions(folder / "predictions.parquet", predictions)
-        save_about(folder / "fold", identity=identity, model=model.model_dump(mode="json"), concepts=index.concepts, fold=fold, weights=digest)
+        save_about(
+            folder / "fold",
+            identity=identity,
+            model=model.model_dump(mode="json"),
+            concepts=index.concepts,
+            fold=fold,
+            weights=digest,
+        )
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -105,7 +122,8 @@ def _run_fold(
 def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
     """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
 
-    Leaves OUTPUT/MODEL/fold-K/test.parquet. Raises DataError where a fold is not trained, or where the test set has other concepts.
+    Leaves OUTPUT/MODEL/fold-K/test.parquet. Raises DataError where a fold is not trained, or where the test set has
+    other concepts.
     """
     for name in models:
         model = model_named(experiment, name)
@@ -116,7 +134,9 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
                 raise DataError(f"{folder}: this fold is not trained; run launch.crossval first")
             about = read_about(folder / "fold")
             if tuple(about["concepts"]) != index.concepts:
-                raise DataError(f"{index.folder}: the test set's concepts are not those of training; pack it from matching metadata")
+                raise DataError(
+                    f"{index.folder}: the test set's concepts are not those of training; pack it from matching metadata"
+                )
             transforms = experiment.predict.transforms
             stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _stamp(folder / "test.json") == stamp and (folder / "test.parquet").exists():
@@ -138,12 +158,17 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
                 predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
                 write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
                 save_about(folder / "test", stamp=stamp)
-                print(f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True)
+                print(
+                    f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms",
+                    flush=True,
+                )
             accelerator.wait_for_everyone()
 
 
 def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pretrained: bool = True) -> Network:
-    """A network on the views' tokens, or with towers of its own; pretrained False where weights are loaded afterwards."""
+    """A network on the views' tokens, or with towers of its own; pretrained False where weights are loaded
+    afterwards.
+    """
     if views.tokens is not None:
         return build_network(model, concepts, views.tokens)
     tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})

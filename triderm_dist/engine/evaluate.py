@@ -17,7 +17,9 @@ from triderm_dist.schema import Batch, Outputs
 
 @dataclass
 class Evaluation:
-    """Network outputs in the order of `rows` (N,): logits, aux_clinical, aux_dermoscopic (N, C), features (N, D), float32."""
+    """Network outputs in the order of `rows` (N,): logits, aux_clinical, aux_dermoscopic (N, C), features (N, D),
+    float32.
+    """
 
     rows: np.ndarray
     logits: np.ndarray
@@ -56,7 +58,14 @@ def evaluate(
         world = accelerator.num_processes
         batches = plan.batches(accelerator.process_index, world, micro_batch * world)
         loader = Loader(
-            index, source, batches, micro_batch, accelerator.device, transform=transform, workers=workers, prefetch=prefetch
+            index,
+            source,
+            batches,
+            micro_batch,
+            accelerator.device,
+            transform=transform,
+            workers=workers,
+            prefetch=prefetch,
         )
         arrays: list[np.ndarray] = []
         for step in loader:

@@ -1,8 +1,8 @@
 """How a network is spread over ranks: one process, DDP or DeepSpeed, as `accelerate launch` says.
 
-The order of wrapping is stated once, here: activation checkpointing of each block, torch.compile of each block, then DDP or
-ZeRO around the whole. Checkpointing sits inside compile so that the compiler sees it; compiling block by block keeps
-compile time flat with depth and never changes a key of the state dict.
+The order of wrapping is stated once, here: activation checkpointing of each block, torch.compile of each block, then
+DDP or ZeRO around the whole. Checkpointing sits inside compile so that the compiler sees it; compiling block by block
+keeps compile time flat with depth and never changes a key of the state dict.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -93,8 +93,8 @@ def describe(accelerator: Accelerator, config: TrainConfig, network: Network) ->
     held = sum(p.numel() for p in network.parameters())
     return (
         f"{accelerator.distributed_type.value} on {accelerator.device}, {accelerator.num_processes} rank(s); "
-        f"{precision} ({why}); global batch {config.global_batch} = {accelerator.num_processes} x {config.micro_batch} x "
-        f"{accumulation}; {trained / 1e6:.2f} of {held / 1e6:.2f} million parameters are trained"
+        f"{precision} ({why}); global batch {config.global_batch} = {accelerator.num_processes} x {config.micro_batch} "
+        f"x {accumulation}; {trained / 1e6:.2f} of {held / 1e6:.2f} million parameters are trained"
     )
 
 
@@ -118,25 +118,23 @@ def wrap(
     """The network and optimiser ready to train; raises ConfigError if the result is not what the launcher asked for."""
     for block in network.blocks():
         if activation_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compile_blocks:
             block.compile(dynamic=False)  # shapes never change: the last batch is padded
-    wrapped, prepared = accelerator.prepare(network, optimizer)
+    prepared: tuple[Any, Any] = accelerator.prepare(network, optimizer)
+    # By name, since importing DeepSpeed takes seconds. A way of running that silently became another is an error.
     expected = {
-        DistributedType.NO: type(network),
-        DistributedType.MULTI_GPU: nn.parallel.DistributedDataParallel,
-        DistributedType.MULTI_CPU: nn.parallel.DistributedDataParallel,
+        DistributedType.NO: type(network).__name__,
+        DistributedType.MULTI_GPU: "DistributedDataParallel",
+        DistributedType.MULTI_CPU: "DistributedDataParallel",
+        DistributedType.DEEPSPEED: "DeepSpeedEngine",
     }.get(accelerator.distributed_type)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        import deepspeed
-
-        expected = deepspeed.DeepSpeedEngine
-    if expected is None or not isinstance(wrapped, expected):
+    if type(prepared[0]).__name__ != expected:
         raise ConfigError(
-            f"{accelerator.distributed_type.value} gave a {type(wrapped).__name__}; this toolkit runs one process, DDP "
-            "or DeepSpeed: see accelerate_configs/"
+            f"{accelerator.distributed_type.value} gave a {type(prepared[0]).__name__}; this toolkit runs one process, "
+            "DDP or DeepSpeed: see accelerate_configs/"
         )
-    return wrapped, prepared
+    return prepared
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:
@@ -162,7 +160,8 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Abst
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
     """Backpropagate a rank's share of a loss that is a sum over ranks and micro-batches.
 
-    DDP and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches: both are undone here, once.
+    DDP and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches: both are undone here,
+    once.
     """
     accelerator.backward(loss * (accelerator.num_processes * accelerator.gradient_accumulation_steps))
 

@@ -17,7 +17,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.data.tokens import TokenCache, cache_key
 from triderm_dist.models import build_towers
-from triderm_dist.models.towers import Tower, TokenShape, tower_hash
+from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 
 PLAIN = "plain"
 EXTRACT_BATCH = 32
@@ -25,7 +25,9 @@ EXTRACT_BATCH = 32
 
 @dataclass
 class Views:
-    """Where a network gets its views, and the frozen tower's token shape, or None where the network holds the towers."""
+    """Where a network gets its views, and the frozen tower's token shape, or None where the network holds the
+    towers.
+    """
 
     source: ViewSource
     tokens: TokenShape | None
@@ -42,7 +44,8 @@ def open_views(
     train: bool,
     transforms: int = 1,
 ) -> Views:
-    """Photos for towers that learn; for a frozen tower its tokens, after computing those that FOLDER lacks. Call on all ranks.
+    """Photos for towers that learn; for a frozen tower its tokens, after computing those that FOLDER lacks. Call on
+    all ranks.
 
     train: also the augmented versions. transforms: how many transforms of the dihedral group prediction will ask for.
     """
@@ -56,7 +59,17 @@ def open_views(
     cache = TokenCache(folder / key, len(index), (shape.num_tokens, shape.width))
     variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
     turned = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
-    _extract(tower, index, cache, list(dict.fromkeys([*variants, *turned])), augment, seed, accelerator, data, model.train.compile)
+    _extract(
+        tower,
+        index,
+        cache,
+        list(dict.fromkeys([*variants, *turned])),
+        augment,
+        seed,
+        accelerator,
+        data,
+        model.train.compile,
+    )
     return Views(TokenSource(cache, variants, turned), shape)
 
 
@@ -95,7 +108,11 @@ def _extract(
         task = progress.add_task("tokens of the frozen tower, chunks", total=len(missing))
         for number, (version, chunk) in enumerate(missing):
             if number % accelerator.num_processes == accelerator.process_index:
-                cache.write(version, chunk, _tokens(tower, index, source, cache.rows(chunk), version, augment, seed, accelerator, data))
+                cache.write(
+                    version,
+                    chunk,
+                    _tokens(tower, index, source, cache.rows(chunk), version, augment, seed, accelerator, data),
+                )
             progress.update(task, completed=number + 1)
     source.close()
     accelerator.wait_for_everyone()

@@ -9,10 +9,12 @@ from typing import Any
 
 
 class Tracker:
-    """Appends records to FOLDER/metrics.jsonl and TensorBoard events to FOLDER/tensorboard; silent where `active` is False.
+    """Appends records to FOLDER/metrics.jsonl and TensorBoard events to FOLDER/tensorboard; silent where `active` is
+    False.
 
-    Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, ...} and {"kind": "validation", epoch, step,
-    macro_f1 (argmax), official, ...}. Opening at a step drops later records: a resumed run writes them again.
+    Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, ...} and {"kind": "validation",
+    epoch, step, macro_f1 (argmax), official, ...}. Opening at a step drops later records: a resumed run writes them
+    again.
     """
 
     def __init__(self, folder: Path, active: bool, step: int = 0) -> None:

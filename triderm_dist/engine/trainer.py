@@ -52,24 +52,28 @@ def train(
     identity: str,
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Train `network` and leave the selected weights in it and in FOLDER/weights.safetensors; resumes from FOLDER/checkpoints.
+    """Train `network` and leave the selected weights in it and in FOLDER/weights.safetensors; resumes from
+    FOLDER/checkpoints.
 
-    Call on all ranks. Two runs with the same `identity` (settings and data), seed, micro-batch and global batch give the same numbers,
-    on any number of ranks up to the order of floating-point sums. `on_validation` is told (epoch, scores). Raises InputError for a loss that is not finite, before the step.
+    Call on all ranks. Two runs with the same `identity` (settings and data), seed, micro-batch and global batch give
+    the same numbers, on any number of ranks up to the order of floating-point sums. `on_validation` is told (epoch,
+    scores). Raises InputError for a loss that is not finite, before the step.
     """
     samples = Samples(data.train_rows, data.index.labels[data.train_rows], data.index.shard[data.train_rows])
     sampling = Sampling(**config.sampling.model_dump())
-    steps = [EpochPlan(samples, sampling, seed, epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
+    steps = [
+        EpochPlan(samples, sampling, seed, epoch).num_batches(config.global_batch) for epoch in range(config.epochs)
+    ]
     total_steps = sum(steps)
     labels = data.index.labels[data.validation_rows]
     counts = np.bincount(samples.labels, minlength=len(DIAGNOSES))
     loss = CompoundLoss(config.loss, head, counts).to(accelerator.device)
     optimizer = build_optimizer(network, config.optim, fused=accelerator.device.type == "cuda")
     scheduler = build_scheduler(optimizer, config.optim, total_steps, steps[0])
-    wrapped, optimizer = wrap(accelerator, network, optimizer, config.activation_checkpointing, config.compile)
+    wrapped, prepared = wrap(accelerator, network, optimizer, config.activation_checkpointing, config.compile)
     checkpoints = Checkpoints(folder, identity, config.keep_last)
-    state, sums = checkpoints.restore(accelerator, wrapped, optimizer, scheduler)
-    first_step, started = state.step, time.perf_counter()
+    state, sums = checkpoints.restore(accelerator, wrapped, prepared, scheduler)
+    meter = _Meter(state.step)
 
     with Tracker(folder, accelerator.is_main_process, state.step) as tracker:
         while state.epoch < config.epochs:
@@ -80,23 +84,26 @@ def train(
                 data.index, data.source, batches, config.micro_batch, accelerator.device,
                 augment=config.augment, seed=seed, epoch=state.epoch, workers=data.workers, prefetch=data.prefetch,
             )  # fmt: skip
-            since = time.perf_counter()
+            meter.start(loader)
+            wrapped.train()
             for step in loader:
-                wrapped.train()
-                focal, sums, norm = train_step(wrapped, loss, optimizer, step, accelerator, config, seed, state.step, sums)
+                focal, sums, norm = train_step(
+                    wrapped, loss, prepared, step, accelerator, config, seed, state.step, sums
+                )
                 scheduler.step()
                 state.batch, state.step = step.number + 1, state.step + 1
                 if state.step % config.log_every == 0:
                     values = loss.values(all_sum(focal), sums)
-                    now = time.perf_counter()
-                    rate, wait = config.log_every * config.global_batch / (now - since), loader.waited / (now - since)
-                    left = (total_steps - state.step) * (now - started) / (state.step - first_step)
-                    values |= {"lr": scheduler.get_last_lr()[0], "grad_norm": norm, "lesions_per_s": rate, "data_wait": wait}
+                    values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": norm}
+                    values |= meter.read(loader, state.step, config.global_batch)
                     epoch = state.epoch + state.batch / steps[state.epoch]
-                    tracker.log("train", epoch, state.step, values, _line(name, epoch, config.epochs, state.step, total_steps, values, left))
-                    since, loader.waited = now, 0.0
+                    line = (
+                        f"{name}  epoch {epoch:.1f}/{config.epochs}  step {state.step}/{total_steps}  {_text(values)}"
+                    )
+                    left = meter.seconds_a_step(state.step) * (total_steps - state.step)
+                    tracker.log("train", epoch, state.step, values, f"{line}  ETA {clock(left)}")
                 if config.save_every and state.step % config.save_every == 0:
-                    checkpoints.save(accelerator, wrapped, optimizer, scheduler, state, sums)
+                    checkpoints.save(accelerator, wrapped, prepared, scheduler, state, sums)
             state.epoch, state.batch = state.epoch + 1, 0
 
             validation = evaluate(
@@ -108,7 +115,7 @@ def train(
             if config.select == "last" or scores["macro_f1"] > state.best_score:
                 state.best_score, state.best_epoch = scores["macro_f1"], state.epoch
                 _keep_weights(accelerator, wrapped, folder, state)
-            checkpoints.save(accelerator, wrapped, optimizer, scheduler, state, sums)
+            checkpoints.save(accelerator, wrapped, prepared, scheduler, state, sums)
             line = f"{name}  epoch {state.epoch}/{config.epochs}  validation macro F1 {scores['macro_f1']:.3f} (argmax)"
             tracker.log("validation", state.epoch, state.step, scores, f"{line}  {scores['official']:.3f} (p > 0.5)")
             if on_validation:
@@ -128,9 +135,10 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """One optimiser step over a global batch, of which this rank holds the micro-batches of `step`.
 
-    Returns this rank's share of the focal values (3,), the soft F1 sums (3, 3, C) of the global batch, and the gradient norm before
-    clipping. The sums must be known before the first backward: one micro-batch takes them from its own forward; several take them from
-    a first pass without gradients, with the same dropout, or from the step before if the settings say so.
+    Returns this rank's share of the focal values (3,), the soft F1 sums (3, 3, C) of the global batch, and the
+    gradient norm before clipping. The sums must be known before the first backward: one micro-batch takes them from
+    its own forward; several take them from a first pass without gradients, with the same dropout, or from the step
+    before if the settings say so.
     """
     alone = len(step.micro_batches) == 1
     first = accelerator.process_index * len(step.micro_batches)
@@ -147,13 +155,12 @@ def train_step(
             part, focal_part = loss(outputs, batch.labels, batch.valid, step.count, sums)
             focal += focal_part
             backward(accelerator, part)
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_norm)
-    norm = float("nan") if norm is None else float(norm)
+    norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_norm) or 0.0)
     if not np.isfinite(norm) and accelerator.scaler is None:
         ids = ", ".join(step.micro_batches[0].lesion_ids[:8])
         raise InputError(
-            f"step {number + 1}: the gradient is not finite, stopped before the step; first lesions of the batch on rank "
-            f"{accelerator.process_index}: {ids}; lower train.optim.lr or set train.precision=fp32"
+            f"step {number + 1}: the gradient is not finite, stopped before the step; first lesions of the batch on "
+            f"rank {accelerator.process_index}: {ids}; lower train.optim.lr or set train.precision=fp32"
         )
     optimizer.step()
     optimizer.zero_grad()
@@ -163,8 +170,8 @@ def train_step(
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Make dropout a function of (seed, step, number of the micro-batch in the global batch).
 
-    So a resumed run needs no saved random state, a second forward repeats the first, and ranks that share a global batch
-    draw what one process with accumulation would draw.
+    So a resumed run needs no saved random state, a second forward repeats the first, and ranks that share a global
+    batch draw what one process with accumulation would draw.
     """
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + micro_batch) % 2**63)
 
@@ -215,11 +222,33 @@ def _keep_weights(accelerator: Accelerator, wrapped: nn.Module, folder: Path, st
     accelerator.wait_for_everyone()
 
 
-def _line(
-    name: str, epoch: float, epochs: int, step: int, steps: int, values: dict[str, float], seconds_left: float
-) -> str:
+class _Meter:
+    """Speed between two log lines, and since the start for the time that is left."""
+
+    def __init__(self, step: int) -> None:
+        self._first_step, self._started = step, time.perf_counter()
+        self._last_step, self._last = step, self._started
+
+    def start(self, loader: Loader) -> None:
+        """Leave out what came before, such as validation."""
+        self._last, loader.waited = time.perf_counter(), 0.0
+
+    def read(self, loader: Loader, step: int, global_batch: int) -> dict[str, float]:
+        """lesions_per_s over all ranks, and the share of the time that this rank waited for data."""
+        seconds = time.perf_counter() - self._last
+        lesions = (step - self._last_step) * global_batch
+        result = {"lesions_per_s": lesions / seconds, "data_wait": loader.waited / seconds}
+        self._last_step = step
+        self.start(loader)
+        return result
+
+    def seconds_a_step(self, step: int) -> float:
+        return (time.perf_counter() - self._started) / (step - self._first_step)
+
+
+def _text(values: dict[str, float]) -> str:
     return (
-        f"{name}  epoch {epoch:.1f}/{epochs}  step {step}/{steps}  loss {values['loss']:.4f} (focal {values['focal']:.4f} "
-        f"soft F1 {values['soft_f1']:.4f} aux {values['aux']:.4f})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}  ETA {clock(seconds_left)}"
+        f"loss {values['loss']:.4f} (focal {values['focal']:.4f} soft F1 {values['soft_f1']:.4f} "
+        f"aux {values['aux']:.4f})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
+        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}"
     )

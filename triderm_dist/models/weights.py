@@ -154,7 +154,7 @@ def weight_file(name: str) -> Path:
     found = [file for folder in spec.submodule_search_locations for file in sorted(Path(folder).rglob("*"))]
     found = [file for file in found if file.suffix in WEIGHT_SUFFIXES]
     if len(found) != 1:
-        raise CheckpointError(f"{name}: the package holds {len(found)} weight files, one is needed; give a path instead")
+        raise CheckpointError(f"{name}: the package holds {len(found)} weight files, not one; give a path instead")
     return found[0]
 
 

@@ -1,0 +1,42 @@
+# make demo, make test: each sets up .venv first if there is none; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+SCORER := $(VENV)/scorer
+# Waiting OpenMP threads must not spin: they would fight with decoder threads for the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# The official scorer asks for a newer Python than it needs, and one of its packages for a C compiler; the tests that run
+# it are skipped where it can't be had.
+$(SCORER): $(INSTALLED)
+	-$(RUN) -m pip install --quiet --disable-pip-version-check click click-pathlib rdp zipfile-deflate64
+	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python isic-challenge-scoring==5.8.0
+	@touch $@
+
+demo: install
+	$(RUN) -m shards.demo output=runs/demo/data
+	$(RUN) -m launch.pipeline --config launch/experiments/demo.yaml
+
+test: $(SCORER)
+	$(RUN) -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) runs/demo
