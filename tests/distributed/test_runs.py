@@ -1,0 +1,140 @@
+"""launch.train as people start it: one process, two under Accelerate, two under DeepSpeed; killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.oof import read_predictions
+
+from .conftest import ROOT, launch
+
+SETTINGS = """
+data: {folds: 2}
+train:
+  epochs: 2
+  global_batch: 16
+  micro_batch: 8
+  log_every: 1
+  save_every: 2
+  optim: {lr: 1e-3, warmup_epochs: 1}
+models:
+  tri:
+    width: 32
+    heads: 2
+    tower: {source: "timm:test_vit", pretrained: false, image_size: 32, freeze_clinical: 1, freeze_dermoscopic: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(packed, tmp_path_factory) -> list[str]:
+    file = tmp_path_factory.mktemp("settings") / "tiny.yaml"
+    file.write_text(SETTINGS)
+    return ["--config", str(file), f"data.shards={packed}"]
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory) -> Path:
+    """The run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch("launch.train", *settings, f"output={folder}")
+    return folder / "tri" / "fold-0"
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def weights_of(folder: Path) -> str:
+    return json.loads((folder / "fold.json").read_text())["weights"]
+
+
+def test_a_run_leaves_what_it_says(alone):
+    predictions = read_predictions(alone / "predictions.parquet")
+    assert len(predictions) == 50
+    assert set(predictions.fold) == {0}
+    assert set(predictions.model_hash) == {weights_of(alone)}
+    steps = [step for step, _ in losses(alone)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(list((alone / "checkpoints").iterdir())) == 2
+    assert (alone / "config.yaml").exists()
+
+
+def test_a_finished_fold_is_not_trained_again(alone, settings):
+    before = (alone / "weights.safetensors").stat().st_mtime_ns
+    launch("launch.train", *settings, f"output={alone.parents[1]}")
+    assert (alone / "weights.safetensors").stat().st_mtime_ns == before
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings, tmp_path):
+    command = [sys.executable, "-m", "launch.train", *settings, f"output={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "tri" / "fold-0"
+    # Killed inside an epoch, after the first checkpoint and (most likely) after steps that no checkpoint holds.
+    while not (folder / "checkpoints" / "step-00000002").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "fold.json").exists()
+    launch("launch.train", *settings, f"output={tmp_path}")
+    assert losses(folder) == losses(alone)
+    assert weights_of(folder) == weights_of(alone)
+    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, alone))
+    assert (a.logits == b.logits).all()
+
+
+def test_checkpoints_of_other_settings_are_not_resumed(alone, settings, tmp_path):
+    first = launch("launch.train", *settings, f"output={tmp_path}", "train.epochs=1")
+    second = launch("launch.train", *settings, f"output={tmp_path}")
+    assert "other settings" not in first.stdout
+    assert "other settings or data; starting from the beginning" in second.stdout
+    assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(alone)
+
+
+def test_two_ranks_give_the_numbers_of_one(alone, settings, tmp_path):
+    done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config="accelerate_configs/ddp.yaml")
+    assert "2 rank(s)" in done.stdout
+    assert "global batch 16 = 2 x 8 x 1" in done.stdout
+    folder = tmp_path / "tri" / "fold-0"
+    assert np.allclose(losses(folder), losses(alone), atol=1e-4)
+    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, alone))
+    assert a.lesion_ids.tolist() == b.lesion_ids.tolist()
+    assert np.abs(a.logits - b.logits).max() < 1e-2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_numbers_of_one(alone, settings, tmp_path, stage):
+    config = f"accelerate_configs/deepspeed_zero{stage}.yaml"
+    done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config=config)
+    assert "DEEPSPEED" in done.stdout and "2 rank(s)" in done.stdout
+    folder = tmp_path / "tri" / "fold-0"
+    assert np.allclose(losses(folder)[:4], losses(alone)[:4], atol=1e-3)
+    assert np.abs(np.array(losses(folder)) - np.array(losses(alone))).max() < 0.05
+    assert len(read_predictions(folder / "predictions.parquet")) == 50
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "unknown setting 'train.epoch'; did you mean 'train.epochs'?"),
+        ("fold=2", "fold=2: data.folds is 2"),
+        ("model=duo", "model=duo: the settings have the models tri"),
+        ("train.micro_batch=3", "global_batch 16 is not a multiple of 1 ranks x micro_batch 3"),
+        ("train.precision=fp16", "precision: fp16 needs a GPU"),
+        ("data.shards=nowhere", "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(settings, tmp_path, override, message):
+    done = launch("launch.train", *settings, f"output={tmp_path}/run", override, check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.rglob("*.safetensors"))
