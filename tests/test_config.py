@@ -1,9 +1,13 @@
 """Settings: strict, helpful, and the same after writing and reading."""
 
+from pathlib import Path
+
 import pytest
 
 from triderm_dist.config import Experiment, describe, load, save
 from triderm_dist.schema import ConfigError
+
+EXPERIMENTS = Path(__file__).parents[1] / "launch" / "experiments"
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,17 @@ def test_every_setting_is_described():
     assert len(rows) > 80
     assert all(text for *_, text in rows)
     assert "models.NAME.train.optim.layer_decay" in {key for key, *_ in rows}
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_experiment_files_are_valid(file):
+    config = load(Experiment, file)
+    for model in config.models.values():
+        assert model.train.global_batch % model.train.micro_batch == 0
+
+
+def test_base_file_is_laid_under(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 3\ntrain: {epochs: 7, micro_batch: 8}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
+    config = load(Experiment, tmp_path / "b.yaml")
+    assert (config.seed, config.train.epochs, config.train.micro_batch) == (3, 9, 8)

@@ -268,7 +268,7 @@ Tree = TypeVar("Tree", bound=Section)
 def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
     """The settings of `kind` from a YAML file and `key.subkey=value` overrides; values are read as YAML.
 
-    Raises ConfigError for a file that is missing or no mapping, an unknown key (with the nearest right one), or a value
+    A file may name another one as `base: FILE` and change some of its settings. Raises ConfigError for a file that is missing or no mapping, an unknown key (with the nearest right one), or a value
     of the wrong type.
     """
     raw: dict[str, Any] = {}
@@ -324,6 +324,7 @@ def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file, laid over that of the file it names as `base` (relative to its own folder)."""
     try:
         raw = _number(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -334,7 +335,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: the file holds a {type(raw).__name__}, settings are a mapping of keys")
-    return raw
+    base = raw.pop("base", None)
+    return raw if base is None else merge(_read_yaml(path.parent / str(base)), raw)
 
 
 def _number(value: Any) -> Any:
