@@ -282,7 +282,12 @@ def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides
             value = _number(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {text!r} is not YAML ({str(error).splitlines()[0]})") from None
-        raw = merge(raw, _nest(key.split("."), value))
+        raw = merge(raw, nest(key.split("."), value))
+    return build(kind, raw)
+
+
+def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
+    """The settings of `kind` from a plain tree of values. Raises ConfigError as `load` does."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -309,6 +314,13 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A tree that holds `value` under the keys, outermost first."""
+    for key in reversed(keys):
+        value = {key: value}
+    return value
 
 
 def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
@@ -350,12 +362,6 @@ def _number(value: Any) -> Any:
             return float(value)
         except ValueError:
             return value
-    return value
-
-
-def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
     return value
 
 
