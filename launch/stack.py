@@ -1,5 +1,7 @@
 """Fit the XGBoost stage and the ensemble on OUTPUT/oof.parquet, and estimate them on lesions they were not fitted on.
 
+python -m launch.stack --config RUN/config.yaml
+
 Writes stack.ubj, ensemble.json, ensemble_oof.parquet and oof_submission.csv into OUTPUT. Running it again writes the
 same files.
 """

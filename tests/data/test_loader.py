@@ -1,0 +1,121 @@
+"""From shards to batches: the right lesion in the right row, whatever the threads do; tokens like photos."""
+
+import numpy as np
+import pytest
+import torch
+
+from triderm_dist.config import AugmentConfig
+from triderm_dist.data.loader import Loader, PhotoSource, TokenSource
+from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import ShardIndex, pack_shards, read_photo_bytes
+from triderm_dist.data.tokens import CHUNK, TokenCache
+from triderm_dist.schema import VIEWS, DataError
+
+CPU = torch.device("cpu")
+HALF = ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture
+def index(make_challenge, tmp_path) -> ShardIndex:
+    challenge = make_challenge(lesions=22)
+    challenge.photo(4).unlink()  # the third lesion has its second view only
+    dataset = read_challenge(challenge.write().folder, missing_view="mark")
+    return pack_shards(dataset, tmp_path / "shards", short_side=None, shard_samples=5)
+
+
+def steps_of(index: ShardIndex, source, global_batch: int = 8, micro_batch: int = 4, **options):
+    samples = Samples(np.arange(len(index)), index.labels, index.shard)
+    plan = EpochPlan(samples, Sampling("shuffle"), 0, 0)
+    return plan, list(Loader(index, source, plan.batches(0, 1, global_batch), micro_batch, CPU, **options))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rows_hold_their_lesion(index, workers):
+    import simplejpeg
+
+    source = PhotoSource(index, 36, *HALF)
+    plan, steps = steps_of(index, source, workers=workers, prefetch=2)
+    assert [len(step.micro_batches) for step in steps] == [2, 2, 2]
+    rows = np.concatenate([step.rows for step in steps])
+    assert rows[: len(index)].tolist() == plan.order.tolist()
+    assert [step.count for step in steps] == [8, 8, 6]
+    batches = [batch for step in steps for batch in step.micro_batches]
+    for i, row in enumerate(rows):
+        batch, at = batches[i // 4], i % 4
+        assert batch.lesion_ids[at] == index.lesion_ids[row]
+        assert batch.labels[at] == index.labels[row]
+        assert batch.valid[at] == (i < len(index))
+        assert batch.view_present[at].tolist() == (index.sizes[row] > 0).tolist()
+        for view, pixels in zip(VIEWS, (batch.clinical, batch.dermoscopic), strict=True):
+            if index.sizes[row, VIEWS.index(view)]:
+                photo = simplejpeg.decode_jpeg(read_photo_bytes(index, row, view))[:, 6:42]  # 48 x 36, centred
+                expected = torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255 * 2 - 1
+                torch.testing.assert_close(pixels[at], expected, atol=1e-5, rtol=0)
+    source.close()
+
+
+def test_augmented_batch_does_not_depend_on_the_split(index):
+    source, augment = PhotoSource(index, 24, *HALF), AugmentConfig(clinical_dropout=0.5, concept_dropout=0.5)
+    whole, parts = (
+        [batch for step in steps_of(index, source, micro_batch=m, augment=augment, seed=5, epoch=2)[1]
+         for batch in step.micro_batches]
+        for m in (8, 2)
+    )  # fmt: skip
+    for name in ("clinical", "dermoscopic", "view_present", "concepts"):
+        a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (whole, parts))
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert torch.cat([batch.concepts for batch in whole]).isnan().any()
+
+
+def test_other_photo_sizes_are_fitted_to_the_canvas(make_challenge, tmp_path):
+    challenge = make_challenge(lesions=22)
+    from PIL import Image
+
+    odd = challenge.photo(7)
+    Image.new("RGB", (90, 90), (200, 10, 10)).save(odd, quality=95)
+    index = pack_shards(read_challenge(challenge.folder), tmp_path / "shards", short_side=None)
+    source = PhotoSource(index, 24, *HALF)
+    _, steps = steps_of(index, source)
+    assert source.canvas == (36, 48)
+    assert all(batch.clinical.shape == (4, 3, 24, 24) for step in steps for batch in step.micro_batches)
+
+
+def test_a_damaged_photo_is_named(index):
+    path = index.path(0)
+    data = bytearray(path.read_bytes())
+    row = int(np.flatnonzero((index.shard == 0) & (index.sizes[:, 1] > 0))[1])
+    start, size = int(index.offsets[row, 1]), int(index.sizes[row, 1])
+    data[start : start + size] = bytes(size)
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=f"dermoscopic photo of lesion {index.lesion_ids[row]} does not decode"):
+        steps_of(index, PhotoSource(index, 24, *HALF))
+
+
+def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
+    cache = TokenCache(tmp_path / "tokens", len(index), (3, 2))
+    for number, version in enumerate(["plain", "augmented-0", "dihedral-1"]):
+        tokens = np.zeros((len(index), 2, 3, 2), np.float16)
+        tokens[:] = np.arange(len(index))[:, None, None, None] + 100 * number
+        tokens[:, 1] += 1000
+        assert cache.missing([version]) == [(version, 0)]
+        cache.write(version, 0, tokens)
+    assert cache.missing(["plain", "augmented-0"]) == []
+    source = TokenSource(cache, ["plain", "augmented-0"], ["plain", "dihedral-1"])
+    _, plain = steps_of(index, source)
+    _, turned = steps_of(index, source, transform=1)
+    _, trained = steps_of(index, source, augment=AugmentConfig())
+    for steps, allowed in ((plain, {0}), (turned, {200}), (trained, {0, 100})):
+        seen = set()
+        for step in steps:
+            rows = torch.from_numpy(step.rows).float()
+            clinical = torch.cat([batch.clinical for batch in step.micro_batches])
+            dermoscopic = torch.cat([batch.dermoscopic for batch in step.micro_batches])
+            seen |= set((clinical[:, 0, 0] - rows).tolist())
+            assert set((dermoscopic[:, 2, 1] - rows - 1000).tolist()) <= allowed
+        assert seen == allowed
+
+
+def test_chunks_cover_every_lesion_once(tmp_path):
+    cache = TokenCache(tmp_path, 2 * CHUNK + 3, (1, 1))
+    assert np.concatenate([cache.rows(chunk) for chunk in cache.chunks]).tolist() == list(range(2 * CHUNK + 3))
