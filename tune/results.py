@@ -1,0 +1,30 @@
+"""What a search has found: its trials as a table, the best settings, and pictures; also of one that is not over.
+
+python -m tune.results output=RUN
+
+Writes RUN/search/{trials.csv, settings.png, parallel.png} and RUN/best.yaml.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Section
+
+
+class ResultsRun(Section):
+    output: str = Field("runs/default", description="folder of the run that was searched")
+
+
+def main(config: ResultsRun) -> None:
+    from triderm_dist.search import conclude, draw_summary, print_summary, read_search
+
+    summary = conclude(read_search(Path(config.output)))
+    print_summary(summary)
+    for path in draw_summary(summary):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(ResultsRun, main, __doc__)
