@@ -900,12 +900,14 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
 
     place = figure.subplots()
     scores = [trial.macro_f1 or 0.0 for trial in trials]
-    colours = ScalarMappable(Normalize(min(scores), max(scores)), "viridis_r")
+    low, high = min(scores), max(scores)
+    colours = ScalarMappable(Normalize(low, high), "viridis_r")
     at = range(len(axes))
     # Low scores first, so that the good ones lie on top.
     for trial in sorted(trials, key=lambda trial: trial.macro_f1 or 0.0):
         ends = trial.state == "complete"
-        style: dict[str, Any] = {"color": colours.cmap(colours.norm(trial.macro_f1)), "lw": 1.6 if ends else 0.9}
+        shade = ((trial.macro_f1 or 0.0) - low) / ((high - low) or 1.0)
+        style: dict[str, Any] = {"color": colours.cmap(shade), "lw": 1.6 if ends else 0.9}
         style["linestyle"] = "-" if ends else ":"
         if trial.number == BASELINE:
             style |= {"color": INK, "lw": 2.2, "linestyle": "--", "label": "the experiment's own settings"}
