@@ -183,7 +183,7 @@ def nccl_finding(packages: Sequence[str], gpu: bool) -> Finding:
         "NCCL",
         f"{' and '.join(packages)} overwrite each other's libnccl.so.2: xgboost's may replace torch's",
         "missing" if gpu else "note",
-        "pip uninstall -y xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 nvidia-nccl-cu13",
+        "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 nvidia-nccl-cu13",
     )
 
 

@@ -1,0 +1,336 @@
+"""Search: spaces that are checked before a trial starts, trials that resume, and a real search on a tiny packed set."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.data.shards import pack_shards
+from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.search import (
+    BASELINE,
+    Domain,
+    SearchRun,
+    Trial,
+    _Curve,
+    fit_space,
+    own_settings,
+    read_search,
+    read_space,
+    read_trial,
+    read_trials,
+    run_trial,
+    with_settings,
+    without_effect,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def space_file(folder: Path, text: str) -> Path:
+    path = folder / "space.yaml"
+    path.write_text(text)
+    return path
+
+
+# --- spaces ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.loss.gama: {uniform: [0, 3]}", r"unknown setting 'train.loss.gama'; did you mean 'train.loss.gamma'\?"),
+        ("train.optim.lr: {uniform: [-1, 1]}", "train.optim.lr: input should be greater than 0"),
+        ("train.epochs: {randint: [2, 9]}", "train.epochs is the budget of a trial"),
+        ("train.loss: {choice: [1]}", "train.loss: input should be a valid dictionary"),
+        ("width: {choice: [64, 65]}", "width 65 is not a multiple of heads"),
+        ("tower.freeze_clinical: {uniform: [0, 3]}", "tower.freeze_clinical: input should be a valid integer"),
+        ("train.loss.gamma: {uniform: [3, 0]}", "two numbers, the lower first"),
+        ("train.loss.gamma: {normal: [0, 3]}", "write one of uniform, loguniform, randint, choice"),
+        ("train.loss.gamma: 3", "write one of uniform"),
+        ("train.optim.lr: {loguniform: [0, 1e-3]}", "loguniform takes numbers above 0"),
+        ("use: {choice: [[clinical]]}", "choice takes plain values"),
+        ("train.log_every: {randint: [1, 5]}", "no setting of this space has effect"),
+        ("", "a space is a mapping of settings"),
+        ("a: [", "not a readable YAML file"),
+    ],
+)
+def test_a_wrong_space_is_one_line(tmp_path, text, message):
+    path = space_file(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as error:
+        fit_space(read_space(path), Experiment(), "trimodal", str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["losses", "llrd", "all"])
+@pytest.mark.parametrize("experiment", ["demo", "milk10k", "milk10k_cpu"])
+def test_the_spaces_of_the_repository_fit_its_experiments(name, experiment):
+    config = load(Experiment, ROOT / "launch" / "experiments" / f"{experiment}.yaml")
+    for model in config.models:
+        space, notes = fit_space(read_space(ROOT / "tune" / "spaces" / f"{name}.yaml"), config, model, name)
+        frozen = config.models[model].tower.frozen
+        left_out = [note for note in notes if "left out" in note]
+        assert len(left_out) == (3 if frozen and name != "losses" else 0)
+        assert ("train.optim.layer_decay" in space) == (name != "losses" and not frozen)
+
+
+def test_the_space_of_all_is_the_other_two():
+    losses, llrd, both = (read_space(ROOT / "tune" / "spaces" / f"{name}.yaml") for name in ("losses", "llrd", "all"))
+    assert both == losses | llrd
+
+
+@given(
+    domain=st.one_of(
+        st.tuples(st.floats(1e-6, 1), st.floats(1.5, 9)).map(lambda ends: Domain("uniform", ends)),
+        st.tuples(st.floats(1e-6, 1), st.floats(1.5, 9)).map(lambda ends: Domain("loguniform", ends)),
+        st.tuples(st.integers(0, 4), st.integers(5, 9)).map(lambda ends: Domain("randint", ends)),
+        st.just(Domain("choice", ("shuffle", "balanced"))),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_samples_lie_in_their_domain_and_optuna_agrees(domain, seed):
+    value = domain.sample(random.Random(seed))
+    distribution = domain.distribution()
+    # exp(log(x)) is off by a rounding at the ends
+    assert value in domain or value == pytest.approx(domain.values[0]) or value == pytest.approx(domain.values[1])
+    assert distribution.to_external_repr(distribution.to_internal_repr(value)) == value
+    ends = domain.values if domain.kind == "choice" else (distribution.low, distribution.high)
+    assert tuple(ends) == domain.values
+
+
+def test_a_space_is_widened_to_the_experiments_own_settings():
+    experiment = load(Experiment, None, ["train.optim.lr=0.01", "models.a.train.loss.gamma=5"])
+    space = {"train.optim.lr": Domain("loguniform", (1e-5, 1e-3)), "train.loss.gamma": Domain("choice", (0.0, 1.0))}
+    fitted, notes = fit_space(space, experiment, "a", "here")
+    assert fitted["train.optim.lr"].values == (1e-5, 0.01)
+    assert fitted["train.loss.gamma"].values == (0.0, 1.0, 5.0)
+    assert len(notes) == 2 and "0.01" in notes[0]
+    experiment = load(Experiment, None, ["models.a.train.loss.gamma=0"])
+    with pytest.raises(ConfigError, match=r"here: train.loss.gamma: the experiment's own value 0.0 fits no loguniform"):
+        fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "here")
+
+
+def test_settings_reach_one_model_and_win_over_shared_ones():
+    experiment = load(Experiment, None, ["train.loss.gamma=1", "models.a.width=64", "models.b.width=64"])
+    changed = with_settings(experiment, "b", {"train.loss.gamma": 0.5, "tower.freeze_clinical": 2})
+    assert own_settings(changed.models["b"], ["train.loss.gamma", "tower.freeze_clinical"]) == {
+        "train.loss.gamma": 0.5,
+        "tower.freeze_clinical": 2,
+    }
+    assert changed.models["a"] == experiment.models["a"]
+    assert with_settings(changed, "b", own_settings(experiment.models["b"], ["train.loss.gamma"])).models[
+        "b"
+    ].train == (experiment.models["b"].train)
+
+
+def test_what_has_no_effect_depends_on_what_else_varies():
+    frozen = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
+    idle = without_effect(frozen, ["train.optim.layer_decay", "train.optim.lr"])
+    assert list(idle) == ["train.optim.layer_decay"] and "tower.frozen" in idle["train.optim.layer_decay"]
+    assert not without_effect(frozen, ["train.optim.layer_decay", "tower.frozen"])
+    plain = load(Experiment, None, ["models.a.train.loss.focal_weight=0"]).models["a"]
+    assert set(without_effect(plain, ["train.loss.gamma", "train.optim.layer_decay"])) == {"train.loss.gamma"}
+
+
+def test_short_names_stand_for_the_section():
+    config = load(SearchRun, None, ["space=x.yaml", "trials=3", "seed=7", "search.seed=8", "search.cpus=2"])
+    assert (config.search.space, config.search.trials, config.search.seed, config.search.cpus) == ("x.yaml", 3, 8, 2)
+    assert config.seed == 7 and isinstance(config.experiment, Experiment)
+    with pytest.raises(ConfigError, match=r"did you mean 'search.trials'"):
+        load(SearchRun, None, ["search.trails=3"])
+
+
+# --- a trial ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_is_the_mean_over_folds_of_the_kept_epoch():
+    best, last = _Curve("best"), _Curve("last")
+    for curve in (best, last):
+        for epoch, score in enumerate([0.2, 0.6, 0.4], 1):
+            assert curve.add(epoch, {"macro_f1": score, "official": score / 2})
+            assert not curve.add(epoch, {"macro_f1": 9.0, "official": 9.0})  # told again after a resume
+        curve.end_fold()
+        curve.add(1, {"macro_f1": 0.1, "official": 0.0})
+        assert curve.epochs == 4
+    assert best.mean("macro_f1") == pytest.approx((0.6 + 0.1) / 2)
+    assert last.mean("official") == pytest.approx((0.2 + 0.0) / 2)
+
+
+def test_a_trial_that_is_no_trial_is_told(tmp_path):
+    (tmp_path / "trial-001").mkdir()
+    (tmp_path / "trial-001" / "trial.json").write_text('{"nummer": 1}')
+    with pytest.raises(DataError, match=r"trial.json: not a trial"):
+        read_trials(tmp_path)
+
+
+@pytest.fixture
+def tiny(make_challenge: Callable, tmp_path: Path) -> Path:
+    """An experiment file on 44 packed lesions with a frozen tower, seconds an epoch."""
+    shards = tmp_path / "shards"
+    pack_shards(read_challenge(make_challenge(lesions=44).folder), shards, short_side=None)
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "tower.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), weights)
+    tower = {"source": f"timm:test_efficientnet@{weights}", "image_size": 32, "frozen": True}
+    tree = {
+        "output": str(tmp_path / "run"),
+        "data": {"shards": str(shards), "folds": 2},
+        "train": {
+            "epochs": 3,
+            "global_batch": 16,
+            "micro_batch": 16,
+            "select": "last",
+            "optim": {"lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1},
+        },
+        "models": {"small": {"width": 32, "heads": 4, "mlp_ratio": 1.0, "tower": tower}},
+    }
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_trial_reports_every_epoch_and_goes_on_after_a_kill(tiny, tmp_path):
+    experiment = load(Experiment, tiny)
+
+    class Killed(BaseException):
+        pass
+
+    def run(folder: Path, kill_at: int | None) -> list[dict]:
+        told: list[dict] = []
+
+        def report(scores: dict) -> None:
+            told.append(scores)
+            if scores["epoch"] == kill_at:
+                raise Killed
+
+        trial = Trial(2, {"train.loss.gamma": 1.5, "train.optim.lr": 0.004})
+        run_trial(trial, experiment, "small", (0, 1), folder, report)
+        return told
+
+    whole = run(tmp_path / "whole", None)
+    assert [scores["epoch"] for scores in whole] == [1, 2, 3, 4, 5, 6]
+    for kill_at in (2, 4):
+        with pytest.raises(Killed):
+            run(tmp_path / "cut", kill_at)
+    weights = tmp_path / "cut" / "small" / "fold-0" / "weights.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run(tmp_path / "cut", None) == whole  # replayed, then continued
+    assert weights.stat().st_mtime_ns == written  # the finished fold was not trained again
+    assert run(tmp_path / "cut", None) == whole
+    record = read_trial(tmp_path / "cut")
+    assert (record.state, record.epochs, record.macro_f1) == ("complete", 6, whole[-1]["macro_f1"])
+    metrics = [json.loads(line) for line in (weights.parent / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "validation" for line in metrics) == 3
+
+
+def test_a_trial_of_other_settings_starts_afresh_and_a_failure_is_recorded(tiny, tmp_path):
+    experiment, folder = load(Experiment, tiny), tmp_path / "trial-001"
+    experiment = with_settings(experiment, "small", {"train.epochs": 1})
+    run_trial(Trial(1, {"train.loss.gamma": 1.0}), experiment, "small", (0,), folder, lambda scores: None)
+    (folder / "left").touch()
+    with pytest.raises(ConfigError):
+        run_trial(Trial(1, {"train.global_batch": 10}), experiment, "small", (0,), folder, lambda scores: None)
+    record = read_trial(folder)
+    assert record.state == "failed" and "global_batch 10 is not a multiple" in record.error
+    assert not (folder / "left").exists()
+
+
+# --- the programs ----------------------------------------------------------------------------------------------------
+
+
+def program(name: str, *words: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", name, *words], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def output_of(process: subprocess.Popen, status: int = 0) -> str:
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == status, text
+    return text
+
+
+def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
+    for words, message in [
+        (["space=none.yaml"], "none.yaml is no file"),
+        (["model=large"], "the settings have the models small"),
+        (["folds=[0,2]"], "search.folds"),
+        (["resume=true"], "holds no search to go on with"),
+        ([f"data.shards={tmp_path / 'nowhere'}"], "no such folder"),
+    ]:
+        text = output_of(program("tune.search", "--config", str(tiny), *words), status=2)
+        assert re.fullmatch(rf"(note: .*\n)*error: .*{message}.*\n", text), text
+    assert not (tmp_path / "run" / "search" / "trial-001").exists()
+
+
+def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
+    space = space_file(
+        tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}\ntrain.optim.layer_decay: {uniform: [0.5, 1]}"
+    )
+    run = tmp_path / "run"
+    words = ["--config", str(tiny), f"space={space}", "trials=2", "train.epochs=2", "concurrent=2"]
+    text = output_of(program("tune.search", *words))
+    assert "layer_decay is left out: tower.frozen" in text
+    assert "train.optim.lr is widened to the experiment's own value 0.001" in text
+    trials = read_trials(run / "search")
+    assert [trial.number for trial in trials] == [1, 2] and trials[0].state == "complete"
+    assert trials[0].settings == {"train.optim.lr": 0.001}
+    assert len(list(run.glob("tokens/*"))) == 1 and not list(run.glob("search/*/tokens"))
+
+    with (run / "search" / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == ["1", "2"] and float(rows[0]["gain"]) == 0
+    complete = [trial for trial in trials if trial.state == "complete"]
+    best = max(complete, key=lambda trial: trial.macro_f1)
+    searched = read_search(run)
+    assert load(Experiment, run / "best.yaml") == with_settings(searched.experiment, "small", best.settings)
+
+    output_of(program("launch.train", "--config", str(run / "best.yaml")))
+    metrics = [json.loads(line) for line in (run / "small" / "fold-0" / "metrics.jsonl").read_text().splitlines()]
+    final = [line for line in metrics if line["kind"] == "validation"][-1]
+    assert final["macro_f1"] == best.macro_f1  # launch.train does what the trial did
+
+    text = output_of(program("tune.results", f"output={run}"))
+    assert "settings.png" in text and (run / "search" / "parallel.png").stat().st_size > 10_000
+    assert "resume=true" in output_of(program("tune.search", *words), status=2)
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_without_its_finished_trials(tiny, tmp_path):
+    space = space_file(tmp_path, "train.loss.gamma: {uniform: [0, 3]}\ntrain.optim.lr: {loguniform: [1e-3, 1e-2]}")
+    folder = tmp_path / "run" / "search"
+    words = ["--config", str(tiny), f"space={space}", "trials=4", "scheduler=none", "concurrent=1", "train.epochs=6"]
+    process, deadline = program("tune.search", *words), time.monotonic() + 200
+    while sum(trial.state == "complete" for trial in read_trials(folder)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished = {trial.number: trial for trial in read_trials(folder) if trial.state == "complete"}
+    written = {path: path.stat().st_mtime_ns for n in finished for path in folder.glob(f"trial-{n:03d}/**/weights.*")}
+    assert BASELINE in finished and written
+
+    assert "train.epochs: differs" in output_of(program("tune.search", *words, "train.epochs=7", "resume=true"), 2)
+    output_of(program("tune.search", *words, "resume=true"))
+    trials = read_trials(folder)
+    assert [trial.state for trial in trials] == ["complete"] * 4
+    assert all(trials[number - 1].macro_f1 == trial.macro_f1 for number, trial in finished.items())
+    assert all(path.stat().st_mtime_ns == before for path, before in written.items())
