@@ -21,8 +21,8 @@ def main(config: Experiment) -> None:
     fit = fit_final(config.folder, config)
     table = Table(title=f"Macro F1 over {fit.lesions} out-of-fold lesions", title_justify="left")
     table.add_column("")
-    for heading in ("p > 0.5", "argmax", "argmax, tau", "nested", "95%", "ensemble less this, 95%"):
-        table.add_column(heading, justify="right", no_wrap=heading != "ensemble less this, 95%")
+    for heading in ("p > 0.5", "argmax", "argmax, tau", "nested", "95%"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in fit.rows:
         ensemble = row.name == "ensemble"
         table.add_row(
@@ -30,7 +30,6 @@ def main(config: Experiment) -> None:
             *("" if value is None else f"{value:.3f}" for value in (row.official, row.argmax, row.argmax_tau)),
             f"{row.nested.value:.3f}",
             f"{row.nested.low:.3f} to {row.nested.high:.3f}",
-            "" if ensemble else f"{row.less_than_chosen.low:+.3f} to {row.less_than_chosen.high:+.3f}",
             style="bold" if ensemble else None,
         )
     console = Console()

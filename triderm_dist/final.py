@@ -297,5 +297,5 @@ def _why(candidates: dict[str, ensemble.Candidate], best: ensemble.Candidate) ->
     rival = max(scores, key=lambda name: scores[name])
     against = f"{'the plain mean' if rival == ensemble.MEAN else rival} ({scores[rival]:.3f})"
     if best.ensemble.weighting == ensemble.FITTED:
-        return f"fitted weights are used: they beat {against} with {fitted:.3f} on lesions they were not fitted on"
-    return f"the plain mean is used: fitted weights ({fitted:.3f}) do not beat {against} on lesions they were not fitted on"
+        return f"fitted weights are used: they beat {against} with {fitted:.3f} on lesions new to them"
+    return f"the plain mean is used: fitted weights ({fitted:.3f}) do not beat {against} on lesions new to them"

@@ -1,0 +1,14 @@
+"""Write OUTPUT/report.html, one page that opens from disk, and its pictures in OUTPUT/report, from what launch.stack left."""
+
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment
+
+
+def main(config: Experiment) -> None:
+    from triderm_dist.report import write_report
+
+    print(write_report(config.folder))
+
+
+if __name__ == "__main__":
+    run(Experiment, main, __doc__)

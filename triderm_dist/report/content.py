@@ -1,0 +1,242 @@
+"""What the report says, as numbers: read from a run's folder and worked out, before any of it is drawn or written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from triderm_dist import ensemble, final, metrics, oof
+from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, DataError
+
+SMALL_SLICE = 100
+"""A slice with fewer lesions is too small to tell."""
+
+LEAST_IN_SLICE = 5
+"""A diagnosis counts in a slice, and outside it, from this many lesions on."""
+
+AGE_BANDS: tuple[tuple[float, float, str], ...] = (
+    (0, 40, "under 40"),
+    (40, 60, "40 to 59"),
+    (60, 75, "60 to 74"),
+    (75, 200, "75 and over"),
+)
+
+OTHERS: tuple[tuple[str, str, str], ...] = (
+    ("leaderboard top, method unknown (164 entries, median 0.471)", "", "0.705"),
+    ("best without external data", "", "0.609"),
+    ("two-model ensemble, ConvNeXt-Tiny, 5 folds", "0.544 nested (0.580 pooled)", ""),
+    ("ConvNeXt-Tiny at 384, dermoscopy only, 5 folds", "0.533 nested (0.564 tuned)", ""),
+    ("tri-modal PanDerm/DermLIP, one split", "0.539", "0.486"),
+    ("PanDerm ViT-L with graph attention, 5 folds", "0.541", "0.478"),
+    ("EfficientNetV2-S, MONET, test-time augmentation", "0.443", "0.422"),
+)
+"""What others say they reached on MILK10k: who, on their own validation, on the official test set (macro F1)."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """How the decisions fare on the lesions of one value of a metadata field.
+
+    macro_f1 and behind use only diagnoses with `LEAST_IN_SLICE` lesions inside and outside. behind: mean recall here less that
+    of all other lesions (recall, since F1 also moves with how common a diagnosis is); None with nothing to compare.
+    """
+
+    field: str
+    value: str
+    lesions: int
+    diagnoses: int
+    macro_f1: metrics.Interval | None
+    behind: metrics.Interval | None
+
+    @property
+    def warning(self) -> str:
+        if self.behind is None or self.lesions < SMALL_SLICE:
+            return "too small to tell"
+        return "falls behind" if self.behind.high < 0 else ""
+
+
+@dataclass(frozen=True)
+class Hard:
+    """A lesion whose diagnosis the ensemble finds least likely."""
+
+    lesion_id: str
+    label: str
+    believed: str
+    of_label: float
+    of_believed: float
+    claimed: str
+
+
+class Content:
+    """Everything the page shows, each part worked out once, when it is asked for.
+
+    Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing or does not belong together.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self.folder = Path(run_folder)
+        self.fitted = ensemble.Ensemble.load(self.folder / final.ENSEMBLE_FILE)
+        self.about = ensemble.read_json(self.folder / final.ENSEMBLE_FILE)
+        self.rows = final.read_nested(self.folder / final.NESTED_FILE)
+        table = oof.read_oof(self.folder / final.OOF_FILE)
+        place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
+        if any(lesion not in place for lesion in self.rows.lesion_ids):
+            raise DataError(f"{self.folder / final.NESTED_FILE}: holds lesions that oof.parquet lacks; run launch.stack")
+        self.table = table.take(np.array([place[lesion] for lesion in self.rows.lesion_ids]))
+        self.diagnoses = self.fitted.diagnoses
+        self.resamples = int(self.about["bootstrap"])
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.rows.labels
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def score(self) -> metrics.Interval:
+        return metrics.Interval(**self.about["scores"]["ensemble"]["nested"])
+
+    @cached_property
+    def held_out(self) -> dict[str, Any] | None:
+        path = self.folder / "heldout.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @cached_property
+    def settings(self) -> str:
+        path = self.folder / "config.yaml"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    @cached_property
+    def synthetic(self) -> bool:
+        """Whether the data say of themselves that they were drawn, not photographed."""
+        source = ((yaml.safe_load(self.settings) or {}).get("data") or {}).get("source") if self.settings else None
+        if not source:
+            return False
+        places = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
+        return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in places)
+
+    @cached_property
+    def counts(self) -> metrics.ClassCounts:
+        return metrics.class_counts(self.rows.decisions, self.labels)
+
+    @cached_property
+    def class_intervals(self) -> list[metrics.Interval]:
+        draws = metrics.bootstrap_f1(self.rows.decisions, self.labels, self.resamples)
+        return [metrics.interval_of(value, draws[:, column]) for column, value in enumerate(self.counts.f1)]
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """(C, C + 1) lesions of each diagnosis (row) by what was claimed; the last column: nothing was.
+
+        A lesion with several claims counts in each of their columns.
+        """
+        size = len(self.diagnoses)
+        result = np.zeros((size, size + 1), np.int64)
+        for label in range(size):
+            own = self.rows.decisions[self.labels == label]
+            result[label, :size] = own.sum(axis=0)
+            result[label, size] = (~own.any(axis=1)).sum()
+        return result
+
+    @cached_property
+    def curves(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
+        """Records of metrics.jsonl by model and fold; a last line that a kill cut short is left out."""
+        result: dict[str, dict[int, list[dict[str, Any]]]] = {}
+        for model in self.table.models:
+            for path in sorted((self.folder / model).glob("fold-*/metrics.jsonl")):
+                records = []
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    try:
+                        records.append(json.loads(line))
+                    except json.JSONDecodeError:
+                        break
+                if records:
+                    result.setdefault(model, {})[int(path.parent.name.removeprefix("fold-"))] = records
+        return result
+
+    @cached_property
+    def importance(self) -> dict[str, float]:
+        """Share of the stacker's total gain by column, largest first; empty without a stacker."""
+        path = (self.folder / final.STACK_FILE).with_suffix(".json")
+        if not path.exists():
+            return {}
+        gain = json.loads(path.read_text(encoding="utf-8"))["gain"]
+        whole = sum(gain.values()) or 1.0
+        return {name: value / whole for name, value in sorted(gain.items(), key=lambda item: -item[1])}
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        result = []
+        for field, values in self._slice_masks().items():
+            for value, mask in values.items():
+                if mask.any():
+                    result.append(self._slice(field, value, mask))
+        return result
+
+    @cached_property
+    def hardest(self) -> list[Hard]:
+        """The 20 lesions whose diagnosis the ensemble gives the least of their total probability."""
+        share = self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
+        every = np.arange(len(self.labels))
+        of_label = share[every, self.labels]
+        hardest = []
+        for row in np.argsort(of_label, kind="stable")[:20]:
+            top = int(share[row].argmax())
+            claims = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
+            hardest.append(
+                Hard(
+                    lesion_id=str(self.rows.lesion_ids[row]),
+                    label=self.diagnoses[self.labels[row]],
+                    believed=self.diagnoses[top],
+                    of_label=float(of_label[row]),
+                    of_believed=float(share[row, top]),
+                    claimed=", ".join(claims) or "nothing",
+                )
+            )
+        return hardest
+
+    def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
+        metadata = dict(zip(METADATA_FIELDS, self.table.metadata.T, strict=True))
+        masks: dict[str, dict[str, np.ndarray]] = {}
+        for field in ("skin_tone", "sex", "site"):
+            named = {name: metadata[field] == index for index, name in enumerate(METADATA_CATEGORIES[field])}
+            masks[field] = named | {"missing": np.isnan(metadata[field])}
+        bands = {name: (metadata["age"] >= low) & (metadata["age"] < high) for low, high, name in AGE_BANDS}
+        masks["age"] = bands | {"missing": np.isnan(metadata["age"])}
+        return masks
+
+    def _slice(self, field: str, value: str, mask: np.ndarray) -> Slice:
+        size = len(self.diagnoses)
+        inside = np.bincount(self.labels[mask], minlength=size)
+        outside = np.bincount(self.labels[~mask], minlength=size)
+        kept = (inside >= LEAST_IN_SLICE) & (outside >= LEAST_IN_SLICE)
+        if kept.sum() < 2:
+            return Slice(field, value, int(mask.sum()), int(kept.sum()), None, None)
+        f1 = [metrics.bootstrap_f1(self.rows.decisions[mask], self.labels[mask], self.resamples)[:, kept].mean(axis=1)]
+        own = metrics.class_counts(self.rows.decisions[mask], self.labels[mask])
+        rest = metrics.class_counts(self.rows.decisions[~mask], self.labels[~mask])
+        generator = np.random.default_rng(0)
+
+        def recalls(counts: metrics.ClassCounts) -> np.ndarray:
+            """(R,) mean recall under a bootstrap stratified by diagnosis: each recall is a binomial share."""
+            n, recall = counts.positives[kept], counts.recall[kept]
+            return (generator.binomial(n, recall, size=(self.resamples, len(n))) / n).mean(axis=1)
+
+        return Slice(
+            field=field,
+            value=value,
+            lesions=int(mask.sum()),
+            diagnoses=int(kept.sum()),
+            macro_f1=metrics.interval_of(float(own.f1[kept].mean()), f1[0]),
+            behind=metrics.interval_of(
+                float(own.recall[kept].mean() - rest.recall[kept].mean()), recalls(own) - recalls(rest)
+            ),
+        )
