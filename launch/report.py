@@ -1,4 +1,4 @@
-"""Write OUTPUT/report.html, one page that opens from disk, and its pictures in OUTPUT/report, from what launch.stack left."""
+"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what launch.stack left."""
 
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment

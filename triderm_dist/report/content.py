@@ -17,6 +17,8 @@ from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, DataError
 SMALL_SLICE = 100
 """A slice with fewer lesions is too small to tell."""
 
+FALLS_BEHIND = "falls behind"
+
 LEAST_IN_SLICE = 5
 """A diagnosis counts in a slice, and outside it, from this many lesions on."""
 
@@ -35,6 +37,7 @@ OTHERS: tuple[tuple[str, str, str], ...] = (
     ("tri-modal PanDerm/DermLIP, one split", "0.539", "0.486"),
     ("PanDerm ViT-L with graph attention, 5 folds", "0.541", "0.478"),
     ("EfficientNetV2-S, MONET, test-time augmentation", "0.443", "0.422"),
+    ("first try: logistic regression on frozen ImageNet features, metadata and MONET scores", "0.409 nested", ""),
 )
 """What others say they reached on MILK10k: who, on their own validation, on the official test set (macro F1)."""
 
@@ -43,8 +46,9 @@ OTHERS: tuple[tuple[str, str, str], ...] = (
 class Slice:
     """How the decisions fare on the lesions of one value of a metadata field.
 
-    macro_f1 and behind use only diagnoses with `LEAST_IN_SLICE` lesions inside and outside. behind: mean recall here less that
-    of all other lesions (recall, since F1 also moves with how common a diagnosis is); None with nothing to compare.
+    macro_f1 and behind use only diagnoses with `LEAST_IN_SLICE` lesions inside and outside. behind: mean recall here
+    less that of all other lesions (recall, since F1 also moves with how common a diagnosis is); None with nothing to
+    compare.
     """
 
     field: str
@@ -58,7 +62,7 @@ class Slice:
     def warning(self) -> str:
         if self.behind is None or self.lesions < SMALL_SLICE:
             return "too small to tell"
-        return "falls behind" if self.behind.high < 0 else ""
+        return FALLS_BEHIND if self.behind.high < 0 else ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ class Content:
         table = oof.read_oof(self.folder / final.OOF_FILE)
         place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in place for lesion in self.rows.lesion_ids):
-            raise DataError(f"{self.folder / final.NESTED_FILE}: holds lesions that oof.parquet lacks; run launch.stack")
+            raise DataError(
+                f"{self.folder / final.NESTED_FILE}: holds lesions that oof.parquet lacks; run launch.stack"
+            )
         self.table = table.take(np.array([place[lesion] for lesion in self.rows.lesion_ids]))
         self.diagnoses = self.fitted.diagnoses
         self.resamples = int(self.about["bootstrap"])
@@ -220,22 +226,22 @@ class Content:
         kept = (inside >= LEAST_IN_SLICE) & (outside >= LEAST_IN_SLICE)
         if kept.sum() < 2:
             return Slice(field, value, int(mask.sum()), int(kept.sum()), None, None)
-        f1 = [metrics.bootstrap_f1(self.rows.decisions[mask], self.labels[mask], self.resamples)[:, kept].mean(axis=1)]
+        f1 = metrics.bootstrap_f1(self.rows.decisions[mask], self.labels[mask], self.resamples)[:, kept].mean(axis=1)
         own = metrics.class_counts(self.rows.decisions[mask], self.labels[mask])
         rest = metrics.class_counts(self.rows.decisions[~mask], self.labels[~mask])
         generator = np.random.default_rng(0)
 
         def recalls(counts: metrics.ClassCounts) -> np.ndarray:
-            """(R,) mean recall under a bootstrap stratified by diagnosis: each recall is a binomial share."""
-            n, recall = counts.positives[kept], counts.recall[kept]
-            return (generator.binomial(n, recall, size=(self.resamples, len(n))) / n).mean(axis=1)
+            """(R,) draws of the mean recall, each from Jeffreys' posterior, which has a width at 0 and 1 too."""
+            found, missed = counts.true_positives[kept], (counts.positives - counts.true_positives)[kept]
+            return generator.beta(found + 0.5, missed + 0.5, size=(self.resamples, len(found))).mean(axis=1)
 
         return Slice(
             field=field,
             value=value,
             lesions=int(mask.sum()),
             diagnoses=int(kept.sum()),
-            macro_f1=metrics.interval_of(float(own.f1[kept].mean()), f1[0]),
+            macro_f1=metrics.interval_of(float(own.f1[kept].mean()), f1),
             behind=metrics.interval_of(
                 float(own.recall[kept].mean() - rest.recall[kept].mean()), recalls(own) - recalls(rest)
             ),

@@ -14,7 +14,7 @@ INK, GREY, FAINT = "#22313f", "#6b7785", "#dfe4ea"
 BLUE, ORANGE = "#2f6690", "#d1782b"
 PALETTE = ("#2f6690", "#d1782b", "#3a8f6b", "#a2487e", "#7a6bb0", "#8c7a3d", "#4f9fc4", "#b04f4f")
 
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -93,9 +93,7 @@ def _confusion(figure: Any, content: Content) -> str:
         if content.confusion[row, column]:
             colour = "white" if value > 0.55 else INK
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=colour)
-    found = ", ".join(
-        f"{name} {100 * share[i, i]:.0f}%" for i, name in enumerate(names) if lesions[i]
-    )
+    found = ", ".join(f"{name} {100 * share[i, i]:.0f}%" for i, name in enumerate(names) if lesions[i])
     return f"Confusion matrix in percent of the lesions of each diagnosis. Found rightly: {found}."
 
 
@@ -150,7 +148,7 @@ def _reliability(figure: Any, content: Content) -> str:
     axes.set_ylim(0, 1)
     axes.set_xlabel("probability of the likeliest diagnosis")
     axes.set_ylabel("share that is right")
-    axes.text(0.03, 0.95, f"expected calibration error {error:.3f}", transform=axes.transAxes, va="top", color=GREY)
+    axes.text(0.97, 0.04, f"expected calibration error {error:.3f}", transform=axes.transAxes, ha="right", color=GREY)
     return f"Reliability of the likeliest diagnosis; expected calibration error {error:.3f} over ten parts."
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from triderm_dist.metrics import Interval
-from triderm_dist.report.content import LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content
+from triderm_dist.report.content import FALLS_BEHIND, LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content
 from triderm_dist.report.figures import draw
 from triderm_dist.schema import DIAGNOSIS_NAMES
 
 FIELDS = {"skin_tone": "skin tone (0 very dark, 5 very light)", "sex": "sex", "age": "age", "site": "site"}
 
 STYLE = """
-:root { --ink: #22313f; --grey: #5f6b78; --line: #e3e8ed; --soft: #f5f7f9; --blue: #2f6690; --warm: #fdf3e7; --amber: #9a5512; }
+:root { --ink: #22313f; --grey: #5f6b78; --line: #e3e8ed; --soft: #f5f7f9; --blue: #2f6690; --warm: #fdf3e7;
+  --amber: #9a5512; }
 * { box-sizing: border-box; }
 html { color-scheme: light; -webkit-text-size-adjust: 100%; }
 body { margin: 0; color: var(--ink); background: white; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
@@ -27,7 +28,8 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; font-weight: 650;
 h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; font-weight: 650; }
 p { margin: .5rem 0 1rem; max-width: 44rem; }
 .quiet, figcaption, .note { color: var(--grey); font-size: .9rem; }
-.banner { background: var(--warm); border-left: 4px solid #d1782b; padding: .7rem 1rem; margin: 1.25rem 0; border-radius: 4px; }
+.banner { background: var(--warm); border-left: 4px solid #d1782b; padding: .7rem 1rem; margin: 1.25rem 0;
+  border-radius: 4px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
 .card { background: var(--soft); border-radius: 10px; padding: 1.1rem 1.25rem; }
 .card .label { color: var(--grey); font-size: .9rem; }
@@ -37,7 +39,8 @@ p { margin: .5rem 0 1rem; max-width: 44rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--grey); font-size: .9rem; padding-bottom: .4rem; }
 th, td { padding: .42rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--grey); vertical-align: bottom; }
+th { font-weight: 600; color: var(--grey); }
+thead th { white-space: normal; vertical-align: bottom; line-height: 1.3; }
 th:first-child, td:first-child, .text { text-align: left; }
 tbody th { color: var(--ink); font-weight: 500; text-align: left; }
 tr.lead th, tr.lead td { font-weight: 650; background: var(--soft); }
@@ -48,9 +51,11 @@ tr.group th { color: var(--grey); font-weight: 600; padding-top: 1.1rem; }
 .bar i { display: block; height: 100%; background: var(--blue); }
 .flag { color: var(--amber); font-weight: 600; }
 figure { margin: 1rem 0 1.5rem; }
-figure img { max-width: 100%; height: auto; display: block; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem 2rem; align-items: start; }
-pre { background: var(--soft); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
+figure img { width: 100%; height: auto; display: block; }
+img.confusion { max-width: 46rem; } img.importance { max-width: 42rem; } img.reliability, img.weights {
+  max-width: 27rem; }
+pre { background: var(--soft); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .82rem;
+  line-height: 1.45; }
 summary { cursor: pointer; color: var(--blue); }
 ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
 @media (max-width: 34rem) {
@@ -66,7 +71,8 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write RUN/report.html and its pictures RUN/report/*.png from what launch.stack left; the page is whole or not there.
+    """Write RUN/report.html and its pictures RUN/report/*.png from what launch.stack left; the page is whole "
+    "or not there.
 
     Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing.
     """
@@ -86,7 +92,7 @@ def _page(content: Content, words: dict[str, str], folder: Path) -> str:
             return ""
         data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         return (
-            f'<figure><img src="data:image/png;base64,{data}" alt="{escape(words[name])}">'
+            f'<figure><img src="data:image/png;base64,{data}" class="{name}" alt="{escape(words[name])}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 
@@ -157,8 +163,8 @@ def _head(content: Content) -> str:
         ablation = f"<p>On the same held-out lesions, networks that ignore a part of the input:</p><ul>{listed}</ul>"
     return (
         f"<header><h1>Skin-lesion diagnosis: {escape(content.name)}</h1>"
-        f'<p class="quiet">{models} {_plural("model", models)} · {folds} folds · {len(content.diagnoses)} diagnoses · '
-        f"triderm-dist</p></header>{banner}"
+        f"<p class=quiet>{models} {_plural('model', models)} · {folds} folds · "
+        f"{len(content.diagnoses)} diagnoses · triderm-dist</p></header>{banner}"
         f'<div class="cards">{"".join(cards)}</div>'
         "<p>The score is the plain mean of the F1 of all diagnoses, each claimed where its probability passes its "
         "threshold. Every lesion was judged by networks that never saw it, with thresholds, weights and stacker fitted "
@@ -172,18 +178,20 @@ def _ways(content: Content) -> str:
         nested, difference = Interval(**score["nested"]), Interval(**score["chosen_minus_this"])
         cells = [_number(score[key]) for key in ("official", "argmax", "argmax_tau")]
         cells += [f"<strong>{nested.value:.3f}</strong>", _range(nested)]
-        cells += ["" if name == "ensemble" else f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"]
+        cells += ["" if name == "ensemble" else _signed(difference)]
         cells += [_number(score["fitted"])]
         rows.append((name, cells, "lead" if name == "ensemble" else ""))
     header = (
-        "", "cut at 0.5", "argmax", "argmax, tau", "nested", "95% interval", "ensemble less this (95%)", "fitted, too high",
+        "", "cut at 0.5", "argmax", "argmax, tau", "nested", "95% interval", "ensemble less this, 95%", "fitted "
+        "(too high)",
     )  # fmt: skip
     notes = "".join(f"<li>{escape(note[0].upper() + note[1:])}.</li>" for note in content.about["notes"])
     return (
         "<h2>What each stage added</h2>"
         + _table(header, rows)
         + '<p class="note">Macro F1. Cut at 0.5: nothing fitted. Argmax: only the likeliest diagnosis is claimed; with '
-        "tau, after logit adjustment fitted on the other folds. Nested: thresholds, weights and stacker fitted on the other folds. "
+        "tau, after logit adjustment fitted on the other folds. Nested: thresholds, weights and stacker fitted "
+        "on the other folds. "
         "Fitted: thresholds judged on the lesions they were fitted on, shown only to tell how much that flatters.</p>"
         f"<ul>{notes}</ul>"
     )
@@ -192,7 +200,8 @@ def _ways(content: Content) -> str:
 def _others(content: Content) -> str:
     if content.synthetic:
         return (
-            "<h2>Next to what others reached</h2><p>Nothing to compare: the data are synthetic, and published figures are "
+            "<h2>Next to what others reached</h2><p>Nothing to compare: the data are synthetic, and published "
+            "figures are "
             "of real lesions.</p>"
         )
     rows = [("this run", [f"{content.score.value:.3f} nested", "not submitted"], "lead")]
@@ -200,8 +209,10 @@ def _others(content: Content) -> str:
     return (
         "<h2>Next to what others reached</h2>"
         + _table(("", "own validation", "official test"), rows, long_names=True)
-        + '<p class="note">What others say of themselves on MILK10k, macro F1, each on its own split or on the hidden test set: not the '
-        "same lesions as here. Official scores fell 0.02 to 0.06 below validation; noise on the 479 test lesions is about 0.04.</p>"
+        + '<p class="note">What others say of themselves on MILK10k, macro F1, each on its own split or on the '
+        "hidden test set: not the "
+        "same lesions as here. Official scores fell 0.02 to 0.06 below validation; noise on the 479 test "
+        "lesions is about 0.04.</p>"
     )
 
 
@@ -225,7 +236,8 @@ def _diagnoses(content: Content) -> str:
     return (
         "<h2>Each diagnosis</h2>"
         + _table(header, rows, escaped=True, long_names=True)
-        + '<p class="note">Out of fold, nested. Thresholds: those of the final fit on all lesions, mapped onto 0.5 in the submission. '
+        + '<p class="note">Out of fold, nested. Thresholds: those of the final fit on all lesions, mapped onto '
+        "0.5 in the submission. "
         "With few lesions the interval is what counts, not the figure.</p>"
     )
 
@@ -236,25 +248,36 @@ def _slices(content: Content) -> str:
     for part in content.slices:
         if part.field != field:
             field = part.field
-            rows.append((FIELDS[field], [""] * 5, "group"))
+            rows.append((FIELDS[field], [], "group"))
         f1 = f"{part.macro_f1.value:.3f}" if part.macro_f1 else "–"
         around = _range(part.macro_f1) if part.macro_f1 else ""
-        behind = f"{part.behind.value:+.3f} ({part.behind.low:+.3f} to {part.behind.high:+.3f})" if part.behind else ""
-        flag = f'<span class="flag">{part.warning}</span>' if part.warning else ""
-        rows.append((escape(part.value.replace("_", " ")), [f"{part.lesions:,}", f1, around, behind, flag], ""))
-    header = ("", "lesions", "macro F1", "95% interval", "recall less the rest's (95%)", "")
-    behind = [f"{FIELDS[s.field].split(' (')[0]} {s.value}" for s in content.slices if s.warning == "falls behind"]
+        behind = f"{part.behind.value:+.3f}" if part.behind else "–"
+        behind_range = _signed(part.behind) if part.behind else ""
+        kind = "flag" if part.warning == FALLS_BEHIND else "quiet"
+        flag = f'<span class="{kind}">{part.warning}</span>' if part.warning else ""
+        rows.append(
+            (escape(part.value.replace("_", " ")), [f"{part.lesions:,}", f1, around, behind, behind_range, flag], "")
+        )
+    header = ("", "lesions", "macro F1", "95% interval", "mean recall less the rest's", "95% interval", "")
+    lagging = [
+        f"{FIELDS[part.field].split(' (')[0]} {part.value}".replace("_", " ")
+        for part in content.slices
+        if part.warning == FALLS_BEHIND
+    ]
     said = (
-        f'<p class="banner"><strong>Falls behind the other lesions:</strong> {escape(", ".join(behind))}.</p>'
-        if behind
+        '<p class="banner"><strong>Fewer lesions are found than among the others, diagnosis by diagnosis:</strong> '
+        f"{escape(', '.join(lagging))}.</p>"
+        if lagging
         else "<p>No slice that is large enough to tell falls significantly behind the other lesions.</p>"
     )
     return (
         "<h2>Who it works for</h2>"
         + said
         + _table(header, rows, escaped=True)
-        + f'<p class="note">Only diagnoses with at least {LEAST_IN_SLICE} lesions inside and outside a slice count, so that macro F1 is '
-        "not comparable between slices; the difference in mean recall is (the same diagnoses on both sides). Too small to tell: under "
+        + f'<p class="note">Only diagnoses with at least {LEAST_IN_SLICE} lesions inside and outside a slice '
+        f"count, so that macro F1 is "
+        "not comparable between slices; the difference in mean recall is (the same diagnoses on both sides). "
+        "Too small to tell: under "
         f"{SMALL_SLICE} lesions. About one difference in twenty lies outside its interval by chance alone.</p>"
     )
 
@@ -270,20 +293,22 @@ def _hard(content: Content) -> str:
     ]
     header = ("lesion", "labelled", "its probability", "likeliest", "its probability", "claimed")
     return (
-        "<h2>Hardest lesions</h2><p>The diagnosis on file is what the ensemble thinks least likely. Where it is sure of another one, "
+        "<h2>Hardest lesions</h2><p>The diagnosis on file is what the ensemble thinks least likely. Where it is "
+        "sure of another one, "
         "look at the photos again: the label may be wrong.</p>"
         f"<details><summary>{len(rows)} lesions</summary>{_table(header, rows)}</details>"
     )
 
 
-def _inside(content: Content, picture) -> str:  # type: ignore[no-untyped-def]
+def _inside(content: Content, picture: Callable[[str, str], str]) -> str:
     rule = {
         "any": "A diagnosis is claimed where its probability is above its threshold.",
         "at_least_one": "A diagnosis is claimed where its probability is above its threshold; where none is, the one "
         "that comes nearest is claimed.",
     }[content.fitted.rule]
     shrinkage = (
-        f"Thresholds of rare diagnoses are pulled to a pooled cut with the weight of {content.fitted.shrinkage:g} positives."
+        f"Thresholds of rare diagnoses are pulled to a pooled cut with the weight of "
+        f"{content.fitted.shrinkage:g} positives."
         if content.fitted.shrinkage
         else "Thresholds are means over resampled lesions, not pulled to a pooled cut."
     )
@@ -292,7 +317,11 @@ def _inside(content: Content, picture) -> str:  # type: ignore[no-untyped-def]
         for name, value in zip(content.fitted.members, content.fitted.temperatures, strict=True)
         if name in content.table.models
     )
-    stack = f" The stacker has {content.about['rounds']} rounds and ran on {content.about['device']}." if content.importance else ""
+    stack = (
+        f" The stacker has {content.about['rounds']} rounds and ran on {content.about['device']}."
+        if content.importance
+        else ""
+    )
     return (
         f"<h2>Inside the ensemble</h2><p>{rule} {shrinkage} Logits are divided by a temperature first "
         f"({escape(temperatures)}).{stack}</p>"
@@ -305,9 +334,11 @@ def _method(content: Content) -> str:
     return (
         "<h2>How to read the figures</h2><ul>"
         "<li>Intervals are 95% percentiles over "
-        f"{content.resamples:,} resamples of the lesions, stratified by diagnosis. They hold the trained networks fixed: training again "
+        f"{content.resamples:,} resamples of the lesions, stratified by diagnosis. They hold the trained "
+        f"networks fixed: training again "
         "with another seed moves the score as well.</li>"
-        "<li>The stacker of a fold was fitted without that fold’s labels, but on outputs of networks that had trained on them: the usual "
+        "<li>The stacker of a fold was fitted without that fold’s labels, but on outputs of networks that had "
+        "trained on them: the usual "
         "second-order leak of stacking.</li>"
         "<li>Test lesions are predicted by the mean of all folds’ networks, out-of-fold lesions by one of them.</li>"
         "<li>Not a medical device.</li></ul>"
@@ -339,12 +370,18 @@ def _table(
     """Rows are (name, cells as HTML, class of the row); names are HTML where `escaped`."""
     head = "".join(f'<th scope="col">{title}</th>' for title in header)
     body = "".join(
-        f'<tr class="{kind}"><th scope="row"{" class=long" if long_names else ""}>{name if escaped else escape(name)}</th>'
+        f"<tr{f' class={kind}' if kind else ''}>"
+        + (
+            f"<th scope=row{' class=long' if long_names else ''}"
+            if cells
+            else f"<th scope=rowgroup colspan={len(header)}"
+        )
+        + f">{name if escaped else escape(name)}</th>"
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
         for name, cells, kind in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _number(value: float | None) -> str:
@@ -353,6 +390,10 @@ def _number(value: float | None) -> str:
 
 def _range(interval: Interval) -> str:
     return f"{_number(interval.low)} to {_number(interval.high)}"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.low:+.3f} to {interval.high:+.3f}"
 
 
 def _plural(word: str, count: int) -> str:

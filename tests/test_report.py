@@ -1,0 +1,160 @@
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.oof_table import write_run
+from tests.test_ensemble import experiment
+from triderm_dist import final, metrics
+from triderm_dist.config import save
+from triderm_dist.report import write_report
+from triderm_dist.report.content import FALLS_BEHIND, Content
+from triderm_dist.schema import DIAGNOSES, DataError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
+    config = experiment(folder)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"source": str(folder / "data" / "train")})}
+    )
+    final.fit_final(folder, config)
+    save(config, folder / "config.yaml")
+    for fold in range(3):
+        lines = [
+            {"kind": "train", "epoch": 0.5, "step": 5, "loss": 2.0 - fold / 10, "lr": 1e-3, "grad_norm": 1.0},
+            {"kind": "validation", "epoch": 1, "step": 10, "macro_f1": 0.3, "official": 0.2},
+        ]
+        text = "\n".join(json.dumps(line) for line in lines)
+        (folder / "trimodal" / f"fold-{fold}" / "metrics.jsonl").write_text(
+            text + '\n{"kind": "tra'
+        )  # killed while writing
+    write_report(folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """What a reader and a screen reader meet: tags with their attributes, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_self_contained_and_says_the_score(run: Path) -> None:
+    html = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    score = json.loads((run / "ensemble.json").read_text())["scores"]["ensemble"]["nested"]
+    assert f"{score['value']:.3f}" in page.text
+    assert f"{score['low']:.3f} to {score['high']:.3f}" in page.text
+    assert not re.search(r"(src|href)=\"?https?:", html) and "<script" not in html
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == len(list((run / "report").glob("*.png"))) == 6
+    for attributes in pictures:
+        assert (attributes["src"] or "").startswith("data:image/png;base64,")
+        assert len(attributes["alt"] or "") > 30
+    assert "0.544 nested" in page.text and "What others say of themselves" in page.text
+    assert "output: " in page.text  # the resolved settings
+    for name in DIAGNOSES:
+        assert name in page.text
+    assert "killed" not in page.text and not list(run.rglob("*.part*"))
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    before = (run / "report.html").read_bytes()
+    assert write_report(run).read_bytes() == before
+
+
+def test_held_out_score_and_synthetic_data_are_told(run: Path) -> None:
+    (run / "heldout.json").write_text(
+        json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "n": 150, "ablation": {"no clinical photo": 0.25}})
+    )
+    (run / "data").mkdir()
+    (run / "data" / "README.txt").write_text("SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.\n")
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "0.432" in text and "150 lesions" in text and "no clinical photo: 0.250" in text
+    assert "SYNTHETIC data." in text and "0.544" not in text
+    (run / "heldout.json").unlink()
+    shutil.rmtree(run / "data")
+    assert "SYNTHETIC" not in Page(write_report(run).read_text(encoding="utf-8")).text
+
+
+def test_rows_a_diagnosis_and_confusion_agree_with_the_decisions(run: Path) -> None:
+    content = Content(run)
+    decisions, labels = content.rows.decisions, content.labels
+    np.testing.assert_allclose(content.counts.f1, metrics.f1_per_class(decisions, labels))
+    assert content.score.value == pytest.approx(np.mean(content.counts.f1))
+    for row in range(len(DIAGNOSES)):
+        own = decisions[labels == row]
+        assert content.confusion[row, row] == content.counts.true_positives[row] == own[:, row].sum()
+        assert content.confusion[row, -1] == (own.sum(axis=1) == 0).sum()
+    share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
+    least = np.sort(share[np.arange(len(labels)), labels])[:20]
+    np.testing.assert_allclose([hard.of_label for hard in content.hardest], least)
+
+
+def test_a_slice_that_falls_behind_is_flagged_and_a_small_one_is_not_judged(run: Path) -> None:
+    content = Content(run)
+    slices = {(part.field, part.value): part for part in content.slices}
+    for field in ("sex", "skin_tone", "site", "age"):
+        assert sum(part.lesions for key, part in slices.items() if key[0] == field) == len(content.labels)
+    assert slices["sex", "male"].warning == slices["sex", "female"].warning == ""
+    assert slices["skin_tone", "missing"].warning == "too small to tell"
+    male = content.table.metadata[:, 1] == 1
+    blind = content.rows.decisions.copy()
+    hidden = male & (np.arange(len(male)) % 2 == 0)
+    blind[hidden] = False
+    content.rows = replace(content.rows, decisions=blind)
+    worse = content._slice("sex", "male", male)
+    assert worse.warning == FALLS_BEHIND
+    assert worse.behind is not None and worse.behind.value < -0.2
+
+
+def test_a_run_that_is_not_stacked_is_refused(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(DataError, match=r"ensemble.json: no such file; run launch.stack first"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
+        shutil.copy(run / name, tmp_path / name)
+    write_report(tmp_path)  # without curves, stacker, settings or held-out score
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Learning curves" not in text and "Settings" not in text
+
+
+def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    # The page measures itself: every picture decoded, nothing but tables in their scrollers wider than the window.
+    probe = (
+        "<script>addEventListener('load', () => {"
+        "const shown = [...document.images].every(i => i.complete && i.naturalWidth > 0);"
+        "const fits = document.documentElement.scrollWidth <= innerWidth;"
+        "document.title = `shown=${shown} fits=${fits} images=${document.images.length}`; })</script>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text((run / "report.html").read_text(encoding="utf-8").replace("</body>", probe + "</body>"), "utf-8")
+    for width in (1200, 500):
+        done = subprocess.run(
+            [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path}", f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", probed.as_uri()],
+            capture_output=True, text=True, timeout=90, check=True,
+        )  # fmt: skip
+        assert "<title>shown=true fits=true images=6</title>" in done.stdout
+        assert "CONSOLE" not in done.stderr
