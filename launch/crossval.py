@@ -22,7 +22,7 @@ def main(config: CrossvalRun) -> None:
     names = config.only or tuple(config.models)
     for name in names:
         model_named(config, name)
-    index = read_index(config.train_shards)
+    index = read_index(config.train_shards, verify=config.data.verify and is_main())
     if is_main():
         save(Experiment(**config.model_dump(exclude={"only"})), config.folder / "config.yaml")
     run_folds(config, index, names, range(config.data.folds))

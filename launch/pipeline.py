@@ -39,7 +39,7 @@ def main(config: PipelineRun) -> None:
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """What has to run, in order; what is skipped is decided by `run_stages`."""
     folder, with_config = config.folder, ["--config", str(settings)]
-    data = config.data.model_dump(mode="json", exclude={"workers", "prefetch"})
+    data = config.data.model_dump(mode="json", exclude={"workers", "prefetch", "verify"})
     network = ["accelerate", "launch", "--config_file", config.launcher, "-m"] if config.launcher else ["python", "-m"]
     models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(config.data.folds)]

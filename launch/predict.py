@@ -21,7 +21,8 @@ def main(config: Experiment) -> None:
     truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
     fitted = Ensemble.load(config.folder / ENSEMBLE_FILE)
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
-    predict_test(config, read_index(config.test_shards), members)
+    index = read_index(config.test_shards, verify=config.data.verify and is_main())
+    predict_test(config, index, members)
     if not is_main():
         return
     files = [config.fold_folder(name, fold) / "test.parquet" for name in members for fold in range(config.data.folds)]

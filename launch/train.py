@@ -24,7 +24,7 @@ def main(config: TrainRun) -> None:
         raise ConfigError(f"fold={config.fold}: data.folds is {config.data.folds}, folds count from 0")
     name = config.model or next(iter(config.models))
     model_named(config, name)
-    index = read_index(config.train_shards)
+    index = read_index(config.train_shards, verify=config.data.verify and is_main())
     folder = config.fold_folder(name, config.fold)
     if is_main():
         save(config, folder / "config.yaml")

@@ -44,6 +44,7 @@ class DataConfig(Section):
     invalid: Literal["refuse", "drop"] = Field(
         "refuse", description="an unreadable photo: refuse the folder, or drop the lesion and count it"
     )
+    verify: bool = Field(True, description="check the shards' checksums before work starts")
     workers: int = Field(2, ge=1, description="decoder threads a rank")
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
 

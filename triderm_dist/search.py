@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import random
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -572,13 +574,16 @@ def _tuner(run: SearchRun, space: Space, say: Callable[[str], None]) -> Any:
     settings, experiment, model, root = run.search, run.experiment, run.model, run.search_folder.resolve()
     here, own = os.getcwd(), own_settings(experiment.models[model], space)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A resumed trial tells its first epochs again, to Optuna too; failures are told by `_told_by`, in one line each.
+    warnings.filterwarnings("ignore", "The reported value is ignored")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     def trainable(sampled: dict[str, Any]) -> None:
         import torch
 
         os.chdir(here)
         torch.set_num_threads(settings.cpus)
-        number = int(Path(tune.get_context().get_trial_dir()).name.removeprefix("trial-"))
+        number = int(Path(tune.get_context().get_trial_dir()).name.removeprefix("trial-").partition("_")[0])
         values = own if number == BASELINE else {key: _tidy(value) for key, value in sampled.items()}
         folder = root / trial_name(number)
         run_trial(Trial(number, values), experiment, model, settings.folds, folder, tune.report)
@@ -600,7 +605,7 @@ def _tuner(run: SearchRun, space: Space, say: Callable[[str], None]) -> Any:
     if settings.resume and tune.Tuner.can_restore(state):
         ended = [trial for trial in read_trials(root) if trial.state in ("complete", "stopped")]
         say(f"going on after {len(ended)} trials")
-        return tune.Tuner.restore(state, with_resources, resume_unfinished=True, restart_errored=True)
+        return tune.Tuner.restore(state, with_resources, resume_unfinished=True, resume_errored=True)
 
     class Asha(ASHAScheduler):
         """ASHA that lets the baseline run to its end, as every gain is measured against it."""
@@ -670,8 +675,9 @@ def _told_by(root: Path, trials: int, epochs: int) -> Any:
             if known.state == "running":
                 known = replace(known, state=state, error=error)
                 known.write(folder)
-            for checkpoints in folder.glob("*/fold-*/checkpoints"):
-                shutil.rmtree(checkpoints, ignore_errors=True)
+            if known.state != "failed":  # that one goes on from them after a resume
+                for checkpoints in folder.glob("*/fold-*/checkpoints"):
+                    shutil.rmtree(checkpoints, ignore_errors=True)
             self._say(known)
 
         def _say(self, known: Trial) -> None:

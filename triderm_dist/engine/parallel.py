@@ -7,8 +7,8 @@ keeps compile time flat with depth and never changes a key of the state dict.
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -118,7 +118,7 @@ def wrap(
     """The network and optimiser ready to train; raises ConfigError if the result is not what the launcher asked for."""
     for block in network.blocks():
         if activation_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
         if compile_blocks:
             block.compile(dynamic=False)  # shapes never change: the last batch is padded
     prepared: tuple[Any, Any] = accelerator.prepare(network, optimizer)
@@ -135,6 +135,15 @@ def wrap(
             "DDP or DeepSpeed: see accelerate_configs/"
         )
     return prepared
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, recomputed in the backward pass. A plain function: the compiler skips a partial, silently."""
+
+    def recomputed(*inputs: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return recomputed
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:
