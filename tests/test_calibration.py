@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triderm_dist import calibration, metrics
@@ -19,6 +19,7 @@ def test_probabilities_equal_the_plain_formulas_and_do_not_overflow() -> None:
         calibration.probabilities_of(logits, "softplus")
 
 
+@settings(deadline=None)
 @given(st.floats(0.2, 5), st.sampled_from(["softmax", "sigmoid"]))
 def test_temperature_undoes_a_known_one(true: float, head: str) -> None:
     generator = np.random.default_rng(0)

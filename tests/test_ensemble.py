@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -23,6 +23,7 @@ def brute_force(scores: np.ndarray, truth: np.ndarray) -> float:
     return max(f1)
 
 
+@settings(deadline=None)
 @given(
     arrays(np.float64, (25, 3), elements=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0]))),
     arrays(np.int64, 25, elements=st.integers(0, 2)),
@@ -80,6 +81,7 @@ def test_shrinkage_moves_rare_diagnoses_most() -> None:
     np.testing.assert_allclose(np.polyval(slope, share), logit(pulled), atol=1e-4)
 
 
+@settings(deadline=None)
 @given(
     arrays(np.float64, (15, 4), elements=st.floats(0, 1)),
     arrays(np.float64, 4, elements=st.floats(0.001, 1)),
@@ -231,6 +233,24 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
     assert on_test > score - 0.1  # the mean of three fold models is no worse than one
     with pytest.raises(DataError, match="needs predictions of model 'dual_cnn'"):
         final.predict_final(tmp_path, replace(tests, models=("trimodal",)))
+
+
+def test_no_label_of_a_fold_reaches_its_lines_in_the_submission(tmp_path: Path) -> None:
+    """End to end, through temperature, stacker, weights and thresholds: change fold 0's labels, its lines stay."""
+    write_run(tmp_path)
+    table = oof.read_oof(tmp_path / "oof.parquet")
+    inside = table.folds == 0
+    poisoned = table.labels.copy()
+    poisoned[inside] = np.roll(poisoned[inside], 1)
+    said = []
+    for labels in (table.labels, poisoned):
+        oof.write_oof(tmp_path / "oof.parquet", replace(table, labels=labels))
+        final.fit_final(tmp_path, experiment(tmp_path))
+        ids, submitted = submission.read_submission(tmp_path / "oof_submission.csv")
+        assert ids == table.lesion_ids.tolist()
+        said.append(submitted)
+    np.testing.assert_array_equal(said[0][inside], said[1][inside])
+    assert (said[0][~inside] != said[1][~inside]).any()
 
 
 def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:

@@ -153,7 +153,8 @@ def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path
     for width in (1200, 500):
         done = subprocess.run(
             [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-             f"--user-data-dir={tmp_path}", f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", probed.as_uri()],
+             f"--user-data-dir={tmp_path}", f"--window-size={width},900", "--virtual-time-budget=5000",
+             "--dump-dom", probed.as_uri()],
             capture_output=True, text=True, timeout=90, check=True,
         )  # fmt: skip
         assert "<title>shown=true fits=true images=6</title>" in done.stdout

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -14,6 +14,7 @@ C = len(DIAGNOSES)
 UNIT = st.floats(0, 1)
 
 
+@settings(deadline=None)
 @given(arrays(np.float64, (12, 3), elements=UNIT), arrays(np.float64, 3, elements=UNIT))
 def test_the_map_keeps_decisions_and_order(probabilities: np.ndarray, thresholds: np.ndarray) -> None:
     mapped = map_to_half(probabilities, thresholds)
@@ -24,6 +25,7 @@ def test_the_map_keeps_decisions_and_order(probabilities: np.ndarray, thresholds
         assert (np.diff(mapped[order, column]) >= 0).all()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_file_says_what_was_decided_down_to_the_last_bit(tmp_path_factory, data) -> None:
     thresholds = data.draw(arrays(np.float64, C, elements=st.floats(0.001, 0.999)))
