@@ -74,12 +74,12 @@ def lift(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.nd
     """
     if rule == "any":
         return probabilities
-    short = ~(probabilities > thresholds).any(axis=1) & (probabilities > 0).any(axis=1)
     lifted = np.array(probabilities, np.float64)
-    ratio = (lifted[short] / thresholds).max(axis=1, keepdims=True)
-    winner = _nearest(lifted[short], thresholds)
-    scaled = np.minimum(lifted[short] / ratio, thresholds)
-    lifted[short] = np.where(winner, np.minimum(thresholds + _EDGE * (1 - thresholds), 1.0), scaled)
+    largest = _ratio(lifted, thresholds).max(axis=1, keepdims=True)
+    short = ~(lifted > thresholds).any(axis=1) & (largest[:, 0] > 0)
+    scaled = np.minimum(lifted[short] / largest[short], thresholds)
+    just_above = np.maximum(thresholds + _EDGE * (1 - thresholds), np.nextafter(thresholds, 2))
+    lifted[short] = np.where(_nearest(lifted[short], thresholds), just_above, scaled)
     return lifted
 
 
@@ -326,8 +326,13 @@ def _choose_cut(
 
 
 def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(N, C) bool, one True a row at the largest p/t; none where all p are 0."""
-    return metrics.argmax_decisions(probabilities / thresholds) & (probabilities > 0)
+    """(N, C) bool, one True a row at the largest p/t; none where that is 0. What is `NEVER` claimed is no candidate."""
+    ratio = _ratio(probabilities, thresholds)
+    return metrics.argmax_decisions(ratio) & (ratio > 0)
+
+
+def _ratio(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    return np.where(thresholds < NEVER, probabilities / thresholds, 0.0)
 
 
 def _thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

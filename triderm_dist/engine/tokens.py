@@ -114,6 +114,8 @@ def _extract(
                     _tokens(tower, index, source, cache.rows(chunk), version, augment, seed, accelerator, data),
                 )
             progress.update(task, completed=number + 1)
+            if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
+                print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
     source.close()
     accelerator.wait_for_everyone()
 

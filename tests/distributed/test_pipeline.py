@@ -1,0 +1,128 @@
+"""The whole way with one command: done once, skipped when nothing changed, killed and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from triderm_dist.metrics import official_macro_f1
+from triderm_dist.schema import DIAGNOSES
+from triderm_dist.submission import read_submission
+
+from .conftest import ROOT, launch
+
+SETTINGS = """
+data: {folds: 2}
+train: {epochs: 2, global_batch: 16, micro_batch: 16, optim: {lr: 2e-3, warmup_epochs: 1}, augment: {token_variants: 1}}
+models:
+  tri:
+    width: 32
+    heads: 2
+    tower: {source: "timm:test_vit", pretrained: false, image_size: 32, freeze_clinical: 0, freeze_dermoscopic: 0}
+  frozen:
+    kind: dual_cnn
+    width: 32
+    heads: 2
+    tower: {source: "timm:test_efficientnet@WEIGHTS", image_size: 32, frozen: true, shared: true}
+stack: {max_rounds: 20}
+ensemble: {bootstrap: 50, rounds: 5}
+predict: {transforms: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(packed, tmp_path_factory) -> list[str]:
+    import timm
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("settings")
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), folder / "tower.safetensors")
+    (folder / "tiny.yaml").write_text(SETTINGS.replace("WEIGHTS", str(folder / "tower.safetensors")))
+    demo = packed.parent / "demo"
+    return [
+        "--config", str(folder / "tiny.yaml"), f"data.source={demo}/train", f"data.test={demo}/test",
+        f"data.test_truth={demo}/truth/MILK10k_Test_GroundTruth.csv",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(arguments, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    result = launch("launch.pipeline", *arguments, f"output={folder}")
+    assert "held-out macro F1 by the official rule" in result.stdout
+    return folder
+
+
+def test_everything_is_there_and_agrees(done, packed):
+    for name in (
+        "oof.parquet",
+        "stack.ubj",
+        "ensemble.json",
+        "oof_submission.csv",
+        "predictions.parquet",
+        "report.html",
+    ):
+        assert (done / name).stat().st_size > 0
+    ids, probabilities = read_submission(done / "submission.csv")
+    assert len(ids) == 50
+    import csv
+
+    with (packed.parent / "demo" / "truth" / "MILK10k_Test_GroundTruth.csv").open() as file:
+        truth = {row["lesion_id"]: [float(row[name]) for name in DIAGNOSES].index(1.0) for row in csv.DictReader(file)}
+    import numpy as np
+
+    score = official_macro_f1(probabilities, np.array([truth[name] for name in ids]))
+    assert json.loads((done / "heldout.json").read_text())["macro_f1"] == pytest.approx(score)
+
+
+def test_the_second_time_nothing_runs(done, arguments):
+    before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
+    result = launch("launch.pipeline", *arguments, f"output={done}")
+    assert result.stdout.count("done before, inputs unchanged") == 6
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
+    command = [sys.executable, "-m", "launch.pipeline", *arguments, f"output={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "tri" / "fold-1" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns
+    deadline = time.monotonic() + 60
+    while (result := launch("launch.pipeline", *arguments, f"output={tmp_path}", check=False)).returncode:
+        # The killed pipeline's stage may take a moment to end.
+        assert "another run is working here" in result.stderr and time.monotonic() < deadline, result.stderr
+    assert result.stdout.count("done before, inputs unchanged") == 2
+    assert (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns == first
+    assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
+
+
+def test_weights_of_another_architecture_are_refused(done, arguments):
+    before = (done / "submission.csv").read_bytes()
+    (done / "tri" / "fold-0" / "test.json").unlink(missing_ok=True)
+    config = ["--config", str(done / "config.yaml")]
+    result = launch("launch.predict", *config, "models.tri.width=64", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1
+    assert "weights.safetensors: weights of another architecture" in errors[0]
+    assert (done / "submission.csv").read_bytes() == before
+
+
+def test_a_shard_that_changed_is_refused(done, arguments):
+    shard = next((done / "shards" / "train").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    result = launch("launch.train", "--config", str(done / "config.yaml"), "fold=0", check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1
+    assert shard.name in errors[0]
