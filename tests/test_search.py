@@ -55,6 +55,7 @@ def space_file(folder: Path, text: str) -> Path:
     [
         ("train.loss.gama: {uniform: [0, 3]}", r"unknown setting 'train.loss.gama'; did you mean 'train.loss.gamma'\?"),
         ("train.optim.lr: {uniform: [-1, 1]}", "train.optim.lr: input should be greater than 0"),
+        ("train.loss.label_smoothing: {uniform: [0, 1]}", "train.loss.label_smoothing: input should be less than 1"),
         ("train.epochs: {randint: [2, 9]}", "train.epochs is the budget of a trial"),
         ("train.loss: {choice: [1]}", "train.loss: input should be a valid dictionary"),
         ("width: {choice: [64, 65]}", "width 65 is not a multiple of heads"),

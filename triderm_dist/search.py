@@ -66,7 +66,10 @@ class SearchConfig(Section):
     )
     seed: int = Field(0, ge=0, description="seed of the searcher's draws; all trials train with the experiment's seed")
     resume: bool = Field(False, description="go on with the search that OUTPUT holds")
-    address: str | None = Field(None, description="Ray cluster to run on; null starts Ray on this machine")
+    address: str | None = Field(
+        None,
+        description="Ray cluster to run on, its token in RAY_AUTH_TOKEN if it asks for one; null starts Ray on this machine",
+    )
 
 
 class SearchRun(Experiment):
@@ -559,7 +562,8 @@ def _start_ray(settings: SearchConfig) -> None:
         ray.init(settings.address, runtime_env={"env_vars": variables}, **quiet, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"search.address={settings.address}: Ray does not start ({' '.join(str(error).split())})"
+            f"search.address={settings.address}: Ray does not start ({' '.join(str(error).split())}); check the address, and "
+            "RAY_AUTH_TOKEN where the cluster asks for a token"
         ) from None
 
 
