@@ -77,7 +77,8 @@ def lift(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.nd
     lifted = np.array(probabilities, np.float64)
     largest = _ratio(lifted, thresholds).max(axis=1, keepdims=True)
     short = ~(lifted > thresholds).any(axis=1) & (largest[:, 0] > 0)
-    scaled = np.minimum(lifted[short] / largest[short], thresholds)
+    with np.errstate(over="ignore"):  # a row of denormal numbers
+        scaled = np.minimum(lifted[short] / largest[short], thresholds)
     just_above = np.maximum(thresholds + _EDGE * (1 - thresholds), np.nextafter(thresholds, 2))
     lifted[short] = np.where(_nearest(lifted[short], thresholds), just_above, scaled)
     return lifted
