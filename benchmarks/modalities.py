@@ -2,8 +2,8 @@
 
 python -m benchmarks.modalities [--config launch/experiments/demo.yaml] [key.subkey=value ...]
 
-Needs the demo data (make demo). Every network is trained from the same seed on the same folds; the score is the held-out
-macro F1 by the official rule, thresholds fitted out of fold. The last line is one JSON object.
+Needs the demo data (make demo). Every network is trained from the same seed on the same folds; the score is the
+held-out macro F1 by the official rule, thresholds fitted out of fold. The last line is one JSON object.
 """
 
 from __future__ import annotations

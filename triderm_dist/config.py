@@ -269,8 +269,8 @@ Tree = TypeVar("Tree", bound=Section)
 def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
     """The settings of `kind` from a YAML file and `key.subkey=value` overrides; values are read as YAML.
 
-    A file may name another one as `base: FILE` and change some of its settings. Raises ConfigError for a file that is missing or no mapping, an unknown key (with the nearest right one), or a value
-    of the wrong type.
+    A file may name another one as `base: FILE` and change some of its settings. Raises ConfigError for a file that is
+    missing or no mapping, an unknown key (with the nearest right one), or a value of the wrong type.
     """
     raw: dict[str, Any] = {}
     if file is not None:

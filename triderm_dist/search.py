@@ -68,7 +68,7 @@ class SearchConfig(Section):
     resume: bool = Field(False, description="go on with the search that OUTPUT holds")
     address: str | None = Field(
         None,
-        description="Ray cluster to run on, its token in RAY_AUTH_TOKEN if it asks for one; null starts Ray on this machine",
+        description="Ray cluster to run on, a token that it asks for in RAY_AUTH_TOKEN; null starts Ray here",
     )
 
 
@@ -556,14 +556,15 @@ def _start_ray(settings: SearchConfig) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    # "local", since without an address Ray joins whatever cluster was last started on this machine.
     # Nothing large goes through the object store; its default is a third of the memory.
     local: dict[str, Any] = {} if settings.address else {"object_store_memory": 100 * 2**20}
     try:
-        ray.init(settings.address, runtime_env={"env_vars": variables}, **quiet, **local)
+        ray.init(settings.address or "local", runtime_env={"env_vars": variables}, **quiet, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"search.address={settings.address}: Ray does not start ({' '.join(str(error).split())}); check the address, and "
-            "RAY_AUTH_TOKEN where the cluster asks for a token"
+            f"search.address={settings.address}: Ray does not start ({' '.join(str(error).split())}); "
+            "check the address, and RAY_AUTH_TOKEN where the cluster asks for a token"
         ) from None
 
 

@@ -118,7 +118,7 @@ def wrap(
     """The network and optimiser ready to train; raises ConfigError if the result is not what the launcher asked for."""
     for block in network.blocks():
         if activation_checkpointing:
-            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+            block.forward = _checkpointed(block.forward)
         if compile_blocks:
             block.compile(dynamic=False)  # shapes never change: the last batch is padded
     prepared: tuple[Any, Any] = accelerator.prepare(network, optimizer)
