@@ -31,7 +31,7 @@ demo: install
 	$(RUN) -m launch.pipeline --config launch/experiments/demo.yaml
 
 test: $(SCORER)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(VENV)/bin/ruff check .

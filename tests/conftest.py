@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from triderm_dist.schema import DIAGNOSES, MONET_COLUMNS, SITES
+
+# The same examples every time, and no clock: other tests share the cores.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.load_profile("fixed")
 
 IMAGE_TYPES = {"clinical": "clinical: close-up", "dermoscopic": "dermoscopic"}
 
