@@ -1,4 +1,7 @@
-"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what launch.stack left."""
+"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what launch.stack left.
+
+python -m launch.report --config RUN/config.yaml
+"""
 
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment

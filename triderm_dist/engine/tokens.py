@@ -50,6 +50,7 @@ def open_views(
     train: also the augmented versions. transforms: how many transforms of the dihedral group prediction will ask for.
     """
     augment = model.train.augment
+    torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
     tower = build_towers(model.tower)[0]
     if not model.tower.frozen:
         return Views(PhotoSource(index, tower.image_size, tower.mean, tower.std, augment), None)
@@ -74,8 +75,16 @@ def open_views(
 
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
-    """Names of the augmented versions of the token cache; the name tells the settings that made them."""
-    made_by = json.dumps([augment.model_dump(exclude={"token_variants"}), seed], sort_keys=True)
+    """Names of the augmented versions of the token cache; the name tells the settings that shape the photos."""
+    made_by = json.dumps(
+        [
+            augment.model_dump(
+                exclude={"token_variants", "clinical_dropout", "dermoscopic_dropout", "concept_dropout"}
+            ),
+            seed,
+        ],
+        sort_keys=True,
+    )
     digest = hashlib.sha256(made_by.encode()).hexdigest()[:8]
     return [f"augmented-{digest}-{number:02d}" for number in range(augment.token_variants)]
 
