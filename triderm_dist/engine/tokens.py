@@ -76,15 +76,8 @@ def open_views(
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
     """Names of the augmented versions of the token cache; the name tells the settings that shape the photos."""
-    made_by = json.dumps(
-        [
-            augment.model_dump(
-                exclude={"token_variants", "clinical_dropout", "dermoscopic_dropout", "concept_dropout"}
-            ),
-            seed,
-        ],
-        sort_keys=True,
-    )
+    hides = {"token_variants", "clinical_dropout", "dermoscopic_dropout", "concept_dropout"}
+    made_by = json.dumps([augment.model_dump(exclude=hides), seed], sort_keys=True)
     digest = hashlib.sha256(made_by.encode()).hexdigest()[:8]
     return [f"augmented-{digest}-{number:02d}" for number in range(augment.token_variants)]
 
