@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM_ROOMS = ("shards", "launch", "tune")
 PROGRAMS = [path for room in PROGRAM_ROOMS for path in sorted((ROOT / room).glob("*.py")) if path.stem != "__init__"]
 # Each room may import those before it; data and models stand side by side, and so do losses, optim and metrics.
-FLOORS = [("schema",), ("config",), ("cli", "stages"), ("data", "models"), ("losses", "optim", "metrics")]
+FLOORS = [("schema", "files"), ("config",), ("cli", "stages"), ("data", "models"), ("losses", "optim", "metrics")]
 AFTER_TRAINING = ("oof", "calibration", "stacking", "ensemble", "final", "submission", "predict", "report")
 
 

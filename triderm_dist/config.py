@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError
 
 
@@ -302,10 +303,7 @@ def save(config: Section, path: Path) -> None:
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
         for model in tree["models"].values():
             model["train"] = _difference(model["train"], tree["train"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, yaml.safe_dump(tree, sort_keys=False))
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

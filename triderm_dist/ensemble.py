@@ -18,6 +18,7 @@ import numpy as np
 
 from triderm_dist import metrics
 from triderm_dist.config import EnsembleConfig
+from triderm_dist.files import write_json
 from triderm_dist.schema import DIAGNOSES, DataError
 
 Rule = Literal["any", "at_least_one"]
@@ -130,9 +131,7 @@ class Ensemble:
             "rule": self.rule,
             **more,
         }
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_json(path, tree)
 
     @staticmethod
     def load(path: Path) -> Ensemble:

@@ -15,6 +15,7 @@ import numpy as np
 
 from triderm_dist import calibration, ensemble, metrics, oof, stacking, submission
 from triderm_dist.config import Experiment
+from triderm_dist.files import whole
 from triderm_dist.schema import DataError
 
 STACK_FILE = "stack.ubj"
@@ -244,9 +245,8 @@ def _write_nested(
         "decisions": pa.array(list(nested.decisions[ensemble.CHOSEN])),
         "stack": pa.array(list(stack.out_of_fold if stack else silent)),
     }
-    beside = path.with_name(path.name + ".part")
-    pq.write_table(pa.table(columns), beside, compression="zstd")
-    beside.replace(path)
+    with whole(path) as beside:
+        pq.write_table(pa.table(columns), beside, compression="zstd")
 
 
 def _fit_stack(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from triderm_dist.files import whole
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, DataError
 
 FORMAT = "triderm-predictions"
@@ -415,10 +416,8 @@ def _head(
 def _write(path: Path, table: Any, head: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(head)}), beside, compression="zstd")
-    beside.replace(path)
+    with whole(path) as beside:
+        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(head)}), beside, compression="zstd")
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import metrics, oof
+from triderm_dist.files import write_json
 from triderm_dist.final import predict_final
 from triderm_dist.schema import UNLABELLED, DataError
 from triderm_dist.submission import read_submission, write_submission
@@ -48,9 +48,7 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
         "argmax": metrics.argmax_macro_f1(probabilities, labels),
         "n": len(ids),
     }
-    beside = submission.with_name("heldout.json.part")
-    beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    beside.replace(submission.with_name("heldout.json"))
+    write_json(submission.with_name("heldout.json"), result)
     return result
 
 

@@ -32,6 +32,7 @@ from pydantic import Field, model_validator
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, ModelConfig, Section, build, load, merge, nest, save
+from triderm_dist.files import whole, write_json
 from triderm_dist.schema import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -337,10 +338,7 @@ class Trial:
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/trial.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / "trial.json.part"
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        beside.replace(folder / "trial.json")
+        write_json(folder / "trial.json", asdict(self))
 
 
 def read_trial(folder: Path) -> Trial | None:
@@ -755,8 +753,7 @@ def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
 
 def _write_table(path: Path, trials: Sequence[Trial], baseline: Trial | None) -> None:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8", newline="") as file:
+    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "state", "epochs", "macro_f1", "official", "gain", "seconds", *keys, "error"])
         for trial in trials:
@@ -764,7 +761,6 @@ def _write_table(path: Path, trials: Sequence[Trial], baseline: Trial | None) ->
             scores = ["" if value is None else f"{value:.6f}" for value in (trial.macro_f1, trial.official, gain)]
             values = [trial.settings.get(key, "") for key in keys]
             writer.writerow([trial.number, trial.state, trial.epochs, *scores, trial.seconds, *values, trial.error])
-    beside.replace(path)
 
 
 def _gain_over(baseline: Trial | None, trial: Trial) -> float | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from triderm_dist.calibration import log_probabilities
 from triderm_dist.config import StackConfig
+from triderm_dist.files import whole, write_json
 from triderm_dist.oof import OofTable
 from triderm_dist.schema import METADATA_FIELDS, DataError
 
@@ -72,10 +73,9 @@ class Stacker:
             "device": self.device,
             "gain": self.gain,
         }
-        for target, content in ((path, self.model), (path.with_suffix(".json"), json.dumps(side, indent=1).encode())):
-            beside = target.with_name(target.name + ".part")
-            beside.write_bytes(content)
-            beside.replace(target)
+        with whole(path) as beside:
+            beside.write_bytes(self.model)
+        write_json(path.with_suffix(".json"), side)
 
     @staticmethod
     def load(path: Path) -> Stacker:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from triderm_dist.files import write_json
 from triderm_dist.schema import InputError
 
 
@@ -56,9 +57,7 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> None:
             status = subprocess.run(command, env=environment, pass_fds=[lock], preexec_fn=_end_with_parent).returncode
             if status:
                 sys.exit(status if status > 0 else 128 - status)
-            beside = record.with_suffix(".json.part")
-            beside.write_text(json.dumps({**done, stage.name: key}, indent=1), encoding="utf-8")
-            beside.replace(record)
+            write_json(record, {**done, stage.name: key})
             print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

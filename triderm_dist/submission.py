@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from triderm_dist.files import whole
 from triderm_dist.metrics import OFFICIAL_THRESHOLD
 from triderm_dist.schema import DIAGNOSES, DataError
 
@@ -59,18 +60,15 @@ def write_submission(
         order = _order(path, ids, [str(lesion) for lesion in template])
         ids, table = [ids[row] for row in order], table[order]
         cuts = cuts[order] if cuts.ndim == 2 else cuts
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["lesion_id", *diagnoses])
-        for lesion, row in zip(ids, map_to_half(table, cuts), strict=True):
-            writer.writerow([lesion, *(f"{value:.{_DIGITS}f}" for value in row)])
-    read_ids, read = read_submission(beside, diagnoses)
-    if read_ids != ids or not np.array_equal(read > OFFICIAL_THRESHOLD, table > cuts):
-        beside.unlink()
-        raise DataError(f"{path}: the file would not say what was decided; this is a defect of the toolkit, report it")
-    beside.replace(path)
+    with whole(path) as beside:
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["lesion_id", *diagnoses])
+            for lesion, row in zip(ids, map_to_half(table, cuts), strict=True):
+                writer.writerow([lesion, *(f"{value:.{_DIGITS}f}" for value in row)])
+        read_ids, read = read_submission(beside, diagnoses)
+        if read_ids != ids or not np.array_equal(read > OFFICIAL_THRESHOLD, table > cuts):
+            raise DataError(f"{path}: the file would not say what was decided; a defect of the toolkit, report it")
 
 
 def read_submission(path: Path, diagnoses: Sequence[str] = DIAGNOSES) -> tuple[list[str], np.ndarray]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from triderm_dist.files import whole
 
 CHUNK = 256
 
@@ -43,11 +44,8 @@ class TokenCache:
     def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
         """Store tokens (n, 2 views, L, D) of a chunk, float16."""
         path = self._path(version, chunk)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with beside.open("wb") as file:
+        with whole(path) as beside, beside.open("wb") as file:
             np.save(file, tokens.astype(np.float16, copy=False))
-        beside.replace(path)
 
     def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
         """Fill `out` (n, L, D) with the tokens of one view of `rows`, each in its own version."""

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from triderm_dist.engine.parallel import unwrap
+from triderm_dist.files import whole, write_json
 from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
@@ -69,7 +70,7 @@ class Checkpoints:
             content["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
         if accelerator.is_main_process:
             torch.save(content, beside / "state.pt")
-            _write_json(beside / "state.json", {"identity": self.identity, **asdict(state)})
+            write_json(beside / "state.json", {"identity": self.identity, **asdict(state)})
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
@@ -127,18 +128,16 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) 
     """Write PATH.safetensors and PATH.json beside it (format, version, sha256 and `about`); returns the sha256."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".safetensors.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside)
-    digest = hashlib.sha256(beside.read_bytes()).hexdigest()
-    beside.replace(path.with_suffix(".safetensors"))
+    with whole(path.with_suffix(".safetensors")) as beside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside)
+        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
     save_about(path, sha256=digest, **about)
     return digest
 
 
 def save_about(path: Path, **about: Any) -> None:
     """Write PATH.json: format, version and `about`."""
-    _write_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **about})
+    write_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **about})
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -178,9 +177,3 @@ def load_weights(path: Path, network: nn.Module) -> None:
             f"{file}: weights of another architecture: {'; '.join(said)}; use the settings it was trained with"
         )
     network.load_state_dict(weights)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    beside.replace(path)

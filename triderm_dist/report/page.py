@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from triderm_dist.files import write_text
 from triderm_dist.metrics import Interval
 from triderm_dist.report.content import FALLS_BEHIND, LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content
 from triderm_dist.report.figures import draw
@@ -80,9 +81,7 @@ def write_report(run_folder: Path) -> Path:
     content = Content(run_folder)
     words = draw(content, run_folder / "report")
     path = run_folder / "report.html"
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(_page(content, words, run_folder / "report"), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, _page(content, words, run_folder / "report"))
     return path
 
 
