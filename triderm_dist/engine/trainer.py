@@ -84,7 +84,7 @@ def train(
                 data.index, data.source, batches, config.micro_batch, accelerator.device,
                 augment=config.augment, seed=seed, epoch=state.epoch, workers=data.workers, prefetch=data.prefetch,
             )  # fmt: skip
-            meter.start(loader)
+            meter.start(loader, state.step)
             wrapped.train()
             for step in loader:
                 focal, sums, norm = train_step(
@@ -227,19 +227,17 @@ class _Meter:
 
     def __init__(self, step: int) -> None:
         self._first_step, self._started = step, time.perf_counter()
-        self._last_step, self._last = step, self._started
 
-    def start(self, loader: Loader) -> None:
+    def start(self, loader: Loader, step: int) -> None:
         """Leave out what came before, such as validation."""
-        self._last, loader.waited = time.perf_counter(), 0.0
+        self._last_step, self._last, loader.waited = step, time.perf_counter(), 0.0
 
     def read(self, loader: Loader, step: int, global_batch: int) -> dict[str, float]:
         """lesions_per_s over all ranks, and the share of the time that this rank waited for data."""
         seconds = time.perf_counter() - self._last
         lesions = (step - self._last_step) * global_batch
         result = {"lesions_per_s": lesions / seconds, "data_wait": loader.waited / seconds}
-        self._last_step = step
-        self.start(loader)
+        self.start(loader, step)
         return result
 
     def seconds_a_step(self, step: int) -> float:
