@@ -26,9 +26,10 @@ $(SCORER): $(INSTALLED)
 	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python isic-challenge-scoring==5.8.0
 	@touch $@
 
+# One thread: the demo's networks are so small that on two cores a second one costs more than it brings.
 demo: install
 	$(RUN) -m shards.demo output=runs/demo/data
-	$(RUN) -m launch.pipeline --config launch/experiments/demo.yaml
+	OMP_NUM_THREADS=1 $(RUN) -m launch.pipeline --config launch/experiments/demo.yaml
 
 test: $(SCORER)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
