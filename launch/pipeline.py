@@ -40,7 +40,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """What has to run, in order; what is skipped is decided by `run_stages`."""
     folder, with_config = config.folder, ["--config", str(settings)]
     data = config.data.model_dump(mode="json", exclude={"workers", "prefetch", "verify"})
-    network = ["accelerate", "launch", "--config_file", config.launcher, "-m"] if config.launcher else ["python", "-m"]
+    accelerate = ["accelerate.commands.launch", "--config_file", config.launcher, "-m"] if config.launcher else []
+    network = ["python", "-m", *accelerate]
     models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(config.data.folds)]
     tests = bool(config.data.test or config.data.test_shards)

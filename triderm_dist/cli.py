@@ -54,7 +54,8 @@ def _settings(kind: type[Tree], arguments: list[str]) -> Tree:
 
 
 def _help(kind: type[Section], about: str) -> str:
-    lines = [about.strip(), "", "settings, as key.subkey=value or in the YAML file of --config:", ""]
+    heading = "settings, as key.subkey=value or in the YAML file of --config (`base: FILE` in it builds on another file):"
+    lines = [about.strip(), "", heading, ""]
     for key, type_name, default, description in describe(kind):
         lines += [f"  {key}  ({type_name}, default {default})", f"      {description}"]
     return "\n".join(lines)
