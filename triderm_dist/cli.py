@@ -54,7 +54,7 @@ def _settings(kind: type[Tree], arguments: list[str]) -> Tree:
 
 
 def _help(kind: type[Section], about: str) -> str:
-    heading = "settings, as key.subkey=value or in the YAML file of --config (where `base: FILE` names one to build on):"
+    heading = "settings, as key.subkey=value or in the YAML file of --config (`base: FILE` names one to build on):"
     lines = [about.strip(), "", heading, ""]
     for key, type_name, default, description in describe(kind):
         lines += [f"  {key}  ({type_name}, default {default})", f"      {description}"]
