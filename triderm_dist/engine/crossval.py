@@ -16,6 +16,7 @@ from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.startup import describe
 from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
@@ -81,7 +82,7 @@ def _run_fold(
     accelerator.wait_for_everyone()
     accelerator.print(
         f"{name} fold {fold}: {len(train_rows)} lesions to train, {len(validation_rows)} to validate; "
-        f"{parallel.describe(accelerator, config, network)}"
+        f"{describe(accelerator, config, network)}"
     )
     data = TrainingData(
         index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch

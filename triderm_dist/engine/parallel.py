@@ -19,7 +19,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from triderm_dist.config import TrainConfig
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
 
@@ -83,19 +82,6 @@ def world() -> int:
 def is_main() -> bool:
     """Whether this process is rank 0, also before `start`."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def describe(accelerator: Accelerator, config: TrainConfig, network: Network) -> str:
-    """One line for people: how this run is spread, its precision and why, batch and parameters."""
-    precision, why = choose_precision(config.precision, accelerator.device)
-    accumulation = split_batch(config.global_batch, config.micro_batch, accelerator.num_processes)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    held = sum(p.numel() for p in network.parameters())
-    return (
-        f"{accelerator.distributed_type.value} on {accelerator.device}, {accelerator.num_processes} rank(s); "
-        f"{precision} ({why}); global batch {config.global_batch} = {accelerator.num_processes} x {config.micro_batch} "
-        f"x {accumulation}; {trained / 1e6:.2f} of {held / 1e6:.2f} million parameters are trained"
-    )
 
 
 def split_batch(global_batch: int, micro_batch: int, world: int) -> int:

@@ -66,3 +66,12 @@ def clock(seconds: float) -> str:
     """h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def summary(values: dict[str, float]) -> str:
+    """The values of a training record for people."""
+    return (
+        f"loss {values['loss']:.4f} (focal {values['focal']:.4f} soft F1 {values['soft_f1']:.4f} "
+        f"aux {values['aux']:.4f})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
+        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine.checkpoint import Checkpoints, TrainState, save_weights
 from triderm_dist.engine.evaluate import evaluate, forward
+from triderm_dist.engine.meter import Meter
 from triderm_dist.engine.parallel import accumulate, all_sum, backward, whole_state, wrap
-from triderm_dist.engine.tracking import Tracker, clock
+from triderm_dist.engine.tracking import Tracker, clock, summary
 from triderm_dist.losses import CompoundLoss, Head, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.network import Network
@@ -73,7 +73,7 @@ def train(
     wrapped, prepared = wrap(accelerator, network, optimizer, config.activation_checkpointing, config.compile)
     checkpoints = Checkpoints(folder, identity, config.keep_last)
     state, sums = checkpoints.restore(accelerator, wrapped, prepared, scheduler)
-    meter = _Meter(state.step)
+    meter = Meter(state.step)
 
     with Tracker(folder, accelerator.is_main_process, state.step) as tracker:
         while state.epoch < config.epochs:
@@ -98,7 +98,7 @@ def train(
                     values |= meter.read(loader, state.step, config.global_batch)
                     epoch = state.epoch + state.batch / steps[state.epoch]
                     line = (
-                        f"{name}  epoch {epoch:.1f}/{config.epochs}  step {state.step}/{total_steps}  {_text(values)}"
+                        f"{name}  epoch {epoch:.1f}/{config.epochs}  step {state.step}/{total_steps}  {summary(values)}"
                     )
                     left = meter.seconds_a_step(state.step) * (total_steps - state.step)
                     tracker.log("train", epoch, state.step, values, f"{line}  ETA {clock(left)}")
@@ -220,33 +220,3 @@ def _keep_weights(accelerator: Accelerator, wrapped: nn.Module, folder: Path, st
     if accelerator.is_main_process:
         save_weights(folder / "weights", weights, epoch=state.best_epoch, validation_macro_f1=state.best_score)
     accelerator.wait_for_everyone()
-
-
-class _Meter:
-    """Speed between two log lines, and since the start for the time that is left."""
-
-    def __init__(self, step: int) -> None:
-        self._first_step, self._started = step, time.perf_counter()
-
-    def start(self, loader: Loader, step: int) -> None:
-        """Leave out what came before, such as validation."""
-        self._last_step, self._last, loader.waited = step, time.perf_counter(), 0.0
-
-    def read(self, loader: Loader, step: int, global_batch: int) -> dict[str, float]:
-        """lesions_per_s over all ranks, and the share of the time that this rank waited for data."""
-        seconds = time.perf_counter() - self._last
-        lesions = (step - self._last_step) * global_batch
-        result = {"lesions_per_s": lesions / seconds, "data_wait": loader.waited / seconds}
-        self.start(loader, step)
-        return result
-
-    def seconds_a_step(self, step: int) -> float:
-        return (time.perf_counter() - self._started) / (step - self._first_step)
-
-
-def _text(values: dict[str, float]) -> str:
-    return (
-        f"loss {values['loss']:.4f} (focal {values['focal']:.4f} soft F1 {values['soft_f1']:.4f} "
-        f"aux {values['aux']:.4f})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}"
-    )
