@@ -1,0 +1,59 @@
+"""`accelerate launch` that ends as its ranks do, and hands their signals on.
+
+python -m launch.ranks --config_file accelerate_configs/ddp.yaml -m launch.train --config EXPERIMENT.yaml key.subkey=value
+
+Takes the options of `accelerate launch`. That one ends with 1 whatever its ranks said, and SIGUSR1 kills it while they
+save. A scheduler must know more: 0 done, 2 bad input (give up), 3 interrupted (start the same command again).
+A rank that died of signal N gives 128 + N, as in a shell.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from triderm_dist.cli import INTERRUPTED
+
+HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+
+
+def hand_on(number: int, frame: FrameType | None) -> None:
+    """Until torch's agent has its own handlers, and where one process needs no agent."""
+    import psutil
+
+    children = psutil.Process().children()
+    for child in children:
+        child.send_signal(number)
+    if not children:
+        sys.exit(INTERRUPTED)
+
+
+def status_of(exit_code: int) -> int:
+    return exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def main() -> None:
+    for name in HANDED_ON:
+        signal.signal(getattr(signal, name), hand_on)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDED_ON))
+    from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        accelerate_launch()
+    except SignalException:
+        sys.exit(INTERRUPTED)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        sys.exit(status_of(first.exitcode))
+    except subprocess.CalledProcessError as error:
+        sys.exit(status_of(error.returncode))
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:2]):
+        print(__doc__)
+    else:
+        main()
