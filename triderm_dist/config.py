@@ -148,6 +148,19 @@ class TrainConfig(Section):
     select: Literal["best", "last"] = Field(
         "best", description="weights that predict: of the epoch with the best validation macro F1 (argmax), or the last"
     )
+    trackers: tuple[str, ...] = Field(
+        ("tensorboard",),
+        description="where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow or another name that Accelerate "
+        "knows",
+    )
+    profile: int | None = Field(
+        None, ge=1, description="optimiser steps that torch.profiler records into the fold's trace.json; null: none"
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="dense peak of one device in TFLOP/s, which MFU is a share of; null looks the GPU up by name",
+    )
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
@@ -320,6 +333,14 @@ def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:

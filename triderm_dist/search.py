@@ -304,7 +304,10 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         (
             True,
             (),
-            ("train.log_every", "train.save_every", "train.keep_last"),
+            tuple(
+                f"train.{name}"
+                for name in ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
+            ),
             "it changes no result",
         ),
     ]  # fmt: skip

@@ -16,7 +16,6 @@ from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate
-from triderm_dist.engine.startup import describe
 from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
@@ -80,10 +79,6 @@ def _run_fold(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    accelerator.print(
-        f"{name} fold {fold}: {len(train_rows)} lesions to train, {len(validation_rows)} to validate; "
-        f"{describe(accelerator, config, network)}"
-    )
     data = TrainingData(
         index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
     )
@@ -217,7 +212,7 @@ def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> 
 def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
     """A hash of all that the fold's result depends on."""
     model = experiment.models[name].model_dump(mode="json")
-    for cosmetic in ("log_every", "save_every", "keep_last"):
+    for cosmetic in ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops"):
         model["train"].pop(cosmetic)
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -2,21 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import TrainConfig
+from triderm_dist.engine.flops import Budget
 from triderm_dist.engine.parallel import choose_precision, split_batch
 from triderm_dist.models.network import Network
+from triderm_dist.models.towers import Tower
 
 
-def describe(accelerator: Accelerator, config: TrainConfig, network: Network) -> str:
-    """One line for people: how this run is spread, its precision and why, batch and parameters."""
+def report(
+    name: str,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    network: Network,
+    lesions: tuple[int, int],
+    steps: Sequence[int],
+    budget: Budget | None,
+) -> str:
+    """How a run is spread, its precision and why, its steps and batch, its parameters room by room, and what is off
+    and why. `network` before it is wrapped; `lesions` to train and to validate; `steps` of each epoch.
+    """
+    world = accelerator.num_processes
     precision, why = choose_precision(config.precision, accelerator.device)
-    accumulation = split_batch(config.global_batch, config.micro_batch, accelerator.num_processes)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    held = sum(p.numel() for p in network.parameters())
-    return (
-        f"{accelerator.distributed_type.value} on {accelerator.device}, {accelerator.num_processes} rank(s); "
-        f"{precision} ({why}); global batch {config.global_batch} = {accelerator.num_processes} x {config.micro_batch} "
-        f"x {accumulation}; {trained / 1e6:.2f} of {held / 1e6:.2f} million parameters are trained"
-    )
+    accumulation = split_batch(config.global_batch, config.micro_batch, world)
+    lines = {
+        "run": f"{accelerator.distributed_type.value}, {world} rank(s) on {device_name(accelerator.device)}",
+        "precision": f"{precision} ({why})",
+        "lesions": f"{lesions[0]:,} to train, {lesions[1]:,} to validate",
+        "steps": f"{sum(steps):,} in {len(steps)} epoch(s) of {steps[0]:,}",
+        "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
+        "(ranks, micro-batch, accumulation)",
+        "speed": "MFU is not shown: " + _no_peak(accelerator.device) if budget is None else str(budget),
+        "off": "; ".join(_off(accelerator, config, accumulation)),
+    }
+    table = "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
+    return f"{name}\n{table}\n{_parameter_table(network)}"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU's model, or how many threads of the CPU a process uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} thread(s) each"
+
+
+def parameters_by_room(network: Network) -> dict[str, tuple[int, int]]:
+    """(trained, frozen) numbers of each part: towers, and each child of the network; fusion stages by their names."""
+    rooms: dict[str, tuple[int, int]] = {}
+    for name, parameter in network.named_parameters():
+        room = _room(name)
+        trained, frozen = rooms.get(room, (0, 0))
+        size = parameter.numel()
+        rooms[room] = (trained + size, frozen) if parameter.requires_grad else (trained, frozen + size)
+    return rooms
+
+
+def _room(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "towers":
+        return f"tower, {parts[1]}"
+    if parts[0] == "fusion" and len(parts) > 3:
+        return parts[2].replace("_", " ")
+    return {"aux_norms": "auxiliary heads", "aux_heads": "auxiliary heads"}.get(parts[0], parts[0].replace("_", " "))
+
+
+def _parameter_table(network: Network) -> str:
+    rooms = parameters_by_room(network)
+    total = (sum(trained for trained, _ in rooms.values()), sum(frozen for _, frozen in rooms.values()))
+    lines = [f"  {'parameters':<20} {'trained':>12} {'frozen':>12}"]
+    for room, (trained, frozen) in {**rooms, "all": total}.items():
+        lines.append(f"    {room:<18} {trained:>12,} {frozen:>12,}")
+    for view, tower in network.towers.items():
+        assert isinstance(tower, Tower)
+        if tower.frozen_blocks:
+            lines.append(
+                f"    tower, {view}: stem and {tower.frozen_blocks} of {len(tower.blocks)} blocks stay as they are, "
+                "outside autograd"
+            )
+    return "\n".join(lines)
+
+
+def _no_peak(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "a CPU has no peak worth the name; train.peak_tflops sets one"
+    return f"the peak of {device_name(device)} is not known; set train.peak_tflops from its data sheet"
+
+
+def _off(accelerator: Accelerator, config: TrainConfig, accumulation: int) -> list[str]:
+    """What could be on and is not, each with its reason."""
+    off = []
+    if not config.compile:
+        off.append("torch.compile (train.compile)")
+    if not config.activation_checkpointing:
+        off.append("activation checkpointing (train.activation_checkpointing)")
+    if accelerator.device.type == "cpu":
+        off.append("pinned memory (no GPU)")
+    if accelerator.mixed_precision != "fp16":
+        off.append(f"loss scaling (only fp16 needs it, not {accelerator.mixed_precision.replace('no', 'fp32')})")
+    if accumulation > 1 and config.loss.soft_f1_weight and config.loss.soft_f1_sums == "previous":
+        off.append("exact soft F1 over the global batch (train.loss.soft_f1_sums=previous)")
+    return off

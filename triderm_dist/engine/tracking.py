@@ -1,33 +1,53 @@
-"""What a run tells: one line a log interval on rank 0, the same as JSON lines and for TensorBoard."""
+"""What a run tells while it goes: one line a log interval on rank 0, the same as JSON lines and for trackers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from triderm_dist.schema import ConfigError
+
+PROJECT = "triderm-dist"
+"""Where a tracker that sorts runs into projects or experiments keeps them."""
+
 
 class Tracker:
-    """Appends records to FOLDER/metrics.jsonl and TensorBoard events to FOLDER/tensorboard; silent where `active` is
-    False.
+    """Appends records to FOLDER/metrics.jsonl, hands them to trackers, and prints each; silent where `active` is False.
 
-    Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, ...} and {"kind": "validation",
-    epoch, step, macro_f1 (argmax), official, ...}. Opening at a step drops later records: a resumed run writes them
-    again.
+    Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, lesions_per_s, data_wait,
+    memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step, macro_f1 (argmax), official}.
+    Opening at a step drops later records: a resumed run writes them again.
+
+    trackers: names that Accelerate knows, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow. settings: what a
+    tracker shows beside the run, by dotted key. Raises ConfigError, on all ranks, for a tracker that is unknown or not
+    installed. A tracker that fails later is left out and said so: it must not end the training it watches.
     """
 
-    def __init__(self, folder: Path, active: bool, step: int = 0) -> None:
-        self.active = active
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        active: bool,
+        *,
+        epochs: int,
+        total_steps: int,
+        step: int = 0,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.active, self.epochs, self.total_steps = name, active, epochs, total_steps
+        kinds = {kind: tracker_class(kind) for kind in dict.fromkeys(trackers)}
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._trackers = {kind: _started(kind, cls, name, folder, step, settings or {}) for kind, cls in kinds.items()}
 
     def __enter__(self) -> Tracker:
         return self
@@ -37,18 +57,64 @@ class Tracker:
     ) -> None:
         if self.active:
             self._file.close()
-            self._board.close()
+            self._for_each("finish")
 
-    def log(self, kind: str, epoch: float, step: int, values: dict[str, float], line: str) -> None:
-        """Record values; `line` is what people read."""
+    def log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
+        """Record values of a kind of record, and print its line."""
         if not self.active:
             return
-        record: dict[str, Any] = {"kind": kind, "epoch": round(epoch, 4), "step": step, **values}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({"kind": kind, "epoch": round(epoch, 4), "step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-        print(line, flush=True)
+        self._for_each("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        if kind == "train":
+            place = f"epoch {epoch:.1f}/{self.epochs}  step {step}/{self.total_steps}"
+        else:
+            place = f"epoch {epoch:.0f}/{self.epochs}"
+        print(f"{self.name}  {place}  {LINES[kind](values)}", flush=True)
+
+    def _for_each(self, method: str, *args: Any, **kwargs: Any) -> None:
+        for kind, tracker in list(self._trackers.items()):
+            try:
+                getattr(tracker, method)(*args, **kwargs)
+            except Exception as error:  # whatever a service or its client raises
+                del self._trackers[kind]
+                print(f"{self.name}  {kind} failed and is left out from here on ({_one_line(error)})", flush=True)
+
+
+def tracker_class(name: str) -> Any:
+    """Accelerate's class of a tracker. Raises ConfigError where the name is unknown or its package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ConfigError(f"train.trackers: {name!r} is unknown; there are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if name not in [str(kind) for kind in get_available_trackers()]:
+        raise ConfigError(f"train.trackers: {name} is not installed; run `pip install {name}` or leave it out")
+    return LOGGER_TYPE_TO_CLASS[name]
+
+
+def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Any:
+    # The same folder is the same run for W&B: a resumed run goes on in it.
+    same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": step},
+        "wandb": {"run_name": PROJECT, "name": run, "dir": str(folder), "id": same, "resume": "allow"},
+        "mlflow": {"experiment_name": PROJECT, "run_name": run},
+    }
+    plain = {"run_name": PROJECT, **({"logging_dir": str(folder)} if cls.requires_logging_directory else {})}
+    try:
+        tracker = cls(**options.get(kind, plain))
+        tracker.start()
+        if kind != "tensorboard":  # which would open a second event file; the settings are in config.yaml
+            tracker.store_init_configuration(dict(settings))
+    except Exception as error:  # whatever a service or its client raises
+        raise ConfigError(
+            f"train.trackers: {kind} did not start ({_one_line(error)}); set it up or leave it out"
+        ) from None
+    return tracker
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -68,10 +134,20 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def summary(values: dict[str, float]) -> str:
-    """The values of a training record for people."""
+def train_line(values: Mapping[str, float]) -> str:
+    """A training record for people."""
+    mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
     return (
         f"loss {values['loss']:.4f} (focal {values['focal']:.4f} soft F1 {values['soft_f1']:.4f} "
         f"aux {values['aux']:.4f})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}"
+        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}{mfu}  "
+        f"{values['memory_gib']:.1f} GiB  ETA {clock(values['seconds_left'])}"
     )
+
+
+def validation_line(values: Mapping[str, float]) -> str:
+    """A validation record for people."""
+    return f"validation macro F1 {values['macro_f1']:.3f} (argmax)  {values['official']:.3f} (p > 0.5)"
+
+
+LINES = {"train": train_line, "validation": validation_line}

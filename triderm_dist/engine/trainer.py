@@ -12,15 +12,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from triderm_dist.config import TrainConfig
+from triderm_dist.config import TrainConfig, flat
 from triderm_dist.data.loader import Loader, Step, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine.checkpoint import Checkpoints, TrainState, save_weights
 from triderm_dist.engine.evaluate import evaluate, forward
+from triderm_dist.engine.flops import budget
 from triderm_dist.engine.meter import Meter
 from triderm_dist.engine.parallel import accumulate, all_sum, backward, whole_state, wrap
-from triderm_dist.engine.tracking import Tracker, clock, summary
+from triderm_dist.engine.profiling import profiler
+from triderm_dist.engine.startup import report
+from triderm_dist.engine.tracking import Tracker
 from triderm_dist.losses import CompoundLoss, Head, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.network import Network
@@ -70,12 +73,19 @@ def train(
     loss = CompoundLoss(config.loss, head, counts).to(accelerator.device)
     optimizer = build_optimizer(network, config.optim, fused=accelerator.device.type == "cuda")
     scheduler = build_scheduler(optimizer, config.optim, total_steps, steps[0])
+    compute = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
+    lesions = len(data.train_rows), len(data.validation_rows)
+    accelerator.print(report(name, accelerator, config, network, lesions, steps, compute))
     wrapped, prepared = wrap(accelerator, network, optimizer, config.activation_checkpointing, config.compile)
     checkpoints = Checkpoints(folder, identity, config.keep_last)
     state, sums = checkpoints.restore(accelerator, wrapped, prepared, scheduler)
-    meter = Meter(state.step)
+    meter = Meter(state.step, total_steps, config.global_batch, accelerator.device, compute)
+    tracker = Tracker(
+        name, folder, accelerator.is_main_process, epochs=config.epochs, total_steps=total_steps, step=state.step,
+        trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
+    )  # fmt: skip
 
-    with Tracker(folder, accelerator.is_main_process, state.step) as tracker:
+    with tracker, profiler(folder, config.profile, accelerator.is_main_process) as profile:
         while state.epoch < config.epochs:
             batches = EpochPlan(samples, sampling, seed, state.epoch).batches(
                 accelerator.process_index, accelerator.num_processes, config.global_batch, start=state.batch
@@ -95,13 +105,9 @@ def train(
                 if state.step % config.log_every == 0:
                     values = loss.values(all_sum(focal), sums)
                     values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": norm}
-                    values |= meter.read(loader, state.step, config.global_batch)
-                    epoch = state.epoch + state.batch / steps[state.epoch]
-                    line = (
-                        f"{name}  epoch {epoch:.1f}/{config.epochs}  step {state.step}/{total_steps}  {summary(values)}"
-                    )
-                    left = meter.seconds_a_step(state.step) * (total_steps - state.step)
-                    tracker.log("train", epoch, state.step, values, f"{line}  ETA {clock(left)}")
+                    values |= meter.read(loader, state.step)
+                    tracker.log("train", state.epoch + state.batch / steps[state.epoch], state.step, values)
+                profile.step()
                 if config.save_every and state.step % config.save_every == 0:
                     checkpoints.save(accelerator, wrapped, prepared, scheduler, state, sums)
             state.epoch, state.batch = state.epoch + 1, 0
@@ -116,8 +122,7 @@ def train(
                 state.best_score, state.best_epoch = scores["macro_f1"], state.epoch
                 _keep_weights(accelerator, wrapped, folder, state)
             checkpoints.save(accelerator, wrapped, prepared, scheduler, state, sums)
-            line = f"{name}  epoch {state.epoch}/{config.epochs}  validation macro F1 {scores['macro_f1']:.3f} (argmax)"
-            tracker.log("validation", state.epoch, state.step, scores, f"{line}  {scores['official']:.3f} (p > 0.5)")
+            tracker.log("validation", state.epoch, state.step, scores)
             if on_validation:
                 on_validation(state.epoch, scores)
 
