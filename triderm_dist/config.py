@@ -145,6 +145,13 @@ class TrainConfig(Section):
         description="optimiser steps between two checkpoints inside an epoch; null saves at each epoch's end",
     )
     keep_last: int = Field(2, ge=1, description="resumable checkpoints that are kept")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay a step of the averaged weights (EMA) that are validated and kept, such as 0.999; 0 keeps the "
+        "weights themselves; not with DeepSpeed",
+    )
     select: Literal["best", "last"] = Field(
         "best", description="weights that predict: of the epoch with the best validation macro F1 (argmax), or the last"
     )
@@ -172,7 +179,12 @@ class ModelConfig(Section):
     tower: TowerConfig = TowerConfig()
     width: int = Field(768, ge=8, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")
-    depth: int = Field(1, ge=1, description="fusion blocks, one after the other")
+    depth: int = Field(1, ge=1, description="trimodal: fusion blocks, one after the other")
+    fusion: tuple[Literal["view_alignment", "semantic_gating"], ...] = Field(
+        ("view_alignment", "semantic_gating"),
+        min_length=1,
+        description="trimodal: stages of a fusion block, always in this order; for ablation",
+    )
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the fusion's MLPs over D")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in fusion and heads")
     head: Literal["softmax", "sigmoid"] = Field(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from triderm_dist.models.concepts import SemanticTokens
-from triderm_dist.models.fusion import CrossAttention, FusionBlock, GlobalPooling
+from triderm_dist.models.fusion import STAGES, CrossAttention, FusionBlock, GlobalPooling
 from triderm_dist.schema import CONCEPTS, METADATA_FIELDS
 
 
@@ -122,3 +122,26 @@ def test_unused_semantics_leave_the_null_token() -> None:
     tokens = SemanticTokens(("a", "b"), 8, use_concepts=False, use_metadata=False)
     assert tokens(torch.rand(2, 2), lesion().expand(2, -1)).shape == (2, 1, 8) and tokens.names == ("null",)
     assert [name for name, _ in tokens.named_parameters()] == ["null"]
+
+
+def test_weights_are_those_of_the_attention() -> None:
+    """The map for people times the values, by hand, is what `forward` computes without forming the map."""
+    torch.manual_seed(0)
+    m, query, context = CrossAttention(8, 1, 0.0), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    torch.testing.assert_close(m.out(m.weights(query, context) @ m.value(context)), m(query, context))
+    several = CrossAttention(8, 4, 0.0).weights(query, context)
+    torch.testing.assert_close(several.sum(-1), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_block_without_a_stage_ignores_its_context(stage: str) -> None:
+    torch.manual_seed(0)
+    rest = [name for name in STAGES if name != stage]
+    block = FusionBlock(16, 2, 2.0, 0.0, rest).eval()
+    derm, clin, semantic = (torch.randn(2, n, 16) for n in (4, 5, 3))
+    contexts = {"view_alignment": clin, "semantic_gating": semantic}
+    before = block(derm, clin, semantic)
+    contexts[stage].mul_(7)
+    assert torch.equal(block(derm, clin, semantic), before)
+    contexts[rest[0]].mul_(7)
+    assert not torch.equal(block(derm, clin, semantic), before)

@@ -223,3 +223,18 @@ def test_trimodal_with_towers_learns_a_toy_batch() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 1.5 and losses[-1] < 0.1
+
+
+@pytest.mark.parametrize("fusion", [("view_alignment",), ("semantic_gating",), ("view_alignment", "semantic_gating")])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_attention_of_the_stages_that_are_there(fusion: tuple[str, ...], depth: int) -> None:
+    network = network_of("trimodal", fusion=fusion, depth=depth).train()
+    total(network(*batch())).backward()
+    assert [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
+    attention = network.eval().attention(*batch())
+    assert attention.dermoscopic.shape == (4, 16)
+    for stage, part, tokens in (("view_alignment", attention.clinical, 16), ("semantic_gating", attention.semantic, 8)):
+        assert (part is not None) == (stage in fusion)
+        if part is not None:
+            assert part.shape == (4, tokens)
+            torch.testing.assert_close(part.sum(1), torch.ones(4))

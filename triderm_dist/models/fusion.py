@@ -8,10 +8,17 @@ done once, after the encoders.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triderm_dist.models.concepts import learned_token
+
+STAGES = ("view_alignment", "semantic_gating")
+"""The stages of a fusion block, in order."""
 
 
 class CrossAttention(nn.Module):
@@ -26,12 +33,18 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for tokens in (self.query(query), self.key(context), self.value(context))
-        )
+        q, k, v = (self._split(linear) for linear in (self.query(query), self.key(context), self.value(context)))
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+    def weights(self, query: Tensor, context: Tensor) -> Tensor:
+        """The softmax itself, averaged over heads, (B, Q, L): for looking inside, `forward` never forms it."""
+        q, k = self._split(self.query(query)), self._split(self.key(context))
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1).mean(1)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) to (B, heads, L, D / heads)."""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class _Stage(nn.Module):
@@ -52,6 +65,10 @@ class _Stage(nn.Module):
         x = x + self.attention(self.query_norm(x), self.context_norm(context))
         return x + self.mlp(self.mlp_norm(x))
 
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """How much each token of x attends to each of the context, (B, Q, L)."""
+        return self.attention.weights(self.query_norm(x), self.context_norm(context))
+
 
 class ViewAlignment(_Stage):
     """Dermoscopic tokens attend to clinical tokens."""
@@ -62,15 +79,29 @@ class SemanticGating(_Stage):
 
 
 class FusionBlock(nn.Module):
-    """View alignment, then semantic gating: dermoscopic and clinical (B, L, D), semantic (B, S, D) to (B, L, D)."""
+    """View alignment, then semantic gating: dermoscopic and clinical (B, L, D), semantic (B, S, D) to (B, L, D).
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+    `stages` names those that are there; without one its context has no say.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, dropout: float, stages: Sequence[str] = STAGES
+    ) -> None:
         super().__init__()
-        self.view_alignment = ViewAlignment(width, heads, mlp_ratio, dropout)
-        self.semantic_gating = SemanticGating(width, heads, mlp_ratio, dropout)
+        if "view_alignment" in stages:
+            self.view_alignment = ViewAlignment(width, heads, mlp_ratio, dropout)
+        if "semantic_gating" in stages:
+            self.semantic_gating = SemanticGating(width, heads, mlp_ratio, dropout)
 
-    def forward(self, dermoscopic: Tensor, clinical: Tensor, semantic: Tensor) -> Tensor:
-        return self.semantic_gating(self.view_alignment(dermoscopic, clinical), semantic)
+    def forward(self, dermoscopic: Tensor, clinical: Tensor, semantic: Tensor | None) -> Tensor:
+        for _, stage, context in self.stages(clinical, semantic):
+            dermoscopic = stage(dermoscopic, context)
+        return dermoscopic
+
+    def stages(self, clinical: Tensor, semantic: Tensor | None) -> list[tuple[str, _Stage, Any]]:
+        """The stages in order: name, module, and the tokens that it attends to."""
+        contexts = zip(STAGES, (clinical, semantic), strict=True)
+        return [(name, getattr(self, name), context) for name, context in contexts if hasattr(self, name)]
 
 
 class GlobalPooling(nn.Module):
@@ -84,3 +115,7 @@ class GlobalPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.attention(self.query.expand(len(x), -1, -1), x)).squeeze(1)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """How much the query attends to each token, (B, L)."""
+        return self.attention.weights(self.query.expand(len(x), -1, -1), x).squeeze(1)

@@ -51,11 +51,8 @@ class Network(nn.Module, ABC):
 
         view_present: (B, 2) bool, in the order of `VIEWS`. concepts: (B, K), metadata: (B, M), NaN where missing.
         """
-        images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
-        present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
-        # Blanked before the tower, since NaN times the zero gradient of a masked output would still be NaN.
-        seen = {view: _blank(images[view], present[view]) for view in self.used_views}
-        return self.fuse(self._tokens(seen), present, concepts, metadata)
+        images, present = self._seen(clinical, dermoscopic, view_present)
+        return self.fuse(self._tokens(images), present, concepts, metadata)
 
     @abstractmethod
     def fuse(
@@ -84,6 +81,15 @@ class Network(nn.Module, ABC):
                 depth = len(self.towers[parts[1]].blocks)  # type: ignore[arg-type]
                 depths[name] = {"stem": depth + 1, "tail": 1}.get(parts[2]) or depth - int(parts[3])
         return depths
+
+    def _seen(
+        self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The used views by name, blanked where they are missing, and (B,) bool of each view."""
+        images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
+        present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
+        # Blanked before the tower, since NaN times the zero gradient of a masked output would still be NaN.
+        return {view: _blank(images[view], present[view]) for view in self.used_views}, present
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]
