@@ -1,10 +1,10 @@
 """`accelerate launch` that ends as its ranks do, and hands their signals on.
 
-python -m launch.ranks --config_file accelerate_configs/ddp.yaml -m launch.train --config EXPERIMENT.yaml key.subkey=value
+python -m launch.ranks --config_file accelerate_configs/ddp.yaml -m launch.train --config EXPERIMENT.yaml fold=0
 
-Takes the options of `accelerate launch`. That one ends with 1 whatever its ranks said, and SIGUSR1 kills it while they
-save. A scheduler must know more: 0 done, 2 bad input (give up), 3 interrupted (start the same command again).
-A rank that died of signal N gives 128 + N, as in a shell.
+Takes the options of `accelerate launch`, then the program and its settings, key.subkey=value. That one ends with 1
+whatever its ranks said, and SIGUSR1 kills it while they save. A scheduler must know more: 0 done, 2 bad input (give
+up), 3 interrupted (start the same command again). A rank that died of signal N gives 128 + N, as in a shell.
 """
 
 import os
@@ -13,8 +13,8 @@ import subprocess
 import sys
 from types import FrameType
 
-from triderm_dist.cli import INTERRUPTED
-
+INTERRUPTED = 3
+"""As in triderm_dist.cli, whose import takes longer than a signal may."""
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 

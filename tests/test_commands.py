@@ -1,0 +1,126 @@
+"""Every command that the README, the programs' headers and the launchers' files show can be typed: programs, options,
+settings and files exist. Nothing is run.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+
+from triderm_dist import cli
+
+ROOT = Path(__file__).parents[1]
+SHOWN = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(
+        path
+        for room in ("shards", "launch", "tune", "accelerate_configs")
+        for path in sorted((ROOT / room).rglob("*"))
+        if path.suffix in (".py", ".sh", ".yaml", ".md")
+    ),
+]
+COMMAND = re.compile(
+    r"""(?:^|: |`|\$\(|")((?:[A-Z_]+=\S+\ )*(?:python\ -m|accelerate\ launch|sbatch)\ [^`"\n]+)""", re.M | re.X
+)
+# What people put their own for: a word that begins in capitals, or that another command leaves.
+OWN = re.compile(r"([A-Z]|runs/|\.\.\.$)")
+NUMBERS = {"RANK": "0", "NODES": "2", "GPUS_IN_ALL": "16", "HOST": "localhost", "$(INDEX)": "0"}
+BATCH_SCRIPTS = {
+    "launch/slurm/train.sh": ([], []),
+    "launch/slurm/folds.sh": (["launch.train"], ["fold=0"]),
+    "launch/slurm/sweep.sh": (["tune.search"], ["resume=true", "search.address=localhost:1"]),
+}
+
+
+def commands_in(path: Path) -> list[str]:
+    """The commands that a file's text shows, continued lines joined."""
+    lines = [re.sub(r"^[#\s]+", "", line) for line in path.read_text(encoding="utf-8").splitlines()]
+    text = re.sub(r"\\\n", "", "\n".join(lines))
+    found = [match.strip().rstrip(")") for match in COMMAND.findall(text)]
+    return [command for command in found if "..." not in command or command.endswith("--config ...")]
+
+
+def commands_of_pods() -> list[list[str]]:
+    """What the Kubernetes files start."""
+    found = []
+    for path in sorted((ROOT / "launch" / "kubernetes").glob("*.yaml")):
+        for thing in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            if thing["kind"] == "Job":
+                (container,) = thing["spec"]["template"]["spec"]["containers"]
+                found.append([*container["command"], *container["args"]])
+            elif thing["kind"] == "RayJob":
+                _, _, search = thing["spec"]["entrypoint"].partition("exec ")
+                found.append(shlex.split(search.replace("$more'", "resume=true")))
+    return found
+
+
+def shown() -> list[tuple[str, list[str]]]:
+    typed = [(path, shlex.split(command)) for path in SHOWN for command in commands_in(path)]
+    named = [(str(path.relative_to(ROOT)), words) for path, words in typed]
+    return named + [("launch/kubernetes", words) for words in commands_of_pods()]
+
+
+def check_launcher(options: list[str]) -> tuple[str, list[str]]:
+    """The program and arguments that `accelerate launch OPTIONS` starts."""
+    parsed = launch_command_parser().parse_args([NUMBERS.get(word, word) for word in options])
+    assert (ROOT / parsed.config_file).is_file(), parsed.config_file
+    assert parsed.module, "programs are started by -m"
+    return parsed.training_script, parsed.training_script_args
+
+
+def check_program(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program takes these settings, and the files of the repository that they name exist."""
+    arguments = list(arguments)
+    for place, word in enumerate(arguments):
+        if word == "--config" and OWN.match(arguments[place + 1]):
+            arguments[place + 1] = "launch/experiments/milk10k.yaml"
+        value = word.partition("=")[2]
+        if value.endswith((".yaml", ".py")) and not OWN.match(value):
+            assert (ROOT / value).is_file(), value
+    taken = []
+
+    def take(kind, main, about, argv=None):
+        taken.append(cli._settings(kind, list(arguments)))
+
+    monkeypatch.setattr(cli, "run", take)
+    monkeypatch.delitem(sys.modules, program, raising=False)
+    runpy.run_module(program, run_name="__main__")
+    assert taken, f"{program} is no program"
+
+
+@pytest.mark.parametrize(("where", "words"), shown(), ids=lambda value: value if isinstance(value, str) else "-")
+def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        assert name == "LAUNCHER" and (ROOT / value).is_file()
+    if words[0] == "sbatch":
+        script = next(place for place, word in enumerate(words) if place and not word.startswith("--"))
+        before, after = BATCH_SCRIPTS[words[script]]
+        assert (ROOT / words[script]).is_file()
+        program, *arguments = [*before, *words[script + 1 :], *after]
+    elif words[:2] == ["accelerate", "launch"]:
+        program, arguments = check_launcher(words[2:])
+    elif words[:3] == ["python", "-m", "launch.ranks"]:
+        program, arguments = check_launcher(words[3:])
+    else:
+        program, arguments = words[2], words[3:]
+    check_program(program, arguments, monkeypatch)
+
+
+def test_commands_are_found():
+    """A change of the texts' form must not hide them from the test above."""
+    counts = Counter(where for where, _ in shown())
+    assert counts["README.md"] >= 9 and counts["launch/kubernetes"] == 3
+    for room in ("shards", "launch", "tune"):
+        for path in (ROOT / room).glob("*.py"):
+            assert path.stem == "__init__" or counts[str(path.relative_to(ROOT))] >= 1, path
+    for script in BATCH_SCRIPTS:
+        assert counts[script] >= 1

@@ -1,0 +1,221 @@
+"""The files that hand a run to Slurm, Kubernetes or Ray, against the schemas of those who read them; and the status
+that a launcher leaves with.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+KUBERNETES = ROOT / "launch" / "kubernetes"
+# The release in which failure policies of pods left beta, and the newest that the validator knows.
+RELEASES = ("1.31", "1.37")
+
+WHOLE, TEXT, SWITCH = ({"type": kind} for kind in ("integer", "string", "boolean"))
+WORDS = {"type": "object", "additionalProperties": TEXT}
+GROUP = {"rayStartParams": WORDS, "template": {"type": "object"}}
+
+
+def closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+# Of KubeRay's ray.io/v1 (ray-operator/apis/ray/v1) the keys that one would use; its pod templates are Kubernetes' own.
+RAY_JOB = closed(
+    {
+        "backoffLimit": WHOLE, "activeDeadlineSeconds": WHOLE, "ttlSecondsAfterFinished": WHOLE,
+        "shutdownAfterJobFinishes": SWITCH, "suspend": SWITCH, "entrypoint": TEXT, "runtimeEnvYAML": TEXT,
+        "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
+        "rayClusterSpec": closed(
+            {
+                "rayVersion": TEXT, "enableInTreeAutoscaling": SWITCH, "autoscalerOptions": {"type": "object"},
+                "headGroupSpec": closed(GROUP | {"serviceType": TEXT}, "rayStartParams", "template"),
+                "workerGroupSpecs": {
+                    "type": "array",
+                    "items": closed(
+                        GROUP
+                        | {"groupName": TEXT, "numOfHosts": WHOLE}
+                        | {key: WHOLE for key in ("replicas", "minReplicas", "maxReplicas")},
+                        "groupName", "minReplicas", "maxReplicas", "rayStartParams", "template",
+                    ),
+                },
+            },
+            "headGroupSpec",
+        ),
+    },
+    "entrypoint", "rayClusterSpec",
+)  # fmt: skip
+
+
+def things() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{path.stem}-{thing['kind']}", thing)
+        for path in sorted(KUBERNETES.glob("*.yaml"))
+        for thing in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    ]
+
+
+def pod_templates(tree: Any) -> list[dict[str, Any]]:
+    if isinstance(tree, list):
+        return [found for each in tree for found in pod_templates(each)]
+    if not isinstance(tree, dict):
+        return []
+    own = [tree["template"]] if "template" in tree else []
+    return own + [found for each in tree.values() for found in pod_templates(each)]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(("name", "thing"), things(), ids=lambda value: value if isinstance(value, str) else "")
+def test_kubernetes_files_fit_the_schemas(name, thing, release):
+    if thing["apiVersion"] == "ray.io/v1":
+        jsonschema.validate(thing["spec"], RAY_JOB)
+        for template in pod_templates(thing):
+            pods = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pods"}, "template": template}
+            kubernetes_validate.validate(pods, release, strict=True)
+    else:
+        kubernetes_validate.validate(thing, release, strict=True)
+
+
+def test_a_misspelt_key_does_not_fit():
+    job = yaml.safe_load((KUBERNETES / "job.yaml").read_text(encoding="utf-8"))
+    job["spec"]["template"]["spec"]["containers"][0]["resource"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, RELEASES[1], strict=True)
+
+
+def test_kubernetes_files_agree_with_one_another():
+    by_name = dict(things())
+    pods = [template["spec"] for _, thing in things() for template in pod_templates(thing)]
+    volumes = {v["persistentVolumeClaim"]["claimName"] for pod in pods for v in pod["volumes"] if v["name"] == "data"}
+    assert volumes == {by_name["storage-PersistentVolumeClaim"]["metadata"]["name"]}
+    images = {container["image"] for pod in pods for container in pod["containers"]}
+    assert len(images) == 1
+    for name in ("job-Job", "nodes-Job"):
+        job = by_name[name]["spec"]
+        (container,) = job["template"]["spec"]["containers"]
+        rules = job["podFailurePolicy"]["rules"]
+        actions = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}
+        assert actions == {2: "FailJob", 3: "Ignore"}
+        assert all(rule["onExitCodes"]["containerName"] == container["name"] for rule in rules if "onExitCodes" in rule)
+        # The ranks save within 30 s of being asked to.
+        assert job["template"]["spec"]["terminationGracePeriodSeconds"] > 30
+        words, nodes = container["command"], job.get("completions", 1)
+        assert (
+            int(words[words.index("--num_processes") + 1]) == nodes * container["resources"]["limits"]["nvidia.com/gpu"]
+        )
+    many, service = by_name["nodes-Job"], by_name["nodes-Service"]
+    words = many["spec"]["template"]["spec"]["containers"][0]["command"]
+    name = many["metadata"]["name"]
+    assert many["spec"]["completions"] == many["spec"]["parallelism"] == int(words[words.index("--num_machines") + 1])
+    assert service["metadata"]["name"] == many["spec"]["template"]["spec"]["subdomain"] == name
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert words[words.index("--main_process_ip") + 1] == f"{name}-0.{name}"
+    assert words[words.index("--main_process_port") + 1] == str(service["spec"]["ports"][0]["port"])
+
+
+def test_the_cluster_file_is_one_that_ray_takes():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((ROOT / "launch" / "ray" / "cluster.yaml").read_text(encoding="utf-8"))
+    prepared = prepare_config(cluster)
+    validate_config(prepared)
+    assert prepared["max_workers"] == 2
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config({**prepared, "worker_nodes": {}})
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch" / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_are_shell(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+# --- the status of a launcher -----------------------------------------------------------------------------------------
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+
+def save(number, frame):
+    time.sleep(0.2)
+    (folder / f"saved-{rank}").write_text(signal.Signals(number).name)
+    sys.exit(3)
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, save)
+if sys.argv[2] != "wait":
+    sys.exit(int(sys.argv[2]))
+(folder / f"ready-{rank}").touch()
+time.sleep(60)
+"""
+
+
+def start_ranks(folder: Path, what: str) -> subprocess.Popen:
+    program = folder / "rank.py"
+    program.write_text(RANK)
+    words = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2", str(program), str(folder), what]
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.ranks", *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_the_launcher_ends_as_its_ranks_do(tmp_path):
+    process = start_ranks(tmp_path, "2")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+
+
+def test_a_signal_to_the_launcher_lets_the_ranks_save(tmp_path):
+    process = start_ranks(tmp_path, "wait")
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert [path.read_text() for path in tmp_path.glob("saved-*")] == ["SIGUSR1"] * 2
+
+
+def caught(status: str) -> int:
+    """The signals that a process has handlers for, as bits."""
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+
+
+def test_a_signal_before_the_ranks_are_there_is_an_interruption(tmp_path):
+    process = start_ranks(tmp_path, "wait")
+    status = Path(f"/proc/{process.pid}/status")
+    while not caught(status.read_text()) & 1 << (signal.SIGUSR1 - 1):
+        assert process.poll() is None
+    assert not list(tmp_path.glob("ready-*"))
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+
+
+# --- a real Slurm -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("sbatch") and shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")),
+    reason="no Slurm here: apt-get install slurm-wlm munge",
+)
+def test_slurm_scripts_on_a_real_slurm():
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["launch/slurm/check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
