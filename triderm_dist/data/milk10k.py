@@ -1,5 +1,8 @@
 """A challenge folder on disk -> checked lesions. No pixel is read here, no row is believed.
 
+What is wrong with a table as a whole is refused at once. What is wrong with single lesions is collected over the whole
+folder, so that one run shows all of it; then the folder is refused, or these lesions are left out.
+
 Layouts that are understood, by the names of their tables (any case; the folder itself, or one folder below it):
 
     MILK10k_Training_Metadata.csv, MILK10k_Training_GroundTruth.csv, MILK10k_Training_Input/LESION/PHOTO.jpg
@@ -18,12 +21,13 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.schema import (
     DIAGNOSES,
     METADATA_CATEGORIES,
@@ -48,21 +52,22 @@ _MISSING = {"", "na", "n/a", "nan", "none", "null"}
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
 _TABLE_NAME = re.compile(r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.csv$", re.IGNORECASE)
 # A lesion's id names its files in the shards, where WebDataset cuts the name at the first dot.
-_LESION_ID = re.compile(r"[^\s./\\]{1,80}")
+LESION_ID = re.compile(r"[^\s./\\]{1,80}")
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Checked lesions of one challenge folder, in the order of its metadata table.
 
-    `concepts` are the names of the K concept scores, `labelled` says whether the folder has a ground truth, and
-    `notes` lists what looked odd and was tolerated, with counts.
+    `concepts` are the names of the K concept scores, `labelled` says whether the folder has a ground truth, `notes`
+    lists what looked odd and was tolerated, with counts, and `problems` what is wrong with lesions that were left out.
     """
 
     lesions: list[Lesion]
     concepts: tuple[str, ...]
     labelled: bool
     notes: list[str]
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,14 @@ class _Row:
         return self.cells[column]
 
 
+class _Invalid(Exception):
+    """Something is wrong with one lesion; see `Problem`."""
+
+    def __init__(self, lesion_id: str, kind: str, where: str, what: str) -> None:
+        super().__init__(what)
+        self.problem = Problem(lesion_id, kind, where, what)
+
+
 @dataclass(frozen=True)
 class _Photo:
     row: _Row
@@ -83,11 +96,17 @@ class _Photo:
     scores: tuple[float, ...]
 
 
-def read_challenge(folder: str | os.PathLike[str], missing_view: Literal["refuse", "mark"] = "refuse") -> Dataset:
+def read_challenge(
+    folder: str | os.PathLike[str],
+    missing_view: Literal["refuse", "mark"] = "refuse",
+    invalid: Literal["refuse", "drop"] = "refuse",
+) -> Dataset:
     """The lesions of a challenge folder, or of the metadata table given where a folder holds several.
 
     With `missing_view="mark"` a lesion with one photo is kept, the other view's path None and, where the table has no
-    row for it either, its scores NaN. Raises DataError naming the file and the row or lesion.
+    row for it either, its scores NaN. With `invalid="drop"` lesions with a wrong row are left out.
+    Raises InvalidLesions with every problem of every lesion, the text naming the file and the row of the first one; or
+    plain DataError for a folder or table that can't be used at all.
     """
     metadata_path, truth_path, photo_roots = _find(Path(folder))
     columns, rows = _read_table(
@@ -99,45 +118,56 @@ def read_challenge(folder: str | os.PathLike[str], missing_view: Literal["refuse
     if not rows:
         raise DataError(f"{metadata_path}: the table has no rows")
 
-    notes: list[str] = []
+    problems: list[Problem] = []
     find_photo = _PhotoFinder(photo_roots)
-    views = _group_views(rows, scores, find_photo, missing_view)
-    labels = read_labels(truth_path) if truth_path else {}
+    views = _group_views(rows, scores, find_photo, missing_view, problems.append)
+    labels = read_labels(truth_path, problems.append) if truth_path else {}
     grouped = GROUP_COLUMN in columns
 
     lesions = []
-    tolerated: Counter[str] = Counter()
+    bad = {problem.lesion_id for problem in problems}
     for lesion_id, photos in views.items():
-        _check_views(lesion_id, photos, missing_view)
-        own_rows = [photo.row for photo in photos.values()]
-        marked = sum(view not in photos or photos[view].path is None for view in VIEWS)
-        tolerated["with one photo, the other view marked missing"] += bool(marked)
-        metadata = tuple(_agreed(lesion_id, field, own_rows) for field in METADATA_FIELDS)
-        for field, value in zip(METADATA_FIELDS, metadata, strict=True):
-            tolerated[f"without {field.replace('_', ' ')}"] += math.isnan(value)
         label = labels.pop(lesion_id, UNLABELLED)
-        tolerated["without a diagnosis"] += bool(truth_path) and label == UNLABELLED
-        lesions.append(
-            Lesion(
-                lesion_id=lesion_id,
-                images={view: photos[view].path if view in photos else None for view in VIEWS},
-                concepts=tuple(
-                    score
-                    for view in VIEWS
-                    for score in (photos[view].scores if view in photos else (math.nan,) * len(scores))
-                ),
-                metadata=metadata,
-                label=label,
-                group=_group(lesion_id, own_rows) if grouped else lesion_id,
-            )
-        )
-    notes += [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
+        if lesion_id in bad:
+            continue
+        try:
+            _check_views(lesion_id, photos, missing_view)
+            lesions.append(_lesion(lesion_id, photos, label, len(scores), grouped))
+        except _Invalid as error:
+            problems.append(error.problem)
+    concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
+    notes = _notes(lesions, labelled=truth_path is not None)
     if labels:
         notes.append(f"{len(labels)} rows of {truth_path} name a lesion that {metadata_path.name} lacks")
     if unused := find_photo.count_others(row["isic_id"] for row in rows):
         notes.append(f"{unused} photos that no row of {metadata_path.name} names")
-    concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
-    return Dataset(lesions, concepts, labelled=truth_path is not None, notes=notes)
+    if problems and invalid == "refuse":
+        raise InvalidLesions(problems, len(views))
+    return Dataset(lesions, concepts, truth_path is not None, notes, tuple(problems))
+
+
+def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, grouped: bool) -> Lesion:
+    rows = [photo.row for photo in photos.values()]
+    missing = (math.nan,) * scores
+    return Lesion(
+        lesion_id=lesion_id,
+        images={view: photos[view].path if view in photos else None for view in VIEWS},
+        concepts=tuple(score for view in VIEWS for score in (photos[view].scores if view in photos else missing)),
+        metadata=tuple(_agreed(lesion_id, field, rows) for field in METADATA_FIELDS),
+        label=label,
+        group=_group(lesion_id, rows) if grouped else lesion_id,
+    )
+
+
+def _notes(lesions: Sequence[Lesion], labelled: bool) -> list[str]:
+    """What was tolerated, with counts."""
+    tolerated: Counter[str] = Counter()
+    for lesion in lesions:
+        tolerated["with one photo, the other view marked missing"] += None in lesion.images.values()
+        for field, value in zip(METADATA_FIELDS, lesion.metadata, strict=True):
+            tolerated[f"without {field.replace('_', ' ')}"] += math.isnan(value)
+        tolerated["without a diagnosis"] += labelled and lesion.label == UNLABELLED
+    return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -210,94 +240,128 @@ def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_R
     return header, rows
 
 
-def read_labels(path: Path) -> dict[str, int]:
-    """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabelled."""
+def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = None) -> dict[str, int]:
+    """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabelled.
+
+    A wrong row is told to `on_problem` and its lesion left out; without it, it raises DataError.
+    """
     header, rows = _read_table(path, required=("lesion_id", *DIAGNOSES))
     if unknown := [name for name in header if name not in DIAGNOSES and name != "lesion_id"]:
         raise DataError(f"{path}: unknown diagnosis {unknown[0]!r} in the header; known are {', '.join(DIAGNOSES)}")
     labels: dict[str, int] = {}
     first: dict[str, str] = {}
     for row in rows:
-        lesion_id = _lesion_id(row)
-        if lesion_id in first:
-            raise DataError(f"{row.where}: lesion {lesion_id} is there twice, first in {first[lesion_id]}; remove one")
-        first[lesion_id] = row.where
-        cells = [row[name] for name in DIAGNOSES]
-        if all(cell.lower() in _MISSING for cell in cells):
-            labels[lesion_id] = UNLABELLED
-            continue
         try:
-            values = [float(cell) for cell in cells]
-        except ValueError:
-            values = []
-        if sorted(values) != [0.0] * (len(DIAGNOSES) - 1) + [1.0]:
-            raise DataError(
-                f"{row.where}: lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
-                f"not {','.join(cells)}; leave all empty if it is unlabelled"
-            )
-        labels[lesion_id] = values.index(1.0)
+            lesion_id = _lesion_id(row)
+            if lesion_id in first:
+                what = f"lesion {lesion_id} is there twice, first in {first[lesion_id]}; remove one"
+                raise _Invalid(lesion_id, "doubled label", row.where, what)
+            first[lesion_id] = row.where
+            labels[lesion_id] = _label(lesion_id, row)
+        except _Invalid as error:
+            if on_problem is None:
+                raise DataError(str(error.problem)) from None
+            on_problem(error.problem)
     return labels
+
+
+def _label(lesion_id: str, row: _Row) -> int:
+    cells = [row[name] for name in DIAGNOSES]
+    if all(cell.lower() in _MISSING for cell in cells):
+        return UNLABELLED
+    values = [_number(cell) for cell in cells]
+    if values.count(1.0) != 1 or values.count(0.0) != len(DIAGNOSES) - 1:
+        what = (
+            f"lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
+            f"not {','.join(cells)}; leave all empty if it is unlabelled"
+        )
+        raise _Invalid(lesion_id, "label", row.where, what)
+    return values.index(1.0)
 
 
 # --- rows of one lesion ----------------------------------------------------------------------------------------------
 
 
 def _group_views(
-    rows: list[_Row], scores: list[str], find_photo: _PhotoFinder, missing_view: str
+    rows: list[_Row],
+    scores: list[str],
+    find_photo: _PhotoFinder,
+    missing_view: str,
+    on_problem: Callable[[Problem], object],
 ) -> dict[str, dict[str, _Photo]]:
-    """{lesion id: {view: photo}}, each row checked on its own."""
+    """{lesion id: {view: photo}}, each row checked on its own; what is wrong is told to `on_problem`."""
     views: dict[str, dict[str, _Photo]] = defaultdict(dict)
     owner: dict[str, str] = {}
     for row in rows:
-        lesion_id, isic_id, kind = _lesion_id(row), row["isic_id"], row["image_type"]
-        view = VIEW_OF_IMAGE_TYPE.get(kind.lower())
-        if view is None:
-            raise DataError(f"{row.where}: unknown image_type {kind!r}; known are {', '.join(VIEW_OF_IMAGE_TYPE)}")
-        if view in views[lesion_id]:
-            earlier = views[lesion_id][view].row.where
-            raise DataError(f"{row.where}: lesion {lesion_id} has two {view} photos, the first in {earlier}; keep one")
-        if not isic_id:
-            raise DataError(f"{row.where}: isic_id is empty; it names the photo")
-        if isic_id in owner:
-            raise DataError(f"{row.where}: photo {isic_id} is there twice, first in {owner[isic_id]}; remove one")
-        owner[isic_id] = row.where
-        path = find_photo(lesion_id, isic_id)
-        if path is None and missing_view == "refuse":
-            raise DataError(
-                f"{row.where}: no photo {isic_id}.jpg of lesion {lesion_id} below {find_photo.where}; "
-                "put it there, or allow lesions with one photo by missing_view=mark"
-            )
-        views[lesion_id][view] = _Photo(row, path, tuple(_score(row, column) for column in scores))
+        try:
+            lesion_id = _lesion_id(row)
+            photos = views[lesion_id]
+            view = _view(lesion_id, row, photos)
+            # Before anything else is checked: the other photo's row must not take the blame for what this one lacks.
+            photos[view] = _Photo(row, None, ())
+            isic_id = row["isic_id"]
+            if not isic_id:
+                raise _Invalid(lesion_id, "row", row.where, "isic_id is empty; it names the photo")
+            if isic_id in owner:
+                what = f"photo {isic_id} is there twice, first in {owner[isic_id]}; remove one"
+                raise _Invalid(lesion_id, "doubled photo", row.where, what)
+            owner[isic_id] = row.where
+            path = find_photo(lesion_id, isic_id)
+            if path is None and missing_view == "refuse":
+                what = (
+                    f"no photo {isic_id}.jpg of lesion {lesion_id} below {find_photo.where}; "
+                    "put it there, or allow lesions with one photo by missing_view=mark"
+                )
+                raise _Invalid(lesion_id, "missing photo", row.where, what)
+            photos[view] = _Photo(row, path, tuple(_score(lesion_id, row, column) for column in scores))
+        except _Invalid as error:
+            on_problem(error.problem)
     return views
+
+
+def _view(lesion_id: str, row: _Row, photos: dict[str, _Photo]) -> str:
+    kind = row["image_type"]
+    view = VIEW_OF_IMAGE_TYPE.get(kind.lower())
+    if view is None:
+        what = f"unknown image_type {kind!r}; known are {', '.join(VIEW_OF_IMAGE_TYPE)}"
+        raise _Invalid(lesion_id, "row", row.where, what)
+    if view in photos:
+        what = f"lesion {lesion_id} has two {view} photos, the first in {photos[view].row.where}; keep one"
+        raise _Invalid(lesion_id, "doubled photo", row.where, what)
+    return view
 
 
 def _check_views(lesion_id: str, photos: dict[str, _Photo], missing_view: str) -> None:
     where = next(iter(photos.values())).row.where
     if len(photos) < len(VIEWS) and missing_view == "refuse":
         absent = next(view for view in VIEWS if view not in photos)
-        raise DataError(
-            f"{where}: lesion {lesion_id} has one photo only, no {absent} one; "
+        what = (
+            f"lesion {lesion_id} has one photo only, no {absent} one; "
             "add its row, or allow lesions with one photo by missing_view=mark"
         )
+        raise _Invalid(lesion_id, "missing photo", where, what)
     if all(photo.path is None for photo in photos.values()):
-        raise DataError(f"{where}: lesion {lesion_id} has no photo at all; add one or remove its rows")
+        what = f"lesion {lesion_id} has no photo at all; add one or remove its rows"
+        raise _Invalid(lesion_id, "missing photo", where, what)
 
 
 def _agreed(lesion_id: str, field: str, rows: list[_Row]) -> float:
     """The value of a metadata field, which the rows of a lesion must share; a row that lacks it is overruled."""
-    values = {value for row in rows if not math.isnan(value := _field(row, field))}
+    values = {value for row in rows if not math.isnan(value := _field(lesion_id, row, field))}
     if len(values) > 1:
-        raise DataError(
-            f"{rows[-1].where}: the photos of lesion {lesion_id} differ in {COLUMN_OF_FIELD[field]} "
+        what = (
+            f"the photos of lesion {lesion_id} differ in {COLUMN_OF_FIELD[field]} "
             f"({' and '.join(row[COLUMN_OF_FIELD[field]] for row in rows)}); both rows need the same"
         )
+        raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
     return values.pop() if values else math.nan
 
 
 def _group(lesion_id: str, rows: list[_Row]) -> str:
     groups = {row[GROUP_COLUMN] for row in rows if row[GROUP_COLUMN].lower() not in _MISSING}
     if len(groups) > 1:
-        raise DataError(f"{rows[-1].where}: lesion {lesion_id} belongs to two patients ({', '.join(sorted(groups))})")
+        what = f"lesion {lesion_id} belongs to two patients ({', '.join(sorted(groups))})"
+        raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
     return groups.pop() if groups else lesion_id
 
 
@@ -306,39 +370,51 @@ def _group(lesion_id: str, rows: list[_Row]) -> str:
 
 def _lesion_id(row: _Row) -> str:
     lesion_id = row["lesion_id"]
-    if not _LESION_ID.fullmatch(lesion_id):
-        raise DataError(f"{row.where}: lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash")
+    if not LESION_ID.fullmatch(lesion_id):
+        what = f"lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash"
+        raise _Invalid(lesion_id, "row", row.where, what)
     return lesion_id
 
 
-def _field(row: _Row, field: str) -> float:
-    """Age in years or the index of a category; NaN where the cell is empty."""
-    column = COLUMN_OF_FIELD[field]
-    text = row[column]
+def _field(lesion_id: str, row: _Row, field: str) -> float:
+    try:
+        return parse_field(field, row[COLUMN_OF_FIELD[field]])
+    except ValueError as error:
+        raise _Invalid(lesion_id, "cell", row.where, f"{error}, or leave it empty if unknown") from None
+
+
+def _score(lesion_id: str, row: _Row, column: str) -> float:
+    try:
+        return parse_score(column, row[column])
+    except ValueError as error:
+        raise _Invalid(lesion_id, "cell", row.where, f"{error}; leave it empty if unknown") from None
+
+
+def parse_field(field: str, text: str) -> float:
+    """Age in years or the index of a category; NaN where the text says missing. Raises ValueError otherwise."""
     if text.lower() in _MISSING:
         return math.nan
+    column = COLUMN_OF_FIELD[field]
     if field == "age":
         age = _number(text)
         if age is None or not 0 <= age <= 120:
-            raise DataError(
-                f"{row.where}: {column} {text!r} is no age in years from 0 to 120; leave it empty if unknown"
-            )
+            raise ValueError(f"{column} {text!r} is no age in years from 0 to 120; correct it")
         return age
     known = METADATA_CATEGORIES[field]
     # pandas writes a column of whole numbers with gaps as 3.0.
     name = text.lower().removesuffix(".0")
     if name not in known:
-        raise DataError(f"{row.where}: unknown {column} {text!r}; known are {', '.join(known)}, or leave it empty")
+        raise ValueError(f"unknown {column} {text!r}; known are {', '.join(known)}")
     return float(known.index(name))
 
 
-def _score(row: _Row, column: str) -> float:
-    text = row[column]
+def parse_score(name: str, text: str) -> float:
+    """A concept score from 0 to 1; NaN where the text says missing. Raises ValueError otherwise."""
     if text.lower() in _MISSING:
         return math.nan
     score = _number(text)
     if score is None or not 0 <= score <= 1:
-        raise DataError(f"{row.where}: {column} {text!r} is no score from 0 to 1; leave it empty if unknown")
+        raise ValueError(f"{name} {text!r} is no score from 0 to 1")
     return score
 
 

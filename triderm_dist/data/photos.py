@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import re
 
+import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 QUALITY = 90
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""More than Pillow opens: a decompression bomb, or a slide scan that is no photo of a lesion."""
+
 _ORIENTATION = 0x0112
 _SOI, _EOI, _SOS, _COMMENT = 0xD8, 0xD9, 0xDA, 0xFE
 _APP0, _APP14, _APP15 = 0xE0, 0xEE, 0xEF
-# A marker that ends entropy-coded data: not a stuffed zero and not a restart marker (ITU-T T.81, B.1.1).
-_NEXT_MARKER = re.compile(rb"\xff+(?=[\x01-\xcf\xd8-\xfe])")
+# A marker that ends entropy-coded data: not a stuffed zero, a restart marker or a fill byte (ITU-T T.81, B.1.1).
+_NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class PhotoError(Exception):
@@ -26,26 +31,34 @@ def prepare_photo(data: bytes, short_side: int | None) -> bytes:
     that is small enough keeps the bytes of its pixels; only its metadata segments are left out.
     Raises PhotoError for a file that is no photo, is cut off or is damaged.
     """
-    # Before decoding: a JPEG cut in its last rows decodes to grey there without a word.
+    # Before decoding: a JPEG cut in its last rows may decode to grey there without a word.
     clean = strip_metadata(data) if data[:2] == bytes((0xFF, _SOI)) else None
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            width, height = image.size
-            scale = 1.0 if short_side is None else min(1.0, short_side / min(width, height))
-            target = (max(1, round(width * scale)), max(1, round(height * scale)))
-            orientation = _orientation(image)
-            # A much larger JPEG is halved by the decoder itself, never below twice what is wanted.
-            image.draft(None, (2 * target[0], 2 * target[1]))
-            image.load()
-            as_it_is = scale == 1.0 and orientation == 1 and image.mode == "RGB"
-            return clean if clean is not None and as_it_is else _encode(image, target, orientation)
+        if clean is None or _colours(data) == "CMYK":
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                return _encode(image.convert("RGB"), _reduced(image.size, short_side), _exif_orientation(image))
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        size, orientation = _reduced((width, height), short_side), _orientation(data)
+        pixels = _decode(data, size)
+        if size == (width, height) and orientation == 1 and _colours(data) == "RGB":
+            return clean
+        return _encode(Image.fromarray(pixels), size, orientation)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise PhotoError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def check_photo(data: bytes) -> None:
-    """Decode a JPEG of a shard to its last pixel; raises PhotoError where that fails."""
-    prepare_photo(data, None)
+    """Decode a JPEG of a shard to its last pixel, as the loader does; raises PhotoError where that fails."""
+    strip_metadata(data)
+    try:
+        _decode(data)
+    except ValueError as error:
+        raise PhotoError(" ".join(str(error).split())) from None
+
+
+def is_upright(data: bytes) -> bool:
+    """False where a JPEG's EXIF wants it turned, which the loader does not do."""
+    return _orientation(data) == 1
 
 
 def strip_metadata(data: bytes) -> bytes:
@@ -72,6 +85,8 @@ def strip_metadata(data: bytes) -> bytes:
             if match is None:
                 raise PhotoError(f"truncated: {len(data)} bytes without the end marker of a JPEG")
             end = match.start()
+            while data[end - 1] == 0xFF:
+                end -= 1  # fill bytes
             kept.append(bytes((0xFF, marker)) + data[start:end])
         elif marker == _APP0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
             kept.append(_segment(marker, payload[:12] + b"\0\0"))
@@ -97,24 +112,53 @@ def _segment(marker: int, payload: bytes) -> bytes:
     return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
-def _orientation(image: Image.Image) -> int:
+def _colours(data: bytes) -> str:
+    """RGB: three components; Gray; CMYK: four."""
+    colours = str(simplejpeg.decode_jpeg_header(data)[2])
+    return {"YCbCr": "RGB", "YCCK": "CMYK"}.get(colours, colours)
+
+
+def _orientation(data: bytes) -> int:
     """1 (upright) to 8, as EXIF has it; 1 where the EXIF says nothing or is broken, which is no fault of the pixels."""
+    if b"Exif\0\0" not in data:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _exif_orientation(image)
+    except (OSError, SyntaxError, ValueError):
+        return 1
+
+
+def _exif_orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:
+    except Exception:  # Pillow lets any error of a broken EXIF through
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
+def _reduced(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    scale = 1.0 if short_side is None else min(1.0, short_side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _decode(data: bytes, size: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """(H, W, 3) uint8. A JPEG much larger than `size` (width, height) is halved by the decoder, never below twice it.
+
+    The decoder is the loader's and as strict, so that what is packed can be read; Pillow passes damage over.
+    """
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than the {MAX_PIXELS} that a photo may have")
+    return simplejpeg.decode_jpeg(data, min_width=2 * size[0], min_height=2 * size[1], min_factor=2 if size[0] else 1)
+
+
 def _encode(image: Image.Image, size: tuple[int, int], orientation: int) -> bytes:
-    pixels = image.convert("RGB")
-    if pixels.size != size:
-        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
-    pixels.info = {}
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     if orientation != 1:
-        pixels.getexif()[_ORIENTATION] = orientation
-        pixels = ImageOps.exif_transpose(pixels)
-        pixels.info = {}
-    buffer = io.BytesIO()
-    pixels.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
-    return buffer.getvalue()
+        image.info = {}
+        image.getexif()[_ORIENTATION] = orientation
+        image = ImageOps.exif_transpose(image)
+    pixels = np.ascontiguousarray(image)
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=QUALITY, colorsubsampling="420", fastdct=False))

@@ -1,0 +1,52 @@
+"""What is wrong with the lesions of a data set, as a table; and the refusal that carries it."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from triderm_dist.files import whole
+from triderm_dist.schema import DataError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one lesion.
+
+    kind: a few words to count by. where: file and row, photo or shard. what: what is wrong there and what to do.
+    """
+
+    lesion_id: str
+    kind: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class InvalidLesions(DataError):
+    """A data set is refused for the `problems` of its lesions; the text is the first one and how many there are."""
+
+    def __init__(self, problems: Sequence[Problem], lesions: int) -> None:
+        bad = len({problem.lesion_id for problem in problems})
+        super().__init__(
+            f"{problems[0]} ({len(problems)} problem{'s' * (len(problems) > 1)} in {bad} of {lesions} lesions; "
+            "correct them, or leave these lesions out by invalid=drop)"
+        )
+        self.problems = tuple(problems)
+
+
+def count_by_kind(problems: Sequence[Problem]) -> dict[str, int]:
+    return dict(Counter(problem.kind for problem in problems).most_common())
+
+
+def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+    """Write the table as CSV, whole or not at all."""
+    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(Problem))
+        writer.writerows(astuple(problem) for problem in problems)
