@@ -85,7 +85,7 @@ class EpochPlan:
         """Global batches in the epoch; the last one may hold fewer lesions and is padded."""
         return -(-len(self) // global_batch)
 
-    def batches(self, rank: int, world: int, global_batch: int, start: int = 0) -> Iterator[PlannedBatch]:
+    def batches(self, rank: int, world: int, global_batch: int, start: int = 0) -> RankBatches:
         """The rank's part of the global batches from number `start` on.
 
         Every part has global_batch / world rows; past the end of the order it starts again, marked not
@@ -93,13 +93,7 @@ class EpochPlan:
         """
         if global_batch % world:
             raise ConfigError(f"global_batch {global_batch} does not split over {world} ranks; choose a multiple")
-        part = global_batch // world
-        order, copies = self.order, self.copies
-        for number in range(start, self.num_batches(global_batch)):
-            at = number * global_batch + rank * part + np.arange(part)
-            inside = at % len(self)  # other lesions, not one many times: batch norms see the padding
-            count = min(global_batch, len(self) - number * global_batch)
-            yield PlannedBatch(number, order[inside], copies[inside], at < len(self), count)
+        return RankBatches(self, rank, world, global_batch, start)
 
     @functools.cached_property
     def _arranged(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +134,35 @@ class EpochPlan:
             lot = np.random.Generator(np.random.Philox(key=np.array([self.seed, diagnosis], np.uint64)))
             repeats[lot.permutation(members)[turns]] += 1
         return repeats
+
+
+@dataclass(frozen=True)
+class RankBatches:
+    """One rank's part of the global batches of a plan from number `start` on; see `EpochPlan.batches`."""
+
+    plan: EpochPlan
+    rank: int
+    world: int
+    global_batch: int
+    start: int
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        part = self.global_batch // self.world
+        order, copies = self.plan.order, self.plan.copies
+        for number in range(self.start, self.plan.num_batches(self.global_batch)):
+            at = number * self.global_batch + self.rank * part + np.arange(part)
+            inside = at % len(order)  # other lesions, not one many times: batch norms see the padding
+            count = min(self.global_batch, len(order) - number * self.global_batch)
+            yield PlannedBatch(number, order[inside], copies[inside], at < len(order), count)
+
+    @property
+    def ahead(self) -> np.ndarray:
+        """Index rows that all ranks together will read, padding included, (n,) int64: remote shards are fetched in
+        this order.
+        """
+        order = self.plan.order
+        end = self.plan.num_batches(self.global_batch) * self.global_batch
+        return np.take(order, np.arange(self.start * self.global_batch, end), mode="wrap")
 
 
 def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:
