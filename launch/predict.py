@@ -1,6 +1,10 @@
 """Predict a test set with every fold's model and test-time augmentation, and write submission.csv.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.predict --config RUN/config.yaml
+
+With ids of lesions it draws instead where the tri-modal networks look in them, OUTPUT/explain/MODEL/ID.png and .json:
+
+python -m launch.predict --config RUN/config.yaml explain=[IL_0000652,IL_0003176]
 """
 
 from pathlib import Path
@@ -18,6 +22,9 @@ def main(config: Experiment) -> None:
     from triderm_dist.final import ENSEMBLE_FILE
     from triderm_dist.predict import score, submit
 
+    if config.explain:
+        draw(config)
+        return
     truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
     fitted = Ensemble.load(config.folder / ENSEMBLE_FILE)
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
@@ -35,6 +42,18 @@ def main(config: Experiment) -> None:
             f"held-out macro F1 by the official rule {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
             f"argmax {result['argmax']:.3f}, {result['n']} lesions"
         )
+
+
+def draw(config: Experiment) -> None:
+    from triderm_dist.engine.explain import explain
+    from triderm_dist.explain import draw_explanation
+    from triderm_dist.files import write_json
+
+    for name, seen in explain(config, config.explain):
+        picture = config.folder / "explain" / name / f"{seen.lesion_id}.png"
+        draw_explanation(seen, picture)
+        write_json(picture.with_suffix(".json"), seen.json())
+        print(picture)
 
 
 if __name__ == "__main__":

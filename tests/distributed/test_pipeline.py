@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from triderm_dist.calibration import probabilities_of
 from triderm_dist.metrics import official_macro_f1
+from triderm_dist.oof import read_oof
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.submission import read_submission
 
@@ -104,6 +106,24 @@ def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
     assert result.stdout.count("done before, inputs unchanged") == 2
     assert (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns == first
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
+
+
+def test_explain_shows_what_the_prediction_came_from(done):
+    table = read_oof(done / "oof.parquet")
+    test_id = read_submission(done / "submission.csv")[0][0]
+    train_id = str(table.lesion_ids[3])
+    launch("launch.predict", "--config", str(done / "config.yaml"), f"explain=[{train_id},{test_id}]")
+    for lesion, models in ((train_id, 1), (test_id, 2)):
+        seen = json.loads((done / "explain" / "tri" / f"{lesion}.json").read_text())
+        assert seen["models"] == models
+        for part in (*seen["attention"].values(), seen["semantic"].values(), seen["probabilities"].values()):
+            assert sum(part) == pytest.approx(1, abs=1e-4)
+        assert (done / "explain" / "tri" / f"{lesion}.png").stat().st_size > 0
+        if lesion == train_id:  # by the fold's own model, which did not train on it
+            expected = probabilities_of(table.logits["tri"][3][None], "softmax")[0]
+            assert list(seen["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-4)
+    result = launch("launch.predict", "--config", str(done / "config.yaml"), "explain=[nobody]", check=False)
+    assert result.returncode == 2 and "error: explain=nobody: no lesion" in result.stderr
 
 
 def test_weights_of_another_architecture_are_refused(done, arguments):

@@ -1,0 +1,137 @@
+"""Where a tri-modal network looked: for one lesion both photos with the attention over them, and the weights of the
+gating over named concepts, drawn as a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triderm_dist.files import whole
+from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED, VIEWS
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one or several models (mean over them) saw in one lesion.
+
+    photos: by view the square the network saw, (S, S, 3) float in [0, 1]; a missing view is not there.
+    attention: by view (L,) over its patches, row by row, sums to 1; a view that nothing attends to is not there.
+    semantic: weight of each named token, sums to 1; empty without semantic gating.
+    values: score or category of each named token, as text.  probabilities: (C,).  models: how many were averaged.
+    """
+
+    lesion_id: str
+    label: int
+    photos: Mapping[str, np.ndarray]
+    attention: Mapping[str, np.ndarray]
+    semantic: Mapping[str, float]
+    values: Mapping[str, str]
+    probabilities: np.ndarray
+    models: int
+    diagnoses: Sequence[str] = DIAGNOSES
+
+    def json(self) -> dict[str, Any]:
+        """What the picture shows, in numbers."""
+        return {
+            "lesion_id": self.lesion_id,
+            "diagnosis": None if self.label == UNLABELLED else self.diagnoses[self.label],
+            "probabilities": dict(zip(self.diagnoses, map(float, self.probabilities), strict=True)),
+            "attention": {view: part.tolist() for view, part in self.attention.items()},
+            "semantic": dict(self.semantic),
+            "models": self.models,
+        }
+
+
+def semantic_values(concepts: Sequence[str], scores: np.ndarray, metadata: np.ndarray) -> dict[str, str]:
+    """What stands behind each semantic token of a lesion: scores (K,), metadata (M,), NaN where missing."""
+    values = {name: _or_missing(score, f"{score:.2f}") for name, score in zip(concepts, scores, strict=True)}
+    for field, value in zip(METADATA_FIELDS, metadata, strict=True):
+        names = METADATA_CATEGORIES.get(field)
+        text = "" if math.isnan(value) else f"{value:.0f} years" if names is None else names[int(value)]
+        values[field] = _or_missing(value, text)
+    return values
+
+
+def draw_explanation(explanation: Explanation, path: Path) -> None:
+    """Both photos, each alone and under its attention, and the gating as bars, into a PNG; whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from triderm_dist.report.figures import BLUE, GREY, STYLE
+
+    with pyplot.rc_context({**STYLE, "axes.grid": False}):
+        rows = len(explanation.semantic)
+        figure = pyplot.figure(figsize=(11.5, max(5.4, 0.24 * rows + 1.2)), layout="constrained")
+        figure.suptitle(_title(explanation), x=0.01, ha="left", fontsize=11)
+        grid = figure.add_gridspec(2, 3 if rows else 2, width_ratios=(1, 1, 1.25) if rows else (1, 1))
+        for row, view in enumerate(VIEWS):
+            plain, covered = figure.add_subplot(grid[row, 0]), figure.add_subplot(grid[row, 1])
+            for axes in (plain, covered):
+                axes.set_xticks([]), axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+            plain.set_title(f"{view} photo")
+            if view not in explanation.photos:
+                plain.text(0.5, 0.5, "no photo", ha="center", va="center", color=GREY)
+                covered.text(0.5, 0.5, "a learned stand-in", ha="center", va="center", color=GREY)
+                continue
+            photo = explanation.photos[view]
+            plain.imshow(photo)
+            if view not in explanation.attention:
+                covered.text(0.5, 0.5, "nothing attends to it", ha="center", va="center", color=GREY)
+                continue
+            covered.set_title("attention, by view alignment" if row == 0 else "attention of the pooling query")
+            _overlay(covered, photo, explanation.attention[view])
+        if rows:
+            axes = figure.add_subplot(grid[:, 2])
+            names = list(explanation.semantic)[::-1]
+            axes.barh(range(rows), [explanation.semantic[name] for name in names], color=BLUE, height=0.7)
+            axes.set_yticks(
+                range(rows),
+                [f"{_words(n)} = {explanation.values[n]}" if n in explanation.values else _words(n) for n in names],
+            )
+            axes.set_xlabel("share of the attention")
+            axes.set_title("semantic gating: which concepts and metadata")
+        with whole(path) as beside:
+            figure.savefig(beside, format="png", metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def _overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
+    """The photo in grey under its attention; warm is more than an even share, full colour at least half more."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    side = math.isqrt(len(attention))
+    share = attention.reshape(side, side) * len(attention)
+    size = photo.shape[0]
+    smooth = np.asarray(Image.fromarray(share.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
+    strength = np.clip((smooth - 1) / max(float(share.max()) - 1, 0.5), 0, 1)
+    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
+    colour = colormaps["inferno"](0.25 + 0.7 * strength)[..., :3]
+    alpha = (0.85 * np.sqrt(strength))[..., None]
+    axes.imshow(np.clip(grey * (1 - alpha) + colour * alpha, 0, 1))
+    axes.set_xlabel(f"strongest patch: {share.max():.1f} times an even share", fontsize=8)
+
+
+def _title(explanation: Explanation) -> str:
+    best = np.argsort(-explanation.probabilities)[:3]
+    guesses = ", ".join(f"{explanation.diagnoses[i]} {explanation.probabilities[i]:.2f}" for i in best)
+    truth = "" if explanation.label == UNLABELLED else f", diagnosed {explanation.diagnoses[explanation.label]}"
+    models = f"mean of {explanation.models} models" if explanation.models > 1 else "one model"
+    return f"{explanation.lesion_id}{truth}   predicted {guesses}   ({models})"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("/", ": ")
+
+
+def _or_missing(value: float, text: str) -> str:
+    return "missing" if math.isnan(value) else text
