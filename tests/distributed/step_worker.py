@@ -15,8 +15,9 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import read_index
 from triderm_dist.engine import parallel
 from triderm_dist.engine.crossval import new_network
+from triderm_dist.engine.state import whole
+from triderm_dist.engine.step import train_step
 from triderm_dist.engine.tokens import open_views
-from triderm_dist.engine.trainer import train_step
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.schema import DIAGNOSES
 
@@ -46,19 +47,24 @@ def main(shards: str, output: str, cases: str) -> None:
         views = open_views(model, index, Path(output), accelerator, config.data, seed=0, train=True)
         torch.manual_seed(0)
         network = new_network(model, index.concepts, views)
-        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
         gradients: dict[str, torch.Tensor] = {}
 
-        def keep(*_, network=network, gradients=gradients) -> None:
-            gradients.update({n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None})
+        def watched(network, gradients=gradients) -> torch.optim.Optimizer:
+            def keep(*_) -> None:
+                found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+                gradients.update({name: whole(gradient).clone() for name, gradient in found.items()})
 
-        optimizer.register_step_pre_hook(keep)
-        wrapped, prepared = parallel.wrap(accelerator, network, optimizer, case.get("checkpointing", False), False)
+            optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
+            optimizer.register_step_pre_hook(keep)
+            return optimizer
+
+        wrapped, prepared, _ = parallel.wrap(accelerator, network, watched, case.get("checkpointing", False), False)
         loss = CompoundLoss(model.train.loss, model.head, list(range(1, len(DIAGNOSES) + 1)))
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
+        first = next(iter(batches))
         loader = Loader(
-            index, views.source, [next(batches)], case["micro_batch"], accelerator.device, augment=model.train.augment
+            index, views.source, [first], case["micro_batch"], accelerator.device, augment=model.train.augment
         )
         (step,) = loader
         wrapped.train()

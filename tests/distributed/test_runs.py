@@ -78,7 +78,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings, 
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     folder = tmp_path / "tri" / "fold-0"
     # Killed inside an epoch, after the first checkpoint and (most likely) after steps that no checkpoint holds.
-    while not (folder / "checkpoints" / "step-00000002").exists():
+    while not (folder / "checkpoints" / "epoch-0000-step-00000002").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.memory import MicroBatch
 from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
@@ -55,7 +57,9 @@ def run_folds(
             model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed, train=True
         )
         for fold in todo:
-            _run_fold(experiment, index, assignment, name, fold, views, on_validation)
+            while not _run_fold(experiment, index, assignment, name, fold, views, on_validation):
+                gc.collect()  # what the attempt that ran out of memory held
+                torch.cuda.empty_cache()
 
 
 def _run_fold(
@@ -66,39 +70,38 @@ def _run_fold(
     fold: int,
     views: Views,
     on_validation: Callable[[int, dict[str, float]], None] | None,
-) -> None:
+) -> bool:
+    """Train and predict one fold; False where memory ran out and a smaller micro-batch is to be tried."""
     model, folder = experiment.models[name], experiment.fold_folder(name, fold)
-    config = model.train
+    identity = fold_identity(experiment, index, name, fold)
+    memory = MicroBatch(folder, identity, model.train.micro_batch, model.train.global_batch)
+    config = model.train.model_copy(update={"micro_batch": memory.agreed()})
     # A fresh one for each training: DeepSpeed binds an Accelerator to one engine.
     accelerator = parallel.start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm)
     train_rows = np.flatnonzero((assignment >= 0) & (assignment != fold))
     validation_rows = np.flatnonzero(assignment == fold)
-    identity = fold_identity(experiment, index, name, fold)
-    torch.manual_seed(experiment.seed * 1_009 + fold)
-    network = new_network(model, index.concepts, views).to(accelerator.device)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     data = TrainingData(
         index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
     )
-    train(
-        f"{name} fold {fold}",
-        network,
-        model.head,
-        config,
-        data,
-        accelerator,
-        folder,
-        experiment.seed,
-        identity,
-        on_validation,
-    )
-    load_weights(folder / "weights", network)
-    evaluation = evaluate(
-        network, index, views.source, validation_rows, accelerator,
-        micro_batch=config.micro_batch, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
-    )  # fmt: skip
+    with memory.fits(config.micro_batch) as attempt:
+        torch.manual_seed(experiment.seed * 1_009 + fold)
+        train(
+            f"{name} fold {fold}", new_network(model, index.concepts, views).to(accelerator.device), model.head,
+            config, data, accelerator, folder, experiment.seed, identity, on_validation,
+        )  # fmt: skip
+        # A network of its own: that of the training may be sharded, or hold other than the selected weights.
+        network = new_network(model, index.concepts, views, pretrained=False)
+        load_weights(folder / "weights", network)
+        network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
+        evaluation = evaluate(
+            network, index, views.source, validation_rows, accelerator,
+            micro_batch=config.micro_batch, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
+        )  # fmt: skip
+    if attempt.failed:
+        return False
     if accelerator.is_main_process:
         digest = read_about(folder / "weights")["sha256"]
         predictions = as_predictions(evaluation, index, name, model.head, fold, digest)
@@ -113,6 +116,7 @@ def _run_fold(
         )
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+    return True
 
 
 def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:

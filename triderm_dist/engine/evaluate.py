@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,10 +45,12 @@ def evaluate(
     transforms: int = 1,
     workers: int = 2,
     prefetch: int = 4,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Mean outputs of `rows` over the first `transforms` transforms of the dihedral group; one forward for each.
 
     Batches keep one static shape: the last one is padded, and what the padding doubled is removed by row number.
+    `between` is called on all ranks after every batch, and may raise.
     """
     network.eval()
     position = {int(row): i for i, row in enumerate(rows)}
@@ -78,5 +81,6 @@ def evaluate(
             arrays = arrays or [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
             for array, value in zip(arrays, values, strict=True):
                 array[places] = value[valid]
+            between()
         total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
     return Evaluation(rows, *(array / transforms for array in total))

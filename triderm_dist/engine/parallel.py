@@ -1,8 +1,16 @@
-"""How a network is spread over ranks: one process, DDP or DeepSpeed, as `accelerate launch` says.
+"""How a network is spread over ranks: one process, DDP, FSDP2 or DeepSpeed ZeRO, as `accelerate launch` says.
 
-The order of wrapping is stated once, here: activation checkpointing of each block, torch.compile of each block, then
-DDP or ZeRO around the whole. Checkpointing sits inside compile so that the compiler sees it; compiling block by block
-keeps compile time flat with depth and never changes a key of the state dict.
+The order of wrapping is stated once, in `wrap`:
+
+1. activation checkpointing of each trained block (a tower block or a fusion stage);
+2. torch.compile of each trained block. Checkpointing sits inside, so that the compiler sees it; block by block, so that
+   compile time stays flat with depth and no key of the state dict changes;
+3. autocast around the whole network (DeepSpeed casts by itself);
+4. what the launcher asked for: nothing, DDP around the whole, `fully_shard` of each block and then of the rest (torch's
+   own: Accelerate 1.15 shards nothing on a CPU, silently), or the DeepSpeed engine;
+5. the optimiser, over the parameters that step 4 left (FSDP2 replaces them by shards).
+
+A way of running that silently became another one is an error, and so is a combination that can't work (`refuse`).
 """
 
 from __future__ import annotations
@@ -15,14 +23,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from triderm_dist.config import TrainConfig
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Way = Literal["single", "ddp", "fsdp2", "deepspeed"]
+
+_FSDP2 = "TRIDERM_FSDP2"
+"""Set by `start` where the launcher asked for FSDP, which is then hidden from Accelerate."""
 
 
 def choose_precision(wanted: Precision, device: torch.device | None = None) -> tuple[str, str]:
@@ -46,6 +59,7 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
     """
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
+    _take_fsdp()
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # Compiling this op takes most of a minute and a C++ compiler; gloo does the same work.
         import deepspeed
@@ -54,10 +68,12 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
     elif on_cpu:
         # A launcher that was told of several GPUs starts the processes; this makes them use gloo on the CPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
+    gloo = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and "WORLD_SIZE" in os.environ else []
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
-        # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and "WORLD_SIZE" in os.environ else [],
+        # Gradients live in the buckets that are exchanged: one copy less of each.
+        kwargs_handlers=[*gloo, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != world():
         raise ConfigError(
@@ -70,8 +86,21 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
         settings["train_micro_batch_size_per_gpu"] = micro_batch
         settings["gradient_accumulation_steps"] = accumulation
         settings["gradient_clipping"] = clip_norm
+        # Offloaded states are stepped by torch's fused AdamW: DeepSpeed's own compiles C++ for minutes.
+        settings["zero_force_ds_cpu_optimizer"] = False
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
+
+
+def _take_fsdp() -> None:
+    """Note that the launcher asked for FSDP2 and let Accelerate see plain ranks: `wrap` shards."""
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false") != "true":
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("fsdp_version: FSDP 1 is not supported; set it to 2, as in accelerate_configs/fsdp2.yaml")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true":
+        raise ConfigError("fsdp_offload_params: not supported; use accelerate_configs/deepspeed_zero3_offload.yaml")
+    os.environ[_FSDP2] = "true"
 
 
 def world() -> int:
@@ -84,6 +113,18 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def way(accelerator: Accelerator) -> Way:
+    """How this run is spread. Raises ConfigError for what the toolkit does not run on."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return "deepspeed"
+    if kind == DistributedType.NO:
+        return "single"
+    if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        return "fsdp2" if os.environ.get(_FSDP2) == "true" else "ddp"
+    raise ConfigError(f"{kind.value}: this toolkit runs one process, DDP, FSDP2 or DeepSpeed: see accelerate_configs/")
+
+
 def split_batch(global_batch: int, micro_batch: int, world: int) -> int:
     """Micro-batches a rank and step. Raises ConfigError where the split is uneven."""
     if global_batch % (world * micro_batch):
@@ -94,33 +135,99 @@ def split_batch(global_batch: int, micro_batch: int, world: int) -> int:
     return global_batch // (world * micro_batch)
 
 
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage, 0 for other ways to run."""
+    plugin = accelerator.state.deepspeed_plugin if way(accelerator) == "deepspeed" else None
+    return int(plugin.zero_stage) if plugin else 0
+
+
+def refuse(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Raise ConfigError for settings that can't work together with the way of running, with the reason."""
+    chosen, stage = way(accelerator), zero_stage(accelerator)
+    if config.ema_decay and chosen == "deepspeed":
+        raise ConfigError(
+            "train.ema_decay: DeepSpeed keeps the fp32 weights to itself, so no average can follow them; "
+            "use DDP or FSDP2, or set it to 0"
+        )
+    if stage == 3 and config.compile:
+        raise ConfigError(
+            "train.compile: ZeRO 3 gathers weights in hooks inside of each block, which torch.compile can't trace; "
+            "use FSDP2, or set it to false"
+        )
+    if chosen == "deepspeed" and _offloads(accelerator) and accelerator.device.type == "cpu":
+        raise ConfigError("offload moves weights from a GPU to the host, and there is no GPU; use deepspeed_zero3.yaml")
+
+
+def _offloads(accelerator: Accelerator) -> bool:
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return any(
+        settings.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")
+    )
+
+
 def wrap(
     accelerator: Accelerator,
     network: Network,
-    optimizer: torch.optim.Optimizer,
+    build_optimizer: Callable[[Network], torch.optim.Optimizer],
     activation_checkpointing: bool,
     compile_blocks: bool,
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network and optimiser ready to train; raises ConfigError if the result is not what the launcher asked for."""
+) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
+    """The network ready to train, its optimiser as Accelerate wants it stepped, and the plain one inside, whose rates
+    the schedule sets.
+
+    Raises ConfigError if the result is not what the launcher asked for.
+    """
     for block in network.blocks():
         if activation_checkpointing:
             block.forward = _checkpointed(block.forward)
         if compile_blocks:
             block.compile(dynamic=False)  # shapes never change: the last batch is padded
-    prepared: tuple[Any, Any] = accelerator.prepare(network, optimizer)
-    # By name, since importing DeepSpeed takes seconds. A way of running that silently became another is an error.
-    expected = {
-        DistributedType.NO: type(network).__name__,
-        DistributedType.MULTI_GPU: "DistributedDataParallel",
-        DistributedType.MULTI_CPU: "DistributedDataParallel",
-        DistributedType.DEEPSPEED: "DeepSpeedEngine",
-    }.get(accelerator.distributed_type)
-    if type(prepared[0]).__name__ != expected:
+    chosen = way(accelerator)
+    wrapped: Any
+    if chosen == "fsdp2":
+        wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # autocast alone
+        _shard(network, accelerator)
+        optimizer = build_optimizer(network)
+        prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    else:
+        optimizer = build_optimizer(network)
+        wrapped, prepared = accelerator.prepare(network, optimizer)
+    _assert_wrapped(chosen, network, wrapped)
+    return wrapped, prepared, optimizer
+
+
+def _shard(network: Network, accelerator: Accelerator) -> None:
+    """`fully_shard` each block, frozen ones too, and then what is left.
+
+    Under mixed precision blocks are gathered in 16 bit, half the traffic, and their gradients are reduced in fp32. What
+    is left (heads, projections, learned tokens) stays in fp32, as the heads compute in it; so do blocks with batch
+    norms, whose statistics are fp32. Autocast decides the precision of each operation, as under DDP.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    full = MixedPrecisionPolicy(cast_forward_inputs=False)
+    lowered = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    towers: list[Any] = list(network.towers.values())
+    for block in [*(block for tower in towers for block in tower.blocks), *network.fusion_stages()]:
+        normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules())
+        fully_shard(block, mesh=mesh, mp_policy=full if low is None or normed else lowered)
+    fully_shard(network, mesh=mesh, mp_policy=full)
+
+
+def _assert_wrapped(chosen: Way, network: Network, wrapped: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
+    # By name, since importing DeepSpeed takes seconds.
+    expected = {"ddp": "DistributedDataParallel", "deepspeed": "DeepSpeedEngine"}.get(chosen, type(network).__name__)
+    sharded = [isinstance(parameter, DTensor) for parameter in wrapped.parameters()]
+    if type(wrapped).__name__ != expected or (not all(sharded) if chosen == "fsdp2" else any(sharded)):
         raise ConfigError(
-            f"{accelerator.distributed_type.value} gave a {type(prepared[0]).__name__}; this toolkit runs one process, "
-            "DDP or DeepSpeed: see accelerate_configs/"
+            f"{chosen} gave a {type(wrapped).__name__} with {sum(sharded)} of {len(sharded)} parameters sharded; "
+            "use a file of accelerate_configs/"
         )
-    return prepared
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,17 +244,13 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
     return wrapped.module if hasattr(wrapped, "module") else wrapped  # type: ignore[return-value]
 
 
-def whole_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights under canonical keys; call on all ranks, for ZeRO 3 gathers them."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.get_state_dict(wrapped)
-    return unwrap(wrapped).state_dict()
-
-
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are exchanged at the last micro-batch of a step only."""
     accelerator.sync_gradients = last
-    if last or accelerator.distributed_type == DistributedType.DEEPSPEED:
+    chosen = way(accelerator)
+    if chosen == "fsdp2":
+        wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+    if last or chosen != "ddp":
         return nullcontext()
     return accelerator.no_sync(wrapped)
 
@@ -155,14 +258,46 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Abst
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
     """Backpropagate a rank's share of a loss that is a sum over ranks and micro-batches.
 
-    DDP and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches: both are undone here,
-    once.
+    DDP, FSDP2 and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches: both are undone
+    here, once. A loss that is not finite makes its gradient NaN, so that the norm of the exchanged gradient, the same
+    on all ranks, tells of both.
     """
-    accelerator.backward(loss * (accelerator.num_processes * accelerator.gradient_accumulation_steps))
+    factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    accelerator.backward(loss * (factor + 0 * loss.detach()))
+
+
+def clip(accelerator: Accelerator, wrapped: nn.Module, largest: float) -> torch.Tensor:
+    """Clip the global gradient norm; returns the norm before, a scalar on the device that nobody has waited for.
+
+    DeepSpeed has clipped inside of its engine.
+    """
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), largest)
+    if isinstance(norm, torch.Tensor):
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return torch.tensor(float(norm or 0.0), device=accelerator.device)
+
+
+def settle(wrapped: nn.Module) -> None:
+    """Under FSDP2 drop gathered weights, so that the next forward sees what was written to the shards."""
+    if hasattr(wrapped, "reshard"):
+        wrapped.reshard()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def share_buffers(wrapped: nn.Module) -> None:
+    """Every rank takes rank 0's buffers, such as the statistics of batch norms."""
+    if many():
+        for buffer in unwrap(wrapped).buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def many() -> bool:
+    """Whether there are other ranks to talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if many():
         dist.all_reduce(tensor)
     return tensor

@@ -1,0 +1,65 @@
+"""An exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from triderm_dist.engine.parallel import settle, unwrap
+from triderm_dist.engine.state import Tensors, part_of, whole
+
+
+class Average:
+    """The average of each trained parameter in fp32 (in 16 bit its increments would round to nothing).
+
+    Each rank averages the part that it holds: the average of shards is the shard of the average. Buffers, such as the
+    statistics of batch norms, are those of the live network. After step t the average moves by 1 - d towards the
+    weights, d = min(decay, (1 + t) / (10 + t)), so that the random start is soon forgotten.
+    """
+
+    def __init__(self, wrapped: nn.Module, decay: float) -> None:
+        self.decay, self._wrapped = decay, wrapped
+        self._live = {name: p for name, p in unwrap(wrapped).named_parameters() if p.requires_grad}
+        self._mean = {name: p.detach().float().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimiser step `step`, counted from 1."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        means = [_local(mean) for mean in self._mean.values()]
+        torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The network holds the averaged weights inside the block, bit for bit its own ones after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state(self) -> Tensors:
+        """Whole, by parameter name; call on all ranks."""
+        return {name: whole(mean).clone() for name, mean in self._mean.items()}
+
+    @torch.no_grad()
+    def load(self, saved: Tensors) -> None:
+        """What `state` gave, on any number of ranks."""
+        for name, mean in self._mean.items():
+            mean.copy_(part_of(saved[name], mean))
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        settle(self._wrapped)
+        for name, parameter in self._live.items():
+            live, mean = _local(parameter.detach()), _local(self._mean[name])
+            held = live.clone()
+            live.copy_(mean)
+            mean.copy_(held)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,130 @@
+"""Weights and optimiser state of a running training, whole and by name, whatever the way of running; and back.
+
+Names are those of the network itself (no `module.`, no `_orig_mod.`), tensors are fp32 and whole. So a checkpoint
+belongs to no way of running and no number of ranks:
+
+| saved under, resumed under | one process, DDP, FSDP2 | DeepSpeed ZeRO 1, 2, 3 |
+| --- | --- | --- |
+| one process, DDP, FSDP2 | everything | everything but the average, which DeepSpeed can't keep |
+| DeepSpeed ZeRO 1, 2, 3 | everything | everything |
+
+Everything: weights, AdamW's moments and steps, schedule, averaged weights, place in the plan. fp16's loss scale is kept
+where Accelerate does the scaling; DeepSpeed starts its own anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from triderm_dist.engine.parallel import unwrap, way
+
+Tensors = dict[str, torch.Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, with all shards of a DTensor; call on all ranks."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+
+
+def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, on the device and with the sharding of `like`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        # Every rank has the whole tensor: nothing is sent.
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value.clone()
+
+
+@torch.no_grad()
+def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
+    """Everything that the network's own `state_dict` names, in fp32 where DeepSpeed keeps masters. Call on all
+    ranks.
+    """
+    network = unwrap(wrapped)
+    if way(accelerator) != "deepspeed":
+        return {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.zero import GatheredParameters
+
+    parameters, result = dict(network.named_parameters()), {}
+    for name, tensor in network.state_dict().items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            result[name] = whole(tensor)
+        elif parameter.requires_grad:
+            result[name] = whole(safe_get_full_fp32_param(parameter))
+        else:
+            with GatheredParameters([parameter]):
+                result[name] = whole(parameter).float().clone()
+    return result
+
+
+@torch.no_grad()
+def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of each trained parameter; empty before the
+    first step. optimizer: the plain one. Call on all ranks.
+    """
+    result: Tensors = {}
+    if way(accelerator) == "deepspeed":
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+        for name, parameter in _trained(wrapped).items() if steps else ():
+            result |= {f"{key}/{name}": whole(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+            result[f"step/{name}"] = torch.as_tensor(steps[0], dtype=torch.float32).cpu().reshape(())
+        return result
+    for name, parameter in _trained(wrapped).items():
+        result |= {f"{key}/{name}": whole(value).clone() for key, value in optimizer.state[parameter].items()}
+    return result
+
+
+@torch.no_grad()
+def load_optimizer(
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, weights: Tensors, saved: Tensors
+) -> None:
+    """What `whole_optimizer` gave, into a fresh optimiser; `weights` also become the masters that DeepSpeed keeps in
+    fp32. optimizer: the plain one. Call on all ranks.
+    """
+    if way(accelerator) == "deepspeed":
+        _load_deepspeed(wrapped, optimizer, weights, saved)
+        return
+    for name, parameter in _trained(wrapped).items() if saved else ():
+        optimizer.state[parameter] = {
+            "step": saved[f"step/{name}"].to(parameter.device),
+            **{key: part_of(saved[f"{key}/{name}"], parameter) for key in MOMENTS},
+        }
+
+
+def _load_deepspeed(
+    wrapped: nn.Module, optimizer: torch.optim.Optimizer, weights: Tensors, saved: Mapping[str, torch.Tensor]
+) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    zero: Any = wrapped.optimizer
+    device: Any = wrapped.device
+    # ZeRO 3 lends its flat partitions to the optimiser for the time of a step only.
+    lent = getattr(zero, "fp32_partitioned_groups_flat", None)
+    flat = lent or [partition for group in optimizer.param_groups for partition in group["params"]]
+    steps = [value for name, value in saved.items() if name.startswith("step/")]
+    for partition in flat if steps else ():
+        moments = {key: torch.zeros_like(partition) for key in MOMENTS}
+        optimizer.state[partition] = {"step": steps[0].clone().to(partition.device), **moments}
+    if steps and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in _trained(wrapped).items():
+        safe_set_full_fp32_param(parameter, weights[name].to(device, torch.float32))
+        for key in MOMENTS if steps else ():
+            safe_set_full_optimizer_state(parameter, saved[f"{key}/{name}"].to(device), key)
+
+
+def _trained(wrapped: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in unwrap(wrapped).named_parameters() if parameter.requires_grad}
