@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,29 +18,25 @@ from triderm_dist.models.towers import Tower
 from triderm_dist.schema import METADATA_FIELDS, VIEWS
 
 PEAKS: tuple[tuple[str, float], ...] = (
-    ("B200", 2250e12),
-    ("B100", 1750e12),
-    ("GH200", 989e12),
-    ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("A10G", 70e12),
-    ("A40", 150e12),
-    ("RTX 6000 Ada", 364e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
-    ("RTX 5090", 209e12),
-    ("RTX 4090", 165e12),
-    ("RTX 4080", 97e12),
-    ("RTX 3090", 71e12),
-    ("RTX 3080", 60e12),
+    (r"NVIDIA B200", 2250e12),
+    (r"NVIDIA (GH200|H200).*", 989e12),
+    (r"NVIDIA H100 NVL", 835e12),
+    (r"NVIDIA H100 PCIe", 756e12),
+    (r"NVIDIA H100 80GB HBM3", 989e12),
+    (r"NVIDIA A100.*", 312e12),
+    (r"NVIDIA A40", 150e12),
+    (r"NVIDIA A10G", 70e12),
+    (r"NVIDIA L40S", 362e12),
+    (r"NVIDIA L4", 121e12),
+    (r"(Tesla|NVIDIA) V100.*", 125e12),
+    (r"(Tesla|NVIDIA) T4", 65e12),
+    (r"NVIDIA RTX 6000 Ada Generation", 364e12),
+    (r"NVIDIA GeForce RTX 5090", 209e12),
+    (r"NVIDIA GeForce RTX 4090", 165e12),
+    (r"NVIDIA GeForce RTX 3090", 71e12),
 )
-"""Dense bf16 peak (fp16 where there is no bf16) in FLOP/s, with fp32 sums, from NVIDIA's data sheets; the first name
-that is part of the device's wins."""
+"""Dense bf16 peak (fp16 where there is no bf16) in FLOP/s with fp32 sums, from NVIDIA's data sheets, by a pattern of
+the device's whole name. A laptop's, a cut-down or a partitioned (MIG) device is none of these."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 def named_peak(name: str) -> float | None:
     """`peak_flops` of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
-    words = f" {name.replace('-', ' ')} "
-    return next((peak for part, peak in PEAKS if f" {part} " in words), None)
+    if "MIG" in name:
+        return None
+    return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, name)), None)
 
 
 def training_flops(network: Network) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -44,10 +46,18 @@ def report(
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU's model, or how many threads of the CPU a process uses."""
+    """The model of the GPU, or of the CPU with the threads that a process uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} thread(s) each"
+    return f"{_cpu_model()}, {torch.get_num_threads()} thread(s) a rank"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parameters_by_room(network: Network) -> dict[str, tuple[int, int]]:
