@@ -1,35 +1,40 @@
-"""Check a folder of shards: checksums, index, every photo, and that plain `webdataset` reads the same samples.
+"""Check a folder of shards: checksums, index, every photo, that plain `webdataset` reads the same samples, the folds.
 
 python -m shards.verify folder=runs/milk10k/shards/train
 """
+
+from pathlib import Path
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Section
+from triderm_dist.schema import DataError
 
 
 class VerifyConfig(Section):
     folder: str = Field(description="folder of shards")
-    workers: int = Field(2, ge=1, description="decoder threads")
+    folds: int = Field(5, ge=2, description="folds to try: none may share a group of lesions with another")
+    fold_seed: int = Field(0, description="seed of the fold assignment")
+    workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
 
 
 def main(config: VerifyConfig) -> None:
-    from rich.progress import Progress
+    from triderm_dist.data.shards import read_index
+    from triderm_dist.data.show import progress_bar, show_index, show_problems
+    from triderm_dist.data.verify import verify
 
-    from triderm_dist.data.shards import read_index, verify_samples
-
-    index = read_index(config.folder, verify=True)
-    with Progress(transient=True) as bar:
-        task = bar.add_task("decoding lesions", total=len(index))
-        verify_samples(index, config.workers, lambda done, total: bar.update(task, completed=done))
+    index = read_index(config.folder)
+    with progress_bar("checking lesions") as progress:
+        problems = verify(index, config.folds, config.fold_seed, config.workers, progress)
+    if problems:
+        show_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
+        raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
+    show_index(index)
     missing = int((index.sizes == 0).sum())
-    for diagnosis, count in index.counts().items():
-        if count:
-            print(f"  {diagnosis:<10} {count:>7}")
     print(
-        f"{len(index)} lesions in {len(index.shards)} shards are whole: checksums, index, "
-        f"{2 * len(index) - missing} photos ({missing} views missing), read alike by webdataset"
+        f"whole: checksums, counts, {2 * len(index) - missing} photos ({missing} views missing), samples as webdataset "
+        f"reads them, {config.folds} folds without a shared group"
     )
 
 

@@ -81,7 +81,10 @@ def test_what_a_setting_allows(make_challenge: Make, tmp_path: Path) -> None:
     packed = run("shards.pack", f"source={challenge.folder}", f"output={output}", "missing_view=mark", "invalid=drop")
     assert packed.returncode == 0 and packed.stderr == ""
     assert "note: 1 of 11 lesions with one photo" in packed.stdout
-    assert "dropped: lesion IL_1014" in packed.stdout and "10 lesions, 1 shards" in packed.stdout
+    assert "1 problems: 1 unreadable photo; all in" in packed.stdout
+    assert "10 lesions, 1 left out, 1 shards" in packed.stdout
+    table = (tmp_path / "shards.problems.csv").read_text().splitlines()
+    assert table[0] == "lesion_id,kind,where,what" and table[1].startswith("IL_1014,unreadable photo,")
     verified = run("shards.verify", f"folder={output}")
     assert verified.returncode == 0 and "19 photos (1 views missing)" in verified.stdout
 

@@ -11,7 +11,8 @@ import pytest
 from triderm_dist import doctor
 from triderm_dist.config import Experiment, TowerConfig, load
 from triderm_dist.data.milk10k import read_challenge
-from triderm_dist.data.shards import INDEX, pack_shards
+from triderm_dist.data.pack import pack_shards
+from triderm_dist.data.shards import INDEX
 from triderm_dist.doctor import GIB, Gpu, examine, missing, nccl_finding, suggest, tower_weights
 from triderm_dist.schema import InputError
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.milk10k import read_challenge
-from triderm_dist.data.shards import pack_shards
+from triderm_dist.data.pack import pack_shards
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.search import (
     BASELINE,

@@ -20,16 +20,10 @@ from PIL import Image
 
 from tests.conftest import Challenge
 from triderm_dist.data.milk10k import Dataset, read_challenge
-from triderm_dist.data.shards import (
-    ShardIndex,
-    _in_order,
-    _TarWriter,
-    pack_shards,
-    read_index,
-    read_photo_bytes,
-    verify_samples,
-    verify_shards,
-)
+from triderm_dist.data.pack import TarWriter, pack_shards
+from triderm_dist.data.shards import ShardIndex, read_index, read_photo_bytes, verify_shards
+from triderm_dist.data.threads import in_order
+from triderm_dist.data.verify import verify
 from triderm_dist.schema import DIAGNOSES, VIEWS, DataError
 
 Make = Callable[..., Challenge]
@@ -147,24 +141,6 @@ def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_a_killed_run_leaves_no_obstacle(dataset: Dataset, tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill(done: int, total: int) -> None:
-        if done == 8:
-            raise Killed
-
-    with pytest.raises(Killed):
-        pack(dataset, tmp_path / "out", progress=kill)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "shard-000000.tar").write_bytes(b"half")
-    calls: list[tuple[int, int]] = []
-    pack(dataset, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(done, 22) for done in range(1, 23)]
-
-
 def test_unreadable_photos(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge()
     for row in (8, 30):
@@ -176,9 +152,12 @@ def test_unreadable_photos(make_challenge: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
     index = pack(dataset, tmp_path / "out", invalid="drop")
     assert len(index) == 20 and not {"IL_1028", "IL_1105"} & set(index.lesion_ids)
-    assert len(index.problems) == 2 and all("truncated" in problem for problem in index.problems)
-    assert [shard.samples for shard in index.shards] == [5, 5, 5, 5]
-    verify_samples(index)
+    assert len(index.problems) == 2 and all("truncated" in problem.what for problem in index.problems)
+    assert {problem.lesion_id for problem in index.problems} == {"IL_1028", "IL_1105"}
+    raw = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert raw["dropped"] == {"unreadable photo": 2} and sum(raw["counts"].values()) == 20
+    assert sum(shard.samples for shard in index.shards) == 20 and max(shard.samples for shard in index.shards) <= 5
+    assert verify(index, 2, 0) == []
     for row in range(44):
         challenge.photo(row).write_bytes(b"")
     with pytest.raises(DataError, match="no lesion is left to pack"):
@@ -193,17 +172,17 @@ def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> N
         row["lesion_id"] = "Läsion" + "x" * 74
     (challenge.photo(2).parents[1] / old).rename(challenge.photo(0).parent)
     index = pack(read_challenge(challenge.write().folder), tmp_path / "out")
-    verify_samples(index)
+    assert verify(index, 2, 0) == []
 
 
 def test_tar_offsets(tmp_path: Path) -> None:
     """Members of every awkward size lie where `add` says, and Python's own reader finds nothing else."""
     members = {f"m{size}": bytes([size % 251]) * size for size in (1, 511, 512, 513, 1024, 9999)}
-    writer = _TarWriter(tmp_path / "a.tar")
+    writer = TarWriter(tmp_path / "a.tar")
     offsets = [writer.add(name, data) for name, data in members.items()]
-    shard = writer.close()
+    closed = writer.close()
     data = (tmp_path / "a.tar").read_bytes()
-    assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert closed == (len(data), hashlib.sha256(data).hexdigest())
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert [(m.name, m.offset_data) for m in tar.getmembers()] == list(zip(members, offsets, strict=True))
     for offset, content in zip(offsets, members.values(), strict=True):
@@ -218,7 +197,7 @@ def test_threads_keep_order_and_do_not_run_ahead() -> None:
         started.append(item)
         return item * item
 
-    for done, (item, result) in enumerate(_in_order(work, range(100), workers=3), start=1):
+    for done, (item, result) in enumerate(in_order(work, range(100), workers=3), start=1):
         assert result == item * item == (done - 1) ** 2
         assert len(started) <= done + 12
 
@@ -311,23 +290,6 @@ def test_rows_out_of_range_are_refused(make_challenge: Make, tmp_path: Path) -> 
     edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
     with pytest.raises(DataError, match="its columns are not those"):
         read_index(tmp_path / "out")
-
-
-def test_samples_that_differ_from_the_index(make_challenge: Make, tmp_path: Path) -> None:
-    index = pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
-    swapped = index.lesion_ids.copy()
-    swapped[[3, 4]] = swapped[[4, 3]]
-    with pytest.raises(DataError, match=r"shard-000000.tar, lesion .* webdataset reads .* in its place"):
-        verify_samples(dataclasses.replace(index, lesion_ids=swapped))
-    offsets = index.offsets.copy()
-    offsets[6, 1] += 1
-    with pytest.raises(DataError, match=r"the dermoscopic photo is not where samples.parquet says"):
-        verify_samples(dataclasses.replace(index, offsets=offsets))
-    start = int(index.offsets[2, 0])
-    path = tmp_path / "out" / "shard-000000.tar"
-    path.write_bytes(path.read_bytes()[:start] + b"xx" + path.read_bytes()[start + 2 :])
-    with pytest.raises(DataError, match=f"lesion {index.lesion_ids[2]}: the clinical photo does not decode"):
-        verify_samples(index)
 
 
 REAL = Path(__file__).parents[3] / "shared" / "milk10k_original"

@@ -1,0 +1,94 @@
+"""A lesion in words <-> the JSON beside its photos in a shard, for readers who know nothing of samples.parquet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from triderm_dist.data.milk10k import COLUMN_OF_FIELD, CONCEPT_PREFIX, LESION_ID, parse_field, parse_score
+from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED, Lesion
+
+LABEL_KEYS = ("label", "diagnosis")
+GROUP_KEYS = ("group", "patient_id")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a sample's JSON says: as in `Lesion`, the concepts still by name."""
+
+    lesion_id: str
+    group: str
+    label: int
+    concepts: dict[str, float]
+    metadata: tuple[float, ...]
+
+
+def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON of a lesion; `parse` reads it back."""
+    metadata: dict[str, Any] = {}
+    for field, value in zip(METADATA_FIELDS, lesion.metadata, strict=True):
+        names = METADATA_CATEGORIES.get(field)
+        metadata[field] = None if math.isnan(value) else names[int(value)] if names else value
+    return {
+        "lesion_id": lesion.lesion_id,
+        "label": None if lesion.label == UNLABELLED else DIAGNOSES[lesion.label],
+        "group": lesion.group,
+        "concepts": {
+            name: None if math.isnan(score) else score for name, score in zip(concepts, lesion.concepts, strict=True)
+        },
+        "metadata": metadata,
+    }
+
+
+def parse(key: str, record: Mapping[str, Any], class_text: str | None = None) -> Record:
+    """What the JSON of a sample says, by us or by others.
+
+    lesion_id: else the sample's key, without folders.  label or diagnosis: a name of `DIAGNOSES` in any case, or its
+    number; else `class_text`, the sample's `.cls` member.  group or patient_id: else the lesion itself.  concepts: a
+    mapping of names to scores; or cells MONET_*.  metadata: a mapping, or cells of the record itself, named as in
+    `METADATA_FIELDS` or in the challenge's table.  What is absent or null is missing.
+    Raises ValueError saying what can't be understood.
+    """
+    lesion_id = _text(record.get("lesion_id")) or key.rpartition("/")[2]
+    if not LESION_ID.fullmatch(lesion_id):
+        raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash")
+    stated = next((record[name] for name in LABEL_KEYS if record.get(name) is not None), class_text)
+    metadata = _mapping(record, "metadata") or record
+    concepts = _mapping(record, "concepts") or {
+        name.removeprefix(CONCEPT_PREFIX): value
+        for name, value in {**metadata, **record}.items()
+        if name.startswith(CONCEPT_PREFIX)
+    }
+    return Record(
+        lesion_id=lesion_id,
+        group=next((text for name in GROUP_KEYS if (text := _text(record.get(name)))), lesion_id),
+        label=UNLABELLED if stated is None else _label(_text(stated)),
+        concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
+        metadata=tuple(
+            parse_field(field, _text(metadata.get(field, metadata.get(COLUMN_OF_FIELD[field]))))
+            for field in METADATA_FIELDS
+        ),
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = record.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a mapping of names to values")
+    return value
+
+
+def _label(text: str) -> int:
+    if text.upper() in DIAGNOSES:
+        return DIAGNOSES.index(text.upper())
+    if text.isdecimal() and int(text) < len(DIAGNOSES):
+        return int(text)
+    raise ValueError(f"unknown diagnosis {text!r}; known are {', '.join(DIAGNOSES)}, or their numbers from 0")

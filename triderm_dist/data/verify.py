@@ -1,0 +1,165 @@
+"""Is a folder of shards whole? Checksums, every sample as plain `webdataset` reads it, every photo, the folds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.photos import PhotoError, check_photo
+from triderm_dist.data.problems import Problem
+from triderm_dist.data.record import Record, parse
+from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, file_sha256, read_photo_bytes, read_raw_index
+from triderm_dist.data.threads import cores, in_order
+from triderm_dist.schema import VIEWS, DataError
+
+
+def verify(
+    index: ShardIndex,
+    folds: int,
+    fold_seed: int,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Problem]:
+    """Everything that is wrong with a packed set; an empty list where it is whole."""
+    return [
+        *_checksums(index, workers or cores()),
+        *_counts(index),
+        *_samples(index, workers or cores(), progress),
+        *_doubled(index),
+        *_shared_groups(index, folds, fold_seed),
+    ]
+
+
+def _checksums(index: ShardIndex, workers: int) -> Iterator[Problem]:
+    expected = {index.folder / shard.url: shard.sha256 for shard in index.shards}
+    expected[index.folder / SAMPLES] = read_raw_index(index.folder / INDEX)["samples"]["sha256"]
+    for path, actual in in_order(file_sha256, expected, workers):
+        if actual != expected[path]:
+            what = f"checksum {actual[:16]}... is not the {expected[path][:16]}... of {INDEX}: damaged; copy or pack it again"
+            yield Problem("", "checksum", str(path), what)
+
+
+def _counts(index: ShardIndex) -> Iterator[Problem]:
+    path = index.folder / INDEX
+    for name, count in read_raw_index(path).get("counts", {}).items():
+        if count != index.counts().get(name):
+            what = f"{count} lesions of {name}, {SAMPLES} has {index.counts().get(name)}"
+            yield Problem("", "count", str(path), what)
+
+
+def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], None] | None) -> Iterator[Problem]:
+    """Every sample that webdataset reads against its row of the index."""
+
+    def check(pair: tuple[int, dict[str, Any]]) -> Problem | None:
+        row, sample = pair
+        where = f"{index.path(int(index.shard[row]))}, lesion {index.lesion_ids[row]}"
+        try:
+            _check_sample(index, row, sample)
+        except (PhotoError, ValueError) as error:
+            return Problem(index.lesion_ids[row], "sample", where, str(error))
+        return None
+
+    index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018 - before threads
+    problems: list[Problem] = []
+    for done, (_, problem) in enumerate(in_order(check, _pairs(index, problems.append), workers), start=1):
+        if problem:
+            problems.append(problem)
+        if progress:
+            progress(done, len(index))
+    yield from problems
+
+
+def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, sample) of every row, in order; what webdataset reads otherwise is told to `on_problem`."""
+    left_out = {problem.lesion_id for problem in index.problems}
+    ends = np.cumsum([shard.samples for shard in index.shards])
+    row = 0
+    for number, end in enumerate(ends.tolist()):
+        where = str(index.path(number))
+        try:
+            for sample in _webdataset(where):
+                name = _lesion_id(sample)
+                if row < end and name == index.lesion_ids[row]:
+                    yield row, sample
+                    row += 1
+                elif name not in left_out:
+                    instead = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
+                    on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} in place of {instead}"))
+                    break
+        except Exception as error:  # whatever a tar reader makes of damage
+            on_problem(Problem("", "tar", where, f"webdataset can't read on ({' '.join(str(error).split())})"))
+        if row < end:
+            first = index.lesion_ids[row]
+            what = f"webdataset does not read {end - row} of the lesions that the index lists, the first {first}"
+            on_problem(Problem(first, "missing", where, what))
+        row = end
+
+
+def _webdataset(path: str) -> Iterator[dict[str, Any]]:
+    import webdataset
+
+    # All samples in this process, whatever RANK says.
+    yield from webdataset.WebDataset([path], shardshuffle=False, nodesplitter=None, workersplitter=None)
+
+
+def _lesion_id(sample: dict[str, Any]) -> str:
+    try:
+        return _record(sample).lesion_id
+    except ValueError:
+        return str(sample["__key__"])
+
+
+def _record(sample: dict[str, Any]) -> Record:
+    class_member = sample.get("cls")
+    text = None if class_member is None else class_member.decode()
+    return parse(sample["__key__"], json.loads(sample.get("json", b"{}")), text)
+
+
+def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> None:
+    """Raises PhotoError or ValueError naming what differs from the index, or the photo that does not decode."""
+    for view in VIEWS:
+        data = next((sample[name] for name in index.extensions[view] if name in sample), b"")
+        if data != read_photo_bytes(index, row, view):
+            raise ValueError(f"the {view} photo is not where {SAMPLES} says")
+        if data:
+            try:
+                check_photo(data)
+            except PhotoError as error:
+                raise PhotoError(f"the {view} photo does not decode ({error})") from None
+    record = _record(sample)
+    scores = [record.concepts.get(name, np.nan) for name in index.concepts]
+    same = {
+        "label": record.label == index.labels[row],
+        "group": record.group == index.groups[row],
+        "concepts": np.array_equal(np.asarray(scores, np.float32), index.concept_scores[row], equal_nan=True),
+        "metadata": np.array_equal(np.asarray(record.metadata, np.float32), index.metadata[row], equal_nan=True),
+    }
+    if wrong := [name for name, equal in same.items() if not equal]:
+        raise ValueError(f"the {wrong[0]} of the sample's JSON is not that of {SAMPLES}")
+
+
+def _doubled(index: ShardIndex) -> Iterator[Problem]:
+    distinct = int(index.lesion_ids.codes.max(initial=-1)) + 1
+    if distinct != len(index):
+        yield Problem("", "doubled lesion", str(index.folder / SAMPLES), f"{len(index) - distinct} lesions occur twice")
+
+
+def _shared_groups(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
+    """Folds as training would assign them: no group may sit in two."""
+    labelled = index.labels >= 0
+    if not labelled.any():
+        return
+    try:
+        fold = assign_folds(index.labels, index.groups, folds, fold_seed)[labelled]
+    except DataError as error:
+        yield Problem("", "folds", str(index.folder), f"{error}; or check with other folds=")
+        return
+    groups = index.groups.codes[labelled]
+    first = np.full(int(groups.max()) + 1, -1)
+    first[groups] = fold
+    if (first[groups] != fold).any():
+        yield Problem("", "folds", str(index.folder), "a group of lesions sits in two folds")
