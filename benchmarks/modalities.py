@@ -31,7 +31,7 @@ def main(config: Experiment) -> None:
             update={
                 "output": str(output),
                 "data": base.data.model_copy(
-                    update={"shards": str(base.train_shards), "test_shards": str(base.test_shards), "test": None}
+                    update={"shards": base.train_shards, "test_shards": base.test_shards, "test": None}
                 ),
                 "models": {name: base.models[name].model_copy(update={"use": kept})},
                 "stack": base.stack.model_copy(update={"enabled": False}),

@@ -14,7 +14,7 @@ class CrossvalRun(Experiment):
 
 
 def main(config: CrossvalRun) -> None:
-    from triderm_dist.data.shards import read_index
+    from triderm_dist.data.cache import open_index
     from triderm_dist.engine.crossval import folds_of, model_named, run_folds
     from triderm_dist.engine.parallel import is_main
     from triderm_dist.oof import gather, write_oof
@@ -22,7 +22,7 @@ def main(config: CrossvalRun) -> None:
     names = config.only or tuple(config.models)
     for name in names:
         model_named(config, name)
-    index = read_index(config.train_shards, verify=config.data.verify and is_main())
+    index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     if is_main():
         save(Experiment(**config.model_dump(exclude={"only"})), config.folder / "config.yaml")
     run_folds(config, index, names, range(config.data.folds))

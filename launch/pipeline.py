@@ -38,8 +38,11 @@ def main(config: PipelineRun) -> None:
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """What has to run, in order; what is skipped is decided by `run_stages`."""
+    from triderm_dist.data.cache import index_file
+
     folder, with_config = config.folder, ["--config", str(settings)]
-    data = config.data.model_dump(mode="json", exclude={"workers", "prefetch", "verify"})
+    data = config.data
+    packing = data.model_dump(mode="json", exclude={"workers", "prefetch", "verify", "remote"})
     accelerate = ["accelerate.commands.launch", "--config_file", config.launcher, "-m"] if config.launcher else []
     network = ["python", "-m", *accelerate]
     models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
@@ -52,8 +55,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         result.append(_pack("pack test", config, config.data.test, config.test_shards))
     oof = folder / "oof.parquet"
     result.append(
-        Stage("crossval", [*network, "launch.crossval", *with_config], [models, data, config.seed],
-              [config.train_shards / "index.json"], [oof, *(fold / "predictions.parquet" for fold in folds)])
+        Stage("crossval", [*network, "launch.crossval", *with_config], [models, packing, config.seed],
+              [index_file(config.train_shards, data.remote)], [oof, *(fold / "predictions.parquet" for fold in folds)])
     )  # fmt: skip
     after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
     ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
@@ -62,22 +65,21 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if tests:
         truth = [Path(config.data.test_truth)] if config.data.test_truth else []
         submission = folder / "submission.csv"
-        result.append(
-            Stage("predict", [*network, "launch.predict", *with_config], [config.predict.model_dump(mode="json"), data],
-                  [ensemble, config.test_shards / "index.json", *(fold / "fold.json" for fold in folds), *truth],
-                  [submission])
-        )  # fmt: skip
+        needs = [ensemble, index_file(config.test_shards, data.remote), *(fold / "fold.json" for fold in folds), *truth]
+        command = [*network, "launch.predict", *with_config]
+        how = [config.predict.model_dump(mode="json"), packing]
+        result.append(Stage("predict", command, how, needs, [submission]))
         shown += [submission, *truth]
     result.append(Stage("report", ["python", "-m", "launch.report", *with_config], [], shown, [folder / "report.html"]))
     return result
 
 
-def _pack(name: str, config: Experiment, source: str | None, output: Path) -> Stage:
+def _pack(name: str, config: Experiment, source: str | None, output: str) -> Stage:
     data = config.data
     keys = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
     words = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
     command = ["python", "-m", "shards.pack", f"source={source}", f"output={output}", *words]
-    return Stage(name, command, keys, [Path(str(source))], [output / "index.json"])
+    return Stage(name, command, keys, [Path(str(source))], [Path(output) / "index.json"])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from triderm_dist.config import Experiment
 
 
 def main(config: Experiment) -> None:
+    from triderm_dist.data.cache import open_index
     from triderm_dist.data.milk10k import read_labels
-    from triderm_dist.data.shards import read_index
     from triderm_dist.engine.crossval import predict_test
     from triderm_dist.engine.parallel import is_main
     from triderm_dist.ensemble import Ensemble
@@ -28,7 +28,7 @@ def main(config: Experiment) -> None:
     truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
     fitted = Ensemble.load(config.folder / ENSEMBLE_FILE)
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
-    index = read_index(config.test_shards, verify=config.data.verify and is_main())
+    index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     predict_test(config, index, members)
     if not is_main():
         return

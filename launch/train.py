@@ -15,7 +15,7 @@ class TrainRun(Experiment):
 
 
 def main(config: TrainRun) -> None:
-    from triderm_dist.data.shards import read_index
+    from triderm_dist.data.cache import open_index
     from triderm_dist.engine.crossval import model_named, run_folds
     from triderm_dist.engine.parallel import is_main
     from triderm_dist.schema import ConfigError
@@ -24,7 +24,7 @@ def main(config: TrainRun) -> None:
         raise ConfigError(f"fold={config.fold}: data.folds is {config.data.folds}, folds count from 0")
     name = config.model or next(iter(config.models))
     model_named(config, name)
-    index = read_index(config.train_shards, verify=config.data.verify and is_main())
+    index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     folder = config.fold_folder(name, config.fold)
     if is_main():
         save(config, folder / "config.yaml")

@@ -26,11 +26,34 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
 
+class RemoteConfig(Section):
+    """Shards behind a URL: data.shards and data.test_shards may be s3://, gs://, hf://, https:// or any fsspec URL."""
+
+    cache: str | None = Field(
+        None, description="node-local folder that ranks share; default $XDG_CACHE_HOME or ~/.cache, triderm-dist/shards"
+    )
+    cache_gb: float = Field(
+        100.0, gt=0, description="most 1e9 bytes in that folder; shards that nobody reads make room, oldest first"
+    )
+    downloads: int = Field(2, ge=1, description="shards that a rank fetches at once")
+    total_seconds: float = Field(
+        600.0, gt=0, description="time for one shard, retries included, after which the run ends with an error"
+    )
+    stall_seconds: float = Field(30.0, gt=0, description="time without a byte after which a download is tried again")
+    allow_commands: bool = Field(
+        False, description="allow pipe:COMMAND URLs, {} standing for the file name; they run in a shell on every node"
+    )
+
+
 class DataConfig(Section):
     source: str | None = Field(None, description="challenge folder with photos, metadata and ground truth")
     test: str | None = Field(None, description="challenge folder to predict; labels are not needed")
-    shards: str | None = Field(None, description="packed training shards; default OUTPUT/shards/train")
-    test_shards: str | None = Field(None, description="packed test shards; default OUTPUT/shards/test")
+    shards: str | None = Field(
+        None, description="packed training shards, a folder or a URL; default OUTPUT/shards/train"
+    )
+    test_shards: str | None = Field(
+        None, description="packed test shards, a folder or a URL; default OUTPUT/shards/test"
+    )
     test_truth: str | None = Field(
         None, description="ground truth of the test set, if it is known: scores the submission"
     )
@@ -45,9 +68,12 @@ class DataConfig(Section):
     invalid: Literal["refuse", "drop"] = Field(
         "refuse", description="an unreadable photo: refuse the folder, or drop the lesion and count it"
     )
-    verify: bool = Field(True, description="check the shards' checksums before work starts")
+    verify: bool = Field(
+        True, description="check the shards' checksums before work starts; those of a URL are checked on arrival anyway"
+    )
     workers: int = Field(2, ge=1, description="decoder threads a rank")
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
+    remote: RemoteConfig = RemoteConfig()
 
 
 class SamplingConfig(Section):
@@ -215,11 +241,21 @@ class StackConfig(Section):
     max_depth: int = Field(3, ge=1, description="depth of a tree")
     learning_rate: float = Field(0.1, gt=0, description="shrinkage of a tree")
     max_rounds: int = Field(600, ge=1, description="most boosting rounds")
-    early_stopping: int = Field(40, ge=1, description="rounds without gain after which boosting stops")
+    early_stopping: int = Field(20, ge=1, description="rounds without gain after which boosting stops")
     class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row is its diagnosis' share ** -power")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where XGBoost runs; auto takes a GPU if there is one"
     )
+    memory_gb: float = Field(
+        8.0, gt=0, description="columns larger than this many GiB are streamed from a parquet file instead of held"
+    )
+    extra: tuple[Literal["embeddings", "features"], ...] = Field(
+        (),
+        description="columns to try beside the standing ones, kept only if the nested estimate gains: embeddings of the "
+        "untouched pretrained tower (launch.embed writes them), fused features turned into one basis (needs test.parquet "
+        "of every fold)",
+    )
+    components: int = Field(32, ge=1, description="principal axes that an extra block is reduced to inside each fit")
 
 
 class EnsembleConfig(Section):
@@ -267,6 +303,15 @@ class Experiment(Section):
         }
         return {**raw, "models": models}
 
+    explain: tuple[str, ...] = Field(
+        (), description="launch.predict: ids of lesions to draw attention pictures of, instead of predicting"
+    )
+    rank_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more where "
+        "rank 0 checks very large shards (data.verify)",
+    )
     tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
 
     @property
@@ -278,12 +323,14 @@ class Experiment(Section):
         return Path(self.tokens or self.folder / "tokens")
 
     @property
-    def train_shards(self) -> Path:
-        return Path(self.data.shards or self.folder / "shards" / "train")
+    def train_shards(self) -> str:
+        """A folder or a URL."""
+        return self.data.shards or str(self.folder / "shards" / "train")
 
     @property
-    def test_shards(self) -> Path:
-        return Path(self.data.test_shards or self.folder / "shards" / "test")
+    def test_shards(self) -> str:
+        """A folder or a URL."""
+        return self.data.test_shards or str(self.folder / "shards" / "test")
 
     def fold_folder(self, model: str, fold: int) -> Path:
         return self.folder / model / f"fold-{fold}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from triderm_dist.config import Experiment, ModelConfig, TowerConfig
+from triderm_dist.config import DataConfig, Experiment, ModelConfig, TowerConfig
 from triderm_dist.schema import InputError
 
 State = Literal["ok", "note", "missing"]
@@ -406,8 +406,8 @@ def _hub_problem() -> str | None:
 
 def _training_data(experiment: Experiment) -> Finding:
     data = experiment.data
-    title, packed = "training", _shards(experiment.train_shards)
-    if isinstance(packed, str) and (data.shards or experiment.train_shards.exists()):
+    title, packed = "training", _shards(experiment.train_shards, data)
+    if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
         return Finding(title, packed, "missing", "pack the challenge folder again, or name other data.shards")
     if not isinstance(packed, str):
         few = min((count for name, count in packed.items() if name != "unlabelled"), default=0)
@@ -427,7 +427,7 @@ def _test_data(experiment: Experiment) -> Finding:
     data, title = experiment.data, "test"
     if data.test_truth and not Path(data.test_truth).is_file():
         return Finding(title, f"{data.test_truth}: no such file", "missing", "leave data.test_truth away or correct it")
-    packed = _shards(experiment.test_shards)
+    packed = _shards(experiment.test_shards, data)
     if not isinstance(packed, str):
         return Finding(title, f"{sum(packed.values())} lesions packed in {experiment.test_shards}")
     if data.test_shards:
@@ -437,13 +437,13 @@ def _test_data(experiment: Experiment) -> Finding:
     return _folder(title, data.test, data.missing_view, labels=False)
 
 
-def _shards(folder: Path) -> dict[str, int] | str:
-    """Lesions by diagnosis of a packed folder, or why it can't be read."""
-    shards = _import("triderm_dist.data.shards")
-    if shards is None:
-        return f"{folder}: can't be read without pyarrow and pillow"
+def _shards(where: str, data: DataConfig) -> dict[str, int] | str:
+    """Lesions by diagnosis of a packed set, or why it can't be read."""
+    cache = _import("triderm_dist.data.cache")
+    if cache is None:
+        return f"{where}: can't be read without pyarrow and pillow"
     try:
-        return shards.read_index(folder).counts()
+        return cache.open_index(where, data.remote).counts()
     except InputError as error:
         return str(error)
 

@@ -402,7 +402,7 @@ def run_trial(
     `report` is told {"epoch" (over all folds), "macro_f1", "official"} after every epoch, the last when the
     predictions are written. Leaves FOLDER/trial.json. Shards and tokens are those of the experiment.
     """
-    from triderm_dist.data.shards import read_index
+    from triderm_dist.data.cache import open_index
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.tracking import read_metrics
 
@@ -414,7 +414,7 @@ def run_trial(
     trial.write(folder)
     # Nobody resumes a trial from an older checkpoint than its last.
     own = with_settings(experiment, model, {**trial.settings, "train.keep_last": 1})
-    data = own.data.model_copy(update={"shards": str(experiment.train_shards)})
+    data = own.data.model_copy(update={"shards": experiment.train_shards})
     own = own.model_copy(update={"output": str(folder), "data": data, "tokens": str(experiment.token_folder)})
     train = own.models[model].train
     curve, all_epochs = _Curve(train.select), len(folds) * train.epochs
@@ -433,7 +433,7 @@ def run_trial(
             tell("running")
 
     try:
-        index = read_index(own.train_shards)
+        index = open_index(own.train_shards, own.data.remote)
         for fold in folds:
             for record in read_metrics(own.fold_folder(model, fold) / "metrics.jsonl"):
                 if record["kind"] == "validation":
@@ -467,9 +467,9 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     for note in notes:
         say(f"note: {note}")
 
-    from triderm_dist.data.shards import read_index
+    from triderm_dist.data.cache import open_index
 
-    index = read_index(experiment.train_shards, verify=experiment.data.verify)
+    index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
     _open_folder(run, space)
     _prepare_tokens(experiment, model, index)
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")

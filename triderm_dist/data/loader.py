@@ -1,18 +1,18 @@
 """From planned rows to batches on the device.
 
-Threads read and decode to uint8 (decoders release the interpreter lock, and moving photos between processes costs
-more than decoding them); geometry, colour and normalisation run batched on the device. The loader is not prepared by
-Accelerate: the plan has already given each rank its part.
+Threads read and decode to uint8 into a ring of ready buffers (decoders release the interpreter lock, and moving photos
+between processes costs more than decoding them); geometry, colour and normalisation run batched on the device. The
+loader is not prepared by Accelerate: the plan has already given each rank its part.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,14 +20,23 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, view_transform
-from triderm_dist.data.plan import PlannedBatch
+from triderm_dist.data.cache import FolderShards
+from triderm_dist.data.plan import PlannedBatch, RankBatches
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.data.tokens import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
+TASK_LESIONS = 4
+"""Lesions that a thread decodes in one go: enough that handing out work costs nothing, few enough to end together."""
+
 
 class ViewSource(Protocol):
     """Where the two views of a lesion come from: photos in shards, or cached tokens of a frozen tower."""
+
+    def follow(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Get ready for index rows (n,) of all ranks in this order, `batch` a step; yields a function that is told
+        how many steps have been read.
+        """
 
     def fetch(
         self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None, transform: int
@@ -37,7 +46,7 @@ class ViewSource(Protocol):
     def finish(
         self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
     ) -> list[torch.Tensor]:
-        """What the network takes, on the device."""
+        """What the network takes, on the device. The host tensors are the source's again."""
 
 
 class PhotoSource:
@@ -57,43 +66,74 @@ class PhotoSource:
     ) -> None:
         self.index, self.image_size, self.mean, self.std = index, image_size, mean, std
         self.augment = augment or AugmentConfig()
-        self._files = [os.open(index.folder / shard.url, os.O_RDONLY) for shard in index.shards]
-        row, view = np.argwhere(index.sizes > 0)[0]
-        self.canvas = _decode(self._bytes(row, view), index, row, view).shape[:2]
+        self.shards = index.remote or FolderShards(index)
+        row, view = np.unravel_index(int((index.sizes > 0).argmax()), index.sizes.shape)
+        self.canvas = _decode(self._bytes(int(row), int(view)), index, int(row), int(view)).shape[:2]
+        self._ring: dict[int, list[_Buffers]] = {}
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.pop())
+        self.shards.close()
+        self._ring.clear()
+
+    def follow(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return self.shards.follow(self.index.shard[rows], batch)
 
     def fetch(
         self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None, transform: int
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
-        pin = torch.cuda.is_available()
-        buffers = [torch.empty((len(rows), *self.canvas, 3), dtype=torch.uint8, pin_memory=pin) for _ in VIEWS]
-        arrays = [buffer.numpy() for buffer in buffers]
-        jobs = [pool.submit(self._read, row, v, arrays[v][i]) for i, row in enumerate(rows) for v in range(len(VIEWS))]
-        return buffers, jobs
+        free = self._ring.setdefault(len(rows), [])
+        buffers = free.pop() if free else _Buffers.new(len(rows), self.canvas)
+        buffers.wait()
+        arrays = [view.numpy() for view in buffers.views]
+        starts = range(0, len(rows), TASK_LESIONS)
+        jobs = [pool.submit(self._read, rows, slice(start, start + TASK_LESIONS), arrays) for start in starts]
+        return buffers.views, jobs
 
     def finish(
         self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
     ) -> list[torch.Tensor]:
+        photos = [view.to(device, non_blocking=True) for view in views]
         pixels = []
-        for name, photos in zip(VIEWS, views, strict=True):
-            crops = view_transform(photos.to(device, non_blocking=True), self.image_size, draws, self.augment, name)
+        for name, photo in zip(VIEWS, photos, strict=True):
+            crops = view_transform(photo, self.image_size, draws, self.augment, name)
             turned = dihedral(crops, transform).contiguous(memory_format=torch.channels_last)
             pixels.append(normalise(turned, self.mean, self.std))
+        self.give_back(views, device)
         return pixels
 
-    def _bytes(self, row: int, view: int) -> bytes:
-        shard = self.index.shard[row]
-        return os.pread(self._files[shard], int(self.index.sizes[row, view]), int(self.index.offsets[row, view]))
+    def give_back(self, views: list[torch.Tensor], device: torch.device) -> None:
+        """Let the host tensors be filled again, as soon as what the device has been asked to copy is copied."""
+        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self._ring.setdefault(len(views[0]), []).append(_Buffers(views, copied))
 
-    def _read(self, row: int, view: int, out: np.ndarray) -> None:
-        if self.index.sizes[row, view] == 0:
-            out[:] = 0
-            return
-        photo = _decode(self._bytes(row, view), self.index, row, view)
-        out[:] = photo if photo.shape == out.shape else _cover(photo, out.shape[0], out.shape[1])
+    def _bytes(self, row: int, view: int) -> bytes:
+        index = self.index
+        return self.shards.read(int(index.shard[row]), int(index.offsets[row, view]), int(index.sizes[row, view]))
+
+    def _read(self, rows: np.ndarray, part: slice, arrays: list[np.ndarray]) -> None:
+        for i, row in zip(range(len(rows))[part], rows[part], strict=True):
+            for view, array in enumerate(arrays):
+                if self.index.sizes[row, view] == 0:
+                    array[i] = 0
+                else:
+                    _decode_into(array[i], self._bytes(row, view), self.index, row, view)
+
+
+@dataclass
+class _Buffers:
+    """Host tensors of both views (B, H, W, 3) uint8, pinned where a GPU takes them, and what still reads them."""
+
+    views: list[torch.Tensor]
+    copied: torch.cuda.Event | None = None
+
+    @classmethod
+    def new(cls, lesions: int, canvas: tuple[int, int]) -> _Buffers:
+        pin = torch.cuda.is_available()
+        return cls([torch.empty((lesions, *canvas, 3), dtype=torch.uint8, pin_memory=pin) for _ in VIEWS])
+
+    def wait(self) -> None:
+        if self.copied:
+            self.copied.synchronize()
 
 
 class TokenSource:
@@ -101,6 +141,10 @@ class TokenSource:
 
     def __init__(self, cache: TokenCache, variants: Sequence[str], transforms: Sequence[str]) -> None:
         self.cache, self.variants, self.transforms = cache, variants, transforms
+
+    @contextlib.contextmanager
+    def follow(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
+        yield lambda steps: None
 
     def fetch(
         self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None, transform: int
@@ -133,7 +177,7 @@ class Step:
 
 
 class Loader:
-    """Iterates over the steps of a plan for one rank, decoding `prefetch` micro-batches ahead.
+    """Iterates over the steps of a plan for one rank, decoding `prefetch` micro-batches ahead in `workers` threads.
 
     With `augment` the views and concepts are augmented and hidden by draws of (seed, epoch, lesion, copy); without it
     `transform` of the dihedral group is applied. `waited` sums the seconds that the caller spent waiting for data.
@@ -163,39 +207,45 @@ class Loader:
         )
         self.augment, self.seed, self.epoch, self.transform = augment, seed, epoch, transform
         self.workers, self.prefetch = workers, prefetch
-        self.keys = lesion_keys(index.lesion_ids)
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Step]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
-            pending: deque[_Pending] = deque()
-            parts = (part for batch in self.batches for part in self._split(batch))
-            step: list[_Pending] = []
-            while True:
-                while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                    part.views, part.jobs = self.source.fetch(pool, part.rows, part.draws, self.transform)
-                    pending.append(part)
-                if not pending:
-                    return
-                step.append(pending.popleft())
-                if step[-1].last:
-                    yield Step(
-                        step[-1].batch.number,
-                        step[-1].batch.count,
-                        [self._finish(part) for part in step],
-                        step[-1].batch.rows,
-                    )
-                    step = []
+            with self._follow() as read:
+                pending: deque[_Pending] = deque()
+                parts = (part for batch in self.batches for part in self._split(batch))
+                ready: list[Batch] = []
+                steps = 0
+                while True:
+                    while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
+                        part.views, part.jobs = self.source.fetch(pool, part.rows, part.draws, self.transform)
+                        pending.append(part)
+                    if not pending:
+                        return
+                    part = pending.popleft()
+                    ready.append(self._finish(part))
+                    if part.last:
+                        steps += 1
+                        read(steps)
+                        yield Step(part.batch.number, part.batch.count, ready, part.batch.rows)
+                        ready = []
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _follow(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        if isinstance(self.batches, RankBatches):
+            return self.source.follow(self.batches.ahead, self.batches.global_batch)
+        return contextlib.nullcontext(lambda steps: None)
 
     def _split(self, batch: PlannedBatch) -> Iterator[_Pending]:
         size = len(batch.rows)
         for start in range(0, size, self.micro_batch):
             part = slice(start, start + self.micro_batch)
             rows, copies = batch.rows[part], batch.copies[part]
-            draws = Draws(self.seed, self.epoch, self.keys[rows], copies) if self.augment else None
+            draws = (
+                Draws(self.seed, self.epoch, lesion_keys(self.index.lesion_ids[rows]), copies) if self.augment else None
+            )
             yield _Pending(batch, rows, batch.valid[part], draws, start + self.micro_batch >= size)
 
     def _finish(self, part: _Pending) -> Batch:
@@ -233,21 +283,35 @@ class _Pending:
     valid: np.ndarray
     draws: Draws | None
     last: bool
-    views: list[torch.Tensor] = None  # type: ignore[assignment]
-    jobs: list[Future[None]] = None  # type: ignore[assignment]
+    views: list[torch.Tensor] = field(default_factory=list)
+    jobs: list[Future[None]] = field(default_factory=list)
 
 
-def _decode(data: bytes, index: ShardIndex, row: int, view: int) -> np.ndarray:
+def _decode(data: bytes, index: ShardIndex, row: int, view: int, out: np.ndarray | None = None) -> np.ndarray:
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError as error:
-        shard = index.folder / index.shards[index.shard[row]].url
         raise DataError(
-            f"{shard}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not decode ({error}); "
-            "run shards.verify, then pack again"
+            f"{index.path(int(index.shard[row]))}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not "
+            f"decode ({error}); run shards.verify, then pack again"
         ) from None
+
+
+def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: int) -> None:
+    """Decode a photo to fill `out` (H, W, 3), straight into it where the photo has that size."""
+    import simplejpeg
+
+    height, width = out.shape[:2]
+    try:
+        fits = simplejpeg.decode_jpeg_header(data)[:2] == (height, width)
+    except ValueError:
+        fits = False  # decoding says what is wrong
+    if fits:
+        _decode(data, index, row, view, out)
+    else:
+        out[:] = _cover(_decode(data, index, row, view), height, width)
 
 
 def _cover(photo: np.ndarray, height: int, width: int) -> np.ndarray:

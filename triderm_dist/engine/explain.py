@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from triderm_dist.config import Experiment
+from triderm_dist.data.cache import is_url, open_index
 from triderm_dist.data.loader import Loader, PhotoSource, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import INDEX, ShardIndex, read_index
+from triderm_dist.data.shards import INDEX, ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.crossval import folds_of, new_network
@@ -34,10 +36,10 @@ def explain(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple
     if not names:
         raise ConfigError("explain: only trimodal networks attend, and these settings have none")
     left = list(lesion_ids)
-    for folder, test in ((experiment.test_shards, True), (experiment.train_shards, False)):
-        if not left or not (folder / INDEX).exists():
+    for where, test in ((experiment.test_shards, True), (experiment.train_shards, False)):
+        if not left or not (is_url(where) or (Path(where) / INDEX).exists()):
             continue
-        index = read_index(folder)
+        index = open_index(where, experiment.data.remote)
         position = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
         rows = [position[lesion] for lesion in left if lesion in position]
         left = [lesion for lesion in left if lesion not in position]
