@@ -5,8 +5,9 @@ python -m benchmarks.ensemble [oof=RUN/oof.parquet] [key=value ...]
 A problem is 5,000 lesions to fit on and as many others to judge on, of 3 or 10 models: simulated (uneven diagnoses,
 models of different skill whose errors are related), or, with `oof`, drawn from the real out-of-fold outputs of a run,
 fitting and judging on different lesions. Nelder-Mead is the build guide's: weights normalised inside, every diagnosis
-cut at 0.5, sklearn's f1_score as the objective. The last line is one JSON object: mean gain in macro F1 over the problems
-with the low end of its 95% interval, how many times faster, and the same for thresholds against a 99-point grid.
+cut at 0.5, sklearn's f1_score as the objective. The last line is one JSON object: mean gain in macro F1 over the
+problems with the low end of its 95% interval, how many times faster, and the same for thresholds against a 99-point
+grid.
 """
 
 from __future__ import annotations

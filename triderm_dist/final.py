@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from triderm_dist import calibration, ensemble, metrics, oof, stacking, submission
+from triderm_dist.columns import BATCH, ColumnFile, Columns, column_names, stack_features
 from triderm_dist.config import Experiment
 from triderm_dist.files import whole
 from triderm_dist.schema import DataError
@@ -93,7 +95,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     }
     stack = stacker = None
     if config.stack.enabled:
-        stack, stacker = stacking.in_own_process(config.stack, _fit_stack, table, models, config)
+        stack, stacker = stacking.in_own_process(_fit_stack, table, models, config)
 
     def members_without(fold: int) -> dict[str, np.ndarray]:
         members = {model: _probabilities(table, model, nested_temperatures[fold][model]) for model in models}
@@ -136,9 +138,10 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
 
     ways = {way: {ensemble.MEAN: "plain mean", ensemble.FITTED: "fitted weights"}.get(way, way) for way in candidates}
     rows = [score(name, way) for way, name in ways.items()] + [score("ensemble", ensemble.CHOSEN)]
-    for file in (STACK_FILE, Path(STACK_FILE).with_suffix(".json")):
-        if stacker is None:
-            (run_folder / file).unlink(missing_ok=True)  # of an earlier fit, with which this ensemble has nothing to do
+    if stacker is None:
+        stacking.remove_stacker(
+            run_folder / STACK_FILE
+        )  # of an earlier fit, with which this ensemble has nothing to do
     if stacker is not None:
         stacker.save(run_folder / STACK_FILE)
         if stacker.absent:
@@ -187,7 +190,7 @@ def predict_final(run_folder: Path, table: oof.OofTable) -> tuple[np.ndarray, np
     for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
         if name == stacking.NAME:
             stacker = stacking.Stacker.load(run_folder / STACK_FILE)
-            features, names = stacking.stack_features(table, models)
+            features, names = stack_features(table, models)
             if names != stacker.feature_names:
                 raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set has")
             members.append(stacker.predict(features))
@@ -252,12 +255,22 @@ def _write_nested(
 def _fit_stack(
     table: oof.OofTable, models: tuple[str, ...], config: Experiment
 ) -> tuple[stacking.NestedStack, stacking.Stacker]:
-    features, names = stacking.stack_features(table, models)
+    names = column_names(table, models)
     rest = (names, table.diagnoses, config.stack, config.seed)
-    nested = stacking.nested_stack(features, table.labels, table.groups, table.folds, *rest)
-    # All rows leave none to stop on; the folds have shown how many rounds are good.
-    rounds = int(np.median(list(nested.rounds.values())))
-    return nested, stacking.fit_stacker(features, table.labels, table.groups, *rest, rounds=rounds)
+    with TemporaryDirectory(prefix="triderm-columns-") as folder:
+        columns = _columns(table, models, len(names), config.stack.memory_gb, Path(folder))
+        nested = stacking.nested_stack(columns, table.labels, table.groups, table.folds, *rest)
+        # All rows leave none to stop on; the folds have shown how many rounds are good.
+        rounds = int(np.median(list(nested.rounds.values())))
+        return nested, stacking.fit_stacker(columns, table.labels, table.groups, *rest, rounds=rounds)
+
+
+def _columns(table: oof.OofTable, models: tuple[str, ...], width: int, memory_gb: float, folder: Path) -> Columns:
+    """The stacker's columns, in memory or, where they take more than it, in a parquet file in FOLDER."""
+    if len(table) * width * 4 <= memory_gb * 2**30:
+        return stack_features(table, models)[0]
+    parts = (table.take(np.arange(start, min(start + BATCH, len(table)))) for start in range(0, len(table), BATCH))
+    return ColumnFile.write(folder / "columns.parquet", (stack_features(part, models)[0] for part in parts))
 
 
 def _members(table: oof.OofTable, wanted: tuple[str, ...] | None, path: Path) -> tuple[str, ...]:

@@ -1,33 +1,35 @@
 """The XGBoost stage: one multi-class booster on what means the same in every row of the out-of-fold table.
 
-Logits, auxiliary logits, concepts and metadata do; fused features do not (each fold's network has its own axes), and
-are not used. Shapes: N lesions, F columns, C diagnoses.
+Logits, auxiliary logits, concepts and metadata do (`triderm_dist.columns`). Wide blocks at the end of a row (embeddings
+of an untouched tower, fused features turned into one basis) are reduced to a few principal axes inside each fit.
+Shapes: N lesions, F columns, of which W are wide; C diagnoses.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
 
-from triderm_dist.calibration import log_probabilities
+from triderm_dist import metrics
+from triderm_dist.columns import Columns, batches_of
 from triderm_dist.config import StackConfig
 from triderm_dist.files import whole, write_json
-from triderm_dist.oof import OofTable
-from triderm_dist.schema import METADATA_FIELDS, DataError
+from triderm_dist.schema import DataError
 
 FORMAT = "triderm-stacker"
-VERSION = 1
+VERSION = 2
 NAME = "stack"
 """The stacker's name among the members of the ensemble."""
-
-LEAST_LOG = -20.0
-"""Log-probabilities are cut here: a tree can't use more, and infinities stay out of the columns."""
 
 MAX_BIN = 64
 """Cuts a column. On a few thousand rows 256 cost twice the time and gained nothing."""
@@ -35,12 +37,41 @@ MAX_BIN = 64
 INNER_PARTS = 5
 """Early stopping watches one part in so many of the rows it is given."""
 
+CELLS_A_THREAD = 4_000_000
+"""A fit takes one more thread for so many cells (rows x columns): on fewer, threads wait for one another longer than
+they save (benchmarks.stack). It also keeps fits of this size bit-identical on any number of cores."""
+
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """The W wide columns at the end of a row as their R principal axes. mean: (W,) and axes: (R, W) float32."""
+
+    mean: np.ndarray
+    axes: np.ndarray
+
+    @staticmethod
+    def fit(columns: np.ndarray, wide: int, width: int, seed: int) -> Reduction:
+        """Of the rows (n, F) of a fit; no label is looked at. width: R, fewer where rows or columns are fewer."""
+        from sklearn.decomposition import PCA
+
+        rows = columns[:, -wide:]
+        found = PCA(min(width, *rows.shape), svd_solver="randomized", random_state=seed).fit(rows)
+        return Reduction(found.mean_.astype(np.float32), np.ascontiguousarray(found.components_, np.float32))
+
+    def __call__(self, columns: np.ndarray) -> np.ndarray:
+        """(n, F - W + R) of (n, F)."""
+        wide = len(self.mean)
+        return np.concatenate([columns[:, :-wide], (columns[:, -wide:] - self.mean) @ self.axes.T], axis=1)
 
 
 @dataclass(frozen=True)
 class Stacker:
-    """A fitted booster. `model` is its UBJ, `rounds` its trees a diagnosis; `absent` diagnoses had no row."""
+    """A fitted booster. `model` is its UBJ, `rounds` its trees a diagnosis; `absent` diagnoses had no row.
+
+    feature_names: of the columns the trees see, after the reduction of the wide ones if there are any.
+    """
 
     model: bytes
     feature_names: tuple[str, ...]
@@ -49,20 +80,59 @@ class Stacker:
     rounds: int
     device: str
     gain: dict[str, float]
+    reduction: Reduction | None = None
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """(N, C) probabilities of (N, F) features, NaN for missing; an absent diagnosis has exactly 0."""
-        xgboost = _xgboost()
-        if features.shape[1] != len(self.feature_names):
-            raise DataError(f"the stacker takes {len(self.feature_names)} columns, here are {features.shape[1]}")
-        booster = xgboost.Booster({"device": "cpu"}, model_file=bytearray(self.model))
-        scores = booster.inplace_predict(np.asarray(features, np.float32), validate_features=False)
-        probabilities = np.asarray(scores, np.float64).reshape(len(features), len(self.diagnoses))
+    @property
+    def width(self) -> int:
+        """F, the columns of a row as given."""
+        wide = 0 if self.reduction is None else len(self.reduction.mean) - len(self.reduction.axes)
+        return len(self.feature_names) + wide
+
+    def predict(self, columns: Columns, rows: np.ndarray | None = None) -> np.ndarray:
+        """(n, C) probabilities of `rows` (indices, None: all) of (N, F) columns, NaN for missing; an absent diagnosis
+        has exactly 0.
+        """
+        booster = self._booster()
+        rows = np.arange(len(columns)) if rows is None else rows
+        probabilities = np.empty((len(rows), len(self.diagnoses)))
+        done = 0
+        for indices, batch in batches_of(columns, rows):
+            scores = booster.inplace_predict(self._seen(batch), validate_features=False)
+            probabilities[done : done + len(indices)] = np.reshape(scores, (len(indices), -1))
+            done += len(indices)
         probabilities[:, [name in self.absent for name in self.diagnoses]] = 0.0
         return probabilities / probabilities.sum(axis=1, keepdims=True)
 
+    def contributions(self, columns: np.ndarray) -> np.ndarray | None:
+        """(N, C, F') SHAP values in units of the score before the softmax, F' as in `feature_names`.
+
+        TreeSHAP as XGBoost computes it (Lundberg et al. 2020): with the expected score of a diagnosis they add up to
+        its score. None for multi-output trees, for which XGBoost has none.
+        """
+        xgboost = _xgboost()
+        booster = self._booster()
+        seen = self._seen(columns)
+        try:
+            values = booster.predict(xgboost.DMatrix(seen, missing=np.nan), pred_contribs=True, validate_features=False)
+        except xgboost.core.XGBoostError:
+            return None
+        return np.asarray(values)[:, :, :-1]
+
+    def _booster(self) -> Any:
+        threads = threads_for(1, 1)
+        return _xgboost().Booster({"device": "cpu", "nthread": threads}, model_file=bytearray(self.model))
+
+    def _seen(self, columns: np.ndarray) -> np.ndarray:
+        if columns.shape[1] != self.width:
+            raise DataError(f"the stacker takes {self.width} columns, here are {columns.shape[1]}")
+        columns = np.asarray(columns, np.float32)
+        return columns if self.reduction is None else self.reduction(columns)
+
     def save(self, path: Path) -> None:
-        """Write the booster as UBJ and what else a reader needs as JSON beside it, each whole or not at all."""
+        """Write the booster as UBJ and what else a reader needs as JSON (and, with wide columns, safetensors) beside
+        it, each whole or not at all.
+        """
+        remove_stacker(path)  # of an earlier fit
         side = {
             "format": FORMAT,
             "version": VERSION,
@@ -75,7 +145,12 @@ class Stacker:
         }
         with whole(path) as beside:
             beside.write_bytes(self.model)
-        write_json(path.with_suffix(".json"), side)
+        if self.reduction is not None:
+            from safetensors.numpy import save_file
+
+            with whole(path.with_suffix(".safetensors")) as beside:
+                save_file({"mean": self.reduction.mean, "axes": self.reduction.axes}, beside)
+        write_json(path.with_suffix(".json"), side | {"reduced": self.reduction is not None})
 
     @staticmethod
     def load(path: Path) -> Stacker:
@@ -90,6 +165,17 @@ class Stacker:
             raise DataError(f"{side_path}: not readable as JSON; run launch.stack again") from None
         if (side.get("format"), side.get("version")) != (FORMAT, VERSION):
             raise DataError(f"{side_path}: not {FORMAT} version {VERSION}; run launch.stack again")
+        reduction = None
+        if side["reduced"]:
+            from safetensors import SafetensorError
+            from safetensors.numpy import load_file
+
+            try:
+                reduction = Reduction(**load_file(path.with_suffix(".safetensors")))
+            except (OSError, SafetensorError, TypeError):
+                raise DataError(
+                    f"{path.with_suffix('.safetensors')}: missing or not readable; run launch.stack again"
+                ) from None
         return Stacker(
             model=model,
             feature_names=tuple(side["feature_names"]),
@@ -98,6 +184,7 @@ class Stacker:
             rounds=side["rounds"],
             device=side["device"],
             gain=side["gain"],
+            reduction=reduction,
         )
 
 
@@ -116,25 +203,8 @@ class NestedStack:
     rounds: dict[int, int]
 
 
-def stack_features(table: OofTable, models: Sequence[str] | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N, F) float32 columns and their names: log-probabilities of every head of every model, concepts, metadata."""
-    columns: list[np.ndarray] = []
-    names: list[str] = []
-    for model in table.models if models is None else models:
-        for part, logits in (
-            ("logit", table.logits[model]),
-            ("aux_clinical", table.aux_clinical[model]),
-            ("aux_dermoscopic", table.aux_dermoscopic[model]),
-        ):
-            columns.append(np.maximum(log_probabilities(logits, table.heads[model]), LEAST_LOG))
-            names += [f"{model}/{part}/{diagnosis}" for diagnosis in table.diagnoses]
-    columns += [table.concepts, table.metadata]
-    names += [f"concept/{name}" for name in table.concept_names] + [f"metadata/{name}" for name in METADATA_FIELDS]
-    return np.concatenate(columns, axis=1).astype(np.float32), tuple(names)
-
-
 def fit_stacker(
-    features: np.ndarray,
+    columns: Columns,
     labels: np.ndarray,
     groups: np.ndarray,
     feature_names: Sequence[str],
@@ -142,24 +212,42 @@ def fit_stacker(
     config: StackConfig,
     seed: int = 0,
     rounds: int | None = None,
+    rows: np.ndarray | None = None,
+    wide: int = 0,
+    side_by_side: int = 1,
 ) -> Stacker:
-    """Fit on (N, F) features and (N,) labels, all labelled.
+    """Fit on `rows` (ascending indices, None: all) of (N, F) columns and (N,) labels; these rows are labelled.
 
     With `rounds` None their number is found first: a booster on four fifths of the rows (whole groups, stratified)
-    stops when the other fifth no longer gains. The stacker itself is fitted on all rows. Raises DataError where fewer
-    than two diagnoses have rows.
+    stops when the other fifth no longer gains. The stacker itself is fitted on all of the rows. wide: how many columns
+    at the end are reduced to `config.components` first (in memory only). side_by_side: fits that share the cores.
+    feature_names are those of the F - wide other columns. Raises DataError where fewer than two diagnoses have rows.
     """
-    absent = tuple(name for index, name in enumerate(diagnoses) if not (labels == index).any())
+    rows = np.arange(len(labels)) if rows is None else rows
+    own, own_groups = labels[rows], groups[rows]
+    absent = tuple(name for index, name in enumerate(diagnoses) if not (own == index).any())
     if len(diagnoses) - len(absent) < 2:
         raise DataError("the stacker needs lesions of at least two diagnoses; set stack.enabled=false without them")
+    reduction = None
+    names = list(feature_names)
+    if wide:
+        assert isinstance(columns, np.ndarray), "wide columns are reduced in memory"
+        columns = columns[rows]
+        reduction = Reduction.fit(columns, wide, config.components, seed)
+        columns = reduction(columns)
+        names += [f"wide/{number:02d}" for number in range(len(reduction.axes))]
+        labels, rows = own, np.arange(len(rows))
     device = device_of(config)
-    weights = _row_weights(labels, len(diagnoses), config.class_weight_power)
+    threads = threads_for(len(rows), columns.shape[1], side_by_side)
+    weights = np.zeros(len(labels))
+    weights[rows] = _row_weights(own, len(diagnoses), config.class_weight_power)
     parameters = {
         "objective": "multi:softprob",
         "multi_strategy": "multi_output_tree" if config.booster == "multi_output" else "one_output_per_tree",
         "num_class": len(diagnoses),
         "tree_method": "hist",
         "device": device,
+        "nthread": threads,
         "max_bin": MAX_BIN,
         "max_depth": config.max_depth,
         "learning_rate": config.learning_rate,
@@ -172,45 +260,45 @@ def fit_stacker(
         "verbosity": 0,
     }
     xgboost = _xgboost()
+    with TemporaryDirectory(prefix="triderm-stack-") as cache:
 
-    def matrix(rows: np.ndarray, reference: Any = None) -> Any:
-        return xgboost.QuantileDMatrix(
-            features[rows],
-            label=labels[rows],
-            weight=weights[rows],
-            feature_names=list(feature_names),
-            missing=np.nan,
-            max_bin=MAX_BIN,
-            ref=reference,
-        )
+        def matrix(part: np.ndarray, reference: Any = None) -> Any:
+            return _matrix(columns, part, labels, weights, names, threads, Path(cache), reference)
 
-    every = np.arange(len(labels))
-    if rounds is None:
-        watch = split_parts(labels, groups, INNER_PARTS, seed) == 0
-        train = matrix(every[~watch])
-        booster = xgboost.train(
-            parameters,
-            train,
-            config.max_rounds,
-            evals=[(matrix(every[watch], train), "watch")],
-            early_stopping_rounds=config.early_stopping,
-            verbose_eval=False,
-        )
-        rounds = booster.best_iteration + 1
-    booster = xgboost.train(parameters, matrix(every), rounds)
+        if rounds is None:
+            watch = split_parts(own, own_groups, INNER_PARTS, seed) == 0
+            train = matrix(rows[~watch])
+            watched = matrix(rows[watch], train)
+            booster = xgboost.train(
+                parameters,
+                train,
+                config.max_rounds,
+                evals=[(watched, "watch")],
+                early_stopping_rounds=config.early_stopping,
+                verbose_eval=False,
+            )
+            rounds = booster.best_iteration + 1
+            del train, watched, booster  # the pages of external memory go with them, before their folder does
+        whole_set = matrix(rows)
+        booster = xgboost.train(parameters, whole_set, rounds)
+        del whole_set
+        model = bytes(booster.save_raw("ubj"))
+        gain = booster.get_score(importance_type="total_gain")
+        del booster
     return Stacker(
-        model=bytes(booster.save_raw("ubj")),
-        feature_names=tuple(feature_names),
+        model=model,
+        feature_names=tuple(names),
         diagnoses=tuple(diagnoses),
         absent=absent,
         rounds=rounds,
         device=device,
-        gain={name: float(value) for name, value in booster.get_score(importance_type="total_gain").items()},
+        gain={name: float(value) for name, value in gain.items()},
+        reduction=reduction,
     )
 
 
 def nested_stack(
-    features: np.ndarray,
+    columns: Columns,
     labels: np.ndarray,
     groups: np.ndarray,
     folds: np.ndarray,
@@ -218,35 +306,64 @@ def nested_stack(
     diagnoses: Sequence[str],
     config: StackConfig,
     seed: int = 0,
+    wide: int = 0,
 ) -> NestedStack:
     """Out-of-fold stacker probabilities, and for each fold those that know nothing of it. All rows labelled.
 
-    A stacker without folds j and k serves both of them. The base networks of other folds did see fold k's labels: the
-    usual second-order leak of stacking, which only retraining them would remove.
+    A stacker without folds j and k serves both of them. Fits are small and independent: on a CPU they run side by side.
+    The base networks of other folds did see fold k's labels: the usual second-order leak of stacking, which only
+    retraining them would remove.
     """
-    fitted: dict[bytes, Stacker] = {}
-
-    def predict(train: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        key = train.tobytes()
-        if key not in fitted:
-            fitted[key] = fit_stacker(
-                features[train], labels[train], groups[train], feature_names, diagnoses, config, seed
-            )
-        return fitted[key].predict(features[rows])
-
     shape = (len(labels), len(diagnoses))
-    out_of_fold, without, rounds = np.full(shape, np.nan), {}, {}
+    out_of_fold, without = np.full(shape, np.nan), {}
+    wanted: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []  # train on, predict, write to
     for fold in np.unique(folds).tolist():
         others = folds != fold
-        held = np.full(shape, np.nan)
-        held[~others] = out_of_fold[~others] = predict(others, ~others)
-        rounds[fold] = fitted[others.tobytes()].rounds
+        without[fold] = np.full(shape, np.nan)
+        wanted.append((others, ~others, [without[fold], out_of_fold]))
         parts = inner_folds(labels, groups, folds, others, seed)
         for part in np.unique(parts[others]).tolist():
             rows = others & (parts == part)
-            held[rows] = predict(others & ~rows, rows)
-        without[fold] = held
+            wanted.append((others & ~rows, rows, [without[fold]]))
+    training_sets = {train.tobytes(): train for train, _, _ in wanted}
+    at_once = 1 if device_of(config) == "cuda" else min(cores(), len(training_sets))
+
+    def fit(train: np.ndarray) -> Stacker:
+        return fit_stacker(
+            columns, labels, groups, feature_names, diagnoses, config, seed, rows=np.flatnonzero(train), wide=wide,
+            side_by_side=at_once,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(at_once) as pool:  # XGBoost lets go of the interpreter while it works
+        fitted = dict(zip(training_sets, pool.map(fit, training_sets.values()), strict=True))
+    for train, rows, targets in wanted:
+        probabilities = fitted[train.tobytes()].predict(columns, np.flatnonzero(rows))
+        for target in targets:
+            target[rows] = probabilities
+    rounds = {fold: fitted[(folds != fold).tobytes()].rounds for fold in without}
     return NestedStack(out_of_fold, without, rounds)
+
+
+def keep_what_gains(
+    variants: Mapping[str, NestedStack], labels: np.ndarray, folds: np.ndarray
+) -> tuple[str, NestedStack, dict[str, float]]:
+    """(name, nested stack, nested macro F1 by argmax of each) of the first variant, or of another one that beats it.
+
+    The choice for fold k is made on the other folds, by stackers that have seen nothing of it, so that what the nested
+    stack says about k stays honest; the name is the choice over all folds.
+    """
+    names = list(variants)
+    first = variants[names[0]]
+    out_of_fold, without, rounds = first.out_of_fold.copy(), {}, {}
+    for fold in first.without:
+        inside = folds == fold
+        scores = [metrics.argmax_macro_f1(variants[n].without[fold][~inside], labels[~inside]) for n in names]
+        best = variants[names[int(np.argmax(scores))]]
+        without[fold], rounds[fold] = best.without[fold], best.rounds[fold]
+        out_of_fold[inside] = best.out_of_fold[inside]
+    whole_scores = {name: metrics.argmax_macro_f1(each.out_of_fold, labels) for name, each in variants.items()}
+    name = max(whole_scores, key=lambda each: whole_scores[each])
+    return name, NestedStack(out_of_fold, without, rounds), whole_scores
 
 
 def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
@@ -284,23 +401,83 @@ def device_of(config: StackConfig) -> str:
     """
     if config.device == "cpu":
         return "cpu"
-    import torch
-
-    usable = bool(_xgboost().build_info().get("USE_CUDA")) and torch.cuda.is_available()
+    usable = bool(_xgboost().build_info().get("USE_CUDA")) and gpus() > 0
     if config.device == "cuda" and not usable:
         raise DataError("stack.device=cuda: there is no GPU, or this XGBoost was built without one; use auto or cpu")
     return "cuda" if usable else "cpu"
 
 
-def in_own_process(config: StackConfig, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call here on a CPU; on a GPU in a child process, whose end gives back all of the GPU memory it took."""
-    if device_of(config) == "cpu":
-        return function(*arguments)
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+def gpus() -> int:
+    """GPUs that this process may use, asked of the driver: no context is opened, and torch stays out of the process."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
+
+def cores() -> int:
+    """CPU cores that this process may use; OMP_NUM_THREADS lowers them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wished = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(allowed, int(wished)) if wished.isdigit() and int(wished) else allowed
+
+
+def threads_for(rows: int, columns: int, side_by_side: int = 1) -> int:
+    """Threads of one fit: one for each `CELLS_A_THREAD`, as many as its share of the cores at most."""
+    return max(1, min(cores() // side_by_side, rows * columns // CELLS_A_THREAD))
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call in a child process: its end gives back all the memory XGBoost took, on the GPU too."""
+    _passive()  # read when the child loads OpenMP
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def remove_stacker(path: Path) -> None:
+    """Remove a stacker's files, if there are any."""
+    for suffix in (path.suffix, ".json", ".safetensors"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _matrix(
+    columns: Columns,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    names: list[str],
+    threads: int,
+    cache: Path,
+    reference: Any,
+) -> Any:
+    """The rows as XGBoost wants them: binned at once, or in pages on disk where the columns are in a file."""
+    xgboost = _xgboost()
+    shared = {"missing": np.nan, "max_bin": MAX_BIN, "nthread": threads, "ref": reference}
+    if isinstance(columns, np.ndarray):
+        return xgboost.QuantileDMatrix(
+            columns[rows], label=labels[rows], weight=weights[rows], feature_names=names, **shared
+        )
+
+    class Batches(xgboost.DataIter):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.batches = batches_of(columns, rows)
+            super().__init__(cache_prefix=str(cache / f"{'watch' if reference else 'train'}-{len(rows)}"))
+
+        def next(self, input_data: Callable[..., None]) -> bool:
+            found = next(self.batches, None)
+            if found is not None:
+                part, values = found
+                input_data(data=values, label=labels[part], weight=weights[part], feature_names=names)
+            return found is not None
+
+        def reset(self) -> None:
+            self.batches = batches_of(columns, rows)
+
+    return xgboost.ExtMemQuantileDMatrix(Batches(), **shared)
 
 
 def _row_weights(labels: np.ndarray, classes: int, power: float) -> np.ndarray:
@@ -310,9 +487,13 @@ def _row_weights(labels: np.ndarray, classes: int, power: float) -> np.ndarray:
     return weights / weights.mean()
 
 
-def _xgboost() -> Any:
+def _passive() -> None:
     # Idle OpenMP threads that spin steal the cores of the ones at work: a fit took from 1.4 to 31 s, and 2 s with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _xgboost() -> Any:
+    _passive()
     import xgboost
 
     return xgboost
