@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this folder. They are submitted from the root of the repository, with the environment active
 # in which it is installed; sbatch hands that environment on.
 #
@@ -18,7 +19,7 @@ ranks() {
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --wait=60 bash -c \
         'exec python -m launch.ranks --machine_rank "$SLURM_NODEID" "$@"' launcher \
         --config_file "${LAUNCHER:-accelerate_configs/ddp.yaml}" --deepspeed_multinode_launcher standard \
-        --num_machines "$nodes" --num_processes $((nodes * a_node)) --same_network \
+        --num_machines "$nodes" --num_processes $((nodes * a_node)) \
         --main_process_ip "$head" --main_process_port "$port" -m "$@"
 }
 

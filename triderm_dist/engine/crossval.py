@@ -31,6 +31,7 @@ def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
     return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
 
 
+@parallel.in_touch()
 def run_folds(
     experiment: Experiment,
     index: ShardIndex,
@@ -40,7 +41,8 @@ def run_folds(
 ) -> None:
     """Train every fold of every model one after the other on all ranks, skipping what is done. Call on all ranks.
 
-    Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}.
+    Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}. Raises Interrupted
+    where it was asked to stop or lost another rank.
     """
     folds = list(folds)
     assignment = folds_of(index, experiment.data)
@@ -51,8 +53,9 @@ def run_folds(
             continue
         train_config = model.train
         accelerator = parallel.start(
-            train_config.precision, train_config.micro_batch, train_config.global_batch, train_config.optim.clip_norm
-        )
+            train_config.precision, train_config.micro_batch, train_config.global_batch, train_config.optim.clip_norm,
+            experiment.rank_timeout,
+        )  # fmt: skip
         views = open_views(
             model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed, train=True
         )
@@ -119,6 +122,7 @@ def _run_fold(
     return True
 
 
+@parallel.in_touch()
 def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
     """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
 
@@ -141,7 +145,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
             stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _stamp(folder / "test.json") == stamp and (folder / "test.parquet").exists():
                 continue
-            accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0)
+            accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0, experiment.rank_timeout)
             if views is None:
                 views = open_views(
                     model, index, experiment.token_folder, accelerator, experiment.data,

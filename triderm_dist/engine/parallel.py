@@ -16,8 +16,9 @@ A way of running that silently became another one is an error, and so is a combi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from triderm_dist.cli import Interrupted
 from triderm_dist.config import TrainConfig
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
@@ -52,9 +54,12 @@ def choose_precision(wanted: Precision, device: torch.device | None = None) -> t
     return "fp16", f"{torch.cuda.get_device_name()} has no bf16; fp16 with loss scaling"
 
 
-def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: float) -> Accelerator:
+def start(
+    precision: Precision, micro_batch: int, global_batch: int, clip_norm: float, rank_timeout: float = 600.0
+) -> Accelerator:
     """The Accelerator of this process, with the precision and the batch split set for every way to run.
 
+    rank_timeout: seconds that ranks wait for one another; that of the first call in a process counts.
     Raises ConfigError where the global batch does not split into ranks times micro-batches.
     """
     chosen, _ = choose_precision(precision)
@@ -68,12 +73,19 @@ def start(precision: Precision, micro_batch: int, global_batch: int, clip_norm: 
     elif on_cpu:
         # A launcher that was told of several GPUs starts the processes; this makes them use gloo on the CPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
-    gloo = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and "WORLD_SIZE" in os.environ else []
+    ranks = InitProcessGroupKwargs(
+        # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
+        backend="gloo" if on_cpu else "nccl",
+        # The millisecond: Accelerate hands on only what differs from its own default, which is not that of gloo.
+        timeout=timedelta(seconds=rank_timeout, milliseconds=1),
+    )
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
         # Gradients live in the buckets that are exchanged: one copy less of each.
-        kwargs_handlers=[*gloo, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            *([ranks] if "WORLD_SIZE" in os.environ else []),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     if accelerator.num_processes != world():
         raise ConfigError(
@@ -289,6 +301,25 @@ def share_buffers(wrapped: nn.Module) -> None:
     if many():
         for buffer in unwrap(wrapped).buffers():
             dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def in_touch() -> Iterator[None]:
+    """Raises Interrupted, which says what to do, where another rank is gone or has not answered for rank_timeout.
+
+    It goes round what ranks do together; also as a decorator.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors. NCCL's watchdog ends the process by itself, with the same meaning.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        rank, said = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+        raise Interrupted(
+            f"rank {rank} has lost touch with another rank ({said}); when all hosts are there again, the same command "
+            "goes on from the last checkpoint"
+        ) from None
 
 
 def many() -> bool:

@@ -1,0 +1,185 @@
+"""Two hosts: network namespaces with addresses of their own on this machine, two ranks on each."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from triderm_dist.engine.tracking import read_metrics
+
+from .conftest import ROOT, launch
+
+SETTINGS = """
+data: {folds: 2}
+rank_timeout: 20
+train: {epochs: 6, global_batch: 16, micro_batch: 4, log_every: 1, optim: {lr: 1e-3, warmup_epochs: 1}}
+models:
+  tri:
+    width: 32
+    heads: 2
+    tower: {source: "timm:test_vit", pretrained: false, image_size: 32, freeze_clinical: 1, freeze_dermoscopic: 0}
+"""
+TIMEOUT = 20
+"""Seconds of rank_timeout above."""
+HEAD = "192.0.2.1"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@dataclass
+class Host:
+    """A network namespace with one interface, `eth0`."""
+
+    name: str
+    address: str
+    started: list[subprocess.Popen] = field(default_factory=list)
+
+    def start(self, *options: str, program: list[str]) -> subprocess.Popen:
+        """The launcher of this host, in a process group of its own."""
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "PET_LOCAL_ADDR": self.address,
+        }
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self.name, sys.executable, "-m", "launch.ranks", "--config_file",
+             "accelerate_configs/ddp_multi_node.yaml", "--num_machines", "2", "--num_processes", "4",
+             "--main_process_ip", HEAD, *options, "-m", *program],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def die(self) -> None:
+        """Lose all processes at once, as when the power goes."""
+        found = subprocess.run(["ip", "netns", "pids", self.name], check=True, capture_output=True, text=True)
+        for pid in found.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def link(self, state: str) -> None:
+        ip("-n", self.name, "link", "set", "eth0", state)
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    first, second = (Host(f"triderm-{os.getpid()}-{n}", f"192.0.2.{n}") for n in (1, 2))
+    try:
+        for host in (first, second):
+            ip("netns", "add", host.name)
+        ip("-n", first.name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second.name)
+        for host in (first, second):
+            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
+            ip("-n", host.name, "link", "set", "lo", "up")
+            host.link("up")
+        yield first, second
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here (they need root and iproute2): {error}")
+    finally:
+        for host in (first, second):
+            if host.started:
+                host.die()
+            subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def settings(packed, tmp_path_factory) -> list[str]:
+    file = tmp_path_factory.mktemp("settings") / "tiny.yaml"
+    file.write_text(SETTINGS)
+    return ["launch.train", "--config", str(file), f"data.shards={packed}"]
+
+
+@pytest.fixture(scope="module")
+def one_host(settings, tmp_path_factory) -> Path:
+    """The run of four ranks on one host that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("one-host")
+    launch(*settings, f"output={folder}", ranks=4, config="accelerate_configs/ddp.yaml")
+    return folder
+
+
+def losses(run: Path) -> np.ndarray:
+    """(steps, 2): step and loss."""
+    lines = read_metrics(run / "tri" / "fold-0" / "metrics.jsonl")
+    return np.array([(line["step"], line["loss"]) for line in lines if line["kind"] == "train"])
+
+
+def assert_same_but_for_sums(one: np.ndarray, other: np.ndarray) -> None:
+    """A resumed DDP starts with other buckets, so that its ring of four ranks adds in another order."""
+    assert np.array_equal(one[:, 0], other[:, 0])
+    assert np.abs(one[:, 1] - other[:, 1]).max() < 1e-6
+
+
+def wait_for(what: Callable[[], bool], *processes: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert all(process.poll() is None for process in processes), processes[0].stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ended(*processes: subprocess.Popen, seconds: float = 300) -> list[tuple[int, str]]:
+    """(exit status, output) of each."""
+    outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def static(host: int) -> list[str]:
+    return ["--machine_rank", str(host)]
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_losses_of_one(hosts, settings, one_host, tmp_path):
+    program = [*settings, f"output={tmp_path}"]
+    started = [host.start(*static(n), program=program) for n, host in enumerate(hosts)]
+    for status, output in ended(*started):
+        assert status == 0, output
+    assert "4 rank(s)" in output
+    assert len(losses(tmp_path)) == 24
+    assert np.array_equal(losses(tmp_path), losses(one_host))
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_is_told_in_time_and_the_run_goes_on(hosts, settings, one_host, tmp_path):
+    program = [*settings, f"output={tmp_path}"]
+    started = [host.start(*static(n), program=program) for n, host in enumerate(hosts)]
+    wait_for(lambda: len(losses(tmp_path)) >= 6, *started)
+    cut = time.monotonic()
+    hosts[1].link("down")
+    results = ended(*started)
+    assert time.monotonic() - cut < TIMEOUT + 30
+    for status, output in results:
+        told = [line for line in output.splitlines() if line.startswith("interrupted: ")]
+        assert status == 3 and len(told) == 2, output
+        assert all("lost touch with another rank" in line and "the same command goes on" in line for line in told)
+        assert "Traceback" not in output
+    before = len(losses(tmp_path))
+    assert 6 <= before < 24
+    hosts[1].link("up")
+    for status, output in ended(*(host.start(*static(n), program=program) for n, host in enumerate(hosts))):
+        assert status == 0, output
+    assert_same_but_for_sums(losses(tmp_path), losses(one_host))
+
+
+@pytest.mark.slow
+def test_a_host_that_dies_is_replaced_and_the_run_goes_on(hosts, settings, one_host, tmp_path):
+    program = [*settings, f"output={tmp_path}"]
+    elastic = ["--rdzv_backend", "c10d", "--max_restarts", "3"]
+    first, second = (host.start(*elastic, program=program) for host in hosts)
+    wait_for(lambda: len(losses(tmp_path)) >= 6, first, second)
+    hosts[1].die()
+    replacement = hosts[1].start(*elastic, program=program)
+    for status, output in ended(first, replacement):
+        assert status == 0, output
+    assert_same_but_for_sums(losses(tmp_path), losses(one_host))
