@@ -88,8 +88,8 @@ class EpochPlan:
     def batches(self, rank: int, world: int, global_batch: int, start: int = 0) -> RankBatches:
         """The rank's part of the global batches from number `start` on.
 
-        Every part has global_batch / world rows; past the end of the order it starts again, marked not
-        valid. Raises ConfigError if the global batch does not split evenly.
+        Every part has global_batch / world rows; past the end of the order come lesions of the batch before,
+        marked not valid. Raises ConfigError if the global batch does not split evenly.
         """
         if global_batch % world:
             raise ConfigError(f"global_batch {global_batch} does not split over {world} ranks; choose a multiple")
@@ -151,7 +151,7 @@ class RankBatches:
         order, copies = self.plan.order, self.plan.copies
         for number in range(self.start, self.plan.num_batches(self.global_batch)):
             at = number * self.global_batch + self.rank * part + np.arange(part)
-            inside = at % len(order)  # other lesions, not one many times: batch norms see the padding
+            inside = self._inside(at)
             count = min(self.global_batch, len(order) - number * self.global_batch)
             yield PlannedBatch(number, order[inside], copies[inside], at < len(order), count)
 
@@ -160,9 +160,15 @@ class RankBatches:
         """Index rows that all ranks together will read, padding included, (n,) int64: remote shards are fetched in
         this order.
         """
-        order = self.plan.order
         end = self.plan.num_batches(self.global_batch) * self.global_batch
-        return np.take(order, np.arange(self.start * self.global_batch, end), mode="wrap")
+        return self.plan.order[self._inside(np.arange(self.start * self.global_batch, end))]
+
+    def _inside(self, at: np.ndarray) -> np.ndarray:
+        """Places in the order. Those past its end are filled with other lesions, not one many times, since batch norms
+        see them; with lesions of the batch before, since their shards are at hand.
+        """
+        number = len(self.plan.order)
+        return np.where(at < number, at, at - self.global_batch) % max(number, 1)
 
 
 def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:
