@@ -15,7 +15,7 @@ def launch(module_or_file: str, *arguments: str, ranks: int = 1, config: str | N
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     target = [module_or_file] if module_or_file.endswith(".py") else ["-m", module_or_file]
     if config:
-        start = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(ranks)]
+        start = ["-m", "launch.ranks", "--config_file", config, "--num_processes", str(ranks)]
     elif ranks > 1:
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     else:

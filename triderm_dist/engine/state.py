@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
@@ -52,8 +54,8 @@ def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
     network = unwrap(wrapped)
     if way(accelerator) != "deepspeed":
         return {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     parameters, result = dict(network.named_parameters()), {}
     for name, tensor in network.state_dict().items():
@@ -63,7 +65,7 @@ def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
         elif parameter.requires_grad:
             result[name] = whole(safe_get_full_fp32_param(parameter))
         else:
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 result[name] = whole(parameter).float().clone()
     return result
 
@@ -107,8 +109,6 @@ def load_optimizer(
 def _load_deepspeed(
     wrapped: nn.Module, optimizer: torch.optim.Optimizer, weights: Tensors, saved: Mapping[str, torch.Tensor]
 ) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     zero: Any = wrapped.optimizer
     device: Any = wrapped.device
     # ZeRO 3 lends its flat partitions to the optimiser for the time of a step only.
@@ -121,9 +121,23 @@ def _load_deepspeed(
     if steps and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
     for name, parameter in _trained(wrapped).items():
-        safe_set_full_fp32_param(parameter, weights[name].to(device, torch.float32))
+        _set_deepspeed(parameter, weights[name].to(device, torch.float32), None)
         for key in MOMENTS if steps else ():
-            safe_set_full_optimizer_state(parameter, saved[f"{key}/{name}"].to(device), key)
+            _set_deepspeed(parameter, saved[f"{key}/{name}"].to(device), key)
+
+
+def _set_deepspeed(parameter: Any, value: torch.Tensor, key: str | None) -> None:
+    """Write this rank's part of a parameter's fp32 master, or of a moment of it."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if hasattr(parameter, "ds_id"):  # ZeRO 3; DeepSpeed's own function fails where a part is padded
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+        parameter._z3_optimizer.set_local_hp_param(padded.narrow(0, size * dist.get_rank(), size), parameter, key)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
 
 
 def _trained(wrapped: nn.Module) -> dict[str, nn.Parameter]:

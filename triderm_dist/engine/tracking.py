@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError
 
 PROJECT = "triderm-dist"
@@ -20,7 +21,7 @@ class Tracker:
 
     Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, lesions_per_s, data_wait,
     memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step, macro_f1 (argmax), official}.
-    Opening at a step drops later records: a resumed run writes them again.
+    Opening at a step, `epoch` epochs of which are validated, drops later records: a resumed run writes them again.
 
     trackers: names that Accelerate knows, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow. settings: what a
     tracker shows beside the run, by dotted key. Raises ConfigError, on all ranks, for a tracker that is unknown or not
@@ -36,6 +37,7 @@ class Tracker:
         epochs: int,
         total_steps: int,
         step: int = 0,
+        epoch: int = 0,
         trackers: Sequence[str] = ("tensorboard",),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -44,8 +46,9 @@ class Tracker:
         if not active:
             return
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        before = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        kept = [line for line in before if line["kind"] != "validation" or line["epoch"] <= epoch]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._trackers = {kind: _started(kind, cls, name, folder, step, settings or {}) for kind, cls in kinds.items()}
 

@@ -93,7 +93,7 @@ def train(
     meter = Meter(state.step, plans.total_steps, config.global_batch, accelerator.device, compute)
     tracker = Tracker(
         name, folder, accelerator.is_main_process, epochs=config.epochs, total_steps=plans.total_steps, step=state.step,
-        trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
+        epoch=state.epoch, trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
     )  # fmt: skip
 
     def save() -> None:
@@ -134,8 +134,8 @@ def train(
                 if config.select == "last" or scores["macro_f1"] > state.best_score:
                     state.best_score, state.best_epoch = scores["macro_f1"], state.epoch
                     _keep_weights(accelerator, wrapped, folder, state)
-            save()
             tracker.log("validation", state.epoch, state.step, scores)
+            save()
             if on_validation:
                 on_validation(state.epoch, scores)
 

@@ -1,0 +1,72 @@
+"""Trainings one after the other, each in a fork of this process (which has paid for the imports), some of them killed.
+
+A job is {"config": FILE, "settings": [...], "kill": null or [EVENT, COUNT]}: SIGKILL at the COUNTth time that
+
+- "forward": the network is about to run, in training or validation;
+- "write": a file of a checkpoint is opened to be written;
+- "rename": a finished checkpoint is about to get its name;
+- "log": a line has been written to metrics.jsonl or another file was replaced.
+
+Prints a JSON list of how they ended: 0, or minus the signal.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import torch
+
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.shards import read_index
+from triderm_dist.engine.crossval import run_folds
+from triderm_dist.models.network import Network
+
+
+def arm(event: str, count: int) -> None:
+    """Kill this process at the COUNTth event; audit hooks see every file that Python opens or renames."""
+    left = count
+
+    def once() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "open" and event == "write" and ".part/" in str(arguments[0]) and arguments[1] != "r":
+            once()
+        elif name == "os.rename":
+            beside = str(arguments[0])
+            if event == ("rename" if "/checkpoints/" in beside and beside.endswith(".part") else "log"):
+                once()
+
+    if event == "forward":
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: once() if isinstance(module, Network) else None
+        )
+    else:
+        sys.addaudithook(hook)
+
+
+def train(job: dict) -> None:
+    if job.get("kill"):
+        arm(*job["kill"])
+    experiment = load(Experiment, job["config"], job["settings"])
+    run_folds(experiment, read_index(experiment.train_shards), list(experiment.models), [0])
+
+
+def main(jobs: str) -> None:
+    ends = []
+    for job in json.loads(jobs):
+        child = os.fork()
+        if child == 0:
+            train(job)
+            sys.stdout.flush()
+            os._exit(0)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print("\n" + json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

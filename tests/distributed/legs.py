@@ -1,0 +1,38 @@
+"""Trainings one after the other on however many ranks were started, each from where its folder is; rank R writes how
+they ended to legs-R.json.
+
+A job is {"settings": [...], "stop": rank or null}: that rank asks itself to stop after the first epoch that ends here.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from triderm_dist.cli import Interrupted
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.shards import read_index
+from triderm_dist.engine.crossval import run_folds
+from triderm_dist.schema import InputError
+
+
+def main(output: str, jobs: str) -> None:
+    rank, ends = int(os.environ.get("RANK", "0")), []
+    for job in json.loads(jobs):
+        experiment = load(Experiment, job.get("config"), job["settings"])
+
+        def ask(epoch: int, scores: dict[str, float], who=job.get("stop")) -> None:
+            if who == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            run_folds(experiment, read_index(experiment.train_shards), list(experiment.models), [0], ask)
+            ends.append("done")
+        except (Interrupted, InputError) as error:
+            ends.append(f"{type(error).__name__}: {error}")
+        Path(output, f"legs-{rank}.json").write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
