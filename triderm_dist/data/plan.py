@@ -19,7 +19,7 @@ from triderm_dist.schema import DIAGNOSES, ConfigError
 
 @dataclass(frozen=True)
 class Samples:
-    """What a plan needs to know of its samples: index rows (N,), labels (N,) and shard numbers (N,), all int64."""
+    """What a plan needs to know of its samples: index rows (N,), labels (N,) and shard numbers (N,), all integers."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -33,16 +33,21 @@ class Samples:
 class Sampling:
     """How an epoch is ordered.
 
-    sequential: as they are. shuffle: each sample once. balanced: each sample of a diagnosis with share f of the samples
-    exactly max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power 1/2; the fractional
-    part is spread over the epochs by rotation, never by chance. `window` samples are shuffled together, in shuffled
-    order of the shards, so that reads stay near-sequential; None shuffles everything.
+    sequential: as they are. shuffle: each sample once. balanced: each sample of a diagnosis with share f of the
+    labelled samples exactly r = max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power
+    1/2: in any epoch floor(r) or floor(r) + 1 times, the fraction spread over the epochs by rotation, never by chance.
+    Samples without a label come once.
+
+    `window` samples are shuffled together, in shuffled order of the shards: a window is read from `window` samples'
+    worth of whole shards and two cut ones, so reads stay near-sequential; None shuffles everything. `last` says what
+    becomes of the samples that do not fill a global batch: padded with others, marked not valid, or dropped.
     """
 
     kind: Literal["sequential", "shuffle", "balanced"] = "shuffle"
     threshold: float = 0.1
     power: float = 0.5
     window: int | None = None
+    last: Literal["pad", "drop"] = "pad"
 
 
 @dataclass(frozen=True)
@@ -82,17 +87,25 @@ class EpochPlan:
         return len(self.samples) if self.sampling.kind != "balanced" else int(self._repeats.sum())
 
     def num_batches(self, global_batch: int) -> int:
-        """Global batches in the epoch; the last one may hold fewer lesions and is padded."""
-        return -(-len(self) // global_batch)
+        """Global batches in the epoch; the last one may hold fewer lesions and be padded.
+
+        Raises ConfigError where dropping the last one leaves none.
+        """
+        if self.sampling.last == "pad":
+            return -(-len(self) // global_batch)
+        if len(self) < global_batch:
+            raise ConfigError(
+                f"an epoch of {len(self)} lesions is dropped whole, since it does not fill a global batch of "
+                f"{global_batch}; choose a smaller global batch or last=pad"
+            )
+        return len(self) // global_batch
 
     def batches(self, rank: int, world: int, global_batch: int, start: int = 0) -> RankBatches:
         """The rank's part of the global batches from number `start` on.
 
-        Every part has global_batch / world rows; past the end of the order come lesions of the batch before,
-        marked not valid. Raises ConfigError if the global batch does not split evenly.
+        Every part has ceil(global_batch / world) rows, so that shapes are the same on all ranks and in all steps; rows
+        past the end of the global batch or of the order hold other lesions, marked not valid.
         """
-        if global_batch % world:
-            raise ConfigError(f"global_batch {global_batch} does not split over {world} ranks; choose a multiple")
         return RankBatches(self, rank, world, global_batch, start)
 
     @functools.cached_property
@@ -101,22 +114,45 @@ class EpochPlan:
         number = len(self.samples)
         if self.sampling.kind == "sequential":
             return np.arange(number), np.zeros(number, np.int64)
-        random = np.random.Generator(np.random.Philox(key=np.array([self.seed, self.epoch], np.uint64)))
-        repeats = self._repeats if self.sampling.kind == "balanced" else np.ones(number, np.int64)
-        positions = np.repeat(np.arange(number), repeats)
-        copies = np.arange(len(positions)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        # Each lesion draws one place on a circle and its copies stand at equal distances from there: never side by
-        # side.
-        places = (random.random(number)[positions] + copies / repeats[positions]) % 1.0
-        if self.sampling.window is None:
-            arranged = np.argsort(places, kind="stable")
-        else:
-            shard_rank = random.permutation(int(self.samples.shards.max(initial=0)) + 1)
-            by_shard = np.argsort(shard_rank[self.samples.shards[positions]], kind="stable")
-            window = np.empty(len(positions), np.int64)
-            window[by_shard] = np.arange(len(positions)) // self.sampling.window
-            arranged = np.lexsort((places, window))
-        return positions[arranged], copies[arranged]
+        random = _generator(self.seed, self.epoch)
+        # Each lesion draws one place on a circle of 2^64, and its copies stand at equal distances from there: never
+        # side by side.
+        places = random.integers(0, 2**64, number, np.uint64)
+        shards = self.samples.shards
+        if self.sampling.kind == "shuffle":
+            return self._sorted(places, shards, random), np.zeros(number, np.int32)
+        # First every lesion's own turn, then the further ones: few beside them.
+        repeated = np.flatnonzero(self._repeats > 1)
+        more = self._repeats[repeated] - 1
+        further = np.repeat(repeated, more)
+        copies = np.arange(1, len(further) + 1) - np.repeat(np.cumsum(more) - more, more)
+        steps = np.repeat(np.uint64(2**64 - 1) // (more + 1).astype(np.uint64), more)
+        places = np.concatenate([places, places[further] + copies.astype(np.uint64) * steps])
+        turns = self._sorted(places, np.concatenate([shards, shards[further]]), random)
+        numbers = np.concatenate([np.zeros(number, np.int32), copies.astype(np.int32)])[turns]
+        return np.concatenate([np.arange(number), further])[turns], numbers
+
+    def _sorted(self, places: np.ndarray, shards: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The order of turns by window, then place; (T,) int64.
+
+        Window, leading bits of the place and number of the turn share one 64-bit key: sorting keys is ten times faster
+        than sorting indices by them, and no two are equal, so the order is the same on every machine.
+        """
+        if not len(places):
+            return np.zeros(0, np.int64)
+        number_bits = np.uint64(int(len(places) - 1).bit_length())
+        keys = places
+        if self.sampling.window is not None:
+            windows = _windows(shards, self.sampling.window, random)
+            window_bits = np.uint64(int(windows.max()).bit_length())
+            keys >>= window_bits
+            keys |= windows << (np.uint64(64) - window_bits) if window_bits else np.uint64(0)
+        keys >>= number_bits
+        keys <<= number_bits
+        keys |= np.arange(len(keys), dtype=np.uint64)
+        keys.sort()
+        keys &= (np.uint64(1) << number_bits) - np.uint64(1)
+        return keys.view(np.int64)
 
     @functools.cached_property
     def _repeats(self) -> np.ndarray:
@@ -124,14 +160,14 @@ class EpochPlan:
         labels = self.samples.labels
         factors = repeat_factors(labels, self.sampling.threshold, self.sampling.power)
         repeats = np.ones(len(labels), np.int64)
-        for diagnosis in np.unique(labels[labels >= 0]):
+        for diagnosis in np.flatnonzero(factors > 1):
             members = np.flatnonzero(labels == diagnosis)
             whole = int(factors[diagnosis])
             repeats[members] = whole
             # The extra turns of all epochs form one endless round through the class, cut into epochs.
             extra = (factors[diagnosis] - whole) * len(members)
             turns = np.arange(int(self.epoch * extra), int((self.epoch + 1) * extra)) % len(members)
-            lot = np.random.Generator(np.random.Philox(key=np.array([self.seed, diagnosis], np.uint64)))
+            lot = _generator(self.seed, int(diagnosis))
             repeats[lot.permutation(members)[turns]] += 1
         return repeats
 
@@ -146,29 +182,47 @@ class RankBatches:
     global_batch: int
     start: int
 
+    @property
+    def part(self) -> int:
+        """Rows of every part."""
+        return -(-self.global_batch // self.world)
+
     def __iter__(self) -> Iterator[PlannedBatch]:
-        part = self.global_batch // self.world
         order, copies = self.plan.order, self.plan.copies
+        own = self.rank * self.part + np.arange(self.part)
         for number in range(self.start, self.plan.num_batches(self.global_batch)):
-            at = number * self.global_batch + self.rank * part + np.arange(part)
-            inside = self._inside(at)
+            at = number * self.global_batch + own
             count = min(self.global_batch, len(order) - number * self.global_batch)
-            yield PlannedBatch(number, order[inside], copies[inside], at < len(order), count)
+            inside = at % len(order)  # other lesions, not one many times: batch norms see the padding
+            yield PlannedBatch(number, order[inside], copies[inside], own < count, count)
 
     @property
     def ahead(self) -> np.ndarray:
         """Index rows that all ranks together will read, padding included, (n,) int64: remote shards are fetched in
         this order.
         """
-        end = self.plan.num_batches(self.global_batch) * self.global_batch
-        return self.plan.order[self._inside(np.arange(self.start * self.global_batch, end))]
+        order = self.plan.order
+        padding = self.part * self.world - self.global_batch
+        end = self.plan.num_batches(self.global_batch) * self.global_batch + padding
+        return np.take(order, np.arange(self.start * self.global_batch, end), mode="wrap")
 
-    def _inside(self, at: np.ndarray) -> np.ndarray:
-        """Places in the order. Those past its end are filled with other lesions, not one many times, since batch norms
-        see them; with lesions of the batch before, since their shards are at hand.
-        """
-        number = len(self.plan.order)
-        return np.where(at < number, at, at - self.global_batch) % max(number, 1)
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    """Philox (Salmon et al. 2011) with a key of its own for each pair."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)))
+
+
+def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:
+    """Window number of each turn, (T,) uint64: the shards in shuffled order, cut every `window` turns."""
+    held = np.bincount(shards)
+    shuffled = random.permutation(len(held))
+    begin = np.empty_like(held)
+    begin[shuffled] = np.cumsum(held[shuffled]) - held[shuffled]
+    by_shard = np.argsort(shards, kind="stable")  # next to no work: an index lists its shards in order
+    reading = np.empty(len(shards), np.int64)
+    reading[by_shard] = np.arange(len(shards))
+    reading += (begin - (np.cumsum(held) - held))[shards]
+    return (reading // window).astype(np.uint64)
 
 
 def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:

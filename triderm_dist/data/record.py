@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,29 +43,32 @@ def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def parse(key: str, record: Mapping[str, Any], class_text: str | None = None) -> Record:
-    """What the JSON of a sample says, by us or by others.
+def parse(key: str, record: bytes | None, label: bytes | None) -> Record:
+    """What a sample of a shard says, by us or by others: its key, its `.json` and its `.cls` member, None if absent.
 
     lesion_id: else the sample's key, without folders.  label or diagnosis: a name of `DIAGNOSES` in any case, or its
-    number; else `class_text`, the sample's `.cls` member.  group or patient_id: else the lesion itself.  concepts: a
-    mapping of names to scores; or cells MONET_*.  metadata: a mapping, or cells of the record itself, named as in
-    `METADATA_FIELDS` or in the challenge's table.  What is absent or null is missing.
+    number; else what `.cls` says.  group or patient_id: else the lesion itself.  concepts: a mapping of names to
+    scores; or cells MONET_*.  metadata: a mapping, or cells of the record itself, named as in `METADATA_FIELDS` or in
+    the challenge's table.  What is absent or null is missing.
     Raises ValueError saying what can't be understood.
     """
-    lesion_id = _text(record.get("lesion_id")) or key.rpartition("/")[2]
+    cells = json.loads(record) if record is not None else {}
+    if not isinstance(cells, dict):
+        raise ValueError(f"its JSON is a {type(cells).__name__}, not a mapping")
+    lesion_id = _text(cells.get("lesion_id")) or key.rpartition("/")[2]
     if not LESION_ID.fullmatch(lesion_id):
         raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash")
-    stated = next((record[name] for name in LABEL_KEYS if record.get(name) is not None), class_text)
-    metadata = _mapping(record, "metadata") or record
-    concepts = _mapping(record, "concepts") or {
+    diagnosis = next((text for name in LABEL_KEYS if (text := _text(cells.get(name)))), (label or b"").decode().strip())
+    metadata = _mapping(cells, "metadata") or cells
+    concepts = _mapping(cells, "concepts") or {
         name.removeprefix(CONCEPT_PREFIX): value
-        for name, value in {**metadata, **record}.items()
+        for name, value in {**metadata, **cells}.items()
         if name.startswith(CONCEPT_PREFIX)
     }
     return Record(
         lesion_id=lesion_id,
-        group=next((text for name in GROUP_KEYS if (text := _text(record.get(name)))), lesion_id),
-        label=UNLABELLED if stated is None else _label(_text(stated)),
+        group=next((text for name in GROUP_KEYS if (text := _text(cells.get(name)))), lesion_id),
+        label=_label(diagnosis) if diagnosis else UNLABELLED,
         concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
         metadata=tuple(
             parse_field(field, _text(metadata.get(field, metadata.get(COLUMN_OF_FIELD[field]))))

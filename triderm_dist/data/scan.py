@@ -6,7 +6,6 @@ them, in any order; a JPEG for each view by its extension; `.json` with what `re
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -175,7 +174,8 @@ def _check(sample: _Sample, extensions: Mapping[str, tuple[str, ...]], missing_v
             return file.read(place[1])
 
         try:
-            record = _record(sample, read)
+            texts = [read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")]
+            record = parse(sample.key, *texts)
         except ValueError as error:
             where = f"{sample.path}, sample {sample.key}"
             return _Checked(None, {}, 0, [Problem(sample.key.rpartition("/")[2], "record", where, str(error))])
@@ -200,14 +200,6 @@ def _check(sample: _Sample, extensions: Mapping[str, tuple[str, ...]], missing_v
         if not any(size for _, size in places.values()) and missing_view == "mark":
             problems.append(Problem(record.lesion_id, "missing photo", where, "no photo at all"))
         return _Checked(None if problems else record, places, turned, problems)
-
-
-def _record(sample: _Sample, read: Callable[[Member], bytes]) -> Record:
-    raw = json.loads(read(sample.members["json"])) if "json" in sample.members else {}
-    if not isinstance(raw, dict):
-        raise ValueError(f"its JSON is a {type(raw).__name__}, not a mapping")
-    text = read(sample.members["cls"]).decode() if "cls" in sample.members else None
-    return parse(sample.key, raw, text)
 
 
 def _absent(view: str, sample: _Sample, extensions: Mapping[str, tuple[str, ...]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.photos import PhotoError, check_photo
 from triderm_dist.data.problems import Problem
-from triderm_dist.data.record import Record, parse
+from triderm_dist.data.record import parse
 from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, file_sha256, read_photo_bytes, read_raw_index
 from triderm_dist.data.threads import cores, in_order
 from triderm_dist.schema import VIEWS, DataError
@@ -39,7 +38,7 @@ def _checksums(index: ShardIndex, workers: int) -> Iterator[Problem]:
     expected[index.folder / SAMPLES] = read_raw_index(index.folder / INDEX)["samples"]["sha256"]
     for path, actual in in_order(file_sha256, expected, workers):
         if actual != expected[path]:
-            what = f"checksum {actual[:16]}... is not the {expected[path][:16]}... of {INDEX}: damaged; copy or pack it again"
+            what = f"checksum {actual[:16]}... is not the {expected[path][:16]}... of {INDEX}: damaged; copy it again"
             yield Problem("", "checksum", str(path), what)
 
 
@@ -108,15 +107,9 @@ def _webdataset(path: str) -> Iterator[dict[str, Any]]:
 
 def _lesion_id(sample: dict[str, Any]) -> str:
     try:
-        return _record(sample).lesion_id
+        return parse(sample["__key__"], sample.get("json"), sample.get("cls")).lesion_id
     except ValueError:
         return str(sample["__key__"])
-
-
-def _record(sample: dict[str, Any]) -> Record:
-    class_member = sample.get("cls")
-    text = None if class_member is None else class_member.decode()
-    return parse(sample["__key__"], json.loads(sample.get("json", b"{}")), text)
 
 
 def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> None:
@@ -130,7 +123,7 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> None:
                 check_photo(data)
             except PhotoError as error:
                 raise PhotoError(f"the {view} photo does not decode ({error})") from None
-    record = _record(sample)
+    record = parse(sample["__key__"], sample.get("json"), sample.get("cls"))
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
         "label": record.label == index.labels[row],

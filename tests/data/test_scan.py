@@ -1,0 +1,202 @@
+"""Shards that others wrote: what is understood trains like ours, what is not is listed."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from tests.conftest import draw_photo
+from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.scan import index_shards
+from triderm_dist.data.shards import read_index, read_photo_bytes
+from triderm_dist.data.verify import verify
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, VIEWS, DataError
+
+Change = Callable[[dict[str, Any], int], Any]
+
+
+def photo(seed: int, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    draw_photo(seed).save(buffer, **{"format": "JPEG", "quality": 90, **options})
+    return buffer.getvalue()
+
+
+def write_foreign(
+    folder: Path, lesions: int = 8, shard_lesions: int = 3, change: Change = lambda sample, number: None
+) -> None:
+    """Shards as `webdataset` writes them: members in alphabetical order, long names in pax headers."""
+    folder.mkdir(exist_ok=True)
+    with webdataset.ShardWriter(str(folder / "part-%03d.tar"), maxcount=shard_lesions, verbose=0) as writer:
+        for number in range(lesions):
+            sample = {
+                "__key__": f"L{number}",
+                "clinical.jpg": photo(2 * number),
+                "dermoscopic.jpg": photo(2 * number + 1),
+                "json": {
+                    "label": DIAGNOSES[number % 11],
+                    "concepts": {"hair": number / 100, "scale": None},
+                    "metadata": {"age": 40, "sex": "Female", "site": "hand"},
+                },
+            }
+            change(sample, number)
+            writer.write(sample)
+
+
+def test_foreign_shards(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    index = index_shards(tmp_path / "theirs")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "theirs").glob("*.tar")} == before
+    assert index.lesion_ids.tolist() == [f"L{number}" for number in range(8)]
+    assert [shard.samples for shard in index.shards] == [3, 3, 2]
+    assert index.labels.tolist() == list(range(8)) and index.groups.tolist() == index.lesion_ids.tolist()
+    assert index.concepts == ("hair", "scale")
+    np.testing.assert_array_equal(index.concept_scores[:, 0], np.float32(np.arange(8) / 100))
+    assert np.isnan(index.concept_scores[:, 1]).all()
+    np.testing.assert_array_equal(index.metadata, np.tile(np.float32([40, 0, np.nan, 4]), (8, 1)))
+    for row in range(8):
+        for place, view in enumerate(VIEWS):
+            assert read_photo_bytes(index, row, view) == photo(2 * row + place)
+    assert verify(index, 2, 0) == []
+    assert index_shards(tmp_path / "theirs").fingerprint == index.fingerprint  # a second scan says the same
+
+
+def flat(sample: dict[str, Any], number: int) -> None:
+    """Folders in keys, other extensions, a record without nesting in the challenge's words, the label as .cls."""
+    sample["__key__"] = f"train/{'x' * 60}_{number}"
+    sample["derm.jpg"], sample["closeup.jpeg"] = sample.pop("dermoscopic.jpg"), sample.pop("clinical.jpg")
+    sample["json"] = {
+        "patient_id": f"P{number // 2}",
+        "age_approx": 35,
+        "sex": "male",
+        "skin_tone_class": 3.0,
+        "MONET_hair": 0.25,
+    }
+    sample["cls"] = str(number % 3).encode()
+
+
+def test_other_words(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=flat)
+    names = {"clinical": ("closeup.jpeg",), "dermoscopic": ("dermoscopic.jpg", "derm.jpg")}
+    index = index_shards(tmp_path / "theirs", extensions=names)
+    assert index.lesion_ids[7] == f"{'x' * 60}_7"
+    assert index.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert index.groups.tolist() == ["P0", "P0", "P1", "P1", "P2", "P2", "P3", "P3"]
+    assert index.concepts == ("hair",) and (index.concept_scores == 0.25).all()
+    np.testing.assert_array_equal(index.metadata[0], np.float32([35, 1, 3, np.nan]))
+    assert verify(index, 2, 0) == []
+
+
+def test_bare_photos_can_be_predicted(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=lambda sample, number: sample.pop("json"))
+    notes: list[str] = []
+    index = index_shards(tmp_path / "theirs", note=notes.append)
+    assert index.counts()["unlabelled"] == 8 and index.concepts == CONCEPTS
+    assert np.isnan(index.concept_scores).all() and np.isnan(index.metadata).all()
+    assert "no sample has concept scores" in notes[0] and "no sample has a label" in notes[1]
+    assert verify(index, 2, 0) == []
+
+
+def set_record(number: int, **cells: Any) -> Change:
+    return lambda sample, place: sample["json"].update(cells) if place == number else None
+
+
+def set_member(number: int, name: str, data: bytes | None) -> Change:
+    def change(sample: dict[str, Any], place: int) -> None:
+        if place == number:
+            sample.pop(name)
+            if data is not None:
+                sample[name] = data
+
+    return change
+
+
+BROKEN: dict[str, tuple[Change, str, str]] = {
+    "label": (set_record(4, label="SCC"), "record", "part-001.tar, sample L4: unknown diagnosis 'SCC'"),
+    "label number": (set_record(4, label=11), "record", "unknown diagnosis '11'"),
+    "score": (set_record(4, concepts={"hair": 2}), "record", "hair '2' is no score"),
+    "new concept": (set_record(4, concepts={"pus": 0.1}), "record", "lesion L4 has a concept 'pus' that the first"),
+    "concept list": (set_record(4, concepts=[1]), "record", "concepts is a list"),
+    "age": (set_record(4, metadata={"age": "old"}), "record", "age_approx 'old' is no age"),
+    "lesion id": (set_record(4, lesion_id="a b"), "record", "lesion_id 'a b' must have"),
+    "doubled": (set_record(4, lesion_id="L1"), "doubled lesion", "lesion L1 is there twice, first in .*part-000.tar"),
+    "json": (set_member(4, "json", b"{"), "record", "part-001.tar, sample L4: "),
+    "json list": (set_member(4, "json", b"[]"), "record", "its JSON is a list"),
+    "no photo": (set_member(4, "clinical.jpg", None), "missing photo", "no clinical photo named .clinical.jpg among"),
+    "text": (set_member(4, "clinical.jpg", b"no photo"), "unreadable photo", "clinical.jpg: no JPEG start marker"),
+    "png": (set_member(4, "clinical.jpg", photo(0, format="PNG")), "unreadable photo", "no JPEG start marker"),
+    "cut": (set_member(4, "clinical.jpg", photo(0)[:-30]), "unreadable photo", "clinical.jpg: truncated"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_problems_are_listed(tmp_path: Path, name: str) -> None:
+    change, kind, message = BROKEN[name]
+    write_foreign(tmp_path / "theirs", change=change)
+    with pytest.raises(InvalidLesions, match=message) as caught:
+        index_shards(tmp_path / "theirs")
+    assert [problem.kind for problem in caught.value.problems] == [kind] and "\n" not in str(caught.value)
+    assert not list((tmp_path / "theirs").glob("[!p]*"))
+    index = index_shards(tmp_path / "theirs", invalid="drop")
+    assert len(index) == 7 and "L4" not in index.lesion_ids.tolist()
+    assert verify(index, 2, 0) == []
+
+
+def test_a_missing_view_can_be_marked(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=set_member(4, "clinical.jpg", None))
+    index = index_shards(tmp_path / "theirs", missing_view="mark")
+    assert (index.sizes == 0).sum() == 1 and index.sizes[4, 0] == 0
+    assert verify(index, 2, 0) == []
+
+
+def test_turned_photos_are_noted(tmp_path: Path) -> None:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    write_foreign(tmp_path / "theirs", change=set_member(4, "clinical.jpg", photo(0, exif=exif)))
+    notes: list[str] = []
+    index_shards(tmp_path / "theirs", note=notes.append)
+    assert notes == ["1 photos whose EXIF wants them turned; they train as they lie, packing would turn them"]
+
+
+def test_a_cut_tar(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "part-001.tar"
+    with tarfile.open(path) as tar:
+        last = [member for member in tar.getmembers() if member.name.startswith("L4.")][-1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + 5])
+    with pytest.raises(InvalidLesions, match=r"part-001.tar: not readable to its end.*L4.*is cut off"):
+        index_shards(tmp_path / "theirs")
+
+
+def test_folders_without_plain_tars(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        index_shards(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"no \*.tar here$"):
+        index_shards(tmp_path)
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a.tar.gz must be unpacked to a plain tar first"):
+        index_shards(tmp_path)
+
+
+def test_packed_folders_keep_their_index(make_challenge: Any, tmp_path: Path) -> None:
+    from triderm_dist.data.milk10k import read_challenge
+    from triderm_dist.data.pack import pack_shards
+
+    index = pack_shards(read_challenge(make_challenge(lesions=11).folder), tmp_path / "ours", short_side=None)
+    with pytest.raises(DataError, match="were packed here"):
+        index_shards(tmp_path / "ours")
+    # Without the index they are foreign shards like others, and say the same.
+    (tmp_path / "ours" / "index.json").unlink()
+    again = index_shards(tmp_path / "ours")
+    assert again.lesion_ids.tolist() == index.lesion_ids.tolist() and again.concepts == index.concepts
+    for name in ("labels", "offsets", "sizes", "concept_scores", "metadata"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
+    assert json.loads((tmp_path / "ours" / "index.json").read_text())["extensions"]
+    assert read_index(tmp_path / "ours", verify=True).fingerprint == again.fingerprint
