@@ -66,7 +66,7 @@ class DataConfig(Section):
         "refuse", description="a lesion with one photo: refuse it, or keep it with the view marked missing"
     )
     invalid: Literal["refuse", "drop"] = Field(
-        "refuse", description="an unreadable photo: refuse the folder, or drop the lesion and count it"
+        "refuse", description="lesions with a wrong row or unreadable photo: refuse the folder, or drop and count them"
     )
     verify: bool = Field(
         True, description="check the shards' checksums before work starts; those of a URL are checked on arrival anyway"
@@ -82,7 +82,12 @@ class SamplingConfig(Section):
         0.1, gt=0, le=1, description="balanced: diagnoses rarer than this share of the lesions are repeated"
     )
     power: float = Field(0.5, ge=0, le=1, description="balanced: repeat factor is (threshold / share) ** power")
-    window: int | None = Field(None, ge=1, description="samples in a shuffle window; null shuffles the whole epoch")
+    window: int | None = Field(
+        None, ge=1, description="lesions of a shuffle window, read from whole shards; null shuffles the whole epoch"
+    )
+    last: Literal["pad", "drop"] = Field(
+        "pad", description="lesions that do not fill the last global batch: padded with a mask, or dropped this epoch"
+    )
 
 
 class AugmentConfig(Section):
