@@ -37,6 +37,8 @@ def main() -> None:
     for name in HANDED_ON:
         signal.signal(getattr(signal, name), hand_on)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDED_ON))
+    # Else a launcher that replaces a lost one waits in vain for the address of rank 0, told in the first round only.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from accelerate.commands.launch import main as accelerate_launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

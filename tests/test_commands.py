@@ -40,8 +40,11 @@ BATCH_SCRIPTS = {
 
 
 def commands_in(path: Path) -> list[str]:
-    """The commands that a file's text shows, continued lines joined."""
-    lines = [re.sub(r"^[#\s]+", "", line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The commands that a file's text shows, of a shell script its comments; continued lines joined."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".sh":
+        lines = [line for line in lines if line.startswith("#")]
+    lines = [re.sub(r"^[#\s]+", "", line) for line in lines]
     text = re.sub(r"\\\n", "", "\n".join(lines))
     found = [match.strip().rstrip(")") for match in COMMAND.findall(text)]
     return [command for command in found if "..." not in command or command.endswith("--config ...")]

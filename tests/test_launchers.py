@@ -119,7 +119,7 @@ def test_kubernetes_files_agree_with_one_another():
     assert many["spec"]["completions"] == many["spec"]["parallelism"] == int(words[words.index("--num_machines") + 1])
     assert service["metadata"]["name"] == many["spec"]["template"]["spec"]["subdomain"] == name
     assert service["spec"]["selector"] == {"job-name": name}
-    assert words[words.index("--main_process_ip") + 1] == f"{name}-0.{name}"
+    assert words[words.index("--main_process_ip") + 1] == f"{name}-0.{name}.$(NAMESPACE).svc.cluster.local"
     assert words[words.index("--main_process_port") + 1] == str(service["spec"]["ports"][0]["port"])
 
 
