@@ -1,0 +1,158 @@
+"""The toolkit's side of `benchmarks.loader`, one way a process.
+
+python benchmarks/loader_ways.py WAY FOLDER BATCH WORKERS
+
+Its last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from triderm_dist.config import AugmentConfig
+from triderm_dist.data.augment import Draws
+from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, read_index
+
+CPU, HALF = torch.device("cpu"), (0.5,) * 3
+
+
+class HostPhotos(PhotoSource):
+    """Photos as they are handed to the device: uint8, both views, in the ring's buffers."""
+
+    def finish(
+        self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
+    ) -> list[torch.Tensor]:
+        self.give_back(views, device)
+        return views
+
+
+def plan_of(index: ShardIndex) -> EpochPlan:
+    return EpochPlan(Samples(np.arange(len(index)), index.labels, index.shard), Sampling("balanced"), 0, 0)
+
+
+def ours(folder: Path, batch: int, workers: int, source_class: type[PhotoSource] = HostPhotos) -> dict[str, float]:
+    index = read_index(folder)
+    source = source_class(index, 224, HALF, HALF)
+    batches = plan_of(index).batches(0, 1, batch)
+    steps = iter(Loader(index, source, batches, batch, CPU, augment=AugmentConfig(), workers=workers))
+    next(steps)
+    started, photos = time.perf_counter(), 0
+    for step in steps:
+        photos += 2 * len(step.rows)
+    return {"photos_s": photos / (time.perf_counter() - started)}
+
+
+def ours_finished(folder: Path, batch: int, workers: int) -> dict[str, float]:
+    return ours(folder, batch, workers, PhotoSource)
+
+
+def ceiling(folder: Path, workers: int, decoder: str) -> dict[str, float]:
+    """Both cores do nothing but decode bytes that lie in memory; each photo is dropped at once."""
+    index = read_index(folder)
+    source = HostPhotos(index, 224, HALF, HALF)
+    order = plan_of(index).order
+    photos = [source._bytes(int(row), view) for row in order for view in (0, 1)]
+    if decoder == "torchvision":
+        from torchvision.io import decode_jpeg
+
+        held = [torch.frombuffer(bytearray(photo), dtype=torch.uint8) for photo in photos]
+        work = decode_jpeg
+    else:
+        import simplejpeg
+
+        held, work = photos, lambda photo: simplejpeg.decode_jpeg(photo, "RGB")
+
+    def decode(part: list) -> None:
+        for photo in part:
+            work(photo)
+
+    with ThreadPoolExecutor(workers) as pool:
+        parts = [held[number::workers] for number in range(workers)]
+        list(pool.map(decode, [part[:50] for part in parts]))
+        started = time.perf_counter()
+        list(pool.map(decode, parts))
+        return {"photos_s": len(held) / (time.perf_counter() - started)}
+
+
+def start(folder: Path, batch: int, workers: int) -> dict[str, float]:
+    """Seconds from opening the index to the first batch, at the start and at 90% of an epoch; peak memory over
+    60 batches.
+    """
+    before = resident()
+    seconds = {}
+    for name, part in (("start_s", 0.0), ("resume_s", 0.9)):
+        started = time.perf_counter()
+        index = read_index(folder)
+        source = HostPhotos(index, 224, HALF, HALF)
+        plan = plan_of(index)
+        batches = plan.batches(0, 1, batch, start=int(part * plan.num_batches(batch)))
+        steps = iter(Loader(index, source, batches, batch, CPU, augment=AugmentConfig(), workers=workers))
+        next(steps)
+        seconds[name] = time.perf_counter() - started
+        for _, _ in zip(range(60), steps, strict=False):
+            pass
+        steps.close()  # type: ignore[attr-defined]
+        source.close()
+    return {**seconds, "mb": (resident(peak=True) - before) / 1e6}
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+
+def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
+    """An index of many lesions over the same shards: the rows again and again under new ids."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from triderm_dist.data.shards import file_sha256
+
+    output.mkdir()
+    raw = json.loads((folder / INDEX).read_text())
+    table = pq.read_table(folder / SAMPLES)
+    copies = -(-lesions // len(table))
+    parts = []
+    for copy in range(copies):
+        names = pa.array([f"{name}-{copy}" for name in table["lesion_id"].to_pylist()])
+        place = table.schema.get_field_index("lesion_id")
+        parts.append(table.set_column(place, table.schema.field(place), names))
+    pq.write_table(pa.concat_tables(parts), output / SAMPLES, row_group_size=1 << 17)
+    for shard in raw["shards"]:
+        shard["samples"] *= copies
+        os.link(folder / shard["url"], output / shard["url"])
+    raw["samples"] |= {
+        "rows": copies * len(table),
+        "bytes": (output / SAMPLES).stat().st_size,
+        "sha256": file_sha256(output / SAMPLES),
+    }
+    (output / INDEX).write_text(json.dumps(raw))
+    return {"lesions": copies * len(table)}
+
+
+def main(way: str, where: str, batch: str, workers: str, *more: str) -> None:
+    torch.set_num_threads(1)
+    folder = Path(where)
+    if way.startswith("ceiling_"):
+        result: dict = ceiling(folder, int(workers), way.removeprefix("ceiling_"))
+    elif way == "simulate":
+        result = simulate(folder, Path(more[0]), int(more[1]))
+    else:
+        result = {"ours": ours, "ours_finished": ours_finished, "start": start}[way](folder, int(batch), int(workers))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
