@@ -43,7 +43,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     folder, with_config = config.folder, ["--config", str(settings)]
     data = config.data
     packing = data.model_dump(mode="json", exclude={"workers", "prefetch", "verify", "remote"})
-    accelerate = ["accelerate.commands.launch", "--config_file", config.launcher, "-m"] if config.launcher else []
+    accelerate = ["launch.ranks", "--config_file", config.launcher, "-m"] if config.launcher else []
     network = ["python", "-m", *accelerate]
     models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(config.data.folds)]
