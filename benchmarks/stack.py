@@ -71,8 +71,8 @@ def main(settings: Settings) -> None:
 def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows, width) float32 columns as a stacker meets them, and the labels.
 
-    First three networks' log-probabilities (33 columns, related errors), then features: a tenth of them know a little,
-    the others nothing. Some are missing.
+    First three networks' log-probabilities (33 columns, related errors), then features: a tenth of them know a little
+    (all together as much at any width), the others nothing. Some are missing.
     """
     generator = np.random.default_rng(seed)
     labels = generator.choice(C, rows, p=SHARE)
@@ -84,7 +84,7 @@ def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     ]  # fmt: skip
     rest = width - 3 * C
     told = np.random.default_rng(99).normal(size=(C, rest)) * (np.arange(rest) % 10 == 0)  # the same for every seed
-    features = 0.5 * told[labels] + generator.normal(size=(rows, rest))
+    features = 0.5 * np.sqrt(27 / rest) * told[labels] + generator.normal(size=(rows, rest))
     features[generator.random(features.shape) < 0.01] = np.nan
     return np.concatenate([*blocks, features], axis=1).astype(np.float32), labels
 

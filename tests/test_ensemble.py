@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.oof_table import MODELS, folds_of, labels_of, write_run
-from triderm_dist import ensemble, final, metrics, oof, submission
+from triderm_dist import calibration, ensemble, final, metrics, oof, submission
 from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, load
 from triderm_dist.schema import DIAGNOSES, DataError
 
@@ -99,6 +99,32 @@ def test_lifted_probabilities_say_what_the_rule_decides(
         assert (decided.any(axis=1) == (table > 0)[:, possible].any(axis=1)).all()
         claims = table > cuts
         np.testing.assert_array_equal(decided[claims.any(axis=1)], claims[claims.any(axis=1)])
+    if rule == "nearest":
+        assert (decided.sum(axis=1) <= 1).all()
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.25])
+def test_the_nearest_diagnosis_under_adjusted_thresholds_is_the_argmax_of_adjusted_logits(tau: float) -> None:
+    labels = labels_of(300)
+    logits = np.random.default_rng(0).normal(scale=2, size=(300, C))
+    prior = calibration.class_prior(labels, C)
+    decided = ensemble.decide(
+        calibration.probabilities_of(logits, "softmax"), ensemble.adjusted_thresholds(labels, C, tau), "nearest"
+    )
+    np.testing.assert_array_equal(decided, metrics.argmax_decisions(calibration.adjust_logits(logits, prior, tau)))
+
+
+def test_logit_adjustment_is_chosen_where_it_is_right() -> None:
+    """Likelihoods beside a steep prior, few lesions: thresholds a diagnosis are noise, one tau is not."""
+    generator = np.random.default_rng(1)
+    labels = np.repeat(np.arange(C), [400, 60, 12, 12, 12, 12, 12, 12, 12, 12, 12])
+    prior = calibration.class_prior(labels, C)
+    logits = 3.0 * np.eye(C)[labels] + generator.normal(size=(len(labels), C)) + 1.0 * np.log(prior)
+    table = calibration.probabilities_of(logits, "softmax")
+    candidates = ensemble.fit_candidates({"m": table}, labels, np.arange(len(labels)) % 5, QUICK)
+    fitted = candidates["m"].ensemble
+    assert fitted.rule == "nearest" and fitted.tau is not None and fitted.shrinkage is None
+    np.testing.assert_array_equal(fitted.final([table]) > fitted.thresholds, fitted.decide([table]))
 
 
 def members_of(labels: np.ndarray, skills: list[float], seed: int = 0) -> list[np.ndarray]:
@@ -191,7 +217,7 @@ def test_an_ensemble_survives_its_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 2 members, here are 1"):
         loaded.decide(members_of(labels, [1.0]))
     (tmp_path / "ensemble.json").write_text('{"format": "triderm-ensemble", "version": 99}')
-    with pytest.raises(DataError, match="version 1"):
+    with pytest.raises(DataError, match="version 2"):
         ensemble.Ensemble.load(tmp_path / "ensemble.json")
 
 

@@ -12,7 +12,9 @@ PROGRAM_ROOMS = ("shards", "launch", "tune")
 PROGRAMS = [path for room in PROGRAM_ROOMS for path in sorted((ROOT / room).glob("*.py")) if path.stem != "__init__"]
 # Each room may import those before it; data and models stand side by side, and so do losses, optim and metrics.
 FLOORS = [("schema", "files"), ("config",), ("cli", "stages"), ("data", "models"), ("losses", "optim", "metrics")]
-AFTER_TRAINING = ("oof", "calibration", "columns", "stacking", "ensemble", "final", "submission", "predict", "report")
+AFTER_TRAINING = (
+    "oof", "calibration", "align", "columns", "stacking", "ensemble", "final", "submission", "predict", "report",
+)  # fmt: skip
 
 
 def imports_of(path: Path) -> set[str]:

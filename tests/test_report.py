@@ -65,7 +65,7 @@ def test_the_page_is_self_contained_and_says_the_score(run: Path) -> None:
     assert f"{score['low']:.3f} to {score['high']:.3f}" in page.text
     assert not re.search(r"(src|href)=\"?https?:", html) and "<script" not in html
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == len(list((run / "report").glob("*.png"))) == 6
+    assert len(pictures) == len(list((run / "report").glob("*.png"))) == 8
     for attributes in pictures:
         assert (attributes["src"] or "").startswith("data:image/png;base64,")
         assert len(attributes["alt"] or "") > 30
@@ -157,5 +157,21 @@ def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path
              "--dump-dom", probed.as_uri()],
             capture_output=True, text=True, timeout=90, check=True,
         )  # fmt: skip
-        assert "<title>shown=true fits=true images=6</title>" in done.stdout
+        assert "<title>shown=true fits=true images=8</title>" in done.stdout
         assert "CONSOLE" not in done.stderr
+
+
+def test_swapped_labels_are_found_as_likely_mislabelled(run: Path) -> None:
+    """Confident lesions get another one's label: they lead the list, with what they look like."""
+    content = Content(run)
+    sure = np.flatnonzero((content.rows.labels == DIAGNOSES.index("NV")) & content.rows.decisions[:, 8])[:6]
+    for name in content.networks:
+        content.table.logits[name][sure] = 9.0 * np.eye(len(DIAGNOSES))[8]
+    content.rows.probabilities[sure] = 0.9 * np.eye(len(DIAGNOSES))[8] + 0.01
+    labels = content.rows.labels.copy()
+    labels[sure] = DIAGNOSES.index("MEL")
+    content.rows = replace(content.rows, labels=labels)
+    found = content.mislabelled
+    assert {hard.lesion_id for hard in found[:6]} == set(content.rows.lesion_ids[sure])
+    assert all((hard.label, hard.believed, hard.agree) == ("MEL", "NV", 2) for hard in found[:6])
+    assert len(found) < len(content.labels) / 4

@@ -188,7 +188,16 @@ def test_wide_columns_are_reduced_inside_the_fit(table: oof.OofTable, tmp_path: 
 
     def fit_wide(values: np.ndarray) -> stacking.Stacker:
         return stacking.fit_stacker(
-            values, table.labels, table.groups, names, table.diagnoses, config, rows=rows, rounds=5, wide=40
+            values,
+            table.labels,
+            table.groups,
+            names,
+            table.diagnoses,
+            config,
+            rows=rows,
+            rounds=5,
+            extra="tower",
+            wide=40,
         )
 
     stacker = fit_wide(both)

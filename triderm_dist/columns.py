@@ -51,6 +51,42 @@ def stack_features(table: OofTable, models: Sequence[str] | None = None) -> tupl
     )
 
 
+def embeddings_path(run_folder: Path, split: str) -> Path:
+    """Where launch.embed leaves those of a split, `train` or `test`."""
+    return run_folder / f"embeddings.{split}.parquet"
+
+
+def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, source: str) -> None:
+    """Write (N, E) embeddings of lesions by the tower `source`; whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
+    lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    table = pa.table({"lesion_id": pa.array(list(lesion_ids), pa.string()), "columns": lists})
+    with whole(path) as beside:
+        pq.write_table(table.replace_schema_metadata({b"tower": source}), beside, compression="zstd")
+
+
+def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str]:
+    """((N, E) float32 in the order of `lesion_ids`, tower). Raises DataError naming the file, or a lesion it lacks."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        place = {lesion: row for row, lesion in enumerate(table["lesion_id"].to_pylist())}
+        values = table["columns"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        source = (table.schema.metadata or {})[b"tower"].decode()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run launch.embed first") from None
+    except (OSError, pa.ArrowException, KeyError):
+        raise DataError(f"{path}: not a file of embeddings; run launch.embed again") from None
+    if absent := [lesion for lesion in lesion_ids if lesion not in place]:
+        raise DataError(f"{path}: has no lesion {absent[0]}; run launch.embed again")
+    return np.asarray(values[[place[lesion] for lesion in lesion_ids]], np.float32), source
+
+
 class ColumnFile:
     """(N, F) float32 columns in a parquet file, read batch by batch: what does not fit in memory."""
 

@@ -12,28 +12,38 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from triderm_dist import metrics
+from triderm_dist import calibration, metrics
 from triderm_dist.config import EnsembleConfig
 from triderm_dist.files import write_json
 from triderm_dist.schema import DIAGNOSES, DataError
 
-Rule = Literal["any", "at_least_one"]
-RULES: tuple[Rule, ...] = ("any", "at_least_one")
-"""any: each diagnosis above its threshold. at_least_one: where none is, also the one that comes nearest, by p/t."""
+Rule = Literal["any", "at_least_one", "nearest"]
+RULES: tuple[Rule, ...] = ("any", "at_least_one", "nearest")
+"""any: each diagnosis above its threshold. at_least_one: where none is, also the one that comes nearest, by p/t.
+nearest: that one and no other, which with t = prior ** tau is the argmax of logits - tau * log(prior)."""
 
 SHRINKAGES: tuple[float, ...] = (0.0, 10.0, 30.0, 100.0)
 """What shrinkage=auto chooses from, in positives."""
+
+
+class Cut(NamedTuple):
+    """How decisions come about: rule, and the shrinkage of its fitted thresholds or the tau of logit adjustment."""
+
+    rule: Rule
+    shrinkage: float | None
+    tau: float | None = None
+
 
 MEAN, FITTED = "mean", "fitted"
 NEVER = 1.0
 """The threshold of a diagnosis that is never claimed."""
 
 FORMAT = "triderm-ensemble"
-VERSION = 1
+VERSION = 2
 
 _RESAMPLES = 20
 _EDGE = 1e-6
@@ -60,24 +70,36 @@ def guarded_thresholds(probabilities: np.ndarray, labels: np.ndarray, shrinkage:
     return _shrink(_averaged_thresholds(probabilities, labels, seed), labels, shrinkage)
 
 
+def adjusted_thresholds(labels: np.ndarray, classes: int, tau: float) -> np.ndarray:
+    """(C,) thresholds for the rule `nearest` that stand for logit adjustment with tau (Menon et al. 2021)."""
+    power = calibration.class_prior(labels, classes) ** tau
+    present = np.isin(np.arange(classes), labels)
+    return np.where(present, 0.5 * power / power.max(), NEVER)
+
+
 def decide(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.ndarray:
     """(N, C) bool decisions under one of `RULES`."""
     claimed = probabilities > thresholds
     if rule == "any":
         return claimed
+    if rule == "nearest":
+        return _nearest(probabilities, thresholds)
     return claimed | (_nearest(probabilities, thresholds) & ~claimed.any(axis=1, keepdims=True))
 
 
 def lift(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.ndarray:
     """(N, C) probabilities such that `lifted > thresholds` is `decide(probabilities, thresholds, rule)`.
 
-    Under at_least_one a row without a claim is scaled as a whole until its nearest diagnosis just passes.
+    Under at_least_one a row without a claim, under nearest every row, is scaled as a whole until its nearest diagnosis
+    just passes.
     """
     if rule == "any":
         return probabilities
     lifted = np.array(probabilities, np.float64)
     largest = _ratio(lifted, thresholds).max(axis=1, keepdims=True)
-    short = ~(lifted > thresholds).any(axis=1) & (largest[:, 0] > 0)
+    short = largest[:, 0] > 0
+    if rule == "at_least_one":
+        short &= ~(lifted > thresholds).any(axis=1)
     with np.errstate(over="ignore"):  # a row of denormal numbers
         scaled = np.minimum(lifted[short] / largest[short], thresholds)
     just_above = np.maximum(thresholds + _EDGE * (1 - thresholds), np.nextafter(thresholds, 2))
@@ -97,7 +119,8 @@ class Ensemble:
     weights: np.ndarray
     thresholds: np.ndarray
     rule: Rule = "any"
-    shrinkage: float = 0.0
+    shrinkage: float | None = 0.0
+    tau: float | None = None
     weighting: str = FITTED
     temperatures: np.ndarray = field(default_factory=lambda: np.empty(0))
     diagnoses: tuple[str, ...] = DIAGNOSES
@@ -128,6 +151,7 @@ class Ensemble:
             "diagnoses": self.diagnoses,
             "thresholds": self.thresholds.tolist(),
             "shrinkage": self.shrinkage,
+            "tau": self.tau,
             "rule": self.rule,
             **more,
         }
@@ -143,6 +167,7 @@ class Ensemble:
             thresholds=np.array(tree["thresholds"]),
             rule=tree["rule"],
             shrinkage=tree["shrinkage"],
+            tau=tree["tau"],
             weighting=tree["weighting"],
             temperatures=np.array(tree["temperatures"]),
             diagnoses=tuple(tree["diagnoses"]),
@@ -198,8 +223,9 @@ def fit_candidates(
 ) -> dict[str, Candidate]:
     """Every member alone by its name, their plain `mean` and the `fitted` weights, each with guarded thresholds.
 
-    Shrinkage and rule of each are those with the best macro F1 over `parts` (N,): thresholds (and weights) fitted
-    without a part, decisions judged on it. `mean` and `fitted` are there with two members or more.
+    The `Cut` of each (rule, shrinkage, or logit adjustment) is that with the best macro F1 over `parts` (N,):
+    thresholds (and weights) fitted without a part, decisions judged on it. `mean` and `fitted` are there with two
+    members or more.
     """
     tables = list(members.values())
     names = tuple(members)
@@ -214,15 +240,20 @@ def fit_candidates(
     every = np.ones(len(labels), bool)
     result = {}
     for way, weigh in ways.items():
-        shrinkage, rule, score = _choose_cut(stacked, weigh, labels, parts, config, seed)
+        cut, score = _choose_cut(stacked, weigh, labels, parts, config, seed)
         weights = weigh(every)
         combined = np.tensordot(weights, stacked, axes=1)
         ensemble = Ensemble(
             members=names,
             weights=weights,
-            thresholds=guarded_thresholds(combined, labels, shrinkage, seed),
-            rule=rule,
-            shrinkage=shrinkage,
+            thresholds=(
+                adjusted_thresholds(labels, combined.shape[1], cut.tau)
+                if cut.tau is not None
+                else guarded_thresholds(combined, labels, cut.shrinkage or 0.0, seed)
+            ),
+            rule=cut.rule,
+            shrinkage=cut.shrinkage,
+            tau=cut.tau,
             weighting=way,
             temperatures=np.ones(len(names)),
             diagnoses=tuple(diagnoses),
@@ -310,19 +341,26 @@ def _choose_cut(
     parts: np.ndarray,
     config: EnsembleConfig,
     seed: int,
-) -> tuple[float, Rule, float]:
-    """(shrinkage, rule, macro F1 over the parts) of the best pair."""
+) -> tuple[Cut, float]:
+    """The best cut and its macro F1 over the parts; of equal ones the first."""
     shrinkages = SHRINKAGES if config.shrinkage == "auto" else (float(config.shrinkage),)
-    tables = {(s, rule): np.zeros(stacked.shape[1:], bool) for s in shrinkages for rule in RULES}
+    cuts = [Cut(rule, shrinkage) for shrinkage in shrinkages for rule in RULES[:2]]
+    cuts += [Cut("nearest", None, tau) for tau in calibration.TAUS]
+    classes = stacked.shape[2]
+    tables = {cut: np.zeros((len(labels), classes), bool) for cut in cuts}
     for part in np.unique(parts):
         judge = parts == part
         combined = np.tensordot(weigh(~judge), stacked, axes=1)
         averaged = _averaged_thresholds(combined[~judge], labels[~judge], seed)
-        for (shrinkage, rule), table in tables.items():
-            table[judge] = decide(combined[judge], _shrink(averaged, labels[~judge], shrinkage), rule)
-    scores = {key: metrics.macro_f1(table, labels) for key, table in tables.items()}
-    best = max(scores, key=lambda key: scores[key])
-    return (*best, scores[best])
+        for cut, table in tables.items():
+            if cut.tau is not None:
+                thresholds = adjusted_thresholds(labels[~judge], classes, cut.tau)
+            else:
+                thresholds = _shrink(averaged, labels[~judge], cut.shrinkage or 0.0)
+            table[judge] = decide(combined[judge], thresholds, cut.rule)
+    scores = {cut: metrics.macro_f1(table, labels) for cut, table in tables.items()}
+    best = max(scores, key=lambda cut: scores[cut])
+    return best, scores[best]
 
 
 def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -1,26 +1,38 @@
 """After cross-validation: stacker, ensemble and honest scores from oof.parquet, and their use on a test set.
 
-Files in a run's folder: stack.ubj + stack.json (the stacker), ensemble.json (members, weights, thresholds, rule and
+Files in a run's folder: stack.ubj + stack.json (the stacker; with wide columns also stack.safetensors, and
+turns.safetensors for fused features), ensemble.json (members, weights, thresholds, rule and
 all scores), ensemble_oof.parquet (what the nested ensemble and stacker said about each lesion), oof_submission.csv (the
 nested decisions in the official format).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from triderm_dist import calibration, ensemble, metrics, oof, stacking, submission
-from triderm_dist.columns import BATCH, ColumnFile, Columns, column_names, stack_features
+from triderm_dist import align, calibration, ensemble, metrics, oof, stacking, submission
+from triderm_dist.columns import (
+    BATCH,
+    ColumnFile,
+    Columns,
+    column_names,
+    embeddings_path,
+    read_embeddings,
+    stack_features,
+)
 from triderm_dist.config import Experiment
 from triderm_dist.files import whole
 from triderm_dist.schema import DataError
 
 STACK_FILE = "stack.ubj"
+TURNS_FILE = "turns.safetensors"
 ENSEMBLE_FILE = "ensemble.json"
 OOF_FILE = "oof.parquet"
 NESTED_FILE = "ensemble_oof.parquet"
@@ -95,7 +107,8 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     }
     stack = stacker = None
     if config.stack.enabled:
-        stack, stacker = stacking.in_own_process(_fit_stack, table, models, config)
+        stack, stacker, tried = stacking.in_own_process(_fit_stack, run_folder, table, models, config)
+        notes += tried
 
     def members_without(fold: int) -> dict[str, np.ndarray]:
         members = {model: _probabilities(table, model, nested_temperatures[fold][model]) for model in models}
@@ -136,6 +149,16 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
             ),
         )
 
+    pairs = [
+        {
+            "first": first,
+            "second": second,
+            "difference": metrics.paired_difference(
+                nested.decisions[first], nested.decisions[second], labels, config.ensemble.bootstrap, seed
+            ).json(),
+        }
+        for first, second in combinations(members, 2)
+    ]
     ways = {way: {ensemble.MEAN: "plain mean", ensemble.FITTED: "fitted weights"}.get(way, way) for way in candidates}
     rows = [score(name, way) for way, name in ways.items()] + [score("ensemble", ensemble.CHOSEN)]
     if stacker is None:
@@ -159,6 +182,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
         lesions=len(table),
         folds=len(np.unique(folds)),
         scores={row.name: row.json() for row in rows},
+        pairs=pairs,
         picks={str(fold): pick for fold, pick in nested.picks.items()},
         device=stacker.device if stacker else None,
         rounds=stacker.rounds if stacker else None,
@@ -168,12 +192,14 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     return Fit(rows, final.weighting, notes, stacker.device if stacker else None, len(table))
 
 
-def predict_final(run_folder: Path, table: oof.OofTable) -> tuple[np.ndarray, np.ndarray]:
+def predict_final(
+    run_folder: Path, table: oof.OofTable, parts: Sequence[oof.Predictions] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
 
-    `table` is `oof.average_test` of every fold model's predictions; a diagnosis is claimed where its probability is
-    strictly above its threshold: hand both to `submission.write_submission`. Raises DataError where stack.ubj or
-    ensemble.json is missing or wants a model that the table has not.
+    `table` is `oof.average_test` of every fold model's predictions, `parts` are these themselves; a diagnosis is
+    claimed where its probability is strictly above its threshold: hand both to `submission.write_submission`. Raises
+    DataError where stack.ubj or ensemble.json is missing or wants a model that the table has not.
     """
     run_folder = Path(run_folder)
     fitted = ensemble.Ensemble.load(run_folder / ENSEMBLE_FILE)
@@ -190,13 +216,42 @@ def predict_final(run_folder: Path, table: oof.OofTable) -> tuple[np.ndarray, np
     for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
         if name == stacking.NAME:
             stacker = stacking.Stacker.load(run_folder / STACK_FILE)
-            features, names = stack_features(table, models)
-            if names != stacker.feature_names:
+            names = column_names(table, models)
+            if names != stacker.feature_names[: len(names)]:
                 raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set has")
-            members.append(stacker.predict(features))
+            members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
         else:
             members.append(_probabilities(table, name, temperature))
     return fitted.final(members), fitted.thresholds
+
+
+def stacker_columns(
+    run_folder: Path,
+    extra: str,
+    table: oof.OofTable,
+    models: Sequence[str],
+    parts: Sequence[oof.Predictions] = (),
+) -> np.ndarray:
+    """(N, F) what a stacker reads about the lesions of an out-of-fold table, or of a test set with its `parts`.
+
+    extra: the block at the end of each row, one of `stack.extra`, or "" for none.
+    """
+    columns = stack_features(table, models)[0]
+    test = bool((table.folds == oof.NO_FOLD).all())
+    if extra == "embeddings":
+        block, tower = read_embeddings(embeddings_path(run_folder, "test" if test else "train"), table.lesion_ids)
+        if test and tower != (other := read_embeddings(embeddings_path(run_folder, "train"), np.empty(0))[1]):
+            raise DataError(f"{run_folder}: embeddings of the test set are by {tower}, of training by {other}")
+    elif extra == "features":
+        turns = align.load_turns(run_folder / TURNS_FILE)
+        block = (
+            align.turned_mean(parts, table.lesion_ids, models, turns)
+            if test
+            else align.turned_rows(table, models, turns)
+        )
+    else:
+        return columns
+    return np.concatenate([columns, block], axis=1)
 
 
 @dataclass(frozen=True)
@@ -253,16 +308,49 @@ def _write_nested(
 
 
 def _fit_stack(
-    table: oof.OofTable, models: tuple[str, ...], config: Experiment
-) -> tuple[stacking.NestedStack, stacking.Stacker]:
-    names = column_names(table, models)
-    rest = (names, table.diagnoses, config.stack, config.seed)
+    run_folder: Path, table: oof.OofTable, models: tuple[str, ...], config: Experiment
+) -> tuple[stacking.NestedStack, stacking.Stacker, list[str]]:
+    """The nested stack, the stacker of all rows, and what to tell about extra columns that were tried."""
+    names, notes = column_names(table, models), []
+    known, settings = (table.labels, table.groups), (config.stack, config.seed)
+
+    def nest(columns: Columns, extra: str = "") -> stacking.NestedStack:
+        wide = columns.shape[1] - len(names)
+        return stacking.nested_stack(
+            columns, *known, table.folds, names, table.diagnoses, *settings, extra=extra, wide=wide
+        )
+
     with TemporaryDirectory(prefix="triderm-columns-") as folder:
         columns = _columns(table, models, len(names), config.stack.memory_gb, Path(folder))
-        nested = stacking.nested_stack(columns, table.labels, table.groups, table.folds, *rest)
+        nested = nest(columns)
+        blocks: dict[str, Columns] = {"": columns}
+        if config.stack.extra:
+            if not isinstance(columns, np.ndarray):
+                raise DataError("stack.extra works in memory only: raise stack.memory_gb, or leave it out")
+            if "features" in config.stack.extra:
+                files = [path for model in models for path in sorted(run_folder.glob(f"{model}/fold-*/test.parquet"))]
+                align.save_turns(run_folder / TURNS_FILE, align.fit_turns([oof.read_predictions(f) for f in files]))
+            variants = {"": nested}
+            for extra in config.stack.extra:
+                blocks[extra] = stacker_columns(run_folder, extra, table, models)
+                variants[extra] = nest(blocks[extra], extra)
+            kept, nested, scores = stacking.keep_what_gains(variants, table.labels, table.folds)
+            told = ", ".join(f"{scores[extra]:.3f} with {extra}" for extra in config.stack.extra)
+            notes.append(
+                f"extra columns of the stacker, nested macro F1 by argmax: {scores['']:.3f} without, {told}; "
+                + (f"{kept} are kept" if kept else "none is kept")
+            )
+        else:
+            kept = ""
         # All rows leave none to stop on; the folds have shown how many rounds are good.
         rounds = int(np.median(list(nested.rounds.values())))
-        return nested, stacking.fit_stacker(columns, table.labels, table.groups, *rest, rounds=rounds)
+        wide = blocks[kept].shape[1] - len(names)
+        stacker = stacking.fit_stacker(
+            blocks[kept], *known, names, table.diagnoses, *settings, rounds=rounds, extra=kept, wide=wide
+        )
+    if kept != "features":
+        (run_folder / TURNS_FILE).unlink(missing_ok=True)
+    return nested, stacker, notes
 
 
 def _columns(table: oof.OofTable, models: tuple[str, ...], width: int, memory_gb: float, folder: Path) -> Columns:

@@ -21,8 +21,9 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
     Also leaves RUN/predictions.parquet: one row a lesion and model, the mean over folds and transforms. Raises
     DataError where the files do not hold the same lesions or the ensemble wants another model.
     """
-    table = oof.average_test([oof.read_predictions(path) for path in test_files])
-    probabilities, thresholds = predict_final(run_folder, table)
+    parts = [oof.read_predictions(path) for path in test_files]
+    table = oof.average_test(parts)
+    probabilities, thresholds = predict_final(run_folder, table, parts)
     oof.write_predictions(run_folder / "predictions.parquet", _as_rows(table), split=oof.TEST)
     path = run_folder / "submission.csv"
     ids = [str(name) for name in table.lesion_ids]

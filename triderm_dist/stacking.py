@@ -70,7 +70,8 @@ class Reduction:
 class Stacker:
     """A fitted booster. `model` is its UBJ, `rounds` its trees a diagnosis; `absent` diagnoses had no row.
 
-    feature_names: of the columns the trees see, after the reduction of the wide ones if there are any.
+    feature_names: of the columns the trees see, after the reduction of the wide ones if there are any. extra: what
+    those are, "" without.
     """
 
     model: bytes
@@ -80,6 +81,7 @@ class Stacker:
     rounds: int
     device: str
     gain: dict[str, float]
+    extra: str = ""
     reduction: Reduction | None = None
 
     @property
@@ -97,7 +99,7 @@ class Stacker:
         probabilities = np.empty((len(rows), len(self.diagnoses)))
         done = 0
         for indices, batch in batches_of(columns, rows):
-            scores = booster.inplace_predict(self._seen(batch), validate_features=False)
+            scores = booster.inplace_predict(self.seen(batch), validate_features=False)
             probabilities[done : done + len(indices)] = np.reshape(scores, (len(indices), -1))
             done += len(indices)
         probabilities[:, [name in self.absent for name in self.diagnoses]] = 0.0
@@ -111,7 +113,7 @@ class Stacker:
         """
         xgboost = _xgboost()
         booster = self._booster()
-        seen = self._seen(columns)
+        seen = self.seen(columns)
         try:
             values = booster.predict(xgboost.DMatrix(seen, missing=np.nan), pred_contribs=True, validate_features=False)
         except xgboost.core.XGBoostError:
@@ -122,7 +124,8 @@ class Stacker:
         threads = threads_for(1, 1)
         return _xgboost().Booster({"device": "cpu", "nthread": threads}, model_file=bytearray(self.model))
 
-    def _seen(self, columns: np.ndarray) -> np.ndarray:
+    def seen(self, columns: np.ndarray) -> np.ndarray:
+        """(n, F') float32: what the trees see of (n, F) columns."""
         if columns.shape[1] != self.width:
             raise DataError(f"the stacker takes {self.width} columns, here are {columns.shape[1]}")
         columns = np.asarray(columns, np.float32)
@@ -142,6 +145,7 @@ class Stacker:
             "rounds": self.rounds,
             "device": self.device,
             "gain": self.gain,
+            "extra": self.extra,
         }
         with whole(path) as beside:
             beside.write_bytes(self.model)
@@ -150,7 +154,7 @@ class Stacker:
 
             with whole(path.with_suffix(".safetensors")) as beside:
                 save_file({"mean": self.reduction.mean, "axes": self.reduction.axes}, beside)
-        write_json(path.with_suffix(".json"), side | {"reduced": self.reduction is not None})
+        write_json(path.with_suffix(".json"), side)
 
     @staticmethod
     def load(path: Path) -> Stacker:
@@ -166,7 +170,7 @@ class Stacker:
         if (side.get("format"), side.get("version")) != (FORMAT, VERSION):
             raise DataError(f"{side_path}: not {FORMAT} version {VERSION}; run launch.stack again")
         reduction = None
-        if side["reduced"]:
+        if side["extra"]:
             from safetensors import SafetensorError
             from safetensors.numpy import load_file
 
@@ -184,6 +188,7 @@ class Stacker:
             rounds=side["rounds"],
             device=side["device"],
             gain=side["gain"],
+            extra=side["extra"],
             reduction=reduction,
         )
 
@@ -213,15 +218,17 @@ def fit_stacker(
     seed: int = 0,
     rounds: int | None = None,
     rows: np.ndarray | None = None,
+    extra: str = "",
     wide: int = 0,
     side_by_side: int = 1,
 ) -> Stacker:
     """Fit on `rows` (ascending indices, None: all) of (N, F) columns and (N,) labels; these rows are labelled.
 
     With `rounds` None their number is found first: a booster on four fifths of the rows (whole groups, stratified)
-    stops when the other fifth no longer gains. The stacker itself is fitted on all of the rows. wide: how many columns
-    at the end are reduced to `config.components` first (in memory only). side_by_side: fits that share the cores.
-    feature_names are those of the F - wide other columns. Raises DataError where fewer than two diagnoses have rows.
+    stops when the other fifth no longer gains. The stacker itself is fitted on all of the rows. extra: the name of
+    the last `wide` columns, which are reduced to `config.components` first (in memory only). side_by_side: fits that
+    share the cores. feature_names are those of the F - wide other columns. Raises DataError where fewer than two
+    diagnoses have rows.
     """
     rows = np.arange(len(labels)) if rows is None else rows
     own, own_groups = labels[rows], groups[rows]
@@ -235,7 +242,7 @@ def fit_stacker(
         columns = columns[rows]
         reduction = Reduction.fit(columns, wide, config.components, seed)
         columns = reduction(columns)
-        names += [f"wide/{number:02d}" for number in range(len(reduction.axes))]
+        names += [f"{extra}/{number:02d}" for number in range(len(reduction.axes))]
         labels, rows = own, np.arange(len(rows))
     device = device_of(config)
     threads = threads_for(len(rows), columns.shape[1], side_by_side)
@@ -293,6 +300,7 @@ def fit_stacker(
         rounds=rounds,
         device=device,
         gain={name: float(value) for name, value in gain.items()},
+        extra=extra,
         reduction=reduction,
     )
 
@@ -306,6 +314,7 @@ def nested_stack(
     diagnoses: Sequence[str],
     config: StackConfig,
     seed: int = 0,
+    extra: str = "",
     wide: int = 0,
 ) -> NestedStack:
     """Out-of-fold stacker probabilities, and for each fold those that know nothing of it. All rows labelled.
@@ -330,8 +339,8 @@ def nested_stack(
 
     def fit(train: np.ndarray) -> Stacker:
         return fit_stacker(
-            columns, labels, groups, feature_names, diagnoses, config, seed, rows=np.flatnonzero(train), wide=wide,
-            side_by_side=at_once,
+            columns, labels, groups, feature_names, diagnoses, config, seed, rows=np.flatnonzero(train), extra=extra,
+            wide=wide, side_by_side=at_once,
         )  # fmt: skip
 
     with ThreadPoolExecutor(at_once) as pool:  # XGBoost lets go of the interpreter while it works

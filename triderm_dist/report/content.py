@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from triderm_dist import ensemble, final, metrics, oof
+from triderm_dist import ensemble, final, metrics, oof, stacking
 from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, DataError
 
 SMALL_SLICE = 100
 """A slice with fewer lesions is too small to tell."""
 
 FALLS_BEHIND = "falls behind"
+
+SHAP_LESIONS = 1000
+"""SHAP values are worked out for so many lesions at most."""
 
 LEAST_IN_SLICE = 5
 """A diagnosis counts in a slice, and outside it, from this many lesions on."""
@@ -67,7 +70,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Hard:
-    """A lesion whose diagnosis the ensemble finds least likely."""
+    """A lesion whose diagnosis the ensemble finds unlikely. agree: how many of the networks believe the same."""
 
     lesion_id: str
     label: str
@@ -75,6 +78,16 @@ class Hard:
     of_label: float
     of_believed: float
     claimed: str
+    agree: int
+
+
+@dataclass(frozen=True)
+class Shap:
+    """SHAP values of the stacker: (N, C, F) of N lesions, the values of their columns (N, F), and the F names."""
+
+    values: np.ndarray
+    columns: np.ndarray
+    names: tuple[str, ...]
 
 
 class Content:
@@ -179,6 +192,25 @@ class Content:
         return {name: value / whole for name, value in sorted(gain.items(), key=lambda item: -item[1])}
 
     @cached_property
+    def shap(self) -> Shap | None:
+        """Of the stacker that predicts the test set, on some of the lesions; None without a stacker, or for one of
+        multi-output trees.
+        """
+        path = self.folder / final.STACK_FILE
+        if not path.exists():
+            return None
+        stacker = stacking.Stacker.load(path)
+        rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:SHAP_LESIONS])
+        columns = final.stacker_columns(self.folder, stacker.extra, self.table.take(rows), self.networks)
+        values = stacker.contributions(columns)
+        return None if values is None else Shap(values, stacker.seen(columns), stacker.feature_names)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The members that are networks."""
+        return tuple(name for name in self.fitted.members if name != stacking.NAME)
+
+    @cached_property
     def slices(self) -> list[Slice]:
         result = []
         for field, values in self._slice_masks().items():
@@ -190,24 +222,46 @@ class Content:
     @cached_property
     def hardest(self) -> list[Hard]:
         """The 20 lesions whose diagnosis the ensemble gives the least of their total probability."""
-        share = self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
-        every = np.arange(len(self.labels))
-        of_label = share[every, self.labels]
-        hardest = []
-        for row in np.argsort(of_label, kind="stable")[:20]:
-            top = int(share[row].argmax())
-            claims = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
-            hardest.append(
-                Hard(
-                    lesion_id=str(self.rows.lesion_ids[row]),
-                    label=self.diagnoses[self.labels[row]],
-                    believed=self.diagnoses[top],
-                    of_label=float(of_label[row]),
-                    of_believed=float(share[row, top]),
-                    claimed=", ".join(claims) or "nothing",
-                )
-            )
-        return hardest
+        of_label = self._share[np.arange(len(self.labels)), self.labels]
+        return [self._hard(row, int(self._share[row].argmax())) for row in np.argsort(of_label, kind="stable")[:20]]
+
+    @cached_property
+    def mislabelled(self) -> list[Hard]:
+        """Lesions whose label is likely wrong, the likeliest first, by confident learning (Northcutt et al. 2021).
+
+        Another diagnosis is at least as probable as among its own lesions on average, the label less than among its
+        own, and every network by itself thinks that other one the likeliest. Ordered by how much the one outdoes the
+        other.
+        """
+        share, every = self._share, np.arange(len(self.labels))
+        present = np.isin(np.arange(len(self.diagnoses)), self.labels)
+        usual = np.full(len(self.diagnoses), np.inf)
+        usual[present] = [share[self.labels == label, label].mean() for label in np.flatnonzero(present)]
+        confident = np.where(share >= usual, share, 0.0)
+        confident[every, self.labels] = 0.0
+        believed, of_label = confident.argmax(axis=1), share[every, self.labels]
+        found = (confident.max(axis=1) > of_label) & (of_label < usual[self.labels])
+        for name in self.networks:
+            found &= self.table.logits[name].argmax(axis=1) == believed
+        margin = np.where(found, confident.max(axis=1) - of_label, -1.0)
+        return [self._hard(row, int(believed[row])) for row in np.argsort(-margin, kind="stable")[: found.sum()]]
+
+    @cached_property
+    def _share(self) -> np.ndarray:
+        """(N, C) the ensemble's probabilities as shares of their sum."""
+        return self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
+
+    def _hard(self, row: int, believed: int) -> Hard:
+        claims = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
+        return Hard(
+            lesion_id=str(self.rows.lesion_ids[row]),
+            label=self.diagnoses[self.labels[row]],
+            believed=self.diagnoses[believed],
+            of_label=float(self._share[row, self.labels[row]]),
+            of_believed=float(self._share[row, believed]),
+            claimed=", ".join(claims) or "nothing",
+            agree=sum(int(self.table.logits[name][row].argmax()) == believed for name in self.networks),
+        )
 
     def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
         metadata = dict(zip(METADATA_FIELDS, self.table.metadata.T, strict=True))

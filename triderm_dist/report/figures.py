@@ -12,6 +12,7 @@ from triderm_dist.report.content import Content
 
 INK, GREY, FAINT = "#22313f", "#6b7785", "#dfe4ea"
 BLUE, ORANGE = "#2f6690", "#d1782b"
+SHAP_COLOURS = "coolwarm"
 PALETTE = ("#2f6690", "#d1782b", "#3a8f6b", "#a2487e", "#7a6bb0", "#8c7a3d", "#4f9fc4", "#b04f4f")
 
 STYLE: Any = {
@@ -58,6 +59,8 @@ def draw(content: Content, folder: Path) -> dict[str, str]:
         "learning_curves": (_learning_curves, (9.0, 2.9 * max(1, len(content.curves))), bool(content.curves)),
         "weights": (_weights, (4.6, 0.9 + 0.42 * len(content.fitted.members)), len(content.fitted.members) > 1),
         "importance": (_importance, (7.6, 5.0), bool(content.importance)),
+        "shap": (_shap, (7.6, 6.0), content.shap is not None),
+        "shap_by_diagnosis": (_shap_by_diagnosis, (7.6, 6.4), content.shap is not None),
     }
     words = {}
     with pyplot.rc_context(STYLE):
@@ -201,3 +204,55 @@ def _importance(figure: Any, content: Content) -> str:
     axes.set_xlabel("share of the stacker's gain, percent")
     axes.grid(axis="y", visible=False)
     return "The 20 columns that the stacker gains most from, led by " + ", ".join(name for name, _ in top[:5]) + "."
+
+
+def _shap(figure: Any, content: Content) -> str:
+    """A dot a lesion: how much a column moved a diagnosis' score, coloured by the column's own value."""
+    shap = content.shap
+    assert shap is not None
+    mean = np.abs(shap.values).mean(axis=0)
+    pairs = [np.unravel_index(flat, mean.shape) for flat in np.argsort(-mean, axis=None, kind="stable")[:14]]
+    axes = figure.subplots()
+    generator = np.random.default_rng(0)
+    image = None
+    for row, (diagnosis, column) in enumerate(pairs):
+        moved, value = shap.values[:, diagnosis, column], shap.columns[:, column]
+        order = np.argsort(np.argsort(value, kind="stable"))  # ranks: outliers do not take all the colour
+        counts, edges = np.histogram(moved, 60)
+        crowd = counts[np.clip(np.searchsorted(edges, moved, side="right") - 1, 0, 59)] / max(counts.max(), 1)
+        height = row + 0.38 * crowd * generator.uniform(-1, 1, len(moved))
+        known = np.isfinite(value)
+        axes.scatter(moved[~known], height[~known], s=5, color=FAINT, linewidths=0, rasterized=True)
+        image = axes.scatter(
+            moved[known], height[known], s=5, c=order[known] / len(order), cmap=SHAP_COLOURS, vmin=0, vmax=1,
+            linewidths=0, rasterized=True,
+        )  # fmt: skip
+    names = [f"{shap.names[column]} → {content.diagnoses[diagnosis]}" for diagnosis, column in pairs]
+    axes.set_yticks(range(len(pairs)), names, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("SHAP value: change of the diagnosis' score (log odds before the softmax)")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1], shrink=0.5, aspect=18)
+    bar.ax.set_yticklabels(["low", "high"])
+    bar.set_label("value of the column", labelpad=-8)
+    bar.outline.set_visible(False)
+    return "SHAP values of the strongest pairs of column and diagnosis, led by " + ", ".join(names[:5]) + "."
+
+
+def _shap_by_diagnosis(figure: Any, content: Content) -> str:
+    shap = content.shap
+    assert shap is not None
+    mean = np.abs(shap.values).mean(axis=0).T
+    top = np.argsort(-mean.sum(axis=1), kind="stable")[:20]
+    axes = figure.subplots()
+    image = axes.imshow(mean[top], cmap="Blues", aspect="auto", vmin=0)
+    axes.grid(False)
+    axes.set_xticks(range(len(content.diagnoses)), content.diagnoses, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(top)), [shap.names[column] for column in top], fontsize=8.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=18, label="mean |SHAP value|")
+    bar.outline.set_visible(False)
+    lead = [f"{name} by {shap.names[int(mean[:, index].argmax())]}" for index, name in enumerate(content.diagnoses)]
+    return f"What moves each diagnosis most, by mean absolute SHAP value: {', '.join(lead)}."

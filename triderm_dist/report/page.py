@@ -11,9 +11,11 @@ import numpy as np
 
 from triderm_dist.files import write_text
 from triderm_dist.metrics import Interval
-from triderm_dist.report.content import FALLS_BEHIND, LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content
+from triderm_dist.report.content import FALLS_BEHIND, LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content, Hard
 from triderm_dist.report.figures import draw
 from triderm_dist.schema import DIAGNOSIS_NAMES
+
+MOST_MISLABELLED = 30
 
 FIELDS = {"skin_tone": "skin tone (0 very dark, 5 very light)", "sex": "sex", "age": "age", "site": "site"}
 
@@ -53,8 +55,8 @@ tr.group th { color: var(--grey); font-weight: 600; padding-top: 1.1rem; }
 .flag { color: var(--amber); font-weight: 600; }
 figure { margin: 1rem 0 1.5rem; }
 figure img { width: 100%; height: auto; display: block; }
-img.confusion { max-width: 46rem; } img.importance { max-width: 42rem; } img.reliability, img.weights {
-  max-width: 27rem; }
+img.confusion, img.shap_by_diagnosis { max-width: 46rem; } img.importance, img.shap { max-width: 42rem; }
+img.reliability, img.weights { max-width: 27rem; }
 pre { background: var(--soft); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .82rem;
   line-height: 1.45; }
 summary { cursor: pointer; color: var(--blue); }
@@ -62,6 +64,9 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 3rem; } .card .figure { font-size: 2.2rem; } .bar { width: 3.5rem; }
   th, td { padding: .4rem .45rem; }
+  /* Wide pictures keep a size at which their letters can be read, and scroll sideways. */
+  img.confusion, img.precision_recall, img.learning_curves, img.importance, img.shap, img.shap_by_diagnosis {
+    width: 38rem; max-width: none; }
 }
 @media print {
   body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
@@ -91,7 +96,8 @@ def _page(content: Content, words: dict[str, str], folder: Path) -> str:
             return ""
         data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         return (
-            f'<figure><img src="data:image/png;base64,{data}" class="{name}" alt="{escape(words[name])}">'
+            f'<figure><div class="wide" role="region" aria-label="{name.replace("_", " ")}" tabindex="0">'
+            f'<img src="data:image/png;base64,{data}" class="{name}" alt="{escape(words[name])}"></div>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 
@@ -187,13 +193,28 @@ def _ways(content: Content) -> str:
     notes = "".join(f"<li>{escape(note[0].upper() + note[1:])}.</li>" for note in content.about["notes"])
     return (
         "<h2>What each stage added</h2>"
-        + _table(header, rows)
+        + _table(header, rows, "Scores of members and ensemble")
         + '<p class="note">Macro F1. Cut at 0.5: nothing fitted. Argmax: only the likeliest diagnosis is claimed; with '
         "tau, after logit adjustment fitted on the other folds. Nested: thresholds, weights and stacker fitted "
         "on the other folds. "
         "Fitted: thresholds judged on the lesions they were fitted on, shown only to tell how much that flatters.</p>"
-        f"<ul>{notes}</ul>"
+        f"<ul>{notes}</ul>{_pairs(content)}"
     )
+
+
+def _pairs(content: Content) -> str:
+    """What members differ by, each pair on the same lesions."""
+    rows = []
+    for pair in content.about["pairs"]:
+        difference = Interval(**pair["difference"])
+        beyond = difference.low > 0 or difference.high < 0
+        said = '<span class="flag">beyond the noise</span>' if beyond else '<span class="quiet">within the noise</span>'
+        cells = [f"{difference.value:+.3f}", _signed(difference), said]
+        rows.append((f"{pair['first']} less {pair['second']}", cells, ""))
+    if not rows:
+        return ""
+    table = _table(("", "nested macro F1", "95% interval", ""), rows, "Differences between members")
+    return f"<details><summary>differences between members, on the same lesions</summary>{table}</details>"
 
 
 def _others(content: Content) -> str:
@@ -207,7 +228,7 @@ def _others(content: Content) -> str:
     rows += [(who, [own, official], "") for who, own, official in OTHERS]
     return (
         "<h2>Next to what others reached</h2>"
-        + _table(("", "own validation", "official test"), rows, long_names=True)
+        + _table(("", "own validation", "official test"), rows, "What others reached", long_names=True)
         + '<p class="note">What others say of themselves on MILK10k, macro F1, each on its own split or on the '
         "hidden test set: not the "
         "same lesions as here. Official scores fell 0.02 to 0.06 below validation; noise on the 479 test "
@@ -234,7 +255,7 @@ def _diagnoses(content: Content) -> str:
     header = ("", "lesions", "F1", "95% interval", "precision", "recall", "claimed", "threshold")
     return (
         "<h2>Each diagnosis</h2>"
-        + _table(header, rows, escaped=True, long_names=True)
+        + _table(header, rows, "Each diagnosis", escaped=True, long_names=True)
         + '<p class="note">Out of fold, nested. Thresholds: those of the final fit on all lesions, mapped onto '
         "0.5 in the submission. "
         "With few lesions the interval is what counts, not the figure.</p>"
@@ -255,9 +276,9 @@ def _slices(content: Content) -> str:
         kind = "flag" if part.warning == FALLS_BEHIND else "quiet"
         flag = f'<span class="{kind}">{part.warning}</span>' if part.warning else ""
         rows.append(
-            (escape(part.value.replace("_", " ")), [f"{part.lesions:,}", f1, around, behind, behind_range, flag], "")
+            (escape(part.value.replace("_", " ")), [f"{part.lesions:,}", flag, behind, behind_range, f1, around], "")
         )
-    header = ("", "lesions", "macro F1", "95% interval", "mean recall less the rest's", "95% interval", "")
+    header = ("", "lesions", "", "mean recall less the rest's", "95% interval", "macro F1", "95% interval")
     lagging = [
         f"{FIELDS[part.field].split(' (')[0]} {part.value}".replace("_", " ")
         for part in content.slices
@@ -272,7 +293,7 @@ def _slices(content: Content) -> str:
     return (
         "<h2>Who it works for</h2>"
         + said
-        + _table(header, rows, escaped=True)
+        + _table(header, rows, "Slices of the lesions", escaped=True)
         + f'<p class="note">Only diagnoses with at least {LEAST_IN_SLICE} lesions inside and outside a slice '
         f"count, so that macro F1 is "
         "not comparable between slices; the difference in mean recall is (the same diagnoses on both sides). "
@@ -282,20 +303,37 @@ def _slices(content: Content) -> str:
 
 
 def _hard(content: Content) -> str:
-    rows = [
-        (
-            escape(hard.lesion_id),
-            [hard.label, f"{100 * hard.of_label:.2f}%", hard.believed, f"{100 * hard.of_believed:.0f}%", hard.claimed],
-            "",
-        )
-        for hard in content.hardest
-    ]
-    header = ("lesion", "labelled", "its probability", "likeliest", "its probability", "claimed")
+    networks = len(content.networks)
+
+    def table(lesions: Sequence[Hard], believed: str, label: str) -> str:
+        rows = [
+            (
+                hard.lesion_id,
+                [hard.label, f"{100 * hard.of_label:.2f}%", hard.believed, f"{100 * hard.of_believed:.0f}%",
+                 f"{hard.agree} of {networks}", hard.claimed],
+                "",
+            )
+            for hard in lesions
+        ]  # fmt: skip
+        header = ("lesion", "labelled", "its probability", believed, "its probability", "networks agree", "claimed")
+        return _table(header, rows, label)
+
+    wrong, shown = content.mislabelled, content.mislabelled[:MOST_MISLABELLED]
+    count = f"{len(wrong):,} {_plural('lesion', len(wrong))} ({100 * len(wrong) / len(content.labels):.1f}%)"
+    likely = (
+        f"<p>{count} look to every network like another diagnosis, as surely as lesions of that one do on average, "
+        "and less like their own than its lesions do (confident learning). That is a reason to look at the photos "
+        "again, not a verdict: what the networks have not learnt shows up here as well.</p>"
+        f"<details><summary>the {len(shown)} likeliest</summary>"
+        f"{table(shown, 'looks like', 'Likely mislabelled lesions')}</details>"
+        if wrong
+        else "<p>None: no lesion looks like another diagnosis as surely as that one's own lesions do.</p>"
+    )
     return (
-        "<h2>Hardest lesions</h2><p>The diagnosis on file is what the ensemble thinks least likely. Where it is "
-        "sure of another one, "
-        "look at the photos again: the label may be wrong.</p>"
-        f"<details><summary>{len(rows)} lesions</summary>{_table(header, rows)}</details>"
+        f"<h2>Likely mislabelled</h2>{likely}<h2>Hardest lesions</h2><p>The diagnosis on file is what the ensemble "
+        "thinks least likely.</p>"
+        f"<details><summary>{len(content.hardest)} lesions</summary>"
+        f"{table(content.hardest, 'likeliest', 'Hardest lesions')}</details>"
     )
 
 
@@ -304,9 +342,13 @@ def _inside(content: Content, picture: Callable[[str, str], str]) -> str:
         "any": "A diagnosis is claimed where its probability is above its threshold.",
         "at_least_one": "A diagnosis is claimed where its probability is above its threshold; where none is, the one "
         "that comes nearest is claimed.",
+        "nearest": "The diagnosis that is largest in proportion to its threshold is claimed, and no other.",
     }[content.fitted.rule]
     shrinkage = (
-        f"Thresholds of rare diagnoses are pulled to a pooled cut with the weight of "
+        f"Thresholds are the share of each diagnosis to the power {content.fitted.tau:g}: logit adjustment, "
+        "logits − tau · log(prior)."
+        if content.fitted.tau is not None
+        else f"Thresholds of rare diagnoses are pulled to a pooled cut with the weight of "
         f"{content.fitted.shrinkage:g} positives."
         if content.fitted.shrinkage
         else "Thresholds are means over resampled lesions, not pulled to a pooled cut."
@@ -326,6 +368,12 @@ def _inside(content: Content, picture: Callable[[str, str], str]) -> str:
         f"({escape(temperatures)}).{stack}</p>"
         + picture("weights", "Share of each member in the mean of probabilities.")
         + picture("importance", "What the XGBoost stage builds on: total gain of its 20 strongest columns.")
+        + picture(
+            "shap",
+            "SHAP values of the XGBoost stage, a dot a lesion: right of the line the column spoke for the diagnosis, "
+            "left against it. Red: the column’s value is high, blue: low, grey: missing.",
+        )
+        + picture("shap_by_diagnosis", "How much each column moves each diagnosis, whichever way.")
     )
 
 
@@ -363,10 +411,13 @@ def _card(label: str, figure: str, below: str) -> str:
 def _table(
     header: Sequence[str],
     rows: Iterable[tuple[str, Sequence[str], str]],
+    label: str,
     escaped: bool = False,
     long_names: bool = False,
 ) -> str:
-    """Rows are (name, cells as HTML, class of the row); names are HTML where `escaped`."""
+    """Rows are (name, cells as HTML, class of the row); names are HTML where `escaped`. label: what a screen reader
+    calls it.
+    """
     head = "".join(f'<th scope="col">{title}</th>' for title in header)
     body = "".join(
         f"<tr{f' class={kind}' if kind else ''}>"
@@ -380,7 +431,8 @@ def _table(
         + "</tr>"
         for name, cells, kind in rows
     )
-    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    region = f'<div class="wide" role="region" aria-label="{escape(label)}" tabindex="0">'
+    return f"{region}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _number(value: float | None) -> str:
