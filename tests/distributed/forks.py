@@ -4,8 +4,8 @@ A job is {"config": FILE, "settings": [...], "kill": null or [EVENT, COUNT]}: SI
 
 - "forward": the network is about to run, in training or validation;
 - "write": a file of a checkpoint is opened to be written;
-- "rename": a finished checkpoint is about to get its name;
-- "log": a line has been written to metrics.jsonl or another file was replaced.
+- "rename": a file of a checkpoint, or the whole, is about to get its name;
+- "replace": another file is, such as weights, or metrics.jsonl at the start.
 
 Prints a JSON list of how they ended: 0, or minus the signal.
 """
@@ -15,10 +15,14 @@ import os
 import signal
 import sys
 
+import simplejpeg  # noqa: F401 - what every fork would import again
+import timm  # noqa: F401
 import torch
+import torch.utils.tensorboard
 
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards import read_index
+from triderm_dist.engine import trainer  # noqa: F401
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.models.network import Network
 
@@ -38,7 +42,7 @@ def arm(event: str, count: int) -> None:
             once()
         elif name == "os.rename":
             beside = str(arguments[0])
-            if event == ("rename" if "/checkpoints/" in beside and beside.endswith(".part") else "log"):
+            if event == ("rename" if "/checkpoints/" in beside else "replace"):
                 once()
 
     if event == "forward":

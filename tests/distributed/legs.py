@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from triderm_dist.cli import Interrupted
@@ -17,15 +18,16 @@ from triderm_dist.engine.crossval import run_folds
 from triderm_dist.schema import InputError
 
 
+def stop_here(asked: bool, epoch: int, scores: dict[str, float]) -> None:
+    if asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(output: str, jobs: str) -> None:
     rank, ends = int(os.environ.get("RANK", "0")), []
     for job in json.loads(jobs):
         experiment = load(Experiment, job.get("config"), job["settings"])
-
-        def ask(epoch: int, scores: dict[str, float], who=job.get("stop")) -> None:
-            if who == rank:
-                os.kill(os.getpid(), signal.SIGTERM)
-
+        ask = partial(stop_here, job.get("stop") == rank)
         try:
             run_folds(experiment, read_index(experiment.train_shards), list(experiment.models), [0], ask)
             ends.append("done")

@@ -82,7 +82,7 @@ def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: tor
         steps = [state["step"] for state in optimizer.state.values() if "step" in state]
         for name, parameter in _trained(wrapped).items() if steps else ():
             result |= {f"{key}/{name}": whole(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
-            result[f"step/{name}"] = torch.as_tensor(steps[0], dtype=torch.float32).cpu().reshape(())
+            result[f"step/{name}"] = torch.tensor(float(steps[0]))
         return result
     for name, parameter in _trained(wrapped).items():
         result |= {f"{key}/{name}": whole(value).clone() for key, value in optimizer.state[parameter].items()}

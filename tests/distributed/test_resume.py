@@ -1,0 +1,85 @@
+"""Killed at random moments, in a save too, and resumed: bit for bit the undisturbed run. And the golden losses."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compare_losses import ACROSS_MACHINES, largest_difference, losses
+from triderm_dist.engine.tracking import read_metrics
+
+from .conftest import ROOT, launch
+
+GOLDEN = ROOT / "tests" / "golden_losses"
+WORKER = str(ROOT / "tests" / "distributed" / "forks.py")
+SETTINGS = """
+data: {folds: 2}
+train:
+  global_batch: 16
+  micro_batch: 8
+  log_every: 1
+  save_every: 2
+  select: last
+  ema_decay: 0.9
+  trackers: []
+  sampling: {kind: shuffle}
+  augment: {token_variants: 1}
+  loss: {soft_f1_sums: previous}
+  optim: {lr: 1e-3, warmup_epochs: 1}
+models:
+  tri:
+    width: 16
+    heads: 2
+    dropout: 0.2
+    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32, frozen: true}
+"""
+MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 4}
+"""What a run is killed at, and up to which time of it: so soon that the last kill comes before the last epoch."""
+
+
+def records(folder: Path) -> list[dict]:
+    """All that a run logged but how fast it was."""
+    fast = {"lesions_per_s", "data_wait", "memory_gib", "seconds_left"}
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in fast} for line in lines]
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again(packed, tmp_path, kills):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(SETTINGS)
+    chance = random.Random(kills)
+    events = [*MOMENTS, *(chance.choice([*MOMENTS]) for _ in range(kills - len(MOMENTS)))]
+    moments = [None, *([event, chance.randint(1, MOMENTS[event])] for event in events), None]
+    shared = [f"train.epochs={kills}", f"data.shards={packed}", f"tokens={tmp_path / 'tokens'}"]
+    jobs = [
+        {"config": str(config), "settings": [*shared, f"output={tmp_path / name}"], "kill": kill}
+        for name, kill in zip(["alone", *["killed"] * (kills + 1)], moments, strict=True)
+    ]
+    done = launch(WORKER, json.dumps(jobs))
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * kills, 0]
+    alone, killed = (tmp_path / name / "tri" / "fold-0" for name in ("alone", "killed"))
+    assert len(records(alone)) == kills * 5  # four steps and a validation each epoch
+    assert records(killed) == records(alone)
+    weights = [json.loads((folder / "fold.json").read_text())["weights"] for folder in (alone, killed)]
+    assert weights[0] == weights[1]
+    assert not list(tmp_path.rglob("checkpoints/*.part"))
+
+
+def test_golden_losses(packed, tmp_path):
+    """A change that should leave the numbers alone does; for one that should not there is compare_losses keep=FILE."""
+    names = sorted(path.stem for path in GOLDEN.glob("*.yaml"))
+    jobs = [
+        {"config": str(GOLDEN / f"{name}.yaml"), "settings": [f"data.shards={packed}", f"output={tmp_path / name}"]}
+        for name in names
+    ]
+    launch(WORKER, json.dumps(jobs))
+    assert {path.stem for path in GOLDEN.glob("*.jsonl")} == set(names)
+    for name in names:
+        got, golden = losses(tmp_path / name / "golden" / "fold-0" / "metrics.jsonl"), losses(GOLDEN / f"{name}.jsonl")
+        difference, step = largest_difference(got, golden)
+        assert difference <= ACROSS_MACHINES, f"{name}, step {step}: {got.get(step)} instead of {golden.get(step)}"
+    # A loss that is off in the third digit would be seen.
+    assert largest_difference({**golden, 5: golden[5] * 1.003}, golden)[0] > ACROSS_MACHINES
