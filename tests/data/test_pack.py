@@ -1,0 +1,247 @@
+"""Packing that is killed goes on, and its bytes are those of a run that was not; what is wrong is listed whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Challenge
+from triderm_dist.data import pack
+from triderm_dist.data.milk10k import Dataset, read_challenge
+from triderm_dist.data.pack import pack_shards
+from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.shards import ShardIndex, read_index
+from triderm_dist.data.verify import verify
+from triderm_dist.schema import DataError
+
+Make = Callable[..., Challenge]
+
+
+def packed(dataset: Dataset, output: Path, **options: Any) -> ShardIndex:
+    return pack_shards(dataset, output, **{"short_side": 24, "shard_samples": 5, "workers": 2, **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def dataset(make_challenge: Make) -> Dataset:
+    return read_challenge(make_challenge(lesions=33).folder)
+
+
+class Stopped(BaseException):
+    """Like Ctrl-C."""
+
+
+def stop_at(lesions: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == lesions:
+            raise Stopped
+
+    return progress
+
+
+def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
+    """Pack; SIGKILL comes `pause` seconds after the progress was told `calls` times."""
+    left = iter(range(calls))
+
+    def progress(done: int, total: int) -> None:
+        if next(left, None) == calls - 1:
+            threading.Timer(pause, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    pack_shards(read_challenge(folder), output, short_side=100, shard_samples=4, workers=2, progress=progress)
+
+
+def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
+    """A process that packs is killed again and again; the last one ends, and its bytes are those of one run."""
+    challenge = make_challenge(lesions=100, size=(300, 220))
+    pack_shards(read_challenge(challenge.folder), tmp_path / "whole", short_side=100, shard_samples=4)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.data.test_pack"])
+    draw = random.Random(0)
+    kept = []
+    for _ in range(20):
+        calls, pause = draw.randrange(1, 45), draw.uniform(0, 0.02)
+        process = context.Process(
+            target=pack_and_die, args=(str(challenge.folder), str(tmp_path / "out"), calls, pause), daemon=True
+        )
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kept.append(len(list((tmp_path / "out.part").glob("rows/*.parquet"))))
+    assert len(kept) >= 3 and kept == sorted(kept) and len(set(kept)) >= 3
+    pack_shards(read_challenge(challenge.folder), tmp_path / "out", short_side=100, shard_samples=4)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("lesions", [1, 4, 5, 6, 17, 32, 33])
+def test_stopped_and_resumed(dataset: Dataset, tmp_path: Path, lesions: int) -> None:
+    """Finished shards are kept as they are, whatever the number of workers of either run."""
+    packed(dataset, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        packed(dataset, tmp_path / "out", progress=stop_at(lesions), workers=3)
+    assert not (tmp_path / "out").exists()
+    tars = tmp_path / "out.part" / "shards"
+    kept = 7 if lesions == 33 else lesions // 5
+    finished = {path: path.stat().st_mtime_ns for path in sorted(tars.glob("*.tar"))[:kept]}
+    seen: list[tuple[int, int]] = []
+    packed(dataset, tmp_path / "out", progress=lambda *now: seen.append(now), workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {path: (tmp_path / "out" / path.name).stat().st_mtime_ns for path in finished} == finished
+    assert seen[-1] == (33, 33) and len(seen) == kept + 33 - min(33, 5 * kept)
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_what_changed_is_packed_again(make_challenge: Make, tmp_path: Path) -> None:
+    """A photo replaced by another of the same size, a damaged tar: only finished work that still fits is kept."""
+    challenge = make_challenge(lesions=33)
+    dataset = read_challenge(challenge.folder)
+    with pytest.raises(Stopped):
+        packed(dataset, tmp_path / "out", progress=stop_at(26))
+    tars = sorted((tmp_path / "out.part" / "shards").glob("*.tar"))
+    index_of = {lesion.lesion_id: lesion for lesion in dataset.lesions}
+    first = pack._Packing(dataset, 24, 5, 1, None).slices[0][0]
+    photo = Path(str(index_of[first.lesion_id].images["clinical"]))
+    data = photo.read_bytes()
+    photo.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # another picture of the same length
+    tars[2].write_bytes(tars[2].read_bytes()[:-1] + b"x")
+    stamps = [path.stat().st_mtime_ns for path in tars]
+    packed(dataset, tmp_path / "out")
+    now = [(tmp_path / "out" / path.name).stat().st_mtime_ns for path in tars]
+    assert [a == b for a, b in zip(now, stamps, strict=True)][:5] == [False, True, False, True, True]
+    packed(read_challenge(challenge.folder), tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_stopped_at_the_last_step(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is there, what it was made from is not yet removed."""
+    monkeypatch.setattr(pack.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        packed(dataset, tmp_path / "out")
+    monkeypatch.undo()
+    assert (tmp_path / "out.part").exists()
+    packed(dataset, tmp_path / "out")
+    assert not (tmp_path / "out.part").exists()
+    assert verify(read_index(tmp_path / "out"), 2, 0) == []
+
+
+def test_other_settings_start_afresh(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        packed(dataset, tmp_path / "out", progress=stop_at(20))
+    packed(dataset, tmp_path / "out", short_side=20, shard_samples=12)
+    packed(dataset, tmp_path / "whole", short_side=20, shard_samples=12)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_one_process_at_a_time(dataset: Dataset, tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        if done == 1:
+            with pytest.raises(DataError, match=r"out.part: another process is packing here"):
+                packed(dataset, tmp_path / "out")
+
+    assert len(packed(dataset, tmp_path / "out", progress=second)) == 33
+
+
+def fill_disk(folder: str, output: str, answer: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        packed(read_challenge(folder), Path(output))
+    except DataError as error:
+        answer.put(str(error))
+
+
+def test_a_full_disk_is_one_line(make_challenge: Make, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for it: the same failing write. Afterwards the same call goes on."""
+    challenge = make_challenge(lesions=33)
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=fill_disk, args=(str(challenge.folder), str(tmp_path / "out"), answer))
+    process.start()
+    text = answer.get(timeout=60)
+    process.join()
+    assert "goes on where it stopped" in text and "\n" not in text and not (tmp_path / "out").exists()
+    assert len(packed(read_challenge(challenge.folder), tmp_path / "out")) == 33
+
+
+def test_every_problem_is_listed(make_challenge: Make, tmp_path: Path) -> None:
+    """Problems of the tables and of the photos, each with its lesion, kind and place; dropped ones are counted."""
+    challenge = make_challenge()
+    challenge.metadata[3].update(site="torso")
+    challenge.metadata[8].update(MONET_hair=7)
+    challenge.truth[6].update(AKIEC=1.0)
+    for row in (20, 21):
+        challenge.photo(row).write_bytes(b"no photo")
+    with pytest.raises(InvalidLesions, match=r"row 10: MONET_hair '7'.*3 problems in 3 of 22 lesions.*invalid=drop"):
+        read_challenge(challenge.write().folder)
+    dataset = read_challenge(challenge.folder, invalid="drop")
+    assert [problem.lesion_id for problem in dataset.problems] == ["IL_1028", "IL_1042", "IL_1007"]
+    with pytest.raises(InvalidLesions, match="3 problems"):
+        packed(dataset, tmp_path / "out")  # the caller has to say drop again
+    index = packed(dataset, tmp_path / "out", invalid="drop")
+    assert [problem.kind for problem in index.problems] == ["cell", "label", "cell", "unreadable photo"]
+    assert len(index) == 18 and not {"IL_1007", "IL_1028", "IL_1042", "IL_1070"} & set(index.lesion_ids)
+    raw = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert raw["dropped"] == {"cell": 2, "label": 1, "unreadable photo": 1}
+    assert read_index(tmp_path / "out").problems == index.problems
+
+
+def test_a_shard_whose_lesions_are_all_dropped(make_challenge: Make, tmp_path: Path) -> None:
+    challenge = make_challenge()
+    dataset = read_challenge(challenge.folder)
+    for lesion in pack._Packing(dataset, 24, 5, 1, None).slices[1]:
+        Path(str(lesion.images["dermoscopic"])).write_bytes(b"")
+    with pytest.raises(Stopped):
+        packed(dataset, tmp_path / "out", invalid="drop", progress=stop_at(17))
+    index = packed(dataset, tmp_path / "out", invalid="drop")
+    assert [shard.url[6:12] for shard in index.shards] == ["000000", "000002", "000003", "000004"]
+    assert index.shard.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 2
+    assert verify(index, 2, 0) == []
+
+
+def test_partly_labelled_and_unlabelled_sets(make_challenge: Make, tmp_path: Path) -> None:
+    challenge = make_challenge()
+    challenge.truth = challenge.truth[:15]
+    index = packed(read_challenge(challenge.write().folder), tmp_path / "partly")
+    assert index.counts()["unlabelled"] == 7 and verify(index, 2, 0) == []
+    unlabelled = make_challenge(prefix="MILK10k_Test", labelled=False, name="test")
+    index = packed(read_challenge(unlabelled.folder), tmp_path / "none")
+    assert index.counts()["unlabelled"] == 22 and verify(index, 2, 0) == []
+
+
+def test_memory_does_not_grow_with_the_set(make_challenge: Make, tmp_path: Path) -> None:
+    """Photos in memory at once: a few a worker, not the set's."""
+    import tracemalloc
+
+    challenge = make_challenge(lesions=120, size=(400, 300))
+    size = sum(path.stat().st_size for path in challenge.folder.rglob("*.jpg"))
+    dataset = read_challenge(challenge.folder)
+    packed(dataclasses.replace(dataset, lesions=dataset.lesions[:3]), tmp_path / "warm")
+    tracemalloc.start()
+    packed(dataset, tmp_path / "out", shard_samples=40, workers=2, short_side=None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size / 2 + 3e6, (peak, size)
+
+
+def test_index_stays_readable_when_its_folder_goes(dataset: Dataset, tmp_path: Path) -> None:
+    packed(dataset, tmp_path / "out")
+    index = read_index(tmp_path / "out")
+    os.rename(tmp_path / "out" / "samples.parquet", tmp_path / "away")
+    os.remove(tmp_path / "away")
+    assert len(index.lesion_ids) == len(index.concept_scores) == 33
