@@ -17,12 +17,13 @@ from triderm_dist.schema import InputError
 
 class DoctorRun(Experiment):
     ranks: int | None = Field(None, ge=1, description="processes to plan for; null takes the GPUs here, or one")
+    gpu_memory: float | None = Field(None, gt=0, description="GiB of the GPU to plan for; null takes the smallest here")
 
 
 def main(config: DoctorRun) -> None:
     from triderm_dist.doctor import examine, missing, print_findings
 
-    findings = examine(config, Path(__file__).parents[1], config.ranks)
+    findings = examine(config, Path(__file__).parents[1], config.ranks, config.gpu_memory)
     print_findings(findings)
     sys.stdout.flush()  # what is missing comes last, on the error stream
     if lacking := missing(findings):

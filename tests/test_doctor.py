@@ -14,6 +14,7 @@ from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.shards import INDEX
 from triderm_dist.doctor import GIB, Gpu, examine, missing, nccl_finding, suggest, tower_weights
+from triderm_dist.engine.footprint import of_model
 from triderm_dist.schema import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -171,3 +172,19 @@ def test_nothing_installed_is_no_crash(monkeypatch, tmp_path):
     assert {each.name for each in missing(sections)} >= {"training"}
     assert any("psutil" in each.advice for each in sections["machine"])
     assert any("without torch" in each.text for each in sections["experiment"])
+
+
+def test_a_step_that_does_not_fit_is_told_with_what_fits():
+    small = [*SMALL, "models.a.tower.image_size=64", "train.global_batch=64", "train.micro_batch=64"]
+    experiment = load(Experiment, None, small)
+
+    def memory(gpu: float) -> doctor.Finding:
+        findings = examine(experiment, ROOT, 1, gpu_memory=gpu)["experiment"]
+        return next(each for each in findings if each.name == "a: memory")
+
+    assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
+    need = of_model(experiment.models["a"], half=True)[0]
+    tight = memory((need.total(50) / GIB + doctor.CONTEXT) / doctor.USABLE)
+    assert tight.state == "note" and "more than a GPU" in tight.text
+    assert "train.micro_batch=32" in tight.advice
+    assert memory(1.0).advice.startswith("a larger GPU")

@@ -28,6 +28,8 @@ State = Literal["ok", "note", "missing"]
 GIB = 2**30
 LEAST_DISK = 5 * GIB
 """Below this, checkpoints and tokens of a run may not fit."""
+USABLE, CONTEXT = 0.92, 1.0
+"""Of a GPU's memory the share that an allocator fills before fragments stop it, and GiB that CUDA itself holds."""
 LEAST_SHARED_MEMORY = GIB
 """NCCL between the GPUs of one machine needs about this much of /dev/shm."""
 
@@ -52,9 +54,12 @@ class Gpu:
     capability: tuple[int, int]
 
 
-def examine(experiment: Experiment, clone: Path, ranks: int | None = None) -> dict[str, list[Finding]]:
+def examine(
+    experiment: Experiment, clone: Path, ranks: int | None = None, gpu_memory: float | None = None
+) -> dict[str, list[Finding]]:
     """All findings, by section. clone: the folder that holds launch/experiments and accelerate_configs. ranks: the
-    processes to plan for; None takes the machine's GPUs, or one.
+    processes to plan for; None takes the machine's GPUs, or one. gpu_memory: GiB of the GPU to plan for; None takes
+    the smallest here.
     """
     gpus = find_gpus()
     ranks = ranks or max(1, len(gpus))
@@ -64,7 +69,12 @@ def examine(experiment: Experiment, clone: Path, ranks: int | None = None) -> di
         "experiment": [
             finding
             for name, model in experiment.models.items()
-            for finding in (_precision(name, model), _split(name, model, ranks), _tower(name, model))
+            for finding in (
+                _precision(name, model),
+                _split(name, model, ranks),
+                _tower(name, model),
+                _step_memory(name, model, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)),
+            )
         ],
         "data": [_training_data(experiment), _test_data(experiment)],
         "suits this machine": suggest(gpus, clone),
@@ -300,6 +310,41 @@ def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
         text = f"global batch {batch} is no multiple of {ranks} ranks x micro-batch {micro}"
         return Finding(f"{name}: batch", text, "missing", advice)
     return Finding(f"{name}: batch", f"{batch} = {ranks} rank(s) x {micro} x {batch // (ranks * micro)} accumulated")
+
+
+def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | None) -> Finding:
+    """What a training step takes on each GPU by DDP, against `gpu_memory` GiB, or a PC's memory where that is None."""
+    title = f"{name}: memory"
+    if _import("torch") is None or _import("timm") is None:
+        return Finding(title, "not known without torch and timm")
+    from triderm_dist.engine.footprint import of_model
+
+    micro, train = model.train.micro_batch, model.train
+    half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and gpu_memory is not None)
+    try:
+        need, said = of_model(model, half)
+    except InputError as error:
+        return Finding(title, f"not estimated: {error}")
+    text = (
+        f"a step takes about {need.total(micro) / GIB:.1f} GiB at micro-batch {micro} on each rank "
+        f"(parameters and optimiser {(need.parameters + need.optimizer) / GIB:.1f}, {need.a_lesion / GIB:.3f} for each "
+        f"lesion{', ' if said else ''}{said})"
+    )
+    if gpu_memory is None:
+        return Finding(title, text)
+    usable = USABLE * gpu_memory - CONTEXT
+    fitting = _largest_micro(train.global_batch, ranks, need.largest(usable * GIB))
+    if need.total(micro) <= usable * GIB:
+        return Finding(title, f"{text}; micro-batches up to {fitting} fit into {gpu_memory:.0f} GiB")
+    ways = [f"train.micro_batch={fitting}"] if fitting else []
+    if not train.activation_checkpointing:
+        lean = of_model(
+            model.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": True})}), half
+        )[0]
+        if lean.total(micro) <= usable * GIB:
+            ways.append("train.activation_checkpointing=true")
+    advice = " or ".join(ways) or "a larger GPU, deepspeed_zero3.yaml or fsdp2.yaml on several, or a smaller tower"
+    return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB holds", "note", advice)
 
 
 def _largest_micro(batch: int, ranks: int, most: int) -> int | None:

@@ -94,14 +94,15 @@ def training_flops(network: Network) -> float:
     with FakeTensorMode() as mode, sdpa_kernel(SDPBackend.MATH), counter:
         tensors = [*network.named_parameters(), *network.named_buffers()]
         state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
-        inputs = _inputs(network, lesions)
+        inputs = example_inputs(network, lesions)
         outputs = torch.func.functional_call(network, state, inputs)
         torch.stack([logits.float().sum() for logits in outputs[:3]]).sum().backward()
     network.train(training)
     return counter.get_total_flops() / lesions
 
 
-def _inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
+def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
+    """What `network` takes for so many lesions, all zeros, on its device."""
     device = next(network.parameters()).device
     if network.holds_towers and network.towers:
         tower = next(iter(network.towers.values()))

@@ -191,7 +191,7 @@ def wrap(
     """
     for block in network.blocks():
         if activation_checkpointing:
-            block.forward = _checkpointed(block.forward)
+            block.forward = checkpointed(block.forward)
         if compile_blocks:
             block.compile(dynamic=False)  # shapes never change: the last batch is padded
     chosen = way(accelerator)
@@ -242,7 +242,7 @@ def _assert_wrapped(chosen: Way, network: Network, wrapped: nn.Module) -> None:
         )
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward`, recomputed in the backward pass. A plain function: the compiler skips a partial, silently."""
 
     def recomputed(*inputs: Any) -> Any:
