@@ -1,0 +1,313 @@
+"""Downloads from a real server on loopback that does everything wrong; archives that try to leave their folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from triderm_dist.cli import Interrupted
+from triderm_dist.data.download import download, fetch, read_checksums, unpack
+from triderm_dist.schema import DataError
+
+ROOT = Path(__file__).parents[2]
+DATA = bytes(range(256)) * 2000
+QUICK = {"attempts": 3, "timeout": 0.4, "pause": 0.01}
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; each request takes the next of `faults`, and none when they are used up."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {"/file": DATA}
+        self.faults: list[str] = []
+        self.headers: dict[str, str] = {}
+        self.asked: list[str | None] = []
+        self.tags = True
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.asked.append(self.headers.get("Range"))
+        fault = server.faults.pop(0) if server.faults else ""
+        data = server.files.get(self.path)
+        if data is None or fault.isdecimal():
+            self.send_error(int(fault) if fault else 404)
+            return
+        tag = f'"{hashlib.md5(data).hexdigest()}"'
+        start, wanted = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wanted and fault != "no ranges" and self.headers.get("If-Range", tag) == tag:
+            start = int(wanted[1])
+            if start >= len(data):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        else:
+            self.send_response(200)
+        if server.tags:
+            self.send_header("ETag", tag)
+        for name, value in server.headers.items():
+            self.send_header(name, value)
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(data) - start + (1000 if fault == "lies long" else 0)))
+        self.end_headers()
+        body = data[start:]
+        if fault in ("cut", "reset", "stall"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif fault == "stall":
+            threading.Event().wait(2)
+        elif fault != "cut":
+            self.wfile.write(body[:-1] + b"!" if fault == "wrong byte" else body)
+        self.close_connection = True
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("fault", ["", "cut", "reset", "stall", "503", "429", "lies long", "no ranges"])
+def test_faults_are_survived(server: Server, tmp_path: Path, fault: str) -> None:
+    server.faults = ["cut", fault, "cut", fault]
+    path = tmp_path / "sub" / "file"
+    assert fetch(f"{server.url}/file", path, **QUICK) == hashlib.sha256(DATA).hexdigest()
+    assert path.read_bytes() == DATA and [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+def test_only_what_is_missing_is_asked_for(server: Server, tmp_path: Path) -> None:
+    server.faults = ["cut", "503", "503", "503"]
+    with pytest.raises(Interrupted, match=r"503 Service Unavailable, 3 times in a row; 256000 bytes are kept"):
+        fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
+    server.asked.clear()
+    fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
+    assert server.asked == ["bytes=256000-"] and (tmp_path / "file").read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("other", "tags"),
+    [
+        (DATA[::-1], True),
+        *((other, tags) for other in (DATA[:100_000][::-1], DATA + b"more") for tags in (True, False)),
+    ],
+)
+def test_another_file_by_now_is_fetched_from_the_start(
+    server: Server, tmp_path: Path, other: bytes, tags: bool
+) -> None:
+    """Told by its entity tag or by its length."""
+    server.tags = tags
+    server.faults = ["cut", "503", "503", "503"]
+    with pytest.raises(Interrupted):
+        fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
+    server.files["/file"] = other
+    fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
+    assert (tmp_path / "file").read_bytes() == other
+
+
+def test_checksums_are_compared(server: Server, tmp_path: Path) -> None:
+    good = hashlib.sha256(DATA).hexdigest()
+    server.faults = ["wrong byte"]
+    with pytest.raises(DataError, match=rf"checksum \w+ is not the expected {good}; removed, run the command again"):
+        fetch(f"{server.url}/file", tmp_path / "file", sha256=good, **QUICK)
+    assert not list(tmp_path.iterdir())
+    fetch(f"{server.url}/file", tmp_path / "file", sha256=good, **QUICK)
+    # S3's entity tag is the content's MD5; other servers' may look like one and mean nothing.
+    server.faults = ["wrong byte", "wrong byte"]
+    fetch(f"{server.url}/file", tmp_path / "other", **QUICK)
+    server.headers = {"x-amz-request-id": "1"}
+    with pytest.raises(DataError, match="is not the expected"):
+        fetch(f"{server.url}/file", tmp_path / "third", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("path", "faults", "message"),
+    [
+        ("/absent", [], "the server answered 404 Not Found; check base_url="),
+        ("/file", ["403"], "the server answered 403 Forbidden"),
+        ("/file", ["no length"], "does not say how long the file is"),
+    ],
+)
+def test_hopeless_answers_end_at_once(
+    server: Server, tmp_path: Path, path: str, faults: list[str], message: str
+) -> None:
+    server.faults = faults
+    with pytest.raises(DataError, match=message) as caught:
+        fetch(server.url + path, tmp_path / "file", **QUICK)
+    assert len(server.asked) == 1 and "\n" not in str(caught.value)
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(Interrupted, match="Connection refused, 3 times in a row"):
+        fetch(f"http://127.0.0.1:{port}/file", tmp_path / "file", **QUICK)
+    with pytest.raises(DataError, match="no http or https address"):
+        download(tmp_path, ["x"], base_url="file:///etc")
+
+
+# --- unpacking -------------------------------------------------------------------------------------------------------
+
+
+def make_zip(
+    path: Path, members: dict[str, bytes], change: Callable[[zipfile.ZipInfo], Any] = lambda info: None
+) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            change(info)
+            file.writestr(info, data)
+    return path
+
+
+def link(info: zipfile.ZipInfo) -> None:
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+
+
+HOSTILE: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str]] = {
+    "parent": ({"../out.txt": b"x"}, lambda info: None, "would leave the folder"),
+    "deep parent": ({"a/b/../../../out.txt": b"x"}, lambda info: None, "would leave the folder"),
+    "absolute": ({"/tmp/out.txt": b"x"}, lambda info: None, "would leave the folder"),
+    "backslash": ({"..\\out.txt": b"x"}, lambda info: None, "would leave the folder"),
+    "drive": ({"C:out.txt": b"x"}, lambda info: None, "would leave the folder"),
+    "link": ({"out.txt": b"/etc/passwd"}, link, "a link or a special file"),
+    "bomb": ({"zeros": bytes(10**6)}, lambda info: None, "refused as a zip bomb"),
+    "large": ({f"{n}": bytes(range(256)) * 20 for n in range(9)}, lambda info: None, "more than max_gb allows"),
+    "two cases": ({"a.jpg": b"x", "A.jpg": b"y"}, lambda info: None, "there twice"),
+    "dot": ({".": b"x"}, lambda info: None, "would leave the folder"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_are_refused(tmp_path: Path, name: str) -> None:
+    members, change, message = HOSTILE[name]
+    (tmp_path / "in").mkdir()
+    archive = make_zip(tmp_path / "in" / "a.zip", {"good.jpg": b"good", **members}, change)
+    with pytest.raises(DataError, match=message) as caught:
+        unpack(archive, tmp_path / "in" / "a", 40_000)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.zip", "in"]
+
+
+def test_a_member_larger_than_it_says(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"x": b"0123456789" * 100})
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace(struct.pack("<I", 1000), struct.pack("<I", 10)))
+    with pytest.raises(DataError, match=r"zip bomb|not a sound zip"):
+        unpack(archive, tmp_path / "a", 10**6)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize("place", [40, 200, -30])
+def test_damaged_archives(tmp_path: Path, place: int) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"x/photo.jpg": bytes(range(256)) * 40})
+    data = bytearray(archive.read_bytes())
+    data[place] ^= 255
+    archive.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        unpack(archive, tmp_path / "a", 10**6)
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_nested_folder_is_taken_out(tmp_path: Path) -> None:
+    unpack(make_zip(tmp_path / "a.zip", {"a/": b"", "a/x.jpg": b"x", "a/b/y.jpg": b"y"}), tmp_path / "a", 10**6)
+    unpack(make_zip(tmp_path / "c.zip", {"x.jpg": b"x", "c/y.jpg": b"y"}), tmp_path / "c", 10**6)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jpg")}
+    assert files == {"a/x.jpg", "a/b/y.jpg", "c/x.jpg", "c/c/y.jpg"}
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def run(*settings: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shards.download", *settings]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Path) -> None:
+    """A whole folder comes over the wire with faults; the next run fetches nothing; it packs."""
+    from triderm_dist.data.milk10k import read_challenge
+
+    challenge = make_challenge(lesions=11)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for path in sorted((challenge.folder / "MILK10k_Training_Input").rglob("*.jpg")):
+            file.write(path, path.relative_to(challenge.folder))
+    server.files = {
+        "/m/MILK10k_Training_Metadata.csv": challenge.metadata_path.read_bytes(),
+        "/m/MILK10k_Training_GroundTruth.csv": challenge.truth_path.read_bytes(),
+        "/m/MILK10k_Training_Supplement.csv": b"isic_id\n",
+        "/m/MILK10k_Training_Input.zip": buffer.getvalue(),
+    }
+    server.faults = ["", "503", "cut"]
+    output = tmp_path / "got"
+    sums = tmp_path / "SHA256SUMS"
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    sums.write_text(f"{digest}  MILK10k_Training_Input.zip\n")
+    settings = (f"output={output}", "part=train", f"base_url={server.url}/m/", f"checksums={sums}")
+    first = run(*settings)
+    assert first.returncode == 0 and first.stderr == ""
+    assert f"MILK10k_Training_Input.zip: {len(buffer.getvalue()) / 1e6:.1f} MB, sha256 {digest}" in first.stdout
+    assert f"next: python -m shards.pack source={output}/MILK10k_Training_Metadata.csv" in first.stdout
+    assert json.loads((output / "downloads.json").read_text())["MILK10k_Training_Input.zip"]["sha256"] == digest
+    assert len(read_challenge(output).lesions) == 11 and not list(output.glob("*.zip"))
+    server.asked.clear()
+    assert run(*settings).returncode == 0 and server.asked == []
+
+    wrong = run(f"output={tmp_path / 'test'}", "part=test", f"base_url={server.url}/m")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert "MILK10k_Test_Metadata.csv: the server answered 404" in wrong.stderr
+    down = run(f"output={tmp_path / 'down'}", "base_url=http://127.0.0.1:9", "attempts=1")
+    assert down.returncode == 3 and down.stderr.startswith(
+        "interrupted: http://127.0.0.1:9/MILK10k_Training_Metadata.csv"
+    )
+
+
+def test_foreign_files_are_left_alone(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(DataError, match="exists, but was not fetched by this program"):
+        download(tmp_path, ["file"], base_url=server.url)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_checksum_files(tmp_path: Path) -> None:
+    path = tmp_path / "SUMS"
+    path.write_text(f"{'A' * 64} *dir/file.zip\n\n{'b' * 64}  other\n")
+    assert read_checksums(path) == {"file.zip": "a" * 64, "other": "b" * 64}
+    path.write_text("nonsense\n")
+    with pytest.raises(DataError, match="line 1: not `SHA256  NAME`"):
+        read_checksums(path)

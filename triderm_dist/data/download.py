@@ -1,0 +1,385 @@
+"""The official files over HTTP: resumed by byte ranges, checked, unpacked into a folder that nothing can leave.
+
+A file that is on its way is NAME.part with NAME.part.json beside it, which tells whose bytes these are (length and
+entity tag); it is renamed when it is whole. An archive is unpacked into NAME.unpacking, renamed when all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from triderm_dist.cli import Interrupted
+from triderm_dist.files import write_json
+from triderm_dist.schema import DataError
+
+BASE_URL = "https://isic-archive.s3.amazonaws.com/challenges/milk10k"
+FILES: dict[str, tuple[str, ...]] = {
+    "train": (
+        "MILK10k_Training_Metadata.csv",
+        "MILK10k_Training_GroundTruth.csv",
+        "MILK10k_Training_Supplement.csv",
+        "MILK10k_Training_Input.zip",
+    ),
+    "test": ("MILK10k_Test_Metadata.csv", "MILK10k_Test_Input.zip"),
+}
+"""The official files by part, small ones first."""
+
+BLOCK = 1 << 20
+MAX_RATIO = 200
+"""Photos hardly shrink in a zip; a member that grows more than this is made to fill the disk."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes there, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What a server says of a file: its length in bytes, its entity tag and its MD5, empty where it says none."""
+
+    length: int
+    tag: str
+    md5: str
+
+
+class _Retry(Exception):
+    """Worth another attempt; the text says what happened."""
+
+
+class _Restart(_Retry):
+    """Worth another attempt, from the first byte on."""
+
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+
+
+def fetch(
+    url: str,
+    path: Path,
+    *,
+    sha256: str | None = None,
+    attempts: int = 5,
+    timeout: float = 30.0,
+    pause: float = 1.0,
+    progress: Progress | None = None,
+) -> str:
+    """Download `url` to `path` and return its SHA-256; bytes that an earlier run left are kept and gone on from.
+
+    Checked: the length that the server announced; `sha256` where given; else the MD5 that S3 gives as entity tag of a
+    file uploaded in one piece. `attempts` in a row without a new byte end it; `timeout` seconds without
+    a byte end an attempt; between two lie `pause` seconds, doubled each time.
+    Raises DataError for an address that does not serve the file or content that is not what was asked for,
+    Interrupted where the same call goes on later.
+    """
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            remote = _attempt(url, part, timeout, progress)
+            break
+        except _Retry as error:
+            failures = 0 if _size(part) > before else failures + 1
+            if isinstance(error, _Restart):
+                part.unlink(missing_ok=True)
+            if failures >= attempts:
+                kept = f"{_size(part)} bytes are kept, the same command goes on from there"
+                raise Interrupted(f"{url}: {error}, {attempts} times in a row; {kept}") from None
+            time.sleep(pause * 2 ** max(failures - 1, 0))
+        except OSError as error:
+            kept = "free some space" if error.errno == 28 else "correct that"
+            raise DataError(f"{part}: {error.strerror or error}; {kept}, the same command goes on") from None
+    digests = _digests(part)
+    expected, actual = (sha256, digests["sha256"]) if sha256 else (remote.md5, digests["md5"])
+    if expected and expected != actual:
+        part.unlink()
+        _stamp(part).unlink(missing_ok=True)
+        raise DataError(f"{url}: checksum {actual} is not the expected {expected}; removed, run the command again")
+    part.replace(path)
+    _stamp(part).unlink(missing_ok=True)
+    return digests["sha256"]
+
+
+def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) -> Remote:
+    """One request for what is missing of a file. Raises _Retry where it ended early."""
+    have, known = _size(part), _known(part)
+    if known is None:
+        part.unlink(missing_ok=True)
+        have = 0
+    elif have >= known.length:
+        if have == known.length:
+            return known
+        part.unlink()
+        have = 0
+    request = urllib.request.Request(url, headers={"User-Agent": "triderm-dist", "Accept-Encoding": "identity"})
+    if have and known:
+        request.add_header("Range", f"bytes={have}-")
+        if known.tag:
+            request.add_header("If-Range", known.tag)  # another file by now: all of it is sent
+    with _opened(request, timeout) as answer:
+        start, remote = _announced(answer, url)
+        if start != have or (known and start and remote != known):
+            if start:
+                raise _Restart("the file changed on the server in the meantime")
+            have = 0
+        write_json(_stamp(part), asdict(remote))
+        with part.open("r+b" if have else "wb") as file:
+            file.seek(have)
+            for block in _blocks(answer):
+                if have + len(block) > remote.length:
+                    raise _Restart("the server sent more bytes than it announced")
+                file.write(block)
+                have += len(block)
+                if progress:
+                    progress(have, remote.length)
+    if have < remote.length:
+        raise _Retry(f"the connection ended after {have} of {remote.length} bytes")
+    return remote
+
+
+@contextlib.contextmanager
+def _opened(request: urllib.request.Request, timeout: float) -> Iterator[http.client.HTTPResponse]:
+    url = request.full_url
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            yield answer
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            raise _Restart("the server no longer has these bytes") from None
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise _Retry(f"the server answered {error.code} {error.reason}") from None
+        raise DataError(f"{url}: the server answered {error.code} {error.reason}; check base_url=") from None
+    except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise _Retry(_reason(error)) from None
+    except urllib.error.URLError as error:
+        raise _Retry(_reason(error.reason)) from None
+    except ValueError as error:
+        raise DataError(f"{url}: no address that can be fetched ({error}); check base_url=") from None
+
+
+def _reason(error: object) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
+
+
+def _announced(answer: http.client.HTTPResponse, url: str) -> tuple[int, Remote]:
+    """(first byte that is sent, what is said of the whole file)."""
+    tag = answer.headers.get("ETag", "")
+    # Elsewhere, or encrypted with a managed key, an entity tag of this form is not the MD5 of the content.
+    from_s3 = "x-amz-request-id" in answer.headers and "kms" not in answer.headers.get(
+        "x-amz-server-side-encryption", ""
+    )
+    md5 = tag.strip('"') if from_s3 and re.fullmatch(r'"[0-9a-f]{32}"', tag) else ""
+    if answer.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if match:
+            return int(match[1]), Remote(int(match[2]), tag, md5)
+        raise DataError(f"{url}: the server sends a part without saying which; use another base_url=")
+    length = answer.headers.get("Content-Length", "")
+    if not length.isdecimal():
+        raise DataError(f"{url}: the server does not say how long the file is; use another base_url=")
+    return 0, Remote(int(length), tag, md5)
+
+
+def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    while block := answer.read1(BLOCK):
+        yield block
+
+
+def _stamp(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _known(part: Path) -> Remote | None:
+    """What the server had said of the file whose bytes these are."""
+    try:
+        return Remote(**json.loads(_stamp(part).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _digests(path: Path) -> dict[str, str]:
+    digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            for digest in digests.values():
+                digest.update(block)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+# --- unpacking -------------------------------------------------------------------------------------------------------
+
+
+def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | None = None) -> None:
+    """Unpack a zip as `folder`, which appears when all of it is there; every member's checksum is compared.
+
+    A single folder of the same name inside becomes `folder` itself.
+    Raises DataError, before a byte is written, for a member that would leave the folder, is no plain file, is there
+    twice, is encrypted, or grows more than `MAX_RATIO` times, and for more than `max_bytes` in all; later for a member
+    that is damaged or holds more than the archive says.
+    """
+    beside = folder.with_name(folder.name + ".unpacking")
+    if beside.exists():
+        shutil.rmtree(beside)  # left by a run that was killed
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = _checked(archive, file, max_bytes)
+            total, done = sum(info.file_size for info in members.values()), 0
+            free = shutil.disk_usage(folder.parent).free
+            if total > free:
+                raise DataError(f"{folder.parent}: {free} bytes are free, {archive.name} needs {total}; free some")
+            beside.mkdir(parents=True)
+            for name, info in members.items():
+                target = beside / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(info) as source, target.open("xb") as output:
+                    _copy(source, output, info.file_size, f"{archive}, {name}")
+                done += info.file_size
+                if progress:
+                    progress(done, total)
+        inner = beside / folder.name
+        (inner if [path.name for path in beside.iterdir()] == [folder.name] and inner.is_dir() else beside).rename(
+            folder
+        )
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{archive}: not a sound zip ({text}); delete it and run the command again") from None
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}; correct that and run the command again") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _checked(archive: Path, file: zipfile.ZipFile, max_bytes: int) -> Mapping[str, zipfile.ZipInfo]:
+    """{path inside the folder: member} of the files of an archive."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    folded: set[str] = set()
+    for info in file.infolist():
+        where = f"{archive}, member {info.filename!r}"
+        name = PurePosixPath(info.filename)
+        mode = info.external_attr >> 16
+        if name.is_absolute() or ".." in name.parts or re.search(r"[\\:\0]", info.filename) or not name.parts:
+            raise DataError(f"{where}: would leave the folder; this is not the official archive")
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise DataError(f"{where}: a link or a special file; this is not the official archive")
+        if info.is_dir():
+            continue
+        if info.flag_bits & 1:
+            raise DataError(f"{where}: encrypted; this is not the official archive")
+        if str(name).casefold() in folded:
+            raise DataError(f"{where}: there twice; this is not the official archive")
+        if info.file_size > MAX_RATIO * max(info.compress_size, 1024):
+            raise DataError(
+                f"{where}: grows from {info.compress_size} to {info.file_size} bytes; refused as a zip bomb"
+            )
+        folded.add(str(name).casefold())
+        members[str(name)] = info
+    if (total := sum(info.file_size for info in members.values())) > max_bytes:
+        raise DataError(
+            f"{archive}: {total} bytes unpacked, more than max_gb allows; raise it if you trust the archive"
+        )
+    return members
+
+
+def _copy(source: IO[bytes], output: IO[bytes], size: int, where: str) -> None:
+    left = size
+    while block := source.read(BLOCK):
+        left -= len(block)
+        if left < 0:
+            raise DataError(f"{where}: holds more than the {size} bytes that the archive says; refused as a zip bomb")
+        output.write(block)
+    if left:
+        raise DataError(f"{where}: holds {size - left} of {size} bytes; delete the archive and run the command again")
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def download(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    base_url: str = BASE_URL,
+    checksums: Mapping[str, str] | None = None,
+    max_bytes: int = 20 * 10**9,
+    keep_zip: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+    progress: Callable[[str], contextlib.AbstractContextManager[Progress]] | None = None,
+    **options: Any,
+) -> None:
+    """Fetch each of the files into `folder` and unpack the zips; what is there already is left alone.
+
+    FOLDER/downloads.json lists the length and SHA-256 of what was fetched. `checksums` {name: SHA-256} are compared.
+    `options` go to `fetch`. Raises as `fetch` and `unpack` do.
+    """
+    if not base_url.startswith(("https://", "http://")):
+        raise DataError(f"base_url {base_url!r}: no http or https address")
+    record = folder / "downloads.json"
+    done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    shown = progress or (lambda what: contextlib.nullcontext(lambda now, total: None))
+    for name in names:
+        path = folder / name
+        target = path.with_suffix("") if path.suffix == ".zip" else path
+        expected = (checksums or {}).get(name)
+        if target.exists() and name in done:
+            if expected and done[name]["sha256"] != expected:
+                raise DataError(f"{target}: was fetched before with another checksum; delete it and run this again")
+            say(f"{name}: there already")
+            continue
+        if target.exists():
+            raise DataError(f"{target}: exists, but was not fetched by this program; choose another output folder")
+        if not path.exists():
+            with shown(name) as progress_of_file:
+                sha256 = fetch(f"{base_url.rstrip('/')}/{name}", path, sha256=expected,
+                               progress=progress_of_file, **options)  # fmt: skip
+        else:
+            sha256 = _digests(path)["sha256"]
+        entry = {"bytes": path.stat().st_size, "sha256": sha256, "url": f"{base_url.rstrip('/')}/{name}"}
+        if path.suffix == ".zip":
+            with shown(f"unpacking {name}") as progress_of_file:
+                unpack(path, target, max_bytes, progress_of_file)
+            if not keep_zip:
+                path.unlink()
+        done[name] = entry
+        write_json(record, done)
+        say(f"{name}: {entry['bytes'] / 1e6:.1f} MB, sha256 {sha256}")
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """{file name: SHA-256} of a file as `sha256sum` writes it. Raises DataError for any other line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable ({error})") from None
+    sums = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *]?(.+)", line.strip())
+        if not match:
+            raise DataError(f"{path}, line {number}: not `SHA256  NAME` as sha256sum writes it")
+        sums[os.path.basename(match[2])] = match[1].lower()
+    return sums
