@@ -23,8 +23,8 @@ class DownloadConfig(Section):
     )
     checksums: str | None = Field(
         None,
-        description="file of SHA-256 sums as sha256sum writes it, to compare with; null compares the length, the MD5 if "
-        "S3 gives one, and the sums inside the zips",
+        description="file of SHA-256 sums as sha256sum writes it, to compare with; null compares the length, the MD5 "
+        "where S3 gives it, and the sums inside the zips",
     )
     max_gb: float = Field(20.0, gt=0, description="largest archive after unpacking, in 10^9 bytes")
     keep_zip: bool = Field(False, description="keep an archive after unpacking it")

@@ -1,7 +1,7 @@
 """The official files over HTTP: resumed by byte ranges, checked, unpacked into a folder that nothing can leave.
 
 A file that is on its way is NAME.part with NAME.part.json beside it, which tells whose bytes these are (length and
-entity tag); it is renamed when it is whole. An archive is unpacked into NAME.unpacking, renamed when all of it is there.
+entity tag); it is renamed when it is whole. An archive is unpacked into NAME.unpacking, renamed when all is there.
 """
 
 from __future__ import annotations
@@ -261,9 +261,8 @@ def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | Non
                 if progress:
                     progress(done, total)
         inner = beside / folder.name
-        (inner if [path.name for path in beside.iterdir()] == [folder.name] and inner.is_dir() else beside).rename(
-            folder
-        )
+        nested = inner.is_dir() and len(list(beside.iterdir())) == 1
+        (inner if nested else beside).rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"{archive}: not a sound zip ({text}); delete it and run the command again") from None
@@ -292,9 +291,7 @@ def _checked(archive: Path, file: zipfile.ZipFile, max_bytes: int) -> Mapping[st
         if str(name).casefold() in folded:
             raise DataError(f"{where}: there twice; this is not the official archive")
         if info.file_size > MAX_RATIO * max(info.compress_size, 1024):
-            raise DataError(
-                f"{where}: grows from {info.compress_size} to {info.file_size} bytes; refused as a zip bomb"
-            )
+            raise DataError(f"{where}: {info.compress_size} bytes become {info.file_size}; a zip bomb, refused")
         folded.add(str(name).casefold())
         members[str(name)] = info
     if (total := sum(info.file_size for info in members.values())) > max_bytes:
@@ -357,7 +354,8 @@ def download(
                                progress=progress_of_file, **options)  # fmt: skip
         else:
             sha256 = _digests(path)["sha256"]
-        entry = {"bytes": path.stat().st_size, "sha256": sha256, "url": f"{base_url.rstrip('/')}/{name}"}
+        size = path.stat().st_size
+        entry = {"bytes": size, "sha256": sha256, "url": f"{base_url.rstrip('/')}/{name}"}
         if path.suffix == ".zip":
             with shown(f"unpacking {name}") as progress_of_file:
                 unpack(path, target, max_bytes, progress_of_file)
