@@ -1,0 +1,155 @@
+"""Do the networks and their ensemble beat what a user would do first? Same lesions, same folds, paired differences.
+
+python -m benchmarks.baselines --config RUN/config.yaml
+
+RUN is a finished cross-validation (launch.crossval, launch.stack) with a frozen tower. Beside its models stand (a)
+XGBoost on metadata and concepts, (b) logistic regression on pooled embeddings of the frozen tower plus metadata and
+concepts, and XGBoost on 64 principal components of the embeddings plus the same. Every way is scored at p > 0.5, by
+argmax, with thresholds tuned on the very lesions they are scored on, and nested: thresholds fitted on the other folds.
+Intervals are over lesions. The last line is one JSON object: what the ensemble and the best network gain over each
+baseline, with the low end of the interval.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from benchmarks.nested import nested_decisions
+from triderm_dist import ensemble, final, metrics, oof
+from triderm_dist.calibration import probabilities_of
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment
+from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, ConfigError
+
+COMPONENTS = 64
+STRENGTHS = (1e-3, 1e-2)
+"""Of logistic regression (1 / penalty) on standardised columns; the better one stands, in the baseline's favour."""
+
+
+def main(config: Experiment) -> None:
+    table = oof.read_oof(config.folder / final.OOF_FILE)
+    whole = final.read_nested(config.folder / final.NESTED_FILE)
+    if not np.array_equal(whole.lesion_ids, table.lesion_ids):
+        raise ConfigError(f"{config.folder}: ensemble_oof.parquet is of other lesions; run launch.stack again")
+    tabular = tabular_columns(table)
+    everything = np.concatenate([pooled_embeddings(config, table), tabular], axis=1)
+
+    probabilities = {"(a) XGBoost, metadata + concepts": out_of_fold(boosted(), tabular, table)}
+    for strength in STRENGTHS:
+        probabilities[f"(b) logistic regression, C={strength:g}"] = out_of_fold(linear(strength), everything, table)
+    reduced = reduced_then_boosted(everything.shape[1] - tabular.shape[1])
+    probabilities[f"(b) XGBoost, {COMPONENTS} components"] = out_of_fold(reduced, everything, table)
+    baselines = tuple(probabilities)
+    for model in table.models:
+        probabilities[model] = probabilities_of(table.logits[model], table.heads[model])
+    nested = {name: nested_decisions(p, table, config) for name, p in probabilities.items()}
+    probabilities["(e) ensemble"], nested["(e) ensemble"] = whole.probabilities, whole.decisions
+    show(probabilities, nested, baselines, table, config)
+
+
+def tabular_columns(table: oof.OofTable) -> np.ndarray:
+    """(N, F) concepts, age, one-hot categories; NaN where a number is missing, all zeros where a category is."""
+    columns = dict(zip(METADATA_FIELDS, table.metadata.T, strict=True))
+    one_hot = [columns[field][:, None] == np.arange(len(names))[None] for field, names in METADATA_CATEGORIES.items()]
+    return np.concatenate([table.concepts, columns["age"][:, None], *one_hot], axis=1).astype(np.float32)
+
+
+def pooled_embeddings(config: Experiment, table: oof.OofTable) -> np.ndarray:
+    """(N, 2 width) mean token of each view by the first frozen tower of the settings, in the order of `table`."""
+    from triderm_dist.data.cache import open_index
+    from triderm_dist.engine import parallel
+    from triderm_dist.engine.tokens import open_views
+
+    frozen = [model for model in config.models.values() if model.tower.frozen]
+    if not frozen:
+        raise ConfigError("models: none has tower.frozen=true, so there are no embeddings of an untouched tower")
+    index = open_index(config.train_shards, config.data.remote)
+    accelerator = parallel.start("fp32", 1, 1, 1.0)
+    source: Any = open_views(
+        frozen[0], index, config.token_folder, accelerator, config.data, seed=config.seed, train=False
+    ).source
+    row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
+    result = np.empty((len(table), 2, source.cache.shape[1]), np.float32)
+    for i, lesion in enumerate(table.lesion_ids):
+        for view in range(2):
+            tokens = np.empty((1, *source.cache.shape), np.float16)
+            source.cache.read(np.array([row_of[str(lesion)]]), view, ["plain"], tokens)
+            result[i, view] = tokens[0].astype(np.float32).mean(0)
+    return result.reshape(len(table), -1)
+
+
+def boosted() -> Any:
+    from xgboost import XGBClassifier
+
+    return XGBClassifier(n_estimators=150, max_depth=4, learning_rate=0.1, subsample=0.8, n_jobs=1)
+
+
+def linear(strength: float) -> Any:
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(SimpleImputer(), StandardScaler(), LogisticRegression(C=strength, max_iter=300))
+
+
+def reduced_then_boosted(embedding_width: int) -> Any:
+    from sklearn.compose import make_column_transformer
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+
+    reduce = (PCA(COMPONENTS, random_state=0), slice(0, embedding_width))
+    return make_pipeline(make_column_transformer(reduce, remainder="passthrough"), boosted())
+
+
+def out_of_fold(model: Any, columns: np.ndarray, table: oof.OofTable) -> np.ndarray:
+    """(N, C) probabilities of each fold by a model fitted on the others."""
+    result = np.zeros((len(table), len(table.diagnoses)))
+    for fold in np.unique(table.folds):
+        inside = table.folds == fold
+        known, codes = np.unique(table.labels[~inside], return_inverse=True)
+        model.fit(columns[~inside], codes)
+        result[np.ix_(inside, known)] = model.predict_proba(columns[inside])
+    return result
+
+
+def show(
+    probabilities: dict[str, np.ndarray],
+    nested: dict[str, np.ndarray],
+    baselines: tuple[str, ...],
+    table: oof.OofTable,
+    config: Experiment,
+) -> None:
+    labels, resamples = table.labels, config.ensemble.bootstrap
+
+    def gain(name: str, over: str) -> metrics.Interval:
+        return metrics.paired_difference(nested[name], nested[over], labels, resamples, config.seed)
+
+    print(f"{len(table)} lesions, {len(np.unique(table.folds))} folds; macro F1, 95% intervals over lesions")
+    print(f"{'':<36} p > 0.5  argmax   tuned  nested                 ensemble minus this")
+    for name, p in probabilities.items():
+        tuned = metrics.macro_f1(ensemble.decide(p, ensemble.best_thresholds(p, labels), "any"), labels)
+        interval = metrics.bootstrap_interval(nested[name], labels, resamples, config.seed)
+        print(
+            f"{name:<36} {metrics.official_macro_f1(p, labels):7.3f} {metrics.argmax_macro_f1(p, labels):7.3f} "
+            f"{tuned:7.3f}  {interval!s:<22} {gain('(e) ensemble', name)}"
+        )
+    best = max(table.models, key=lambda model: metrics.macro_f1(nested[model], labels))
+    result: dict[str, Any] = {"best_network": best}
+    for who, name in (("ensemble", "(e) ensemble"), ("network", best)):
+        for label, group in (("a", baselines[:1]), ("b", baselines[1:])):
+            over = max(group, key=lambda baseline: metrics.macro_f1(nested[baseline], labels))
+            difference = gain(name, over)
+            print(f"{name} minus {over}: {difference}")
+            result |= {
+                f"{who}_vs_{label}": round(difference.value, 4),
+                f"{who}_vs_{label}_low": round(difference.low, 4),
+            }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(Experiment, main, __doc__)

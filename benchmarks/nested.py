@@ -1,0 +1,22 @@
+"""What the benchmarks on real lesions share: decisions of one table of probabilities, thresholds nested over folds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from triderm_dist import ensemble, oof, stacking
+from triderm_dist.config import Experiment
+
+
+def nested_decisions(probabilities: np.ndarray, table: oof.OofTable, config: Experiment) -> np.ndarray:
+    """(N, C) decisions with thresholds fitted on the other folds, by the same rules as the ensemble's."""
+    estimate = ensemble.nested_estimate(
+        lambda fold: {"way": probabilities},
+        table.labels,
+        table.folds,
+        lambda fold: stacking.inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),
+        config.ensemble,
+        config.seed,
+        table.diagnoses,
+    )
+    return estimate.decisions[ensemble.CHOSEN]
