@@ -29,9 +29,7 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 class HostPhotos(PhotoSource):
     """Photos as they are handed to the device: uint8, both views, in the ring's buffers."""
 
-    def finish(
-        self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
-    ) -> list[torch.Tensor]:
+    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
         self.give_back(views, device)
         return views
 

@@ -1,5 +1,7 @@
 """From shards to batches: the right lesion in the right row, whatever the threads do; tokens like photos."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,8 +106,16 @@ def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
     assert cache.missing(["plain", "augmented-0"]) == []
     source = TokenSource(cache, ["plain", "augmented-0"], ["plain", "dihedral-1"])
     _, plain = steps_of(index, source)
-    _, turned = steps_of(index, source, transform=1)
     _, trained = steps_of(index, source, augment=AugmentConfig())
+    turned = [
+        replace(
+            step,
+            micro_batches=[
+                source.turn(batch, step.rows[4 * i : 4 * i + 4], 1) for i, batch in enumerate(step.micro_batches)
+            ],
+        )
+        for step in plain
+    ]
     for steps, allowed in ((plain, {0}), (turned, {200}), (trained, {0, 100})):
         seen = set()
         for step in steps:
@@ -115,6 +125,17 @@ def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
             seen |= set((clinical[:, 0, 0] - rows).tolist())
             assert set((dermoscopic[:, 2, 1] - rows - 1000).tolist()) <= allowed
         assert seen == allowed
+
+
+def test_photos_are_turned_on_the_device(index):
+    source = PhotoSource(index, 24, *HALF)
+    step = steps_of(index, source, micro_batch=8)[1][0]
+    batch = step.micro_batches[0]
+    assert source.turn(batch, step.rows, 0) is batch
+    turned = source.turn(batch, step.rows, 5)  # a quarter turn, then a flip
+    assert torch.equal(turned.dermoscopic, torch.rot90(batch.dermoscopic, 1, (2, 3)).flip(3))
+    assert torch.equal(turned.clinical, torch.rot90(batch.clinical, 1, (2, 3)).flip(3))
+    assert torch.equal(turned.concepts, batch.concepts)
 
 
 def test_chunks_cover_every_lesion_once(tmp_path):

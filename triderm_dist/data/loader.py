@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -39,21 +39,24 @@ class ViewSource(Protocol):
         """
 
     def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None, transform: int
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
         """Host tensors of both views, which are filled when the futures are done."""
 
-    def finish(
-        self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
-    ) -> list[torch.Tensor]:
+    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
         """What the network takes, on the device. The host tensors are the source's again."""
+
+    def turn(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+        """The batch of these index rows (B,), loaded without draws, under one of the 8 transforms of the dihedral
+        group.
+        """
 
 
 class PhotoSource:
     """Photos (B, 3, size, size) of a packed set, normalised for a tower.
 
     All photos are brought to the canvas, the size of the first one; where another size occurs, a photo is resized to
-    cover the canvas and cropped to it. Draws augment; `transform` is one of the 8 of the dihedral group.
+    cover the canvas and cropped to it. Draws augment.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class PhotoSource:
         return self.shards.follow(self.index.shard[rows], batch)
 
     def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None, transform: int
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
         free = self._ring.setdefault(len(rows), [])
         buffers = free.pop() if free else _Buffers.new(len(rows), self.canvas)
@@ -89,17 +92,23 @@ class PhotoSource:
         jobs = [pool.submit(self._read, rows, slice(start, start + TASK_LESIONS), arrays) for start in starts]
         return buffers.views, jobs
 
-    def finish(
-        self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
-    ) -> list[torch.Tensor]:
+    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
         photos = [view.to(device, non_blocking=True) for view in views]
         pixels = []
         for name, photo in zip(VIEWS, photos, strict=True):
             crops = view_transform(photo, self.image_size, draws, self.augment, name)
-            turned = dihedral(crops, transform).contiguous(memory_format=torch.channels_last)
-            pixels.append(normalise(turned, self.mean, self.std))
+            pixels.append(normalise(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std))
         self.give_back(views, device)
         return pixels
+
+    def turn(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+        if transform == 0:
+            return batch
+        clinical, dermoscopic = (
+            dihedral(pixels, transform).contiguous(memory_format=torch.channels_last)
+            for pixels in (batch.clinical, batch.dermoscopic)
+        )
+        return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
 
     def give_back(self, views: list[torch.Tensor], device: torch.device) -> None:
         """Let the host tensors be filled again, as soon as what the device has been asked to copy is copied."""
@@ -137,7 +146,9 @@ class _Buffers:
 
 
 class TokenSource:
-    """Tokens (B, L, D) of a frozen tower. Draws pick one of the cached augmented versions, or the plain one."""
+    """Tokens (B, L, D) of a frozen tower. Draws pick one of `variants` of the cache; `transforms` are its versions
+    under the transforms of the dihedral group, the plain one first.
+    """
 
     def __init__(self, cache: TokenCache, variants: Sequence[str], transforms: Sequence[str]) -> None:
         self.cache, self.variants, self.transforms = cache, variants, transforms
@@ -147,23 +158,33 @@ class TokenSource:
         yield lambda steps: None
 
     def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None, transform: int
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
-        buffers = [torch.empty((len(rows), *self.cache.shape), dtype=torch.float16) for _ in VIEWS]
+        buffers = [self._buffer(rows) for _ in VIEWS]
         jobs = []
         for v, name in enumerate(VIEWS):
             if draws is None:
-                chosen = [self.transforms[transform]] * len(rows)
+                chosen = [self.transforms[0]] * len(rows)
             else:
                 pick = np.floor(draws(f"{name}/variant") * len(self.variants)).astype(int)
                 chosen = [self.variants[i] for i in pick]
             jobs.append(pool.submit(self.cache.read, rows, v, chosen, buffers[v].numpy()))
         return buffers, jobs
 
-    def finish(
-        self, views: list[torch.Tensor], device: torch.device, draws: Draws | None, transform: int
-    ) -> list[torch.Tensor]:
+    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
         return [tokens.to(device, non_blocking=True).float() for tokens in views]
+
+    def turn(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+        if transform == 0:
+            return batch
+        views = [self._buffer(rows) for _ in VIEWS]
+        for v, tokens in enumerate(views):
+            self.cache.read(rows, v, [self.transforms[transform]] * len(rows), tokens.numpy())
+        clinical, dermoscopic = self.finish(views, batch.labels.device, None)
+        return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
+
+    def _buffer(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.empty((len(rows), *self.cache.shape), dtype=torch.float16)
 
 
 @dataclass
@@ -179,8 +200,8 @@ class Step:
 class Loader:
     """Iterates over the steps of a plan for one rank, decoding `prefetch` micro-batches ahead in `workers` threads.
 
-    With `augment` the views and concepts are augmented and hidden by draws of (seed, epoch, lesion, copy); without it
-    `transform` of the dihedral group is applied. `waited` sums the seconds that the caller spent waiting for data.
+    With `augment` the views and concepts are augmented and hidden by draws of (seed, epoch, lesion, copy).
+    `waited` sums the seconds that the caller spent waiting for data.
     """
 
     def __init__(
@@ -194,7 +215,6 @@ class Loader:
         augment: AugmentConfig | None = None,
         seed: int = 0,
         epoch: int = 0,
-        transform: int = 0,
         workers: int = 2,
         prefetch: int = 4,
     ) -> None:
@@ -205,7 +225,7 @@ class Loader:
             micro_batch,
             device,
         )
-        self.augment, self.seed, self.epoch, self.transform = augment, seed, epoch, transform
+        self.augment, self.seed, self.epoch = augment, seed, epoch
         self.workers, self.prefetch = workers, prefetch
         self.waited = 0.0
 
@@ -219,7 +239,7 @@ class Loader:
                 steps = 0
                 while True:
                     while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                        part.views, part.jobs = self.source.fetch(pool, part.rows, part.draws, self.transform)
+                        part.views, part.jobs = self.source.fetch(pool, part.rows, part.draws)
                         pending.append(part)
                     if not pending:
                         return
@@ -257,7 +277,7 @@ class Loader:
         present, concepts = self.index.sizes[rows] > 0, self.index.concept_scores[rows]
         if self.augment and part.draws:
             present, concepts = hide(part.draws, self.augment, present, concepts)
-        clinical, dermoscopic = self.source.finish(part.views, self.device, part.draws, self.transform)
+        clinical, dermoscopic = self.source.finish(part.views, self.device, part.draws)
 
         def move(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

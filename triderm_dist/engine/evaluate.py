@@ -47,40 +47,29 @@ def evaluate(
     prefetch: int = 4,
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Mean outputs of `rows` over the first `transforms` transforms of the dihedral group; one forward for each.
+    """Mean outputs of `rows` over the first `transforms` transforms of the dihedral group: photos are decoded once, and
+    one forward for each gives features and all logits.
 
     Batches keep one static shape: the last one is padded, and what the padding doubled is removed by row number.
     `between` is called on all ranks after every batch, and may raise.
     """
     network.eval()
     position = {int(row): i for i, row in enumerate(rows)}
-    total: list[np.ndarray] = []
-    samples = Samples(rows, index.labels[rows], index.shard[rows])
-    for transform in range(transforms):
-        plan = EpochPlan(samples, Sampling("sequential"), seed=0, epoch=0)
-        world = accelerator.num_processes
-        batches = plan.batches(accelerator.process_index, world, micro_batch * world)
-        loader = Loader(
-            index,
-            source,
-            batches,
-            micro_batch,
-            accelerator.device,
-            transform=transform,
-            workers=workers,
-            prefetch=prefetch,
-        )
-        arrays: list[np.ndarray] = []
-        for step in loader:
-            batch = step.micro_batches[0]
-            outputs = forward(network, batch)
-            numbers = torch.from_numpy(step.rows).to(accelerator.device)
-            gathered = accelerator.gather((numbers, batch.valid, *(tensor.float() for tensor in outputs)))
-            seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]
-            places = np.array([position[int(row)] for row in seen[valid]], np.int64)
-            arrays = arrays or [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
-            for array, value in zip(arrays, values, strict=True):
-                array[places] = value[valid]
-            between()
-        total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
-    return Evaluation(rows, *(array / transforms for array in total))
+    world = accelerator.num_processes
+    plan = EpochPlan(Samples(rows, index.labels[rows], index.shard[rows]), Sampling("sequential"), seed=0, epoch=0)
+    batches = plan.batches(accelerator.process_index, world, micro_batch * world)
+    loader = Loader(index, source, batches, micro_batch, accelerator.device, workers=workers, prefetch=prefetch)
+    arrays: list[np.ndarray] = []
+    for step in loader:
+        batch = step.micro_batches[0]
+        outputs = [forward(network, source.turn(batch, step.rows, transform)) for transform in range(transforms)]
+        means = [torch.stack([part.float() for part in parts]).mean(0) for parts in zip(*outputs, strict=True)]
+        numbers = torch.from_numpy(step.rows).to(accelerator.device)
+        gathered = accelerator.gather((numbers, batch.valid, *means))
+        seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]
+        places = np.array([position[int(row)] for row in seen[valid]], np.int64)
+        arrays = arrays or [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
+        for array, value in zip(arrays, values, strict=True):
+            array[places] = value[valid]
+        between()
+    return Evaluation(rows, *arrays)

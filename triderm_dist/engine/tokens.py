@@ -140,11 +140,11 @@ def _tokens(
     loader = Loader(
         index, source, plan.batches(0, 1, EXTRACT_BATCH), EXTRACT_BATCH, accelerator.device,
         augment=augment if augmented else None, seed=seed, epoch=int(number) if augmented else 0,
-        transform=int(number) if kind == "dihedral" else 0, workers=data.workers, prefetch=data.prefetch,
+        workers=data.workers, prefetch=data.prefetch,
     )  # fmt: skip
     parts = []
     for step in loader:
-        batch = step.micro_batches[0]
+        batch = source.turn(step.micro_batches[0], step.rows, int(number) if kind == "dihedral" else 0)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=accelerator.device.type == "cuda"):
             both = [tower(pixels)[: step.count] for pixels in (batch.clinical, batch.dermoscopic)]
         parts.append(torch.stack(both, 1).half().cpu().numpy())
