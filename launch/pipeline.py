@@ -60,7 +60,17 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     )  # fmt: skip
     after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
     ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
-    result.append(Stage("stack", ["python", "-m", "launch.stack", *with_config], after, [oof], [ensemble, stacked]))
+    embedded = []
+    if config.stack.enabled and "embeddings" in config.stack.extra:
+        shards = [config.train_shards, *([config.test_shards] if tests else [])]
+        embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(shards)]]
+        result.append(
+            Stage("embed", [*network, "launch.embed", *with_config], [models, packing, config.seed],
+                  [index_file(shard, data.remote) for shard in shards], embedded)
+        )  # fmt: skip
+    result.append(
+        Stage("stack", ["python", "-m", "launch.stack", *with_config], after, [oof, *embedded], [ensemble, stacked])
+    )
     shown = [ensemble, oof, settings]
     if tests:
         truth = [Path(config.data.test_truth)] if config.data.test_truth else []

@@ -222,7 +222,7 @@ def test_an_ensemble_survives_its_file(tmp_path: Path) -> None:
 
 
 def experiment(folder: Path, **change) -> Experiment:
-    quick = {"max_rounds": 40, "early_stopping": 5, "learning_rate": 0.3, "device": "cpu"}
+    quick = {"max_rounds": 14, "early_stopping": 4, "learning_rate": 0.4, "device": "cpu"}
     tree = {"output": str(folder), "ensemble": {"bootstrap": 100, "rounds": 8}, "stack": quick | change}
     return load(Experiment).model_copy(
         update={

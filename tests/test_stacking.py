@@ -9,7 +9,7 @@ from triderm_dist import columns, metrics, oof, stacking
 from triderm_dist.config import StackConfig
 from triderm_dist.schema import DIAGNOSES, DataError
 
-QUICK = StackConfig(max_rounds=60, early_stopping=8, learning_rate=0.3, device="cpu")
+QUICK = StackConfig(max_rounds=20, early_stopping=5, learning_rate=0.4, device="cpu")
 
 
 @pytest.fixture(scope="module")

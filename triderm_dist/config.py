@@ -256,9 +256,9 @@ class StackConfig(Section):
     )
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
         (),
-        description="columns to try beside the standing ones, kept only if the nested estimate gains: embeddings of the "
-        "untouched pretrained tower (launch.embed writes them), fused features turned into one basis (needs test.parquet "
-        "of every fold)",
+        description="columns to try beside the standing ones, kept only if the nested estimate gains: embeddings of "
+        "the untouched pretrained tower (launch.embed writes them), fused features turned into one basis (needs the "
+        "test set predicted by every fold: run launch.stack without, launch.predict, then launch.stack with them)",
     )
     components: int = Field(32, ge=1, description="principal axes that an extra block is reduced to inside each fit")
 

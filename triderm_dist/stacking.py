@@ -443,7 +443,9 @@ def threads_for(rows: int, columns: int, side_by_side: int = 1) -> int:
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call in a child process: its end gives back all the memory XGBoost took, on the GPU too."""
     _passive()  # read when the child loads OpenMP
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("forkserver")  # a second child of one program starts at once
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
