@@ -205,7 +205,7 @@ HOSTILE: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str
     "backslash": ({"..\\out.txt": b"x"}, lambda info: None, "would leave the folder"),
     "drive": ({"C:out.txt": b"x"}, lambda info: None, "would leave the folder"),
     "link": ({"out.txt": b"/etc/passwd"}, link, "a link or a special file"),
-    "bomb": ({"zeros": bytes(10**6)}, lambda info: None, "refused as a zip bomb"),
+    "bomb": ({"zeros": bytes(10**6)}, lambda info: None, "a zip bomb, refused"),
     "large": ({f"{n}": bytes(range(256)) * 20 for n in range(9)}, lambda info: None, "more than max_gb allows"),
     "two cases": ({"a.jpg": b"x", "A.jpg": b"y"}, lambda info: None, "there twice"),
     "dot": ({".": b"x"}, lambda info: None, "would leave the folder"),

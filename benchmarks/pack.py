@@ -1,0 +1,230 @@
+"""Packing against one process of plain Pillow and tarfile; and how long an index and a plan of many lesions take.
+
+python -m benchmarks.pack source=../shared/milk10k_original
+
+Both sides decode the same photos, reduce them to the same short side by the same filter, code them with the same
+quality and write tars; ours also removes metadata, hashes its input and output and writes the index. They take turns,
+each run in a process of its own on copies of the same lesions, whose files are in the page cache. The last line is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Section
+
+
+class PackBenchmark(Section):
+    source: str = Field("../shared/milk10k_original", description="challenge folder with photos of their original size")
+    short_side: int = Field(288, ge=32, description="short side in pixels that both reduce to")
+    copies: int = Field(4, ge=1, description="how often the folder's lesions are taken, under other names")
+    rounds: int = Field(5, ge=1, description="runs of each side, taking turns; the median counts")
+    lesions: int = Field(10_000_000, ge=0, description="lesions of the made-up index; 0 leaves this part out")
+    scratch: str | None = Field(None, description="folder for what is written; null takes the system's")
+
+
+def main(config: PackBenchmark) -> None:
+    with tempfile.TemporaryDirectory(dir=config.scratch) as folder:
+        results = packing(config, Path(folder))
+        if config.lesions:
+            results |= planning(config, Path(folder))
+    print(json.dumps(results))
+
+
+def packing(config: PackBenchmark, folder: Path) -> dict[str, float]:
+    sides = {"plain": "one process, Pillow and tarfile", "ours": f"shards.pack, {os.cpu_count()} threads"}
+    measured: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(config.rounds + 1):
+        for side in sides:
+            result = child("side", side, config, folder / f"{side}-{number}")
+            if number:  # the first round fills the page cache
+                measured[side].append(result)
+    median = {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in measured.items()
+    }
+    print(f"\n{'':<34} {'lesions/s':>10} {'range':>15} {'peak MB':>8} {'MB written':>11}")
+    for side, title in sides.items():
+        speeds = [run["speed"] for run in measured[side]]
+        spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
+        row = median[side]
+        print(f"{title:<34} {row['speed']:>10.1f} {spread:>15} {row['peak_mb']:>8.0f} {row['written_mb']:>11.1f}")
+    ratio = median["ours"]["speed"] / median["plain"]["speed"]
+    print(f"ratio {ratio:.2f}; {int(median['ours']['lesions'])} lesions a run, median of {config.rounds}\n")
+    return {"vs_plain": round(ratio, 2), "peak_mb": round(median["ours"]["peak_mb"])}
+
+
+def planning(config: PackBenchmark, folder: Path) -> dict[str, float]:
+    results = {}
+    print(
+        f"{'index of':>12} {'sampling':>9} {'window':>7} {'open s':>8} {'plan s':>8} {'peak MB':>8} {'of imports':>11}"
+    )
+    for lesions in (5_000, config.lesions):
+        child("write", str(lesions), config, folder / f"index-{lesions}")
+        for sampling, window in (("shuffle", "null"), ("balanced", "null"), ("balanced", "16384")):
+            row = child("plan", f"{sampling},{window}", config, folder / f"index-{lesions}")
+            print(
+                f"{lesions:>12} {sampling:>9} {window:>7} {row['open_s']:>8.4f} {row['plan_s']:>8.4f} "
+                f"{row['peak_mb']:>8.0f} {row['imports_mb']:>11.0f}"
+            )
+        results |= {f"plan_{lesions}_s": round(row["plan_s"], 4), f"plan_{lesions}_mb": round(row["peak_mb"])}
+    return results
+
+
+def child(job: str, argument: str, config: PackBenchmark, folder: Path) -> dict[str, float]:
+    """Run one measurement in a process of its own, so that its memory is its own."""
+    words = [job, argument, config.source, str(config.short_side), str(config.copies), str(folder)]
+    command = [sys.executable, "-m", "benchmarks.pack", "--measure", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(job: str, argument: str, source: str, short_side: str, copies: str, folder: str) -> dict[str, float]:
+    if job == "write":
+        return write_made_up_index(int(argument), Path(folder))
+    if job == "plan":
+        sampling, window = argument.split(",")
+        return open_and_plan(Path(folder), sampling, None if window == "null" else int(window))
+    from dataclasses import replace
+
+    from triderm_dist.data.milk10k import read_challenge
+
+    dataset = read_challenge(source)
+    lesions = [
+        replace(lesion, lesion_id=f"{lesion.lesion_id}-{copy}")
+        for copy in range(int(copies))
+        for lesion in dataset.lesions
+    ]
+    dataset = replace(dataset, lesions=lesions)
+    began = time.perf_counter()
+    if argument == "ours":
+        from triderm_dist.data.pack import pack_shards
+
+        pack_shards(dataset, folder, short_side=int(short_side))
+    else:
+        pack_plainly(dataset, Path(folder), int(short_side))
+    seconds = time.perf_counter() - began
+    written = sum(path.stat().st_size for path in Path(folder).iterdir())
+    return {
+        "speed": len(lesions) / seconds,
+        "lesions": len(lesions),
+        "peak_mb": peak_mb(),
+        "written_mb": written / 1e6,
+    }
+
+
+def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignore[no-untyped-def]
+    """What one writes first: Pillow, tarfile, a new tar every 512 lesions."""
+    from PIL import Image
+
+    folder.mkdir()
+    tar = None
+    for number, lesion in enumerate(dataset.lesions):
+        if number % 512 == 0:
+            if tar:
+                tar.close()
+            tar = tarfile.open(folder / f"shard-{number // 512:06d}.tar", "w")
+        members = {}
+        for view, path in lesion.images.items():
+            image = Image.open(path).convert("RGB")
+            scale = short_side / min(image.size)
+            if scale < 1:
+                size = (round(image.width * scale), round(image.height * scale))
+                image = image.resize(size, Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=90)
+            members[f"{view}.jpg"] = buffer.getvalue()
+        members["json"] = json.dumps({"label": lesion.label, "metadata": lesion.metadata}).encode()
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{lesion.lesion_id}.{extension}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if tar:
+        tar.close()
+
+
+def write_made_up_index(lesions: int, folder: Path) -> dict[str, float]:
+    """An index whose photos are holes in empty files: what `samples.parquet` of so many lesions would be."""
+    import numpy as np
+    import pyarrow as pa
+
+    from triderm_dist.data.shards import ROW_GROUP, ShardFile, samples_schema, write_index
+    from triderm_dist.schema import CONCEPTS
+
+    folder.mkdir()
+    per_shard, photo = 4096, 30_000
+    shards = []
+    for number, start in enumerate(range(0, lesions, per_shard)):
+        held = min(per_shard, lesions - start)
+        path = folder / f"shard-{number:06d}.tar"
+        with path.open("wb") as file:
+            file.truncate(held * 2 * photo)
+        shards.append(ShardFile(path.name, held, held * 2 * photo, "0" * 64))
+    random = np.random.default_rng(0)
+    share = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
+
+    def tables():  # type: ignore[no-untyped-def]
+        schema = samples_schema(len(CONCEPTS))
+        for start in range(0, lesions, ROW_GROUP):
+            rows = np.arange(start, min(start + ROW_GROUP, lesions))
+            names = pa.array([f"IL_{row:08d}" for row in rows])
+            place = rows % per_shard * 2 * photo
+            columns = [
+                names, names, random.choice(len(share), len(rows), p=share).astype(np.int16),
+                (rows // per_shard).astype(np.int32), place, np.full(len(rows), photo, np.int32), place + photo,
+                np.full(len(rows), photo, np.int32),
+                *(
+                    pa.FixedSizeListArray.from_arrays(random.random(len(rows) * width, np.float32), width)
+                    for width in (len(CONCEPTS), 4)
+                ),
+            ]  # fmt: skip
+            yield pa.table(columns, schema=schema)
+
+    write_index(folder, tables(), shards, CONCEPTS, [], {})
+    return {}
+
+
+def open_and_plan(folder: Path, sampling: str, window: int | None) -> dict[str, float]:
+    """Open the index; plan an epoch and hand out its first global batch."""
+    import numpy as np
+
+    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+    from triderm_dist.data.shards import read_index
+
+    imports = peak_mb()
+    began = time.perf_counter()
+    index = read_index(folder)
+    opened = time.perf_counter()
+    samples = Samples(np.arange(len(index)), index.labels, index.shard)
+    plan = EpochPlan(samples, Sampling(sampling, window=window), seed=0, epoch=0)  # type: ignore[arg-type]
+    next(iter(plan.batches(0, 8, 96)))
+    planned = time.perf_counter()
+    return {"open_s": opened - began, "plan_s": planned - opened, "peak_mb": peak_mb(), "imports_mb": imports}
+
+
+def peak_mb() -> float:
+    """Most memory this process has had in RAM, from the kernel; `ru_maxrss` would begin with the parent's."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(text.split("VmHWM:")[1].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(*sys.argv[2:])))
+    else:
+        run(PackBenchmark, main, __doc__)
