@@ -30,7 +30,7 @@ from triderm_dist.config import Section
 class PackBenchmark(Section):
     source: str = Field("../shared/milk10k_original", description="challenge folder with photos of their original size")
     short_side: int = Field(288, ge=32, description="short side in pixels that both reduce to")
-    copies: int = Field(4, ge=1, description="how often the folder's lesions are taken, under other names")
+    copies: int = Field(2, ge=1, description="how often the folder's lesions are taken, under other names")
     rounds: int = Field(5, ge=1, description="runs of each side, taking turns; the median counts")
     lesions: int = Field(10_000_000, ge=0, description="lesions of the made-up index; 0 leaves this part out")
     scratch: str | None = Field(None, description="folder for what is written; null takes the system's")
@@ -138,7 +138,7 @@ def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignor
         if number % 512 == 0:
             if tar:
                 tar.close()
-            tar = tarfile.open(folder / f"shard-{number // 512:06d}.tar", "w")
+            tar = tarfile.open(folder / f"shard-{number // 512:06d}.tar", "w")  # noqa: SIM115
         members = {}
         for view, path in lesion.images.items():
             image = Image.open(path).convert("RGB")

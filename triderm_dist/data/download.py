@@ -363,7 +363,7 @@ def download(
                 path.unlink()
         done[name] = entry
         write_json(record, done)
-        say(f"{name}: {entry['bytes'] / 1e6:.1f} MB, sha256 {sha256}")
+        say(f"{name}: {size / 1e6:.1f} MB, sha256 {sha256}")
 
 
 def read_checksums(path: Path) -> dict[str, str]:
