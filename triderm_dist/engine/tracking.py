@@ -85,12 +85,15 @@ class Tracker:
 
 
 def tracker_class(name: str) -> Any:
-    """Accelerate's class of a tracker. Raises ConfigError where the name is unknown or its package is missing."""
+    """Accelerate's class of a tracker, one of its own or a registered one. Raises ConfigError where the name is unknown
+    or its package is missing.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
 
     if name not in LOGGER_TYPE_TO_CLASS:
         raise ConfigError(f"train.trackers: {name!r} is unknown; there are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    if name not in [str(kind) for kind in get_available_trackers()]:
+    if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
         raise ConfigError(f"train.trackers: {name} is not installed; run `pip install {name}` or leave it out")
     return LOGGER_TYPE_TO_CLASS[name]
 

@@ -1,0 +1,387 @@
+"""One training step: this toolkit's, the build guide's sketch, and a bare PyTorch loop over this toolkit's network.
+
+python -m benchmarks.step [device=auto|cpu|cuda] [tower=tiny|small|base|large] [key=value ...]
+
+All take turns on the same batch in memory, with two towers of the same kind whose first 6 and 4 blocks are frozen.
+Then the peak memory of a step with and without activation checkpointing, each in a process of its own, and the share of
+the time that the toolkit's loop waits for photos from shards. On a GPU also the largest micro-batch that fits. The last
+line is one JSON object: `vs_sketch` in lesions/s, `overhead` over the bare loop (median over turns), what checkpointing
+saves of the peak memory and adds to the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import DataConfig, ModelConfig, Section, TowerConfig, TrainConfig
+
+TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+CONCEPTS = 14
+LOG_EVERY = 10
+GIB = 2**30
+# Freed tensors go back to the system, so that the memory of a process on the CPU is that of its tensors.
+TRUTHFUL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+Turn = Callable[[], object]
+
+
+class StepBenchmark(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    tower: Literal["tiny", "small", "base", "large"] | None = Field(
+        None, description="ViT of both views, patches of 16 pixels; null: base on a GPU, small on a CPU"
+    )
+    image_size: int = Field(224, ge=16, description="input side in pixels")
+    batch: int | None = Field(None, ge=2, description="lesions a step; null: 96 on a GPU, 8 on a CPU")
+    rounds: int = Field(12, ge=2, description="turns of each contestant, after three to warm up")
+    steps: int | None = Field(None, ge=1, description="steps a turn; null: 10 on a GPU, 1 on a CPU")
+    compile: bool = Field(True, description="torch.compile our network's blocks, for the bare loop too")
+    seconds: float = Field(15.0, gt=0, description="seconds of training from shards")
+    workers: int = Field(0, ge=0, description="decoder threads for that; 0 takes the cores")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained: ViT towers and the batch."""
+
+    width: int
+    layers: int
+    image: int
+    batch: int
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    checkpointing: bool = False
+
+    @property
+    def vision(self) -> dict[str, int]:
+        return {
+            "width": self.width, "layers": self.layers, "image_size": self.image, "patch_size": 16, "head_width": 64
+        }  # fmt: skip
+
+    def model(self, folder: Path) -> ModelConfig:
+        """Settings of our network on the same open_clip towers, with random weights."""
+        settings = {"model_cfg": {"embed_dim": 512, "vision_cfg": self.vision, "text_cfg": {}}, "preprocess_cfg": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        train = TrainConfig(
+            global_batch=self.batch, micro_batch=self.batch, precision=self.precision, compile=self.compile,
+            activation_checkpointing=self.checkpointing,
+        )  # fmt: skip
+        tower = TowerConfig(source=f"local-dir:{folder}", pretrained=False, quick_gelu=False)
+        return ModelConfig(width=self.width, head="sigmoid", tower=tower, train=train)
+
+
+def main(config: StepBenchmark) -> None:
+    import torch
+
+    from triderm_dist.engine.flops import budget
+    from triderm_dist.engine.startup import device_name
+
+    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if gpu else "cpu")
+    size = Size(
+        *TOWERS[config.tower or ("base" if gpu else "small")],
+        image=config.image_size,
+        batch=config.batch or (96 if gpu else 8),
+        precision="bf16" if gpu else "fp32",
+        compile=config.compile,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        compute = budget(our_network(size, folder).to(device), device, 1)
+        times = take_turns(contestants(size, device, folder), config.rounds, config.steps or (10 if gpu else 1), device)
+    median = {contestant: statistics.median(values) for contestant, values in times.items()}
+    print(f"{size} on {device_name(device)}: {config.rounds} turns each, alternating")
+    print(f"{'':<28}{'s a step':>10}{'lesions/s':>11}{'spread':>9}{'of the sketch':>15}")
+    for contestant, values in times.items():
+        middle = median[contestant]
+        print(
+            f"{contestant:<28}{middle:>10.4f}{size.batch / middle:>11.1f}{(max(values) - min(values)) / middle:>9.0%}"
+            f"{median['sketch'] / middle:>15.2f}"
+        )
+    plain, checked = (
+        alone(step_memory, replace(size, checkpointing=checkpointing), device.type) for checkpointing in (False, True)
+    )
+    print(f"peak memory of a step: {plain:.2f} GiB, with activation checkpointing {checked:.2f} GiB")
+    loop = alone(from_shards, size, device.type, config.seconds, config.workers or os.cpu_count() or 1)
+    print(f"from shards: {loop['lesions_per_s']:.1f} lesions/s, {loop['data_wait']:.1%} of the time waiting for data")
+    result: dict[str, Any] = {
+        "vs_sketch": round(median["sketch"] / median["ours"], 3),
+        "overhead": round(relative(times["ours"], times["bare loop"]), 4),
+        "checkpoint_memory": round(1 - checked / plain, 3),
+        "checkpoint_time": round(relative(times["ours, checkpointing"], times["ours"]), 3),
+        "mfu": compute and round(compute.mfu(size.batch / median["ours"]), 4),
+        "device": device_name(device),
+        "data_wait": round(loop["data_wait"], 4),
+    }
+    if gpu:
+        result["vs_sketch_bf16"] = round(median["sketch in bf16"] / median["ours"], 3)
+        for checkpointing in (False, True):
+            most = alone(largest_batch, replace(size, checkpointing=checkpointing, compile=False))
+            print(f"largest micro-batch, eager, {'with' if checkpointing else 'without'} checkpointing: {most}")
+            result["largest_micro_batch" + "_checkpointing" * checkpointing] = most
+    print(json.dumps(result))
+
+
+def contestants(size: Size, device: Any, folder: Path) -> dict[str, Turn]:
+    turns = {"sketch": sketch(size, device, bf16=False)}
+    if size.precision == "bf16":
+        turns["sketch in bf16"] = sketch(size, device, bf16=True)
+    return turns | {
+        "bare loop": bare_loop(size, device, folder),
+        "ours": ours(size, device, folder),
+        "ours, checkpointing": ours(replace(size, checkpointing=True), device, folder),
+    }
+
+
+def take_turns(contestants: dict[str, Turn], rounds: int, steps: int, device: Any) -> dict[str, list[float]]:
+    """Seconds a step of each contestant in each round; the order is turned round from round to round."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(-3, rounds):
+        for name in list(contestants)[:: 1 if number % 2 else -1]:
+            wait()
+            started = time.perf_counter()
+            for _ in range(steps):
+                contestants[name]()
+            wait()
+            if number >= 0:
+                times[name].append((time.perf_counter() - started) / steps)
+    return times
+
+
+def relative(some: list[float], others: list[float]) -> float:
+    """How much longer `some` took than `others`, the median over rounds."""
+    return statistics.median(a / b for a, b in zip(some, others, strict=True)) - 1
+
+
+def sketch(size: Size, device: Any, bf16: bool) -> Turn:
+    import torch
+    import torch.nn.functional as F
+
+    from benchmarks.sketch import SketchNetwork, layer_wise_groups, train_batches
+    from triderm_dist.schema import DIAGNOSES
+
+    batch = made_up_batch(size, device)
+    model = SketchNetwork(size.vision, CONCEPTS).to(device)
+    optimizer = torch.optim.AdamW(layer_wise_groups(model), lr=1e-4, weight_decay=0.05)
+    inputs = {
+        "clinical_image": batch.clinical,
+        "dermoscopic_image": batch.dermoscopic,
+        "monet_scores": batch.concepts,
+        "metadata": batch.metadata,
+        "targets": F.one_hot(batch.labels, len(DIAGNOSES)).float(),
+    }
+    return lambda: train_batches(model, optimizer, [inputs], device, bf16)
+
+
+def bare_loop(size: Size, device: Any, folder: Path) -> Turn:
+    """What one would write without an engine: the undivided losses, no gathering, no logging, no checks."""
+    import torch
+
+    from triderm_dist.engine.evaluate import forward
+    from triderm_dist.losses import focal_loss, soft_f1_loss
+    from triderm_dist.optim import build_optimizer, build_scheduler
+
+    batch, config = made_up_batch(size, device), size.model(folder).train
+    network = our_network(size, folder).to(device).train()
+    for block in network.blocks() if size.compile else ():
+        block.compile(dynamic=False)
+    optimizer = build_optimizer(network, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=size.precision == "bf16"):
+            outputs = forward(network, batch)
+        losses = [
+            0.5 * (focal_loss(logits, batch.labels, "sigmoid").mean() + soft_f1_loss(logits, batch.labels, "sigmoid"))
+            for logits in outputs[:3]
+        ]
+        (losses[0] + 0.3 * losses[1] + 0.3 * losses[2]).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(size: Size, device: Any, folder: Path) -> Turn:
+    """A step as `engine.trainer.train` takes it, with what it logs and checks, but for the loader."""
+    import numpy as np
+
+    from triderm_dist.data.loader import Step
+    from triderm_dist.engine import parallel
+    from triderm_dist.engine.meter import Meter
+    from triderm_dist.engine.safety import Finite
+    from triderm_dist.engine.step import train_step
+    from triderm_dist.engine.tracking import Tracker
+    from triderm_dist.losses import CompoundLoss
+    from triderm_dist.optim import build_optimizer, build_scheduler
+    from triderm_dist.schema import DIAGNOSES
+
+    batch, model = made_up_batch(size, device), size.model(folder)
+    config = model.train
+    accelerator = parallel.start(size.precision, size.batch, size.batch, config.optim.clip_norm)
+    network = our_network(size, folder).to(device)
+    build = partial(build_optimizer, config=config.optim)
+    wrapped, prepared, optimizer = parallel.wrap(
+        accelerator, network, build, config.activation_checkpointing, config.compile
+    )
+    wrapped.train()
+    scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
+    loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(device)
+    finite, loader = Finite(accelerator, optimizer), SimpleNamespace(waited=0.0)
+    meter = Meter(0, 100_000, size.batch, device)
+    meter.start(loader, 0)  # type: ignore[arg-type]
+    tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000)
+    step, done = Step(0, size.batch, [batch], np.arange(size.batch)), 0
+
+    def one() -> None:
+        nonlocal done
+        focal, sums, norm = train_step(wrapped, loss, prepared, step, accelerator, config, 0, done, None, finite)
+        scheduler.step()
+        done += 1
+        if done % LOG_EVERY == 0:
+            finite.check()
+            values = loss.values(parallel.all_sum(focal), sums)
+            values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
+            values |= meter.read(loader, done)  # type: ignore[arg-type]
+            with contextlib.redirect_stdout(io.StringIO()):
+                tracker.log("train", 0.0, done, values)
+
+    return one
+
+
+def our_network(size: Size, folder: Path) -> Any:
+    import torch
+
+    from triderm_dist.models import build_network, build_towers
+
+    torch.manual_seed(0)
+    model = size.model(folder)
+    return build_network(model, [f"concept {number}" for number in range(CONCEPTS)], build_towers(model.tower))
+
+
+def made_up_batch(size: Size, device: Any) -> Any:
+    import torch
+
+    from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, Batch
+
+    torch.manual_seed(0)
+    lesions = size.batch
+    clinical, dermoscopic = torch.randn(2, lesions, 3, size.image, size.image).unbind(0)
+    return Batch(
+        lesion_ids=[str(number) for number in range(lesions)],
+        clinical=clinical,
+        dermoscopic=dermoscopic,
+        view_present=torch.ones(lesions, 2, dtype=torch.bool),
+        concepts=torch.rand(lesions, CONCEPTS),
+        metadata=torch.zeros(lesions, len(METADATA_FIELDS)),
+        labels=torch.arange(lesions) % len(DIAGNOSES),
+        valid=torch.ones(lesions, dtype=torch.bool),
+    ).to(device)
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result in a fresh process."""
+    os.environ.update(TRUTHFUL_MALLOC)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def step_memory(size: Size, device_type: str) -> float:
+    """The most that weights, gradients, optimiser state and activations take in a step, in GiB."""
+    import torch
+
+    device = torch.device(device_type)
+    with tempfile.TemporaryDirectory() as name:
+        ours(replace(size, width=64, layers=7, image=32), device, Path(name))()  # imports and pools are not the step's
+        gc.collect()
+        before = _status("VmRSS")
+        turn = ours(size, device, Path(name))
+        for _ in range(2):
+            turn()
+        if device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            turn()
+            return torch.cuda.max_memory_allocated() / GIB
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+        turn()
+        return (_status("VmHWM") - before) / GIB
+
+
+def _status(name: str) -> int:
+    """A figure of this process from the kernel, in bytes."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> dict[str, float]:
+    """What the toolkit's loop says of itself on made-up photos."""
+    import torch
+
+    from triderm_dist.data.loader import PhotoSource
+    from triderm_dist.engine import bench, parallel
+    from triderm_dist.models import build_network, build_towers
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = size.model(folder)
+        index = bench.synthetic_shards(folder / "shards", max(128, size.batch), 288)
+        accelerator = parallel.start(size.precision, size.batch, size.batch, 1.0)
+        towers = build_towers(model.tower)
+        source = PhotoSource(index, size.image, towers[0].mean, towers[0].std, model.train.augment)
+        network = build_network(model, index.concepts, towers).to(torch.device(device_type))
+        return bench.measure(model, network, index, source, DataConfig(workers=workers), accelerator, seconds)
+
+
+def largest_batch(size: Size) -> int:
+    """The largest batch, in eights, whose step fits into the GPU."""
+    import torch
+
+    def fits(eights: int) -> bool:
+        with tempfile.TemporaryDirectory() as name:
+            try:
+                turn = ours(replace(size, batch=8 * eights), torch.device("cuda"), Path(name))
+                turn()
+                turn()
+                return True
+            except torch.OutOfMemoryError:
+                return False
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return 8 * low
+
+
+if __name__ == "__main__":
+    run(StepBenchmark, main, __doc__)

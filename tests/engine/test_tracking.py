@@ -1,0 +1,124 @@
+"""What a run says: the start-up report, lines, JSONL, TensorBoard, other trackers, the profiler's trace."""
+
+import pytest
+from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
+
+from triderm_dist.engine.tracking import Tracker, read_metrics
+from triderm_dist.schema import ConfigError
+
+TRAIN = {
+    "loss": 1.5, "focal": 1.0, "soft_f1": 0.9, "aux": 0.4, "lr": 1e-4, "grad_norm": 2.0, "lesions_per_s": 96.0,
+    "data_wait": 0.01, "memory_gib": 2.5, "seconds_left": 3725.0,
+}  # fmt: skip
+
+
+def tracker_in(folder, **settings):
+    return Tracker("tri fold 0", folder, True, epochs=2, total_steps=40, **settings)
+
+
+def board(folder) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars as it shows them: name, then step, then value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def test_a_record_is_a_line_a_json_line_and_a_scalar(tmp_path, capsys):
+    with tracker_in(tmp_path) as tracker:
+        tracker.log("train", 0.5, 10, {**TRAIN, "mfu": 0.456})
+        tracker.log("validation", 1, 20, {"macro_f1": 0.25, "official": 0.5})
+    train, validation = capsys.readouterr().out.splitlines()
+    assert train == (
+        "tri fold 0  epoch 0.5/2  step 10/40  loss 1.5000 (focal 1.0000 soft F1 0.9000 aux 0.4000)  lr 1.00e-04  "
+        "grad 2.00  96 lesions/s  data wait 1%  MFU 45.6%  2.5 GiB  ETA 1:02:05"
+    )
+    assert validation == "tri fold 0  epoch 1/2  validation macro F1 0.250 (argmax)  0.500 (p > 0.5)"
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[0] == {"kind": "train", "epoch": 0.5, "step": 10, **TRAIN, "mfu": 0.456}
+    scalars = board(tmp_path)
+    for name, value in TRAIN.items():
+        assert scalars[f"train/{name}"] == {10: pytest.approx(value)}
+    assert scalars["validation/macro_f1"] == {20: 0.25}
+
+
+def test_a_resumed_run_writes_later_records_again(tmp_path):
+    with tracker_in(tmp_path) as tracker:
+        for step in (10, 20, 30):
+            tracker.log("train", 0, step, {**TRAIN, "loss": 1.0})
+    with tracker_in(tmp_path, step=20) as tracker:
+        tracker.log("train", 0, 30, {**TRAIN, "loss": 2.0})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(record["step"], record["loss"]) for record in records] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert board(tmp_path)["train/loss"][30] == 2.0
+
+
+def test_trackers_that_can_not_be_are_refused_on_every_rank(tmp_path):
+    with pytest.raises(ConfigError, match=r"'weights_and_biases' is unknown; there are aim, .*wandb"):
+        Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=["weights_and_biases"])
+    there = [str(kind) for kind in get_available_trackers()]
+    missing = next(name for name in ("aim", "clearml", "dvclive", "swanlab") if name not in there)
+    with pytest.raises(ConfigError, match=f"{missing} is not installed; run `pip install {missing}` or leave it out"):
+        Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=[missing])
+    assert not list(tmp_path.iterdir())
+
+
+class _Flaky(GeneralTracker):
+    """A service that goes away after its first record."""
+
+    name, requires_logging_directory = "flaky", False
+    seen: list[dict] = []  # noqa: RUF012
+
+    def __init__(self, run_name, **kwargs):
+        super().__init__()
+
+    tracker = None
+
+    def start(self):
+        if self.seen:
+            raise ConnectionError("no route\nto host")
+
+    def store_init_configuration(self, values):
+        self.seen.append(values)
+
+    def log(self, values, step, **kwargs):
+        if step > 1:
+            raise ConnectionError("gone")
+        self.seen.append(values)
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
+    register_tracker_class(_Flaky)
+    with tracker_in(tmp_path, trackers=["flaky"], settings={"optim.lr": 0.1}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log("train", 0, step, TRAIN)
+    assert [seen.get("train/loss", seen.get("optim.lr")) for seen in _Flaky.seen] == [0.1, 1.5]
+    out = capsys.readouterr().out
+    assert out.count("flaky failed and is left out from here on (ConnectionError: gone)") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    with pytest.raises(ConfigError, match=r"flaky did not start \(ConnectionError: no route to host\)"):
+        tracker_in(tmp_path, trackers=["flaky"])
+
+
+@pytest.mark.slow  # its database takes half a minute to set up
+def test_mlflow_gets_settings_and_metrics(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with tracker_in(tmp_path, trackers=["mlflow"], settings={"optim.lr": 0.1}) as tracker:
+        tracker.log("train", 0, 10, TRAIN)
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.info.run_name == "tri fold 0"
+    assert run.data.params["optim.lr"] == "0.1"
+    assert run.data.metrics["train/loss"] == 1.5
+
+
+def test_wandb_keeps_a_resumed_run_one_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (0, 10):
+        with tracker_in(tmp_path, trackers=["wandb"], step=step) as tracker:
+            tracker.log("train", 0, step + 10, TRAIN)
+    runs = {path.stem.removeprefix("run-") for path in tmp_path.glob("wandb/*/run-*.wandb")}
+    assert len(runs) == 1

@@ -1,0 +1,233 @@
+"""How fast a network trains on this machine, by the run's own step, loader and meter, and how that compares."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from triderm_dist.config import DataConfig, ModelConfig
+from triderm_dist.data.loader import Loader, ViewSource
+from triderm_dist.data.milk10k import Dataset
+from triderm_dist.data.pack import pack_shards
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import ShardIndex, read_index
+from triderm_dist.engine.flops import budget
+from triderm_dist.engine.meter import Meter
+from triderm_dist.engine.parallel import choose_precision, many, refuse, way, wrap
+from triderm_dist.engine.safety import Finite
+from triderm_dist.engine.startup import device_name
+from triderm_dist.engine.step import train_step
+from triderm_dist.files import write_text
+from triderm_dist.losses import CompoundLoss
+from triderm_dist.models.network import Network
+from triderm_dist.optim import build_optimizer
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, VIEWS, DataError, InputError, Lesion
+
+WARM_UP = 5
+"""Steps before the clock starts: compilation, autotuning, first allocations."""
+PROBE = 3
+"""Steps that tell how many fit into the time."""
+PLANNED = 10_000
+"""The most steps of a measurement."""
+
+WORK = (
+    "device", "ranks", "way", "precision", "kind", "tower", "image_size", "frozen", "width", "depth", "micro_batch",
+    "global_batch", "compile", "activation_checkpointing",
+)  # fmt: skip
+"""What two records must share to be compared."""
+
+
+def measure(
+    model: ModelConfig,
+    network: Network,
+    index: ShardIndex,
+    source: ViewSource,
+    data: DataConfig,
+    accelerator: Accelerator,
+    seconds: float,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train `network` for about `seconds` after warming up: steps, seconds_a_step and what `Meter.read` tells.
+
+    Call on all ranks. The network is worth nothing afterwards. Raises InputError where it does not fit into memory.
+    """
+    config = model.train
+    refuse(accelerator, config)
+    compute = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
+    build = partial(build_optimizer, config=config.optim)
+    wrapped, prepared, optimizer = wrap(accelerator, network, build, config.activation_checkpointing, config.compile)
+    loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(accelerator.device)
+    finite = Finite(accelerator, optimizer)
+    rows = np.resize(np.arange(len(index)), PLANNED * config.global_batch)
+    plan = EpochPlan(Samples(rows, index.labels[rows], index.shard[rows]), Sampling("shuffle"), seed, 0)
+    batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
+    loader = Loader(
+        index, source, batches, config.micro_batch, accelerator.device,
+        augment=config.augment, seed=seed, workers=data.workers, prefetch=data.prefetch,
+    )  # fmt: skip
+    steps, numbers, sums = iter(loader), count(), None
+
+    def run(many_steps: int) -> float:
+        nonlocal sums
+        started = time.perf_counter()
+        for _ in range(many_steps):
+            number = next(numbers)
+            _, sums, _ = train_step(
+                wrapped, loss, prepared, next(steps), accelerator, config, seed, number, sums, finite
+            )
+        finite.check()  # waits for the device
+        return time.perf_counter() - started
+
+    wrapped.train()
+    try:
+        run(WARM_UP)
+        fitting = round(seconds / (run(PROBE) / PROBE))
+        total = _agreed(min(max(PROBE, fitting), PLANNED - WARM_UP - PROBE), accelerator.device)
+        meter = Meter(0, total, config.global_batch, accelerator.device, compute)
+        meter.start(loader, 0)
+        took = run(total)
+        values = meter.read(loader, total)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"a micro-batch of {config.micro_batch} does not fit; lower train.micro_batch or set "
+            "train.activation_checkpointing=true"
+        ) from None
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+    del values["seconds_left"]
+    return {"steps": total, "seconds_a_step": took / total, **values}
+
+
+def _agreed(steps: int, device: torch.device) -> int:
+    """The same number on all ranks."""
+    number = torch.tensor(steps, device=device)
+    if many():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
+    """A packed set of made-up photos, 4 to 3 and as detailed as to take a real one's bytes; made once a FOLDER."""
+    if (folder / "index.json").exists():
+        return read_index(folder)
+    from PIL import Image
+
+    generator, photos = np.random.default_rng(0), folder.with_name(folder.name + "-photos")
+    photos.mkdir(parents=True, exist_ok=True)
+    size = (short_side * 4 // 3, short_side)
+    made = []
+    for number in range(lesions):
+        images = {}
+        for view in VIEWS:
+            path = photos / f"lesion-{number:05d}-{view}.jpg"
+            if not path.exists():
+                coarse = generator.integers(60, 200, (6, 8, 3), np.uint8)
+                picture = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.int16)
+                picture = picture + generator.normal(0, 6, (*picture.shape[:2], 1)).astype(np.int16)
+                part = path.with_suffix(".part")
+                Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(part, "JPEG", quality=90)
+                part.rename(path)
+            images[view] = str(path)
+        concepts, metadata = generator.random(len(CONCEPTS)), (50.0,) + (0.0,) * (len(METADATA_FIELDS) - 1)
+        name = f"lesion-{number:05d}"
+        made.append(Lesion(name, images, tuple(concepts.tolist()), metadata, number % len(DIAGNOSES), name))  # type: ignore[arg-type]
+    return pack_shards(Dataset(made, CONCEPTS, True, []), folder, short_side=None)
+
+
+def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float], clone: Path) -> dict[str, Any]:
+    """What was measured, on what, when and with which versions, ready for JSON."""
+    import timm
+
+    config, tower = model.train, model.tower
+    freezes = "all" if tower.frozen else f"{tower.freeze_clinical}+{tower.freeze_dermoscopic}"
+    return {
+        "device": device_name(accelerator.device),
+        "ranks": accelerator.num_processes,
+        "way": way(accelerator),
+        "precision": choose_precision(config.precision, accelerator.device)[0],
+        "kind": model.kind,
+        "tower": tower.source,
+        "image_size": tower.image_size,
+        "frozen": freezes,
+        "width": model.width,
+        "depth": model.depth,
+        "micro_batch": config.micro_batch,
+        "global_batch": config.global_batch,
+        "compile": config.compile,
+        "activation_checkpointing": config.activation_checkpointing,
+        **{name: round(value, 5) for name, value in values.items()},
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "commit": _commit(clone),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of them; none where there is no file. Raises DataError for anything else."""
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if all({*WORK, "lesions_per_s"} <= set(record) for record in records):
+            return records
+    except (OSError, ValueError, TypeError):
+        pass
+    raise DataError(f"{path}: is no list of measured records; take it from the repository again")
+
+
+def add_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Put a record into the file, in place of an older one of the same work."""
+    others = [old for old in read_records(path) if any(old[key] != record[key] for key in WORK)]
+    write_text(path, json.dumps([*others, record], indent=1) + "\n")
+
+
+def alike(records: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The newest record of the same work on the same kind of device, or None."""
+    same = [old for old in records if all(old[key] == record[key] for key in WORK)]
+    return max(same, key=lambda old: old["date"], default=None)
+
+
+def comparison(record: Mapping[str, Any], committed: Mapping[str, Any] | None) -> str:
+    """What was measured, and how it compares, for people."""
+    rows = {
+        "lesions/s": (f"{record['lesions_per_s']:,.1f}", committed and f"{committed['lesions_per_s']:,.1f}"),
+        "seconds a step": (f"{record['seconds_a_step']:.3f}", committed and f"{committed['seconds_a_step']:.3f}"),
+        "MFU": (_share(record.get("mfu")), committed and _share(committed.get("mfu"))),
+        "waiting for data": (_share(record["data_wait"]), committed and _share(committed["data_wait"])),
+        "peak memory": (f"{record['memory_gib']:.2f} GiB", committed and f"{committed['memory_gib']:.2f} GiB"),
+    }
+    head = f"{'':<18}{'here':>12}" + (f"{'committed':>12}" if committed else "")
+    lines = [
+        head,
+        *(f"{name:<18}{here:>12}" + (f"{there:>12}" if there else "") for name, (here, there) in rows.items()),
+    ]
+    if committed:
+        ratio = record["lesions_per_s"] / committed["lesions_per_s"]
+        lines.append(f"{ratio:.2f} of the speed measured on {committed['date']} at commit {committed['commit']}")
+    else:
+        lines.append(f"no committed figure of this work on {record['device']}, {record['ranks']} rank(s)")
+    return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
+
+
+def _commit(clone: Path) -> str:
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
