@@ -24,8 +24,11 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
     """Everything that is wrong with a packed set; an empty list where it is whole."""
+    checksums = list(_checksums(index, workers or cores()))
+    if any(problem.where == str(index.folder / SAMPLES) for problem in checksums):
+        return checksums  # nothing else can be held against a damaged table
     return [
-        *_checksums(index, workers or cores()),
+        *checksums,
         *_counts(index),
         *_samples(index, workers or cores(), progress),
         *_doubled(index),

@@ -1,0 +1,138 @@
+"""Whatever is wrong with a packed folder is found and named, all of it in one run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import Challenge
+from triderm_dist.data import verify as verification
+from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.data.pack import pack_shards
+from triderm_dist.data.shards import ShardIndex, file_sha256, read_index
+from triderm_dist.data.verify import verify
+
+Change = Callable[[ShardIndex], Any]
+
+
+@pytest.fixture
+def index(make_challenge: Callable[..., Challenge], tmp_path: Path) -> ShardIndex:
+    """22 lesions of 11 patients in shards of 5."""
+    challenge = make_challenge()
+    for number, row in enumerate(challenge.metadata):
+        row["patient_id"] = f"P{number // 4}"
+    folder = challenge.write().folder
+    return pack_shards(read_challenge(folder), tmp_path / "out", short_side=None, shard_samples=5)
+
+
+def overwrite(path: Path, place: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(data)
+
+
+def photo(row: int, view: int, data: bytes, skip: int = 0) -> Change:
+    def change(index: ShardIndex) -> None:
+        overwrite(index.path(int(index.shard[row])), int(index.offsets[row, view]) + skip, data)
+
+    return change
+
+
+def record(old: bytes, new: bytes) -> Change:
+    """Other words of the same length in the first JSON that has them."""
+
+    def change(index: ShardIndex) -> None:
+        path = index.path(0)
+        overwrite(path, path.read_bytes().index(old), new)
+
+    return change
+
+
+def rows(column: str, values: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Another column in samples.parquet, whose checksum is made to fit."""
+
+    def change(index: ShardIndex) -> None:
+        path = index.folder / "samples.parquet"
+        table = pq.read_table(path)
+        place = table.schema.get_field_index(column)
+        array = pa.array(values(table[column].to_numpy(zero_copy_only=False).copy()), table.schema.field(place).type)
+        pq.write_table(table.set_column(place, table.schema.field(place), array), path)
+        raw = json.loads((index.folder / "index.json").read_text())
+        raw["samples"].update(bytes=path.stat().st_size, sha256=file_sha256(path))
+        (index.folder / "index.json").write_text(json.dumps(raw))
+
+    return change
+
+
+def swap(array: np.ndarray) -> np.ndarray:
+    array[[3, 4]] = array[[4, 3]]
+    return array
+
+
+def count_one_more(index: ShardIndex) -> None:
+    raw = json.loads((index.folder / "index.json").read_text())
+    raw["counts"]["NV"] += 1
+    (index.folder / "index.json").write_text(json.dumps(raw))
+
+
+def double(array: np.ndarray) -> np.ndarray:
+    array[7] = array[6]
+    return array
+
+
+DAMAGE: dict[str, tuple[Change, set[str], str]] = {
+    "nothing": (lambda index: None, set(), ""),
+    "table": (lambda index: overwrite(index.folder / "samples.parquet", 100, b"?"), {"checksum"}, "samples.parquet"),
+    "counts": (count_one_more, {"count"}, "3 lesions of NV, samples.parquet has 2"),
+    "photo": (photo(2, 0, b"xx"), {"checksum", "sample"}, "the clinical photo does not decode"),
+    "end of photo": (photo(6, 1, b"\0" * 90, skip=600), {"checksum", "sample"}, "dermoscopic photo does not decode"),
+    "label": (record(b'"label": "', b'"lebel": "'), {"checksum", "sample"}, "the label of the sample's JSON"),
+    "group": (record(b'"group": "P', b'"group": "Q'), {"checksum", "sample"}, "the group of the sample's JSON"),
+    "json": (record(b'{"lesion_id"', b'?"lesion_id"'), {"checksum", "sample"}, "Expecting value"),
+    "order": (rows("lesion_id", swap), {"order", "missing"}, "webdataset reads lesion .* in place of lesion"),
+    "offset": (rows("clinical_offset", lambda a: a + (np.arange(22) == 6)), {"sample"}, "clinical photo is not where"),
+    "score": (rows("label", swap), {"sample"}, "the label of the sample's JSON is not that of samples.parquet"),
+    "doubled": (rows("lesion_id", double), {"order", "missing", "doubled lesion"}, "1 lesions occur twice"),
+    "tar": (lambda index: overwrite(index.path(1), 0, b"?" * 600), {"checksum", "tar", "missing"}, "can't read on"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(index: ShardIndex, name: str) -> None:
+    change, kinds, message = DAMAGE[name]
+    change(index)
+    problems = verify(read_index(index.folder), 3, 0)
+    assert {problem.kind for problem in problems} == kinds
+    if kinds:
+        text = "\n".join(map(str, problems))
+        assert re.search(message, text), text
+
+
+def test_all_damage_is_found(index: ShardIndex) -> None:
+    for row in (0, 7, 20):
+        photo(row, 1, b"xx")(index)
+    problems = verify(read_index(index.folder), 3, 0)
+    assert [p.lesion_id for p in problems if p.kind == "sample"] == [index.lesion_ids[row] for row in (0, 7, 20)]
+    assert sum(p.kind == "checksum" for p in problems) == 3
+
+
+def test_folds_that_share_a_group(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds as training assigns them keep patients together; ones that do not are found."""
+    assert verify(index, 3, 0) == []
+    monkeypatch.setattr(
+        verification, "assign_folds", lambda labels, groups, folds, seed: np.arange(len(labels)) % folds
+    )
+    assert [problem.what for problem in verify(index, 3, 0)] == ["a group of lesions sits in two folds"]
+
+
+def test_more_folds_than_groups(index: ShardIndex) -> None:
+    (problem,) = verify(index, 12, 0)
+    assert "12 folds need at least 12 groups" in problem.what and "folds=" in problem.what
