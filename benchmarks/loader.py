@@ -122,8 +122,8 @@ def report(config: LoaderBenchmark, medians: dict[str, float], starts: dict[str,
         print(f"{NAMES[way]:<55}{value:>8.0f} photos/s   ours / this {ours / value:.2f}")
     for name, start in starts.items():
         print(
-            f"{name}: first batch {start['start_s']:.2f} s after opening the index, {start['resume_s']:.2f} s at 90% of "
-            f"an epoch; {start['mb']:.0f} MB above imports in all: workers, index and plan"
+            f"{name}: first batch after {start['start_s']:.2f} s, index read, {start['resume_s']:.2f} s at 90% of an "
+            f"epoch; {start['mb']:.0f} MB above imports in all: workers, index and plan"
         )
 
     def against(*ways: str) -> float | None:

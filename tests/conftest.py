@@ -64,45 +64,43 @@ def draw_photo(seed: int, size: tuple[int, int] = (48, 36)) -> Image.Image:
     return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
 
 
+def write_challenge(
+    folder: Path,
+    lesions: int = 22,
+    prefix: str = "MILK10k_Training",
+    labelled: bool = True,
+    size: tuple[int, int] = (48, 36),
+) -> Challenge:
+    """Lesion i has diagnosis i % 11, two photos, 14 scores; some have no age or site."""
+    challenge = Challenge(folder, prefix)
+    scores = np.random.default_rng(0).random((lesions, 2, len(MONET_COLUMNS))).round(6)
+    for i in range(lesions):
+        lesion_id = f"IL_{1000 + 7 * i}"
+        for v, kind in enumerate(IMAGE_TYPES.values()):
+            row = {
+                "lesion_id": lesion_id,
+                "image_type": kind,
+                "isic_id": f"ISIC_{5000 + 2 * i + v}",
+                "attribution": "made for tests",
+                "copyright_license": "CC-0",
+                "image_manipulation": "synthetic",
+                "age_approx": "" if i % 9 == 4 else 5 * (i % 17 + 1),
+                "sex": ("male", "female")[i % 2],
+                "skin_tone_class": i % 6,
+                "site": "" if i % 10 == 6 else SITES[i % len(SITES)],
+                **dict(zip(MONET_COLUMNS, scores[i, v].tolist(), strict=True)),
+            }
+            challenge.metadata.append(row)
+            path = challenge.photo(len(challenge.metadata) - 1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_photo(2 * i + v, size).save(path, quality=90)
+        if labelled:
+            truth = {name: float(label == i % len(DIAGNOSES)) for label, name in enumerate(DIAGNOSES)}
+            challenge.truth.append({"lesion_id": lesion_id, **truth})
+    return challenge.write()
+
+
 @pytest.fixture
 def make_challenge(tmp_path: Path) -> Callable[..., Challenge]:
-    """make_challenge(lesions=22, prefix="MILK10k_Training", labelled=True, size=(48, 36), name="challenge").
-
-    Lesion i has diagnosis i % 11, two photos, 14 scores; some have no age or site.
-    """
-
-    def make(
-        lesions: int = 22,
-        prefix: str = "MILK10k_Training",
-        labelled: bool = True,
-        size: tuple[int, int] = (48, 36),
-        name: str = "challenge",
-    ) -> Challenge:
-        challenge = Challenge(tmp_path / name, prefix)
-        scores = np.random.default_rng(0).random((lesions, 2, len(MONET_COLUMNS))).round(6)
-        for i in range(lesions):
-            lesion_id = f"IL_{1000 + 7 * i}"
-            for v, kind in enumerate(IMAGE_TYPES.values()):
-                row = {
-                    "lesion_id": lesion_id,
-                    "image_type": kind,
-                    "isic_id": f"ISIC_{5000 + 2 * i + v}",
-                    "attribution": "made for tests",
-                    "copyright_license": "CC-0",
-                    "image_manipulation": "synthetic",
-                    "age_approx": "" if i % 9 == 4 else 5 * (i % 17 + 1),
-                    "sex": ("male", "female")[i % 2],
-                    "skin_tone_class": i % 6,
-                    "site": "" if i % 10 == 6 else SITES[i % len(SITES)],
-                    **dict(zip(MONET_COLUMNS, scores[i, v].tolist(), strict=True)),
-                }
-                challenge.metadata.append(row)
-                path = challenge.photo(len(challenge.metadata) - 1)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw_photo(2 * i + v, size).save(path, quality=90)
-            if labelled:
-                truth = {name: float(label == i % len(DIAGNOSES)) for label, name in enumerate(DIAGNOSES)}
-                challenge.truth.append({"lesion_id": lesion_id, **truth})
-        return challenge.write()
-
-    return make
+    """make_challenge(name="challenge", ...): `write_challenge` into a folder of this test."""
+    return lambda name="challenge", **how: write_challenge(tmp_path / name, **how)

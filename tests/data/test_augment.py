@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, uniform, view_transform
+from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, view_transform
 
 IDS = [f"lesion-{i}" for i in range(64)]
 KEYS, COPIES = lesion_keys(IDS), np.zeros(64, np.int64)
@@ -17,23 +17,23 @@ def photos(number: int = 8, height: int = 24, width: int = 32) -> torch.Tensor:
 
 
 def test_draws_depend_on_everything_and_on_no_order():
-    a = uniform(1, 2, KEYS, COPIES, "scale")
+    a = Draws(1, 2, KEYS, COPIES)("scale")
     assert ((a >= 0) & (a < 1)).all()
     assert abs(a.mean() - 0.5) < 0.15
     order = np.random.default_rng(0).permutation(64)
-    assert (uniform(1, 2, KEYS[order], COPIES, "scale") == a[order]).all()
+    assert (Draws(1, 2, KEYS[order], COPIES)("scale") == a[order]).all()
     for other in (
-        uniform(2, 2, KEYS, COPIES, "scale"),
-        uniform(1, 3, KEYS, COPIES, "scale"),
-        uniform(1, 2, KEYS, COPIES + 1, "scale"),
-        uniform(1, 2, KEYS, COPIES, "flip"),
+        Draws(2, 2, KEYS, COPIES)("scale"),
+        Draws(1, 3, KEYS, COPIES)("scale"),
+        Draws(1, 2, KEYS, COPIES + 1)("scale"),
+        Draws(1, 2, KEYS, COPIES)("flip"),
     ):
         assert not np.isclose(other, a).any()
 
 
 def test_draws_are_uniform():
     keys = lesion_keys([str(i) for i in range(20_000)])
-    draws = uniform(0, 0, keys, np.zeros(20_000, np.int64), "x")
+    draws = Draws(0, 0, keys, np.zeros(20_000, np.int64))("x")
     assert np.abs(np.histogram(draws, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
 
 

@@ -6,6 +6,7 @@ order, so a lesion looks the same however the batch is split.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -27,15 +28,6 @@ def lesion_keys(lesion_ids: Iterable[str]) -> np.ndarray:
     return np.frombuffer(digests, np.uint64)
 
 
-def uniform(seed: int, epoch: int, keys: np.ndarray, copies: np.ndarray, name: str) -> np.ndarray:
-    """One number in [0, 1) for each lesion, (B,) float64, from splitmix64 (Steele et al. 2014) over all arguments."""
-    state = keys.copy()
-    for part in (seed, epoch, int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")):
-        state = _mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
-    state = _mix(state ^ copies.astype(np.uint64))
-    return (state >> np.uint64(11)) * 2.0**-53
-
-
 def _mix(state: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         state = state + np.uint64(0x9E3779B97F4A7C15)
@@ -44,14 +36,28 @@ def _mix(state: np.ndarray) -> np.ndarray:
         return state ^ (state >> np.uint64(31))
 
 
+@functools.cache
+def _name_key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 class Draws:
-    """The random numbers of one batch: `draws("name")` is (B,) in [0, 1)."""
+    """The random numbers of one batch, from splitmix64 (Steele et al. 2014) over (seed, epoch, lesion, name, copy)."""
 
     def __init__(self, seed: int, epoch: int, keys: np.ndarray, copies: np.ndarray) -> None:
-        self._arguments = (seed, epoch, keys, copies)
+        state = keys
+        for part in (seed, epoch):
+            state = _mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+        self._state, self._copies = state[:, None], copies.astype(np.uint64)[:, None]
 
     def __call__(self, name: str) -> np.ndarray:
-        return uniform(*self._arguments, name)
+        """One number in [0, 1) for each lesion, (B,) float64."""
+        return self.table([name])[:, 0]
+
+    def table(self, names: Sequence[str]) -> np.ndarray:
+        """One number in [0, 1) for each lesion and name, (B, len(names)) float64."""
+        state = _mix(self._state ^ np.array([_name_key(name) for name in names], np.uint64))
+        return (_mix(state ^ self._copies) >> np.uint64(11)) * 2.0**-53
 
 
 def hide(
@@ -61,13 +67,11 @@ def hide(
 
     A view is hidden only where the other one is seen.
     """
-    keep = np.stack([draws(f"hide/{view}") for view in VIEWS], 1) >= [
-        config.clinical_dropout,
-        config.dermoscopic_dropout,
-    ]
+    dropout = [config.clinical_dropout, config.dermoscopic_dropout]
+    keep = draws.table([f"hide/{view}" for view in VIEWS]) >= dropout
     seen = view_present & keep
     seen = np.where(seen.any(1, keepdims=True), seen, view_present)
-    hidden = np.stack([draws(f"hide/concept/{k}") for k in range(concepts.shape[1])], 1) < config.concept_dropout
+    hidden = draws.table([f"hide/concept/{k}" for k in range(concepts.shape[1])]) < config.concept_dropout
     return seen, np.where(hidden, np.float32(np.nan), concepts)
 
 
@@ -91,19 +95,20 @@ def view_transform(
             np.zeros((len(photos), 1)), np.full((len(photos), 2), side), np.zeros((len(photos), 2)), height, width
         )
         return _sample(pixels, matrix, size)
-    geometry = {name: draws(f"{prefix}/{name}") for name in _GEOMETRY}
-    crop = side * np.sqrt(config.min_scale + (1 - config.min_scale) * geometry["scale"])
-    angle = np.radians(config.rotation) * (2 * geometry["rotation"] - 1)
+    names = (*_GEOMETRY, *_COLOUR)
+    drawn = dict(zip(names, draws.table([f"{prefix}/{name}" for name in names]).T, strict=True))
+    crop = side * np.sqrt(config.min_scale + (1 - config.min_scale) * drawn["scale"])
+    angle = np.radians(config.rotation) * (2 * drawn["rotation"] - 1)
     mirror = np.ones_like(crop)
     if config.dihedral:
-        angle = angle + np.floor(4 * geometry["turns"]) * math.pi / 2
-        mirror = np.where(geometry["flip"] < 0.5, -1.0, 1.0)
+        angle = angle + np.floor(4 * drawn["turns"]) * math.pi / 2
+        mirror = np.where(drawn["flip"] < 0.5, -1.0, 1.0)
     # The crop's centre moves so far that an unrotated crop stays inside the photo; corners that leave it are mirrored
     # back.
     room = np.stack([width - crop, height - crop], 1) / 2
-    shift = room * (2 * np.stack([geometry["shift_x"], geometry["shift_y"]], 1) - 1)
+    shift = room * (2 * np.stack([drawn["shift_x"], drawn["shift_y"]], 1) - 1)
     matrix = _affine(angle[:, None], np.stack([crop * mirror, crop], 1), shift, height, width)
-    return _colour(_sample(pixels, matrix, size), {name: draws(f"{prefix}/{name}") for name in _COLOUR}, config)
+    return _colour(_sample(pixels, matrix, size), drawn, config)
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

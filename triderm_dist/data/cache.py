@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -86,7 +87,8 @@ def _fetch_index(store: Store, root: Path) -> Path:
     except OSError as error:
         raise _disk_error(root, error) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _samples_file(path: Path, store: Store) -> ShardFile:
@@ -126,9 +128,9 @@ class Store:
     def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
         """Fetch a file to `path`, which others must not look at yet, and check its size (unless -1) and SHA-256.
 
-        A download that stalls, breaks or brings wrong bytes is tried again after a pause that doubles, with jitter.
-        Raises DataError when `remote.total_seconds` are over, or at once for what trying again can't cure: no such
-        file, no permission, a full disk.
+        A download that stalls, breaks or brings wrong bytes is tried again after a pause that doubles up to 15 s,
+        with jitter. Raises DataError when `remote.total_seconds` are over, or at once for what trying again can't
+        cure: no such file, no permission, a full disk.
         """
         stop = stop or threading.Event()
         deadline = time.monotonic() + self.remote.total_seconds
@@ -149,7 +151,7 @@ class Store:
                 problem = _one_line(error)
             finally:
                 beside.unlink(missing_ok=True)  # the thread of a stalled download may still hold it open
-            pause = min(0.25 * 2**attempt, 15.0) * random.uniform(0.5, 1.5)
+            pause = min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5)
             if time.monotonic() + pause > deadline:
                 raise DataError(
                     f"{self.shown(file.url)}: not fetched within {self.remote.total_seconds:g} s and {attempt} "
@@ -162,6 +164,7 @@ class Store:
     def _download(self, file: ShardFile, path: Path, deadline: float, stop: threading.Event) -> None:
         """One attempt, watched: no library gives a time limit for every kind of URL, so a thread that stalls is left
         behind."""
+        self._import()
         progress = _Progress(file.bytes)
         failure: list[BaseException] = []
 
@@ -200,14 +203,24 @@ class Store:
             return
         import fsspec
 
-        options: dict[str, Any] = {}
-        if self.url.startswith(("http://", "https://")):
-            import aiohttp
-
-            quiet = self.remote.stall_seconds
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=quiet, sock_read=quiet)}
-        files, place = fsspec.core.url_to_fs(self.address(name), **options)
+        files, place = fsspec.core.url_to_fs(self.address(name), **self._options)
         files.get_file(place, str(path), callback=progress.callback())
+
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        """What the file system of this URL is made with; importing it is not part of any download."""
+        if not self.url.startswith(("http://", "https://")):
+            return {}
+        import aiohttp
+
+        quiet = self.remote.stall_seconds
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=quiet, sock_read=quiet)}}
+
+    def _import(self) -> None:
+        if not self.url.startswith("pipe:"):
+            import fsspec
+
+            fsspec.core.url_to_fs(self.url, **self._options)
 
     def _hopeless(self, error: Exception, path: Path) -> str | None:
         """Why trying again is no use, or None."""

@@ -371,7 +371,14 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    return np.ascontiguousarray(column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width))
+    """(N, width) float32, filled piece by piece: these are the widest columns, and a second copy is never whole."""
+    matrix = np.empty((len(column), width), np.float32)
+    at = 0
+    for chunk in column.chunks:
+        matrix[at : at + len(chunk)] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        at += len(chunk)
+    pa.default_memory_pool().release_unused()
+    return matrix
 
 
 def _check_rows(index: ShardIndex) -> None:

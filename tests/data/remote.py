@@ -1,0 +1,141 @@
+"""An HTTP server on loopback that serves a folder and misbehaves when told to."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Fault = Callable[["Handler", bytes], None]
+
+
+class Server:
+    """`url`; `faults`: by file name, what happens to its next requests, one fault a request; `requests`: how many."""
+
+    def __init__(self, folder: Path) -> None:
+        self.faults: dict[str, list[Fault]] = {}
+        self.requests: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self, folder))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/set"
+
+    def next_fault(self, name: str) -> Fault | None:
+        with self._lock:
+            self.requests[name] += 1
+            waiting = self.faults.get(name)
+            return waiting.pop(0) if waiting else None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def __init__(self, owner: Server, folder: Path, *arguments) -> None:
+        self.owner, self.folder = owner, folder
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].rsplit("/", 1)[1]
+        path = self.folder / name
+        fault = self.owner.next_fault(name)
+        if not path.exists():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        if fault:
+            with contextlib.suppress(ConnectionError):
+                fault(self, data)
+            self.close_connection = True
+        else:
+            self.answer(data, len(data))
+
+    def answer(self, data: bytes, length: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[Server]:
+    server = Server(folder)
+    threading.Thread(target=server._server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server._server.shutdown()
+        server._server.server_close()
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def stall(handler: Handler, data: bytes) -> None:
+    """Half of the body, then silence."""
+    handler.answer(data[: len(data) // 2], len(data))
+    handler.wfile.flush()
+    time.sleep(5)
+
+
+def silence(handler: Handler, data: bytes) -> None:
+    """Not even a header."""
+    time.sleep(5)
+
+
+def reset(handler: Handler, data: bytes) -> None:
+    handler.answer(data[: len(data) // 2], len(data))
+    handler.wfile.flush()
+    handler.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER 0: closing sends a reset
+
+
+def unavailable(handler: Handler, data: bytes) -> None:
+    handler.send_error(503)
+
+
+def wrong_bytes(handler: Handler, data: bytes) -> None:
+    middle = len(data) // 2
+    handler.answer(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], len(data))
+
+
+def short_body(handler: Handler, data: bytes) -> None:
+    """Content-Length tells the truth about a file that was cut."""
+    handler.answer(data[:-1000], len(data) - 1000)
+
+
+def long_body(handler: Handler, data: bytes) -> None:
+    handler.answer(data + bytes(100_000), len(data) + 100_000)
+
+
+def lie_about_length(handler: Handler, data: bytes) -> None:
+    """More is promised than comes."""
+    handler.answer(data, len(data) + 1000)
+
+
+def login_page(handler: Handler, data: bytes) -> None:
+    """A proxy answers in the server's place."""
+    page = b"<html>please log in</html>"
+    handler.answer(page, len(page))
+
+
+def endless(handler: Handler, data: bytes) -> None:
+    """A byte now and then: no stall, but no end either."""
+    handler.answer(b"", len(data))
+    for byte in data:
+        handler.wfile.write(bytes([byte]))
+        handler.wfile.flush()
+        time.sleep(0.2)
+
+
+def forbidden(handler: Handler, data: bytes) -> None:
+    handler.send_error(403)
+
+
+FAULTS: tuple[Fault, ...] = (
+    stall, silence, reset, unavailable, wrong_bytes, short_body, long_body, lie_about_length, login_page
+)  # fmt: skip

@@ -1,0 +1,399 @@
+"""Shards behind a URL: recovery or one clear error, never a wrong byte, and never more on disk than allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from triderm_dist.config import RemoteConfig
+from triderm_dist.data.cache import Cache, Store, index_file, is_url, open_index
+from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.data.pack import pack_shards
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, read_index
+from triderm_dist.schema import ConfigError, DataError
+
+from ..conftest import write_challenge
+from . import remote
+from .remote import serve
+
+CPU, HALF = torch.device("cpu"), ((0.5,) * 3, (0.5,) * 3)
+
+
+def shuffled(index: ShardIndex, window: int | None = None) -> EpochPlan:
+    samples = Samples(np.arange(len(index)), index.labels, index.shard)
+    return EpochPlan(samples, Sampling("shuffle", window=window), 0, 0)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """33 lesions in 7 shards."""
+    folder = tmp_path_factory.mktemp("remote")
+    dataset = read_challenge(write_challenge(folder / "challenge", lesions=33).folder)
+    return pack_shards(dataset, folder / "shards", short_side=None, shard_samples=5).folder
+
+
+@pytest.fixture
+def server(packed):
+    with serve(packed) as running:
+        yield running
+
+
+def settings(tmp_path: Path, **changes) -> RemoteConfig:
+    fast = {"cache": str(tmp_path / "cache"), "total_seconds": 10, "stall_seconds": 0.5}
+    return RemoteConfig(**{**fast, **changes})
+
+
+def rows_read(index: ShardIndex, window: int | None = None, batch: int = 6) -> list[list[int]]:
+    """Rows of each global batch, read through the loader."""
+    plan = shuffled(index, window)
+    source = PhotoSource(index, 36, *HALF)
+    steps = list(Loader(index, source, plan.batches(0, 1, batch), 3, CPU))
+    source.close()
+    return [step.rows[:step.count].tolist() for step in steps]  # fmt: skip
+
+
+def cached(root: Path) -> list[Path]:
+    return sorted(root.glob("*/*.tar"))
+
+
+def test_what_is_read_is_what_a_local_folder_gives(server, packed, tmp_path):
+    here, there = read_index(packed), open_index(server.url, settings(tmp_path))
+    assert there.fingerprint == here.fingerprint
+    assert rows_read(there) == rows_read(here)
+    sources = [PhotoSource(index, 36, *HALF) for index in (here, there)]
+    for row in range(len(here)):
+        assert sources[0]._bytes(row, 0) == sources[1]._bytes(row, 0)
+    assert server.requests["shard-000000.tar"] == 1  # by the canvas, the epoch and the rows above
+    assert not list((tmp_path / "cache").glob("*/*.part*"))
+    # A second run finds everything there.
+    rows_read(open_index(server.url, settings(tmp_path)))
+    assert server.requests["shard-000000.tar"] == 1 and server.requests[INDEX] == 2
+
+
+def test_training_starts_before_everything_is_there(server, tmp_path):
+    index = open_index(server.url, settings(tmp_path, downloads=1))
+    last = index.shards[-1].url
+    gate = threading.Event()
+    server.faults[last] = [lambda handler, data: (gate.wait(10), handler.answer(data, len(data)))]
+    plan = EpochPlan(Samples(np.arange(len(index)), index.labels, index.shard), Sampling("sequential"), 0, 0)
+    steps = iter(Loader(index, PhotoSource(index, 36, *HALF), plan.batches(0, 1, 3), 3, CPU, prefetch=1))
+    assert next(steps).rows.tolist() == [0, 1, 2]
+    gate.set()
+    assert sum(step.count for step in steps) == len(index) - 3
+
+
+@pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_that_passes_is_recovered_from(server, packed, tmp_path, fault):
+    for name in (INDEX, SAMPLES, "shard-000002.tar"):
+        # Nothing vouches for index.json but its form: what is no JSON, or other JSON, is another test.
+        server.faults[name] = [] if name == INDEX and fault.__name__ in BELIEVED else [fault]
+    assert rows_read(open_index(server.url, settings(tmp_path))) == rows_read(read_index(packed))
+    assert server.requests["shard-000002.tar"] == 2
+
+
+BELIEVED = ("wrong_bytes", "short_body", "long_body", "login_page")
+
+
+@pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_that_stays_is_one_error_within_the_stated_time(server, tmp_path, fault):
+    index = open_index(server.url, settings(tmp_path, total_seconds=1))
+    server.faults["shard-000003.tar"] = [fault] * 100
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"shard-000003.tar: not fetched within 1 s and \d+ attempts, the last one: "):
+        rows_read(index)
+    assert time.monotonic() - started < 4
+    assert not list((tmp_path / "cache").glob("*/*.part*"))
+
+
+def test_a_server_that_drips_is_given_up(server, tmp_path):
+    index = open_index(server.url, settings(tmp_path, total_seconds=1.5))
+    server.faults["shard-000003.tar"] = [remote.endless] * 9
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"not fetched within 1.5 s and 1 attempts, the last one: .* too slow"):
+        rows_read(index)
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("fault", [remote.login_page, remote.short_body], ids=lambda f: f.__name__)
+def test_an_index_that_is_none_is_refused(server, tmp_path, fault):
+    server.faults[INDEX] = [fault]
+    with pytest.raises(DataError):
+        open_index(server.url, settings(tmp_path))
+
+
+def test_no_second_attempt_where_it_is_no_use(server, tmp_path):
+    index = open_index(server.url, settings(tmp_path))
+    server.faults["shard-000004.tar"] = [remote.forbidden] * 9
+    with pytest.raises(DataError, match=r"shard-000004.tar: no permission \(.*403"):
+        rows_read(index)
+    assert server.requests["shard-000004.tar"] == 1
+    with pytest.raises(DataError, match=r"index.json: no such file"):
+        open_index((tmp_path / "nothing").as_uri(), settings(tmp_path))
+
+
+def test_a_shard_that_vanishes_is_one_clear_error(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "set")
+    with serve(tmp_path / "set") as running:
+        index = open_index(running.url, settings(tmp_path))
+        (tmp_path / "set" / "shard-000005.tar").unlink()
+        with pytest.raises(DataError, match=r"shard-000005.tar: no such file"):
+            rows_read(index)
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/set"
+    with pytest.raises(DataError, match=rf"{url}/index.json: not fetched within 1 s"):
+        open_index(url, settings(tmp_path, total_seconds=1))
+
+
+# --- the byte limit --------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_stays_below_its_limit_and_an_epoch_needs_each_shard_once(server, packed, tmp_path):
+    here = read_index(packed)
+    size = max(shard.bytes for shard in here.shards)
+    root = tmp_path / "cache"
+    index = open_index(server.url, settings(tmp_path, cache_gb=4.5 * size / 1e9))
+    most = 0
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.wait(0.001):
+            sizes = []
+            for path in root.glob("*/*.tar*"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(path.stat().st_size)
+            most = max(most, sum(sizes))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        got = rows_read(index, window=5, batch=2)
+    finally:
+        stop.set()
+        watcher.join()
+    assert got == rows_read(here, window=5, batch=2)
+    assert 2 * size < most <= 4.5 * size
+    assert {server.requests[shard.url] for shard in index.shards[1:]} == {1}  # the first also gave the canvas
+
+
+def test_an_order_that_needs_more_than_the_cache_holds_is_refused(server, packed, tmp_path):
+    size = max(shard.bytes for shard in read_index(packed).shards)
+    index = open_index(server.url, settings(tmp_path, cache_gb=3 * size / 1e9))
+    with pytest.raises(ConfigError, match=r"cache_gb=.* at a time; raise it, or lower train.sampling.window"):
+        rows_read(index)
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+    with pytest.raises(DataError, match=r"do not fit into the cache of 1e-05 GB; raise data.remote.cache_gb"):
+        rows_read(open_index(server.url, settings(tmp_path, cache_gb=1e-5)))
+
+
+def test_what_is_held_is_not_removed_and_the_oldest_goes_first(server, packed, tmp_path):
+    here = read_index(packed)
+    files, size = here.shards, max(shard.bytes for shard in here.shards)
+    how = settings(tmp_path, cache_gb=3.2 * size / 1e9, total_seconds=0.5)
+    path = index_file(server.url, how)
+    cache = Cache(path.parents[1], path.parent, Store(server.url, how))
+    first = cache.hold(files[0])
+    for number in (1, 2):
+        cache.hold(files[number]).close()
+        os.utime(path.parent / files[number].url, (number, number))
+    cache.hold(files[3]).close()
+    assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 3)]
+    held = [first, cache.hold(files[2]), cache.hold(files[3])]
+    with pytest.raises(DataError, match="full of shards that are being read"):
+        cache.hold(files[4])
+    held.pop().close()
+    cache.hold(files[4]).close()
+    assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 4)]
+
+
+def test_a_changed_set_behind_the_same_address_is_another_set(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "set")
+    with serve(tmp_path / "set") as running:
+        a = open_index(running.url, settings(tmp_path))
+        raw = json.loads((tmp_path / "set" / INDEX).read_text())
+        (tmp_path / "set" / INDEX).write_text(json.dumps({**raw, "note": "packed again"}))
+        b = open_index(running.url, settings(tmp_path))
+    assert a.folder != b.folder and a.fingerprint != b.fingerprint
+
+
+# --- processes of one node -------------------------------------------------------------------------------------------
+
+
+HOLD = """
+import sys
+from triderm_dist.config import RemoteConfig
+from triderm_dist.data.cache import Cache, Store, index_file
+from triderm_dist.data.shards import read_index
+how = RemoteConfig(cache=sys.argv[2], stall_seconds=30)
+path = index_file(sys.argv[1], how)
+Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).hold(read_index(path.parent, shards_here=False).shards[1])
+"""
+
+
+def test_a_process_killed_while_it_fetches_leaves_nothing_that_blocks(server, packed, tmp_path):
+    open_index(server.url, settings(tmp_path))
+    name = read_index(packed).shards[1].url
+    server.faults[name] = [remote.stall]
+    root = tmp_path / "cache"
+    with subprocess.Popen([sys.executable, "-c", HOLD, server.url, str(root)]) as process:
+        while not list(root.glob(f"*/{name}.*.part.1")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert list(root.glob(f"*/{name}.*.part"))
+    started = time.monotonic()
+    rows_read(open_index(server.url, settings(tmp_path)))
+    assert time.monotonic() - started < 5
+    assert not list(root.glob("*/*.part*"))
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_clear_error(server, tmp_path):
+    """A limit on the size of files stands in for a full disk: the kernel fails the write in the same place."""
+    index = open_index(server.url, settings(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (index.shards[0].bytes // 2, before[1]))
+        started = time.monotonic()
+        with pytest.raises(DataError, match=r"the disk is full .*; free some space, or set data.remote.cache"):
+            rows_read(index)
+        assert time.monotonic() - started < 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert not list((tmp_path / "cache").glob("*/*.part*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_small_disk_makes_room_and_then_says_that_it_is_full(server, packed, tmp_path):
+    size = max(shard.bytes for shard in read_index(packed).shards)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    about = sum((packed / name).stat().st_size for name in (INDEX, SAMPLES))
+    space = about + 4 * size + 40_000
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={space}", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        index = open_index(server.url, settings(tmp_path, cache=str(disk)))
+        for number in range(7):  # one after the other they fit: those that nobody reads make room
+            index.remote._cache.hold(index.shards[number]).close()
+        held = []
+        with pytest.raises(DataError, match="the disk is full"):
+            for number in range(7):
+                held.append(index.remote._cache.hold(index.shards[number]))
+        assert 3 <= len(held) <= 5
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/cache: .*; set data.remote.cache to a folder that can be written"):
+        open_index(server.url, settings(tmp_path, cache=str(tmp_path / "file" / "cache")))
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_a_url():
+    urls = ("s3://b", "gs://b", "hf://datasets/a/b", "https://h/x", "memory://x", "simplecache::s3://b", "pipe:cat {}")
+    for url in urls:
+        assert is_url(url), url
+    for folder in ("runs/x", "/a/b", "C:\\shards", "a:b", Path("x")):
+        assert not is_url(folder), folder
+
+
+def test_commands_are_refused_unless_allowed(packed, tmp_path):
+    url = f"pipe:touch {tmp_path}/ran; cat {packed}/{{}}"
+    with pytest.raises(ConfigError, match=r"runs a command; set data.remote.allow_commands=true if it is yours"):
+        open_index(url, settings(tmp_path))
+    assert not (tmp_path / "ran").exists()
+    index = open_index(url, settings(tmp_path, allow_commands=True))
+    assert (tmp_path / "ran").exists() and rows_read(index) == rows_read(read_index(packed))
+    with pytest.raises(DataError, match=r"not fetched within 0.4 s .*the command ended with status 7"):
+        open_index("pipe:exit 7 # {}", settings(tmp_path, allow_commands=True, total_seconds=0.4))
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"TimeoutError"):
+        open_index("pipe:sleep 60 # {}", settings(tmp_path, allow_commands=True, total_seconds=1))
+    assert time.monotonic() - started < 3
+
+
+def test_an_index_cannot_name_a_file_outside_its_folder_or_a_command(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "set")
+    raw = json.loads((tmp_path / "set" / INDEX).read_text())
+    for number, name in enumerate(["../../outside.tar", "pipe:touch x", "/etc/passwd"]):
+        raw["shards"][0]["url"] = name
+        (tmp_path / "set" / INDEX).write_text(json.dumps(raw))
+        with pytest.raises(DataError, match="is not a file name"):
+            open_index((tmp_path / "set").as_uri(), settings(tmp_path / str(number)))
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_other_file_systems(packed, tmp_path, scheme):
+    url = packed.as_uri()
+    if scheme == "memory":
+        import fsspec
+
+        url = "memory://set"
+        fsspec.filesystem("memory").put(str(packed) + "/", "/set/", recursive=True)
+    assert rows_read(open_index(url, settings(tmp_path))) == rows_read(read_index(packed))
+
+
+def test_an_unknown_scheme_and_a_missing_package_are_named(tmp_path):
+    with pytest.raises(DataError, match="Protocol not known: nosuch"):
+        open_index("nosuch://x/y", settings(tmp_path))
+
+
+def test_a_query_stays_at_the_end_and_out_of_messages():
+    store = Store("https://user:secret@host/set?token=hidden", RemoteConfig())
+    assert store.address("a.tar") == "https://user:secret@host/set/a.tar?token=hidden"
+    assert store.shown("a.tar") == "https://host/set/a.tar"
+
+
+def test_s3(packed, tmp_path, monkeypatch):
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    pytest.importorskip("s3fs")
+    import fsspec
+
+    running = moto.ThreadedMotoServer("127.0.0.1", port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    try:
+        for key, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(key, value)
+        bucket = fsspec.filesystem("s3")
+        bucket.mkdir("lesions")
+        bucket.put(str(packed) + "/", "lesions/train/", recursive=True)
+        assert rows_read(open_index("s3://lesions/train", settings(tmp_path))) == rows_read(read_index(packed))
+        with pytest.raises(DataError, match=r"s3://lesions/test/index.json: no such file"):
+            open_index("s3://lesions/test", settings(tmp_path))
+    finally:
+        running.stop()

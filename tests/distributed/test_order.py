@@ -1,0 +1,135 @@
+"""What ranks read is the plan: in order, on any number of them, whoever is killed when, from a folder or a server."""
+
+import json
+import shutil
+import time
+from collections import Counter
+
+import pytest
+
+from triderm_dist.data.shards import read_index
+from triderm_dist.oof import read_predictions
+
+from ..data.remote import serve, short_body, stall, unavailable
+from .conftest import ROOT, launch
+from .order_worker import GLOBAL_BATCH, plans
+from .test_runs import SETTINGS
+
+WORKER = str(ROOT / "tests" / "distributed" / "order_worker.py")
+
+
+def planned(index) -> list[list[str]]:
+    """The global batches of all epochs, one after the other."""
+    names = index.lesion_ids
+    return [
+        [names[int(row)] for row in plan.order[start : start + GLOBAL_BATCH]]
+        for plan in plans(index)
+        for start in range(0, len(plan), GLOBAL_BATCH)
+    ]
+
+
+def seen(folder) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
+    """{(attempt, world): {step: {rank: lesions}}}; a line that SIGKILL cut has no end and does not count."""
+    result: dict = {}
+    for path in folder.glob("*-*-*.txt"):
+        attempt, world, rank = map(int, path.stem.split("-"))
+        steps = result.setdefault((attempt, world), {})
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                step, *lesions = line.split()
+                steps.setdefault(int(step), {})[rank] = lesions
+    return result
+
+
+@pytest.mark.parametrize(("world", "remote"), [(2, False), (4, True)], ids=["2-folder", "4-server"])
+def test_lesions_of_an_epoch_are_those_of_the_plan(packed, tmp_path, world, remote):
+    index = read_index(packed)
+    with serve(packed) as server:
+        launch(WORKER, server.url if remote else str(packed), str(tmp_path), json.dumps([[world], 0]))
+    # Ranks of a node fetch a shard once for all.
+    assert not remote or {server.requests[shard.url] for shard in index.shards} == {1}
+    steps = seen(tmp_path)[0, world]
+    expected = planned(index)
+    assert sorted(steps) == list(range(len(expected)))
+    for step, batch in enumerate(expected):
+        assert [name for rank in range(world) for name in steps[step][rank]] == batch
+    at = 0
+    for plan in plans(index):
+        here = range(at, at := at + plan.num_batches(GLOBAL_BATCH))
+        lesions = Counter(name for step in here for rank in range(world) for name in steps[step][rank])
+        assert lesions == Counter(index.lesion_ids[int(row)] for row in plan.order)
+        assert set(lesions) == set(index.lesion_ids)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
+def test_killed_at_random_moments_and_resumed_on_other_world_sizes(packed, tmp_path, remote):
+    kills = 10  # of the 20, half read a folder and half a server
+    worlds = [2, 4, 1, 2, 4, 1, 2, 2, 1, 4, 2]
+    with serve(packed) as server:
+        for shard in read_index(packed).shards:
+            server.faults[shard.url] = [unavailable, short_body]
+        launch(WORKER, server.url if remote else str(packed), str(tmp_path), json.dumps([worlds, kills]))
+    expected, attempts = planned(read_index(packed)), seen(tmp_path)
+    done = 0
+    for (_, world), steps in sorted(attempts.items()):
+        if not steps:
+            continue  # killed before its first batch
+        assert min(steps) <= done
+        for step, ranks in steps.items():
+            # Every rank's part is that of the plan, also in steps that were read but not counted any more.
+            part = GLOBAL_BATCH // world
+            for rank, lesions in ranks.items():
+                assert lesions == expected[step][rank * part : (rank + 1) * part]
+        assert sorted(steps) == list(range(min(steps), max(steps) + 1))
+        whole = [step for step, ranks in steps.items() if len(ranks) == world]
+        done = max([done, *(step + 1 for step in whole)])
+    assert int((tmp_path / "consumed").read_text()) == done == len(expected)
+    assert len({world for (_, world), steps in attempts.items() if steps}) > 2
+
+
+def test_a_fault_that_one_rank_meets_ends_all_with_one_error(packed, tmp_path):
+    """A photo is damaged after the shards were checked: the other rank, which waits for this one, must not hang."""
+    shutil.copytree(packed, tmp_path / "shards")
+    index = read_index(tmp_path / "shards")
+    with index.path(int(index.shard[40])).open("rb+") as file:
+        file.seek(int(index.offsets[40, 0]))
+        file.write(bytes(int(index.sizes[40, 0])))
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    started = time.monotonic()
+    done = launch(
+        "launch.train", "--config", str(tmp_path / "tiny.yaml"), f"data.shards={tmp_path}/shards", "data.verify=false",
+        f"output={tmp_path}/run", ranks=2, config="accelerate_configs/ddp.yaml", check=False,
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr[-3000:]
+    assert f"the clinical photo of lesion {index.lesion_ids[40]} does not decode" in errors[0]
+    assert time.monotonic() - started < 60
+
+
+def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(packed, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    started = time.monotonic()
+    with serve(packed) as server:
+        shard = read_index(packed).shards[-1].url
+        server.faults[shard] = [stall] * 1000
+        done = launch(
+            "launch.train", "--config", str(tmp_path / "tiny.yaml"), f"data.shards={server.url}",
+            f"data.remote.cache={tmp_path}/cache", "data.remote.total_seconds=3", "data.remote.stall_seconds=1",
+            f"output={tmp_path}/run", ranks=2, config="accelerate_configs/ddp.yaml", check=False,
+        )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and errors, done.stderr[-3000:]
+    assert all(f"{shard}: not fetched within 3 s" in line for line in errors)
+    assert time.monotonic() - started < 60
+
+
+def test_training_from_a_server_is_training(packed, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    with serve(packed) as server:
+        for name in ("index.json", "samples.parquet", "shard-000000.tar"):
+            server.faults[name] = [unavailable]
+        launch(
+            "launch.train", "--config", str(tmp_path / "tiny.yaml"), f"data.shards={server.url}", "train.epochs=1",
+            f"data.remote.cache={tmp_path}/cache", f"output={tmp_path}/run",
+        )  # fmt: skip
+    assert len(read_predictions(tmp_path / "run" / "tri" / "fold-0" / "predictions.parquet")) == 50
