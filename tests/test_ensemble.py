@@ -39,6 +39,9 @@ def test_best_thresholds_reach_what_brute_force_reaches(scores: np.ndarray, labe
         else:
             assert thresholds[label] == ensemble.NEVER
     assert ((thresholds >= 0) & (thresholds <= 1)).all()
+    seen = [(scores[labels == label, label] > 0).any() for label in range(3)]  # elsewhere every cut has F1 = 0
+    weighted = ensemble._thresholds(scores, labels, np.ones((2, 25)))
+    np.testing.assert_array_equal(weighted[:, seen], [thresholds[seen], thresholds[seen]])
 
 
 def test_a_threshold_lies_midway_between_two_scores() -> None:
