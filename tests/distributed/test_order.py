@@ -4,9 +4,12 @@ import json
 import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.shards import read_index
 from triderm_dist.oof import read_predictions
 
@@ -16,6 +19,13 @@ from .order_worker import GLOBAL_BATCH, plans
 from .test_runs import SETTINGS
 
 WORKER = str(ROOT / "tests" / "distributed" / "order_worker.py")
+
+
+@pytest.fixture(scope="module")
+def shards(packed, tmp_path_factory) -> Path:
+    """The same lesions in 9 shards."""
+    dataset = read_challenge(packed.parent / "demo" / "train")
+    return pack_shards(dataset, tmp_path_factory.mktemp("order") / "shards", short_side=None, shard_samples=12).folder
 
 
 def planned(index) -> list[list[str]]:
@@ -42,10 +52,10 @@ def seen(folder) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
 
 
 @pytest.mark.parametrize(("world", "remote"), [(2, False), (4, True)], ids=["2-folder", "4-server"])
-def test_lesions_of_an_epoch_are_those_of_the_plan(packed, tmp_path, world, remote):
-    index = read_index(packed)
-    with serve(packed) as server:
-        launch(WORKER, server.url if remote else str(packed), str(tmp_path), json.dumps([[world], 0]))
+def test_lesions_of_an_epoch_are_those_of_the_plan(shards, tmp_path, world, remote):
+    index = read_index(shards)
+    with serve(shards) as server:
+        launch(WORKER, server.url if remote else str(shards), str(tmp_path), json.dumps([[world], 0]))
     # Ranks of a node fetch a shard once for all.
     assert not remote or {server.requests[shard.url] for shard in index.shards} == {1}
     steps = seen(tmp_path)[0, world]
@@ -62,14 +72,14 @@ def test_lesions_of_an_epoch_are_those_of_the_plan(packed, tmp_path, world, remo
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
-def test_killed_at_random_moments_and_resumed_on_other_world_sizes(packed, tmp_path, remote):
+def test_killed_at_random_moments_and_resumed_on_other_world_sizes(shards, tmp_path, remote):
     kills = 10  # of the 20, half read a folder and half a server
     worlds = [2, 4, 1, 2, 4, 1, 2, 2, 1, 4, 2]
-    with serve(packed) as server:
-        for shard in read_index(packed).shards:
+    with serve(shards) as server:
+        for shard in read_index(shards).shards:
             server.faults[shard.url] = [unavailable, short_body]
-        launch(WORKER, server.url if remote else str(packed), str(tmp_path), json.dumps([worlds, kills]))
-    expected, attempts = planned(read_index(packed)), seen(tmp_path)
+        launch(WORKER, server.url if remote else str(shards), str(tmp_path), json.dumps([worlds, kills]))
+    expected, attempts = planned(read_index(shards)), seen(tmp_path)
     done = 0
     for (_, world), steps in sorted(attempts.items()):
         if not steps:
@@ -87,9 +97,9 @@ def test_killed_at_random_moments_and_resumed_on_other_world_sizes(packed, tmp_p
     assert len({world for (_, world), steps in attempts.items() if steps}) > 2
 
 
-def test_a_fault_that_one_rank_meets_ends_all_with_one_error(packed, tmp_path):
+def test_a_fault_that_one_rank_meets_ends_all_with_one_error(shards, tmp_path):
     """A photo is damaged after the shards were checked: the other rank, which waits for this one, must not hang."""
-    shutil.copytree(packed, tmp_path / "shards")
+    shutil.copytree(shards, tmp_path / "shards")
     index = read_index(tmp_path / "shards")
     with index.path(int(index.shard[40])).open("rb+") as file:
         file.seek(int(index.offsets[40, 0]))
@@ -106,11 +116,11 @@ def test_a_fault_that_one_rank_meets_ends_all_with_one_error(packed, tmp_path):
     assert time.monotonic() - started < 60
 
 
-def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(packed, tmp_path):
+def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(shards, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     started = time.monotonic()
-    with serve(packed) as server:
-        shard = read_index(packed).shards[-1].url
+    with serve(shards) as server:
+        shard = read_index(shards).shards[-1].url
         server.faults[shard] = [stall] * 1000
         done = launch(
             "launch.train", "--config", str(tmp_path / "tiny.yaml"), f"data.shards={server.url}",
@@ -123,9 +133,9 @@ def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(packed, tmp_
     assert time.monotonic() - started < 60
 
 
-def test_training_from_a_server_is_training(packed, tmp_path):
+def test_training_from_a_server_is_training(shards, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    with serve(packed) as server:
+    with serve(shards) as server:
         for name in ("index.json", "samples.parquet", "shard-000000.tar"):
             server.faults[name] = [unavailable]
         launch(

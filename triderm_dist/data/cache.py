@@ -38,6 +38,8 @@ from triderm_dist.schema import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+_FETCHED = re.compile(r"(?P<name>.+)\.(?P<bytes>\d+)\.fetch(?P<attempt>\.\d+)?")
+"""A file on its way: reserved under this name, written under this name and the number of the attempt."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What trying again can't cure, by name: these classes live in packages that may not be installed.
 _HOPELESS = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
@@ -62,7 +64,7 @@ def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool
     cache = Cache(cache_root(remote), path.parent, store)
     cache.hold(_samples_file(path, store)).close()
     index = read_index(path.parent, shards_here=False)
-    return replace(index, remote=RemoteShards(cache, index.shards))
+    return replace(index, remote=cache)
 
 
 def index_file(where: str, remote: RemoteConfig) -> Path:
@@ -346,7 +348,7 @@ class Cache:
 
     def _bring(self, file: ShardFile, path: Path, stop: threading.Event, deadline: float) -> None:
         """Fetch a file into the cache; the caller holds its NAME.lock."""
-        part = path.with_name(f"{path.name}.{file.bytes}.part")
+        part = path.with_name(f"{path.name}.{file.bytes}.fetch")
         while not self._reserve(file, part):
             if stop.wait(4 * POLL_SECONDS):
                 raise _Stopped
@@ -362,7 +364,7 @@ class Cache:
             part.unlink(missing_ok=True)
 
     def _reserve(self, file: ShardFile, part: Path) -> bool:
-        """Make room for a file and mark it as taken by an empty part file; False if it must wait for others."""
+        """Make room for a file and mark it as taken by an empty file; False if it must wait for others."""
         if file.bytes > self.limit:
             raise DataError(
                 f"{self.store.shown(file.url)}: its {file.bytes / 1e9:.2f} GB do not fit into the cache of "
@@ -392,13 +394,12 @@ class Cache:
             if path.name in (INDEX, SAMPLES) or path.suffix == ".lock":
                 continue
             with contextlib.suppress(FileNotFoundError):
-                name, _, rest = path.name.partition(".part")[0].rpartition(".")
-                if ".part" in path.name:
-                    with _locked(_lock_of(path.with_name(name))) as nobody_fetches:
+                if fetched := _FETCHED.fullmatch(path.name):
+                    with _locked(_lock_of(path.with_name(fetched["name"]))) as nobody_fetches:
                         if nobody_fetches:
                             path.unlink()  # left by a process that was killed
-                        elif path.suffix == ".part":
-                            used += int(rest)
+                        elif not fetched["attempt"]:
+                            used += int(fetched["bytes"])
                 else:
                     about = path.stat()
                     used += about.st_size
@@ -491,15 +492,16 @@ class FolderShards:
 class RemoteShards:
     """Shards of a remote set. Inside `follow` they are fetched ahead in the order in which they will be read."""
 
-    def __init__(self, cache: Cache, files: tuple[ShardFile, ...]) -> None:
-        self._cache, self._shards = cache, files
+    def __init__(self, index: ShardIndex) -> None:
+        assert index.remote
+        self._cache, self._shards = index.remote, index.shards
         self._pass: _Pass | None = None
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard, which is fetched first if need be. Raises DataError where it can't be had."""
         path = self._cache.folder / self._shards[shard].url
         ahead = self._pass
-        if ahead and ahead.plans(shard):
+        if ahead and ahead.wants(shard):
             return _pread(ahead.file(shard), path, offset, size)
         held = self._cache.hold(self._shards[shard])
         try:
@@ -515,12 +517,12 @@ class RemoteShards:
         Yields a function to call with the number of steps whose reads are done. Raises ConfigError where the shards
         that one step needs do not fit into the cache together.
         """
+        self.close()
         self._pass = current = _Pass(self._cache, self._shards, order, batch)
         try:
             yield current.done
         finally:
             current.close()
-            self._pass = None
 
     def close(self) -> None:
         if self._pass:
@@ -551,8 +553,9 @@ class _Pass:
         for number in range(cache.store.remote.downloads):
             threading.Thread(target=self._work, name=f"shards ahead {number}", daemon=True).start()
 
-    def plans(self, shard: int) -> bool:
-        return bool(self._last[shard] >= 0)
+    def wants(self, shard: int) -> bool:
+        """Whether a read that is still to come needs this shard."""
+        return not self._stop.is_set() and bool(self._last[shard] >= self._position)
 
     def file(self, shard: int) -> IO[bytes]:
         """The open file of a shard, when it is there."""
@@ -563,7 +566,7 @@ class _Pass:
                 if shard in self._held:
                     return self._held[shard].file
                 if self._stop.is_set():
-                    raise DataError("reading was stopped")
+                    raise DataError(f"{self._shards[shard].url}: nobody waits for it any more")
                 self._changed.wait()
 
     def done(self, steps: int) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, view_transform
-from triderm_dist.data.cache import FolderShards
+from triderm_dist.data.cache import FolderShards, RemoteShards
 from triderm_dist.data.plan import PlannedBatch, RankBatches
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.data.tokens import TokenCache
@@ -69,7 +69,7 @@ class PhotoSource:
     ) -> None:
         self.index, self.image_size, self.mean, self.std = index, image_size, mean, std
         self.augment = augment or AugmentConfig()
-        self.shards = index.remote or FolderShards(index)
+        self.shards = RemoteShards(index) if index.remote else FolderShards(index)
         row, view = np.unravel_index(int((index.sizes > 0).argmax()), index.sizes.shape)
         self.canvas = _decode(self._bytes(int(row), int(view)), index, int(row), int(view)).shape[:2]
         self._ring: dict[int, list[_Buffers]] = {}

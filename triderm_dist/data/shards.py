@@ -31,7 +31,7 @@ from triderm_dist.files import whole, write_json
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, VIEWS, DataError
 
 if TYPE_CHECKING:
-    from triderm_dist.data.cache import RemoteShards
+    from triderm_dist.data.cache import Cache
 
 FORMAT = "triderm-shards"
 VERSION = 1
@@ -107,8 +107,8 @@ class ShardIndex:
     problems: tuple[Problem, ...]
     fingerprint: str
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
-    remote: RemoteShards | None = None
-    """Where the shards of a URL come from (`cache.open_index`); None: all of them lie in `folder`."""
+    remote: Cache | None = None
+    """Where the shards of a URL come through (`cache.open_index`); None: all of them lie in `folder`."""
 
     def __len__(self) -> int:
         return self.rows
