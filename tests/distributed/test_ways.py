@@ -152,3 +152,31 @@ def test_out_of_memory_alone(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "micro-batch 8 instead of 16" in done.stdout and "micro-batch 4 instead of 8" in done.stdout
     assert json.loads((tmp_path / "tri" / "fold-0" / "micro_batch.json").read_text())["micro_batch"] == 4
+
+
+LOW, LESS, COMPILED = "train.precision=bf16", "train.activation_checkpointing=true", "train.compile=true"
+COMBINED = {
+    "ddp": ["", COMPILED, f"{LESS} {COMPILED} {LOW}"],
+    "fsdp2": ["", LOW, f"{LESS} {COMPILED} {LOW}"],
+    "deepspeed_zero1": ["", LOW],
+    "deepspeed_zero2": ["", f"{LESS} {LOW}", COMPILED],
+    "deepspeed_zero3": ["", LESS, LOW],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", COMBINED)
+def test_options_combined(settings, tmp_path, way):
+    """Each resumes from the checkpoint of one process in the same precision."""
+    names = [f"{number}" for number, _ in enumerate(COMBINED[way])]
+    jobs = [
+        job(settings, tmp_path / name, "train.epochs=2", *overrides.split())
+        for name, overrides in zip(names, COMBINED[way], strict=True)
+    ]
+    begun = [{**each, "stop": 0} for each in jobs]
+    assert all(end.startswith("Interrupted") for end in run(tmp_path / "begin", "single", begun))
+    assert run(tmp_path / "go-on", way, jobs) == ["done"] * len(jobs)
+    plain = dict(losses(tmp_path / "0" / "tri" / "fold-0"))
+    for name in names:
+        for step, loss in losses(tmp_path / name / "tri" / "fold-0"):
+            assert loss == pytest.approx(plain[step], rel=0.02), (COMBINED[way][int(name)], step)

@@ -1,0 +1,170 @@
+"""Under accumulation soft F1 needs the sums of the whole global batch before the first backward. Three ways to them:
+
+- exact: a first pass over the micro-batches without gradients (train.loss.soft_f1_sums=exact);
+- previous: the sums of the step before (train.loss.soft_f1_sums=previous);
+- each micro-batch its own: soft F1 of each, averaged, as a loss that knows nothing of accumulation does.
+
+python -m benchmarks.soft_f1_sums [steps=24] [key=value ...]
+
+Needs the demo data (make demo), or other packed shards. One network is trained with exact sums; at every step the
+gradient of each way is compared with that of the undivided batch's formula, and the engine's own step is timed with
+exact and with previous sums, in turns. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Section
+
+
+class SumsRun(Section):
+    shards: str = Field("runs/demo/shards/train", description="packed shards to train on")
+    steps: int = Field(24, ge=2, description="optimiser steps")
+    global_batch: int = Field(32, ge=2, description="lesions a step")
+    micro_batch: int = Field(8, ge=1, description="lesions at once")
+    tower: str = Field("timm:vit_tiny_patch16_224", description="tower with random weights")
+    image_size: int = Field(64, ge=32, description="input side in pixels")
+
+
+WAYS = ("exact", "previous", "each micro-batch its own")
+
+
+def main(settings: SumsRun) -> None:
+    import numpy as np
+    import torch
+
+    from triderm_dist.config import Experiment, load
+    from triderm_dist.data.loader import Loader
+    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+    from triderm_dist.data.shards import read_index
+    from triderm_dist.engine import parallel
+    from triderm_dist.engine.crossval import new_network
+    from triderm_dist.engine.evaluate import forward
+    from triderm_dist.engine.step import train_step
+    from triderm_dist.engine.tokens import open_views
+    from triderm_dist.losses import CompoundLoss, focal_loss, soft_f1_loss
+    from triderm_dist.optim import build_optimizer
+    from triderm_dist.schema import DIAGNOSES, ConfigError
+
+    if not Path(settings.shards).exists():
+        raise ConfigError(f"shards: {settings.shards} is missing; run make demo, or name other packed shards")
+    index = read_index(settings.shards)
+    batches = {"train.global_batch": settings.global_batch, "train.micro_batch": settings.micro_batch}
+    experiment = load(
+        Experiment,
+        None,
+        [
+            f"models.m.tower={{source: '{settings.tower}', pretrained: false, image_size: {settings.image_size}}}",
+            "models.m.tower.freeze_clinical=0", "models.m.tower.freeze_dermoscopic=0", "models.m.width=192",
+            "models.m.dropout=0", *(f"{key}={value}" for key, value in batches.items()),
+        ],
+    )  # fmt: skip
+    model = experiment.models["m"]
+    config = {
+        way: model.train.model_copy(update={"loss": model.train.loss.model_copy(update={"soft_f1_sums": way})})
+        for way in WAYS[:2]
+    }
+    accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
+    views = open_views(model, index, Path(), accelerator, experiment.data, seed=0, train=True)
+    torch.manual_seed(0)
+    network = new_network(model, index.concepts, views)
+    counts = np.bincount(index.labels, minlength=len(DIAGNOSES))
+    loss = CompoundLoss(model.train.loss, model.head, counts)
+    wrapped, prepared, optimizer = parallel.wrap(
+        accelerator, network, lambda net: build_optimizer(net, model.train.optim), False, False
+    )
+    trained = [p for p in network.parameters() if p.requires_grad]
+
+    def gradient() -> torch.Tensor:
+        found = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+        optimizer.zero_grad()
+        return found
+
+    def undivided(step) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        """The gradient by the plain formulas: all micro-batches' outputs first, then one loss."""
+        outputs = [forward(wrapped, batch) for batch in step.micro_batches]
+        labels = torch.cat([batch.labels for batch in step.micro_batches])
+        total = torch.zeros(())
+        for weight, head in zip(loss.weights, range(3), strict=True):
+            logits = torch.cat([output[head] for output in outputs])
+            part = model.train.loss.focal_weight * focal_loss(logits, labels, model.head).mean()
+            total = total + weight * (part + model.train.loss.soft_f1_weight * soft_f1_loss(logits, labels, model.head))
+        total.backward()
+        return gradient()
+
+    def split(step, sums) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        """The gradient micro-batch by micro-batch with given sums, or with each micro-batch's own if there are none."""
+        for batch in step.micro_batches:
+            outputs = forward(wrapped, batch)
+            own = loss.sums(outputs, batch.labels, batch.valid)
+            if sums is not None:
+                part, _ = loss(outputs, batch.labels, batch.valid, step.count, sums)
+            else:
+                part, _ = loss(outputs, batch.labels, batch.valid, int(batch.valid.sum()), own)
+                part = part / len(step.micro_batches)
+            part.backward()
+        return gradient()
+
+    @torch.no_grad()
+    def sums_of(step) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return sum(loss.sums(forward(wrapped, batch), batch.labels, batch.valid) for batch in step.micro_batches)  # type: ignore[return-value]
+
+    samples = Samples(np.arange(len(index)), index.labels, index.shard)
+    errors: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS[:2]}
+    previous, number, epoch = None, 0, 0
+    while number < settings.steps:
+        plan = EpochPlan(samples, Sampling(), 0, epoch).batches(0, 1, settings.global_batch)
+        loader = Loader(
+            index, views.source, plan, settings.micro_batch, accelerator.device,
+            augment=model.train.augment, epoch=epoch,
+        )  # fmt: skip
+        for step in loader:
+            if number >= settings.steps or step.count < settings.global_batch:
+                break
+            wrapped.train()
+            truth, now = undivided(step), sums_of(step)
+            for way, sums in zip(WAYS, (now, previous, None), strict=True):
+                if way == "previous" and previous is None:
+                    continue
+                got = split(step, sums)
+                angle = torch.nn.functional.cosine_similarity(got.double(), truth.double(), dim=0)
+                errors[way].append((float((got - truth).norm() / truth.norm()), float(angle)))
+            for turn in range(2):
+                way = WAYS[(number + turn) % 2]
+                rate = model.train.optim.lr if turn else 0.0  # both are timed, one step is taken
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                started = time.perf_counter()
+                train_step(wrapped, loss, prepared, step, accelerator, config[way], 0, number, now)
+                seconds[way].append(time.perf_counter() - started)
+            previous, number = now, number + 1
+        epoch += 1
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    print(f"global batch {settings.global_batch} in micro-batches of {settings.micro_batch}, {settings.steps} steps")
+    print(f"{'soft F1 sums':<26} {'gradient error':>14} {'cosine':>8} {'s/step':>8}")
+    for way, found in errors.items():
+        error, angle = (statistics.median(values) for values in zip(*found, strict=True))
+        print(f"{way:<26} {error:>14.2e} {angle:>8.4f} {medians.get(way, float('nan')):>8.3f}")
+    error_of = {way: statistics.median(error for error, _ in found) for way, found in errors.items()}
+    print(
+        json.dumps(
+            {
+                "exact_error": round(error_of["exact"], 8),
+                "previous_error": round(error_of["previous"], 4),
+                "own_error": round(error_of[WAYS[2]], 4),
+                "exact_cost": round(medians["exact"] / medians["previous"], 3),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(SumsRun, main, __doc__)
