@@ -29,7 +29,12 @@ def probabilities(logits: torch.Tensor, head: Head) -> torch.Tensor:
 
 def one_hot(labels: torch.Tensor, valid: torch.Tensor, classes: int) -> torch.Tensor:
     """Targets (B, C) float32; a row that is not valid is all zero."""
-    return F.one_hot(labels.clamp(min=0), classes).float() * valid[:, None]
+    return _indicator(labels, classes) * valid[:, None]
+
+
+def _indicator(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Like `F.one_hot`, which reads the largest label from a CPU tensor and takes five operations."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
 def focal_loss(
@@ -51,7 +56,7 @@ def focal_loss(
     """
     logits = logits.float()
     classes = logits.shape[1]
-    target = F.one_hot(labels.clamp(min=0), classes).float()
+    target = _indicator(labels, classes)
     weights = torch.ones(classes, device=logits.device) if class_weights is None else class_weights
     if head == "softmax":
         target = target * (1 - label_smoothing) + label_smoothing / classes

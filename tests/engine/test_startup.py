@@ -1,0 +1,116 @@
+"""The report before the first step, and what a short run leaves behind."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.engine.bench import synthetic_shards
+from triderm_dist.engine.flops import training_flops
+from triderm_dist.engine.startup import parameters_by_room, report
+from triderm_dist.engine.tokens import open_views
+from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.engine.trainer import TrainingData, train
+from triderm_dist.models import build_network, build_towers
+
+TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)
+LOG_EVERY = 4
+
+
+def settings(**train_settings) -> ModelConfig:
+    return ModelConfig(width=32, heads=2, tower=TOWER, train=TrainConfig(**train_settings))
+
+
+def test_rooms_hold_every_parameter_once():
+    model = settings()
+    network = build_network(model, ["a"], build_towers(model.tower))
+    rooms = parameters_by_room(network)
+    assert sum(map(sum, rooms.values())) == sum(parameter.numel() for parameter in network.parameters())
+    frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
+    assert rooms["tower, clinical"][1] == frozen > 0 and rooms["tower, dermoscopic"][1] == 0
+    assert {"view alignment", "semantic gating", "pooling", "head", "auxiliary heads", "semantic"} <= set(rooms)
+
+
+def test_the_report_says_what_is_on_and_what_is_off():
+    model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
+    network = build_network(model, ["a"], build_towers(model.tower))
+    text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 943), [40, 41], None)
+    for said in (
+        "NO, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
+        "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU is not shown: a CPU has no peak",
+        "activation checkpointing (train.activation_checkpointing)", "exact soft F1", "loss scaling",
+        "tower, clinical: stem and 1 of 6 blocks stay as they are",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "torch.compile" not in text and "fusion" not in text
+
+
+class _Syncs(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers read from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 2 epochs with a profile; (folder, FLOPs of a lesion, numbers read from tensors up to each step)."""
+    folder = tmp_path_factory.mktemp("run")
+    index = synthetic_shards(folder / "shards", 64, 40)
+    model = settings(
+        epochs=2,
+        global_batch=8,
+        micro_batch=8,
+        log_every=LOG_EVERY,
+        profile=2,
+        peak_tflops=0.5,
+        optim={"warmup_epochs": 0},
+    )
+    accelerator = Accelerator(cpu=True)
+    views = open_views(model, index, folder, accelerator, DataConfig(), seed=0, train=True)
+    network = build_network(model, index.concepts, build_towers(model.tower))
+    flops = training_flops(network)
+    rows, reads = np.arange(56), []
+    data = TrainingData(index, views.source, rows, np.arange(56, 64), 2, 4)
+    with _Syncs() as syncs:
+        network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
+        train("tri", network, model.head, model.train, data, accelerator, folder, 0, "x")
+    return folder, flops, reads
+
+
+def test_a_record_holds_everything_that_is_asked_of_it(run):
+    folder, flops, _ = run
+    first, *_ = records = [each for each in read_metrics(folder / "metrics.jsonl") if each["kind"] == "train"]
+    assert [each["step"] for each in records] == list(range(LOG_EVERY, records[-1]["step"] + 1, LOG_EVERY))
+    assert set(first) == {
+        "kind", "epoch", "step", "loss", "focal", "soft_f1", "aux", "lr", "grad_norm", "lesions_per_s", "data_wait",
+        "memory_gib", "seconds_left", "mfu",
+    }  # fmt: skip
+    assert first["mfu"] == pytest.approx(first["lesions_per_s"] * flops / 0.5e12)
+    assert records[-1]["seconds_left"] < first["seconds_left"]
+
+
+def test_the_profile_is_a_trace_of_the_steps_that_were_asked_for(run):
+    folder, *_ = run
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert len(steps) == 2
+    assert any("scaled_dot_product" in str(event.get("name")) for event in events)
+
+
+def test_the_host_reads_numbers_only_to_log(run):
+    _, _, reads = run
+    a_step = [after - before for before, after in pairwise(reads[1:8])]  # the first forward counted FLOPs
+    # The one is a flag of the host's own, which a signal sets.
+    assert [each for number, each in enumerate(a_step, 1) if number != LOG_EVERY] == [1] * 5
+    assert a_step[LOG_EVERY - 1] > 1
