@@ -243,10 +243,10 @@ class StackConfig(Section):
     booster: Literal["softprob", "multi_output"] = Field(
         "softprob", description="one multi-class booster, or multi-output trees"
     )
-    max_depth: int = Field(3, ge=1, description="depth of a tree")
-    learning_rate: float = Field(0.1, gt=0, description="shrinkage of a tree")
+    max_depth: int = Field(2, ge=1, description="depth of a tree")
+    learning_rate: float = Field(0.2, gt=0, description="shrinkage of a tree")
     max_rounds: int = Field(600, ge=1, description="most boosting rounds")
-    early_stopping: int = Field(20, ge=1, description="rounds without gain after which boosting stops")
+    early_stopping: int = Field(15, ge=1, description="rounds without gain after which boosting stops")
     class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row is its diagnosis' share ** -power")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where XGBoost runs; auto takes a GPU if there is one"
