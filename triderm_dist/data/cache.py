@@ -466,18 +466,17 @@ class FolderShards:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard. Raises DataError where it has vanished or become shorter."""
-        path = self._index.path(shard)
         try:
             with self._lock:
-                file = self._files.pop(shard, None) or path.open("rb", buffering=0)
+                file = self._files.pop(shard, None) or self._index.path(shard).open("rb", buffering=0)
                 self._files[shard] = file  # the last one used is the last one of the dict
                 if len(self._files) > self.OPEN:
                     del self._files[next(iter(self._files))]  # closed when its last reader drops it
-            return _pread(file, path, offset, size)
+            return _pread(file, offset, size)
         except OSError as error:
             raise DataError(
-                f"{path}: {error.strerror or error}, while it was being read; bring it back and run the same command "
-                "again, which goes on at the last checkpoint"
+                f"{self._index.path(shard)}: {error.strerror or error}, while it was being read; bring it back and run "
+                "the same command again, which goes on at the last checkpoint"
             ) from None
 
     @contextlib.contextmanager
@@ -499,13 +498,12 @@ class RemoteShards:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard, which is fetched first if need be. Raises DataError where it can't be had."""
-        path = self._cache.folder / self._shards[shard].url
         ahead = self._pass
         if ahead and ahead.wants(shard):
-            return _pread(ahead.file(shard), path, offset, size)
+            return _pread(ahead.file(shard), offset, size)
         held = self._cache.hold(self._shards[shard])
         try:
-            return _pread(held.file, path, offset, size)
+            return _pread(held.file, offset, size)
         finally:
             held.close()
 
@@ -523,6 +521,8 @@ class RemoteShards:
             yield current.done
         finally:
             current.close()
+            if self._pass is current:
+                self._pass = None
 
     def close(self) -> None:
         if self._pass:
@@ -555,7 +555,7 @@ class _Pass:
 
     def wants(self, shard: int) -> bool:
         """Whether a read that is still to come needs this shard."""
-        return not self._stop.is_set() and bool(self._last[shard] >= self._position)
+        return bool(self._last[shard] >= self._position)
 
     def file(self, shard: int) -> IO[bytes]:
         """The open file of a shard, when it is there."""
@@ -629,10 +629,12 @@ class _Pass:
             )
 
 
-def _pread(file: IO[bytes], path: Path, offset: int, size: int) -> bytes:
+def _pread(file: IO[bytes], offset: int, size: int) -> bytes:
     data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
-        raise DataError(f"{path}: ends before byte {offset + size}, it was cut off; run shards.verify, then pack again")
+        raise DataError(
+            f"{file.name}: ends before byte {offset + size}, it was cut off; run shards.verify, then pack again"
+        )
     return data
 
 

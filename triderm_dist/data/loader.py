@@ -26,7 +26,7 @@ from triderm_dist.data.shards import ShardIndex
 from triderm_dist.data.tokens import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
-TASK_LESIONS = 4
+TASK_LESIONS = 8
 """Lesions that a thread decodes in one go: enough that handing out work costs nothing, few enough to end together."""
 
 
@@ -88,8 +88,14 @@ class PhotoSource:
         buffers = free.pop() if free else _Buffers.new(len(rows), self.canvas)
         buffers.wait()
         arrays = [view.numpy() for view in buffers.views]
-        starts = range(0, len(rows), TASK_LESIONS)
-        jobs = [pool.submit(self._read, rows, slice(start, start + TASK_LESIONS), arrays) for start in starts]
+        index = self.index
+        # Plain numbers: threads take turns in the interpreter, so what they do there is kept short.
+        columns = [column[rows].tolist() for column in (index.shard, index.offsets, index.sizes)]
+        places = list(zip(*columns, strict=True))
+        jobs = []
+        for start in range(0, len(rows), TASK_LESIONS):
+            part = slice(start, start + TASK_LESIONS)
+            jobs.append(pool.submit(self._read, rows[part], places[part], [array[part] for array in arrays]))
         return buffers.views, jobs
 
     def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
@@ -119,13 +125,13 @@ class PhotoSource:
         index = self.index
         return self.shards.read(int(index.shard[row]), int(index.offsets[row, view]), int(index.sizes[row, view]))
 
-    def _read(self, rows: np.ndarray, part: slice, arrays: list[np.ndarray]) -> None:
-        for i, row in zip(range(len(rows))[part], rows[part], strict=True):
-            for view, array in enumerate(arrays):
-                if self.index.sizes[row, view] == 0:
-                    array[i] = 0
+    def _read(self, rows: np.ndarray, places: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]) -> None:
+        for i, (shard, offsets, sizes) in enumerate(places):
+            for view, (offset, size, array) in enumerate(zip(offsets, sizes, arrays, strict=True)):
+                if size:
+                    _decode_into(array[i], self.shards.read(shard, offset, size), self.index, int(rows[i]), view)
                 else:
-                    _decode_into(array[i], self._bytes(row, view), self.index, row, view)
+                    array[i] = 0
 
 
 @dataclass
@@ -263,10 +269,9 @@ class Loader:
         for start in range(0, size, self.micro_batch):
             part = slice(start, start + self.micro_batch)
             rows, copies = batch.rows[part], batch.copies[part]
-            draws = (
-                Draws(self.seed, self.epoch, lesion_keys(self.index.lesion_ids[rows]), copies) if self.augment else None
-            )
-            yield _Pending(batch, rows, batch.valid[part], draws, start + self.micro_batch >= size)
+            names = self.index.lesion_ids[rows].tolist()
+            draws = Draws(self.seed, self.epoch, lesion_keys(names), copies) if self.augment else None
+            yield _Pending(batch, rows, names, batch.valid[part], draws, start + self.micro_batch >= size)
 
     def _finish(self, part: _Pending) -> Batch:
         started = time.perf_counter()
@@ -283,7 +288,7 @@ class Loader:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
         return Batch(
-            lesion_ids=[str(name) for name in self.index.lesion_ids[rows]],
+            lesion_ids=part.names,
             clinical=clinical,
             dermoscopic=dermoscopic,
             view_present=move(present),
@@ -300,6 +305,7 @@ class _Pending:
 
     batch: PlannedBatch
     rows: np.ndarray
+    names: list[str]
     valid: np.ndarray
     draws: Draws | None
     last: bool
@@ -307,11 +313,11 @@ class _Pending:
     jobs: list[Future[None]] = field(default_factory=list)
 
 
-def _decode(data: bytes, index: ShardIndex, row: int, view: int, out: np.ndarray | None = None) -> np.ndarray:
+def _decode(data: bytes, index: ShardIndex, row: int, view: int) -> np.ndarray:
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError as error:
         raise DataError(
             f"{index.path(int(index.shard[row]))}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not "
@@ -323,15 +329,10 @@ def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view
     """Decode a photo to fill `out` (H, W, 3), straight into it where the photo has that size."""
     import simplejpeg
 
-    height, width = out.shape[:2]
-    try:
-        fits = simplejpeg.decode_jpeg_header(data)[:2] == (height, width)
-    except ValueError:
-        fits = False  # decoding says what is wrong
-    if fits:
-        _decode(data, index, row, view, out)
-    else:
-        out[:] = _cover(_decode(data, index, row, view), height, width)
+    with contextlib.suppress(ValueError):  # a photo larger than `out`, or a damaged one
+        if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
+            return
+    out[:] = _cover(_decode(data, index, row, view), *out.shape[:2])
 
 
 def _cover(photo: np.ndarray, height: int, width: int) -> np.ndarray:
