@@ -22,6 +22,10 @@ fi
 daemons=()
 clean_up() {
     scancel --quiet --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 60); do # the jobs' own processes end before the daemons do
+        squeue --noheader 2>/dev/null | grep -q . || break
+        sleep 1
+    done
     [ ${#daemons[@]} -eq 0 ] || kill "${daemons[@]}" 2>/dev/null || true
     wait
     [ -n "${keep:-}" ] || rm -rf "$here"
@@ -98,7 +102,7 @@ python -m shards.pack source="$here/demo/train" output="$here/shards" short_side
 settings=(--config "$here/tiny.yaml" data.shards="$here/shards")
 
 submit() { # NAME [SBATCH OPTIONS] SCRIPT [ARGUMENTS]; prints the number of the job
-    sbatch --parsable --job-name="$1" --time=10 --output="$here/jobs/%x.out" "${@:2}"
+    sbatch --parsable --job-name="$1" --time=60 --output="$here/jobs/%x.out" "${@:2}"
 }
 field() { # JOB FIELD: what Slurm says of a job
     scontrol --oneliner show job "$1" | grep -o " $2=[^ ]*" | head -n 1 | cut -d= -f2

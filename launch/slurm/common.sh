@@ -26,9 +26,11 @@ ranks() {
 # End the job with a status; where it says "interrupted", put the job back into the queue, to go on where it stopped.
 # After scancel nothing is put back: that ends this script too, before the ranks have saved.
 finish() {
-    if [ "$1" -eq 3 ]; then
-        # By the number of the job alone Slurm may take the whole array.
-        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    fi
+    case $1 in
+        3 | 138) # 138: SIGUSR1 came before the launcher had begun
+            # By the number of the job alone Slurm may take the whole array.
+            scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+            ;;
+    esac
     exit "$1"
 }
