@@ -52,7 +52,9 @@ class StepBenchmark(Section):
     batch: int | None = Field(None, ge=2, description="lesions a step; null: 96 on a GPU, 8 on a CPU")
     rounds: int = Field(12, ge=2, description="turns of each contestant, after three to warm up")
     steps: int | None = Field(None, ge=1, description="steps a turn; null: 10 on a GPU, 1 on a CPU")
-    compile: bool = Field(True, description="torch.compile our network's blocks, for the bare loop too")
+    compile: bool | None = Field(
+        None, description="torch.compile our network's blocks, for the bare loop too; null: on a GPU, where it pays"
+    )
     seconds: float = Field(15.0, gt=0, description="seconds of training from shards")
     workers: int = Field(0, ge=0, description="decoder threads for that; 0 takes the cores")
 
@@ -100,7 +102,7 @@ def main(config: StepBenchmark) -> None:
         image=config.image_size,
         batch=config.batch or (96 if gpu else 8),
         precision="bf16" if gpu else "fp32",
-        compile=config.compile,
+        compile=gpu if config.compile is None else config.compile,
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -224,8 +226,8 @@ def bare_loop(size: Size, device: Any, folder: Path) -> Turn:
     return step
 
 
-def ours(size: Size, device: Any, folder: Path) -> Turn:
-    """A step as `engine.trainer.train` takes it, with what it logs and checks, but for the loader."""
+def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
+    """A step of one of `ranks` as `engine.trainer.train` takes it, with what it logs and checks, but for the loader."""
     import numpy as np
 
     from triderm_dist.data.loader import Step
@@ -240,7 +242,7 @@ def ours(size: Size, device: Any, folder: Path) -> Turn:
 
     batch, model = made_up_batch(size, device), size.model(folder)
     config = model.train
-    accelerator = parallel.start(size.precision, size.batch, size.batch, config.optim.clip_norm)
+    accelerator = parallel.start(size.precision, size.batch, ranks * size.batch, config.optim.clip_norm)
     network = our_network(size, folder).to(device)
     build = partial(build_optimizer, config=config.optim)
     wrapped, prepared, optimizer = parallel.wrap(
@@ -250,10 +252,10 @@ def ours(size: Size, device: Any, folder: Path) -> Turn:
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(device)
     finite, loader = Finite(accelerator, optimizer), SimpleNamespace(waited=0.0)
-    meter = Meter(0, 100_000, size.batch, device)
+    meter = Meter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000)
-    step, done = Step(0, size.batch, [batch], np.arange(size.batch)), 0
+    step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
 
     def one() -> None:
         nonlocal done
