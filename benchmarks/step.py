@@ -20,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -118,7 +118,8 @@ def main(config: StepBenchmark) -> None:
             f"{median['sketch'] / middle:>15.2f}"
         )
     plain, checked = (
-        alone(step_memory, replace(size, checkpointing=checkpointing), device.type) for checkpointing in (False, True)
+        alone(step_memory, replace(size, checkpointing=checkpointing), device.type, environment=TRUTHFUL_MALLOC)
+        for checkpointing in (False, True)
     )
     print(f"peak memory of a step: {plain:.2f} GiB, with activation checkpointing {checked:.2f} GiB")
     loop = alone(from_shards, size, device.type, config.seconds, config.workers or os.cpu_count() or 1)
@@ -303,11 +304,16 @@ def made_up_batch(size: Size, device: Any) -> Any:
     ).to(device)
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def alone(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
     """The function's result in a fresh process."""
-    os.environ.update(TRUTHFUL_MALLOC)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def step_memory(size: Size, device_type: str) -> float:
