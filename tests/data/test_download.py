@@ -110,7 +110,7 @@ def test_faults_are_survived(server: Server, tmp_path: Path, fault: str) -> None
 
 def test_only_what_is_missing_is_asked_for(server: Server, tmp_path: Path) -> None:
     server.faults = ["cut", "503", "503", "503"]
-    with pytest.raises(Interrupted, match=r"503 Service Unavailable, 3 times in a row; 256000 bytes are kept"):
+    with pytest.raises(Interrupted, match=r"503 Service Unavailable, 3 attempts in a row; 256000 bytes are kept"):
         fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
     server.asked.clear()
     fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
@@ -173,7 +173,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(Interrupted, match="Connection refused, 3 times in a row"):
+    with pytest.raises(Interrupted, match="Connection refused, 3 attempts in a row"):
         fetch(f"http://127.0.0.1:{port}/file", tmp_path / "file", **QUICK)
     with pytest.raises(DataError, match="no http or https address"):
         download(tmp_path, ["x"], base_url="file:///etc")

@@ -7,6 +7,7 @@ entity tag); it is renamed when it is whole. An archive is unpacked into NAME.un
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import json
@@ -87,11 +88,11 @@ def fetch(
     Interrupted where the same call goes on later.
     """
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
     while True:
         before = _size(part)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             remote = _attempt(url, part, timeout, progress)
             break
         except _Retry as error:
@@ -100,10 +101,10 @@ def fetch(
                 part.unlink(missing_ok=True)
             if failures >= attempts:
                 kept = f"{_size(part)} bytes are kept, the same command goes on from there"
-                raise Interrupted(f"{url}: {error}, {attempts} times in a row; {kept}") from None
+                raise Interrupted(f"{url}: {error}, {attempts} attempts in a row; {kept}") from None
             time.sleep(pause * 2 ** max(failures - 1, 0))
         except OSError as error:
-            kept = "free some space" if error.errno == 28 else "correct that"
+            kept = "free some space" if error.errno == errno.ENOSPC else "correct that"
             raise DataError(f"{part}: {error.strerror or error}; {kept}, the same command goes on") from None
     digests = _digests(part)
     expected, actual = (sha256, digests["sha256"]) if sha256 else (remote.md5, digests["md5"])
@@ -371,7 +372,7 @@ def read_checksums(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable ({error})") from None
+        raise DataError(f"{path}: not readable ({getattr(error, 'strerror', None) or error})") from None
     sums = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -99,7 +99,7 @@ def pack_shards(
     except OSError as error:
         name = error.filename or part
         raise DataError(
-            f"{name}: {error.strerror or error}; with that corrected, the same command goes on where it stopped"
+            f"{name}: {error.strerror or error}; correct that, and the same command goes on where it stopped"
         ) from None
     return read_index(folder)
 
