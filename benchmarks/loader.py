@@ -36,6 +36,7 @@ NAMES = {
     "ceiling_torchvision": "bare decoding, torchvision",
     "ceiling_simplejpeg": "bare decoding, simplejpeg",
     "ours": "ours",
+    "ours_spare": "ours, one thread more than cores",
     "ours_finished": "ours, augmented and normalised on the same cores",
     "folder": "(b) folder of original photos, Pillow + torchvision",
     "folder_reduced": "(b) the same, folder of reduced photos",
