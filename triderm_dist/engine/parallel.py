@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -79,6 +80,7 @@ def start(
         # The millisecond: Accelerate hands on only what differs from its own default, which is not that of gloo.
         timeout=timedelta(seconds=rank_timeout, milliseconds=1),
     )
+    AcceleratorState._reset_state()  # else the first model's precision would bind all models of a run
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
         # Gradients live in the buckets that are exchanged: one copy less of each.
@@ -211,22 +213,18 @@ def wrap(
 def _shard(network: Network, accelerator: Accelerator) -> None:
     """`fully_shard` each block, frozen ones too, and then what is left.
 
-    Under mixed precision blocks are gathered in 16 bit, half the traffic, and their gradients are reduced in fp32. What
-    is left (heads, projections, learned tokens) stays in fp32, as the heads compute in it; so do blocks with batch
-    norms, whose statistics are fp32. Autocast decides the precision of each operation, as under DDP.
+    The policy is fp32 for weights, their exchange and the reduction of gradients, under autocast, as DDP does it: with
+    16-bit weights a norm would get weights and inputs of two precisions, which not every device computes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    full = MixedPrecisionPolicy(cast_forward_inputs=False)
-    lowered = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     towers: list[Any] = list(network.towers.values())
     for block in [*(block for tower in towers for block in tower.blocks), *network.fusion_stages()]:
-        normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules())
-        fully_shard(block, mesh=mesh, mp_policy=full if low is None or normed else lowered)
-    fully_shard(network, mesh=mesh, mp_policy=full)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def _assert_wrapped(chosen: Way, network: Network, wrapped: nn.Module) -> None:
