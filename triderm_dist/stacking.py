@@ -38,8 +38,9 @@ INNER_PARTS = 5
 """Early stopping watches one part in so many of the rows it is given."""
 
 CELLS_A_THREAD = 4_000_000
-"""A fit takes one more thread for so many cells (rows x columns): on fewer, threads wait for one another longer than
-they save (benchmarks.stack). It also keeps fits of this size bit-identical on any number of cores."""
+"""A fit takes one more thread for so many cells (rows x columns). On fewer a second thread brings a tenth on an idle
+machine (benchmarks.stack) and costs several times as much on a busy one; and fits of this size are bit-identical on any
+number of cores."""
 
 Result = TypeVar("Result")
 
