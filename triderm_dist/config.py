@@ -180,8 +180,8 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="decay a step of the averaged weights (EMA) that are validated and kept, such as 0.999; 0 keeps the "
-        "weights themselves; not with DeepSpeed",
+        description="decay a step of the averaged weights (EMA) that are validated and kept, such as 0.999; 0 keeps "
+        "the weights themselves; not with DeepSpeed",
     )
     select: Literal["best", "last"] = Field(
         "best", description="weights that predict: of the epoch with the best validation macro F1 (argmax), or the last"
@@ -314,8 +314,8 @@ class Experiment(Section):
     rank_timeout: float = Field(
         600.0,
         gt=0,
-        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more where "
-        "rank 0 checks very large shards (data.verify)",
+        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more "
+        "where rank 0 checks very large shards (data.verify)",
     )
     tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
 
