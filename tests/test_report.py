@@ -111,6 +111,8 @@ def test_rows_a_diagnosis_and_confusion_agree_with_the_decisions(run: Path) -> N
 
 def test_a_slice_that_falls_behind_is_flagged_and_a_small_one_is_not_judged(run: Path) -> None:
     content = Content(run)
+    # All found: by chance alone one slice in twenty of the run's own decisions would be flagged.
+    content.rows = replace(content.rows, decisions=np.eye(len(DIAGNOSES), dtype=bool)[content.labels])
     slices = {(part.field, part.value): part for part in content.slices}
     for field in ("sex", "skin_tone", "site", "age"):
         assert sum(part.lesions for key, part in slices.items() if key[0] == field) == len(content.labels)
