@@ -195,8 +195,8 @@ def wrap(
         if activation_checkpointing:
             block.forward = checkpointed(block.forward)
         if compile_blocks:
-            # Shapes never change, since the last batch is padded. Compiled blocks draw dropout as eager ones do: the first
-            # pass of the soft F1 sums, a resumed run and other ranks have to repeat it.
+            # Shapes never change, since the last batch is padded. Compiled blocks draw dropout as eager ones do: the
+            # first pass of the soft F1 sums, a resumed run and other ranks have to repeat it.
             block.compile(dynamic=False, options={"fallback_random": True})
     chosen = way(accelerator)
     wrapped: Any
