@@ -7,7 +7,8 @@ latency of the slowest link of the ring, T the seconds of a step alone, of which
 
     DDP             c = 2 (N-1)/N 4 P / B         exposed = max(c - 2/3 T, 2 (N-1)/N bucket / B), fp32 gradients
     ZeRO 1, 2       c = (N-1)/N 2 P / B           exposed = max(c - 2/3 T, 0) + c: gradients, then weights, 16 bit
-    FSDP2, ZeRO 3   c = (N-1)/N (2 (P + F) + 2 P + 4 P) / B    exposed = max(c - T, c / blocks): gathered a block ahead
+    FSDP2, ZeRO 3   c = (N-1)/N (w (P + F) + w P + 4 P) / B    exposed = max(c - T, c / blocks): gathered a block ahead
+                    with weights of w bytes: 2 for ZeRO 3 under bf16, 4 for FSDP2, which keeps them in fp32
     all             + 3 * 2 log2(N) a: soft F1 sums, gradient norm, found-not-finite
 
     efficiency = T / (T + exposed)
@@ -27,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,10 @@ def zero2(n: int, trained: int, frozen: int, blocks: int, alone: float, bandwidt
     return max(half - alone * 2 / 3, 0.0) + half + small(n, latency)
 
 
-def fsdp2(n: int, trained: int, frozen: int, blocks: int, alone: float, bandwidth: float, latency: float) -> float:
-    moved = (n - 1) / n * (2 * (trained + frozen) + 2 * trained + 4 * trained) / bandwidth
+def sharded(
+    weight: int, n: int, trained: int, frozen: int, blocks: int, alone: float, bandwidth: float, latency: float
+) -> float:
+    moved = (n - 1) / n * (weight * (trained + frozen) + weight * trained + 4 * trained) / bandwidth
     return max(moved - alone, moved / blocks) + small(n, latency)
 
 
@@ -98,7 +102,12 @@ def small(n: int, latency: float) -> float:
     return 3 * 2 * math.log2(n) * latency
 
 
-WAYS: dict[str, Callable[..., float]] = {"DDP": ddp, "ZeRO 1, 2": zero2, "FSDP2, ZeRO 3": fsdp2}
+WAYS: dict[str, Callable[..., float]] = {
+    "DDP": ddp,
+    "ZeRO 1, 2": zero2,
+    "ZeRO 3": partial(sharded, 2),
+    "FSDP2": partial(sharded, 4),
+}
 
 
 def check(rounds: int) -> dict[str, dict[str, float]]:

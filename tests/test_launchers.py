@@ -38,7 +38,8 @@ RAY_JOB = closed(
         "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
         "rayClusterSpec": closed(
             {
-                "rayVersion": TEXT, "enableInTreeAutoscaling": SWITCH, "autoscalerOptions": {"type": "object"},
+                "rayVersion": TEXT, "authOptions": closed({"mode": {"enum": ["token", "disabled"]}}),
+                "enableInTreeAutoscaling": SWITCH, "autoscalerOptions": {"type": "object"},
                 "headGroupSpec": closed(GROUP | {"serviceType": TEXT}, "rayStartParams", "template"),
                 "workerGroupSpecs": {
                     "type": "array",

@@ -6,6 +6,12 @@
 #   LAUNCHER         accelerate file; default accelerate_configs/ddp.yaml, or a deepspeed_zero*.yaml
 #   RANKS_PER_NODE   default: the GPUs that the job has on each node, or one rank without GPUs
 
+# A port of this job's own, for jobs may share a node: above those of Ray's workers (10002 to 19999), below those that are
+# handed out to clients (from 32768).
+job_port() {
+    echo $((20000 + SLURM_JOB_ID % 10000))
+}
+
 # Run a program as ranks on all nodes of the job: ranks PROGRAM [ARGUMENTS]. The status is that of the ranks: 0 done,
 # 2 bad input, 3 interrupted. One Slurm task a node starts the node's ranks. The signal of --signal reaches launcher and
 # ranks alike: Slurm sends it to every process of a step, and not to the batch script, which must not end before them.
@@ -13,8 +19,7 @@ ranks() {
     local nodes=$SLURM_JOB_NUM_NODES a_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     local head port
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Jobs that share a node must not share a port; below 32768 nothing is handed out to clients.
-    port=$((10000 + SLURM_JOB_ID % 20000))
+    port=$(job_port)
     # --wait: a node that has ended gives the others a minute to end by themselves; by then they hang on a dead one.
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --wait=60 bash -c \
         'exec python -m launch.ranks --machine_rank "$SLURM_NODEID" "$@"' launcher \

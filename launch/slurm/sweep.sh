@@ -27,17 +27,26 @@ words=("$@")
 # Here the batch script is told (B:), not the steps: a signal would kill Ray. The trials have saved each epoch.
 trap 'finish 3' USR1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-RAY_HEAD=$head:$((10000 + SLURM_JOB_ID % 20000))
+RAY_HEAD=$head:$(job_port)
 RAY_FOLDER=${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID
-export RAY_HEAD RAY_FOLDER RAY_USAGE_STATS_ENABLED=0
+# A token of this job's own: other people's jobs on these nodes can't use its cluster, nor meet it by mistake.
+RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+RAY_USAGE_STATS_ENABLED=0
+export RAY_HEAD RAY_FOLDER RAY_AUTH_MODE RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 bash -c '
-    own=(--num-cpus="${SLURM_CPUS_ON_NODE:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
+    own=(--block --num-cpus="${SLURM_CPUS_ON_NODE:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
     if [ "$SLURM_NODEID" -gt 0 ]; then
-        until ray start --block --address="$RAY_HEAD" "${own[@]}"; do sleep 5; done
-        exit 0
+        until ray health-check --address="$RAY_HEAD" 2>/dev/null; do sleep 2; done
+        ray start --address="$RAY_HEAD" "${own[@]}"
+        exit 0 # the head has gone, and with it the search has ended
     fi
-    ray start --head --port="${RAY_HEAD##*:}" --temp-dir="$RAY_FOLDER" --include-dashboard=false "${own[@]}" || exit 1
+    ray start --head --port="${RAY_HEAD##*:}" --temp-dir="$RAY_FOLDER" --include-dashboard=false "${own[@]}" &
+    until ray health-check --address="$RAY_HEAD" 2>/dev/null; do sleep 2; done
     python -m tune.search "$@" search.address="$RAY_HEAD"
+    status=$?
+    kill %1 # stops what it has started
+    wait
+    exit $status
 ' search "${words[@]}" &
 wait $!
 finish $?
