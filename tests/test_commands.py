@@ -94,7 +94,7 @@ def check_program(program: str, arguments: list[str], monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cli, "run", take)
     monkeypatch.delitem(sys.modules, program, raising=False)
-    runpy.run_module(program, run_name="__main__")
+    runpy.run_module(program, run_name="__main__", alter_sys=True)  # pydantic looks names up in sys.modules
     assert taken, f"{program} is no program"
 
 
