@@ -1,5 +1,7 @@
 """What a run says: the start-up report, lines, JSONL, TensorBoard, other trackers, the profiler's trace."""
 
+import time
+
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
@@ -47,6 +49,7 @@ def test_a_resumed_run_writes_later_records_again(tmp_path):
     with tracker_in(tmp_path) as tracker:
         for step in (10, 20, 30):
             tracker.log("train", 0, step, {**TRAIN, "loss": 1.0})
+    time.sleep(1)  # TensorBoard sorts event files by the second of their start
     with tracker_in(tmp_path, step=20) as tracker:
         tracker.log("train", 0, 30, {**TRAIN, "loss": 2.0})
     records = read_metrics(tmp_path / "metrics.jsonl")
