@@ -7,7 +7,6 @@ be run by hand with the same settings.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -15,13 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.files import write_json
+from triderm_dist.files import only_one, write_json
 from triderm_dist.schema import InputError
 
 
@@ -41,7 +39,8 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> None:
     status.
     """
     record = folder / "stages.json"
-    with _only_one(folder) as lock:
+    refusal = InputError(f"{folder}: another run is working here; wait for it or stop it")
+    with only_one(folder / ".lock", refusal) as lock:  # running stages inherit it
         for number, stage in enumerate(stages, 1):
             title = f"[{number}/{len(stages)}] {stage.name}"
             done = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -82,18 +81,6 @@ def _digest(path: Path) -> str:
             if file.suffix.lower() == ".csv":
                 content.update(file.read_bytes())
     return content.hexdigest()
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[int]:
-    """A lock on FOLDER that running stages inherit: it is free once the last process of a run is gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another run is working here; wait for it or stop it") from None
-        yield file.fileno()
 
 
 def _end_with_parent() -> None:

@@ -11,8 +11,6 @@ A run that was killed keeps every shard whose input and checksum are still those
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -43,7 +41,7 @@ from triderm_dist.data.shards import (
     write_index,
 )
 from triderm_dist.data.threads import cores, in_order
-from triderm_dist.files import whole
+from triderm_dist.files import only_one, whole
 from triderm_dist.schema import VIEWS, DataError, Lesion
 
 Progress = Callable[[int, int], None]
@@ -83,7 +81,8 @@ def pack_shards(
         return _already_packed(folder, packing)
     part = folder.with_name(folder.name + ".part")
     try:
-        with _only_one(part):
+        refusal = DataError(f"{part}: another process is packing here; wait for it or end it")
+        with only_one(part / "lock", refusal):
             if _occupied(folder):  # made by another process in the meantime
                 return _already_packed(folder, packing)
             shards, problems = packing.write(part)
@@ -124,17 +123,6 @@ def _already_packed(folder: Path, packing: _Packing) -> ShardIndex:
     if left_over.is_dir() and not (left_over / "shards").exists():
         shutil.rmtree(left_over)  # killed between its last two steps
     return read_index(folder)
-
-
-@contextlib.contextmanager
-def _only_one(part: Path) -> Iterator[None]:
-    part.mkdir(parents=True, exist_ok=True)
-    with (part / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{part}: another process is packing here; wait for it or end it") from None
-        yield
 
 
 @dataclass(frozen=True)
