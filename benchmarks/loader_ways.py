@@ -35,7 +35,7 @@ class HostPhotos(PhotoSource):
 
 
 def plan_of(index: ShardIndex) -> EpochPlan:
-    return EpochPlan(Samples(np.arange(len(index)), index.labels, index.shard), Sampling("balanced"), 0, 0)
+    return EpochPlan(Samples.of(index, np.arange(len(index))), Sampling("balanced"), 0, 0)
 
 
 def ours(folder: Path, batch: int, workers: int, source_class: type[PhotoSource] = HostPhotos) -> dict[str, float]:

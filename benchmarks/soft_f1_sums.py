@@ -116,7 +116,7 @@ def main(settings: SumsRun) -> None:
     def sums_of(step) -> torch.Tensor:  # type: ignore[no-untyped-def]
         return sum(loss.sums(forward(wrapped, batch), batch.labels, batch.valid) for batch in step.micro_batches)  # type: ignore[return-value]
 
-    samples = Samples(np.arange(len(index)), index.labels, index.shard)
+    samples = Samples.of(index, np.arange(len(index)))
     errors: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS[:2]}
     previous, number, epoch = None, 0, 0

@@ -94,7 +94,7 @@ def packed_demo(folder: Path, config: TtaRun) -> ShardIndex:
 def decoded(
     index: ShardIndex, source: PhotoSource, rows: np.ndarray, config: TtaRun, device: torch.device
 ) -> list[tuple[Batch, np.ndarray]]:
-    plan = EpochPlan(Samples(rows, index.labels, index.shard), Sampling("sequential"), 0, 0)
+    plan = EpochPlan(Samples.of(index, rows), Sampling("sequential"), 0, 0)
     loader = Loader(index, source, plan.batches(0, 1, config.batch), config.batch, device)
     return [(step.micro_batches[0], step.rows) for step in loader]
 

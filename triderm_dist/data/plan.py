@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from triderm_dist.schema import DIAGNOSES, ConfigError
+
+if TYPE_CHECKING:
+    from triderm_dist.data.shards import ShardIndex
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Samples:
     rows: np.ndarray
     labels: np.ndarray
     shards: np.ndarray
+
+    @classmethod
+    def of(cls, index: ShardIndex, rows: np.ndarray) -> Samples:
+        """The samples that are these rows (N,) of a packed set."""
+        return cls(rows, index.labels[rows], index.shard[rows])
 
     def __len__(self) -> int:
         return len(self.rows)

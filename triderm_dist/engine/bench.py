@@ -71,7 +71,7 @@ def measure(
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(accelerator.device)
     finite = Finite(accelerator, optimizer)
     rows = np.resize(np.arange(len(index)), PLANNED * config.global_batch)
-    plan = EpochPlan(Samples(rows, index.labels[rows], index.shard[rows]), Sampling("shuffle"), seed, 0)
+    plan = EpochPlan(Samples.of(index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
     loader = Loader(
         index, source, batches, config.micro_batch, accelerator.device,

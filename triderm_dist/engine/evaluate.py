@@ -56,7 +56,7 @@ def evaluate(
     network.eval()
     position = {int(row): i for i, row in enumerate(rows)}
     world = accelerator.num_processes
-    plan = EpochPlan(Samples(rows, index.labels[rows], index.shard[rows]), Sampling("sequential"), seed=0, epoch=0)
+    plan = EpochPlan(Samples.of(index, rows), Sampling("sequential"), seed=0, epoch=0)
     batches = plan.batches(accelerator.process_index, world, micro_batch * world)
     loader = Loader(index, source, batches, micro_batch, accelerator.device, workers=workers, prefetch=prefetch)
     arrays: list[np.ndarray] = []

@@ -98,7 +98,7 @@ def _explain(
 def _batch(index: ShardIndex, source: ViewSource, row: int, device: torch.device) -> Batch:
     """One lesion as the network, or with a source of plain photos the reader, sees it."""
     rows = np.array([row])
-    plan = EpochPlan(Samples(rows, index.labels[rows], index.shard[rows]), Sampling("sequential"), seed=0, epoch=0)
+    plan = EpochPlan(Samples.of(index, rows), Sampling("sequential"), seed=0, epoch=0)
     return next(iter(Loader(index, source, plan.batches(0, 1, 1), 1, device))).micro_batches[0]
 
 

@@ -136,7 +136,7 @@ def _tokens(
     """(n, 2 views, L, D) float16."""
     kind, _, number = version.rpartition("-")
     augmented = kind.startswith("augmented")
-    plan = EpochPlan(Samples(rows, index.labels[rows], index.shard[rows]), Sampling("sequential"), 0, 0)
+    plan = EpochPlan(Samples.of(index, rows), Sampling("sequential"), 0, 0)
     loader = Loader(
         index, source, plan.batches(0, 1, EXTRACT_BATCH), EXTRACT_BATCH, accelerator.device,
         augment=augment if augmented else None, seed=seed, epoch=int(number) if augmented else 0,

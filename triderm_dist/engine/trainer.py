@@ -145,8 +145,7 @@ class _Plans:
 
     def __init__(self, config: TrainConfig, data: TrainingData, seed: int) -> None:
         self.config, self.data, self.seed = config, data, seed
-        rows = data.train_rows
-        self._samples = Samples(rows, data.index.labels[rows], data.index.shard[rows])
+        self._samples = Samples.of(data.index, data.train_rows)
         self._sampling = Sampling(**config.sampling.model_dump())
         self.class_counts = np.bincount(self._samples.labels, minlength=len(DIAGNOSES))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
