@@ -134,10 +134,11 @@ def test_what_cannot_work_together_is_refused(settings, tmp_path, way, override,
     assert message in done.stderr
 
 
-def test_out_of_memory_on_one_rank_makes_all_go_on_with_half_the_micro_batch(settings, tmp_path):
+@pytest.mark.parametrize("way", ["ddp", "deepspeed_zero1"])
+def test_out_of_memory_on_one_rank_makes_all_go_on_with_half_the_micro_batch(settings, tmp_path, way):
     cramped = str(ROOT / "tests" / "distributed" / "cramped.py")
     arguments = ["--config", settings["config"], *settings["settings"], f"output={tmp_path}", "train.epochs=1"]
-    done = launch(cramped, "1", *arguments, "train.micro_batch=8", ranks=2, config="accelerate_configs/ddp.yaml")
+    done = launch(cramped, "1", *arguments, "train.micro_batch=8", ranks=2, config=f"accelerate_configs/{way}.yaml")
     assert "micro-batch 4 instead of 8, accumulation 2 times as long" in done.stdout
     folder = tmp_path / "tri" / "fold-0"
     assert len(losses(folder)) == 4 and (folder / "fold.json").exists()

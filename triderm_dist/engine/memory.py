@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from triderm_dist.engine.parallel import world
+from triderm_dist.engine.parallel import ATTEMPT, world
 from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError
 
@@ -104,10 +104,13 @@ def next_smaller(size: int, of_rank: int) -> int:
     return smaller
 
 
+_restarting = threading.Lock()
+
+
 def restart() -> None:
     """Replace this process by a new one with the same command. Does not return."""
-    # The launcher's store still holds the keys of the group that broke; a new attempt has keys of its own.
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
+    _restarting.acquire()  # for good: the watching thread comes here too, and an attempt must count once
+    os.environ[ATTEMPT] = str(int(os.environ.get(ATTEMPT, "0")) + 1)
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(2 * PATIENCE)  # until all ranks have seen the file, so that none meets an old group

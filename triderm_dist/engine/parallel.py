@@ -37,6 +37,8 @@ from triderm_dist.schema import ConfigError
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Way = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
+ATTEMPT = "TRIDERM_ATTEMPT"
+"""How often `memory.restart` replaced this process; the same number on all ranks."""
 _FSDP2 = "TRIDERM_FSDP2"
 """Set by `start` where the launcher asked for FSDP, which is then hidden from Accelerate."""
 
@@ -74,12 +76,12 @@ def start(
     elif on_cpu:
         # A launcher that was told of several GPUs starts the processes; this makes them use gloo on the CPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    ranks = InitProcessGroupKwargs(
-        # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
-        backend="gloo" if on_cpu else "nccl",
-        # The millisecond: Accelerate hands on only what differs from its own default, which is not that of gloo.
-        timeout=timedelta(seconds=rank_timeout, milliseconds=1),
-    )
+    # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
+    backend = "gloo" if on_cpu else "nccl"
+    # The millisecond: Accelerate hands on only what differs from its own default, which is not that of gloo.
+    timeout = timedelta(seconds=rank_timeout, milliseconds=1)
+    _meet_again(backend, timeout)
+    ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
     AcceleratorState._reset_state()  # else the first model's precision would bind all models of a run
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
@@ -104,6 +106,19 @@ def start(
         settings["zero_force_ds_cpu_optimizer"] = False
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
+
+
+def _meet_again(backend: str, timeout: timedelta) -> None:
+    """Join the ranks of this attempt. The launcher's store, which outlives a process that was replaced, still holds the
+    addresses of the group that broke, so each attempt meets under names of its own.
+    """
+    attempt = os.environ.get(ATTEMPT)
+    if attempt is None or dist.is_initialized():
+        return
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def _take_fsdp() -> None:
