@@ -80,7 +80,10 @@ def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: tor
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-        for name, parameter in _trained(wrapped).items() if steps else ():
+        if not steps:
+            return result
+        _link_moments(wrapped.optimizer)
+        for name, parameter in _trained(wrapped).items():
             result |= {f"{key}/{name}": whole(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
             result[f"step/{name}"] = torch.tensor(float(steps[0]))
         return result
@@ -118,12 +121,21 @@ def _load_deepspeed(
     for partition in flat if steps else ():
         moments = {key: torch.zeros_like(partition) for key in MOMENTS}
         optimizer.state[partition] = {"step": steps[0].clone().to(partition.device), **moments}
-    if steps and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
+    if steps:
+        _link_moments(zero)
     for name, parameter in _trained(wrapped).items():
         _set_deepspeed(parameter, weights[name].to(device, torch.float32), None)
         for key in MOMENTS if steps else ():
             _set_deepspeed(parameter, saved[f"{key}/{name}"].to(device), key)
+
+
+def _link_moments(zero: Any) -> None:
+    """Let ZeRO 1 and 2 find the moments of every group's parameters: DeepSpeed 0.19.8 links them once, after the step
+    of the first group, when those of the others do not exist.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _set_deepspeed(parameter: Any, value: torch.Tensor, key: str | None) -> None:
