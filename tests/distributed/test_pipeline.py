@@ -1,5 +1,6 @@
 """The whole way with one command: done once, skipped when nothing changed, killed and gone on with."""
 
+import csv
 import json
 import os
 import signal
@@ -8,11 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from accelerate import Accelerator
 
 from triderm_dist.calibration import probabilities_of
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.loader import PhotoSource
+from triderm_dist.data.shards import read_index
+from triderm_dist.engine.checkpoint import load_weights
+from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.metrics import official_macro_f1
-from triderm_dist.oof import read_oof
+from triderm_dist.models import build_network, build_towers
+from triderm_dist.oof import read_oof, read_predictions
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.submission import read_submission
 
@@ -72,14 +81,33 @@ def test_everything_is_there_and_agrees(done, packed):
         assert (done / name).stat().st_size > 0
     ids, probabilities = read_submission(done / "submission.csv")
     assert len(ids) == 50
-    import csv
-
     with (packed.parent / "demo" / "truth" / "MILK10k_Test_GroundTruth.csv").open() as file:
         truth = {row["lesion_id"]: [float(row[name]) for name in DIAGNOSES].index(1.0) for row in csv.DictReader(file)}
-    import numpy as np
-
     score = official_macro_f1(probabilities, np.array([truth[name] for name in ids]))
     assert json.loads((done / "heldout.json").read_text())["macro_f1"] == pytest.approx(score)
+
+
+def test_a_hidden_photo_is_one_that_was_never_taken(done, packed):
+    config = load(Experiment, done / "config.yaml")
+    index, taken = read_index(packed), read_index(packed)
+    sizes, scores = index.sizes.copy(), index.concept_scores.copy()
+    sizes[:, 0] = 0
+    scores[:, [name.startswith("clinical/") for name in index.concepts]] = np.nan
+    assert index.sizes.all() and np.isfinite(index.concept_scores).any()
+    vars(taken).update(sizes=sizes, concept_scores=scores)
+    seen, plain = (
+        read_predictions(done / "tri" / "fold-0" / f"{name}.parquet") for name in ("without_clinical", "predictions")
+    )
+    network = build_network(config.models["tri"], index.concepts, build_towers(config.models["tri"].tower))
+    load_weights(done / "tri" / "fold-0" / "weights", network)
+    names = index.lesion_ids.tolist()
+    rows = np.array([names.index(name) for name in seen.lesion_ids])
+    tower = network.towers["clinical"]
+    source = PhotoSource(taken, tower.image_size, tower.mean, tower.std)
+    expected = evaluate(network, taken, source, rows, Accelerator(cpu=True), micro_batch=16)
+    np.testing.assert_allclose(seen.logits, expected.logits, atol=1e-5)
+    assert np.abs(seen.logits - plain.logits).max() > 1e-3
+    assert "tri without the clinical photo" in (done / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_second_time_nothing_runs(done, arguments):

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.oof import NO_FOLD, Predictions, write_predictions
-from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.schema import VIEWS, ConfigError, DataError
 
 
 def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
@@ -41,7 +42,8 @@ def run_folds(
 ) -> None:
     """Train every fold of every model one after the other on all ranks, skipping what is done. Call on all ranks.
 
-    Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}. Raises Interrupted
+    Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}, and
+    without_VIEW.parquet: the same lesions predicted as if one photo had never been taken. Raises Interrupted
     where it was asked to stop or lost another rank.
     """
     folds = list(folds)
@@ -99,16 +101,21 @@ def _run_fold(
         network = new_network(model, index.concepts, views, pretrained=False)
         load_weights(folder / "weights", network)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-        evaluation = evaluate(
-            network, index, views.source, validation_rows, accelerator,
+        judge = partial(
+            evaluate, network, index, views.source, validation_rows, accelerator,
             micro_batch=config.micro_batch, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
         )  # fmt: skip
+        evaluation = judge()
+        # How much a lesion with one photo loses can only be told of lesions that have both.
+        hidden = {view: judge(hide=view) for view in VIEWS} if set(VIEWS) <= set(model.use) else {}
     if attempt.failed:
         return False
     if accelerator.is_main_process:
         digest = read_about(folder / "weights")["sha256"]
-        predictions = as_predictions(evaluation, index, name, model.head, fold, digest)
-        write_predictions(folder / "predictions.parquet", predictions)
+        about = (index, name, model.head, fold, digest)
+        for view, seen in hidden.items():
+            write_predictions(folder / f"without_{view}.parquet", as_predictions(seen, *about), hidden=view)
+        write_predictions(folder / "predictions.parquet", as_predictions(evaluation, *about))
         save_about(
             folder / "fold",
             identity=identity,

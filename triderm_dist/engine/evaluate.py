@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
-from triderm_dist.schema import Batch, Outputs
+from triderm_dist.schema import VIEWS, Batch, Outputs
 
 
 @dataclass
@@ -33,6 +33,14 @@ def forward(network: nn.Module, batch: Batch) -> Outputs:
     return network(batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata)
 
 
+def without(batch: Batch, view: str, concepts: Sequence[str]) -> Batch:
+    """The batch of the same lesions if one view had never been taken: no photo, no concept score of it."""
+    present, scores = batch.view_present.clone(), batch.concepts.clone()
+    present[:, VIEWS.index(view)] = False
+    scores[:, [name.startswith(f"{view}/") for name in concepts]] = torch.nan
+    return replace(batch, view_present=present, concepts=scores)
+
+
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
@@ -46,12 +54,14 @@ def evaluate(
     workers: int = 2,
     prefetch: int = 4,
     between: Callable[[], None] = lambda: None,
+    hide: str | None = None,
 ) -> Evaluation:
     """Mean outputs of `rows` over the first `transforms` transforms of the dihedral group: photos are decoded once, and
     one forward for each gives features and all logits.
 
     Batches keep one static shape: the last one is padded, and what the padding doubled is removed by row number.
-    `between` is called on all ranks after every batch, and may raise.
+    `between` is called on all ranks after every batch, and may raise. `hide` treats one view as missing: its photo and
+    the concept scores that were read off it.
     """
     network.eval()
     position = {int(row): i for i, row in enumerate(rows)}
@@ -62,6 +72,8 @@ def evaluate(
     arrays: list[np.ndarray] = []
     for step in loader:
         batch = step.micro_batches[0]
+        if hide:
+            batch = without(batch, hide, index.concepts)
         outputs = [forward(network, source.turn(batch, step.rows, transform)) for transform in range(transforms)]
         means = [torch.stack([part.float() for part in parts]).mean(0) for parts in zip(*outputs, strict=True)]
         numbers = torch.from_numpy(step.rows).to(accelerator.device)

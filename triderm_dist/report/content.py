@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from triderm_dist import ensemble, final, metrics, oof, stacking
-from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, DataError
+from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, VIEWS, DataError
 
 SMALL_SLICE = 100
 """A slice with fewer lesions is too small to tell."""
@@ -66,6 +66,16 @@ class Slice:
         if self.behind is None or self.lesions < SMALL_SLICE:
             return "too small to tell"
         return FALLS_BEHIND if self.behind.high < 0 else ""
+
+
+@dataclass(frozen=True)
+class OnePhoto:
+    """Macro F1 (argmax) of a network on lesions whose `missing` view is hidden from it, and that less its own."""
+
+    model: str
+    missing: str
+    macro_f1: float
+    difference: metrics.Interval
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,28 @@ class Content:
             for value, mask in values.items():
                 if mask.any():
                     result.append(self._slice(field, value, mask))
+        return result
+
+    @cached_property
+    def one_photo(self) -> list[OnePhoto]:
+        """What each network loses without a view; nothing of networks that do not look at both."""
+        result = []
+        for model in self.networks:
+            full = metrics.argmax_decisions(self.table.logits[model])
+            for view in VIEWS:
+                logits = np.full_like(self.table.logits[model], np.nan)
+                place = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
+                for path in sorted((self.folder / model).glob(f"fold-*/without_{view}.parquet")):
+                    part = oof.read_predictions(path)
+                    rows = [(place[lesion], i) for i, lesion in enumerate(part.lesion_ids) if lesion in place]
+                    for row, i in rows:
+                        if part.model_hash[i] == self.table.hashes[model][row]:  # not of an earlier training
+                            logits[row] = part.logits[i]
+                if np.isnan(logits).any():
+                    continue
+                seen = metrics.argmax_decisions(logits)
+                difference = metrics.paired_difference(seen, full, self.labels, self.resamples)
+                result.append(OnePhoto(model, view, metrics.macro_f1(seen, self.labels), difference))
         return result
 
     @cached_property

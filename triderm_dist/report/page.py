@@ -122,6 +122,7 @@ def _page(content: Content, words: dict[str, str], folder: Path) -> str:
             "On the dashed line, probabilities can be read as they stand. Larger dots hold more lesions; bars: 95%.",
         ),
         _slices(content),
+        _one_photo(content),
         _hard(content),
         _inside(content, picture),
         "<h2>Learning curves</h2>" + picture("learning_curves", "One line a fold.") if content.curves else "",
@@ -299,6 +300,25 @@ def _slices(content: Content) -> str:
         "not comparable between slices; the difference in mean recall is (the same diagnoses on both sides). "
         "Too small to tell: under "
         f"{SMALL_SLICE} lesions. About one difference in twenty lies outside its interval by chance alone.</p>"
+    )
+
+
+def _one_photo(content: Content) -> str:
+    if not content.one_photo:
+        return ""
+    rows = [
+        (
+            f"{part.model} without the {part.missing} photo",
+            [f"{part.macro_f1:.3f}", f"{part.difference.value:+.3f}", _signed(part.difference)],
+            "",
+        )
+        for part in content.one_photo
+    ]
+    return (
+        "<h2>Lesions with one photo</h2>"
+        + _table(("", "macro F1", "minus with both photos", "95% interval"), rows, "Without a photo", long_names=True)
+        + '<p class="note">Argmax, out of fold: every lesion judged again by the same networks with one photo and its '
+        "concept scores hidden. A network stands in learned tokens for what is missing.</p>"
     )
 
 
