@@ -5,7 +5,8 @@ python -m benchmarks.tta [tower=timm:tf_efficientnet_lite0] [image_size=224] [le
 Both predict the same packed synthetic lesions under the 8 transforms of the dihedral group, with a tri-modal network on
 random weights. Ours: `engine.evaluate`, one forward a transform gives features and all logits, photos are decoded once.
 The guide's (7.2, with its ensemble's `predict`): for each transform one forward for the features and one for the
-logits; it is given its photos decoded. The last line is one JSON object.
+logits; it is given its photos decoded, and turned in the memory layout that ours uses. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import ModelConfig, Section
-from triderm_dist.data.augment import dihedral
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
@@ -70,7 +70,7 @@ def main(config: TtaRun) -> None:
             seen = evaluate(network, index, source, rows, accelerator, micro_batch=config.batch, transforms=TRANSFORMS)
             times["ours"].append(time.perf_counter() - started)
             started = time.perf_counter()
-            logits, features = guide(network, batches)
+            logits, features = guide(network, source, batches)
             times["guide"].append(time.perf_counter() - started)
     check(seen, logits, features)
     medians = {way: statistics.median(seconds) for way, seconds in times.items()}
@@ -100,15 +100,15 @@ def decoded(
 
 
 @torch.no_grad()
-def guide(network: Network, batches: list[tuple[Batch, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def guide(
+    network: Network, source: PhotoSource, batches: list[tuple[Batch, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
     """(N, C) logits and (N, D) features, two forwards for each transform and batch."""
     logits: dict[int, list[torch.Tensor]] = {}
     features: dict[int, list[torch.Tensor]] = {}
     for transform in range(TRANSFORMS):
         for batch, rows in batches:
-            turned = Batch(**vars(batch))
-            turned.clinical = dihedral(batch.clinical, transform)
-            turned.dermoscopic = dihedral(batch.dermoscopic, transform)
+            turned = source.turn(batch, rows, transform)
             described = forward(network, turned).features
             judged = forward(network, turned).logits
             for i, row in enumerate(rows):
