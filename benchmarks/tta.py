@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 
 from triderm_dist.cli import run
@@ -31,6 +30,7 @@ from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
+from triderm_dist.engine import parallel
 from triderm_dist.engine.evaluate import Evaluation, evaluate, forward
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
@@ -48,7 +48,7 @@ class TtaRun(Section):
 
 
 def main(config: TtaRun) -> None:
-    accelerator = Accelerator()
+    accelerator = parallel.start("fp32", config.batch, config.batch, 1.0)
     model = ModelConfig.model_validate(
         {
             "width": 128,
