@@ -21,22 +21,9 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.schema import ConfigError, DataError
-from triderm_dist.search import (
-    BASELINE,
-    Domain,
-    SearchRun,
-    Trial,
-    _Curve,
-    fit_space,
-    own_settings,
-    read_search,
-    read_space,
-    read_trial,
-    read_trials,
-    run_trial,
-    with_settings,
-    without_effect,
-)
+from triderm_dist.search.settings import BASELINE, SearchRun, read_search
+from triderm_dist.search.space import Domain, fit_space, own_settings, read_space, with_settings, without_effect
+from triderm_dist.search.trial import Trial, _Curve, read_trial, read_trials, run_trial
 
 ROOT = Path(__file__).parents[1]
 

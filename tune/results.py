@@ -18,7 +18,9 @@ class ResultsRun(Section):
 
 
 def main(config: ResultsRun) -> None:
-    from triderm_dist.search import conclude, draw_summary, print_summary, read_search
+    from triderm_dist.search.figures import draw_summary
+    from triderm_dist.search.results import conclude, print_summary
+    from triderm_dist.search.settings import read_search
 
     summary = conclude(read_search(Path(config.output)))
     print_summary(summary)
