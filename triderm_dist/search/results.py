@@ -38,9 +38,7 @@ def conclude(run: SearchRun) -> Summary:
     not over.
     """
     trials = read_trials(run.search_folder)
-    complete = [trial for trial in trials if trial.state == "complete"]
-    baseline = next((trial for trial in complete if trial.number == BASELINE), None)
-    best = max(complete, key=lambda trial: trial.macro_f1 or 0.0, default=None)
+    baseline, best = outcome(trials)
     if best is not None:
         save(with_settings(run.experiment, run.model, best.settings), run.folder / "best.yaml")
     _write_table(run.search_folder / "trials.csv", trials, baseline)
@@ -48,6 +46,13 @@ def conclude(run: SearchRun) -> Summary:
     rank = {"complete": 0, "stopped": 1, "running": 2, "failed": 3}
     ordered = sorted(trials, key=lambda trial: (rank[trial.state], -(trial.macro_f1 or 0.0)))
     return Summary(run.search_folder, ordered, baseline, best, gain, lesions)
+
+
+def outcome(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
+    """The baseline and the best of those that ran to their end."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    baseline = next((trial for trial in complete if trial.number == BASELINE), None)
+    return baseline, max(complete, key=lambda trial: trial.macro_f1 or 0.0, default=None)
 
 
 def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:

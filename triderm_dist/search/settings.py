@@ -25,14 +25,27 @@ class SearchConfig(Section):
     searcher: Literal["tpe", "random"] = Field(
         "tpe", description="Optuna's tree-structured Parzen estimator, or random"
     )
-    scheduler: Literal["asha", "none"] = Field(
-        "asha", description="asha stops the trials that lag behind at an equal epoch"
+    scheduler: Literal["asha", "pbt", "none"] = Field(
+        "asha",
+        description="asha stops the trials that lag behind at an equal epoch; pbt lets them go on from the checkpoint "
+        "of a leading one with changed settings (its first settings are random, whatever the searcher)",
     )
     grace_epochs: int = Field(1, ge=1, description="epochs before asha may stop a trial")
+    exploit_epochs: int = Field(1, ge=1, description="epochs between two looks of pbt at who leads")
     concurrent: int | None = Field(None, ge=1, description="trials at once; null takes as many as the machine holds")
-    cpus: int = Field(1, ge=1, description="CPU cores a trial, and its threads")
+    workers: int = Field(1, ge=1, description="processes that train one trial together (DDP, by Ray Train)")
+    cpus: int = Field(1, ge=1, description="CPU cores a worker, and its threads")
     gpus: float | None = Field(
-        None, ge=0, le=1, description="share of a GPU that a trial takes; null: one where there are GPUs"
+        None, ge=0, le=1, description="share of a GPU that a worker takes; null: one where there are GPUs"
+    )
+    retries: int = Field(
+        2, ge=0, description="times that a trial whose process died or failed goes on from its last checkpoint"
+    )
+    seeds: int = Field(
+        3,
+        ge=0,
+        description="other seeds that the best trial and the baseline are trained with after the search, which tells "
+        "how much of the gain is noise",
     )
     seed: int = Field(0, ge=0, description="seed of the searcher's draws; all trials train with the experiment's seed")
     resume: bool = Field(False, description="go on with the search that OUTPUT holds")
@@ -73,12 +86,13 @@ class SearchRun(Experiment):
         """Epochs of a trial that runs to its end, over all its folds."""
         return len(self.search.folds) * self.models[self.model].train.epochs
 
-    def trial_folder(self, number: int) -> Path:
-        return self.search_folder / trial_name(number)
+    def trial_folder(self, number: int, seed: int = 0) -> Path:
+        return self.search_folder / trial_name(number, seed)
 
 
-def trial_name(number: int) -> str:
-    return f"trial-{number:03d}"
+def trial_name(number: int, seed: int = 0) -> str:
+    """Of a trial, or of its repetition with another seed."""
+    return f"trial-{number:03d}" + (f"-seed-{seed}" if seed else "")
 
 
 def read_search(output: Path) -> SearchRun:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from triderm_dist.config import Experiment, ModelConfig, build, merge, nest
+from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, build, merge, nest
 from triderm_dist.schema import ConfigError
 
 
@@ -42,6 +42,10 @@ class Domain:
         if not _is_number(value) or (self.kind == "loguniform" and value <= 0):
             raise ConfigError(f"the experiment's own value {value!r} fits no {self.kind} range; use uniform or choice")
         return replace(self, values=(min(value, self.values[0]), max(value, self.values[1])))
+
+    def clipped(self, value: Any) -> Any:
+        """The nearest value of this domain."""
+        return value if self.kind == "choice" else min(max(value, self.values[0]), self.values[1])
 
     def distribution(self) -> Any:
         """The same for Optuna."""
@@ -218,3 +222,27 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         for key in keys
         if key in idle
     }
+
+
+def refuse_fixed(space: Space, model: ModelConfig, where: str) -> None:
+    """Raise ConfigError for a setting that can't change in the course of a training, as population-based training has
+    it, with the reason.
+    """
+    photos = tuple(
+        f"train.augment.{name}" for name in AugmentConfig.model_fields if not name.endswith("_dropout")
+    )  # fmt: skip
+    for key in space:
+        if key.startswith("train.sampling."):
+            why = "it decides how many steps an epoch has"
+        elif key == "train.optim.warmup_epochs":
+            why = "the warm-up is over when trials first change"
+        elif key in photos and model.tower.frozen:
+            why = "a frozen tower's tokens would be computed anew at each change"
+        elif key == "dropout" or key.startswith(("train.loss.", "train.optim.", "train.augment.")):
+            continue
+        else:
+            why = "the weights and the course of a training hang on it"
+        raise ConfigError(
+            f"{where}: {key} can't change in mid-training ({why}); leave it out of a space for pbt, or use "
+            "scheduler=asha"
+        )
