@@ -58,9 +58,8 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
         if not settings.resume or _ended(run) < settings.trials or _failed(run):
             run_trials(run, space, say)
         if _ended(run) == settings.trials:
-            shutil.rmtree(run.search_folder / "ray-workers", ignore_errors=True)
-            trials = read_trials(run.search_folder)
-            baseline, best = outcome(trials)
+            _drop_copies(run)
+            baseline, best = outcome(read_trials(run.search_folder))
             if settings.seeds and baseline and best and best is not baseline:
                 run_repeats(run, [baseline, best], say)
     finally:
@@ -75,6 +74,14 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
             f"{failed.error if failed else 'nothing'}"
         )
     return summary
+
+
+def _drop_copies(run: SearchRun) -> None:
+    """Remove what only Ray needed to run trials on workers and to copy leading ones."""
+    shutil.rmtree(run.search_folder / "ray-workers", ignore_errors=True)
+    if not _failed(run):  # a failed one may go on from its copy after a resume
+        for copy in run.search_folder.glob("ray/trial-*/checkpoint_*"):
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def _ended(run: SearchRun) -> int:

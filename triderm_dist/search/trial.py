@@ -66,6 +66,12 @@ def read_trials(folder: Path, repeats: bool = False) -> list[Trial]:
     return sorted(chosen, key=lambda trial: (trial.number, trial.seed))
 
 
+def last_checkpoint(folder: Path) -> int:
+    """The epoch of the newest checkpoint in a trial's folder, 0 where there is none."""
+    found = folder.glob("*/fold-*/checkpoints/epoch-*/state.json")
+    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+
 class _Curve:
     """The scores of a trial, fold after fold."""
 

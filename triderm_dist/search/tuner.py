@@ -22,7 +22,7 @@ from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search.results import describe
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
 from triderm_dist.search.space import Domain, Space, own_settings
-from triderm_dist.search.trial import State, Trial, read_trial, run_trial
+from triderm_dist.search.trial import State, Trial, last_checkpoint, read_trial, run_trial
 
 REDUCTION = 3
 """ASHA lets one trial in so many pass each of its rungs."""
@@ -64,6 +64,7 @@ def start_ray(settings: SearchConfig) -> None:
         ) from None
     # A resumed trial tells its first epochs again, to Optuna too; failures are told by `_told_by`, in one line each.
     warnings.filterwarnings("ignore", "The reported value is ignored")
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -184,7 +185,10 @@ def _trainable(run: SearchRun, needs: Needs, settings_of: Callable[[int, Mapping
             run_trial(trial, experiment, model, settings.folds, folder, report, leader)
 
         def report_with_checkpoint(scores: dict[str, Any]) -> None:
-            due = scores["epoch"] % settings.exploit_epochs == 0 and scores["epoch"] < epochs
+            epoch = scores["epoch"]
+            if epoch < last_checkpoint(folder):
+                return  # told before the trial was paused, and its folder is no longer that of this epoch
+            due = epoch % settings.exploit_epochs == 0 and epoch < epochs
             tune.report(scores, checkpoint=tune.Checkpoint.from_directory(folder) if due else None)
 
         if settings.workers > 1:
