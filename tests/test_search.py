@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,31 +13,31 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from scipy import stats
 
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.schema import ConfigError, DataError
-from triderm_dist.search import (
-    BASELINE,
+from triderm_dist.search.results import _repeats, importance
+from triderm_dist.search.settings import BASELINE, SearchRun, read_search
+from triderm_dist.search.space import (
     Domain,
-    SearchRun,
-    Trial,
-    _Curve,
     fit_space,
     own_settings,
-    read_search,
     read_space,
-    read_trial,
-    read_trials,
-    run_trial,
+    refuse_fixed,
     with_settings,
     without_effect,
 )
+from triderm_dist.search.study import search
+from triderm_dist.search.trial import Trial, _Curve, read_trial, read_trials, run_trial
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,6 +148,24 @@ def test_what_has_no_effect_depends_on_what_else_varies():
     assert set(without_effect(plain, ["train.loss.gamma", "train.optim.layer_decay"])) == {"train.loss.gamma"}
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train.sampling.power", "how many steps an epoch has"),
+        ("train.optim.warmup_epochs", "warm-up is over"),
+        ("train.augment.rotation", "tokens would be computed anew"),
+        ("width", "the weights and the course of a training hang on it"),
+        ("train.ema_decay", "the weights and the course of a training hang on it"),
+    ],
+)
+def test_a_setting_that_is_fixed_in_mid_training_is_refused_with_the_reason(key, message):
+    model = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
+    space = read_space(ROOT / "tune" / "spaces" / "pbt.yaml")
+    refuse_fixed(space, model, "pbt.yaml")
+    with pytest.raises(ConfigError, match=rf"here: {key} can't change in mid-training \(.*{message}"):
+        refuse_fixed({**space, key: Domain("uniform", (0.0, 1.0))}, model, "here")
+
+
 def test_short_names_stand_for_the_section():
     config = load(SearchRun, None, ["space=x.yaml", "trials=3", "seed=7", "search.seed=8", "search.cpus=2"])
     assert (config.search.space, config.search.trials, config.search.seed, config.search.cpus) == ("x.yaml", 3, 8, 2)
@@ -252,6 +271,72 @@ def test_a_trial_of_other_settings_starts_afresh_and_a_failure_is_recorded(tiny,
     assert not (folder / "left").exists()
 
 
+def test_a_trial_goes_on_from_a_leading_one_with_settings_of_its_own(tiny, tmp_path):
+    experiment = load(Experiment, tiny)
+
+    class Paused(BaseException):
+        pass
+
+    def run(number: int, settings: dict, leader: Path | None, pause_at: int | None) -> list[dict]:
+        told: list[dict] = []
+
+        def report(scores: dict) -> None:
+            told.append(scores)
+            if scores["epoch"] == pause_at:
+                raise Paused
+
+        run_trial(Trial(number, settings), experiment, "small", (0,), tmp_path / f"{number}", report, leader)
+        return told
+
+    with pytest.raises(Paused):
+        run(2, {"train.optim.lr": 0.004}, None, pause_at=2)
+    shutil.copytree(tmp_path / "2", tmp_path / "copy")
+    leading = run(2, {"train.optim.lr": 0.004}, None, None)
+    with pytest.raises(Paused):
+        run(3, {"train.optim.lr": 0.002}, None, pause_at=1)  # what it loses by following
+
+    still = {"train.optim.lr": 1e-12, "train.optim.min_lr": 0.0, "train.optim.weight_decay": 0.0}
+    for _ in range(2):  # a restart does not follow once more
+        assert run(3, still, tmp_path / "copy", None)[:2] == leading[:2]
+    record = read_trial(tmp_path / "3")
+    assert (record.number, record.state, record.settings) == (3, "complete", still)
+    assert record.changes == [{"epoch": 2, "trial": 2, "settings": {"train.optim.lr": 0.004}}]
+    weights = {name: load_file(next(tmp_path.glob(f"{name}/small/fold-0/**/weights.safetensors"))) for name in "23"}
+    led = load_file(next((tmp_path / "copy").glob("small/fold-0/checkpoints/*/weights.safetensors")))
+    assert all(np.allclose(weights["3"][key], led[key], rtol=0, atol=1e-9) for key in led if "num_batches" not in key)
+    assert any(not np.allclose(weights["2"][key], led[key], rtol=0, atol=1e-9) for key in led)
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_of_seeds_is_that_of_a_paired_t_test(tmp_path):
+    best, baseline = Trial(4, {"a": 2}), Trial(BASELINE, {"a": 1})
+    scores = {1: (0.40, 0.45), 2: (0.42, 0.44), 3: (0.41, 0.47), 4: (0.40, None)}
+    for seed, pair in scores.items():
+        for trial, score in zip((baseline, best), pair, strict=True):
+            if score is not None:
+                done = Trial(trial.number, trial.settings, seed, "complete", 3, score)
+                done.write(tmp_path / f"trial-{trial.number:03d}-seed-{seed}")
+    found = _repeats(tmp_path, baseline, best)
+    expected = stats.ttest_rel([0.45, 0.44, 0.47], [0.40, 0.42, 0.41]).confidence_interval(0.95)
+    assert found.seeds == [1, 2, 3]
+    assert (found.gain.low, found.gain.high) == pytest.approx((expected.low, expected.high))
+    assert _repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # other settings, of an earlier best
+    assert read_trials(tmp_path) == []
+
+
+def test_importance_finds_the_setting_that_matters_and_says_nothing_of_few_trials():
+    space = {name: Domain("uniform", (0.0, 1.0)) for name in "abc"}
+    generator = random.Random(0)
+    drawn = [{name: generator.random() for name in space} for _ in range(12)]
+    trials = [Trial(n, settings, macro_f1=0.3 + 0.2 * settings["b"]) for n, settings in enumerate(drawn, 1)]
+    found = importance(trials, space)
+    assert next(iter(found)) == "b" and found["b"].low > max(found["a"].high, found["c"].high)
+    assert importance(trials[:5], space) == {}
+    assert importance([Trial(trial.number, trial.settings, macro_f1=0.3) for trial in trials], space) == {}
+
+
 # --- the programs ----------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +364,15 @@ def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
     ]:
         text = output_of(program("tune.search", "--config", str(tiny), *words), status=2)
         assert re.fullmatch(rf"(note: .*\n)*error: .*{message}.*\n", text), text
+    for words, message in [
+        (["workers=2"], "16 is not a multiple of 2 ranks x micro_batch 16"),
+        (["scheduler=pbt", "folds=[0,1]"], "pbt trains one fold"),
+        (["scheduler=pbt", "workers=2"], "pbt trains a trial in one process"),
+        (["scheduler=pbt", "concurrent=1"], "pbt gives all trials a turn"),
+        (["scheduler=pbt"], "train.sampling.power can't change in mid-training"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            search(load(SearchRun, tiny, words), say=lambda text: None)
     assert not (tmp_path / "run" / "search" / "trial-001").exists()
 
 
@@ -287,7 +381,7 @@ def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
         tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}\ntrain.optim.layer_decay: {uniform: [0.5, 1]}"
     )
     run = tmp_path / "run"
-    words = ["--config", str(tiny), f"space={space}", "trials=2", "train.epochs=2", "concurrent=2"]
+    words = ["--config", str(tiny), f"space={space}", "trials=2", "train.epochs=2", "concurrent=2", "seeds=2"]
     text = output_of(program("tune.search", *words))
     assert "layer_decay is left out: tower.frozen" in text
     assert "train.optim.lr is widened to the experiment's own value 0.001" in text
@@ -310,8 +404,84 @@ def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
     assert final["macro_f1"] == best.macro_f1  # launch.train does what the trial did
 
     text = output_of(program("tune.results", f"output={run}"))
-    assert "settings.png" in text and (run / "search" / "parallel.png").stat().st_size > 10_000
+    assert all((run / "search" / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "settings", "parallel"))
+    assert (run / "search" / "report.html").read_text().count("data:image/png") == 3
+    repeats = read_trials(run / "search", repeats=True)
+    if best.number != BASELINE:
+        assert [(trial.number, trial.seed) for trial in repeats] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert len({trial.macro_f1 for trial in repeats if trial.number == 1} - {trials[0].macro_f1}) > 0
+        assert re.search(r"With 2 other seeds .* 95 % interval over\s+seeds", text)
     assert "resume=true" in output_of(program("tune.search", *words), status=2)
+
+
+def descendants(pid: int, title: str) -> list[int]:
+    """Processes below a process whose command line holds `title`."""
+    parents, titled = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if title in (folder / "cmdline").read_text():
+                titled.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+
+    def below(child: int) -> bool:
+        return child in parents and (parents[child] == pid or below(parents[child]))
+
+    return [child for child in titled if below(child)]
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline and process.poll() is None, output_of(process)
+        time.sleep(0.2)
+
+
+def test_trials_on_two_workers_each_give_what_one_worker_gives_also_after_a_worker_was_killed(tiny, tmp_path):
+    space, run = space_file(tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}"), tmp_path / "run"
+    words = ["--config", str(tiny), f"space={space}", "trials=2", "scheduler=none", "seeds=0", "train.micro_batch=8"]
+    # Room for two trials at once, whatever the machine has.
+    process = program("tune.search", *words, "workers=2", environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'})
+    wait_for(lambda: any(trial.epochs for trial in read_trials(run / "search")), process)
+    workers = descendants(process.pid, "RayTrainWorker")
+    assert len(workers) == 4
+    os.kill(workers[0], signal.SIGKILL)
+    wait_for(lambda: len(set(workers) & set(descendants(process.pid, "RayTrainWorker"))) <= 2, process)  # its mate too
+    assert "is tried again from its last checkpoint" in output_of(process)
+
+    experiment = load(Experiment, tiny, ["train.micro_batch=8"])
+    for trial in read_trials(run / "search"):
+        alone, told = tmp_path / f"alone-{trial.number}", []
+        run_trial(Trial(trial.number, trial.settings), experiment, "small", (0,), alone, told.append)
+        assert trial.state == "complete" and trial.curve == pytest.approx([one["macro_f1"] for one in told], abs=1e-6)
+        folder = Path("small/fold-0")
+        first, second = (load_file(home / folder / "weights.safetensors")
+                         for home in (alone, run / "search" / f"trial-{trial.number:03d}"))  # fmt: skip
+        for key in first:
+            np.testing.assert_allclose(first[key], second[key], rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+def test_a_population_follows_its_leader(tiny, tmp_path):
+    # The baseline leads: the others learn next to nothing.
+    space = space_file(tmp_path, "train.optim.lr: {loguniform: [1e-6, 1e-5]}\ntrain.loss.gamma: {uniform: [0, 1]}")
+    run = tmp_path / "run"
+    text = output_of(program(
+        "tune.search", "--config", str(tiny), f"space={space}", "trials=3", "scheduler=pbt", "exploit_epochs=2", "seeds=0",
+        "train.epochs=4", "train.optim.lr=0.01", "train.optim.min_lr=1e-7",
+        environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'},
+    ))  # fmt: skip
+    trials = read_trials(run / "search")
+    assert [(trial.state, len(trial.curve)) for trial in trials] == [("complete", 4)] * 3
+    assert not trials[0].changes
+    followed = [trial for trial in trials if trial.changes]
+    assert followed and "goes on from trial" in text
+    for trial in followed:
+        change = trial.changes[-1]
+        leading = trials[change["trial"] - 1]
+        assert change["epoch"] == 2 and trial.curve[:2] == leading.curve[:2] and trial.settings != change["settings"]
+        assert trial.settings["train.loss.gamma"] <= 2 and trial.settings["train.optim.lr"] <= 0.01
+    assert not list(run.glob("search/ray/trial-*/checkpoint_*"))
 
 
 @pytest.mark.slow

@@ -284,6 +284,7 @@ class Experiment(Section):
 
     output: str = Field("runs/default", description="folder of this run")
     seed: int = Field(0, description="seed of initial weights, order and augmentation")
+    token_seed: int | None = Field(None, description="seed of the augmented tokens of frozen towers; null takes `seed`")
     data: DataConfig = DataConfig()
     train: TrainConfig = Field(TrainConfig(), description="defaults for every model; models.NAME.train wins")
     models: dict[str, ModelConfig] = Field(
@@ -326,6 +327,10 @@ class Experiment(Section):
     @property
     def token_folder(self) -> Path:
         return Path(self.tokens or self.folder / "tokens")
+
+    @property
+    def seed_of_tokens(self) -> int:
+        return self.seed if self.token_seed is None else self.token_seed
 
     @property
     def train_shards(self) -> str:

@@ -1,8 +1,9 @@
-"""What a search has found: its trials as a table, the best settings, and pictures; also of one that is not over.
+"""What a search has found: its trials as a table, the best settings, and a page with pictures; also of one that is not
+over.
 
 python -m tune.results output=RUN
 
-Writes RUN/search/{trials.csv, settings.png, parallel.png} and RUN/best.yaml.
+Writes RUN/search/{trials.csv, report.html, curves.png, importance.png, settings.png, parallel.png} and RUN/best.yaml.
 """
 
 from pathlib import Path
@@ -18,11 +19,14 @@ class ResultsRun(Section):
 
 
 def main(config: ResultsRun) -> None:
-    from triderm_dist.search import conclude, draw_summary, print_summary, read_search
+    from triderm_dist.search.page import write_page
+    from triderm_dist.search.results import conclude, print_summary
+    from triderm_dist.search.settings import read_search
 
     summary = conclude(read_search(Path(config.output)))
     print_summary(summary)
-    for path in draw_summary(summary):
+    page, pictures = write_page(summary)
+    for path in (*pictures, page):
         print(path)
 
 

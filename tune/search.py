@@ -8,11 +8,12 @@ RUN/best.yaml, which launch.train and launch.pipeline take by --config. Killed, 
 """
 
 from triderm_dist.cli import run
-from triderm_dist.search import SearchRun
+from triderm_dist.search.settings import SearchRun
 
 
 def main(config: SearchRun) -> None:
-    from triderm_dist.search import print_summary, search
+    from triderm_dist.search.results import print_summary
+    from triderm_dist.search.study import search
 
     print_summary(search(config, say=lambda text: print(text, flush=True)))
 

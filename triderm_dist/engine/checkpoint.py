@@ -56,7 +56,7 @@ class Training:
 
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     average: Average | None
     state: TrainState
     sums: torch.Tensor | None = None
@@ -87,8 +87,14 @@ class Saved:
         """Call on all ranks."""
         weights, optimizer = self._tensors("weights"), self._tensors("optimizer")
         load_optimizer(accelerator, training.wrapped, training.optimizer, weights, optimizer)
-        training.scheduler.load_state_dict(self.record["scheduler"])
-        rates = training.scheduler.get_last_lr()
+        scheduler = training.scheduler
+        scheduler.load_state_dict(self.record["scheduler"])
+        # Those of the present settings, which are not the recorded ones after `take_over`.
+        rates = [
+            rate * factor(scheduler.last_epoch)
+            for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduler._last_lr = list(rates)
         for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if training.average:
@@ -146,6 +152,16 @@ class Checkpoints:
             for old in self._found()[: -self.keep_last]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
+
+    def take_over(self) -> None:
+        """Make the checkpoints here, which were saved under other settings, those of this identity: training goes on
+        from their weights, moments and step with its own learning rates.
+        """
+        for folder in self._found():
+            record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            record["identity"] = self.identity
+            del record["scheduler"]["base_lrs"]
+            write_json(folder / "state.json", record)
 
     def newest(self, accelerator: Accelerator) -> Saved | None:
         """The newest checkpoint of the same settings, as rank 0 sees it, or None. Call on all ranks.

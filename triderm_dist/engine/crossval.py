@@ -59,7 +59,13 @@ def run_folds(
             experiment.rank_timeout,
         )  # fmt: skip
         views = open_views(
-            model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed, train=True
+            model,
+            index,
+            experiment.token_folder,
+            accelerator,
+            experiment.data,
+            seed=experiment.seed_of_tokens,
+            train=True,
         )
         for fold in todo:
             while not _run_fold(experiment, index, assignment, name, fold, views, on_validation):
@@ -156,7 +162,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
             if views is None:
                 views = open_views(
                     model, index, experiment.token_folder, accelerator, experiment.data,
-                    seed=experiment.seed, train=False, transforms=transforms,
+                    seed=experiment.seed_of_tokens, train=False, transforms=transforms,
                 )  # fmt: skip
             network = new_network(model, index.concepts, views, pretrained=False)
             load_weights(folder / "weights", network)
@@ -230,6 +236,8 @@ def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: in
     for cosmetic in ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops"):
         model["train"].pop(cosmetic)
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
+    if experiment.token_seed is not None:
+        content.append(experiment.token_seed)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,13 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0, experiment.rank_timeout)
     views = open_views(
-        frozen, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed, train=False
+        frozen,
+        index,
+        experiment.token_folder,
+        accelerator,
+        experiment.data,
+        seed=experiment.seed_of_tokens,
+        train=False,
     )
     assert isinstance(views.source, TokenSource)
     cache = views.source.cache

@@ -56,7 +56,7 @@ def _explain(
     model = experiment.models[name]
     accelerator = parallel.start("fp32", 1, parallel.world(), 1.0)
     views = open_views(
-        model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed, train=False
+        model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed_of_tokens, train=False
     )
     tower = build_towers(model.tower.model_copy(update={"pretrained": False}))[0]
     photos = PhotoSource(index, tower.image_size, (0.0,) * 3, (1.0,) * 3)

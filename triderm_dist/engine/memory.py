@@ -104,11 +104,15 @@ def next_smaller(size: int, of_rank: int) -> int:
     return smaller
 
 
+KEEPER = "TRIDERM_KEEPER"
+"""Set where a keeper, such as Ray, starts all ranks anew as soon as one of them ends."""
 _restarting = threading.Lock()
 
 
 def restart() -> None:
-    """Replace this process by a new one with the same command. Does not return."""
+    """Replace this process by a new one with the same command, or leave that to its keeper. Does not return."""
+    if KEEPER in os.environ:
+        os._exit(1)
     _restarting.acquire()  # for good: the watching thread comes here too, and an attempt must count once
     os.environ[ATTEMPT] = str(int(os.environ.get(ATTEMPT, "0")) + 1)
     sys.stdout.flush()

@@ -359,6 +359,12 @@ def many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def wait_for_all() -> None:
+    """Until every rank is here, also before `start` where the launcher has joined the ranks."""
+    if many():
+        dist.barrier()
+
+
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks."""
     if many():

@@ -1,9 +1,8 @@
-"""The page itself: one HTML file with its style and pictures inside, so that it opens from disk and from an e-mail."""
+"""The page itself: what it says of a run, section by section."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,67 +12,12 @@ from triderm_dist.files import write_text
 from triderm_dist.metrics import Interval
 from triderm_dist.report.content import FALLS_BEHIND, LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content, Hard
 from triderm_dist.report.figures import draw
+from triderm_dist.report.html import card, data_table, document, figure
 from triderm_dist.schema import DIAGNOSIS_NAMES
 
 MOST_MISLABELLED = 30
 
 FIELDS = {"skin_tone": "skin tone (0 very dark, 5 very light)", "sex": "sex", "age": "age", "site": "site"}
-
-STYLE = """
-:root { --ink: #22313f; --grey: #5f6b78; --line: #e3e8ed; --soft: #f5f7f9; --blue: #2f6690; --warm: #fdf3e7;
-  --amber: #9a5512; }
-* { box-sizing: border-box; }
-html { color-scheme: light; -webkit-text-size-adjust: 100%; }
-body { margin: 0; color: var(--ink); background: white; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; font-weight: 650; }
-h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; font-weight: 650; }
-p { margin: .5rem 0 1rem; max-width: 44rem; }
-.quiet, figcaption, .note { color: var(--grey); font-size: .9rem; }
-.banner { background: var(--warm); border-left: 4px solid #d1782b; padding: .7rem 1rem; margin: 1.25rem 0;
-  border-radius: 4px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
-.card { background: var(--soft); border-radius: 10px; padding: 1.1rem 1.25rem; }
-.card .label { color: var(--grey); font-size: .9rem; }
-.card .figure { font-size: 2.6rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
-.card .interval { font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; margin: .75rem 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--grey); font-size: .9rem; padding-bottom: .4rem; }
-th, td { padding: .42rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--grey); }
-thead th { white-space: normal; vertical-align: bottom; line-height: 1.3; }
-th:first-child, td:first-child, .text { text-align: left; }
-tbody th { color: var(--ink); font-weight: 500; text-align: left; }
-tr.lead th, tr.lead td { font-weight: 650; background: var(--soft); }
-tr.group th { color: var(--grey); font-weight: 600; padding-top: 1.1rem; }
-.long { white-space: normal; min-width: 12rem; }
-.bar { display: inline-block; width: 6rem; height: .6rem; background: var(--line); border-radius: 3px; overflow: hidden;
-  vertical-align: baseline; }
-.bar i { display: block; height: 100%; background: var(--blue); }
-.flag { color: var(--amber); font-weight: 600; }
-figure { margin: 1rem 0 1.5rem; }
-figure img { width: 100%; height: auto; display: block; }
-img.confusion, img.shap_by_diagnosis { max-width: 46rem; } img.importance, img.shap { max-width: 42rem; }
-img.reliability, img.weights { max-width: 27rem; }
-pre { background: var(--soft); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .82rem;
-  line-height: 1.45; }
-summary { cursor: pointer; color: var(--blue); }
-ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
-@media (max-width: 34rem) {
-  main { padding: 1.5rem 1rem 3rem; } .card .figure { font-size: 2.2rem; } .bar { width: 3.5rem; }
-  th, td { padding: .4rem .45rem; }
-  /* Wide pictures keep a size at which their letters can be read, and scroll sideways. */
-  img.confusion, img.precision_recall, img.learning_curves, img.importance, img.shap, img.shap_by_diagnosis {
-    width: 38rem; max-width: none; }
-}
-@media print {
-  body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
-  figure, tr, .card { break-inside: avoid; } .wide { overflow: visible; } table { font-size: 8.5pt; }
-  th, td { padding: .25rem .35rem; } .card, tr.lead th, tr.lead td, .bar, .bar i { print-color-adjust: exact; }
-}
-"""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -94,12 +38,7 @@ def _page(content: Content, words: dict[str, str], folder: Path) -> str:
     def picture(name: str, caption: str) -> str:
         if name not in words:
             return ""
-        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        return (
-            f'<figure><div class="wide" role="region" aria-label="{name.replace("_", " ")}" tabindex="0">'
-            f'<img src="data:image/png;base64,{data}" class="{name}" alt="{escape(words[name])}"></div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+        return figure(folder / f"{name}.png", words[name], caption)
 
     sections = [
         _head(content),
@@ -130,19 +69,13 @@ def _page(content: Content, words: dict[str, str], folder: Path) -> str:
         _settings(content),
     ]
     body = "\n".join(section for section in sections if section)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(content.name)} · triderm-dist report</title>\n"
-        f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return document(content.name, body)
 
 
 def _head(content: Content) -> str:
     folds, models = content.about["folds"], len(content.table.models)
     cards = [
-        _card(
+        card(
             "Macro F1 out of fold, official rule, nested",
             f"{content.score.value:.3f}",
             f"95% interval {_range(content.score)} · {len(content.labels):,} lesions",
@@ -151,7 +84,7 @@ def _head(content: Content) -> str:
     if held := content.held_out:
         low, high = held["interval"]
         cards.append(
-            _card(
+            card(
                 "Macro F1 on held-out lesions, official rule",
                 f"{held['macro_f1']:.3f}",
                 f"95% interval {low:.3f} to {high:.3f} · {held['n']:,} lesions",
@@ -194,7 +127,7 @@ def _ways(content: Content) -> str:
     notes = "".join(f"<li>{escape(note[0].upper() + note[1:])}.</li>" for note in content.about["notes"])
     return (
         "<h2>What each stage added</h2>"
-        + _table(header, rows, "Scores of members and ensemble")
+        + data_table(header, rows, "Scores of members and ensemble")
         + '<p class="note">Macro F1. Cut at 0.5: nothing fitted. Argmax: only the likeliest diagnosis is claimed; with '
         "tau, after logit adjustment fitted on the other folds. Nested: thresholds, weights and stacker fitted "
         "on the other folds. "
@@ -214,7 +147,7 @@ def _pairs(content: Content) -> str:
         rows.append((f"{pair['first']} less {pair['second']}", cells, ""))
     if not rows:
         return ""
-    table = _table(("", "nested macro F1", "95% interval", ""), rows, "Differences between members")
+    table = data_table(("", "nested macro F1", "95% interval", ""), rows, "Differences between members")
     return f"<details><summary>differences between members, on the same lesions</summary>{table}</details>"
 
 
@@ -229,7 +162,7 @@ def _others(content: Content) -> str:
     rows += [(who, [own, official], "") for who, own, official in OTHERS]
     return (
         "<h2>Next to what others reached</h2>"
-        + _table(("", "own validation", "official test"), rows, "What others reached", long_names=True)
+        + data_table(("", "own validation", "official test"), rows, "What others reached", long_names=True)
         + '<p class="note">What others say of themselves on MILK10k, macro F1, each on its own split or on the '
         "hidden test set: not the "
         "same lesions as here. Official scores fell 0.02 to 0.06 below validation; noise on the 479 test "
@@ -256,7 +189,7 @@ def _diagnoses(content: Content) -> str:
     header = ("", "lesions", "F1", "95% interval", "precision", "recall", "claimed", "threshold")
     return (
         "<h2>Each diagnosis</h2>"
-        + _table(header, rows, "Each diagnosis", escaped=True, long_names=True)
+        + data_table(header, rows, "Each diagnosis", escaped=True, long_names=True)
         + '<p class="note">Out of fold, nested. Thresholds: those of the final fit on all lesions, mapped onto '
         "0.5 in the submission. "
         "With few lesions the interval is what counts, not the figure.</p>"
@@ -294,7 +227,7 @@ def _slices(content: Content) -> str:
     return (
         "<h2>Who it works for</h2>"
         + said
-        + _table(header, rows, "Slices of the lesions", escaped=True)
+        + data_table(header, rows, "Slices of the lesions", escaped=True)
         + f'<p class="note">Only diagnoses with at least {LEAST_IN_SLICE} lesions inside and outside a slice '
         f"count, so that macro F1 is "
         "not comparable between slices; the difference in mean recall is (the same diagnoses on both sides). "
@@ -316,7 +249,9 @@ def _one_photo(content: Content) -> str:
     ]
     return (
         "<h2>Lesions with one photo</h2>"
-        + _table(("", "macro F1", "minus with both photos", "95% interval"), rows, "Without a photo", long_names=True)
+        + data_table(
+            ("", "macro F1", "minus with both photos", "95% interval"), rows, "Without a photo", long_names=True
+        )
         + '<p class="note">Argmax, out of fold: every lesion judged again by the same networks with one photo and its '
         "concept scores hidden. A network stands in learned tokens for what is missing.</p>"
     )
@@ -336,7 +271,7 @@ def _hard(content: Content) -> str:
             for hard in lesions
         ]  # fmt: skip
         header = ("lesion", "labelled", "its probability", believed, "its probability", "networks agree", "claimed")
-        return _table(header, rows, label)
+        return data_table(header, rows, label)
 
     wrong, shown = content.mislabelled, content.mislabelled[:MOST_MISLABELLED]
     count = f"{len(wrong):,} {_plural('lesion', len(wrong))} ({100 * len(wrong) / len(content.labels):.1f}%)"
@@ -419,40 +354,6 @@ def _settings(content: Content) -> str:
         "<h2>Settings</h2><details><summary>config.yaml, as resolved</summary>"
         f"<pre>{escape(content.settings)}</pre></details>"
     )
-
-
-def _card(label: str, figure: str, below: str) -> str:
-    return (
-        f'<div class="card"><div class="label">{label}</div><div class="figure">{figure}</div>'
-        f'<div class="interval">{below}</div></div>'
-    )
-
-
-def _table(
-    header: Sequence[str],
-    rows: Iterable[tuple[str, Sequence[str], str]],
-    label: str,
-    escaped: bool = False,
-    long_names: bool = False,
-) -> str:
-    """Rows are (name, cells as HTML, class of the row); names are HTML where `escaped`. label: what a screen reader
-    calls it.
-    """
-    head = "".join(f'<th scope="col">{title}</th>' for title in header)
-    body = "".join(
-        f"<tr{f' class={kind}' if kind else ''}>"
-        + (
-            f"<th scope=row{' class=long' if long_names else ''}"
-            if cells
-            else f"<th scope=rowgroup colspan={len(header)}"
-        )
-        + f">{name if escaped else escape(name)}</th>"
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
-        for name, cells, kind in rows
-    )
-    region = f'<div class="wide" role="region" aria-label="{escape(label)}" tabindex="0">'
-    return f"{region}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _number(value: float | None) -> str:

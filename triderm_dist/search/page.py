@@ -1,0 +1,84 @@
+"""The page of a search, beside its pictures: OUTPUT/search/report.html."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from triderm_dist.files import write_text
+from triderm_dist.report.html import card, data_table, document, figure
+from triderm_dist.search.figures import draw_summary
+from triderm_dist.search.results import Summary, gain_over, remarks, short, verdict
+from triderm_dist.search.settings import BASELINE
+from triderm_dist.search.space import own_settings
+
+CAPTIONS = {
+    "curves": (
+        "What the trials cost and bring",
+        "One line a trial. A cross ends a trial that was stopped; a diamond is where a trial of pbt went on from a "
+        "leading one: what lies before it is that trial’s.",
+    ),
+    "importance": (
+        "Which settings matter",
+        "Share of the variance of the scores that a setting explains, by a random forest (fANOVA). Bars: 5 to 95% "
+        "over resamples of the trials; with a dozen trials only a setting whose bar stands apart says something. Stopped "
+        "trials count with the score at which they were stopped.",
+    ),
+    "settings": ("Score against each setting", "One point a trial. Settings vary together: a slope may be another’s."),
+    "parallel": ("All settings of each trial", "One line a trial, darker with a higher macro F1; dotted: stopped."),
+}
+
+
+def write_page(summary: Summary) -> tuple[Path, list[Path]]:
+    """Draw the pictures and write SEARCH/report.html around them; the paths of both."""
+    pictures = draw_summary(summary)
+    sections = [_head(summary)]
+    for path, words in pictures.items():
+        title, caption = CAPTIONS[path.stem]
+        sections.append(f"<h2>{title}</h2>" + figure(path, words, caption))
+        if path.stem == "curves":
+            sections.append(_trials(summary))
+    page = summary.folder / "report.html"
+    write_text(page, document(f"search of {summary.run.folder.name}", "\n".join(sections)))
+    return page, list(pictures)
+
+
+def _head(summary: Summary) -> str:
+    run, baseline, best = summary.run, summary.baseline, summary.best
+    cards = []
+    for label, trial in (("Best", best), ("The experiment’s own settings", baseline)):
+        if trial and trial.macro_f1 is not None:
+            below = f"trial {trial.number} · {trial.epochs} epochs · {trial.seconds:.0f} s"
+            cards.append(card(f"{label}: macro F1 (argmax)", f"{trial.macro_f1:.3f}", below))
+    if summary.repeats:
+        gain, seeds = summary.repeats.gain, len(summary.repeats.seeds)
+        interval = f"95% interval {gain.low:+.3f} to {gain.high:+.3f} · " if seeds > 1 else ""
+        cards.append(card("Gain with other seeds", f"{gain.value:+.3f}", f"{interval}{seeds} seed{'s'[: seeds > 1]}"))
+    return (
+        f"<header><h1>Search: {escape(run.folder.name)}, {escape(run.model)}</h1>"
+        f"<p class=quiet>{len(summary.trials)} trials over {len(summary.space)} settings · {run.search.searcher} · "
+        f"{run.search.scheduler} · validation on fold {', '.join(map(str, run.search.folds))} · triderm-dist</p>"
+        f'</header><div class="cards">{"".join(cards)}</div><p>{escape(" ".join(verdict(summary)))}</p>{_best(summary)}'
+    )
+
+
+def _best(summary: Summary) -> str:
+    best = summary.best
+    if best is None or best.number == BASELINE:
+        return ""
+    own = own_settings(summary.run.experiment.models[summary.run.model], best.settings)
+    rows = [(key, (escape(short(own[key])), escape(short(value))), "") for key, value in best.settings.items()]
+    return "<h2>The best settings</h2>" + data_table(("setting", "experiment", "best"), rows, "The best settings")
+
+
+def _trials(summary: Summary) -> str:
+    rows = []
+    for trial in summary.trials:
+        over = gain_over(summary.baseline, trial)
+        gain = "baseline" if trial.number == BASELINE else "–" if over is None else f"{over:+.3f}"
+        score = "–" if trial.macro_f1 is None else f"{trial.macro_f1:.3f}"
+        about = f'<span class="long">{escape(remarks(trial))}</span>'
+        cells = (trial.state, str(trial.epochs), score, gain, f"{trial.seconds:.0f}", about)
+        rows.append((str(trial.number), cells, "lead" if trial is summary.best else ""))
+    header = ("trial", "state", "epochs", "macro F1", "gain", "seconds", "settings")
+    return f"<details><summary>all trials</summary>{data_table(header, rows, 'All trials')}</details>"

@@ -1,0 +1,269 @@
+"""What came out: the table of trials, the best settings, how sure their gain is, and which settings matter."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from triderm_dist.config import save
+from triderm_dist.files import whole
+from triderm_dist.search.settings import BASELINE, SearchRun
+from triderm_dist.search.space import Space, read_space, with_settings
+from triderm_dist.search.trial import Trial, read_trials
+
+if TYPE_CHECKING:
+    from triderm_dist.metrics import Interval
+
+LEAST_TRIALS = 8
+"""Fewer trials say nothing of which setting matters."""
+RESAMPLES = 40
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Macro F1 of the baseline and of the best, trained again from the start with other seeds, in pairs; the mean
+    difference with its 95 % interval over seeds (paired t), NaN for a single pair.
+    """
+
+    seeds: list[int]
+    baseline: list[float]
+    best: list[float]
+    gain: Interval
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The trials of a search, best first; the baseline and the best of those that ran to their end, if there are any;
+    the gain of the best in macro F1 (argmax), with an interval over validation lesions; what other seeds say; and the
+    importance of each setting with its range over resamples of the trials, the most important first.
+    """
+
+    run: SearchRun
+    space: Space
+    trials: list[Trial]
+    baseline: Trial | None
+    best: Trial | None
+    gain: Interval | None
+    lesions: int
+    repeats: Repeats | None
+    importance: dict[str, Interval]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.search_folder
+
+
+def conclude(run: SearchRun) -> Summary:
+    """Write OUTPUT/search/trials.csv and, once a trial ran to its end, OUTPUT/best.yaml; also of a search that is
+    not over.
+    """
+    folder, space = run.search_folder, read_space(run.search_folder / "space.yaml")
+    trials = read_trials(folder)
+    baseline, best = outcome(trials)
+    if best is not None:
+        save(with_settings(run.experiment, run.model, best.settings), run.folder / "best.yaml")
+    _write_table(folder / "trials.csv", [*trials, *read_trials(folder, repeats=True)], baseline)
+    gain, lesions = _gain(run, baseline, best) if baseline and best else (None, 0)
+    repeats = _repeats(folder, baseline, best) if baseline and best else None
+    rank = {"complete": 0, "stopped": 1, "running": 2, "failed": 3}
+    ordered = sorted(trials, key=lambda trial: (rank[trial.state], -(trial.macro_f1 or 0.0)))
+    return Summary(run, space, ordered, baseline, best, gain, lesions, repeats, importance(trials, space))
+
+
+def outcome(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
+    """The baseline and the best of those that ran to their end."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    baseline = next((trial for trial in complete if trial.number == BASELINE), None)
+    return baseline, max(complete, key=lambda trial: trial.macro_f1 or 0.0, default=None)
+
+
+def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
+    """Macro F1 of the best less that of the baseline over the validation lesions of all folds, and their number."""
+    from triderm_dist.metrics import argmax_decisions, paired_difference
+    from triderm_dist.oof import read_predictions
+
+    logits, labels = [], []
+    for trial in (best, baseline):
+        folder = run.trial_folder(trial.number) / run.model
+        parts = [read_predictions(folder / f"fold-{fold}" / "predictions.parquet") for fold in run.search.folds]
+        logits.append(argmax_decisions(np.concatenate([part.logits for part in parts])))
+        labels.append(np.concatenate([part.labels for part in parts]))
+    return paired_difference(logits[0], logits[1], labels[1]), len(labels[1])
+
+
+def _repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
+    from scipy import stats
+
+    from triderm_dist.metrics import Interval
+
+    done = {
+        (trial.number, trial.seed): trial.macro_f1
+        for trial in read_trials(folder, repeats=True)
+        if trial.state == "complete"
+        and trial.macro_f1 is not None
+        and any(trial.settings == one.settings for one in (baseline, best) if one.number == trial.number)
+    }
+    seeds = sorted(seed for number, seed in done if number == best.number and (baseline.number, seed) in done)
+    if best.number == baseline.number or not seeds:
+        return None
+    first, second = ([done[trial.number, seed] for seed in seeds] for trial in (baseline, best))
+    differences = np.subtract(second, first)
+    mean, half = float(differences.mean()), float("nan")
+    if len(seeds) > 1:
+        half = float(stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds)))
+    return Repeats(seeds, first, second, Interval(mean, mean - half, mean + half))
+
+
+def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
+    """The share of the scores' variance that each setting explains by itself and with others, by fANOVA (Hutter et al.
+    2014, a random forest, as Optuna has it), with the 5 and 95 % quantiles over resamples of the trials: with a dozen
+    trials they are wide. Stopped trials count with the score at which they were stopped. Empty for fewer than
+    `LEAST_TRIALS` trials, for one setting, where all scores are equal, and where settings changed in mid-training.
+    """
+    scored = [(trial.settings, float(trial.macro_f1)) for trial in trials if trial.macro_f1 is not None]
+    if len(scored) < LEAST_TRIALS or len(space) < 2 or any(trial.changes for trial in trials):
+        return {}
+    from triderm_dist.metrics import Interval
+
+    whole_set = _fanova(scored, space)
+    generator = np.random.default_rng(0)
+    draws = [_fanova([scored[i] for i in generator.integers(0, len(scored), len(scored))], space)
+             for _ in range(RESAMPLES)]  # fmt: skip
+    found = {}
+    for key in sorted(whole_set, key=lambda key: -whole_set[key]):
+        low, high = np.quantile([draw[key] for draw in draws if draw], [0.05, 0.95])
+        found[key] = Interval(whole_set[key], float(low), float(high))
+    return found
+
+
+def _fanova(scored: Sequence[tuple[Mapping[str, Any], float]], space: Space) -> dict[str, float]:
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {key: domain.distribution() for key, domain in space.items()}
+    study = optuna.create_study(direction="maximize")
+    for settings, score in scored:
+        # Six digits of a setting may lie beyond an end of its range.
+        inside = {key: domain.clipped(settings[key]) for key, domain in space.items()}
+        study.add_trial(optuna.trial.create_trial(params=inside, distributions=distributions, value=score))
+    try:
+        found = FanovaImportanceEvaluator(seed=0).evaluate(study)
+    except RuntimeError:  # no score differs from another
+        return {}
+    return {key: float(found.get(key, 0.0)) for key in space}
+
+
+def _write_table(path: Path, trials: Sequence[Trial], baseline: Trial | None) -> None:
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
+    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "seed", "state", "epochs", "macro_f1", "official", "gain", "seconds", *keys, "error"])
+        for trial in trials:
+            gain = gain_over(baseline, trial)
+            scores = ["" if value is None else f"{value:.6f}" for value in (trial.macro_f1, trial.official, gain)]
+            values = [trial.settings.get(key, "") for key in keys]
+            about = [trial.number, trial.seed, trial.state, trial.epochs]
+            writer.writerow([*about, *scores, trial.seconds, *values, trial.error])
+
+
+def gain_over(baseline: Trial | None, trial: Trial) -> float | None:
+    """Of trials that ran to their end with the baseline's seed: an earlier epoch says nothing about the last."""
+    if baseline is None or baseline.macro_f1 is None or trial.macro_f1 is None:
+        return None
+    return trial.macro_f1 - baseline.macro_f1 if trial.state == "complete" and not trial.seed else None
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Settings on one line, by the last part of their names."""
+    return "  ".join(f"{key.rpartition('.')[2]} {short(value)}" for key, value in settings.items())
+
+
+def short(value: Any) -> str:
+    """A value of a setting for people."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def remarks(trial: Trial) -> str:
+    """A trial's settings on one line, or what went wrong; and whom it followed."""
+    followed = "".join(f"  (after trial {change['trial']} from epoch {change['epoch']})" for change in trial.changes)
+    return trial.error or describe(trial.settings) + followed
+
+
+def verdict(summary: Summary) -> list[str]:
+    """What the search says, sentence by sentence: the gain of the best, the noise of the lesions and of the seeds."""
+    best, gain, repeats = summary.best, summary.gain, summary.repeats
+    complete = sum(trial.state == "complete" for trial in summary.trials)
+    stopped = sum(trial.state == "stopped" for trial in summary.trials)
+    said = [f"{len(summary.trials)} trials: {complete} ran to their end, {stopped} were stopped early."]
+    if best is None:
+        return said
+    if best.number == BASELINE:
+        return [*said, "No trial beats the experiment's own settings."]
+    if gain is None:
+        return [*said, f"Best: trial {best.number}; the baseline did not come to its end, so the gain is not known."]
+    said += [
+        f"Best: trial {best.number}, {gain.value:+.3f} over the baseline on {summary.lesions} validation lesions, "
+        f"95 % interval over lesions [{gain.low:+.3f}, {gain.high:+.3f}]: {_noise(gain)} the noise of the lesions.",
+        f"It is the best of {complete} on the lesions that chose it: expect less on new ones.",
+    ]
+    if best.changes:
+        said.append(
+            "It changed its settings on the way (trial.json tells); best.yaml has those that it ended with, and trains "
+            "with them from the start."
+        )
+    if repeats is None:
+        said.append("Other seeds were not trained: the same search with search.seeds=3 resume=true trains them.")
+    elif len(repeats.seeds) == 1:
+        said.append(
+            f"With one other seed the difference is {repeats.gain.value:+.3f}; more seeds would tell its noise."
+        )
+    else:
+        first, second = (f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+                         for scores in (repeats.baseline, repeats.best))  # fmt: skip
+        said.append(
+            f"With {len(repeats.seeds)} other seeds the baseline has {first}, the best settings have {second}; mean "
+            f"difference {repeats.gain.value:+.3f}, 95 % interval over seeds [{repeats.gain.low:+.3f}, "
+            f"{repeats.gain.high:+.3f}]: {_noise(repeats.gain)} the noise of the seeds."
+        )
+    return said
+
+
+def _noise(gain: Interval) -> str:
+    return "beyond" if gain.low > 0 or gain.high < 0 else "within"
+
+
+def print_summary(summary: Summary) -> None:
+    """The table of trials, the best settings, and how sure the gain is, on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"trials of {summary.folder}", title_justify="left")
+    for name in ("trial", "epochs", "macro F1", "gain", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("settings", overflow="fold")
+    for trial in summary.trials:
+        over = gain_over(summary.baseline, trial)
+        style = "bold green" if trial is summary.best else "dim" if trial.state != "complete" else ""
+        table.add_row(
+            str(trial.number), str(trial.epochs), "" if trial.macro_f1 is None else f"{trial.macro_f1:.3f}",
+            "baseline" if trial.number == BASELINE else "" if over is None else f"{over:+.3f}", f"{trial.seconds:.0f}",
+            trial.state, remarks(trial), style=style,
+        )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    for sentence in verdict(summary):
+        console.print(sentence)
+    if summary.importance:
+        shares = [f"{key.rpartition('.')[2]} {share.value:.2f} [{share.low:.2f}, {share.high:.2f}]"
+                  for key, share in summary.importance.items()]  # fmt: skip
+        console.print("Importance (fANOVA; range over resamples of the trials): " + ", ".join(shares))
+    if summary.best is not None:
+        console.print(f"{summary.run.folder / 'best.yaml'}: python -m launch.train --config takes it")

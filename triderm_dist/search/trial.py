@@ -1,0 +1,207 @@
+"""One trial: training by what `launch.train` calls, told epoch by epoch, and what is known of it on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from triderm_dist.config import Experiment
+from triderm_dist.files import write_json
+from triderm_dist.schema import DataError, InputError
+from triderm_dist.search.space import with_settings
+
+if TYPE_CHECKING:
+    from triderm_dist.data.shards import ShardIndex
+
+State = Literal["running", "complete", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is known of a trial: its settings, how far it came and what it scores there.
+
+    macro_f1 (argmax) and official are means over the folds trained so far, each of the epoch whose weights are kept;
+    curve is macro_f1 after each epoch. seed is added to the experiment's: above 0 the trial repeats that of its number.
+    changes: where population-based training went on from a leading trial, oldest first, each {"epoch", "trial" that
+    led, "settings" until then}.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    seed: int = 0
+    state: State = "running"
+    epochs: int = 0
+    macro_f1: float | None = None
+    official: float | None = None
+    seconds: float = 0.0
+    error: str = ""
+    curve: list[float] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write FOLDER/trial.json."""
+        write_json(folder / "trial.json", asdict(self))
+
+
+def read_trial(folder: Path) -> Trial | None:
+    """The trial of a folder; None where none has begun. Raises DataError for a trial.json that is no trial."""
+    path = folder / "trial.json"
+    try:
+        return Trial(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a trial ({' '.join(str(error).split())}); delete its folder") from None
+
+
+def read_trials(folder: Path, repeats: bool = False) -> list[Trial]:
+    """All trials of a search folder by number, or their repetitions with other seeds."""
+    found = [read_trial(path) for path in folder.glob("trial-*")]
+    chosen = [trial for trial in found if trial and bool(trial.seed) == repeats]
+    return sorted(chosen, key=lambda trial: (trial.number, trial.seed))
+
+
+def last_checkpoint(folder: Path) -> int:
+    """The epoch of the newest checkpoint in a trial's folder, 0 where there is none."""
+    found = folder.glob("*/fold-*/checkpoints/epoch-*/state.json")
+    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+
+class _Curve:
+    """The scores of a trial, fold after fold."""
+
+    def __init__(self, select: str) -> None:
+        self.select, self.epochs = select, 0
+        self.means: list[float] = []
+        self._finished: list[dict[str, float]] = []
+        self._kept: dict[str, float] | None = None
+        self._epoch = 0
+
+    def add(self, epoch: int, scores: dict[str, float]) -> bool:
+        """Take the scores of an epoch of the fold; False where it was told before, as it is after a resume."""
+        if epoch <= self._epoch:
+            return False
+        if self._kept is None or self.select == "last" or scores["macro_f1"] > self._kept["macro_f1"]:
+            self._kept = scores
+        self.epochs, self._epoch = self.epochs + epoch - self._epoch, epoch
+        self.means.append(round(self.mean("macro_f1"), 6))
+        return True
+
+    def end_fold(self) -> None:
+        assert self._kept is not None, "a fold ends after an epoch"
+        self._finished.append(self._kept)
+        self._kept, self._epoch = None, 0
+
+    def mean(self, name: str) -> float:
+        scores = [*self._finished, *([self._kept] if self._kept else [])]
+        return sum(score[name] for score in scores) / len(scores)
+
+
+def run_trial(
+    trial: Trial,
+    experiment: Experiment,
+    model: str,
+    folds: Sequence[int],
+    folder: Path,
+    report: Callable[[dict[str, Any]], None],
+    leader: Path | None = None,
+) -> None:
+    """Train `folds` of one model with the trial's settings in FOLDER, by what `launch.train` calls; resumes. Call on
+    all ranks.
+
+    `report` is told {"epoch" (over all folds), "macro_f1", "official"} after every epoch, the last when the
+    predictions are written. Leaves FOLDER/trial.json. Shards and tokens are those of the experiment. leader: a copy of
+    a trial's folder from which this one goes on with its own settings, unless it has done so.
+    """
+    from triderm_dist.data.cache import open_index
+    from triderm_dist.engine import parallel
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.tracking import read_metrics
+
+    started, before, main = time.monotonic(), 0.0, parallel.is_main()
+    try:
+        own = _own_experiment(trial, experiment, model, folder)
+        index = open_index(own.train_shards, own.data.remote)
+        if main:
+            trial, before = _open_folder(trial, own, index, model, folds, folder, leader)
+        parallel.wait_for_all()
+        train = own.models[model].train
+        curve, all_epochs = _Curve(train.select), len(folds) * train.epochs
+
+        def tell(state: State) -> None:
+            macro_f1, official = curve.mean("macro_f1"), curve.mean("official")
+            known = read_trial(folder) if main else None
+            if known and known.state == "running":  # not stopped while it trained on
+                seconds = round(before + time.monotonic() - started, 2)
+                now = replace(trial, state=state, epochs=curve.epochs, seconds=seconds, curve=list(curve.means))
+                replace(now, macro_f1=macro_f1, official=official).write(folder)
+            report({"epoch": curve.epochs, "macro_f1": macro_f1, "official": official})
+
+        def on_validation(epoch: int, scores: dict[str, float]) -> None:
+            # The last epoch waits for the predictions, since a trial may be stopped as soon as it has reported.
+            if curve.add(epoch, scores) and curve.epochs < all_epochs:
+                tell("running")
+
+        for fold in folds:
+            for record in read_metrics(own.fold_folder(model, fold) / "metrics.jsonl"):
+                if record["kind"] == "validation":
+                    on_validation(int(record["epoch"]), {name: record[name] for name in ("macro_f1", "official")})
+            run_folds(own, index, [model], [fold], on_validation)
+            curve.end_fold()
+        tell("complete")
+    except Exception as error:
+        text = f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{' '.join(str(error).split())}"
+        replace(read_trial(folder) or trial, state="failed", error=text).write(folder)
+        raise
+
+
+def _own_experiment(trial: Trial, experiment: Experiment, model: str, folder: Path) -> Experiment:
+    """The experiment that a trial trains in its folder. Raises ConfigError for settings that do not fit together."""
+    # Nobody resumes a trial from an older checkpoint than its last.
+    own = with_settings(experiment, model, {**trial.settings, "train.keep_last": 1})
+    data = own.data.model_copy(update={"shards": experiment.train_shards})
+    where = {"output": str(folder), "data": data, "tokens": str(experiment.token_folder)}
+    if trial.seed:  # the tokens of a frozen tower are shared by all trials
+        where |= {"seed": experiment.seed + trial.seed, "token_seed": experiment.seed_of_tokens}
+    return own.model_copy(update=where)
+
+
+def _open_folder(
+    trial: Trial,
+    own: Experiment,
+    index: ShardIndex,
+    model: str,
+    folds: Sequence[int],
+    folder: Path,
+    leader: Path | None,
+) -> tuple[Trial, float]:
+    """Make the folder that of the trial: as it was left, as it was at its leader, or empty. The trial with its history,
+    and the seconds that it took before.
+    """
+    from triderm_dist.engine.checkpoint import Checkpoints
+    from triderm_dist.engine.crossval import fold_identity
+
+    earlier, led = read_trial(folder), read_trial(leader) if leader else None
+    before = earlier.seconds if earlier else 0.0
+    same = earlier is not None and earlier.settings == trial.settings
+    if leader and led and (not same or led.number != trial.number):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(leader, folder)
+        for fold in folds:
+            fold_folder = own.fold_folder(model, fold)
+            Checkpoints(fold_folder, fold_identity(own, index, model, fold), keep_last=1).take_over()
+        change = {"epoch": led.epochs, "trial": led.number, "settings": led.settings}
+        changes = led.changes if led.number == trial.number else [*led.changes, change]
+        trial = replace(trial, changes=changes)
+    elif earlier and same:
+        trial = replace(trial, changes=earlier.changes)
+    elif earlier:
+        shutil.rmtree(folder)  # of a trial that Ray had forgotten when it was killed
+        before = 0.0
+    trial.write(folder)
+    return trial, before
