@@ -21,8 +21,8 @@ CAPTIONS = {
     "importance": (
         "Which settings matter",
         "Share of the variance of the scores that a setting explains, by a random forest (fANOVA). Bars: 5 to 95% "
-        "over resamples of the trials; with a dozen trials only a setting whose bar stands apart says something. Stopped "
-        "trials count with the score at which they were stopped.",
+        "over resamples of the trials; with a dozen trials only a setting whose bar stands apart says something. "
+        "Stopped trials count with the score at which they were stopped.",
     ),
     "settings": ("Score against each setting", "One point a trial. Settings vary together: a slope may be another’s."),
     "parallel": ("All settings of each trial", "One line a trial, darker with a higher macro F1; dotted: stopped."),

@@ -308,6 +308,7 @@ def _scheduler(run: SearchRun, space: Space) -> Any:
     return Population(
         time_attr="epoch",
         perturbation_interval=settings.exploit_epochs,
+        synch=True,  # all wait for the last: else who follows whom would hang on which process was faster
         hyperparam_mutations={
             key: list(domain.values) if domain.kind == "choice" else _ray_domain(domain)
             for key, domain in space.items()
