@@ -7,7 +7,6 @@ so that an interrupted extraction goes on where it was and ranks share the work 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ class TokenCache:
 
     def __init__(self, folder: Path, lesions: int, shape: tuple[int, int]) -> None:
         self.folder, self.lesions, self.shape = folder, lesions, shape
+        self._maps: dict[tuple[str, int], np.ndarray] = {}
 
     @property
     def chunks(self) -> range:
@@ -52,9 +52,12 @@ class TokenCache:
         for i, (row, version) in enumerate(zip(rows, versions, strict=True)):
             out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
 
-    @functools.cache  # noqa: B019 - a cache lives as long as the run that reads it
     def _open(self, version: str, chunk: int) -> np.ndarray:
-        return np.load(self._path(version, chunk), mmap_mode="r", allow_pickle=False)
+        tokens = self._maps.get((version, chunk))
+        if tokens is None:
+            tokens = np.load(self._path(version, chunk), mmap_mode="r", allow_pickle=False)
+            self._maps[version, chunk] = tokens
+        return tokens
 
     def _path(self, version: str, chunk: int) -> Path:
         return self.folder / version / f"{chunk:06d}.npy"
