@@ -469,7 +469,7 @@ def test_a_population_follows_its_leader(tiny, tmp_path):
     text = output_of(program(
         "tune.search", "--config", str(tiny), f"space={space}", "trials=5", "scheduler=pbt", "exploit_epochs=2",
         "seeds=0", "train.epochs=4", "train.optim.lr=0.01", "train.optim.min_lr=1e-7",
-        environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'},
+        environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 5}'},
     ))  # fmt: skip
     trials = read_trials(run / "search")
     assert [(trial.state, len(trial.curve)) for trial in trials] == [("complete", 4)] * 5
