@@ -1,11 +1,12 @@
-"""One optimiser step for each case in a JSON list, on however many ranks were started; rank 0 writes loss and
-gradients.
+"""One optimiser step for each case in a JSON list, on however many ranks were started, then an evaluation that leaves
+most ranks without a lesion at its end; rank 0 writes losses and gradients, and what was evaluated.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import read_index
 from triderm_dist.engine import parallel
 from triderm_dist.engine.crossval import new_network
+from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.state import whole
 from triderm_dist.engine.step import train_step
 from triderm_dist.engine.tokens import open_views
@@ -22,6 +24,8 @@ from triderm_dist.losses import CompoundLoss
 from triderm_dist.schema import DIAGNOSES
 
 GLOBAL_BATCH = 16
+EVALUATED = 33
+"""Lesions: with micro-batches of 4 the last round holds one, for any number of ranks."""
 
 
 def experiment(head: str, micro_batch: int, dropout: float, sums: str) -> Experiment:
@@ -75,6 +79,14 @@ def main(shards: str, output: str, cases: str) -> None:
                 {**gradients, "loss": torch.tensor(value, dtype=torch.float64)}, f"{output}/{case['name']}.safetensors"
             )
         accelerator.wait_for_everyone()
+    rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
+    torch.manual_seed(0)
+    network = accelerator.prepare_model(new_network(model, index.concepts, views), evaluation_mode=True)
+    seen = evaluate(network, index, views.source, rows, accelerator, micro_batch=4, transforms=2)
+    if accelerator.is_main_process:
+        outputs = {name: torch.from_numpy(array) for name, array in vars(seen).items()}
+        save_file(outputs, f"{output}/evaluation-{accelerator.num_processes}.safetensors")
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from triderm_dist.losses import focal_loss, soft_f1_loss
 from triderm_dist.models import build_network, build_towers
 
 from .conftest import ROOT, launch
-from .step_worker import GLOBAL_BATCH, experiment
+from .step_worker import EVALUATED, GLOBAL_BATCH, experiment
 
 WORKER = str(ROOT / "tests" / "distributed" / "step_worker.py")
 LAST = 6  # 100 lesions in batches of 16: the seventh holds 4, so that some ranks hold padding only
@@ -126,3 +126,11 @@ def test_dropout_is_the_same_on_any_number_of_ranks(steps):
     for world in (2, 4):
         assert_same_step(steps[f"dropout-{world}"], steps["dropout-1"])
     assert not torch.equal(steps["dropout-1"]["loss"], steps["softmax-0-1-4"]["loss"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_an_evaluation_is_that_of_one_process_with_an_uneven_tail_too(steps, world):
+    alone, split = steps["evaluation-1"], steps[f"evaluation-{world}"]
+    assert len(set(split["rows"].tolist())) == EVALUATED
+    for name, expected in alone.items():
+        torch.testing.assert_close(split[name], expected, rtol=1e-5, atol=1e-6)
