@@ -1,0 +1,184 @@
+"""What an experiment learns from and predicts, and how fast it is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from triderm_dist.config import DataConfig, Experiment
+from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.doctor.machine import Gpu, cores
+from triderm_dist.schema import DataError, InputError
+
+if TYPE_CHECKING:
+    from triderm_dist.data.shards import ShardIndex
+
+READING_SECONDS = 2.0
+"""How long shards are read to tell the speed."""
+ASSUMED_MFU = 0.4
+"""Share of its peak that a GPU is taken to reach; what a well-fed one does. launch.bench measures it."""
+
+
+def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
+    """The training set, the speed of reading it against what a rank needs, and the test set."""
+    packed = open_shards(experiment.train_shards, experiment.data)
+    found = [_training_data(experiment, packed)]
+    if not isinstance(packed, str) and len(packed):
+        found.append(_reading(experiment, packed, gpus, ranks))
+    return [*found, _test_data(experiment)]
+
+
+def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
+    data, title = experiment.data, "training"
+    if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
+        return Finding(title, packed, "missing", "pack the challenge folder again, or name other data.shards")
+    if not isinstance(packed, str):
+        counts = packed.counts()
+        few = min((count for name, count in counts.items() if name != "unlabelled"), default=0)
+        text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {few}"
+        if counts["unlabelled"] == len(packed):
+            return Finding(title, f"{text}, none has a label", "missing", "pack the folder with its ground truth")
+        if few < data.folds:
+            return Finding(title, text, "note", f"fewer than data.folds {data.folds}: some folds will lack it")
+        return Finding(title, text)
+    if data.source is None:
+        advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: make demo"
+        return Finding(title, "neither a challenge folder nor packed shards are named", "missing", advice)
+    return _folder(title, data.source, data.missing_view, labels=True)
+
+
+def _test_data(experiment: Experiment) -> Finding:
+    data, title = experiment.data, "test"
+    if data.test_truth and not Path(data.test_truth).is_file():
+        return Finding(title, f"{data.test_truth}: no such file", "missing", "leave data.test_truth away or correct it")
+    packed = open_shards(experiment.test_shards, data)
+    if not isinstance(packed, str):
+        return Finding(title, f"{len(packed)} lesions packed in {experiment.test_shards}")
+    if data.test_shards:
+        return Finding(title, packed, "missing", "pack the test folder again, or name other data.test_shards")
+    if data.test is None:
+        return Finding(title, "none named; out-of-fold predictions and report only, no submission")
+    return _folder(title, data.test, data.missing_view, labels=False)
+
+
+def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
+    """The index of a packed set, or why it can't be read."""
+    cache = imported("triderm_dist.data.cache")
+    if cache is None:
+        return f"{where}: can't be read without pyarrow and pillow"
+    try:
+        return cache.open_index(where, data.remote)
+    except InputError as error:
+        return str(error)
+
+
+def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], labels: bool) -> Finding:
+    from triderm_dist.data.milk10k import read_challenge
+
+    try:
+        dataset = read_challenge(folder, missing_view)
+    except InputError as error:
+        advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
+        return Finding(title, str(error), "missing", advice)
+    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet: launch.pipeline does it"
+    if labels and not dataset.labelled:
+        return Finding(title, f"{folder}: no ground truth", "missing", "put the *_GroundTruth.csv beside the metadata")
+    return Finding(title, text)
+
+
+# --- reading speed ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """Lesions/s that one rank's GPU trains a model with, and where that comes from."""
+
+    model: str
+    lesions_per_s: float
+    source: str
+
+
+def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ranks: int) -> Finding:
+    if index.remote:
+        return Finding("reading", "shards behind a URL are not fetched for this; launch.bench measures them")
+    try:
+        speed = reading_speed(index, experiment.data.workers, READING_SECONDS)
+    except (DataError, OSError) as error:
+        return Finding("reading", str(error), "missing", "copy the shards again, or pack the folder again")
+    except ImportError as error:
+        return Finding("reading", f"not measured without {error.name}")
+    if all(model.tower.frozen for model in experiment.models.values()):
+        return Finding("reading", f"{speed:,.0f} lesions/s; frozen towers read each photo once, then cached tokens")
+    needs = [need for name in experiment.models if (need := _need(experiment, name, gpus))]
+    most = max(needs, key=lambda need: need.lesions_per_s, default=None)
+    return reading_finding(speed, experiment.data.workers, most, max(1, min(ranks, len(gpus))), cores())
+
+
+def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
+    """Lesions/s that `workers` threads read and decode as training does, in an order that skips about the shards.
+
+    Raises DataError for a photo that does not decode.
+    """
+    import numpy as np
+
+    from triderm_dist.data.loader import TASK_LESIONS, PhotoSource
+
+    source = PhotoSource(index, 224, (0.0,) * 3, (1.0,) * 3)
+    rows = np.random.default_rng(0).permutation(len(index))
+    batch, done = workers * TASK_LESIONS, 0
+    with ThreadPoolExecutor(workers) as pool:
+        started = time.perf_counter()
+        # A set that is smaller than the time allows is read again, no longer from the disk.
+        while (passed := time.perf_counter() - started) < seconds:
+            part = rows[np.arange(done, done + batch) % len(rows)]
+            views, jobs = source.fetch(pool, part, None)
+            for job in jobs:
+                job.result()
+            source.give_back(views, views[0].device)
+            done += batch
+    source.close()
+    return done / passed
+
+
+def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, cores: int) -> Finding:
+    """What a reading speed (lesions/s of one rank's workers) means for `ranks` GPUs of a host with so many cores."""
+    threads = f"by {workers} thread(s) of a rank (data.workers)"
+    text = f"{speed:,.0f} lesions/s read and decoded {threads}"
+    if need is None:
+        return Finding("reading", text)
+    shared = speed * min(1.0, cores / (ranks * workers))
+    if shared < speed:
+        text += f", {shared:,.0f} where {ranks} ranks share {cores} cores"
+    text += f"; {need.model} needs {need.lesions_per_s:,.0f} on each GPU ({need.source})"
+    if shared >= need.lesions_per_s:
+        return Finding("reading", text)
+    wanted = math.ceil(workers * need.lesions_per_s / speed)
+    if wanted * ranks <= cores:
+        return Finding("reading", f"{text}: the GPU will wait for data", "note", f"data.workers={wanted}")
+    advice = f"a host with {wanted * ranks} cores ({wanted} a GPU), or photos packed with a smaller data.short_side"
+    return Finding("reading", f"{text}: the GPUs will wait for data", "note", advice)
+
+
+def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None:
+    """None of a frozen tower, and where no peak is known."""
+    model = experiment.models[name]
+    if model.tower.frozen or imported("torch") is None or imported("timm") is None:
+        return None
+    from triderm_dist.engine.flops import named_peak, training_flops
+    from triderm_dist.engine.footprint import stand_in
+
+    peak = model.train.peak_tflops and model.train.peak_tflops * 1e12
+    peak = peak or (named_peak(gpus[0].name) if gpus else None)
+    if peak is None:
+        return None
+    try:
+        flops = training_flops(stand_in(model)[0])
+    except InputError:
+        return None
+    source = f"{flops / 1e9:,.0f} GFLOP a lesion, {ASSUMED_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s assumed"
+    return Need(name, ASSUMED_MFU * peak / flops, source)
