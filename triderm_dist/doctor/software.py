@@ -29,7 +29,7 @@ def versions(clone: Path, deepspeed: bool = False) -> list[Finding]:
     good = []
     state: State
     for name in (*NEEDED, *OPTIONAL):
-        found = _distribution(name)
+        found = installed(name)
         if found is None:
             wants, state = ("", "missing") if name in needed else (f"; {OPTIONAL[name]} needs it", "note")
             findings.append(Finding(name, f"not installed{wants}", state, f"pip install '{ranges.get(name, name)}'"))
@@ -48,7 +48,7 @@ def versions(clone: Path, deepspeed: bool = False) -> list[Finding]:
     return [*findings, Finding("packages", ", ".join(good))]
 
 
-def _distribution(name: str) -> tuple[str, str] | None:
+def installed(name: str) -> tuple[str, str] | None:
     """(distribution, version) under which a package is installed; xgboost comes under three names."""
     names = ("xgboost-cu13", "xgboost-cpu", "xgboost") if name == "xgboost" else (name,)
     for each in names:
