@@ -65,9 +65,9 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
     except InputError as error:
         return Finding(title, f"not estimated: {error}")
     text = (
-        f"a step takes about {need.total(micro) / GIB:.1f} GiB at micro-batch {micro} on each rank "
-        f"(parameters and optimiser {(need.parameters + need.optimizer) / GIB:.1f}, {need.a_lesion / GIB:.3f} for each "
-        f"lesion{', ' if said else ''}{said})"
+        f"a step takes about {_size(need.total(micro))} at micro-batch {micro} on each rank (parameters and optimiser "
+        f"{_size(need.parameters + need.optimizer)}, {_size(need.a_lesion)} for each lesion"
+        f"{', ' if said else ''}{said})"
     )
     if gpu_memory is None:
         return Finding(title, text)
@@ -84,6 +84,10 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
             ways.append("train.activation_checkpointing=true")
     advice = " or ".join(ways) or "a larger GPU, deepspeed_zero3.yaml or fsdp2.yaml on several, or a smaller tower"
     return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB holds", "note", advice)
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def largest_micro(batch: int, ranks: int, most: int) -> int | None:
