@@ -16,12 +16,16 @@ from triderm_dist.doctor.machine import Gpu, cores
 from triderm_dist.schema import DataError, InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from triderm_dist.data.shards import ShardIndex
 
 READING_SECONDS = 2.0
 """How long shards are read to tell the speed."""
-ASSUMED_MFU = 0.4
-"""Share of its peak that a GPU is taken to reach; what a well-fed one does. launch.bench measures it."""
+MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
+"""Share of its peak that a GPU is assumed to reach where it is well fed, by matrix products and by a network that is
+mostly convolutions. launch.bench measures it.
+"""
 
 
 def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
@@ -147,21 +151,21 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
 
 def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, cores: int) -> Finding:
     """What a reading speed (lesions/s of one rank's workers) means for `ranks` GPUs of a host with so many cores."""
-    threads = f"by {workers} thread(s) of a rank (data.workers)"
-    text = f"{speed:,.0f} lesions/s read and decoded {threads}"
+    text = f"{speed:,.0f} lesions/s read and decoded by {workers} thread(s) (data.workers)"
     if need is None:
         return Finding("reading", text)
-    shared = speed * min(1.0, cores / (ranks * workers))
+    a_core, own = speed / min(workers, cores), cores / ranks
+    shared = a_core * min(workers, own)
     if shared < speed:
-        text += f", {shared:,.0f} where {ranks} ranks share {cores} cores"
-    text += f"; {need.model} needs {need.lesions_per_s:,.0f} on each GPU ({need.source})"
+        text += f", about {shared:,.0f} for each of {ranks} ranks on {cores} cores"
+    text += f"; {need.model} takes {need.lesions_per_s:,.0f} on each GPU ({need.source})"
     if shared >= need.lesions_per_s:
         return Finding("reading", text)
-    wanted = math.ceil(workers * need.lesions_per_s / speed)
-    if wanted * ranks <= cores:
+    wanted = math.ceil(need.lesions_per_s / a_core)
+    if wanted <= own:
         return Finding("reading", f"{text}: the GPU will wait for data", "note", f"data.workers={wanted}")
-    advice = f"a host with {wanted * ranks} cores ({wanted} a GPU), or photos packed with a smaller data.short_side"
-    return Finding("reading", f"{text}: the GPUs will wait for data", "note", advice)
+    advice = f"{wanted} cores a GPU (data.workers too), or photos packed with a smaller data.short_side"
+    return Finding("reading", f"{text}: the GPU will wait for data", "note", advice)
 
 
 def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None:
@@ -177,8 +181,16 @@ def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None
     if peak is None:
         return None
     try:
-        flops = training_flops(stand_in(model)[0])
+        network, _ = stand_in(model)
     except InputError:
         return None
-    source = f"{flops / 1e9:,.0f} GFLOP a lesion, {ASSUMED_MFU:.0%} of {peak / 1e12:,.0f} TFLOP/s assumed"
-    return Need(name, ASSUMED_MFU * peak / flops, source)
+    flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU
+    source = f"{flops / 1e9:,.1f} GFLOP a lesion, at an assumed MFU of {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    return Need(name, mfu * peak / flops, source)
+
+
+def _mostly_convolutions(network: nn.Module) -> bool:
+    from torch.nn import Conv2d
+
+    inside = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, Conv2d))
+    return inside > 0.5 * sum(parameter.numel() for parameter in network.parameters())

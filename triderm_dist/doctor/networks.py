@@ -74,7 +74,7 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
     usable = USABLE * gpu_memory - CONTEXT
     fitting = largest_micro(train.global_batch, ranks, need.largest(usable * GIB))
     if need.total(micro) <= usable * GIB:
-        return Finding(title, f"{text}; micro-batches up to {fitting} fit into {gpu_memory:.0f} GiB")
+        return Finding(title, f"{text}; micro-batches up to {max(micro, fitting or 0)} fit into {gpu_memory:.0f} GiB")
     ways = [f"train.micro_batch={fitting}"] if fitting else []
     if not train.activation_checkpointing:
         lean = of_model(
