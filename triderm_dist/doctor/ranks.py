@@ -123,18 +123,25 @@ class Meeting:
             raise self._lost(error) from None
 
     def end(self, status: int) -> NoReturn:
-        """On rank 0: let all ranks leave with this exit status, once everything is printed."""
+        """On rank 0: let all ranks leave with this exit status, once everything is printed.
+
+        All leave together, since a launcher ends the others when the first one fails; and at once, since a thread may
+        hang in a sum.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         self._set("status", status)
-        answering = [f"left {rank}" for rank in range(1, self.world) if self.store.check([f"host {rank}"])]
-        with contextlib.suppress(RuntimeError):  # a launcher would end them before they have left
+        answering = [f"ready {rank}" for rank in range(1, self.world) if self.store.check([f"host {rank}"])]
+        with contextlib.suppress(RuntimeError):
             self.store.wait(answering, timedelta(seconds=LEAVING_SECONDS))
+        self._set("gone", True)
         os._exit(status)
 
     def leave(self, status: int) -> NoReturn:
-        """A thread may hang in a sum, and a launcher ends all ranks when the first one fails: so at once."""
-        self._set(f"left {self.rank}", True)
+        """On the other ranks: leave with rank 0."""
+        self._set(f"ready {self.rank}", True)
+        with contextlib.suppress(RuntimeError):  # rank 0, which may hold the store, has left
+            self.store.wait(["gone"], timedelta(seconds=LEAVING_SECONDS))
         os._exit(status)
 
     def _set(self, key: str, value: Any) -> None:
