@@ -284,7 +284,7 @@ def test_the_meeting_place_of_nodes(tmp_path):
 
 def test_more_processes_than_gpus_are_told(tmp_path):
     file = launcher_file(tmp_path, main_process_port=0)
-    assert at(file, "processes", gpus=8).text.endswith("16 process(es) on 2 nodes, 8 on each")
+    assert at(file, "processes", gpus=8).text.endswith("16 processes on 2 nodes, 8 on each")
     few = at(file, "processes", gpus=4)
     assert few.state == "missing" and "--num_processes 8" in few.advice
     assert at(file, "processes", gpus=0).state == "note"

@@ -59,7 +59,7 @@ def launcher_findings(launcher: Launcher | None, gpus: int, cores: int) -> list[
         port = os.environ.get("MASTER_PORT", "")
         return [_port(int(port), "another MASTER_PORT")] if port.isdigit() else []
     here = launcher.ranks // launcher.nodes
-    text = f"{launcher.file}: {launcher.ranks} process(es)"
+    text = f"{launcher.file}: {launcher.ranks} process{'es' * (launcher.ranks > 1)}"
     if launcher.nodes > 1:
         text += f" on {launcher.nodes} nodes, {here} on each"
     if gpus and here > gpus:
