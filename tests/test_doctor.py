@@ -78,6 +78,8 @@ def test_packed_shards_are_counted_and_damage_is_told(make_challenge, tmp_path):
     assert "missing" in finding(experiment, "training").text and finding(experiment, "training").state == "missing"
     (tmp_path / "shards" / INDEX).unlink()
     assert finding(experiment, "training").state == "missing"
+    unreadable = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={'x' * 300}"])
+    assert finding(unreadable, "training").text.endswith("File name too long")
 
 
 def test_test_set_and_truth(make_challenge, tmp_path):

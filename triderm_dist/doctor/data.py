@@ -79,6 +79,8 @@ def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
         return cache.open_index(where, data.remote)
     except InputError as error:
         return str(error)
+    except OSError as error:  # a folder that this user may not see, a mount that is gone
+        return f"{where}: {error.strerror}"
 
 
 def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], labels: bool) -> Finding:

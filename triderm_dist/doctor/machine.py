@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shutil
@@ -154,7 +155,10 @@ def _disk(output: Path) -> Finding:
 def _clock(written: Sequence[Path]) -> Finding:
     """Whether the clock is behind the time at which a file was written; nothing outside is asked."""
     now = time.time()
-    times = {path: path.stat().st_mtime for path in written if path.exists()}
+    times = {}
+    for path in written:
+        with contextlib.suppress(OSError):
+            times[path] = path.stat().st_mtime
     text = f"{_utc(now)} UTC"
     latest = max(times, key=times.__getitem__, default=None)
     if latest is None or times[latest] <= now + CLOCK_SECONDS:

@@ -66,10 +66,11 @@ def meet(experiment: Experiment, clone: Path, seconds: float) -> tuple[Meeting, 
     reach rank 0.
     """
     meeting = Meeting(seconds)
-    hosts = meeting.tell("host", socket.gethostname())
-    sights = {rank: Sight(**raw) for rank, raw in meeting.tell("sight", asdict(look(experiment, clone))).items()}
+    hosts = meeting.tell("host", socket.gethostname(), range(meeting.world))
+    told = meeting.tell("sight", asdict(look(experiment, clone)), hosts)
+    sights = {rank: Sight(**raw) for rank, raw in told.items()}
     together = meeting.agree(len(sights) == meeting.world)
-    sums = meeting.tell("sums", exchange(meeting, seconds)) if together else {}
+    sums = meeting.tell("sums", exchange(meeting, seconds), sights) if together else {}
     if meeting.rank:
         meeting.leave(meeting.hear("status", EXAMINATION_SECONDS))
     return meeting, compare(meeting, hosts, sights, sums)
@@ -97,15 +98,15 @@ class Meeting:
             raise self._lost(error) from None
         self.store = PrefixStore("doctor", store)
 
-    def tell(self, what: str, mine: Any) -> dict[int, Any]:
-        """Leave something of this rank. Rank 0 gets that of all ranks that answer in time, the others nothing."""
+    def tell(self, what: str, mine: Any, ranks: Iterable[int]) -> dict[int, Any]:
+        """Leave something of this rank. Rank 0 gets that of those `ranks` that answer in time, the others nothing."""
         self._set(f"{what} {self.rank}", mine)
         if self.rank:
             return {}
-        names = [f"{what} {rank}" for rank in range(self.world)]
+        names = {rank: f"{what} {rank}" for rank in ranks}
         with contextlib.suppress(RuntimeError):  # who is missing is seen below
-            self.store.wait(names, timedelta(seconds=self.seconds))
-        return {rank: self._get(name) for rank, name in enumerate(names) if self.store.check([name])}
+            self.store.wait(list(names.values()), timedelta(seconds=self.seconds))
+        return {rank: self._get(name) for rank, name in names.items() if self.store.check([name])}
 
     def agree(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks."""
