@@ -26,7 +26,7 @@ from triderm_dist.doctor.findings import GIB, Finding, missing
 from triderm_dist.doctor.launcher import launcher_findings, read_launcher
 from triderm_dist.doctor.machine import Gpu, _clock, no_gpu
 from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
-from triderm_dist.doctor.ranks import Sight, compare
+from triderm_dist.doctor.ranks import Sight, compare, name_ranks
 from triderm_dist.doctor.software import nccl_finding, versions
 from triderm_dist.engine.flops import training_flops
 from triderm_dist.engine.footprint import of_model, stand_in
@@ -397,7 +397,7 @@ def test_ranks_that_see_the_same_may_start(make_challenge, tmp_path):
     assert statuses(tmp_path) == ["0", "0"]
     assert done.stdout.count("a run can start") == 1 and done.stdout.count("\nmachine\n") == 1
     assert "25 MiB summed over 2 ranks" in done.stdout and "96 = 2 rank(s)" in done.stdout
-    assert re.search(r"22 lesions, index [0-9a-f]{12}: the same on all ranks", done.stdout)
+    assert re.search(r"22 lesions, index [0-9a-f]{12}: the same on ranks 0-1 on ", done.stdout)
 
 
 def test_a_folder_that_one_node_sees_and_another_version_are_told_once(make_challenge, tmp_path):
@@ -450,6 +450,8 @@ def test_what_ranks_tell_is_compared():
     assert found.pop("b: /dev/shm").state == "missing"
     assert {each.state for each in found.values()} == {"ok"}
     assert found["ranks"].text == "8: ranks 0-3 on a, ranks 4-7 on b" and "10 ms by NCCL" in found["all-reduce"].text
+    nodes = {rank: f"n{rank // 2}" for rank in range(20)}
+    assert name_ranks(nodes, nodes).endswith("ranks 10-11 on n5 and those on 4 more host(s)")
     assert told(good, software={"torch": "2.13"})["software"].text.endswith("rank 5 on b: 2.13")
     assert told(good, gpu="")["GPUs"].state == "missing" and told(good, gpu="T4")["GPUs"].state == "note"
     late = told({**good, 5: {**good[5], "clock": 140.0}})["clocks"]

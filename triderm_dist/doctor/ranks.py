@@ -36,6 +36,8 @@ CLOCK_SECONDS = 2.0
 EXAMINATION_SECONDS = 600.0
 """How long the other ranks wait for rank 0 to look at the rest."""
 LEAVING_SECONDS = 5.0
+MANY_HOSTS = 6
+"""More are counted, not named."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Meeting:
     """The ranks around a key-value store at MASTER_ADDR:MASTER_PORT. Raises InputError where it is not reached."""
 
     def __init__(self, seconds: float) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each wait that ends without answer would be a warning
         from torch.distributed import PrefixStore, TCPStore
 
         self.rank, self.world, self.seconds = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), seconds
@@ -224,7 +227,7 @@ def _sum(meeting: Meeting, seconds: float, result: dict[str, Any]) -> None:
         # A limit far beyond ours: at its own, NCCL would end the whole process.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=dist.PrefixStore("sums", meeting.store),
+            store=dist.PrefixStore("sums", meeting.store.clone()),  # a connection that waits is no one else's
             rank=meeting.rank,
             world_size=meeting.world,
             timeout=timedelta(seconds=10 * seconds),
@@ -280,7 +283,9 @@ def name_ranks(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     by_host: dict[str, list[int]] = {}
     for rank in sorted(ranks):
         by_host.setdefault(hosts.get(rank, "an unknown host"), []).append(rank)
-    return ", ".join(f"rank{'s' * (len(own) > 1)} {_ranges(own)} on {host}" for host, own in by_host.items())
+    names = [f"rank{'s' * (len(own) > 1)} {_ranges(own)} on {host}" for host, own in by_host.items()]
+    more = len(names) - MANY_HOSTS
+    return ", ".join(names[:MANY_HOSTS]) + (f" and those on {more} more host(s)" if more > 0 else "")
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -316,7 +321,7 @@ def _shards(sights: Mapping[int, Sight], named: Namer) -> Finding:
         return Finding("shards", "nothing packed yet, so nothing to compare")
     if not sights[0].readable:
         return Finding("shards", "no rank can read them: see training", "note", "")
-    return Finding("shards", f"{values[0]}: the same on all ranks")
+    return Finding("shards", f"{values[0]}: the same on {named(sights)}")
 
 
 def _same_software(sights: Mapping[int, Sight], named: Namer) -> Finding:
@@ -327,7 +332,7 @@ def _same_software(sights: Mapping[int, Sight], named: Namer) -> Finding:
     }
     if text := "; ".join(f"{key} {text}" for key, text in texts.items() if text):
         return Finding("software", text, "missing", "install the same versions on every node")
-    return Finding("software", f"{', '.join(keys)}: the same on all ranks")
+    return Finding("software", f"{', '.join(keys)}: the same on {named(sights)}")
 
 
 def _gpus(sights: Mapping[int, Sight], named: Namer) -> Finding:
