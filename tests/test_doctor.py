@@ -2,34 +2,55 @@
 
 import builtins
 import importlib
+import os
+import re
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from triderm_dist import doctor
 from triderm_dist.config import Experiment, TowerConfig, load
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.shards import INDEX
-from triderm_dist.doctor import GIB, Gpu, examine, missing, nccl_finding, suggest, tower_weights
-from triderm_dist.engine.footprint import of_model
-from triderm_dist.schema import InputError
+from triderm_dist.doctor import data, examine
+from triderm_dist.doctor.advice import suggest
+from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
+from triderm_dist.doctor.findings import GIB, Finding, missing
+from triderm_dist.doctor.launcher import launcher_findings, read_launcher
+from triderm_dist.doctor.machine import Gpu, _clock, no_gpu
+from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
+from triderm_dist.doctor.ranks import Sight, compare, name_ranks
+from triderm_dist.doctor.software import nccl_finding, versions
+from triderm_dist.engine.flops import training_flops
+from triderm_dist.engine.footprint import of_model, stand_in
+from triderm_dist.schema import ConfigError, InputError
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["models.a.tower.source=timm:test_efficientnet", "models.a.tower.pretrained=false"]
 
 
-def finding(experiment: Experiment, name: str, ranks: int = 1) -> doctor.Finding:
+@pytest.fixture(autouse=True)
+def read_shortly(monkeypatch):
+    monkeypatch.setattr(data, "READING_SECONDS", 0.1)
+
+
+def finding(experiment: Experiment, name: str, ranks: int = 1) -> Finding:
     sections = examine(experiment, ROOT, ranks)
     return next(each for section in sections.values() for each in section if each.name == name)
 
 
-def run_doctor(*words: str) -> subprocess.CompletedProcess:
+def run_doctor(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "launch.doctor", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-m", "launch.doctor", *words],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
 
 
 def test_missing_data_is_the_last_line_with_status_2(tmp_path):
@@ -57,6 +78,8 @@ def test_packed_shards_are_counted_and_damage_is_told(make_challenge, tmp_path):
     assert "missing" in finding(experiment, "training").text and finding(experiment, "training").state == "missing"
     (tmp_path / "shards" / INDEX).unlink()
     assert finding(experiment, "training").state == "missing"
+    unreadable = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={'x' * 300}"])
+    assert finding(unreadable, "training").text.endswith("File name too long")
 
 
 def test_test_set_and_truth(make_challenge, tmp_path):
@@ -136,23 +159,26 @@ def test_what_suits_a_machine_exists_and_splits(gpus, experiment, launcher, over
 
 
 def test_an_old_or_absent_package_is_told(monkeypatch):
-    versions = {"deepspeed": "0.14.0", "torch": "2.14.1"}
+    installed = {"deepspeed": "0.14.0", "torch": "2.14.1"}
 
     def version(name: str) -> str:
-        if name in versions:
-            return versions[name]
+        if name in installed:
+            return installed[name]
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    found = {each.name: each for each in doctor._versions(ROOT)}
+    found = {each.name: each for each in versions(ROOT)}
     assert found["deepspeed"].state == "note" and "deepspeed" in found["deepspeed"].advice
     assert found["accelerate"].state == "missing" and "accelerate" in found["accelerate"].advice
     assert found["ray"].state == "note" and "tune.search" in found["ray"].text
     assert found["packages"].text.startswith("torch 2.14.1")
+    del installed["deepspeed"]
+    assert {each.name: each.state for each in versions(ROOT)}["deepspeed"] == "note"
+    assert {each.name: each.state for each in versions(ROOT, deepspeed=True)}["deepspeed"] == "missing"
 
 
 def test_nothing_installed_is_no_crash(monkeypatch, tmp_path):
-    for name in [name for name in sys.modules if name.startswith("triderm_dist.") and name != "triderm_dist.doctor"]:
+    for name in [name for name in sys.modules if name.startswith("triderm_dist.")]:
         if name.split(".")[1] in ("engine", "models"):
             monkeypatch.delitem(sys.modules, name)
     absent = ("torch", "accelerate", "timm", "open_clip", "psutil", "huggingface_hub")
@@ -178,13 +204,259 @@ def test_a_step_that_does_not_fit_is_told_with_what_fits():
     small = [*SMALL, "models.a.tower.image_size=64", "train.global_batch=64", "train.micro_batch=64"]
     experiment = load(Experiment, None, small)
 
-    def memory(gpu: float) -> doctor.Finding:
+    def memory(gpu: float) -> Finding:
         findings = examine(experiment, ROOT, 1, gpu_memory=gpu)["experiment"]
         return next(each for each in findings if each.name == "a: memory")
 
     assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
     need = of_model(experiment.models["a"], half=True)[0]
-    tight = memory((need.total(50) / GIB + doctor.CONTEXT) / doctor.USABLE)
+    tight = memory((need.total(50) / GIB + CONTEXT) / USABLE)
     assert tight.state == "note" and "more than a GPU" in tight.text
     assert "train.micro_batch=32" in tight.advice
     assert memory(1.0).advice.startswith("a larger GPU")
+
+
+def test_a_cpu_build_of_torch_beside_a_gpu_is_told():
+    assert no_gpu(None, driver=False, device=False).state == "ok"
+    wrong = no_gpu(None, driver=True, device=True)
+    assert wrong.state == "missing" and "CPU build" in wrong.text and "CUDA" in wrong.advice
+    old_driver = no_gpu("13.0", driver=True, device=True)
+    assert old_driver.state == "missing" and "CUDA 13.0" in old_driver.text and "driver" in old_driver.advice
+    assert no_gpu(None, driver=True, device=True, visible="").state == "ok"
+    not_given = no_gpu("13.0", driver=True, device=False)
+    assert not_given.state == "note" and "--gpus all" in not_given.advice
+
+
+def test_too_little_shared_memory_is_told():
+    code = (
+        "from triderm_dist.doctor.machine import shared_memory\n"
+        "small = shared_memory(gpus=2)\n"
+        "assert small.state == 'missing' and small.text.startswith('64 MiB') and '--shm-size' in small.advice, small\n"
+        "assert shared_memory(gpus=1) is None"
+    )
+    # In a mount namespace of its own, as a container with Docker's default has it.
+    inside = 'mount -t tmpfs -o size=64m tmpfs /dev/shm || exit 77; exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no mount namespaces for this user")
+    assert done.returncode == 0, done.stderr
+
+
+def launcher_file(folder: Path, **settings) -> Path:
+    """accelerate_configs/ddp_multi_node.yaml with other settings."""
+    raw = yaml.safe_load((ROOT / "accelerate_configs" / "ddp_multi_node.yaml").read_text())
+    path = folder / "launcher.yaml"
+    path.write_text(yaml.safe_dump({**raw, **settings}))
+    return path
+
+
+def at(launcher: Path | None, name: str, gpus: int = 0) -> Finding:
+    found = launcher_findings(launcher and read_launcher(launcher), gpus, cores=2)
+    return next(each for each in found if each.name == name)
+
+
+def test_a_port_in_use_is_told_with_its_holder(tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for host in ("localhost", "127.0.0.2"):
+            file = launcher_file(tmp_path, main_process_port=port, main_process_ip=host)
+            found = at(file, "port")
+            assert found.state == "missing" and f"{port} is in use by" in found.text, found
+            assert f"process {os.getpid()}" in found.text and "--main_process_port" in found.advice
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        assert at(None, "port").state == "missing"
+        done = run_doctor(*SMALL, f"output={tmp_path}", f"launcher={file}", "ranks=1")
+        assert done.returncode == 2 and f"port ({port} is in use" in done.stderr.splitlines()[-1]
+    assert at(file, "port").text == f"{port} is free"
+    monkeypatch.delenv("MASTER_PORT")
+    assert launcher_findings(None, 0, 2) == []
+    assert at(ROOT / "accelerate_configs" / "ddp.yaml", "port").text == "any free one"
+
+
+def test_the_meeting_place_of_nodes(tmp_path):
+    forgotten = at(launcher_file(tmp_path, main_process_port=0), "port")
+    assert forgotten.state == "note" and "--main_process_ip" in forgotten.advice
+    assert at(launcher_file(tmp_path, main_process_ip="no-such-host.invalid"), "port").state == "missing"
+    elsewhere = at(launcher_file(tmp_path, main_process_ip="192.0.2.77"), "port")
+    assert elsewhere.state == "ok" and "another host" in elsewhere.text
+
+
+def test_more_processes_than_gpus_are_told(tmp_path):
+    file = launcher_file(tmp_path, main_process_port=0)
+    assert at(file, "processes", gpus=8).text.endswith("16 processes on 2 nodes, 8 on each")
+    few = at(file, "processes", gpus=4)
+    assert few.state == "missing" and "--num_processes 8" in few.advice
+    assert at(file, "processes", gpus=0).state == "note"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "num_processes: many", "a: {", ""])
+def test_a_file_that_is_no_launcher_is_told(tmp_path, text):
+    path = tmp_path / "launcher.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"launcher\.yaml: no launcher file of Accelerate"):
+        read_launcher(path)
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        read_launcher(tmp_path / "none.yaml")
+
+
+def test_a_wrong_deepspeed_stops_a_run_that_is_started_with_it(tmp_path):
+    about = tmp_path / "packages" / "deepspeed-0.14.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.14.0\n")
+    path = f"{about.parents[1]}:{ROOT}"
+    words = [*SMALL, f"output={tmp_path}", "ranks=1"]
+    done = run_doctor(*words, "launcher=accelerate_configs/deepspeed_zero2.yaml", PYTHONPATH=path)
+    assert done.returncode == 2
+    assert "deepspeed (deepspeed 0.14.0; the launcher needs deepspeed" in done.stderr.splitlines()[-1]
+
+
+def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tmp_path):
+    folder = tmp_path / "shards"
+    index = pack_shards(read_challenge(make_challenge().folder), folder, short_side=None)
+    assert reading_speed(index, workers=2, seconds=0.1) > 10
+    experiment = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={folder}"])
+    assert "lesions/s read and decoded by 2 thread(s)" in finding(experiment, "reading").text
+    (shard,) = folder.glob("*.tar")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert finding(experiment, "reading").state == "missing" and "decode" in finding(experiment, "reading").text
+
+    need = Need("a", 900.0, "assumed")
+    assert reading_finding(1000, 2, need, ranks=1, cores=8).state == "ok"
+    slow = reading_finding(300, 2, need, ranks=1, cores=8)
+    assert slow.state == "note" and slow.advice == "data.workers=6"
+    crowded = reading_finding(1000, 2, need, ranks=8, cores=8)
+    assert crowded.state == "note" and "about 500 for each of 8 ranks on 8 cores" in crowded.text
+    assert crowded.advice.startswith("2 cores a GPU")
+    assert reading_finding(1000, 8, need, ranks=1, cores=2).state == "ok"
+
+
+def test_what_a_gpu_needs_comes_from_counted_flops():
+    experiment = load(Experiment, None, [*SMALL, "models.a.tower.image_size=64"])
+    gpu = Gpu("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
+    need = _need(experiment, "a", [gpu])
+    flops = training_flops(stand_in(experiment.models["a"])[0])
+    assert need.lesions_per_s == pytest.approx(0.4 * 989e12 / flops)  # the fusion outweighs this small tower
+    assert "an assumed MFU of 40% of 989 TFLOP/s" in need.source
+    convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]
+    assert "MFU of 5%" in _need(load(Experiment, None, convolutions), "a", [gpu]).source
+    assert _need(experiment, "a", []) is None
+
+
+def test_a_clock_behind_a_file_is_told(tmp_path):
+    file = tmp_path / "index.json"
+    file.touch()
+    assert _clock([file]).state == "ok"
+    os.utime(file, (time.time() + 3600,) * 2)
+    late = _clock([file, tmp_path / "none"])
+    assert late.state == "note" and "index.json was written at" in late.text
+
+
+# --- started on all ranks --------------------------------------------------------------------------------------------
+
+RANK = """
+import os, pathlib, subprocess, sys, time
+rank, (root, *words) = os.environ["RANK"], sys.argv[1:]
+here = pathlib.Path.cwd()
+environment = {**os.environ, "PYTHONPATH": root}
+if rank == "1":
+    os.chdir(here.parent / "other" if (here.parent / "other").exists() else here)
+    environment["PYTHONPATH"] = f"{here.parent / 'packages'}:{root}"
+status = subprocess.run([sys.executable, "-m", "launch.doctor", *words], env=environment).returncode
+(here / f"status.{rank}").write_text(str(status))
+while len(list(here.glob("status.*"))) < 2:
+    time.sleep(0.05)
+sys.exit(status)
+"""
+"""One rank: the second one starts the doctor in another folder and with other packages, where there are any."""
+
+
+def run_on_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """The doctor on two ranks, in FOLDER/own; each leaves its exit status in status.RANK."""
+    script, own = folder / "rank.py", folder / "own"
+    script.write_text(RANK)
+    own.mkdir(exist_ok=True)
+    launcher = ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
+    return subprocess.run(
+        [sys.executable, "-m", "launch.ranks", *launcher, str(script), str(ROOT), *SMALL, "output=run", *words],
+        cwd=own, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def statuses(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted((folder / "own").glob("status.*"))]
+
+
+def test_ranks_that_see_the_same_may_start(make_challenge, tmp_path):
+    pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
+    done = run_on_ranks(tmp_path, "data.shards=shards")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert statuses(tmp_path) == ["0", "0"]
+    assert done.stdout.count("a run can start") == 1 and done.stdout.count("\nmachine\n") == 1
+    assert "25 MiB summed over 2 ranks" in done.stdout and "96 = 2 rank(s)" in done.stdout
+    assert re.search(r"22 lesions, index [0-9a-f]{12}: the same on ranks 0-1 on ", done.stdout)
+
+
+def test_a_folder_that_one_node_sees_and_another_version_are_told_once(make_challenge, tmp_path):
+    pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
+    (tmp_path / "other").mkdir()
+    about = tmp_path / "packages" / "accelerate-1.0.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.0.0\n")
+    done = run_on_ranks(tmp_path, "data.shards=shards")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert statuses(tmp_path) == ["2", "2"]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    host = socket.gethostname()
+    assert re.search(rf"rank 0 on {host}: 22 lesions, index \w+; rank 1 on {host}: shards: no such folder", error)
+    assert re.search(rf"accelerate rank 0 on {host}: [\d.]+; rank 1 on {host}: 1\.0\.0", error)
+    assert "a folder that all nodes share" in done.stdout and "training" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, r"error: missing: answers \(rank 1 on an unknown host did not come to localhost:\d+ within 1 s"),
+        (1, r"error: rank 1 on \S+ does not reach rank 0 at localhost:\d+ \("),
+    ],
+    ids=["rank 1 is absent", "rank 0 is absent"],
+)
+def test_a_rank_that_does_not_answer_is_named(tmp_path, rank, message):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    done = run_doctor(*SMALL, f"output={tmp_path}", "answer_seconds=1", **alone)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
+
+
+def test_what_ranks_tell_is_compared():
+    def told(sums: dict, **of_rank_5) -> dict[str, Finding]:
+        hosts = {rank: "ab"[rank // 4] for rank in range(8)}
+        same = Sight("a", "22 lesions", True, {"torch": "2.14.1"}, "H100", 4, 0, [])
+        sights = {rank: replace(same, host=hosts[rank], local_rank=rank % 4) for rank in hosts}
+        sights[5] = replace(sights[5], **of_rank_5)
+        trouble = Finding("/dev/shm", "64 MiB", "missing", "more")
+        sights[4] = replace(sights[4], troubles=[asdict(trouble)])
+        meeting = SimpleNamespace(world=8, place="a:1", seconds=30)
+        return {each.name: each for each in compare(meeting, hosts, sights, sums)}
+
+    good = {rank: {"gloo": 0.1, "NCCL": 0.01, "clock": 100.0 + 0.01 * rank} for rank in range(8)}
+    found = told(good)
+    assert found.pop("b: /dev/shm").state == "missing"
+    assert {each.state for each in found.values()} == {"ok"}
+    assert found["ranks"].text == "8: ranks 0-3 on a, ranks 4-7 on b" and "10 ms by NCCL" in found["all-reduce"].text
+    nodes = {rank: f"n{rank // 2}" for rank in range(20)}
+    assert name_ranks(nodes, nodes).endswith("ranks 10-11 on n5 and those on 4 more host(s)")
+    assert told(good, software={"torch": "2.13"})["software"].text.endswith("rank 5 on b: 2.13")
+    assert told(good, gpu="")["GPUs"].state == "missing" and told(good, gpu="T4")["GPUs"].state == "note"
+    late = told({**good, 5: {**good[5], "clock": 140.0}})["clocks"]
+    assert late.state == "note" and late.text.startswith("rank 5 on b: +40.0 s")
+    hangs = {rank: {"gloo": 0.1, "clock": 100.0, "error": "did not end within 30 s"} for rank in range(8)}
+    assert told(hangs)["all-reduce"].text == "ranks 0-3 on a, ranks 4-7 on b: NCCL: did not end within 30 s"
+    dead = told({rank: each for rank, each in hangs.items() if rank != 5})["all-reduce"]
+    assert dead.state == "missing" and dead.text.startswith("rank 5 on b fell silent")

@@ -75,10 +75,16 @@ def footprint(network: Network, half: bool, activation_checkpointing: bool, aver
 
 @functools.lru_cache
 def of_model(model: ModelConfig, half: bool) -> tuple[Footprint, str]:
-    """The footprint of a model of the settings, and a word on a tower that another one stands in for.
+    """The footprint of a model of the settings, and a word on a tower that another one stands in for (`stand_in`)."""
+    network, said = stand_in(model)
+    return footprint(network, half, model.train.activation_checkpointing, model.train.ema_decay > 0), said
 
-    Nothing is downloaded or loaded: towers have random weights, and one from the hub, or of a file that is not here, is
-    taken to be a ViT-B/16, or a ViT-L/16 where its name says large.
+
+def stand_in(model: ModelConfig) -> tuple[Network, str]:
+    """A model of the settings with random weights, and a word on a tower that another one stands in for.
+
+    Nothing is downloaded or loaded: a tower from the hub, or of a file that is not here, is taken to be a ViT-B/16, or
+    a ViT-L/16 where its name says large.
     """
     tower, said = model.tower.model_copy(update={"pretrained": False}), ""
     if tower.source.startswith("hf-hub:") or not _at_hand(tower.source):
@@ -87,8 +93,7 @@ def of_model(model: ModelConfig, half: bool) -> tuple[Footprint, str]:
         said = f"its tower taken to be a ViT-{size[0].upper()}/16"
     built = build_towers(tower)
     towers = TokenShape(built[0].num_tokens, built[0].width) if tower.frozen else built
-    network = build_network(model, CONCEPTS, towers)
-    return footprint(network, half, model.train.activation_checkpointing, model.train.ema_decay > 0), said
+    return build_network(model, CONCEPTS, towers), said
 
 
 def _at_hand(source: str) -> bool:

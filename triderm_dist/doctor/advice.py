@@ -1,0 +1,48 @@
+"""The experiment and the accelerate file that suit a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from triderm_dist.doctor.findings import GIB, Finding
+from triderm_dist.doctor.machine import Gpu
+from triderm_dist.doctor.networks import largest_micro
+
+
+def suggest(gpus: Sequence[Gpu], clone: Path) -> list[Finding]:
+    """The experiment and the accelerate file of this clone for a machine with these GPUs, and a command to start."""
+    count, memory = len(gpus), min((gpu.memory for gpu in gpus), default=0)
+    overrides: list[str] = []
+    if not gpus:
+        experiment = "milk10k_cpu"
+    elif count == 1:
+        # 70 and 20: what cards sold as 80 and 24 GB hold, with room for a driver's share.
+        large, old = memory > 70 * GIB, gpus[0].capability < (8, 9)
+        experiment = "a100" if large else "rtx3090" if old or memory < 20 * GIB else "rtx4090"
+        if memory < 20 * GIB:
+            overrides.append(f"train.micro_batch={_power_of_two(16 * memory / (24 * GIB))}")
+    else:
+        experiment = "h100x8" if count == 8 and memory > 70 * GIB else "milk10k"
+        if experiment == "milk10k":
+            fitting = largest_micro(96, count, _power_of_two(32 * memory / (24 * GIB)))
+            overrides += [f"train.micro_batch={fitting}"] if fitting else [f"train.global_batch={count * 16}"]
+            overrides += [] if fitting else ["train.micro_batch=16"]
+    launcher = "single" if count < 2 else "ddp"
+    files = [Path("launch/experiments", f"{experiment}.yaml"), Path("accelerate_configs", f"{launcher}.yaml")]
+    findings = [
+        Finding(name, f"{file}" if (clone / file).is_file() else f"{file} (not in {clone})")
+        for name, file in zip(("experiment", "accelerate file"), files, strict=True)
+    ]
+    words = ["python -m launch.pipeline", f"--config {files[0]}", *overrides, "data.source=FOLDER"]
+    if count > 1:
+        words.append(f"launcher={files[1]}")
+        if count != 8:
+            findings[1] = Finding("accelerate file", f"{files[1]} with num_processes: {count}")
+    return [*findings, Finding("start", " ".join(words))]
+
+
+def _power_of_two(value: float) -> int:
+    """The largest power of two up to `value`, at least 1."""
+    return 2 ** max(0, math.floor(math.log2(max(1.0, value))))

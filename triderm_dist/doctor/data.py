@@ -1,0 +1,198 @@
+"""What an experiment learns from and predicts, and how fast it is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from triderm_dist.config import DataConfig, Experiment
+from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.doctor.machine import Gpu, cores
+from triderm_dist.schema import DataError, InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from triderm_dist.data.shards import ShardIndex
+
+READING_SECONDS = 2.0
+"""How long shards are read to tell the speed."""
+MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
+"""Share of its peak that a GPU is assumed to reach where it is well fed, by matrix products and by a network that is
+mostly convolutions. launch.bench measures it.
+"""
+
+
+def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
+    """The training set, the speed of reading it against what a rank needs, and the test set."""
+    packed = open_shards(experiment.train_shards, experiment.data)
+    found = [_training_data(experiment, packed)]
+    if not isinstance(packed, str) and len(packed):
+        found.append(_reading(experiment, packed, gpus, ranks))
+    return [*found, _test_data(experiment)]
+
+
+def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
+    data, title = experiment.data, "training"
+    if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
+        return Finding(title, packed, "missing", "pack the challenge folder again, or name other data.shards")
+    if not isinstance(packed, str):
+        counts = packed.counts()
+        few = min((count for name, count in counts.items() if name != "unlabelled"), default=0)
+        text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {few}"
+        if counts["unlabelled"] == len(packed):
+            return Finding(title, f"{text}, none has a label", "missing", "pack the folder with its ground truth")
+        if few < data.folds:
+            return Finding(title, text, "note", f"fewer than data.folds {data.folds}: some folds will lack it")
+        return Finding(title, text)
+    if data.source is None:
+        advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: make demo"
+        return Finding(title, "neither a challenge folder nor packed shards are named", "missing", advice)
+    return _folder(title, data.source, data.missing_view, labels=True)
+
+
+def _test_data(experiment: Experiment) -> Finding:
+    data, title = experiment.data, "test"
+    if data.test_truth and not Path(data.test_truth).is_file():
+        return Finding(title, f"{data.test_truth}: no such file", "missing", "leave data.test_truth away or correct it")
+    packed = open_shards(experiment.test_shards, data)
+    if not isinstance(packed, str):
+        return Finding(title, f"{len(packed)} lesions packed in {experiment.test_shards}")
+    if data.test_shards:
+        return Finding(title, packed, "missing", "pack the test folder again, or name other data.test_shards")
+    if data.test is None:
+        return Finding(title, "none named; out-of-fold predictions and report only, no submission")
+    return _folder(title, data.test, data.missing_view, labels=False)
+
+
+def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
+    """The index of a packed set, or why it can't be read."""
+    cache = imported("triderm_dist.data.cache")
+    if cache is None:
+        return f"{where}: can't be read without pyarrow and pillow"
+    try:
+        return cache.open_index(where, data.remote)
+    except InputError as error:
+        return str(error)
+    except OSError as error:  # a folder that this user may not see, a mount that is gone
+        return f"{where}: {error.strerror}"
+
+
+def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], labels: bool) -> Finding:
+    from triderm_dist.data.milk10k import read_challenge
+
+    try:
+        dataset = read_challenge(folder, missing_view)
+    except InputError as error:
+        advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
+        return Finding(title, str(error), "missing", advice)
+    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet: launch.pipeline does it"
+    if labels and not dataset.labelled:
+        return Finding(title, f"{folder}: no ground truth", "missing", "put the *_GroundTruth.csv beside the metadata")
+    return Finding(title, text)
+
+
+# --- reading speed ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """Lesions/s that one rank's GPU trains a model with, and where that comes from."""
+
+    model: str
+    lesions_per_s: float
+    source: str
+
+
+def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ranks: int) -> Finding:
+    if index.remote:
+        return Finding("reading", "shards behind a URL are not fetched for this; launch.bench measures them")
+    try:
+        speed = reading_speed(index, experiment.data.workers, READING_SECONDS)
+    except (DataError, OSError) as error:
+        return Finding("reading", str(error), "missing", "copy the shards again, or pack the folder again")
+    except ImportError as error:
+        return Finding("reading", f"not measured without {error.name}")
+    if all(model.tower.frozen for model in experiment.models.values()):
+        return Finding("reading", f"{speed:,.0f} lesions/s; frozen towers read each photo once, then cached tokens")
+    needs = [need for name in experiment.models if (need := _need(experiment, name, gpus))]
+    most = max(needs, key=lambda need: need.lesions_per_s, default=None)
+    return reading_finding(speed, experiment.data.workers, most, max(1, min(ranks, len(gpus))), cores())
+
+
+def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
+    """Lesions/s that `workers` threads read and decode as training does, in an order that skips about the shards.
+
+    Raises DataError for a photo that does not decode.
+    """
+    import numpy as np
+
+    from triderm_dist.data.loader import TASK_LESIONS, PhotoSource
+
+    source = PhotoSource(index, 224, (0.0,) * 3, (1.0,) * 3)
+    rows = np.random.default_rng(0).permutation(len(index))
+    batch, done = workers * TASK_LESIONS, 0
+    with ThreadPoolExecutor(workers) as pool:
+        started = time.perf_counter()
+        # A set that is smaller than the time allows is read again, no longer from the disk.
+        while (passed := time.perf_counter() - started) < seconds:
+            part = rows[np.arange(done, done + batch) % len(rows)]
+            views, jobs = source.fetch(pool, part, None)
+            for job in jobs:
+                job.result()
+            source.give_back(views, views[0].device)
+            done += batch
+    source.close()
+    return done / passed
+
+
+def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, cores: int) -> Finding:
+    """What a reading speed (lesions/s of one rank's workers) means for `ranks` GPUs of a host with so many cores."""
+    text = f"{speed:,.0f} lesions/s read and decoded by {workers} thread(s) (data.workers)"
+    if need is None:
+        return Finding("reading", text)
+    a_core, own = speed / min(workers, cores), cores / ranks
+    shared = a_core * min(workers, own)
+    if shared < speed:
+        text += f", about {shared:,.0f} for each of {ranks} ranks on {cores} cores"
+    text += f"; {need.model} takes {need.lesions_per_s:,.0f} on each GPU ({need.source})"
+    if shared >= need.lesions_per_s:
+        return Finding("reading", text)
+    wanted = math.ceil(need.lesions_per_s / a_core)
+    if wanted <= own:
+        return Finding("reading", f"{text}: the GPU will wait for data", "note", f"data.workers={wanted}")
+    advice = f"{wanted} cores a GPU (data.workers too), or photos packed with a smaller data.short_side"
+    return Finding("reading", f"{text}: the GPU will wait for data", "note", advice)
+
+
+def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None:
+    """None of a frozen tower, and where no peak is known."""
+    model = experiment.models[name]
+    if model.tower.frozen or imported("torch") is None or imported("timm") is None:
+        return None
+    from triderm_dist.engine.flops import named_peak, training_flops
+    from triderm_dist.engine.footprint import stand_in
+
+    peak = model.train.peak_tflops and model.train.peak_tflops * 1e12
+    peak = peak or (named_peak(gpus[0].name) if gpus else None)
+    if peak is None:
+        return None
+    try:
+        network, _ = stand_in(model)
+    except InputError:
+        return None
+    flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU
+    source = f"{flops / 1e9:,.1f} GFLOP a lesion, at an assumed MFU of {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    return Need(name, mfu * peak / flops, source)
+
+
+def _mostly_convolutions(network: nn.Module) -> bool:
+    from torch.nn import Conv2d
+
+    inside = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, Conv2d))
+    return inside > 0.5 * sum(parameter.numel() for parameter in network.parameters())

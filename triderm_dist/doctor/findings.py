@@ -1,0 +1,55 @@
+"""What the doctor says, and how it looks on a terminal."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+State = Literal["ok", "note", "missing"]
+GIB = 2**30
+MARKS: dict[State, str] = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[bold red]✗[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination. `missing` stops a run, `note` may spoil one; both say what to do."""
+
+    name: str
+    text: str
+    state: State = "ok"
+    advice: str = ""
+
+
+def imported(name: str) -> Any:
+    """A module, or None where it is not installed or breaks on import."""
+    try:
+        return importlib.import_module(name)
+    except Exception:  # a broken installation raises anything, from ImportError to OSError of a shared library
+        return None
+
+
+def missing(findings: dict[str, list[Finding]]) -> list[Finding]:
+    """What has to be put right before a run can start."""
+    return [finding for section in findings.values() for finding in section if finding.state == "missing"]
+
+
+def print_findings(findings: dict[str, list[Finding]]) -> None:
+    """The findings on the terminal, a table a section."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for section, rows in findings.items():
+        console.print(f"\n[bold]{section}[/]")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(width=3, justify="right")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in rows:
+            text = escape(row.text) + (f"\n[yellow]→ {escape(row.advice)}[/]" if row.advice else "")
+            table.add_row(MARKS[row.state], escape(row.name), text)
+        console.print(table)
+    console.print()

@@ -1,0 +1,139 @@
+"""The file of accelerate_configs/ that a run is to be started with: processes, and the port where they meet."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.schema import ConfigError
+
+DEFAULT_PORT = 29500
+"""Where Accelerate's ranks meet if no port is named."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a launcher file says. ranks: processes on all nodes.  port: where rank 0 listens; 0 takes any free one."""
+
+    file: Path
+    deepspeed: bool
+    nodes: int
+    ranks: int
+    host: str
+    port: int
+
+
+def read_launcher(file: str | os.PathLike[str]) -> Launcher:
+    """Raises ConfigError for a file that is missing or that Accelerate would not take."""
+    path = Path(file)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Launcher(
+            path,
+            deepspeed=str(raw.get("distributed_type")).upper() == "DEEPSPEED",
+            nodes=int(raw.get("num_machines") or 1),
+            ranks=int(raw.get("num_processes") or 1),
+            host=str(raw.get("main_process_ip") or "localhost"),
+            port=DEFAULT_PORT if raw.get("main_process_port") is None else int(raw["main_process_port"]),
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"launcher: {path}: no such file; see accelerate_configs/") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"launcher: {path}: no launcher file of Accelerate ({reason}); see accelerate_configs/"
+        ) from None
+
+
+def launcher_findings(launcher: Launcher | None, gpus: int, cores: int) -> list[Finding]:
+    """What would keep the ranks from starting on this host, one of the launcher's nodes. The port is taken for a
+    moment.
+    """
+    if launcher is None:
+        port = os.environ.get("MASTER_PORT", "")
+        return [_port(int(port), "another MASTER_PORT")] if port.isdigit() else []
+    here = launcher.ranks // launcher.nodes
+    text = f"{launcher.file}: {launcher.ranks} process{'es' * (launcher.ranks > 1)}"
+    if launcher.nodes > 1:
+        text += f" on {launcher.nodes} nodes, {here} on each"
+    if gpus and here > gpus:
+        advice = f"--num_processes {gpus * launcher.nodes} after --config_file, or correct the file"
+        found = [Finding("processes", f"{text}; this host has {gpus} GPU(s)", "missing", advice)]
+    elif not gpus and here > cores:
+        found = [Finding("processes", f"{text}; this host has {cores} cores", "note", "--num_processes takes fewer")]
+    else:
+        found = [Finding("processes", text)]
+    return found if launcher.ranks == 1 else [*found, _meeting_place(launcher)]
+
+
+def _meeting_place(launcher: Launcher) -> Finding:
+    if launcher.nodes == 1:
+        return _port(launcher.port, "--main_process_port 0 (any free one)")
+    if launcher.host in ("localhost", "127.0.0.1"):
+        found = _port(launcher.port, "--main_process_port PORT, the same on all nodes")
+        advice = "on each node --main_process_ip HOST of the node with --machine_rank 0"
+        text = f"{found.text}; main_process_ip is {launcher.host}, each node would wait for itself"
+        return found if found.state == "missing" else Finding(found.name, text, "note", advice)
+    try:
+        here = _is_here(launcher.host)
+    except OSError:
+        advice = "correct main_process_ip, or make every node resolve it"
+        return Finding("port", f"main_process_ip {launcher.host} has no address here", "missing", advice)
+    if here:
+        return _port(launcher.port, "--main_process_port PORT, the same on all nodes")
+    return Finding("port", f"{launcher.port} on {launcher.host}, another host: run the doctor there too")
+
+
+def _is_here(host: str) -> bool:
+    """Whether a name or address is one of this host. Raises OSError for one without address."""
+    for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.bind(address)
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _port(port: int, otherwise: str) -> Finding:
+    if port == 0:
+        return Finding("port", "any free one")
+    # As the ranks' store does: on all addresses, beside connections that are just closing.
+    for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((everywhere, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return Finding(
+                    "port", f"{port} is in use{_holder(port)}", "missing", f"end that program, or {otherwise}"
+                )
+            if error.errno == errno.EACCES:
+                return Finding("port", f"{port} is not for users", "missing", f"{otherwise}, of 1024 or above")
+        except OverflowError:
+            return Finding("port", f"{port} is no port", "missing", otherwise)
+    return Finding("port", f"{port} is free")
+
+
+def _holder(port: int) -> str:
+    """The program that listens there, as far as this user may know."""
+    psutil = imported("psutil")
+    if psutil is None:
+        return ""
+    try:
+        for each in psutil.net_connections("tcp"):
+            if each.laddr and each.laddr.port == port and each.status == psutil.CONN_LISTEN and each.pid:
+                return f" by {psutil.Process(each.pid).name()}, process {each.pid}"
+    except (psutil.Error, OSError):
+        pass
+    return ""

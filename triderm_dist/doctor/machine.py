@@ -1,0 +1,171 @@
+"""Devices, memory, disk and clock of this host."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from triderm_dist.doctor.findings import GIB, Finding, imported
+
+LEAST_DISK = 5 * GIB
+"""Below this, checkpoints and tokens of a run may not fit."""
+LEAST_SHARED_MEMORY = GIB
+"""NCCL between the GPUs of one machine needs about this much of /dev/shm."""
+CLOCK_SECONDS = 60.0
+"""A file this far in the future tells of a wrong clock, not of a coarse one."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch sees; memory in bytes."""
+
+    name: str
+    memory: int
+    free: int
+    capability: tuple[int, int]
+
+
+def find_gpus() -> list[Gpu]:
+    """The GPUs that torch can use."""
+    torch = imported("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        gpus.append(Gpu(about.name, about.total_memory, torch.cuda.mem_get_info(i)[0], (about.major, about.minor)))
+    return gpus
+
+
+def machine_findings(gpus: Sequence[Gpu], output: Path, written: Sequence[Path]) -> list[Finding]:
+    """What this host has. written: files whose times the clock must be behind."""
+    shared = shared_memory(len(gpus))
+    return [*_devices(gpus), Finding("CPU", f"{cores()} cores"), _memory(), *([shared] if shared else []),
+            _disk(output), _clock(written)]  # fmt: skip
+
+
+def cores() -> int:
+    """CPU cores that this process may use, within a container's quota."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        here = min(here, max(1, int(quota[0]) // int(quota[1])))
+    return here
+
+
+def _devices(gpus: Sequence[Gpu]) -> list[Finding]:
+    if not gpus:
+        torch = imported("torch")
+        if torch is None:
+            return [Finding("GPU", "not known without torch")]
+        return [no_gpu(torch.version.cuda, *_driver(), os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    return [
+        Finding(
+            f"GPU {i}",
+            f"{gpu.name}, {gpu.free / GIB:.0f} of {gpu.memory / GIB:.0f} GiB free",
+            "note" if gpu.free < gpu.memory / 2 else "ok",
+            "another process holds it; see nvidia-smi" if gpu.free < gpu.memory / 2 else "",
+        )
+        for i, gpu in enumerate(gpus)
+    ]
+
+
+def _driver() -> tuple[bool, bool]:
+    """Whether an NVIDIA driver runs, and whether a GPU is given to this system: a container sees its host's driver."""
+    wsl = Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
+    driver = wsl or Path("/proc/driver/nvidia/version").exists()
+    return driver, wsl or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def no_gpu(cuda: str | None, driver: bool, device: bool, visible: str | None = None) -> Finding:
+    """Why torch sees no GPU. cuda: the CUDA that torch is built for, None of a CPU build. driver, device: as `_driver`
+    tells. visible: CUDA_VISIBLE_DEVICES.
+    """
+    if not driver:
+        return Finding("GPU", "none; runs on the CPU")
+    if visible in ("", "-1"):
+        return Finding("GPU", "hidden by CUDA_VISIBLE_DEVICES; runs on the CPU")
+    if not device:
+        advice = "start it with --gpus all, or ask Kubernetes for nvidia.com/gpu"
+        return Finding("GPU", "the host has an NVIDIA driver, but this container was given no GPU", "note", advice)
+    if cuda is None:
+        advice = "install torch for CUDA, see pytorch.org/get-started; CUDA_VISIBLE_DEVICES= says that the CPU is meant"
+        return Finding("GPU", "there is one, but this torch is a CPU build", "missing", advice)
+    advice = "compare the CUDA version on top of nvidia-smi; update the driver, or install torch for its CUDA"
+    return Finding("GPU", f"there is one, but torch for CUDA {cuda} does not see it", "missing", advice)
+
+
+def _memory() -> Finding:
+    psutil = imported("psutil")
+    if psutil is None:
+        return Finding("memory", "not known without psutil", "note", "pip install psutil")
+    about = psutil.virtual_memory()
+    total, free = about.total, about.available
+    if (limit := _cgroup("memory.max")).isdigit() and int(limit) < total:
+        used = _cgroup("memory.current")
+        total, free = int(limit), min(free, int(limit) - int(used if used.isdigit() else 0))
+    text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    return Finding("memory", text, "note", "close other programs") if free < 2 * GIB else Finding("memory", text)
+
+
+def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding | None:
+    """Whether NCCL between the GPUs of this host has room; None where it needs none."""
+    if gpus < 2 or not folder.is_dir():
+        return None
+    size = shutil.disk_usage(folder).total
+    if size >= LEAST_SHARED_MEMORY:
+        return Finding(f"{folder}", f"{size / GIB:.0f} GiB for NCCL between the GPUs")
+    advice = (
+        "start the container with --shm-size=8g or --ipc=host; on Kubernetes mount an emptyDir of medium Memory there"
+    )
+    return Finding(
+        f"{folder}", f"{size / 2**20:.0f} MiB, NCCL between {gpus} GPUs needs about 1 GiB", "missing", advice
+    )
+
+
+def _cgroup(name: str) -> str:
+    try:
+        return Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _disk(output: Path) -> Finding:
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", f"{folder} can't be written", "missing", "choose another output=FOLDER")
+    free = shutil.disk_usage(folder).free
+    low = free < LEAST_DISK
+    return Finding(
+        "disk",
+        f"{free / GIB:.0f} GiB free at {output}",
+        "note" if low else "ok",
+        "checkpoints and tokens may take more" if low else "",
+    )
+
+
+def _clock(written: Sequence[Path]) -> Finding:
+    """Whether the clock is behind the time at which a file was written; nothing outside is asked."""
+    now = time.time()
+    times = {}
+    for path in written:
+        with contextlib.suppress(OSError):
+            times[path] = path.stat().st_mtime
+    text = f"{_utc(now)} UTC"
+    latest = max(times, key=times.__getitem__, default=None)
+    if latest is None or times[latest] <= now + CLOCK_SECONDS:
+        return Finding("clock", text)
+    advice = "set it (timedatectl set-ntp true, chronyc makestep): certificates and buckets refuse a wrong one"
+    return Finding("clock", f"{text}, but {latest} was written at {_utc(times[latest])}", "note", advice)
+
+
+def _utc(seconds: float) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,114 @@
+"""Python, the packages and their versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from triderm_dist.doctor.findings import Finding, State, imported
+
+NEEDED = ("torch", "torchvision", "accelerate", "timm", "open_clip_torch", "xgboost", "pyarrow", "simplejpeg")
+OPTIONAL = {"deepspeed": "ZeRO runs", "ray": "tune.search", "optuna": "tune.search"}
+
+
+def versions(clone: Path, deepspeed: bool = False) -> list[Finding]:
+    """Python and the packages against the ranges of the clone's pyproject.toml. deepspeed: the run is started with it,
+    so that another version than those is no mere note.
+    """
+    ranges = _required(clone)
+    findings = [
+        Finding("python", f"{platform.python_version()}  {sys.executable}")
+        if sys.version_info >= (3, 11)
+        else Finding("python", platform.python_version(), "missing", "install Python 3.11 or newer")
+    ]
+    needed = (*NEEDED, "deepspeed") if deepspeed else NEEDED
+    good = []
+    state: State
+    for name in (*NEEDED, *OPTIONAL):
+        found = installed(name)
+        if found is None:
+            wants, state = ("", "missing") if name in needed else (f"; {OPTIONAL[name]} needs it", "note")
+            findings.append(Finding(name, f"not installed{wants}", state, f"pip install '{ranges.get(name, name)}'"))
+            continue
+        distribution, version = found
+        text = f"{distribution} {version}"
+        if name == "torch":
+            text += f" ({_torch_build()})"
+        wanted = ranges.get(name)
+        if wanted and not _fits(version, wanted):
+            state = "missing" if name == "deepspeed" and deepspeed else "note"
+            wrong = f"the launcher needs {wanted}" if state == "missing" else "this version was not tried"
+            findings.append(Finding(name, f"{text}; {wrong}", state, f"pip install '{wanted}'"))
+        else:
+            good.append(text)
+    return [*findings, Finding("packages", ", ".join(good))]
+
+
+def installed(name: str) -> tuple[str, str] | None:
+    """(distribution, version) under which a package is installed; xgboost comes under three names."""
+    names = ("xgboost-cu13", "xgboost-cpu", "xgboost") if name == "xgboost" else (name,)
+    for each in names:
+        try:
+            return each, importlib.metadata.version(each)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _required(clone: Path) -> dict[str, str]:
+    """The ranges of pyproject.toml by package name; empty where they can't be read."""
+    try:
+        project = tomllib.loads((clone / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        from packaging.requirements import Requirement
+    except (OSError, KeyError, ValueError, ImportError):
+        return {}
+    wanted = {}
+    for line in project["dependencies"]:
+        requirement = Requirement(line)
+        name = requirement.name.removesuffix("-cu13")
+        wanted[name] = f"{requirement.name}{requirement.specifier}"
+    return wanted
+
+
+def _fits(version: str, wanted: str) -> bool:
+    from packaging.requirements import Requirement
+
+    return Requirement(wanted).specifier.contains(version, prereleases=True)
+
+
+def _torch_build() -> str:
+    torch = imported("torch")
+    if torch is None:
+        return "does not import"
+    if torch.version.cuda is None:
+        return "CPU build"
+    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else ()
+    return f"CUDA {torch.version.cuda}" + (f", NCCL {'.'.join(map(str, nccl))}" if nccl else "")
+
+
+def nccl(gpu: bool) -> Finding:
+    """Whether several packages write nvidia/nccl/lib/libnccl.so.2, so that torch may load another's."""
+    return nccl_finding(
+        sorted(
+            f"{distribution.name} {distribution.version}"
+            for distribution in importlib.metadata.distributions()
+            if (distribution.name or "").startswith("nvidia-nccl")
+        ),
+        gpu,
+    )
+
+
+def nccl_finding(packages: Sequence[str], gpu: bool) -> Finding:
+    """What installed NCCL packages, as `name version`, mean for torch and xgboost."""
+    if len(packages) < 2:
+        return Finding("NCCL", packages[0] if packages else "none installed; needed by several GPUs only")
+    return Finding(
+        "NCCL",
+        f"{' and '.join(packages)} overwrite each other's libnccl.so.2: xgboost's may replace torch's",
+        "missing" if gpu else "note",
+        "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 nvidia-nccl-cu13",
+    )
