@@ -31,7 +31,9 @@ def start_ray(
         own |= {"RAY_DEDUP_LOGS": "0", "RAY_DISABLE_WORKER_LOG_PREFIX": "1"}
     os.environ.update(own)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+    if address and "RAY_AUTH_TOKEN" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # without which Ray does not send it
+    import ray  # which reads much of the above now, and once
 
     library = str(Path(__file__).resolve().parents[1])
     paths = dict.fromkeys([library, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from triderm_dist.config import Experiment
@@ -72,16 +73,14 @@ def _schedule(
     share = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
     print(f"{len(todo)} folds, {min(places, len(todo))} at once, each on {share}", flush=True)
 
-    def task(name: str, function: Callable[..., None], *arguments: Any) -> Callable[[], Any]:
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(function).options(name=name)
-        return lambda: remote.remote(os.getcwd(), cpus, experiment, *arguments)
-
-    frozen = [name for name in dict.fromkeys(name for name, _ in todo) if experiment.models[name].tower.frozen]
-    if frozen:
-        name = "tokens of " + ", ".join(frozen)
-        _finish({name: task(name, _prepare_tokens, frozen)}, retries)
-    names = {pair: f"{pair[0]} fold {pair[1]}" for pair in todo}
-    _finish({name: task(name, _train, *pair) for pair, name in names.items()}, retries)
+    shared = os.getcwd(), cpus, experiment
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
+    if frozen := [name for name in experiment.models if name in dict(todo) and experiment.models[name].tower.frozen]:
+        name, prepare = "tokens of " + ", ".join(frozen), remote(_prepare_tokens)
+        _finish({name: partial(prepare.options(name=name).remote, *shared, frozen)}, retries)
+    train = remote(_train)
+    names = {f"{name} fold {fold}": (name, fold) for name, fold in todo}
+    _finish({name: partial(train.options(name=name).remote, *shared, *pair) for name, pair in names.items()}, retries)
 
 
 def _finish(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:

@@ -49,10 +49,10 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     split_batch(config.global_batch, config.micro_batch, settings.workers)
     _open_folder(run, space)
     prepare_tokens(experiment, index, model)  # once, so that the trials find them
+    start(settings)
     import ray
 
     try:
-        start(settings)
         if not settings.resume or _ended(run) < settings.trials or _failed(run):
             run_trials(run, space, say)
         if _ended(run) == settings.trials:
