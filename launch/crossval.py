@@ -1,31 +1,66 @@
 """Train all folds of all models, then gather what each model says about lesions it never saw into oof.parquet.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.crossval --config EXPERIMENT.yaml
+
+trains fold after fold, each on all ranks. Folds side by side, each on a GPU or, here, on half of one:
+
+python -m launch.crossval --config EXPERIMENT.yaml side_by_side=true gpus=0.5
 """
+
+import os
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, save
 
+SIDE_BY_SIDE = {"side_by_side", "cpus", "gpus", "retries", "address"}
+
 
 class CrossvalRun(Experiment):
     only: tuple[str, ...] | None = Field(None, description="train these models only; null trains all of `models`")
+    side_by_side: bool = Field(
+        False, description="train folds at the same time, each in one process, on this machine or a Ray cluster"
+    )
+    cpus: int = Field(1, ge=1, description="side_by_side: CPU cores a fold, and its threads")
+    gpus: float | None = Field(
+        None, gt=0, le=1, description="side_by_side: share of a GPU that a fold takes; null: one where there are GPUs"
+    )
+    retries: int = Field(
+        2, ge=0, description="side_by_side: times that a fold whose process died goes on from its last checkpoint"
+    )
+    address: str | None = Field(
+        None,
+        description="side_by_side: Ray cluster to run on, a token that it asks for in RAY_AUTH_TOKEN; null starts Ray "
+        "here",
+    )
 
 
 def main(config: CrossvalRun) -> None:
     from triderm_dist.data.cache import open_index
     from triderm_dist.engine.crossval import folds_of, model_named, run_folds
     from triderm_dist.engine.parallel import is_main
+    from triderm_dist.engine.side_by_side import run_side_by_side
     from triderm_dist.oof import gather, write_oof
+    from triderm_dist.schema import ConfigError
 
+    idle = sorted(SIDE_BY_SIDE & config.model_fields_set - {"side_by_side"})
+    if idle and not config.side_by_side:
+        raise ConfigError(f"{idle[0]}: has effect with side_by_side=true only")
+    if config.side_by_side and "WORLD_SIZE" in os.environ:
+        raise ConfigError("side_by_side: starts its own processes; run it by python -m, without a launcher")
     names = config.only or tuple(config.models)
     for name in names:
         model_named(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
+    experiment = Experiment(**config.model_dump(exclude={"only"} | SIDE_BY_SIDE))
     if is_main():
-        save(Experiment(**config.model_dump(exclude={"only"})), config.folder / "config.yaml")
-    run_folds(config, index, names, range(config.data.folds))
+        save(experiment, config.folder / "config.yaml")
+    if config.side_by_side:
+        how = {key: getattr(config, key) for key in SIDE_BY_SIDE - {"side_by_side"}}
+        run_side_by_side(experiment, index, names, **how)
+    else:
+        run_folds(config, index, names, range(config.data.folds))
     if is_main():
         table = gather(
             config.folder, tuple(config.models), index.lesion_ids.tolist(), index.labels, folds_of(index, config.data)

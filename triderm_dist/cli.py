@@ -31,7 +31,7 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"interrupted: {stop or 'run the same command again to go on'}", file=sys.stderr)
+        print(f"interrupted: {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from triderm_dist.config import AugmentConfig, DataConfig, ModelConfig
+from triderm_dist.config import AugmentConfig, DataConfig, Experiment, ModelConfig
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.data.tokens import TokenCache, cache_key
+from triderm_dist.engine.parallel import start
 from triderm_dist.models import build_towers
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 
@@ -72,6 +73,17 @@ def open_views(
         model.train.compile,
     )
     return Views(TokenSource(cache, variants, turned), shape)
+
+
+def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str) -> None:
+    """Compute what the cache lacks of the tokens that training a model reads; nothing where its towers learn."""
+    model = experiment.models[name]
+    if not model.tower.frozen:
+        return
+    train = model.train
+    accelerator = start(train.precision, train.micro_batch, train.global_batch, train.optim.clip_norm)
+    seed = experiment.seed_of_tokens
+    open_views(model, index, experiment.token_folder, accelerator, experiment.data, seed=seed, train=True)
 
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:

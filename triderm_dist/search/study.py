@@ -6,21 +6,18 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from triderm_dist.cli import Interrupted
-from triderm_dist.config import Experiment, load, save
+from triderm_dist.config import load, save
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search.results import Summary, conclude, outcome
 from triderm_dist.search.settings import SearchRun
 from triderm_dist.search.space import Space, fit_space, read_space, refuse_fixed
 from triderm_dist.search.trial import Trial, read_trials
-from triderm_dist.search.tuner import run_repeats, run_trials, start_ray
-
-if TYPE_CHECKING:
-    from triderm_dist.data.shards import ShardIndex
+from triderm_dist.search.tuner import run_repeats, run_trials, start
 
 
 def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
@@ -45,16 +42,17 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
 
     from triderm_dist.data.cache import open_index
     from triderm_dist.engine.parallel import split_batch
+    from triderm_dist.engine.tokens import prepare_tokens
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
     config = experiment.models[model].train
     split_batch(config.global_batch, config.micro_batch, settings.workers)
     _open_folder(run, space)
-    _prepare_tokens(experiment, model, index)
+    prepare_tokens(experiment, index, model)  # once, so that the trials find them
+    start(settings)
     import ray
 
     try:
-        start_ray(settings)
         if not settings.resume or _ended(run) < settings.trials or _failed(run):
             run_trials(run, space, say)
         if _ended(run) == settings.trials:
@@ -140,18 +138,3 @@ def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: 
         elif first != second:
             return f"{prefix}{key}"
     return None
-
-
-def _prepare_tokens(experiment: Experiment, model: str, index: ShardIndex) -> None:
-    """Compute a frozen tower's tokens once, so that the trials find them."""
-    config = experiment.models[model]
-    if not config.tower.frozen:
-        return
-    from triderm_dist.engine import parallel
-    from triderm_dist.engine.tokens import open_views
-
-    train = config.train
-    accelerator = parallel.start(train.precision, train.micro_batch, train.global_batch, train.optim.clip_norm)
-    open_views(
-        config, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed_of_tokens, train=True
-    )

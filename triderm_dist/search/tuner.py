@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.ray_start import Needs, room, start_ray
+from triderm_dist.schema import ConfigError
 from triderm_dist.search.results import describe
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
 from triderm_dist.search.space import Domain, Space, own_settings
@@ -27,41 +28,16 @@ from triderm_dist.search.trial import State, Trial, last_checkpoint, read_trial,
 REDUCTION = 3
 """ASHA lets one trial in so many pass each of its rungs."""
 
-Needs = dict[str, float]
-"""What one worker of a trial takes of a machine: {"CPU", "GPU"}."""
 
-
-def start_ray(settings: SearchConfig) -> None:
+def start(settings: SearchConfig) -> None:
     """Start Ray here or join the cluster of `address`. Raises InputError where it does not start."""
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # the most that Ray forgets when it is killed
     variables = {
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",  # its tables would drown ours
     }
-    os.environ.update(variables)
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # the most that Ray forgets when it is killed
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    library = str(Path(__file__).resolve().parents[2])
-    paths = dict.fromkeys([library, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
-    variables |= {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(settings.cpus),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
-    # "local", since without an address Ray joins whatever cluster was last started on this machine.
-    # Nothing large goes through the object store; its default is a third of the memory.
-    local: dict[str, Any] = {} if settings.address else {"object_store_memory": 100 * 2**20}
-    try:
-        ray.init(settings.address or "local", runtime_env={"env_vars": variables}, **quiet, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"search.address={settings.address}: Ray does not start ({' '.join(str(error).split())}); "
-            "check the address, and RAY_AUTH_TOKEN where the cluster asks for a token"
-        ) from None
+    start_ray(settings.address, settings.cpus, setting="search.address", variables=variables)
     # A resumed trial tells its first epochs again, to Optuna too; failures are told by `_told_by`, in one line each.
     warnings.filterwarnings("ignore", "The reported value is ignored")
     warnings.filterwarnings("ignore", "Consider boosting PBT performance")
@@ -147,13 +123,11 @@ def _share_machines(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
     if settings.workers > 1 and 0 < gpus < 1:
         raise ConfigError("search.gpus: the workers of one trial need a GPU each; set it to 1, or search.workers to 1")
     needs = {"CPU": float(settings.cpus), "GPU": float(gpus)}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(min(int(node.get(name, 0.0) / amount) for name, amount in needs.items() if amount) for node in nodes)
+    places, largest = room(needs)
     if places < settings.workers:
-        most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in needs}
         raise ConfigError(
             f"search.workers, cpus, gpus: a trial wants {settings.workers} x ({settings.cpus} CPU, {gpus:g} GPU) and "
-            f"there is room for {places}; the largest machine has {most['CPU']:g} CPU, {most['GPU']:g} GPU"
+            f"there is room for {places}; the largest machine has {largest}"
         )
     return needs, max(1, min(places // settings.workers, trials, settings.concurrent or trials))
 

@@ -1,0 +1,166 @@
+"""Folds side by side are those of one after the other bit for bit, also when a fold's process was killed and all were
+stopped.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.crossval import CrossvalRun, main
+from triderm_dist.config import Experiment, load
+from triderm_dist.schema import ConfigError, InputError
+
+from .conftest import ROOT
+from .test_resume import records
+
+SETTINGS = """
+data: {folds: 2}
+train:
+  epochs: 2
+  global_batch: 16
+  micro_batch: 8
+  log_every: 1
+  trackers: []
+  optim: {lr: 1e-3, warmup_epochs: 1}
+models:
+  tri:
+    width: 16
+    heads: 2
+    dropout: 0.2
+    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32, frozen: true}
+  cnn:
+    kind: dual_cnn
+    width: 16
+    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32}
+    train: {epochs: 12}
+"""
+FOLDS = ["tri/fold-0", "tri/fold-1", "cnn/fold-0", "cnn/fold-1"]
+
+
+def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
+    command = ["-m", "launch.crossval", "--config", str(folder / "tiny.yaml"), *words]
+    # Two folds at once, whatever the machine has.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+        time.sleep(0.05)
+
+
+def workers(process: subprocess.Popen, task: str) -> list[psutil.Process]:
+    """The processes below one that train a fold, by their titles."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            found += [child] if " ".join(child.cmdline()).startswith(f"ray::{task}") else []
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    apart, first, second = (tmp_path / f"{name}.log" for name in ("apart", "first", "second"))
+    alone = crossval(tmp_path, apart, f"data.shards={packed}", f"output={tmp_path / 'apart'}")
+    words = [f"data.shards={packed}", f"output={tmp_path / 'side'}", "side_by_side=true"]
+    process = crossval(tmp_path, first, *words)
+    fold = tmp_path / "side" / "cnn" / "fold-0"
+    wait_for(lambda: len(records(fold)) > 5, process, first)  # behind the checkpoint of an epoch
+    workers(process, "cnn fold 0")[0].send_signal(signal.SIGKILL)
+    wait_for(lambda: "cnn fold 0 is tried again from its last checkpoint" in first.read_text(), process, first)
+    before = len(records(fold))
+    wait_for(lambda: len(records(fold)) > before, process, first)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 3 and "interrupted: run the same command again" in first.read_text(), first.read_text()
+    assert not (fold / "predictions.parquet").exists()
+    newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))
+    assert newest == records(fold)[-1]["step"]  # saved where it stopped
+    assert not list((tmp_path / "side").rglob("*.part"))
+
+    process = crossval(tmp_path, second, *words)
+    assert process.wait(120) == 0, second.read_text()
+    assert alone.wait(60) == 0, apart.read_text()
+    told = first.read_text() + second.read_text()
+    for name in ("tri fold 0", "tri fold 1", "cnn fold 0", "cnn fold 1"):
+        assert len(re.findall(rf"{name}  epoch \S+  step 1/", told)) == 1, f"{name} was begun anew\n{told}"
+    for name in FOLDS:
+        one, other = tmp_path / "apart" / name, tmp_path / "side" / name
+        assert records(one) == records(other) and records(one)
+        for file in ("weights.safetensors", "predictions.parquet"):
+            assert (one / file).read_bytes() == (other / file).read_bytes(), f"{name}/{file}"
+    tables = [(tmp_path / name / "oof.parquet").read_bytes() for name in ("apart", "side")]
+    assert tables[0] == tables[1]
+
+
+def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
+    from triderm_dist.engine.side_by_side import _finish, _schedule
+    from triderm_dist.ray_start import start_ray
+
+    def count(name: str) -> int:
+        with (tmp_path / name).open("a") as file:
+            file.write(".")
+        return (tmp_path / name).stat().st_size
+
+    def dies_once() -> None:
+        if count("once") == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def raises() -> None:
+        count("raises")
+        raise OSError("no space\nleft")
+
+    def refuses() -> None:
+        count("refuses")
+        raise ConfigError("train.optim.lr: too high")
+
+    def lasts() -> None:
+        time.sleep(1)
+        count("lasts")
+
+    start_ray(None, 1, setting="address")
+    import ray
+
+    try:
+        tasks = {f.__name__: ray.remote(max_retries=0)(f).remote for f in (dies_once, raises, refuses, lasts)}
+        with pytest.raises(InputError) as error:
+            _finish(tasks, retries=2)
+        with pytest.raises(ConfigError, match=r"cpus=9999, gpus=0: a fold wants more than any machine has"):
+            _schedule(Experiment(), [("trimodal", 0)], 9999, None, 0)
+    finally:
+        ray.shutdown()
+    text = str(error.value)
+    assert "raises: OSError: no space left" in text and "refuses: train.optim.lr: too high" in text
+    assert "dies_once" not in text and "2 of 4 done" in text and "\n" not in text
+    times = {name: len((tmp_path / name).read_text()) for name in ("once", "raises", "refuses", "lasts")}
+    assert times == {"once": 2, "raises": 3, "refuses": 1, "lasts": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "world", "message"),
+    [
+        (["side_by_side=true"], "2", "side_by_side: starts its own processes; run it by python -m"),
+        (["gpus=0.5"], None, "gpus: has effect with side_by_side=true only"),
+        (["side_by_side=true", "address=localhost:1"], None, "address=localhost:1: Ray does not start"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(packed, tmp_path, monkeypatch, words, world, message):
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(InputError, match=message) as error:
+        main(load(CrossvalRun, None, [f"data.shards={packed}", f"output={tmp_path}", *words]))
+    assert "\n" not in str(error.value)
