@@ -41,7 +41,7 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.engine.crossval import folds_of, model_named, run_folds
     from triderm_dist.engine.parallel import is_main
     from triderm_dist.engine.side_by_side import run_side_by_side
-    from triderm_dist.oof import gather, write_oof
+    from triderm_dist.oof import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
 
     idle = sorted(SIDE_BY_SIDE & config.model_fields_set - {"side_by_side"})
@@ -62,6 +62,9 @@ def main(config: CrossvalRun) -> None:
     else:
         run_folds(config, index, names, range(config.data.folds))
     if is_main():
+        if waiting := [name for name in config.models if not find_predictions(config.folder, [name])]:
+            print(f"oof.parquet is written when {', '.join(waiting)} is trained too")
+            return
         table = gather(
             config.folder, tuple(config.models), index.lesion_ids.tolist(), index.labels, folds_of(index, config.data)
         )
