@@ -108,7 +108,8 @@ def _finish(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
     except KeyboardInterrupt:
         for reference in running:
             ray.cancel(reference)
-        ray.wait(list(running), num_returns=len(running))
+        if running:
+            ray.wait(list(running), num_returns=len(running))
         raise
     if failed:
         whys = "; ".join(f"{name}: {why}" for name, why in failed.items())
