@@ -21,6 +21,9 @@ class PipelineRun(Experiment):
     launcher: str | None = Field(
         None, description="accelerate config file for the stages that use the network; null runs one process"
     )
+    side_by_side: bool = Field(
+        False, description="train folds at the same time, one process and GPU each, scheduled by Ray on this machine"
+    )
 
 
 def main(config: PipelineRun) -> None:
@@ -29,7 +32,9 @@ def main(config: PipelineRun) -> None:
     folder, settings = config.folder, config.folder / "config.yaml"
     if config.launcher and not Path(config.launcher).is_file():
         raise ConfigError(f"launcher: {config.launcher} is no file; see accelerate_configs/")
-    save(Experiment(**config.model_dump(exclude={"launcher"})), settings)
+    if config.launcher and config.side_by_side:
+        raise ConfigError("side_by_side: trains each fold in one process; leave it or launcher away")
+    save(Experiment(**config.model_dump(exclude={"launcher", "side_by_side"})), settings)
     run_stages(list(stages(config, settings)), folder)
     for name in ("submission.csv", "oof_submission.csv", "report.html"):
         if (folder / name).exists():
@@ -54,8 +59,9 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if config.data.test:
         result.append(_pack("pack test", config, config.data.test, config.test_shards))
     oof = folder / "oof.parquet"
+    spread = ["side_by_side=true"] if config.side_by_side else []
     result.append(
-        Stage("crossval", [*network, "launch.crossval", *with_config], [models, packing, config.seed],
+        Stage("crossval", [*network, "launch.crossval", *with_config, *spread], [models, packing, config.seed],
               [index_file(config.train_shards, data.remote)], [oof, *(fold / "predictions.parquet" for fold in folds)])
     )  # fmt: skip
     after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
