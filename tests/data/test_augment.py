@@ -79,6 +79,22 @@ def test_tied_views_share_geometry():
     assert (a - b).abs().max() > 0.05
 
 
+def test_colour_is_brightness_then_contrast_then_saturation():
+    x, draws = photos(), Draws(0, 0, KEYS[:8], COPIES[:8])
+    plain = view_transform(x, 16, draws, AugmentConfig(brightness=0, contrast=0, saturation=0), "clinical")
+    strength = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5}
+    b, c, s = (
+        torch.from_numpy(1 + value * (2 * draws(f"clinical/{name}") - 1)).float().view(-1, 1, 1, 1)
+        for name, value in strength.items()
+    )
+    expected = plain * b
+    mean = expected.mean((1, 2, 3), keepdim=True)
+    expected = mean + (expected - mean) * c
+    grey = expected.mean(1, keepdim=True)
+    expected = (grey + (expected - grey) * s).clamp(0, 1)
+    torch.testing.assert_close(view_transform(x, 16, draws, AugmentConfig(**strength), "clinical"), expected)
+
+
 def test_dihedral_group():
     x = torch.arange(9.0).view(1, 1, 3, 3)
     images = [dihedral(x, k) for k in range(8)]
@@ -90,7 +106,7 @@ def test_dihedral_group():
 
 def test_normalise():
     x = torch.rand(2, 3, 4, 4)
-    y = normalise(x, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    y = normalise(x.clone(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     torch.testing.assert_close(y[:, 1], (x[:, 1] - 0.2) / 0.6)
 
 

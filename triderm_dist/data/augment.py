@@ -112,9 +112,9 @@ def view_transform(
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(pixels - mean) / std for each of the 3 channels of (B, 3, H, W)."""
+    """(pixels - mean) / std for each of the 3 channels of (B, 3, H, W), in place."""
     shape = (1, 3, 1, 1)
-    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+    return pixels.sub_(pixels.new_tensor(mean).view(shape)).div_(pixels.new_tensor(std).view(shape))
 
 
 def dihedral(pixels: torch.Tensor, index: int) -> torch.Tensor:
@@ -152,12 +152,19 @@ def _sample(pixels: torch.Tensor, matrix: np.ndarray, size: int) -> torch.Tensor
 
 
 def _colour(pixels: torch.Tensor, draws: dict[str, np.ndarray], config: AugmentConfig) -> torch.Tensor:
+    """Brightness, then contrast around a photo's mean, then saturation around a pixel's grey, in place.
+
+    All are linear, so together s (c (b p - m) + m) + (1 - s) (c (b g - m) + m), m = b mean(p) and g the grey of p,
+    is s c b p + (1 - s) c b g + (1 - c) m.
+    """
+
     def factor(name: str, strength: float) -> torch.Tensor:
         values = (1 + strength * (2 * draws[name] - 1)).astype(np.float32)
         return torch.from_numpy(values).to(pixels.device).view(-1, 1, 1, 1)
 
-    pixels = pixels * factor("brightness", config.brightness)
-    average = pixels.mean((1, 2, 3), keepdim=True)
-    pixels = average + (pixels - average) * factor("contrast", config.contrast)
+    brightness, contrast = factor("brightness", config.brightness), factor("contrast", config.contrast)
+    saturation = factor("saturation", config.saturation)
     grey = pixels.mean(1, keepdim=True)
-    return (grey + (pixels - grey) * factor("saturation", config.saturation)).clamp_(0, 1)
+    mean = grey.mean((2, 3), keepdim=True) * brightness
+    grey.mul_((1 - saturation) * contrast * brightness).add_((1 - contrast) * mean)
+    return pixels.mul_(saturation * contrast * brightness).add_(grey).clamp_(0, 1)
