@@ -28,13 +28,13 @@ EVALUATED = 33
 """Lesions: with micro-batches of 4 the last round holds one, for any number of ranks."""
 
 
-def experiment(head: str, micro_batch: int, dropout: float, sums: str) -> Experiment:
+def experiment(head: str, micro_batch: int, dropout: float, sums: str = "exact", tower: str = "test_vit") -> Experiment:
     return load(
         Experiment,
         None,
         [
             "models.tri.width=32", "models.tri.heads=2", f"models.tri.dropout={dropout}", f"models.tri.head={head}",
-            "models.tri.tower={source: 'timm:test_vit', pretrained: false, image_size: 32}",
+            f"models.tri.tower={{source: 'timm:{tower}', pretrained: false, image_size: 32}}",
             "models.tri.tower.freeze_clinical=1", "models.tri.tower.freeze_dermoscopic=0",
             f"train.global_batch={GLOBAL_BATCH}", f"train.micro_batch={micro_batch}", f"train.loss.soft_f1_sums={sums}",
             "train.optim.clip_norm=1e9",
@@ -42,10 +42,17 @@ def experiment(head: str, micro_batch: int, dropout: float, sums: str) -> Experi
     )  # fmt: skip
 
 
+def assert_same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        mean = parallel.all_sum(tensor.clone()) / parallel.world()
+        assert torch.equal(mean, tensor), name
+
+
 def main(shards: str, output: str, cases: str) -> None:
     index = read_index(shards)
     for case in json.loads(cases):
-        config = experiment(case["head"], case["micro_batch"], case["dropout"], case.get("sums", "exact"))
+        more = {key: case[key] for key in ("sums", "tower") if key in case}
+        config = experiment(case["head"], case["micro_batch"], case["dropout"], **more)
         model = config.models["tri"]
         accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9)
         views = open_views(model, index, Path(output), accelerator, config.data, seed=0, train=True)
@@ -74,10 +81,11 @@ def main(shards: str, output: str, cases: str) -> None:
         wrapped.train()
         focal, sums, _ = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
         value = loss.values(parallel.all_sum(focal), sums)["loss"]
+        buffers = {name: buffer for name, buffer in parallel.unwrap(wrapped).named_buffers() if "running" in name}
+        assert_same_on_all_ranks(buffers)
         if accelerator.is_main_process:
-            save_file(
-                {**gradients, "loss": torch.tensor(value, dtype=torch.float64)}, f"{output}/{case['name']}.safetensors"
-            )
+            result = {**gradients, **buffers, "loss": torch.tensor(value, dtype=torch.float64)}
+            save_file(result, f"{output}/{case['name']}.safetensors")
         accelerator.wait_for_everyone()
     rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
     torch.manual_seed(0)

@@ -92,7 +92,8 @@ def start(
         # Gradients live in the buckets that are exchanged: one copy less of each.
         kwargs_handlers=[
             *([ranks] if "WORLD_SIZE" in os.environ else []),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # Gradients live in the buckets that are exchanged: one copy less. `RunningStatistics` looks after buffers.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
     if accelerator.num_processes != world():
@@ -325,14 +326,6 @@ def settle(wrapped: nn.Module) -> None:
     """Under FSDP2 drop gathered weights, so that the next forward sees what was written to the shards."""
     if hasattr(wrapped, "reshard"):
         wrapped.reshard()  # type: ignore[operator]
-
-
-@torch.no_grad()
-def share_buffers(wrapped: nn.Module) -> None:
-    """Every rank takes rank 0's buffers, such as the statistics of batch norms."""
-    if many():
-        for buffer in unwrap(wrapped).buffers():
-            dist.broadcast(buffer, src=0)
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -14,6 +11,7 @@ from triderm_dist.data.loader import Step
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.parallel import accumulate, all_sum, backward, clip
 from triderm_dist.engine.safety import Finite
+from triderm_dist.engine.statistics import RunningStatistics
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.schema import DIAGNOSES
 
@@ -38,6 +36,7 @@ def train_step(
     with the same dropout, or from the step before if the settings say so. `finite` keeps a bad step from being taken.
     """
     alone = len(step.micro_batches) == 1
+    statistics = RunningStatistics(wrapped)
     first = accelerator.process_index * len(step.micro_batches)
     sums = None if alone else _sums_ahead(wrapped, loss, step, config, seed, number, first, previous_sums)
     own_sums = torch.zeros(3, 3, len(DIAGNOSES), device=accelerator.device)
@@ -45,13 +44,16 @@ def train_step(
     for i, batch in enumerate(step.micro_batches):
         with accumulate(accelerator, wrapped, last=i + 1 == len(step.micro_batches)):
             seed_dropout(seed, number, first + i)
+            statistics.rewind()
             outputs = forward(wrapped, batch)
+            statistics.take()
             own_sums += loss.sums(outputs, batch.labels, batch.valid)
             if alone:
                 sums = all_sum(own_sums)
             part, focal_part = loss(outputs, batch.labels, batch.valid, step.count, sums)
             focal += focal_part
             backward(accelerator, part)
+    statistics.finish(accelerator, len(step.micro_batches))
     sums = own_sums if alone else all_sum(own_sums)
     norm = clip(accelerator, wrapped, config.optim.clip_norm)
     if finite:
@@ -87,22 +89,7 @@ def _sums_ahead(
         return sums
     if config.loss.soft_f1_sums == "previous" and previous is not None:
         return previous.to(sums.device)
-    with _still_running_statistics(wrapped):
-        for i, batch in enumerate(step.micro_batches):
-            seed_dropout(seed, number, first + i)
-            sums += loss.sums(forward(wrapped, batch), batch.labels, batch.valid)
+    for i, batch in enumerate(step.micro_batches):
+        seed_dropout(seed, number, first + i)
+        sums += loss.sums(forward(wrapped, batch), batch.labels, batch.valid)
     return all_sum(sums)
-
-
-@contextlib.contextmanager
-def _still_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms use the batch's statistics but do not record them: the real pass will."""
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum

@@ -22,7 +22,7 @@ from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, sa
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.flops import budget
 from triderm_dist.engine.meter import Meter
-from triderm_dist.engine.parallel import all_sum, is_main, refuse, share_buffers, wrap
+from triderm_dist.engine.parallel import all_sum, is_main, refuse, wrap
 from triderm_dist.engine.profiling import profiler
 from triderm_dist.engine.safety import Finite, Stop
 from triderm_dist.engine.startup import report
@@ -123,7 +123,6 @@ def train(
 
             finite.check()
             with average.in_place() if average else nullcontext():
-                share_buffers(wrapped)
                 validation = evaluate(
                     wrapped, data.index, data.source, data.validation_rows, accelerator, between=stop.check,
                     micro_batch=config.micro_batch, workers=data.workers, prefetch=data.prefetch,
