@@ -1,9 +1,10 @@
 """What each modality is worth: the tri-modal network with all of them, and with each one left out, on held-out lesions.
 
-python -m benchmarks.modalities [--config launch/experiments/demo.yaml] [key.subkey=value ...]
+python -m benchmarks.modalities --config launch/experiments/demo.yaml [key.subkey=value ...]
 
-Needs the demo data (make demo). Every network is trained from the same seed on the same folds; the score is the
-held-out macro F1 by the official rule, thresholds fitted out of fold. The last line is one JSON object.
+Needs data.test_truth; demo.yaml's comes with make demo. The networks go into a folder `modalities` beside `output`.
+Every network is trained from the same seed on the same folds; the score is the held-out macro F1 by the official rule,
+thresholds fitted out of fold. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,32 +15,36 @@ import sys
 from pathlib import Path
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment, load, save
+from triderm_dist.config import Experiment, save
+from triderm_dist.schema import ConfigError
 
 MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")
 
 
 def main(config: Experiment) -> None:
-    base = config if config.data.test_truth else load(Experiment, "launch/experiments/demo.yaml")
-    name = next(iter(base.models))
+    if not config.data.test_truth:
+        raise ConfigError("data.test_truth: needed to score; try --config launch/experiments/demo.yaml after make demo")
+    name = next(iter(config.models))
     results = {}
     for left_out in (None, *MODALITIES):
         label = f"without {left_out}" if left_out else "all"
-        output = base.folder.with_name("modalities") / label.replace(" ", "-")
+        output = config.folder.with_name("modalities") / label.replace(" ", "-")
         kept = tuple(modality for modality in MODALITIES if modality != left_out)
-        experiment = base.model_copy(
+        experiment = config.model_copy(
             update={
                 "output": str(output),
-                "data": base.data.model_copy(
-                    update={"shards": base.train_shards, "test_shards": base.test_shards, "test": None}
+                "data": config.data.model_copy(
+                    update={"shards": config.train_shards, "test_shards": config.test_shards, "test": None}
                 ),
-                "models": {name: base.models[name].model_copy(update={"use": kept})},
-                "stack": base.stack.model_copy(update={"enabled": False}),
+                "models": {name: config.models[name].model_copy(update={"use": kept})},
+                "stack": config.stack.model_copy(update={"enabled": False}),
             }
         )
         settings = output / "benchmark.yaml"
         save(experiment, settings)
-        subprocess.run([sys.executable, "-m", "launch.pipeline", "--config", str(settings)], check=True)
+        status = subprocess.run([sys.executable, "-m", "launch.pipeline", "--config", str(settings)]).returncode
+        if status:
+            sys.exit(status)
         results[label] = json.loads((Path(output) / "heldout.json").read_text(encoding="utf-8"))
     print(f"\n{'modalities':<22} {'macro F1':>9}  95% interval     argmax")
     for label, result in results.items():

@@ -38,6 +38,8 @@ def main(config: Experiment) -> None:
     if truth is not None:
         result = score(path, truth, config.ensemble.bootstrap, config.seed)
         low, high = result["interval"]
+        if result["absent"]:
+            print(f"no lesion of the truth has {', '.join(result['absent'])}: scored without")
         print(
             f"held-out macro F1 by the official rule {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
             f"argmax {result['argmax']:.3f}, {result['n']} lesions"

@@ -168,10 +168,10 @@ def test_the_plain_mean_is_taken_where_fitted_weights_do_not_win() -> None:
     assert set(candidates) == {"m0", "m1", "mean", "fitted"}
     for lead, expected in ((-0.01, "mean"), (0.0, "mean"), (0.01, "fitted")):
         best = max(candidate.score for name, candidate in candidates.items() if name != "fitted")
-        case = candidates | {"fitted": replace(candidates["fitted"], score=best + lead)}
-        assert ensemble.choose(case).ensemble.weighting == expected
+        scores = {name: candidate.score for name, candidate in candidates.items()} | {"fitted": best + lead}
+        assert ensemble.choose(scores) == expected
     one = ensemble.fit_candidates({"m0": tables["m0"]}, labels, parts, QUICK)
-    assert list(one) == ["m0"] and ensemble.choose(one) is one["m0"]
+    assert list(one) == ["m0"] and ensemble.choose({"m0": one["m0"].score}) == "m0"
 
 
 def test_no_label_of_a_fold_reaches_the_decisions_on_it() -> None:
@@ -242,6 +242,13 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
     fit = final.fit_final(tmp_path, config)
     assert [row.name for row in fit.rows] == [*MODELS, "stack", "plain mean", "fitted weights", "ensemble"]
     files = ("stack.ubj", "stack.json", "ensemble.json", "ensemble_oof.parquet", "oof_submission.csv")
+    rows, read = {row.name: row for row in fit.rows}, oof.read_oof(tmp_path / "oof.parquet")
+    for model in MODELS:  # nothing fitted, no temperature either
+        plain = calibration.probabilities_of(read.logits[model], read.heads[model])
+        assert rows[model].official == pytest.approx(metrics.official_macro_f1(plain, read.labels))
+    assert rows["fitted weights"].official is rows["fitted weights"].argmax is rows["ensemble"].official is None
+    rivals = [row.nested.value for name, row in rows.items() if name not in ("fitted weights", "ensemble")]
+    assert fit.chosen == ("fitted" if rows["fitted weights"].nested.value > max(rivals) else "mean")
     first = {name: (tmp_path / name).read_bytes() for name in files}
     final.fit_final(tmp_path, config)
     assert first == {name: (tmp_path / name).read_bytes() for name in files}

@@ -58,6 +58,26 @@ def test_bootstrap_equals_resampling_lesions_one_by_one() -> None:
     assert interval.low < interval.value < interval.high
 
 
+@pytest.mark.parametrize("recall", [0.3, 0.8, 0.95, 1.0])
+def test_recall_difference_covers_the_truth_with_few_lesions_against_many(recall: float) -> None:
+    """A slice of 110 lesions, 60 of one diagnosis and 5 of each other, against 200 of each: equally well found."""
+    generator = np.random.default_rng(0)
+    few, many = np.array([60] + 10 * [5]), np.full(11, 200)
+    kept, draws, behind, ahead = np.ones(11, bool), 2000, 0, 0
+    for _ in range(draws):
+        counts = [
+            metrics.ClassCounts(generator.binomial(positives, recall), positives, positives)
+            for positives in (few, many)
+        ]
+        difference = metrics.recall_difference(counts[0], counts[1], kept)
+        assert difference.low <= difference.value <= difference.high
+        behind, ahead = behind + (difference.high < 0), ahead + (difference.low > 0)
+    assert behind / draws < 0.04  # 0.025 by intent
+    assert ahead / draws < 0.08  # few lesions that are nearly all found can't tell that they are well off
+    if recall < 1:
+        assert behind + ahead > 0  # not so wide that nothing is ever told
+
+
 def test_paired_difference_sees_what_two_intervals_hide() -> None:
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 100)

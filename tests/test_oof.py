@@ -44,7 +44,7 @@ def test_gather_takes_files_in_any_order_and_the_table_comes_back(run) -> None:
     paths = oof.find_predictions(folder)
     assert len(paths) == len(MODELS) * FOLDS
     there, back = (oof.gather(order, list(MODELS), ids, labels, folds) for order in (paths, paths[::-1]))
-    read = oof.read_oof(folder / "oof.parquet")
+    read = oof.read_oof(folder / "oof.parquet", features=True)
     assert read.models == tuple(MODELS)
     assert read.heads == {"trimodal": "softmax", "dual_cnn": "sigmoid"}
     for model in MODELS:

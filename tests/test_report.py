@@ -11,7 +11,7 @@ import pytest
 
 from tests.oof_table import write_run
 from tests.test_ensemble import experiment
-from triderm_dist import final, metrics
+from triderm_dist import final, metrics, oof
 from triderm_dist.config import save
 from triderm_dist.report import write_report
 from triderm_dist.report.content import FALLS_BEHIND, Content
@@ -83,13 +83,11 @@ def test_the_same_run_gives_the_same_page(run: Path) -> None:
 
 
 def test_held_out_score_and_synthetic_data_are_told(run: Path) -> None:
-    (run / "heldout.json").write_text(
-        json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "n": 150, "ablation": {"no clinical photo": 0.25}})
-    )
+    (run / "heldout.json").write_text(json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "n": 150, "absent": []}))
     (run / "data").mkdir()
     (run / "data" / "README.txt").write_text("SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.\n")
     text = Page(write_report(run).read_text(encoding="utf-8")).text
-    assert "0.432" in text and "150 lesions" in text and "no clinical photo: 0.250" in text
+    assert "0.432" in text and "150 lesions" in text
     assert "SYNTHETIC data." in text and "0.544" not in text
     (run / "heldout.json").unlink()
     shutil.rmtree(run / "data")
@@ -126,6 +124,17 @@ def test_a_slice_that_falls_behind_is_flagged_and_a_small_one_is_not_judged(run:
     worse = content._slice("sex", "male", male)
     assert worse.warning == FALLS_BEHIND
     assert worse.behind is not None and worse.behind.value < -0.2
+
+
+def test_predictions_of_other_weights_than_those_stacked_are_refused(run: Path, tmp_path: Path) -> None:
+    for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
+        shutil.copy(run / name, tmp_path / name)
+    table = oof.read_oof(tmp_path / "oof.parquet")
+    model = table.models[0]
+    oof.write_oof(tmp_path / "oof.parquet", replace(table, hashes=table.hashes | {model: table.hashes[model] + "x"}))
+    with pytest.raises(DataError, match=f"other weights of {model}.*run launch.stack again"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_run_that_is_not_stacked_is_refused(tmp_path: Path, run: Path) -> None:

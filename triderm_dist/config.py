@@ -10,10 +10,10 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from triderm_dist.files import write_text
@@ -184,7 +184,9 @@ class TrainConfig(Section):
         "the weights themselves; not with DeepSpeed",
     )
     select: Literal["best", "last"] = Field(
-        "best", description="weights that predict: of the epoch with the best validation macro F1 (argmax), or the last"
+        "last",
+        description="weights that predict: of the last epoch, or of that with the best validation macro F1, which "
+        "makes out-of-fold scores too high, as the report then says",
     )
     trackers: tuple[str, ...] = Field(
         ("tensorboard",),
@@ -247,6 +249,10 @@ class StackConfig(Section):
     learning_rate: float = Field(0.2, gt=0, description="shrinkage of a tree")
     max_rounds: int = Field(600, ge=1, description="most boosting rounds")
     early_stopping: int = Field(15, ge=1, description="rounds without gain after which boosting stops")
+    subsample: float = Field(0.8, gt=0, le=1, description="share of the rows that a tree sees")
+    colsample_bytree: float = Field(0.5, gt=0, le=1, description="share of the columns that a tree sees")
+    min_child_weight: float = Field(1.0, ge=0, description="least weight of the rows in a leaf")
+    reg_lambda: float = Field(2.0, ge=0, description="L2 penalty on the leaves")
     class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row is its diagnosis' share ** -power")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where XGBoost runs; auto takes a GPU if there is one"
@@ -265,13 +271,20 @@ class StackConfig(Section):
 
 class EnsembleConfig(Section):
     members: tuple[str, ...] | None = Field(
-        None, description="models to combine; null takes all of the out-of-fold table"
+        None, min_length=1, description="models to combine; null takes all of the out-of-fold table"
     )
     rounds: int = Field(30, ge=1, description="greedy selection rounds")
-    shrinkage: float | Literal["auto"] = Field(
+    shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="pull of rare diagnoses' thresholds to the pooled one, in positives; auto: by inner folds"
     )
     bootstrap: int = Field(1000, ge=10, description="resamples of lesions behind each interval")
+
+    @field_validator("members")
+    @classmethod
+    def _each_once(cls, members: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if members and len(set(members)) < len(members):
+            raise ValueError("a model is named twice")
+        return members
 
 
 class PredictConfig(Section):

@@ -275,12 +275,14 @@ def fit_candidates(
     return result
 
 
-def choose(candidates: Mapping[str, Candidate]) -> Candidate:
-    """The fitted weights if they beat the plain mean and every single member, else the plain mean."""
-    if MEAN not in candidates:
-        return next(iter(candidates.values()))
-    others = [candidate.score for name, candidate in candidates.items() if name != FITTED]
-    return candidates[FITTED] if candidates[FITTED].score > max(others) else candidates[MEAN]
+def choose(scores: Mapping[str, float]) -> str:
+    """The way to take by the score of each: the fitted weights if they beat the plain mean and every single member,
+    else the plain mean; of one member alone, that.
+    """
+    if MEAN not in scores:
+        return next(iter(scores))
+    others = [score for name, score in scores.items() if name != FITTED]
+    return FITTED if scores[FITTED] > max(others) else MEAN
 
 
 @dataclass(frozen=True)
@@ -332,7 +334,7 @@ def nested_estimate(
             diagnoses,
         )
         held = [table[inside] for table in members.values()]
-        best = choose(candidates)
+        best = candidates[choose({way: candidate.score for way, candidate in candidates.items()})]
         for way, candidate in [*candidates.items(), (CHOSEN, best)]:
             decisions.setdefault(way, np.zeros(shape, bool))[inside] = candidate.ensemble.decide(held)
         probabilities[inside] = best.ensemble.combine(held)

@@ -8,7 +8,7 @@ nested decisions in the official format).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -43,9 +43,10 @@ SUBMISSION_FILE = "oof_submission.csv"
 class Row:
     """The scores of one way to decide, macro F1 on the out-of-fold lesions.
 
-    official: probabilities cut at 0.5, nothing fitted.  argmax: the likeliest diagnosis.  argmax_tau: the same after
-    logit adjustment with tau fitted on the other folds (networks only).  fitted: thresholds fitted on the very
-    lesions they are scored on, too high by nature.  nested: all fitted on the other folds.
+    official: probabilities cut at 0.5, nothing fitted (members and their plain mean).  argmax: the likeliest diagnosis,
+    with weights and temperatures of the other folds where there are any.  argmax_tau: the same after logit adjustment
+    with tau fitted on the other folds (networks only).  fitted: thresholds fitted on the very lesions they are scored
+    on, too high by nature.  nested: all fitted on the other folds.
     """
 
     name: str
@@ -81,7 +82,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     Raises DataError where the table is unusable: fewer than two folds, or no lesion that every member has predicted.
     """
     run_folder = Path(run_folder)
-    table = oof.read_oof(run_folder / OOF_FILE)
+    table = oof.read_oof(run_folder / OOF_FILE, features="features" in config.stack.extra)
     models = _members(table, config.ensemble.members, run_folder / OOF_FILE)
     notes = []
     usable = table.complete(models) & oof.labelled(table)
@@ -128,19 +129,30 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
         table.diagnoses,
     )
     candidates = ensemble.fit_candidates(members, labels, folds, config.ensemble, seed, table.diagnoses)
-    best = ensemble.choose(candidates)
-    final = ensemble.with_temperatures(best.ensemble, temperatures)
-    notes.append(_why(candidates, best))
+    nested_scores = {way: metrics.macro_f1(nested.decisions[way], labels) for way in candidates}
+    chosen = ensemble.choose(nested_scores)
+    final = ensemble.with_temperatures(candidates[chosen].ensemble, temperatures)
+    notes.append(_why(nested_scores, chosen))
+    notes += [
+        f"{model} kept the epoch that was best on the fold it predicts (train.select=best): its scores are too high"
+        for model in models
+        if model in config.models and config.models[model].train.select == "best"
+    ]
+    untouched = [members[name] if name == stacking.NAME else _probabilities(table, name, 1.0) for name in members]
 
     def score(name: str, way: str) -> Row:
         own = candidates[way].ensemble if way in candidates else final
         combined = own.combine(list(members.values()))
         decisions = nested.decisions[way]
         fitted = ensemble.decide(combined, ensemble.best_thresholds(combined, labels), "any")
+        # Fitted weights have seen these lesions. What was chosen outside each fold has not.
+        weighed = way in (ensemble.FITTED, ensemble.CHOSEN)
+        plain = None if weighed else own.combine(untouched)
+        seen = nested.probabilities if way == ensemble.CHOSEN else plain
         return Row(
             name=name,
-            official=metrics.official_macro_f1(combined, labels),
-            argmax=metrics.argmax_macro_f1(combined, labels),
+            official=None if plain is None else metrics.official_macro_f1(plain, labels),
+            argmax=None if seen is None else metrics.argmax_macro_f1(seen, labels),
             argmax_tau=_nested_tau(table, way) if way in models else None,
             fitted=metrics.macro_f1(fitted, labels),
             nested=metrics.bootstrap_interval(decisions, labels, config.ensemble.bootstrap, seed),
@@ -184,6 +196,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
         scores={row.name: row.json() for row in rows},
         pairs=pairs,
         picks={str(fold): pick for fold, pick in nested.picks.items()},
+        weights_of={model: sorted(set(table.hashes[model])) for model in models},
         device=stacker.device if stacker else None,
         rounds=stacker.rounds if stacker else None,
         bootstrap=config.ensemble.bootstrap,
@@ -204,6 +217,8 @@ def predict_final(
     run_folder = Path(run_folder)
     fitted = ensemble.Ensemble.load(run_folder / ENSEMBLE_FILE)
     models = [name for name in fitted.members if name != stacking.NAME]
+    for part in parts:
+        check_weights(run_folder, {str(name): part.model_hash[part.model == name] for name in set(part.model)})
     for model in models:
         if model not in table.models:
             raise DataError(
@@ -223,6 +238,17 @@ def predict_final(
         else:
             members.append(_probabilities(table, name, temperature))
     return fitted.final(members), fitted.thresholds
+
+
+def check_weights(run_folder: Path, hashes: Mapping[str, np.ndarray]) -> None:
+    """Raises DataError where predictions (hashes by model) are by other weights than ensemble.json was fitted on."""
+    known = ensemble.read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
+    for model, own in hashes.items():
+        if model in known and not set(own) <= set(known[model]):
+            raise DataError(
+                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those that predict now; "
+                "run launch.stack again"
+            )
 
 
 def stacker_columns(
@@ -390,13 +416,14 @@ def _nested_tau(table: oof.OofTable, model: str) -> float:
     return metrics.argmax_macro_f1(adjusted, table.labels)
 
 
-def _why(candidates: dict[str, ensemble.Candidate], best: ensemble.Candidate) -> str:
-    if len(candidates) == 1:
+def _why(scores: dict[str, float], chosen: str) -> str:
+    """scores: nested macro F1 of each way."""
+    if len(scores) == 1:
         return "one member only: nothing to weigh"
-    scores = {name: candidate.score for name, candidate in candidates.items()}
-    fitted = scores.pop(ensemble.FITTED)
-    rival = max(scores, key=lambda name: scores[name])
-    against = f"{'the plain mean' if rival == ensemble.MEAN else rival} ({scores[rival]:.3f})"
-    if best.ensemble.weighting == ensemble.FITTED:
-        return f"fitted weights are used: they beat {against} with {fitted:.3f} on lesions new to them"
-    return f"the plain mean is used: fitted weights ({fitted:.3f}) do not beat {against} on lesions new to them"
+    others = {way: score for way, score in scores.items() if way != ensemble.FITTED}
+    rival = max(others, key=lambda way: others[way])
+    against = f"{'the plain mean' if rival == ensemble.MEAN else rival} ({others[rival]:.3f})"
+    fitted = f"{scores[ensemble.FITTED]:.3f}"
+    if chosen == ensemble.FITTED:
+        return f"fitted weights are used: they beat {against} with {fitted} nested"
+    return f"the plain mean is used: fitted weights ({fitted}) do not beat {against} nested"

@@ -230,12 +230,17 @@ def write_oof(path: Path, table: OofTable) -> None:
     _write(Path(path), pa.table(arrays), _head(table.diagnoses, table.concept_names, OUT_OF_FOLD, {}))
 
 
-def read_oof(path: Path) -> OofTable:
-    """Read what `write_oof` wrote. Raises DataError naming the file, also where its rows leak (see `gather`)."""
+def read_oof(path: Path, features: bool = False) -> OofTable:
+    """Read what `write_oof` wrote, without the wide fused features (N, 0) unless asked for.
+
+    Raises DataError naming the file, also where its rows leak (see `gather`).
+    """
     import pyarrow.compute as pc
 
     path = Path(path)
-    table, head = _read(path)
+    table, head = _read(path, None if features else [*_SCALARS, *(name for name in _LISTS if name != "features")])
+    if not features:
+        table = table.append_column("features", _as_lists(np.empty((len(table), 0))))
     names = tuple(dict.fromkeys(_text(table, "model")))
     if head["split"] != OUT_OF_FOLD:
         raise DataError(f"{path}: holds {head['split']} predictions, the out-of-fold table is needed")
@@ -420,12 +425,12 @@ def _write(path: Path, table: Any, head: dict[str, Any]) -> None:
         pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(head)}), beside, compression="zstd")
 
 
-def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=columns)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run launch.crossval first") from None
     except (OSError, pa.ArrowException) as error:
@@ -436,7 +441,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise DataError(f"{path}: not a file of predictions of this toolkit") from None
     if (head.pop("format", None), head.pop("version", None)) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; write it again with this version of the toolkit")
-    if absent := [name for name in (*_SCALARS, *_LISTS) if name not in table.column_names]:
+    if absent := [name for name in columns or (*_SCALARS, *_LISTS) if name not in table.column_names]:
         raise DataError(f"{path}: column {absent[0]!r} is missing")
     return table, head
 

@@ -11,8 +11,10 @@ import numpy as np
 from triderm_dist import metrics, oof
 from triderm_dist.files import write_json
 from triderm_dist.final import predict_final
-from triderm_dist.schema import UNLABELLED, DataError
+from triderm_dist.schema import DIAGNOSES, UNLABELLED, DataError
 from triderm_dist.submission import read_submission, write_submission
+
+HELD_OUT = "heldout.json"
 
 
 def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
@@ -26,6 +28,7 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
     probabilities, thresholds = predict_final(run_folder, table, parts)
     oof.write_predictions(run_folder / "predictions.parquet", _as_rows(table), split=oof.TEST)
     path = run_folder / "submission.csv"
+    (run_folder / HELD_OUT).unlink(missing_ok=True)  # the score of an earlier submission
     ids = [str(name) for name in table.lesion_ids]
     write_submission(path, ids, probabilities, thresholds, template=sorted(ids))
     return path
@@ -35,7 +38,8 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
     """Official macro F1 of a submission against {lesion id: label}, with its interval; written to heldout.json beside
     it.
 
-    Raises DataError where a lesion of the submission has no truth, or a diagnosis no lesion.
+    macro_f1 is over the diagnoses in the truth, and `absent` names the others: the official scorer has no score then.
+    Raises DataError where a lesion of the submission has no truth.
     """
     ids, probabilities = read_submission(submission)
     if missing := [name for name in ids if truth.get(name, UNLABELLED) == UNLABELLED]:
@@ -48,8 +52,9 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
         "interval": [interval.low, interval.high],
         "argmax": metrics.argmax_macro_f1(probabilities, labels),
         "n": len(ids),
+        "absent": [name for label, name in enumerate(DIAGNOSES) if not (labels == label).any()],
     }
-    write_json(submission.with_name("heldout.json"), result)
+    write_json(submission.with_name(HELD_OUT), result)
     return result
 
 

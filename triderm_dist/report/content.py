@@ -111,7 +111,8 @@ class Content:
         self.fitted = ensemble.Ensemble.load(self.folder / final.ENSEMBLE_FILE)
         self.about = ensemble.read_json(self.folder / final.ENSEMBLE_FILE)
         self.rows = final.read_nested(self.folder / final.NESTED_FILE)
-        table = oof.read_oof(self.folder / final.OOF_FILE)
+        table = oof.read_oof(self.folder / final.OOF_FILE, features=(self.folder / final.TURNS_FILE).exists())
+        final.check_weights(self.folder, table.hashes)
         place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in place for lesion in self.rows.lesion_ids):
             raise DataError(
@@ -315,20 +316,11 @@ class Content:
         f1 = metrics.bootstrap_f1(self.rows.decisions[mask], self.labels[mask], self.resamples)[:, kept].mean(axis=1)
         own = metrics.class_counts(self.rows.decisions[mask], self.labels[mask])
         rest = metrics.class_counts(self.rows.decisions[~mask], self.labels[~mask])
-        generator = np.random.default_rng(0)
-
-        def recalls(counts: metrics.ClassCounts) -> np.ndarray:
-            """(R,) draws of the mean recall, each from Jeffreys' posterior, which has a width at 0 and 1 too."""
-            found, missed = counts.true_positives[kept], (counts.positives - counts.true_positives)[kept]
-            return generator.beta(found + 0.5, missed + 0.5, size=(self.resamples, len(found))).mean(axis=1)
-
         return Slice(
             field=field,
             value=value,
             lesions=int(mask.sum()),
             diagnoses=int(kept.sum()),
             macro_f1=metrics.interval_of(float(own.f1[kept].mean()), f1),
-            behind=metrics.interval_of(
-                float(own.recall[kept].mean() - rest.recall[kept].mean()), recalls(own) - recalls(rest)
-            ),
+            behind=metrics.recall_difference(own, rest, kept),
         )

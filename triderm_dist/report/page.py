@@ -87,7 +87,8 @@ def _head(content: Content) -> str:
             card(
                 "Macro F1 on held-out lesions, official rule",
                 f"{held['macro_f1']:.3f}",
-                f"95% interval {low:.3f} to {high:.3f} · {held['n']:,} lesions",
+                f"95% interval {low:.3f} to {high:.3f} · {held['n']:,} lesions"
+                + (f" · without {', '.join(held['absent'])}, which none has" if held["absent"] else ""),
             )
         )
     banner = (
@@ -96,18 +97,14 @@ def _head(content: Content) -> str:
         if content.synthetic
         else ""
     )
-    ablation = ""
-    if held and held.get("ablation"):
-        listed = "".join(f"<li>{escape(str(k))}: {_number(v)}</li>" for k, v in held["ablation"].items())
-        ablation = f"<p>On the same held-out lesions, networks that ignore a part of the input:</p><ul>{listed}</ul>"
     return (
         f"<header><h1>Skin-lesion diagnosis: {escape(content.name)}</h1>"
         f"<p class=quiet>{models} {_plural('model', models)} · {folds} folds · "
         f"{len(content.diagnoses)} diagnoses · triderm-dist</p></header>{banner}"
         f'<div class="cards">{"".join(cards)}</div>'
         "<p>The score is the plain mean of the F1 of all diagnoses, each claimed where its probability passes its "
-        "threshold. Every lesion was judged by networks that never saw it, with thresholds, weights and stacker fitted "
-        f"on the other folds.</p>{ablation}"
+        "threshold. Every lesion was judged by networks that were not trained on it, with thresholds, weights and "
+        "stacker fitted on the other folds.</p>"
     )
 
 
@@ -342,7 +339,9 @@ def _method(content: Content) -> str:
         "<li>The stacker of a fold was fitted without that fold’s labels, but on outputs of networks that had "
         "trained on them: the usual "
         "second-order leak of stacking.</li>"
-        "<li>Test lesions are predicted by the mean of all folds’ networks, out-of-fold lesions by one of them.</li>"
+        "<li>Test lesions are predicted by the mean of all folds’ networks, each over several transforms of the "
+        "photos; out-of-fold lesions by one network, as they are. Temperatures and thresholds were fitted on the "
+        "latter.</li>"
         "<li>Not a medical device.</li></ul>"
     )
 
