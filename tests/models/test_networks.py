@@ -95,7 +95,7 @@ def test_a_missing_view_is_never_looked_at(kind: str, tower: str) -> None:
         garbage[2] = inputs[2].clone()
         garbage[2][:, view] = False
         blind = network(*garbage)
-        garbage[view] = torch.full_like(inputs[view], float("nan"))
+        garbage[view] = 1e3 * torch.randn_like(inputs[view])
         for a, b in zip(network(*garbage), blind, strict=True):
             assert torch.equal(a, b)
         assert not torch.equal(blind.logits, seen.logits)
@@ -105,6 +105,18 @@ def test_a_missing_view_is_never_looked_at(kind: str, tower: str) -> None:
         assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
         assert network.views[name].missing.grad.abs().sum() > 0
         network.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hiding_a_photo_moves_no_other_lesion_while_batch_norms_are_trained(kind: str) -> None:
+    network = network_of(kind, "test_efficientnet", dropout=0.0).train()
+    inputs = batch()
+    inputs[2][:] = True
+    seen = network(*inputs).logits
+    inputs[2][0, 0] = False
+    hidden = network(*inputs).logits
+    assert not torch.equal(hidden[0], seen[0])
+    assert torch.equal(hidden[1:], seen[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

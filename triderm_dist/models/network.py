@@ -22,9 +22,10 @@ class Network(nn.Module, ABC):
     """Both views, concepts and metadata of B lesions to `Outputs`, in one forward.
 
     Given towers (one for both views, or one a view) it takes pixels (B, 3, H, W); given a `TokenShape` it takes tokens
-    (B, L, width) of a tower that ran before. A view whose `view_present` is False is never looked at: its pixels may be
-    anything, NaN too. Modalities outside `config.use` have no tower and no projection here, and count as missing.
-    Every trainable parameter takes part in every forward, as DDP asks.
+    (B, L, width) of a tower that ran before. Nothing of a view whose `view_present` is False reaches the outputs: its
+    pixels may be anything finite. They do pass the tower, so that a photo that training hides stays a photo for its
+    batch norms. Modalities outside `config.use` have no tower and no projection here, and count as missing. Every
+    trainable parameter takes part in every forward, as DDP asks.
     """
 
     def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
@@ -51,8 +52,8 @@ class Network(nn.Module, ABC):
 
         view_present: (B, 2) bool, in the order of `VIEWS`. concepts: (B, K), metadata: (B, M), NaN where missing.
         """
-        images, present = self._seen(clinical, dermoscopic, view_present)
-        return self.fuse(self._tokens(images), present, concepts, metadata)
+        tokens, present = self._views(clinical, dermoscopic, view_present)
+        return self.fuse(tokens, present, concepts, metadata)
 
     @abstractmethod
     def fuse(
@@ -82,14 +83,13 @@ class Network(nn.Module, ABC):
                 depths[name] = {"stem": depth + 1, "tail": 1}.get(parts[2]) or depth - int(parts[3])
         return depths
 
-    def _seen(
+    def _views(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The used views by name, blanked where they are missing, and (B,) bool of each view."""
+        """Tokens (B, L, width) of the used views, and (B,) bool of each view."""
         images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
-        # Blanked before the tower, since NaN times the zero gradient of a masked output would still be NaN.
-        return {view: _blank(images[view], present[view]) for view in self.used_views}, present
+        return self._tokens({view: images[view] for view in self.used_views}), present
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]
@@ -139,7 +139,3 @@ class Head(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(self.dropout(features.float()), self.linear.weight.float(), self.linear.bias.float())
-
-
-def _blank(image: Tensor, present: Tensor) -> Tensor:
-    return torch.where(present.view(-1, *[1] * (image.ndim - 1)), image, 0)

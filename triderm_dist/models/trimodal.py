@@ -73,8 +73,8 @@ class TriModal(Network):
         attention rollout (Abnar and Zuidema 2020) that leaves the residual path out, so it tells where a stage looks,
         not how much it matters.
         """
-        images, present = self._seen(clinical, dermoscopic, view_present)
-        views, semantic = self._inputs(self._tokens(images), present, concepts, metadata)
+        tokens, present = self._views(clinical, dermoscopic, view_present)
+        views, semantic = self._inputs(tokens, present, concepts, metadata)
         fused, looks = views["dermoscopic"], defaultdict(list)
         for block in self.fusion:
             for name, stage, context in block.stages(views["clinical"], semantic):  # type: ignore[operator]
