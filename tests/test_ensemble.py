@@ -220,7 +220,7 @@ def test_an_ensemble_survives_its_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 2 members, here are 1"):
         loaded.decide(members_of(labels, [1.0]))
     (tmp_path / "ensemble.json").write_text('{"format": "triderm-ensemble", "version": 99}')
-    with pytest.raises(DataError, match="version 2"):
+    with pytest.raises(DataError, match="version 3"):
         ensemble.Ensemble.load(tmp_path / "ensemble.json")
 
 

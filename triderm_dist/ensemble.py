@@ -43,7 +43,7 @@ NEVER = 1.0
 """The threshold of a diagnosis that is never claimed."""
 
 FORMAT = "triderm-ensemble"
-VERSION = 2
+VERSION = 3
 
 _RESAMPLES = 20
 _EDGE = 1e-6

@@ -44,6 +44,10 @@ STYLE: Any = {
 Draw = Callable[[Any, Content], str]
 
 
+LEAST_IN_PART = 5
+"""A tenth of the reliability diagram with fewer lesions is not drawn."""
+
+
 def draw(content: Content, folder: Path) -> dict[str, str]:
     """Draw every picture into FOLDER/NAME.png; {name: what it shows}. Pictures without data are left out."""
     import matplotlib
@@ -144,9 +148,11 @@ def _reliability(figure: Any, content: Content) -> str:
     was = np.bincount(part, right, 10)[used] / counts[used]
     error = float((counts[used] * np.abs(said - was)).sum() / counts.sum())
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)))
-    spread = 1.96 * np.sqrt(was * (1 - was) / counts[used])
+    enough = counts[used] >= LEAST_IN_PART
+    said, was, lesions = said[enough], was[enough], counts[used][enough]
+    spread = 1.96 * np.sqrt(was * (1 - was) / lesions)
     axes.errorbar(said, was, yerr=spread, color=BLUE, linewidth=1.2, capsize=0, zorder=2)
-    axes.scatter(said, was, s=18 + 160 * counts[used] / counts.max(), color=BLUE, zorder=3, edgecolor="white")
+    axes.scatter(said, was, s=18 + 160 * lesions / counts.max(), color=BLUE, zorder=3, edgecolor="white")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_xlabel("probability of the likeliest diagnosis")
