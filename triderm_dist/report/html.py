@@ -59,7 +59,8 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
 @media print {
   body { font-size: 10pt; } main { max-width: none; padding: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
   figure, tr, .card { break-inside: avoid; } .wide { overflow: visible; }
-  table, td .quiet, td .flag { font-size: 8.5pt; } th, td { padding: .25rem .35rem; } .card, tr.lead th, tr.lead td, .bar, .bar i { print-color-adjust: exact; }
+  table, td .quiet, td .flag { font-size: 8.5pt; }
+  th, td { padding: .25rem .35rem; } .card, tr.lead th, tr.lead td, .bar, .bar i { print-color-adjust: exact; }
 }
 """
 
