@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource
@@ -82,6 +83,32 @@ def test_other_photo_sizes_are_fitted_to_the_canvas(make_challenge, tmp_path):
     _, steps = steps_of(index, source)
     assert source.canvas == (36, 48)
     assert all(batch.clinical.shape == (4, 3, 24, 24) for step in steps for batch in step.micro_batches)
+
+
+class Copies(TorchDispatchMode):
+    """Collects, of every copy to the meta device, whether the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
+            result = function(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and result.device.type == "meta":
+                self.waits.append(not kwargs.get("non_blocking", False))
+            return result
+        return function(*args, **kwargs)
+
+
+def test_the_host_waits_for_no_copy_to_the_device(index):
+    plan = EpochPlan(Samples(np.arange(len(index)), index.labels, index.shard), Sampling("shuffle"), 0, 0)
+    source, meta = PhotoSource(index, 24, *HALF), torch.device("meta")
+    with Copies() as copies:
+        next(iter(Loader(index, source, plan.batches(0, 1, 4), 4, meta, augment=AugmentConfig(), prefetch=1)))
+    # Of each view the photos, the map of the crops, 3 factors of colour, mean and deviation; 5 fields of the batch.
+    assert copies.waits == [False] * (2 * 7 + 5)
 
 
 def test_a_damaged_photo_is_named(index):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, view_transform
+from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, to_device, view_transform
 from triderm_dist.data.cache import FolderShards, RemoteShards
 from triderm_dist.data.plan import PlannedBatch, RankBatches
 from triderm_dist.data.shards import ShardIndex
@@ -285,7 +285,7 @@ class Loader:
         clinical, dermoscopic = self.source.finish(part.views, self.device, part.draws)
 
         def move(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+            return to_device(array, self.device)
 
         return Batch(
             lesion_ids=part.names,
