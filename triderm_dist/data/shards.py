@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triderm_dist.data.problems import Problem, count_by_kind
+from triderm_dist.data.threads import cores, in_order
 from triderm_dist.files import whole, write_json
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, VIEWS, DataError
 
@@ -310,9 +311,9 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
 
 
 def verify_shards(index: ShardIndex) -> None:
-    """Hash every shard; raises DataError naming the first whose bytes are not those that were packed."""
-    for shard in index.shards:
-        _check_sha256(index.folder / shard.url, shard.sha256)
+    """Hash every shard, on all cores; raises DataError naming the first whose bytes are not those that were packed."""
+    for _ in in_order(lambda shard: _check_sha256(index.folder / shard.url, shard.sha256), index.shards, cores()):
+        pass
 
 
 def read_photo_bytes(index: ShardIndex, row: int, view: str) -> bytes:
