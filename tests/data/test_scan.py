@@ -14,6 +14,7 @@ import pytest
 import webdataset
 
 from tests.conftest import draw_photo
+from triderm_dist.data import scan
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.scan import index_shards
 from triderm_dist.data.shards import read_index, read_photo_bytes
@@ -103,6 +104,16 @@ def test_bare_photos_can_be_predicted(tmp_path: Path) -> None:
     assert np.isnan(index.concept_scores).all() and np.isnan(index.metadata).all()
     assert "no sample has concept scores" in notes[0] and "no sample has a label" in notes[1]
     assert verify(index, 2, 0) == []
+
+
+def test_many_small_tables_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows become tables long before a tar ends, and before any sample has shown which concepts there are."""
+    write_foreign(tmp_path / "theirs", change=lambda sample, n: sample["json"].pop("concepts") if n < 4 else None)
+    index = index_shards(tmp_path / "theirs")
+    monkeypatch.setattr(scan, "TABLE_ROWS", 2)
+    again = index_shards(tmp_path / "theirs")
+    assert again.fingerprint == index.fingerprint and verify(again, 2, 0) == []
+    assert np.isnan(again.concept_scores[:4]).all() and (again.concept_scores[4:, 0] > 0).all()
 
 
 def set_record(number: int, **cells: Any) -> Change:

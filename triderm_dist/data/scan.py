@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from triderm_dist.data.photos import PhotoError, check_photo, is_upright
 from triderm_dist.data.problems import InvalidLesions, Problem
@@ -34,6 +36,9 @@ from triderm_dist.schema import CONCEPTS, UNLABELLED, VIEWS, DataError
 
 Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""
+
+TABLE_ROWS = 1 << 12
+"""Rows that are gathered as Python objects before they become a table, which takes a tenth of the memory."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,15 @@ def index_shards(
     paths = _tars(folder)
     total, scanned = sum(path.stat().st_size for path in paths), 0
     shards: list[ShardFile] = []
-    rows: list[list[dict[str, Any]]] = []
+    tables: list[pa.Table] = []
     problems: list[Problem] = []
-    first_seen: dict[str, str] = {}
+    first_seen: dict[str, Path] = {}
     concepts: tuple[str, ...] = ()
     turned = 0
 
     for path in paths:
         kept: list[dict[str, Any]] = []
+        before = len(first_seen)
         samples = _samples(path, problems.append)
         for sample, checked in in_order(lambda s: _check(s, extensions, missing_view), samples, workers or cores()):
             problems += checked.problems
@@ -97,15 +103,19 @@ def index_shards(
                 what = f"lesion {record.lesion_id} has a concept {unknown!r} that the first lesion lacks"
                 problems.append(Problem(record.lesion_id, "record", str(path), what))
                 continue
-            first_seen[record.lesion_id] = str(path)
+            first_seen[record.lesion_id] = path
             turned += checked.turned
-            kept.append(_row(record, checked.places, len(shards)))
+            kept.append(_row(record, checked, len(shards)))
+            if len(kept) == TABLE_ROWS:
+                tables.append(_table(kept, concepts))
+                kept = []
             if progress:
                 progress(scanned + max(offset for offset, _ in sample.members.values()), total)
         scanned += path.stat().st_size
         if kept:
-            shards.append(ShardFile(path.name, len(kept), path.stat().st_size, file_sha256(path)))
-            rows.append(kept)
+            tables.append(_table(kept, concepts))
+        if held := len(first_seen) - before:
+            shards.append(ShardFile(path.name, held, path.stat().st_size, file_sha256(path)))
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(first_seen) + len({problem.lesion_id for problem in problems}))
     if not shards:
@@ -114,13 +124,11 @@ def index_shards(
         note("no sample has concept scores; every score is missing")
     if turned:
         note(f"{turned} photos whose EXIF wants them turned; they train as they lie, packing would turn them")
-    if all(row["label"] == UNLABELLED for kept in rows for row in kept):
+    if all(pc.all(pc.equal(table["label"], UNLABELLED)).as_py() for table in tables):
         note("no sample has a label; these shards can be predicted, not trained on")
     names = concepts or CONCEPTS
-    schema = samples_schema(len(names))
-    tables = (pa.Table.from_pylist([_with_scores(row, names) for row in kept], schema) for kept in rows)
     about = {"extensions": {view: list(names) for view, names in extensions.items()}}
-    write_index(folder, tables, shards, names, problems, about)
+    write_index(folder, (_with_scores(table, len(names)) for table in tables), shards, names, problems, about)
     return read_index(folder)
 
 
@@ -209,7 +217,7 @@ def _absent(view: str, sample: _Sample, extensions: Mapping[str, tuple[str, ...]
     )
 
 
-def _row(record: Record, places: Mapping[str, Member], shard: int) -> dict[str, Any]:
+def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "lesion_id": record.lesion_id,
         "group": record.group,
@@ -219,10 +227,22 @@ def _row(record: Record, places: Mapping[str, Member], shard: int) -> dict[str, 
         "metadata": record.metadata,
     }
     for view in VIEWS:
-        row[f"{view}_offset"], row[f"{view}_size"] = places[view]
+        row[f"{view}_offset"], row[f"{view}_size"] = checked.places[view]
     return row
 
 
-def _with_scores(row: dict[str, Any], concepts: tuple[str, ...]) -> dict[str, Any]:
-    """The row with its scores in the order of the concepts, NaN where it has none."""
-    return {**row, "concepts": [row["concepts"].get(name, float("nan")) for name in concepts]}
+def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...]) -> pa.Table:
+    """Rows with their scores in the order of the concepts, NaN where one has none."""
+    nothing = float("nan")
+    scored = [{**row, "concepts": [row["concepts"].get(name, nothing) for name in concepts]} for row in rows]
+    return pa.Table.from_pylist(scored, samples_schema(len(concepts)))
+
+
+def _with_scores(table: pa.Table, concepts: int) -> pa.Table:
+    """A table that was made before any sample had a concept gets its missing scores."""
+    schema = samples_schema(concepts)
+    if table.schema.equals(schema):
+        return table
+    place = schema.get_field_index("concepts")
+    missing = pa.FixedSizeListArray.from_arrays(np.full(len(table) * concepts, np.nan, np.float32), concepts)
+    return table.set_column(place, schema.field(place), missing)
