@@ -163,7 +163,7 @@ def write_made_up_index(lesions: int, folder: Path) -> dict[str, float]:
     import numpy as np
     import pyarrow as pa
 
-    from triderm_dist.data.shards import ROW_GROUP, ShardFile, samples_schema, write_index
+    from triderm_dist.data.shards import ROW_GROUP, ShardFile, rows_schema, write_index
     from triderm_dist.schema import CONCEPTS
 
     folder.mkdir()
@@ -179,7 +179,7 @@ def write_made_up_index(lesions: int, folder: Path) -> dict[str, float]:
     share = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
 
     def tables():  # type: ignore[no-untyped-def]
-        schema = samples_schema(len(CONCEPTS))
+        schema = rows_schema(len(CONCEPTS))
         for start in range(0, lesions, ROW_GROUP):
             rows = np.arange(start, min(start + ROW_GROUP, lesions))
             names = pa.array([f"IL_{row:08d}" for row in rows])
@@ -191,6 +191,10 @@ def write_made_up_index(lesions: int, folder: Path) -> dict[str, float]:
                 *(
                     pa.FixedSizeListArray.from_arrays(random.random(len(rows) * width, np.float32), width)
                     for width in (len(CONCEPTS), 4)
+                ),
+                pa.FixedSizeListArray.from_arrays(
+                    np.stack([np.full(len(rows), 384), np.full(len(rows), 288), 2 * rows + 1] * 2, 1)
+                    .astype(np.uint64).ravel() + np.tile(np.uint64([0, 0, 0, 0, 0, 1]), len(rows)), 6,
                 ),
             ]  # fmt: skip
             yield pa.table(columns, schema=schema)

@@ -1,4 +1,4 @@
-"""Check a folder of shards: checksums, index, every photo, that plain `webdataset` reads the same samples, the folds.
+"""Check a folder of shards: checksums, index, every photo, that plain `webdataset` reads the same samples.
 
 python -m shards.verify folder=runs/milk10k/shards/train
 """
@@ -14,7 +14,7 @@ from triderm_dist.schema import DataError
 
 class VerifyConfig(Section):
     folder: str = Field(description="folder of shards")
-    folds: int = Field(5, ge=2, description="folds to try: none may share a group of lesions with another")
+    folds: int = Field(5, ge=2, description="folds that the groups of lesions must fill")
     fold_seed: int = Field(0, description="seed of the fold assignment")
     workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
 
@@ -31,10 +31,11 @@ def main(config: VerifyConfig) -> None:
         show_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
         raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
     show_index(index)
+    folds = f"{config.folds} folds can be filled" if (index.labels >= 0).any() else "no labels, no folds"
     missing = int((index.sizes == 0).sum())
     print(
         f"whole: checksums, counts, {2 * len(index) - missing} photos ({missing} views missing), samples as webdataset "
-        f"reads them, {config.folds} folds without a shared group"
+        f"reads them, {folds}"
     )
 
 

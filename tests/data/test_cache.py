@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.cache import Cache, Store, index_file, is_url, open_index
+from triderm_dist.data.cache import Cache, RemoteShards, Store, index_file, is_url, open_index
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
@@ -78,8 +78,9 @@ def test_what_is_read_is_what_a_local_folder_gives(server, packed, tmp_path):
     assert rows_read(there) == rows_read(here)
     sources = [PhotoSource(index, 36, *HALF) for index in (here, there)]
     for row in range(len(here)):
-        assert sources[0]._bytes(row, 0) == sources[1]._bytes(row, 0)
-    assert server.requests["shard-000000.tar"] == 1  # by the canvas, the epoch and the rows above
+        place = (int(here.shard[row]), int(here.offsets[row, 0]), int(here.sizes[row, 0]))
+        assert sources[0].shards.read(*place) == sources[1].shards.read(*place)
+    assert server.requests["shard-000000.tar"] == 1  # by the epoch and the rows above
     assert not list((tmp_path / "cache").glob("*/*.fetch*"))
     # A second run finds everything there.
     rows_read(open_index(server.url, settings(tmp_path)))
@@ -193,7 +194,7 @@ def test_the_cache_stays_below_its_limit_and_an_epoch_needs_each_shard_once(serv
         watcher.join()
     assert got == rows_read(here, window=5, batch=2)
     assert 2 * size < most <= 5.5 * size
-    assert {server.requests[shard.url] for shard in index.shards[1:]} == {1}  # the first also gave the canvas
+    assert {server.requests[shard.url] for shard in index.shards} == {1}
 
 
 def test_an_order_that_needs_more_than_the_cache_holds_is_refused(server, packed, tmp_path):
@@ -205,7 +206,7 @@ def test_an_order_that_needs_more_than_the_cache_holds_is_refused(server, packed
 
 def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
     with pytest.raises(DataError, match=r"do not fit into the cache of 1e-05 GB; raise data.remote.cache_gb"):
-        rows_read(open_index(server.url, settings(tmp_path, cache_gb=1e-5)))
+        RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=1e-5))).read(0, 0, 1)
 
 
 def test_what_is_held_is_not_removed_and_the_oldest_goes_first(server, packed, tmp_path):
@@ -281,7 +282,7 @@ def test_a_full_disk_is_one_clear_error(server, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (index.shards[0].bytes // 2, before[1]))
         started = time.monotonic()
         with pytest.raises(DataError, match=r"the disk is full .*; free some space, or set data.remote.cache"):
-            rows_read(index)
+            RemoteShards(index).read(0, 0, 1)
         assert time.monotonic() - started < 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.loader import Loader, PhotoSource, TokenSource
+from triderm_dist.data.augment import view_transform
+from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, fit
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -72,17 +74,61 @@ def test_augmented_batch_does_not_depend_on_the_split(index):
     assert torch.cat([batch.concepts for batch in whole]).isnan().any()
 
 
-def test_other_photo_sizes_are_fitted_to_the_canvas(make_challenge, tmp_path):
+def test_the_most_photos_set_the_canvas(make_challenge, tmp_path):
+    """Not the first one: a small one, a square one and a portrait are fitted to it."""
     challenge = make_challenge(lesions=22)
-    from PIL import Image
-
-    odd = challenge.photo(7)
-    Image.new("RGB", (90, 90), (200, 10, 10)).save(odd, quality=95)
-    index = pack_shards(read_challenge(challenge.folder), tmp_path / "shards", short_side=None)
-    source = PhotoSource(index, 24, *HALF)
-    _, steps = steps_of(index, source)
-    assert source.canvas == (36, 48)
+    dataset = read_challenge(challenge.folder)
+    ids = pack_shards(dataset, tmp_path / "as-made", short_side=None).lesion_ids.tolist()
+    first = next(lesion for lesion in dataset.lesions if lesion.lesion_id == ids[0])
+    for path, size in (
+        (first.images["clinical"], (40, 30)), (challenge.photo(7), (90, 90)), (challenge.photo(9), (36, 48)),
+    ):  # fmt: skip
+        draw_photo(3, size).save(path, quality=95)
+    index = pack_shards(dataset, tmp_path / "shards", short_side=None)
+    assert index.canvas == (48, 36)
+    assert index.photo_sizes == {(48, 36): 41, (40, 30): 1, (90, 90): 1, (36, 48): 1}
+    (note,) = index.notes()
+    assert note.startswith("3 of 44 photos are not 48x36: ")
+    _, steps = steps_of(index, PhotoSource(index, 24, *HALF))
     assert all(batch.clinical.shape == (4, 3, 24, 24) for step in steps for batch in step.micro_batches)
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Red tells how far down, green how far right, from 0 to 250; blue is flat."""
+    down, right = np.mgrid[:height, :width]
+    channels = [250 * down / (height - 1), 250 * right / (width - 1), np.full((height, width), 9)]
+    return np.stack(channels, 2).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "size", [(36, 48), (48, 36), (72, 96), (18, 24), (40, 40), (30, 31), (36, 90), (24, 96), (91, 36)]
+)
+@pytest.mark.parametrize("canvas", [(36, 48), (48, 36), (36, 36), (24, 72)])
+def test_a_fitted_photo_keeps_its_centred_square(size, canvas):
+    """What evaluation sees of it is what it would see of the photo itself, up to a turn."""
+    photo = ramp(*size)
+    fitted = fit(photo, *canvas)
+    assert fitted.shape == (*canvas, 3) and fitted.dtype == np.uint8
+    stands_across = (size[0] - size[1]) * (canvas[0] - canvas[1]) < 0
+    if stands_across:
+        photo = np.rot90(photo)
+    seen, own = (
+        view_transform(torch.from_numpy(array.copy())[None], 24, None, AugmentConfig(), "clinical")[0] * 250
+        for array in (fitted, photo)
+    )
+    assert (turned_back(seen, own) - own).abs().max() < 8  # about one pixel's step
+
+
+def turned_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A quarter turn has two ways."""
+    return min((seen, torch.rot90(seen, 2, (1, 2))), key=lambda pixels: float((pixels - own).abs().mean()))
+
+
+def test_what_a_photo_lacks_is_mirrored():
+    fitted = fit(ramp(40, 40), 40, 60)
+    assert np.array_equal(fitted[:, 10:50], ramp(40, 40))
+    assert np.array_equal(fitted[:, :10], fitted[:, 10:20][:, ::-1])
+    assert np.array_equal(fitted[:, 50:], fitted[:, 40:50][:, ::-1])
 
 
 class Copies(TorchDispatchMode):

@@ -84,6 +84,18 @@ def test_webdataset_reads_the_same_samples(dataset: Dataset, tmp_path: Path) -> 
         assert record["metadata"]["sex"] in ("male", "female")
 
 
+def test_the_canvas_is_the_commonest_size(dataset: Dataset, tmp_path: Path) -> None:
+    index = pack(dataset, tmp_path / "out")
+    assert index.photo_sizes == {(32, 24): 43} and index.canvas == (32, 24) and index.notes() == []
+    for sizes, canvas in (
+        ({(30, 40): 7, (400, 300): 6}, (30, 40)),
+        ({(30, 40): 7, (400, 300): 7}, (400, 300)),
+        ({(400, 300): 7, (300, 400): 7, (9, 9): 3}, (400, 300)),
+    ):
+        for order in (sizes, dict(reversed(sizes.items()))):
+            assert dataclasses.replace(index, photo_sizes=order).canvas == canvas
+
+
 def test_photos_are_reduced_or_kept(make_challenge: Make, tmp_path: Path) -> None:
     dataset = read_challenge(make_challenge(lesions=3).folder)
     reduced, kept = pack(dataset, tmp_path / "small"), pack(dataset, tmp_path / "whole", short_side=None)
@@ -132,7 +144,7 @@ def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
         lambda: pack(dataclasses.replace(dataset, lesions=[relabelled, *dataset.lesions[1:]]), output),
     ]
     for other in others:
-        with pytest.raises(DataError, match="other data or with other settings; choose another output folder"):
+        with pytest.raises(DataError, match=r"by another version; choose another output folder"):
             other()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
@@ -227,10 +239,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "list": (lambda f: (f / "index.json").write_text("[]"), "not an index of shards"),
     "format": (
         lambda f: edit_index(f, lambda raw: raw.update(format="other")),
-        "'other' version 1, this program reads",
+        "'other' version 2, this program reads",
     ),
-    "version": (lambda f: edit_index(f, lambda raw: raw.update(version=2)), "version 2, this program reads"),
+    "version": (
+        lambda f: edit_index(f, lambda raw: raw.update(version=1)),
+        "version 1, .* pack the data again by shards.pack, or index",
+    ),
     "key": (lambda f: edit_index(f, lambda raw: raw.pop("concepts")), "incomplete .KeyError: 'concepts'"),
+    "sizes": (
+        lambda f: edit_index(f, lambda raw: raw.pop("photo_sizes")),
+        "incomplete .KeyError: 'photo_sizes'.; pack or index the data again",
+    ),
+    "no sizes": (lambda f: edit_index(f, lambda raw: raw.update(photo_sizes={})), "photo_sizes is empty"),
+    "wrong size": (lambda f: edit_index(f, lambda raw: raw.update(photo_sizes={"0x9": 1})), "photo size '0x9'"),
     "diagnoses": (lambda f: edit_index(f, lambda raw: raw["diagnoses"].reverse()), "diagnoses are not those"),
     "missing shard": (lambda f: (f / "shard-000001.tar").unlink(), "shard-000001.tar: missing"),
     "short shard": (lambda f: (f / "shard-000001.tar").write_bytes(b"short"), "shard-000001.tar: 5 bytes, index.json"),

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import Challenge
-from triderm_dist.data import verify as verification
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.shards import ShardIndex, file_sha256, read_index
@@ -124,13 +123,35 @@ def test_all_damage_is_found(index: ShardIndex) -> None:
     assert sum(p.kind == "checksum" for p in problems) == 3
 
 
-def test_folds_that_share_a_group(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folds as training assigns them keep patients together; ones that do not are found."""
+def test_the_same_photo_under_lesions_of_two_groups(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
+    """Both lesions are named, where it is packed and where it is checked; within a group it is no matter."""
+    challenge = make_challenge()
+    for number, row in enumerate(challenge.metadata):
+        row["patient_id"] = f"P{number // 4}"
+    del challenge.truth[20]  # without a label it is in no fold
+    for one, other in ((0, 11), (2, 19), (4, 7), (9, 41)):  # photos; two of each lesion
+        challenge.photo(other).write_bytes(challenge.photo(one).read_bytes())
+    dataset = read_challenge(challenge.write().folder)
+    index = pack_shards(dataset, tmp_path / "out", short_side=None, shard_samples=5)
+    assert index.counts()["unlabelled"] == 1
+    assert {frozenset(pair) for pair in index.shared_photos} == {
+        frozenset(("IL_1000", "IL_1035")),
+        frozenset(("IL_1007", "IL_1063")),
+    }
     assert verify(index, 3, 0) == []
-    monkeypatch.setattr(
-        verification, "assign_folds", lambda labels, groups, folds, seed: np.arange(len(labels)) % folds
-    )
-    assert [problem.what for problem in verify(index, 3, 0)] == ["a group of lesions sits in two folds"]
+    (note,) = index.notes()
+    assert "IL_1000" in note and "IL_1035" in note and "IL_1007" in note and "IL_1063" in note
+
+
+FORGED: dict[str, Any] = {"photo_sizes": {"48x36": 43, "36x48": 1}, "shared_photos": [["IL_1000", "IL_1007"]]}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_the_index_says_of_the_photos_is_checked(index: ShardIndex, name: str) -> None:
+    path = index.folder / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: FORGED[name]}))
+    (problem,) = verify(read_index(index.folder), 3, 0)
+    assert problem.kind == "count" and name in problem.what
 
 
 def test_more_folds_than_groups(index: ShardIndex) -> None:

@@ -1,6 +1,7 @@
 """The report before the first step, and what a short run leaves behind."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +49,17 @@ def test_the_report_says_what_is_on_and_what_is_off():
     ):  # fmt: skip
         assert said in text, said
     assert "torch.compile" not in text and "fusion" not in text
+
+
+def test_the_start_says_what_happens_to_photos_of_another_size(tmp_path, capsys):
+    index = synthetic_shards(tmp_path / "shards", 11, 40)
+    (size,) = index.photo_sizes
+    mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
+    for each in (index, mixed):
+        open_views(settings(), each, tmp_path, Accelerator(cpu=True), DataConfig(), seed=0, train=True)
+    said = capsys.readouterr().out
+    assert said.count("note: ") == 2
+    assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}: they are turned" in said and "A and B" in said
 
 
 class _Syncs(TorchDispatchMode):

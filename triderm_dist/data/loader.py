@@ -55,8 +55,7 @@ class ViewSource(Protocol):
 class PhotoSource:
     """Photos (B, 3, size, size) of a packed set, normalised for a tower.
 
-    All photos are brought to the canvas, the size of the first one; where another size occurs, a photo is resized to
-    cover the canvas and cropped to it. Draws augment.
+    All photos are brought to the canvas of the set (`ShardIndex.canvas`) by `fit`. Draws augment.
     """
 
     def __init__(
@@ -70,8 +69,6 @@ class PhotoSource:
         self.index, self.image_size, self.mean, self.std = index, image_size, mean, std
         self.augment = augment or AugmentConfig()
         self.shards = RemoteShards(index) if index.remote else FolderShards(index)
-        row, view = np.unravel_index(int((index.sizes > 0).argmax()), index.sizes.shape)
-        self.canvas = _decode(self._bytes(int(row), int(view)), index, int(row), int(view)).shape[:2]
         self._ring: dict[int, list[_Buffers]] = {}
 
     def close(self) -> None:
@@ -85,7 +82,7 @@ class PhotoSource:
         self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
         free = self._ring.setdefault(len(rows), [])
-        buffers = free.pop() if free else _Buffers.new(len(rows), self.canvas)
+        buffers = free.pop() if free else _Buffers.new(len(rows), self.index.canvas)
         buffers.wait()
         arrays = [view.numpy() for view in buffers.views]
         index = self.index
@@ -121,10 +118,6 @@ class PhotoSource:
         copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._ring.setdefault(len(views[0]), []).append(_Buffers(views, copied))
 
-    def _bytes(self, row: int, view: int) -> bytes:
-        index = self.index
-        return self.shards.read(int(index.shard[row]), int(index.offsets[row, view]), int(index.sizes[row, view]))
-
     def _read(self, rows: np.ndarray, places: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]) -> None:
         for i, (shard, offsets, sizes) in enumerate(places):
             for view, (offset, size, array) in enumerate(zip(offsets, sizes, arrays, strict=True)):
@@ -144,7 +137,8 @@ class _Buffers:
     @classmethod
     def new(cls, lesions: int, canvas: tuple[int, int]) -> _Buffers:
         pin = torch.cuda.is_available()
-        return cls([torch.empty((lesions, *canvas, 3), dtype=torch.uint8, pin_memory=pin) for _ in VIEWS])
+        width, height = canvas
+        return cls([torch.empty((lesions, height, width, 3), dtype=torch.uint8, pin_memory=pin) for _ in VIEWS])
 
     def wait(self) -> None:
         if self.copied:
@@ -313,11 +307,15 @@ class _Pending:
     jobs: list[Future[None]] = field(default_factory=list)
 
 
-def _decode(data: bytes, index: ShardIndex, row: int, view: int) -> np.ndarray:
+def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: int) -> None:
+    """Decode a photo to fill `out` (H, W, 3), straight into it where the photo has that size."""
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, "RGB")
+        if simplejpeg.decode_jpeg_header(data)[:2] == out.shape[:2]:
+            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+        else:
+            out[:] = fit(simplejpeg.decode_jpeg(data, "RGB"), *out.shape[:2])
     except ValueError as error:
         raise DataError(
             f"{index.path(int(index.shard[row]))}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not "
@@ -325,17 +323,24 @@ def _decode(data: bytes, index: ShardIndex, row: int, view: int) -> np.ndarray:
         ) from None
 
 
-def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: int) -> None:
-    """Decode a photo to fill `out` (H, W, 3), straight into it where the photo has that size."""
-    import simplejpeg
+def fit(photo: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A photo (h, w, 3) uint8 on a canvas (height, width, 3), with its own centred square as that of the canvas.
 
-    with contextlib.suppress(ValueError):  # a photo larger than `out`, or a damaged one
-        if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
-            return
-    out[:] = _cover(_decode(data, index, row, view), *out.shape[:2])
+    It is turned by a quarter where it stands the other way (lesions have no upright) and scaled to the short side of
+    the canvas; then its long side is cropped, or mirrored at both ends, to that of the canvas.
+    """
+    if (height, photo.shape[0]) > (width, photo.shape[1]):  # on its side, canvas and photo
+        return fit(photo.swapaxes(0, 1), width, height).swapaxes(0, 1)
+    if photo.shape[0] > photo.shape[1]:
+        photo = np.rot90(photo)
+    from PIL import Image
 
-
-def _cover(photo: np.ndarray, height: int, width: int) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    return np.asarray(ImageOps.fit(Image.fromarray(photo), (width, height), Image.Resampling.BILINEAR))
+    short, long = photo.shape[:2]
+    scale = height / short
+    border = max(0, round((width - long * scale) / 2))
+    kept = width - 2 * border
+    outside = max(0.0, (long - kept / scale) / 2)
+    scaled = Image.fromarray(np.ascontiguousarray(photo)).resize(
+        (kept, height), Image.Resampling.BILINEAR, box=(outside, 0, long - outside, short)
+    )
+    return np.pad(np.asarray(scaled), ((0, 0), (border, border), (0, 0)), mode="symmetric")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triderm_dist.data.milk10k import Dataset
-from triderm_dist.data.photos import QUALITY, PhotoError, prepare_photo
+from triderm_dist.data.photos import QUALITY, PhotoError, photo_facts, prepare_photo
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.record import describe
 from triderm_dist.data.shards import (
@@ -37,7 +37,7 @@ from triderm_dist.data.shards import (
     file_sha256,
     read_index,
     read_raw_index,
-    samples_schema,
+    rows_schema,
     write_index,
 )
 from triderm_dist.data.threads import cores, in_order
@@ -118,7 +118,8 @@ def _already_packed(folder: Path, packing: _Packing) -> ShardIndex:
     found = read_raw_index(folder / INDEX)
     same = found.get("packed_with") == packing.settings and found.get("source") == packing.fingerprint()
     if not same:
-        raise DataError(f"{folder}: exists and was packed from other data or with other settings; {advice}")
+        made = "from other data, with other settings or by another version"
+        raise DataError(f"{folder}: exists and was packed {made}; {advice}")
     left_over = folder.with_name(folder.name + ".part")
     if left_over.is_dir() and not (left_over / "shards").exists():
         shutil.rmtree(left_over)  # killed between its last two steps
@@ -131,6 +132,7 @@ class _Prepared:
 
     source: bytes
     photos: list[bytes]
+    facts: list[int]
     problem: Problem | None = None
 
 
@@ -195,7 +197,7 @@ class _Packing:
         files = [(number, shard.file) for number, shard in enumerate(shards) if shard.file]
 
         def tables() -> Iterator[pa.Table]:
-            schema = samples_schema(len(self.concepts))
+            schema = rows_schema(len(self.concepts))
             for place, (number, _) in enumerate(files):
                 rows = pq.read_table(_rows_path(part, number))
                 number_column = pa.array([place] * len(rows), pa.int32())
@@ -237,14 +239,14 @@ class _Packing:
             if prepared.problem:
                 current.problems.append(prepared.problem)
             else:
-                current.rows.append(self._write(current.tar, lesion, prepared.photos))
+                current.rows.append(self._write(current.tar, lesion, prepared))
             if seen == len(self.slices[number]):
                 made[number] = self._close(part, number, current)
                 current = None
             self._advance(1)
         return made
 
-    def _write(self, tar: TarWriter, lesion: Lesion, photos: list[bytes]) -> dict[str, Any]:
+    def _write(self, tar: TarWriter, lesion: Lesion, prepared: _Prepared) -> dict[str, Any]:
         row: dict[str, Any] = {
             "lesion_id": lesion.lesion_id,
             "group": lesion.group,
@@ -252,8 +254,9 @@ class _Packing:
             "shard": -1,  # known when it is known which shards hold anything
             "concepts": lesion.concepts,
             "metadata": lesion.metadata,
+            "photos": prepared.facts,
         }
-        for view, data in zip(VIEWS, photos, strict=True):
+        for view, data in zip(VIEWS, prepared.photos, strict=True):
             row[f"{view}_offset"] = tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0
             row[f"{view}_size"] = len(data)
         tar.add(f"{lesion.lesion_id}.json", json.dumps(describe(lesion, self.concepts)).encode())
@@ -271,7 +274,7 @@ class _Packing:
             "file": vars(file) if file else None,
             "problems": [asdict(problem) for problem in shard.problems],
         }
-        schema = samples_schema(len(self.concepts)).with_metadata({_RECORD: json.dumps(record).encode()})
+        schema = rows_schema(len(self.concepts)).with_metadata({_RECORD: json.dumps(record).encode()})
         with whole(_rows_path(part, number)) as beside:
             pq.write_table(pa.Table.from_pylist(shard.rows, schema), beside)
         return finished
@@ -302,8 +305,8 @@ class _Packing:
                     raise PhotoError(data.strerror or str(data))
                 photos.append(prepare_photo(data, self.short_side) if path else b"")
             except PhotoError as error:
-                return _Prepared(source, [], Problem(lesion.lesion_id, "unreadable photo", str(path), str(error)))
-        return _Prepared(source, photos)
+                return _Prepared(source, [], [], Problem(lesion.lesion_id, "unreadable photo", str(path), str(error)))
+        return _Prepared(source, photos, [fact for data in photos for fact in photo_facts(data)])
 
     def _advance(self, lesions: int) -> None:
         self.done += lesions

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from triderm_dist.data.photos import PhotoError, check_photo, is_upright
+from triderm_dist.data.photos import PhotoError, check_photo, is_upright, photo_facts
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.record import Record, parse
 from triderm_dist.data.shards import (
@@ -28,7 +28,7 @@ from triderm_dist.data.shards import (
     file_sha256,
     read_index,
     read_raw_index,
-    samples_schema,
+    rows_schema,
     write_index,
 )
 from triderm_dist.data.threads import cores, in_order
@@ -54,6 +54,7 @@ class _Sample:
 class _Checked:
     record: Record | None
     places: dict[str, Member]
+    facts: list[int]
     turned: int
     problems: list[Problem]
 
@@ -186,9 +187,9 @@ def _check(sample: _Sample, extensions: Mapping[str, tuple[str, ...]], missing_v
             record = parse(sample.key, *texts)
         except ValueError as error:
             where = f"{sample.path}, sample {sample.key}"
-            return _Checked(None, {}, 0, [Problem(sample.key.rpartition("/")[2], "record", where, str(error))])
+            return _Checked(None, {}, [], 0, [Problem(sample.key.rpartition("/")[2], "record", where, str(error))])
         where, problems = f"{sample.path}, lesion {record.lesion_id}", []
-        places = dict.fromkeys(VIEWS, (0, 0))
+        places, facts = dict.fromkeys(VIEWS, (0, 0)), dict.fromkeys(VIEWS, (0, 0, 0))
         turned = 0
         for view in VIEWS:
             name = next((name for name in extensions[view] if name in sample.members), None)
@@ -202,12 +203,15 @@ def _check(sample: _Sample, extensions: Mapping[str, tuple[str, ...]], missing_v
             data = read(places[view])
             try:
                 check_photo(data)
+                facts[view] = photo_facts(data)
                 turned += not is_upright(data)
             except PhotoError as error:
                 problems.append(Problem(record.lesion_id, "unreadable photo", where, f"{name}: {error}"))
         if not any(size for _, size in places.values()) and missing_view == "mark":
             problems.append(Problem(record.lesion_id, "missing photo", where, "no photo at all"))
-        return _Checked(None if problems else record, places, turned, problems)
+        return _Checked(
+            None if problems else record, places, [fact for view in VIEWS for fact in facts[view]], turned, problems
+        )
 
 
 def _absent(view: str, sample: _Sample, extensions: Mapping[str, tuple[str, ...]]) -> str:
@@ -225,6 +229,7 @@ def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
         "shard": shard,
         "concepts": record.concepts,
         "metadata": record.metadata,
+        "photos": checked.facts,
     }
     for view in VIEWS:
         row[f"{view}_offset"], row[f"{view}_size"] = checked.places[view]
@@ -235,12 +240,12 @@ def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...]) -> pa.Table:
     """Rows with their scores in the order of the concepts, NaN where one has none."""
     nothing = float("nan")
     scored = [{**row, "concepts": [row["concepts"].get(name, nothing) for name in concepts]} for row in rows]
-    return pa.Table.from_pylist(scored, samples_schema(len(concepts)))
+    return pa.Table.from_pylist(scored, rows_schema(len(concepts)))
 
 
 def _with_scores(table: pa.Table, concepts: int) -> pa.Table:
     """A table that was made before any sample had a concept gets its missing scores."""
-    schema = samples_schema(concepts)
+    schema = rows_schema(concepts)
     if table.schema.equals(schema):
         return table
     place = schema.get_field_index("concepts")

@@ -3,7 +3,8 @@
 A folder of shards holds
 
     *.tar              LESION.clinical.jpg, LESION.dermoscopic.jpg, LESION.json; any WebDataset reader reads it
-    index.json         format and version, names of concepts and diagnoses, the shards with size and checksum
+    index.json         format and version, names of concepts and diagnoses, the shards with size and checksum, how many
+                       photos have which size, which lesions share one
     samples.parquet    one row a lesion: ids, label, scores, and where its photos lie in which shard
 
 `samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` is a JPEG. The index is made
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from triderm_dist.data.cache import Cache
 
 FORMAT = "triderm-shards"
-VERSION = 1
+VERSION = 2
 INDEX, SAMPLES = "index.json", "samples.parquet"
 ROW_GROUP = 1 << 17
+NAMED = 5
+"""Pairs of lesions that a note names."""
 EXTENSIONS: dict[str, tuple[str, ...]] = {view: (f"{view}.jpg",) for view in VIEWS}
 """How the photos of each view are named in a shard, after the lesion's id and a dot."""
 
@@ -107,6 +110,10 @@ class ShardIndex:
     samples: pa.NativeFile
     problems: tuple[Problem, ...]
     fingerprint: str
+    photo_sizes: Mapping[tuple[int, int], int]
+    """How many photos have which (width, height)."""
+    shared_photos: tuple[tuple[str, str], ...]
+    """Lesions with a label, of two groups, that hold the same photo: their folds may differ."""
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
     remote: Cache | None = None
     """Where the shards of a URL come through (`cache.open_index`); None: all of them lie in `folder`."""
@@ -152,6 +159,17 @@ class ShardIndex:
         """(N, M) float32 in the order of `METADATA_FIELDS`, NaN where missing."""
         return _matrix(self._columns("metadata")["metadata"], len(METADATA_FIELDS))
 
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(width, height) of the most photos, to which the loader fits the others; of equal ones the largest, then the
+        widest.
+        """
+        return max(self.photo_sizes, key=lambda size: (self.photo_sizes[size], size[0] * size[1], size))
+
+    def notes(self) -> list[str]:
+        """What a user should know of the photos before training on them, a line each."""
+        return [*_note_on_sizes(self), *_note_on_shared(self)]
+
     def path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].url
 
@@ -175,6 +193,26 @@ class ShardIndex:
             raise _unreadable(path, error) from None
 
 
+def _note_on_sizes(index: ShardIndex) -> Iterator[str]:
+    width, height = index.canvas
+    photos = sum(index.photo_sizes.values())
+    if other := photos - index.photo_sizes[index.canvas]:
+        yield (
+            f"{other:,} of {photos:,} photos are not {width}x{height}: they are turned by a quarter where they stand "
+            f"the other way, scaled to its short side, and cropped or mirrored at both ends to its long side"
+        )
+
+
+def _note_on_shared(index: ShardIndex) -> Iterator[str]:
+    if pairs := index.shared_photos:
+        named = ", ".join(f"{one} and {other}" for one, other in pairs[:NAMED])
+        more = f", and {len(pairs) - NAMED} more pairs in {INDEX}" if len(pairs) > NAMED else ""
+        yield (
+            f"the same photo under lesions of two groups, which may come into two folds: {named}{more}; give them one "
+            "patient_id, or leave one out"
+        )
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +234,11 @@ def samples_schema(concepts: int) -> pa.Schema:
     )
 
 
+def rows_schema(concepts: int) -> pa.Schema:
+    """What `write_index` takes: the columns of samples.parquet, and `photos`, the `photo_facts` of each view."""
+    return samples_schema(concepts).append(pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS))))
+
+
 def write_index(
     folder: Path,
     tables: Iterable[pa.Table],
@@ -206,17 +249,26 @@ def write_index(
 ) -> None:
     """Write samples.parquet from tables of rows, one after the other, then index.json; each whole or not at all.
 
-    The tables have the columns of `samples_schema`. `about` adds what the maker wants to say of itself.
+    The tables have the columns of `rows_schema`. `about` adds what the maker wants to say of itself.
     """
     counts: Counter[int] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    digests: list[np.ndarray] = []
     rows = 0
     with whole(folder / SAMPLES) as beside:
         with pq.ParquetWriter(beside, samples_schema(len(concepts)), compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
-                file.write_table(table, row_group_size=ROW_GROUP)
+                file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
                 rows += len(table)
                 for entry in table["label"].value_counts().to_pylist():
                     counts[entry["values"]] += entry["counts"]
+                photos = table["photos"].combine_chunks().flatten().to_numpy().reshape(-1, len(VIEWS), 3)
+                sizes += count_sizes(photos)
+                digests.append(photos[..., 2].copy())
+        names = pq.read_table(beside, columns=["lesion_id", "group", "label"])
+        shared = shared_photos(
+            np.concatenate(digests), Text(names["lesion_id"]), Text(names["group"]), names["label"].to_numpy()
+        )
         about_samples = {
             "url": SAMPLES,
             "rows": rows,
@@ -233,10 +285,35 @@ def write_index(
         "shards": [vars(shard) for shard in shards],
         "samples": about_samples,
         "counts": {**{name: counts[i] for i, name in enumerate(DIAGNOSES)}, "unlabelled": counts[UNLABELLED]},
+        "photo_sizes": {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())},
+        "shared_photos": shared,
         "dropped": count_by_kind(problems),
         "problems": [asdict(problem) for problem in problems],
     }
     write_json(folder / INDEX, index)
+
+
+def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
+    """How many have which (width, height), by the `photo_facts` (N, views, 3) of a set; missing ones do not count."""
+    pairs, counts = np.unique(photos[photos[..., 2] > 0][:, :2], axis=0, return_counts=True)
+    return Counter({(width, height): n for (width, height), n in zip(pairs.tolist(), counts.tolist(), strict=True)})
+
+
+def shared_photos(digests: np.ndarray, lesion_ids: Text, groups: Text, labels: np.ndarray) -> list[tuple[str, str]]:
+    """Pairs of lesions with a label, of two groups, that hold the same photo, by the hashes (N, views) of its bytes.
+
+    Of many lesions with one photo, each is paired with the first.
+    """
+    flat = np.where(labels[:, None] >= 0, digests, 0).ravel()
+    order = np.argsort(flat, kind="stable")
+    order = order[flat[order] > 0]
+    ordered = flat[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    first = order[np.searchsorted(ordered, ordered[again])] // digests.shape[1]
+    rows = order[again] // digests.shape[1]
+    apart = groups[first] != groups[rows]
+    pairs = sorted(set(zip(first[apart].tolist(), rows[apart].tolist(), strict=True)))
+    return [(lesion_ids[one], lesion_ids[other]) for one, other in pairs]
 
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -276,18 +353,25 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
     raw = read_raw_index(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         found = f"{raw.get('format')!r} version {raw.get('version')!r}"
-        raise DataError(f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again")
+        raise DataError(
+            f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again by shards.pack, or "
+            "index other WebDataset shards again by shards.index"
+        )
     try:
         about = raw["samples"]
         rows, table_bytes, table_sha256 = about["rows"], about["bytes"], about["sha256"]
         concepts, diagnoses = tuple(raw["concepts"]), tuple(raw["diagnoses"])
         shards = tuple(ShardFile(**entry) for entry in raw["shards"])
         problems = tuple(Problem(**entry) for entry in raw["problems"])
+        sizes = {_size(text): int(count) for text, count in raw["photo_sizes"].items()}
+        shared = tuple((str(one), str(other)) for one, other in raw["shared_photos"])
+        if not sizes:
+            raise ValueError("photo_sizes is empty")
         extensions = {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()}
         expected = {"metadata_fields": list(METADATA_FIELDS), "diagnoses": list(DIAGNOSES)}
         other = next((key for key, value in expected.items() if raw[key] != value), None)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: incomplete ({type(error).__name__}: {error}); pack the data again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{path}: incomplete ({type(error).__name__}: {error}); pack or index the data again") from None
     if other:
         raise DataError(f"{path}: {other} are not those of this program; pack the data again")
     for shard in shards:
@@ -301,8 +385,9 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
         samples = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:
         raise _unreadable(folder / SAMPLES, error) from None
+    fingerprint = file_sha256(path)
     index = ShardIndex(
-        folder, concepts, diagnoses, shards, rows, samples, problems, file_sha256(path), extensions=extensions
+        folder, concepts, diagnoses, shards, rows, samples, problems, fingerprint, sizes, shared, extensions
     )
     _check_rows(index)
     if verify:
@@ -338,6 +423,13 @@ def read_raw_index(path: Path) -> dict[str, Any]:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    if min(width, height) < 1:
+        raise ValueError(f"photo size {text!r}")
+    return width, height
 
 
 def _check_name(folder: Path, url: Any) -> None:

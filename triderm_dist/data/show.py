@@ -53,11 +53,13 @@ def show_problems(problems: Sequence[Problem], table: Path) -> None:
 
 
 def show_index(index: ShardIndex) -> None:
-    """Lesions of each diagnosis, shards and size."""
+    """Lesions of each diagnosis, shards and size; what should be known of the photos."""
     for diagnosis, count in index.counts().items():
         if count:
             print(f"  {diagnosis:<10} {count:>7}")
     size = sum(shard.bytes for shard in index.shards)
     dropped = len({problem.lesion_id for problem in index.problems})
     left_out = f", {dropped} left out" if dropped else ""
+    for note in index.notes():
+        print(f"note: {note}")
     print(f"{len(index)} lesions{left_out}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}")

@@ -1,4 +1,4 @@
-"""Is a folder of shards whole? Checksums, every sample as plain `webdataset` reads it, every photo, the folds."""
+"""Is a folder of shards whole? Checksums, counts, every sample as plain `webdataset` reads it, every photo."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.data.folds import assign_folds
-from triderm_dist.data.photos import PhotoError, check_photo
+from triderm_dist.data.photos import PhotoError, check_photo, photo_facts
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.record import parse
-from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, file_sha256, read_photo_bytes, read_raw_index
+from triderm_dist.data.shards import (
+    INDEX,
+    SAMPLES,
+    ShardIndex,
+    count_sizes,
+    file_sha256,
+    read_photo_bytes,
+    read_raw_index,
+    shared_photos,
+)
 from triderm_dist.data.threads import cores, in_order
 from triderm_dist.schema import VIEWS, DataError
 
@@ -32,7 +41,7 @@ def verify(
         *_counts(index),
         *_samples(index, workers or cores(), progress),
         *_doubled(index),
-        *_shared_groups(index, folds, fold_seed),
+        *_folds(index, folds, fold_seed),
     ]
 
 
@@ -54,13 +63,14 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
 
 
 def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], None] | None) -> Iterator[Problem]:
-    """Every sample that webdataset reads against its row of the index."""
+    """Every sample that webdataset reads against its row of the index; all photos against what index.json says."""
+    photos = np.zeros((len(index), len(VIEWS), 3), np.uint64)
 
     def check(pair: tuple[int, dict[str, Any]]) -> Problem | None:
         row, sample = pair
         where = f"{index.path(int(index.shard[row]))}, lesion {index.lesion_ids[row]}"
         try:
-            _check_sample(index, row, sample)
+            photos[row] = _check_sample(index, row, sample)
         except (PhotoError, ValueError) as error:
             return Problem(index.lesion_ids[row], "sample", where, str(error))
         return None
@@ -72,7 +82,15 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
             problems.append(problem)
         if progress:
             progress(done, len(index))
-    yield from problems
+    yield from problems or _photos(index, photos)
+
+
+def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
+    shared = shared_photos(photos[..., 2], index.lesion_ids, index.groups, index.labels)
+    right = {"photo_sizes": count_sizes(photos), "shared_photos": tuple(shared)}
+    for name, value in right.items():
+        if getattr(index, name) != value:
+            yield Problem("", "count", str(index.folder / INDEX), f"{name} is not that of the photos in the tars")
 
 
 def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -115,8 +133,12 @@ def _lesion_id(sample: dict[str, Any]) -> str:
         return str(sample["__key__"])
 
 
-def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> None:
-    """Raises PhotoError or ValueError naming what differs from the index, or the photo that does not decode."""
+def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """The `photo_facts` of both views.
+
+    Raises PhotoError or ValueError naming what differs from the index, or the photo that does not decode.
+    """
+    facts = []
     for view in VIEWS:
         data = next((sample[name] for name in index.extensions[view] if name in sample), b"")
         if data != read_photo_bytes(index, row, view):
@@ -126,6 +148,7 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> None:
                 check_photo(data)
             except PhotoError as error:
                 raise PhotoError(f"the {view} photo does not decode ({error})") from None
+        facts.append(photo_facts(data))
     record = parse(sample["__key__"], sample.get("json"), sample.get("cls"))
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
@@ -136,6 +159,7 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> None:
     }
     if wrong := [name for name, equal in same.items() if not equal]:
         raise ValueError(f"the {wrong[0]} of the sample's JSON is not that of {SAMPLES}")
+    return facts
 
 
 def _doubled(index: ShardIndex) -> Iterator[Problem]:
@@ -144,18 +168,10 @@ def _doubled(index: ShardIndex) -> Iterator[Problem]:
         yield Problem("", "doubled lesion", str(index.folder / SAMPLES), f"{len(index) - distinct} lesions occur twice")
 
 
-def _shared_groups(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
-    """Folds as training would assign them: no group may sit in two."""
-    labelled = index.labels >= 0
-    if not labelled.any():
+def _folds(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
+    if not (index.labels >= 0).any():
         return
     try:
-        fold = assign_folds(index.labels, index.groups, folds, fold_seed)[labelled]
+        assign_folds(index.labels, index.groups, folds, fold_seed)
     except DataError as error:
         yield Problem("", "folds", str(index.folder), f"{error}; or check with other folds=")
-        return
-    groups = index.groups.codes[labelled]
-    first = np.full(int(groups.max()) + 1, -1)
-    first[groups] = fold
-    if (first[groups] != fold).any():
-        yield Problem("", "folds", str(index.folder), "a group of lesions sits in two folds")

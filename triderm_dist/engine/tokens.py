@@ -51,6 +51,8 @@ def open_views(
     train: also the augmented versions. transforms: how many transforms of the dihedral group prediction will ask for.
     """
     augment = model.train.augment
+    for note in index.notes():
+        accelerator.print(f"note: {note}")
     torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
     tower = build_towers(model.tower)[0]
     if not model.tower.frozen:
