@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -264,11 +264,13 @@ def write_index(
                     counts[entry["values"]] += entry["counts"]
                 photos = table["photos"].combine_chunks().flatten().to_numpy().reshape(-1, len(VIEWS), 3)
                 sizes += count_sizes(photos)
-                digests.append(photos[..., 2].copy())
-        names = pq.read_table(beside, columns=["lesion_id", "group", "label"])
-        shared = shared_photos(
-            np.concatenate(digests), Text(names["lesion_id"]), Text(names["group"]), names["label"].to_numpy()
-        )
+                digests.append(np.where(table["label"].to_numpy()[:, None] >= 0, photos[..., 2], 0))
+
+        def names() -> tuple[Text, Text]:
+            columns = pq.read_table(beside, columns=["lesion_id", "group"])
+            return Text(columns["lesion_id"]), Text(columns["group"])
+
+        shared = shared_photos(np.concatenate(digests), names)
         about_samples = {
             "url": SAMPLES,
             "rows": rows,
@@ -295,20 +297,24 @@ def write_index(
 
 def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
     """How many have which (width, height), by the `photo_facts` (N, views, 3) of a set; missing ones do not count."""
-    pairs, counts = np.unique(photos[photos[..., 2] > 0][:, :2], axis=0, return_counts=True)
-    return Counter({(width, height): n for (width, height), n in zip(pairs.tolist(), counts.tolist(), strict=True)})
+    there = photos[photos[..., 2] > 0]
+    sizes, counts = np.unique(there[:, 0] << np.uint64(32) | there[:, 1], return_counts=True)
+    return Counter({divmod(size, 1 << 32): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)})
 
 
-def shared_photos(digests: np.ndarray, lesion_ids: Text, groups: Text, labels: np.ndarray) -> list[tuple[str, str]]:
-    """Pairs of lesions with a label, of two groups, that hold the same photo, by the hashes (N, views) of its bytes.
+def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
+    """Pairs of lesions of two groups that hold the same photo, by the hashes (N, views) of its bytes; 0 is none.
 
-    Of many lesions with one photo, each is paired with the first.
+    Of many lesions with one photo, each is paired with the first. names: gives the lesion ids and groups, where needed.
     """
-    flat = np.where(labels[:, None] >= 0, digests, 0).ravel()
+    flat = digests.ravel()
     order = np.argsort(flat, kind="stable")
     order = order[flat[order] > 0]
     ordered = flat[order]
     again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    if not len(again):
+        return []
+    lesion_ids, groups = names()
     first = order[np.searchsorted(ordered, ordered[again])] // digests.shape[1]
     rows = order[again] // digests.shape[1]
     apart = groups[first] != groups[rows]

@@ -86,7 +86,8 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
 
 
 def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
-    shared = shared_photos(photos[..., 2], index.lesion_ids, index.groups, index.labels)
+    labelled = np.where(index.labels[:, None] >= 0, photos[..., 2], 0)
+    shared = shared_photos(labelled, lambda: (index.lesion_ids, index.groups))
     right = {"photo_sizes": count_sizes(photos), "shared_photos": tuple(shared)}
     for name, value in right.items():
         if getattr(index, name) != value:
