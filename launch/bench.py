@@ -30,6 +30,8 @@ def main(config: BenchRun) -> None:
     from triderm_dist.engine.crossval import model_named, new_network
     from triderm_dist.engine.tokens import open_views
 
+    if config.record:
+        bench.read_records(Path(config.record))  # a bad file is refused before the minute, not after it
     named = model_named(config, config.model or next(iter(config.models)))
     model = named.model_copy(update={"tower": named.tower.model_copy(update={"pretrained": False})})
     train, folder = model.train, config.folder / "bench"

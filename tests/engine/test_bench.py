@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from launch.bench import BenchRun, main
 from tests.distributed.conftest import launch
+from triderm_dist.config import load
 from triderm_dist.engine.bench import add_record, alike, comparison, read_records, synthetic_shards
 from triderm_dist.schema import DataError
 
@@ -45,6 +47,14 @@ def test_only_the_same_work_on_the_same_device_is_compared(record, tmp_path):
     path.write_text(json.dumps([{"device": "x"}]))
     with pytest.raises(DataError, match=r"records\.json: is no list of measured records"):
         read_records(path)
+
+
+def test_a_bad_file_of_records_is_refused_before_measuring(tmp_path):
+    (tmp_path / "bad.json").write_text("{}x")
+    words = [*SETTINGS, f"output={tmp_path / 'run'}", f"record={tmp_path / 'bad.json'}"]
+    with pytest.raises(DataError, match=r"bad\.json: is no list of measured records"):
+        main(load(BenchRun, None, words))
+    assert not (tmp_path / "run").exists()
 
 
 def test_photos_are_made_once(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,23 +14,37 @@ WARM_UP = 3
 """Steps before the first that is recorded: compilation, autotuning and the first allocations are not the news."""
 
 
-def profiler(folder: Path, steps: int | None, active: bool) -> AbstractContextManager[Any]:
-    """A context whose `.step()` ends an optimiser step; records `steps` of them into FOLDER/trace.json. Does nothing
-    where `steps` is None or `active` is False.
+@contextmanager
+def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
+    """Yields something whose `.step()` ends an optimiser step; records up to `steps` of them into FOLDER/trace.json and
+    says how many, or that there were too few. Does nothing where `steps` is None or `active` is False.
     """
     if steps is None or not active:
-        return nullcontext(SimpleNamespace(step=lambda: None))
+        yield SimpleNamespace(step=lambda: None)
+        return
     from torch.profiler import ProfilerActivity, profile, schedule
 
+    recorded = 0
+
     def write(profile: Any) -> None:
-        profile.export_chrome_trace(str(folder / "trace.json"))
-        print(f"{steps} steps are in {folder / 'trace.json'}: open it in https://ui.perfetto.dev", flush=True)
+        nonlocal recorded
+        recorded = profile.step_num - WARM_UP
+        if recorded:
+            profile.export_chrome_trace(str(folder / "trace.json"))
+            print(f"{recorded} steps are in {folder / 'trace.json'}: open it in https://ui.perfetto.dev", flush=True)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    return profile(
+    with profile(
         activities=activities,
         schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
         on_trace_ready=write,
         record_shapes=True,
         profile_memory=True,
-    )
+    ) as running:
+        yield running
+    if not recorded:
+        print(
+            f"train.profile: no trace, since the first {WARM_UP} steps are not recorded and {running.step_num} were "
+            "taken",
+            flush=True,
+        )

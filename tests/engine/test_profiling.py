@@ -1,0 +1,23 @@
+"""What the profiler says it recorded is what it recorded."""
+
+import json
+
+import pytest
+
+from triderm_dist.engine.profiling import profiler
+
+
+@pytest.mark.parametrize(("taken", "recorded"), [(2, 0), (3, 0), (4, 1), (8, 5), (12, 5)])
+def test_the_steps_that_were_recorded_are_told(tmp_path, capsys, taken, recorded):
+    with profiler(tmp_path, 5, True) as profile:
+        for _ in range(taken):
+            profile.step()
+    said = capsys.readouterr().out
+    if not recorded:
+        assert f"no trace, since the first 3 steps are not recorded and {taken} were taken" in said
+        assert not (tmp_path / "trace.json").exists()
+        return
+    assert f"{recorded} steps are in {tmp_path / 'trace.json'}" in said
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert len(steps) == recorded + (recorded < 5)  # what follows the last step, too
