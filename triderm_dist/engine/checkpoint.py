@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from triderm_dist.engine.average import Average
-from triderm_dist.engine.state import Tensors, load_optimizer, whole_optimizer, whole_weights
+from triderm_dist.engine.state import Tensors, load_optimizer, takes_part, whole_optimizer, whole_weights
 from triderm_dist.files import whole, write_json
 from triderm_dist.schema import CheckpointError
 
@@ -127,7 +127,7 @@ class Checkpoints:
         parts = {
             "weights": whole_weights(accelerator, training.wrapped),
             "optimizer": whole_optimizer(accelerator, training.wrapped, training.optimizer),
-            **({"average": training.average.state()} if training.average else {}),
+            **({"average": training.average.state()} if training.average and takes_part(accelerator) else {}),
         }
         if accelerator.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)

@@ -35,6 +35,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
+def takes_part(accelerator: Accelerator) -> bool:
+    """Whether this rank has work in making tensors whole: rank 0 keeps them, and shards need all ranks. Under DDP each
+    rank has everything, so that the others would copy it to their host for nothing.
+    """
+    return accelerator.is_main_process or way(accelerator) != "ddp"
+
+
 def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor, on the device and with the sharding of `like`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -48,9 +55,11 @@ def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
-    """Everything that the network's own `state_dict` names, in fp32 where DeepSpeed keeps masters. Call on all
-    ranks.
+    """Everything that the network's own `state_dict` names, in fp32 where DeepSpeed keeps masters; nothing on ranks
+    that do not take part. Call on all ranks.
     """
+    if not takes_part(accelerator):
+        return {}
     network = unwrap(wrapped)
     if way(accelerator) != "deepspeed":
         return {name: whole(tensor) for name, tensor in network.state_dict().items()}
@@ -73,9 +82,11 @@ def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
 @torch.no_grad()
 def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of each trained parameter; empty before the
-    first step. optimizer: the plain one. Call on all ranks.
+    first step and on ranks that do not take part. optimizer: the plain one. Call on all ranks.
     """
     result: Tensors = {}
+    if not takes_part(accelerator):
+        return result
     if way(accelerator) == "deepspeed":
         from deepspeed.utils import safe_get_full_optimizer_state
 
