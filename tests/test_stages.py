@@ -1,5 +1,6 @@
 """Stages run once for the same content, again when it changes, and one run works in a folder at a time."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,27 @@ def test_a_failed_stage_ends_the_run_with_its_status(tmp_path):
     assert not (tmp_path / "out").exists()
     run_stages([stage(tmp_path)], tmp_path)
     assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_waits_for_its_stage_to_save(tmp_path, number):
+    stage = (
+        "import signal, sys, time; from pathlib import Path\n"
+        f"def save(*_): time.sleep(1); Path(r'{tmp_path}/saved').touch(); sys.exit(3)\n"
+        f"signal.signal(signal.SIGTERM, save); Path(r'{tmp_path}/begun').touch(); time.sleep(60)"
+    )
+    code = (
+        "from pathlib import Path; from triderm_dist import cli; from triderm_dist.config import Experiment\n"
+        "from triderm_dist.stages import Stage, run_stages\n"
+        f"stages = [Stage('wait', ['python', '-c', {stage!r}], 0, [], [])]\n"
+        f"cli.run(Experiment, lambda settings: run_stages(stages, Path(r'{tmp_path}')), None, [])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 3 and (tmp_path / "saved").exists()
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -5,14 +5,19 @@ Exit status 0: done. 2: bad input, told in one line. 3: interrupted, the same co
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from triderm_dist.config import Section, Tree, describe, load
 from triderm_dist.schema import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 3
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers ask a program to stop with. They stop it as Ctrl-C does, at once; training defers them to a step."""
 
 
 class Interrupted(Exception):
@@ -26,13 +31,26 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
         print(_help(kind, about or ""))
         sys.exit(0)
     try:
-        main(_settings(kind, arguments))
+        with taking_signals(signal.default_int_handler):
+            main(_settings(kind, arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"interrupted: {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def taking_signals(handler: Callable[..., object]) -> Iterator[None]:
+    """SIGNALS go to `handler` inside the block. Only the main thread may take signals: others are left as they are."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in SIGNALS} if here else {}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _settings(kind: type[Tree], arguments: list[str]) -> Tree:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from triderm_dist.cli import INTERRUPTED
 from triderm_dist.files import only_one, write_json
 from triderm_dist.schema import InputError
 
@@ -53,11 +54,22 @@ def run_stages(stages: Sequence[Stage], folder: Path) -> None:
             command = [sys.executable if word == "python" else word for word in stage.command]
             # Waiting OpenMP threads must not spin: they would fight with decoder threads and XGBoost for the cores.
             environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-            status = subprocess.run(command, env=environment, pass_fds=[lock], preexec_fn=_end_with_parent).returncode
+            status = _run(command, env=environment, pass_fds=[lock], preexec_fn=_end_with_parent)
             if status:
                 sys.exit(status if status > 0 else 128 - status)
             write_json(record, {**done, stage.name: key})
             print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _run(command: Sequence[str], **how: Any) -> int:
+    """The exit status of a command. Where this process is asked to stop, the command is too, and may save."""
+    with subprocess.Popen(command, **how) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            status = process.wait()
+            return status if status > 0 else INTERRUPTED
 
 
 def _key(stage: Stage) -> str:

@@ -1,7 +1,8 @@
 """Trainings one after the other on however many ranks were started, each from where its folder is; rank R writes how
 they ended to legs-R.json.
 
-A job is {"settings": [...], "stop": rank or null}: that rank asks itself to stop after the first epoch that ends here.
+A job is {"settings": [...], "folds": [0] if not told, "stop": rank or null}: that rank asks itself to stop
+after the first epoch that ends here.
 """
 
 import json
@@ -29,7 +30,9 @@ def main(output: str, jobs: str) -> None:
         experiment = load(Experiment, job.get("config"), job["settings"])
         ask = partial(stop_here, job.get("stop") == rank)
         try:
-            run_folds(experiment, read_index(experiment.train_shards), list(experiment.models), [0], ask)
+            run_folds(
+                experiment, read_index(experiment.train_shards), list(experiment.models), job.get("folds", [0]), ask
+            )
             ends.append("done")
         except (Interrupted, InputError) as error:
             ends.append(f"{type(error).__name__}: {error}")

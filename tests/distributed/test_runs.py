@@ -95,6 +95,29 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings,
     assert (a.logits == b.logits).all()
 
 
+def test_a_signal_before_training_is_none_that_kills(settings, tmp_path):
+    command = [sys.executable, "-m", "launch.train", *settings, f"output={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGUSR1 - 1):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_while_a_fold_ends_stops_before_the_next(settings, tmp_path, ranks):
+    job = {"config": settings[1], "settings": [*settings[2:], f"output={tmp_path}", "train.epochs=1"], "folds": [0, 1]}
+    stopped = {**job, "stop": ranks - 1}  # asked after the last step of fold 0, then after that of fold 1
+    legs = json.dumps([stopped, stopped, job])
+    launch(str(ROOT / "tests" / "distributed" / "legs.py"), str(tmp_path), legs, ranks=ranks)
+    for rank in range(ranks):
+        ends = json.loads((tmp_path / f"legs-{rank}.json").read_text())
+        assert [end.split(":")[0] for end in ends] == ["Interrupted", "Interrupted", "done"]
+
+
 def test_checkpoints_of_other_settings_are_not_resumed(alone, settings, tmp_path):
     first = launch("launch.train", *settings, f"output={tmp_path}", "train.epochs=1")
     second = launch("launch.train", *settings, f"output={tmp_path}")

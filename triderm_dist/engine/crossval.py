@@ -19,6 +19,7 @@ from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.memory import MicroBatch
+from triderm_dist.engine.safety import Stop
 from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
@@ -48,29 +49,26 @@ def run_folds(
     """
     folds = list(folds)
     assignment = folds_of(index, experiment.data)
-    for name in models:
-        model = model_named(experiment, name)
-        todo = [fold for fold in folds if not is_done(experiment, index, name, fold)]
-        if not todo:
-            continue
-        train_config = model.train
-        accelerator = parallel.start(
-            train_config.precision, train_config.micro_batch, train_config.global_batch, train_config.optim.clip_norm,
-            experiment.rank_timeout,
-        )  # fmt: skip
-        views = open_views(
-            model,
-            index,
-            experiment.token_folder,
-            accelerator,
-            experiment.data,
-            seed=experiment.seed_of_tokens,
-            train=True,
-        )
-        for fold in todo:
-            while not _run_fold(experiment, index, assignment, name, fold, views, on_validation):
-                gc.collect()  # what the attempt that ran out of memory held
-                torch.cuda.empty_cache()
+    with Stop() as stop:
+        for name in models:
+            model = model_named(experiment, name)
+            todo = [fold for fold in folds if not is_done(experiment, index, name, fold)]
+            if not todo:
+                continue
+            train_config = model.train
+            accelerator = parallel.start(
+                train_config.precision, train_config.micro_batch, train_config.global_batch,
+                train_config.optim.clip_norm, experiment.rank_timeout,
+            )  # fmt: skip
+            views = open_views(
+                model, index, experiment.token_folder, accelerator, experiment.data,
+                seed=experiment.seed_of_tokens, train=True, between=stop.check,
+            )  # fmt: skip
+            for fold in todo:
+                stop.check_now()  # what came while the fold before ended
+                while not _run_fold(experiment, index, assignment, name, fold, views, stop, on_validation):
+                    gc.collect()  # what the attempt that ran out of memory held
+                    torch.cuda.empty_cache()
 
 
 def _run_fold(
@@ -80,6 +78,7 @@ def _run_fold(
     name: str,
     fold: int,
     views: Views,
+    stop: Stop,
     on_validation: Callable[[int, dict[str, float]], None] | None,
 ) -> bool:
     """Train and predict one fold; False where memory ran out and a smaller micro-batch is to be tried."""
@@ -101,7 +100,7 @@ def _run_fold(
         torch.manual_seed(experiment.seed * 1_009 + fold)
         train(
             f"{name} fold {fold}", new_network(model, index.concepts, views).to(accelerator.device), model.head,
-            config, data, accelerator, folder, experiment.seed, identity, on_validation,
+            config, data, accelerator, folder, experiment.seed, identity, stop, on_validation,
         )  # fmt: skip
         # A network of its own: that of the training may be sharded, or hold other than the selected weights.
         network = new_network(model, index.concepts, views, pretrained=False)
@@ -110,6 +109,7 @@ def _run_fold(
         judge = partial(
             evaluate, network, index, views.source, validation_rows, accelerator,
             micro_batch=config.micro_batch, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
+            between=stop.check,
         )  # fmt: skip
         evaluation = judge()
         # How much a lesion with one photo loses can only be told of lesions that have both.

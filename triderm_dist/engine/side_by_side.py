@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from triderm_dist.cli import SIGNALS
 from triderm_dist.config import Experiment
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine.crossval import is_done
-from triderm_dist.engine.safety import SIGNALS
 from triderm_dist.ray_start import room, start_ray
 from triderm_dist.schema import ConfigError, InputError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +45,13 @@ def open_views(
     seed: int,
     train: bool,
     transforms: int = 1,
+    between: Callable[[], None] = lambda: None,
 ) -> Views:
     """Photos for towers that learn; for a frozen tower its tokens, after computing those that FOLDER lacks. Call on
     all ranks.
 
     train: also the augmented versions. transforms: how many transforms of the dihedral group prediction will ask for.
+    between: called on all ranks after every chunk of tokens, and may raise.
     """
     augment = model.train.augment
     for note in index.notes():
@@ -73,6 +76,7 @@ def open_views(
         accelerator,
         data,
         model.train.compile,
+        between,
     )
     return Views(TokenSource(cache, variants, turned), shape)
 
@@ -107,6 +111,7 @@ def _extract(
     accelerator: Accelerator,
     data: DataConfig,
     compile_tower: bool,
+    between: Callable[[], None],
 ) -> None:
     """Compute what is missing; ranks take turns by chunk, and an interrupted extraction goes on at the next chunk."""
     missing = cache.missing(versions)
@@ -129,6 +134,7 @@ def _extract(
                     chunk,
                     _tokens(tower, index, source, cache.rows(chunk), version, augment, seed, accelerator, data),
                 )
+            between()
             progress.update(task, completed=number + 1)
             if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
                 print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)

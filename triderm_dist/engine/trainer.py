@@ -59,6 +59,7 @@ def train(
     folder: Path,
     seed: int,
     identity: str,
+    stop: Stop,
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train `network` and leave the selected weights in FOLDER/weights.safetensors, the optimiser's groups in
@@ -67,7 +68,7 @@ def train(
     Call on all ranks. Two runs with the same `identity` (settings and data), seed, micro-batch and global batch give
     the same numbers, on any number of ranks up to the order of floating-point sums. `on_validation` is told (epoch,
     scores). Raises ConfigError for settings that can't work together, InputError for a loss or gradient that is not
-    finite (the step is not taken), Interrupted after saving where SIGTERM or SIGUSR1 asked to stop.
+    finite (the step is not taken), Interrupted after saving where `stop` was asked to.
     """
     refuse(accelerator, config)
     plans = _Plans(config, data, seed)
@@ -100,7 +101,7 @@ def train(
         finite.check()
         checkpoints.save(accelerator, training)
 
-    with tracker, profiler(folder, config.profile, accelerator.is_main_process) as profile, Stop(save) as stop:
+    with tracker, profiler(folder, config.profile, accelerator.is_main_process) as profile, stop.saves(save):
         while state.epoch < config.epochs:
             loader = plans.loader(state, accelerator)
             meter.start(loader, state.step)
