@@ -8,6 +8,7 @@ python -m launch.crossval --config EXPERIMENT.yaml side_by_side=true gpus=0.5
 """
 
 import os
+from functools import partial
 
 from pydantic import Field
 
@@ -54,14 +55,14 @@ def main(config: CrossvalRun) -> None:
         model_named(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     experiment = Experiment(**config.model_dump(exclude={"only"} | SIDE_BY_SIDE))
-    if is_main():
-        save(experiment, config.folder / "config.yaml")
     if config.side_by_side:
         how = {key: getattr(config, key) for key in SIDE_BY_SIDE - {"side_by_side"}}
         run_side_by_side(experiment, index, names, **how)
     else:
-        run_folds(config, index, names, range(config.data.folds))
+        keep = partial(save, experiment, config.folder / "config.yaml")
+        run_folds(experiment, index, names, range(config.data.folds), on_start=keep)
     if is_main():
+        save(experiment, config.folder / "config.yaml")
         if waiting := [name for name in config.models if not find_predictions(config.folder, [name])]:
             print(f"oof.parquet is written when {', '.join(waiting)} is trained too")
             return

@@ -3,6 +3,8 @@
 accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.train --config EXPERIMENT.yaml fold=0
 """
 
+from functools import partial
+
 from pydantic import Field
 
 from triderm_dist.cli import run
@@ -26,9 +28,7 @@ def main(config: TrainRun) -> None:
     model_named(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     folder = config.fold_folder(name, config.fold)
-    if is_main():
-        save(config, folder / "config.yaml")
-    run_folds(config, index, [name], [config.fold])
+    run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / "config.yaml"))
     if is_main():
         print(f"weights and predictions are in {folder}")
 

@@ -36,6 +36,10 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except OSError as error:  # a full disk, a folder that is a file, no rights, no network
+        text = error.strerror or " ".join(str(error).split())
+        print(f"error: {error.filename}: {text}" if error.filename else f"error: {text}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"interrupted: {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -34,7 +34,7 @@ def main(output: str, jobs: str) -> None:
                 experiment, read_index(experiment.train_shards), list(experiment.models), job.get("folds", [0]), ask
             )
             ends.append("done")
-        except (Interrupted, InputError) as error:
+        except (Interrupted, InputError, OSError) as error:
             ends.append(f"{type(error).__name__}: {error}")
         Path(output, f"legs-{rank}.json").write_text(json.dumps(ends))
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.flops import training_flops
+from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.safety import Stop
 from triderm_dist.engine.startup import parameters_by_room, report
 from triderm_dist.engine.tokens import open_views
@@ -97,7 +98,7 @@ def run(tmp_path_factory):
     data = TrainingData(index, views.source, rows, np.arange(56, 64), 2, 4)
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
-        train("tri", network, model.head, model.train, data, accelerator, folder, 0, "x", Stop())
+        train("tri", network, model.head, model.train, data, accelerator, FoldFolder(folder, "x", "x"), 0, Stop())
     return folder, flops, reads
 
 

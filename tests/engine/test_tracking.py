@@ -101,7 +101,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
     assert out.count("flaky failed and is left out from here on (ConnectionError: gone)") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     with pytest.raises(ConfigError, match=r"flaky did not start \(ConnectionError: no route to host\)"):
-        tracker_in(tmp_path, trackers=["flaky"])
+        tracker_in(tmp_path, trackers=["flaky"]).__enter__()
 
 
 @pytest.mark.slow  # its database takes half a minute to set up

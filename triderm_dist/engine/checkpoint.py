@@ -6,11 +6,13 @@ in the plan, schedule, loss scale, soft F1 sums, best epoch). All of it is whole
 that it resumes on other ranks and another way to run (the table is in `engine/state.py`), and any file loads with
 safetensors alone. No random state is in it: order, augmentation and dropout are functions of (seed, step).
 
-The newest `keep_last` are kept; the weights of the best epoch are FOLDER/weights.safetensors.
+The newest `keep_last` are kept; the weights of the best epoch are FOLDER/weights.safetensors. A checkpoint that is
+damaged is passed over, and written again when the training comes to its step.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,12 +24,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from triderm_dist.engine.average import Average
+from triderm_dist.engine.safety import on_main
 from triderm_dist.engine.state import Tensors, load_optimizer, takes_part, whole_optimizer, whole_weights
-from triderm_dist.files import whole, write_json
+from triderm_dist.files import naming, whole, write_json
 from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
@@ -70,11 +72,22 @@ class Training:
 
 
 class Saved:
-    """A complete checkpoint on disk. Weights go into the network before it is wrapped, the rest after."""
+    """A complete checkpoint on disk. Weights go into the network before it is wrapped, the rest after.
+
+    Raises CheckpointError where it is damaged or of another version.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.record: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        try:
+            self.record: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            version = self.record["version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}: damaged checkpoint (state.json: {type(error).__name__})") from None
+        if version != CHECKPOINT_VERSION:
+            raise CheckpointError(f"{folder}: checkpoint of version {version}, not {CHECKPOINT_VERSION}")
+        for path in [folder / "weights.safetensors", folder / "optimizer.safetensors", *folder.glob("av*.safetensors")]:
+            _read_tensors(path, only_look=True)
 
     @property
     def state(self) -> TrainState:
@@ -88,8 +101,8 @@ class Saved:
         weights, optimizer = self._tensors("weights"), self._tensors("optimizer")
         load_optimizer(accelerator, training.wrapped, training.optimizer, weights, optimizer)
         scheduler = training.scheduler
-        scheduler.load_state_dict(self.record["scheduler"])
-        # Those of the present settings, which are not the recorded ones after `take_over`.
+        # The rates are those of the present settings, which may be others than the recorded ones.
+        scheduler.load_state_dict({**self.record["scheduler"], "base_lrs": scheduler.base_lrs})
         rates = [
             rate * factor(scheduler.last_epoch)
             for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -106,88 +119,103 @@ class Saved:
         training.state = self.state
 
     def _tensors(self, name: str) -> Tensors:
-        from safetensors.torch import load_file
+        return _read_tensors(self.folder / f"{name}.safetensors")
 
-        return load_file(self.folder / f"{name}.safetensors")
+
+def readable(folder: Path, tell: bool = False) -> list[Saved]:
+    """The checkpoints in a folder, oldest first, without those that are damaged; tell: say which are."""
+    found = []
+    for path in sorted(path for path in folder.glob("epoch-*") if path.suffix != ".part"):
+        try:
+            found.append(Saved(path))
+        except CheckpointError as error:
+            if tell:
+                print(f"{error}; it is passed over", flush=True)
+    return found
 
 
 class Checkpoints:
-    """The checkpoints of one training, told apart from those of other settings by `identity`."""
+    """The checkpoints of one training, told apart from those of other settings by `identity`.
 
-    def __init__(self, folder: Path, identity: str, keep_last: int) -> None:
+    how: settings that may differ from checkpoint to checkpoint, such as the precision; `changes` tells where they did.
+    """
+
+    def __init__(self, folder: Path, identity: str, keep_last: int, how: Mapping[str, Any] | None = None) -> None:
         self.folder, self.identity, self.keep_last = folder / "checkpoints", identity, keep_last
+        self.how, self.changes = dict(how or {}), list[dict[str, Any]]()
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
         """Call on all ranks, between two steps."""
-        from safetensors.torch import save_file
-
-        state = training.state
-        final = self.folder / f"epoch-{state.epoch:04d}-step-{state.step:08d}"
-        beside = final.with_name(final.name + ".part")
         parts = {
             "weights": whole_weights(accelerator, training.wrapped),
             "optimizer": whole_optimizer(accelerator, training.wrapped, training.optimizer),
             **({"average": training.average.state()} if training.average and takes_part(accelerator) else {}),
         }
-        if accelerator.is_main_process:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+        record = {
+            "version": CHECKPOINT_VERSION,
+            "identity": self.identity,
+            "state": asdict(training.state),
+            "scheduler": training.scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "sums": None if training.sums is None else training.sums.tolist(),
+            "how": self.how,
+            "changes": self.changes,
+        }
+        on_main(lambda: self._write(training.state, parts, record))
+
+    def _write(self, state: TrainState, parts: Mapping[str, Tensors], record: Mapping[str, Any]) -> None:
+        final = self.folder / f"epoch-{state.epoch:04d}-step-{state.step:08d}"
+        beside = final.with_name(final.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
             for name, tensors in parts.items():
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / f"{name}.safetensors")
-            record = {
-                "version": CHECKPOINT_VERSION,
-                "identity": self.identity,
-                "state": asdict(state),
-                "scheduler": training.scheduler.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                "sums": None if training.sums is None else training.sums.tolist(),
-            }
+                _write_tensors(beside / f"{name}.safetensors", tensors)
             write_json(beside / "state.json", record)
             _flush(beside)
-            if final.exists():  # stopped while it validated, and again after it went on from here
-                shutil.rmtree(beside)
-            else:
-                beside.rename(final)
-                _flush(self.folder)
-            for old in self._found()[: -self.keep_last]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+            raise
+        if final in [saved.folder for saved in readable(self.folder)]:
+            shutil.rmtree(beside)  # stopped while it validated, and again after it went on from here
+        else:
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one
+            beside.rename(final)
+            _flush(self.folder)
+        for old in readable(self.folder)[: -self.keep_last]:
+            shutil.rmtree(old.folder)
 
     def take_over(self) -> None:
         """Make the checkpoints here, which were saved under other settings, those of this identity: training goes on
-        from their weights, moments and step with its own learning rates.
+        from their weights, moments and step with its own learning rates, also where it had ended.
         """
-        for folder in self._found():
-            record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            record["identity"] = self.identity
-            del record["scheduler"]["base_lrs"]
-            write_json(folder / "state.json", record)
+        (self.folder.parent / "fold.json").unlink(missing_ok=True)
+        for saved in readable(self.folder):
+            write_json(saved.folder / "state.json", {**saved.record, "identity": self.identity})
 
-    def newest(self, accelerator: Accelerator) -> Saved | None:
-        """The newest checkpoint of the same settings, as rank 0 sees it, or None. Call on all ranks.
+    def newest(self, folder: Path) -> Saved | None:
+        """The newest checkpoint of this training in FOLDER/checkpoints that can be read, or None. Call on all ranks."""
 
-        Removes what a killed save left, and checkpoints of other settings.
-        """
-        choice: list[str | None] = [None]
-        if accelerator.is_main_process:
-            for unfinished in self.folder.glob("*.part"):
-                shutil.rmtree(unfinished)
-            found = self._found()
-            if found and self._is_ours(found[-1]):
-                choice[0] = str(found[-1])
-            elif self.folder.exists() and any(self.folder.iterdir()):
-                print(f"{self.folder}: checkpoints of other settings or data; starting from the beginning", flush=True)
-                shutil.rmtree(self.folder)
-        broadcast_object_list(choice)
-        return Saved(Path(choice[0])) if choice[0] else None
+        def choose() -> str | None:
+            ours = [each for each in readable(folder / "checkpoints", True) if each.record["identity"] == self.identity]
+            return str(ours[-1].folder) if ours else None
 
-    def _is_ours(self, folder: Path) -> bool:
-        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return (record.get("version"), record["identity"]) == (CHECKPOINT_VERSION, self.identity)
+        choice = on_main(choose)
+        if choice is None:
+            return None
+        saved = Saved(Path(choice))
+        before, self.changes = saved.record.get("how", {}), saved.record.get("changes", [])
+        if changed := {key: [old, self.how[key]] for key, old in before.items() if self.how.get(key, old) != old}:
+            self.changes = [*self.changes, {"step": saved.state.step, **changed}]
+        return saved
 
-    def _found(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("epoch-*") if path.suffix != ".part")
+    def news(self, saved: Saved) -> str:
+        """What a training goes on with that is not as it was, in one line; empty where nothing changed."""
+        if not self.changes or self.changes[-1]["step"] != saved.state.step:
+            return ""
+        changed = {key: pair for key, pair in self.changes[-1].items() if key != "step"}
+        what = ", ".join(f"{key}={new} instead of {old}" for key, (old, new) in changed.items())
+        return f"goes on from step {saved.state.step} with {what}: not the numbers of an undisturbed run"
 
 
 def _flush(folder: Path) -> None:
@@ -197,17 +225,41 @@ def _flush(folder: Path) -> None:
             continue
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with naming(path):
+                os.fsync(handle)
         finally:
             os.close(handle)
 
 
-def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> str:
-    """Write PATH.safetensors and PATH.json beside it (format, version, sha256 and `about`); returns the sha256."""
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        with naming(path):
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None
+
+
+def _read_tensors(path: Path, only_look: bool = False) -> Tensors:
+    """Raises CheckpointError for a file that is cut short or none; only_look: reads no more than tells that."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        if not only_look:
+            return load_file(path)
+        with safe_open(path, framework="pt"):
+            return {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable weight file ({error})") from None
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> str:
+    """Write PATH.safetensors and PATH.json beside it (format, version, sha256 and `about`); returns the sha256."""
     with whole(path.with_suffix(".safetensors")) as beside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, beside)
+        _write_tensors(beside, weights)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
     save_about(path, sha256=digest, **about)
     return digest
@@ -234,14 +286,8 @@ def load_weights(path: Path, network: nn.Module) -> None:
     """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError naming what does not
     fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = path.with_suffix(".safetensors")
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: not a readable weight file ({error})") from None
+    weights = _read_tensors(file)
     own = network.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)

@@ -18,14 +18,15 @@ from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.fold_folder import FoldFolder, alone, is_finished
 from triderm_dist.engine.memory import MicroBatch
-from triderm_dist.engine.safety import Stop
+from triderm_dist.engine.safety import Stop, on_main
 from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.oof import NO_FOLD, Predictions, write_predictions
-from triderm_dist.schema import VIEWS, ConfigError, DataError
+from triderm_dist.schema import VIEWS, CheckpointError, ConfigError, DataError
 
 
 def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
@@ -40,12 +41,14 @@ def run_folds(
     models: Iterable[str],
     folds: Iterable[int],
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Train every fold of every model one after the other on all ranks, skipping what is done. Call on all ranks.
 
     Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}, and
-    without_VIEW.parquet: the same lesions predicted as if one photo had never been taken. Raises Interrupted
-    where it was asked to stop or lost another rank.
+    without_VIEW.parquet: the same lesions predicted as if one photo had never been taken. `on_start` is called on rank
+    0 when a fold's settings have passed all checks; before it nothing of an earlier run is touched. Raises Interrupted
+    where it was asked to stop or lost another rank, InputError where another run trains the same fold.
     """
     folds = list(folds)
     assignment = folds_of(index, experiment.data)
@@ -60,15 +63,19 @@ def run_folds(
                 train_config.precision, train_config.micro_batch, train_config.global_batch,
                 train_config.optim.clip_norm, experiment.rank_timeout,
             )  # fmt: skip
+            on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             views = open_views(
                 model, index, experiment.token_folder, accelerator, experiment.data,
                 seed=experiment.seed_of_tokens, train=True, between=stop.check,
             )  # fmt: skip
             for fold in todo:
                 stop.check_now()  # what came while the fold before ended
-                while not _run_fold(experiment, index, assignment, name, fold, views, stop, on_validation):
-                    gc.collect()  # what the attempt that ran out of memory held
-                    torch.cuda.empty_cache()
+                with alone(experiment.fold_folder(name, fold)):
+                    while not _run_fold(
+                        experiment, index, assignment, name, fold, views, stop, on_validation, on_start
+                    ):
+                        gc.collect()  # what the attempt that ran out of memory held
+                        torch.cuda.empty_cache()
 
 
 def _run_fold(
@@ -80,27 +87,29 @@ def _run_fold(
     views: Views,
     stop: Stop,
     on_validation: Callable[[int, dict[str, float]], None] | None,
+    on_start: Callable[[], None],
 ) -> bool:
     """Train and predict one fold; False where memory ran out and a smaller micro-batch is to be tried."""
     model, folder = experiment.models[name], experiment.fold_folder(name, fold)
-    identity = fold_identity(experiment, index, name, fold)
-    memory = MicroBatch(folder, identity, model.train.micro_batch, model.train.global_batch)
+    stamp = fold_stamp(experiment, index, name, fold)
+    place = FoldFolder(folder, stamp, fold_identity(experiment, index, name, fold))
+    if on_main(place.done):
+        on_main(place.take)
+        return True
+    memory = MicroBatch(folder, stamp, model.train.micro_batch, model.train.global_batch)
     config = model.train.model_copy(update={"micro_batch": memory.agreed()})
     # A fresh one for each training: DeepSpeed binds an Accelerator to one engine.
     accelerator = parallel.start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm)
     train_rows = np.flatnonzero((assignment >= 0) & (assignment != fold))
     validation_rows = np.flatnonzero(assignment == fold)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     data = TrainingData(
         index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
     )
     with memory.fits(config.micro_batch) as attempt:
         torch.manual_seed(experiment.seed * 1_009 + fold)
-        train(
+        changes = train(
             f"{name} fold {fold}", new_network(model, index.concepts, views).to(accelerator.device), model.head,
-            config, data, accelerator, folder, experiment.seed, identity, stop, on_validation,
+            config, data, accelerator, place, experiment.seed, stop, on_start, on_validation,
         )  # fmt: skip
         # A network of its own: that of the training may be sharded, or hold other than the selected weights.
         network = new_network(model, index.concepts, views, pretrained=False)
@@ -116,7 +125,8 @@ def _run_fold(
         hidden = {view: judge(hide=view) for view in VIEWS} if set(VIEWS) <= set(model.use) else {}
     if attempt.failed:
         return False
-    if accelerator.is_main_process:
+
+    def write() -> None:
         digest = read_about(folder / "weights")["sha256"]
         about = (index, name, model.head, fold, digest)
         for view, seen in hidden.items():
@@ -124,13 +134,15 @@ def _run_fold(
         write_predictions(folder / "predictions.parquet", as_predictions(evaluation, *about))
         save_about(
             folder / "fold",
-            identity=identity,
+            identity=stamp,
             model=model.model_dump(mode="json"),
             concepts=index.concepts,
             fold=fold,
             weights=digest,
+            changes=changes,
         )
-    accelerator.wait_for_everyone()
+
+    on_main(write)
     accelerator.free_memory()
     return True
 
@@ -156,7 +168,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
                 )
             transforms = experiment.predict.transforms
             stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
-            if _stamp(folder / "test.json") == stamp and (folder / "test.parquet").exists():
+            if _test_stamp(folder) == stamp and (folder / "test.parquet").exists():
                 continue
             accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0, experiment.rank_timeout)
             if views is None:
@@ -171,15 +183,16 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
                 network, index, views.source, np.arange(len(index)), accelerator, micro_batch=experiment.predict.batch,
                 transforms=transforms, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
             )  # fmt: skip
-            if accelerator.is_main_process:
-                predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
-                write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
-                save_about(folder / "test", stamp=stamp)
-                print(
-                    f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms",
-                    flush=True,
-                )
-            accelerator.wait_for_everyone()
+            predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
+            on_main(partial(_write_test, folder, predictions, transforms, stamp))
+            accelerator.print(
+                f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
+            )
+
+
+def _write_test(folder: Path, predictions: Predictions, transforms: int, stamp: str) -> None:
+    write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
+    save_about(folder / "test", stamp=stamp)
 
 
 def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pretrained: bool = True) -> Network:
@@ -224,25 +237,34 @@ def model_named(experiment: Experiment, name: str) -> ModelConfig:
 
 def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
     """Whether this fold has been trained and predicted with these settings and these data."""
-    folder = experiment.fold_folder(name, fold)
-    return (folder / "predictions.parquet").exists() and _stamp(folder / "fold.json", "identity") == fold_identity(
-        experiment, index, name, fold
-    )
+    return is_finished(experiment.fold_folder(name, fold), fold_stamp(experiment, index, name, fold))
 
 
-def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
-    """A hash of all that the fold's result depends on."""
+COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
+EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
+
+
+def fold_stamp(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, leave: Iterable[str] = ()) -> str:
+    """A hash of all that the fold's result depends on, but for the keys of `train` to `leave` out."""
     model = experiment.models[name].model_dump(mode="json")
-    for cosmetic in ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops"):
-        model["train"].pop(cosmetic)
+    for key in (*COSMETIC, *leave):
+        section, _, key = key.rpartition(".")
+        (model["train"][section] if section else model["train"]).pop(key)
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
     if experiment.token_seed is not None:
         content.append(experiment.token_seed)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _stamp(path: Path, key: str = "stamp") -> str | None:
+def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
+    """A hash of all that a training must share with a checkpoint to go on from it: not how a step is executed, so that
+    it may go on on another card, and not the learning rate, so that one that diverged may go on with a lower one.
+    """
+    return fold_stamp(experiment, index, name, fold, leave=(*EXECUTION, "optim.lr", "optim.min_lr"))
+
+
+def _test_stamp(folder: Path) -> str | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (OSError, json.JSONDecodeError):
+        return read_about(folder / "test").get("stamp")
+    except CheckpointError:
         return None

@@ -98,8 +98,9 @@ def next_smaller(size: int, of_rank: int) -> int:
     smaller = next((n for n in range(size // 2, 0, -1) if of_rank % n == 0), 0)
     if not smaller:
         raise ConfigError(
-            "out of memory with one lesion at a time: set train.activation_checkpointing=true, freeze more blocks, or "
-            "spread the network with accelerate_configs/fsdp2.yaml"
+            "out of memory with one lesion at a time: the same command goes on from the last checkpoint with "
+            "train.activation_checkpointing=true or under accelerate_configs/fsdp2.yaml; freezing more blocks trains "
+            "from the beginning"
         )
     return smaller
 

@@ -8,15 +8,18 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from triderm_dist.cli import Interrupted, taking_signals
-from triderm_dist.engine.parallel import many, way
+from triderm_dist.engine.parallel import is_main, many, way
 from triderm_dist.schema import InputError
+
+T = TypeVar("T")
 
 
 class Stop:
@@ -86,6 +89,23 @@ def _hosts() -> Any:
     return dist.new_group(backend="gloo")
 
 
+def on_main(work: Callable[[], T]) -> T:
+    """What rank 0 gets from `work`, on all ranks; call on all. Bad input, or a file that can't be read or written, is
+    raised on all of them, so that none waits for rank 0.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except (InputError, OSError) as error:
+            outcome[1] = error
+    if many():
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
 class Finite:
     """Keeps a step whose loss or gradient is not finite from being taken, without waiting for the device.
 
@@ -121,9 +141,11 @@ class Finite:
         scaler = self.accelerator.scaler
         if self._found.item():
             number = int(self._first)
+            precise = "" if self.accelerator.mixed_precision == "no" else " or train.precision=fp32"
             raise InputError(
-                f"step {number}: loss or gradient is not finite; the step was not taken and the last checkpoint is "
-                f"good. Lower train.optim.lr or set train.precision=fp32. Lesions of its batch: {self._ids(number)}"
+                f"step {number}: loss or gradient is not finite; the step was not taken. The same command with a lower "
+                f"train.optim.lr{precise} goes on from the last checkpoint, which is good. Lesions of its batch: "
+                f"{self._ids(number)}"
             )
         if scaler and scaler.get_scale() < 1:
             raise InputError(

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from triderm_dist.cli import SIGNALS
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, save
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine.crossval import is_done
 from triderm_dist.ray_start import room, start_ray
@@ -135,7 +135,9 @@ def _train(here: str, cpus: int, experiment: Experiment, name: str, fold: int) -
     from triderm_dist.engine.crossval import run_folds
 
     with _as_worker(here, cpus):
-        run_folds(experiment, open_index(experiment.train_shards, experiment.data.remote), [name], [fold])
+        index = open_index(experiment.train_shards, experiment.data.remote)
+        keep = partial(save, experiment, experiment.folder / "config.yaml")
+        run_folds(experiment, index, [name], [fold], on_start=keep)
 
 
 def _prepare_tokens(here: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from triderm_dist.files import write_text
+from triderm_dist.engine.safety import on_main
+from triderm_dist.files import naming, write_text
 from triderm_dist.schema import ConfigError
 
 PROJECT = "triderm-dist"
@@ -21,11 +22,13 @@ class Tracker:
 
     Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, lesions_per_s, data_wait,
     memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step, macro_f1 (argmax), official}.
-    Opening at a step, `epoch` epochs of which are validated, drops later records: a resumed run writes them again.
+    Opening (`with`) at a step, `epoch` epochs of which are validated, drops later records: a resumed run writes them
+    again. Open it and log on all ranks.
 
     trackers: names that Accelerate knows, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow. settings: what a
     tracker shows beside the run, by dotted key. Raises ConfigError, on all ranks, for a tracker that is unknown or not
-    installed. A tracker that fails later is left out and said so: it must not end the training it watches.
+    installed; opening raises it for one that does not start. A tracker that fails later is left out and said so: it
+    must not end the training it watches.
     """
 
     def __init__(
@@ -42,18 +45,22 @@ class Tracker:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.active, self.epochs, self.total_steps = name, active, epochs, total_steps
-        kinds = {kind: tracker_class(kind) for kind in dict.fromkeys(trackers)}
-        if not active:
-            return
-        path = folder / "metrics.jsonl"
-        before = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        kept = [line for line in before if line["kind"] != "validation" or line["epoch"] <= epoch]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._trackers = {kind: _started(kind, cls, name, folder, step, settings or {}) for kind, cls in kinds.items()}
+        self._kinds = {kind: tracker_class(kind) for kind in dict.fromkeys(trackers)}
+        self._path, self._step, self._epoch, self._settings = folder / "metrics.jsonl", step, epoch, settings or {}
 
     def __enter__(self) -> Tracker:
+        on_main(self._open)
         return self
+
+    def _open(self) -> None:
+        step, folder = self._step, self._path.parent
+        before = [line for line in read_metrics(self._path) if line["step"] <= step] if step else []
+        kept = [line for line in before if line["kind"] != "validation" or line["epoch"] <= self._epoch]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._trackers = {
+            kind: _started(kind, cls, self.name, folder, step, self._settings) for kind, cls in self._kinds.items()
+        }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -64,10 +71,12 @@ class Tracker:
 
     def log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
         """Record values of a kind of record, and print its line."""
-        if not self.active:
-            return
-        self._file.write(json.dumps({"kind": kind, "epoch": round(epoch, 4), "step": step, **values}) + "\n")
-        self._file.flush()
+        on_main(lambda: self._log(kind, epoch, step, values))
+
+    def _log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
+        with naming(self._path):
+            self._file.write(json.dumps({"kind": kind, "epoch": round(epoch, 4), "step": step, **values}) + "\n")
+            self._file.flush()
         self._for_each("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)
         if kind == "train":
             place = f"epoch {epoch:.1f}/{self.epochs}  step {step}/{self.total_steps}"

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from triderm_dist.engine.average import Average
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.flops import budget
+from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.meter import Meter
-from triderm_dist.engine.parallel import all_sum, is_main, refuse, wrap
+from triderm_dist.engine.parallel import all_sum, choose_precision, refuse, wrap
 from triderm_dist.engine.profiling import profiler
-from triderm_dist.engine.safety import Finite, Stop
+from triderm_dist.engine.safety import Finite, Stop, on_main
 from triderm_dist.engine.startup import report
 from triderm_dist.engine.state import whole_weights
 from triderm_dist.engine.step import train_step
@@ -56,32 +58,37 @@ def train(
     config: TrainConfig,
     data: TrainingData,
     accelerator: Accelerator,
-    folder: Path,
+    place: FoldFolder,
     seed: int,
-    identity: str,
     stop: Stop,
+    on_start: Callable[[], None] = lambda: None,
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Train `network` and leave the selected weights in FOLDER/weights.safetensors, the optimiser's groups in
-    FOLDER/optimizer.txt; resumes from FOLDER/checkpoints.
+    FOLDER/optimizer.txt, FOLDER being place.path; resumes from FOLDER/checkpoints. Returns what changed on the way:
+    {"step", setting: [before, after]} of each start that went on with another learning rate or way to compute.
 
-    Call on all ranks. Two runs with the same `identity` (settings and data), seed, micro-batch and global batch give
-    the same numbers, on any number of ranks up to the order of floating-point sums. `on_validation` is told (epoch,
-    scores). Raises ConfigError for settings that can't work together, InputError for a loss or gradient that is not
-    finite (the step is not taken), Interrupted after saving where `stop` was asked to.
+    Call on all ranks. Two runs with the same stamp (settings and data), seed, micro-batch and global batch give the
+    same numbers, on any number of ranks up to the order of floating-point sums. `on_start` is called on rank 0 when the
+    settings have passed all checks; before it nothing is written. `on_validation` is told (epoch, scores). Raises
+    ConfigError for settings that can't work together, InputError for a loss or gradient that is not finite (the step is
+    not taken), OSError for a file that can't be written, all on all ranks; Interrupted after saving where `stop` was
+    asked to.
     """
     refuse(accelerator, config)
     plans = _Plans(config, data, seed)
     labels = data.index.labels[data.validation_rows]
     loss = CompoundLoss(config.loss, head, plans.class_counts).to(accelerator.device)
-    checkpoints = Checkpoints(folder, identity, config.keep_last)
-    saved = checkpoints.newest(accelerator)
+    folder, how = place.path, how_of(config, accelerator)
+    checkpoints = Checkpoints(folder, place.identity, config.keep_last, how)
+    saved = checkpoints.newest(on_main(place.found))
     if saved:
         saved.into_network(network)
     compute = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
     lesions = len(data.train_rows), len(data.validation_rows)
     accelerator.print(report(name, accelerator, config, network, lesions, plans.steps, compute))
-    build = partial(_build_optimizer, config=config, table=folder / "optimizer.txt" if is_main() else None)
+    groups: list[str] = []
+    build = partial(_build_optimizer, config=config, groups=groups)
     wrapped, prepared, optimizer = wrap(
         accelerator, network, build, config.activation_checkpointing, config.compile
     )  # fmt: skip
@@ -96,6 +103,16 @@ def train(
         name, folder, accelerator.is_main_process, epochs=config.epochs, total_steps=plans.total_steps, step=state.step,
         epoch=state.epoch, trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
     )  # fmt: skip
+
+    if saved and (news := checkpoints.news(saved)):
+        accelerator.print(f"{name} {news}")
+
+    def begin() -> None:
+        place.take()
+        on_start()
+        write_text(folder / "optimizer.txt", groups[0] + "\n")
+
+    on_main(begin)
 
     def save() -> None:
         finite.check()
@@ -138,6 +155,18 @@ def train(
             save()
             if on_validation:
                 on_validation(state.epoch, scores)
+    return checkpoints.changes
+
+
+def how_of(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Settings that change the numbers of a training and yet may change when it goes on."""
+    return {
+        "train.precision": choose_precision(config.precision, accelerator.device)[0],
+        "train.micro_batch": config.micro_batch,
+        "train.compile": config.compile,
+        "train.optim.lr": config.optim.lr,
+        "train.optim.min_lr": config.optim.min_lr,
+    }
 
 
 class _Plans:
@@ -169,16 +198,14 @@ class _Plans:
         return EpochPlan(self._samples, self._sampling, self.seed, epoch)
 
 
-def _build_optimizer(network: Network, config: TrainConfig, table: Path | None) -> torch.optim.Optimizer:
+def _build_optimizer(network: Network, config: TrainConfig, groups: list[str]) -> torch.optim.Optimizer:
     optimizer = build_optimizer(network, config.optim)
-    if table:
-        write_text(table, describe_groups(optimizer.param_groups) + "\n")
+    groups.append(describe_groups(optimizer.param_groups))  # DeepSpeed puts its own in their place
     return optimizer
 
 
 def _keep_weights(accelerator: Accelerator, wrapped: nn.Module, folder: Path, state: TrainState) -> None:
     """The weights that predict, whole and under canonical keys."""
     weights = whole_weights(accelerator, wrapped)
-    if accelerator.is_main_process:
-        save_weights(folder / "weights", weights, epoch=state.best_epoch, validation_macro_f1=state.best_score)
-    accelerator.wait_for_everyone()
+    about = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
+    on_main(lambda: save_weights(folder / "weights", weights, **about))
