@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.cli import INTERRUPTED
 from triderm_dist.files import only_one, write_json
 from triderm_dist.schema import InputError
 
@@ -68,8 +67,9 @@ def _run(command: Sequence[str], **how: Any) -> int:
             return process.wait()
         except KeyboardInterrupt:
             process.terminate()
-            status = process.wait()
-            return status if status > 0 else INTERRUPTED
+            if (status := process.wait()) > 0:
+                return status
+            raise
 
 
 def _key(stage: Stage) -> str:
