@@ -77,6 +77,7 @@ def start(
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate would take DDP instead, silently
     elif on_cpu:
         # A launcher that was told of several GPUs starts the processes; this makes them use gloo on the CPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
