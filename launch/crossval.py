@@ -13,28 +13,11 @@ from functools import partial
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment, save
-
-SIDE_BY_SIDE = {"side_by_side", "cpus", "gpus", "retries", "address"}
+from triderm_dist.config import SIDE_BY_SIDE, SideBySideRun, save
 
 
-class CrossvalRun(Experiment):
+class CrossvalRun(SideBySideRun):
     only: tuple[str, ...] | None = Field(None, description="train these models only; null trains all of `models`")
-    side_by_side: bool = Field(
-        False, description="train folds at the same time, each in one process, on this machine or a Ray cluster"
-    )
-    cpus: int = Field(1, ge=1, description="side_by_side: CPU cores a fold, and its threads")
-    gpus: float | None = Field(
-        None, gt=0, le=1, description="side_by_side: share of a GPU that a fold takes; null: one where there are GPUs"
-    )
-    retries: int = Field(
-        2, ge=0, description="side_by_side: times that a fold whose process died goes on from its last checkpoint"
-    )
-    address: str | None = Field(
-        None,
-        description="side_by_side: Ray cluster to run on, a token that it asks for in RAY_AUTH_TOKEN; null starts Ray "
-        "here",
-    )
 
 
 def main(config: CrossvalRun) -> None:
@@ -45,19 +28,15 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.oof import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
 
-    idle = sorted(SIDE_BY_SIDE & config.model_fields_set - {"side_by_side"})
-    if idle and not config.side_by_side:
-        raise ConfigError(f"{idle[0]}: has effect with side_by_side=true only")
     if config.side_by_side and "WORLD_SIZE" in os.environ:
         raise ConfigError("side_by_side: starts its own processes; run it by python -m, without a launcher")
     names = config.only or tuple(config.models)
     for name in names:
         model_named(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
-    experiment = Experiment(**config.model_dump(exclude={"only"} | SIDE_BY_SIDE))
+    experiment = config.experiment
     if config.side_by_side:
-        how = {key: getattr(config, key) for key in SIDE_BY_SIDE - {"side_by_side"}}
-        run_side_by_side(experiment, index, names, **how)
+        run_side_by_side(experiment, index, names, **{key: getattr(config, key) for key in SIDE_BY_SIDE})
     else:
         keep = partial(save, experiment, config.folder / "config.yaml")
         run_folds(experiment, index, names, range(config.data.folds), on_start=keep)

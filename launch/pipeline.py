@@ -12,17 +12,14 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment, save
+from triderm_dist.config import SIDE_BY_SIDE, Experiment, SideBySideRun, save
 from triderm_dist.schema import ConfigError
 from triderm_dist.stages import Stage, run_stages
 
 
-class PipelineRun(Experiment):
+class PipelineRun(SideBySideRun):
     launcher: str | None = Field(
         None, description="accelerate config file for the stages that use the network; null runs one process"
-    )
-    side_by_side: bool = Field(
-        False, description="train folds at the same time, one process and GPU each, scheduled by Ray on this machine"
     )
 
 
@@ -34,8 +31,7 @@ def main(config: PipelineRun) -> None:
         raise ConfigError(f"launcher: {config.launcher} is no file; see accelerate_configs/")
     if config.launcher and config.side_by_side:
         raise ConfigError("side_by_side: trains each fold in one process; leave it or launcher away")
-    save(Experiment(**config.model_dump(exclude={"launcher", "side_by_side"})), settings)
-    run_stages(list(stages(config, settings)), folder)
+    run_stages(stages(config, settings), folder, begin=lambda: save(config.experiment, settings))
     for name in ("submission.csv", "oof_submission.csv", "report.html"):
         if (folder / name).exists():
             print(f"{folder / name}")
@@ -46,56 +42,68 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     from triderm_dist.data.cache import index_file
 
     folder, with_config = config.folder, ["--config", str(settings)]
-    data = config.data
+    data, extra = config.data, config.stack.extra if config.stack.enabled else ()
     packing = data.model_dump(mode="json", exclude={"workers", "prefetch", "verify", "remote"})
     accelerate = ["launch.ranks", "--config_file", config.launcher, "-m"] if config.launcher else []
     network = ["python", "-m", *accelerate]
     models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
-    folds = [config.fold_folder(name, fold) for name in models for fold in range(config.data.folds)]
-    tests = bool(config.data.test or config.data.test_shards)
+    folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
+    training = [models, packing, config.seed, config.token_seed]
+    predicting = [config.predict.model_dump(mode="json"), packing]
+    train_index = index_file(config.train_shards, data.remote)
+    test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
+    if "features" in extra and not test_index:
+        raise ConfigError("stack.extra: features are turned into one basis on a test set; name one as data.test")
     result = []
-    if config.data.shards is None:
-        result.append(_pack("pack", config, config.data.source, config.train_shards))
-    if config.data.test:
-        result.append(_pack("pack test", config, config.data.test, config.test_shards))
+    if data.shards is None:
+        result.append(_pack("pack", config, str(data.source), config.train_shards))
+    if data.test and data.test_shards is None:
+        result.append(_pack("pack test", config, data.test, config.test_shards))
     oof = folder / "oof.parquet"
-    spread = ["side_by_side=true"] if config.side_by_side else []
+    spread = [f"{key}={getattr(config, key)}" for key in SIDE_BY_SIDE if getattr(config, key) is not None]
+    spread = ["side_by_side=true", *spread] if config.side_by_side else []
     result.append(
-        Stage("crossval", [*network, "launch.crossval", *with_config, *spread], [models, packing, config.seed],
-              [index_file(config.train_shards, data.remote)], [oof, *(fold / "predictions.parquet" for fold in folds)])
+        Stage("crossval", [*network, "launch.crossval", *with_config, *spread], training, [train_index],
+              [oof, *(fold / "predictions.parquet" for fold in folds)])
     )  # fmt: skip
+    tried = []
+    if "embeddings" in extra:
+        indices = [train_index, *test_index]
+        embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
+        result.append(Stage("embed", [*network, "launch.embed", *with_config], training, indices, embedded))
+        tried += embedded
+    trained = [fold / "fold.json" for fold in folds]
+    predict = [*network, "launch.predict", *with_config]
+    if "features" in extra:
+        predicted = [fold / "test.parquet" for fold in folds]
+        result.append(
+            Stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
+        )
+        tried += predicted
     after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
     ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
-    embedded = []
-    if config.stack.enabled and "embeddings" in config.stack.extra:
-        shards = [config.train_shards, *([config.test_shards] if tests else [])]
-        embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(shards)]]
-        result.append(
-            Stage("embed", [*network, "launch.embed", *with_config], [models, packing, config.seed],
-                  [index_file(shard, data.remote) for shard in shards], embedded)
-        )  # fmt: skip
     result.append(
-        Stage("stack", ["python", "-m", "launch.stack", *with_config], after, [oof, *embedded], [ensemble, stacked])
+        Stage("stack", ["python", "-m", "launch.stack", *with_config], after, [oof, *tried], [ensemble, stacked])
     )
     shown = [ensemble, oof, settings]
-    if tests:
-        truth = [Path(config.data.test_truth)] if config.data.test_truth else []
+    if test_index:
+        truth = [Path(data.test_truth)] if data.test_truth else []
         submission = folder / "submission.csv"
-        needs = [ensemble, index_file(config.test_shards, data.remote), *(fold / "fold.json" for fold in folds), *truth]
-        command = [*network, "launch.predict", *with_config]
-        how = [config.predict.model_dump(mode="json"), packing]
-        result.append(Stage("predict", command, how, needs, [submission]))
+        result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], [submission]))
         shown += [submission, *truth]
     result.append(Stage("report", ["python", "-m", "launch.report", *with_config], [], shown, [folder / "report.html"]))
     return result
 
 
-def _pack(name: str, config: Experiment, source: str | None, output: str) -> Stage:
+def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
+    from triderm_dist.data.milk10k import find_parts
+
     data = config.data
     keys = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
     words = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
     command = ["python", "-m", "shards.pack", f"source={source}", f"output={output}", *words]
-    return Stage(name, command, keys, [Path(str(source))], [Path(output) / "index.json"])
+    metadata, truth, photos = find_parts(Path(source))
+    return Stage(name, command, keys, [metadata, *filter(None, [truth]), *photos], [Path(output) / "index.json"])
 
 
 if __name__ == "__main__":

@@ -9,11 +9,19 @@ python -m launch.predict --config RUN/config.yaml explain=[IL_0000652,IL_0003176
 
 from pathlib import Path
 
+from pydantic import Field
+
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 
 
-def main(config: Experiment) -> None:
+class PredictRun(Experiment):
+    submit: bool = Field(
+        True, description="write the submission; false only leaves what each fold says, for stack.extra=[features]"
+    )
+
+
+def main(config: PredictRun) -> None:
     from triderm_dist.data.cache import open_index
     from triderm_dist.data.milk10k import read_labels
     from triderm_dist.engine.crossval import predict_test
@@ -26,11 +34,11 @@ def main(config: Experiment) -> None:
         draw(config)
         return
     truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
-    fitted = Ensemble.load(config.folder / ENSEMBLE_FILE)
+    fitted = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     predict_test(config, index, members)
-    if not is_main():
+    if fitted is None or not is_main():
         return
     files = [config.fold_folder(name, fold) / "test.parquet" for name in members for fold in range(config.data.folds)]
     path = submit(config.folder, files)
@@ -59,4 +67,4 @@ def draw(config: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    run(Experiment, main, __doc__)
+    run(PredictRun, main, __doc__)

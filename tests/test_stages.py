@@ -1,5 +1,6 @@
 """Stages run once for the same content, again when it changes, and one run works in a folder at a time."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from triderm_dist.schema import InputError
+from launch.pipeline import PipelineRun, stages
+from triderm_dist.config import load
+from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.stages import Stage, run_stages
 
 
@@ -31,6 +34,20 @@ def test_content_decides_not_time(tmp_path):
     (tmp_path / "out").unlink()
     run_stages([stage(tmp_path, settings=1)], tmp_path)
     assert (tmp_path / "out").read_text() == "b"
+    (tmp_path / "out").write_text("by another program:")
+    for _ in range(2):
+        run_stages([stage(tmp_path, settings=1)], tmp_path)
+    assert (tmp_path / "out").read_text() == "by another program:b"
+
+
+def test_a_torn_record_is_told_and_nothing_counts_as_done(tmp_path, capsys):
+    (tmp_path / "in").write_text("a")
+    run_stages([stage(tmp_path)], tmp_path)
+    whole = (tmp_path / "stages.json").read_text()
+    (tmp_path / "stages.json").write_text(whole[: len(whole) // 2])
+    run_stages([stage(tmp_path)], tmp_path)
+    assert (tmp_path / "out").read_text() == "aa" and (tmp_path / "stages.json").read_text() != whole[: len(whole) // 2]
+    assert "stages.json: not readable; all stages run again" in capsys.readouterr().out
 
 
 def test_a_folder_counts_by_names_sizes_and_tables(tmp_path):
@@ -63,25 +80,29 @@ def test_a_failed_stage_ends_the_run_with_its_status(tmp_path):
     assert (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_asked_to_stop_it_waits_for_its_stage_to_save(tmp_path, number):
-    stage = (
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number):
+    saves = (
         "import signal, sys, time; from pathlib import Path\n"
-        f"def save(*_): time.sleep(1); Path(r'{tmp_path}/saved').touch(); sys.exit(3)\n"
-        f"signal.signal(signal.SIGTERM, save); Path(r'{tmp_path}/begun').touch(); time.sleep(60)"
+        f"def save(*_): time.sleep(0.5); open(r'{tmp_path}/saved', 'a').write('x'); time.sleep(0.5); sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"Path(r'{tmp_path}/begun').touch(); time.sleep(60)"
     )
     code = (
-        "from pathlib import Path; from triderm_dist import cli; from triderm_dist.config import Experiment\n"
+        "from pathlib import Path; from triderm_dist import cli; from triderm_dist.config import Section\n"
         "from triderm_dist.stages import Stage, run_stages\n"
-        f"stages = [Stage('wait', ['python', '-c', {stage!r}], 0, [], [])]\n"
-        f"cli.run(Experiment, lambda settings: run_stages(stages, Path(r'{tmp_path}')), None, [])"
+        f"stages = [Stage('save', ['python', '-c', {saves!r}], 0, [], []), Stage('next', ['false'], 0, [], [])]\n"
+        f"cli.run(Section, lambda config: run_stages(stages, Path(r'{tmp_path}')), None, [])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], process_group=0, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "begun").exists():
         assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 3 and (tmp_path / "saved").exists()
+        time.sleep(0.02)
+    os.killpg(process.pid, number)  # as a terminal does
+    assert "interrupted: the same command goes on" in process.communicate(timeout=20)[1]
+    assert process.returncode == 3 and (tmp_path / "saved").read_text() == "x"
 
 
 def test_one_run_at_a_time(tmp_path):
@@ -93,11 +114,13 @@ def test_one_run_at_a_time(tmp_path):
     try:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
+            begun = []
             try:
-                run_stages([], tmp_path)
+                run_stages([], tmp_path, begin=lambda begun=begun: begun.append(1))
             except InputError as error:
-                assert "another run is working here" in str(error)
+                assert "another run is working here" in str(error) and not begun
                 break
+            assert begun
             time.sleep(0.1)
         else:
             pytest.fail("the lock was never taken")
@@ -112,3 +135,46 @@ def test_one_run_at_a_time(tmp_path):
         except InputError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+# --- those of the pipeline -------------------------------------------------------------------------------------------
+
+
+def of_pipeline(folder: Path, *words: str) -> dict[str, Stage]:
+    config = load(PipelineRun, None, [f"output={folder}/run", *words])
+    return {each.name: each for each in stages(config, folder / "config.yaml")}
+
+
+def test_what_a_stage_depends_on(make_challenge, tmp_path):
+    challenge = make_challenge()
+    plain = of_pipeline(tmp_path, f"data.source={challenge.folder}")
+    one_table = of_pipeline(tmp_path, f"data.source={challenge.metadata_path}")
+    read = [challenge.metadata_path, challenge.truth_path, challenge.photo(0).parents[1]]
+    assert plain["pack"].inputs == one_table["pack"].inputs == read
+    for key, changed in {
+        "seed=1": {"crossval", "embed", "stack"},
+        "token_seed=1": {"crossval", "embed"},
+        "predict.batch=3": {"predict"},
+    }.items():
+        words = [f"data.source={challenge.folder}", "data.test_shards=there", "stack.extra=[embeddings]"]
+        before, after = of_pipeline(tmp_path, *words), of_pipeline(tmp_path, *words, key)
+        assert {name for name in before if before[name].settings != after[name].settings} == changed
+    spread = of_pipeline(tmp_path, f"data.source={challenge.folder}", "side_by_side=true", "gpus=0.5", "retries=0")
+    words = {"side_by_side=true", "cpus=1", "gpus=0.5", "retries=0"}
+    assert set(spread["crossval"].command) - set(plain["crossval"].command) == words
+    assert spread["crossval"].settings == plain["crossval"].settings
+
+
+def test_packed_test_shards_are_not_packed_into(make_challenge, tmp_path):
+    words = ["data.shards=there", f"data.test={make_challenge().folder}"]
+    assert "pack test" in of_pipeline(tmp_path, *words)
+    assert "pack test" not in of_pipeline(tmp_path, *words, "data.test_shards=elsewhere")
+
+
+def test_fused_features_are_predicted_before_the_stack_and_need_a_test_set(tmp_path):
+    words = ["data.shards=there", "stack.extra=[features]"]
+    found = of_pipeline(tmp_path, *words, "data.test_shards=elsewhere")
+    assert list(found) == ["crossval", "predict folds", "stack", "predict", "report"]
+    assert set(found["predict folds"].outputs) <= set(found["stack"].inputs)
+    with pytest.raises(ConfigError, match=r"stack.extra: features .* test set; name one as data.test"):
+        of_pipeline(tmp_path, *words)

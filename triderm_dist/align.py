@@ -60,7 +60,7 @@ def turned_rows(table: OofTable, models: Sequence[str], turns: Mapping[str, Turn
         for weights in dict.fromkeys(table.hashes[model]):
             if weights not in turns:
                 raise DataError(
-                    f"no test.parquet of {model} with weights {weights[:12]}: run launch.predict on all folds first"
+                    f"no test.parquet of {model} with weights {weights[:12]}: run launch.predict submit=false first"
                 )
             own = table.hashes[model] == weights
             block[own] = turns[weights](table.features[model][own])

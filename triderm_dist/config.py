@@ -264,7 +264,7 @@ class StackConfig(Section):
         (),
         description="columns to try beside the standing ones, kept only if the nested estimate gains: embeddings of "
         "the untouched pretrained tower (launch.embed writes them), fused features turned into one basis (needs the "
-        "test set predicted by every fold: run launch.stack without, launch.predict, then launch.stack with them)",
+        "test set predicted by every fold: launch.predict submit=false). launch.pipeline does both",
     )
     components: int = Field(32, ge=1, description="principal axes that an extra block is reduced to inside each fit")
 
@@ -355,8 +355,43 @@ class Experiment(Section):
         """A folder or a URL."""
         return self.data.test_shards or str(self.folder / "shards" / "test")
 
+    @property
+    def experiment(self) -> Experiment:
+        """This tree without what a program adds to it."""
+        return Experiment(**self.model_dump(include=set(Experiment.model_fields)))
+
     def fold_folder(self, model: str, fold: int) -> Path:
         return self.folder / model / f"fold-{fold}"
+
+
+SIDE_BY_SIDE = ("cpus", "gpus", "retries", "address")
+"""What has effect with side_by_side=true only."""
+
+
+class SideBySideRun(Experiment):
+    """An experiment whose folds may be trained at the same time."""
+
+    side_by_side: bool = Field(
+        False, description="train folds at the same time, each in one process, on this machine or a Ray cluster"
+    )
+    cpus: int = Field(1, ge=1, description="side_by_side: CPU cores a fold, and its threads")
+    gpus: float | None = Field(
+        None, gt=0, le=1, description="side_by_side: share of a GPU that a fold takes; null: one where there are GPUs"
+    )
+    retries: int = Field(
+        2, ge=0, description="side_by_side: times that a fold whose process died goes on from its last checkpoint"
+    )
+    address: str | None = Field(
+        None,
+        description="side_by_side: Ray cluster to run on, a token that it asks for in RAY_AUTH_TOKEN; null starts Ray "
+        "here",
+    )
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> SideBySideRun:
+        if not self.side_by_side and (idle := sorted(self.model_fields_set.intersection(SIDE_BY_SIDE))):
+            raise ValueError(f"{idle[0]}: has effect with side_by_side=true only")
+        return self
 
 
 Tree = TypeVar("Tree", bound=Section)

@@ -26,6 +26,7 @@ from triderm_dist.schema import DIAGNOSES
 from triderm_dist.submission import read_submission
 
 from .conftest import ROOT, launch
+from .test_resume import records
 
 SETTINGS = """
 data: {folds: 2}
@@ -40,7 +41,7 @@ models:
     width: 32
     heads: 2
     tower: {source: "timm:test_efficientnet@WEIGHTS", image_size: 32, frozen: true, shared: true}
-stack: {max_rounds: 20}
+stack: {max_rounds: 20, extra: [features]}
 ensemble: {bootstrap: 50, rounds: 5}
 predict: {transforms: 2}
 """
@@ -112,8 +113,9 @@ def test_a_hidden_photo_is_one_that_was_never_taken(done, packed):
 
 def test_the_second_time_nothing_runs(done, arguments):
     before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
-    result = launch("launch.pipeline", *arguments, f"output={done}")
-    assert result.stdout.count("done before, inputs unchanged") == 6
+    # How folds are trained is none of the inputs.
+    result = launch("launch.pipeline", *arguments, f"output={done}", "side_by_side=true", "retries=0")
+    assert result.stdout.count("done before, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -134,6 +136,26 @@ def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
     assert result.stdout.count("done before, inputs unchanged") == 2
     assert (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns == first
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
+
+
+def test_ctrl_c_side_by_side_waits_until_the_folds_have_saved(arguments, packed, tmp_path):
+    command = [sys.executable, "-m", "launch.pipeline", *arguments[:2], f"data.shards={packed}", f"output={tmp_path}"]
+    # Two folds at once, whatever the machine has.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    process = subprocess.Popen(
+        [*command, "stack.extra=[]", "train.epochs=500", "train.log_every=1", "side_by_side=true", "cpus=1"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
+    )  # fmt: skip
+    folds = [tmp_path / "tri" / f"fold-{fold}" for fold in range(2)]
+    while not all(len(records(fold)) > 5 for fold in folds):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "4 folds, 2 at once, each on 1 CPU" in text, text
+    for fold in folds:
+        newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))
+        assert newest == records(fold)[-1]["step"]
 
 
 def test_explain_shows_what_the_prediction_came_from(done):

@@ -108,7 +108,7 @@ def read_challenge(
     Raises InvalidLesions with every problem of every lesion, the text naming the file and the row of the first one; or
     plain DataError for a folder or table that can't be used at all.
     """
-    metadata_path, truth_path, photo_roots = _find(Path(folder))
+    metadata_path, truth_path, photo_roots = find_parts(Path(folder))
     columns, rows = _read_table(
         metadata_path, required=("lesion_id", "isic_id", "image_type", *COLUMN_OF_FIELD.values())
     )
@@ -173,8 +173,11 @@ def _notes(lesions: Sequence[Lesion], labelled: bool) -> list[str]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _find(source: Path) -> tuple[Path, Path | None, list[Path]]:
-    """(metadata, ground truth or None, folders of photos) of a folder, or of a metadata table given by its path."""
+def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
+    """(metadata, ground truth or None, folders of photos) of a folder, or of a metadata table given by its path.
+
+    Raises DataError where there is none, or more than one to choose from.
+    """
     folder = source.parent if source.is_file() else source
     if not folder.is_dir():
         raise DataError(f"{source}: no such folder; give the folder that holds the challenge's tables and photos")

@@ -70,10 +70,6 @@ class SearchRun(Experiment):
         return merge(rest, {"search": {key: raw[key] for key in short}}) if short else raw
 
     @property
-    def experiment(self) -> Experiment:
-        return Experiment(**self.model_dump(exclude={"search"}))
-
-    @property
     def model(self) -> str:
         return self.search.model or next(iter(self.models))
 
