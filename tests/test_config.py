@@ -15,6 +15,9 @@ EXPERIMENTS = Path(__file__).parents[1] / "launch" / "experiments"
     [
         ("train.epoch=3", r"unknown setting 'train.epoch'; did you mean 'train.epochs'\?"),
         ("models.a.widht=3", r"unknown setting 'models.a.widht'; did you mean 'models.NAME.width'\?"),
+        ("epoch=3", r"unknown setting 'epoch'; did you mean 'train.epochs'\?"),
+        ("lr=1e-3", r"unknown setting 'lr'; did you mean 'train.optim.lr'\?"),
+        ("xyzzy=3", "unknown setting 'xyzzy'; --help lists all"),
         ("train.epochs=many", "train.epochs: input should be a valid integer"),
         ("models.a.width=30", "width 30 is not a multiple of heads 8"),
         ("models.a.train.loss.alpha=0.3", "alpha works with head=sigmoid only"),
@@ -68,3 +71,11 @@ def test_base_file_is_laid_under(tmp_path):
     (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
     config = load(Experiment, tmp_path / "b.yaml")
     assert (config.seed, config.train.epochs, config.train.micro_batch) == (3, 9, 8)
+
+
+@pytest.mark.parametrize("base", ["a.yaml", "b.yaml"])
+def test_a_file_that_builds_on_itself_is_told(tmp_path, base):
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: builds on itself by `base`"):
+        load(Experiment, tmp_path / "a.yaml")

@@ -472,8 +472,13 @@ def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
             yield from ((f"{prefix}.{key}", *rest) for key, *rest in describe(section))  # type: ignore[misc]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file, laid over that of the file it names as `base` (relative to its own folder)."""
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a file, laid over that of the file it names as `base` (relative to its own folder).
+
+    above: the files that led here by their `base`.
+    """
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: builds on itself by `base`; name another file there, or none")
     try:
         raw = _number(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -485,7 +490,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: the file holds a {type(raw).__name__}, settings are a mapping of keys")
     base = raw.pop("base", None)
-    return raw if base is None else merge(_read_yaml(path.parent / str(base)), raw)
+    return raw if base is None else merge(_read_yaml(path.parent / str(base), (*above, path.resolve())), raw)
 
 
 def _number(value: Any) -> Any:
@@ -523,8 +528,11 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
         sections = {
             known_key.rsplit(".", depth)[0] for known_key in known for depth in range(1, known_key.count(".") + 1)
         }
-        near = difflib.get_close_matches(_anonymous(key), [*known, *sections], n=1, cutoff=0.0)
-        return f"unknown setting {key!r}; did you mean {near[0]!r}?"
+        # By its whole name, or by the last part of it: of several the shortest.
+        spelt = {name.rpartition(".")[2]: name for name in sorted(known, key=len, reverse=True)}
+        spelt |= {name: name for name in (*known, *sections)}
+        near = difflib.get_close_matches(_anonymous(key), spelt, n=1)
+        return f"unknown setting {key!r}; " + (f"did you mean {spelt[near[0]]!r}?" if near else "--help lists all")
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
     return f"{key or 'settings'}: {message[0].lower()}{message[1:]}{got}"
