@@ -13,7 +13,7 @@ import subprocess
 import sys
 from types import FrameType
 
-INTERRUPTED = 3
+BAD_INPUT, INTERRUPTED = 2, 3
 """As in triderm_dist.cli, whose import takes longer than a signal may."""
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
@@ -39,12 +39,21 @@ def main() -> None:
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDED_ON))
     # Else a launcher that replaces a lost one waits in vain for the address of rank 0, told in the first round only.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    from accelerate.commands.launch import main as accelerate_launch
+    from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from triderm_dist.doctor.launcher import read_launcher
+    from triderm_dist.schema import ConfigError
+
+    options = launch_command_parser().parse_args()
     try:
-        accelerate_launch()
+        if options.config_file:
+            read_launcher(options.config_file)
+        launch_command(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except SignalException:
         sys.exit(INTERRUPTED)
     except ChildFailedError as error:

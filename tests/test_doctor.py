@@ -24,7 +24,7 @@ from triderm_dist.doctor.advice import suggest
 from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
 from triderm_dist.doctor.findings import GIB, Finding, missing
 from triderm_dist.doctor.launcher import launcher_findings, read_launcher
-from triderm_dist.doctor.machine import Gpu, _clock, no_gpu
+from triderm_dist.doctor.machine import Gpu, _clock, _disk, no_gpu
 from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
 from triderm_dist.doctor.ranks import Sight, compare, name_ranks
 from triderm_dist.doctor.software import nccl_finding, versions
@@ -292,7 +292,10 @@ def test_more_processes_than_gpus_are_told(tmp_path):
     assert at(file, "processes", gpus=0).state == "note"
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "num_processes: many", "a: {", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "num_processes: many", "a: {", "", "seed: 1\ntrain: {epochs: 3}", "distributed_type: 'NO'\nseed: 1"],
+)
 def test_a_file_that_is_no_launcher_is_told(tmp_path, text):
     path = tmp_path / "launcher.yaml"
     path.write_text(text)
@@ -343,6 +346,14 @@ def test_what_a_gpu_needs_comes_from_counted_flops():
     convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]
     assert "MFU of 5%" in _need(load(Experiment, None, convolutions), "a", [gpu]).source
     assert _need(experiment, "a", []) is None
+
+
+def test_an_output_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "run").touch()
+    for output in (tmp_path / "run", tmp_path / "run" / "below"):
+        found = _disk(output)
+        assert found.state == "missing" and found.text == f"{tmp_path}/run is a file"
+    assert _disk(tmp_path / "new" / "run").state == "ok"
 
 
 def test_a_clock_behind_a_file_is_told(tmp_path):

@@ -206,6 +206,12 @@ def test_a_signal_before_the_ranks_are_there_is_an_interruption(tmp_path):
     assert process.returncode == 3
 
 
+def test_a_launcher_file_that_is_not_there_is_told_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "launch.ranks", "--config_file", "nothere.yaml", "-m", "launch.train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: launcher: nothere.yaml: no such")
+
+
 # --- a real Slurm -----------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
     path = Path(file)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if reader := imported("accelerate.commands.config.config_args"):
+            reader.load_config_from_file(str(path))
         return Launcher(
             path,
             deepspeed=str(raw.get("distributed_type")).upper() == "DEEPSPEED",

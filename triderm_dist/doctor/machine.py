@@ -140,6 +140,8 @@ def _disk(output: Path) -> Finding:
     folder = output.absolute()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        return Finding("disk", f"{folder} is a file", "missing", "choose another output=FOLDER")
     if not os.access(folder, os.W_OK):
         return Finding("disk", f"{folder} can't be written", "missing", "choose another output=FOLDER")
     free = shutil.disk_usage(folder).free
