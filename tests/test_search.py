@@ -24,8 +24,8 @@ from scipy import stats
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
-from triderm_dist.schema import ConfigError, DataError
-from triderm_dist.search.results import _repeats, importance
+from triderm_dist.schema import ConfigError, DataError, InputError
+from triderm_dist.search.results import _repeats, conclude, importance, verdict
 from triderm_dist.search.settings import BASELINE, SearchRun, read_search
 from triderm_dist.search.space import (
     Domain,
@@ -483,6 +483,27 @@ def test_a_population_follows_its_leader(tiny, tmp_path):
         assert change["epoch"] == 2 and trial.curve[:2] == leading.curve[:2] and trial.settings != change["settings"]
         assert trial.settings["train.loss.gamma"] <= 2 and trial.settings["train.optim.lr"] <= 0.01
     assert not list(run.glob("search/ray/trial-*/checkpoint_*"))
+
+
+def test_a_search_is_alone_tries_bad_input_once_and_stops_on_sigterm(tiny, tmp_path):
+    wrong = ", ".join(f"timm:nonsense-{number}" for number in range(30))
+    space, run = space_file(tmp_path, f"tower.source: {{choice: [{wrong}]}}"), tmp_path / "run"
+    words = [f"space={space}", "trials=2", "scheduler=none", "train.epochs=2000"]
+    process = program(
+        "tune.search", "--config", str(tiny), *words, environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    )
+
+    wait_for(lambda: [trial.state for trial in read_trials(run / "search")] == ["running", "failed"], process)
+    before = read_trials(run / "search")[0].epochs
+    wait_for(lambda: read_trials(run / "search")[0].epochs > before + 20, process)  # time to try the other again
+    with pytest.raises(InputError, match=r"another search is working here"):
+        search(load(SearchRun, tiny, [*words, "resume=true"]), say=lambda text: None)
+    process.send_signal(signal.SIGTERM)
+    text = output_of(process, status=3)
+    assert "the same command with resume=true goes on" in text and "*** SIG" not in text
+    assert "is tried again" not in text and "nonsense" in text
+    said = verdict(conclude(read_search(run)))
+    assert said == ["2 trials: 0 ran to their end, 0 were stopped early, 1 failed, 1 not ended."]
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ for.
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from triderm_dist.cli import taking_signals
 from triderm_dist.schema import InputError
 
 Needs = dict[str, float]
@@ -18,10 +22,12 @@ REACH_SECONDS = 10.0
 """Time for a cluster to answer; left to itself Ray waits for minutes."""
 
 
-def start_ray(
+@contextmanager
+def running_ray(
     address: str | None, cpus: int, *, setting: str, variables: Mapping[str, str] | None = None, forward: bool = False
-) -> None:
-    """Start Ray here, or join the cluster of `address`; its processes get `cpus` threads each.
+) -> Iterator[None]:
+    """Ray inside the block: started here, or the cluster of `address` joined; its processes get `cpus` threads each.
+    SIGTERM and SIGUSR1 stop what runs in the block as Ctrl-C does.
 
     setting: the key that the address was given by. variables: of the environment, for Ray here and for its processes.
     forward: print here what they print. Raises InputError where Ray does not start.
@@ -42,14 +48,28 @@ def start_ray(
     # "local", since without an address Ray joins whatever cluster was last started on this machine.
     # Nothing large goes through the object store; its default is a third of the memory.
     local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20}
-    try:
-        _reach(address)
-        ray.init(address or "local", runtime_env={"env_vars": own}, **quiet, **local)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{setting}={address}: Ray does not start ({' '.join(str(error).split())}); "
-            "check the address, and RAY_AUTH_TOKEN where the cluster asks for a token"
-        ) from None
+    with taking_signals(_as_ctrl_c):
+        try:
+            _reach(address)
+            ray.init(address or "local", runtime_env={"env_vars": own}, **quiet, **local)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{setting}={address}: Ray does not start ({' '.join(str(error).split())}); "
+                "check the address, and RAY_AUTH_TOKEN where the cluster asks for a token"
+            ) from None
+        except SystemExit:  # by Ray's own handler of SIGTERM
+            raise KeyboardInterrupt from None
+        signal.signal(signal.SIGTERM, _as_ctrl_c)  # instead of that
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """What SIGINT does now: Ray Tune has a handler of its own. Of a job in the background SIGINT may be ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
 
 
 def _reach(address: str | None) -> None:

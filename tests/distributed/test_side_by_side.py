@@ -109,7 +109,7 @@ def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed,
 
 def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
     from triderm_dist.engine.side_by_side import _finish, _schedule
-    from triderm_dist.ray_start import start_ray
+    from triderm_dist.ray_start import running_ray
 
     def count(name: str) -> int:
         with (tmp_path / name).open("a") as file:
@@ -132,17 +132,14 @@ def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
         time.sleep(1)
         count("lasts")
 
-    start_ray(None, 1, setting="address")
-    import ray
+    with running_ray(None, 1, setting="address"):
+        import ray
 
-    try:
         tasks = {f.__name__: ray.remote(max_retries=0)(f).remote for f in (dies_once, raises, refuses, lasts)}
         with pytest.raises(InputError) as error:
             _finish(tasks, retries=2)
         with pytest.raises(ConfigError, match=r"cpus=9999, gpus=0: a fold wants more than any machine has"):
             _schedule(Experiment(), [("trimodal", 0)], 9999, None, 0)
-    finally:
-        ray.shutdown()
     text = str(error.value)
     assert "raises: OSError: no space left" in text and "refuses: train.optim.lr: too high" in text
     assert "dies_once" not in text and "2 of 4 done" in text and "\n" not in text

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from triderm_dist.cli import SIGNALS
 from triderm_dist.config import Experiment, save
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine.crossval import is_done
-from triderm_dist.ray_start import room, start_ray
+from triderm_dist.ray_start import room, running_ray
 from triderm_dist.schema import ConfigError, InputError
 
 
@@ -42,19 +41,11 @@ def run_side_by_side(
     todo = [(name, fold) for name, fold in todo if not is_done(experiment, index, name, fold)]
     if not todo:
         return
-    with _signals():
-        try:
-            start_ray(address, cpus, setting="address", forward=True)
-        except SystemExit:  # by Ray's own handler of SIGTERM
-            raise KeyboardInterrupt from None
-        _take_signals()
-        import ray
-
+    with running_ray(address, cpus, setting="address", forward=True):
         try:
             _schedule(experiment, todo, cpus, gpus, retries)
         finally:
             time.sleep(0.5)  # until the last lines of the folds are here
-            ray.shutdown()
 
 
 def _schedule(
@@ -162,23 +153,3 @@ def _as_worker(here: str, cpus: int) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# --- in the process of the command -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 stop as Ctrl-C does."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    _take_signals()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _take_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)

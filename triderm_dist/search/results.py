@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,9 +200,12 @@ def remarks(trial: Trial) -> str:
 def verdict(summary: Summary) -> list[str]:
     """What the search says, sentence by sentence: the gain of the best, the noise of the lesions and of the seeds."""
     best, gain, repeats = summary.best, summary.gain, summary.repeats
-    complete = sum(trial.state == "complete" for trial in summary.trials)
-    stopped = sum(trial.state == "stopped" for trial in summary.trials)
-    said = [f"{len(summary.trials)} trials: {complete} ran to their end, {stopped} were stopped early."]
+    states = Counter(trial.state for trial in summary.trials)
+    complete = states["complete"]
+    said = [
+        f"{len(summary.trials)} trials: {complete} ran to their end, {states['stopped']} were stopped early, "
+        f"{states['failed']} failed" + (f", {states['running']} not ended." if states["running"] else ".")
+    ]
     if best is None:
         return said
     if best.number == BASELINE:

@@ -12,12 +12,13 @@ import yaml
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import load, save
+from triderm_dist.files import only_one
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search.results import Summary, conclude, outcome
 from triderm_dist.search.settings import SearchRun
 from triderm_dist.search.space import Space, fit_space, read_space, refuse_fixed
 from triderm_dist.search.trial import Trial, read_trials
-from triderm_dist.search.tuner import run_repeats, run_trials, start
+from triderm_dist.search.tuner import run_repeats, run_trials, started
 
 
 def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
@@ -47,22 +48,19 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
     config = experiment.models[model].train
     split_batch(config.global_batch, config.micro_batch, settings.workers)
-    _open_folder(run, space)
-    prepare_tokens(experiment, index, model)  # once, so that the trials find them
-    start(settings)
-    import ray
-
-    try:
-        if not settings.resume or _ended(run) < settings.trials or _failed(run):
-            run_trials(run, space, say)
-        if _ended(run) == settings.trials:
-            _drop_copies(run)
-            baseline, best = outcome(read_trials(run.search_folder))
-            if settings.seeds and baseline and best and best is not baseline:
-                run_repeats(run, [baseline, best], say)
-    finally:
-        ray.shutdown()
-    summary = conclude(run)
+    refusal = InputError(f"{run.search_folder}: another search is working here; wait for it or stop it")
+    with only_one(run.search_folder / ".lock", refusal):
+        _open_folder(run, space)
+        prepare_tokens(experiment, index, model)  # once, so that the trials find them
+        with started(settings):
+            if not settings.resume or _ended(run) < settings.trials or _failed(run):
+                run_trials(run, space, say)
+            if _ended(run) == settings.trials:
+                _drop_copies(run)
+                baseline, best = outcome(read_trials(run.search_folder))
+                if settings.seeds and baseline and best and best is not baseline:
+                    run_repeats(run, [baseline, best], say)
+        summary = conclude(run)
     if (ended := _ended(run)) < settings.trials:
         raise Interrupted(f"{ended} of {settings.trials} trials have ended; the same command with resume=true goes on")
     if summary.best is None:
@@ -110,9 +108,10 @@ def _open_folder(run: SearchRun, space: Space) -> None:
     folder = run.search_folder
     record, written = folder / "search.yaml", folder / "space.yaml"
     if not run.search.resume:
-        if read_trials(folder):
+        if any(trial.state != "failed" for trial in read_trials(folder)):
             raise ConfigError(f"{folder}: holds a search; go on with it by resume=true, or choose another output")
-        shutil.rmtree(folder / "ray", ignore_errors=True)  # of a search that was killed before its first trial
+        for left in (folder / "ray", *folder.glob("trial-*")):  # by a search without a trial, or of failed ones only
+            shutil.rmtree(left, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         tree = {key: {domain.kind: list(domain.values)} for key, domain in space.items()}
         written.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

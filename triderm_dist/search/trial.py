@@ -27,8 +27,8 @@ class Trial:
 
     macro_f1 (argmax) and official are means over the folds trained so far, each of the epoch whose weights are kept;
     curve is macro_f1 after each epoch. seed is added to the experiment's: above 0 the trial repeats that of its number.
-    changes: where population-based training went on from a leading trial, oldest first, each {"epoch", "trial" that
-    led, "settings" until then}.
+    bad_input: it failed for what would fail again. changes: where population-based training went on from a leading
+    trial, oldest first, each {"epoch", "trial" that led, "settings" until then}.
     """
 
     number: int
@@ -40,6 +40,7 @@ class Trial:
     official: float | None = None
     seconds: float = 0.0
     error: str = ""
+    bad_input: bool = False
     curve: list[float] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -155,8 +156,9 @@ def run_trial(
             curve.end_fold()
         tell("complete")
     except Exception as error:
-        text = f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{' '.join(str(error).split())}"
-        replace(read_trial(folder) or trial, state="failed", error=text).write(folder)
+        bad_input = isinstance(error, InputError)
+        text = ("" if bad_input else f"{type(error).__name__}: ") + " ".join(str(error).split())
+        replace(read_trial(folder) or trial, state="failed", error=text, bad_input=bad_input).write(folder)
         raise
 
 

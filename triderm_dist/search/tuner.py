@@ -13,12 +13,13 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.ray_start import Needs, room, start_ray
+from triderm_dist.ray_start import Needs, room, running_ray
 from triderm_dist.schema import ConfigError
 from triderm_dist.search.results import describe
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
@@ -29,20 +30,22 @@ REDUCTION = 3
 """ASHA lets one trial in so many pass each of its rungs."""
 
 
-def start(settings: SearchConfig) -> None:
-    """Start Ray here or join the cluster of `address`. Raises InputError where it does not start."""
+@contextmanager
+def started(settings: SearchConfig) -> Iterator[None]:
+    """Ray inside the block, here or in the cluster of `address`. Raises InputError where it does not start."""
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # the most that Ray forgets when it is killed
     variables = {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",  # its tables would drown ours
     }
-    start_ray(settings.address, settings.cpus, setting="search.address", variables=variables)
     # A resumed trial tells its first epochs again, to Optuna too; failures are told by `_told_by`, in one line each.
     warnings.filterwarnings("ignore", "The reported value is ignored")
     warnings.filterwarnings("ignore", "Consider boosting PBT performance")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    with running_ray(settings.address, settings.cpus, setting="search.address", variables=variables):
+        yield
 
 
 def run_trials(run: SearchRun, space: Space, say: Callable[[str], None]) -> None:
@@ -165,16 +168,21 @@ def _trainable(run: SearchRun, needs: Needs, settings_of: Callable[[int, Mapping
             due = epoch % settings.exploit_epochs == 0 and epoch < epochs
             tune.report(scores, checkpoint=tune.Checkpoint.from_directory(folder) if due else None)
 
-        if settings.workers > 1:
-            _train_on_workers(settings, needs, experiment.rank_timeout, folder, train)
-        elif settings.scheduler == "pbt" and not seed:
-            if checkpoint := tune.get_checkpoint():
-                with checkpoint.as_directory() as leader:
-                    train(report_with_checkpoint, Path(leader))
+        try:
+            if settings.workers > 1:
+                _train_on_workers(settings, needs, experiment.rank_timeout, folder, train)
+            elif settings.scheduler == "pbt" and not seed:
+                if checkpoint := tune.get_checkpoint():
+                    with checkpoint.as_directory() as leader:
+                        train(report_with_checkpoint, Path(leader))
+                else:
+                    train(report_with_checkpoint)
             else:
-                train(report_with_checkpoint)
-        else:
-            train(tune.report)
+                train(tune.report)
+        except Exception:
+            known = read_trial(folder)
+            if not (known and known.bad_input):
+                raise  # and Ray tries it again
 
     if settings.workers > 1:
         # Its workers take the cores; the trial itself only waits for them. Ray wants it to take something.
