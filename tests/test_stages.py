@@ -105,6 +105,16 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
     assert process.returncode == 3 and (tmp_path / "saved").read_text() == "x"
 
 
+def test_a_program_that_is_asked_to_stop_ends_with_3_wherever_it_is():
+    waits = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    code = (
+        "from triderm_dist import cli; from triderm_dist.config import Section\n"
+        f"cli.run(Section, lambda config: exec({waits!r}), None, [])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 3 and done.stderr.startswith("interrupted: "), done
+
+
 def test_one_run_at_a_time(tmp_path):
     code = (
         "import sys; from pathlib import Path; from triderm_dist.stages import Stage, run_stages; "

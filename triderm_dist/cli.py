@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 from triderm_dist.config import Section, Tree, describe, load
 from triderm_dist.schema import InputError
@@ -24,6 +25,17 @@ class Interrupted(Exception):
     """Work was asked to stop, has saved its state, and can be resumed. Its text says how."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop. After a plain KeyboardInterrupt that passed through code run from text, as dataclasses
+    are, Python ends by SIGINT whatever exit status it is given.
+    """
+
+
+def raise_stopped(number: int, frame: FrameType | None) -> None:
+    """A handler of signals."""
+    raise Stopped
+
+
 def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv: Sequence[str] | None = None) -> None:
     """Read the settings of `kind` from the command line, call `main`, and leave with the right exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -31,7 +43,7 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
         print(_help(kind, about or ""))
         sys.exit(0)
     try:
-        with taking_signals(signal.default_int_handler):
+        with taking_signals(raise_stopped):
             main(_settings(kind, arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triderm_dist.cli import taking_signals
+from triderm_dist.cli import raise_stopped, taking_signals
 from triderm_dist.schema import InputError
 
 Needs = dict[str, float]
@@ -67,9 +67,12 @@ def running_ray(
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """What SIGINT does now: Ray Tune has a handler of its own. Of a job in the background SIGINT may be ignored."""
+    """By the handler that Ray Tune has for it, where it has."""
     handler = signal.getsignal(signal.SIGINT)
-    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+    if callable(handler) and handler is not signal.default_int_handler:
+        handler(signal.SIGINT, frame)
+    else:
+        raise_stopped(number, frame)
 
 
 def _reach(address: str | None) -> None:

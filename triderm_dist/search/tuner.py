@@ -325,9 +325,9 @@ def _tidy(value: Any) -> Any:
 
 def _told_by(root: Path, name_of: Callable[[Any], str], trials: int, epochs: int) -> Any:
     """A Ray callback that says what happens, records how trials end, and drops the checkpoints of ended ones."""
-    from ray import tune
+    from ray.tune.progress_reporter import TrialProgressCallback
 
-    class Told(tune.Callback):
+    class Told(TrialProgressCallback):  # in its place: Ray adds one that prints, unless there is one
         said = 0.0
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
