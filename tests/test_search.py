@@ -374,6 +374,10 @@ def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             search(load(SearchRun, tiny, words), say=lambda text: None)
+    for domain, batch in (("choice: [8, 12]", 12), ("randint: [1, 4]", 3)):
+        words = [f"space={space_file(tmp_path, f'train.micro_batch: {{{domain}}}')}"]
+        with pytest.raises(ConfigError, match=f"16 is not a multiple of 1 ranks x micro_batch {batch}"):
+            search(load(SearchRun, tiny, words), say=lambda text: None)
     assert not (tmp_path / "run" / "search" / "trial-001").exists()
 
 

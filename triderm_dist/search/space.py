@@ -43,6 +43,10 @@ class Domain:
             raise ConfigError(f"the experiment's own value {value!r} fits no {self.kind} range; use uniform or choice")
         return replace(self, values=(min(value, self.values[0]), max(value, self.values[1])))
 
+    def all_values(self) -> Iterable[Any]:
+        """Of a choice, or of whole numbers."""
+        return self.values if self.kind == "choice" else range(self.values[0], self.values[1] + 1)
+
     def clipped(self, value: Any) -> Any:
         """The nearest value of this domain."""
         return value if self.kind == "choice" else min(max(value, self.values[0]), self.values[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from triderm_dist.files import only_one
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search.results import Summary, conclude, outcome
 from triderm_dist.search.settings import SearchRun
-from triderm_dist.search.space import Space, fit_space, read_space, refuse_fixed
+from triderm_dist.search.space import Space, fit_space, own_settings, read_space, refuse_fixed
 from triderm_dist.search.trial import Trial, read_trials
 from triderm_dist.search.tuner import run_repeats, run_trials, started
+
+BATCH = "train.global_batch", "train.micro_batch"
 
 
 def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
@@ -46,8 +49,9 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     from triderm_dist.engine.tokens import prepare_tokens
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
-    config = experiment.models[model].train
-    split_batch(config.global_batch, config.micro_batch, settings.workers)
+    own = own_settings(experiment.models[model], BATCH)
+    for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH)):
+        split_batch(total, micro, settings.workers)
     refusal = InputError(f"{run.search_folder}: another search is working here; wait for it or stop it")
     with only_one(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
