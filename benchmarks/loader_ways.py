@@ -19,9 +19,11 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import Draws
+from triderm_dist.data.cache import FolderShards
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, read_index
+from triderm_dist.engine.parallel import keep_memory
 
 CPU, HALF = torch.device("cpu"), (0.5,) * 3
 
@@ -55,15 +57,20 @@ def ours_spare(folder: Path, batch: int, workers: int) -> dict[str, float]:
 
 
 def ours_finished(folder: Path, batch: int, workers: int) -> dict[str, float]:
+    keep_memory()  # as every training on a CPU does
     return ours(folder, batch, workers, PhotoSource)
 
 
 def ceiling(folder: Path, workers: int, decoder: str) -> dict[str, float]:
     """Both cores do nothing but decode bytes that lie in memory; each photo is dropped at once."""
     index = read_index(folder)
-    source = HostPhotos(index, 224, HALF, HALF)
-    order = plan_of(index).order
-    photos = [source._bytes(int(row), view) for row in order for view in (0, 1)]
+    shards = FolderShards(index)
+    places = zip(index.shard, index.offsets, index.sizes, strict=True)
+    by_row = [
+        [shards.read(int(shard), int(offset), int(size)) for offset, size in zip(offsets, sizes, strict=True)]
+        for shard, offsets, sizes in places
+    ]
+    photos = [photo for row in plan_of(index).order for photo in by_row[row]]
     if decoder == "torchvision":
         from torchvision.io import decode_jpeg
 

@@ -255,7 +255,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     finite, loader = Finite(accelerator, optimizer), SimpleNamespace(waited=0.0)
     meter = Meter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
-    tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000)
+    tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000).__enter__()  # as long as the process lives
     step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
 
     def one() -> None:

@@ -71,7 +71,7 @@ def start(
     on_cpu = not torch.cuda.is_available()
     _take_fsdp()
     if on_cpu:
-        _keep_memory()
+        keep_memory()
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # Compiling this op takes most of a minute and a C++ compiler; gloo does the same work.
         import deepspeed
@@ -114,12 +114,13 @@ def start(
     return accelerator
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Keep the memory of freed tensors in this process, for the next ones. Left to itself glibc returns each large one
-    to the kernel, which clears every page of the next: half the time of a CNN's training step.
+    to the kernel, which clears every page of the next: half the time of a CNN's training step. MALLOC_ variables in the
+    environment, glibc's own, win.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
         return
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # of glibc's malloc.h
     mallopt(m_mmap_max, 0)
