@@ -89,7 +89,7 @@ def test_missing_blocks_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"embeddings.train.parquet: no such file; run launch.embed first"):
         final.fit_final(tmp_path, experiment(tmp_path, extra=("embeddings",), max_rounds=2))
     (tmp_path / "trimodal" / "fold-1" / "test.parquet").unlink()
-    with pytest.raises(DataError, match=r"no test.parquet of trimodal .* run launch.predict on all folds first"):
+    with pytest.raises(DataError, match=r"no test.parquet of trimodal .* run launch.predict submit=false first"):
         final.fit_final(tmp_path, experiment(tmp_path, extra=("features",), max_rounds=2))
     path = tmp_path / "e.parquet"
     columns.write_embeddings(path, ["a", "b"], np.eye(2), "tower")
