@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, save
+from triderm_dist.final import HELD_OUT_FILE
 from triderm_dist.schema import ConfigError
 
 MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")
@@ -45,7 +45,7 @@ def main(config: Experiment) -> None:
         status = subprocess.run([sys.executable, "-m", "launch.pipeline", "--config", str(settings)]).returncode
         if status:
             sys.exit(status)
-        results[label] = json.loads((Path(output) / "heldout.json").read_text(encoding="utf-8"))
+        results[label] = json.loads((output / HELD_OUT_FILE).read_text(encoding="utf-8"))
     print(f"\n{'modalities':<22} {'macro F1':>9}  95% interval     argmax")
     for label, result in results.items():
         low, high = result["interval"]

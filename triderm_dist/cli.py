@@ -58,10 +58,10 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
 
 
 @contextmanager
-def taking_signals(handler: Callable[..., object]) -> Iterator[None]:
-    """SIGNALS go to `handler` inside the block. Only the main thread may take signals: others are left as they are."""
+def taking_signals(handler: Callable[..., object], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Signals go to `handler` inside the block. Only the main thread may take signals: others are left as they are."""
     here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in SIGNALS} if here else {}
+    before = {number: signal.signal(number, handler) for number in numbers} if here else {}
     try:
         yield
     finally:

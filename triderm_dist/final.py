@@ -8,7 +8,7 @@ nested decisions in the official format).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -37,6 +37,7 @@ ENSEMBLE_FILE = "ensemble.json"
 OOF_FILE = "oof.parquet"
 NESTED_FILE = "ensemble_oof.parquet"
 SUBMISSION_FILE = "oof_submission.csv"
+HELD_OUT_FILE = "heldout.json"
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,9 @@ def predict_final(
     run_folder = Path(run_folder)
     fitted = ensemble.Ensemble.load(run_folder / ENSEMBLE_FILE)
     models = [name for name in fitted.members if name != stacking.NAME]
-    for part in parts:
-        check_weights(run_folder, {str(name): part.model_hash[part.model == name] for name in set(part.model)})
+    check_weights(
+        run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
+    )
     for model in models:
         if model not in table.models:
             raise DataError(
@@ -240,10 +242,12 @@ def predict_final(
     return fitted.final(members), fitted.thresholds
 
 
-def check_weights(run_folder: Path, hashes: Mapping[str, np.ndarray]) -> None:
-    """Raises DataError where predictions (hashes by model) are by other weights than ensemble.json was fitted on."""
+def check_weights(run_folder: Path, said: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raises DataError where predictions (models with the hashes of their weights) are by other weights than
+    ensemble.json was fitted on.
+    """
     known = ensemble.read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
-    for model, own in hashes.items():
+    for model, own in said:
         if model in known and not set(own) <= set(known[model]):
             raise DataError(
                 f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those that predict now; "

@@ -10,11 +10,9 @@ import numpy as np
 
 from triderm_dist import metrics, oof
 from triderm_dist.files import write_json
-from triderm_dist.final import predict_final
+from triderm_dist.final import HELD_OUT_FILE, predict_final
 from triderm_dist.schema import DIAGNOSES, UNLABELLED, DataError
 from triderm_dist.submission import read_submission, write_submission
-
-HELD_OUT = "heldout.json"
 
 
 def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
@@ -28,7 +26,7 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
     probabilities, thresholds = predict_final(run_folder, table, parts)
     oof.write_predictions(run_folder / "predictions.parquet", _as_rows(table), split=oof.TEST)
     path = run_folder / "submission.csv"
-    (run_folder / HELD_OUT).unlink(missing_ok=True)  # the score of an earlier submission
+    (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of an earlier submission
     ids = [str(name) for name in table.lesion_ids]
     write_submission(path, ids, probabilities, thresholds, template=sorted(ids))
     return path
@@ -54,7 +52,7 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
         "n": len(ids),
         "absent": [name for label, name in enumerate(DIAGNOSES) if not (labels == label).any()],
     }
-    write_json(submission.with_name(HELD_OUT), result)
+    write_json(submission.with_name(HELD_OUT_FILE), result)
     return result
 
 

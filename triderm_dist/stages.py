@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted
+from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, taking_signals
 from triderm_dist.files import only_one, write_json
 from triderm_dist.schema import InputError
 
@@ -95,12 +95,8 @@ def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
             raise Interrupted("the same command goes on")
         return status
 
-    before = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGINT)}
-    try:
+    with taking_signals(stop, (*SIGNALS, signal.SIGINT)):
         yield run
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _read(record: Path) -> dict[str, Any]:

@@ -8,6 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TINY_TRIMODAL = """\
+models:
+  tri:
+    width: 16
+    heads: 2
+    dropout: 0.2
+    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32, frozen: true}
+"""
+"""The end of settings: a tri-modal network on a frozen tower, with dropout."""
 
 
 def launch(module_or_file: str, *arguments: str, ranks: int = 1, config: str | None = None, check: bool = True):

@@ -18,7 +18,7 @@ from triderm_dist.engine.tracking import read_metrics
 from triderm_dist.files import only_one, whole
 from triderm_dist.schema import ConfigError, InputError
 
-from .conftest import ROOT, launch
+from .conftest import ROOT, TINY_TRIMODAL, launch
 
 SETTINGS = """
 data: {folds: 2}
@@ -30,13 +30,8 @@ train:
   trackers: []
   sampling: {kind: shuffle}
   optim: {lr: 1e-3, warmup_epochs: 1}
-models:
-  tri:
-    width: 16
-    heads: 2
-    dropout: 0.2
-    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32, frozen: true}
 """
+SETTINGS += TINY_TRIMODAL
 
 
 @pytest.fixture(scope="module")

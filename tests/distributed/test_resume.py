@@ -10,7 +10,7 @@ import pytest
 from benchmarks.compare_losses import ACROSS_MACHINES, largest_difference, losses
 from triderm_dist.engine.tracking import read_metrics
 
-from .conftest import ROOT, launch
+from .conftest import ROOT, TINY_TRIMODAL, launch
 
 GOLDEN = ROOT / "tests" / "golden_losses"
 WORKER = str(ROOT / "tests" / "distributed" / "forks.py")
@@ -28,13 +28,8 @@ train:
   augment: {token_variants: 1}
   loss: {soft_f1_sums: previous}
   optim: {lr: 1e-3, warmup_epochs: 1}
-models:
-  tri:
-    width: 16
-    heads: 2
-    dropout: 0.2
-    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32, frozen: true}
 """
+SETTINGS += TINY_TRIMODAL
 MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 4}
 """What a run is killed at, and up to which time of it: so soon that the last kill comes before the last epoch."""
 

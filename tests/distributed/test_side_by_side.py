@@ -18,7 +18,7 @@ from launch.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError, InputError
 
-from .conftest import ROOT
+from .conftest import ROOT, TINY_TRIMODAL
 from .test_resume import records
 
 SETTINGS = """
@@ -30,12 +30,9 @@ train:
   log_every: 1
   trackers: []
   optim: {lr: 1e-3, warmup_epochs: 1}
-models:
-  tri:
-    width: 16
-    heads: 2
-    dropout: 0.2
-    tower: {source: "timm:test_efficientnet", pretrained: false, image_size: 32, frozen: true}
+"""
+SETTINGS += TINY_TRIMODAL
+SETTINGS += """\
   cnn:
     kind: dual_cnn
     width: 16

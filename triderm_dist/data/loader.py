@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -278,9 +279,7 @@ class Loader:
             present, concepts = hide(part.draws, self.augment, present, concepts)
         clinical, dermoscopic = self.source.finish(part.views, self.device, part.draws)
 
-        def move(array: np.ndarray) -> torch.Tensor:
-            return to_device(array, self.device)
-
+        move = partial(to_device, device=self.device)
         return Batch(
             lesion_ids=part.names,
             clinical=clinical,

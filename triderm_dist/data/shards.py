@@ -264,7 +264,7 @@ def write_index(
                     counts[entry["values"]] += entry["counts"]
                 photos = table["photos"].combine_chunks().flatten().to_numpy().reshape(-1, len(VIEWS), 3)
                 sizes += count_sizes(photos)
-                digests.append(np.where(table["label"].to_numpy()[:, None] >= 0, photos[..., 2], 0))
+                digests.append(labelled_digests(photos, table["label"].to_numpy()))
 
         def names() -> tuple[Text, Text]:
             columns = pq.read_table(beside, columns=["lesion_id", "group"])
@@ -300,6 +300,11 @@ def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
     there = photos[photos[..., 2] > 0]
     sizes, counts = np.unique(there[:, 0] << np.uint64(32) | there[:, 1], return_counts=True)
     return Counter({divmod(size, 1 << 32): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)})
+
+
+def labelled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, views) hashes of the `photo_facts` (N, views, 3); 0 where a lesion has no label: it is in no fold."""
+    return np.where(labels[:, None] != UNLABELLED, photos[..., 2], 0)
 
 
 def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from triderm_dist.data.shards import (
     ShardIndex,
     count_sizes,
     file_sha256,
+    labelled_digests,
     read_photo_bytes,
     read_raw_index,
     shared_photos,
@@ -86,8 +87,7 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
 
 
 def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
-    labelled = np.where(index.labels[:, None] >= 0, photos[..., 2], 0)
-    shared = shared_photos(labelled, lambda: (index.lesion_ids, index.groups))
+    shared = shared_photos(labelled_digests(photos, index.labels), lambda: (index.lesion_ids, index.groups))
     right = {"photo_sizes": count_sizes(photos), "shared_photos": tuple(shared)}
     for name, value in right.items():
         if getattr(index, name) != value:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from triderm_dist.engine.parallel import ATTEMPT, world
+from triderm_dist.engine.safety import on_main
 from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError
 
@@ -53,9 +53,7 @@ class MicroBatch:
 
     def agreed(self) -> int:
         """The size as rank 0 sees it; call on all ranks."""
-        sizes = [self.size()]
-        broadcast_object_list(sizes)
-        return sizes[0]
+        return on_main(self.size)
 
     @contextmanager
     def fits(self, size: int) -> Iterator[Attempt]:

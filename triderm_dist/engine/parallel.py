@@ -90,7 +90,6 @@ def start(
     AcceleratorState._reset_state()  # else the first model's precision would bind all models of a run
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
-        # Gradients live in the buckets that are exchanged: one copy less of each.
         kwargs_handlers=[
             *([ranks] if "WORLD_SIZE" in os.environ else []),
             # Gradients live in the buckets that are exchanged: one copy less. `RunningStatistics` looks after buffers.

@@ -112,7 +112,7 @@ class Content:
         self.about = ensemble.read_json(self.folder / final.ENSEMBLE_FILE)
         self.rows = final.read_nested(self.folder / final.NESTED_FILE)
         table = oof.read_oof(self.folder / final.OOF_FILE, features=(self.folder / final.TURNS_FILE).exists())
-        final.check_weights(self.folder, table.hashes)
+        final.check_weights(self.folder, table.hashes.items())
         place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in place for lesion in self.rows.lesion_ids):
             raise DataError(
@@ -136,7 +136,7 @@ class Content:
 
     @cached_property
     def held_out(self) -> dict[str, Any] | None:
-        path = self.folder / "heldout.json"
+        path = self.folder / final.HELD_OUT_FILE
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @cached_property
