@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -241,7 +242,10 @@ def wrap(
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     else:
         optimizer = build_optimizer(network)
-        wrapped, prepared = accelerator.prepare(network, optimizer)
+        with warnings.catch_warnings():
+            # Accelerate hands on the name that torch 2.14 calls old; torch 2.11 knows no other.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped, prepared = accelerator.prepare(network, optimizer)
     _assert_wrapped(chosen, network, wrapped)
     return wrapped, prepared, optimizer
 
