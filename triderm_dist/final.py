@@ -114,11 +114,11 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
 
     def members_without(fold: int) -> dict[str, np.ndarray]:
         members = {model: _probabilities(table, model, nested_temperatures[fold][model]) for model in models}
-        return members | ({stacking.NAME: stack.without[fold]} if stack else {})
+        return members | ({stacking.STACKER: stack.without[fold]} if stack else {})
 
     members = {model: _probabilities(table, model, temperatures[model]) for model in models}
     if stack:
-        members[stacking.NAME] = stack.out_of_fold
+        members[stacking.STACKER] = stack.out_of_fold
 
     nested = ensemble.nested_estimate(
         members_without,
@@ -139,7 +139,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
         for model in models
         if model in config.models and config.models[model].train.select == "best"
     ]
-    untouched = [members[name] if name == stacking.NAME else _probabilities(table, name, 1.0) for name in members]
+    untouched = [members[name] if name == stacking.STACKER else _probabilities(table, name, 1.0) for name in members]
 
     def score(name: str, way: str) -> Row:
         own = candidates[way].ensemble if way in candidates else final
@@ -217,7 +217,7 @@ def predict_final(
     """
     run_folder = Path(run_folder)
     fitted = ensemble.Ensemble.load(run_folder / ENSEMBLE_FILE)
-    models = [name for name in fitted.members if name != stacking.NAME]
+    models = [name for name in fitted.members if name != stacking.STACKER]
     check_weights(
         run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
     )
@@ -231,7 +231,7 @@ def predict_final(
         raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set names")
     members = []
     for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
-        if name == stacking.NAME:
+        if name == stacking.STACKER:
             stacker = stacking.Stacker.load(run_folder / STACK_FILE)
             names = column_names(table, models)
             if names != stacker.feature_names[: len(names)]:
@@ -395,7 +395,7 @@ def _members(table: oof.OofTable, wanted: tuple[str, ...] | None, path: Path) ->
     for name in wanted or ():
         if name not in table.models:
             raise DataError(f"{path}: has no model {name!r} of ensemble.members; there are {', '.join(table.models)}")
-    if reserved := {stacking.NAME, ensemble.MEAN, ensemble.FITTED, ensemble.CHOSEN} & set(table.models):
+    if reserved := {stacking.STACKER, ensemble.MEAN, ensemble.FITTED, ensemble.CHOSEN} & set(table.models):
         raise DataError(f"{path}: a model can't be called {min(reserved)!r}, the ensemble uses that name")
     return wanted or table.models
 

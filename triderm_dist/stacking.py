@@ -28,7 +28,7 @@ from triderm_dist.schema import DataError
 
 FORMAT = "triderm-stacker"
 VERSION = 2
-NAME = "stack"
+STACKER = "stack"
 """The stacker's name among the members of the ensemble."""
 
 MAX_BIN = 64

@@ -219,7 +219,7 @@ class Content:
     @property
     def networks(self) -> tuple[str, ...]:
         """The members that are networks."""
-        return tuple(name for name in self.fitted.members if name != stacking.NAME)
+        return tuple(name for name in self.fitted.members if name != stacking.STACKER)
 
     @cached_property
     def slices(self) -> list[Slice]:
