@@ -18,10 +18,11 @@ from pydantic import Field
 
 from benchmarks.nested import nested_decisions
 from triderm_dist import config as settings
-from triderm_dist import metrics, oof
+from triderm_dist import metrics
 from triderm_dist.calibration import probabilities_of
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
+from triderm_dist.predictions import OofTable, gather, labelled
 from triderm_dist.schema import ConfigError
 
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def main(config: AblationRun) -> None:
     show(config, name, tables)
 
 
-def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> oof.OofTable:
+def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> OofTable:
     """The out-of-fold table of the network without a part, after training what of it is not trained yet."""
     from triderm_dist.data.cache import open_index
     from triderm_dist.engine.crossval import folds_of, run_folds
@@ -69,13 +70,13 @@ def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -
     experiment = settings.build(Experiment, raw)
     index = open_index(config.train_shards, config.data.remote)
     run_folds(experiment, index, [name], range(experiment.data.folds))
-    table = oof.gather(
+    table = gather(
         experiment.folder, (name,), index.lesion_ids.tolist(), index.labels, folds_of(index, experiment.data)
     )
-    return table.take(oof.labelled(table))
+    return table.take(labelled(table))
 
 
-def show(config: AblationRun, name: str, tables: dict[str, oof.OofTable]) -> None:
+def show(config: AblationRun, name: str, tables: dict[str, OofTable]) -> None:
     labels, resamples = tables[FULL].labels, config.ensemble.bootstrap
     scores: dict[str, Any] = {}
     decisions: dict[str, np.ndarray] = {}

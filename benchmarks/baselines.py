@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.nested import nested_decisions
-from triderm_dist import ensemble, final, metrics, oof
+from triderm_dist import ensemble, final, metrics
 from triderm_dist.calibration import probabilities_of
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
+from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, ConfigError
 
 COMPONENTS = 64
@@ -30,7 +31,7 @@ STRENGTHS = (1e-3, 1e-2)
 
 
 def main(config: Experiment) -> None:
-    table = oof.read_oof(config.folder / final.OOF_FILE)
+    table = read_oof(config.folder / final.OOF_FILE)
     whole = final.read_nested(config.folder / final.NESTED_FILE)
     if not np.array_equal(whole.lesion_ids, table.lesion_ids):
         raise ConfigError(f"{config.folder}: ensemble_oof.parquet is of other lesions; run launch.stack again")
@@ -50,14 +51,14 @@ def main(config: Experiment) -> None:
     show(probabilities, nested, baselines, table, config)
 
 
-def tabular_columns(table: oof.OofTable) -> np.ndarray:
+def tabular_columns(table: OofTable) -> np.ndarray:
     """(N, F) concepts, age, one-hot categories; NaN where a number is missing, all zeros where a category is."""
     columns = dict(zip(METADATA_FIELDS, table.metadata.T, strict=True))
     one_hot = [columns[field][:, None] == np.arange(len(names))[None] for field, names in METADATA_CATEGORIES.items()]
     return np.concatenate([table.concepts, columns["age"][:, None], *one_hot], axis=1).astype(np.float32)
 
 
-def pooled_embeddings(config: Experiment, table: oof.OofTable) -> np.ndarray:
+def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
     """(N, 2 width) mean token of each view by the first frozen tower of the settings, in the order of `table`."""
     from triderm_dist.data.cache import open_index
     from triderm_dist.engine import parallel
@@ -105,7 +106,7 @@ def reduced_then_boosted(embedding_width: int) -> Any:
     return make_pipeline(make_column_transformer(reduce, remainder="passthrough"), boosted())
 
 
-def out_of_fold(model: Any, columns: np.ndarray, table: oof.OofTable) -> np.ndarray:
+def out_of_fold(model: Any, columns: np.ndarray, table: OofTable) -> np.ndarray:
     """(N, C) probabilities of each fold by a model fitted on the others."""
     result = np.zeros((len(table), len(table.diagnoses)))
     for fold in np.unique(table.folds):
@@ -120,7 +121,7 @@ def show(
     probabilities: dict[str, np.ndarray],
     nested: dict[str, np.ndarray],
     baselines: tuple[str, ...],
-    table: oof.OofTable,
+    table: OofTable,
     config: Experiment,
 ) -> None:
     labels, resamples = table.labels, config.ensemble.bootstrap

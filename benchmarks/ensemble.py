@@ -21,9 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field
 
-from triderm_dist import calibration, ensemble, metrics, oof
+from triderm_dist import calibration, ensemble, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Section
+from triderm_dist.predictions import OofTable, labelled, read_oof
 from triderm_dist.schema import DIAGNOSES
 
 C = len(DIAGNOSES)
@@ -54,7 +55,7 @@ class Problem(NamedTuple):
 
 
 def main(settings: Settings) -> None:
-    table = oof.read_oof(Path(settings.oof)) if settings.oof else None
+    table = read_oof(Path(settings.oof)) if settings.oof else None
     scores: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
     thresholds: dict[str, list[float]] = {}
@@ -108,7 +109,7 @@ def main(settings: Settings) -> None:
     print(json.dumps({name: round(value, 4) for name, value in result.items()}))
 
 
-def problems(settings: Settings, table: oof.OofTable | None) -> Iterator[Problem]:
+def problems(settings: Settings, table: OofTable | None) -> Iterator[Problem]:
     for number in range(settings.problems):
         generator = np.random.default_rng([settings.seed, number])
         models = (3, 10)[number % 2]
@@ -132,12 +133,12 @@ def simulated(models: int, lesions: int, generator: np.random.Generator) -> Prob
                    labels[judge])  # fmt: skip
 
 
-def from_real(table: oof.OofTable, models: int, lesions: int, generator: np.random.Generator) -> Problem:
+def from_real(table: OofTable, models: int, lesions: int, generator: np.random.Generator) -> Problem:
     """Half of the real lesions of each diagnosis to fit on, drawn with replacement up to the size; half to judge.
 
     A run has few networks: each model of the problem is one of their heads, its logits shaken by a noise of its own.
     """
-    table = table.take(table.complete() & oof.labelled(table))
+    table = table.take(table.complete() & labelled(table))
     half = np.zeros(len(table), bool)
     for label in range(C):
         own = generator.permutation(np.flatnonzero(table.labels == label))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from triderm_dist import ensemble, oof, stacking
+from triderm_dist import ensemble, stacking
 from triderm_dist.config import Experiment
+from triderm_dist.predictions import OofTable
 
 
-def nested_decisions(probabilities: np.ndarray, table: oof.OofTable, config: Experiment) -> np.ndarray:
+def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experiment) -> np.ndarray:
     """(N, C) decisions with thresholds fitted on the other folds, by the same rules as the ensemble's."""
     estimate = ensemble.nested_estimate(
         lambda fold: {"way": probabilities},

@@ -31,6 +31,7 @@ from triderm_dist.calibration import log_probabilities
 from triderm_dist.cli import run
 from triderm_dist.columns import ColumnFile
 from triderm_dist.config import EnsembleConfig, Experiment, Section, StackConfig, save
+from triderm_dist.predictions import OofTable, write_oof
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
 
 C = len(DIAGNOSES)
@@ -190,11 +191,10 @@ def million(settings: Settings) -> None:
 
 def stage(settings: Settings) -> float:
     """Seconds of stack, ensemble and report as their programs run them."""
-    from triderm_dist import oof
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        oof.write_oof(folder / "oof.parquet", out_of_fold(settings.rows))
+        write_oof(folder / "oof.parquet", out_of_fold(settings.rows))
         experiment = Experiment(
             output=name, stack=StackConfig(device=settings.device), ensemble=EnsembleConfig(bootstrap=1000)  # type: ignore[arg-type]
         )  # fmt: skip
@@ -217,7 +217,6 @@ def stage(settings: Settings) -> float:
 
 def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]
     """An out-of-fold table of three networks of different skill."""
-    from triderm_dist import oof
 
     generator = np.random.default_rng(0)
     labels = generator.choice(C, lesions, p=SHARE)
@@ -234,7 +233,7 @@ def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]
     ).astype(np.float32)  # fmt: skip
     folds = np.arange(lesions) % 5
     ids = np.array([f"lesion-{row:05d}" for row in range(lesions)], object)
-    return oof.OofTable(
+    return OofTable(
         lesion_ids=ids, groups=ids, labels=labels, folds=folds,
         concepts=generator.random((lesions, len(CONCEPTS))).astype(np.float32), metadata=metadata,
         models=models, heads=dict.fromkeys(models, "softmax"),

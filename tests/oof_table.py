@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.oof import NO_FOLD, TEST, Predictions, gather, write_oof, write_predictions
+from triderm_dist.predictions import NO_FOLD, TEST, Predictions, gather, write_oof, write_predictions
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
 
 MODELS = {"trimodal": ("softmax", 2.5), "dual_cnn": ("sigmoid", 1.8)}

@@ -6,7 +6,16 @@ import pytest
 
 from tests.oof_table import FOLDS, MODELS, labels_of, write_run
 from tests.test_ensemble import experiment
-from triderm_dist import align, columns, final, metrics, oof
+from triderm_dist import align, columns, final, metrics
+from triderm_dist.predictions import (
+    Predictions,
+    average_test,
+    gather,
+    read_oof,
+    read_predictions,
+    write_oof,
+    write_predictions,
+)
 from triderm_dist.schema import DataError
 
 
@@ -25,17 +34,17 @@ def turned_run(folder: Path, dims: int = 6) -> np.ndarray:
             shift = generator.normal(size=dims)
             for name in ("predictions", "test"):
                 path = folder / model / f"fold-{fold}" / f"{name}.parquet"
-                part = oof.read_predictions(path)
+                part = read_predictions(path)
                 own = of_test if name == "test" else told[part.labels] + generator.normal(size=(len(part), dims))
-                oof.write_predictions(path, replace(part, features=own @ rotation + shift), split=part.split)
-    table = oof.read_oof(folder / "oof.parquet", features=True)
-    gathered = oof.gather(folder, None, table.lesion_ids.tolist(), table.labels, table.folds)
-    oof.write_oof(folder / "oof.parquet", gathered)
+                write_predictions(path, replace(part, features=own @ rotation + shift), split=part.split)
+    table = read_oof(folder / "oof.parquet", features=True)
+    gathered = gather(folder, None, table.lesion_ids.tolist(), table.labels, table.folds)
+    write_oof(folder / "oof.parquet", gathered)
     return labels
 
 
-def parts_of(folder: Path) -> list[oof.Predictions]:
-    return [oof.read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
+def parts_of(folder: Path) -> list[Predictions]:
+    return [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
 
 
 def test_turned_features_mean_the_same_in_every_fold(tmp_path: Path) -> None:
@@ -74,7 +83,7 @@ def test_aligned_features_and_embeddings_are_kept_if_they_gain_and_used_on_a_tes
     scores = {row.name: row.nested.value for row in fit.rows}
     assert scores["stack"] > 0.6 > 0.25 > scores["trimodal"]
     parts = parts_of(tmp_path)
-    table = oof.average_test(parts)
+    table = average_test(parts)
     probabilities, thresholds = final.predict_final(tmp_path, table, parts)
     assert metrics.macro_f1(probabilities > thresholds, table.labels) > scores["ensemble"] - 0.1
     other = [replace(part, model_hash=np.array("another")) for part in parts]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.oof_table import MODELS, folds_of, labels_of, write_run
-from triderm_dist import calibration, ensemble, final, metrics, oof, submission
+from triderm_dist import calibration, ensemble, final, metrics, submission
 from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, load
+from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof
 from triderm_dist.schema import DIAGNOSES, DataError
 
 C = len(DIAGNOSES)
@@ -242,7 +243,7 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
     fit = final.fit_final(tmp_path, config)
     assert [row.name for row in fit.rows] == [*MODELS, "stack", "plain mean", "fitted weights", "ensemble"]
     files = ("stack.ubj", "stack.json", "ensemble.json", "ensemble_oof.parquet", "oof_submission.csv")
-    rows, read = {row.name: row for row in fit.rows}, oof.read_oof(tmp_path / "oof.parquet")
+    rows, read = {row.name: row for row in fit.rows}, read_oof(tmp_path / "oof.parquet")
     for model in MODELS:  # nothing fitted, no temperature either
         plain = calibration.probabilities_of(read.logits[model], read.heads[model])
         assert rows[model].official == pytest.approx(metrics.official_macro_f1(plain, read.labels))
@@ -262,7 +263,7 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
     nested = final.read_nested(tmp_path / "ensemble_oof.parquet")
     np.testing.assert_array_equal(nested.decisions, table > 0.5)
 
-    tests = oof.average_test(oof.read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
+    tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
     probabilities, thresholds = final.predict_final(tmp_path, tests)
     on_test = metrics.macro_f1(probabilities > thresholds, tests.labels)
     assert on_test > score - 0.1  # the mean of three fold models is no worse than one
@@ -273,13 +274,13 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
 def test_no_label_of_a_fold_reaches_its_lines_in_the_submission(tmp_path: Path) -> None:
     """End to end, through temperature, stacker, weights and thresholds: change fold 0's labels, its lines stay."""
     write_run(tmp_path)
-    table = oof.read_oof(tmp_path / "oof.parquet")
+    table = read_oof(tmp_path / "oof.parquet")
     inside = table.folds == 0
     poisoned = table.labels.copy()
     poisoned[inside] = np.roll(poisoned[inside], 1)
     said = []
     for labels in (table.labels, poisoned):
-        oof.write_oof(tmp_path / "oof.parquet", replace(table, labels=labels))
+        write_oof(tmp_path / "oof.parquet", replace(table, labels=labels))
         final.fit_final(tmp_path, experiment(tmp_path))
         ids, submitted = submission.read_submission(tmp_path / "oof_submission.csv")
         assert ids == table.lesion_ids.tolist()
@@ -291,7 +292,7 @@ def test_no_label_of_a_fold_reaches_its_lines_in_the_submission(tmp_path: Path) 
 def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     write_run(tmp_path, lesions=450, informed=False)
     fit = final.fit_final(tmp_path, experiment(tmp_path))
-    labels = oof.read_oof(tmp_path / "oof.parquet").labels
+    labels = read_oof(tmp_path / "oof.parquet").labels
     decisions = final.read_nested(tmp_path / "ensemble_oof.parquet").decisions
     chance = [metrics.macro_f1(decisions, np.random.default_rng(seed).permutation(labels)) for seed in range(50)]
     assert fit.rows[-1].nested.value < np.mean(chance) + 3 * np.std(chance)
@@ -303,11 +304,11 @@ def test_a_run_that_is_partly_done_is_told_and_one_without_folds_refused(tmp_pat
     labels = write_run(tmp_path)
     ids, folds = [f"lesion-{row:04d}" for row in range(len(labels))], folds_of(labels)
     (tmp_path / "dual_cnn" / "fold-1" / "predictions.parquet").unlink()
-    oof.write_oof(tmp_path / "oof.parquet", oof.gather(tmp_path, None, ids, labels, folds))
+    write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
     fit = final.fit_final(tmp_path, experiment(tmp_path, enabled=False))
     assert any(f"{(folds == 1).sum()} of {len(labels)} lesions are left out" in note for note in fit.notes)
     assert not (tmp_path / "stack.ubj").exists()
     (tmp_path / "dual_cnn" / "fold-2" / "predictions.parquet").unlink()
-    oof.write_oof(tmp_path / "oof.parquet", oof.gather(tmp_path, None, ids, labels, folds))
+    write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
     with pytest.raises(DataError, match="lie in 1 folds, two are needed"):
         final.fit_final(tmp_path, experiment(tmp_path))

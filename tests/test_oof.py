@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from tests.oof_table import FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
-from triderm_dist import oof
+from triderm_dist.predictions import (
+    NO_FOLD,
+    TEST,
+    average_test,
+    find_predictions,
+    gather,
+    read_oof,
+    read_predictions,
+    write_oof,
+    write_predictions,
+)
 from triderm_dist.schema import CONCEPTS, DataError
 
 LESIONS = 120
@@ -21,16 +31,16 @@ def run(tmp_path: Path) -> tuple[Path, list[str], np.ndarray, np.ndarray]:
 
 def rewrite(path: Path, **change) -> None:
     """Write a file again with some fields changed (arrays, or functions of the old array)."""
-    old = oof.read_predictions(path)
+    old = read_predictions(path)
     new = {name: value(getattr(old, name).copy()) if callable(value) else value for name, value in change.items()}
-    oof.write_predictions(path, replace(old, **new), split=new.get("split", old.split))
+    write_predictions(path, replace(old, **new), split=new.get("split", old.split))
 
 
 def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     labels = labels_of(110)
     written = predictions_of("trimodal", labels, 2, [f"l{row}" for row in range(110)], seed=0)
-    oof.write_predictions(tmp_path / "p.parquet", written, split=oof.TEST, transforms=8)
-    read = oof.read_predictions(tmp_path / "p.parquet")
+    write_predictions(tmp_path / "p.parquet", written, split=TEST, transforms=8)
+    read = read_predictions(tmp_path / "p.parquet")
     for name in ("lesion_ids", "groups", "labels", "fold", "model", "model_hash", "head"):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     for name in ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata"):
@@ -41,10 +51,10 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_gather_takes_files_in_any_order_and_the_table_comes_back(run) -> None:
     folder, ids, labels, folds = run
-    paths = oof.find_predictions(folder)
+    paths = find_predictions(folder)
     assert len(paths) == len(MODELS) * FOLDS
-    there, back = (oof.gather(order, list(MODELS), ids, labels, folds) for order in (paths, paths[::-1]))
-    read = oof.read_oof(folder / "oof.parquet", features=True)
+    there, back = (gather(order, list(MODELS), ids, labels, folds) for order in (paths, paths[::-1]))
+    read = read_oof(folder / "oof.parquet", features=True)
     assert read.models == tuple(MODELS)
     assert read.heads == {"trimodal": "softmax", "dual_cnn": "sigmoid"}
     for model in MODELS:
@@ -60,8 +70,8 @@ def test_gather_takes_files_in_any_order_and_the_table_comes_back(run) -> None:
 def test_an_absent_fold_is_nan_and_never_zero(run) -> None:
     folder, ids, labels, folds = run
     shutil.rmtree(folder / "dual_cnn" / "fold-1")
-    oof.write_oof(folder / "oof.parquet", oof.gather(folder, None, ids, labels, folds))
-    table = oof.read_oof(folder / "oof.parquet")
+    write_oof(folder / "oof.parquet", gather(folder, None, ids, labels, folds))
+    table = read_oof(folder / "oof.parquet")
     silent = folds == 1
     assert np.isnan(table.logits["dual_cnn"][silent]).all() and np.isfinite(table.logits["dual_cnn"][~silent]).all()
     np.testing.assert_array_equal(table.complete(), ~silent)
@@ -88,19 +98,19 @@ def test_a_file_that_does_not_belong_is_refused_by_name(run, change: dict, messa
     path = folder / "trimodal" / "fold-0" / "predictions.parquet"
     rewrite(path, **change)
     with pytest.raises(DataError, match=message) as error:
-        oof.gather(folder, None, ids, labels, folds)
+        gather(folder, None, ids, labels, folds)
     assert "predictions.parquet" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_planted_training_row_is_refused(run) -> None:
     """Weights of fold 0 that also predict a lesion of fold 1 were trained on it."""
     folder, ids, labels, folds = run
-    weights = oof.read_predictions(folder / "trimodal" / "fold-0" / "predictions.parquet").model_hash[0]
+    weights = read_predictions(folder / "trimodal" / "fold-0" / "predictions.parquet").model_hash[0]
     rewrite(
         folder / "trimodal" / "fold-1" / "predictions.parquet", model_hash=lambda x: np.array([weights, *x[1:]], object)
     )
     with pytest.raises(DataError, match="predict folds 0 and 1: they were trained on one of them"):
-        oof.gather(folder, None, ids, labels, folds)
+        gather(folder, None, ids, labels, folds)
 
 
 def test_a_group_in_two_folds_is_refused(run) -> None:
@@ -109,7 +119,7 @@ def test_a_group_in_two_folds_is_refused(run) -> None:
         path = folder / "trimodal" / f"fold-{fold}" / "predictions.parquet"
         rewrite(path, groups=lambda x: np.array(["patient", *x[1:]], object))
     with pytest.raises(DataError, match="group patient is in folds 0 and 1"):
-        oof.gather(folder, None, ids, labels, folds)
+        gather(folder, None, ids, labels, folds)
 
 
 def test_the_table_itself_is_checked_when_read(run) -> None:
@@ -122,47 +132,47 @@ def test_the_table_itself_is_checked_when_read(run) -> None:
     table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), path)
     with pytest.raises(DataError, match="occurs twice"):
-        oof.read_oof(path)
+        read_oof(path)
     folds = table["fold"].to_numpy().copy()
     folds[-1] += 1
     changed = table.set_column(table.column_names.index("fold"), "fold", pa.array(folds))
     pq.write_table(changed, path)
     with pytest.raises(DataError, match="belongs to fold"):
-        oof.read_oof(path)
+        read_oof(path)
     pq.write_table(
         table.replace_schema_metadata({b"triderm": b'{"format": "triderm-predictions", "version": 2}'}), path
     )
     with pytest.raises(DataError, match="version 1"):
-        oof.read_oof(path)
+        read_oof(path)
 
 
 def test_missing_and_foreign_files_are_named(tmp_path: Path, run) -> None:
     folder, ids, labels, folds = run
     with pytest.raises(DataError, match="no such file"):
-        oof.read_oof(tmp_path / "none.parquet")
+        read_oof(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(DataError, match="not a readable parquet"):
-        oof.read_predictions(tmp_path / "text.parquet")
+        read_predictions(tmp_path / "text.parquet")
     with pytest.raises(DataError, match="no MODEL/fold-K"):
-        oof.gather(tmp_path / "empty", None, ids, labels, folds)
+        gather(tmp_path / "empty", None, ids, labels, folds)
     with pytest.raises(DataError, match="'absent'"):
-        oof.gather(folder, ["trimodal", "absent"], ids, labels, folds)
+        gather(folder, ["trimodal", "absent"], ids, labels, folds)
 
 
 def test_the_test_set_is_the_mean_of_logits_over_folds(run) -> None:
     folder, *_ = run
-    parts = [oof.read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
+    parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
     flipped = replace(parts[1], **{
         name: getattr(parts[1], name)[::-1]
         for name in ("lesion_ids", "groups", "labels", "fold", "model", "model_hash", "head", "logits", "aux_clinical",
                      "aux_dermoscopic", "features", "concepts", "metadata")
     })  # fmt: skip
-    table = oof.average_test([parts[0], flipped, *parts[2:]])
+    table = average_test([parts[0], flipped, *parts[2:]])
     for model in MODELS:
         own = [part.logits for part in parts if part.model[0] == model]
         np.testing.assert_allclose(table.logits[model], np.mean(own, axis=0), atol=1e-6)
-    assert (table.folds == oof.NO_FOLD).all()
+    assert (table.folds == NO_FOLD).all()
     with pytest.raises(DataError, match="come twice"):
-        oof.average_test([*parts, parts[0]])
+        average_test([*parts, parts[0]])
     with pytest.raises(DataError, match="other lesions"):
-        oof.average_test([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
+        average_test([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])

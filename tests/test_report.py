@@ -11,8 +11,9 @@ import pytest
 
 from tests.oof_table import write_run
 from tests.test_ensemble import experiment
-from triderm_dist import final, metrics, oof
+from triderm_dist import final, metrics
 from triderm_dist.config import save
+from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import FALLS_BEHIND, Content
 from triderm_dist.schema import DIAGNOSES, DataError
@@ -129,9 +130,9 @@ def test_a_slice_that_falls_behind_is_flagged_and_a_small_one_is_not_judged(run:
 def test_predictions_of_other_weights_than_those_stacked_are_refused(run: Path, tmp_path: Path) -> None:
     for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
         shutil.copy(run / name, tmp_path / name)
-    table = oof.read_oof(tmp_path / "oof.parquet")
+    table = read_oof(tmp_path / "oof.parquet")
     model = table.models[0]
-    oof.write_oof(tmp_path / "oof.parquet", replace(table, hashes=table.hashes | {model: table.hashes[model] + "x"}))
+    write_oof(tmp_path / "oof.parquet", replace(table, hashes=table.hashes | {model: table.hashes[model] + "x"}))
     with pytest.raises(DataError, match=f"other weights of {model}.*run launch.stack again"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

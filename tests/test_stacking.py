@@ -5,21 +5,22 @@ import numpy as np
 import pytest
 
 from tests.oof_table import write_run
-from triderm_dist import columns, metrics, oof, stacking
+from triderm_dist import columns, metrics, stacking
 from triderm_dist.config import StackConfig
+from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import DIAGNOSES, DataError
 
 QUICK = StackConfig(max_rounds=20, early_stopping=5, learning_rate=0.4, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> oof.OofTable:
+def table(tmp_path_factory) -> OofTable:
     folder = tmp_path_factory.mktemp("stack")
     write_run(folder, 330)
-    return oof.read_oof(folder / "oof.parquet")
+    return read_oof(folder / "oof.parquet")
 
 
-def fit(table: oof.OofTable, labels: np.ndarray | None = None, config: StackConfig = QUICK, **more) -> stacking.Stacker:
+def fit(table: OofTable, labels: np.ndarray | None = None, config: StackConfig = QUICK, **more) -> stacking.Stacker:
     features, names = columns.stack_features(table)
     labels = table.labels if labels is None else labels
     known = labels >= 0
@@ -28,7 +29,7 @@ def fit(table: oof.OofTable, labels: np.ndarray | None = None, config: StackConf
     )
 
 
-def test_columns_mean_the_same_in_every_row(table: oof.OofTable) -> None:
+def test_columns_mean_the_same_in_every_row(table: OofTable) -> None:
     features, names = columns.stack_features(table)
     assert features.shape == (len(table), len(names)) and len(set(names)) == len(names) == 2 * 3 * 11 + 14 + 4
     assert not any("feature" in name for name in names)
@@ -43,7 +44,7 @@ def test_columns_mean_the_same_in_every_row(table: oof.OofTable) -> None:
 
 
 @pytest.mark.parametrize("booster", ["softprob", "multi_output"])
-def test_a_fit_is_bit_identical_and_survives_its_file(table: oof.OofTable, tmp_path: Path, booster: str) -> None:
+def test_a_fit_is_bit_identical_and_survives_its_file(table: OofTable, tmp_path: Path, booster: str) -> None:
     config = QUICK.model_copy(update={"booster": booster, "max_rounds": 12})
     first, second = fit(table, config=config), fit(table, config=config)
     assert first.model == second.model and first.rounds == second.rounds
@@ -57,7 +58,7 @@ def test_a_fit_is_bit_identical_and_survives_its_file(table: oof.OofTable, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.json", "stack.ubj"]
 
 
-def test_it_learns_from_the_columns(table: oof.OofTable) -> None:
+def test_it_learns_from_the_columns(table: OofTable) -> None:
     features, names = columns.stack_features(table)
     stacked = stacking.nested_stack(
         features, table.labels, table.groups, table.folds, names, table.diagnoses, QUICK
@@ -65,7 +66,7 @@ def test_it_learns_from_the_columns(table: oof.OofTable) -> None:
     assert metrics.argmax_macro_f1(stacked, table.labels) > 0.6
 
 
-def test_absent_diagnoses_are_named_and_have_no_probability(table: oof.OofTable) -> None:
+def test_absent_diagnoses_are_named_and_have_no_probability(table: OofTable) -> None:
     labels = np.where(np.isin(table.labels, [2, 6]), -1, table.labels)
     stacker = fit(table, labels)
     assert stacker.absent == ("BEN_OTH", "MAL_OTH")
@@ -77,7 +78,7 @@ def test_absent_diagnoses_are_named_and_have_no_probability(table: oof.OofTable)
         fit(table, np.where(table.labels == 1, 1, -1))
 
 
-def test_no_label_of_a_fold_reaches_what_is_fitted_without_it(table: oof.OofTable) -> None:
+def test_no_label_of_a_fold_reaches_what_is_fitted_without_it(table: OofTable) -> None:
     """Change the labels of fold 0: everything that claims not to know fold 0 stays as it was, bit for bit."""
     features, names = columns.stack_features(table)
 
@@ -97,7 +98,7 @@ def test_no_label_of_a_fold_reaches_what_is_fitted_without_it(table: oof.OofTabl
         assert np.isfinite(before.without[fold]).all()
 
 
-def test_two_folds_are_enough(table: oof.OofTable) -> None:
+def test_two_folds_are_enough(table: OofTable) -> None:
     two = table.take(table.folds != 2)
     features, names = columns.stack_features(two)
     nested = stacking.nested_stack(features, two.labels, two.groups, two.folds, names, two.diagnoses, QUICK)
@@ -126,7 +127,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_not_silently_a_cpu() -> None:
         stacking.device_of(StackConfig(device="cuda"))
 
 
-def test_a_stacker_of_other_columns_is_refused(table: oof.OofTable, tmp_path: Path) -> None:
+def test_a_stacker_of_other_columns_is_refused(table: OofTable, tmp_path: Path) -> None:
     stacker = fit(table, rounds=2)
     assert stacker.rounds == 2
     with pytest.raises(DataError, match="84 columns, here are 3"):
@@ -136,7 +137,7 @@ def test_a_stacker_of_other_columns_is_refused(table: oof.OofTable, tmp_path: Pa
     assert stacker.diagnoses == DIAGNOSES
 
 
-def test_columns_from_a_file_give_the_forest_that_columns_in_memory_give(table: oof.OofTable, tmp_path: Path) -> None:
+def test_columns_from_a_file_give_the_forest_that_columns_in_memory_give(table: OofTable, tmp_path: Path) -> None:
     """Same cuts, same draws: what the trees say agrees, though each batch is seen on its own."""
     features, names = columns.stack_features(table)
     file = columns.ColumnFile.write(tmp_path / "columns.parquet", np.array_split(features, 7))
@@ -161,7 +162,7 @@ def test_columns_from_a_file_give_the_forest_that_columns_in_memory_give(table: 
         columns.ColumnFile(tmp_path / "other.parquet")
 
 
-def test_shap_values_add_up_to_the_scores(table: oof.OofTable) -> None:
+def test_shap_values_add_up_to_the_scores(table: OofTable) -> None:
     features, names = columns.stack_features(table)
     stacker = fit(table, rounds=6)
     values = stacker.contributions(features)
@@ -177,7 +178,7 @@ def test_shap_values_add_up_to_the_scores(table: oof.OofTable) -> None:
     )
 
 
-def test_wide_columns_are_reduced_inside_the_fit(table: oof.OofTable, tmp_path: Path) -> None:
+def test_wide_columns_are_reduced_inside_the_fit(table: OofTable, tmp_path: Path) -> None:
     """Axes come from the training rows: what other rows hold changes nothing; the file brings them back."""
     features, names = columns.stack_features(table)
     generator = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from triderm_dist.files import whole
-from triderm_dist.oof import OofTable, Predictions
+from triderm_dist.predictions import OofTable, Predictions
 from triderm_dist.schema import DataError
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from triderm_dist.calibration import log_probabilities
 from triderm_dist.files import whole
-from triderm_dist.oof import OofTable
+from triderm_dist.predictions import OofTable
 from triderm_dist.schema import METADATA_FIELDS, DataError
 
 LEAST_LOG = -20.0

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist import align, calibration, ensemble, metrics, oof, stacking, submission
+from triderm_dist import align, calibration, ensemble, metrics, stacking, submission
 from triderm_dist.columns import (
     BATCH,
     ColumnFile,
@@ -29,6 +29,7 @@ from triderm_dist.columns import (
 )
 from triderm_dist.config import Experiment
 from triderm_dist.files import whole
+from triderm_dist.predictions import NO_FOLD, OofTable, Predictions, labelled, read_oof, read_predictions
 from triderm_dist.schema import DataError
 
 STACK_FILE = "stack.ubj"
@@ -83,10 +84,10 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     Raises DataError where the table is unusable: fewer than two folds, or no lesion that every member has predicted.
     """
     run_folder = Path(run_folder)
-    table = oof.read_oof(run_folder / OOF_FILE, features="features" in config.stack.extra)
+    table = read_oof(run_folder / OOF_FILE, features="features" in config.stack.extra)
     models = _members(table, config.ensemble.members, run_folder / OOF_FILE)
     notes = []
-    usable = table.complete(models) & oof.labelled(table)
+    usable = table.complete(models) & labelled(table)
     if not usable.all():
         notes.append(
             f"{(~usable).sum()} of {len(table)} lesions are left out: not labelled, or not predicted by every model"
@@ -207,7 +208,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
 
 
 def predict_final(
-    run_folder: Path, table: oof.OofTable, parts: Sequence[oof.Predictions] = ()
+    run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
 
@@ -258,16 +259,16 @@ def check_weights(run_folder: Path, said: Iterable[tuple[str, np.ndarray]]) -> N
 def stacker_columns(
     run_folder: Path,
     extra: str,
-    table: oof.OofTable,
+    table: OofTable,
     models: Sequence[str],
-    parts: Sequence[oof.Predictions] = (),
+    parts: Sequence[Predictions] = (),
 ) -> np.ndarray:
     """(N, F) what a stacker reads about the lesions of an out-of-fold table, or of a test set with its `parts`.
 
     extra: the block at the end of each row, one of `stack.extra`, or "" for none.
     """
     columns = stack_features(table, models)[0]
-    test = bool((table.folds == oof.NO_FOLD).all())
+    test = bool((table.folds == NO_FOLD).all())
     if extra == "embeddings":
         block, tower = read_embeddings(embeddings_path(run_folder, "test" if test else "train"), table.lesion_ids)
         if test and tower != (other := read_embeddings(embeddings_path(run_folder, "train"), np.empty(0))[1]):
@@ -319,7 +320,7 @@ def read_nested(path: Path) -> NestedRows:
 
 
 def _write_nested(
-    path: Path, table: oof.OofTable, nested: ensemble.NestedEstimate, stack: stacking.NestedStack | None
+    path: Path, table: OofTable, nested: ensemble.NestedEstimate, stack: stacking.NestedStack | None
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -338,7 +339,7 @@ def _write_nested(
 
 
 def _fit_stack(
-    run_folder: Path, table: oof.OofTable, models: tuple[str, ...], config: Experiment
+    run_folder: Path, table: OofTable, models: tuple[str, ...], config: Experiment
 ) -> tuple[stacking.NestedStack, stacking.Stacker, list[str]]:
     """The nested stack, the stacker of all rows, and what to tell about extra columns that were tried."""
     names, notes = column_names(table, models), []
@@ -359,7 +360,7 @@ def _fit_stack(
                 raise DataError("stack.extra works in memory only: raise stack.memory_gb, or leave it out")
             if "features" in config.stack.extra:
                 files = [path for model in models for path in sorted(run_folder.glob(f"{model}/fold-*/test.parquet"))]
-                align.save_turns(run_folder / TURNS_FILE, align.fit_turns([oof.read_predictions(f) for f in files]))
+                align.save_turns(run_folder / TURNS_FILE, align.fit_turns([read_predictions(f) for f in files]))
             variants = {"": nested}
             for extra in config.stack.extra:
                 blocks[extra] = stacker_columns(run_folder, extra, table, models)
@@ -383,7 +384,7 @@ def _fit_stack(
     return nested, stacker, notes
 
 
-def _columns(table: oof.OofTable, models: tuple[str, ...], width: int, memory_gb: float, folder: Path) -> Columns:
+def _columns(table: OofTable, models: tuple[str, ...], width: int, memory_gb: float, folder: Path) -> Columns:
     """The stacker's columns, in memory or, where they take more than it, in a parquet file in FOLDER."""
     if len(table) * width * 4 <= memory_gb * 2**30:
         return stack_features(table, models)[0]
@@ -391,7 +392,7 @@ def _columns(table: oof.OofTable, models: tuple[str, ...], width: int, memory_gb
     return ColumnFile.write(folder / "columns.parquet", (stack_features(part, models)[0] for part in parts))
 
 
-def _members(table: oof.OofTable, wanted: tuple[str, ...] | None, path: Path) -> tuple[str, ...]:
+def _members(table: OofTable, wanted: tuple[str, ...] | None, path: Path) -> tuple[str, ...]:
     for name in wanted or ():
         if name not in table.models:
             raise DataError(f"{path}: has no model {name!r} of ensemble.members; there are {', '.join(table.models)}")
@@ -400,15 +401,15 @@ def _members(table: oof.OofTable, wanted: tuple[str, ...] | None, path: Path) ->
     return wanted or table.models
 
 
-def _probabilities(table: oof.OofTable, model: str, temperature: float) -> np.ndarray:
+def _probabilities(table: OofTable, model: str, temperature: float) -> np.ndarray:
     return calibration.probabilities_of(table.logits[model] / temperature, table.heads[model])
 
 
-def _temperature(table: oof.OofTable, model: str, rows: np.ndarray) -> float:
+def _temperature(table: OofTable, model: str, rows: np.ndarray) -> float:
     return calibration.fit_temperature(table.logits[model][rows], table.labels[rows], table.heads[model])
 
 
-def _nested_tau(table: oof.OofTable, model: str) -> float:
+def _nested_tau(table: OofTable, model: str) -> float:
     """Argmax macro F1 with prior and tau of logit adjustment taken from the other folds."""
     logits = calibration.log_probabilities(table.logits[model], table.heads[model])
     adjusted = np.empty_like(logits)

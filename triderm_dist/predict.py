@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist import metrics, oof
+from triderm_dist import metrics
 from triderm_dist.files import write_json
 from triderm_dist.final import HELD_OUT_FILE, predict_final
+from triderm_dist.predictions import TEST, OofTable, Predictions, average_test, read_predictions, write_predictions
 from triderm_dist.schema import DIAGNOSES, UNLABELLED, DataError
 from triderm_dist.submission import read_submission, write_submission
 
@@ -21,10 +22,10 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
     Also leaves RUN/predictions.parquet: one row a lesion and model, the mean over folds and transforms. Raises
     DataError where the files do not hold the same lesions or the ensemble wants another model.
     """
-    parts = [oof.read_predictions(path) for path in test_files]
-    table = oof.average_test(parts)
+    parts = [read_predictions(path) for path in test_files]
+    table = average_test(parts)
     probabilities, thresholds = predict_final(run_folder, table, parts)
-    oof.write_predictions(run_folder / "predictions.parquet", _as_rows(table), split=oof.TEST)
+    write_predictions(run_folder / "predictions.parquet", _as_rows(table), split=TEST)
     path = run_folder / "submission.csv"
     (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of an earlier submission
     ids = [str(name) for name in table.lesion_ids]
@@ -56,7 +57,7 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
     return result
 
 
-def _as_rows(table: oof.OofTable) -> oof.Predictions:
+def _as_rows(table: OofTable) -> Predictions:
     """The averaged table with one row a lesion and model."""
     models = table.models
 
@@ -66,7 +67,7 @@ def _as_rows(table: oof.OofTable) -> oof.Predictions:
     def stacked(by_model: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([by_model[model] for model in models])
 
-    return oof.Predictions(
+    return Predictions(
         lesion_ids=tall(table.lesion_ids),
         groups=tall(table.groups),
         labels=tall(table.labels),

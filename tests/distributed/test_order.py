@@ -11,7 +11,7 @@ import pytest
 from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.shards import read_index
-from triderm_dist.oof import read_predictions
+from triderm_dist.predictions import read_predictions
 
 from ..data.remote import serve, short_body, stall, unavailable
 from .conftest import ROOT, launch

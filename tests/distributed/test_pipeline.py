@@ -21,7 +21,7 @@ from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.metrics import official_macro_f1
 from triderm_dist.models import build_network, build_towers
-from triderm_dist.oof import read_oof, read_predictions
+from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.submission import read_submission
 

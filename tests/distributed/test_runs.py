@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from triderm_dist.engine.tracking import read_metrics
-from triderm_dist.oof import read_predictions
+from triderm_dist.predictions import read_predictions
 
 from .conftest import ROOT, launch
 

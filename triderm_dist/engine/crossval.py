@@ -25,7 +25,7 @@ from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
-from triderm_dist.oof import NO_FOLD, Predictions, write_predictions
+from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
 from triderm_dist.schema import VIEWS, CheckpointError, ConfigError, DataError
 
 

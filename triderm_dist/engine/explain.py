@@ -21,7 +21,7 @@ from triderm_dist.explain import Explanation, semantic_values
 from triderm_dist.losses import Head, probabilities
 from triderm_dist.models import build_towers
 from triderm_dist.models.trimodal import TriModal
-from triderm_dist.oof import NO_FOLD
+from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from triderm_dist import ensemble, final, metrics, oof, stacking
+from triderm_dist import ensemble, final, metrics, stacking
+from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, VIEWS, DataError
 
 SMALL_SLICE = 100
@@ -111,7 +112,7 @@ class Content:
         self.fitted = ensemble.Ensemble.load(self.folder / final.ENSEMBLE_FILE)
         self.about = ensemble.read_json(self.folder / final.ENSEMBLE_FILE)
         self.rows = final.read_nested(self.folder / final.NESTED_FILE)
-        table = oof.read_oof(self.folder / final.OOF_FILE, features=(self.folder / final.TURNS_FILE).exists())
+        table = read_oof(self.folder / final.OOF_FILE, features=(self.folder / final.TURNS_FILE).exists())
         final.check_weights(self.folder, table.hashes.items())
         place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in place for lesion in self.rows.lesion_ids):
@@ -240,7 +241,7 @@ class Content:
                 logits = np.full_like(self.table.logits[model], np.nan)
                 place = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
                 for path in sorted((self.folder / model).glob(f"fold-*/without_{view}.parquet")):
-                    part = oof.read_predictions(path)
+                    part = read_predictions(path)
                     rows = [(place[lesion], i) for i, lesion in enumerate(part.lesion_ids) if lesion in place]
                     for row, i in rows:
                         if part.model_hash[i] == self.table.hashes[model][row]:  # not of an earlier training

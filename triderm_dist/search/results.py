@@ -87,7 +87,7 @@ def outcome(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
 def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
     """Macro F1 of the best less that of the baseline over the validation lesions of all folds, and their number."""
     from triderm_dist.metrics import argmax_decisions, paired_difference
-    from triderm_dist.oof import read_predictions
+    from triderm_dist.predictions import read_predictions
 
     logits, labels = [], []
     for trial in (best, baseline):
