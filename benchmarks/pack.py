@@ -102,7 +102,7 @@ def measure(job: str, argument: str, source: str, short_side: str, copies: str, 
         return open_and_plan(Path(folder), sampling, None if window == "null" else int(window))
     from dataclasses import replace
 
-    from triderm_dist.data.milk10k import read_challenge
+    from triderm_dist.data.readers.milk10k import read_challenge
 
     dataset = read_challenge(source)
     lesions = [

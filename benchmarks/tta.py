@@ -26,9 +26,9 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.config import ModelConfig, Section
 from triderm_dist.data.loader import Loader, PhotoSource
-from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.evaluate import Evaluation, evaluate, forward

@@ -96,7 +96,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
 
 
 def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
-    from triderm_dist.data.milk10k import find_parts
+    from triderm_dist.data.readers.milk10k import find_parts
 
     data = config.data
     keys = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}

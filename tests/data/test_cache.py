@@ -22,9 +22,9 @@ import torch
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.cache import Cache, RemoteShards, Store, index_file, is_url, open_index
 from triderm_dist.data.loader import Loader, PhotoSource
-from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, read_index
 from triderm_dist.schema import ConfigError, DataError
 

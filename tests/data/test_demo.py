@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triderm_dist.data.milk10k import read_challenge
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS
 
 ROOT = Path(__file__).parents[2]

@@ -260,7 +260,7 @@ def run(*settings: str) -> subprocess.CompletedProcess[str]:
 
 def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Path) -> None:
     """A whole folder comes over the wire with faults; the next run fetches nothing; it packs."""
-    from triderm_dist.data.milk10k import read_challenge
+    from triderm_dist.data.readers.milk10k import read_challenge
 
     challenge = make_challenge(lesions=11)
     buffer = io.BytesIO()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge, write_table
-from triderm_dist.data.milk10k import Dataset, read_challenge
+from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, SITES, UNLABELLED, DataError
 
 Make = Callable[..., Challenge]

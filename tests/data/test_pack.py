@@ -18,9 +18,9 @@ import pytest
 
 from tests.conftest import Challenge
 from triderm_dist.data import pack
-from triderm_dist.data.milk10k import Dataset, read_challenge
 from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.data.shards import ShardIndex, read_index
 from triderm_dist.data.verify import verify
 from triderm_dist.schema import DataError

@@ -197,8 +197,8 @@ def test_folders_without_plain_tars(tmp_path: Path) -> None:
 
 
 def test_packed_folders_keep_their_index(make_challenge: Any, tmp_path: Path) -> None:
-    from triderm_dist.data.milk10k import read_challenge
     from triderm_dist.data.pack import pack_shards
+    from triderm_dist.data.readers.milk10k import read_challenge
 
     index = pack_shards(read_challenge(make_challenge(lesions=11).folder), tmp_path / "ours", short_side=None)
     with pytest.raises(DataError, match="were packed here"):

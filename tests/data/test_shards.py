@@ -19,8 +19,8 @@ import webdataset
 from PIL import Image
 
 from tests.conftest import Challenge
-from triderm_dist.data.milk10k import Dataset, read_challenge
 from triderm_dist.data.pack import TarWriter, pack_shards
+from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.data.shards import ShardIndex, read_index, read_photo_bytes, verify_shards
 from triderm_dist.data.threads import in_order
 from triderm_dist.data.verify import verify

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import Challenge
-from triderm_dist.data.milk10k import read_challenge
 from triderm_dist.data.pack import pack_shards
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import ShardIndex, file_sha256, read_index
 from triderm_dist.data.verify import verify
 

@@ -24,7 +24,7 @@ from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normal
 from triderm_dist.data.cache import FolderShards, RemoteShards
 from triderm_dist.data.plan import PlannedBatch, RankBatches
 from triderm_dist.data.shards import ShardIndex
-from triderm_dist.data.tokens import TokenCache
+from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 TASK_LESIONS = 8

@@ -24,9 +24,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from triderm_dist.data.milk10k import Dataset
 from triderm_dist.data.photos import QUALITY, PhotoError, photo_facts, prepare_photo
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.readers.milk10k import Dataset
 from triderm_dist.data.record import describe
 from triderm_dist.data.shards import (
     FORMAT,

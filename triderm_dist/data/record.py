@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triderm_dist.data.milk10k import COLUMN_OF_FIELD, CONCEPT_PREFIX, LESION_ID, parse_field, parse_score
+from triderm_dist.data.readers.milk10k import COLUMN_OF_FIELD, CONCEPT_PREFIX, LESION_ID, parse_field, parse_score
 from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED, Lesion
 
 LABEL_KEYS = ("label", "diagnosis")

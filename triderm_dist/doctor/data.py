@@ -84,7 +84,7 @@ def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
 
 
 def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], labels: bool) -> Finding:
-    from triderm_dist.data.milk10k import read_challenge
+    from triderm_dist.data.readers.milk10k import read_challenge
 
     try:
         dataset = read_challenge(folder, missing_view)
