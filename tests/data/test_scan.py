@@ -14,7 +14,7 @@ import pytest
 import webdataset
 
 from tests.conftest import draw_photo
-from triderm_dist.data import scan
+from triderm_dist.data import scan as index_foreign
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.scan import index_shards
 from triderm_dist.data.shards import read_index, read_photo_bytes
@@ -110,7 +110,7 @@ def test_many_small_tables_say_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     """Rows become tables long before a tar ends, and before any sample has shown which concepts there are."""
     write_foreign(tmp_path / "theirs", change=lambda sample, n: sample["json"].pop("concepts") if n < 4 else None)
     index = index_shards(tmp_path / "theirs")
-    monkeypatch.setattr(scan, "TABLE_ROWS", 2)
+    monkeypatch.setattr(index_foreign, "TABLE_ROWS", 2)
     again = index_shards(tmp_path / "theirs")
     assert again.fingerprint == index.fingerprint and verify(again, 2, 0) == []
     assert np.isnan(again.concept_scores[:4]).all() and (again.concept_scores[4:, 0] > 0).all()
