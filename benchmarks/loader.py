@@ -72,8 +72,8 @@ def main(config: LoaderBenchmark) -> None:
 
 def prepare(config: LoaderBenchmark, folder: Path) -> dict[str, Path]:
     """Where each way finds its files; makes them first."""
-    from triderm_dist.data.pack import pack_shards
     from triderm_dist.data.readers.milk10k import read_challenge
+    from triderm_dist.data.shards.pack import pack_shards
 
     shards = folder / "shards"
     pack_shards(read_challenge(config.source), shards, short_side=288)

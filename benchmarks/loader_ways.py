@@ -19,10 +19,11 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import Draws
-from triderm_dist.data.cache import FolderShards
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, read_index
+from triderm_dist.data.shards.format import INDEX, SAMPLES
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.reader import FolderShards
 from triderm_dist.engine.parallel import keep_memory
 
 CPU, HALF = torch.device("cpu"), (0.5,) * 3
@@ -127,7 +128,7 @@ def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from triderm_dist.data.shards import file_sha256
+    from triderm_dist.data.shards.format import file_sha256
 
     output.mkdir()
     raw = json.loads((folder / INDEX).read_text())

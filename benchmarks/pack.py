@@ -113,7 +113,7 @@ def measure(job: str, argument: str, source: str, short_side: str, copies: str, 
     dataset = replace(dataset, lesions=lesions)
     began = time.perf_counter()
     if argument == "ours":
-        from triderm_dist.data.pack import pack_shards
+        from triderm_dist.data.shards.pack import pack_shards
 
         pack_shards(dataset, folder, short_side=int(short_side))
     else:
@@ -163,7 +163,8 @@ def write_made_up_index(lesions: int, folder: Path) -> dict[str, float]:
     import numpy as np
     import pyarrow as pa
 
-    from triderm_dist.data.shards import ROW_GROUP, ShardFile, rows_schema, write_index
+    from triderm_dist.data.shards.format import ROW_GROUP, ShardFile, rows_schema
+    from triderm_dist.data.shards.write_index import write_index
     from triderm_dist.schema import CONCEPTS
 
     folder.mkdir()
@@ -208,7 +209,7 @@ def open_and_plan(folder: Path, sampling: str, window: int | None) -> dict[str, 
     import numpy as np
 
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-    from triderm_dist.data.shards import read_index
+    from triderm_dist.data.shards.index import read_index
 
     imports = peak_mb()
     began = time.perf_counter()

@@ -26,10 +26,10 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.config import ModelConfig, Section
 from triderm_dist.data.loader import Loader, PhotoSource
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.engine import parallel
 from triderm_dist.engine.evaluate import Evaluation, evaluate, forward
 from triderm_dist.models import build_network, build_towers

@@ -18,7 +18,7 @@ class EmbedRun(Experiment):
 
 def main(config: EmbedRun) -> None:
     from triderm_dist.columns import embeddings_path, write_embeddings
-    from triderm_dist.data.cache import open_index
+    from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.embed import embeddings
     from triderm_dist.engine.parallel import is_main
 

@@ -39,7 +39,7 @@ def main(config: PipelineRun) -> None:
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """What has to run, in order; what is skipped is decided by `run_stages`."""
-    from triderm_dist.data.cache import index_file
+    from triderm_dist.data.shards.open import index_file
 
     folder, with_config = config.folder, ["--config", str(settings)]
     data, extra = config.data, config.stack.extra if config.stack.enabled else ()

@@ -34,7 +34,7 @@ class DownloadConfig(Section):
 
 def main(config: DownloadConfig) -> None:
     from triderm_dist.data.download import FILES, download, read_checksums
-    from triderm_dist.data.show import progress_bar
+    from triderm_dist.data.shards.console import progress_bar
 
     parts = list(FILES) if config.part == "all" else [config.part]
     folder = Path(config.output)

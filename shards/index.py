@@ -41,8 +41,8 @@ class IndexConfig(Section):
 
 def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
-    from triderm_dist.data.scan import index_shards
-    from triderm_dist.data.show import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.index_foreign import index_shards
 
     table = Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv")
     try:

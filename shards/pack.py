@@ -35,10 +35,10 @@ class PackConfig(Section):
 
 
 def main(config: PackConfig) -> None:
-    from triderm_dist.data.pack import pack_shards
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.milk10k import read_challenge
-    from triderm_dist.data.show import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.pack import pack_shards
 
     try:
         dataset = read_challenge(config.source, config.missing_view, config.invalid)

@@ -20,9 +20,9 @@ class VerifyConfig(Section):
 
 
 def main(config: VerifyConfig) -> None:
-    from triderm_dist.data.shards import read_index
-    from triderm_dist.data.show import progress_bar, show_index, show_problems
-    from triderm_dist.data.verify import verify
+    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.index import read_index
+    from triderm_dist.data.shards.verify import verify
 
     index = read_index(config.folder)
     with progress_bar("checking lesions") as progress:

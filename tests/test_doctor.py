@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from triderm_dist.config import Experiment, TowerConfig, load
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import INDEX
+from triderm_dist.data.shards.format import INDEX
+from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.doctor import data, examine
 from triderm_dist.doctor.advice import suggest
 from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed

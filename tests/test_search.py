@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.schema import ConfigError, DataError, InputError
 from triderm_dist.search.results import _repeats, conclude, importance, verdict
 from triderm_dist.search.settings import BASELINE, SearchRun, read_search

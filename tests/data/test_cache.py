@@ -20,12 +20,16 @@ import pytest
 import torch
 
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.cache import Cache, RemoteShards, Store, index_file, is_url, open_index
 from triderm_dist.data.loader import Loader, PhotoSource
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import INDEX, SAMPLES, ShardIndex, read_index
+from triderm_dist.data.shards.cache import Cache
+from triderm_dist.data.shards.format import INDEX, SAMPLES
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.open import index_file, is_url, open_index
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.shards.reader import RemoteShards
+from triderm_dist.data.shards.remote import Store
 from triderm_dist.schema import ConfigError, DataError
 
 from ..conftest import write_challenge
@@ -245,8 +249,10 @@ def test_a_changed_set_behind_the_same_address_is_another_set(packed, tmp_path):
 HOLD = """
 import sys
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.cache import Cache, Store, index_file
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.cache import Cache
+from triderm_dist.data.shards.index import read_index
+from triderm_dist.data.shards.open import index_file
+from triderm_dist.data.shards.remote import Store
 how = RemoteConfig(cache=sys.argv[2], stall_seconds=30)
 path = index_file(sys.argv[1], how)
 Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).hold(read_index(path.parent, shards_here=False).shards[1])

@@ -11,10 +11,10 @@ from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import view_transform
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, fit
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import ShardIndex, read_photo_bytes
+from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
+from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.token_cache import CHUNK, TokenCache
 from triderm_dist.schema import VIEWS, DataError
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge
-from triderm_dist.data import pack
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
-from triderm_dist.data.shards import ShardIndex, read_index
-from triderm_dist.data.verify import verify
+from triderm_dist.data.shards import pack
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.shards.verify import verify
 from triderm_dist.schema import DataError
 
 Make = Callable[..., Challenge]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import draw_photo
-from triderm_dist.data.photos import PhotoError, check_photo, prepare_photo, strip_metadata
+from triderm_dist.data.shards.photos import PhotoError, check_photo, prepare_photo, strip_metadata
 
 SECRETS = (b"Exif\0\0", b"http://ns.adobe.com", b"Canon", b"a comment", b"ICC_PROFILE", b"after the end")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.data.test_scan import write_foreign
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, Samples, Sampling, repeat_factors
-from triderm_dist.data.scan import index_shards
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.schema import ConfigError
 
 GOLDEN = {

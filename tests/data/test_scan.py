@@ -14,11 +14,11 @@ import pytest
 import webdataset
 
 from tests.conftest import draw_photo
-from triderm_dist.data import scan as index_foreign
 from triderm_dist.data.problems import InvalidLesions
-from triderm_dist.data.scan import index_shards
-from triderm_dist.data.shards import read_index, read_photo_bytes
-from triderm_dist.data.verify import verify
+from triderm_dist.data.shards import index_foreign
+from triderm_dist.data.shards.index import read_index, read_photo_bytes
+from triderm_dist.data.shards.index_foreign import index_shards
+from triderm_dist.data.shards.verify import verify
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, VIEWS, DataError
 
 Change = Callable[[dict[str, Any], int], Any]
@@ -197,8 +197,8 @@ def test_folders_without_plain_tars(tmp_path: Path) -> None:
 
 
 def test_packed_folders_keep_their_index(make_challenge: Any, tmp_path: Path) -> None:
-    from triderm_dist.data.pack import pack_shards
     from triderm_dist.data.readers.milk10k import read_challenge
+    from triderm_dist.data.shards.pack import pack_shards
 
     index = pack_shards(read_challenge(make_challenge(lesions=11).folder), tmp_path / "ours", short_side=None)
     with pytest.raises(DataError, match="were packed here"):

@@ -19,11 +19,11 @@ import webdataset
 from PIL import Image
 
 from tests.conftest import Challenge
-from triderm_dist.data.pack import TarWriter, pack_shards
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
-from triderm_dist.data.shards import ShardIndex, read_index, read_photo_bytes, verify_shards
+from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
+from triderm_dist.data.shards.pack import TarWriter, pack_shards
+from triderm_dist.data.shards.verify import verify
 from triderm_dist.data.threads import in_order
-from triderm_dist.data.verify import verify
 from triderm_dist.schema import DIAGNOSES, VIEWS, DataError
 
 Make = Callable[..., Challenge]

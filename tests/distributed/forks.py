@@ -21,7 +21,7 @@ import torch
 import torch.utils.tensorboard
 
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine import trainer  # noqa: F401
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.models.network import Network

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.schema import InputError
 

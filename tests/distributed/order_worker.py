@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from triderm_dist.config import RemoteConfig
-from triderm_dist.data.cache import open_index
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.open import open_index
 from triderm_dist.files import write_text
 
 GLOBAL_BATCH, EPOCHS = 8, 5

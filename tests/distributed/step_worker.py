@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import Loader
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine import parallel
 from triderm_dist.engine.crossval import new_network
 from triderm_dist.engine.evaluate import evaluate

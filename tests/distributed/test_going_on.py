@@ -12,7 +12,7 @@ import pytest
 from triderm_dist import cli
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load, save
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.tracking import read_metrics
 from triderm_dist.files import only_one, whole

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
+from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.predictions import read_predictions
 
 from ..data.remote import serve, short_body, stall, unavailable

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from triderm_dist.calibration import probabilities_of
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import PhotoSource
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.metrics import official_macro_f1

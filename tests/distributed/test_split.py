@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import read_index
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.losses import focal_loss, soft_f1_loss
 from triderm_dist.models import build_network, build_towers

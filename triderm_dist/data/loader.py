@@ -21,9 +21,9 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, to_device, view_transform
-from triderm_dist.data.cache import FolderShards, RemoteShards
 from triderm_dist.data.plan import PlannedBatch, RankBatches
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 

@@ -17,7 +17,7 @@ import numpy as np
 from triderm_dist.schema import DIAGNOSES, ConfigError
 
 if TYPE_CHECKING:
-    from triderm_dist.data.shards import ShardIndex
+    from triderm_dist.data.shards.index import ShardIndex
 
 
 @dataclass(frozen=True)

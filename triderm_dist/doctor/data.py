@@ -18,7 +18,7 @@ from triderm_dist.schema import DataError, InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from triderm_dist.data.shards import ShardIndex
+    from triderm_dist.data.shards.index import ShardIndex
 
 READING_SECONDS = 2.0
 """How long shards are read to tell the speed."""
@@ -72,11 +72,11 @@ def _test_data(experiment: Experiment) -> Finding:
 
 def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
     """The index of a packed set, or why it can't be read."""
-    cache = imported("triderm_dist.data.cache")
+    opener = imported("triderm_dist.data.shards.open")
     if cache is None:
         return f"{where}: can't be read without pyarrow and pillow"
     try:
-        return cache.open_index(where, data.remote)
+        return opener.open_index(where, data.remote)
     except InputError as error:
         return str(error)
     except OSError as error:  # a folder that this user may not see, a mount that is gone

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 
 from triderm_dist.config import DataConfig, ModelConfig
 from triderm_dist.data.loader import Loader, ViewSource
-from triderm_dist.data.pack import pack_shards
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import Dataset
-from triderm_dist.data.shards import ShardIndex, read_index
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.engine.flops import budget
 from triderm_dist.engine.meter import Meter
 from triderm_dist.engine.parallel import choose_precision, many, refuse, way, wrap

@@ -14,7 +14,7 @@ import torch
 
 from triderm_dist.config import DataConfig, Experiment, ModelConfig
 from triderm_dist.data.folds import assign_folds
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate

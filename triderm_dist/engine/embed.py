@@ -6,7 +6,7 @@ import numpy as np
 
 from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine import parallel
 from triderm_dist.engine.crossval import model_named
 from triderm_dist.engine.tokens import PLAIN, open_views

@@ -12,7 +12,7 @@ from torch import nn
 
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.schema import VIEWS, Batch, Outputs
 
 

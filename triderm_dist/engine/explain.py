@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from triderm_dist.config import Experiment
-from triderm_dist.data.cache import is_url, open_index
 from triderm_dist.data.loader import Loader, PhotoSource, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import INDEX, ShardIndex
+from triderm_dist.data.shards.format import INDEX
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.engine import parallel
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.crossval import folds_of, new_network

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from triderm_dist.config import Experiment, save
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.crossval import is_done
 from triderm_dist.ray_start import room, running_ray
 from triderm_dist.schema import ConfigError, InputError
@@ -122,7 +122,7 @@ def _cause(error: Exception) -> tuple[str, bool]:
 
 
 def _train(here: str, cpus: int, experiment: Experiment, name: str, fold: int) -> None:
-    from triderm_dist.data.cache import open_index
+    from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
 
     with _as_worker(here, cpus):
@@ -132,7 +132,7 @@ def _train(here: str, cpus: int, experiment: Experiment, name: str, fold: int) -
 
 
 def _prepare_tokens(here: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
-    from triderm_dist.data.cache import open_index
+    from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.tokens import prepare_tokens
 
     with _as_worker(here, cpus):

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from triderm_dist.config import AugmentConfig, DataConfig, Experiment, ModelConfig
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.engine.parallel import start
 from triderm_dist.models import build_towers

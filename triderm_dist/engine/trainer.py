@@ -17,7 +17,7 @@ from torch import nn
 from triderm_dist.config import TrainConfig, flat
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.average import Average
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
 from triderm_dist.engine.evaluate import evaluate

@@ -44,7 +44,7 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     for note in notes:
         say(f"note: {note}")
 
-    from triderm_dist.data.cache import open_index
+    from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.parallel import split_batch
     from triderm_dist.engine.tokens import prepare_tokens
 

@@ -16,7 +16,7 @@ from triderm_dist.schema import DataError, InputError
 from triderm_dist.search.space import with_settings
 
 if TYPE_CHECKING:
-    from triderm_dist.data.shards import ShardIndex
+    from triderm_dist.data.shards.index import ShardIndex
 
 State = Literal["running", "complete", "stopped", "failed"]
 
@@ -119,7 +119,7 @@ def run_trial(
     predictions are written. Leaves FOLDER/trial.json. Shards and tokens are those of the experiment. leader: a copy of
     a trial's folder from which this one goes on with its own settings, unless it has done so.
     """
-    from triderm_dist.data.cache import open_index
+    from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine import parallel
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.tracking import read_metrics

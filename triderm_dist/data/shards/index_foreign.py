@@ -17,20 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from triderm_dist.data.photos import PhotoError, check_photo, is_upright, photo_facts
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.record import Record, parse
-from triderm_dist.data.shards import (
-    EXTENSIONS,
-    INDEX,
-    ShardFile,
-    ShardIndex,
-    file_sha256,
-    read_index,
-    read_raw_index,
-    rows_schema,
-    write_index,
-)
+from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, file_sha256, rows_schema
+from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
+from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, photo_facts
+from triderm_dist.data.shards.record import Record, parse
+from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import cores, in_order
 from triderm_dist.schema import CONCEPTS, UNLABELLED, VIEWS, DataError
 

@@ -24,22 +24,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from triderm_dist.data.photos import QUALITY, PhotoError, photo_facts, prepare_photo
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import Dataset
-from triderm_dist.data.record import describe
-from triderm_dist.data.shards import (
-    FORMAT,
-    INDEX,
-    VERSION,
-    ShardFile,
-    ShardIndex,
-    file_sha256,
-    read_index,
-    read_raw_index,
-    rows_schema,
-    write_index,
-)
+from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, file_sha256, rows_schema
+from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
+from triderm_dist.data.shards.photos import QUALITY, PhotoError, photo_facts, prepare_photo
+from triderm_dist.data.shards.record import describe
+from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import cores, in_order
 from triderm_dist.files import only_one, whole
 from triderm_dist.schema import VIEWS, DataError, Lesion

@@ -8,20 +8,12 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.data.folds import assign_folds
-from triderm_dist.data.photos import PhotoError, check_photo, photo_facts
 from triderm_dist.data.problems import Problem
-from triderm_dist.data.record import parse
-from triderm_dist.data.shards import (
-    INDEX,
-    SAMPLES,
-    ShardIndex,
-    count_sizes,
-    file_sha256,
-    labelled_digests,
-    read_photo_bytes,
-    read_raw_index,
-    shared_photos,
-)
+from triderm_dist.data.shards.format import INDEX, SAMPLES, file_sha256
+from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
+from triderm_dist.data.shards.photos import PhotoError, check_photo, photo_facts
+from triderm_dist.data.shards.record import parse
+from triderm_dist.data.shards.write_index import count_sizes, labelled_digests, shared_photos
 from triderm_dist.data.threads import cores, in_order
 from triderm_dist.schema import VIEWS, DataError
 

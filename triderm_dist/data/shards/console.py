@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from triderm_dist.data.problems import Problem, count_by_kind, write_problems
-from triderm_dist.data.shards import ShardIndex
+from triderm_dist.data.shards.index import ShardIndex
 
 SHOWN = 10
 

@@ -1,0 +1,97 @@
+"""The format of a shard set on disk: file names, schemas and value types. Opens no tar."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from triderm_dist.schema import METADATA_FIELDS, VIEWS
+
+FORMAT = "triderm-shards"
+VERSION = 2
+INDEX, SAMPLES = "index.json", "samples.parquet"
+ROW_GROUP = 1 << 17
+EXTENSIONS: dict[str, tuple[str, ...]] = {view: (f"{view}.jpg",) for view in VIEWS}
+"""How the photos of each view are named in a shard, after the lesion's id and a dot."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One tar: its name in the folder, the lesions in it, its size and the SHA-256 of its bytes."""
+
+    url: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Text(Sequence[str]):
+    """N strings in one block of memory. One row gives a str, an array of rows (n,) an array (n,) of str objects."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column.cast(pa.large_string()).combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, rows: int) -> str: ...
+    @overload
+    def __getitem__(self, rows: slice | np.ndarray) -> Any: ...
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, int | np.integer):
+            return self._column[int(rows)].as_py()
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        elif rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        return self._column.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), ROW_GROUP):
+            yield from self._column.slice(start, ROW_GROUP).to_pylist()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._column.to_numpy(zero_copy_only=False).astype(dtype or object)
+
+    def tolist(self) -> list[str]:
+        return self._column.to_pylist()
+
+    @property
+    def codes(self) -> np.ndarray:
+        """(N,) int32, equal where the strings are, from 0 in the order of first appearance."""
+        return self._column.dictionary_encode().indices.to_numpy()
+
+
+def samples_schema(concepts: int) -> pa.Schema:
+    """The columns of samples.parquet for K concepts."""
+    places = [
+        (f"{view}_{what}", kind) for view in VIEWS for what, kind in (("offset", pa.int64()), ("size", pa.int32()))
+    ]
+    return pa.schema(
+        [
+            ("lesion_id", pa.string()),
+            ("group", pa.string()),
+            ("label", pa.int16()),
+            ("shard", pa.int32()),
+            *places,
+            ("concepts", pa.list_(pa.float32(), concepts)),
+            ("metadata", pa.list_(pa.float32(), len(METADATA_FIELDS))),
+        ]
+    )
+
+
+def rows_schema(concepts: int) -> pa.Schema:
+    """What `write_index` takes: the columns of samples.parquet, and `photos`, the `photo_facts` of each view."""
+    return samples_schema(concepts).append(pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS))))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,221 @@
+"""Download one file of a remote shard set: retries, stall detection and checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from triderm_dist.config import RemoteConfig
+from triderm_dist.data.shards.format import INDEX, ShardFile
+from triderm_dist.schema import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.05
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What trying again can't cure, by name: these classes live in packages that may not be installed.
+_HOPELESS = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
+
+
+class Store:
+    """The files of one remote folder. Raises ConfigError for a command where `remote.allow_commands` is off."""
+
+    def __init__(self, url: str, remote: RemoteConfig) -> None:
+        self.url, self.remote = url.rstrip("/"), remote
+        if url.startswith("pipe:") and not remote.allow_commands:
+            raise ConfigError(f"{url}: runs a command; set data.remote.allow_commands=true if it is yours")
+        if url.startswith("pipe:") and "{}" not in url:
+            raise ConfigError(f"{url}: write {{}} where the file name belongs, as in pipe:cat folder/{{}}")
+
+    def address(self, name: str) -> str:
+        """The URL of one file; a query, such as an access token, stays at the end."""
+        address, question, query = self.url.partition("?")
+        return f"{address.rstrip('/')}/{name}{question}{query}"
+
+    def shown(self, name: str) -> str:
+        """The address for messages: without query and password."""
+        if self.url.startswith("pipe:"):
+            return self.url.replace("{}", name)
+        return re.sub(r"//[^/@]*@", "//", self.address(name).partition("?")[0])
+
+    def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
+        """Fetch a file to `path`, which others must not look at yet, and check its size (unless -1) and SHA-256.
+
+        A download that stalls, breaks or brings wrong bytes is tried again after a pause that doubles up to 15 s,
+        with jitter. Raises DataError when `remote.total_seconds` are over, or at once for what trying again can't
+        cure: no such file, no permission, a full disk.
+        """
+        stop = stop or threading.Event()
+        deadline = time.monotonic() + self.remote.total_seconds
+        attempt = 0
+        while True:
+            attempt += 1
+            beside = path.with_name(f"{path.name}.{attempt}")
+            try:
+                self._download(file, beside, deadline, stop)
+                _check(beside, file)
+                beside.replace(path)
+                return
+            except _Stopped:
+                raise
+            except Exception as error:  # what networks raise is not one family
+                if reason := self._hopeless(error, path):
+                    raise DataError(f"{self.shown(file.url)}: {reason}") from None
+                problem = _one_line(error)
+            finally:
+                beside.unlink(missing_ok=True)  # the thread of a stalled download may still hold it open
+            pause = min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5)
+            if time.monotonic() + pause > deadline:
+                raise DataError(
+                    f"{self.shown(file.url)}: not fetched within {self.remote.total_seconds:g} s and {attempt} "
+                    f"attempts, the last one: {problem}; see to the server, or raise data.remote.total_seconds"
+                )
+            log.warning("%s: attempt %d: %s; again in %.1f s", self.shown(file.url), attempt, problem, pause)
+            if stop.wait(pause):
+                raise _Stopped
+
+    def _download(self, file: ShardFile, path: Path, deadline: float, stop: threading.Event) -> None:
+        """One attempt, watched: no library gives a time limit for every kind of URL, so a thread that stalls is left
+        behind."""
+        self._import()
+        progress = _Progress(file.bytes)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._copy(file.url, path, progress)
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                progress.done.set()
+
+        threading.Thread(target=work, name=f"fetch {file.url}", daemon=True).start()
+        seen, since = (-1, -1), time.monotonic()
+        while not progress.done.wait(POLL_SECONDS):
+            now = time.monotonic()
+            with contextlib.suppress(FileNotFoundError):
+                if seen != (state := (progress.bytes, path.stat().st_size)):
+                    seen, since = state, now
+            stalled = now - since > self.remote.stall_seconds
+            if stalled or now > deadline or stop.is_set():
+                progress.abandon()
+                if stop.is_set():
+                    raise _Stopped
+                raise TimeoutError(f"no byte for {self.remote.stall_seconds:g} s" if stalled else "too slow")
+        if failure:
+            raise failure[0]
+
+    def _copy(self, name: str, path: Path, progress: _Progress) -> None:
+        if self.url.startswith("pipe:"):
+            command = self.url.removeprefix("pipe:").replace("{}", name)
+            with path.open("wb") as out:
+                process = subprocess.Popen(command, shell=True, stdout=out, start_new_session=True)
+                progress.on_abandon = lambda: os.killpg(process.pid, signal.SIGKILL)
+                if status := process.wait():
+                    raise OSError(f"the command ended with status {status}")
+            return
+        import fsspec
+
+        files, place = fsspec.core.url_to_fs(self.address(name), **self._options)
+        files.get_file(place, str(path), callback=progress.callback())
+
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        """What the file system of this URL is made with; importing it is not part of any download."""
+        if not self.url.startswith(("http://", "https://")):
+            return {}
+        import aiohttp
+
+        quiet = self.remote.stall_seconds
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=quiet, sock_read=quiet)}}
+
+    def _import(self) -> None:
+        if not self.url.startswith("pipe:"):
+            import fsspec
+
+            fsspec.core.url_to_fs(self.url, **self._options)
+
+    def _hopeless(self, error: Exception, path: Path) -> str | None:
+        """Why trying again is no use, or None."""
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return str(_disk_error(path.parent, error))
+        if isinstance(error, FileNotFoundError):
+            return "no such file; check the address, or upload the whole folder again"
+        status = getattr(error, "status", 0)
+        if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _HOPELESS:
+            return f"no permission ({_one_line(error)}); check the credentials"
+        if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
+            return f"refused by the server ({_one_line(error)})"
+        if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
+            return f"{_one_line(error)}; pip install 'triderm-dist[remote]' brings s3:// and gs://"
+        return None
+
+
+class _Stopped(Exception):
+    """Nobody waits for this download any more."""
+
+
+class _Progress:
+    """Bytes of one attempt, and how to end it from another thread."""
+
+    def __init__(self, expected: int) -> None:
+        self.expected, self.bytes, self.done = expected, 0, threading.Event()
+        self.abandoned = False
+        self.on_abandon: Callable[[], None] = lambda: None
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        with contextlib.suppress(ProcessLookupError):
+            self.on_abandon()
+
+    def callback(self) -> Any:
+        from fsspec.callbacks import Callback
+
+        progress = self
+
+        class Watched(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                progress.bytes += inc
+                if progress.abandoned:
+                    raise TimeoutError("abandoned")
+                if 0 <= progress.expected < progress.bytes:
+                    raise OSError(f"more than the {progress.expected} bytes of {INDEX}")
+
+        return Watched()
+
+
+def _check(path: Path, file: ShardFile) -> None:
+    """Raises OSError where a fetched file is not the one that the index describes; makes it durable where it is."""
+    if file.bytes < 0:
+        return
+    size = path.stat().st_size
+    if size != file.bytes:
+        raise OSError(f"{size} bytes came, {INDEX} says {file.bytes}")
+    with path.open("rb+") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+            raise OSError(f"the bytes that came are not those of {INDEX} (SHA-256 differs)")
+        os.fsync(opened.fileno())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
+
+
+def _disk_error(folder: Path, error: OSError) -> DataError:
+    if error.errno in _DISK_FULL:
+        return DataError(
+            f"{folder}: the disk is full ({error.strerror}); free some space, or set data.remote.cache to another disk"
+        )
+    return DataError(f"{folder}: {error.strerror or error}; set data.remote.cache to a folder that can be written")

@@ -1,0 +1,130 @@
+"""Write index.json and samples.parquet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from triderm_dist.data.problems import Problem, count_by_kind
+from triderm_dist.data.shards.format import (
+    FORMAT,
+    INDEX,
+    ROW_GROUP,
+    SAMPLES,
+    VERSION,
+    ShardFile,
+    Text,
+    file_sha256,
+    samples_schema,
+)
+from triderm_dist.files import whole, write_json
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, VIEWS
+
+
+def write_index(
+    folder: Path,
+    tables: Iterable[pa.Table],
+    shards: Sequence[ShardFile],
+    concepts: Sequence[str],
+    problems: Sequence[Problem],
+    about: Mapping[str, Any],
+) -> None:
+    """Write samples.parquet from tables of rows, one after the other, then index.json; each whole or not at all.
+
+    The tables have the columns of `rows_schema`. `about` adds what the maker wants to say of itself.
+    """
+    counts: Counter[int] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    digests: list[np.ndarray] = []
+    rows = 0
+    with whole(folder / SAMPLES) as beside:
+        with pq.ParquetWriter(beside, samples_schema(len(concepts)), compression="zstd", use_dictionary=False) as file:
+            for table in _regrouped(tables):
+                file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
+                rows += len(table)
+                for entry in table["label"].value_counts().to_pylist():
+                    counts[entry["values"]] += entry["counts"]
+                photos = table["photos"].combine_chunks().flatten().to_numpy().reshape(-1, len(VIEWS), 3)
+                sizes += count_sizes(photos)
+                digests.append(labelled_digests(photos, table["label"].to_numpy()))
+
+        def names() -> tuple[Text, Text]:
+            columns = pq.read_table(beside, columns=["lesion_id", "group"])
+            return Text(columns["lesion_id"]), Text(columns["group"])
+
+        shared = shared_photos(np.concatenate(digests), names)
+        about_samples = {
+            "url": SAMPLES,
+            "rows": rows,
+            "bytes": beside.stat().st_size,
+            "sha256": file_sha256(beside),
+        }
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "concepts": list(concepts),
+        "diagnoses": list(DIAGNOSES),
+        "metadata_fields": list(METADATA_FIELDS),
+        **about,
+        "shards": [vars(shard) for shard in shards],
+        "samples": about_samples,
+        "counts": {**{name: counts[i] for i, name in enumerate(DIAGNOSES)}, "unlabelled": counts[UNLABELLED]},
+        "photo_sizes": {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())},
+        "shared_photos": shared,
+        "dropped": count_by_kind(problems),
+        "problems": [asdict(problem) for problem in problems],
+    }
+    write_json(folder / INDEX, index)
+
+
+def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
+    """How many have which (width, height), by the `photo_facts` (N, views, 3) of a set; missing ones do not count."""
+    there = photos[photos[..., 2] > 0]
+    sizes, counts = np.unique(there[:, 0] << np.uint64(32) | there[:, 1], return_counts=True)
+    return Counter({divmod(size, 1 << 32): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)})
+
+
+def labelled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, views) hashes of the `photo_facts` (N, views, 3); 0 where a lesion has no label: it is in no fold."""
+    return np.where(labels[:, None] != UNLABELLED, photos[..., 2], 0)
+
+
+def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
+    """Pairs of lesions of two groups that hold the same photo, by the hashes (N, views) of its bytes; 0 is none.
+
+    Of many lesions with one photo, each is paired with the first. names: gives the lesion ids and groups, where needed.
+    """
+    flat = digests.ravel()
+    order = np.argsort(flat, kind="stable")
+    order = order[flat[order] > 0]
+    ordered = flat[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    if not len(again):
+        return []
+    lesion_ids, groups = names()
+    first = order[np.searchsorted(ordered, ordered[again])] // digests.shape[1]
+    rows = order[again] // digests.shape[1]
+    apart = groups[first] != groups[rows]
+    pairs = sorted(set(zip(first[apart].tolist(), rows[apart].tolist(), strict=True)))
+    return [(lesion_ids[one], lesion_ids[other]) for one, other in pairs]
+
+
+def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of `ROW_GROUP` rows, so that many small shards make no small row groups."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            joined = pa.concat_tables(waiting)
+            full = len(joined) // ROW_GROUP * ROW_GROUP
+            yield joined.slice(0, full)
+            waiting = [joined.slice(full)]
+    if waiting:
+        yield pa.concat_tables(waiting)
