@@ -44,7 +44,7 @@ def main(settings: SumsRun) -> None:
     from triderm_dist.data.loader import Loader
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.data.shards.index import read_index
-    from triderm_dist.engine import parallel
+    from triderm_dist.distributed import parallel
     from triderm_dist.engine.crossval import new_network
     from triderm_dist.engine.evaluate import forward
     from triderm_dist.engine.step import train_step

@@ -32,6 +32,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import DataConfig, ModelConfig, Section, TowerConfig, TrainConfig
+from triderm_dist.distributed import collectives
 
 TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 CONCEPTS = 14
@@ -232,9 +233,9 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     import numpy as np
 
     from triderm_dist.data.loader import Step
-    from triderm_dist.engine import parallel
+    from triderm_dist.distributed import parallel
+    from triderm_dist.engine.finite import Finite
     from triderm_dist.engine.meter import Meter
-    from triderm_dist.engine.safety import Finite
     from triderm_dist.engine.step import train_step
     from triderm_dist.engine.tracking import Tracker
     from triderm_dist.losses import CompoundLoss
@@ -265,7 +266,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
         done += 1
         if done % LOG_EVERY == 0:
             finite.check()
-            values = loss.values(parallel.all_sum(focal), sums)
+            values = loss.values(collectives.all_sum(focal), sums)
             values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
             values |= meter.read(loader, done)  # type: ignore[arg-type]
             with contextlib.redirect_stdout(io.StringIO()):
@@ -351,7 +352,8 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
     import torch
 
     from triderm_dist.data.loader import PhotoSource
-    from triderm_dist.engine import bench, parallel
+    from triderm_dist.distributed import parallel
+    from triderm_dist.engine import bench
     from triderm_dist.models import build_network, build_towers
 
     with tempfile.TemporaryDirectory() as name:

@@ -30,7 +30,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.engine import parallel
+from triderm_dist.distributed import parallel
 from triderm_dist.engine.evaluate import Evaluation, evaluate, forward
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network

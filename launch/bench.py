@@ -26,7 +26,8 @@ class BenchRun(Experiment):
 def main(config: BenchRun) -> None:
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine import bench, parallel
+    from triderm_dist.distributed import parallel
+    from triderm_dist.engine import bench
     from triderm_dist.engine.crossval import model_named, new_network
     from triderm_dist.engine.tokens import open_views
 

@@ -14,10 +14,10 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import Loader
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine import parallel
+from triderm_dist.distributed import collectives, parallel
+from triderm_dist.distributed.full_state import whole
 from triderm_dist.engine.crossval import new_network
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.state import whole
 from triderm_dist.engine.step import train_step
 from triderm_dist.engine.tokens import open_views
 from triderm_dist.losses import CompoundLoss
@@ -44,7 +44,7 @@ def experiment(head: str, micro_batch: int, dropout: float, sums: str = "exact",
 
 def assert_same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        mean = parallel.all_sum(tensor.clone()) / parallel.world()
+        mean = collectives.all_sum(tensor.clone()) / collectives.world()
         assert torch.equal(mean, tensor), name
 
 
@@ -80,7 +80,7 @@ def main(shards: str, output: str, cases: str) -> None:
         (step,) = loader
         wrapped.train()
         focal, sums, _ = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
-        value = loss.values(parallel.all_sum(focal), sums)["loss"]
+        value = loss.values(collectives.all_sum(focal), sums)["loss"]
         buffers = {name: buffer for name, buffer in parallel.unwrap(wrapped).named_buffers() if "running" in name}
         assert_same_on_all_ranks(buffers)
         if accelerator.is_main_process:

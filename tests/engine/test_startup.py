@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.flops import training_flops
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.safety import Stop
 from triderm_dist.engine.startup import parameters_by_room, report
 from triderm_dist.engine.tokens import open_views
 from triderm_dist.engine.tracking import read_metrics

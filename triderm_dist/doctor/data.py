@@ -73,7 +73,7 @@ def _test_data(experiment: Experiment) -> Finding:
 def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
     """The index of a packed set, or why it can't be read."""
     opener = imported("triderm_dist.data.shards.open")
-    if cache is None:
+    if opener is None:
         return f"{where}: can't be read without pyarrow and pillow"
     try:
         return opener.open_index(where, data.remote)

@@ -31,7 +31,7 @@ def network_findings(experiment: Experiment, ranks: int, gpu_memory: float | Non
 
 
 def _precision(name: str, model: ModelConfig) -> Finding:
-    parallel = imported("triderm_dist.engine.parallel")
+    parallel = imported("triderm_dist.distributed.parallel")
     if parallel is None:
         return Finding(f"{name}: precision", "not known without torch and accelerate")
     try:

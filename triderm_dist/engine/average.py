@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from triderm_dist.engine.parallel import settle, unwrap
-from triderm_dist.engine.state import Tensors, part_of, whole
+from triderm_dist.distributed.full_state import Tensors, part_of, whole
+from triderm_dist.distributed.parallel import settle, unwrap
 
 
 class Average:

@@ -23,10 +23,11 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.distributed.collectives import many
+from triderm_dist.distributed.parallel import choose_precision, refuse, way, wrap
+from triderm_dist.engine.finite import Finite
 from triderm_dist.engine.flops import budget
 from triderm_dist.engine.meter import Meter
-from triderm_dist.engine.parallel import choose_precision, many, refuse, way, wrap
-from triderm_dist.engine.safety import Finite
 from triderm_dist.engine.startup import device_name
 from triderm_dist.engine.step import train_step
 from triderm_dist.files import write_text

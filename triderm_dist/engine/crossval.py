@@ -15,12 +15,13 @@ import torch
 from triderm_dist.config import DataConfig, Experiment, ModelConfig
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.engine import parallel
+from triderm_dist.distributed import collectives, parallel
+from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.out_of_memory import MicroBatch
+from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.fold_folder import FoldFolder, alone, is_finished
-from triderm_dist.engine.memory import MicroBatch
-from triderm_dist.engine.safety import Stop, on_main
 from triderm_dist.engine.tokens import Views, open_views
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.models import build_network, build_towers
@@ -34,7 +35,7 @@ def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
     return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
 
 
-@parallel.in_touch()
+@collectives.in_touch()
 def run_folds(
     experiment: Experiment,
     index: ShardIndex,
@@ -147,7 +148,7 @@ def _run_fold(
     return True
 
 
-@parallel.in_touch()
+@collectives.in_touch()
 def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
     """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
 
@@ -170,7 +171,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
             stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _test_stamp(folder) == stamp and (folder / "test.parquet").exists():
                 continue
-            accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0, experiment.rank_timeout)
+            accelerator = parallel.start(model.train.precision, 1, collectives.world(), 1.0, experiment.rank_timeout)
             if views is None:
                 views = open_views(
                     model, index, experiment.token_folder, accelerator, experiment.data,

@@ -7,7 +7,7 @@ import numpy as np
 from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.engine import parallel
+from triderm_dist.distributed import collectives, parallel
 from triderm_dist.engine.crossval import model_named
 from triderm_dist.engine.tokens import PLAIN, open_views
 from triderm_dist.schema import VIEWS
@@ -17,7 +17,7 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     """(N, 2 D) float32 of the tower that model NAME starts from, by way of the token cache; call on all ranks."""
     model = model_named(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
-    accelerator = parallel.start(model.train.precision, 1, parallel.world(), 1.0, experiment.rank_timeout)
+    accelerator = parallel.start(model.train.precision, 1, collectives.world(), 1.0, experiment.rank_timeout)
     views = open_views(
         frozen,
         index,

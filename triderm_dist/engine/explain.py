@@ -14,7 +14,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
-from triderm_dist.engine import parallel
+from triderm_dist.distributed import collectives, parallel
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.crossval import folds_of, new_network
 from triderm_dist.engine.tokens import open_views
@@ -55,7 +55,7 @@ def _explain(
     experiment: Experiment, index: ShardIndex, name: str, rows: Sequence[int], test: bool
 ) -> Iterator[Explanation]:
     model = experiment.models[name]
-    accelerator = parallel.start("fp32", 1, parallel.world(), 1.0)
+    accelerator = parallel.start("fp32", 1, collectives.world(), 1.0)
     views = open_views(
         model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed_of_tokens, train=False
     )

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_about, readable
-from triderm_dist.engine.safety import on_main
 from triderm_dist.files import only_one
 from triderm_dist.schema import CheckpointError, InputError
 

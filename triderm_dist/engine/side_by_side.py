@@ -15,8 +15,8 @@ from typing import Any
 
 from triderm_dist.config import Experiment, save
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.distributed.ray_cluster import room, running_ray
 from triderm_dist.engine.crossval import is_done
-from triderm_dist.ray_start import room, running_ray
 from triderm_dist.schema import ConfigError, InputError
 
 

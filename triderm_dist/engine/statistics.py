@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triderm_dist.engine.parallel import all_sum
+from triderm_dist.distributed.collectives import all_sum
 
 
 class RunningStatistics:

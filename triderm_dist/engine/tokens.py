@@ -17,7 +17,7 @@ from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, ViewSourc
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
-from triderm_dist.engine.parallel import start
+from triderm_dist.distributed.parallel import start
 from triderm_dist.models import build_towers
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from triderm_dist.engine.safety import on_main
+from triderm_dist.distributed.collectives import on_main
 from triderm_dist.files import naming, write_text
 from triderm_dist.schema import ConfigError
 

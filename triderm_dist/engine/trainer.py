@@ -18,17 +18,19 @@ from triderm_dist.config import TrainConfig, flat
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.distributed.collectives import all_sum, on_main
+from triderm_dist.distributed.full_state import whole_weights
+from triderm_dist.distributed.parallel import choose_precision, refuse, wrap
+from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.average import Average
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
 from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.finite import Finite
 from triderm_dist.engine.flops import budget
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.meter import Meter
-from triderm_dist.engine.parallel import all_sum, choose_precision, refuse, wrap
 from triderm_dist.engine.profiling import profiler
-from triderm_dist.engine.safety import Finite, Stop, on_main
 from triderm_dist.engine.startup import report
-from triderm_dist.engine.state import whole_weights
 from triderm_dist.engine.step import train_step
 from triderm_dist.engine.tracking import Tracker
 from triderm_dist.files import write_text

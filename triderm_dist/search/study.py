@@ -45,7 +45,7 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
         say(f"note: {note}")
 
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine.parallel import split_batch
+    from triderm_dist.distributed.parallel import split_batch
     from triderm_dist.engine.tokens import prepare_tokens
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)

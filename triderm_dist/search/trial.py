@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from triderm_dist.config import Experiment
+from triderm_dist.distributed import collectives
 from triderm_dist.files import write_json
 from triderm_dist.schema import DataError, InputError
 from triderm_dist.search.space import with_settings
@@ -120,17 +121,16 @@ def run_trial(
     a trial's folder from which this one goes on with its own settings, unless it has done so.
     """
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine import parallel
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.tracking import read_metrics
 
-    started, before, main = time.monotonic(), 0.0, parallel.is_main()
+    started, before, main = time.monotonic(), 0.0, collectives.is_main()
     try:
         own = _own_experiment(trial, experiment, model, folder)
         index = open_index(own.train_shards, own.data.remote)
         if main:
             trial, before = _open_folder(trial, own, index, model, folds, folder, leader)
-        parallel.wait_for_all()
+        collectives.wait_for_all()
         train = own.models[model].train
         curve, all_epochs = _Curve(train.select), len(folds) * train.epochs
 

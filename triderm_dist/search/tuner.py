@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.ray_start import Needs, room, running_ray
+from triderm_dist.distributed.ray_cluster import Needs, room, running_ray
 from triderm_dist.schema import ConfigError
 from triderm_dist.search.results import describe
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
@@ -201,7 +201,7 @@ def _train_on_workers(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     def worker() -> None:
-        from triderm_dist.engine.memory import KEEPER
+        from triderm_dist.distributed.out_of_memory import KEEPER
 
         os.environ[KEEPER] = "ray"
         train(ray_train.report)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from triderm_dist.engine.parallel import unwrap, way
+from triderm_dist.distributed.parallel import unwrap, way
 
 Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")

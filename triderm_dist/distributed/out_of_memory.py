@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from triderm_dist.engine.parallel import ATTEMPT, world
-from triderm_dist.engine.safety import on_main
+from triderm_dist.distributed.collectives import on_main, world
+from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError
 

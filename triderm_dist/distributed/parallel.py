@@ -19,8 +19,8 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from triderm_dist.cli import Interrupted
 from triderm_dist.config import TrainConfig
+from triderm_dist.distributed.collectives import world
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
 
@@ -150,16 +150,6 @@ def _take_fsdp() -> None:
     if os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true":
         raise ConfigError("fsdp_offload_params: not supported; use accelerate_configs/deepspeed_zero3_offload.yaml")
     os.environ[_FSDP2] = "true"
-
-
-def world() -> int:
-    """Processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0, also before `start`."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def way(accelerator: Accelerator) -> Way:
@@ -331,40 +321,3 @@ def settle(wrapped: nn.Module) -> None:
     """Under FSDP2 drop gathered weights, so that the next forward sees what was written to the shards."""
     if hasattr(wrapped, "reshard"):
         wrapped.reshard()  # type: ignore[operator]
-
-
-@contextmanager
-def in_touch() -> Iterator[None]:
-    """Raises Interrupted, which says what to do, where another rank is gone or has not answered for rank_timeout.
-
-    It goes round what ranks do together; also as a decorator.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors. NCCL's watchdog ends the process by itself, with the same meaning.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        rank, said = os.environ.get("RANK", "0"), str(error).splitlines()[0]
-        raise Interrupted(
-            f"rank {rank} has lost touch with another rank ({said}); when all hosts are there again, the same command "
-            "goes on from the last checkpoint"
-        ) from None
-
-
-def many() -> bool:
-    """Whether there are other ranks to talk to."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def wait_for_all() -> None:
-    """Until every rank is here, also before `start` where the launcher has joined the ranks."""
-    if many():
-        dist.barrier()
-
-
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks."""
-    if many():
-        dist.all_reduce(tensor)
-    return tensor
