@@ -59,7 +59,8 @@ def main(config: AblationRun) -> None:
 def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> OofTable:
     """The out-of-fold table of the network without a part, after training what of it is not trained yet."""
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine.crossval import folds_of, run_folds
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import folds_of
 
     raw = config.model_dump(mode="json", exclude={"parts"})
     raw |= {

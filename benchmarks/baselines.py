@@ -62,7 +62,7 @@ def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
     """(N, 2 width) mean token of each view by the first frozen tower of the settings, in the order of `table`."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed import parallel
-    from triderm_dist.engine.tokens import open_views
+    from triderm_dist.engine.views import open_views
 
     frozen = [model for model in config.models.values() if model.tower.frozen]
     if not frozen:

@@ -45,10 +45,10 @@ def main(settings: SumsRun) -> None:
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.distributed import parallel
-    from triderm_dist.engine.crossval import new_network
     from triderm_dist.engine.evaluate import forward
+    from triderm_dist.engine.fold import new_network
     from triderm_dist.engine.step import train_step
-    from triderm_dist.engine.tokens import open_views
+    from triderm_dist.engine.views import open_views
     from triderm_dist.losses import CompoundLoss, focal_loss, soft_f1_loss
     from triderm_dist.optim import build_optimizer
     from triderm_dist.schema import DIAGNOSES, ConfigError

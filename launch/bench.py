@@ -28,8 +28,8 @@ def main(config: BenchRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed import parallel
     from triderm_dist.engine import bench
-    from triderm_dist.engine.crossval import model_named, new_network
-    from triderm_dist.engine.tokens import open_views
+    from triderm_dist.engine.fold import model_named, new_network
+    from triderm_dist.engine.views import open_views
 
     if config.record:
         bench.read_records(Path(config.record))  # a bad file is refused before the minute, not after it

@@ -23,8 +23,9 @@ class CrossvalRun(SideBySideRun):
 def main(config: CrossvalRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
-    from triderm_dist.engine.crossval import folds_of, model_named, run_folds
-    from triderm_dist.engine.side_by_side import run_side_by_side
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import folds_of, model_named
+    from triderm_dist.engine.parallel_folds import run_side_by_side
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
 

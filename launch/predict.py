@@ -25,7 +25,7 @@ def main(config: PredictRun) -> None:
     from triderm_dist.data.readers.milk10k import read_labels
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
-    from triderm_dist.engine.crossval import predict_test
+    from triderm_dist.engine.predict_test import predict_test
     from triderm_dist.ensemble import Ensemble
     from triderm_dist.final import ENSEMBLE_FILE
     from triderm_dist.predict import score, submit

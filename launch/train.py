@@ -19,7 +19,8 @@ class TrainRun(Experiment):
 def main(config: TrainRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
-    from triderm_dist.engine.crossval import model_named, run_folds
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import model_named
     from triderm_dist.schema import ConfigError
 
     if config.fold >= config.data.folds:

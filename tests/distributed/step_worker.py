@@ -16,10 +16,10 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.full_state import whole
-from triderm_dist.engine.crossval import new_network
 from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.fold import new_network
 from triderm_dist.engine.step import train_step
-from triderm_dist.engine.tokens import open_views
+from triderm_dist.engine.views import open_views
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.schema import DIAGNOSES
 

@@ -106,7 +106,7 @@ def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed,
 
 def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
     from triderm_dist.distributed.ray_cluster import running_ray
-    from triderm_dist.engine.side_by_side import _finish, _schedule
+    from triderm_dist.engine.parallel_folds import _finish, _schedule
 
     def count(name: str) -> int:
         with (tmp_path / name).open("a") as file:

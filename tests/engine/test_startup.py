@@ -16,9 +16,9 @@ from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.flops import training_flops
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.startup import parameters_by_room, report
-from triderm_dist.engine.tokens import open_views
 from triderm_dist.engine.tracking import read_metrics
 from triderm_dist.engine.trainer import TrainingData, train
+from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
 
 TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)

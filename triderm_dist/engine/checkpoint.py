@@ -28,7 +28,7 @@ from torch import nn
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import Tensors, load_optimizer, takes_part, whole_optimizer, whole_weights
-from triderm_dist.engine.average import Average
+from triderm_dist.engine.ema import Average
 from triderm_dist.files import naming, whole, write_json
 from triderm_dist.schema import CheckpointError
 

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from triderm_dist.config import DataConfig, Experiment, ModelConfig
-from triderm_dist.data.folds import assign_folds
+from triderm_dist.config import Experiment
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
-from triderm_dist.engine.evaluate import Evaluation, evaluate
-from triderm_dist.engine.fold_folder import FoldFolder, alone, is_finished
-from triderm_dist.engine.tokens import Views, open_views
+from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.fold import (
+    as_predictions,
+    fold_identity,
+    fold_stamp,
+    folds_of,
+    is_done,
+    model_named,
+    new_network,
+)
+from triderm_dist.engine.fold_folder import FoldFolder, alone
 from triderm_dist.engine.trainer import TrainingData, train
-from triderm_dist.models import build_network, build_towers
-from triderm_dist.models.network import Network
-from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
-from triderm_dist.schema import VIEWS, CheckpointError, ConfigError, DataError
-
-
-def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
-    """The fold of each lesion, (N,) int64, -1 for lesions without a label."""
-    return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
+from triderm_dist.engine.views import Views, open_views
+from triderm_dist.predictions import write_predictions
+from triderm_dist.schema import VIEWS
 
 
 @collectives.in_touch()
@@ -146,126 +144,3 @@ def _run_fold(
     on_main(write)
     accelerator.free_memory()
     return True
-
-
-@collectives.in_touch()
-def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
-    """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
-
-    Leaves OUTPUT/MODEL/fold-K/test.parquet. Raises DataError where a fold is not trained, or where the test set has
-    other concepts.
-    """
-    for name in models:
-        model = model_named(experiment, name)
-        views: Views | None = None
-        for fold in range(experiment.data.folds):
-            folder = experiment.fold_folder(name, fold)
-            if not (folder / "fold.json").exists():
-                raise DataError(f"{folder}: this fold is not trained; run launch.crossval first")
-            about = read_about(folder / "fold")
-            if tuple(about["concepts"]) != index.concepts:
-                raise DataError(
-                    f"{index.folder}: the test set's concepts are not those of training; pack it from matching metadata"
-                )
-            transforms = experiment.predict.transforms
-            stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
-            if _test_stamp(folder) == stamp and (folder / "test.parquet").exists():
-                continue
-            accelerator = parallel.start(model.train.precision, 1, collectives.world(), 1.0, experiment.rank_timeout)
-            if views is None:
-                views = open_views(
-                    model, index, experiment.token_folder, accelerator, experiment.data,
-                    seed=experiment.seed_of_tokens, train=False, transforms=transforms,
-                )  # fmt: skip
-            network = new_network(model, index.concepts, views, pretrained=False)
-            load_weights(folder / "weights", network)
-            network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-            evaluation = evaluate(
-                network, index, views.source, np.arange(len(index)), accelerator, micro_batch=experiment.predict.batch,
-                transforms=transforms, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
-            )  # fmt: skip
-            predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
-            on_main(partial(_write_test, folder, predictions, transforms, stamp))
-            accelerator.print(
-                f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
-            )
-
-
-def _write_test(folder: Path, predictions: Predictions, transforms: int, stamp: str) -> None:
-    write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
-    save_about(folder / "test", stamp=stamp)
-
-
-def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pretrained: bool = True) -> Network:
-    """A network on the views' tokens, or with towers of its own; pretrained False where weights are loaded
-    afterwards.
-    """
-    if views.tokens is not None:
-        return build_network(model, concepts, views.tokens)
-    tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
-    return build_network(model, concepts, build_towers(tower))
-
-
-def as_predictions(
-    evaluation: Evaluation, index: ShardIndex, name: str, head: str, fold: int, model_hash: str
-) -> Predictions:
-    """The table of what one model said about `evaluation.rows`."""
-    rows = evaluation.rows
-    return Predictions(
-        lesion_ids=index.lesion_ids[rows],
-        groups=index.groups[rows],
-        labels=index.labels[rows],
-        fold=fold,  # type: ignore[arg-type]
-        model=name,  # type: ignore[arg-type]
-        model_hash=model_hash,  # type: ignore[arg-type]
-        head=head,  # type: ignore[arg-type]
-        logits=evaluation.logits,
-        aux_clinical=evaluation.aux_clinical,
-        aux_dermoscopic=evaluation.aux_dermoscopic,
-        features=evaluation.features,
-        concepts=index.concept_scores[rows],
-        metadata=index.metadata[rows],
-        concept_names=index.concepts,
-    )
-
-
-def model_named(experiment: Experiment, name: str) -> ModelConfig:
-    """Raises ConfigError for a name that is not under `models`."""
-    if name not in experiment.models:
-        raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
-    return experiment.models[name]
-
-
-def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
-    """Whether this fold has been trained and predicted with these settings and these data."""
-    return is_finished(experiment.fold_folder(name, fold), fold_stamp(experiment, index, name, fold))
-
-
-COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
-EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
-
-
-def fold_stamp(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, leave: Iterable[str] = ()) -> str:
-    """A hash of all that the fold's result depends on, but for the keys of `train` to `leave` out."""
-    model = experiment.models[name].model_dump(mode="json")
-    for key in (*COSMETIC, *leave):
-        section, _, key = key.rpartition(".")
-        (model["train"][section] if section else model["train"]).pop(key)
-    content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
-    if experiment.token_seed is not None:
-        content.append(experiment.token_seed)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
-    """A hash of all that a training must share with a checkpoint to go on from it: not how a step is executed, so that
-    it may go on on another card, and not the learning rate, so that one that diverged may go on with a lower one.
-    """
-    return fold_stamp(experiment, index, name, fold, leave=(*EXECUTION, "optim.lr", "optim.min_lr"))
-
-
-def _test_stamp(folder: Path) -> str | None:
-    try:
-        return read_about(folder / "test").get("stamp")
-    except CheckpointError:
-        return None

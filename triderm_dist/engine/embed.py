@@ -8,8 +8,8 @@ from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
-from triderm_dist.engine.crossval import model_named
-from triderm_dist.engine.tokens import PLAIN, open_views
+from triderm_dist.engine.fold import model_named
+from triderm_dist.engine.views import PLAIN, open_views
 from triderm_dist.schema import VIEWS
 
 

@@ -16,8 +16,8 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.engine.checkpoint import load_weights
-from triderm_dist.engine.crossval import folds_of, new_network
-from triderm_dist.engine.tokens import open_views
+from triderm_dist.engine.fold import folds_of, new_network
+from triderm_dist.engine.views import open_views
 from triderm_dist.explain import Explanation, semantic_values
 from triderm_dist.losses import Head, probabilities
 from triderm_dist.models import build_towers

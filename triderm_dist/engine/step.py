@@ -10,9 +10,9 @@ from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.collectives import all_sum
 from triderm_dist.distributed.parallel import accumulate, backward, clip
+from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import Finite
-from triderm_dist.engine.statistics import RunningStatistics
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.schema import DIAGNOSES
 

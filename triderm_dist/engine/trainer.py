@@ -22,8 +22,8 @@ from triderm_dist.distributed.collectives import all_sum, on_main
 from triderm_dist.distributed.full_state import whole_weights
 from triderm_dist.distributed.parallel import choose_precision, refuse, wrap
 from triderm_dist.distributed.stop import Stop
-from triderm_dist.engine.average import Average
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
+from triderm_dist.engine.ema import Average
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import Finite
 from triderm_dist.engine.flops import budget

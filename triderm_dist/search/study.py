@@ -46,7 +46,7 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
 
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.parallel import split_batch
-    from triderm_dist.engine.tokens import prepare_tokens
+    from triderm_dist.engine.views import prepare_tokens
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
     own = own_settings(experiment.models[model], BATCH)

@@ -186,7 +186,7 @@ def _open_folder(
     and the seconds that it took before.
     """
     from triderm_dist.engine.checkpoint import Checkpoints
-    from triderm_dist.engine.crossval import fold_identity
+    from triderm_dist.engine.fold import fold_identity
 
     earlier, led = read_trial(folder), read_trial(leader) if leader else None
     before = earlier.seconds if earlier else 0.0

@@ -16,7 +16,7 @@ from typing import Any
 from triderm_dist.config import Experiment, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import room, running_ray
-from triderm_dist.engine.crossval import is_done
+from triderm_dist.engine.fold import is_done
 from triderm_dist.schema import ConfigError, InputError
 
 
@@ -133,7 +133,7 @@ def _train(here: str, cpus: int, experiment: Experiment, name: str, fold: int) -
 
 def _prepare_tokens(here: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine.tokens import prepare_tokens
+    from triderm_dist.engine.views import prepare_tokens
 
     with _as_worker(here, cpus):
         index = open_index(experiment.train_shards, experiment.data.remote)

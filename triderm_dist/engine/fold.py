@@ -1,0 +1,93 @@
+"""Names, hashes and network of one fold of one model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import numpy as np
+
+from triderm_dist.config import DataConfig, Experiment, ModelConfig
+from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.engine.evaluate import Evaluation
+from triderm_dist.engine.fold_folder import is_finished
+from triderm_dist.engine.views import Views
+from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.network import Network
+from triderm_dist.predictions import Predictions
+from triderm_dist.schema import ConfigError
+
+
+def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
+    """The fold of each lesion, (N,) int64, -1 for lesions without a label."""
+    return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
+
+
+def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pretrained: bool = True) -> Network:
+    """A network on the views' tokens, or with towers of its own; pretrained False where weights are loaded
+    afterwards.
+    """
+    if views.tokens is not None:
+        return build_network(model, concepts, views.tokens)
+    tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
+    return build_network(model, concepts, build_towers(tower))
+
+
+def as_predictions(
+    evaluation: Evaluation, index: ShardIndex, name: str, head: str, fold: int, model_hash: str
+) -> Predictions:
+    """The table of what one model said about `evaluation.rows`."""
+    rows = evaluation.rows
+    return Predictions(
+        lesion_ids=index.lesion_ids[rows],
+        groups=index.groups[rows],
+        labels=index.labels[rows],
+        fold=fold,  # type: ignore[arg-type]
+        model=name,  # type: ignore[arg-type]
+        model_hash=model_hash,  # type: ignore[arg-type]
+        head=head,  # type: ignore[arg-type]
+        logits=evaluation.logits,
+        aux_clinical=evaluation.aux_clinical,
+        aux_dermoscopic=evaluation.aux_dermoscopic,
+        features=evaluation.features,
+        concepts=index.concept_scores[rows],
+        metadata=index.metadata[rows],
+        concept_names=index.concepts,
+    )
+
+
+def model_named(experiment: Experiment, name: str) -> ModelConfig:
+    """Raises ConfigError for a name that is not under `models`."""
+    if name not in experiment.models:
+        raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
+    return experiment.models[name]
+
+
+def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
+    """Whether this fold has been trained and predicted with these settings and these data."""
+    return is_finished(experiment.fold_folder(name, fold), fold_stamp(experiment, index, name, fold))
+
+
+COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
+EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
+
+
+def fold_stamp(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, leave: Iterable[str] = ()) -> str:
+    """A hash of all that the fold's result depends on, but for the keys of `train` to `leave` out."""
+    model = experiment.models[name].model_dump(mode="json")
+    for key in (*COSMETIC, *leave):
+        section, _, key = key.rpartition(".")
+        (model["train"][section] if section else model["train"]).pop(key)
+    content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
+    if experiment.token_seed is not None:
+        content.append(experiment.token_seed)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
+    """A hash of all that a training must share with a checkpoint to go on from it: not how a step is executed, so that
+    it may go on on another card, and not the learning rate, so that one that diverged may go on with a lower one.
+    """
+    return fold_stamp(experiment, index, name, fold, leave=(*EXECUTION, "optim.lr", "optim.min_lr"))
