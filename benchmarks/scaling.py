@@ -55,7 +55,7 @@ class ScalingBenchmark(Section):
 
 
 def main(config: ScalingBenchmark) -> None:
-    from triderm_dist.engine.flops import training_flops
+    from triderm_dist.monitoring.flops import training_flops
 
     size = Size(*TOWERS[config.tower], image=224, batch=config.lesions, precision="bf16", compile=True)
     with tempfile.TemporaryDirectory() as name:

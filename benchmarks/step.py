@@ -93,8 +93,8 @@ class Size:
 def main(config: StepBenchmark) -> None:
     import torch
 
-    from triderm_dist.engine.flops import budget
-    from triderm_dist.engine.startup import device_name
+    from triderm_dist.monitoring.flops import budget
+    from triderm_dist.monitoring.startup_report import device_name
 
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if gpu else "cpu")
@@ -235,10 +235,10 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     from triderm_dist.data.loader import Step
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.finite import Finite
-    from triderm_dist.engine.meter import Meter
     from triderm_dist.engine.step import train_step
-    from triderm_dist.engine.tracking import Tracker
     from triderm_dist.losses import CompoundLoss
+    from triderm_dist.monitoring.throughput import Meter
+    from triderm_dist.monitoring.tracking import Tracker
     from triderm_dist.optim import build_optimizer, build_scheduler
     from triderm_dist.schema import DIAGNOSES
 

@@ -28,8 +28,8 @@ from triderm_dist.doctor.machine import Gpu, _clock, _disk, no_gpu
 from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
 from triderm_dist.doctor.ranks import Sight, compare, name_ranks
 from triderm_dist.doctor.software import nccl_finding, versions
-from triderm_dist.engine.flops import training_flops
-from triderm_dist.engine.footprint import of_model, stand_in
+from triderm_dist.monitoring.flops import training_flops
+from triderm_dist.monitoring.memory_estimate import of_model, stand_in
 from triderm_dist.schema import ConfigError, InputError
 
 ROOT = Path(__file__).parents[1]

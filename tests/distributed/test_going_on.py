@@ -14,8 +14,8 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load, save
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.engine.tracking import read_metrics
 from triderm_dist.files import only_one, whole
+from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.schema import ConfigError, InputError
 
 from .conftest import ROOT, TINY_TRIMODAL, launch

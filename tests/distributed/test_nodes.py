@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.monitoring.tracking import read_metrics
 
 from .conftest import ROOT, launch
 

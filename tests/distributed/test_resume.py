@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare_losses import ACROSS_MACHINES, largest_difference, losses
-from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.monitoring.tracking import read_metrics
 
 from .conftest import ROOT, TINY_TRIMODAL, launch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.predictions import read_predictions
 
 from .conftest import ROOT, launch

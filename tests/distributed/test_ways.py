@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.monitoring.tracking import read_metrics
 
 from .conftest import ROOT, launch
 

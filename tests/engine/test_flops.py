@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from triderm_dist.config import ModelConfig, TowerConfig
-from triderm_dist.engine.flops import Budget, budget, named_peak, training_flops
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.concepts import NumericTokens
 from triderm_dist.models.fusion import CrossAttention
 from triderm_dist.models.towers import TokenShape
+from triderm_dist.monitoring.flops import Budget, budget, named_peak, training_flops
 from triderm_dist.schema import METADATA_FIELDS
 
 CONCEPTS = tuple("abcde")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from triderm_dist.config import ModelConfig
-from triderm_dist.engine.flops import example_inputs
-from triderm_dist.engine.footprint import Footprint, _Live, _peak, footprint, of_model
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
+from triderm_dist.monitoring.flops import example_inputs
+from triderm_dist.monitoring.memory_estimate import Footprint, _Live, _peak, footprint, of_model
 
 
 def model(**settings: object) -> ModelConfig:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from triderm_dist.engine.profiling import profiler
+from triderm_dist.monitoring.profiler import profiler
 
 
 @pytest.mark.parametrize(("taken", "recorded"), [(2, 0), (3, 0), (4, 1), (8, 5), (12, 5)])

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
-from triderm_dist.engine.flops import training_flops
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.startup import parameters_by_room, report
-from triderm_dist.engine.tracking import read_metrics
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
+from triderm_dist.monitoring.flops import training_flops
+from triderm_dist.monitoring.startup_report import parameters_by_room, report
+from triderm_dist.monitoring.tracking import read_metrics
 
 TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)
 LOG_EVERY = 4

@@ -5,7 +5,7 @@ import time
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
-from triderm_dist.engine.tracking import Tracker, read_metrics
+from triderm_dist.monitoring.tracking import Tracker, read_metrics
 from triderm_dist.schema import ConfigError
 
 TRAIN = {

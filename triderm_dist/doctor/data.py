@@ -175,8 +175,8 @@ def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None
     model = experiment.models[name]
     if model.tower.frozen or imported("torch") is None or imported("timm") is None:
         return None
-    from triderm_dist.engine.flops import named_peak, training_flops
-    from triderm_dist.engine.footprint import stand_in
+    from triderm_dist.monitoring.flops import named_peak, training_flops
+    from triderm_dist.monitoring.memory_estimate import stand_in
 
     peak = model.train.peak_tflops and model.train.peak_tflops * 1e12
     peak = peak or (named_peak(gpus[0].name) if gpus else None)

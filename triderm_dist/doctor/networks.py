@@ -56,7 +56,7 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
     title = f"{name}: memory"
     if imported("torch") is None or imported("timm") is None:
         return Finding(title, "not known without torch and timm")
-    from triderm_dist.engine.footprint import of_model
+    from triderm_dist.monitoring.memory_estimate import of_model
 
     micro, train = model.train.micro_batch, model.train
     half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and gpu_memory is not None)

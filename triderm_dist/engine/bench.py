@@ -26,13 +26,13 @@ from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.distributed.collectives import many
 from triderm_dist.distributed.parallel import choose_precision, refuse, way, wrap
 from triderm_dist.engine.finite import Finite
-from triderm_dist.engine.flops import budget
-from triderm_dist.engine.meter import Meter
-from triderm_dist.engine.startup import device_name
 from triderm_dist.engine.step import train_step
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.models.network import Network
+from triderm_dist.monitoring.flops import budget
+from triderm_dist.monitoring.startup_report import device_name
+from triderm_dist.monitoring.throughput import Meter
 from triderm_dist.optim import build_optimizer
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, VIEWS, DataError, InputError, Lesion
 

@@ -26,17 +26,17 @@ from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, sa
 from triderm_dist.engine.ema import Average
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import Finite
-from triderm_dist.engine.flops import budget
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.meter import Meter
-from triderm_dist.engine.profiling import profiler
-from triderm_dist.engine.startup import report
 from triderm_dist.engine.step import train_step
-from triderm_dist.engine.tracking import Tracker
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, Head, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.network import Network
+from triderm_dist.monitoring.flops import budget
+from triderm_dist.monitoring.profiler import profiler
+from triderm_dist.monitoring.startup_report import report
+from triderm_dist.monitoring.throughput import Meter
+from triderm_dist.monitoring.tracking import Tracker
 from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups
 from triderm_dist.schema import DIAGNOSES
 

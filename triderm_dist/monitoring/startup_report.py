@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.parallel import choose_precision, split_batch
-from triderm_dist.engine.flops import Budget
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
+from triderm_dist.monitoring.flops import Budget
 
 
 def report(

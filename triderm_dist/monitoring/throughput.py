@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from triderm_dist.data.loader import Loader
-from triderm_dist.engine.flops import Budget
+from triderm_dist.monitoring.flops import Budget
 
 GIB = 2**30
 

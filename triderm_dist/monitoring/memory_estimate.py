@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 from triderm_dist.config import ModelConfig
 from triderm_dist.distributed.parallel import checkpointed
-from triderm_dist.engine.flops import example_inputs
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
+from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.schema import CONCEPTS
 
 ADAM_STATES = 2
