@@ -19,9 +19,9 @@ from pydantic import Field
 from benchmarks.nested import nested_decisions
 from triderm_dist import config as settings
 from triderm_dist import metrics
-from triderm_dist.calibration import probabilities_of
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
+from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.predictions import OofTable, gather, labelled
 from triderm_dist.schema import ConfigError
 

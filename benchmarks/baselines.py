@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.nested import nested_decisions
-from triderm_dist import ensemble, final, metrics
-from triderm_dist.calibration import probabilities_of
+from triderm_dist import metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
+from triderm_dist.ensemble.calibration import probabilities_of
+from triderm_dist.ensemble.run_files import NESTED_FILE, OOF_FILE, read_nested
+from triderm_dist.ensemble.thresholds import best_thresholds, decide
 from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, ConfigError
 
@@ -31,8 +33,8 @@ STRENGTHS = (1e-3, 1e-2)
 
 
 def main(config: Experiment) -> None:
-    table = read_oof(config.folder / final.OOF_FILE)
-    whole = final.read_nested(config.folder / final.NESTED_FILE)
+    table = read_oof(config.folder / OOF_FILE)
+    whole = read_nested(config.folder / NESTED_FILE)
     if not np.array_equal(whole.lesion_ids, table.lesion_ids):
         raise ConfigError(f"{config.folder}: ensemble_oof.parquet is of other lesions; run launch.stack again")
     tabular = tabular_columns(table)
@@ -132,7 +134,7 @@ def show(
     print(f"{len(table)} lesions, {len(np.unique(table.folds))} folds; macro F1, 95% intervals over lesions")
     print(f"{'':<36} p > 0.5  argmax   tuned  nested                 ensemble minus this")
     for name, p in probabilities.items():
-        tuned = metrics.macro_f1(ensemble.decide(p, ensemble.best_thresholds(p, labels), "any"), labels)
+        tuned = metrics.macro_f1(decide(p, best_thresholds(p, labels), "any"), labels)
         interval = metrics.bootstrap_interval(nested[name], labels, resamples, config.seed)
         print(
             f"{name:<36} {metrics.official_macro_f1(p, labels):7.3f} {metrics.argmax_macro_f1(p, labels):7.3f} "

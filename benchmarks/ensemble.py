@@ -21,9 +21,12 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field
 
-from triderm_dist import calibration, ensemble, metrics
+from triderm_dist import metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Section
+from triderm_dist.ensemble import calibration
+from triderm_dist.ensemble.thresholds import best_thresholds, decide, guarded_thresholds
+from triderm_dist.ensemble.weights import fit_weights
 from triderm_dist.predictions import OofTable, labelled, read_oof
 from triderm_dist.schema import DIAGNOSES
 
@@ -70,7 +73,7 @@ def main(settings: Settings) -> None:
             scores.setdefault(name, []).append(metrics.macro_f1(decide(problem.judge), problem.judge_labels))
         mean = np.mean(problem.fit, axis=0)
         assert np.allclose(
-            np.nan_to_num(metrics.f1_per_class(mean > ensemble.best_thresholds(mean, problem.fit_labels),
+            np.nan_to_num(metrics.f1_per_class(mean > best_thresholds(mean, problem.fit_labels),
                                                problem.fit_labels)),
             best_of_every_cut(mean, problem.fit_labels),
         ), "thresholds are not exact"  # fmt: skip
@@ -181,18 +184,18 @@ def by_nelder_mead(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
 
 
 def by_plain_mean(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
-    cut = ensemble.best_thresholds(np.mean(tables, axis=0), labels)
+    cut = best_thresholds(np.mean(tables, axis=0), labels)
     return lambda judged: np.mean(judged, axis=0) > cut
 
 
 def by_ours(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
-    return ensemble.fit_weights(tables, labels).decide
+    return fit_weights(tables, labels).decide
 
 
 def by_ours_guarded(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
-    fitted = ensemble.fit_weights(tables, labels)
-    cut = ensemble.guarded_thresholds(fitted.combine(tables), labels, SHRINKAGE)
-    return lambda judged: ensemble.decide(fitted.combine(judged), cut, "at_least_one")
+    fitted = fit_weights(tables, labels)
+    cut = guarded_thresholds(fitted.combine(tables), labels, SHRINKAGE)
+    return lambda judged: decide(fitted.combine(judged), cut, "at_least_one")
 
 
 GUIDE, OURS = "Nelder-Mead, cut at 0.5", "fit_weights, exact thresholds"
@@ -229,7 +232,7 @@ def numpy_grid(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 SEARCHES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "99 points, sklearn": sklearn_grid,
     "99 points, NumPy": numpy_grid,
-    "exact, by sorting": ensemble.best_thresholds,
+    "exact, by sorting": best_thresholds,
 }
 
 

@@ -15,7 +15,7 @@ import sys
 
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, save
-from triderm_dist.final import HELD_OUT_FILE
+from triderm_dist.ensemble.run_files import HELD_OUT_FILE
 from triderm_dist.schema import ConfigError
 
 MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")

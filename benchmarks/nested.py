@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from triderm_dist import ensemble, stacking
 from triderm_dist.config import Experiment
+from triderm_dist.ensemble.stacker import inner_folds
+from triderm_dist.ensemble.weights import CHOSEN, nested_estimate
 from triderm_dist.predictions import OofTable
 
 
 def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experiment) -> np.ndarray:
     """(N, C) decisions with thresholds fitted on the other folds, by the same rules as the ensemble's."""
-    estimate = ensemble.nested_estimate(
+    estimate = nested_estimate(
         lambda fold: {"way": probabilities},
         table.labels,
         table.folds,
-        lambda fold: stacking.inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),
+        lambda fold: inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),
         config.ensemble,
         config.seed,
         table.diagnoses,
     )
-    return estimate.decisions[ensemble.CHOSEN]
+    return estimate.decisions[CHOSEN]

@@ -26,11 +26,12 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.ensemble import SHARE
-from triderm_dist import metrics, stacking
-from triderm_dist.calibration import log_probabilities
+from triderm_dist import metrics
 from triderm_dist.cli import run
-from triderm_dist.columns import ColumnFile
 from triderm_dist.config import EnsembleConfig, Experiment, Section, StackConfig, save
+from triderm_dist.ensemble.calibration import log_probabilities
+from triderm_dist.ensemble.columns import ColumnFile
+from triderm_dist.ensemble.stacker import Stacker, cores, device_of, fit_stacker, threads_for
 from triderm_dist.predictions import OofTable, write_oof
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
 
@@ -90,10 +91,10 @@ def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([*blocks, features], axis=1).astype(np.float32), labels
 
 
-def ours(columns: np.ndarray, labels: np.ndarray, settings: Settings) -> stacking.Stacker:
+def ours(columns: np.ndarray, labels: np.ndarray, settings: Settings) -> Stacker:
     config = StackConfig(device=settings.device)  # type: ignore[arg-type]
     names = [f"c{i}" for i in range(columns.shape[1])]
-    return stacking.fit_stacker(columns, labels, np.arange(len(labels)).astype(str), names, DIAGNOSES, config)
+    return fit_stacker(columns, labels, np.arange(len(labels)).astype(str), names, DIAGNOSES, config)
 
 
 def guides(columns: np.ndarray, labels: np.ndarray) -> object:
@@ -105,13 +106,13 @@ def guides(columns: np.ndarray, labels: np.ndarray) -> object:
         max_depth=6, learning_rate=0.05, n_estimators=300, min_child_weight=3, subsample=0.8, colsample_bytree=0.8,
         objective="binary:logistic", eval_metric="logloss", tree_method="hist", device="cpu", n_jobs=1,
     )  # fmt: skip
-    return MultiOutputClassifier(base, n_jobs=stacking.cores()).fit(columns, np.eye(C, dtype=int)[labels])
+    return MultiOutputClassifier(base, n_jobs=cores()).fit(columns, np.eye(C, dtype=int)[labels])
 
 
 def compare(settings: Settings) -> dict[str, float]:
     speedups, differences = [], []
-    print(f"{settings.rows:,} rows to fit and to judge, {stacking.cores()} cores, ours on "
-          f"{stacking.device_of(StackConfig(device=settings.device))}\n")  # type: ignore[arg-type] # fmt: skip
+    print(f"{settings.rows:,} rows to fit and to judge, {cores()} cores, ours on "
+          f"{device_of(StackConfig(device=settings.device))}\n")  # type: ignore[arg-type] # fmt: skip
     print(f"{'columns':>8} {'eleven boosters':>17} {'one booster':>13} {'faster':>8}   "
           "macro F1 argmax, eleven -> one (less, 95%)   at 0.5")  # fmt: skip
     for width in settings.columns:
@@ -146,7 +147,7 @@ def threads(settings: Settings) -> None:
     import xgboost
 
     print(f"\nseconds of 10 rounds; threads waiting {os.environ.get('OMP_WAIT_POLICY', 'ACTIVE')}")
-    counts = sorted({1, 2, stacking.cores()})
+    counts = sorted({1, 2, cores()})
     for rows, width in ((5000, 84), (5000, 1600), (100_000, 60), (300_000, 60)):
         columns, labels = rows_of(rows, width, seed=3)
         took: dict[int, list[float]] = {count: [] for count in counts}
@@ -159,7 +160,7 @@ def threads(settings: Settings) -> None:
                 xgboost.train(parameters, data, 10)
                 took[count].append(time.perf_counter() - started)
         told = "   ".join(f"{count} threads {min(seconds):6.2f}" for count, seconds in took.items())
-        print(f"{rows:>9,} x {width:<5} {told}   the rule takes {stacking.threads_for(rows, width)}", flush=True)
+        print(f"{rows:>9,} x {width:<5} {told}   the rule takes {threads_for(rows, width)}", flush=True)
 
 
 def million(settings: Settings) -> None:
@@ -179,7 +180,7 @@ def million(settings: Settings) -> None:
         truth = np.concatenate(labels)
         started = time.perf_counter()
         config = StackConfig(device=settings.device, max_rounds=settings.million_rounds)  # type: ignore[arg-type]
-        stacker = stacking.fit_stacker(file, truth, np.arange(rows), [f"c{i}" for i in range(60)], DIAGNOSES, config)
+        stacker = fit_stacker(file, truth, np.arange(rows), [f"c{i}" for i in range(60)], DIAGNOSES, config)
         fitted = time.perf_counter() - started
     judged, labels_judged = rows_of(20_000, 60, seed=2)
     score = metrics.argmax_macro_f1(stacker.predict(judged), labels_judged)

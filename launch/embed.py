@@ -17,10 +17,10 @@ class EmbedRun(Experiment):
 
 
 def main(config: EmbedRun) -> None:
-    from triderm_dist.columns import embeddings_path, write_embeddings
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.embed import embeddings
+    from triderm_dist.ensemble.stack_inputs import embeddings_path, write_embeddings
 
     name = config.model or next(iter(config.models))
     sets = {"train": config.train_shards}

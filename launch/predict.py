@@ -26,9 +26,9 @@ def main(config: PredictRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.predict_test import predict_test
-    from triderm_dist.ensemble import Ensemble
-    from triderm_dist.final import ENSEMBLE_FILE
-    from triderm_dist.predict import score, submit
+    from triderm_dist.ensemble.artifact import Ensemble
+    from triderm_dist.ensemble.predict import score, submit
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 
     if config.explain:
         draw(config)

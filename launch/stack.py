@@ -16,7 +16,7 @@ def main(config: Experiment) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from triderm_dist.final import fit_final
+    from triderm_dist.ensemble.fit import fit_final
 
     fit = fit_final(config.folder, config)
     table = Table(title=f"Macro F1 over {fit.lesions} out-of-fold lesions", title_justify="left")

@@ -6,7 +6,11 @@ import pytest
 
 from tests.oof_table import FOLDS, MODELS, labels_of, write_run
 from tests.test_ensemble import experiment
-from triderm_dist import align, columns, final, metrics
+from triderm_dist import metrics
+from triderm_dist.ensemble.alignment import fit_turns, load_turns, save_turns
+from triderm_dist.ensemble.fit import fit_final
+from triderm_dist.ensemble.predict import predict_final
+from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.predictions import (
     Predictions,
     average_test,
@@ -50,7 +54,7 @@ def parts_of(folder: Path) -> list[Predictions]:
 def test_turned_features_mean_the_same_in_every_fold(tmp_path: Path) -> None:
     turned_run(tmp_path)
     parts = parts_of(tmp_path)
-    turns = align.fit_turns(parts)
+    turns = fit_turns(parts)
     for model in MODELS:
         own = [part for part in parts if part.model[0] == model]
         first = turns[own[0].model_hash[0]](own[0].features)
@@ -60,50 +64,50 @@ def test_turned_features_mean_the_same_in_every_fold(tmp_path: Path) -> None:
             np.testing.assert_allclose(turn(part.features), first, atol=1e-4)
     # The order of lesions in a file changes nothing.
     back = replace(parts[1], lesion_ids=parts[1].lesion_ids[::-1], features=parts[1].features[::-1])
-    again = align.fit_turns([parts[0], back, *parts[2:]])
+    again = fit_turns([parts[0], back, *parts[2:]])
     weights = parts[1].model_hash[0]
     np.testing.assert_allclose(again[weights].rotation, turns[weights].rotation, atol=1e-5)
-    align.save_turns(tmp_path / "turns.safetensors", turns)
-    loaded = align.load_turns(tmp_path / "turns.safetensors")
+    save_turns(tmp_path / "turns.safetensors", turns)
+    loaded = load_turns(tmp_path / "turns.safetensors")
     assert list(loaded) == sorted(turns)
     for weights, turn in turns.items():
         np.testing.assert_array_equal(loaded[weights].rotation, turn.rotation)
     with pytest.raises(DataError, match="hold other lesions"):
-        align.fit_turns([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
+        fit_turns([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
 
 
 def test_aligned_features_and_embeddings_are_kept_if_they_gain_and_used_on_a_test_set(tmp_path: Path) -> None:
     labels = turned_run(tmp_path)
     ids = [f"lesion-{row:04d}" for row in range(len(labels))]
     noise = np.random.default_rng(0).normal(size=(len(labels), 20))
-    columns.write_embeddings(columns.embeddings_path(tmp_path, "train"), ids[::-1], noise, "a tower")
-    fit = final.fit_final(tmp_path, experiment(tmp_path, extra=("embeddings", "features"), components=6, max_rounds=15))
+    write_embeddings(embeddings_path(tmp_path, "train"), ids[::-1], noise, "a tower")
+    fit = fit_final(tmp_path, experiment(tmp_path, extra=("embeddings", "features"), components=6, max_rounds=15))
     assert any("features are kept" in note for note in fit.notes)
     assert (tmp_path / "turns.safetensors").exists() and (tmp_path / "stack.safetensors").exists()
     scores = {row.name: row.nested.value for row in fit.rows}
     assert scores["stack"] > 0.6 > 0.25 > scores["trimodal"]
     parts = parts_of(tmp_path)
     table = average_test(parts)
-    probabilities, thresholds = final.predict_final(tmp_path, table, parts)
+    probabilities, thresholds = predict_final(tmp_path, table, parts)
     assert metrics.macro_f1(probabilities > thresholds, table.labels) > scores["ensemble"] - 0.1
     other = [replace(part, model_hash=np.array("another")) for part in parts]
     with pytest.raises(DataError, match="was fitted on other weights"):
-        final.predict_final(tmp_path, table, other)
-    final.fit_final(tmp_path, experiment(tmp_path, max_rounds=3))  # without them, nothing of them is left
+        predict_final(tmp_path, table, other)
+    fit_final(tmp_path, experiment(tmp_path, max_rounds=3))  # without them, nothing of them is left
     assert not (tmp_path / "turns.safetensors").exists() and not (tmp_path / "stack.safetensors").exists()
 
 
 def test_missing_blocks_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, 200)
     with pytest.raises(DataError, match=r"embeddings.train.parquet: no such file; run launch.embed first"):
-        final.fit_final(tmp_path, experiment(tmp_path, extra=("embeddings",), max_rounds=2))
+        fit_final(tmp_path, experiment(tmp_path, extra=("embeddings",), max_rounds=2))
     (tmp_path / "trimodal" / "fold-1" / "test.parquet").unlink()
     with pytest.raises(DataError, match=r"no test.parquet of trimodal .* run launch.predict submit=false first"):
-        final.fit_final(tmp_path, experiment(tmp_path, extra=("features",), max_rounds=2))
+        fit_final(tmp_path, experiment(tmp_path, extra=("features",), max_rounds=2))
     path = tmp_path / "e.parquet"
-    columns.write_embeddings(path, ["a", "b"], np.eye(2), "tower")
-    values, tower = columns.read_embeddings(path, np.array(["b", "a"], object))
+    write_embeddings(path, ["a", "b"], np.eye(2), "tower")
+    values, tower = read_embeddings(path, np.array(["b", "a"], object))
     np.testing.assert_array_equal(values, [[0, 1], [1, 0]])
     assert tower == "tower"
     with pytest.raises(DataError, match="has no lesion c"):
-        columns.read_embeddings(path, np.array(["c"], object))
+        read_embeddings(path, np.array(["c"], object))

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triderm_dist import calibration, metrics
+from triderm_dist import metrics
+from triderm_dist.ensemble import calibration
 from triderm_dist.schema import ConfigError
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from tests.oof_table import write_run
 from tests.test_ensemble import experiment
-from triderm_dist import final, metrics
+from triderm_dist import metrics
 from triderm_dist.config import save
+from triderm_dist.ensemble.fit import fit_final
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import FALLS_BEHIND, Content
@@ -27,7 +28,7 @@ def run(tmp_path_factory) -> Path:
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"source": str(folder / "data" / "train")})}
     )
-    final.fit_final(folder, config)
+    fit_final(folder, config)
     save(config, folder / "config.yaml")
     for fold in range(3):
         lines = [

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from triderm_dist.calibration import probabilities_of
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.metrics import official_macro_f1
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.predictions import read_oof, read_predictions

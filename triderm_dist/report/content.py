@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from triderm_dist import ensemble, final, metrics, stacking
+from triderm_dist import metrics
+from triderm_dist.ensemble.artifact import Ensemble, read_json
+from triderm_dist.ensemble.predict import check_weights
+from triderm_dist.ensemble.run_files import (
+    ENSEMBLE_FILE,
+    HELD_OUT_FILE,
+    NESTED_FILE,
+    OOF_FILE,
+    STACK_FILE,
+    TURNS_FILE,
+    read_nested,
+)
+from triderm_dist.ensemble.stack_inputs import stacker_columns
+from triderm_dist.ensemble.stacker import STACKER, Stacker
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, VIEWS, DataError
 
@@ -109,16 +122,14 @@ class Content:
 
     def __init__(self, run_folder: Path) -> None:
         self.folder = Path(run_folder)
-        self.fitted = ensemble.Ensemble.load(self.folder / final.ENSEMBLE_FILE)
-        self.about = ensemble.read_json(self.folder / final.ENSEMBLE_FILE)
-        self.rows = final.read_nested(self.folder / final.NESTED_FILE)
-        table = read_oof(self.folder / final.OOF_FILE, features=(self.folder / final.TURNS_FILE).exists())
-        final.check_weights(self.folder, table.hashes.items())
+        self.fitted = Ensemble.load(self.folder / ENSEMBLE_FILE)
+        self.about = read_json(self.folder / ENSEMBLE_FILE)
+        self.rows = read_nested(self.folder / NESTED_FILE)
+        table = read_oof(self.folder / OOF_FILE, features=(self.folder / TURNS_FILE).exists())
+        check_weights(self.folder, table.hashes.items())
         place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in place for lesion in self.rows.lesion_ids):
-            raise DataError(
-                f"{self.folder / final.NESTED_FILE}: holds lesions that oof.parquet lacks; run launch.stack"
-            )
+            raise DataError(f"{self.folder / NESTED_FILE}: holds lesions that oof.parquet lacks; run launch.stack")
         self.table = table.take(np.array([place[lesion] for lesion in self.rows.lesion_ids]))
         self.diagnoses = self.fitted.diagnoses
         self.resamples = int(self.about["bootstrap"])
@@ -137,7 +148,7 @@ class Content:
 
     @cached_property
     def held_out(self) -> dict[str, Any] | None:
-        path = self.folder / final.HELD_OUT_FILE
+        path = self.folder / HELD_OUT_FILE
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @cached_property
@@ -196,7 +207,7 @@ class Content:
     @cached_property
     def importance(self) -> dict[str, float]:
         """Share of the stacker's total gain by column, largest first; empty without a stacker."""
-        path = (self.folder / final.STACK_FILE).with_suffix(".json")
+        path = (self.folder / STACK_FILE).with_suffix(".json")
         if not path.exists():
             return {}
         gain = json.loads(path.read_text(encoding="utf-8"))["gain"]
@@ -208,19 +219,19 @@ class Content:
         """Of the stacker that predicts the test set, on some of the lesions; None without a stacker, or for one of
         multi-output trees.
         """
-        path = self.folder / final.STACK_FILE
+        path = self.folder / STACK_FILE
         if not path.exists():
             return None
-        stacker = stacking.Stacker.load(path)
+        stacker = Stacker.load(path)
         rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:SHAP_LESIONS])
-        columns = final.stacker_columns(self.folder, stacker.extra, self.table.take(rows), self.networks)
+        columns = stacker_columns(self.folder, stacker.extra, self.table.take(rows), self.networks)
         values = stacker.contributions(columns)
         return None if values is None else Shap(values, stacker.seen(columns), stacker.feature_names)
 
     @property
     def networks(self) -> tuple[str, ...]:
         """The members that are networks."""
-        return tuple(name for name in self.fitted.members if name != stacking.STACKER)
+        return tuple(name for name in self.fitted.members if name != STACKER)
 
     @cached_property
     def slices(self) -> list[Slice]:

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from triderm_dist import metrics
-from triderm_dist.columns import Columns, batches_of
 from triderm_dist.config import StackConfig
+from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.files import whole, write_json
 from triderm_dist.schema import DataError
 

@@ -8,63 +8,49 @@ nested decisions in the official format).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
-from triderm_dist import align, calibration, ensemble, metrics, stacking, submission
-from triderm_dist.columns import (
-    BATCH,
-    ColumnFile,
-    Columns,
-    column_names,
-    embeddings_path,
-    read_embeddings,
-    stack_features,
-)
+from triderm_dist import metrics, submission
 from triderm_dist.config import Experiment
+from triderm_dist.ensemble import calibration
+from triderm_dist.ensemble.alignment import fit_turns, save_turns
+from triderm_dist.ensemble.artifact import FITTED, MEAN, with_temperatures
+from triderm_dist.ensemble.columns import BATCH, ColumnFile, Columns
+from triderm_dist.ensemble.run_files import (
+    ENSEMBLE_FILE,
+    NESTED_FILE,
+    OOF_FILE,
+    STACK_FILE,
+    SUBMISSION_FILE,
+    TURNS_FILE,
+)
+from triderm_dist.ensemble.score_table import Row, _nested_tau
+from triderm_dist.ensemble.stack_inputs import (
+    column_names,
+    stack_features,
+    stacker_columns,
+)
+from triderm_dist.ensemble.stacker import (
+    STACKER,
+    NestedStack,
+    Stacker,
+    fit_stacker,
+    in_own_process,
+    inner_folds,
+    keep_what_gains,
+    nested_stack,
+    remove_stacker,
+)
+from triderm_dist.ensemble.thresholds import best_thresholds, decide
+from triderm_dist.ensemble.weights import CHOSEN, NestedEstimate, choose, fit_candidates, nested_estimate
 from triderm_dist.files import whole
-from triderm_dist.predictions import NO_FOLD, OofTable, Predictions, labelled, read_oof, read_predictions
+from triderm_dist.predictions import OofTable, labelled, read_oof, read_predictions
 from triderm_dist.schema import DataError
-
-STACK_FILE = "stack.ubj"
-TURNS_FILE = "turns.safetensors"
-ENSEMBLE_FILE = "ensemble.json"
-OOF_FILE = "oof.parquet"
-NESTED_FILE = "ensemble_oof.parquet"
-SUBMISSION_FILE = "oof_submission.csv"
-HELD_OUT_FILE = "heldout.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The scores of one way to decide, macro F1 on the out-of-fold lesions.
-
-    official: probabilities cut at 0.5, nothing fitted (members and their plain mean).  argmax: the likeliest diagnosis,
-    with weights and temperatures of the other folds where there are any.  argmax_tau: the same after logit adjustment
-    with tau fitted on the other folds (networks only).  fitted: thresholds fitted on the very lesions they are scored
-    on, too high by nature.  nested: all fitted on the other folds.
-    """
-
-    name: str
-    official: float | None
-    argmax: float | None
-    argmax_tau: float | None
-    fitted: float
-    nested: metrics.Interval
-    less_than_chosen: metrics.Interval
-
-    def json(self) -> dict[str, Any]:
-        return {
-            **{key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")},
-            "nested": self.nested.json(),
-            "chosen_minus_this": self.less_than_chosen.json(),
-        }
 
 
 @dataclass(frozen=True)
@@ -110,47 +96,47 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     }
     stack = stacker = None
     if config.stack.enabled:
-        stack, stacker, tried = stacking.in_own_process(_fit_stack, run_folder, table, models, config)
+        stack, stacker, tried = in_own_process(_fit_stack, run_folder, table, models, config)
         notes += tried
 
     def members_without(fold: int) -> dict[str, np.ndarray]:
         members = {model: _probabilities(table, model, nested_temperatures[fold][model]) for model in models}
-        return members | ({stacking.STACKER: stack.without[fold]} if stack else {})
+        return members | ({STACKER: stack.without[fold]} if stack else {})
 
     members = {model: _probabilities(table, model, temperatures[model]) for model in models}
     if stack:
-        members[stacking.STACKER] = stack.out_of_fold
+        members[STACKER] = stack.out_of_fold
 
-    nested = ensemble.nested_estimate(
+    nested = nested_estimate(
         members_without,
         labels,
         folds,
-        lambda fold: stacking.inner_folds(labels, table.groups, folds, folds != fold, seed),
+        lambda fold: inner_folds(labels, table.groups, folds, folds != fold, seed),
         config.ensemble,
         seed,
         table.diagnoses,
     )
-    candidates = ensemble.fit_candidates(members, labels, folds, config.ensemble, seed, table.diagnoses)
+    candidates = fit_candidates(members, labels, folds, config.ensemble, seed, table.diagnoses)
     nested_scores = {way: metrics.macro_f1(nested.decisions[way], labels) for way in candidates}
-    chosen = ensemble.choose(nested_scores)
-    final = ensemble.with_temperatures(candidates[chosen].ensemble, temperatures)
+    chosen = choose(nested_scores)
+    final = with_temperatures(candidates[chosen].ensemble, temperatures)
     notes.append(_why(nested_scores, chosen))
     notes += [
         f"{model} kept the epoch that was best on the fold it predicts (train.select=best): its scores are too high"
         for model in models
         if model in config.models and config.models[model].train.select == "best"
     ]
-    untouched = [members[name] if name == stacking.STACKER else _probabilities(table, name, 1.0) for name in members]
+    untouched = [members[name] if name == STACKER else _probabilities(table, name, 1.0) for name in members]
 
     def score(name: str, way: str) -> Row:
         own = candidates[way].ensemble if way in candidates else final
         combined = own.combine(list(members.values()))
         decisions = nested.decisions[way]
-        fitted = ensemble.decide(combined, ensemble.best_thresholds(combined, labels), "any")
+        fitted = decide(combined, best_thresholds(combined, labels), "any")
         # Fitted weights have seen these lesions. What was chosen outside each fold has not.
-        weighed = way in (ensemble.FITTED, ensemble.CHOSEN)
+        weighed = way in (FITTED, CHOSEN)
         plain = None if weighed else own.combine(untouched)
-        seen = nested.probabilities if way == ensemble.CHOSEN else plain
+        seen = nested.probabilities if way == CHOSEN else plain
         return Row(
             name=name,
             official=None if plain is None else metrics.official_macro_f1(plain, labels),
@@ -159,7 +145,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
             fitted=metrics.macro_f1(fitted, labels),
             nested=metrics.bootstrap_interval(decisions, labels, config.ensemble.bootstrap, seed),
             less_than_chosen=metrics.paired_difference(
-                nested.decisions[ensemble.CHOSEN], decisions, labels, config.ensemble.bootstrap, seed
+                nested.decisions[CHOSEN], decisions, labels, config.ensemble.bootstrap, seed
             ),
         )
 
@@ -173,12 +159,10 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
         }
         for first, second in combinations(members, 2)
     ]
-    ways = {way: {ensemble.MEAN: "plain mean", ensemble.FITTED: "fitted weights"}.get(way, way) for way in candidates}
-    rows = [score(name, way) for way, name in ways.items()] + [score("ensemble", ensemble.CHOSEN)]
+    ways = {way: {MEAN: "plain mean", FITTED: "fitted weights"}.get(way, way) for way in candidates}
+    rows = [score(name, way) for way, name in ways.items()] + [score("ensemble", CHOSEN)]
     if stacker is None:
-        stacking.remove_stacker(
-            run_folder / STACK_FILE
-        )  # of an earlier fit, with which this ensemble has nothing to do
+        remove_stacker(run_folder / STACK_FILE)  # of an earlier fit, with which this ensemble has nothing to do
     if stacker is not None:
         stacker.save(run_folder / STACK_FILE)
         if stacker.absent:
@@ -207,121 +191,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     return Fit(rows, final.weighting, notes, stacker.device if stacker else None, len(table))
 
 
-def predict_final(
-    run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
-
-    `table` is `oof.average_test` of every fold model's predictions, `parts` are these themselves; a diagnosis is
-    claimed where its probability is strictly above its threshold: hand both to `submission.write_submission`. Raises
-    DataError where stack.ubj or ensemble.json is missing or wants a model that the table has not.
-    """
-    run_folder = Path(run_folder)
-    fitted = ensemble.Ensemble.load(run_folder / ENSEMBLE_FILE)
-    models = [name for name in fitted.members if name != stacking.STACKER]
-    check_weights(
-        run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
-    )
-    for model in models:
-        if model not in table.models:
-            raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}, "
-                f"there are those of {', '.join(table.models)}"
-            )
-    if table.diagnoses != fitted.diagnoses:
-        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set names")
-    members = []
-    for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
-        if name == stacking.STACKER:
-            stacker = stacking.Stacker.load(run_folder / STACK_FILE)
-            names = column_names(table, models)
-            if names != stacker.feature_names[: len(names)]:
-                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set has")
-            members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
-        else:
-            members.append(_probabilities(table, name, temperature))
-    return fitted.final(members), fitted.thresholds
-
-
-def check_weights(run_folder: Path, said: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Raises DataError where predictions (models with the hashes of their weights) are by other weights than
-    ensemble.json was fitted on.
-    """
-    known = ensemble.read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
-    for model, own in said:
-        if model in known and not set(own) <= set(known[model]):
-            raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those that predict now; "
-                "run launch.stack again"
-            )
-
-
-def stacker_columns(
-    run_folder: Path,
-    extra: str,
-    table: OofTable,
-    models: Sequence[str],
-    parts: Sequence[Predictions] = (),
-) -> np.ndarray:
-    """(N, F) what a stacker reads about the lesions of an out-of-fold table, or of a test set with its `parts`.
-
-    extra: the block at the end of each row, one of `stack.extra`, or "" for none.
-    """
-    columns = stack_features(table, models)[0]
-    test = bool((table.folds == NO_FOLD).all())
-    if extra == "embeddings":
-        block, tower = read_embeddings(embeddings_path(run_folder, "test" if test else "train"), table.lesion_ids)
-        if test and tower != (other := read_embeddings(embeddings_path(run_folder, "train"), np.empty(0))[1]):
-            raise DataError(f"{run_folder}: embeddings of the test set are by {tower}, of training by {other}")
-    elif extra == "features":
-        turns = align.load_turns(run_folder / TURNS_FILE)
-        block = (
-            align.turned_mean(parts, table.lesion_ids, models, turns)
-            if test
-            else align.turned_rows(table, models, turns)
-        )
-    else:
-        return columns
-    return np.concatenate([columns, block], axis=1)
-
-
-@dataclass(frozen=True)
-class NestedRows:
-    """ensemble_oof.parquet: (N,) ids, labels, folds; (N, C) probabilities of ensemble and stacker, and decisions."""
-
-    lesion_ids: np.ndarray
-    labels: np.ndarray
-    folds: np.ndarray
-    probabilities: np.ndarray
-    decisions: np.ndarray
-    stack: np.ndarray
-
-
-def read_nested(path: Path) -> NestedRows:
-    """Read what `fit_final` wrote. Raises DataError naming the file."""
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run launch.stack first") from None
-
-    def wide(name: str) -> np.ndarray:
-        return np.array(table[name].to_pylist())
-
-    return NestedRows(
-        lesion_ids=np.array(table["lesion_id"].to_pylist(), object),
-        labels=table["label"].to_numpy(),
-        folds=table["fold"].to_numpy(),
-        probabilities=wide("probabilities"),
-        decisions=wide("decisions"),
-        stack=wide("stack"),
-    )
-
-
-def _write_nested(
-    path: Path, table: OofTable, nested: ensemble.NestedEstimate, stack: stacking.NestedStack | None
-) -> None:
+def _write_nested(path: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -331,7 +201,7 @@ def _write_nested(
         "fold": pa.array(table.folds),
         "label": pa.array(table.labels),
         "probabilities": pa.array(list(nested.probabilities)),
-        "decisions": pa.array(list(nested.decisions[ensemble.CHOSEN])),
+        "decisions": pa.array(list(nested.decisions[CHOSEN])),
         "stack": pa.array(list(stack.out_of_fold if stack else silent)),
     }
     with whole(path) as beside:
@@ -340,16 +210,14 @@ def _write_nested(
 
 def _fit_stack(
     run_folder: Path, table: OofTable, models: tuple[str, ...], config: Experiment
-) -> tuple[stacking.NestedStack, stacking.Stacker, list[str]]:
+) -> tuple[NestedStack, Stacker, list[str]]:
     """The nested stack, the stacker of all rows, and what to tell about extra columns that were tried."""
     names, notes = column_names(table, models), []
     known, settings = (table.labels, table.groups), (config.stack, config.seed)
 
-    def nest(columns: Columns, extra: str = "") -> stacking.NestedStack:
+    def nest(columns: Columns, extra: str = "") -> NestedStack:
         wide = columns.shape[1] - len(names)
-        return stacking.nested_stack(
-            columns, *known, table.folds, names, table.diagnoses, *settings, extra=extra, wide=wide
-        )
+        return nested_stack(columns, *known, table.folds, names, table.diagnoses, *settings, extra=extra, wide=wide)
 
     with TemporaryDirectory(prefix="triderm-columns-") as folder:
         columns = _columns(table, models, len(names), config.stack.memory_gb, Path(folder))
@@ -360,12 +228,12 @@ def _fit_stack(
                 raise DataError("stack.extra works in memory only: raise stack.memory_gb, or leave it out")
             if "features" in config.stack.extra:
                 files = [path for model in models for path in sorted(run_folder.glob(f"{model}/fold-*/test.parquet"))]
-                align.save_turns(run_folder / TURNS_FILE, align.fit_turns([read_predictions(f) for f in files]))
+                save_turns(run_folder / TURNS_FILE, fit_turns([read_predictions(f) for f in files]))
             variants = {"": nested}
             for extra in config.stack.extra:
                 blocks[extra] = stacker_columns(run_folder, extra, table, models)
                 variants[extra] = nest(blocks[extra], extra)
-            kept, nested, scores = stacking.keep_what_gains(variants, table.labels, table.folds)
+            kept, nested, scores = keep_what_gains(variants, table.labels, table.folds)
             told = ", ".join(f"{scores[extra]:.3f} with {extra}" for extra in config.stack.extra)
             notes.append(
                 f"extra columns of the stacker, nested macro F1 by argmax: {scores['']:.3f} without, {told}; "
@@ -376,7 +244,7 @@ def _fit_stack(
         # All rows leave none to stop on; the folds have shown how many rounds are good.
         rounds = int(np.median(list(nested.rounds.values())))
         wide = blocks[kept].shape[1] - len(names)
-        stacker = stacking.fit_stacker(
+        stacker = fit_stacker(
             blocks[kept], *known, names, table.diagnoses, *settings, rounds=rounds, extra=kept, wide=wide
         )
     if kept != "features":
@@ -396,7 +264,7 @@ def _members(table: OofTable, wanted: tuple[str, ...] | None, path: Path) -> tup
     for name in wanted or ():
         if name not in table.models:
             raise DataError(f"{path}: has no model {name!r} of ensemble.members; there are {', '.join(table.models)}")
-    if reserved := {stacking.STACKER, ensemble.MEAN, ensemble.FITTED, ensemble.CHOSEN} & set(table.models):
+    if reserved := {STACKER, MEAN, FITTED, CHOSEN} & set(table.models):
         raise DataError(f"{path}: a model can't be called {min(reserved)!r}, the ensemble uses that name")
     return wanted or table.models
 
@@ -409,26 +277,14 @@ def _temperature(table: OofTable, model: str, rows: np.ndarray) -> float:
     return calibration.fit_temperature(table.logits[model][rows], table.labels[rows], table.heads[model])
 
 
-def _nested_tau(table: OofTable, model: str) -> float:
-    """Argmax macro F1 with prior and tau of logit adjustment taken from the other folds."""
-    logits = calibration.log_probabilities(table.logits[model], table.heads[model])
-    adjusted = np.empty_like(logits)
-    for fold in np.unique(table.folds):
-        inside, outside = table.folds == fold, table.folds != fold
-        prior = calibration.class_prior(table.labels[outside], len(table.diagnoses))
-        tau = calibration.fit_tau(logits[outside], table.labels[outside], prior)
-        adjusted[inside] = calibration.adjust_logits(logits[inside], prior, tau)
-    return metrics.argmax_macro_f1(adjusted, table.labels)
-
-
 def _why(scores: dict[str, float], chosen: str) -> str:
     """scores: nested macro F1 of each way."""
     if len(scores) == 1:
         return "one member only: nothing to weigh"
-    others = {way: score for way, score in scores.items() if way != ensemble.FITTED}
+    others = {way: score for way, score in scores.items() if way != FITTED}
     rival = max(others, key=lambda way: others[way])
-    against = f"{'the plain mean' if rival == ensemble.MEAN else rival} ({others[rival]:.3f})"
-    fitted = f"{scores[ensemble.FITTED]:.3f}"
-    if chosen == ensemble.FITTED:
+    against = f"{'the plain mean' if rival == MEAN else rival} ({others[rival]:.3f})"
+    fitted = f"{scores[FITTED]:.3f}"
+    if chosen == FITTED:
         return f"fitted weights are used: they beat {against} with {fitted} nested"
     return f"the plain mean is used: fitted weights ({fitted}) do not beat {against} nested"

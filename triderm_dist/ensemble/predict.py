@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from triderm_dist import metrics
+from triderm_dist.ensemble.artifact import Ensemble, read_json
+from triderm_dist.ensemble.fit import _probabilities
+from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, HELD_OUT_FILE, STACK_FILE
+from triderm_dist.ensemble.stack_inputs import (
+    column_names,
+    stacker_columns,
+)
+from triderm_dist.ensemble.stacker import STACKER, Stacker
 from triderm_dist.files import write_json
-from triderm_dist.final import HELD_OUT_FILE, predict_final
-from triderm_dist.predictions import TEST, OofTable, Predictions, average_test, read_predictions, write_predictions
+from triderm_dist.predictions import (
+    TEST,
+    OofTable,
+    Predictions,
+    average_test,
+    read_predictions,
+    write_predictions,
+)
 from triderm_dist.schema import DIAGNOSES, UNLABELLED, DataError
 from triderm_dist.submission import read_submission, write_submission
 
@@ -84,3 +98,52 @@ def _as_rows(table: OofTable) -> Predictions:
         concept_names=table.concept_names,
         diagnoses=table.diagnoses,
     )
+
+
+def predict_final(
+    run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
+
+    `table` is `oof.average_test` of every fold model's predictions, `parts` are these themselves; a diagnosis is
+    claimed where its probability is strictly above its threshold: hand both to `submission.write_submission`. Raises
+    DataError where stack.ubj or ensemble.json is missing or wants a model that the table has not.
+    """
+    run_folder = Path(run_folder)
+    fitted = Ensemble.load(run_folder / ENSEMBLE_FILE)
+    models = [name for name in fitted.members if name != STACKER]
+    check_weights(
+        run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
+    )
+    for model in models:
+        if model not in table.models:
+            raise DataError(
+                f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}, "
+                f"there are those of {', '.join(table.models)}"
+            )
+    if table.diagnoses != fitted.diagnoses:
+        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set names")
+    members = []
+    for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
+        if name == STACKER:
+            stacker = Stacker.load(run_folder / STACK_FILE)
+            names = column_names(table, models)
+            if names != stacker.feature_names[: len(names)]:
+                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set has")
+            members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
+        else:
+            members.append(_probabilities(table, name, temperature))
+    return fitted.final(members), fitted.thresholds
+
+
+def check_weights(run_folder: Path, said: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raises DataError where predictions (models with the hashes of their weights) are by other weights than
+    ensemble.json was fitted on.
+    """
+    known = read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
+    for model, own in said:
+        if model in known and not set(own) <= set(known[model]):
+            raise DataError(
+                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those that predict now; "
+                "run launch.stack again"
+            )

@@ -1,0 +1,104 @@
+"""The fitted ensemble as it is stored in ensemble.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triderm_dist.ensemble.thresholds import Rule, decide, lift
+from triderm_dist.files import write_json
+from triderm_dist.schema import DIAGNOSES, DataError
+
+MEAN, FITTED = "mean", "fitted"
+FORMAT = "triderm-ensemble"
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Weights of the members, thresholds and rule: everything between members' probabilities and a decision.
+
+    members: M names.  weights: (M,) on the simplex.  thresholds: (C,) in (0, 1].  temperatures: (M,) that divide a
+    member's logits before they become probabilities; 1 where the member is the stacker.
+    """
+
+    members: tuple[str, ...]
+    weights: np.ndarray
+    thresholds: np.ndarray
+    rule: Rule = "any"
+    shrinkage: float | None = 0.0
+    tau: float | None = None
+    weighting: str = FITTED
+    temperatures: np.ndarray = field(default_factory=lambda: np.empty(0))
+    diagnoses: tuple[str, ...] = DIAGNOSES
+
+    def combine(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
+        """(N, C) weighted mean of the members' (N, C), given in the order of `members`."""
+        if len(probabilities) != len(self.members):
+            raise DataError(f"the ensemble has {len(self.members)} members, here are {len(probabilities)} tables")
+        return np.tensordot(self.weights, np.stack(list(probabilities)), axes=1)
+
+    def final(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
+        """(N, C) combined probabilities with the rule worked in: the decision is `final > thresholds`."""
+        return lift(self.combine(probabilities), self.thresholds, self.rule)
+
+    def decide(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
+        """(N, C) bool decisions."""
+        return decide(self.combine(probabilities), self.thresholds, self.rule)
+
+    def save(self, path: Path, **more: Any) -> None:
+        """Write as JSON, with `more` beside (scores, notes), whole or not at all."""
+        tree = {
+            "format": FORMAT,
+            "version": VERSION,
+            "members": self.members,
+            "weights": self.weights.tolist(),
+            "temperatures": self.temperatures.tolist(),
+            "weighting": self.weighting,
+            "diagnoses": self.diagnoses,
+            "thresholds": self.thresholds.tolist(),
+            "shrinkage": self.shrinkage,
+            "tau": self.tau,
+            "rule": self.rule,
+            **more,
+        }
+        write_json(path, tree)
+
+    @staticmethod
+    def load(path: Path) -> Ensemble:
+        """Read what `save` wrote. Raises DataError naming the file."""
+        tree = read_json(path)
+        return Ensemble(
+            members=tuple(tree["members"]),
+            weights=np.array(tree["weights"]),
+            thresholds=np.array(tree["thresholds"]),
+            rule=tree["rule"],
+            shrinkage=tree["shrinkage"],
+            tau=tree["tau"],
+            weighting=tree["weighting"],
+            temperatures=np.array(tree["temperatures"]),
+            diagnoses=tuple(tree["diagnoses"]),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """All of ensemble.json, scores and notes included. Raises DataError naming the file."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run launch.stack first") from None
+    except ValueError:
+        raise DataError(f"{path}: not readable as JSON; run launch.stack again") from None
+    if (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path}: not {FORMAT} version {VERSION}; run launch.stack again")
+    return tree
+
+
+def with_temperatures(ensemble: Ensemble, temperatures: Mapping[str, float]) -> Ensemble:
+    """The ensemble with the members' temperatures noted; members that are not named have 1."""
+    return replace(ensemble, temperatures=np.array([temperatures.get(name, 1.0) for name in ensemble.members]))
