@@ -56,8 +56,8 @@ def main(config: PredictRun) -> None:
 
 def draw(config: Experiment) -> None:
     from triderm_dist.engine.explain import explain
-    from triderm_dist.explain import draw_explanation
     from triderm_dist.files import write_json
+    from triderm_dist.report.attention import draw_explanation
 
     for name, seen in explain(config, config.explain):
         picture = config.folder / "explain" / name / f"{seen.lesion_id}.png"

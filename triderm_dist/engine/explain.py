@@ -18,9 +18,9 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.fold import folds_of, new_network
 from triderm_dist.engine.views import open_views
-from triderm_dist.explain import Explanation, semantic_values
 from triderm_dist.losses import Head, probabilities
 from triderm_dist.models import build_towers
+from triderm_dist.models.attention import Explanation, semantic_values
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError

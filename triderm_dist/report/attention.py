@@ -5,57 +5,14 @@ gating over named concepts, drawn as a picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from triderm_dist.files import whole
-from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED, VIEWS
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What one or several models (mean over them) saw in one lesion.
-
-    photos: by view the square the network saw, (S, S, 3) float in [0, 1]; a missing view is not there.
-    attention: by view (L,) over its patches, row by row, sums to 1; a view that nothing attends to is not there.
-    semantic: weight of each named token, sums to 1; empty without semantic gating.
-    values: score or category of each named token, as text.  probabilities: (C,).  models: how many were averaged.
-    """
-
-    lesion_id: str
-    label: int
-    photos: Mapping[str, np.ndarray]
-    attention: Mapping[str, np.ndarray]
-    semantic: Mapping[str, float]
-    values: Mapping[str, str]
-    probabilities: np.ndarray
-    models: int
-    diagnoses: Sequence[str] = DIAGNOSES
-
-    def json(self) -> dict[str, Any]:
-        """What the picture shows, in numbers."""
-        return {
-            "lesion_id": self.lesion_id,
-            "diagnosis": None if self.label == UNLABELLED else self.diagnoses[self.label],
-            "probabilities": dict(zip(self.diagnoses, map(float, self.probabilities), strict=True)),
-            "attention": {view: part.tolist() for view, part in self.attention.items()},
-            "semantic": dict(self.semantic),
-            "models": self.models,
-        }
-
-
-def semantic_values(concepts: Sequence[str], scores: np.ndarray, metadata: np.ndarray) -> dict[str, str]:
-    """What stands behind each semantic token of a lesion: scores (K,), metadata (M,), NaN where missing."""
-    values = {name: _or_missing(score, f"{score:.2f}") for name, score in zip(concepts, scores, strict=True)}
-    for field, value in zip(METADATA_FIELDS, metadata, strict=True):
-        names = METADATA_CATEGORIES.get(field)
-        text = "" if math.isnan(value) else f"{value:.0f} years" if names is None else names[int(value)]
-        values[field] = _or_missing(value, text)
-    return values
+from triderm_dist.models.attention import Explanation
+from triderm_dist.schema import UNLABELLED, VIEWS
 
 
 def draw_explanation(explanation: Explanation, path: Path) -> None:
