@@ -26,10 +26,8 @@ $(SCORER): $(INSTALLED)
 	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python isic-challenge-scoring==5.8.0
 	@touch $@
 
-# One thread: the demo's networks are so small that on two cores a second one costs more than it brings.
 demo: install
-	$(RUN) -m shards.demo output=runs/demo/data
-	OMP_NUM_THREADS=1 $(RUN) -m launch.pipeline --config launch/experiments/demo.yaml
+	$(RUN) -m triderm_dist demo
 
 test: $(SCORER)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile

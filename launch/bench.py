@@ -1,62 +1,9 @@
 """A minute that tells how fast this machine trains an experiment's network: lesions/s, MFU, memory, waiting for data.
 
-python -m launch.bench --config EXPERIMENT.yaml
-accelerate launch --config_file accelerate_configs/ddp.yaml -m launch.bench --config EXPERIMENT.yaml
-
-The run's own step and loader on random weights, on data.shards if there are any and on made-up photos if not, then
-compared with the figures in benchmarks/results/bench.json for the same work on the same kind of device.
+The program is triderm_dist/commands/bench.py; `triderm bench` runs it from anywhere.
 """
 
-from pathlib import Path
-
-from pydantic import Field
-
-from triderm_dist.cli import run
-from triderm_dist.config import Experiment
-
-COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.json"
-
-
-class BenchRun(Experiment):
-    model: str | None = Field(None, description="the model of `models` to train; null takes the first")
-    seconds: float = Field(60.0, gt=0, description="seconds to measure, after warming up")
-    record: str | None = Field(None, description="file of records to put the result into, such as a copy of bench.json")
-
-
-def main(config: BenchRun) -> None:
-    from triderm_dist.data.shards.index import read_index
-    from triderm_dist.data.shards.open import open_index
-    from triderm_dist.distributed import parallel
-    from triderm_dist.engine import bench
-    from triderm_dist.engine.fold import model_named, new_network
-    from triderm_dist.engine.views import open_views
-
-    if config.record:
-        bench.read_records(Path(config.record))  # a bad file is refused before the minute, not after it
-    named = model_named(config, config.model or next(iter(config.models)))
-    model = named.model_copy(update={"tower": named.tower.model_copy(update={"pretrained": False})})
-    train, folder = model.train, config.folder / "bench"
-    accelerator = parallel.start(train.precision, train.micro_batch, train.global_batch, train.optim.clip_norm)
-    if config.data.shards:
-        index = open_index(config.train_shards, config.data.remote)
-    else:
-        lesions, side = max(128, 2 * train.global_batch), config.data.short_side or 288
-        shards = folder / f"photos-{lesions}x{side}"
-        if accelerator.is_main_process:
-            bench.synthetic_shards(shards, lesions, side)
-        accelerator.wait_for_everyone()
-        index = read_index(shards)
-    views = open_views(model, index, folder / "tokens", accelerator, config.data, seed=config.seed, train=True)
-    network = new_network(model, index.concepts, views).to(accelerator.device)
-    values = bench.measure(
-        model, network, index, views.source, config.data, accelerator, config.seconds, seed=config.seed
-    )
-    if accelerator.is_main_process:
-        record = bench.record_of(model, accelerator, values, COMMITTED.parents[2])
-        print(bench.comparison(record, bench.alike(bench.read_records(COMMITTED), record)))
-        if config.record:
-            bench.add_record(Path(config.record), record)
-
+from triderm_dist.commands.bench import start
 
 if __name__ == "__main__":
-    run(BenchRun, main, __doc__)
+    start()

@@ -1,17 +1,9 @@
-"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what launch.stack left.
+"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what triderm stack left.
 
-python -m launch.report --config RUN/config.yaml
+The program is triderm_dist/commands/report.py; `triderm report` runs it from anywhere.
 """
 
-from triderm_dist.cli import run
-from triderm_dist.config import Experiment
-
-
-def main(config: Experiment) -> None:
-    from triderm_dist.report import write_report
-
-    print(write_report(config.folder))
-
+from triderm_dist.commands.report import start
 
 if __name__ == "__main__":
-    run(Experiment, main, __doc__)
+    start()

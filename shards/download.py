@@ -1,58 +1,9 @@
 """Download the official files of MILK10k, checked and unpacked; stopped, the same command goes on where it was.
 
-python -m shards.download output=MILK10k
-
-About 345 MB. The photos are CC BY-NC 4.0. Interrupted or out of reach: exit status 3, run it again.
+The program is triderm_dist/commands/download.py; `triderm download` runs it from anywhere.
 """
 
-from pathlib import Path
-from typing import Literal
-
-from pydantic import Field
-
-from triderm_dist.cli import run
-from triderm_dist.config import Section
-
-
-class DownloadConfig(Section):
-    output: str = Field(description="folder for the tables and photos")
-    part: Literal["all", "train", "test"] = Field("all", description="training files, test files, or both")
-    base_url: str = Field(
-        "https://isic-archive.s3.amazonaws.com/challenges/milk10k",
-        description="http(s) address of the files, a mirror's too",
-    )
-    checksums: str | None = Field(
-        None,
-        description="file of SHA-256 sums as sha256sum writes it, to compare with; null compares the length, the MD5 "
-        "where S3 gives it, and the sums inside the zips",
-    )
-    max_gb: float = Field(20.0, gt=0, description="largest archive after unpacking, in 10^9 bytes")
-    keep_zip: bool = Field(False, description="keep an archive after unpacking it")
-    attempts: int = Field(5, ge=1, description="attempts in a row without a new byte before giving up")
-    timeout: float = Field(30.0, gt=0, description="seconds without a byte that end an attempt")
-
-
-def main(config: DownloadConfig) -> None:
-    from triderm_dist.data.download import FILES, download, read_checksums
-    from triderm_dist.data.shards.console import progress_bar
-
-    parts = list(FILES) if config.part == "all" else [config.part]
-    folder = Path(config.output)
-    download(
-        folder,
-        [name for part in parts for name in FILES[part]],
-        base_url=config.base_url,
-        checksums=read_checksums(Path(config.checksums)) if config.checksums else None,
-        max_bytes=int(config.max_gb * 10**9),
-        keep_zip=config.keep_zip,
-        say=print,
-        progress=progress_bar,
-        attempts=config.attempts,
-        timeout=config.timeout,
-    )
-    for part in parts:
-        print(f"next: python -m shards.pack source={folder / FILES[part][0]} output=runs/milk10k/shards/{part}")
-
+from triderm_dist.commands.download import start
 
 if __name__ == "__main__":
-    run(DownloadConfig, main, __doc__)
+    start()

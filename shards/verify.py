@@ -1,43 +1,9 @@
 """Check a folder of shards: checksums, index, every photo, that plain `webdataset` reads the same samples.
 
-python -m shards.verify folder=runs/milk10k/shards/train
+The program is triderm_dist/commands/verify.py; `triderm verify` runs it from anywhere.
 """
 
-from pathlib import Path
-
-from pydantic import Field
-
-from triderm_dist.cli import run
-from triderm_dist.config import Section
-from triderm_dist.schema import DataError
-
-
-class VerifyConfig(Section):
-    folder: str = Field(description="folder of shards")
-    folds: int = Field(5, ge=2, description="folds that the groups of lesions must fill")
-    fold_seed: int = Field(0, description="seed of the fold assignment")
-    workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
-
-
-def main(config: VerifyConfig) -> None:
-    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
-    from triderm_dist.data.shards.index import read_index
-    from triderm_dist.data.shards.verify import verify
-
-    index = read_index(config.folder)
-    with progress_bar("checking lesions") as progress:
-        problems = verify(index, config.folds, config.fold_seed, config.workers, progress)
-    if problems:
-        show_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
-        raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
-    show_index(index)
-    folds = f"{config.folds} folds can be filled" if (index.labels >= 0).any() else "no labels, no folds"
-    missing = int((index.sizes == 0).sum())
-    print(
-        f"whole: checksums, counts, {2 * len(index) - missing} photos ({missing} views missing), samples as webdataset "
-        f"reads them, {folds}"
-    )
-
+from triderm_dist.commands.verify import start
 
 if __name__ == "__main__":
-    run(VerifyConfig, main, __doc__)
+    start()

@@ -99,10 +99,10 @@ def test_aligned_features_and_embeddings_are_kept_if_they_gain_and_used_on_a_tes
 
 def test_missing_blocks_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, 200)
-    with pytest.raises(DataError, match=r"embeddings.train.parquet: no such file; run launch.embed first"):
+    with pytest.raises(DataError, match=r"embeddings.train.parquet: no such file; run triderm embed first"):
         fit_final(tmp_path, experiment(tmp_path, extra=("embeddings",), max_rounds=2))
     (tmp_path / "trimodal" / "fold-1" / "test.parquet").unlink()
-    with pytest.raises(DataError, match=r"no test.parquet of trimodal .* run launch.predict submit=false first"):
+    with pytest.raises(DataError, match=r"no test.parquet of trimodal .* run triderm predict submit=false first"):
         fit_final(tmp_path, experiment(tmp_path, extra=("features",), max_rounds=2))
     path = tmp_path / "e.parquet"
     write_embeddings(path, ["a", "b"], np.eye(2), "tower")

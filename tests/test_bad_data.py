@@ -103,7 +103,11 @@ def test_what_a_setting_allows(make_challenge: Make, tmp_path: Path) -> None:
         ("shards.pack", ["sorce=x", "output=y"], "unknown setting 'sorce'; did you mean 'source'?"),
         ("shards.pack", ["source=x"], "output: field required"),
         ("shards.verify", ["folder=absent"], "absent: no such folder"),
-        ("shards.demo", ["output=y", "lesions=3"], "lesions: input should be greater than or equal to 100"),
+        (
+            "triderm_dist.commands.synthetic",
+            ["output=y", "lesions=3"],
+            "lesions: input should be greater than or equal to 100",
+        ),
     ],
 )
 def test_bad_settings(program: str, settings: list[str], message: str) -> None:

@@ -1,7 +1,8 @@
-"""Every command that the README, the programs' headers and the launchers' files show can be typed: programs, options,
-settings and files exist. Nothing is run.
+"""Every command shown in README, docs, program headers and launcher files parses: programs, options, settings and files
+exist. Nothing is run.
 """
 
+import importlib
 import re
 import runpy
 import shlex
@@ -13,7 +14,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from triderm_dist import cli
+from triderm_dist import cli, commands
+from triderm_dist.config import SHIPPED, shipped_names
 
 ROOT = Path(__file__).parents[1]
 SHOWN = [
@@ -21,13 +23,15 @@ SHOWN = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(
         path
-        for room in ("shards", "launch", "tune", "accelerate_configs")
-        for path in sorted((ROOT / room).rglob("*"))
+        for folder in ("triderm_dist/commands", "launch", "tune", "accelerate_configs")
+        for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in (".py", ".sh", ".yaml", ".md")
     ),
 ]
 COMMAND = re.compile(
-    r"""(?:^|: |`|\$\(|")((?:[A-Z_]+=\S+\ )*(?:python\ -m|accelerate\ launch|sbatch)\ [^`"\n]+)""", re.M | re.X
+    r"""(?:^|: |`|\$\(|")
+    ((?:[A-Z_]+=\S+\ )*(?:triderm(?=\ [a-z])|python\ -m|accelerate\ launch(?=\ -)|sbatch)\ [^`"\n]+)""",
+    re.M | re.X,
 )
 # What people put their own for: a word that begins in capitals, or that another command leaves.
 OWN = re.compile(r"([A-Z]|runs/|\.\.\.$)")
@@ -73,17 +77,30 @@ def shown() -> list[tuple[str, list[str]]]:
 def check_launcher(options: list[str]) -> tuple[str, list[str]]:
     """The program and arguments that `accelerate launch OPTIONS` starts."""
     parsed = launch_command_parser().parse_args([NUMBERS.get(word, word) for word in options])
-    assert (ROOT / parsed.config_file).is_file(), parsed.config_file
+    file = parsed.config_file
+    assert (ROOT / file).is_file() or Path(file).stem in shipped_names("accelerate_configs"), file
     assert parsed.module, "programs are started by -m"
     return parsed.training_script, parsed.training_script_args
 
 
-def check_program(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def program_name(module: str) -> str:
+    """`train` for launch.train and triderm_dist.commands.train."""
+    folder, _, name = module.rpartition(".")
+    assert (ROOT / folder.replace(".", "/") / f"{name}.py").is_file(), f"{module} is not a program"
+    return "synthetic" if module == "shards.demo" else name
+
+
+def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The program takes these settings, and the files of the repository that they name exist."""
+    name = program_name(module)
+    assert module.startswith("benchmarks.") or name in commands.names(), f"{module} is not a program"
+    if name == "config":
+        assert arguments == ["list"] or any(arguments[1] in shipped_names(kind) for kind in SHIPPED), arguments
+        return
     arguments = list(arguments)
     for place, word in enumerate(arguments):
         if word == "--config" and OWN.match(arguments[place + 1]):
-            arguments[place + 1] = "launch/experiments/milk10k.yaml"
+            arguments[place + 1] = "milk10k"
         value = word.partition("=")[2]
         if value.endswith((".yaml", ".py")) and not OWN.match(value):
             assert (ROOT / value).is_file(), value
@@ -92,10 +109,15 @@ def check_program(program: str, arguments: list[str], monkeypatch: pytest.Monkey
     def take(kind, main, about, argv=None):
         taken.append(cli._settings(kind, list(arguments)))
 
-    monkeypatch.setattr(cli, "run", take)
-    monkeypatch.delitem(sys.modules, program, raising=False)
-    runpy.run_module(program, run_name="__main__", alter_sys=True)  # pydantic looks names up in sys.modules
-    assert taken, f"{program} is no program"
+    if module.startswith("benchmarks."):
+        monkeypatch.setattr(cli, "run", take)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)  # pydantic looks names up in sys.modules
+    else:
+        program = importlib.import_module(f"triderm_dist.commands.{name}")
+        monkeypatch.setattr(program, "run", take)
+        program.start()
+    assert taken, f"{module} reads no settings"
 
 
 @pytest.mark.parametrize(("where", "words"), shown(), ids=lambda value: value if isinstance(value, str) else "-")
@@ -109,10 +131,12 @@ def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
         before, after = BATCH_SCRIPTS[words[script]]
         assert (ROOT / words[script]).is_file()
         program, *arguments = [*before, *words[script + 1 :], *after]
-    elif words[:2] == ["accelerate", "launch"]:
+    elif words[:2] == ["accelerate", "launch"] or words[:2] == ["triderm", "ranks"]:
         program, arguments = check_launcher(words[2:])
     elif words[:3] == ["python", "-m", "launch.ranks"]:
         program, arguments = check_launcher(words[3:])
+    elif words[0] == "triderm":
+        program, arguments = f"triderm_dist.commands.{words[1]}", words[2:]
     else:
         program, arguments = words[2], words[3:]
     check_program(program, arguments, monkeypatch)
@@ -122,8 +146,7 @@ def test_commands_are_found():
     """A change of the texts' form must not hide them from the test above."""
     counts = Counter(where for where, _ in shown())
     assert counts["README.md"] >= 9 and counts["launch/kubernetes"] == 3
-    for room in ("shards", "launch", "tune"):
-        for path in (ROOT / room).glob("*.py"):
-            assert path.stem == "__init__" or counts[str(path.relative_to(ROOT))] >= 1, path
+    for name in commands.names():
+        assert counts[f"triderm_dist/commands/{name}.py"] >= 1, name
     for script in BATCH_SCRIPTS:
         assert counts[script] >= 1

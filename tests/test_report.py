@@ -134,13 +134,13 @@ def test_predictions_of_other_weights_than_those_stacked_are_refused(run: Path, 
     table = read_oof(tmp_path / "oof.parquet")
     model = table.models[0]
     write_oof(tmp_path / "oof.parquet", replace(table, hashes=table.hashes | {model: table.hashes[model] + "x"}))
-    with pytest.raises(DataError, match=f"other weights of {model}.*run launch.stack again"):
+    with pytest.raises(DataError, match=f"other weights of {model}.*run triderm stack again"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
 def test_a_run_that_is_not_stacked_is_refused(tmp_path: Path, run: Path) -> None:
-    with pytest.raises(DataError, match=r"ensemble.json: no such file; run launch.stack first"):
+    with pytest.raises(DataError, match=r"ensemble.json: no such file; run triderm stack first"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
     for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):

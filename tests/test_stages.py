@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.pipeline import PipelineRun, stages
+from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import load
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.stages import Stage, run_stages

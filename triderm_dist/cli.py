@@ -42,9 +42,14 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
     if "--help" in arguments or "-h" in arguments:
         print(_help(kind, about or ""))
         sys.exit(0)
+    guarded(lambda: main(_settings(kind, arguments)))
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Call `work`; leave with the exit status and one line on the error stream where it fails or is interrupted."""
     try:
         with taking_signals(raise_stopped):
-            main(_settings(kind, arguments))
+            work()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -263,8 +263,8 @@ class StackConfig(Section):
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
         (),
         description="columns to try beside the standing ones, kept only if the nested estimate gains: embeddings of "
-        "the untouched pretrained tower (launch.embed writes them), fused features turned into one basis (needs the "
-        "test set predicted by every fold: launch.predict submit=false). launch.pipeline does both",
+        "the untouched pretrained tower (triderm embed writes them), fused features turned into one basis (needs the "
+        "test set predicted by every fold: triderm predict submit=false). triderm pipeline does both",
     )
     components: int = Field(32, ge=1, description="principal axes that an extra block is reduced to inside each fit")
 
@@ -323,7 +323,7 @@ class Experiment(Section):
         return {**raw, "models": models}
 
     explain: tuple[str, ...] = Field(
-        (), description="launch.predict: ids of lesions to draw attention pictures of, instead of predicting"
+        (), description="triderm predict: ids of lesions to draw attention pictures of, instead of predicting"
     )
     rank_timeout: float = Field(
         600.0,
@@ -397,6 +397,33 @@ class SideBySideRun(Experiment):
 Tree = TypeVar("Tree", bound=Section)
 
 
+SHIPPED = {"experiments": "launch/experiments", "spaces": "tune/spaces", "accelerate_configs": "accelerate_configs"}
+"""Kinds of YAML files that ship with the package, and where a clone keeps them."""
+
+
+def shipped(kind: str) -> Path:
+    """The folder of one kind of `SHIPPED`: in an installed wheel inside of the package, else in the clone."""
+    installed = Path(__file__).parent / "shipped" / kind
+    return installed if installed.is_dir() else Path(__file__).parents[1] / SHIPPED[kind]
+
+
+def shipped_names(kind: str) -> list[str]:
+    return sorted(path.stem for path in shipped(kind).glob("*.yaml"))
+
+
+def find_file(kind: str, name: str | os.PathLike[str]) -> Path:
+    """The file at a path, or the shipped one of that name (`rtx4090` for launch/experiments/rtx4090.yaml)."""
+    path = Path(name).expanduser()
+    if not path.is_file() and str(name) in shipped_names(kind):
+        return shipped(kind) / f"{name}.yaml"
+    return path
+
+
+def first_comment(file: Path) -> str:
+    """What the first line of a YAML file says it is."""
+    return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
 def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
     """The settings of `kind` from a YAML file and `key.subkey=value` overrides; values are read as YAML.
 
@@ -405,7 +432,7 @@ def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides
     """
     raw: dict[str, Any] = {}
     if file is not None:
-        raw = _read_yaml(Path(file))
+        raw = read_yaml(find_file("experiments", file))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -472,7 +499,7 @@ def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
             yield from ((f"{prefix}.{key}", *rest) for key, *rest in describe(section))  # type: ignore[misc]
 
 
-def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a file, laid over that of the file it names as `base` (relative to its own folder).
 
     above: the files that led here by their `base`.
@@ -490,7 +517,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: the file holds a {type(raw).__name__}, settings are a mapping of keys")
     base = raw.pop("base", None)
-    return raw if base is None else merge(_read_yaml(path.parent / str(base), (*above, path.resolve())), raw)
+    return raw if base is None else merge(read_yaml(path.parent / str(base), (*above, path.resolve())), raw)
 
 
 def _number(value: Any) -> Any:

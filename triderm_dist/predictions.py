@@ -193,12 +193,12 @@ def gather(
     if isinstance(source, str | Path):
         paths = find_predictions(Path(source), models)
         if not paths:
-            raise DataError(f"{source}: no MODEL/fold-K/predictions.parquet in this folder; run launch.crossval first")
+            raise DataError(f"{source}: no MODEL/fold-K/predictions.parquet in this folder; run triderm crossval first")
     else:
         paths = [Path(path) for path in source]
     parts = [(path, read_predictions(path)) for path in paths]
     if not parts:
-        raise DataError("no predictions to gather; run launch.crossval first")
+        raise DataError("no predictions to gather; run triderm crossval first")
     expected = _Expected(lesion_ids, labels, folds)
     for path, part in parts:
         expected.check(path, part)
@@ -245,7 +245,7 @@ def read_oof(path: Path, features: bool = False) -> OofTable:
     if head["split"] != OUT_OF_FOLD:
         raise DataError(f"{path}: holds {head['split']} predictions, the out-of-fold table is needed")
     if not names:
-        raise DataError(f"{path}: has no rows; run launch.crossval first")
+        raise DataError(f"{path}: has no rows; run triderm crossval first")
     concepts, diagnoses = tuple(head["concepts"]), tuple(head["diagnoses"])
     parts = [
         (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, diagnoses, concepts)) for name in names
@@ -265,7 +265,7 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
     """
     parts = list(parts)
     if not parts:
-        raise DataError("no test predictions to average; run launch.predict on the fold models first")
+        raise DataError("no test predictions to average; run triderm predict on the fold models first")
     first = parts[0]
     ids = first.lesion_ids
     seen: set[tuple[str, str]] = set()
@@ -432,7 +432,7 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, 
     try:
         table = pq.read_table(path, columns=columns)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run launch.crossval first") from None
+        raise DataError(f"{path}: no such file; run triderm crossval first") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     try:

@@ -77,7 +77,7 @@ def read_submission(path: Path, diagnoses: Sequence[str] = DIAGNOSES) -> tuple[l
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run launch.stack or launch.predict first") from None
+        raise DataError(f"{path}: no such file; run triderm stack or triderm predict first") from None
     header = ["lesion_id", *diagnoses]
     if not rows or rows[0] != header:
         raise DataError(f"{path}: the header must be {','.join(header)}")

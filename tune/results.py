@@ -1,34 +1,9 @@
 """What a search has found: its trials as a table, the best settings, and a page with pictures; also of one that is not
-over.
 
-python -m tune.results output=RUN
-
-Writes RUN/search/{trials.csv, report.html, curves.png, importance.png, settings.png, parallel.png} and RUN/best.yaml.
+The program is triderm_dist/commands/results.py; `triderm results` runs it from anywhere.
 """
 
-from pathlib import Path
-
-from pydantic import Field
-
-from triderm_dist.cli import run
-from triderm_dist.config import Section
-
-
-class ResultsRun(Section):
-    output: str = Field("runs/default", description="folder of the run that was searched")
-
-
-def main(config: ResultsRun) -> None:
-    from triderm_dist.search.page import write_page
-    from triderm_dist.search.results import conclude, print_summary
-    from triderm_dist.search.settings import read_search
-
-    summary = conclude(read_search(Path(config.output)))
-    print_summary(summary)
-    page, pictures = write_page(summary)
-    for path in (*pictures, page):
-        print(path)
-
+from triderm_dist.commands.results import start
 
 if __name__ == "__main__":
-    run(ResultsRun, main, __doc__)
+    start()

@@ -1,22 +1,9 @@
 """Search for the settings of one model around an experiment, with Ray Tune.
 
-python -m tune.search --config EXPERIMENT.yaml space=tune/spaces/losses.yaml trials=12 output=RUN
-
-A trial trains as launch.train does, in RUN/search/TRIAL/, on the experiment's packed shards and one shared cache of
-tokens. `space=`, `trials=` ... are short for `search.space=`, `search.trials=` ... . Writes RUN/search/trials.csv and
-RUN/best.yaml, which launch.train and launch.pipeline take by --config. Killed, it goes on with resume=true.
+The program is triderm_dist/commands/search.py; `triderm search` runs it from anywhere.
 """
 
-from triderm_dist.cli import run
-from triderm_dist.search.settings import SearchRun
-
-
-def main(config: SearchRun) -> None:
-    from triderm_dist.search.results import print_summary
-    from triderm_dist.search.study import search
-
-    print_summary(search(config, say=lambda text: print(text, flush=True)))
-
+from triderm_dist.commands.search import start
 
 if __name__ == "__main__":
-    run(SearchRun, main, __doc__)
+    start()

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from launch.train import TrainRun, main
 from triderm_dist.cli import run
+from triderm_dist.commands.train import TrainRun, main
 from triderm_dist.models.network import Network
 
 ROOM_FOR = 4

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.crossval import CrossvalRun, main
+from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError, InputError
 

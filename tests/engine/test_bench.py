@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from launch.bench import BenchRun, main
 from tests.distributed.conftest import launch
+from triderm_dist.commands.bench import BenchRun, main
 from triderm_dist.config import load
 from triderm_dist.engine.bench import add_record, alike, comparison, read_records, synthetic_shards
 from triderm_dist.schema import DataError

@@ -318,7 +318,7 @@ def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view
     except ValueError as error:
         raise DataError(
             f"{index.path(int(index.shard[row]))}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not "
-            f"decode ({error}); run shards.verify, then pack again"
+            f"decode ({error}); run triderm verify, then pack again"
         ) from None
 
 

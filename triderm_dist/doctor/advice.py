@@ -35,7 +35,7 @@ def suggest(gpus: Sequence[Gpu], clone: Path) -> list[Finding]:
         Finding(name, f"{file}" if (clone / file).is_file() else f"{file} (not in {clone})")
         for name, file in zip(("experiment", "accelerate file"), files, strict=True)
     ]
-    words = ["python -m launch.pipeline", f"--config {files[0]}", *overrides, "data.source=FOLDER"]
+    words = ["triderm pipeline", f"--config {files[0]}", *overrides, "data.source=FOLDER"]
     if count > 1:
         words.append(f"launcher={files[1]}")
         if count != 8:

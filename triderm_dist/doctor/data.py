@@ -24,7 +24,7 @@ READING_SECONDS = 2.0
 """How long shards are read to tell the speed."""
 MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
 """Share of its peak that a GPU is assumed to reach where it is well fed, by matrix products and by a network that is
-mostly convolutions. launch.bench measures it.
+mostly convolutions. triderm bench measures it.
 """
 
 
@@ -91,7 +91,7 @@ def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], la
     except InputError as error:
         advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
         return Finding(title, str(error), "missing", advice)
-    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet: launch.pipeline does it"
+    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet: triderm pipeline does it"
     if labels and not dataset.labelled:
         return Finding(title, f"{folder}: no ground truth", "missing", "put the *_GroundTruth.csv beside the metadata")
     return Finding(title, text)
@@ -111,7 +111,7 @@ class Need:
 
 def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ranks: int) -> Finding:
     if index.remote:
-        return Finding("reading", "shards behind a URL are not fetched for this; launch.bench measures them")
+        return Finding("reading", "shards behind a URL are not fetched for this; triderm bench measures them")
     try:
         speed = reading_speed(index, experiment.data.workers, READING_SECONDS)
     except (DataError, OSError) as error:

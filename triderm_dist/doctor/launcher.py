@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from triderm_dist.config import find_file
 from triderm_dist.doctor.findings import Finding, imported
 from triderm_dist.schema import ConfigError
 
@@ -31,7 +32,7 @@ class Launcher:
 
 def read_launcher(file: str | os.PathLike[str]) -> Launcher:
     """Raises ConfigError for a file that is missing or that Accelerate would not take."""
-    path = Path(file)
+    path = find_file("accelerate_configs", file)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         if reader := imported("accelerate.commands.config.config_args"):
@@ -45,7 +46,7 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
             port=DEFAULT_PORT if raw.get("main_process_port") is None else int(raw["main_process_port"]),
         )
     except FileNotFoundError:
-        raise ConfigError(f"launcher: {path}: no such file; see accelerate_configs/") from None
+        raise ConfigError(f"launcher: {path}: no such file; triderm config list names the shipped ones") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from triderm_dist.doctor.findings import Finding, State, imported
 
 NEEDED = ("torch", "torchvision", "accelerate", "timm", "open_clip_torch", "xgboost", "pyarrow", "simplejpeg")
-OPTIONAL = {"deepspeed": "ZeRO runs", "ray": "tune.search", "optuna": "tune.search"}
+OPTIONAL = {"deepspeed": "ZeRO runs", "ray": "triderm search", "optuna": "triderm search"}
 
 
 def versions(clone: Path, deepspeed: bool = False) -> list[Finding]:

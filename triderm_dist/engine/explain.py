@@ -67,7 +67,7 @@ def _explain(
         if fold not in networks:
             folder = experiment.fold_folder(name, fold)
             if not (folder / "fold.json").exists():
-                raise DataError(f"{folder}: this fold is not trained; run launch.crossval first")
+                raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
             network = new_network(model, index.concepts, views, pretrained=False)
             load_weights(folder / "weights", network)
             networks[fold] = network.to(accelerator.device).eval()  # type: ignore[assignment]

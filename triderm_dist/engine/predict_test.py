@@ -34,7 +34,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
             if not (folder / "fold.json").exists():
-                raise DataError(f"{folder}: this fold is not trained; run launch.crossval first")
+                raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
             about = read_about(folder / "fold")
             if tuple(about["concepts"]) != index.concepts:
                 raise DataError(

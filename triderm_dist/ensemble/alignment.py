@@ -60,7 +60,7 @@ def turned_rows(table: OofTable, models: Sequence[str], turns: Mapping[str, Turn
         for weights in dict.fromkeys(table.hashes[model]):
             if weights not in turns:
                 raise DataError(
-                    f"no test.parquet of {model} with weights {weights[:12]}: run launch.predict submit=false first"
+                    f"no test.parquet of {model} with weights {weights[:12]}: run triderm predict submit=false first"
                 )
             own = table.hashes[model] == weights
             block[own] = turns[weights](table.features[model][own])
@@ -78,7 +78,7 @@ def turned_mean(
         if model not in by_model:
             continue
         if weights not in turns:
-            raise DataError(f"weights {weights[:12]} of {model} are not those that launch.stack aligned; run it again")
+            raise DataError(f"weights {weights[:12]} of {model} are not those that triderm stack aligned; run it again")
         place = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
         by_model[model].append(turns[weights](part.features[[place[lesion] for lesion in lesion_ids]]))
     return np.concatenate([np.mean(by_model[model], axis=0) for model in models], axis=1)
@@ -102,6 +102,6 @@ def load_turns(path: Path) -> dict[str, Turn]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):
-        raise DataError(f"{path}: missing or not readable; run launch.stack again") from None
+        raise DataError(f"{path}: missing or not readable; run triderm stack again") from None
     hashes = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     return {weights: Turn(tensors[f"{weights}.centre"], tensors[f"{weights}.rotation"]) for weights in hashes}

@@ -91,11 +91,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run launch.stack first") from None
+        raise DataError(f"{path}: no such file; run triderm stack first") from None
     except ValueError:
-        raise DataError(f"{path}: not readable as JSON; run launch.stack again") from None
+        raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
     if (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path}: not {FORMAT} version {VERSION}; run launch.stack again")
+        raise DataError(f"{path}: not {FORMAT} version {VERSION}; run triderm stack again")
     return tree
 
 

@@ -31,7 +31,7 @@ class ColumnFile:
             file = pq.ParquetFile(self.path)
             self.shape = (file.metadata.num_rows, file.schema_arrow.field("columns").type.list_size)
         except (OSError, pa.ArrowException, KeyError, AttributeError):
-            raise DataError(f"{self.path}: not a file of the stacker's columns; run launch.stack again") from None
+            raise DataError(f"{self.path}: not a file of the stacker's columns; run triderm stack again") from None
 
     def __len__(self) -> int:
         return self.shape[0]

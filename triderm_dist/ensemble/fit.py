@@ -82,7 +82,7 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     if len(np.unique(table.folds)) < 2:
         raise DataError(
             f"{run_folder / OOF_FILE}: lesions predicted by every model lie in {len(np.unique(table.folds))} folds, "
-            "two are needed; finish launch.crossval first"
+            "two are needed; finish triderm crossval first"
         )
     labels, folds, seed = table.labels, table.folds, config.seed
     absent = [name for index, name in enumerate(table.diagnoses) if not (labels == index).any()]

@@ -145,5 +145,5 @@ def check_weights(run_folder: Path, said: Iterable[tuple[str, np.ndarray]]) -> N
         if model in known and not set(own) <= set(known[model]):
             raise DataError(
                 f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those that predict now; "
-                "run launch.stack again"
+                "run triderm stack again"
             )

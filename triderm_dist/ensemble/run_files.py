@@ -37,7 +37,7 @@ def read_nested(path: Path) -> NestedRows:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run launch.stack first") from None
+        raise DataError(f"{path}: no such file; run triderm stack first") from None
 
     def wide(name: str) -> np.ndarray:
         return np.array(table[name].to_pylist())

@@ -70,7 +70,7 @@ def stack_features(table: OofTable, models: Sequence[str] | None = None) -> tupl
 
 
 def embeddings_path(run_folder: Path, split: str) -> Path:
-    """Where launch.embed leaves those of a split, `train` or `test`."""
+    """Where triderm embed leaves those of a split, `train` or `test`."""
     return run_folder / f"embeddings.{split}.parquet"
 
 
@@ -97,9 +97,9 @@ def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str
         values = table["columns"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         source = (table.schema.metadata or {})[b"tower"].decode()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run launch.embed first") from None
+        raise DataError(f"{path}: no such file; run triderm embed first") from None
     except (OSError, pa.ArrowException, KeyError):
-        raise DataError(f"{path}: not a file of embeddings; run launch.embed again") from None
+        raise DataError(f"{path}: not a file of embeddings; run triderm embed again") from None
     if absent := [lesion for lesion in lesion_ids if lesion not in place]:
-        raise DataError(f"{path}: has no lesion {absent[0]}; run launch.embed again")
+        raise DataError(f"{path}: has no lesion {absent[0]}; run triderm embed again")
     return np.asarray(values[[place[lesion] for lesion in lesion_ids]], np.float32), source

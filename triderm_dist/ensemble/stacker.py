@@ -165,11 +165,11 @@ class Stacker:
             model = path.read_bytes()
             side = json.loads(side_path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise DataError(f"{error.filename}: no such file; run launch.stack first") from None
+            raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
         except ValueError:
-            raise DataError(f"{side_path}: not readable as JSON; run launch.stack again") from None
+            raise DataError(f"{side_path}: not readable as JSON; run triderm stack again") from None
         if (side.get("format"), side.get("version")) != (FORMAT, VERSION):
-            raise DataError(f"{side_path}: not {FORMAT} version {VERSION}; run launch.stack again")
+            raise DataError(f"{side_path}: not {FORMAT} version {VERSION}; run triderm stack again")
         reduction = None
         if side["extra"]:
             from safetensors import SafetensorError
@@ -179,7 +179,7 @@ class Stacker:
                 reduction = Reduction(**load_file(path.with_suffix(".safetensors")))
             except (OSError, SafetensorError, TypeError):
                 raise DataError(
-                    f"{path.with_suffix('.safetensors')}: missing or not readable; run launch.stack again"
+                    f"{path.with_suffix('.safetensors')}: missing or not readable; run triderm stack again"
                 ) from None
         return Stacker(
             model=model,

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.report.attention import _or_missing
 from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED
 
 
@@ -53,3 +52,7 @@ def semantic_values(concepts: Sequence[str], scores: np.ndarray, metadata: np.nd
         text = "" if math.isnan(value) else f"{value:.0f} years" if names is None else names[int(value)]
         values[field] = _or_missing(value, text)
     return values
+
+
+def _or_missing(value: float, text: str) -> str:
+    return "missing" if math.isnan(value) else text

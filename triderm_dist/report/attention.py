@@ -88,7 +88,3 @@ def _title(explanation: Explanation) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ").replace("/", ": ")
-
-
-def _or_missing(value: float, text: str) -> str:
-    return "missing" if math.isnan(value) else text

@@ -129,7 +129,7 @@ class Content:
         check_weights(self.folder, table.hashes.items())
         place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in place for lesion in self.rows.lesion_ids):
-            raise DataError(f"{self.folder / NESTED_FILE}: holds lesions that oof.parquet lacks; run launch.stack")
+            raise DataError(f"{self.folder / NESTED_FILE}: holds lesions that oof.parquet lacks; run triderm stack")
         self.table = table.take(np.array([place[lesion] for lesion in self.rows.lesion_ids]))
         self.diagnoses = self.fitted.diagnoses
         self.resamples = int(self.about["bootstrap"])

@@ -21,7 +21,7 @@ FIELDS = {"skin_tone": "skin tone (0 very dark, 5 very light)", "sex": "sex", "a
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write RUN/report.html and its pictures RUN/report/*.png from what launch.stack left; the page is whole "
+    """Write RUN/report.html and its pictures RUN/report/*.png from what triderm stack left; the page is whole "
     "or not there.
 
     Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing.

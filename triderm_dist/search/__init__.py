@@ -1,4 +1,4 @@
-"""Search for settings: a space, trials that train as `launch.train` does, and what came out of them.
+"""Search for settings: a space, trials that train as `triderm train` does, and what came out of them.
 
     OUTPUT/search/search.yaml, space.yaml   what is searched, as it was started
     OUTPUT/search/trial-001/                a run of its own: trial.json and MODEL/fold-K; trial 1 has the experiment's

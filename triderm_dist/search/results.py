@@ -270,4 +270,4 @@ def print_summary(summary: Summary) -> None:
                   for key, share in summary.importance.items()]  # fmt: skip
         console.print("Importance (fANOVA; range over resamples of the trials): " + ", ".join(shares))
     if summary.best is not None:
-        console.print(f"{summary.run.folder / 'best.yaml'}: python -m launch.train --config takes it")
+        console.print(f"{summary.run.folder / 'best.yaml'}: triderm train --config takes it")

@@ -95,6 +95,6 @@ def read_search(output: Path) -> SearchRun:
     """The search that a run folder holds. Raises DataError where there is none."""
     record = output / "search" / "search.yaml"
     if not record.exists():
-        raise DataError(f"{output}: holds no search; run python -m tune.search first")
+        raise DataError(f"{output}: holds no search; run triderm search first")
     run = load(SearchRun, record)
     return run.model_copy(update={"output": str(output)})  # it may have been copied from elsewhere

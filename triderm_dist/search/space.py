@@ -75,7 +75,7 @@ def read_space(path: Path) -> Space:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"search.space: {path} is no file; see tune/spaces/") from None
+        raise ConfigError(f"search.space: {path} no such file; triderm config list names the shipped ones") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict) or not raw:

@@ -6,13 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from triderm_dist.cli import Interrupted
-from triderm_dist.config import load, save
+from triderm_dist.config import find_file, load, save
 from triderm_dist.files import only_one
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search.results import Summary, conclude, outcome
@@ -31,14 +30,14 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     """
     settings, experiment, model = run.search, run.experiment, run.model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("tune.search starts its own processes: run it by python -m tune.search, without a launcher")
+        raise ConfigError("triderm search starts its own processes: run it by triderm search, without a launcher")
     if model not in experiment.models:
         raise ConfigError(f"search.model={model}: the settings have the models {', '.join(experiment.models)}")
     folds = experiment.data.folds
     if len(set(settings.folds)) < len(settings.folds) or not all(0 <= fold < folds for fold in settings.folds):
         raise ConfigError(f"search.folds: each of 0 to {folds - 1} (data.folds is {folds}) may stand there once")
     _check_population(run)
-    space, notes = fit_space(read_space(Path(settings.space)), experiment, model, settings.space)
+    space, notes = fit_space(read_space(find_file("spaces", settings.space)), experiment, model, settings.space)
     if settings.scheduler == "pbt":
         refuse_fixed(space, experiment.models[model], settings.space)
     for note in notes:

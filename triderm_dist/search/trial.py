@@ -1,4 +1,4 @@
-"""One trial: training by what `launch.train` calls, told epoch by epoch, and what is known of it on disk."""
+"""One trial: training by what `triderm train` calls, told epoch by epoch, and what is known of it on disk."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def run_trial(
     report: Callable[[dict[str, Any]], None],
     leader: Path | None = None,
 ) -> None:
-    """Train `folds` of one model with the trial's settings in FOLDER, by what `launch.train` calls; resumes. Call on
+    """Train `folds` of one model with the trial's settings in FOLDER, by what `triderm train` calls; resumes. Call on
     all ranks.
 
     `report` is told {"epoch" (over all folds), "macro_f1", "official"} after every epoch, the last when the

@@ -184,19 +184,19 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; pack a challenge folder by python -m shards.pack")
+        raise DataError(f"{folder}: no such folder; pack a challenge folder by triderm pack")
     path = folder / INDEX
     if not path.is_file():
         raise DataError(
-            f"{folder}: no {INDEX} here; pack a challenge folder by python -m shards.pack, or make the index of "
-            "other WebDataset shards by python -m shards.index"
+            f"{folder}: no {INDEX} here; pack a challenge folder by triderm pack, or make the index of "
+            "other WebDataset shards by triderm index"
         )
     raw = read_raw_index(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         found = f"{raw.get('format')!r} version {raw.get('version')!r}"
         raise DataError(
-            f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again by shards.pack, or "
-            "index other WebDataset shards again by shards.index"
+            f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again by triderm pack, "
+            "or index other WebDataset shards again by triderm index"
         )
     try:
         about = raw["samples"]

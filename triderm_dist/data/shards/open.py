@@ -73,5 +73,5 @@ def _samples_file(path: Path, store: Store) -> ShardFile:
         return ShardFile(SAMPLES, int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]))
     except (ValueError, KeyError, TypeError):
         raise DataError(
-            f"{store.shown(INDEX)}: not an index of shards; give the address of a folder that shards.pack wrote"
+            f"{store.shown(INDEX)}: not an index of shards; give the address of a folder that triderm pack wrote"
         ) from None

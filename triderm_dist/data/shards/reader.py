@@ -195,7 +195,7 @@ def _pread(file: IO[bytes], offset: int, size: int) -> bytes:
     data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
         raise DataError(
-            f"{file.name}: ends before byte {offset + size}, it was cut off; run shards.verify, then pack again"
+            f"{file.name}: ends before byte {offset + size}, it was cut off; run triderm verify, then pack again"
         )
     return data
 

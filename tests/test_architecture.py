@@ -1,0 +1,115 @@
+"""Layers, import cycles, light start-up, and safe loading."""
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "triderm_dist"
+ENTRY_POINTS = ("shards", "launch", "tune")
+PROGRAMS = [path for name in ENTRY_POINTS for path in sorted((ROOT / name).glob("*.py")) if path.stem != "__init__"]
+# A module imports only from its own row and the rows above it; docs/architecture.md prints this list.
+LAYERS = [
+    ("schema", "files"),
+    ("config", "cli", "stages"),
+    ("data",),
+    ("models",),
+    ("losses", "optim", "metrics", "submission", "predictions"),
+    ("distributed",),
+    ("monitoring",),
+    ("engine",),
+    ("ensemble",),
+    ("report",),
+    ("search", "doctor"),
+    ("commands",),
+]
+# What follows training reads files only, so that it runs where the engine does not.
+WITHOUT_ENGINE = ("ensemble", "report")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports: at its top, inside a function, under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def library() -> list[Path]:
+    return sorted(LIBRARY.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def package_of(module: str) -> str:
+    """The part of the library that a module belongs to, such as `data`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_part_of_the_library_has_a_layer():
+    parts = {package_of(module_of(path)) for path in library()} - {"", "__main__"}
+    assert parts == {name for layer in LAYERS for name in layer}
+
+
+def test_imports_point_up():
+    for path in library():
+        own = package_of(module_of(path))
+        row = next((i for i, layer in enumerate(LAYERS) if own in layer), len(LAYERS) - 1)
+        allowed = {name for layer in LAYERS[: row + 1] for name in layer} - {""}
+        if own in WITHOUT_ENGINE:
+            allowed -= {"engine"}
+        used = {package_of(name) for name in imports_of(path) if name.startswith("triderm_dist.")}
+        assert used - {"__version__"} <= allowed, f"{path.relative_to(ROOT)} imports {used - allowed}"
+
+
+def test_no_import_cycles():
+    modules = {module_of(path): path for path in library()}
+    graph = {}
+    for module, path in modules.items():
+        names = imports_of(path) & set(modules)
+        # `from package import module` runs the package's __init__ too, which need not know the module.
+        graph[module] = {name for name in names if not module.startswith(f"{name}.")} - {module}
+        graph[module] -= {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_library_imports_no_program_and_programs_not_one_another():
+    for path in [*library(), *PROGRAMS]:
+        assert not any(name.split(".")[0] in ENTRY_POINTS for name in imports_of(path)), path
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_help_is_light_and_complete(program):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module('{program.parent.name}.{program.stem}', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'ray', 'xgboost', 'deepspeed', 'pandas', 'matplotlib', 'timm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    name = "synthetic" if program.stem == "demo" else program.stem
+    assert f"triderm {name}" in done.stdout or "accelerate launch" in done.stdout
+    assert "key.subkey=value" in done.stdout or name == "ranks"
+
+
+def test_no_pickle_and_no_unsafe_loading():
+    for path in [*library(), *PROGRAMS]:
+        text = path.read_text(encoding="utf-8")
+        assert not {"pickle", "joblib", "dill"} & {name.split(".")[0] for name in imports_of(path)}, path
+        assert "weights_only=False" not in text and "allow_pickle=True" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), path

@@ -1,0 +1,38 @@
+"""`triderm NAME ...`: run one of the programs in triderm_dist.commands."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from triderm_dist import __version__
+from triderm_dist.commands import PROGRAMS, names
+
+
+def usage() -> str:
+    lines = ["usage: triderm NAME [--config FILE] [key.subkey=value ...]", "       triderm NAME --help"]
+    for group, programs in PROGRAMS.items():
+        lines += ["", f"{group}:", *(f"  {name:<10} {about}" for name, about in programs.items())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the program that the first argument names. Exits with 2 for an unknown one."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h", "help"):
+        print(usage())
+    elif name in ("--version", "version"):
+        print(f"triderm-dist {__version__}")
+    elif name in names():
+        sys.argv[:2] = [f"triderm {name}"]
+        importlib.import_module(f"triderm_dist.commands.{name}").start()
+    else:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "triderm --help lists them"
+        print(f"error: {name!r} is not a program of triderm; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The programs of the toolkit, one module each: parse the settings, call the library, print.
+
+The console script `triderm` runs them by name. launch/, shards/ and tune/ of a clone hold entry points of the same
+names for `python -m` and for accelerate. A program is a module here with a function `start`, and a line in `PROGRAMS`.
+"""
+
+PROGRAMS: dict[str, dict[str, str]] = {
+    "Start here": {
+        "demo": "make synthetic lesions and run the pipeline on them",
+        "doctor": "check this machine, the settings and the data before a run",
+        "config": "list and copy the experiments, search spaces and accelerate files that ship with the package",
+    },
+    "Data": {
+        "download": "download the official MILK10k files",
+        "pack": "pack a photo folder into WebDataset shards with an index",
+        "index": "write the index of WebDataset shards made elsewhere",
+        "verify": "check shards: checksums, index, every photo",
+        "synthetic": "write a small synthetic challenge folder",
+    },
+    "Training": {
+        "pipeline": "run every stage: pack, cross-validate, stack, predict, report",
+        "train": "train one fold of one model",
+        "crossval": "train all folds and gather the out-of-fold predictions",
+        "search": "search settings with Ray Tune",
+        "results": "summarize a search: table, best settings, page with plots",
+        "bench": "measure the training throughput of this machine",
+        "ranks": "`accelerate launch` with this toolkit's exit codes and signal handling",
+    },
+    "After training": {
+        "embed": "extract embeddings of the pretrained tower as extra stacker columns",
+        "stack": "fit the XGBoost stacker and the ensemble on the out-of-fold predictions",
+        "predict": "predict the test set and write the submission",
+        "report": "write report.html",
+    },
+}
+"""Every program by group, with one line of help."""
+
+
+def names() -> list[str]:
+    return [name for group in PROGRAMS.values() for name in group]

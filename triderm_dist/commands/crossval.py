@@ -1,0 +1,61 @@
+"""Train all folds of all models, then gather what each model says about lesions it never saw into oof.parquet.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.crossval --config EXPERIMENT.yaml
+
+trains fold after fold, each on all ranks. Folds side by side, each on a GPU or, here, on half of one:
+
+triderm crossval --config EXPERIMENT.yaml side_by_side=true gpus=0.5
+"""
+
+import os
+from functools import partial
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import SIDE_BY_SIDE, SideBySideRun, save
+
+
+class CrossvalRun(SideBySideRun):
+    only: tuple[str, ...] | None = Field(None, description="train these models only; null trains all of `models`")
+
+
+def main(config: CrossvalRun) -> None:
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import folds_of, model_named
+    from triderm_dist.engine.parallel_folds import run_side_by_side
+    from triderm_dist.predictions import find_predictions, gather, write_oof
+    from triderm_dist.schema import ConfigError
+
+    if config.side_by_side and "WORLD_SIZE" in os.environ:
+        raise ConfigError("side_by_side: starts its own processes; run it by python -m, without a launcher")
+    names = config.only or tuple(config.models)
+    for name in names:
+        model_named(config, name)
+    index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
+    experiment = config.experiment
+    if config.side_by_side:
+        run_side_by_side(experiment, index, names, **{key: getattr(config, key) for key in SIDE_BY_SIDE})
+    else:
+        keep = partial(save, experiment, config.folder / "config.yaml")
+        run_folds(experiment, index, names, range(config.data.folds), on_start=keep)
+    if is_main():
+        save(experiment, config.folder / "config.yaml")
+        if waiting := [name for name in config.models if not find_predictions(config.folder, [name])]:
+            print(f"oof.parquet is written when {', '.join(waiting)} is trained too")
+            return
+        table = gather(
+            config.folder, tuple(config.models), index.lesion_ids.tolist(), index.labels, folds_of(index, config.data)
+        )
+        write_oof(config.folder / "oof.parquet", table)
+        print(f"{len(table)} lesions by {len(table.models)} models in {config.folder / 'oof.parquet'}")
+
+
+def start() -> None:
+    run(CrossvalRun, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,43 @@
+"""Write what a model's pretrained tower sees in every photo, untouched by training, for triderm stack to try.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.embed --config RUN/config.yaml
+
+Leaves OUTPUT/embeddings.train.parquet and, with a test set, OUTPUT/embeddings.test.parquet. Then
+`triderm stack --config RUN/config.yaml stack.extra=[embeddings]` keeps them if the nested estimate gains.
+"""
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment
+
+
+class EmbedRun(Experiment):
+    model: str | None = Field(None, description="whose tower; null takes the first of `models`")
+
+
+def main(config: EmbedRun) -> None:
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.engine.embed import embeddings
+    from triderm_dist.ensemble.stack_inputs import embeddings_path, write_embeddings
+
+    name = config.model or next(iter(config.models))
+    sets = {"train": config.train_shards}
+    if config.data.test or config.data.test_shards:
+        sets["test"] = config.test_shards
+    for split, shards in sets.items():
+        index = open_index(shards, config.data.remote, verify=config.data.verify and is_main())
+        values = embeddings(config, index, name)
+        if is_main():
+            path = embeddings_path(config.folder, split)
+            write_embeddings(path, index.lesion_ids.tolist(), values, config.models[name].tower.source)
+            print(f"{path}: {len(values)} lesions, {values.shape[1]} numbers each")
+
+
+def start() -> None:
+    run(EmbedRun, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()

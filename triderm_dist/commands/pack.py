@@ -1,0 +1,69 @@
+"""Pack a challenge folder into WebDataset shards with an index.
+
+triderm pack source=MILK10k output=runs/milk10k/shards/train
+
+Killed or interrupted, the same command goes on from the finished shards.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Section
+
+
+class PackConfig(Section):
+    source: str = Field(description="challenge folder, or its metadata table where the folder holds several")
+    output: str = Field(description="folder of the shards; it appears when it is complete")
+    short_side: int | None = Field(
+        288,
+        ge=32,
+        description="larger photos are reduced to this short side in pixels; null keeps the bytes of the pixels. "
+        "EXIF, GPS, XMP and comments are removed either way",
+    )
+    shard_samples: int = Field(512, ge=1, description="lesions a shard")
+    missing_view: Literal["refuse", "mark"] = Field(
+        "refuse", description="a lesion with one photo: refuse it, or keep it with the view marked missing"
+    )
+    invalid: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="lesions with a wrong row or an unreadable photo: refuse the folder, or drop and count them",
+    )
+    workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
+
+
+def main(config: PackConfig) -> None:
+    from triderm_dist.data.problems import InvalidLesions
+    from triderm_dist.data.readers.milk10k import read_challenge
+    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.pack import pack_shards
+
+    try:
+        dataset = read_challenge(config.source, config.missing_view, config.invalid)
+        for note in dataset.notes:
+            print(f"note: {note}")
+        with progress_bar("packing lesions") as progress:
+            index = pack_shards(
+                dataset,
+                config.output,
+                short_side=config.short_side,
+                shard_samples=config.shard_samples,
+                invalid=config.invalid,
+                workers=config.workers,
+                progress=progress,
+            )
+    except InvalidLesions as error:
+        show_problems(error.problems, Path(f"{config.output}.problems.csv"))
+        raise
+    show_problems(index.problems, Path(f"{config.output}.problems.csv"))
+    show_index(index)
+
+
+def start() -> None:
+    run(PackConfig, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()

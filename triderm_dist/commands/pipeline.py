@@ -1,0 +1,117 @@
+"""The whole way: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
+
+triderm pipeline --config milk10k_cpu data.source=MILK10k output=runs/milk10k
+
+With data.test=FOLDER it also predicts a test set and writes the submission.
+
+Run again, it skips what is done; killed and run again, it goes on where it was.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import SIDE_BY_SIDE, Experiment, SideBySideRun, find_file, save
+from triderm_dist.schema import ConfigError
+from triderm_dist.stages import Stage, run_stages
+
+
+class PipelineRun(SideBySideRun):
+    launcher: str | None = Field(
+        None, description="accelerate config file for the stages that use the network; null runs one process"
+    )
+
+
+def main(config: PipelineRun) -> None:
+    if config.data.source is None and config.data.shards is None:
+        raise ConfigError("data.source: the challenge folder is needed, or data.shards with packed shards")
+    folder, settings = config.folder, config.folder / "config.yaml"
+    if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
+        raise ConfigError(f"launcher: {config.launcher}: no such file, and none of that name ships with the package")
+    if config.launcher and config.side_by_side:
+        raise ConfigError("side_by_side: trains each fold in one process; remove side_by_side or launcher")
+    run_stages(stages(config, settings), folder, begin=lambda: save(config.experiment, settings))
+    for name in ("submission.csv", "oof_submission.csv", "report.html"):
+        if (folder / name).exists():
+            print(f"{folder / name}")
+
+
+def stages(config: PipelineRun, settings: Path) -> list[Stage]:
+    """What has to run, in order; what is skipped is decided by `run_stages`."""
+    from triderm_dist.data.shards.open import index_file
+
+    folder, with_config = config.folder, ["--config", str(settings)]
+    data, extra = config.data, config.stack.extra if config.stack.enabled else ()
+    packing = data.model_dump(mode="json", exclude={"workers", "prefetch", "verify", "remote"})
+    launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
+    models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
+    folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
+    training = [models, packing, config.seed, config.token_seed]
+    predicting = [config.predict.model_dump(mode="json"), packing]
+    train_index = index_file(config.train_shards, data.remote)
+    test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
+    if "features" in extra and not test_index:
+        raise ConfigError("stack.extra: features are turned into one basis on a test set; name one as data.test")
+    result = []
+    if data.shards is None:
+        result.append(_pack("pack", config, str(data.source), config.train_shards))
+    if data.test and data.test_shards is None:
+        result.append(_pack("pack test", config, data.test, config.test_shards))
+    oof = folder / "oof.parquet"
+    spread = [f"{key}={getattr(config, key)}" for key in SIDE_BY_SIDE if getattr(config, key) is not None]
+    spread = ["side_by_side=true", *spread] if config.side_by_side else []
+    result.append(
+        Stage("crossval", [*program("crossval", launcher), *with_config, *spread], training, [train_index],
+              [oof, *(fold / "predictions.parquet" for fold in folds)])
+    )  # fmt: skip
+    tried = []
+    if "embeddings" in extra:
+        indices = [train_index, *test_index]
+        embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
+        result.append(Stage("embed", [*program("embed", launcher), *with_config], training, indices, embedded))
+        tried += embedded
+    trained = [fold / "fold.json" for fold in folds]
+    predict = [*program("predict", launcher), *with_config]
+    if "features" in extra:
+        predicted = [fold / "test.parquet" for fold in folds]
+        result.append(
+            Stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
+        )
+        tried += predicted
+    after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
+    ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
+    result.append(Stage("stack", [*program("stack"), *with_config], after, [oof, *tried], [ensemble, stacked]))
+    shown = [ensemble, oof, settings]
+    if test_index:
+        truth = [Path(data.test_truth)] if data.test_truth else []
+        submission = folder / "submission.csv"
+        result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], [submission]))
+        shown += [submission, *truth]
+    result.append(Stage("report", [*program("report"), *with_config], [], shown, [folder / "report.html"]))
+    return result
+
+
+def program(name: str, launcher: Path | None = None) -> list[str]:
+    """The command of a program, on the ranks of an accelerate file if one is given."""
+    ranks = ["triderm_dist.commands.ranks", "--config_file", str(launcher), "-m"] if launcher else []
+    return ["python", "-m", *ranks, f"triderm_dist.commands.{name}"]
+
+
+def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
+    from triderm_dist.data.readers.milk10k import find_parts
+
+    data = config.data
+    keys = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
+    words = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+    command = [*program("pack"), f"source={source}", f"output={output}", *words]
+    metadata, truth, photos = find_parts(Path(source))
+    return Stage(name, command, keys, [metadata, *filter(None, [truth]), *photos], [Path(output) / "index.json"])
+
+
+def start() -> None:
+    run(PipelineRun, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,38 @@
+"""What a search has found: its trials as a table, the best settings, and a page with pictures; also of one that is not
+over.
+
+triderm results output=RUN
+
+Writes RUN/search/{trials.csv, report.html, curves.png, importance.png, settings.png, parallel.png} and RUN/best.yaml.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Section
+
+
+class ResultsRun(Section):
+    output: str = Field("runs/default", description="folder of the run that was searched")
+
+
+def main(config: ResultsRun) -> None:
+    from triderm_dist.search.page import write_page
+    from triderm_dist.search.results import conclude, print_summary
+    from triderm_dist.search.settings import read_search
+
+    summary = conclude(read_search(Path(config.output)))
+    print_summary(summary)
+    page, pictures = write_page(summary)
+    for path in (*pictures, page):
+        print(path)
+
+
+def start() -> None:
+    run(ResultsRun, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()

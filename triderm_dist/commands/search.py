@@ -1,0 +1,26 @@
+"""Search for the settings of one model around an experiment, with Ray Tune.
+
+triderm search --config EXPERIMENT.yaml space=tune/spaces/losses.yaml trials=12 output=RUN
+
+A trial trains as triderm train does, in RUN/search/TRIAL/, on the experiment's packed shards and one shared cache of
+tokens. `space=`, `trials=` ... are short for `search.space=`, `search.trials=` ... . Writes RUN/search/trials.csv and
+RUN/best.yaml, which triderm train and triderm pipeline take by --config. Killed, it goes on with resume=true.
+"""
+
+from triderm_dist.cli import run
+from triderm_dist.search.settings import SearchRun
+
+
+def main(config: SearchRun) -> None:
+    from triderm_dist.search.results import print_summary
+    from triderm_dist.search.study import search
+
+    print_summary(search(config, say=lambda text: print(text, flush=True)))
+
+
+def start() -> None:
+    run(SearchRun, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,42 @@
+"""Train one fold of one model and predict the lesions it never saw.
+
+accelerate launch --config_file ddp.yaml -m triderm_dist.commands.train --config EXPERIMENT.yaml fold=0
+"""
+
+from functools import partial
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment, save
+
+
+class TrainRun(Experiment):
+    model: str | None = Field(None, description="the model of `models` to train; null takes the first")
+    fold: int = Field(0, ge=0, description="the fold that is validated on and predicted")
+
+
+def main(config: TrainRun) -> None:
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import model_named
+    from triderm_dist.schema import ConfigError
+
+    if config.fold >= config.data.folds:
+        raise ConfigError(f"fold={config.fold}: data.folds is {config.data.folds}, folds count from 0")
+    name = config.model or next(iter(config.models))
+    model_named(config, name)
+    index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
+    folder = config.fold_folder(name, config.fold)
+    run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / "config.yaml"))
+    if is_main():
+        print(f"weights and predictions are in {folder}")
+
+
+def start() -> None:
+    run(TrainRun, main, __doc__)
+
+
+if __name__ == "__main__":
+    start()
