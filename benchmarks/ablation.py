@@ -22,7 +22,7 @@ from triderm_dist import metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.calibration import probabilities_of
-from triderm_dist.predictions import OofTable, gather, labelled
+from triderm_dist.predictions import OofTable, gather, labeled
 from triderm_dist.schema import ConfigError
 
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -
     """The out-of-fold table of the network without a part, after training what of it is not trained yet."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
-    from triderm_dist.engine.fold import folds_of
+    from triderm_dist.engine.fold import assigned_folds
 
     raw = config.model_dump(mode="json", exclude={"parts"})
     raw |= {
@@ -72,9 +72,9 @@ def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -
     index = open_index(config.train_shards, config.data.remote)
     run_folds(experiment, index, [name], range(experiment.data.folds))
     table = gather(
-        experiment.folder, (name,), index.lesion_ids.tolist(), index.labels, folds_of(index, experiment.data)
+        experiment.folder, (name,), index.lesion_ids.tolist(), index.labels, assigned_folds(index, experiment.data)
     )
-    return table.take(labelled(table))
+    return table.take(labeled(table))
 
 
 def show(config: AblationRun, name: str, tables: dict[str, OofTable]) -> None:

@@ -29,7 +29,7 @@ from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, ConfigErro
 
 COMPONENTS = 64
 STRENGTHS = (1e-3, 1e-2)
-"""Of logistic regression (1 / penalty) on standardised columns; the better one stands, in the baseline's favour."""
+"""Of logistic regression (1 / penalty) on standardized columns; the better one stands, in the baseline's favor."""
 
 
 def main(config: Experiment) -> None:

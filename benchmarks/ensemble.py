@@ -4,7 +4,7 @@ python -m benchmarks.ensemble [oof=RUN/oof.parquet] [key=value ...]
 
 A problem is 5,000 lesions to fit on and as many others to judge on, of 3 or 10 models: simulated (uneven diagnoses,
 models of different skill whose errors are related), or, with `oof`, drawn from the real out-of-fold outputs of a run,
-fitting and judging on different lesions. Nelder-Mead is the build guide's: weights normalised inside, every diagnosis
+fitting and judging on different lesions. Nelder-Mead is the build guide's: weights normalized inside, every diagnosis
 cut at 0.5, sklearn's f1_score as the objective. The last line is one JSON object: mean gain in macro F1 over the
 problems with the low end of its 95% interval, how many times faster, and the same for thresholds against a 99-point
 grid.
@@ -27,7 +27,7 @@ from triderm_dist.config import Section
 from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.thresholds import best_thresholds, decide, guarded_thresholds
 from triderm_dist.ensemble.weights import fit_weights
-from triderm_dist.predictions import OofTable, labelled, read_oof
+from triderm_dist.predictions import OofTable, labeled, read_oof
 from triderm_dist.schema import DIAGNOSES
 
 C = len(DIAGNOSES)
@@ -141,7 +141,7 @@ def from_real(table: OofTable, models: int, lesions: int, generator: np.random.G
 
     A run has few networks: each model of the problem is one of their heads, its logits shaken by a noise of its own.
     """
-    table = table.take(table.complete() & labelled(table))
+    table = table.take(table.complete() & labeled(table))
     half = np.zeros(len(table), bool)
     for label in range(C):
         own = generator.permutation(np.flatnonzero(table.labels == label))

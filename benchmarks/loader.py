@@ -5,7 +5,7 @@ python -m benchmarks.loader source=MILK10k original=MILK10k_ORIGINAL [streaming_
 The ceiling is decoding the same JPEG bytes, held in memory, on the same cores by the faster of torchvision and
 simplejpeg. Every way runs in a process of its own, one after the other, round by round; a rate is photos a second from
 its first batch to its last, so that nobody pays for starting processes. What each hands over: ours and `webdataset`
-uint8 photos (augmentation runs on the device), the folder augmented and normalised 224 crops (there they are the
+uint8 photos (augmentation runs on the device), the folder augmented and normalized 224 crops (there they are the
 workers' job), litData and mosaicml-streaming the photos as their own readers decode them.
 
 litData comes with the `bench` extra. mosaicml-streaming pins older numpy and transformers and needs an environment of
@@ -37,7 +37,7 @@ NAMES = {
     "ceiling_simplejpeg": "bare decoding, simplejpeg",
     "ours": "ours",
     "ours_spare": "ours, one thread more than cores",
-    "ours_finished": "ours, augmented and normalised on the same cores",
+    "ours_finished": "ours, augmented and normalized on the same cores",
     "folder": "(b) folder of original photos, Pillow + torchvision",
     "folder_reduced": "(b) the same, folder of reduced photos",
     "webdataset": "(c) webdataset, rgb8",

@@ -24,7 +24,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.reader import FolderShards
-from triderm_dist.distributed.parallel import keep_memory
+from triderm_dist.distributed.parallel import disable_malloc_trim
 
 CPU, HALF = torch.device("cpu"), (0.5,) * 3
 
@@ -58,7 +58,7 @@ def ours_spare(folder: Path, batch: int, workers: int) -> dict[str, float]:
 
 
 def ours_finished(folder: Path, batch: int, workers: int) -> dict[str, float]:
-    keep_memory()  # as every training on a CPU does
+    disable_malloc_trim()  # as every training on a CPU does
     return ours(folder, batch, workers, PhotoSource)
 
 

@@ -26,7 +26,7 @@ from triderm_dist.config import Section
 
 class SumsRun(Section):
     shards: str = Field("runs/demo/shards/train", description="packed shards to train on")
-    steps: int = Field(24, ge=2, description="optimiser steps")
+    steps: int = Field(24, ge=2, description="optimizer steps")
     global_batch: int = Field(32, ge=2, description="lesions a step")
     micro_batch: int = Field(8, ge=1, description="lesions at once")
     tower: str = Field("timm:vit_tiny_patch16_224", description="tower with random weights")

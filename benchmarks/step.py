@@ -237,7 +237,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     from triderm_dist.engine.finite import Finite
     from triderm_dist.engine.step import train_step
     from triderm_dist.losses import CompoundLoss
-    from triderm_dist.monitoring.throughput import Meter
+    from triderm_dist.monitoring.throughput import ThroughputMeter
     from triderm_dist.monitoring.tracking import Tracker
     from triderm_dist.optim import build_optimizer, build_scheduler
     from triderm_dist.schema import DIAGNOSES
@@ -254,7 +254,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(device)
     finite, loader = Finite(accelerator, optimizer), SimpleNamespace(waited=0.0)
-    meter = Meter(0, 100_000, ranks * size.batch, device)
+    meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000).__enter__()  # as long as the process lives
     step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
@@ -266,7 +266,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
         done += 1
         if done % LOG_EVERY == 0:
             finite.check()
-            values = loss.values(collectives.all_sum(focal), sums)
+            values = loss.values(collectives.all_reduce_sum(focal), sums)
             values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
             values |= meter.read(loader, done)  # type: ignore[arg-type]
             with contextlib.redirect_stdout(io.StringIO()):
@@ -318,7 +318,7 @@ def alone(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
 
 
 def step_memory(size: Size, device_type: str) -> float:
-    """The most that weights, gradients, optimiser state and activations take in a step, in GiB."""
+    """The most that weights, gradients, optimizer state and activations take in a step, in GiB."""
     import torch
 
     device = torch.device(device_type)

@@ -68,7 +68,7 @@ def write_challenge(
     folder: Path,
     lesions: int = 22,
     prefix: str = "MILK10k_Training",
-    labelled: bool = True,
+    labeled: bool = True,
     size: tuple[int, int] = (48, 36),
 ) -> Challenge:
     """Lesion i has diagnosis i % 11, two photos, 14 scores; some have no age or site."""
@@ -94,7 +94,7 @@ def write_challenge(
             path = challenge.photo(len(challenge.metadata) - 1)
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_photo(2 * i + v, size).save(path, quality=90)
-        if labelled:
+        if labeled:
             truth = {name: float(label == i % len(DIAGNOSES)) for label, name in enumerate(DIAGNOSES)}
             challenge.truth.append({"lesion_id": lesion_id, **truth})
     return challenge.write()

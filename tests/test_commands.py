@@ -126,6 +126,9 @@ def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         assert name == "LAUNCHER" and (ROOT / value).is_file()
+    if len(words) == 2 and words[0] == "triderm":  # a program named in a sentence
+        assert words[1] in commands.names()
+        return
     if words[0] == "sbatch":
         script = next(place for place, word in enumerate(words) if place and not word.startswith("--"))
         before, after = BATCH_SCRIPTS[words[script]]

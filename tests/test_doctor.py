@@ -29,7 +29,7 @@ from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
 from triderm_dist.doctor.ranks import Sight, compare, name_ranks
 from triderm_dist.doctor.software import nccl_finding, versions
 from triderm_dist.monitoring.flops import training_flops
-from triderm_dist.monitoring.memory_estimate import of_model, stand_in
+from triderm_dist.monitoring.memory_estimate import estimate_model_memory, stand_in
 from triderm_dist.schema import ConfigError, InputError
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_packed_shards_are_counted_and_damage_is_told(make_challenge, tmp_path):
 def test_test_set_and_truth(make_challenge, tmp_path):
     base = [*SMALL, f"output={tmp_path / 'run'}"]
     assert finding(load(Experiment, None, base), "test").state == "ok"
-    folder = make_challenge(prefix="MILK10k_Test", labelled=False, name="test").folder
+    folder = make_challenge(prefix="MILK10k_Test", labeled=False, name="test").folder
     experiment = load(Experiment, None, [*base, f"data.test={folder}"])
     assert "22 lesions" in finding(experiment, "test").text
     experiment = load(Experiment, None, [*base, f"data.source={folder}"])
@@ -209,7 +209,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_fits():
         return next(each for each in findings if each.name == "a: memory")
 
     assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
-    need = of_model(experiment.models["a"], half=True)[0]
+    need = estimate_model_memory(experiment.models["a"], half=True)[0]
     tight = memory((need.total(50) / GIB + CONTEXT) / USABLE)
     assert tight.state == "note" and "more than a GPU" in tight.text
     assert "train.micro_batch=32" in tight.advice

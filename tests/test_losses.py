@@ -171,7 +171,7 @@ def test_logged_loss_is_the_weighted_sum_of_plain_losses():
     assert values["loss"] == pytest.approx((plain[0] + 0.3 * (plain[1] + plain[2])).item(), rel=1e-5)
 
 
-def test_class_weights_have_mean_one_and_favour_the_rare():
+def test_class_weights_have_mean_one_and_favor_the_rare():
     weights = CompoundLoss(LossConfig(class_weight_power=0.5), "softmax", COUNTS).class_weights
     assert weights.mean().item() == pytest.approx(1)
     assert weights.argmax() == 6 and weights.argmin() == 1

@@ -19,7 +19,7 @@ def slow_f1(decisions: np.ndarray, labels: np.ndarray, label: int) -> float:
 
 @settings(deadline=None)
 @given(arrays(bool, (30, 4)), arrays(np.int64, 30, elements=st.integers(-1, 3)))
-def test_f1_equals_a_slow_count_and_leaves_out_the_unlabelled(decisions: np.ndarray, labels: np.ndarray) -> None:
+def test_f1_equals_a_slow_count_and_leaves_out_the_unlabeled(decisions: np.ndarray, labels: np.ndarray) -> None:
     f1 = metrics.f1_per_class(decisions, labels)
     for label in range(4):
         if (labels == label).any():

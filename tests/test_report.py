@@ -174,7 +174,7 @@ def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path
         assert "CONSOLE" not in done.stderr
 
 
-def test_swapped_labels_are_found_as_likely_mislabelled(run: Path) -> None:
+def test_swapped_labels_are_found_as_likely_mislabeled(run: Path) -> None:
     """Confident lesions get another one's label: they lead the list, with what they look like."""
     content = Content(run)
     sure = np.flatnonzero((content.rows.labels == DIAGNOSES.index("NV")) & content.rows.decisions[:, 8])[:6]
@@ -184,7 +184,7 @@ def test_swapped_labels_are_found_as_likely_mislabelled(run: Path) -> None:
     labels = content.rows.labels.copy()
     labels[sure] = DIAGNOSES.index("MEL")
     content.rows = replace(content.rows, labels=labels)
-    found = content.mislabelled
+    found = content.mislabeled
     assert {hard.lesion_id for hard in found[:6]} == set(content.rows.lesion_ids[sure])
     assert all((hard.label, hard.believed, hard.agree) == ("MEL", "NV", 2) for hard in found[:6])
     assert len(found) < len(content.labels) / 4

@@ -48,7 +48,7 @@ def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv:
 def guarded(work: Callable[[], None]) -> None:
     """Call `work`; leave with the exit status and one line on the error stream where it fails or is interrupted."""
     try:
-        with taking_signals(raise_stopped):
+        with handle_signals(raise_stopped):
             work()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,7 +63,7 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 @contextmanager
-def taking_signals(handler: Callable[..., object], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+def handle_signals(handler: Callable[..., object], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Signals go to `handler` inside the block. Only the main thread may take signals: others are left as they are."""
     here = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in numbers} if here else {}

@@ -156,24 +156,24 @@ class OptimConfig(Section):
     )
     weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices; vectors and embeddings have none")
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine")
-    warmup_epochs: float = Field(3.0, ge=0, description="epochs of linear warm-up, counted in optimiser steps")
+    warmup_epochs: float = Field(3.0, ge=0, description="epochs of linear warm-up, counted in optimizer steps")
     clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
 class TrainConfig(Section):
     epochs: int = Field(60, ge=1, description="passes over the epoch plan")
-    global_batch: int = Field(96, ge=1, description="lesions an optimiser step, over all ranks and accumulation")
+    global_batch: int = Field(96, ge=1, description="lesions an optimizer step, over all ranks and accumulation")
     micro_batch: int = Field(16, ge=1, description="lesions a rank takes at once; accumulation follows from it")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"
     )
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     compile: bool = Field(False, description="torch.compile each tower block and fusion stage")
-    log_every: int = Field(10, ge=1, description="optimiser steps between two log lines")
+    log_every: int = Field(10, ge=1, description="optimizer steps between two log lines")
     save_every: int | None = Field(
         None,
         ge=1,
-        description="optimiser steps between two checkpoints inside an epoch; null saves at each epoch's end",
+        description="optimizer steps between two checkpoints inside an epoch; null saves at each epoch's end",
     )
     keep_last: int = Field(2, ge=1, description="resumable checkpoints that are kept")
     ema_decay: float = Field(
@@ -194,7 +194,7 @@ class TrainConfig(Section):
         "knows",
     )
     profile: int | None = Field(
-        None, ge=1, description="optimiser steps that torch.profiler records into the fold's trace.json; null: none"
+        None, ge=1, description="optimizer steps that torch.profiler records into the fold's trace.json; null: none"
     )
     peak_tflops: float | None = Field(
         None,

@@ -13,12 +13,12 @@ from typing import Any
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to: renamed into place when the block ends, removed if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with naming(path):
+        with naming_file(path):
             yield beside
             beside.replace(path)
     finally:
@@ -26,7 +26,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """An OSError that names no file, as that of a full disk, names `path`."""
     try:
         yield
@@ -37,7 +37,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -47,7 +47,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def only_one(lock: Path, refusal: Exception) -> Iterator[int]:
+def exclusive_lock(lock: Path, refusal: Exception) -> Iterator[int]:
     """Holds the file `lock`, made if it is not there, or raises `refusal` where another process does.
 
     Yields its descriptor; child processes that inherit it hold the lock too, until the last of them is gone.

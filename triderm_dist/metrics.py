@@ -1,7 +1,7 @@
 """Scores: F1 a diagnosis, its macro mean by the official rule and by argmax, and intervals over lesions.
 
 NumPy only. Shapes: N lesions, C diagnoses, R resamples. `labels` (N,) int64 index the C diagnoses; rows with
-`UNLABELLED` are left out of every score. A decision is a (N, C) bool table: True where a diagnosis is claimed.
+`UNLABELED` are left out of every score. A decision is a (N, C) bool table: True where a diagnosis is claimed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from triderm_dist.schema import UNLABELLED, DataError
+from triderm_dist.schema import UNLABELED, DataError
 
 OFFICIAL_THRESHOLD = 0.5
 """The challenge claims a diagnosis where its probability is strictly above this."""
@@ -57,7 +57,7 @@ class ClassCounts:
 
 def class_counts(decisions: np.ndarray, labels: np.ndarray) -> ClassCounts:
     """Counts of a (N, C) bool table against (N,) labels. Raises DataError where their shapes differ."""
-    decisions, labels = _labelled(np.asarray(decisions, bool), labels)
+    decisions, labels = _labeled(np.asarray(decisions, bool), labels)
     truth = labels[:, None] == np.arange(decisions.shape[1])
     return ClassCounts((decisions & truth).sum(axis=0), decisions.sum(axis=0), truth.sum(axis=0))
 
@@ -152,7 +152,7 @@ def interval_of(value: float, draws: np.ndarray, level: float = 0.95) -> Interva
 
 def _bootstrap(tables: list[np.ndarray], labels: np.ndarray, resamples: int, seed: int) -> list[np.ndarray]:
     """F1 (R, C) of several decision tables under the same resamples."""
-    decisions, labels = _labelled(np.concatenate(tables, axis=1), labels)
+    decisions, labels = _labeled(np.concatenate(tables, axis=1), labels)
     classes = tables[0].shape[1]
     generator = np.random.default_rng(seed)
     predicted = np.zeros((resamples, decisions.shape[1]), np.int64)
@@ -177,11 +177,11 @@ def _macro(f1: np.ndarray) -> np.ndarray:
     return f1[:, occurs].mean(axis=1) if occurs.any() else np.full(len(f1), np.nan)
 
 
-def _labelled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray(labels)
     if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
         raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not fit: (N, C) and (N,) are needed")
-    known = labels != UNLABELLED
+    known = labels != UNLABELED
     return decisions[known], labels[known]
 
 

@@ -1,4 +1,4 @@
-"""AdamW with layer-wise learning rates, and a warm-up and cosine schedule in optimiser steps."""
+"""AdamW with layer-wise learning rates, and a warm-up and cosine schedule in optimizer steps."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, min_factor: float) -> float:
-    """Factor of the learning rate in optimiser step `step`, counted from 0.
+    """Factor of the learning rate in optimizer step `step`, counted from 0.
 
     Linear from 1 / (warmup + 1) in step 0 to 1 in step `warmup`, then half a cosine to `min_factor` in the last step.
     """
@@ -92,7 +92,7 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, min_factor: float)
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`lr_factor` for every group alike; step it once an optimiser step.
+    """`lr_factor` for every group alike; step it once an optimizer step.
 
     `config.min_lr` is where the heads' rate ends, other groups end at the same share of theirs. Raises ConfigError
     where it is above `config.lr`.

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import whole
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, DataError
+from triderm_dist.files import atomic_path
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, DataError
 
 FORMAT = "triderm-predictions"
 VERSION = 1
@@ -421,7 +421,7 @@ def _head(
 def _write(path: Path, table: Any, head: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(head)}), beside, compression="zstd")
 
 
@@ -505,6 +505,6 @@ def _single(values: np.ndarray, what: str, path: Path | None = None) -> str:
     return str(distinct[0])
 
 
-def labelled(table: OofTable) -> np.ndarray:
+def labeled(table: OofTable) -> np.ndarray:
     """(N,) bool: lesions whose diagnosis is known."""
-    return table.labels != UNLABELLED
+    return table.labels != UNLABELED

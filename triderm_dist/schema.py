@@ -78,7 +78,7 @@ METADATA_FIELDS: tuple[str, ...] = ("age", "sex", "skin_tone", "site")
 
 METADATA_CATEGORIES: dict[str, tuple[str, ...]] = {"sex": SEXES, "skin_tone": SKIN_TONES, "site": SITES}
 
-UNLABELLED = -1
+UNLABELED = -1
 """The label of a lesion whose diagnosis is not known."""
 
 
@@ -106,7 +106,7 @@ class Lesion:
 
     `images` holds the path of each view or None where the photo is missing; `concepts` has K floats, NaN where missing;
     `metadata` has M floats in the order of `METADATA_FIELDS`, NaN where missing; `label` indexes `DIAGNOSES` or is
-    `UNLABELLED`; lesions of one `group` (a patient, or the lesion itself) never sit in two folds.
+    `UNLABELED`; lesions of one `group` (a patient, or the lesion itself) never sit in two folds.
     """
 
     lesion_id: str
@@ -121,10 +121,10 @@ class Lesion:
 class Batch:
     """Lesions on one device, ready for a network.
 
-    clinical, dermoscopic: (B, 3, H, W) normalised pixels, or (B, L, D) tokens of a frozen tower.
+    clinical, dermoscopic: (B, 3, H, W) normalized pixels, or (B, L, D) tokens of a frozen tower.
     view_present: (B, 2) bool, in the order of `VIEWS`; False where the photo is missing or dropped.
     concepts: (B, K) float, NaN where missing or dropped.  metadata: (B, M) float, NaN where missing.
-    labels: (B,) int64, `UNLABELLED` where unknown.  valid: (B,) bool, False for rows that only pad the batch.
+    labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for rows that only pad the batch.
     """
 
     lesion_ids: list[str]

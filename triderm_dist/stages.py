@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, taking_signals
-from triderm_dist.files import only_one, write_json
+from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, handle_signals
+from triderm_dist.files import exclusive_lock, write_json
 from triderm_dist.schema import InputError
 
 
@@ -48,7 +48,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
     """
     record = folder / "stages.json"
     refusal = InputError(f"{folder}: another run is working here; wait for it or stop it")
-    with only_one(folder / ".lock", refusal) as lock, _stoppable(lock) as run:
+    with exclusive_lock(folder / ".lock", refusal) as lock, _stoppable(lock) as run:
         begin()
         done = _read(record)
         for number, stage in enumerate(stages, 1):
@@ -95,7 +95,7 @@ def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
             raise Interrupted("the same command goes on")
         return status
 
-    with taking_signals(stop, (*SIGNALS, signal.SIGINT)):
+    with handle_signals(stop, (*SIGNALS, signal.SIGINT)):
         yield run
 
 

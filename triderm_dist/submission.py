@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 from triderm_dist.metrics import OFFICIAL_THRESHOLD
 from triderm_dist.schema import DIAGNOSES, DataError
 
@@ -60,7 +60,7 @@ def write_submission(
         order = _order(path, ids, [str(lesion) for lesion in template])
         ids, table = [ids[row] for row in order], table[order]
         cuts = cuts[order] if cuts.ndim == 2 else cuts
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         with beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["lesion_id", *diagnoses])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, view_transform
+from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalize, view_transform
 
 IDS = [f"lesion-{i}" for i in range(64)]
 KEYS, COPIES = lesion_keys(IDS), np.zeros(64, np.int64)
@@ -49,7 +49,7 @@ def test_a_lesion_looks_the_same_however_the_batch_is_split():
     assert whole.min() >= 0 and whole.max() <= 1
 
 
-def test_without_draws_the_centred_square():
+def test_without_draws_the_centered_square():
     x = photos()
     torch.testing.assert_close(
         view_transform(x, 24, None, STILL, "clinical"), x[:, :, 4:28].permute(0, 3, 1, 2).float() / 255
@@ -66,7 +66,7 @@ def test_still_settings_only_shift():
     rows = x[0, :, :, 0].float() / 255
     for crop in crops:
         best = min((crop[0, :, 0] - rows[:, left]).abs().max().item() for left in range(9))
-        assert best < 1.0  # some column of the photo, up to interpolation between neighbours
+        assert best < 1.0  # some column of the photo, up to interpolation between neighbors
     assert crops.std(0).max() > 0
 
 
@@ -79,7 +79,7 @@ def test_tied_views_share_geometry():
     assert (a - b).abs().max() > 0.05
 
 
-def test_colour_is_brightness_then_contrast_then_saturation():
+def test_color_is_brightness_then_contrast_then_saturation():
     x, draws = photos(), Draws(0, 0, KEYS[:8], COPIES[:8])
     plain = view_transform(x, 16, draws, AugmentConfig(brightness=0, contrast=0, saturation=0), "clinical")
     strength = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5}
@@ -90,8 +90,8 @@ def test_colour_is_brightness_then_contrast_then_saturation():
     expected = plain * b
     mean = expected.mean((1, 2, 3), keepdim=True)
     expected = mean + (expected - mean) * c
-    grey = expected.mean(1, keepdim=True)
-    expected = (grey + (expected - grey) * s).clamp(0, 1)
+    gray = expected.mean(1, keepdim=True)
+    expected = (gray + (expected - gray) * s).clamp(0, 1)
     torch.testing.assert_close(view_transform(x, 16, draws, AugmentConfig(**strength), "clinical"), expected)
 
 
@@ -104,9 +104,9 @@ def test_dihedral_group():
     assert torch.equal(images[5], torch.rot90(x, 1, (2, 3)).flip(-1))
 
 
-def test_normalise():
+def test_normalize():
     x = torch.rand(2, 3, 4, 4)
-    y = normalise(x.clone(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    y = normalize(x.clone(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     torch.testing.assert_close(y[:, 1], (x[:, 1] - 0.2) / 0.6)
 
 

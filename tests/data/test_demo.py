@@ -68,7 +68,7 @@ def test_it_says_that_it_is_synthetic(demo: Path) -> None:
 
 def test_content(demo: Path) -> None:
     train, test = read_challenge(demo / "train"), read_challenge(demo / "test")
-    assert train.labelled and not test.labelled and train.concepts == test.concepts == CONCEPTS
+    assert train.labeled and not test.labeled and train.concepts == test.concepts == CONCEPTS
     counts = np.bincount([lesion.label for lesion in train.lesions], minlength=11)
     assert counts.sum() == 130 and counts.min() >= 6 and counts.max() > 3 * counts.min()
     truth = read_rows(demo / "truth" / "MILK10k_Test_GroundTruth.csv")
@@ -86,11 +86,11 @@ def test_views_and_scores_carry_signal(demo: Path) -> None:
     """Each side tells the diagnoses that only it can tell, by one obvious number; none is certain."""
     lesions = read_challenge(demo / "train").lesions
 
-    def centre(view: str, lesion: object) -> np.ndarray:
+    def center(view: str, lesion: object) -> np.ndarray:
         image = Image.open(str(lesion.images[view]))  # type: ignore[attr-defined]
         return np.asarray(image, float)[30:54, 42:70].mean(axis=(0, 1))
 
-    red = np.array([centre("clinical", lesion)[0] - centre("clinical", lesion)[1] for lesion in lesions])
+    red = np.array([center("clinical", lesion)[0] - center("clinical", lesion)[1] for lesion in lesions])
     ulcerated = np.array([lesion.concepts[0] + lesion.concepts[7] for lesion in lesions])
     age = np.array([lesion.metadata[0] for lesion in lesions])
     labels = np.array([DIAGNOSES[lesion.label] for lesion in lesions])

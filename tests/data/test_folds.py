@@ -95,7 +95,7 @@ def test_labels_that_cannot_be_spread() -> None:
     assert sorted(set(assign_folds(labels, groups, 3, 0).tolist())) == [0, 1, 2]
 
 
-def test_seed_unlabelled_and_too_many_folds() -> None:
+def test_seed_unlabeled_and_too_many_folds() -> None:
     labels = np.array([0] * 20 + [-1] * 5 + [1] * 7)
     groups = [f"L{i}" for i in range(len(labels))]
     fold = assign_folds(labels, groups, 3, 0)
@@ -104,5 +104,5 @@ def test_seed_unlabelled_and_too_many_folds() -> None:
     np.testing.assert_array_equal(
         assign_folds(labels[labels >= 0], np.array(groups)[labels >= 0], 3, 0), fold[labels >= 0]
     )
-    with pytest.raises(DataError, match="5 folds need at least 5 groups of labelled lesions, there are 4"):
+    with pytest.raises(DataError, match="5 folds need at least 5 groups of labeled lesions, there are 4"):
         assign_folds(np.zeros(8, int), ["a", "b", "c", "d"] * 2, 5, 0)

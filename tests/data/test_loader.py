@@ -55,7 +55,7 @@ def test_rows_hold_their_lesion(index, workers):
         assert batch.view_present[at].tolist() == (index.sizes[row] > 0).tolist()
         for view, pixels in zip(VIEWS, (batch.clinical, batch.dermoscopic), strict=True):
             if index.sizes[row, VIEWS.index(view)]:
-                photo = simplejpeg.decode_jpeg(read_photo_bytes(index, row, view))[:, 6:42]  # 48 x 36, centred
+                photo = simplejpeg.decode_jpeg(read_photo_bytes(index, row, view))[:, 6:42]  # 48 x 36, centered
                 expected = torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 255 * 2 - 1
                 torch.testing.assert_close(pixels[at], expected, atol=1e-5, rtol=0)
     source.close()
@@ -104,7 +104,7 @@ def ramp(height: int, width: int) -> np.ndarray:
     "size", [(36, 48), (48, 36), (72, 96), (18, 24), (40, 40), (30, 31), (36, 90), (24, 96), (91, 36)]
 )
 @pytest.mark.parametrize("canvas", [(36, 48), (48, 36), (36, 36), (24, 72)])
-def test_a_fitted_photo_keeps_its_centred_square(size, canvas):
+def test_a_fitted_photo_keeps_its_centered_square(size, canvas):
     """What evaluation sees of it is what it would see of the photo itself, up to a turn."""
     photo = ramp(*size)
     fitted = fit(photo, *canvas)
@@ -153,7 +153,7 @@ def test_the_host_waits_for_no_copy_to_the_device(index):
     source, meta = PhotoSource(index, 24, *HALF), torch.device("meta")
     with Copies() as copies:
         next(iter(Loader(index, source, plan.batches(0, 1, 4), 4, meta, augment=AugmentConfig(), prefetch=1)))
-    # Of each view the photos, the map of the crops, 3 factors of colour, mean and deviation; 5 fields of the batch.
+    # Of each view the photos, the map of the crops, 3 factors of color, mean and deviation; 5 fields of the batch.
     assert copies.waits == [False] * (2 * 7 + 5)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Challenge, write_table
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, SITES, UNLABELLED, DataError
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, SITES, UNLABELED, DataError
 
 Make = Callable[..., Challenge]
 
@@ -34,7 +34,7 @@ def test_reads_the_official_layout(make_challenge: Make) -> None:
     challenge = make_challenge()
     dataset = read_challenge(challenge.folder)
     assert dataset.concepts == CONCEPTS
-    assert dataset.labelled
+    assert dataset.labeled
     assert [lesion.label for lesion in dataset.lesions] == [i % 11 for i in range(22)]
     lesion, (clinical, dermoscopic) = dataset.lesions[3], challenge.metadata[6:8]
     assert lesion.lesion_id == lesion.group == clinical["lesion_id"]
@@ -117,33 +117,33 @@ def test_layouts_read_alike(make_challenge: Make, change: Callable[[Challenge], 
     change(challenge)
     dataset = read_challenge(challenge.folder)
     assert content(dataset) == content(expected)
-    assert dataset.labelled and dataset.concepts == expected.concepts and dataset.notes == expected.notes
+    assert dataset.labeled and dataset.concepts == expected.concepts and dataset.notes == expected.notes
     assert all(path and Path(path).is_file() for lesion in dataset.lesions for path in lesion.images.values())
 
 
 def test_test_folder_has_no_labels(make_challenge: Make) -> None:
-    dataset = read_challenge(make_challenge(prefix="MILK10k_Test", labelled=False).folder)
-    assert not dataset.labelled
-    assert {lesion.label for lesion in dataset.lesions} == {UNLABELLED}
+    dataset = read_challenge(make_challenge(prefix="MILK10k_Test", labeled=False).folder)
+    assert not dataset.labeled
+    assert {lesion.label for lesion in dataset.lesions} == {UNLABELED}
 
 
-def test_partly_labelled(make_challenge: Make) -> None:
+def test_partly_labeled(make_challenge: Make) -> None:
     challenge = make_challenge()
     challenge.truth[2].update(dict.fromkeys(DIAGNOSES, ""))
     del challenge.truth[5]
     dataset = read_challenge(challenge.write().folder)
-    assert [i for i, lesion in enumerate(dataset.lesions) if lesion.label == UNLABELLED] == [2, 5]
+    assert [i for i, lesion in enumerate(dataset.lesions) if lesion.label == UNLABELED] == [2, 5]
     assert "2 of 22 lesions without a diagnosis" in dataset.notes
 
 
 def test_training_and_test_in_one_folder(make_challenge: Make) -> None:
     training = make_challenge(lesions=4)
-    test = make_challenge(lesions=3, prefix="MILK10k_Test", labelled=False)
+    test = make_challenge(lesions=3, prefix="MILK10k_Test", labeled=False)
     with pytest.raises(DataError, match="name the one to read"):
         read_challenge(test.folder)
     assert len(read_challenge(training.metadata_path).lesions) == 4
     dataset = read_challenge(test.metadata_path)
-    assert len(dataset.lesions) == 3 and not dataset.labelled
+    assert len(dataset.lesions) == 3 and not dataset.labeled
     assert not any("no row" in note for note in dataset.notes)
 
 
@@ -293,5 +293,5 @@ REAL = Path(__file__).parents[3] / "shared" / "milk10k_original"
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")
 def test_real_folder() -> None:
     dataset = read_challenge(REAL)
-    assert dataset.concepts == CONCEPTS and dataset.labelled
+    assert dataset.concepts == CONCEPTS and dataset.labeled
     assert len(dataset.lesions) > 300 and {lesion.label for lesion in dataset.lesions} == set(range(11))

@@ -214,14 +214,14 @@ def test_a_shard_whose_lesions_are_all_dropped(make_challenge: Make, tmp_path: P
     assert verify(index, 2, 0) == []
 
 
-def test_partly_labelled_and_unlabelled_sets(make_challenge: Make, tmp_path: Path) -> None:
+def test_partly_labeled_and_unlabeled_sets(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge()
     challenge.truth = challenge.truth[:15]
     index = packed(read_challenge(challenge.write().folder), tmp_path / "partly")
-    assert index.counts()["unlabelled"] == 7 and verify(index, 2, 0) == []
-    unlabelled = make_challenge(prefix="MILK10k_Test", labelled=False, name="test")
-    index = packed(read_challenge(unlabelled.folder), tmp_path / "none")
-    assert index.counts()["unlabelled"] == 22 and verify(index, 2, 0) == []
+    assert index.counts()["unlabeled"] == 7 and verify(index, 2, 0) == []
+    unlabeled = make_challenge(prefix="MILK10k_Test", labeled=False, name="test")
+    index = packed(read_challenge(unlabeled.folder), tmp_path / "none")
+    assert index.counts()["unlabeled"] == 22 and verify(index, 2, 0) == []
 
 
 def test_memory_does_not_grow_with_the_set(make_challenge: Make, tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def test_metadata_goes_and_pixels_stay(options: dict[str, object]) -> None:
     clean = prepare_photo(data, short_side=36)
     assert not any(secret in clean for secret in SECRETS)
     np.testing.assert_array_equal(pixels(clean), pixels(data))
-    # The coded pixels are the very bytes of the file: quantisation tables to end marker hold no metadata.
+    # The coded pixels are the very bytes of the file: quantization tables to end marker hold no metadata.
     start, end = data.index(b"\xff\xdb"), data.index(b"after the end")
     assert clean.endswith(data[start:end])
     assert strip_metadata(clean) == clean
 
 
-def test_adobe_colour_transform_stays() -> None:
-    """CMYK and RGB JPEGs are told from YCbCr by Adobe's segment; dropping it would change every colour."""
+def test_adobe_color_transform_stays() -> None:
+    """CMYK and RGB JPEGs are told from YCbCr by Adobe's segment; dropping it would change every color."""
     image = draw_photo(1).convert("CMYK")
     data = encode(image)
     assert b"Adobe" in strip_metadata(data)
@@ -148,7 +148,7 @@ def test_other_files_are_refused(data: bytes) -> None:
 
 
 def test_zero_filled_tail_is_found() -> None:
-    """A download that was reserved but not finished; decoders show grey and say nothing."""
+    """A download that was reserved but not finished; decoders show gray and say nothing."""
     data = encode(draw_photo(7, (96, 72)))
     with pytest.raises(PhotoError, match="truncated"):
         prepare_photo(data[: len(data) // 2] + bytes(len(data) - len(data) // 2), 36)

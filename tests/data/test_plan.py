@@ -232,7 +232,7 @@ def test_copies_are_kept_apart_and_numbered(rare, common, window, seed):
 @settings(max_examples=40)
 @given(shards=st.integers(2, 40), per_shard=st.integers(1, 12), window=st.integers(1, 60), epoch=st.integers(0, 3))
 def test_window_keeps_reads_near_sequential(shards, per_shard, window, epoch):
-    """A window reads whole shards and at most two cut ones; a shard is read within neighbouring windows alone."""
+    """A window reads whole shards and at most two cut ones; a shard is read within neighboring windows alone."""
     of_row = np.repeat(np.arange(shards), per_shard)
     samples = Samples(np.arange(len(of_row)), np.zeros(len(of_row), np.int64), of_row)
     read = of_row[EpochPlan(samples, Sampling("shuffle", window=window), 5, epoch).order]

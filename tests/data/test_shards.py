@@ -56,7 +56,7 @@ def test_index_holds_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
     assert index.concepts == dataset.concepts and index.diagnoses == DIAGNOSES
     types = {name: getattr(index, name).dtype for name in ("labels", "shard", "offsets", "sizes", "concept_scores")}
     assert list(types.values()) == [np.int64, np.int32, np.int64, np.int64, np.float32]
-    assert index.counts()["unlabelled"] == 1 and sum(index.counts().values()) == 22
+    assert index.counts()["unlabeled"] == 1 and sum(index.counts().values()) == 22
     missing = np.argwhere(index.sizes == 0)
     assert [(index.lesion_ids[row], VIEWS[view]) for row, view in missing] == [("IL_1028", "dermoscopic")]
     assert index.fingerprint == hashlib.sha256((tmp_path / "out" / "index.json").read_bytes()).hexdigest()
@@ -137,11 +137,11 @@ def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
     stamps = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     assert pack(dataset, output, workers=1).fingerprint == first.fingerprint
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == stamps
-    relabelled = dataclasses.replace(dataset.lesions[0], label=3)
+    relabeled = dataclasses.replace(dataset.lesions[0], label=3)
     others = [
         lambda: pack(dataset, output, short_side=25),
         lambda: pack(dataclasses.replace(dataset, lesions=dataset.lesions[1:]), output),
-        lambda: pack(dataclasses.replace(dataset, lesions=[relabelled, *dataset.lesions[1:]]), output),
+        lambda: pack(dataclasses.replace(dataset, lesions=[relabeled, *dataset.lesions[1:]]), output),
     ]
     for other in others:
         with pytest.raises(DataError, match=r"by another version; choose another output folder"):

@@ -134,7 +134,7 @@ def test_the_same_photo_under_lesions_of_two_groups(make_challenge: Callable[...
         challenge.photo(other).write_bytes(challenge.photo(one).read_bytes())
     dataset = read_challenge(challenge.write().folder)
     index = pack_shards(dataset, tmp_path / "out", short_side=None, shard_samples=5)
-    assert index.counts()["unlabelled"] == 1
+    assert index.counts()["unlabeled"] == 1
     assert {frozenset(pair) for pair in index.shared_photos} == {
         frozenset(("IL_1000", "IL_1035")),
         frozenset(("IL_1007", "IL_1063")),

@@ -1,4 +1,4 @@
-"""One optimiser step for each case in a JSON list, on however many ranks were started, then an evaluation that leaves
+"""One optimizer step for each case in a JSON list, on however many ranks were started, then an evaluation that leaves
 most ranks without a lesion at its end; rank 0 writes losses and gradients, and what was evaluated.
 """
 
@@ -15,7 +15,7 @@ from triderm_dist.data.loader import Loader
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import collectives, parallel
-from triderm_dist.distributed.full_state import whole
+from triderm_dist.distributed.full_state import full_tensor
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.fold import new_network
 from triderm_dist.engine.step import train_step
@@ -44,7 +44,7 @@ def experiment(head: str, micro_batch: int, dropout: float, sums: str = "exact",
 
 def assert_same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        mean = collectives.all_sum(tensor.clone()) / collectives.world()
+        mean = collectives.all_reduce_sum(tensor.clone()) / collectives.world_size()
         assert torch.equal(mean, tensor), name
 
 
@@ -63,7 +63,7 @@ def main(shards: str, output: str, cases: str) -> None:
         def watched(network, gradients=gradients) -> torch.optim.Optimizer:
             def keep(*_) -> None:
                 found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-                gradients.update({name: whole(gradient).clone() for name, gradient in found.items()})
+                gradients.update({name: full_tensor(gradient).clone() for name, gradient in found.items()})
 
             optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.0)
             optimizer.register_step_pre_hook(keep)
@@ -80,7 +80,7 @@ def main(shards: str, output: str, cases: str) -> None:
         (step,) = loader
         wrapped.train()
         focal, sums, _ = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
-        value = loss.values(collectives.all_sum(focal), sums)["loss"]
+        value = loss.values(collectives.all_reduce_sum(focal), sums)["loss"]
         buffers = {name: buffer for name, buffer in parallel.unwrap(wrapped).named_buffers() if "running" in name}
         assert_same_on_all_ranks(buffers)
         if accelerator.is_main_process:

@@ -14,7 +14,7 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load, save
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.files import only_one, whole
+from triderm_dist.files import atomic_path, exclusive_lock
 from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.schema import ConfigError, InputError
 
@@ -139,7 +139,7 @@ def test_what_rank_0_meets_all_ranks_tell(settings, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
-        with only_one(tmp_path / "taken" / "tri" / ".fold-0.lock", AssertionError()):
+        with exclusive_lock(tmp_path / "taken" / "tri" / ".fold-0.lock", AssertionError()):
             launch(str(ROOT / "tests" / "distributed" / "legs.py"), str(tmp_path), json.dumps(jobs), ranks=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -156,7 +156,7 @@ def test_a_file_that_can_not_be_written_is_one_line_and_status_2(tmp_path, capsy
     (tmp_path / "file").touch()
 
     def main(settings: Experiment) -> None:
-        with whole(tmp_path / "file" / "table.json") as beside:
+        with atomic_path(tmp_path / "file" / "table.json") as beside:
             beside.touch()
 
     with pytest.raises(SystemExit) as end:
@@ -166,7 +166,7 @@ def test_a_file_that_can_not_be_written_is_one_line_and_status_2(tmp_path, capsy
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
-    lock = partial(only_one, tmp_path / "lock", InputError("taken"))
+    lock = partial(exclusive_lock, tmp_path / "lock", InputError("taken"))
     with lock(), pytest.raises(InputError, match="taken"), lock():
         pass
     with lock():

@@ -46,7 +46,7 @@ def cases_of(world: int) -> list[dict]:
 
 
 def statistics_case(world: int) -> dict:
-    """A CNN whose batch norms are trained: they normalise a micro-batch, so its size is the same here too."""
+    """A CNN whose batch norms are trained: they normalize a micro-batch, so its size is the same here too."""
     return {
         "name": f"statistics-{world}", "head": "softmax", "batch": 0, "micro_batch": 4, "dropout": 0.0,
         "tower": "test_efficientnet", "checkpointing": world == 2,

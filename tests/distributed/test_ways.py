@@ -113,7 +113,7 @@ def test_a_bad_step_is_never_taken_nor_saved(relay, way):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
 
 
-def test_the_optimisers_groups_are_told(relay):
+def test_the_optimizers_groups_are_told(relay):
     table = (relay["plain"] / "optimizer.txt").read_text()
     assert "depth 0, decay" in table and "weight decay" in table
 

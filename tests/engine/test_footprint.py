@@ -9,7 +9,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import example_inputs
-from triderm_dist.monitoring.memory_estimate import Footprint, _Live, _peak, footprint, of_model
+from triderm_dist.monitoring.memory_estimate import MemoryEstimate, _Live, _peak, estimate_memory, estimate_model_memory
 
 
 def model(**settings: object) -> ModelConfig:
@@ -33,10 +33,10 @@ def test_shapes_take_what_a_real_step_takes() -> None:
 
 
 def test_what_saves_memory_is_seen() -> None:
-    plain = footprint(network_of(model()), half=False, activation_checkpointing=False)
-    recomputed = footprint(network_of(model()), half=False, activation_checkpointing=True)
-    half = footprint(network_of(model()), half=True, activation_checkpointing=False)
-    frozen = footprint(network_of(model(tower={"freeze_clinical": 6, "freeze_dermoscopic": 6})), False, False)
+    plain = estimate_memory(network_of(model()), half=False, activation_checkpointing=False)
+    recomputed = estimate_memory(network_of(model()), half=False, activation_checkpointing=True)
+    half = estimate_memory(network_of(model()), half=True, activation_checkpointing=False)
+    frozen = estimate_memory(network_of(model(tower={"freeze_clinical": 6, "freeze_dermoscopic": 6})), False, False)
     assert recomputed.a_lesion < plain.a_lesion / 2
     assert half.a_lesion < 0.8 * plain.a_lesion
     assert frozen.a_lesion < plain.a_lesion / 2 and frozen.optimizer < plain.optimizer
@@ -45,7 +45,7 @@ def test_what_saves_memory_is_seen() -> None:
 
 
 def test_largest_is_the_last_that_fits() -> None:
-    need = Footprint(parameters=100, optimizer=200, gradients=50, base=-20, a_lesion=7.5)
+    need = MemoryEstimate(parameters=100, optimizer=200, gradients=50, base=-20, a_lesion=7.5)
     for memory in (349, 350, 360, 1000):
         largest = need.largest(memory)
         assert need.total(largest + 1) > memory and (largest == 0 or need.total(largest) <= memory)
@@ -53,5 +53,5 @@ def test_largest_is_the_last_that_fits() -> None:
 
 def test_a_tower_that_is_not_here_is_stood_in_for() -> None:
     frozen = model(tower={"source": "timm:test_efficientnet", "frozen": True})
-    need, said = of_model(frozen, False)
+    need, said = estimate_model_memory(frozen, False)
     assert said == "" and need.parameters < 4 * 200_000  # the tower is not in the network that is trained

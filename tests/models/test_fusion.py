@@ -35,8 +35,8 @@ def attend(m: CrossAttention, query: Tensor, context: Tensor) -> Tensor:
 
 
 def norm(m: nn.LayerNorm, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + m.eps).sqrt() * m.weight + m.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + m.eps).sqrt() * m.weight + m.bias
 
 
 def mlp(m: nn.Sequential, x: Tensor) -> Tensor:

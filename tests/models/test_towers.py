@@ -115,7 +115,7 @@ def test_panderm_in_part_is_refused(break_it: Callable, says: str, panderm: tupl
         build_tower(str(tmp_path / "broken.pth"))
 
 
-def test_panderm_in_open_clip_folder_takes_its_normalisation(panderm: tuple, tmp_path: Path) -> None:
+def test_panderm_in_open_clip_folder_takes_its_normalization(panderm: tuple, tmp_path: Path) -> None:
     state, x, expected = panderm
     vision = {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16, "pretrain_path": "gone.pth"}
     config = {

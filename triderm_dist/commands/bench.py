@@ -28,12 +28,12 @@ def main(config: BenchRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed import parallel
     from triderm_dist.engine import bench
-    from triderm_dist.engine.fold import model_named, new_network
+    from triderm_dist.engine.fold import model_config, new_network
     from triderm_dist.engine.views import open_views
 
     if config.record:
         bench.read_records(Path(config.record))  # a bad file is refused before the minute, not after it
-    named = model_named(config, config.model or next(iter(config.models)))
+    named = model_config(config, config.model or next(iter(config.models)))
     model = named.model_copy(update={"tower": named.tower.model_copy(update={"pretrained": False})})
     train, folder = model.train, config.folder / "bench"
     accelerator = parallel.start(train.precision, train.micro_batch, train.global_batch, train.optim.clip_norm)

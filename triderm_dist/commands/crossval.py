@@ -24,7 +24,7 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
-    from triderm_dist.engine.fold import folds_of, model_named
+    from triderm_dist.engine.fold import assigned_folds, model_config
     from triderm_dist.engine.parallel_folds import run_side_by_side
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
@@ -33,7 +33,7 @@ def main(config: CrossvalRun) -> None:
         raise ConfigError("side_by_side: starts its own processes; run it by python -m, without a launcher")
     names = config.only or tuple(config.models)
     for name in names:
-        model_named(config, name)
+        model_config(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     experiment = config.experiment
     if config.side_by_side:
@@ -47,7 +47,11 @@ def main(config: CrossvalRun) -> None:
             print(f"oof.parquet is written when {', '.join(waiting)} is trained too")
             return
         table = gather(
-            config.folder, tuple(config.models), index.lesion_ids.tolist(), index.labels, folds_of(index, config.data)
+            config.folder,
+            tuple(config.models),
+            index.lesion_ids.tolist(),
+            index.labels,
+            assigned_folds(index, config.data),
         )
         write_oof(config.folder / "oof.parquet", table)
         print(f"{len(table)} lesions by {len(table.models)} models in {config.folder / 'oof.parquet'}")

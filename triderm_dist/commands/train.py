@@ -20,13 +20,13 @@ def main(config: TrainRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
-    from triderm_dist.engine.fold import model_named
+    from triderm_dist.engine.fold import model_config
     from triderm_dist.schema import ConfigError
 
     if config.fold >= config.data.folds:
         raise ConfigError(f"fold={config.fold}: data.folds is {config.data.folds}, folds count from 0")
     name = config.model or next(iter(config.models))
-    model_named(config, name)
+    model_config(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     folder = config.fold_folder(name, config.fold)
     run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / "config.yaml"))

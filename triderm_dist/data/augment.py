@@ -19,7 +19,7 @@ from triderm_dist.config import AugmentConfig
 from triderm_dist.schema import VIEWS
 
 _GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip")
-_COLOUR = ("brightness", "contrast", "saturation")
+_COLOR = ("brightness", "contrast", "saturation")
 
 
 def lesion_keys(lesion_ids: Iterable[str]) -> np.ndarray:
@@ -85,7 +85,7 @@ def view_transform(
 ) -> torch.Tensor:
     """Crops of one view in [0, 1], (B, 3, size, size) float32, from photos (B, H, W, 3) uint8.
 
-    With draws: random crop, rotation, quarter turns, flip and colour. Without: the centred square of the short side.
+    With draws: random crop, rotation, quarter turns, flip and color. Without: the centered square of the short side.
     """
     pixels = photos.permute(0, 3, 1, 2).float().div_(255)
     pixels = _shrink(pixels, size)
@@ -100,7 +100,7 @@ def view_transform(
             np.zeros((len(photos), 1)), np.full((len(photos), 2), side), np.zeros((len(photos), 2)), height, width
         )
         return _sample(pixels, matrix, size)
-    names = (*_GEOMETRY, *_COLOUR)
+    names = (*_GEOMETRY, *_COLOR)
     drawn = dict(zip(names, draws.table([f"{prefix}/{name}" for name in names]).T, strict=True))
     crop = side * np.sqrt(config.min_scale + (1 - config.min_scale) * drawn["scale"])
     angle = np.radians(config.rotation) * (2 * drawn["rotation"] - 1)
@@ -108,15 +108,15 @@ def view_transform(
     if config.dihedral:
         angle = angle + np.floor(4 * drawn["turns"]) * math.pi / 2
         mirror = np.where(drawn["flip"] < 0.5, -1.0, 1.0)
-    # The crop's centre moves so far that an unrotated crop stays inside the photo; corners that leave it are mirrored
+    # The crop's center moves so far that an unrotated crop stays inside the photo; corners that leave it are mirrored
     # back.
     room = np.stack([width - crop, height - crop], 1) / 2
     shift = room * (2 * np.stack([drawn["shift_x"], drawn["shift_y"]], 1) - 1)
     matrix = _affine(angle[:, None], np.stack([crop * mirror, crop], 1), shift, height, width)
-    return _colour(_sample(pixels, matrix, size), drawn, config)
+    return _color(_sample(pixels, matrix, size), drawn, config)
 
 
-def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """(pixels - mean) / std for each of the 3 channels of (B, 3, H, W), in place."""
     shift, scale = (to_device(np.asarray(values, np.float32), pixels.device).view(1, 3, 1, 1) for values in (mean, std))
     return pixels.sub_(shift).div_(scale)
@@ -156,10 +156,10 @@ def _sample(pixels: torch.Tensor, matrix: np.ndarray, size: int) -> torch.Tensor
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _colour(pixels: torch.Tensor, draws: dict[str, np.ndarray], config: AugmentConfig) -> torch.Tensor:
-    """Brightness, then contrast around a photo's mean, then saturation around a pixel's grey, in place.
+def _color(pixels: torch.Tensor, draws: dict[str, np.ndarray], config: AugmentConfig) -> torch.Tensor:
+    """Brightness, then contrast around a photo's mean, then saturation around a pixel's gray, in place.
 
-    All are linear, so together s (c (b p - m) + m) + (1 - s) (c (b g - m) + m), m = b mean(p) and g the grey of p,
+    All are linear, so together s (c (b p - m) + m) + (1 - s) (c (b g - m) + m), m = b mean(p) and g the gray of p,
     is s c b p + (1 - s) c b g + (1 - c) m.
     """
 
@@ -169,7 +169,7 @@ def _colour(pixels: torch.Tensor, draws: dict[str, np.ndarray], config: AugmentC
 
     brightness, contrast = factor("brightness", config.brightness), factor("contrast", config.contrast)
     saturation = factor("saturation", config.saturation)
-    grey = pixels.mean(1, keepdim=True)
-    mean = grey.mean((2, 3), keepdim=True) * brightness
-    grey.mul_((1 - saturation) * contrast * brightness).add_((1 - contrast) * mean)
-    return pixels.mul_(saturation * contrast * brightness).add_(grey).clamp_(0, 1)
+    gray = pixels.mean(1, keepdim=True)
+    mean = gray.mean((2, 3), keepdim=True) * brightness
+    gray.mul_((1 - saturation) * contrast * brightness).add_((1 - contrast) * mean)
+    return pixels.mul_(saturation * contrast * brightness).add_(gray).clamp_(0, 1)

@@ -25,7 +25,7 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     rows = np.flatnonzero(labels >= 0)
     names, group_of_row = np.unique(np.asarray(groups, dtype=str)[rows], return_inverse=True)
     if folds > len(names):
-        raise DataError(f"{folds} folds need at least {folds} groups of labelled lesions, there are {len(names)}")
+        raise DataError(f"{folds} folds need at least {folds} groups of labeled lesions, there are {len(names)}")
     classes, class_of_row = np.unique(labels[rows], return_inverse=True)
     totals = np.bincount(class_of_row)
     size = np.bincount(group_of_row)

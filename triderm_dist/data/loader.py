@@ -1,7 +1,7 @@
 """From planned rows to batches on the device.
 
 Threads read and decode to uint8 into a ring of ready buffers (decoders release the interpreter lock, and moving photos
-between processes costs more than decoding them); geometry, colour and normalisation run batched on the device. The
+between processes costs more than decoding them); geometry, color and normalization run batched on the device. The
 loader is not prepared by Accelerate: the plan has already given each rank its part.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalise, to_device, view_transform
+from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalize, to_device, view_transform
 from triderm_dist.data.plan import PlannedBatch, RankBatches
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
@@ -54,7 +54,7 @@ class ViewSource(Protocol):
 
 
 class PhotoSource:
-    """Photos (B, 3, size, size) of a packed set, normalised for a tower.
+    """Photos (B, 3, size, size) of a packed set, normalized for a tower.
 
     All photos are brought to the canvas of the set (`ShardIndex.canvas`) by `fit`. Draws augment.
     """
@@ -101,7 +101,7 @@ class PhotoSource:
         pixels = []
         for name, photo in zip(VIEWS, photos, strict=True):
             crops = view_transform(photo, self.image_size, draws, self.augment, name)
-            pixels.append(normalise(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std))
+            pixels.append(normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std))
         self.give_back(views, device)
         return pixels
 
@@ -323,7 +323,7 @@ def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view
 
 
 def fit(photo: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A photo (h, w, 3) uint8 on a canvas (height, width, 3), with its own centred square as that of the canvas.
+    """A photo (h, w, 3) uint8 on a canvas (height, width, 3), with its own centered square as that of the canvas.
 
     It is turned by a quarter where it stands the other way (lesions have no upright) and scaled to the short side of
     the canvas; then its long side is cropped, or mirrored at both ends, to that of the canvas.

@@ -42,7 +42,7 @@ class Sampling:
     """How an epoch is ordered.
 
     sequential: as they are. shuffle: each sample once. balanced: each sample of a diagnosis with share f of the
-    labelled samples exactly r = max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power
+    labeled samples exactly r = max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power
     1/2: in any epoch floor(r) or floor(r) + 1 times, the fraction spread over the epochs by rotation, never by chance.
     Samples without a label come once.
 

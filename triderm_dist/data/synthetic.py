@@ -255,7 +255,7 @@ def within(distance: np.ndarray, sharpness: float) -> np.ndarray:
 
 
 def lesion_field(generator: np.random.Generator, outline: np.ndarray, radius: float) -> tuple[np.ndarray, ...]:
-    """(H, W) distance from the centre over the radius of the edge, and how far inside (0 to 1) each pixel is."""
+    """(H, W) distance from the center over the radius of the edge, and how far inside (0 to 1) each pixel is."""
     y, x = Y - HEIGHT / 2 - generator.uniform(-5, 5), X - WIDTH / 2 - generator.uniform(-8, 8)
     angle = np.arctan2(y, x)
     edge = 1 + sum(size * np.cos((wave + 2) * angle + phase) for wave, (size, phase) in enumerate(outline.tolist()))
@@ -279,13 +279,13 @@ def draw_skin(generator: np.random.Generator, tone: int) -> np.ndarray:
     )
 
 
-def vary(generator: np.random.Generator, colour: tuple[float, float, float]) -> np.ndarray:
-    """(3,) a colour made lighter or darker, and a little warmer or colder."""
-    return np.array(colour) + generator.normal(0, 12) + generator.normal(0, 4, 3)
+def vary(generator: np.random.Generator, color: tuple[float, float, float]) -> np.ndarray:
+    """(3,) a color made lighter or darker, and a little warmer or colder."""
+    return np.array(color) + generator.normal(0, 12) + generator.normal(0, 4, 3)
 
 
-def paint(picture: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    return picture + mask[..., None] * (colour.astype(np.float32) - picture)
+def paint(picture: np.ndarray, mask: np.ndarray, color: np.ndarray) -> np.ndarray:
+    return picture + mask[..., None] * (color.astype(np.float32) - picture)
 
 
 def add_hairs(generator: np.random.Generator, picture: np.ndarray, hairs: int) -> np.ndarray:
@@ -307,14 +307,14 @@ def draw_clinical(generator: np.random.Generator, tone: int, outline: np.ndarray
     skin = draw_skin(generator, tone)
     distance, inside = lesion_field(generator, outline, generator.uniform(16, 26))
     if red:
-        colour = 0.35 * SKIN[tone] + 0.65 * vary(generator, (205, 70, 75))
+        color = 0.35 * SKIN[tone] + 0.65 * vary(generator, (205, 70, 75))
         dome = np.clip(1 - distance**2, 0, 1)
         light = generator.uniform(0, 2 * np.pi)
         slope = (np.cos(light) * (X - WIDTH / 2) + np.sin(light) * (Y - HEIGHT / 2)) / 25
-        picture = paint(skin, 0.9 * inside, colour + (30 * dome * (1 + slope) - 12)[..., None])
+        picture = paint(skin, 0.9 * inside, color + (30 * dome * (1 + slope) - 12)[..., None])
     else:
-        colour = 0.30 * SKIN[tone] + 0.70 * vary(generator, (105, 66, 38))
-        picture = paint(skin, 0.9 * inside, colour + (12 * smooth_noise(generator, 6))[..., None])
+        color = 0.30 * SKIN[tone] + 0.70 * vary(generator, (105, 66, 38))
+        picture = paint(skin, 0.9 * inside, color + (12 * smooth_noise(generator, 6))[..., None])
     return finish(generator, add_hairs(generator, picture, hairs))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 
 CHUNK = 256
 
@@ -44,7 +44,7 @@ class TokenCache:
     def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
         """Store tokens (n, 2 views, L, D) of a chunk, float16."""
         path = self._path(version, chunk)
-        with whole(path) as beside, beside.open("wb") as file:
+        with atomic_path(path) as beside, beside.open("wb") as file:
             np.save(file, tokens.astype(np.float16, copy=False))
 
     def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.schema import InputError
 
 
-def world() -> int:
+def world_size() -> int:
     """Processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -29,7 +29,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def in_touch() -> Iterator[None]:
+def interrupt_on_lost_rank() -> Iterator[None]:
     """Raises Interrupted, which says what to do, where another rank is gone or has not answered for rank_timeout.
 
     It goes round what ranks do together; also as a decorator.
@@ -47,20 +47,20 @@ def in_touch() -> Iterator[None]:
         ) from None
 
 
-def many() -> bool:
+def is_distributed() -> bool:
     """Whether there are other ranks to talk to."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Until every rank is here, also before `start` where the launcher has joined the ranks."""
-    if many():
+    if is_distributed():
         dist.barrier()
 
 
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks."""
-    if many():
+    if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
@@ -69,7 +69,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _hosts() -> Any:
+def _gloo_group() -> Any:
     """A group of all ranks that talks between the hosts."""
     return dist.new_group(backend="gloo")
 
@@ -84,7 +84,7 @@ def on_main(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except (InputError, OSError) as error:
             outcome[1] = error
-    if many():
+    if is_distributed():
         broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

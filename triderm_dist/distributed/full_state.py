@@ -1,4 +1,4 @@
-"""Weights and optimiser state of a running training, whole and by name, whatever the way of running; and back.
+"""Weights and optimizer state of a running training, whole and by name, whatever the way of running; and back.
 
 Names are those of the network itself (no `module.`, no `_orig_mod.`), tensors are fp32 and whole. So a checkpoint
 belongs to no way of running and no number of ranks:
@@ -23,26 +23,26 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from triderm_dist.distributed.parallel import unwrap, way
+from triderm_dist.distributed.parallel import strategy_of, unwrap
 
 Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU, with all shards of a DTensor; call on all ranks."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
-def takes_part(accelerator: Accelerator) -> bool:
+def participates(accelerator: Accelerator) -> bool:
     """Whether this rank has work in making tensors whole: rank 0 keeps them, and shards need all ranks. Under DDP each
     rank has everything, so that the others would copy it to their host for nothing.
     """
-    return accelerator.is_main_process or way(accelerator) != "ddp"
+    return accelerator.is_main_process or strategy_of(accelerator) != "ddp"
 
 
-def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor, on the device and with the sharding of `like`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -54,15 +54,15 @@ def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
+def full_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
     """Everything that the network's own `state_dict` names, in fp32 where DeepSpeed keeps masters; nothing on ranks
     that do not take part. Call on all ranks.
     """
-    if not takes_part(accelerator):
+    if not participates(accelerator):
         return {}
     network = unwrap(wrapped)
-    if way(accelerator) != "deepspeed":
-        return {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    if strategy_of(accelerator) != "deepspeed":
+        return {name: full_tensor(tensor) for name, tensor in network.state_dict().items()}
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -70,24 +70,24 @@ def whole_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
     for name, tensor in network.state_dict().items():
         parameter = parameters.get(name)
         if parameter is None:
-            result[name] = whole(tensor)
+            result[name] = full_tensor(tensor)
         elif parameter.requires_grad:
-            result[name] = whole(safe_get_full_fp32_param(parameter))
+            result[name] = full_tensor(safe_get_full_fp32_param(parameter))
         else:
             with deepspeed.zero.GatheredParameters([parameter]):
-                result[name] = whole(parameter).float().clone()
+                result[name] = full_tensor(parameter).float().clone()
     return result
 
 
 @torch.no_grad()
-def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def full_optimizer_state(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of each trained parameter; empty before the
     first step and on ranks that do not take part. optimizer: the plain one. Call on all ranks.
     """
     result: Tensors = {}
-    if not takes_part(accelerator):
+    if not participates(accelerator):
         return result
-    if way(accelerator) == "deepspeed":
+    if strategy_of(accelerator) == "deepspeed":
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [state["step"] for state in optimizer.state.values() if "step" in state]
@@ -95,11 +95,11 @@ def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: tor
             return result
         _link_moments(wrapped.optimizer)
         for name, parameter in _trained(wrapped).items():
-            result |= {f"{key}/{name}": whole(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+            result |= {f"{key}/{name}": full_tensor(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
             result[f"step/{name}"] = torch.tensor(float(steps[0]))
         return result
     for name, parameter in _trained(wrapped).items():
-        result |= {f"{key}/{name}": whole(value).clone() for key, value in optimizer.state[parameter].items()}
+        result |= {f"{key}/{name}": full_tensor(value).clone() for key, value in optimizer.state[parameter].items()}
     return result
 
 
@@ -107,16 +107,16 @@ def whole_optimizer(accelerator: Accelerator, wrapped: nn.Module, optimizer: tor
 def load_optimizer(
     accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, weights: Tensors, saved: Tensors
 ) -> None:
-    """What `whole_optimizer` gave, into a fresh optimiser; `weights` also become the masters that DeepSpeed keeps in
-    fp32. optimizer: the plain one. Call on all ranks.
+    """Load what `full_optimizer_state` gave into a fresh optimizer; `weights` also become the masters that DeepSpeed
+    keeps in fp32. optimizer: the plain one. Call on all ranks.
     """
-    if way(accelerator) == "deepspeed":
+    if strategy_of(accelerator) == "deepspeed":
         _load_deepspeed(wrapped, optimizer, weights, saved)
         return
     for name, parameter in _trained(wrapped).items() if saved else ():
         optimizer.state[parameter] = {
             "step": saved[f"step/{name}"].to(parameter.device),
-            **{key: part_of(saved[f"{key}/{name}"], parameter) for key in MOMENTS},
+            **{key: local_shard(saved[f"{key}/{name}"], parameter) for key in MOMENTS},
         }
 
 
@@ -125,7 +125,7 @@ def _load_deepspeed(
 ) -> None:
     zero: Any = wrapped.optimizer
     device: Any = wrapped.device
-    # ZeRO 3 lends its flat partitions to the optimiser for the time of a step only.
+    # ZeRO 3 lends its flat partitions to the optimizer for the time of a step only.
     lent = getattr(zero, "fp32_partitioned_groups_flat", None)
     flat = lent or [partition for group in optimizer.param_groups for partition in group["params"]]
     steps = [value for name, value in saved.items() if name.startswith("step/")]

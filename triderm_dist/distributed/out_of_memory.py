@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from triderm_dist.distributed.collectives import on_main, world
+from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError
@@ -61,7 +61,7 @@ class MicroBatch:
         anew if it has others beside it. Raises ConfigError where one lesion is too much.
         """
         done, attempt = threading.Event(), Attempt()
-        if world() > 1:
+        if world_size() > 1:
             threading.Thread(target=self._watch, args=(size, done), daemon=True).start()
         try:
             yield attempt
@@ -70,10 +70,10 @@ class MicroBatch:
                 if self.size() < size:  # another rank ran out, and its end of a collective is gone
                     restart()
                 raise
-            smaller = next_smaller(size, self.global_batch // world())
+            smaller = next_smaller(size, self.global_batch // world_size())
             write_json(self.path, {"micro_batch": smaller, "identity": self.identity})
             print(f"{_said(size, smaller)} ({str(error).splitlines()[0]})", flush=True)
-            if world() > 1:
+            if world_size() > 1:
                 restart()
             attempt.failed = True
         finally:

@@ -8,9 +8,9 @@ The order of wrapping is stated once, in `wrap`:
 3. autocast around the whole network (DeepSpeed casts by itself);
 4. what the launcher asked for: nothing, DDP around the whole, `fully_shard` of each block and then of the rest (torch's
    own: Accelerate 1.15 shards nothing on a CPU, silently), or the DeepSpeed engine;
-5. the optimiser, over the parameters that step 4 left (FSDP2 replaces them by shards).
+5. the optimizer, over the parameters that step 4 left (FSDP2 replaces them by shards).
 
-A way of running that silently became another one is an error, and so is a combination that can't work (`refuse`).
+Raises if Accelerate silently falls back to another strategy; `check_supported` rejects combinations that cannot work.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from triderm_dist.config import TrainConfig
-from triderm_dist.distributed.collectives import world
+from triderm_dist.distributed.collectives import world_size
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Way = Literal["single", "ddp", "fsdp2", "deepspeed"]
+Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 ATTEMPT = "TRIDERM_ATTEMPT"
 """How often `memory.restart` replaced this process; the same number on all ranks."""
@@ -70,9 +70,9 @@ def start(
     """
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
-    _take_fsdp()
+    _hide_fsdp_from_accelerate()
     if on_cpu:
-        keep_memory()
+        disable_malloc_trim()
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # Compiling this op takes most of a minute and a C++ compiler; gloo does the same work.
         import deepspeed
@@ -86,7 +86,7 @@ def start(
     backend = "gloo" if on_cpu else "nccl"
     # The millisecond: Accelerate hands on only what differs from its own default, which is not that of gloo.
     timeout = timedelta(seconds=rank_timeout, milliseconds=1)
-    _meet_again(backend, timeout)
+    _join_attempt_group(backend, timeout)
     ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
     AcceleratorState._reset_state()  # else the first model's precision would bind all models of a run
     accelerator = Accelerator(
@@ -97,9 +97,9 @@ def start(
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
-    if accelerator.num_processes != world():
+    if accelerator.num_processes != world_size():
         raise ConfigError(
-            f"the launcher started {world()} processes but this one sees {accelerator.num_processes}; "
+            f"the launcher started {world_size()} processes but this one sees {accelerator.num_processes}; "
             "use a file of accelerate_configs/"
         )
     accumulation = split_batch(global_batch, micro_batch, accelerator.num_processes)
@@ -114,7 +114,7 @@ def start(
     return accelerator
 
 
-def keep_memory() -> None:
+def disable_malloc_trim() -> None:
     """Keep the memory of freed tensors in this process, for the next ones. Left to itself glibc returns each large one
     to the kernel, which clears every page of the next: half the time of a CNN's training step. MALLOC_ variables in the
     environment, glibc's own, win.
@@ -128,7 +128,7 @@ def keep_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
-def _meet_again(backend: str, timeout: timedelta) -> None:
+def _join_attempt_group(backend: str, timeout: timedelta) -> None:
     """Join the ranks of this attempt. The launcher's store, which outlives a process that was replaced, still holds the
     addresses of the group that broke, so each attempt meets under names of its own.
     """
@@ -141,7 +141,7 @@ def _meet_again(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=timeout)
 
 
-def _take_fsdp() -> None:
+def _hide_fsdp_from_accelerate() -> None:
     """Note that the launcher asked for FSDP2 and let Accelerate see plain ranks: `wrap` shards."""
     if os.environ.pop("ACCELERATE_USE_FSDP", "false") != "true":
         return
@@ -152,7 +152,7 @@ def _take_fsdp() -> None:
     os.environ[_FSDP2] = "true"
 
 
-def way(accelerator: Accelerator) -> Way:
+def strategy_of(accelerator: Accelerator) -> Strategy:
     """How this run is spread. Raises ConfigError for what the toolkit does not run on."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
@@ -176,13 +176,13 @@ def split_batch(global_batch: int, micro_batch: int, world: int) -> int:
 
 def zero_stage(accelerator: Accelerator) -> int:
     """DeepSpeed's ZeRO stage, 0 for other ways to run."""
-    plugin = accelerator.state.deepspeed_plugin if way(accelerator) == "deepspeed" else None
+    plugin = accelerator.state.deepspeed_plugin if strategy_of(accelerator) == "deepspeed" else None
     return int(plugin.zero_stage) if plugin else 0
 
 
-def refuse(accelerator: Accelerator, config: TrainConfig) -> None:
+def check_supported(accelerator: Accelerator, config: TrainConfig) -> None:
     """Raise ConfigError for settings that can't work together with the way of running, with the reason."""
-    chosen, stage = way(accelerator), zero_stage(accelerator)
+    chosen, stage = strategy_of(accelerator), zero_stage(accelerator)
     if config.ema_decay and chosen == "deepspeed":
         raise ConfigError(
             "train.ema_decay: DeepSpeed keeps the fp32 weights to itself, so no average can follow them; "
@@ -211,7 +211,7 @@ def wrap(
     activation_checkpointing: bool,
     compile_blocks: bool,
 ) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """The network ready to train, its optimiser as Accelerate wants it stepped, and the plain one inside, whose rates
+    """The network ready to train, its optimizer as Accelerate wants it stepped, and the plain one inside, whose rates
     the schedule sets.
 
     Raises ConfigError if the result is not what the launcher asked for.
@@ -223,7 +223,7 @@ def wrap(
             # Shapes never change, since the last batch is padded. Compiled blocks draw dropout as eager ones do: the
             # first pass of the soft F1 sums, a resumed run and other ranks have to repeat it.
             block.compile(dynamic=False, options={"fallback_random": True})
-    chosen = way(accelerator)
+    chosen = strategy_of(accelerator)
     wrapped: Any
     if chosen == "fsdp2":
         wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # autocast alone
@@ -257,7 +257,7 @@ def _shard(network: Network, accelerator: Accelerator) -> None:
     fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
-def _assert_wrapped(chosen: Way, network: Network, wrapped: nn.Module) -> None:
+def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     # By name, since importing DeepSpeed takes seconds.
@@ -287,7 +287,7 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients are exchanged at the last micro-batch of a step only."""
     accelerator.sync_gradients = last
-    chosen = way(accelerator)
+    chosen = strategy_of(accelerator)
     if chosen == "fsdp2":
         wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
     if last or chosen != "ddp":
@@ -317,7 +317,7 @@ def clip(accelerator: Accelerator, wrapped: nn.Module, largest: float) -> torch.
     return torch.tensor(float(norm or 0.0), device=accelerator.device)
 
 
-def settle(wrapped: nn.Module) -> None:
+def reshard_after_write(wrapped: nn.Module) -> None:
     """Under FSDP2 drop gathered weights, so that the next forward sees what was written to the shards."""
     if hasattr(wrapped, "reshard"):
         wrapped.reshard()  # type: ignore[operator]

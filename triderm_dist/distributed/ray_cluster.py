@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triderm_dist.cli import raise_stopped, taking_signals
+from triderm_dist.cli import handle_signals, raise_stopped
 from triderm_dist.schema import InputError
 
 Needs = dict[str, float]
@@ -48,7 +48,7 @@ def running_ray(
     # "local", since without an address Ray joins whatever cluster was last started on this machine.
     # Nothing large goes through the object store; its default is a third of the memory.
     local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20}
-    with taking_signals(_as_ctrl_c):
+    with handle_signals(_as_ctrl_c):
         try:
             _reach(address)
             ray.init(address or "local", runtime_env={"env_vars": own}, **quiet, **local)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from triderm_dist.cli import Interrupted, taking_signals
-from triderm_dist.distributed.collectives import _hosts, many
+from triderm_dist.cli import Interrupted, handle_signals
+from triderm_dist.distributed.collectives import _gloo_group, is_distributed
 
 
 class Stop:
@@ -27,7 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self._asked = torch.zeros(1)
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._signals: AbstractContextManager[None] = taking_signals(self._receive)
+        self._signals: AbstractContextManager[None] = handle_signals(self._receive)
 
     def __enter__(self) -> Stop:
         self._signals.__enter__()
@@ -45,11 +45,11 @@ class Stop:
 
     def check(self) -> None:
         """Call on all ranks the same number of times, where work can be taken up again."""
-        if not many():
+        if not is_distributed():
             agreed = bool(self._asked)
         else:
             before, flag = self._pending, self._asked.clone()
-            self._pending = flag, dist.all_reduce(flag, group=_hosts(), async_op=True)
+            self._pending = flag, dist.all_reduce(flag, group=_gloo_group(), async_op=True)
             if before:
                 before[1].wait()
             agreed = before is not None and bool(before[0])

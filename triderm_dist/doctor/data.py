@@ -43,9 +43,9 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
         return Finding(title, packed, "missing", "pack the challenge folder again, or name other data.shards")
     if not isinstance(packed, str):
         counts = packed.counts()
-        few = min((count for name, count in counts.items() if name != "unlabelled"), default=0)
+        few = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
         text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {few}"
-        if counts["unlabelled"] == len(packed):
+        if counts["unlabeled"] == len(packed):
             return Finding(title, f"{text}, none has a label", "missing", "pack the folder with its ground truth")
         if few < data.folds:
             return Finding(title, text, "note", f"fewer than data.folds {data.folds}: some folds will lack it")
@@ -92,7 +92,7 @@ def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], la
         advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
         return Finding(title, str(error), "missing", advice)
     text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet: triderm pipeline does it"
-    if labels and not dataset.labelled:
+    if labels and not dataset.labeled:
         return Finding(title, f"{folder}: no ground truth", "missing", "put the *_GroundTruth.csv beside the metadata")
     return Finding(title, text)
 

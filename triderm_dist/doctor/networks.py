@@ -56,16 +56,16 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
     title = f"{name}: memory"
     if imported("torch") is None or imported("timm") is None:
         return Finding(title, "not known without torch and timm")
-    from triderm_dist.monitoring.memory_estimate import of_model
+    from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 
     micro, train = model.train.micro_batch, model.train
     half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and gpu_memory is not None)
     try:
-        need, said = of_model(model, half)
+        need, said = estimate_model_memory(model, half)
     except InputError as error:
         return Finding(title, f"not estimated: {error}")
     text = (
-        f"a step takes about {_size(need.total(micro))} at micro-batch {micro} on each rank (parameters and optimiser "
+        f"a step takes about {_size(need.total(micro))} at micro-batch {micro} on each rank (parameters and optimizer "
         f"{_size(need.parameters + need.optimizer)}, {_size(need.a_lesion)} for each lesion"
         f"{', ' if said else ''}{said})"
     )
@@ -77,7 +77,7 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
         return Finding(title, f"{text}; micro-batches up to {max(micro, fitting or 0)} fit into {gpu_memory:.0f} GiB")
     ways = [f"train.micro_batch={fitting}"] if fitting else []
     if not train.activation_checkpointing:
-        lean = of_model(
+        lean = estimate_model_memory(
             model.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": True})}), half
         )[0]
         if lean.total(micro) <= usable * GIB:

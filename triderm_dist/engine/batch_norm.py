@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triderm_dist.distributed.collectives import all_sum
+from triderm_dist.distributed.collectives import all_reduce_sum
 
 
 class RunningStatistics:
@@ -15,7 +15,7 @@ class RunningStatistics:
     all ranks, so that they are the same on every rank and however the micro-batches are spread.
 
     Left to themselves they would follow one rank's micro-batches alone, and also those of a first pass without
-    gradients and of recomputed activations. A batch is still normalised by the statistics of its own micro-batch.
+    gradients and of recomputed activations. A batch is still normalized by the statistics of its own micro-batch.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -48,6 +48,6 @@ class RunningStatistics:
         if not self._live:
             return
         self.rewind()
-        means = all_sum(torch.cat(self._sums)) / (micro_batches * accelerator.num_processes)
+        means = all_reduce_sum(torch.cat(self._sums)) / (micro_batches * accelerator.num_processes)
         torch._foreach_copy_(self._live, list(means.split([len(buffer) for buffer in self._live])))
         torch._foreach_add_(self._counts, 1)

@@ -23,8 +23,8 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.distributed.collectives import many
-from triderm_dist.distributed.parallel import choose_precision, refuse, way, wrap
+from triderm_dist.distributed.collectives import is_distributed
+from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.engine.finite import Finite
 from triderm_dist.engine.step import train_step
 from triderm_dist.files import write_text
@@ -32,7 +32,7 @@ from triderm_dist.losses import CompoundLoss
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.startup_report import device_name
-from triderm_dist.monitoring.throughput import Meter
+from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.optim import build_optimizer
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, VIEWS, DataError, InputError, Lesion
 
@@ -65,7 +65,7 @@ def measure(
     Call on all ranks. The network is worth nothing afterwards. Raises InputError where it does not fit into memory.
     """
     config = model.train
-    refuse(accelerator, config)
+    check_supported(accelerator, config)
     compute = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
     build = partial(build_optimizer, config=config.optim)
     wrapped, prepared, optimizer = wrap(accelerator, network, build, config.activation_checkpointing, config.compile)
@@ -96,7 +96,7 @@ def measure(
         run(WARM_UP)
         fitting = round(seconds / (run(PROBE) / PROBE))
         total = _agreed(min(max(PROBE, fitting), PLANNED - WARM_UP - PROBE), accelerator.device)
-        meter = Meter(0, total, config.global_batch, accelerator.device, compute)
+        meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, compute)
         meter.start(loader, 0)
         took = run(total)
         values = meter.read(loader, total)
@@ -114,7 +114,7 @@ def measure(
 def _agreed(steps: int, device: torch.device) -> int:
     """The same number on all ranks."""
     number = torch.tensor(steps, device=device)
-    if many():
+    if is_distributed():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
@@ -156,7 +156,7 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
     return {
         "device": device_name(accelerator.device),
         "ranks": accelerator.num_processes,
-        "way": way(accelerator),
+        "way": strategy_of(accelerator),
         "precision": choose_precision(config.precision, accelerator.device)[0],
         "kind": model.kind,
         "tower": tower.source,

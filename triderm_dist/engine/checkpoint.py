@@ -27,9 +27,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.distributed.full_state import Tensors, load_optimizer, takes_part, whole_optimizer, whole_weights
-from triderm_dist.engine.ema import Average
-from triderm_dist.files import naming, whole, write_json
+from triderm_dist.distributed.full_state import (
+    Tensors,
+    full_optimizer_state,
+    full_weights,
+    load_optimizer,
+    participates,
+)
+from triderm_dist.engine.ema import Ema
+from triderm_dist.files import atomic_path, naming_file, write_json
 from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
@@ -38,7 +44,7 @@ CHECKPOINT_VERSION = 2
 
 @dataclass
 class TrainState:
-    """Where a run is: epoch, global batches consumed in it, optimiser steps in all, best validation score and its
+    """Where a run is: epoch, global batches consumed in it, optimizer steps in all, best validation score and its
     epoch.
     """
 
@@ -59,12 +65,12 @@ class Training:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    average: Average | None
+    average: Ema | None
     state: TrainState
     sums: torch.Tensor | None = None
 
     def stepped(self, batch: int) -> None:
-        """Note that the optimiser has taken global batch number `batch` of the epoch."""
+        """Note that the optimizer has taken global batch number `batch` of the epoch."""
         self.scheduler.step()
         self.state.batch, self.state.step = batch + 1, self.state.step + 1
         if self.average:
@@ -147,9 +153,9 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, training: Training) -> None:
         """Call on all ranks, between two steps."""
         parts = {
-            "weights": whole_weights(accelerator, training.wrapped),
-            "optimizer": whole_optimizer(accelerator, training.wrapped, training.optimizer),
-            **({"average": training.average.state()} if training.average and takes_part(accelerator) else {}),
+            "weights": full_weights(accelerator, training.wrapped),
+            "optimizer": full_optimizer_state(accelerator, training.wrapped, training.optimizer),
+            **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
         }
         record = {
             "version": CHECKPOINT_VERSION,
@@ -225,7 +231,7 @@ def _flush(folder: Path) -> None:
             continue
         handle = os.open(path, os.O_RDONLY)
         try:
-            with naming(path):
+            with naming_file(path):
                 os.fsync(handle)
         finally:
             os.close(handle)
@@ -236,7 +242,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     try:
-        with naming(path):
+        with naming_file(path):
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None
@@ -258,7 +264,7 @@ def _read_tensors(path: Path, only_look: bool = False) -> Tensors:
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> str:
     """Write PATH.safetensors and PATH.json beside it (format, version, sha256 and `about`); returns the sha256."""
-    with whole(path.with_suffix(".safetensors")) as beside:
+    with atomic_path(path.with_suffix(".safetensors")) as beside:
         _write_tensors(beside, weights)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
     save_about(path, sha256=digest, **about)

@@ -19,21 +19,21 @@ from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.fold import (
     as_predictions,
-    fold_identity,
-    fold_stamp,
-    folds_of,
+    assigned_folds,
     is_done,
-    model_named,
+    model_config,
     new_network,
+    result_hash,
+    resume_hash,
 )
-from triderm_dist.engine.fold_folder import FoldFolder, alone
+from triderm_dist.engine.fold_folder import FoldFolder, exclusive
 from triderm_dist.engine.trainer import TrainingData, train
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import write_predictions
 from triderm_dist.schema import VIEWS
 
 
-@collectives.in_touch()
+@collectives.interrupt_on_lost_rank()
 def run_folds(
     experiment: Experiment,
     index: ShardIndex,
@@ -50,10 +50,10 @@ def run_folds(
     where it was asked to stop or lost another rank, InputError where another run trains the same fold.
     """
     folds = list(folds)
-    assignment = folds_of(index, experiment.data)
+    assignment = assigned_folds(index, experiment.data)
     with Stop() as stop:
         for name in models:
-            model = model_named(experiment, name)
+            model = model_config(experiment, name)
             todo = [fold for fold in folds if not is_done(experiment, index, name, fold)]
             if not todo:
                 continue
@@ -69,7 +69,7 @@ def run_folds(
             )  # fmt: skip
             for fold in todo:
                 stop.check_now()  # what came while the fold before ended
-                with alone(experiment.fold_folder(name, fold)):
+                with exclusive(experiment.fold_folder(name, fold)):
                     while not _run_fold(
                         experiment, index, assignment, name, fold, views, stop, on_validation, on_start
                     ):
@@ -90,8 +90,8 @@ def _run_fold(
 ) -> bool:
     """Train and predict one fold; False where memory ran out and a smaller micro-batch is to be tried."""
     model, folder = experiment.models[name], experiment.fold_folder(name, fold)
-    stamp = fold_stamp(experiment, index, name, fold)
-    place = FoldFolder(folder, stamp, fold_identity(experiment, index, name, fold))
+    stamp = result_hash(experiment, index, name, fold)
+    place = FoldFolder(folder, stamp, resume_hash(experiment, index, name, fold))
     if on_main(place.done):
         on_main(place.take)
         return True

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from triderm_dist.distributed.full_state import Tensors, part_of, whole
-from triderm_dist.distributed.parallel import settle, unwrap
+from triderm_dist.distributed.full_state import Tensors, full_tensor, local_shard
+from triderm_dist.distributed.parallel import reshard_after_write, unwrap
 
 
-class Average:
+class Ema:
     """The average of each trained parameter in fp32 (in 16 bit its increments would round to nothing).
 
     Each rank averages the part that it holds: the average of shards is the shard of the average. Buffers, such as the
@@ -27,7 +27,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimiser step `step`, counted from 1."""
+        """After optimizer step `step`, counted from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         means = [_local(mean) for mean in self._mean.values()]
         torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
@@ -43,17 +43,17 @@ class Average:
 
     def state(self) -> Tensors:
         """Whole, by parameter name; call on all ranks."""
-        return {name: whole(mean).clone() for name, mean in self._mean.items()}
+        return {name: full_tensor(mean).clone() for name, mean in self._mean.items()}
 
     @torch.no_grad()
     def load(self, saved: Tensors) -> None:
         """What `state` gave, on any number of ranks."""
         for name, mean in self._mean.items():
-            mean.copy_(part_of(saved[name], mean))
+            mean.copy_(local_shard(saved[name], mean))
 
     @torch.no_grad()
     def _swap(self) -> None:
-        settle(self._wrapped)
+        reshard_after_write(self._wrapped)
         for name, parameter in self._live.items():
             live, mean = _local(parameter.detach()), _local(self._mean[name])
             held = live.clone()

@@ -8,16 +8,16 @@ from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
-from triderm_dist.engine.fold import model_named
+from triderm_dist.engine.fold import model_config
 from triderm_dist.engine.views import PLAIN, open_views
 from triderm_dist.schema import VIEWS
 
 
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
     """(N, 2 D) float32 of the tower that model NAME starts from, by way of the token cache; call on all ranks."""
-    model = model_named(experiment, name)
+    model = model_config(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
-    accelerator = parallel.start(model.train.precision, 1, collectives.world(), 1.0, experiment.rank_timeout)
+    accelerator = parallel.start(model.train.precision, 1, collectives.world_size(), 1.0, experiment.rank_timeout)
     views = open_views(
         frozen,
         index,

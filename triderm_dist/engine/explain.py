@@ -16,7 +16,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.engine.checkpoint import load_weights
-from triderm_dist.engine.fold import folds_of, new_network
+from triderm_dist.engine.fold import assigned_folds, new_network
 from triderm_dist.engine.views import open_views
 from triderm_dist.losses import Head, probabilities
 from triderm_dist.models import build_towers
@@ -55,7 +55,7 @@ def _explain(
     experiment: Experiment, index: ShardIndex, name: str, rows: Sequence[int], test: bool
 ) -> Iterator[Explanation]:
     model = experiment.models[name]
-    accelerator = parallel.start("fp32", 1, collectives.world(), 1.0)
+    accelerator = parallel.start("fp32", 1, collectives.world_size(), 1.0)
     views = open_views(
         model, index, experiment.token_folder, accelerator, experiment.data, seed=experiment.seed_of_tokens, train=False
     )
@@ -73,7 +73,7 @@ def _explain(
             networks[fold] = network.to(accelerator.device).eval()  # type: ignore[assignment]
         return networks[fold]
 
-    own_fold = np.full(len(index), NO_FOLD) if test else folds_of(index, experiment.data)
+    own_fold = np.full(len(index), NO_FOLD) if test else assigned_folds(index, experiment.data)
     for row in rows:
         batch, pixels = (_batch(index, source, row, accelerator.device) for source in (views.source, photos))
         folds = range(experiment.data.folds) if own_fold[row] == NO_FOLD else [int(own_fold[row])]

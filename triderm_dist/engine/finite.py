@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from triderm_dist.distributed.collectives import many
-from triderm_dist.distributed.parallel import way
+from triderm_dist.distributed.collectives import is_distributed
+from triderm_dist.distributed.parallel import strategy_of
 from triderm_dist.schema import InputError
 
 
@@ -27,7 +27,7 @@ class Finite:
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-        self.accelerator, self._deepspeed = accelerator, way(accelerator) == "deepspeed"
+        self.accelerator, self._deepspeed = accelerator, strategy_of(accelerator) == "deepspeed"
         self._found = torch.zeros((), device=accelerator.device)
         self._first = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._seen: dict[int, list[str]] = {}
@@ -35,7 +35,7 @@ class Finite:
             optimizer.found_inf = self._found  # type: ignore[attr-defined]
 
     def watch(self, number: int, lesion_ids: list[str], norm: torch.Tensor, sums: torch.Tensor) -> None:
-        """Before the optimiser's step `number`, counted from 1, over this rank's lesions; norm before clipping."""
+        """Before the optimizer's step `number`, counted from 1, over this rank's lesions; norm before clipping."""
         self._seen[number] = lesion_ids
         bad = ~torch.isfinite(sums.sum() if self.accelerator.mixed_precision == "fp16" else norm)
         self._first.copy_(torch.where(bad & (self._found == 0), number, self._first))
@@ -65,7 +65,7 @@ class Finite:
         """The lesions of a step, of all ranks."""
         own = self._seen[number]
         parts: list[Any] = [own]
-        if many():
+        if is_distributed():
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, own)
         return ", ".join(name for part in parts for name in part)

@@ -20,7 +20,7 @@ from triderm_dist.predictions import Predictions
 from triderm_dist.schema import ConfigError
 
 
-def folds_of(index: ShardIndex, data: DataConfig) -> np.ndarray:
+def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
     """The fold of each lesion, (N,) int64, -1 for lesions without a label."""
     return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
 
@@ -58,7 +58,7 @@ def as_predictions(
     )
 
 
-def model_named(experiment: Experiment, name: str) -> ModelConfig:
+def model_config(experiment: Experiment, name: str) -> ModelConfig:
     """Raises ConfigError for a name that is not under `models`."""
     if name not in experiment.models:
         raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
@@ -67,14 +67,14 @@ def model_named(experiment: Experiment, name: str) -> ModelConfig:
 
 def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
     """Whether this fold has been trained and predicted with these settings and these data."""
-    return is_finished(experiment.fold_folder(name, fold), fold_stamp(experiment, index, name, fold))
+    return is_finished(experiment.fold_folder(name, fold), result_hash(experiment, index, name, fold))
 
 
 COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 
 
-def fold_stamp(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, leave: Iterable[str] = ()) -> str:
+def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, leave: Iterable[str] = ()) -> str:
     """A hash of all that the fold's result depends on, but for the keys of `train` to `leave` out."""
     model = experiment.models[name].model_dump(mode="json")
     for key in (*COSMETIC, *leave):
@@ -86,8 +86,8 @@ def fold_stamp(experiment: Experiment, index: ShardIndex, name: str, fold: int, 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def fold_identity(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
+def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
     """A hash of all that a training must share with a checkpoint to go on from it: not how a step is executed, so that
     it may go on on another card, and not the learning rate, so that one that diverged may go on with a lower one.
     """
-    return fold_stamp(experiment, index, name, fold, leave=(*EXECUTION, "optim.lr", "optim.min_lr"))
+    return result_hash(experiment, index, name, fold, leave=(*EXECUTION, "optim.lr", "optim.min_lr"))

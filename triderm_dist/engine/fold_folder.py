@@ -11,7 +11,7 @@ from pathlib import Path
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_about, readable
-from triderm_dist.files import only_one
+from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import CheckpointError, InputError
 
 ASIDE = "other-settings"
@@ -68,7 +68,7 @@ def is_finished(path: Path, stamp: str) -> bool:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Rank 0 holds the lock of a fold's folder; call on all ranks. Raises InputError on all where another run does.
 
     The kernel holds the lock, so none stays behind a dead process. On a shared file system it keeps out other hosts as
@@ -77,7 +77,7 @@ def alone(path: Path) -> Iterator[None]:
     """
     refusal = InputError(f"{path}: another run is training this fold; wait for it, stop it, or set another output")
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(only_one(path.with_name(f".{path.name}.lock"), refusal)))
+        on_main(lambda: stack.enter_context(exclusive_lock(path.with_name(f".{path.name}.lock"), refusal)))
         yield
 
 

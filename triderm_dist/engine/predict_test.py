@@ -15,13 +15,13 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.fold import as_predictions, model_named, new_network
+from triderm_dist.engine.fold import as_predictions, model_config, new_network
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
 from triderm_dist.schema import CheckpointError, DataError
 
 
-@collectives.in_touch()
+@collectives.interrupt_on_lost_rank()
 def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
     """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
 
@@ -29,7 +29,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
     other concepts.
     """
     for name in models:
-        model = model_named(experiment, name)
+        model = model_config(experiment, name)
         views: Views | None = None
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
@@ -44,7 +44,9 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
             stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _test_stamp(folder) == stamp and (folder / "test.parquet").exists():
                 continue
-            accelerator = parallel.start(model.train.precision, 1, collectives.world(), 1.0, experiment.rank_timeout)
+            accelerator = parallel.start(
+                model.train.precision, 1, collectives.world_size(), 1.0, experiment.rank_timeout
+            )
             if views is None:
                 views = open_views(
                     model, index, experiment.token_folder, accelerator, experiment.data,

@@ -1,4 +1,4 @@
-"""One optimiser step over a global batch that is split over ranks and micro-batches."""
+"""One optimizer step over a global batch that is split over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
-from triderm_dist.distributed.collectives import all_sum
+from triderm_dist.distributed.collectives import all_reduce_sum
 from triderm_dist.distributed.parallel import accumulate, backward, clip
 from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
@@ -29,7 +29,7 @@ def train_step(
     previous_sums: torch.Tensor | None = None,
     finite: Finite | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One optimiser step over a global batch, of which this rank holds the micro-batches of `step`.
+    """One optimizer step over a global batch, of which this rank holds the micro-batches of `step`.
 
     Returns this rank's share of the focal values (3,), the soft F1 sums (3, 3, C) of the global batch, and the
     gradient norm before clipping, a scalar; nothing here waits for the device. The sums must be known before the first
@@ -50,12 +50,12 @@ def train_step(
             statistics.take()
             own_sums += loss.sums(outputs, batch.labels, batch.valid)
             if alone:
-                sums = all_sum(own_sums)
+                sums = all_reduce_sum(own_sums)
             part, focal_part = loss(outputs, batch.labels, batch.valid, step.count, sums)
             focal += focal_part
             backward(accelerator, part)
     statistics.finish(accelerator, len(step.micro_batches))
-    sums = own_sums if alone else all_sum(own_sums)
+    sums = own_sums if alone else all_reduce_sum(own_sums)
     norm = clip(accelerator, wrapped, config.optim.clip_norm)
     if finite:
         finite.watch(number + 1, [name for batch in step.micro_batches for name in batch.lesion_ids], norm, sums)
@@ -93,4 +93,4 @@ def _sums_ahead(
     for i, batch in enumerate(step.micro_batches):
         seed_dropout(seed, number, first + i)
         sums += loss.sums(forward(wrapped, batch), batch.labels, batch.valid)
-    return all_sum(sums)
+    return all_reduce_sum(sums)

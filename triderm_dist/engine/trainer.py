@@ -18,12 +18,12 @@ from triderm_dist.config import TrainConfig, flat
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.distributed.collectives import all_sum, on_main
-from triderm_dist.distributed.full_state import whole_weights
-from triderm_dist.distributed.parallel import choose_precision, refuse, wrap
+from triderm_dist.distributed.collectives import all_reduce_sum, on_main
+from triderm_dist.distributed.full_state import full_weights
+from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
-from triderm_dist.engine.ema import Average
+from triderm_dist.engine.ema import Ema
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import Finite
 from triderm_dist.engine.fold_folder import FoldFolder
@@ -35,7 +35,7 @@ from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
-from triderm_dist.monitoring.throughput import Meter
+from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker
 from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups
 from triderm_dist.schema import DIAGNOSES
@@ -66,7 +66,7 @@ def train(
     on_start: Callable[[], None] = lambda: None,
     on_validation: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `network` and leave the selected weights in FOLDER/weights.safetensors, the optimiser's groups in
+    """Train `network` and leave the selected weights in FOLDER/weights.safetensors, the optimizer's groups in
     FOLDER/optimizer.txt, FOLDER being place.path; resumes from FOLDER/checkpoints. Returns what changed on the way:
     {"step", setting: [before, after]} of each start that went on with another learning rate or way to compute.
 
@@ -77,7 +77,7 @@ def train(
     not taken), OSError for a file that can't be written, all on all ranks; Interrupted after saving where `stop` was
     asked to.
     """
-    refuse(accelerator, config)
+    check_supported(accelerator, config)
     plans = _Plans(config, data, seed)
     labels = data.index.labels[data.validation_rows]
     loss = CompoundLoss(config.loss, head, plans.class_counts).to(accelerator.device)
@@ -95,12 +95,12 @@ def train(
         accelerator, network, build, config.activation_checkpointing, config.compile
     )  # fmt: skip
     scheduler = build_scheduler(optimizer, config.optim, plans.total_steps, plans.steps[0])
-    average = Average(wrapped, config.ema_decay) if config.ema_decay else None
+    average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
     training = Training(wrapped, optimizer, scheduler, average, TrainState())
     if saved:
         saved.into_training(accelerator, training)
     state, finite = training.state, Finite(accelerator, optimizer)
-    meter = Meter(state.step, plans.total_steps, config.global_batch, accelerator.device, compute)
+    meter = ThroughputMeter(state.step, plans.total_steps, config.global_batch, accelerator.device, compute)
     tracker = Tracker(
         name, folder, accelerator.is_main_process, epochs=config.epochs, total_steps=plans.total_steps, step=state.step,
         epoch=state.epoch, trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
@@ -132,7 +132,7 @@ def train(
                 training.stepped(step.number)
                 if state.step % config.log_every == 0:
                     finite.check()
-                    values = loss.values(all_sum(focal), training.sums)
+                    values = loss.values(all_reduce_sum(focal), training.sums)
                     values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
                     values |= meter.read(loader, state.step)
                     tracker.log("train", plans.epochs_done(state), state.step, values)
@@ -208,6 +208,6 @@ def _build_optimizer(network: Network, config: TrainConfig, groups: list[str]) -
 
 def _keep_weights(accelerator: Accelerator, wrapped: nn.Module, folder: Path, state: TrainState) -> None:
     """The weights that predict, whole and under canonical keys."""
-    weights = whole_weights(accelerator, wrapped)
+    weights = full_weights(accelerator, wrapped)
     about = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
     on_main(lambda: save_weights(folder / "weights", weights, **about))

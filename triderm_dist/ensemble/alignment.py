@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 from triderm_dist.predictions import OofTable, Predictions
 from triderm_dist.schema import DataError
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """features -> (features - centre) @ rotation. centre: (D,) and rotation: (D, D) float32, orthogonal."""
+    """features -> (features - center) @ rotation. center: (D,) and rotation: (D, D) float32, orthogonal."""
 
-    centre: np.ndarray
+    center: np.ndarray
     rotation: np.ndarray
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.centre) @ self.rotation
+        return (features - self.center) @ self.rotation
 
 
 def fit_turns(parts: Sequence[Predictions]) -> dict[str, Turn]:
@@ -42,13 +42,13 @@ def fit_turns(parts: Sequence[Predictions]) -> dict[str, Turn]:
         model, weights = str(part.model[0]), str(part.model_hash[0])
         order = np.argsort(part.lesion_ids.astype(str))
         ids = part.lesion_ids[order].tolist()
-        centre = part.features.mean(axis=0)
-        own = part.features[order] - centre
+        center = part.features.mean(axis=0)
+        own = part.features[order] - center
         there, reference = references.setdefault(model, (ids, own))
         if there != ids or reference.shape != own.shape:
             raise DataError(f"test predictions of {model} ({weights[:12]}) hold other lesions than its first fold's")
         rotation = np.eye(own.shape[1]) if own is reference else orthogonal_procrustes(own, reference)[0]
-        turns[weights] = Turn(centre, np.ascontiguousarray(rotation, np.float32))
+        turns[weights] = Turn(center, np.ascontiguousarray(rotation, np.float32))
     return turns
 
 
@@ -89,8 +89,8 @@ def save_turns(path: Path, turns: Mapping[str, Turn]) -> None:
     from safetensors.numpy import save_file
 
     tensors = {f"{weights}.{name}": getattr(turn, name) for weights, turn in turns.items()
-               for name in ("centre", "rotation")}  # fmt: skip
-    with whole(path) as beside:
+               for name in ("center", "rotation")}  # fmt: skip
+    with atomic_path(path) as beside:
         save_file(tensors, beside)
 
 
@@ -104,4 +104,4 @@ def load_turns(path: Path) -> dict[str, Turn]:
     except (OSError, SafetensorError):
         raise DataError(f"{path}: missing or not readable; run triderm stack again") from None
     hashes = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
-    return {weights: Turn(tensors[f"{weights}.centre"], tensors[f"{weights}.rotation"]) for weights in hashes}
+    return {weights: Turn(tensors[f"{weights}.center"], tensors[f"{weights}.rotation"]) for weights in hashes}

@@ -1,6 +1,6 @@
 """From logits to probabilities that mean what they say: temperature, and logit adjustment for rare diagnoses.
 
-NumPy and SciPy. `logits` (N, C); `labels` (N,) int64 without `UNLABELLED`. A head is "softmax" (one diagnosis a
+NumPy and SciPy. `logits` (N, C); `labels` (N,) int64 without `UNLABELED`. A head is "softmax" (one diagnosis a
 lesion) or "sigmoid" (each diagnosis on its own).
 """
 
@@ -21,8 +21,8 @@ def log_probabilities(logits: np.ndarray, head: str) -> np.ndarray:
     """(N, C) log p, computed without overflow; NaN rows stay NaN."""
     logits = np.asarray(logits, np.float64)
     if head == "softmax":
-        centred = logits - logits.max(axis=1, keepdims=True)
-        return centred - np.log(np.exp(centred).sum(axis=1, keepdims=True))
+        centered = logits - logits.max(axis=1, keepdims=True)
+        return centered - np.log(np.exp(centered).sum(axis=1, keepdims=True))
     if head == "sigmoid":
         with np.errstate(invalid="ignore"):  # NaN rows: no model has spoken
             return -np.logaddexp(0.0, -logits)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
 
 BATCH = 65_536
@@ -54,7 +54,7 @@ class ColumnFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with whole(path) as beside:
+        with atomic_path(path) as beside:
             writer = None
             for batch in batches:
                 flat = pa.array(np.ascontiguousarray(batch, np.float32).ravel(), from_pandas=False)

@@ -48,8 +48,8 @@ from triderm_dist.ensemble.stacker import (
 )
 from triderm_dist.ensemble.thresholds import best_thresholds, decide
 from triderm_dist.ensemble.weights import CHOSEN, NestedEstimate, choose, fit_candidates, nested_estimate
-from triderm_dist.files import whole
-from triderm_dist.predictions import OofTable, labelled, read_oof, read_predictions
+from triderm_dist.files import atomic_path
+from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
 
 
@@ -73,10 +73,10 @@ def fit_final(run_folder: Path, config: Experiment) -> Fit:
     table = read_oof(run_folder / OOF_FILE, features="features" in config.stack.extra)
     models = _members(table, config.ensemble.members, run_folder / OOF_FILE)
     notes = []
-    usable = table.complete(models) & labelled(table)
+    usable = table.complete(models) & labeled(table)
     if not usable.all():
         notes.append(
-            f"{(~usable).sum()} of {len(table)} lesions are left out: not labelled, or not predicted by every model"
+            f"{(~usable).sum()} of {len(table)} lesions are left out: not labeled, or not predicted by every model"
         )
     table = table.take(usable)
     if len(np.unique(table.folds)) < 2:
@@ -204,7 +204,7 @@ def _write_nested(path: Path, table: OofTable, nested: NestedEstimate, stack: Ne
         "decisions": pa.array(list(nested.decisions[CHOSEN])),
         "stack": pa.array(list(stack.out_of_fold if stack else silent)),
     }
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         pq.write_table(pa.table(columns), beside, compression="zstd")
 
 

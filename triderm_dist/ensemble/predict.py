@@ -26,7 +26,7 @@ from triderm_dist.predictions import (
     read_predictions,
     write_predictions,
 )
-from triderm_dist.schema import DIAGNOSES, UNLABELLED, DataError
+from triderm_dist.schema import DIAGNOSES, UNLABELED, DataError
 from triderm_dist.submission import read_submission, write_submission
 
 
@@ -55,7 +55,7 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
     Raises DataError where a lesion of the submission has no truth.
     """
     ids, probabilities = read_submission(submission)
-    if missing := [name for name in ids if truth.get(name, UNLABELLED) == UNLABELLED]:
+    if missing := [name for name in ids if truth.get(name, UNLABELED) == UNLABELED]:
         raise DataError(f"{submission}: {len(missing)} lesions are not in the ground truth, first {missing[0]}")
     labels = np.array([truth[name] for name in ids], np.int64)
     decisions = probabilities > metrics.OFFICIAL_THRESHOLD

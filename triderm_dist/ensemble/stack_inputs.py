@@ -10,7 +10,7 @@ import numpy as np
 from triderm_dist.ensemble.alignment import load_turns, turned_mean, turned_rows
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import TURNS_FILE
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 from triderm_dist.predictions import NO_FOLD, OofTable, Predictions
 from triderm_dist.schema import METADATA_FIELDS, DataError
 
@@ -82,7 +82,7 @@ def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, 
     flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
     lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     table = pa.table({"lesion_id": pa.array(list(lesion_ids), pa.string()), "columns": lists})
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         pq.write_table(table.replace_schema_metadata({b"tower": source}), beside, compression="zstd")
 
 

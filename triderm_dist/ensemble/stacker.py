@@ -23,7 +23,7 @@ import numpy as np
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
 from triderm_dist.ensemble.columns import Columns, batches_of
-from triderm_dist.files import whole, write_json
+from triderm_dist.files import atomic_path, write_json
 from triderm_dist.schema import DataError
 
 FORMAT = "triderm-stacker"
@@ -148,12 +148,12 @@ class Stacker:
             "gain": self.gain,
             "extra": self.extra,
         }
-        with whole(path) as beside:
+        with atomic_path(path) as beside:
             beside.write_bytes(self.model)
         if self.reduction is not None:
             from safetensors.numpy import save_file
 
-            with whole(path.with_suffix(".safetensors")) as beside:
+            with atomic_path(path.with_suffix(".safetensors")) as beside:
                 save_file({"mean": self.reduction.mean, "axes": self.reduction.axes}, beside)
         write_json(path.with_suffix(".json"), side)
 
@@ -223,7 +223,7 @@ def fit_stacker(
     wide: int = 0,
     side_by_side: int = 1,
 ) -> Stacker:
-    """Fit on `rows` (ascending indices, None: all) of (N, F) columns and (N,) labels; these rows are labelled.
+    """Fit on `rows` (ascending indices, None: all) of (N, F) columns and (N,) labels; these rows are labeled.
 
     With `rounds` None their number is found first: a booster on four fifths of the rows (whole groups, stratified)
     stops when the other fifth no longer gains. The stacker itself is fitted on all of the rows. extra: the name of
@@ -318,7 +318,7 @@ def nested_stack(
     extra: str = "",
     wide: int = 0,
 ) -> NestedStack:
-    """Out-of-fold stacker probabilities, and for each fold those that know nothing of it. All rows labelled.
+    """Out-of-fold stacker probabilities, and for each fold those that know nothing of it. All rows labeled.
 
     A stacker without folds j and k serves both of them. Fits are small and independent: on a CPU they run side by side.
     The base networks of other folds did see fold k's labels: the usual second-order leak of stacking, which only

@@ -170,7 +170,7 @@ def _thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarr
 
 
 def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Between two scores, and below the upper one also where they are neighbours among the floats."""
+    """Between two scores, and below the upper one also where they are neighbors among the floats."""
     middle = (above + below) / 2
     return np.where(middle < above, middle, below)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED
+from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELED
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Explanation:
         """What the picture shows, in numbers."""
         return {
             "lesion_id": self.lesion_id,
-            "diagnosis": None if self.label == UNLABELLED else self.diagnoses[self.label],
+            "diagnosis": None if self.label == UNLABELED else self.diagnoses[self.label],
             "probabilities": dict(zip(self.diagnoses, map(float, self.probabilities), strict=True)),
             "attention": {view: part.tolist() for view, part in self.attention.items()},
             "semantic": dict(self.semantic),

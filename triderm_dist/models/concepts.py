@@ -19,8 +19,8 @@ TOKEN_STD = 0.02
 
 def smooth_features(x: Tensor) -> Tensor:
     """x and `BUMPS` Gaussian bumps over [0, 1], (...) to (..., 1 + BUMPS): a linear map of them is a smooth curve."""
-    centres = torch.linspace(0, 1, BUMPS, device=x.device)
-    bumps = torch.exp(-0.5 * ((x[..., None] - centres) * (BUMPS - 1)) ** 2)
+    centers = torch.linspace(0, 1, BUMPS, device=x.device)
+    bumps = torch.exp(-0.5 * ((x[..., None] - centers) * (BUMPS - 1)) ** 2)
     return torch.cat([x[..., None], bumps], -1)
 
 

@@ -59,7 +59,7 @@ class TokenShape(NamedTuple):
 
 
 class Tower(nn.Module):
-    """An image encoder: pixels (B, 3, H, W), normalised with its own `mean` and `std`, to tokens (B, L, width).
+    """An image encoder: pixels (B, 3, H, W), normalized with its own `mean` and `std`, to tokens (B, L, width).
 
     `blocks` are the units of freezing, learning-rate decay, checkpointing and compilation; the stem (patch embedding,
     class token, positions, first norm) comes before the first, the tail (last norm or convolution) after the last. The
@@ -141,7 +141,7 @@ class Tower(nn.Module):
 
 
 def tower_hash(tower: Tower) -> str:
-    """sha256 over all that decides a tower's tokens: architecture, input size, normalisation, names and tensors."""
+    """sha256 over all that decides a tower's tokens: architecture, input size, normalization, names and tensors."""
     face = [tower.architecture, tower.image_size, tower.mean, tower.std]
     digest = hashlib.sha256(json.dumps(face).encode())
     for name, tensor in tower.state_dict().items():

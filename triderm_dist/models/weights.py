@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which published checkpoints keep their tensors, beside optimiser state and settings."""
+"""Keys under which published checkpoints keep their tensors, beside optimizer state and settings."""
 
 
 def read_weights(file: Path) -> State:

@@ -26,12 +26,12 @@ from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.schema import CONCEPTS
 
 ADAM_STATES = 2
-"""Tensors of the optimiser for each trained parameter, in fp32: the two moments."""
+"""Tensors of the optimizer for each trained parameter, in fp32: the two moments."""
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes of one rank: parameters (fp32) with the averaged copy if there is one, optimiser states, gradients, and the
+class MemoryEstimate:
+    """Bytes of one rank: parameters (fp32) with the averaged copy if there is one, optimizer states, gradients, and the
     peak of a forward and backward over one micro-batch (activations, gradients so far, temporaries), which is
     base + lesions x a_lesion, but no less than all gradients.
     """
@@ -53,7 +53,9 @@ class Footprint:
         return int((memory - self.parameters - self.optimizer - self.base) // self.a_lesion)
 
 
-def footprint(network: Network, half: bool, activation_checkpointing: bool, average: bool = False) -> Footprint:
+def estimate_memory(
+    network: Network, half: bool, activation_checkpointing: bool, average: bool = False
+) -> MemoryEstimate:
     """The footprint of a bare network as DDP trains it; ZeRO and FSDP2 take less. half: under autocast to bf16 or fp16.
 
     Two peaks are counted and a line is drawn through them, at sizes where activations outweigh gradients. Eager
@@ -64,7 +66,7 @@ def footprint(network: Network, half: bool, activation_checkpointing: bool, aver
     a_lesion = (high - low) / (many - few)
     held = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return Footprint(
+    return MemoryEstimate(
         parameters=4 * held * (1 + average),
         optimizer=4 * ADAM_STATES * trained,
         gradients=4 * trained,
@@ -74,10 +76,10 @@ def footprint(network: Network, half: bool, activation_checkpointing: bool, aver
 
 
 @functools.lru_cache
-def of_model(model: ModelConfig, half: bool) -> tuple[Footprint, str]:
+def estimate_model_memory(model: ModelConfig, half: bool) -> tuple[MemoryEstimate, str]:
     """The footprint of a model of the settings, and a word on a tower that another one stands in for (`stand_in`)."""
     network, said = stand_in(model)
-    return footprint(network, half, model.train.activation_checkpointing, model.train.ema_decay > 0), said
+    return estimate_memory(network, half, model.train.activation_checkpointing, model.train.ema_decay > 0), said
 
 
 def stand_in(model: ModelConfig) -> tuple[Network, str]:

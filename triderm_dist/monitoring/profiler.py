@@ -16,7 +16,7 @@ WARM_UP = 3
 
 @contextmanager
 def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
-    """Yields something whose `.step()` ends an optimiser step; records up to `steps` of them into FOLDER/trace.json and
+    """Yields something whose `.step()` ends an optimizer step; records up to `steps` of them into FOLDER/trace.json and
     says how many, or that there were too few. Does nothing where `steps` is None or `active` is False.
     """
     if steps is None or not active:

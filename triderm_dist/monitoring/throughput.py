@@ -14,7 +14,7 @@ from triderm_dist.monitoring.flops import Budget
 GIB = 2**30
 
 
-class Meter:
+class ThroughputMeter:
     """Speed since the last log line, and since the start for the time that is left.
 
     budget: what MFU is measured by, or None where the peak is not known and none is shown.

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.files import naming, write_text
+from triderm_dist.files import naming_file, write_text
 from triderm_dist.schema import ConfigError
 
 PROJECT = "triderm-dist"
@@ -74,7 +74,7 @@ class Tracker:
         on_main(lambda: self._log(kind, epoch, step, values))
 
     def _log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
-        with naming(self._path):
+        with naming_file(self._path):
             self._file.write(json.dumps({"kind": kind, "epoch": round(epoch, 4), "step": step, **values}) + "\n")
             self._file.flush()
         self._for_each("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)

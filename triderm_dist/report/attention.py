@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 from triderm_dist.models.attention import Explanation
-from triderm_dist.schema import UNLABELLED, VIEWS
+from triderm_dist.schema import UNLABELED, VIEWS
 
 
 def draw_explanation(explanation: Explanation, path: Path) -> None:
@@ -22,7 +22,7 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from triderm_dist.report.figures import BLUE, GREY, STYLE
+    from triderm_dist.report.figures import BLUE, GRAY, STYLE
 
     with pyplot.rc_context({**STYLE, "axes.grid": False}):
         rows = len(explanation.semantic)
@@ -36,13 +36,13 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
                 axes.spines[:].set_visible(False)
             plain.set_title(f"{view} photo")
             if view not in explanation.photos:
-                plain.text(0.5, 0.5, "no photo", ha="center", va="center", color=GREY)
-                covered.text(0.5, 0.5, "a learned stand-in", ha="center", va="center", color=GREY)
+                plain.text(0.5, 0.5, "no photo", ha="center", va="center", color=GRAY)
+                covered.text(0.5, 0.5, "a learned stand-in", ha="center", va="center", color=GRAY)
                 continue
             photo = explanation.photos[view]
             plain.imshow(photo)
             if view not in explanation.attention:
-                covered.text(0.5, 0.5, "nothing attends to it", ha="center", va="center", color=GREY)
+                covered.text(0.5, 0.5, "nothing attends to it", ha="center", va="center", color=GRAY)
                 continue
             covered.set_title("attention, by view alignment" if row == 0 else "attention of the pooling query")
             _overlay(covered, photo, explanation.attention[view])
@@ -56,13 +56,13 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
             )
             axes.set_xlabel("share of the attention")
             axes.set_title("semantic gating: which concepts and metadata")
-        with whole(path) as beside:
+        with atomic_path(path) as beside:
             figure.savefig(beside, format="png", metadata={"Software": None})
         pyplot.close(figure)
 
 
 def _overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
-    """The photo in grey under its attention; warm is more than an even share, full colour at least half more."""
+    """The photo in gray under its attention; warm is more than an even share, full color at least half more."""
     from matplotlib import colormaps
     from PIL import Image
 
@@ -71,17 +71,17 @@ def _overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
     size = photo.shape[0]
     smooth = np.asarray(Image.fromarray(share.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
     strength = np.clip((smooth - 1) / max(float(share.max()) - 1, 0.5), 0, 1)
-    grey = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
-    colour = colormaps["inferno"](0.25 + 0.7 * strength)[..., :3]
+    gray = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
+    color = colormaps["inferno"](0.25 + 0.7 * strength)[..., :3]
     alpha = (0.85 * np.sqrt(strength))[..., None]
-    axes.imshow(np.clip(grey * (1 - alpha) + colour * alpha, 0, 1))
+    axes.imshow(np.clip(gray * (1 - alpha) + color * alpha, 0, 1))
     axes.set_xlabel(f"strongest patch: {share.max():.1f} times an even share", fontsize=8)
 
 
 def _title(explanation: Explanation) -> str:
     best = np.argsort(-explanation.probabilities)[:3]
     guesses = ", ".join(f"{explanation.diagnoses[i]} {explanation.probabilities[i]:.2f}" for i in best)
-    truth = "" if explanation.label == UNLABELLED else f", diagnosed {explanation.diagnoses[explanation.label]}"
+    truth = "" if explanation.label == UNLABELED else f", diagnosed {explanation.diagnoses[explanation.label]}"
     models = f"mean of {explanation.models} models" if explanation.models > 1 else "one model"
     return f"{explanation.lesion_id}{truth}   predicted {guesses}   ({models})"
 

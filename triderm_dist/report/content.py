@@ -271,7 +271,7 @@ class Content:
         return [self._hard(row, int(self._share[row].argmax())) for row in np.argsort(of_label, kind="stable")[:20]]
 
     @cached_property
-    def mislabelled(self) -> list[Hard]:
+    def mislabeled(self) -> list[Hard]:
         """Lesions whose label is likely wrong, the likeliest first, by confident learning (Northcutt et al. 2021).
 
         Another diagnosis is at least as probable as among its own lesions on average, the label less than among its

@@ -10,9 +10,9 @@ import numpy as np
 
 from triderm_dist.report.content import Content
 
-INK, GREY, FAINT = "#22313f", "#6b7785", "#dfe4ea"
+INK, GRAY, FAINT = "#22313f", "#6b7785", "#dfe4ea"
 BLUE, ORANGE = "#2f6690", "#d1782b"
-SHAP_COLOURS = "coolwarm"
+SHAP_COLORS = "coolwarm"
 PALETTE = ("#2f6690", "#d1782b", "#3a8f6b", "#a2487e", "#7a6bb0", "#8c7a3d", "#4f9fc4", "#b04f4f")
 
 STYLE: Any = {
@@ -20,7 +20,7 @@ STYLE: Any = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,8 +31,8 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.8,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
@@ -98,8 +98,8 @@ def _confusion(figure: Any, content: Content) -> str:
     axes.axvline(len(names) - 0.5, color="white", linewidth=4)
     for (row, column), value in np.ndenumerate(share):
         if content.confusion[row, column]:
-            colour = "white" if value > 0.55 else INK
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=colour)
+            color = "white" if value > 0.55 else INK
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=color)
     found = ", ".join(f"{name} {100 * share[i, i]:.0f}%" for i, name in enumerate(names) if lesions[i])
     return f"Confusion matrix in percent of the lesions of each diagnosis. Found rightly: {found}."
 
@@ -124,7 +124,7 @@ def _precision_recall(figure: Any, content: Content) -> str:
         area = float(precision[truth[order]].mean())
         areas.append(f"{name} {area:.2f}")
         axes.plot(recall, precision, color=BLUE, linewidth=1.4)
-        axes.axhline(truth.mean(), color=GREY, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.axhline(truth.mean(), color=GRAY, linewidth=0.8, linestyle=(0, (3, 3)))
         own = content.counts.precision[index], content.counts.recall[index]
         if np.isfinite(own[0]):
             axes.plot(own[1], own[0], "o", color=ORANGE, markersize=5, clip_on=False)
@@ -147,7 +147,7 @@ def _reliability(figure: Any, content: Content) -> str:
     said = np.bincount(part, confidence, 10)[used] / counts[used]
     was = np.bincount(part, right, 10)[used] / counts[used]
     error = float((counts[used] * np.abs(said - was)).sum() / counts.sum())
-    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=(0, (3, 3)))
+    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (3, 3)))
     enough = counts[used] >= LEAST_IN_PART
     said, was, lesions = said[enough], was[enough], counts[used][enough]
     spread = 1.96 * np.sqrt(was * (1 - was) / lesions)
@@ -157,7 +157,7 @@ def _reliability(figure: Any, content: Content) -> str:
     axes.set_ylim(0, 1)
     axes.set_xlabel("probability of the likeliest diagnosis")
     axes.set_ylabel("share that is right")
-    axes.text(0.97, 0.04, f"expected calibration error {error:.3f}", transform=axes.transAxes, ha="right", color=GREY)
+    axes.text(0.97, 0.04, f"expected calibration error {error:.3f}", transform=axes.transAxes, ha="right", color=GRAY)
     return f"Reliability of the likeliest diagnosis; expected calibration error {error:.3f} over ten parts."
 
 
@@ -167,13 +167,13 @@ def _learning_curves(figure: Any, content: Content) -> str:
     for (model, folds), (left, right) in zip(content.curves.items(), grid, strict=True):
         finals = []
         for number, (fold, records) in enumerate(folds.items()):
-            colour = PALETTE[number % len(PALETTE)]
+            color = PALETTE[number % len(PALETTE)]
             train = [record for record in records if record["kind"] == "train"]
             judged = [record for record in records if record["kind"] == "validation"]
-            left.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=colour, linewidth=1)
+            left.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=color, linewidth=1)
             right.plot(
                 [r["epoch"] for r in judged], [r["macro_f1"] for r in judged],
-                color=colour, linewidth=1.4, marker="o", markersize=2.5, label=f"fold {fold}",
+                color=color, linewidth=1.4, marker="o", markersize=2.5, label=f"fold {fold}",
             )  # fmt: skip
             finals += [judged[-1]["macro_f1"]] if judged else []
         left.set_title(f"{model}: training loss")
@@ -213,7 +213,7 @@ def _importance(figure: Any, content: Content) -> str:
 
 
 def _shap(figure: Any, content: Content) -> str:
-    """A dot a lesion: how much a column moved a diagnosis' score, coloured by the column's own value."""
+    """A dot a lesion: how much a column moved a diagnosis' score, colored by the column's own value."""
     shap = content.shap
     assert shap is not None
     mean = np.abs(shap.values).mean(axis=0)
@@ -223,20 +223,20 @@ def _shap(figure: Any, content: Content) -> str:
     image = None
     for row, (diagnosis, column) in enumerate(pairs):
         moved, value = shap.values[:, diagnosis, column], shap.columns[:, column]
-        order = np.argsort(np.argsort(value, kind="stable"))  # ranks: outliers do not take all the colour
+        order = np.argsort(np.argsort(value, kind="stable"))  # ranks: outliers do not take all the color
         counts, edges = np.histogram(moved, 60)
         crowd = counts[np.clip(np.searchsorted(edges, moved, side="right") - 1, 0, 59)] / max(counts.max(), 1)
         height = row + 0.38 * crowd * generator.uniform(-1, 1, len(moved))
         known = np.isfinite(value)
         axes.scatter(moved[~known], height[~known], s=5, color=FAINT, linewidths=0, rasterized=True)
         image = axes.scatter(
-            moved[known], height[known], s=5, c=order[known] / len(order), cmap=SHAP_COLOURS, vmin=0, vmax=1,
+            moved[known], height[known], s=5, c=order[known] / len(order), cmap=SHAP_COLORS, vmin=0, vmax=1,
             linewidths=0, rasterized=True,
         )  # fmt: skip
     names = [f"{shap.names[column]} → {content.diagnoses[diagnosis]}" for diagnosis, column in pairs]
     axes.set_yticks(range(len(pairs)), names, fontsize=8.5)
     axes.invert_yaxis()
-    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.axvline(0, color=GRAY, linewidth=0.8)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("SHAP value: change of the diagnosis' score (log odds before the softmax)")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 1], shrink=0.5, aspect=18)

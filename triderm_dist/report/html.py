@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 STYLE = """
-:root { --ink: #22313f; --grey: #5f6b78; --line: #e3e8ed; --soft: #f5f7f9; --blue: #2f6690; --warm: #fdf3e7;
+:root { --ink: #22313f; --gray: #5f6b78; --line: #e3e8ed; --soft: #f5f7f9; --blue: #2f6690; --warm: #fdf3e7;
   --amber: #9a5512; }
 * { box-sizing: border-box; }
 html { color-scheme: light; -webkit-text-size-adjust: 100%; }
@@ -18,24 +18,24 @@ main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; font-weight: 650; }
 h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; font-weight: 650; }
 p { margin: .5rem 0 1rem; max-width: 44rem; }
-.quiet, figcaption, .note { color: var(--grey); font-size: .9rem; }
+.quiet, figcaption, .note { color: var(--gray); font-size: .9rem; }
 .banner { background: var(--warm); border-left: 4px solid #d1782b; padding: .7rem 1rem; margin: 1.25rem 0;
   border-radius: 4px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
 .card { background: var(--soft); border-radius: 10px; padding: 1.1rem 1.25rem; }
-.card .label { color: var(--grey); font-size: .9rem; }
+.card .label { color: var(--gray); font-size: .9rem; }
 .card .figure { font-size: 2.6rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
 .card .interval { font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; margin: .75rem 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--grey); font-size: .9rem; padding-bottom: .4rem; }
+caption { text-align: left; color: var(--gray); font-size: .9rem; padding-bottom: .4rem; }
 th, td { padding: .42rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--grey); }
+th { font-weight: 600; color: var(--gray); }
 thead th { white-space: normal; vertical-align: bottom; line-height: 1.3; }
 th:first-child, td:first-child, .text { text-align: left; }
 tbody th { color: var(--ink); font-weight: 500; text-align: left; }
 tr.lead th, tr.lead td { font-weight: 650; background: var(--soft); }
-tr.group th { color: var(--grey); font-weight: 600; padding-top: 1.1rem; }
+tr.group th { color: var(--gray); font-weight: 600; padding-top: 1.1rem; }
 .long { white-space: normal; min-width: 12rem; }
 .bar { display: inline-block; width: 6rem; height: .6rem; background: var(--line); border-radius: 3px; overflow: hidden;
   vertical-align: baseline; }

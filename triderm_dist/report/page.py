@@ -15,7 +15,7 @@ from triderm_dist.report.figures import draw
 from triderm_dist.report.html import card, data_table, document, figure
 from triderm_dist.schema import DIAGNOSIS_NAMES
 
-MOST_MISLABELLED = 30
+MOST_MISLABELED = 30
 
 FIELDS = {"skin_tone": "skin tone (0 very dark, 5 very light)", "sex": "sex", "age": "age", "site": "site"}
 
@@ -267,22 +267,22 @@ def _hard(content: Content) -> str:
             )
             for hard in lesions
         ]  # fmt: skip
-        header = ("lesion", "labelled", "its probability", believed, "its probability", "networks agree", "claimed")
+        header = ("lesion", "labeled", "its probability", believed, "its probability", "networks agree", "claimed")
         return data_table(header, rows, label)
 
-    wrong, shown = content.mislabelled, content.mislabelled[:MOST_MISLABELLED]
+    wrong, shown = content.mislabeled, content.mislabeled[:MOST_MISLABELED]
     count = f"{len(wrong):,} {_plural('lesion', len(wrong))} ({100 * len(wrong) / len(content.labels):.1f}%)"
     likely = (
         f"<p>{count} look to every network like another diagnosis, as surely as lesions of that one do on average, "
         "and less like their own than its lesions do (confident learning). That is a reason to look at the photos "
         "again, not a verdict: what the networks have not learnt shows up here as well.</p>"
         f"<details><summary>the {len(shown)} likeliest</summary>"
-        f"{table(shown, 'looks like', 'Likely mislabelled lesions')}</details>"
+        f"{table(shown, 'looks like', 'Likely mislabeled lesions')}</details>"
         if wrong
         else "<p>None: no lesion looks like another diagnosis as surely as that one's own lesions do.</p>"
     )
     return (
-        f"<h2>Likely mislabelled</h2>{likely}<h2>Hardest lesions</h2><p>The diagnosis on file is what the ensemble "
+        f"<h2>Likely mislabeled</h2>{likely}<h2>Hardest lesions</h2><p>The diagnosis on file is what the ensemble "
         "thinks least likely.</p>"
         f"<details><summary>{len(content.hardest)} lesions</summary>"
         f"{table(content.hardest, 'likeliest', 'Hardest lesions')}</details>"
@@ -323,7 +323,7 @@ def _inside(content: Content, picture: Callable[[str, str], str]) -> str:
         + picture(
             "shap",
             "SHAP values of the XGBoost stage, a dot a lesion: right of the line the column spoke for the diagnosis, "
-            "left against it. Red: the column’s value is high, blue: low, grey: missing.",
+            "left against it. Red: the column’s value is high, blue: low, gray: missing.",
         )
         + picture("shap_by_diagnosis", "How much each column moves each diagnosis, whichever way.")
     )

@@ -48,7 +48,7 @@ def draw_summary(summary: Summary) -> dict[Path, str]:
 
 
 def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> str:
-    from triderm_dist.report.figures import BLUE, GREY, INK, ORANGE
+    from triderm_dist.report.figures import BLUE, GRAY, INK, ORANGE
 
     place = figure.subplots()
     said: set[str] = set()
@@ -61,7 +61,7 @@ def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: S
         elif trial.state == "complete":
             style = {"color": BLUE, "lw": 1.2, "alpha": 0.7, "label": "ran to the end"}
         else:
-            style = {"color": GREY, "lw": 1.0, "alpha": 0.8, "label": "stopped early"}
+            style = {"color": GRAY, "lw": 1.0, "alpha": 0.8, "label": "stopped early"}
         style["label"] = "" if style["label"] in said else style["label"]
         said.add(style["label"])
         place.plot(epochs, trial.curve, marker="o", ms=3, zorder=3, **style)
@@ -133,20 +133,20 @@ class _Axis:
 
 
 def _draw_settings(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> str:
-    from triderm_dist.report.figures import BLUE, GREY, INK, ORANGE
+    from triderm_dist.report.figures import BLUE, GRAY, INK, ORANGE
 
     columns = min(3, len(axes))
     grid = figure.subplots(math.ceil(len(axes) / columns), columns, squeeze=False, sharey=True)
     kinds = [
-        ("stopped early (at an earlier epoch)", [t for t in trials if t.state != "complete"], GREY, "x", 30),
+        ("stopped early (at an earlier epoch)", [t for t in trials if t.state != "complete"], GRAY, "x", 30),
         ("ran to the end", [t for t in trials if t.state == "complete"], BLUE, "o", 36),
         ("the experiment's own settings", [t for t in trials if t.number == BASELINE], INK, "D", 60),
         ("best", [t for t in trials if t is summary.best], ORANGE, "*", 160),
     ]
     for place, axis in zip(grid.flat, axes, strict=False):
-        for label, some, colour, marker, size in kinds:
+        for label, some, color, marker, size in kinds:
             x, y = [axis.place(trial.settings[axis.key]) for trial in some], [trial.macro_f1 for trial in some]
-            place.scatter(x, y, size, colour, marker, label=label, zorder=3)
+            place.scatter(x, y, size, color, marker, label=label, zorder=3)
         place.set_xticks(*axis.ticks())
         place.set_xlim(-0.05, 1.05)
         place.set_xlabel(axis.key.removeprefix("train.") + (" (log)" if axis.domain.kind == "loguniform" else ""))
@@ -162,18 +162,18 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    from triderm_dist.report.figures import GREY, INK, ORANGE
+    from triderm_dist.report.figures import GRAY, INK, ORANGE
 
     place = figure.subplots()
     scores = [trial.macro_f1 or 0.0 for trial in trials]
     low, high = min(scores), max(scores)
-    colours = ScalarMappable(Normalize(low, high), "viridis_r")
+    colors = ScalarMappable(Normalize(low, high), "viridis_r")
     at = range(len(axes))
     # Low scores first, so that the good ones lie on top.
     for trial in sorted(trials, key=lambda trial: trial.macro_f1 or 0.0):
         ends = trial.state == "complete"
         shade = ((trial.macro_f1 or 0.0) - low) / ((high - low) or 1.0)
-        style: dict[str, Any] = {"color": colours.cmap(shade), "lw": 1.6 if ends else 0.9}
+        style: dict[str, Any] = {"color": colors.cmap(shade), "lw": 1.6 if ends else 0.9}
         style["linestyle"] = "-" if ends else ":"
         if trial.number == BASELINE:
             style |= {"color": INK, "lw": 2.2, "linestyle": "--", "label": "the experiment's own settings"}
@@ -185,13 +185,13 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
         for y, text in zip(*axis.ticks(), strict=True):
             place.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
                            bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.8, "edgecolor": "none"})  # fmt: skip
-        place.axvline(x, color=GREY, lw=1, zorder=0)
+        place.axvline(x, color=GRAY, lw=1, zorder=0)
     place.set_xticks(list(at), [axis.title for axis in axes])
     place.set_yticks([])
     place.grid(False)
     place.spines[["left", "bottom"]].set_visible(False)
     place.set_xlim(-0.15, len(axes) - 0.5)
-    figure.colorbar(colours, ax=place, label="macro F1 (argmax); dotted: stopped early", pad=0.02)
+    figure.colorbar(colors, ax=place, label="macro F1 (argmax); dotted: stopped early", pad=0.02)
     if handles := place.get_legend_handles_labels()[0]:
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
-    return f"Each of {len(trials)} trials is a line through its {len(axes)} settings, coloured by macro F1."
+    return f"Each of {len(trials)} trials is a line through its {len(axes)} settings, colored by macro F1."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triderm_dist.config import save
-from triderm_dist.files import whole
+from triderm_dist.files import atomic_path
 from triderm_dist.search.settings import BASELINE, SearchRun
 from triderm_dist.search.space import Space, read_space, with_settings
 from triderm_dist.search.trial import Trial, read_trials
@@ -163,7 +163,7 @@ def _fanova(scored: Sequence[tuple[Mapping[str, Any], float]], space: Space) -> 
 
 def _write_table(path: Path, trials: Sequence[Trial], baseline: Trial | None) -> None:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
-    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "seed", "state", "epochs", "macro_f1", "official", "gain", "seconds", *keys, "error"])
         for trial in trials:

@@ -12,7 +12,7 @@ import yaml
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import find_file, load, save
-from triderm_dist.files import only_one
+from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search.results import Summary, conclude, outcome
 from triderm_dist.search.settings import SearchRun
@@ -52,7 +52,7 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH)):
         split_batch(total, micro, settings.workers)
     refusal = InputError(f"{run.search_folder}: another search is working here; wait for it or stop it")
-    with only_one(run.search_folder / ".lock", refusal):
+    with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
         prepare_tokens(experiment, index, model)  # once, so that the trials find them
         with started(settings):

@@ -130,7 +130,7 @@ def run_trial(
         index = open_index(own.train_shards, own.data.remote)
         if main:
             trial, before = _open_folder(trial, own, index, model, folds, folder, leader)
-        collectives.wait_for_all()
+        collectives.barrier()
         train = own.models[model].train
         curve, all_epochs = _Curve(train.select), len(folds) * train.epochs
 
@@ -186,7 +186,7 @@ def _open_folder(
     and the seconds that it took before.
     """
     from triderm_dist.engine.checkpoint import Checkpoints
-    from triderm_dist.engine.fold import fold_identity
+    from triderm_dist.engine.fold import resume_hash
 
     earlier, led = read_trial(folder), read_trial(leader) if leader else None
     before = earlier.seconds if earlier else 0.0
@@ -196,7 +196,7 @@ def _open_folder(
         shutil.copytree(leader, folder)
         for fold in folds:
             fold_folder = own.fold_folder(model, fold)
-            Checkpoints(fold_folder, fold_identity(own, index, model, fold), keep_last=1).take_over()
+            Checkpoints(fold_folder, resume_hash(own, index, model, fold), keep_last=1).take_over()
         change = {"epoch": led.epochs, "trial": led.number, "settings": led.settings}
         changes = led.changes if led.number == trial.number else [*led.changes, change]
         trial = replace(trial, changes=changes)

@@ -32,7 +32,7 @@ from triderm_dist.schema import (
     DIAGNOSES,
     METADATA_CATEGORIES,
     METADATA_FIELDS,
-    UNLABELLED,
+    UNLABELED,
     VIEWS,
     DataError,
     Lesion,
@@ -59,13 +59,13 @@ LESION_ID = re.compile(r"[^\s./\\]{1,80}")
 class Dataset:
     """Checked lesions of one challenge folder, in the order of its metadata table.
 
-    `concepts` are the names of the K concept scores, `labelled` says whether the folder has a ground truth, `notes`
+    `concepts` are the names of the K concept scores, `labeled` says whether the folder has a ground truth, `notes`
     lists what looked odd and was tolerated, with counts, and `problems` what is wrong with lesions that were left out.
     """
 
     lesions: list[Lesion]
     concepts: tuple[str, ...]
-    labelled: bool
+    labeled: bool
     notes: list[str]
     problems: tuple[Problem, ...] = ()
 
@@ -127,7 +127,7 @@ def read_challenge(
     lesions = []
     bad = {problem.lesion_id for problem in problems}
     for lesion_id, photos in views.items():
-        label = labels.pop(lesion_id, UNLABELLED)
+        label = labels.pop(lesion_id, UNLABELED)
         if lesion_id in bad:
             continue
         try:
@@ -136,7 +136,7 @@ def read_challenge(
         except _Invalid as error:
             problems.append(error.problem)
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
-    notes = _notes(lesions, labelled=truth_path is not None)
+    notes = _notes(lesions, labeled=truth_path is not None)
     if labels:
         notes.append(f"{len(labels)} rows of {truth_path} name a lesion that {metadata_path.name} lacks")
     if unused := find_photo.count_others(row["isic_id"] for row in rows):
@@ -159,14 +159,14 @@ def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, 
     )
 
 
-def _notes(lesions: Sequence[Lesion], labelled: bool) -> list[str]:
+def _notes(lesions: Sequence[Lesion], labeled: bool) -> list[str]:
     """What was tolerated, with counts."""
     tolerated: Counter[str] = Counter()
     for lesion in lesions:
         tolerated["with one photo, the other view marked missing"] += None in lesion.images.values()
         for field, value in zip(METADATA_FIELDS, lesion.metadata, strict=True):
             tolerated[f"without {field.replace('_', ' ')}"] += math.isnan(value)
-        tolerated["without a diagnosis"] += labelled and lesion.label == UNLABELLED
+        tolerated["without a diagnosis"] += labeled and lesion.label == UNLABELED
     return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
 
 
@@ -244,7 +244,7 @@ def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_R
 
 
 def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = None) -> dict[str, int]:
-    """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabelled.
+    """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabeled.
 
     A wrong row is told to `on_problem` and its lesion left out; without it, it raises DataError.
     """
@@ -271,12 +271,12 @@ def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = Non
 def _label(lesion_id: str, row: _Row) -> int:
     cells = [row[name] for name in DIAGNOSES]
     if all(cell.lower() in _MISSING for cell in cells):
-        return UNLABELLED
+        return UNLABELED
     values = [_number(cell) for cell in cells]
     if values.count(1.0) != 1 or values.count(0.0) != len(DIAGNOSES) - 1:
         what = (
             f"lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
-            f"not {','.join(cells)}; leave all empty if it is unlabelled"
+            f"not {','.join(cells)}; leave all empty if it is unlabeled"
         )
         raise _Invalid(lesion_id, "label", row.where, what)
     return values.index(1.0)

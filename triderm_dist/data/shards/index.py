@@ -39,7 +39,7 @@ from triderm_dist.data.shards.format import (
     samples_schema,
 )
 from triderm_dist.data.threads import cores, in_order
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, VIEWS, DataError
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, DataError
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.cache import Cache
@@ -86,7 +86,7 @@ class ShardIndex:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(N,) int64, `UNLABELLED` where unknown."""
+        """(N,) int64, `UNLABELED` where unknown."""
         return self._columns("label")["label"].to_numpy().astype(np.int64)
 
     @cached_property
@@ -130,8 +130,8 @@ class ShardIndex:
 
     def counts(self) -> dict[str, int]:
         """Lesions of each diagnosis, and those without one."""
-        counts = np.bincount(self.labels - UNLABELLED, minlength=len(self.diagnoses) + 1).tolist()
-        return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabelled": counts[0]}
+        counts = np.bincount(self.labels - UNLABELED, minlength=len(self.diagnoses) + 1).tolist()
+        return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabeled": counts[0]}
 
     def _of_views(self, what: str) -> np.ndarray:
         table = self._columns(*(f"{view}_{what}" for view in VIEWS))
@@ -326,7 +326,7 @@ def _check_rows(index: ShardIndex) -> None:
             if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(room):
                 raise DataError(outside)
             held += np.bincount(shard, minlength=len(room))
-            wrong = (label < UNLABELLED) | (label >= len(index.diagnoses))
+            wrong = (label < UNLABELED) | (label >= len(index.diagnoses))
             for offset, size in zip(rest[::2], rest[1::2], strict=True):
                 wrong |= (offset < 0) | (size < 0) | (offset + size > room[shard])
             if wrong.any():

@@ -24,7 +24,7 @@ from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright,
 from triderm_dist.data.shards.record import Record, parse
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import cores, in_order
-from triderm_dist.schema import CONCEPTS, UNLABELLED, VIEWS, DataError
+from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError
 
 Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""
@@ -117,7 +117,7 @@ def index_shards(
         note("no sample has concept scores; every score is missing")
     if turned:
         note(f"{turned} photos whose EXIF wants them turned; they train as they lie, packing would turn them")
-    if all(pc.all(pc.equal(table["label"], UNLABELLED)).as_py() for table in tables):
+    if all(pc.all(pc.equal(table["label"], UNLABELED)).as_py() for table in tables):
         note("no sample has a label; these shards can be predicted, not trained on")
     names = concepts or CONCEPTS
     about = {"extensions": {view: list(names) for view, names in extensions.items()}}

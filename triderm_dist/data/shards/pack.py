@@ -32,7 +32,7 @@ from triderm_dist.data.shards.photos import QUALITY, PhotoError, photo_facts, pr
 from triderm_dist.data.shards.record import describe
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import cores, in_order
-from triderm_dist.files import only_one, whole
+from triderm_dist.files import atomic_path, exclusive_lock
 from triderm_dist.schema import VIEWS, DataError, Lesion
 
 Progress = Callable[[int, int], None]
@@ -73,7 +73,7 @@ def pack_shards(
     part = folder.with_name(folder.name + ".part")
     try:
         refusal = DataError(f"{part}: another process is packing here; wait for it or end it")
-        with only_one(part / "lock", refusal):
+        with exclusive_lock(part / "lock", refusal):
             if _occupied(folder):  # made by another process in the meantime
                 return _already_packed(folder, packing)
             shards, problems = packing.write(part)
@@ -266,7 +266,7 @@ class _Packing:
             "problems": [asdict(problem) for problem in shard.problems],
         }
         schema = rows_schema(len(self.concepts)).with_metadata({_RECORD: json.dumps(record).encode()})
-        with whole(_rows_path(part, number)) as beside:
+        with atomic_path(_rows_path(part, number)) as beside:
             pq.write_table(pa.Table.from_pylist(shard.rows, schema), beside)
         return finished
 

@@ -32,16 +32,16 @@ def prepare_photo(data: bytes, short_side: int | None) -> bytes:
     that is small enough keeps the bytes of its pixels; only its metadata segments are left out.
     Raises PhotoError for a file that is no photo, is cut off or is damaged.
     """
-    # Before decoding: a JPEG cut in its last rows may decode to grey there without a word.
+    # Before decoding: a JPEG cut in its last rows may decode to gray there without a word.
     clean = strip_metadata(data) if data[:2] == bytes((0xFF, _SOI)) else None
     try:
-        if clean is None or _colours(data) == "CMYK":
+        if clean is None or _colors(data) == "CMYK":
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
                 return _encode(image.convert("RGB"), _reduced(image.size, short_side), _exif_orientation(image))
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
         size, orientation = _reduced((width, height), short_side), _orientation(data)
         pixels = _decode(data, size)
-        if size == (width, height) and orientation == 1 and _colours(data) == "RGB":
+        if size == (width, height) and orientation == 1 and _colors(data) == "RGB":
             return clean
         return _encode(Image.fromarray(pixels), size, orientation)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -76,7 +76,7 @@ def is_upright(data: bytes) -> bool:
 def strip_metadata(data: bytes) -> bytes:
     """The JPEG without EXIF, GPS, XMP, ICC, comments, previews and whatever follows its end; the pixels are untouched.
 
-    Kept: the JFIF header without its preview, and Adobe's colour transform, without which colours would change.
+    Kept: the JFIF header without its preview, and Adobe's color transform, without which colors would change.
     Raises PhotoError where a segment or the end marker is missing.
     """
     if data[:2] != bytes((0xFF, _SOI)):
@@ -124,10 +124,10 @@ def _segment(marker: int, payload: bytes) -> bytes:
     return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
-def _colours(data: bytes) -> str:
+def _colors(data: bytes) -> str:
     """RGB: three components; Gray; CMYK: four."""
-    colours = str(simplejpeg.decode_jpeg_header(data)[2])
-    return {"YCbCr": "RGB", "YCCK": "CMYK"}.get(colours, colours)
+    colors = str(simplejpeg.decode_jpeg_header(data)[2])
+    return {"YCbCr": "RGB", "YCCK": "CMYK"}.get(colors, colors)
 
 
 def _orientation(data: bytes) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from triderm_dist.data.readers.milk10k import COLUMN_OF_FIELD, CONCEPT_PREFIX, LESION_ID, parse_field, parse_score
-from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELLED, Lesion
+from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELED, Lesion
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
@@ -34,7 +34,7 @@ def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
         metadata[field] = None if math.isnan(value) else names[int(value)] if names else value
     return {
         "lesion_id": lesion.lesion_id,
-        "label": None if lesion.label == UNLABELLED else DIAGNOSES[lesion.label],
+        "label": None if lesion.label == UNLABELED else DIAGNOSES[lesion.label],
         "group": lesion.group,
         "concepts": {
             name: None if math.isnan(score) else score for name, score in zip(concepts, lesion.concepts, strict=True)
@@ -68,7 +68,7 @@ def parse(key: str, record: bytes | None, label: bytes | None) -> Record:
     return Record(
         lesion_id=lesion_id,
         group=next((text for name in GROUP_KEYS if (text := _text(cells.get(name)))), lesion_id),
-        label=_label(diagnosis) if diagnosis else UNLABELLED,
+        label=_label(diagnosis) if diagnosis else UNLABELED,
         concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
         metadata=tuple(
             parse_field(field, _text(metadata.get(field, metadata.get(COLUMN_OF_FIELD[field]))))

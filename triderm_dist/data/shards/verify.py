@@ -13,7 +13,7 @@ from triderm_dist.data.shards.format import INDEX, SAMPLES, file_sha256
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, photo_facts
 from triderm_dist.data.shards.record import parse
-from triderm_dist.data.shards.write_index import count_sizes, labelled_digests, shared_photos
+from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
 from triderm_dist.data.threads import cores, in_order
 from triderm_dist.schema import VIEWS, DataError
 
@@ -79,7 +79,7 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
 
 
 def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
-    shared = shared_photos(labelled_digests(photos, index.labels), lambda: (index.lesion_ids, index.groups))
+    shared = shared_photos(labeled_digests(photos, index.labels), lambda: (index.lesion_ids, index.groups))
     right = {"photo_sizes": count_sizes(photos), "shared_photos": tuple(shared)}
     for name, value in right.items():
         if getattr(index, name) != value:

@@ -24,8 +24,8 @@ from triderm_dist.data.shards.format import (
     file_sha256,
     samples_schema,
 )
-from triderm_dist.files import whole, write_json
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELLED, VIEWS
+from triderm_dist.files import atomic_path, write_json
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS
 
 
 def write_index(
@@ -44,7 +44,7 @@ def write_index(
     sizes: Counter[tuple[int, int]] = Counter()
     digests: list[np.ndarray] = []
     rows = 0
-    with whole(folder / SAMPLES) as beside:
+    with atomic_path(folder / SAMPLES) as beside:
         with pq.ParquetWriter(beside, samples_schema(len(concepts)), compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
@@ -53,7 +53,7 @@ def write_index(
                     counts[entry["values"]] += entry["counts"]
                 photos = table["photos"].combine_chunks().flatten().to_numpy().reshape(-1, len(VIEWS), 3)
                 sizes += count_sizes(photos)
-                digests.append(labelled_digests(photos, table["label"].to_numpy()))
+                digests.append(labeled_digests(photos, table["label"].to_numpy()))
 
         def names() -> tuple[Text, Text]:
             columns = pq.read_table(beside, columns=["lesion_id", "group"])
@@ -75,7 +75,7 @@ def write_index(
         **about,
         "shards": [vars(shard) for shard in shards],
         "samples": about_samples,
-        "counts": {**{name: counts[i] for i, name in enumerate(DIAGNOSES)}, "unlabelled": counts[UNLABELLED]},
+        "counts": {**{name: counts[i] for i, name in enumerate(DIAGNOSES)}, "unlabeled": counts[UNLABELED]},
         "photo_sizes": {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())},
         "shared_photos": shared,
         "dropped": count_by_kind(problems),
@@ -91,9 +91,9 @@ def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
     return Counter({divmod(size, 1 << 32): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)})
 
 
-def labelled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def labeled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(N, views) hashes of the `photo_facts` (N, views, 3); 0 where a lesion has no label: it is in no fold."""
-    return np.where(labels[:, None] != UNLABELLED, photos[..., 2], 0)
+    return np.where(labels[:, None] != UNLABELED, photos[..., 2], 0)
 
 
 def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
