@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., Challenge]
@@ -18,7 +19,7 @@ Make = Callable[..., Challenge]
 
 def run(program: str, *settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", program, *settings]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def truncate(challenge: Challenge) -> None:

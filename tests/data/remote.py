@@ -6,20 +6,24 @@ import contextlib
 import functools
 import http.server
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ..processes import HANG_SECONDS
 
 Fault = Callable[["Handler", bytes], None]
 
 
 class Server:
-    """`url`; `faults`: by file name, what happens to its next requests, one fault a request; `requests`: how many."""
+    """`url`; `faults`: by file name, what happens to its next requests, one fault a request; `requests`: how many;
+    `closing`: set when the server goes, which ends the faults that last.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.faults: dict[str, list[Fault]] = {}
         self.requests: Counter[str] = Counter()
+        self.closing = threading.Event()
         self._lock = threading.Lock()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self, folder))
         self._server.daemon_threads = True
@@ -69,6 +73,7 @@ def serve(folder: Path) -> Iterator[Server]:
     try:
         yield server
     finally:
+        server.closing.set()
         server._server.shutdown()
         server._server.server_close()
 
@@ -80,12 +85,12 @@ def stall(handler: Handler, data: bytes) -> None:
     """Half of the body, then silence."""
     handler.answer(data[: len(data) // 2], len(data))
     handler.wfile.flush()
-    time.sleep(5)
+    handler.owner.closing.wait(HANG_SECONDS)
 
 
 def silence(handler: Handler, data: bytes) -> None:
     """Not even a header."""
-    time.sleep(5)
+    handler.owner.closing.wait(HANG_SECONDS)
 
 
 def reset(handler: Handler, data: bytes) -> None:
@@ -129,7 +134,8 @@ def endless(handler: Handler, data: bytes) -> None:
     for byte in data:
         handler.wfile.write(bytes([byte]))
         handler.wfile.flush()
-        time.sleep(0.2)
+        if handler.owner.closing.wait(0.1):
+            return
 
 
 def forbidden(handler: Handler, data: bytes) -> None:

@@ -14,13 +14,15 @@ from PIL import Image
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS
 
+from ..processes import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
 
 
 def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:
     arguments = [f"{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "shards.demo", f"output={output}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 @pytest.fixture(scope="module")

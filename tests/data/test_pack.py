@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge
+from tests.processes import HANG_SECONDS
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.data.shards import pack
@@ -54,12 +55,15 @@ def stop_at(lesions: int) -> Callable[[int, int], None]:
 
 
 def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
-    """Pack; SIGKILL comes `pause` seconds after the progress was told `calls` times."""
+    """Pack; SIGKILL comes `pause` seconds after the callback `progress` was called `calls` times. The last call waits for
+    it, while the workers continue.
+    """
     left = iter(range(calls))
 
     def progress(done: int, total: int) -> None:
         if next(left, None) == calls - 1:
             threading.Timer(pause, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Event().wait()
 
     pack_shards(read_challenge(folder), output, short_side=100, shard_samples=4, workers=2, progress=progress)
 
@@ -78,7 +82,7 @@ def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
             target=pack_and_die, args=(str(challenge.folder), str(tmp_path / "out"), calls, pause), daemon=True
         )
         process.start()
-        process.join(60)
+        process.join(HANG_SECONDS)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
@@ -173,7 +177,7 @@ def test_a_full_disk_is_one_line(make_challenge: Make, tmp_path: Path) -> None:
     answer = context.Queue()
     process = context.Process(target=fill_disk, args=(str(challenge.folder), str(tmp_path / "out"), answer))
     process.start()
-    text = answer.get(timeout=60)
+    text = answer.get(timeout=HANG_SECONDS)
     process.join()
     assert "goes on where it stopped" in text and "\n" not in text and not (tmp_path / "out").exists()
     assert len(packed(read_challenge(challenge.folder), tmp_path / "out")) == 33
