@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 HANG_SECONDS = 900.0
-"""A test that waits this long for one thing hangs. How busy the machine is must decide no test: every limit is this one,
+"""A test that waits this long for one thing hangs. How busy the machine is must decide no test: each limit is this one,
 and that something happens early is shown by counts or events.
 """
 

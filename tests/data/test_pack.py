@@ -55,8 +55,8 @@ def stop_at(lesions: int) -> Callable[[int, int], None]:
 
 
 def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
-    """Pack; SIGKILL comes `pause` seconds after the callback `progress` was called `calls` times. The last call waits for
-    it, while the workers continue.
+    """Pack; SIGKILL comes `pause` seconds after the callback `progress` was called `calls` times. The last call waits
+    for it, while the workers continue.
     """
     left = iter(range(calls))
 

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +11,9 @@ import pytest
 from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.predictions import read_predictions
 
-from .conftest import ROOT, launch
+from .conftest import ROOT, finish, launch, start
 
+SIGNAL_WORKER = str(ROOT / "tests" / "distributed" / "workers" / "signal_worker.py")
 SETTINGS = """
 data: {folds: 2}
 train:
@@ -44,7 +42,7 @@ def settings(packed, tmp_path_factory) -> list[str]:
 def alone(settings, tmp_path_factory) -> Path:
     """The run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("alone")
-    launch("launch.train", *settings, f"output={folder}")
+    launch("launch.train", *settings, f"output={folder}", fork=False)
     return folder / "tri" / "fold-0"
 
 
@@ -75,19 +73,14 @@ def test_a_finished_fold_is_not_trained_again(alone, settings):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings, tmp_path, number):
-    command = [sys.executable, "-m", "launch.train", *settings, f"output={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    # In step 4 of 4 of the first epoch, which has logged a step that the checkpoint of step 2 does not hold. A step has
+    # two micro-batches, each with a forward for the soft F1 sums and one for the gradient.
+    stopped = launch(SIGNAL_WORKER, number.name, "14", *settings, f"output={tmp_path}", check=False)
+    assert stopped.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 3), stopped.stderr
     folder = tmp_path / "tri" / "fold-0"
-    # Inside an epoch, after the first checkpoint and (most likely) after steps that no checkpoint holds.
-    while not (folder / "checkpoints" / "epoch-0000-step-00000002").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == (-signal.SIGKILL if number == signal.SIGKILL else 3)
+    saved = max(int(path.name.rpartition("-")[2]) for path in (folder / "checkpoints").iterdir())
+    assert (saved, losses(folder)[-1][0]) == ((2, 3) if number == signal.SIGKILL else (4, 4))
     assert not (folder / "fold.json").exists()
-    if number != signal.SIGKILL:  # nothing that was logged is lost
-        saved = max(int(path.name.rpartition("-")[2]) for path in (folder / "checkpoints").iterdir())
-        assert saved == losses(folder)[-1][0]
     launch("launch.train", *settings, f"output={tmp_path}")
     assert losses(folder) == losses(alone)
     assert weights_of(folder) == weights_of(alone)
@@ -96,15 +89,12 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings,
 
 
 def test_a_signal_before_training_is_none_that_kills(settings, tmp_path):
-    command = [sys.executable, "-m", "launch.train", *settings, f"output={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    status = Path(f"/proc/{process.pid}/status")
-    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGUSR1 - 1):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 3
-    assert not list(tmp_path.iterdir())
+    os.mkfifo(tmp_path / "pipe.yaml")
+    process = start("launch.train", "--config", str(tmp_path / "pipe.yaml"), *settings[2:], f"output={tmp_path}/run")
+    with (tmp_path / "pipe.yaml").open("w"):  # opens when the program does, which reads until this is closed
+        process.send_signal(signal.SIGUSR1)
+        assert finish(process).returncode == 3
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_while_a_fold_ends_stops_before_the_next(settings, tmp_path):
@@ -127,8 +117,12 @@ def test_checkpoints_of_other_settings_are_not_resumed(alone, settings, tmp_path
     assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(alone)
 
 
-def test_two_ranks_give_the_numbers_of_one(alone, settings, tmp_path):
-    done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config="accelerate_configs/ddp.yaml")
+@pytest.mark.parametrize(
+    "fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forks", "as started by users"]
+)
+def test_two_ranks_give_the_numbers_of_one(alone, settings, tmp_path, fork):
+    ddp = "accelerate_configs/ddp.yaml"
+    done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config=ddp, fork=fork)
     assert "2 rank(s)" in done.stdout
     assert "global batch 16 = 2 x 8 x 1" in done.stdout
     folder = tmp_path / "tri" / "fold-0"

@@ -1,0 +1,26 @@
+"""launch.train that sends itself a signal when the network is about to train for the COUNTth time.
+
+python signal_worker.py SIGNAL COUNT [SETTINGS OF launch.train]
+"""
+
+import os
+import signal
+import sys
+from itertools import count
+
+import torch
+
+from launch.train import TrainRun, main
+from triderm_dist.cli import run
+from triderm_dist.models.network import Network
+
+if __name__ == "__main__":
+    number, last, *arguments = sys.argv[1:]
+    calls = count(1)
+
+    def hook(module: torch.nn.Module, inputs: tuple) -> None:
+        if isinstance(module, Network) and module.training and next(calls) == int(last):
+            os.kill(os.getpid(), signal.Signals[number])
+
+    torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    run(TrainRun, main, None, arguments)

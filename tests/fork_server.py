@@ -1,0 +1,196 @@
+"""A `python` that has imported PyTorch already, which takes seconds each time: a server forks a process per program.
+
+`fork_python()` is the path of an executable that takes what `sys.executable` takes: `-m MODULE`, `-c CODE` or a file.
+It asks the server for a fork with its arguments, environment, folder and standard files, forwards signals to it, and
+ends as it does. In the fork it is `sys.executable` too: the stages of a pipeline and the ranks of a launcher are forks
+as well. Two things differ from a new process: what packages read from the environment while they are imported
+(OMP_NUM_THREADS) is that of the server, and modules are not torn down at the end, which takes seconds as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[1]
+IMPORTED = (
+    "accelerate.commands.launch", "deepspeed", "matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "simplejpeg",
+    "sklearn.model_selection", "timm", "torch.distributed.run", "torch.profiler", "torch.utils.flop_counter",
+    "torch.utils.tensorboard", "torchvision", "transformers", "xgboost",
+)  # fmt: skip
+CLIENT = """\
+#!{python} -SE
+import json, os, signal, socket, sys
+
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
+body = json.dumps(request).encode()
+socket.send_fds(server, [b"%8d" % len(body)], [0, 1, 2])
+server.sendall(body)
+answers = server.makefile()
+pid = int(answers.readline())
+for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), lambda number, frame: os.kill(pid, number))
+status = int(answers.readline())
+if status < 0:
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+
+
+@functools.cache
+def fork_python() -> str:
+    """The executable; starts this process' server at the first call."""
+    folder = Path(tempfile.mkdtemp(prefix="fork-server-"))
+    command = [sys.executable, "-m", "tests.fork_server", str(folder / "socket"), str(folder / "python")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert server.stdin and server.stdout
+    atexit.register(server.stdin.close)
+    while line := server.stdout.readline():  # imports may print, too
+        if line == b"serving\n":
+            return str(folder / "python")
+    raise AssertionError(f"{command} ended with {server.wait()}")
+
+
+class Server:
+    """Forks a process for each client, tells it how the process ended, and kills the process if the client dies."""
+
+    def __init__(self, address: str, python: str) -> None:
+        self.python, self.path = python, sys.path[1:]
+        Path(python).write_text(CLIENT.format(python=sys.executable, address=address))
+        Path(python).chmod(0o755)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(address)
+        self.listener.listen()
+        self.child_ended, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wakeup.fileno())
+        self.files = [self.listener, self.child_ended, wakeup]
+        self.clients: dict[int, socket.socket] = {}
+
+    def serve(self) -> None:
+        """Until standard input is closed."""
+        while True:
+            clients = {client: pid for pid, client in self.clients.items()}
+            ready, _, _ = select.select([sys.stdin, self.listener, self.child_ended, *clients], [], [])
+            if sys.stdin in ready:
+                return
+            for client in clients.keys() & set(ready):  # it says nothing more: it died
+                os.kill(clients[client], signal.SIGKILL)
+                self._answer(clients[client], 0)
+            if self.child_ended in ready:
+                self.child_ended.recv(4096)
+                self._answer_all()
+            if self.listener in ready:
+                self._fork()
+
+    def _fork(self) -> None:
+        client, _ = self.listener.accept()
+        length, files, _, _ = socket.recv_fds(client, 8, 3)
+        request = json.loads(client.recv(int(length), socket.MSG_WAITALL))
+        pid = os.fork()
+        if pid == 0:
+            for file in (*self.files, *self.clients.values(), client):
+                file.close()
+            become(request, files, self.python, self.path)
+        for number in files:
+            os.close(number)
+        self.clients[pid] = client
+        client.sendall(f"{pid}\n".encode())
+
+    def _answer_all(self) -> None:
+        """Children that ended, also those whose clients have died."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] in self.clients:
+                    self._answer(ended[0], os.waitstatus_to_exitcode(ended[1]))
+
+    def _answer(self, pid: int, status: int) -> None:
+        with self.clients.pop(pid) as client, contextlib.suppress(OSError):
+            client.sendall(f"{status}\n".encode())
+
+
+def become(request: dict[str, Any], files: list[int], python: str, path: list[str]) -> NoReturn:
+    """Go on as the process that `python ARGUMENTS` would be."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the server
+    os.setpgid(0, 0)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    random.seed()
+    arguments = request["arguments"]
+    if arguments[0] == "-u":
+        arguments.pop(0)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    more = os.environ.get("PYTHONPATH")
+    script = "" if arguments[0].startswith("-") else os.path.dirname(os.path.abspath(arguments[0]))
+    sys.path[:] = [script or os.getcwd(), *(more.split(os.pathsep) if more else ()), *path]
+    sys.executable = python
+    sys.argv = arguments if script else arguments[1:]
+    status = 0
+    try:
+        if script:
+            runpy.run_path(arguments[0], run_name="__main__")
+        elif arguments[0] == "-m":
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            assert arguments[0] == "-c"
+            sys.argv[0] = "-c"
+            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else end.code is not None
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(address: str, python: str) -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, f"imports started {threading.enumerate()}: a fork would lose them"
+    gc.freeze()  # forks need not look at what was imported, nor copy its pages
+    server = Server(address, python)
+    print("serving", flush=True)
+    server.serve()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
