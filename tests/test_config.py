@@ -1,5 +1,6 @@
 """Settings: strict, helpful, and the same after writing and reading."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,24 @@ def test_a_file_that_builds_on_itself_is_told(tmp_path, base):
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: builds on itself by `base`"):
         load(Experiment, tmp_path / "a.yaml")
+
+
+def test_plugins_are_imported_before_settings_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_table.py").write_text("LOADED = []\nLOADED.append(1)\n")
+    config = load(Experiment, None, ["plugins=[my_table.py]"])
+    assert config.plugins == (str(tmp_path / "my_table.py"),)
+    load(Experiment, None, ["plugins=[my_table.py]"])
+    assert sys.modules.pop("triderm_plugin_my_table").LOADED == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "FileNotFoundError"), ("1 / 0", "broken.py: ZeroDivisionError: division by zero")],
+)
+def test_a_plugin_that_cannot_be_imported_is_one_line(text, message, tmp_path):
+    if text:
+        (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load(Experiment, None, [f"plugins=[{tmp_path}/broken.py]"])
+    assert "\n" not in str(raised.value) and "triderm_plugin_broken" not in sys.modules

@@ -7,7 +7,9 @@ that need less declare a smaller `Section` of their own and go through the same 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -293,8 +295,13 @@ class PredictConfig(Section):
 
 
 class Experiment(Section):
-    """The whole tree: what `launch.*` and `tune.*` read."""
+    """The settings of a run."""
 
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Python files or modules that are imported first and add networks, losses, optimizers and the like "
+        "to the library's tables; docs/extending.md has recipes",
+    )
     output: str = Field("runs/default", description="folder of this run")
     seed: int = Field(0, description="seed of initial weights, order and augmentation")
     token_seed: int | None = Field(None, description="seed of the augmented tokens of frozen towers; null takes `seed`")
@@ -306,6 +313,23 @@ class Experiment(Section):
     stack: StackConfig = StackConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     predict: PredictConfig = PredictConfig()
+
+    explain: tuple[str, ...] = Field(
+        (), description="triderm predict: ids of lesions to draw attention pictures of, instead of predicting"
+    )
+    rank_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more "
+        "where rank 0 checks very large shards (data.verify)",
+    )
+    tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
+
+    @field_validator("plugins")
+    @classmethod
+    def _locate_plugins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Files by absolute path, so that other processes find them from their own working directory."""
+        return tuple(str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in names)
 
     @model_validator(mode="before")
     @classmethod
@@ -321,17 +345,6 @@ class Experiment(Section):
             for name, model in raw["models"].items()
         }
         return {**raw, "models": models}
-
-    explain: tuple[str, ...] = Field(
-        (), description="triderm predict: ids of lesions to draw attention pictures of, instead of predicting"
-    )
-    rank_timeout: float = Field(
-        600.0,
-        gt=0,
-        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more "
-        "where rank 0 checks very large shards (data.verify)",
-    )
-    tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
 
     @property
     def folder(self) -> Path:
@@ -446,11 +459,35 @@ def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides
 
 
 def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
-    """The settings of `kind` from a plain tree of values. Raises ConfigError as `load` does."""
+    """The settings of `kind` from a plain tree of values; its plugins are imported first. Raises ConfigError as `load`
+    does, and for a plugin that cannot be imported.
+    """
+    if issubclass(kind, Experiment):
+        import_plugins(raw.get("plugins"))
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_one_line(kind, error)) from None
+
+
+def import_plugins(names: Any) -> None:
+    """Import the files and modules that `plugins` names, each once. Raises ConfigError for one that cannot be."""
+    for name in names if isinstance(names, list | tuple) else ():
+        path = Path(str(name)).expanduser().absolute()
+        module = f"triderm_plugin_{path.stem}" if path.suffix == ".py" else str(name)
+        if module in sys.modules:
+            continue
+        try:
+            if path.suffix != ".py":
+                importlib.import_module(module)
+                continue
+            spec = importlib.util.spec_from_file_location(module, path)
+            assert spec is not None and spec.loader is not None
+            sys.modules[module] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[module])
+        except Exception as error:  # whatever a user's file raises
+            sys.modules.pop(module, None)
+            raise ConfigError(f"plugins: {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def save(config: Section, path: Path) -> None:
