@@ -5,14 +5,15 @@ MkDocs calls `on_config`, `on_files` and `on_page_markdown` (mkdocs.yml, `hooks`
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import importlib
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from triderm_dist.commands import names
+from triderm_dist.config import Experiment, Section, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "triderm_dist"
@@ -41,8 +42,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the tables of settings."""
-    return re.sub(r"<!-- settings: ([\w.]+):(\w+) -->", lambda found: settings_of(*found.groups()), markdown)
+    """Fill in the settings of an experiment, and those that single programs add to it."""
+    markdown = markdown.replace("<!-- settings: experiment -->", experiment_settings())
+    return markdown.replace("<!-- settings: programs -->", program_settings())
 
 
 def api_pages() -> list[tuple[str, str]]:
@@ -60,29 +62,43 @@ def api_page(package: str) -> str:
     return "\n".join((f"# {package}\n", *sections))
 
 
-def settings_of(module: str, name: str) -> str:
-    """The settings of one class as a definition list, a heading for each section."""
-    import importlib
-
-    from triderm_dist.config import describe
-
-    kind = getattr(importlib.import_module(module), name)
-    inherited = set() if name == "Experiment" else inherited_keys(kind)
-    return "\n".join(lines_of([row for row in describe(kind) if row[0] not in inherited]))
-
-
-def inherited_keys(kind: type) -> set[str]:
-    from triderm_dist.config import Experiment, describe
-
-    return {row[0] for row in describe(Experiment)} if issubclass(kind, Experiment) else set()
-
-
-def lines_of(rows: list[Any]) -> Iterator[str]:
-    above = ""
+def experiment_settings() -> str:
+    """The settings tree of a run, a heading for each section."""
+    lines, above = [], ""
     # Plain keys first: Markdown has no way to end a section.
-    for key, type_name, default, description in sorted(rows, key=lambda row: "." in row[0]):
-        section = key.rpartition(".")[0]
+    for row in sorted(describe(Experiment), key=lambda row: "." in row[0]):
+        section = row[0].rpartition(".")[0]
         if section != above:
             above = section
-            yield f"\n### `{section}`\n" if section else ""
-        yield f"`{key}`\n:   {description}.  \n    {type_name}, default `{default}`\n"
+            lines.append(f"\n### `{section}`\n")
+        lines.append(definition(*row))
+    return "\n".join(lines)
+
+
+def program_settings() -> str:
+    """The settings of each program that are not those of an experiment."""
+    shared = {row[0] for row in describe(Experiment)}
+    lines = []
+    for name in names():
+        if kind := kind_of(name):
+            rows = [row for row in describe(kind) if row[0] not in shared or not issubclass(kind, Experiment)]
+            lines += [f"\n### `triderm {name}`\n", *(definition(*row) for row in rows)] if rows else []
+    return "\n".join(lines)
+
+
+def kind_of(program: str) -> type[Section] | None:
+    """The settings class that a program hands to `cli.run`; None where it reads no settings."""
+    module = importlib.import_module(f"triderm_dist.commands.{program}")
+    found: list[type[Section]] = []
+    if not hasattr(module, "run"):
+        return None
+    run, module.run = module.run, lambda kind, *rest: found.append(kind)
+    try:
+        module.start()
+    finally:
+        module.run = run
+    return found[0]
+
+
+def definition(key: str, type_name: str, default: str, description: str) -> str:
+    return f"`{key}`\n:   {description}.  \n    {type_name}, default `{default}`\n"
