@@ -10,8 +10,8 @@ from itertools import count
 
 import torch
 
-from launch.train import TrainRun, main
 from triderm_dist.cli import run
+from triderm_dist.commands.train import TrainRun, main
 from triderm_dist.models.network import Network
 
 if __name__ == "__main__":
