@@ -1,11 +1,19 @@
-"""Waiting in tests: for an event, with a limit that only guards against hanging."""
+"""Programs in processes of their own, and waiting for what they do."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from tests.fork_server import fork_python
+
+ROOT = Path(__file__).parents[1]
+WORKERS = ROOT / "tests" / "distributed" / "workers"
 HANG_SECONDS = 900.0
 """A test that waits this long for one thing hangs. How busy the machine is must decide no test: each limit is this one,
 and that something happens early is shown by counts or events.
@@ -24,3 +32,45 @@ def wait_for(
         assert process is None or process.poll() is None or condition(), f"{process.args} ended\n{output()}"
         assert time.monotonic() < deadline, f"waited {HANG_SECONDS:g} s\n{output()}"
         time.sleep(pause)
+
+
+def start(
+    module_or_file: str,
+    *arguments: str,
+    ranks: int = 1,
+    config: str | None = None,
+    fork: bool = True,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen:
+    """Start a program as `ranks` processes, under torchrun or, with `config`, under `accelerate launch`.
+
+    With `fork` the processes are forks of one that has imported PyTorch.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    target = [module_or_file] if module_or_file.endswith(".py") else ["-m", module_or_file]
+    if config:
+        launcher = ["-m", "launch.ranks", "--config_file", config, "--num_processes", str(ranks)]
+    elif ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    else:
+        launcher = []
+    return subprocess.Popen(
+        [fork_python() if fork else sys.executable, *launcher, *target, *arguments], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Wait for a process."""
+    try:
+        output, errors = process.communicate(timeout=HANG_SECONDS)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def launch(module_or_file: str, *arguments: str, check: bool = True, **how: Any) -> subprocess.CompletedProcess:
+    """Run a program to its end; `how` as for `start`."""
+    done = finish(start(module_or_file, *arguments, **how))
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done

@@ -1,14 +1,14 @@
 """Settings: strict, helpful, and the same after writing and reading."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT
 from triderm_dist.config import Experiment, describe, load, save
 from triderm_dist.schema import ConfigError
 
-EXPERIMENTS = Path(__file__).parents[1] / "launch" / "experiments"
+EXPERIMENTS = ROOT / "launch" / "experiments"
 
 
 @pytest.mark.parametrize(

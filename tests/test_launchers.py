@@ -16,7 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT
+
 KUBERNETES = ROOT / "launch" / "kubernetes"
 # The schemas of releases before 1.35 ask for onPodConditions in every rule, which their servers never did.
 RELEASES = ("1.35", "1.37")
@@ -135,7 +136,7 @@ def test_the_cluster_file_is_one_that_ray_takes():
         validate_config({**prepared, "worker_nodes": {}})
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "launch" / "slurm").glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*/slurm/*.sh")), ids=lambda path: path.name)
 def test_shell_scripts_are_shell(script):
     subprocess.run(["bash", "-n", script], check=True)
 
@@ -223,6 +224,6 @@ def test_a_launcher_file_that_is_not_there_is_told_in_one_line(tmp_path):
 def test_slurm_scripts_on_a_real_slurm():
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["launch/slurm/check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        ["tests/slurm/check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import load
 from triderm_dist.schema import ConfigError, InputError
@@ -95,7 +96,7 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
         f"cli.run(Section, lambda config: run_stages(stages, Path(r'{tmp_path}')), None, [])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], process_group=0, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=ROOT, process_group=0, stderr=subprocess.PIPE, text=True
     )
     while not (tmp_path / "begun").exists():
         assert process.poll() is None
@@ -111,7 +112,7 @@ def test_a_program_that_is_asked_to_stop_ends_with_3_also_in_code_run_from_text(
         "from triderm_dist import cli; from triderm_dist.config import Section\n"
         f"cli.run(Section, lambda config: exec({waits!r}), None, [])"
     )
-    path = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
     command = [sys.executable, "-m", "waits"]  # by -c Python gives another status
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 3 and done.stderr.startswith("interrupted: "), done
@@ -122,7 +123,7 @@ def test_one_run_at_a_time(tmp_path):
         "import sys; from pathlib import Path; from triderm_dist.stages import Stage, run_stages; "
         f"run_stages([Stage('wait', ['python', '-c', 'import time; time.sleep(60)'], 0, [], [])], Path(r'{tmp_path}'))"
     )
-    first = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:

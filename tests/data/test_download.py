@@ -20,13 +20,11 @@ from typing import Any
 
 import pytest
 
+from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist.cli import Interrupted
 from triderm_dist.data.download import download, fetch, read_checksums, unpack
 from triderm_dist.schema import DataError
 
-from ..processes import HANG_SECONDS
-
-ROOT = Path(__file__).parents[2]
 DATA = bytes(range(256)) * 2000
 QUICK = {"attempts": 3, "timeout": HANG_SECONDS, "pause": 0.01}
 

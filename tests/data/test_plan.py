@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.test_scan import write_foreign
+from tests.data.shards.test_index_foreign import write_foreign
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, Samples, Sampling, repeat_factors
 from triderm_dist.data.shards.index import ShardIndex

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import ROOT, launch
 from triderm_dist.monitoring.tracking import read_metrics
-
-from .conftest import ROOT, launch
 
 SETTINGS = """
 data: {folds: 2}

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.shards.faulty_server import serve, short_body, stall, unavailable
+from tests.processes import WORKERS, launch
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.predictions import read_predictions
 
-from ..data.remote import serve, short_body, stall, unavailable
-from .conftest import ROOT, launch
-from .order_worker import GLOBAL_BATCH, plans
-from .test_runs import SETTINGS
+from .test_train import SETTINGS
+from .workers.order_worker import GLOBAL_BATCH, plans
 
-WORKER = str(ROOT / "tests" / "distributed" / "order_worker.py")
+WORKER = str(WORKERS / "order_worker.py")
 
 
 @pytest.fixture(scope="module")

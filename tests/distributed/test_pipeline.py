@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
+from tests.processes import ROOT, launch
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import PhotoSource
 from triderm_dist.data.shards.index import read_index
@@ -25,7 +26,6 @@ from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.submission import read_submission
 
-from .conftest import ROOT, launch
 from .test_resume import records
 
 SETTINGS = """

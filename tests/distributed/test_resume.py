@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare_losses import ACROSS_MACHINES, largest_difference, losses
+from tests.processes import ROOT, WORKERS, launch
 from triderm_dist.monitoring.tracking import read_metrics
 
-from .conftest import ROOT, TINY_TRIMODAL, launch
+from .conftest import TINY_TRIMODAL
 
 GOLDEN = ROOT / "tests" / "golden_losses"
-WORKER = str(ROOT / "tests" / "distributed" / "forks.py")
+WORKER = str(WORKERS / "kill_worker.py")
 SETTINGS = """
 data: {folds: 2}
 train:

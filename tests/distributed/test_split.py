@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import WORKERS, launch
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -14,10 +15,9 @@ from triderm_dist.engine.evaluate import forward
 from triderm_dist.losses import focal_loss, soft_f1_loss
 from triderm_dist.models import build_network, build_towers
 
-from .conftest import ROOT, launch
-from .step_worker import EVALUATED, GLOBAL_BATCH, experiment
+from .workers.step_worker import EVALUATED, GLOBAL_BATCH, experiment
 
-WORKER = str(ROOT / "tests" / "distributed" / "step_worker.py")
+WORKER = str(WORKERS / "step_worker.py")
 LAST = 6  # 100 lesions in batches of 16: the seventh holds 4, so that some ranks hold padding only
 
 

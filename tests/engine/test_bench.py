@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.distributed.conftest import launch
+from tests.processes import launch
 from triderm_dist.commands.bench import BenchRun, main
 from triderm_dist.config import load
 from triderm_dist.engine.bench import add_record, alike, comparison, read_records, synthetic_shards

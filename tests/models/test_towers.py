@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.processes import ROOT
 from triderm_dist.config import TowerConfig
 from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
 from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, _split, build_tower, tower_hash
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
+GOLDEN = ROOT.parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="golden tensors of the original PanDerm code are not here"
 )

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy import stats
 
+from tests.processes import ROOT
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
@@ -38,8 +39,6 @@ from triderm_dist.search.space import (
 )
 from triderm_dist.search.study import search
 from triderm_dist.search.trial import Trial, _Curve, read_trial, read_trials, run_trial
-
-ROOT = Path(__file__).parents[1]
 
 
 def space_file(folder: Path, text: str) -> Path:

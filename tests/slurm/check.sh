@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The scripts of this folder on a real Slurm, a few minutes: a controller and two nodes, all on this machine and in a
+# The scripts of launch/slurm on a real Slurm, a few minutes: a controller and two nodes, all on this machine and in a
 # folder that is removed afterwards. Needs Debian's packages slurm-wlm and munge, the environment in which this project
 # is installed, no root and no GPU:
 #
-#   launch/slurm/check.sh [FOLDER TO KEEP]
+#   tests/slurm/check.sh [FOLDER TO KEEP]
 #
 # A tiny network is trained undisturbed on two nodes; then in a job that gets SIGUSR1, in one that a job of higher
 # priority preempts (SIGTERM), and in an array over the folds of which one task gets SIGUSR1. All are put back into the

@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS
-
-from ..processes import HANG_SECONDS
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:

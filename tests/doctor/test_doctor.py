@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from tests.processes import ROOT
 from triderm_dist.config import Experiment, TowerConfig, load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.format import INDEX
@@ -32,7 +33,6 @@ from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory, stand_in
 from triderm_dist.schema import ConfigError, InputError
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["models.a.tower.source=timm:test_efficientnet", "models.a.tower.pretrained=false"]
 
 

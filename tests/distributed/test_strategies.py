@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import ROOT, WORKERS, launch
 from triderm_dist.monitoring.tracking import read_metrics
 
-from .conftest import ROOT, launch
-
-WORKER = str(ROOT / "tests" / "distributed" / "legs.py")
+WORKER = str(WORKERS / "relay_worker.py")
 SETTINGS = """
 data: {folds: 2}
 train:
@@ -51,7 +50,7 @@ def run(folder: Path, way: str, jobs: list[dict]) -> list[str]:
     folder.mkdir()
     ranks, config = (1, None) if way == "single" else (2, f"accelerate_configs/{way}.yaml")
     launch(WORKER, str(folder), json.dumps(jobs), ranks=ranks, config=config)
-    ends = [json.loads((folder / f"legs-{rank}.json").read_text()) for rank in range(ranks)]
+    ends = [json.loads((folder / f"relay-{rank}.json").read_text()) for rank in range(ranks)]
     assert all(end == ends[0] for end in ends)
     return ends[0]
 
@@ -136,7 +135,7 @@ def test_what_cannot_work_together_is_refused(settings, tmp_path, way, override,
 
 @pytest.mark.parametrize("way", ["ddp", "deepspeed_zero2"])
 def test_out_of_memory_on_one_rank_makes_all_go_on_with_half_the_micro_batch(settings, tmp_path, way):
-    cramped = str(ROOT / "tests" / "distributed" / "cramped.py")
+    cramped = str(WORKERS / "oom_worker.py")
     arguments = ["--config", settings["config"], *settings["settings"], f"output={tmp_path}", "train.epochs=1"]
     done = launch(cramped, "1", *arguments, "train.micro_batch=8", ranks=2, config=f"accelerate_configs/{way}.yaml")
     assert "micro-batch 4 instead of 8, accumulation 2 times as long" in done.stdout
@@ -145,7 +144,7 @@ def test_out_of_memory_on_one_rank_makes_all_go_on_with_half_the_micro_batch(set
 
 
 def test_out_of_memory_alone(settings, tmp_path):
-    cramped = [sys.executable, str(ROOT / "tests" / "distributed" / "cramped.py"), "0"]
+    cramped = [sys.executable, str(WORKERS / "oom_worker.py"), "0"]
     arguments = ["--config", settings["config"], *settings["settings"], f"output={tmp_path}", "train.epochs=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*cramped, *arguments, "train.micro_batch=16"]

@@ -1,4 +1,4 @@
-"""launch.train as people start it: one process, two under Accelerate; stopped and resumed. Other ways: test_ways.py."""
+"""launch.train in one process and in two under DDP, stopped and resumed. For other strategies see test_strategies."""
 
 import json
 import os
@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import WORKERS, finish, launch, start
 from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.predictions import read_predictions
 
-from .conftest import ROOT, finish, launch, start
-
-SIGNAL_WORKER = str(ROOT / "tests" / "distributed" / "workers" / "signal_worker.py")
+SIGNAL_WORKER = str(WORKERS / "signal_worker.py")
 SETTINGS = """
 data: {folds: 2}
 train:
@@ -102,9 +101,9 @@ def test_a_signal_while_a_fold_ends_stops_before_the_next(settings, tmp_path):
     job = {"config": settings[1], "settings": [*settings[2:], f"output={tmp_path}", "train.epochs=1"], "folds": [0, 1]}
     stopped = {**job, "stop": ranks - 1}  # asked after the last step of fold 0, then after that of fold 1
     legs = json.dumps([stopped, stopped, job])
-    launch(str(ROOT / "tests" / "distributed" / "legs.py"), str(tmp_path), legs, ranks=ranks)
+    launch(str(WORKERS / "relay_worker.py"), str(tmp_path), legs, ranks=ranks)
     for rank in range(ranks):
-        ends = json.loads((tmp_path / f"legs-{rank}.json").read_text())
+        ends = json.loads((tmp_path / f"relay-{rank}.json").read_text())
         assert [end.split(":")[0] for end in ends] == ["Interrupted", "Interrupted", "done"]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tests.oof_table import MODELS, folds_of, labels_of, write_run
+from tests.synthetic_run import MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, load
 from triderm_dist.ensemble import calibration

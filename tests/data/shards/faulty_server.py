@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS
 
 Fault = Callable[["Handler", bytes], None]
 

@@ -18,6 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import write_challenge
+from tests.data.shards import faulty_server as remote
+from tests.data.shards.faulty_server import serve
+from tests.processes import HANG_SECONDS, wait_for
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -30,11 +34,6 @@ from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.reader import RemoteShards
 from triderm_dist.data.shards.remote import Store
 from triderm_dist.schema import ConfigError, DataError
-
-from ..conftest import write_challenge
-from ..processes import HANG_SECONDS, wait_for
-from . import remote
-from .remote import serve
 
 CPU, HALF = torch.device("cpu"), ((0.5,) * 3, (0.5,) * 3)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import WORKERS, launch
 from triderm_dist import cli
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load, save
@@ -18,7 +19,7 @@ from triderm_dist.files import atomic_path, exclusive_lock
 from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.schema import ConfigError, InputError
 
-from .conftest import ROOT, TINY_TRIMODAL, launch
+from .conftest import TINY_TRIMODAL
 
 SETTINGS = """
 data: {folds: 2}
@@ -140,10 +141,15 @@ def test_what_rank_0_meets_all_ranks_tell(settings, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
         with exclusive_lock(tmp_path / "taken" / "tri" / ".fold-0.lock", AssertionError()):
-            launch(str(ROOT / "tests" / "distributed" / "legs.py"), str(tmp_path), json.dumps(jobs), ranks=2)
+            launch(
+                str(WORKERS / "relay_worker.py"),
+                str(tmp_path),
+                json.dumps(jobs),
+                ranks=2,
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    ends = [json.loads((tmp_path / f"legs-{rank}.json").read_text()) for rank in range(2)]
+    ends = [json.loads((tmp_path / f"relay-{rank}.json").read_text()) for rank in range(2)]
     assert ends[0] == ends[1]
     taken, file, full = ends[0]
     assert taken.startswith(f"InputError: {tmp_path / 'taken' / 'tri' / 'fold-0'}: another run is training this fold")

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oof_table import FOLDS, MODELS, labels_of, write_run
-from tests.test_ensemble import experiment
+from tests.ensemble.test_fit import experiment
+from tests.synthetic_run import FOLDS, MODELS, labels_of, write_run
 from triderm_dist import metrics
 from triderm_dist.ensemble.alignment import fit_turns, load_turns, save_turns
 from triderm_dist.ensemble.fit import fit_final

@@ -73,7 +73,7 @@ def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge(lesions=100, size=(300, 220))
     pack_shards(read_challenge(challenge.folder), tmp_path / "whole", short_side=100, shard_samples=4)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.data.test_pack"])
+    context.set_forkserver_preload(["tests.data.shards.test_pack"])
     draw = random.Random(0)
     kept = []
     for _ in range(20):

@@ -1,5 +1,5 @@
 """Trainings one after the other on however many ranks were started, each from where its folder is; rank R writes how
-they ended to legs-R.json.
+they ended to relay-R.json.
 
 A job is {"settings": [...], "folds": [0] if not told, "stop": rank or null}: that rank asks itself to stop
 after the first epoch that ends here.
@@ -36,7 +36,7 @@ def main(output: str, jobs: str) -> None:
             ends.append("done")
         except (Interrupted, InputError, OSError) as error:
             ends.append(f"{type(error).__name__}: {error}")
-        Path(output, f"legs-{rank}.json").write_text(json.dumps(ends))
+        Path(output, f"relay-{rank}.json").write_text(json.dumps(ends))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oof_table import write_run
+from tests.synthetic_run import write_run
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
 from triderm_dist.ensemble.columns import ColumnFile

@@ -19,6 +19,7 @@ import webdataset
 from PIL import Image
 
 from tests.conftest import Challenge
+from tests.processes import ROOT
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
 from triderm_dist.data.shards.pack import TarWriter, pack_shards
@@ -313,7 +314,7 @@ def test_rows_out_of_range_are_refused(make_challenge: Make, tmp_path: Path) -> 
         read_index(tmp_path / "out")
 
 
-REAL = Path(__file__).parents[3] / "shared" / "milk10k_original"
+REAL = ROOT.parent / "shared" / "milk10k_original"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")

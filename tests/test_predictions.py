@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oof_table import FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
+from tests.synthetic_run import FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
 from triderm_dist.predictions import (
     NO_FOLD,
     TEST,

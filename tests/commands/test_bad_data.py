@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge
-from tests.processes import HANG_SECONDS
+from tests.processes import HANG_SECONDS, ROOT
 
-ROOT = Path(__file__).parents[1]
 Make = Callable[..., Challenge]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge, write_table
+from tests.processes import ROOT
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, SITES, UNLABELED, DataError
 
@@ -287,7 +288,7 @@ def test_missing_files_are_refused(make_challenge: Make, tmp_path: Path) -> None
         read_challenge(challenge.folder)
 
 
-REAL = Path(__file__).parents[3] / "shared" / "milk10k_original"
+REAL = ROOT.parent / "shared" / "milk10k_original"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")

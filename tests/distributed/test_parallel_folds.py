@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import ROOT
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError, InputError
 
-from .conftest import ROOT, TINY_TRIMODAL
+from .conftest import TINY_TRIMODAL
 from .test_resume import records
 
 SETTINGS = """

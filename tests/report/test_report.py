@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oof_table import write_run
-from tests.test_ensemble import experiment
+from tests.ensemble.test_fit import experiment
+from tests.synthetic_run import write_run
 from triderm_dist import metrics
 from triderm_dist.config import save
 from triderm_dist.ensemble.fit import fit_final
