@@ -1,9 +1,9 @@
-"""What each part of the tri-modal network and its training is worth: all folds again without it, paired differences.
+"""Ablation of the tri-modal network and its training: all folds again without each part, paired differences.
 
 python -m benchmarks.ablation --config RUN/config.yaml [parts=[view_alignment, soft_f1]]
 
 Trains the first tri-modal network of the settings as it is, and once without each part, on the same folds, seed and
-frozen tokens, into RUN/ablation; what is done is not done again. The score is the out-of-fold macro F1 by the official
+frozen tokens, into RUN/ablation; finished folds are skipped. The score is the out-of-fold macro F1 by the official
 rule with thresholds fitted on the other folds; the difference is full minus without, paired over the lesions. One seed:
 differences within the interval are noise. The last line is one JSON object.
 """
@@ -57,7 +57,7 @@ def main(config: AblationRun) -> None:
 
 
 def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> OofTable:
-    """The out-of-fold table of the network without a part, after training what of it is not trained yet."""
+    """The out-of-fold table of the network without a part, after training the folds that are not trained yet."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.fold import assigned_folds

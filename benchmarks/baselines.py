@@ -1,11 +1,11 @@
-"""Do the networks and their ensemble beat what a user would do first? Same lesions, same folds, paired differences.
+"""Compare the networks and their ensemble with simple baselines: same lesions, same folds, paired differences.
 
 python -m benchmarks.baselines --config RUN/config.yaml
 
-RUN is a finished cross-validation (launch.crossval, launch.stack) with a frozen tower. Beside its models stand (a)
-XGBoost on metadata and concepts, (b) logistic regression on pooled embeddings of the frozen tower plus metadata and
-concepts, and XGBoost on 64 principal components of the embeddings plus the same. Every way is scored at p > 0.5, by
-argmax, with thresholds tuned on the very lesions they are scored on, and nested: thresholds fitted on the other folds.
+RUN is a finished cross-validation (`triderm crossval`, `triderm stack`) with a frozen tower. The baselines are (a)
+XGBoost on metadata and concepts; (b) logistic regression on pooled embeddings of the frozen tower plus metadata and
+concepts, and XGBoost on 64 principal components of the embeddings plus the same. Every method is scored at p > 0.5, by
+argmax, with thresholds tuned on the lesions they are scored on, and nested: thresholds fitted on the other folds.
 Intervals are over lesions. The last line is one JSON object: what the ensemble and the best network gain over each
 baseline, with the low end of the interval.
 """
@@ -34,9 +34,9 @@ STRENGTHS = (1e-3, 1e-2)
 
 def main(config: Experiment) -> None:
     table = read_oof(config.folder / OOF_FILE)
-    whole = read_nested(config.folder / NESTED_FILE)
-    if not np.array_equal(whole.lesion_ids, table.lesion_ids):
-        raise ConfigError(f"{config.folder}: ensemble_oof.parquet is of other lesions; run launch.stack again")
+    nested_rows = read_nested(config.folder / NESTED_FILE)
+    if not np.array_equal(nested_rows.lesion_ids, table.lesion_ids):
+        raise ConfigError(f"{config.folder}: ensemble_oof.parquet is of other lesions; run triderm stack again")
     tabular = tabular_columns(table)
     everything = np.concatenate([pooled_embeddings(config, table), tabular], axis=1)
 
@@ -49,7 +49,7 @@ def main(config: Experiment) -> None:
     for model in table.models:
         probabilities[model] = probabilities_of(table.logits[model], table.heads[model])
     nested = {name: nested_decisions(p, table, config) for name, p in probabilities.items()}
-    probabilities["(e) ensemble"], nested["(e) ensemble"] = whole.probabilities, whole.decisions
+    probabilities["(e) ensemble"], nested["(e) ensemble"] = nested_rows.probabilities, nested_rows.decisions
     show(probabilities, nested, baselines, table, config)
 
 

@@ -1,4 +1,4 @@
-"""Compare the losses of two runs, step by step: does a change leave the numbers alone?
+"""Compare the losses of two runs step by step, to show that a change does not alter the numbers.
 
 python -m benchmarks.compare_losses first=RUN/MODEL/fold-0/metrics.jsonl second=tests/golden_losses/trimodal.jsonl
 
@@ -42,8 +42,8 @@ def losses(path: Path) -> dict[int, float]:
 
 def largest_difference(first: dict[int, float], second: dict[int, float]) -> tuple[float, int]:
     """The largest relative difference and its step; infinite at the first step that only one of the two has."""
-    if alone := sorted(first.keys() ^ second.keys()):
-        return float("inf"), alone[0]
+    if unmatched := sorted(first.keys() ^ second.keys()):
+        return float("inf"), unmatched[0]
     return max((abs(first[step] - second[step]) / max(abs(second[step]), 1e-12), step) for step in second)
 
 
@@ -57,7 +57,7 @@ def main(config: Comparison) -> None:
         print(f"{len(lines)} steps in {config.keep}")
         return
     if config.second is None:
-        raise ConfigError("second: what shall the losses be compared with?")
+        raise ConfigError("second: give the file to compare with, or keep=FILE to write a golden file")
     second = losses(Path(config.second))
     for step in sorted(first.keys() | second.keys()):
         a, b = first.get(step), second.get(step)

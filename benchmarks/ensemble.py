@@ -66,9 +66,9 @@ def main(settings: Settings) -> None:
     shortfall = 0.0
     for problem in problems(settings, table):
         kinds.append(problem.kind)
-        for name, way in WAYS.items():
+        for name, method in METHODS.items():
             started = time.perf_counter()
-            decide = way(problem.fit, problem.fit_labels)
+            decide = method(problem.fit, problem.fit_labels)
             seconds.setdefault(name, []).append(time.perf_counter() - started)
             scores.setdefault(name, []).append(metrics.macro_f1(decide(problem.judge), problem.judge_labels))
         mean = np.mean(problem.fit, axis=0)
@@ -90,7 +90,7 @@ def main(settings: Settings) -> None:
         assert all((exact >= other - 1e-12).all() for other in reached.values())
     print(f"macro F1 on lesions not fitted on, mean of {len(kinds)} problems; milliseconds to fit, median\n")
     print(f"{'':<34}" + "".join(f"{kind:>24}" for kind in sorted(set(kinds))))
-    for name in WAYS:
+    for name in METHODS:
         cells = ""
         for kind in sorted(set(kinds)):
             rows = [i for i, each in enumerate(kinds) if each == kind]
@@ -199,7 +199,7 @@ def by_ours_guarded(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
 
 
 GUIDE, OURS = "Nelder-Mead, cut at 0.5", "fit_weights, exact thresholds"
-WAYS: dict[str, Callable[[list[np.ndarray], np.ndarray], Decide]] = {
+METHODS: dict[str, Callable[[list[np.ndarray], np.ndarray], Decide]] = {
     GUIDE: by_nelder_mead,
     "plain mean, exact thresholds": by_plain_mean,
     OURS: by_ours,
@@ -237,7 +237,7 @@ SEARCHES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def best_of_every_cut(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C,) the largest F1 over every cut, counted with searchsorted: another way than the one that is measured."""
+    """(C,) the largest F1 over every cut, counted with searchsorted: another method than the one that is measured."""
     best = np.zeros(C)
     for column, scores in enumerate(probabilities.T):
         own = np.sort(scores[labels == column])

@@ -1,12 +1,12 @@
-"""Batches of both views, ready for the device: this toolkit's loader beside bare decoding and other ways to read.
+"""Batches of both views, ready for the device: this toolkit's loader against bare decoding and other readers.
 
 python -m benchmarks.loader source=MILK10k original=MILK10k_ORIGINAL [streaming_python=PYTHON] [key=value ...]
 
 The ceiling is decoding the same JPEG bytes, held in memory, on the same cores by the faster of torchvision and
-simplejpeg. Every way runs in a process of its own, one after the other, round by round; a rate is photos a second from
-its first batch to its last, so that nobody pays for starting processes. What each hands over: ours and `webdataset`
-uint8 photos (augmentation runs on the device), the folder augmented and normalized 224 crops (there they are the
-workers' job), litData and mosaicml-streaming the photos as their own readers decode them.
+simplejpeg. Each method runs in a process of its own, one after the other, round by round; a rate is photos per second
+from the first batch to the last, so that process start-up does not count. What each returns: ours and `webdataset`
+uint8 photos (augmentation runs on the device), the folder augmented and normalized 224 crops (computed by its workers),
+litData and mosaicml-streaming the photos as their own readers decode them.
 
 litData comes with the `bench` extra. mosaicml-streaming pins older numpy and transformers and needs an environment of
 its own: `python -m venv E; E/bin/pip install mosaicml-streaming torch torchvision`, then streaming_python=E/bin/python.
@@ -30,7 +30,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.config import Section
 
-WAYS = Path(__file__).with_name("loader_ways.py")
+METHODS = Path(__file__).with_name("loader_methods.py")
 RIVALS = Path(__file__).with_name("loader_rivals.py")
 NAMES = {
     "ceiling_torchvision": "bare decoding, torchvision",
@@ -51,9 +51,9 @@ class LoaderBenchmark(Section):
     source: str = Field("../shared/milk10k", description="challenge folder, packed for the comparison")
     original: str | None = Field("../shared/milk10k_original", description="challenge folder with photos as they came")
     streaming_python: str | None = Field(None, description="Python that has mosaicml-streaming; null leaves (e) out")
-    ways: tuple[str, ...] = Field(tuple(NAMES), description="what is measured")
+    methods: tuple[str, ...] = Field(tuple(NAMES), description="what is measured")
     rounds: int = Field(3, ge=1, description="rounds; medians are reported")
-    batch: int = Field(32, ge=1, description="lesions a batch")
+    batch: int = Field(32, ge=1, description="lesions per batch")
     workers: int = Field(2, ge=1, description="worker threads or processes")
     simulated: int = Field(1_000_000, ge=1, description="lesions of the simulated large index")
 
@@ -61,17 +61,17 @@ class LoaderBenchmark(Section):
 def main(config: LoaderBenchmark) -> None:
     with tempfile.TemporaryDirectory() as folder:
         where = prepare(config, Path(folder))
-        rates: dict[str, list[float]] = {way: [] for way in config.ways if way in where}
+        rates: dict[str, list[float]] = {method: [] for method in config.methods if method in where}
         for number in range(config.rounds):
-            for way in rates:
-                rates[way].append(rate(way, where[way], config))
-                print(f"round {number + 1}: {NAMES[way]:<55}{rates[way][-1]:>8.0f} photos/s", flush=True)
+            for method in rates:
+                rates[method].append(rate(method, where[method], config))
+                print(f"round {number + 1}: {NAMES[method]:<55}{rates[method][-1]:>8.0f} photos/s", flush=True)
         starts = {size: own("start", where[size], config) for size in ("packed", "simulated")}
     report(config, rates, starts)
 
 
 def prepare(config: LoaderBenchmark, folder: Path) -> dict[str, Path]:
-    """Where each way finds its files; makes them first."""
+    """Where each method finds its files; makes them first."""
     from triderm_dist.data.readers.milk10k import read_challenge
     from triderm_dist.data.shards.pack import pack_shards
 
@@ -82,32 +82,32 @@ def prepare(config: LoaderBenchmark, folder: Path) -> dict[str, Path]:
     where |= {"folder_reduced": Path(config.source), "folder": Path(config.original or "")}
     if config.original is None:
         del where["folder"]
-    for way in ("litdata", "streaming"):
-        where[way] = folder / way
-        if way == "streaming" and config.streaming_python is None:
-            del where[way]
-        elif way in config.ways:
-            rival(way, where[way], config, "write", config.source)
+    for method in ("litdata", "streaming"):
+        where[method] = folder / method
+        if method == "streaming" and config.streaming_python is None:
+            del where[method]
+        elif method in config.methods:
+            rival(method, where[method], config, "write", config.source)
     return where
 
 
-def rate(way: str, where: Path, config: LoaderBenchmark) -> float:
-    if way.startswith(("ours", "ceiling")):
-        return own(way, where, config)["photos_s"]
-    return float(rival(way.replace("folder_reduced", "folder"), where, config).splitlines()[-1])
+def rate(method: str, where: Path, config: LoaderBenchmark) -> float:
+    if method.startswith(("ours", "ceiling")):
+        return own(method, where, config)["photos_s"]
+    return float(rival(method.replace("folder_reduced", "folder"), where, config).splitlines()[-1])
 
 
-def own(way: str, where: Path, config: LoaderBenchmark, *more: str) -> dict[str, Any]:
-    return json.loads(_run(sys.executable, WAYS, way, where, config, *more).splitlines()[-1])
+def own(method: str, where: Path, config: LoaderBenchmark, *more: str) -> dict[str, Any]:
+    return json.loads(_run(sys.executable, METHODS, method, where, config, *more).splitlines()[-1])
 
 
-def rival(way: str, where: Path, config: LoaderBenchmark, *more: str) -> str:
-    python = config.streaming_python if way == "streaming" else sys.executable
-    return _run(str(python), RIVALS, way, where, config, *more)
+def rival(method: str, where: Path, config: LoaderBenchmark, *more: str) -> str:
+    python = config.streaming_python if method == "streaming" else sys.executable
+    return _run(str(python), RIVALS, method, where, config, *more)
 
 
-def _run(python: str, program: Path, way: str, where: Path, config: LoaderBenchmark, *more: str) -> str:
-    command = [python, str(program), way, str(where), str(config.batch), str(config.workers), *more]
+def _run(python: str, program: Path, method: str, where: Path, config: LoaderBenchmark, *more: str) -> str:
+    command = [python, str(program), method, str(where), str(config.batch), str(config.workers), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     # litData and streaming print to stdout while they work: what counts is the last line.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -117,19 +117,20 @@ def _run(python: str, program: Path, way: str, where: Path, config: LoaderBenchm
 
 
 def report(config: LoaderBenchmark, rates: dict[str, list[float]], starts: dict[str, dict[str, Any]]) -> None:
-    """The table, and the line of ratios: medians over rounds of ours / the other way in the same round."""
+    """The table, and the line of ratios: medians over rounds of ours / the other method in the same round."""
     ours = rates.get("ours", [])
 
-    def against(*ways: str) -> float | None:
-        fastest = [max(values) for values in zip(*(rates[way] for way in ways if way in rates), strict=True)]
+    def against(*methods: str) -> float | None:
+        measured = [rates[method] for method in methods if method in rates]
+        fastest = [max(values) for values in zip(*measured, strict=True)]
         return (
             round(statistics.median(a / b for a, b in zip(ours, fastest, strict=True)), 3) if ours and fastest else None
         )
 
     shape = f"{config.workers} workers, batches of {config.batch} lesions, {os.cpu_count()} cores"
     print(f"\nmedian of {config.rounds} rounds, {shape}; ratio: ours / this, round by round")
-    for way, values in sorted(rates.items(), key=lambda item: -statistics.median(item[1])):
-        print(f"{NAMES[way]:<55}{statistics.median(values):>8.0f} photos/s   {against(way) or float('nan'):.2f}")
+    for method, values in sorted(rates.items(), key=lambda item: -statistics.median(item[1])):
+        print(f"{NAMES[method]:<55}{statistics.median(values):>8.0f} photos/s   {against(method) or float('nan'):.2f}")
     for name, start in starts.items():
         print(
             f"{name} set: first batch after {start['start_s']:.2f} s, index read, {start['resume_s']:.2f} s at 90% of "

@@ -1,9 +1,9 @@
-"""What `benchmarks.loader` compares with, each in a process of its own: other ways to read the same photos.
+"""What `benchmarks.loader` compares with, each in a process of its own: other methods to read the same photos.
 
-python benchmarks/loader_rivals.py WAY FOLDER BATCH WORKERS [write SOURCE]
+python benchmarks/loader_rivals.py METHOD FOLDER BATCH WORKERS [write SOURCE]
 
-`write` makes the way's own files in FOLDER from a challenge folder; without it one epoch is read and the last line is
-photos a second, counted from the first batch to the last, so that starting processes and imports do not count. It
+`write` makes the method's own files in FOLDER from a challenge folder; without it one epoch is read and the last line
+is photos per second, counted from the first batch to the last, so that starting processes and imports do not count. It
 imports nothing of the toolkit, so that it runs in an environment of its own too.
 """
 
@@ -84,7 +84,7 @@ def webdataset(source: Path, batch: int, workers: int) -> Iterable[Any]:
 
 
 def webdataset_simplejpeg(source: Path, batch: int, workers: int) -> Iterable[Any]:
-    """The same with our decoder in the place of Pillow."""
+    """The same with simplejpeg instead of Pillow."""
     return _webdataset(source, batch, workers, lambda samples: samples.decode(_simplejpeg))
 
 
@@ -141,7 +141,7 @@ def streaming(source: Path, batch: int, workers: int) -> Iterable[Any]:
     return torch.utils.data.DataLoader(samples, batch, num_workers=workers)
 
 
-def photos_a_second(batches: Iterable[Any]) -> float:
+def photos_per_second(batches: Iterable[Any]) -> float:
     def first_view(batch: Any) -> Any:
         return batch["clinical"] if isinstance(batch, dict) else batch[0]
 
@@ -163,12 +163,12 @@ READ = {
 WRITE = {"litdata": write_litdata, "streaming": write_streaming}
 
 
-def main(way: str, where: str, batch: str, workers: str, write: str = "", source: str = "") -> None:
+def main(method: str, where: str, batch: str, workers: str, write: str = "", source: str = "") -> None:
     torch.set_num_threads(1)
     if write:
-        WRITE[way](Path(where), Path(source))
+        WRITE[method](Path(where), Path(source))
     else:
-        print(photos_a_second(READ[way](Path(where), int(batch), int(workers))))
+        print(photos_per_second(READ[method](Path(where), int(batch), int(workers))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What each modality is worth: the tri-modal network with all of them, and with each one left out, on held-out lesions.
+"""Held-out macro F1 of the tri-modal network with all modalities, and with each one left out.
 
-python -m benchmarks.modalities --config launch/experiments/demo.yaml [key.subkey=value ...]
+python -m benchmarks.modalities --config demo [key.subkey=value ...]
 
-Needs data.test_truth; demo.yaml's comes with make demo. The networks go into a folder `modalities` beside `output`.
+Needs data.test_truth; demo.yaml's comes with make demo. The networks go into the folder `modalities` next to `output`.
 Every network is trained from the same seed on the same folds; the score is the held-out macro F1 by the official rule,
 thresholds fitted out of fold. The last line is one JSON object.
 """
@@ -23,7 +23,7 @@ MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")
 
 def main(config: Experiment) -> None:
     if not config.data.test_truth:
-        raise ConfigError("data.test_truth: needed to score; try --config launch/experiments/demo.yaml after make demo")
+        raise ConfigError("data.test_truth: needed to score; run make demo, then use --config demo")
     name = next(iter(config.models))
     results = {}
     for left_out in (None, *MODALITIES):
@@ -42,7 +42,9 @@ def main(config: Experiment) -> None:
         )
         settings = output / "benchmark.yaml"
         save(experiment, settings)
-        status = subprocess.run([sys.executable, "-m", "launch.pipeline", "--config", str(settings)]).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "triderm_dist.commands.pipeline", "--config", str(settings)]
+        ).returncode
         if status:
             sys.exit(status)
         results[label] = json.loads((output / HELD_OUT_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the benchmarks on real lesions share: decisions of one table of probabilities, thresholds nested over folds."""
+"""Nested decisions for the benchmarks on real lesions: thresholds of each fold fitted on the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triderm_dist.predictions import OofTable
 def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experiment) -> np.ndarray:
     """(N, C) decisions with thresholds fitted on the other folds, by the same rules as the ensemble's."""
     estimate = nested_estimate(
-        lambda fold: {"way": probabilities},
+        lambda fold: {"method": probabilities},
         table.labels,
         table.folds,
         lambda fold: inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),

@@ -1,9 +1,9 @@
-"""Packing against one process of plain Pillow and tarfile; and how long an index and a plan of many lesions take.
+"""Packing speed against one process of Pillow and tarfile, and the time to open and plan an index of many lesions.
 
 python -m benchmarks.pack source=../shared/milk10k_original
 
 Both sides decode the same photos, reduce them to the same short side by the same filter, code them with the same
-quality and write tars; ours also removes metadata, hashes its input and output and writes the index. They take turns,
+quality and write tars; ours also removes metadata, hashes its input and output and writes the index. They alternate,
 each run in a process of its own on copies of the same lesions, whose files are in the page cache. The last line is one
 JSON object.
 """
@@ -31,8 +31,8 @@ class PackBenchmark(Section):
     source: str = Field("../shared/milk10k_original", description="challenge folder with photos of their original size")
     short_side: int = Field(288, ge=32, description="short side in pixels that both reduce to")
     copies: int = Field(2, ge=1, description="how often the folder's lesions are taken, under other names")
-    rounds: int = Field(5, ge=1, description="runs of each side, taking turns; the median counts")
-    lesions: int = Field(10_000_000, ge=0, description="lesions of the made-up index; 0 leaves this part out")
+    rounds: int = Field(5, ge=1, description="runs of each side, alternating; the median counts")
+    lesions: int = Field(10_000_000, ge=0, description="lesions of the synthetic index; 0 leaves this part out")
     scratch: str | None = Field(None, description="folder for what is written; null takes the system's")
 
 
@@ -45,7 +45,7 @@ def main(config: PackBenchmark) -> None:
 
 
 def packing(config: PackBenchmark, folder: Path) -> dict[str, float]:
-    sides = {"plain": "one process, Pillow and tarfile", "ours": f"shards.pack, {os.cpu_count()} threads"}
+    sides = {"plain": "one process, Pillow and tarfile", "ours": f"triderm pack, {os.cpu_count()} threads"}
     measured: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(config.rounds + 1):
         for side in sides:
@@ -62,7 +62,7 @@ def packing(config: PackBenchmark, folder: Path) -> dict[str, float]:
         row = median[side]
         print(f"{title:<34} {row['speed']:>10.1f} {spread:>15} {row['peak_mb']:>8.0f} {row['written_mb']:>11.1f}")
     ratio = median["ours"]["speed"] / median["plain"]["speed"]
-    print(f"ratio {ratio:.2f}; {int(median['ours']['lesions'])} lesions a run, median of {config.rounds}\n")
+    print(f"ratio {ratio:.2f}; {int(median['ours']['lesions'])} lesions per run, median of {config.rounds}\n")
     return {"vs_plain": round(ratio, 2), "peak_mb": round(median["ours"]["peak_mb"])}
 
 
@@ -96,7 +96,7 @@ def child(job: str, argument: str, config: PackBenchmark, folder: Path) -> dict[
 
 def measure(job: str, argument: str, source: str, short_side: str, copies: str, folder: str) -> dict[str, float]:
     if job == "write":
-        return write_made_up_index(int(argument), Path(folder))
+        return write_synthetic_index(int(argument), Path(folder))
     if job == "plan":
         sampling, window = argument.split(",")
         return open_and_plan(Path(folder), sampling, None if window == "null" else int(window))
@@ -158,7 +158,7 @@ def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignor
         tar.close()
 
 
-def write_made_up_index(lesions: int, folder: Path) -> dict[str, float]:
+def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
     """An index whose photos are holes in empty files: what `samples.parquet` of so many lesions would be."""
     import numpy as np
     import pyarrow as pa

@@ -1,9 +1,9 @@
-"""Expected efficiency on 8, 16 and 64 GPUs, by formulas that are checked against 1, 2 and 4 real gloo ranks here.
+"""Predict weak-scaling efficiency on 8, 16 and 64 GPUs; the formulas are checked against 1, 2 and 4 gloo ranks.
 
 python -m benchmarks.scaling [key=value ...]
 
 Every rank keeps its batch (weak scaling). N ranks, P trained and F frozen parameters, B bytes/s and a seconds of
-latency of the slowest link of the ring, T the seconds of a step alone, of which two thirds are backward:
+latency of the slowest link of the ring, T the seconds of a step on one rank, two thirds of them backward:
 
     DDP             c = 2 (N-1)/N 4 P / B         exposed = max(c - 2/3 T, 2 (N-1)/N bucket / B), fp32 gradients
     ZeRO 1, 2       c = (N-1)/N 2 P / B           exposed = max(c - 2/3 T, 0) + c: gradients, then weights, 16 bit
@@ -45,7 +45,7 @@ GPUS = (8, 16, 64)
 
 
 class ScalingBenchmark(Section):
-    lesions: int = Field(12, ge=1, description="lesions a GPU and step")
+    lesions: int = Field(12, ge=1, description="lesions per GPU and step")
     tower: str = Field("base", description="ViT of both views on the GPUs: tiny, small, base or large")
     peak_tflops: float = Field(989.0, gt=0, description="dense bf16 peak of a GPU")
     mfu: float = Field(
@@ -66,17 +66,17 @@ def main(config: ScalingBenchmark) -> None:
     alone = training_flops(network) * size.batch / (config.peak_tflops * 1e12 * config.mfu)
     print(
         f"{config.tower} towers, {trained / 1e6:.0f} million trained and {frozen / 1e6:.0f} frozen parameters, "
-        f"{config.lesions} lesions a GPU: {alone * 1e3:.1f} ms a step alone at an assumed MFU of {config.mfu:.0%}"
+        f"{config.lesions} lesions per GPU: {alone * 1e3:.1f} ms per step alone at an assumed MFU of {config.mfu:.0%}"
     )
     print(f"{'efficiency':<16}" + "".join(f"{f'{gpus} GPUs, {link}':>20}" for link in LINKS for gpus in GPUS))
     table: dict[str, dict[str, float]] = {}
-    for way, exposed in WAYS.items():
-        table[way] = {
+    for strategy, exposed in STRATEGIES.items():
+        table[strategy] = {
             f"{gpus}, {link}": round(alone / (alone + exposed(gpus, trained, frozen, blocks, alone, *LINKS[link])), 3)
             for link in LINKS
             for gpus in GPUS
         }
-        print(f"{way:<16}" + "".join(f"{value:>20.1%}" for value in table[way].values()))
+        print(f"{strategy:<16}" + "".join(f"{value:>20.1%}" for value in table[strategy].values()))
     checked = check(config.rounds)
     print(json.dumps({"efficiency": table, "gloo": checked}))
 
@@ -102,7 +102,7 @@ def small(n: int, latency: float) -> float:
     return 3 * 2 * math.log2(n) * latency
 
 
-WAYS: dict[str, Callable[..., float]] = {
+STRATEGIES: dict[str, Callable[..., float]] = {
     "DDP": ddp,
     "ZeRO 1, 2": zero2,
     "ZeRO 3": partial(sharded, 2),
@@ -111,12 +111,12 @@ WAYS: dict[str, Callable[..., float]] = {
 
 
 def check(rounds: int) -> dict[str, dict[str, float]]:
-    """Measured and predicted seconds a step of DDP on 1, 2 and 4 gloo ranks of one thread each."""
+    """Measured and predicted seconds per step of DDP on 1, 2 and 4 gloo ranks of one thread each."""
     cores = len(os.sched_getaffinity(0))
     measured = {ranks: gloo(ranks, rounds) for ranks in (1, 2, 4)}
     alone, through = measured[1]["step"], 2 * measured[2]["bytes"] / measured[2]["all_reduce"]
     print(f"\ngloo on {cores} cores, {through / 1e9:.2f} GB/s through the loopback")
-    print(f"{'ranks':>5}{'s a step':>10}{'predicted':>11}{'efficiency':>12}{'predicted':>11}")
+    print(f"{'ranks':>5}{'s per step':>10}{'predicted':>11}{'efficiency':>12}{'predicted':>11}")
     result = {}
     for ranks, values in measured.items():
         predicted = alone * max(1.0, ranks / cores) + 2 * (ranks - 1) * values["bytes"] / through

@@ -1,10 +1,10 @@
-"""The build guide's network and training step, made runnable with as few changes as that takes.
+"""The build guide's network and training step, made runnable with as few changes as possible.
 
 Kept on purpose, since it is what `benchmarks.step` measures against: attention with the softmax written out, one norm
 for queries and keys, embeddings that stay trainable below frozen blocks (so that the backward pass walks through them),
 metadata that no one uses, losses of each batch by itself, and `.item()` after every batch. Changed: what the guide
-calls and never defines (the classifier, the auxiliary heads), open_clip's way to ask for tokens, `torch.autocast`, and
-as many concepts as the data has.
+calls and never defines (the classifier, the auxiliary heads), the call that asks open_clip for tokens,
+`torch.autocast`, and as many concepts as the data has.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Under accumulation soft F1 needs the sums of the whole global batch before the first backward. Three ways to them:
+"""Under accumulation soft F1 needs the sums over the global batch before the first backward. Three methods compared:
 
 - exact: a first pass over the micro-batches without gradients (train.loss.soft_f1_sums=exact);
 - previous: the sums of the step before (train.loss.soft_f1_sums=previous);
-- each micro-batch its own: soft F1 of each, averaged, as a loss that knows nothing of accumulation does.
+- per micro-batch: soft F1 of each micro-batch, averaged, as a loss unaware of accumulation computes it.
 
 python -m benchmarks.soft_f1_sums [steps=24] [key=value ...]
 
 Needs the demo data (make demo), or other packed shards. One network is trained with exact sums; at every step the
-gradient of each way is compared with that of the undivided batch's formula, and the engine's own step is timed with
-exact and with previous sums, in turns. The last line is one JSON object.
+gradient of each method is compared with the formula on the undivided batch, and the engine's step is timed with exact
+and with previous sums, alternating. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from triderm_dist.config import Section
 class SumsRun(Section):
     shards: str = Field("runs/demo/shards/train", description="packed shards to train on")
     steps: int = Field(24, ge=2, description="optimizer steps")
-    global_batch: int = Field(32, ge=2, description="lesions a step")
+    global_batch: int = Field(32, ge=2, description="lesions per step")
     micro_batch: int = Field(8, ge=1, description="lesions at once")
     tower: str = Field("timm:vit_tiny_patch16_224", description="tower with random weights")
     image_size: int = Field(64, ge=32, description="input side in pixels")
 
 
-WAYS = ("exact", "previous", "each micro-batch its own")
+METHODS = ("exact", "previous", "per micro-batch")
 
 
 def main(settings: SumsRun) -> None:
@@ -68,8 +68,8 @@ def main(settings: SumsRun) -> None:
     )  # fmt: skip
     model = experiment.models["m"]
     config = {
-        way: model.train.model_copy(update={"loss": model.train.loss.model_copy(update={"soft_f1_sums": way})})
-        for way in WAYS[:2]
+        method: model.train.model_copy(update={"loss": model.train.loss.model_copy(update={"soft_f1_sums": method})})
+        for method in METHODS[:2]
     }
     accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
     views = open_views(model, index, Path(), accelerator, experiment.data, seed=0, train=True)
@@ -117,8 +117,8 @@ def main(settings: SumsRun) -> None:
         return sum(loss.sums(forward(wrapped, batch), batch.labels, batch.valid) for batch in step.micro_batches)  # type: ignore[return-value]
 
     samples = Samples.of(index, np.arange(len(index)))
-    errors: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS[:2]}
+    errors: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS[:2]}
     previous, number, epoch = None, 0, 0
     while number < settings.steps:
         plan = EpochPlan(samples, Sampling(), 0, epoch).batches(0, 1, settings.global_batch)
@@ -131,35 +131,35 @@ def main(settings: SumsRun) -> None:
                 break
             wrapped.train()
             truth, now = undivided(step), sums_of(step)
-            for way, sums in zip(WAYS, (now, previous, None), strict=True):
-                if way == "previous" and previous is None:
+            for method, sums in zip(METHODS, (now, previous, None), strict=True):
+                if method == "previous" and previous is None:
                     continue
                 got = split(step, sums)
                 angle = torch.nn.functional.cosine_similarity(got.double(), truth.double(), dim=0)
-                errors[way].append((float((got - truth).norm() / truth.norm()), float(angle)))
+                errors[method].append((float((got - truth).norm() / truth.norm()), float(angle)))
             for turn in range(2):
-                way = WAYS[(number + turn) % 2]
+                method = METHODS[(number + turn) % 2]
                 rate = model.train.optim.lr if turn else 0.0  # both are timed, one step is taken
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 started = time.perf_counter()
-                train_step(wrapped, loss, prepared, step, accelerator, config[way], 0, number, now)
-                seconds[way].append(time.perf_counter() - started)
+                train_step(wrapped, loss, prepared, step, accelerator, config[method], 0, number, now)
+                seconds[method].append(time.perf_counter() - started)
             previous, number = now, number + 1
         epoch += 1
-    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    medians = {method: statistics.median(values) for method, values in seconds.items()}
     print(f"global batch {settings.global_batch} in micro-batches of {settings.micro_batch}, {settings.steps} steps")
     print(f"{'soft F1 sums':<26} {'gradient error':>14} {'cosine':>8} {'s/step':>8}")
-    for way, found in errors.items():
+    for method, found in errors.items():
         error, angle = (statistics.median(values) for values in zip(*found, strict=True))
-        print(f"{way:<26} {error:>14.2e} {angle:>8.4f} {medians.get(way, float('nan')):>8.3f}")
-    error_of = {way: statistics.median(error for error, _ in found) for way, found in errors.items()}
+        print(f"{method:<26} {error:>14.2e} {angle:>8.4f} {medians.get(method, float('nan')):>8.3f}")
+    error_of = {method: statistics.median(error for error, _ in found) for method, found in errors.items()}
     print(
         json.dumps(
             {
                 "exact_error": round(error_of["exact"], 8),
                 "previous_error": round(error_of["previous"], 4),
-                "own_error": round(error_of[WAYS[2]], 4),
+                "own_error": round(error_of[METHODS[2]], 4),
                 "exact_cost": round(medians["exact"] / medians["previous"], 3),
             }
         )

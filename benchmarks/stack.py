@@ -2,11 +2,11 @@
 
 python -m benchmarks.stack [key=value ...]
 
-Rows are simulated as out-of-fold outputs of several networks: columns that know the diagnosis a little, uneven
-diagnoses, related noise. The guide's way is a MultiOutputClassifier of 11 binary boosters of 300 trees of depth 6; ours
-is what a run fits, early stopping included. They take turns. A million rows are streamed from a parquet file in a
-process of its own, whose peak memory is that of the fit. `stage` is what `launch.stack` and `launch.report` do on 5,000
-lesions of 3 models: 5 folds nested, 1,000 resamples, the page. The last line is one JSON object.
+Rows are simulated as out-of-fold outputs of several networks: weakly informative columns, uneven
+diagnoses, related noise. The guide fits a MultiOutputClassifier of 11 binary boosters of 300 trees of depth 6; ours
+is what a run fits, early stopping included. They alternate. A million rows are streamed from a parquet file in a
+process of its own, whose peak memory is that of the fit. `stage` times `triderm stack` and `triderm report` on
+5,000 lesions of 3 models: 5 folds nested, 1,000 resamples, the page. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Settings(Section):
     million_rounds: int = Field(20, ge=1, description="boosting rounds of the streamed fit")
     part: str = Field("compare,threads,million,stage", description="which parts to run, by comma")
     device: str = Field("auto", description="device of ours: auto, cpu or cuda")
-    worker: bool = Field(False, description="used by the benchmark itself: fit the streamed rows and say the peak")
+    worker: bool = Field(False, description="internal: fit the streamed rows and print the peak memory")
 
 
 def main(settings: Settings) -> None:
@@ -71,10 +71,10 @@ def main(settings: Settings) -> None:
 
 
 def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, width) float32 columns as a stacker meets them, and the labels.
+    """(rows, width) float32 columns like those of a stacker, and the labels.
 
-    First three networks' log-probabilities (33 columns, related errors), then features: a tenth of them know a little
-    (all together as much at any width), the others nothing. Some are missing.
+    First three networks' log-probabilities (33 columns, related errors), then features: a tenth of them are
+    weakly informative (in sum equally at any width), the others are noise. Some are missing.
     """
     generator = np.random.default_rng(seed)
     labels = generator.choice(C, rows, p=SHARE)
@@ -85,8 +85,8 @@ def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         for skill in (1.2, 1.5, 1.8)
     ]  # fmt: skip
     rest = width - 3 * C
-    told = np.random.default_rng(99).normal(size=(C, rest)) * (np.arange(rest) % 10 == 0)  # the same for every seed
-    features = 0.5 * np.sqrt(27 / rest) * told[labels] + generator.normal(size=(rows, rest))
+    loadings = np.random.default_rng(99).normal(size=(C, rest)) * (np.arange(rest) % 10 == 0)  # the same for every seed
+    features = 0.5 * np.sqrt(27 / rest) * loadings[labels] + generator.normal(size=(rows, rest))
     features[generator.random(features.shape) < 0.01] = np.nan
     return np.concatenate([*blocks, features], axis=1).astype(np.float32), labels
 
@@ -159,12 +159,12 @@ def threads(settings: Settings) -> None:
                 data = xgboost.QuantileDMatrix(columns, label=labels, max_bin=64, nthread=count)
                 xgboost.train(parameters, data, 10)
                 took[count].append(time.perf_counter() - started)
-        told = "   ".join(f"{count} threads {min(seconds):6.2f}" for count, seconds in took.items())
-        print(f"{rows:>9,} x {width:<5} {told}   the rule takes {threads_for(rows, width)}", flush=True)
+        cells = "   ".join(f"{count} threads {min(seconds):6.2f}" for count, seconds in took.items())
+        print(f"{rows:>9,} x {width:<5} {cells}   the rule takes {threads_for(rows, width)}", flush=True)
 
 
 def million(settings: Settings) -> None:
-    """Write the rows batch by batch, stream them through a fit, tell time and peak memory of this process."""
+    """Write the rows batch by batch, stream them through a fit, print time and peak memory of this process."""
     rows, labels = settings.million, []
 
     def batches() -> Iterator[np.ndarray]:
@@ -204,16 +204,16 @@ def stage(settings: Settings) -> float:
         for program in ("stack", "report"):
             started = time.perf_counter()
             subprocess.run(
-                [sys.executable, "-m", f"launch.{program}", "--config", str(folder / "config.yaml")],
+                [sys.executable, "-m", f"triderm_dist.commands.{program}", "--config", str(folder / "config.yaml")],
                 check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
             seconds[program] = time.perf_counter() - started
         size = (folder / "report.html").stat().st_size
-    whole = sum(seconds.values())
-    print(f"\nthe whole stage, {settings.rows:,} lesions, 3 models, 5 folds nested, 1,000 resamples: {whole:.0f} s "
+    total = sum(seconds.values())
+    print(f"\nthe stage, {settings.rows:,} lesions, 3 models, 5 folds nested, 1,000 resamples: {total:.0f} s "
           f"(stack and ensemble {seconds['stack']:.0f}, report {seconds['report']:.0f}; "
           f"page of {size >> 10} KiB)")  # fmt: skip
-    return whole
+    return total
 
 
 def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]

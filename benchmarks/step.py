@@ -2,9 +2,9 @@
 
 python -m benchmarks.step [device=auto|cpu|cuda] [tower=tiny|small|base|large] [key=value ...]
 
-All take turns on the same batch in memory, with two towers of the same kind whose first 6 and 4 blocks are frozen.
+All alternate on the same batch in memory, with two towers of the same kind whose first 6 and 4 blocks are frozen.
 Then the peak memory of a step with and without activation checkpointing, each in a process of its own, and the share of
-the time that the toolkit's loop waits for photos from shards. On a GPU also the largest micro-batch that fits. The last
+the time that the toolkit's loop waits for data from shards. On a GPU also the largest micro-batch that fits. The last
 line is one JSON object: `vs_sketch` in lesions/s, `overhead` over the bare loop (median over turns), what checkpointing
 saves of the peak memory and adds to the time.
 """
@@ -50,9 +50,9 @@ class StepBenchmark(Section):
         None, description="ViT of both views, patches of 16 pixels; null: base on a GPU, small on a CPU"
     )
     image_size: int = Field(224, ge=16, description="input side in pixels")
-    batch: int | None = Field(None, ge=2, description="lesions a step; null: 96 on a GPU, 8 on a CPU")
+    batch: int | None = Field(None, ge=2, description="lesions per step; null: 96 on a GPU, 8 on a CPU")
     rounds: int = Field(12, ge=2, description="turns of each contestant, after three to warm up")
-    steps: int | None = Field(None, ge=1, description="steps a turn; null: 10 on a GPU, 1 on a CPU")
+    steps: int | None = Field(None, ge=1, description="steps per turn; null: 10 on a GPU, 1 on a CPU")
     compile: bool | None = Field(
         None, description="torch.compile our network's blocks, for the bare loop too; null: on a GPU, where it pays"
     )
@@ -111,7 +111,7 @@ def main(config: StepBenchmark) -> None:
         times = take_turns(contestants(size, device, folder), config.rounds, config.steps or (10 if gpu else 1), device)
     median = {contestant: statistics.median(values) for contestant, values in times.items()}
     print(f"{size} on {device_name(device)}: {config.rounds} turns each, alternating")
-    print(f"{'':<28}{'s a step':>10}{'lesions/s':>11}{'spread':>9}{'of the sketch':>15}")
+    print(f"{'':<28}{'s per step':>10}{'lesions/s':>11}{'spread':>9}{'of the sketch':>15}")
     for contestant, values in times.items():
         middle = median[contestant]
         print(
@@ -119,11 +119,13 @@ def main(config: StepBenchmark) -> None:
             f"{median['sketch'] / middle:>15.2f}"
         )
     plain, checked = (
-        alone(step_memory, replace(size, checkpointing=checkpointing), device.type, environment=TRUTHFUL_MALLOC)
+        in_fresh_process(
+            step_memory, replace(size, checkpointing=checkpointing), device.type, environment=TRUTHFUL_MALLOC
+        )
         for checkpointing in (False, True)
     )
     print(f"peak memory of a step: {plain:.2f} GiB, with activation checkpointing {checked:.2f} GiB")
-    loop = alone(from_shards, size, device.type, config.seconds, config.workers or os.cpu_count() or 1)
+    loop = in_fresh_process(from_shards, size, device.type, config.seconds, config.workers or os.cpu_count() or 1)
     print(f"from shards: {loop['lesions_per_s']:.1f} lesions/s, {loop['data_wait']:.1%} of the time waiting for data")
     result: dict[str, Any] = {
         "vs_sketch": round(median["sketch"] / median["ours"], 3),
@@ -137,7 +139,7 @@ def main(config: StepBenchmark) -> None:
     if gpu:
         result["vs_sketch_bf16"] = round(median["sketch in bf16"] / median["ours"], 3)
         for checkpointing in (False, True):
-            most = alone(largest_batch, replace(size, checkpointing=checkpointing, compile=False))
+            most = in_fresh_process(largest_batch, replace(size, checkpointing=checkpointing, compile=False))
             print(f"largest micro-batch, eager, {'with' if checkpointing else 'without'} checkpointing: {most}")
             result["largest_micro_batch" + "_checkpointing" * checkpointing] = most
     print(json.dumps(result))
@@ -155,7 +157,7 @@ def contestants(size: Size, device: Any, folder: Path) -> dict[str, Turn]:
 
 
 def take_turns(contestants: dict[str, Turn], rounds: int, steps: int, device: Any) -> dict[str, list[float]]:
-    """Seconds a step of each contestant in each round; the order is turned round from round to round."""
+    """Seconds per step of each contestant in each round; the order is turned round from round to round."""
     import torch
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -184,7 +186,7 @@ def sketch(size: Size, device: Any, bf16: bool) -> Turn:
     from benchmarks.sketch import SketchNetwork, layer_wise_groups, train_batches
     from triderm_dist.schema import DIAGNOSES
 
-    batch = made_up_batch(size, device)
+    batch = synthetic_batch(size, device)
     model = SketchNetwork(size.vision, CONCEPTS).to(device)
     optimizer = torch.optim.AdamW(layer_wise_groups(model), lr=1e-4, weight_decay=0.05)
     inputs = {
@@ -205,7 +207,7 @@ def bare_loop(size: Size, device: Any, folder: Path) -> Turn:
     from triderm_dist.losses import focal_loss, soft_f1_loss
     from triderm_dist.optim import build_optimizer, build_scheduler
 
-    batch, config = made_up_batch(size, device), size.model(folder).train
+    batch, config = synthetic_batch(size, device), size.model(folder).train
     network = our_network(size, folder).to(device).train()
     for block in network.blocks() if size.compile else ():
         block.compile(dynamic=False)
@@ -242,7 +244,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     from triderm_dist.optim import build_optimizer, build_scheduler
     from triderm_dist.schema import DIAGNOSES
 
-    batch, model = made_up_batch(size, device), size.model(folder)
+    batch, model = synthetic_batch(size, device), size.model(folder)
     config = model.train
     accelerator = parallel.start(size.precision, size.batch, ranks * size.batch, config.optim.clip_norm)
     network = our_network(size, folder).to(device)
@@ -285,7 +287,7 @@ def our_network(size: Size, folder: Path) -> Any:
     return build_network(model, [f"concept {number}" for number in range(CONCEPTS)], build_towers(model.tower))
 
 
-def made_up_batch(size: Size, device: Any) -> Any:
+def synthetic_batch(size: Size, device: Any) -> Any:
     import torch
 
     from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, Batch
@@ -305,7 +307,9 @@ def made_up_batch(size: Size, device: Any) -> Any:
     ).to(device)
 
 
-def alone(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+def in_fresh_process(
+    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> Any:
     """The function's result in a fresh process."""
     before = dict(os.environ)
     os.environ.update(environment or {})
@@ -348,7 +352,7 @@ def _status(name: str) -> int:
 
 
 def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> dict[str, float]:
-    """What the toolkit's loop says of itself on made-up photos."""
+    """Throughput and data wait of the toolkit's loop on synthetic photos."""
     import torch
 
     from triderm_dist.data.loader import PhotoSource

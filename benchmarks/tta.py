@@ -1,12 +1,12 @@
-"""Test-time augmentation: ours against the build guide's way, the same numbers from half the forwards.
+"""Test-time augmentation: ours against the build guide's loop, equal outputs from half the forwards.
 
 python -m benchmarks.tta [tower=timm:tf_efficientnet_lite0] [image_size=224] [lesions=64] [rounds=5]
 
 Both predict the same packed synthetic lesions under the 8 transforms of the dihedral group, with a tri-modal network on
-random weights. Ours: `engine.evaluate`, one forward a transform gives features and all logits, photos are decoded once.
-The guide's (7.2, with its ensemble's `predict`): for each transform one forward for the features and one for the
-logits; it is given its photos decoded, and turned in the memory layout that ours uses. The last line is one JSON
-object.
+random weights. Ours: `engine.evaluate`, one forward per transform gives features and all logits, photos are decoded
+once. The guide's (7.2, with its ensemble's `predict`): for each transform one forward for the features and one for the
+logits; its photos are decoded beforehand, and transformed in the memory layout that ours uses. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TtaRun(Section):
     tower: str = Field("timm:tf_efficientnet_lite0", description="tower source, with random weights")
     image_size: int = Field(224, ge=32, description="input side in pixels")
     lesions: int = Field(64, ge=50, description="synthetic lesions to predict")
-    batch: int = Field(16, ge=1, description="lesions a forward")
-    rounds: int = Field(5, ge=1, description="rounds, each way once in each")
+    batch: int = Field(16, ge=1, description="lesions per forward")
+    rounds: int = Field(5, ge=1, description="rounds, each method once in each")
 
 
 def main(config: TtaRun) -> None:
@@ -67,19 +67,19 @@ def main(config: TtaRun) -> None:
         times: dict[str, list[float]] = {"ours": [], "guide": []}
         for _ in range(config.rounds):
             started = time.perf_counter()
-            seen = evaluate(network, index, source, rows, accelerator, micro_batch=config.batch, transforms=TRANSFORMS)
+            ours = evaluate(network, index, source, rows, accelerator, micro_batch=config.batch, transforms=TRANSFORMS)
             times["ours"].append(time.perf_counter() - started)
             started = time.perf_counter()
             logits, features = guide(network, source, batches)
             times["guide"].append(time.perf_counter() - started)
-    check(seen, logits, features)
-    medians = {way: statistics.median(seconds) for way, seconds in times.items()}
+    check(ours, logits, features)
+    medians = {method: statistics.median(seconds) for method, seconds in times.items()}
     ratios = [guide / ours for ours, guide in zip(times["ours"], times["guide"], strict=True)]
     print(
         f"{config.tower} at {config.image_size}, {len(rows)} lesions x {TRANSFORMS} transforms on {accelerator.device}"
     )
-    for way, seconds in medians.items():
-        print(f"{way:<6} {seconds:7.2f} s  {len(rows) / seconds:7.2f} lesions/s")
+    for method, seconds in medians.items():
+        print(f"{method:<6} {seconds:7.2f} s  {len(rows) / seconds:7.2f} lesions/s")
     print("the same numbers: largest difference of logits and features below 1e-4")
     print(json.dumps({"vs_guide": round(statistics.median(ratios), 3)}))
 
@@ -87,7 +87,8 @@ def main(config: TtaRun) -> None:
 def packed_demo(folder: Path, config: TtaRun) -> ShardIndex:
     """The held-out part of the demo's synthetic lesions."""
     sizes = ["lesions=100", f"test_lesions={config.lesions}"]
-    subprocess.run([sys.executable, "-m", "shards.demo", f"output={folder / 'demo'}", *sizes], check=True)
+    command = [sys.executable, "-m", "triderm_dist.commands.synthetic", f"output={folder / 'demo'}", *sizes]
+    subprocess.run(command, check=True)
     return pack_shards(read_challenge(folder / "demo" / "test"), folder / "shards", short_side=None)
 
 

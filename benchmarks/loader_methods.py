@@ -1,6 +1,6 @@
-"""The toolkit's side of `benchmarks.loader`, one way a process.
+"""The toolkit's side of `benchmarks.loader`, one method per process.
 
-python benchmarks/loader_ways.py WAY FOLDER BATCH WORKERS
+python benchmarks/loader_methods.py METHOD FOLDER BATCH WORKERS
 
 Its last line is one JSON object.
 """
@@ -30,7 +30,7 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 
 
 class HostPhotos(PhotoSource):
-    """Photos as they are handed to the device: uint8, both views, in the ring's buffers."""
+    """Photos as they are copied to the device: uint8, both views, in the ring's buffers."""
 
     def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
         self.give_back(views, device)
@@ -63,7 +63,7 @@ def ours_finished(folder: Path, batch: int, workers: int) -> dict[str, float]:
 
 
 def ceiling(folder: Path, workers: int, decoder: str) -> dict[str, float]:
-    """Both cores do nothing but decode bytes that lie in memory; each photo is dropped at once."""
+    """Decode JPEG bytes held in memory on all cores; drop each photo at once."""
     index = read_index(folder)
     shards = FolderShards(index)
     places = zip(index.shard, index.offsets, index.sizes, strict=True)
@@ -95,8 +95,8 @@ def ceiling(folder: Path, workers: int, decoder: str) -> dict[str, float]:
 
 
 def start(folder: Path, batch: int, workers: int) -> dict[str, float]:
-    """Seconds from opening the index to the first batch, at the start and at 90% of an epoch; what index,
-    plan and loader hold in memory after 60 batches.
+    """Seconds from opening the index to the first batch, at the start and at 90% of an epoch; memory of index,
+    plan and loader after 60 batches.
     """
     before = resident()
     seconds = {}
@@ -152,16 +152,16 @@ def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
     return {"lesions": copies * len(table)}
 
 
-def main(way: str, where: str, batch: str, workers: str, *more: str) -> None:
+def main(method: str, where: str, batch: str, workers: str, *more: str) -> None:
     torch.set_num_threads(1)
     folder = Path(where)
-    if way.startswith("ceiling_"):
-        result: dict = ceiling(folder, int(workers), way.removeprefix("ceiling_"))
-    elif way == "simulate":
+    if method.startswith("ceiling_"):
+        result: dict = ceiling(folder, int(workers), method.removeprefix("ceiling_"))
+    elif method == "simulate":
         result = simulate(folder, Path(more[0]), int(more[1]))
     else:
-        ways = {"ours": ours, "ours_spare": ours_spare, "ours_finished": ours_finished, "start": start}
-        result = ways[way](folder, int(batch), int(workers))
+        methods = {"ours": ours, "ours_spare": ours_spare, "ours_finished": ours_finished, "start": start}
+        result = methods[method](folder, int(batch), int(workers))
     print(json.dumps(result))
 
 
