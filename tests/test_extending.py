@@ -1,0 +1,224 @@
+"""Every recipe of docs/extending.md, as printed: trained, killed, resumed on two ranks, predicted.
+
+A section of the page that holds `<!-- recipe: NAME -->` has fenced blocks, the first line of which names a file
+(`# my_sgd.py`); `# experiment.yaml` is laid over a tiny experiment. Recipes of one group of `GROUPS` share an
+experiment. To add a recipe put its name into a group, and write a function `@check(NAME)` that shows its effect. A
+recipe that trains nothing is in no group: its function gets the folder with its files.
+"""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import write_challenge
+from tests.fork_server import fork_python
+from tests.processes import HANG_SECONDS
+from triderm_dist.config import merge
+from triderm_dist.monitoring.tracking import read_metrics
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+GROUPS = (("loss-term", "sgd", "scheduler", "tracker"), ("muon",))
+"""Recipes that share an experiment: each must have an effect of its own."""
+EXPERIMENT = """\
+data: {folds: 2, short_side: null}
+train:
+  epochs: 3
+  global_batch: 16
+  micro_batch: 4
+  log_every: 1
+  save_every: 1
+  trackers: []
+  optim: {lr: 1e-3, warmup_epochs: 1}
+models:
+  trimodal:
+    width: 16
+    heads: 2
+    tower: {source: "timm:test_vit", pretrained: false, image_size: 32, freeze_clinical: 5, freeze_dermoscopic: 5}
+stack: {max_rounds: 5}
+ensemble: {bootstrap: 20, rounds: 3}
+predict: {transforms: 1}
+"""
+KILL = """\
+import os
+import signal
+import torch
+from triderm_dist.models.network import Network
+
+left = int(os.environ.get("KILL_AT_FORWARD", "0"))
+
+
+def count(module, inputs):
+    global left
+    if isinstance(module, Network) and module.training:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+torch.nn.modules.module.register_module_forward_pre_hook(count)
+"""
+KILL_AT = 21
+"""Training forwards: in the third step, each of which has 4 micro-batches with a forward for the sums and another."""
+COLUMNS: dict[str, Callable[[int], Any]] = {}
+"""Columns that recipes add to the metadata table: name, and the cell of lesion i."""
+
+
+def recipes() -> dict[str, dict[str, str]]:
+    """Files by name, by recipe; sections that are not written yet are left out."""
+    found = {}
+    for section in re.split(r"^## ", PAGE, flags=re.MULTILINE):
+        if name := re.search(r"<!-- recipe: (\S+) -->", section):
+            blocks = re.findall(r"^```\w+\n(?:#|//) (\S+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+            if blocks:
+                found[name[1]] = dict(blocks)
+    return found
+
+
+RECIPES = recipes()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A group's experiment: its output folder, merged settings, and what the resumed pipeline printed."""
+
+    folder: Path
+    settings: dict[str, Any]
+    output: str
+
+    def fold(self, model: str = "trimodal", fold: int = 0) -> Path:
+        return self.folder / model / f"fold-{fold}"
+
+    def metrics(self, kind: str = "train", **of: Any) -> list[dict[str, Any]]:
+        return [line for line in read_metrics(self.fold(**of) / "metrics.jsonl") if line["kind"] == kind]
+
+    def optimizer_state(self, **of: Any) -> dict[str, Any]:
+        """The optimizer's tensors in the newest checkpoint."""
+        return load_file(max((self.fold(**of) / "checkpoints").iterdir()) / "optimizer.safetensors")
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {}
+
+
+def check(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """The function shows that the recipe had its effect on a `Run`, or in the folder of a recipe without a group."""
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        CHECKS[name] = function
+        return function
+
+    return register
+
+
+# --- the checks -------------------------------------------------------------------------------------------------------
+
+
+@check("tracker")
+def tracker(run: Run) -> None:
+    with (run.fold() / "metrics.csv").open() as file:
+        rows = list(csv.reader(file))
+    last = run.metrics()[-1]
+    assert [str(last["step"]), "train/loss", str(last["loss"])] in rows
+    assert any(name == "validation/macro_f1" for _, name, _ in rows)
+
+
+# --- the harness ------------------------------------------------------------------------------------------------------
+
+
+def program(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python -m ARGUMENTS` in a folder."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [fork_python(), "-m", *arguments], cwd=folder, env=variables, capture_output=True, text=True,
+        timeout=HANG_SECONDS,
+    )  # fmt: skip
+
+
+def write_recipes(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Write the files of recipes into a folder; returns the settings: all fragments over the tiny experiment."""
+    settings, plugins = yaml.safe_load(EXPERIMENT), ["kill.py"]
+    (folder / "kill.py").write_text(KILL)
+    for name in names:
+        for file, content in RECIPES[name].items():
+            if file != "experiment.yaml":
+                (folder / file).write_text(content)
+        fragment = yaml.safe_load(RECIPES[name].get("experiment.yaml", "{}"))
+        plugins += fragment.pop("plugins", [])
+        settings = merge(settings, fragment)
+    settings["plugins"] = plugins
+    ranks = yaml.safe_load((ROOT / "accelerate_configs" / "ddp.yaml").read_text()) | {"num_processes": 2}
+    (folder / "two_ranks.yaml").write_text(yaml.safe_dump(ranks))
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return settings
+
+
+def write_photos(folder: Path) -> None:
+    """FOLDER/train with 66 lesions and their diagnoses, FOLDER/test with 22."""
+    for name, prefix, lesions in (("train", "MILK10k_Training", 66), ("test", "MILK10k_Test", 22)):
+        challenge = write_challenge(folder / name, lesions, prefix, labeled=name == "train")
+        for number, row in enumerate(challenge.metadata):
+            row.update({column: cell(number // 2) for column, cell in COLUMNS.items()})
+        challenge.write()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Callable[[int], Run]:
+    """runs(NUMBER): that group, trained until it is killed, resumed on two ranks to the end; made once."""
+    made: dict[int, Run] = {}
+
+    def run(number: int) -> Run:
+        if number not in made:
+            folder = tmp_path_factory.mktemp("recipes")
+            settings = write_recipes(folder, tuple(name for name in GROUPS[number] if name in RECIPES))
+            write_photos(folder)
+            pipeline = [
+                "triderm_dist.commands.pipeline", "--config", "experiment.yaml", "output=run", "data.source=train",
+                "data.test=test",
+            ]  # fmt: skip
+            killed = program(folder, *pipeline, KILL_AT_FORWARD=str(KILL_AT))
+            assert killed.returncode == 128 + signal.SIGKILL, killed.stdout + killed.stderr
+            assert any((folder / "run").glob("*/fold-0/checkpoints/*")), killed.stdout + killed.stderr
+            resumed = program(folder, *pipeline, "launcher=two_ranks.yaml")
+            assert resumed.returncode == 0, resumed.stdout[-5000:] + resumed.stderr[-3000:]
+            made[number] = Run(folder / "run", settings, resumed.stdout)
+        return made[number]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, runs, tmp_path):
+    """Trained, killed, resumed on two ranks and predicted (if it is in a group), with an effect."""
+    numbers = [number for number, group in enumerate(GROUPS) if name in group]
+    if not numbers:
+        for file, content in RECIPES[name].items():
+            (tmp_path / file).write_text(content)
+    CHECKS[name](runs(numbers[0]) if numbers else tmp_path)
+
+
+@pytest.mark.parametrize("number", range(len(GROUPS)))
+def test_resumed_on_two_ranks_it_is_the_undisturbed_training(runs, number):
+    """So nothing that a recipe's optimizer, loss or schedule keeps is lost, whatever the batch is split into."""
+    run = runs(number)
+    shards = run.folder / "shards" / "train"
+    model = next(iter(run.settings["models"]))
+    alone = program(
+        run.folder.parent, "triderm_dist.commands.train", "--config", "experiment.yaml", "output=undisturbed",
+        f"data.shards={shards}", f"model={model}",
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    undisturbed = Run(run.folder.parent / "undisturbed", run.settings, alone.stdout)
+    got, expected = run.metrics(model=model), undisturbed.metrics(model=model)
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    for line, other in zip(got, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4), line["step"]
