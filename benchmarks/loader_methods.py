@@ -128,7 +128,7 @@ def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from triderm_dist.data.shards.format import file_sha256
+    from triderm_dist.files import file_sha256
 
     output.mkdir()
     raw = json.loads((folder / INDEX).read_text())

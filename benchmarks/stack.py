@@ -29,9 +29,10 @@ from benchmarks.ensemble import SHARE
 from triderm_dist import metrics
 from triderm_dist.cli import run
 from triderm_dist.config import EnsembleConfig, Experiment, Section, StackConfig, save
+from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.columns import ColumnFile
-from triderm_dist.ensemble.stacker import Stacker, cores, device_of, fit_stacker, threads_for
+from triderm_dist.ensemble.stacker import Stacker, device_of, fit_stacker, threads_for
 from triderm_dist.predictions import OofTable, write_oof
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
 
@@ -106,12 +107,12 @@ def guides(columns: np.ndarray, labels: np.ndarray) -> object:
         max_depth=6, learning_rate=0.05, n_estimators=300, min_child_weight=3, subsample=0.8, colsample_bytree=0.8,
         objective="binary:logistic", eval_metric="logloss", tree_method="hist", device="cpu", n_jobs=1,
     )  # fmt: skip
-    return MultiOutputClassifier(base, n_jobs=cores()).fit(columns, np.eye(C, dtype=int)[labels])
+    return MultiOutputClassifier(base, n_jobs=openmp_threads()).fit(columns, np.eye(C, dtype=int)[labels])
 
 
 def compare(settings: Settings) -> dict[str, float]:
     speedups, differences = [], []
-    print(f"{settings.rows:,} rows to fit and to judge, {cores()} cores, ours on "
+    print(f"{settings.rows:,} rows to fit and to judge, {openmp_threads()} cores, ours on "
           f"{device_of(StackConfig(device=settings.device))}\n")  # type: ignore[arg-type] # fmt: skip
     print(f"{'columns':>8} {'eleven boosters':>17} {'one booster':>13} {'faster':>8}   "
           "macro F1 argmax, eleven -> one (less, 95%)   at 0.5")  # fmt: skip
@@ -147,7 +148,7 @@ def threads(settings: Settings) -> None:
     import xgboost
 
     print(f"\nseconds of 10 rounds; threads waiting {os.environ.get('OMP_WAIT_POLICY', 'ACTIVE')}")
-    counts = sorted({1, 2, cores()})
+    counts = sorted({1, 2, openmp_threads()})
     for rows, width in ((5000, 84), (5000, 1600), (100_000, 60), (300_000, 60)):
         columns, labels = rows_of(rows, width, seed=3)
         took: dict[int, list[float]] = {count: [] for count in counts}

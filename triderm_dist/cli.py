@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from triderm_dist.config import Section, Tree, describe, load
-from triderm_dist.schema import InputError
+from triderm_dist.schema import InputError, one_line
 
 BAD_INPUT = 2
 INTERRUPTED = 3
@@ -54,7 +54,7 @@ def guarded(work: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except OSError as error:  # a full disk, a folder that is a file, no rights, no network
-        text = error.strerror or " ".join(str(error).split())
+        text = error.strerror or one_line(error)
         print(f"error: {error.filename}: {text}" if error.filename else f"error: {text}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:

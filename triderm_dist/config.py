@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from triderm_dist.files import write_text
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, one_line
 
 
 class Section(BaseModel):
@@ -487,7 +487,7 @@ def import_plugins(names: Any) -> None:
             spec.loader.exec_module(sys.modules[module])
         except Exception as error:  # whatever a user's file raises
             sys.modules.pop(module, None)
-            raise ConfigError(f"plugins: {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"plugins: {name}: {one_line(error, with_type=True)}") from error
 
 
 def save(config: Section, path: Path) -> None:
@@ -548,7 +548,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):

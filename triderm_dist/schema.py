@@ -100,6 +100,16 @@ class CheckpointError(InputError):
     """A weight file that does not belong to the network it is loaded into."""
 
 
+def one_line(error: object, limit: int | None = None, with_type: bool = False) -> str:
+    """Return an error's text on one line of at most `limit` characters; the name of its type where it has no text.
+
+    with_type: put the name of the type in front, as in `KeyError: 'age'`.
+    """
+    name, text = type(error).__name__, " ".join(str(error).split())
+    text = (f"{name}: {text}" if with_type else text) if text else name
+    return text if limit is None or len(text) <= limit else text[: limit - 4] + " ..."
+
+
 @dataclass(frozen=True)
 class Lesion:
     """One checked lesion of a challenge folder, before any pixel is read.

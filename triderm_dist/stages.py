@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, handle_signals
-from triderm_dist.files import exclusive_lock, write_json
+from triderm_dist.files import exclusive_lock, file_sha256, write_json
 from triderm_dist.schema import InputError
 
 
@@ -125,7 +125,7 @@ def _digest(parts: Sequence[Any]) -> str:
 def _content(path: Path) -> str:
     """A file's content. Of a folder: names and sizes of all files, and the content of its tables (photos are many)."""
     if not path.is_dir():
-        return _sha256(path) if path.exists() else "absent"
+        return file_sha256(path) if path.exists() else "absent"
     content = hashlib.sha256()
     for folder, folders, files in os.walk(path, followlinks=True):
         folders.sort()
@@ -135,11 +135,6 @@ def _content(path: Path) -> str:
             if file.suffix.lower() == ".csv":
                 content.update(file.read_bytes())
     return content.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _end_with_parent() -> None:

@@ -12,7 +12,6 @@ from triderm_dist.ensemble.stack_inputs import stack_features
 from triderm_dist.ensemble.stacker import (
     NestedStack,
     Stacker,
-    cores,
     device_of,
     fit_stacker,
     gpus,
@@ -250,11 +249,8 @@ def test_extra_columns_are_kept_only_where_they_gain() -> None:
 
 
 def test_threads_follow_the_work_and_the_cores(monkeypatch) -> None:
-    monkeypatch.setattr("triderm_dist.ensemble.stacker.cores", lambda: 16)
+    monkeypatch.setattr("triderm_dist.ensemble.stacker.openmp_threads", lambda: 16)
     assert threads_for(5_000, 84) == 1
     assert threads_for(5_000, 1_600) == 2
     assert threads_for(1_000_000, 60) == 15
     assert threads_for(1_000_000, 60, side_by_side=8) == 2
-    monkeypatch.undo()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cores() == 1

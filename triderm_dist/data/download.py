@@ -26,8 +26,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from triderm_dist.cli import Interrupted
-from triderm_dist.files import write_json
-from triderm_dist.schema import DataError
+from triderm_dist.files import file_sha256, write_json
+from triderm_dist.schema import DataError, one_line
 
 BASE_URL = "https://isic-archive.s3.amazonaws.com/challenges/milk10k"
 FILES: dict[str, tuple[str, ...]] = {
@@ -178,8 +178,7 @@ def _opened(request: urllib.request.Request, timeout: float) -> Iterator[http.cl
 def _reason(error: object) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def _announced(answer: http.client.HTTPResponse, url: str) -> tuple[int, Remote]:
@@ -265,8 +264,9 @@ def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | Non
         nested = inner.is_dir() and len(list(beside.iterdir())) == 1
         (inner if nested else beside).rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise DataError(f"{archive}: not a sound zip ({text}); delete it and run the command again") from None
+        raise DataError(
+            f"{archive}: not a valid zip ({one_line(error)}); delete it and run the command again"
+        ) from None
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror or error}; correct that and run the command again") from None
     finally:
@@ -354,7 +354,7 @@ def download(
                 sha256 = fetch(f"{base_url.rstrip('/')}/{name}", path, sha256=expected,
                                progress=progress_of_file, **options)  # fmt: skip
         else:
-            sha256 = _digests(path)["sha256"]
+            sha256 = file_sha256(path)
         size = path.stat().st_size
         entry = {"bytes": size, "sha256": sha256, "url": f"{base_url.rstrip('/')}/{name}"}
         if path.suffix == ".zip":

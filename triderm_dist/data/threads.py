@@ -6,15 +6,29 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the CPU cores that this process may use: its affinity mask, limited by the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):  # not a cgroup v2
+        return allowed
+    return allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
+
+
+def openmp_threads() -> int:
+    """Return the threads that OpenMP code may start in this process: `available_cores`, or fewer where
+    OMP_NUM_THREADS says so.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(available_cores(), int(wanted)) if wanted.isdigit() and int(wanted) else available_cores()
 
 
 def in_order(work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[tuple[_Item, _Result]]:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from triderm_dist.cli import handle_signals, raise_stopped
-from triderm_dist.schema import InputError
+from triderm_dist.schema import InputError, one_line
 
 Needs = dict[str, float]
 """What one process takes of a machine: {"CPU", "GPU"}."""
@@ -54,7 +54,7 @@ def running_ray(
             ray.init(address or "local", runtime_env={"env_vars": own}, **quiet, **local)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{setting}={address}: Ray does not start ({' '.join(str(error).split())}); "
+                f"{setting}={address}: Ray does not start ({one_line(error)}); "
                 "check the address, and RAY_AUTH_TOKEN where the cluster asks for a token"
             ) from None
         except SystemExit:  # by Ray's own handler of SIGTERM

@@ -15,11 +15,12 @@ import os
 from pathlib import Path
 
 from triderm_dist.config import Experiment
+from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.advice import suggest
 from triderm_dist.doctor.data import data_findings
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.launcher import Launcher, launcher_findings
-from triderm_dist.doctor.machine import cores, find_gpus, machine_findings
+from triderm_dist.doctor.machine import find_gpus, machine_findings
 from triderm_dist.doctor.networks import network_findings
 from triderm_dist.doctor.software import nccl, versions
 
@@ -49,7 +50,7 @@ def examine(
     gpus = find_gpus()
     ranks = ranks or (launcher.ranks if launcher else max(1, len(gpus)))
     sections = this_host(experiment, clone, launcher)
-    if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), cores())):
+    if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
         sections["launcher"] = found  # the ranks' own launcher holds its port
     sections["experiment"] = network_findings(
         experiment, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from triderm_dist.config import DataConfig, Experiment
+from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import Finding, imported
-from triderm_dist.doctor.machine import Gpu, cores
+from triderm_dist.doctor.machine import Gpu
 from triderm_dist.schema import DataError, InputError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
         return Finding("reading", f"{speed:,.0f} lesions/s; frozen towers read each photo once, then cached tokens")
     needs = [need for name in experiment.models if (need := _need(experiment, name, gpus))]
     most = max(needs, key=lambda need: need.lesions_per_s, default=None)
-    return reading_finding(speed, experiment.data.workers, most, max(1, min(ranks, len(gpus))), cores())
+    return reading_finding(speed, experiment.data.workers, most, max(1, min(ranks, len(gpus))), available_cores())
 
 
 def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:

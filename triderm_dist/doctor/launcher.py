@@ -12,7 +12,7 @@ import yaml
 
 from triderm_dist.config import find_file
 from triderm_dist.doctor.findings import Finding, imported
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, one_line
 
 DEFAULT_PORT = 29500
 """Where Accelerate's ranks meet if no port is named."""
@@ -48,9 +48,8 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
     except FileNotFoundError:
         raise ConfigError(f"launcher: {path}: no such file; triderm config list names the shipped ones") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"launcher: {path}: no launcher file of Accelerate ({reason}); see accelerate_configs/"
+            f"launcher: {path}: no launcher file of Accelerate ({one_line(error)}); see accelerate_configs/"
         ) from None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
 
 LEAST_DISK = 5 * GIB
@@ -46,17 +47,8 @@ def find_gpus() -> list[Gpu]:
 def machine_findings(gpus: Sequence[Gpu], output: Path, written: Sequence[Path]) -> list[Finding]:
     """What this host has. written: files whose times the clock must be behind."""
     shared = shared_memory(len(gpus))
-    return [*_devices(gpus), Finding("CPU", f"{cores()} cores"), _memory(), *([shared] if shared else []),
+    return [*_devices(gpus), Finding("CPU", f"{available_cores()} cores"), _memory(), *([shared] if shared else []),
             _disk(output), _clock(written)]  # fmt: skip
-
-
-def cores() -> int:
-    """CPU cores that this process may use, within a container's quota."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup("cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit():
-        here = min(here, max(1, int(quota[0]) // int(quota[1])))
-    return here
 
 
 def _devices(gpus: Sequence[Gpu]) -> list[Finding]:

@@ -13,7 +13,6 @@ damaged is passed over, and written again when the training comes to its step.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -35,8 +34,8 @@ from triderm_dist.distributed.full_state import (
     participates,
 )
 from triderm_dist.engine.ema import Ema
-from triderm_dist.files import atomic_path, naming_file, write_json
-from triderm_dist.schema import CheckpointError
+from triderm_dist.files import atomic_path, file_sha256, naming_file, write_json
+from triderm_dist.schema import CheckpointError, one_line
 
 FORMAT, VERSION = "triderm-model", 1
 CHECKPOINT_VERSION = 2
@@ -245,7 +244,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         with naming_file(path):
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None
+        raise OSError(errno.EIO, one_line(error), str(path)) from None
 
 
 def _read_tensors(path: Path, only_look: bool = False) -> Tensors:
@@ -266,7 +265,7 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) 
     """Write PATH.safetensors and PATH.json beside it (format, version, sha256 and `about`); returns the sha256."""
     with atomic_path(path.with_suffix(".safetensors")) as beside:
         _write_tensors(beside, weights)
-        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+        digest = file_sha256(beside)
     save_about(path, sha256=digest, **about)
     return digest
 

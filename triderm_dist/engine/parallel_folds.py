@@ -17,7 +17,7 @@ from triderm_dist.config import Experiment, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import room, running_ray
 from triderm_dist.engine.fold import is_done
-from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.schema import ConfigError, InputError, one_line
 
 
 def run_side_by_side(
@@ -114,8 +114,8 @@ def _cause(error: Exception) -> tuple[str, bool]:
     if isinstance(error, ray.exceptions.WorkerCrashedError):
         return "its process died; out of memory?", False
     cause = getattr(error, "cause", None) or error  # what a task raised comes wrapped
-    text = " ".join(str(cause).split())
-    return (text, True) if isinstance(cause, InputError) else (f"{type(cause).__name__}: {text}", False)
+    bad_input = isinstance(cause, InputError)
+    return one_line(cause, with_type=not bad_input), bad_input
 
 
 # --- in the processes of the folds -----------------------------------------------------------------------------------

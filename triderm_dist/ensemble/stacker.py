@@ -22,6 +22,7 @@ import numpy as np
 
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
+from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.files import atomic_path, write_json
 from triderm_dist.schema import DataError
@@ -336,7 +337,7 @@ def nested_stack(
             rows = others & (parts == part)
             wanted.append((others & ~rows, rows, [without[fold]]))
     training_sets = {train.tobytes(): train for train, _, _ in wanted}
-    at_once = 1 if device_of(config) == "cuda" else min(cores(), len(training_sets))
+    at_once = 1 if device_of(config) == "cuda" else min(openmp_threads(), len(training_sets))
 
     def fit(train: np.ndarray) -> Stacker:
         return fit_stacker(
@@ -429,16 +430,9 @@ def gpus() -> int:
     return count.value
 
 
-def cores() -> int:
-    """CPU cores that this process may use; OMP_NUM_THREADS lowers them."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wished = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return min(allowed, int(wished)) if wished.isdigit() and int(wished) else allowed
-
-
 def threads_for(rows: int, columns: int, side_by_side: int = 1) -> int:
     """Threads of one fit: one for each `CELLS_A_THREAD`, as many as its share of the cores at most."""
-    return max(1, min(cores() // side_by_side, rows * columns // CELLS_A_THREAD))
+    return max(1, min(openmp_threads() // side_by_side, rows * columns // CELLS_A_THREAD))
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -24,13 +24,12 @@ from triderm_dist.models.weights import (
     fill,
     hub_file,
     listing,
-    one_line,
     read_weights,
     rename_by_order,
     strip_prefix,
     weight_file,
 )
-from triderm_dist.schema import CheckpointError, ConfigError, InputError
+from triderm_dist.schema import CheckpointError, ConfigError, InputError, one_line
 
 Triple = tuple[float, float, float]
 
@@ -202,7 +201,7 @@ def _timm_tower(name: str, file: Path | None, pretrained: bool, image_size: int 
         model: Any = timm.create_model(name, pretrained=download, num_classes=0)
     except Exception as error:  # whatever timm and the hub's client raise
         raise InputError(
-            f"timm:{name}: can't be built ({type(error).__name__}: {one_line(error)}); "
+            f"timm:{name}: can't be built ({one_line(error, 160, with_type=True)}); "
             + ("check the network, or give the weights as timm:NAME@FILE" if download else "take another model")
         ) from None
     said = "weights from timm's hub" if download else "random weights"
@@ -304,7 +303,7 @@ def _build_visual(model_cfg: dict[str, Any], quick_gelu: bool, config: Path) -> 
         vision.timm_model_pretrained = False
         visual = _build_vision_tower(model_cfg.get("embed_dim", 512), vision, quick_gelu)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{config}: open_clip can't build this vision tower ({one_line(error)})") from None
+        raise InputError(f"{config}: open_clip can't build this vision tower ({one_line(error, 160)})") from None
     if not hasattr(visual, "trunk") and (not hasattr(visual, "transformer") or visual.attn_pool is not None):
         raise InputError(
             f"{config}: only open_clip's ViT without attentional pooling and its timm models are supported"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.schema import CheckpointError, InputError
+from triderm_dist.schema import CheckpointError, InputError, one_line
 
 State = dict[str, Tensor]
 
@@ -38,7 +37,7 @@ def read_weights(file: Path) -> State:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises its own kinds
-        raise CheckpointError(f"{file}: not a readable weight file ({one_line(error)}); fetch it again") from None
+        raise CheckpointError(f"{file}: not a readable weight file ({one_line(error, 160)}); fetch it again") from None
     while isinstance(content, Mapping):
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -132,15 +131,10 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
     except Exception as error:  # whatever the hub's client raises: no network, unknown or gated repository
         raise InputError(
             f"hf-hub:{repository}: {names[0]} can't be had "
-            f"({type(error).__name__}: {one_line(error)}); "
+            f"({one_line(error, 160, with_type=True)}); "
             "check the id and the network, or download the files and use local-dir:PATH"
         ) from None
     raise CheckpointError(f"hf-hub:{repository}: has none of {', '.join(names)}; it is no open_clip repository")
-
-
-def one_line(error: Exception, most: int = 160) -> str:
-    """The text of a library's error on one line of at most so many characters."""
-    return textwrap.shorten(str(error), most, placeholder=" ...")
 
 
 def weight_file(name: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.files import naming_file, write_text
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, one_line
 
 PROJECT = "triderm-dist"
 """Where a tracker that sorts runs into projects or experiments keeps them."""
@@ -90,7 +90,10 @@ class Tracker:
                 getattr(tracker, method)(*args, **kwargs)
             except Exception as error:  # whatever a service or its client raises
                 del self._trackers[kind]
-                print(f"{self.name}  {kind} failed and is left out from here on ({_one_line(error)})", flush=True)
+                print(
+                    f"{self.name}  {kind} failed and is left out from here on ({one_line(error, 200, with_type=True)})",
+                    flush=True,
+                )
 
 
 def tracker_class(name: str) -> Any:
@@ -123,13 +126,9 @@ def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: M
             tracker.store_init_configuration(dict(settings))
     except Exception as error:  # whatever a service or its client raises
         raise ConfigError(
-            f"train.trackers: {kind} did not start ({_one_line(error)}); set it up or leave it out"
+            f"train.trackers: {kind} did not start ({one_line(error, 200, with_type=True)}); set it up or leave it out"
         ) from None
     return tracker
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, build, merge, nest
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_space(path: Path) -> Space:
     except FileNotFoundError:
         raise ConfigError(f"search.space: {path} no such file; triderm config list names the shipped ones") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
     if not isinstance(raw, dict) or not raw:
         raise ConfigError(f"{path}: a space is a mapping of settings, like train.loss.gamma: {{uniform: [0, 3]}}")
     return {str(key): _domain(f"{path}: {key}", value) for key, value in raw.items()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from triderm_dist.config import Experiment
 from triderm_dist.distributed import collectives
 from triderm_dist.files import write_json
-from triderm_dist.schema import DataError, InputError
+from triderm_dist.schema import DataError, InputError, one_line
 from triderm_dist.search.space import with_settings
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read_trial(folder: Path) -> Trial | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a trial ({' '.join(str(error).split())}); delete its folder") from None
+        raise DataError(f"{path}: not a trial ({one_line(error)}); delete its folder") from None
 
 
 def read_trials(folder: Path, repeats: bool = False) -> list[Trial]:
@@ -157,7 +157,7 @@ def run_trial(
         tell("complete")
     except Exception as error:
         bad_input = isinstance(error, InputError)
-        text = ("" if bad_input else f"{type(error).__name__}: ") + " ".join(str(error).split())
+        text = one_line(error, with_type=not bad_input)
         replace(read_trial(folder) or trial, state="failed", error=text, bad_input=bad_input).write(folder)
         raise
 

@@ -244,7 +244,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "version": (
         lambda f: edit_index(f, lambda raw: raw.update(version=1)),
-        "version 1, .* pack the data again by shards.pack, or index",
+        "version 1, .* pack the data again by triderm pack, or index",
     ),
     "key": (lambda f: edit_index(f, lambda raw: raw.pop("concepts")), "incomplete .KeyError: 'concepts'"),
     "sizes": (

@@ -15,10 +15,10 @@ import pytest
 
 from tests.conftest import Challenge
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards.format import file_sha256
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
+from triderm_dist.files import file_sha256
 
 Change = Callable[[ShardIndex], Any]
 

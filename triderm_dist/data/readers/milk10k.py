@@ -36,6 +36,7 @@ from triderm_dist.schema import (
     VIEWS,
     DataError,
     Lesion,
+    one_line,
 )
 
 VIEW_OF_IMAGE_TYPE: dict[str, str] = {"clinical: close-up": "clinical", "dermoscopic": "dermoscopic"}
@@ -221,7 +222,7 @@ def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_R
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable CSV in UTF-8 ({' '.join(str(error).split())})") from None
+        raise DataError(f"{path}: not a readable CSV in UTF-8 ({one_line(error)})") from None
     if not lines:
         raise DataError(f"{path}: the file is empty")
     header = [name.strip() for name in lines[0]]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -90,8 +88,3 @@ def samples_schema(concepts: int) -> pa.Schema:
 def rows_schema(concepts: int) -> pa.Schema:
     """What `write_index` takes: the columns of samples.parquet, and `photos`, the `photo_facts` of each view."""
     return samples_schema(concepts).append(pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS))))
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

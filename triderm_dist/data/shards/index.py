@@ -35,11 +35,11 @@ from triderm_dist.data.shards.format import (
     VERSION,
     ShardFile,
     Text,
-    file_sha256,
     samples_schema,
 )
-from triderm_dist.data.threads import cores, in_order
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, DataError
+from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.files import file_sha256
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, DataError, one_line
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.cache import Cache
@@ -238,7 +238,9 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
 
 def verify_shards(index: ShardIndex) -> None:
     """Hash every shard, on all cores; raises DataError naming the first whose bytes are not those that were packed."""
-    for _ in in_order(lambda shard: _check_sha256(index.folder / shard.url, shard.sha256), index.shards, cores()):
+    for _ in in_order(
+        lambda shard: _check_sha256(index.folder / shard.url, shard.sha256), index.shards, available_cores()
+    ):
         pass
 
 
@@ -255,7 +257,7 @@ def read_raw_index(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); pack the data again") from None
+        raise DataError(f"{path}: not readable as JSON ({one_line(error)}); pack the data again") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: not an index of shards; pack the data again")
     return raw

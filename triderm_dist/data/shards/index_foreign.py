@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, file_sha256, rows_schema
+from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, photo_facts
 from triderm_dist.data.shards.record import Record, parse
 from triderm_dist.data.shards.write_index import write_index
-from triderm_dist.data.threads import cores, in_order
-from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError
+from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.files import file_sha256
+from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError, one_line
 
 Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""
@@ -82,7 +83,9 @@ def index_shards(
         kept: list[dict[str, Any]] = []
         before = len(first_seen)
         samples = _samples(path, problems.append)
-        for sample, checked in in_order(lambda s: _check(s, extensions, missing_view), samples, workers or cores()):
+        for sample, checked in in_order(
+            lambda s: _check(s, extensions, missing_view), samples, workers or available_cores()
+        ):
             problems += checked.problems
             record = checked.record
             if record is None:
@@ -161,7 +164,7 @@ def _samples(path: Path, on_problem: Callable[[Problem], object]) -> Iterator[_S
                     on_problem(Problem(stem, "doubled member", str(path), f"{member.name} is there twice"))
                 members[extension] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        what = f"not readable to its end as a plain tar ({' '.join(str(error).split())}); the rest is left out"
+        what = f"not readable to its end as a plain tar ({one_line(error)}); the rest is left out"
         on_problem(Problem("", "tar", str(path), what))
     if members:
         yield _Sample(path, key, members)

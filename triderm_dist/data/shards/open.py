@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from triderm_dist.data.shards.cache import Cache
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.remote import Store, _disk_error
+from triderm_dist.files import file_sha256
 from triderm_dist.schema import DataError
 
 
@@ -57,7 +57,7 @@ def _fetch_index(store: Store, root: Path) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         store.fetch(ShardFile(INDEX, 0, -1, ""), part)
-        folder = root / hashlib.sha256(part.read_bytes()).hexdigest()[:16]
+        folder = root / file_sha256(part)[:16]
         folder.mkdir(exist_ok=True)
         return part.replace(folder / INDEX)
     except OSError as error:

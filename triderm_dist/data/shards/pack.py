@@ -26,13 +26,13 @@ import pyarrow.parquet as pq
 
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import Dataset
-from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, file_sha256, rows_schema
+from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import QUALITY, PhotoError, photo_facts, prepare_photo
 from triderm_dist.data.shards.record import describe
 from triderm_dist.data.shards.write_index import write_index
-from triderm_dist.data.threads import cores, in_order
-from triderm_dist.files import atomic_path, exclusive_lock
+from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.files import atomic_path, exclusive_lock, file_sha256
 from triderm_dist.schema import VIEWS, DataError, Lesion
 
 Progress = Callable[[int, int], None]
@@ -67,7 +67,7 @@ def pack_shards(
         raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
     if not dataset.lesions:
         raise DataError(f"{folder}: no lesion is left to pack; {len(dataset.problems)} problems, {_first(dataset)}")
-    packing = _Packing(dataset, short_side, shard_samples, workers or cores(), progress)
+    packing = _Packing(dataset, short_side, shard_samples, workers or available_cores(), progress)
     if _occupied(folder):
         return _already_packed(folder, packing)
     part = folder.with_name(folder.name + ".part")

@@ -10,6 +10,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from triderm_dist.schema import one_line
+
 QUALITY = 90
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """More than Pillow opens: a decompression bomb, or a slide scan that is no photo of a lesion."""
@@ -45,7 +47,7 @@ def prepare_photo(data: bytes, short_side: int | None) -> bytes:
             return clean
         return _encode(Image.fromarray(pixels), size, orientation)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise PhotoError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise PhotoError(one_line(error)) from None
 
 
 def check_photo(data: bytes) -> None:
@@ -54,7 +56,7 @@ def check_photo(data: bytes) -> None:
     try:
         _decode(data)
     except ValueError as error:
-        raise PhotoError(" ".join(str(error).split())) from None
+        raise PhotoError(one_line(error)) from None
 
 
 def photo_facts(data: bytes) -> tuple[int, int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import logging
 import os
 import random
@@ -20,7 +19,8 @@ from typing import Any
 
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
-from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.files import file_sha256
+from triderm_dist.schema import ConfigError, DataError, one_line
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
@@ -73,7 +73,7 @@ class Store:
             except Exception as error:  # what networks raise is not one family
                 if reason := self._hopeless(error, path):
                     raise DataError(f"{self.shown(file.url)}: {reason}") from None
-                problem = _one_line(error)
+                problem = one_line(error, 300, with_type=True)
             finally:
                 beside.unlink(missing_ok=True)  # the thread of a stalled download may still hold it open
             pause = min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5)
@@ -155,11 +155,11 @@ class Store:
             return "no such file; check the address, or upload the whole folder again"
         status = getattr(error, "status", 0)
         if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _HOPELESS:
-            return f"no permission ({_one_line(error)}); check the credentials"
+            return f"no permission ({one_line(error, 300, with_type=True)}); check the credentials"
         if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-            return f"refused by the server ({_one_line(error)})"
+            return f"refused by the server ({one_line(error, 300, with_type=True)})"
         if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
-            return f"{_one_line(error)}; pip install 'triderm-dist[remote]' brings s3:// and gs://"
+            return f"{one_line(error, 300, with_type=True)}; pip install 'triderm-dist[remote]' brings s3:// and gs://"
         return None
 
 
@@ -203,14 +203,10 @@ def _check(path: Path, file: ShardFile) -> None:
     size = path.stat().st_size
     if size != file.bytes:
         raise OSError(f"{size} bytes came, {INDEX} says {file.bytes}")
+    if file_sha256(path) != file.sha256:
+        raise OSError(f"the bytes that came are not those of {INDEX} (SHA-256 differs)")
     with path.open("rb+") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
-            raise OSError(f"the bytes that came are not those of {INDEX} (SHA-256 differs)")
         os.fsync(opened.fileno())
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
 
 
 def _disk_error(folder: Path, error: OSError) -> DataError:

@@ -9,13 +9,14 @@ import numpy as np
 
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.problems import Problem
-from triderm_dist.data.shards.format import INDEX, SAMPLES, file_sha256
+from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, photo_facts
 from triderm_dist.data.shards.record import parse
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
-from triderm_dist.data.threads import cores, in_order
-from triderm_dist.schema import VIEWS, DataError
+from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.files import file_sha256
+from triderm_dist.schema import VIEWS, DataError, one_line
 
 
 def verify(
@@ -26,13 +27,13 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
     """Everything that is wrong with a packed set; an empty list where it is whole."""
-    checksums = list(_checksums(index, workers or cores()))
+    checksums = list(_checksums(index, workers or available_cores()))
     if any(problem.where == str(index.folder / SAMPLES) for problem in checksums):
         return checksums  # nothing else can be held against a damaged table
     return [
         *checksums,
         *_counts(index),
-        *_samples(index, workers or cores(), progress),
+        *_samples(index, workers or available_cores(), progress),
         *_doubled(index),
         *_folds(index, folds, fold_seed),
     ]
@@ -104,7 +105,7 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
                     on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} in place of {instead}"))
                     break
         except Exception as error:  # whatever a tar reader makes of damage
-            on_problem(Problem("", "tar", where, f"webdataset can't read on ({' '.join(str(error).split())})"))
+            on_problem(Problem("", "tar", where, f"webdataset can't read on ({one_line(error)})"))
         if row < end:
             first = index.lesion_ids[row]
             what = f"webdataset does not read {end - row} of the lesions that the index lists, the first {first}"

@@ -21,10 +21,9 @@ from triderm_dist.data.shards.format import (
     VERSION,
     ShardFile,
     Text,
-    file_sha256,
     samples_schema,
 )
-from triderm_dist.files import atomic_path, write_json
+from triderm_dist.files import atomic_path, file_sha256, write_json
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS
 
 
