@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, one_line
@@ -207,6 +208,12 @@ class TrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+
+
+COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
+"""Keys of `train` that change no result."""
+EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
+"""Keys of `train` that change how a step is computed; a training may resume with other values."""
 
 
 class ModelConfig(Section):
@@ -488,6 +495,58 @@ def import_plugins(names: Any) -> None:
         except Exception as error:  # whatever a user's file raises
             sys.modules.pop(module, None)
             raise ConfigError(f"plugins: {name}: {one_line(error, with_type=True)}") from error
+
+
+FIRST_KEYS = frozenset(
+    f"{section}.{key}"
+    for section, keys in {
+        "data": "source test shards test_shards test_truth folds fold_seed short_side missing_view invalid verify "
+        "workers prefetch",
+        "data.remote": "cache cache_gb downloads total_seconds stall_seconds allow_commands",
+        "models.NAME": "kind width heads depth fusion mlp_ratio dropout head use",
+        "models.NAME.tower": "source pretrained image_size quick_gelu shared frozen freeze_clinical freeze_dermoscopic",
+        "models.NAME.train": "epochs global_batch micro_batch precision activation_checkpointing compile log_every "
+        "save_every keep_last ema_decay select trackers profile peak_tflops",
+        "models.NAME.train.sampling": "kind threshold power window last",
+        "models.NAME.train.augment": "min_scale dihedral rotation brightness contrast saturation tied_views "
+        "clinical_dropout dermoscopic_dropout concept_dropout token_variants",
+        "models.NAME.train.loss": "focal_weight soft_f1_weight aux_weight gamma alpha class_weight_power "
+        "label_smoothing logit_adjustment soft_f1_sums",
+        "models.NAME.train.optim": "lr layer_decay weight_decay min_lr warmup_epochs clip_norm",
+        "stack": "enabled booster max_depth learning_rate max_rounds early_stopping subsample colsample_bytree "
+        "min_child_weight reg_lambda class_weight_power device memory_gb extra components",
+        "ensemble": "members rounds shrinkage bootstrap",
+        "predict": "transforms batch",
+    }.items()
+    for key in keys.split()
+)
+"""The settings that the first finished runs were hashed with (commit 754ad2d). Never add to this."""
+
+ADDED_KEYS: dict[str, Any] = {}
+"""Every setting added since, with the value (as in JSON) that does what the code did before the setting existed. Keep
+the value when the default changes: then work that was finished with the former default is not taken for the new one's.
+"""
+
+
+def stable_dump(section: Section, path: str) -> dict[str, Any]:
+    """The settings of a section as plain values, for the hashes that tell whether finished work can be reused.
+
+    Holds all of `FIRST_KEYS`, whatever their values, so that work finished with a default that has changed since does
+    not match; and of the keys added later those that differ from `ADDED_KEYS` (from their default where they are not
+    listed), so that adding a setting changes no hash. `path` is the section's dotted key, such as "models.NAME.train".
+    """
+    dump = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        key, value = f"{path}.{name}", getattr(section, name)
+        if isinstance(value, Section):
+            dump[name] = stable_dump(value, key)
+            if not dump[name] and not any(first.startswith(f"{key}.") for first in FIRST_KEYS):
+                del dump[name]
+        elif key not in FIRST_KEYS and not field.is_required():
+            default = to_jsonable_python(field.get_default(call_default_factory=True))
+            if dump[name] == ADDED_KEYS.get(key, default):
+                del dump[name]
+    return dump
 
 
 def save(config: Section, path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import SIDE_BY_SIDE, Experiment, SideBySideRun, find_file, save
+from triderm_dist.config import SIDE_BY_SIDE, Experiment, SideBySideRun, find_file, save, stable_dump
 from triderm_dist.schema import ConfigError
 from triderm_dist.stages import Stage, run_stages
 
@@ -43,12 +43,14 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
 
     folder, with_config = config.folder, ["--config", str(settings)]
     data, extra = config.data, config.stack.extra if config.stack.enabled else ()
-    packing = data.model_dump(mode="json", exclude={"workers", "prefetch", "verify", "remote"})
+    packing = stable_dump(data, "data")
+    for key in ("workers", "prefetch", "verify", "remote"):
+        del packing[key]
     launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
-    models = {name: model.model_dump(mode="json") for name, model in config.models.items()}
+    models = {name: stable_dump(model, "models.NAME") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
     training = [models, packing, config.seed, config.token_seed]
-    predicting = [config.predict.model_dump(mode="json"), packing]
+    predicting = [stable_dump(config.predict, "predict"), packing]
     train_index = index_file(config.train_shards, data.remote)
     test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
     if "features" in extra and not test_index:
@@ -79,7 +81,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
             Stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
         )
         tried += predicted
-    after = [config.stack.model_dump(mode="json"), config.ensemble.model_dump(mode="json"), config.seed]
+    after = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
     ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
     result.append(Stage("stack", [*program("stack"), *with_config], after, [oof, *tried], [ensemble, stacked]))
     shown = [ensemble, oof, settings]

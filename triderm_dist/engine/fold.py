@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from triderm_dist.config import DataConfig, Experiment, ModelConfig
+from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.evaluate import Evaluation
@@ -70,16 +70,12 @@ def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> 
     return is_finished(experiment.fold_folder(name, fold), result_hash(experiment, index, name, fold))
 
 
-COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
-EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
-
-
-def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, leave: Iterable[str] = ()) -> str:
-    """A hash of all that the fold's result depends on, but for the keys of `train` to `leave` out."""
-    model = experiment.models[name].model_dump(mode="json")
-    for key in (*COSMETIC, *leave):
+def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, exclude: Iterable[str] = ()) -> str:
+    """Hash all that the fold's result depends on, without the dotted keys of `train` to exclude."""
+    model = stable_dump(experiment.models[name], "models.NAME")
+    for key in (*COSMETIC, *exclude):
         section, _, key = key.rpartition(".")
-        (model["train"][section] if section else model["train"]).pop(key)
+        (model["train"][section] if section else model["train"]).pop(key, None)
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
     if experiment.token_seed is not None:
         content.append(experiment.token_seed)
@@ -87,7 +83,9 @@ def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int,
 
 
 def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
-    """A hash of all that a training must share with a checkpoint to go on from it: not how a step is executed, so that
-    it may go on on another card, and not the learning rate, so that one that diverged may go on with a lower one.
+    """Hash all that a training must share with a checkpoint to resume from it.
+
+    Excludes how a step is executed, so that a training may resume on another GPU, and the learning rate, so that one
+    that diverged may resume with a lower rate.
     """
-    return result_hash(experiment, index, name, fold, leave=(*EXECUTION, "optim.lr", "optim.min_lr"))
+    return result_hash(experiment, index, name, fold, exclude=(*EXECUTION, "optim.lr", "optim.min_lr"))

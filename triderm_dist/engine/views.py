@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from triderm_dist.config import AugmentConfig, DataConfig, Experiment, ModelConfig
+from triderm_dist.config import AugmentConfig, DataConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
@@ -94,9 +94,10 @@ def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str) -> None
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
     """Names of the augmented versions of the token cache; the name tells the settings that shape the photos."""
-    hides = {"token_variants", "clinical_dropout", "dermoscopic_dropout", "concept_dropout"}
-    made_by = json.dumps([augment.model_dump(exclude=hides), seed], sort_keys=True)
-    digest = hashlib.sha256(made_by.encode()).hexdigest()[:8]
+    settings = stable_dump(augment, "models.NAME.train.augment")
+    for key in ("token_variants", "clinical_dropout", "dermoscopic_dropout", "concept_dropout"):
+        del settings[key]
+    digest = hashlib.sha256(json.dumps([settings, seed], sort_keys=True).encode()).hexdigest()[:8]
     return [f"augmented-{digest}-{number:02d}" for number in range(augment.token_variants)]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, build, merge, nest
+from triderm_dist.config import COSMETIC, AugmentConfig, Experiment, ModelConfig, build, merge, nest
 from triderm_dist.schema import ConfigError, one_line
 
 
@@ -212,10 +212,7 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         (
             True,
             (),
-            tuple(
-                f"train.{name}"
-                for name in ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
-            ),
+            tuple(f"train.{name}" for name in COSMETIC),
             "it changes no result",
         ),
     ]  # fmt: skip

@@ -1,0 +1,161 @@
+"""Which finished folds, checkpoints and stages count as done: those of other settings or data do not, those of an
+earlier version with equal settings do.
+
+`run_754ad2d` holds records that commit 754ad2d wrote in a run of 100 synthetic lesions.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from triderm_dist import config as settings_module
+from triderm_dist.commands.pipeline import PipelineRun, stages
+from triderm_dist.config import (
+    ADDED_KEYS,
+    COSMETIC,
+    EXECUTION,
+    FIRST_KEYS,
+    Experiment,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    TrainConfig,
+    describe,
+    load,
+    stable_dump,
+)
+from triderm_dist.engine.fold import is_done, result_hash, resume_hash
+from triderm_dist.engine.views import augmented_versions
+
+OLD_RUN = Path(__file__).parent / "run_754ad2d"
+RECORDS = json.loads((OLD_RUN / "hashes.json").read_text())
+INDEX = SimpleNamespace(fingerprint=RECORDS["fingerprint"])
+HASHED_SECTIONS = ("data", "models", "stack", "ensemble", "predict")
+
+
+@pytest.fixture
+def old_run(tmp_path) -> Path:
+    """A copy of the old run with all that `is_done` looks at."""
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    (tmp_path / "run" / "tri" / "fold-0" / "predictions.parquet").touch()
+    return tmp_path / "run"
+
+
+def settings(folder: Path, *words: str) -> Experiment:
+    return load(Experiment, folder / "config.yaml", [f"output={folder}", *words])
+
+
+def stage_hashes(*words: str) -> dict[str, str]:
+    words = ("data.shards=train", "data.test_shards=test", *words)
+    run = stages(load(PipelineRun, OLD_RUN / "config.yaml", words), Path("config.yaml"))
+    return {
+        stage.name: hashlib.sha256(json.dumps(stage.settings, sort_keys=True).encode()).hexdigest() for stage in run
+    }
+
+
+def test_a_fold_finished_by_the_first_version_is_done(old_run):
+    assert is_done(settings(old_run), INDEX, "tri", 0)
+    assert is_done(settings(old_run, "models.tri.train.log_every=7"), INDEX, "tri", 0)
+    assert not is_done(settings(old_run, "models.tri.train.optim.lr=3e-3"), INDEX, "tri", 0)
+    assert not is_done(settings(old_run, "token_seed=1"), INDEX, "tri", 0)
+    assert not is_done(settings(old_run), SimpleNamespace(fingerprint="other data"), "tri", 0)
+
+
+def test_a_checkpoint_of_the_first_version_is_resumed():
+    words = [f"models.tri.train.{word}" for word in ("epochs=40", "micro_batch=8", "optim.lr=1e-4")]
+    assert resume_hash(settings(OLD_RUN, *words), INDEX, "tri", 0) == RECORDS["checkpoint_with_40_epochs"]
+    other = settings(OLD_RUN, *words, "models.tri.train.global_batch=32")
+    assert resume_hash(other, INDEX, "tri", 0) != RECORDS["checkpoint_with_40_epochs"]
+
+
+def test_stages_and_tokens_of_the_first_version_are_reused():
+    assert stage_hashes() == RECORDS["stages"]
+    changed = stage_hashes("stack.max_depth=3")
+    assert {name for name in changed if changed[name] != RECORDS["stages"][name]} == {"stack"}
+    augment = settings(OLD_RUN).models["frozen"].train.augment
+    assert augmented_versions(augment, 0) == RECORDS["augmented_versions"]
+    assert augmented_versions(augment.model_copy(update={"rotation": 1.0}), 0) != RECORDS["augmented_versions"]
+
+
+def first_formula(experiment: Experiment, name: str, fold: int, exclude: tuple[str, ...] = ()) -> str:
+    """What commit 754ad2d hashed, over the keys that it had."""
+
+    def known(tree: dict, path: str) -> dict:
+        return {
+            key: value if f"{path}.{key}" in FIRST_KEYS else known(value, f"{path}.{key}")
+            for key, value in tree.items()
+            if any(f"{first}.".startswith(f"{path}.{key}.") for first in FIRST_KEYS)
+        }
+
+    model = known(experiment.models[name].model_dump(mode="json"), "models.NAME")
+    for key in (*COSMETIC, *exclude):
+        del model["train"][key]
+    content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, INDEX.fingerprint]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("words", [[], ["seed=4"], ["models.tri.width=64"], ["models.frozen.train.select=best"]])
+@pytest.mark.parametrize("name", ["tri", "frozen"])
+def test_hashes_are_those_of_the_first_formula(words, name):
+    experiment = settings(OLD_RUN, *words)
+    assert result_hash(experiment, INDEX, name, 1) == first_formula(experiment, name, 1)
+    assert result_hash(experiment, INDEX, name, 1, exclude=EXECUTION) == first_formula(experiment, name, 1, EXECUTION)
+
+
+class LargerOptim(OptimConfig):
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float | None = None
+
+
+class Schedule(Section):
+    kind: str = "cosine"
+
+
+class LargerTrain(TrainConfig):
+    optim: LargerOptim = LargerOptim()
+    schedule: Schedule = Schedule()
+
+
+class LargerModel(ModelConfig):
+    train: LargerTrain = LargerTrain()
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optim": {"nesterov": True}},
+        {"optim": {"betas": [0.9, 0.99]}},
+        {"optim": {"momentum": 0.0}},
+        {"schedule": {"kind": "linear"}},
+    ],
+)
+def test_a_new_setting_changes_a_hash_only_when_it_is_not_the_default(train):
+    before = stable_dump(ModelConfig(), "models.NAME")
+    assert stable_dump(LargerModel(), "models.NAME") == before
+    assert stable_dump(LargerModel.model_validate({"train": train}), "models.NAME") != before
+
+
+def test_a_changed_default_is_not_taken_for_the_former_one(monkeypatch):
+    class OtherDefaults(OptimConfig):
+        min_lr: float = 1e-6
+        nesterov: bool = True
+
+    path = "models.NAME.train.optim"
+    before = stable_dump(OptimConfig(), path)
+    assert stable_dump(OtherDefaults(nesterov=False), path) != before  # one of the first keys
+    monkeypatch.setitem(settings_module.ADDED_KEYS, f"{path}.nesterov", False)
+    assert stable_dump(OtherDefaults(min_lr=1e-7), path) != before
+    assert stable_dump(OtherDefaults(min_lr=1e-7, nesterov=False), path) == before
+
+
+def test_every_added_setting_is_listed_with_the_value_that_changes_nothing():
+    keys = {row[0] for row in describe(Experiment) if row[0].partition(".")[0] in HASHED_SECTIONS}
+    assert keys >= FIRST_KEYS
+    missing, unknown = keys - FIRST_KEYS - set(ADDED_KEYS), set(ADDED_KEYS) - keys
+    assert not missing, f"list {sorted(missing)} in config.ADDED_KEYS, so that a later default is told from this one"
+    assert not unknown, f"config.ADDED_KEYS lists {sorted(unknown)}, which are not settings"
