@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ensemble.test_fit import experiment
+from tests.ensemble.conftest import experiment
 from tests.synthetic_run import FOLDS, MODELS, labels_of, write_run
 from triderm_dist import metrics
 from triderm_dist.ensemble.alignment import fit_turns, load_turns, save_turns

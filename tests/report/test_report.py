@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ensemble.test_fit import experiment
+from tests.ensemble.conftest import experiment
 from tests.synthetic_run import write_run
 from triderm_dist import metrics
 from triderm_dist.config import save

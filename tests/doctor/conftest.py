@@ -1,0 +1,31 @@
+"""A small experiment, and the doctor run on it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import ROOT
+from triderm_dist.config import Experiment
+from triderm_dist.doctor import data, examine
+from triderm_dist.doctor.findings import Finding
+
+SMALL = ["models.a.tower.source=timm:test_efficientnet", "models.a.tower.pretrained=false"]
+
+
+@pytest.fixture(autouse=True)
+def read_shortly(monkeypatch):
+    monkeypatch.setattr(data, "READING_SECONDS", 0.1)
+
+
+def finding(experiment: Experiment, name: str, ranks: int = 1) -> Finding:
+    sections = examine(experiment, ROOT, ranks)
+    return next(each for section in sections.values() for each in section if each.name == name)
+
+
+def run_doctor(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.doctor", *words],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip

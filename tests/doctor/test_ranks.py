@@ -1,0 +1,124 @@
+"""The doctor started on all ranks: what it compares, and ranks that do not answer."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.doctor.conftest import SMALL, run_doctor
+from tests.processes import ROOT
+from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.doctor.findings import Finding
+from triderm_dist.doctor.ranks import Sight, compare, name_ranks
+
+RANK = """
+import os, pathlib, subprocess, sys, time
+rank, (root, *words) = os.environ["RANK"], sys.argv[1:]
+here = pathlib.Path.cwd()
+environment = {**os.environ, "PYTHONPATH": root}
+if rank == "1":
+    os.chdir(here.parent / "other" if (here.parent / "other").exists() else here)
+    environment["PYTHONPATH"] = f"{here.parent / 'packages'}:{root}"
+status = subprocess.run([sys.executable, "-m", "launch.doctor", *words], env=environment).returncode
+(here / f"status.{rank}").write_text(str(status))
+while len(list(here.glob("status.*"))) < 2:
+    time.sleep(0.05)
+sys.exit(status)
+"""
+"""One rank: the second one starts the doctor in another folder and with other packages, where there are any."""
+
+
+def run_on_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """The doctor on two ranks, in FOLDER/own; each leaves its exit status in status.RANK."""
+    script, own = folder / "rank.py", folder / "own"
+    script.write_text(RANK)
+    own.mkdir(exist_ok=True)
+    launcher = ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
+    return subprocess.run(
+        [sys.executable, "-m", "launch.ranks", *launcher, str(script), str(ROOT), *SMALL, "output=run", *words],
+        cwd=own, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def statuses(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted((folder / "own").glob("status.*"))]
+
+
+def test_ranks_that_see_the_same_may_start(make_challenge, tmp_path):
+    pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
+    done = run_on_ranks(tmp_path, "data.shards=shards")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert statuses(tmp_path) == ["0", "0"]
+    assert done.stdout.count("a run can start") == 1 and done.stdout.count("\nmachine\n") == 1
+    assert "25 MiB summed over 2 ranks" in done.stdout and "96 = 2 rank(s)" in done.stdout
+    assert re.search(r"22 lesions, index [0-9a-f]{12}: the same on ranks 0-1 on ", done.stdout)
+
+
+def test_a_folder_that_one_node_sees_and_another_version_are_told_once(make_challenge, tmp_path):
+    pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
+    (tmp_path / "other").mkdir()
+    about = tmp_path / "packages" / "accelerate-1.0.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.0.0\n")
+    done = run_on_ranks(tmp_path, "data.shards=shards")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert statuses(tmp_path) == ["2", "2"]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    host = socket.gethostname()
+    assert re.search(rf"rank 0 on {host}: 22 lesions, index \w+; rank 1 on {host}: shards: no such folder", error)
+    assert re.search(rf"accelerate rank 0 on {host}: [\d.]+; rank 1 on {host}: 1\.0\.0", error)
+    assert "a folder that all nodes share" in done.stdout and "training" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, r"error: missing: answers \(rank 1 on an unknown host did not come to localhost:\d+ within 1 s"),
+        (1, r"error: rank 1 on \S+ does not reach rank 0 at localhost:\d+ \("),
+    ],
+    ids=["rank 1 is absent", "rank 0 is absent"],
+)
+def test_a_rank_that_does_not_answer_is_named(tmp_path, rank, message):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    done = run_doctor(*SMALL, f"output={tmp_path}", "answer_seconds=1", **alone)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
+
+
+def test_what_ranks_tell_is_compared():
+    def told(sums: dict, **of_rank_5) -> dict[str, Finding]:
+        hosts = {rank: "ab"[rank // 4] for rank in range(8)}
+        same = Sight("a", "22 lesions", True, {"torch": "2.14.1"}, "H100", 4, 0, [])
+        sights = {rank: replace(same, host=hosts[rank], local_rank=rank % 4) for rank in hosts}
+        sights[5] = replace(sights[5], **of_rank_5)
+        trouble = Finding("/dev/shm", "64 MiB", "missing", "more")
+        sights[4] = replace(sights[4], troubles=[asdict(trouble)])
+        meeting = SimpleNamespace(world=8, place="a:1", seconds=30)
+        return {each.name: each for each in compare(meeting, hosts, sights, sums)}
+
+    good = {rank: {"gloo": 0.1, "NCCL": 0.01, "clock": 100.0 + 0.01 * rank} for rank in range(8)}
+    found = told(good)
+    assert found.pop("b: /dev/shm").state == "missing"
+    assert {each.state for each in found.values()} == {"ok"}
+    assert found["ranks"].text == "8: ranks 0-3 on a, ranks 4-7 on b" and "10 ms by NCCL" in found["all-reduce"].text
+    nodes = {rank: f"n{rank // 2}" for rank in range(20)}
+    assert name_ranks(nodes, nodes).endswith("ranks 10-11 on n5 and those on 4 more host(s)")
+    assert told(good, software={"torch": "2.13"})["software"].text.endswith("rank 5 on b: 2.13")
+    assert told(good, gpu="")["GPUs"].state == "missing" and told(good, gpu="T4")["GPUs"].state == "note"
+    late = told({**good, 5: {**good[5], "clock": 140.0}})["clocks"]
+    assert late.state == "note" and late.text.startswith("rank 5 on b: +40.0 s")
+    hangs = {rank: {"gloo": 0.1, "clock": 100.0, "error": "did not end within 30 s"} for rank in range(8)}
+    assert told(hangs)["all-reduce"].text == "ranks 0-3 on a, ranks 4-7 on b: NCCL: did not end within 30 s"
+    dead = told({rank: each for rank, each in hangs.items() if rank != 5})["all-reduce"]
+    assert dead.state == "missing" and dead.text.startswith("rank 5 on b fell silent")

@@ -1,0 +1,61 @@
+"""What the doctor says of packages that are old, absent or in conflict."""
+
+import builtins
+import importlib
+import sys
+
+from tests.doctor.conftest import SMALL
+from tests.processes import ROOT
+from triderm_dist.config import Experiment, load
+from triderm_dist.doctor import examine
+from triderm_dist.doctor.findings import missing
+from triderm_dist.doctor.software import nccl_finding, versions
+
+
+def test_two_nccl_packages_collide():
+    assert nccl_finding(["nvidia-nccl-cu13 2.30.7"], gpu=True).state == "ok"
+    both = ["nvidia-nccl-cu12 2.28.9", "nvidia-nccl-cu13 2.30.7"]
+    assert nccl_finding(both, gpu=True).state == "missing" and "xgboost-cu13" in nccl_finding(both, gpu=True).advice
+    assert nccl_finding(both, gpu=False).state == "note"
+
+
+def test_an_old_or_absent_package_is_told(monkeypatch):
+    installed = {"deepspeed": "0.14.0", "torch": "2.14.1"}
+
+    def version(name: str) -> str:
+        if name in installed:
+            return installed[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {each.name: each for each in versions(ROOT)}
+    assert found["deepspeed"].state == "note" and "deepspeed" in found["deepspeed"].advice
+    assert found["accelerate"].state == "missing" and "accelerate" in found["accelerate"].advice
+    assert found["ray"].state == "note" and "tune.search" in found["ray"].text
+    assert found["packages"].text.startswith("torch 2.14.1")
+    del installed["deepspeed"]
+    assert {each.name: each.state for each in versions(ROOT)}["deepspeed"] == "note"
+    assert {each.name: each.state for each in versions(ROOT, deepspeed=True)}["deepspeed"] == "missing"
+
+
+def test_nothing_installed_is_no_crash(monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("triderm_dist.")]:
+        if name.split(".")[1] in ("engine", "models"):
+            monkeypatch.delitem(sys.modules, name)
+    absent = ("torch", "accelerate", "timm", "open_clip", "psutil", "huggingface_hub")
+    for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+        monkeypatch.delitem(sys.modules, name)
+    real = builtins.__import__
+
+    def without(name: str, *rest):
+        if name.split(".")[0] in absent:
+            raise ImportError(f"No module named {name!r}", name=name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(importlib, "import_module", lambda name: without(name) and sys.modules[name])
+    experiment = load(Experiment, None, [*SMALL, f"output={tmp_path}", f"data.source={tmp_path}"])
+    sections = examine(experiment, ROOT)
+    assert {each.name for each in missing(sections)} >= {"training"}
+    assert any("psutil" in each.advice for each in sections["machine"])
+    assert any("without torch" in each.text for each in sections["experiment"])

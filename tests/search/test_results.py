@@ -1,0 +1,40 @@
+"""What a search concludes from its trials."""
+
+import random
+
+import pytest
+from scipy import stats
+
+from triderm_dist.search.results import _repeats, importance
+from triderm_dist.search.settings import BASELINE
+from triderm_dist.search.space import (
+    Domain,
+)
+from triderm_dist.search.trial import Trial, read_trials
+
+
+def test_the_noise_of_seeds_is_that_of_a_paired_t_test(tmp_path):
+    best, baseline = Trial(4, {"a": 2}), Trial(BASELINE, {"a": 1})
+    scores = {1: (0.40, 0.45), 2: (0.42, 0.44), 3: (0.41, 0.47), 4: (0.40, None)}
+    for seed, pair in scores.items():
+        for trial, score in zip((baseline, best), pair, strict=True):
+            if score is not None:
+                done = Trial(trial.number, trial.settings, seed, "complete", 3, score)
+                done.write(tmp_path / f"trial-{trial.number:03d}-seed-{seed}")
+    found = _repeats(tmp_path, baseline, best)
+    expected = stats.ttest_rel([0.45, 0.44, 0.47], [0.40, 0.42, 0.41]).confidence_interval(0.95)
+    assert found.seeds == [1, 2, 3]
+    assert (found.gain.low, found.gain.high) == pytest.approx((expected.low, expected.high))
+    assert _repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # other settings, of an earlier best
+    assert read_trials(tmp_path) == []
+
+
+def test_importance_finds_the_setting_that_matters_and_says_nothing_of_few_trials():
+    space = {name: Domain("uniform", (0.0, 1.0)) for name in "abc"}
+    generator = random.Random(0)
+    drawn = [{name: generator.random() for name in space} for _ in range(12)]
+    trials = [Trial(n, settings, macro_f1=0.3 + 0.2 * settings["b"]) for n, settings in enumerate(drawn, 1)]
+    found = importance(trials, space)
+    assert next(iter(found)) == "b" and found["b"].low > max(found["a"].high, found["c"].high)
+    assert importance(trials[:5], space) == {}
+    assert importance([Trial(trial.number, trial.settings, macro_f1=0.3) for trial in trials], space) == {}

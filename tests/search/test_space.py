@@ -1,0 +1,136 @@
+"""Search spaces are checked before a trial starts, and fitted to the experiment."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.processes import ROOT
+from tests.search.conftest import space_file
+from triderm_dist.config import Experiment, load
+from triderm_dist.schema import ConfigError
+from triderm_dist.search.space import (
+    Domain,
+    fit_space,
+    own_settings,
+    read_space,
+    refuse_fixed,
+    with_settings,
+    without_effect,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.loss.gama: {uniform: [0, 3]}", r"unknown setting 'train.loss.gama'; did you mean 'train.loss.gamma'\?"),
+        ("train.optim.lr: {uniform: [-1, 1]}", "train.optim.lr: input should be greater than 0"),
+        ("train.loss.label_smoothing: {uniform: [0, 1]}", "train.loss.label_smoothing: input should be less than 1"),
+        ("train.epochs: {randint: [2, 9]}", "train.epochs is the budget of a trial"),
+        ("train.loss: {choice: [1]}", "train.loss: input should be a valid dictionary"),
+        ("width: {choice: [64, 65]}", "width 65 is not a multiple of heads"),
+        ("tower.freeze_clinical: {uniform: [0, 3]}", "tower.freeze_clinical: input should be a valid integer"),
+        ("train.loss.gamma: {uniform: [3, 0]}", "two numbers, the lower first"),
+        ("train.loss.gamma: {normal: [0, 3]}", "write one of uniform, loguniform, randint, choice"),
+        ("train.loss.gamma: 3", "write one of uniform"),
+        ("train.optim.lr: {loguniform: [0, 1e-3]}", "loguniform takes numbers above 0"),
+        ("use: {choice: [[clinical]]}", "choice takes plain values"),
+        ("train.log_every: {randint: [1, 5]}", "no setting of this space has effect"),
+        ("", "a space is a mapping of settings"),
+        ("a: [", "not a readable YAML file"),
+    ],
+)
+def test_a_wrong_space_is_one_line(tmp_path, text, message):
+    path = space_file(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as error:
+        fit_space(read_space(path), Experiment(), "trimodal", str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["losses", "llrd", "all"])
+@pytest.mark.parametrize("experiment", ["demo", "milk10k", "milk10k_cpu"])
+def test_the_spaces_of_the_repository_fit_its_experiments(name, experiment):
+    config = load(Experiment, ROOT / "launch" / "experiments" / f"{experiment}.yaml")
+    for model in config.models:
+        space, notes = fit_space(read_space(ROOT / "tune" / "spaces" / f"{name}.yaml"), config, model, name)
+        frozen = config.models[model].tower.frozen
+        left_out = [note for note in notes if "left out" in note]
+        assert len(left_out) == (3 if frozen and name != "losses" else 0)
+        assert ("train.optim.layer_decay" in space) == (name != "losses" and not frozen)
+
+
+def test_the_space_of_all_is_the_other_two():
+    losses, llrd, both = (read_space(ROOT / "tune" / "spaces" / f"{name}.yaml") for name in ("losses", "llrd", "all"))
+    assert both == losses | llrd
+
+
+@given(
+    domain=st.one_of(
+        st.tuples(st.floats(1e-6, 1), st.floats(1.5, 9)).map(lambda ends: Domain("uniform", ends)),
+        st.tuples(st.floats(1e-6, 1), st.floats(1.5, 9)).map(lambda ends: Domain("loguniform", ends)),
+        st.tuples(st.integers(0, 4), st.integers(5, 9)).map(lambda ends: Domain("randint", ends)),
+        st.just(Domain("choice", ("shuffle", "balanced"))),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_samples_lie_in_their_domain_and_optuna_agrees(domain, seed):
+    value = domain.sample(random.Random(seed))
+    distribution = domain.distribution()
+    # exp(log(x)) is off by a rounding at the ends
+    assert value in domain or value == pytest.approx(domain.values[0]) or value == pytest.approx(domain.values[1])
+    assert distribution.to_external_repr(distribution.to_internal_repr(value)) == value
+    ends = domain.values if domain.kind == "choice" else (distribution.low, distribution.high)
+    assert tuple(ends) == domain.values
+
+
+def test_a_space_is_widened_to_the_experiments_own_settings():
+    experiment = load(Experiment, None, ["train.optim.lr=0.01", "models.a.train.loss.gamma=5"])
+    space = {"train.optim.lr": Domain("loguniform", (1e-5, 1e-3)), "train.loss.gamma": Domain("choice", (0.0, 1.0))}
+    fitted, notes = fit_space(space, experiment, "a", "here")
+    assert fitted["train.optim.lr"].values == (1e-5, 0.01)
+    assert fitted["train.loss.gamma"].values == (0.0, 1.0, 5.0)
+    assert len(notes) == 2 and "0.01" in notes[0]
+    experiment = load(Experiment, None, ["models.a.train.loss.gamma=0"])
+    with pytest.raises(ConfigError, match=r"here: train.loss.gamma: the experiment's own value 0.0 fits no loguniform"):
+        fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "here")
+
+
+def test_settings_reach_one_model_and_win_over_shared_ones():
+    experiment = load(Experiment, None, ["train.loss.gamma=1", "models.a.width=64", "models.b.width=64"])
+    changed = with_settings(experiment, "b", {"train.loss.gamma": 0.5, "tower.freeze_clinical": 2})
+    assert own_settings(changed.models["b"], ["train.loss.gamma", "tower.freeze_clinical"]) == {
+        "train.loss.gamma": 0.5,
+        "tower.freeze_clinical": 2,
+    }
+    assert changed.models["a"] == experiment.models["a"]
+    assert with_settings(changed, "b", own_settings(experiment.models["b"], ["train.loss.gamma"])).models[
+        "b"
+    ].train == (experiment.models["b"].train)
+
+
+def test_what_has_no_effect_depends_on_what_else_varies():
+    frozen = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
+    idle = without_effect(frozen, ["train.optim.layer_decay", "train.optim.lr"])
+    assert list(idle) == ["train.optim.layer_decay"] and "tower.frozen" in idle["train.optim.layer_decay"]
+    assert not without_effect(frozen, ["train.optim.layer_decay", "tower.frozen"])
+    plain = load(Experiment, None, ["models.a.train.loss.focal_weight=0"]).models["a"]
+    assert set(without_effect(plain, ["train.loss.gamma", "train.optim.layer_decay"])) == {"train.loss.gamma"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train.sampling.power", "how many steps an epoch has"),
+        ("train.optim.warmup_epochs", "warm-up is over"),
+        ("train.augment.rotation", "tokens would be computed anew"),
+        ("width", "the weights and the course of a training hang on it"),
+        ("train.ema_decay", "the weights and the course of a training hang on it"),
+    ],
+)
+def test_a_setting_that_is_fixed_in_mid_training_is_refused_with_the_reason(key, message):
+    model = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
+    space = read_space(ROOT / "tune" / "spaces" / "pbt.yaml")
+    refuse_fixed(space, model, "pbt.yaml")
+    with pytest.raises(ConfigError, match=rf"here: {key} can't change in mid-training \(.*{message}"):
+        refuse_fixed({**space, key: Domain("uniform", (0.0, 1.0))}, model, "here")

@@ -1,0 +1,118 @@
+"""One trial: what it reports, and how it resumes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from triderm_dist.config import Experiment, load
+from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.search.space import (
+    with_settings,
+)
+from triderm_dist.search.trial import Trial, _Curve, read_trial, read_trials, run_trial
+
+
+def test_the_curve_is_the_mean_over_folds_of_the_kept_epoch():
+    best, last = _Curve("best"), _Curve("last")
+    for curve in (best, last):
+        for epoch, score in enumerate([0.2, 0.6, 0.4], 1):
+            assert curve.add(epoch, {"macro_f1": score, "official": score / 2})
+            assert not curve.add(epoch, {"macro_f1": 9.0, "official": 9.0})  # told again after a resume
+        curve.end_fold()
+        curve.add(1, {"macro_f1": 0.1, "official": 0.0})
+        assert curve.epochs == 4
+    assert best.mean("macro_f1") == pytest.approx((0.6 + 0.1) / 2)
+    assert last.mean("official") == pytest.approx((0.2 + 0.0) / 2)
+
+
+def test_a_trial_that_is_no_trial_is_told(tmp_path):
+    (tmp_path / "trial-001").mkdir()
+    (tmp_path / "trial-001" / "trial.json").write_text('{"nummer": 1}')
+    with pytest.raises(DataError, match=r"trial.json: not a trial"):
+        read_trials(tmp_path)
+
+
+def test_a_trial_reports_every_epoch_and_goes_on_after_a_kill(tiny, tmp_path):
+    experiment = load(Experiment, tiny)
+
+    class Killed(BaseException):
+        pass
+
+    def run(folder: Path, kill_at: int | None) -> list[dict]:
+        told: list[dict] = []
+
+        def report(scores: dict) -> None:
+            told.append(scores)
+            if scores["epoch"] == kill_at:
+                raise Killed
+
+        trial = Trial(2, {"train.loss.gamma": 1.5, "train.optim.lr": 0.004})
+        run_trial(trial, experiment, "small", (0, 1), folder, report)
+        return told
+
+    whole = run(tmp_path / "whole", None)
+    assert [scores["epoch"] for scores in whole] == [1, 2, 3, 4, 5, 6]
+    for kill_at in (2, 4):
+        with pytest.raises(Killed):
+            run(tmp_path / "cut", kill_at)
+    weights = tmp_path / "cut" / "small" / "fold-0" / "weights.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run(tmp_path / "cut", None) == whole  # replayed, then continued
+    assert weights.stat().st_mtime_ns == written  # the finished fold was not trained again
+    assert run(tmp_path / "cut", None) == whole
+    record = read_trial(tmp_path / "cut")
+    assert (record.state, record.epochs, record.macro_f1) == ("complete", 6, whole[-1]["macro_f1"])
+    metrics = [json.loads(line) for line in (weights.parent / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "validation" for line in metrics) == 3
+
+
+def test_a_trial_of_other_settings_starts_afresh_and_a_failure_is_recorded(tiny, tmp_path):
+    experiment, folder = load(Experiment, tiny), tmp_path / "trial-001"
+    experiment = with_settings(experiment, "small", {"train.epochs": 1})
+    run_trial(Trial(1, {"train.loss.gamma": 1.0}), experiment, "small", (0,), folder, lambda scores: None)
+    (folder / "left").touch()
+    with pytest.raises(ConfigError):
+        run_trial(Trial(1, {"train.global_batch": 10}), experiment, "small", (0,), folder, lambda scores: None)
+    record = read_trial(folder)
+    assert record.state == "failed" and "global_batch 10 is not a multiple" in record.error
+    assert not (folder / "left").exists()
+
+
+def test_a_trial_goes_on_from_a_leading_one_with_settings_of_its_own(tiny, tmp_path):
+    experiment = load(Experiment, tiny)
+
+    class Paused(BaseException):
+        pass
+
+    def run(number: int, settings: dict, leader: Path | None, pause_at: int | None) -> list[dict]:
+        told: list[dict] = []
+
+        def report(scores: dict) -> None:
+            told.append(scores)
+            if scores["epoch"] == pause_at:
+                raise Paused
+
+        run_trial(Trial(number, settings), experiment, "small", (0,), tmp_path / f"{number}", report, leader)
+        return told
+
+    with pytest.raises(Paused):
+        run(2, {"train.optim.lr": 0.004}, None, pause_at=2)
+    shutil.copytree(tmp_path / "2", tmp_path / "copy")
+    leading = run(2, {"train.optim.lr": 0.004}, None, None)
+    with pytest.raises(Paused):
+        run(3, {"train.optim.lr": 0.002}, None, pause_at=1)  # what it loses by following
+
+    still = {"train.optim.lr": 1e-12, "train.optim.min_lr": 0.0, "train.optim.weight_decay": 0.0}
+    for _ in range(2):  # a restart does not follow once more
+        assert run(3, still, tmp_path / "copy", None)[:2] == leading[:2]
+    record = read_trial(tmp_path / "3")
+    assert (record.number, record.state, record.settings) == (3, "complete", still)
+    assert record.changes == [{"epoch": 2, "trial": 2, "settings": {"train.optim.lr": 0.004}}]
+    weights = {name: load_file(next(tmp_path.glob(f"{name}/small/fold-0/**/weights.safetensors"))) for name in "23"}
+    led = load_file(next((tmp_path / "copy").glob("small/fold-0/checkpoints/*/weights.safetensors")))
+    assert all(np.allclose(weights["3"][key], led[key], rtol=0, atol=1e-9) for key in led if "num_batches" not in key)
+    assert any(not np.allclose(weights["2"][key], led[key], rtol=0, atol=1e-9) for key in led)
