@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.folds import assign_folds, split_parts
 from triderm_dist.schema import DataError
 
 
@@ -106,3 +106,16 @@ def test_seed_unlabeled_and_too_many_folds() -> None:
     )
     with pytest.raises(DataError, match="5 folds need at least 5 groups of labeled lesions, there are 4"):
         assign_folds(np.zeros(8, int), ["a", "b", "c", "d"] * 2, 5, 0)
+
+
+def test_split_parts_keeps_groups_together_and_spreads_each_label() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), [90, 40, 9, 2])
+    groups = np.array([f"g{i}" for i in range(len(labels))], object)
+    groups[generator.choice(90, 20, replace=False)] = "patient"
+    parts = split_parts(labels, groups, 5, seed=0)
+    assert len(np.unique(parts[groups == "patient"])) == 1
+    for label, least, most in ((1, 8, 8), (2, 1, 2), (3, 0, 1)):
+        counts = np.bincount(parts[labels == label], minlength=5)
+        assert least <= counts.min() and counts.max() <= most
+    assert not (parts[labels == 3] == 0).any()  # too rare to be watched: it is needed for training

@@ -17,7 +17,6 @@ from triderm_dist.ensemble.stacker import (
     gpus,
     keep_what_gains,
     nested_stack,
-    split_parts,
     threads_for,
 )
 from triderm_dist.predictions import OofTable, read_oof
@@ -112,19 +111,6 @@ def test_two_folds_are_enough(table: OofTable) -> None:
     features, names = stack_features(two)
     nested = nested_stack(features, two.labels, two.groups, two.folds, names, two.diagnoses, QUICK)
     assert np.isfinite(nested.out_of_fold).all() and np.isfinite(nested.without[0]).all()
-
-
-def test_parts_keep_groups_whole_and_diagnoses_even() -> None:
-    generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(4), [90, 40, 9, 2])
-    groups = np.array([f"g{i}" for i in range(len(labels))], object)
-    groups[generator.choice(90, 20, replace=False)] = "patient"
-    parts = split_parts(labels, groups, 5, seed=0)
-    assert len(np.unique(parts[groups == "patient"])) == 1
-    for label, least, most in ((1, 8, 8), (2, 1, 2), (3, 0, 1)):
-        counts = np.bincount(parts[labels == label], minlength=5)
-        assert least <= counts.min() and counts.max() <= most
-    assert not (parts[labels == 3] == 0).any()  # too rare to be watched: it is needed for training
 
 
 def test_a_gpu_that_is_not_there_is_refused_and_not_silently_a_cpu() -> None:

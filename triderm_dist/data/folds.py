@@ -63,6 +63,27 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     return result
 
 
+def split_parts(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Split the rows of a fit into parts (N,) int64 in [0, parts), for early stopping and nested estimates.
+
+    Groups are never split. A group counts as one of its rarest label, and each label's groups are dealt to the parts
+    in turn, part 0 last: a label with fewer groups than parts is missing from part 0 first. Unlike `assign_folds`
+    this never raises, since the rows of a nested fit may hold a single group of a label, and it does not balance the
+    sizes of the parts.
+    """
+    generator = np.random.default_rng(seed)
+    frequency = np.bincount(labels)
+    _, group_of_row = np.unique(groups.astype(str), return_inverse=True)
+    label_of_group = np.full(group_of_row.max() + 1, -1, np.int64)
+    for row in np.lexsort((-frequency[labels],)):  # the most frequent label first: the rarest overwrites it
+        label_of_group[group_of_row[row]] = labels[row]
+    part_of_group = np.empty(len(label_of_group), np.int64)
+    for label in np.unique(label_of_group):
+        members = generator.permutation(np.flatnonzero(label_of_group == label))
+        part_of_group[members] = parts - 1 - np.arange(len(members)) % parts
+    return part_of_group[group_of_row]
+
+
 def _content(groups: np.ndarray, group_of_row: np.ndarray, class_of_row: np.ndarray, classes: int) -> np.ndarray:
     """(G, C) rows of each label in each of the groups."""
     place = np.full(int(group_of_row.max(initial=-1)) + 1, -1)

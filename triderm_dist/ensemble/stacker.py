@@ -22,6 +22,7 @@ import numpy as np
 
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
+from triderm_dist.data.folds import split_parts
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.files import atomic_path, write_json
@@ -384,25 +385,6 @@ def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows:
     parts = np.full(len(labels), -1)
     parts[rows] = split_parts(labels[rows], groups[rows], 3, seed)
     return parts
-
-
-def split_parts(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> np.ndarray:
-    """(N,) int64 in [0, parts): whole groups, each diagnosis spread as evenly as whole numbers allow.
-
-    A group counts as one of its rarest diagnosis. Part 0 is served last, so that a diagnosis with fewer groups than
-    parts is missing from part 0 first.
-    """
-    generator = np.random.default_rng(seed)
-    frequency = np.bincount(labels)
-    _, member = np.unique(groups.astype(str), return_inverse=True)
-    key = np.full(member.max() + 1, -1, np.int64)
-    for row in np.lexsort((-frequency[labels],)):  # the commonest first, so that the rarest stays
-        key[member[row]] = labels[row]
-    part = np.empty(len(key), np.int64)
-    for label in np.unique(key):
-        own = generator.permutation(np.flatnonzero(key == label))
-        part[own] = parts - 1 - np.arange(len(own)) % parts
-    return part[member]
 
 
 def device_of(config: StackConfig) -> str:
