@@ -2,7 +2,7 @@
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.predict --config RUN/config.yaml
 
-With ids of lesions it draws instead where the tri-modal networks look in them, OUTPUT/explain/MODEL/ID.png and .json:
+With lesion ids it draws the attention maps of the tri-modal networks instead, OUTPUT/explain/MODEL/ID.png and .json:
 
 triderm predict --config RUN/config.yaml explain=[IL_0000652,IL_0003176]
 """
@@ -16,6 +16,9 @@ from triderm_dist.config import Experiment
 
 
 class PredictRun(Experiment):
+    explain: tuple[str, ...] = Field(
+        (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
+    )
     submit: bool = Field(
         True, description="write the submission; false only leaves what each fold says, for stack.extra=[features]"
     )
@@ -54,15 +57,16 @@ def main(config: PredictRun) -> None:
         )
 
 
-def draw(config: Experiment) -> None:
-    from triderm_dist.engine.explain import explain
+def draw(config: PredictRun) -> None:
+    """Draw the attention maps of `config.explain`, one picture and one JSON file for each model and lesion."""
+    from triderm_dist.engine.explain import attention_maps
     from triderm_dist.files import write_json
-    from triderm_dist.report.attention import draw_explanation
+    from triderm_dist.report.attention import draw_attention
 
-    for name, seen in explain(config, config.explain):
-        picture = config.folder / "explain" / name / f"{seen.lesion_id}.png"
-        draw_explanation(seen, picture)
-        write_json(picture.with_suffix(".json"), seen.json())
+    for name, maps in attention_maps(config, config.explain):
+        picture = config.folder / "explain" / name / f"{maps.lesion_id}.png"
+        draw_attention(maps, picture)
+        write_json(picture.with_suffix(".json"), maps.json())
         print(picture)
 
 

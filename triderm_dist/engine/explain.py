@@ -20,13 +20,13 @@ from triderm_dist.engine.fold import assigned_folds, new_network
 from triderm_dist.engine.views import open_views
 from triderm_dist.losses import Head, probabilities
 from triderm_dist.models import build_towers
-from triderm_dist.models.attention import Explanation, semantic_values
+from triderm_dist.models.attention import AttentionMaps, semantic_values
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError
 
 
-def explain(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple[str, Explanation]]:
+def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple[str, AttentionMaps]]:
     """(model, what it saw) for each tri-modal model and each lesion, which are sought in the test and training shards.
 
     A test lesion is seen by the models of all folds (mean), a lesion of the training set by the one of its own fold,
@@ -45,15 +45,15 @@ def explain(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple
         rows = [position[lesion] for lesion in left if lesion in position]
         left = [lesion for lesion in left if lesion not in position]
         for name in names if rows else ():
-            for seen in _explain(experiment, index, name, rows, test):
-                yield name, seen
+            for maps in _attention_maps(experiment, index, name, rows, test):
+                yield name, maps
     if left:
         raise DataError(f"explain={left[0]}: no lesion of the packed sets has this id; samples.parquet lists them")
 
 
-def _explain(
+def _attention_maps(
     experiment: Experiment, index: ShardIndex, name: str, rows: Sequence[int], test: bool
-) -> Iterator[Explanation]:
+) -> Iterator[AttentionMaps]:
     model = experiment.models[name]
     accelerator = parallel.start("fp32", 1, collectives.world_size(), 1.0)
     views = open_views(
@@ -84,7 +84,7 @@ def _explain(
             return torch.stack([one[part] for one in seen]).mean(0).cpu().numpy()
 
         present = [view for view, there in zip(VIEWS, batch.view_present[0].tolist(), strict=True) if there]
-        yield Explanation(
+        yield AttentionMaps(
             lesion_id=str(index.lesion_ids[row]),
             label=int(index.labels[row]),
             photos={view: getattr(pixels, view)[0].permute(1, 2, 0).cpu().numpy() for view in present},

@@ -1,4 +1,4 @@
-"""What the attention of a tri-modal network looks at, as arrays."""
+"""Attention maps of a tri-modal network, as arrays."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS,
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What one or several models (mean over them) saw in one lesion.
+class AttentionMaps:
+    """Attention of one model, or the mean over several, for one lesion.
 
     photos: by view the square the network saw, (S, S, 3) float in [0, 1]; a missing view is not there.
     attention: by view (L,) over its patches, row by row, sums to 1; a view that nothing attends to is not there.
