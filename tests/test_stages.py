@@ -172,8 +172,8 @@ def test_what_a_stage_depends_on(make_challenge, tmp_path):
         words = [f"data.source={challenge.folder}", "data.test_shards=there", "stack.extra=[embeddings]"]
         before, after = of_pipeline(tmp_path, *words), of_pipeline(tmp_path, *words, key)
         assert {name for name in before if before[name].settings != after[name].settings} == changed
-    spread = of_pipeline(tmp_path, f"data.source={challenge.folder}", "side_by_side=true", "gpus=0.5", "retries=0")
-    words = {"side_by_side=true", "cpus=1", "gpus=0.5", "retries=0"}
+    spread = of_pipeline(tmp_path, f"data.source={challenge.folder}", "parallel_folds=true", "gpus=0.5", "retries=0")
+    words = {"parallel_folds=true", "cpus=1", "gpus=0.5", "retries=0"}
     assert set(spread["crossval"].command) - set(plain["crossval"].command) == words
     assert spread["crossval"].settings == plain["crossval"].settings
 

@@ -321,9 +321,6 @@ class Experiment(Section):
     ensemble: EnsembleConfig = EnsembleConfig()
     predict: PredictConfig = PredictConfig()
 
-    explain: tuple[str, ...] = Field(
-        (), description="triderm predict: ids of lesions to draw attention pictures of, instead of predicting"
-    )
     rank_timeout: float = Field(
         600.0,
         gt=0,
@@ -340,8 +337,16 @@ class Experiment(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _drop_former_settings(cls, raw: Any) -> Any:
+        """Accept config files of runs made when every program had an (empty) `explain`."""
+        if isinstance(raw, Mapping) and "explain" not in cls.model_fields and raw.get("explain") == []:
+            return {key: value for key, value in raw.items() if key != "explain"}
+        return raw
+
+    @model_validator(mode="before")
+    @classmethod
     def _share_train_settings(cls, raw: Any) -> Any:
-        """Lay `train` under each `models.NAME.train`."""
+        """Merge `train` under each `models.NAME.train`."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("models"), Mapping):
             return raw
         shared = raw.get("train") or {}
@@ -384,33 +389,40 @@ class Experiment(Section):
         return self.folder / model / f"fold-{fold}"
 
 
-SIDE_BY_SIDE = ("cpus", "gpus", "retries", "address")
-"""What has effect with side_by_side=true only."""
+PARALLEL_FOLDS_KEYS = ("cpus", "gpus", "retries", "address")
+"""Settings that have effect with parallel_folds=true only."""
 
 
-class SideBySideRun(Experiment):
-    """An experiment whose folds may be trained at the same time."""
+class ParallelFoldsRun(Experiment):
+    """An experiment whose folds may be trained in parallel."""
 
-    side_by_side: bool = Field(
-        False, description="train folds at the same time, each in one process, on this machine or a Ray cluster"
+    parallel_folds: bool = Field(
+        False, description="train folds in parallel, each in one process, on this machine or a Ray cluster"
     )
-    cpus: int = Field(1, ge=1, description="side_by_side: CPU cores a fold, and its threads")
+    cpus: int = Field(1, ge=1, description="parallel_folds: CPU cores and threads per fold")
     gpus: float | None = Field(
-        None, gt=0, le=1, description="side_by_side: share of a GPU that a fold takes; null: one where there are GPUs"
+        None, gt=0, le=1, description="parallel_folds: share of a GPU per fold; null: one GPU where there are any"
     )
     retries: int = Field(
-        2, ge=0, description="side_by_side: times that a fold whose process died goes on from its last checkpoint"
+        2, ge=0, description="parallel_folds: times that a failed fold is restarted from its last checkpoint"
     )
     address: str | None = Field(
         None,
-        description="side_by_side: Ray cluster to run on, a token that it asks for in RAY_AUTH_TOKEN; null starts Ray "
-        "here",
+        description="parallel_folds: address of a Ray cluster, whose token is read from RAY_AUTH_TOKEN; null starts "
+        "Ray on this machine",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_former_name(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and "side_by_side" in raw:
+            raise ValueError("side_by_side is now called parallel_folds")
+        return raw
+
     @model_validator(mode="after")
-    def _refuse_idle(self) -> SideBySideRun:
-        if not self.side_by_side and (idle := sorted(self.model_fields_set.intersection(SIDE_BY_SIDE))):
-            raise ValueError(f"{idle[0]}: has effect with side_by_side=true only")
+    def _refuse_without_effect(self) -> ParallelFoldsRun:
+        if not self.parallel_folds and (unused := sorted(self.model_fields_set.intersection(PARALLEL_FOLDS_KEYS))):
+            raise ValueError(f"{unused[0]}: has effect with parallel_folds=true only")
         return self
 
 

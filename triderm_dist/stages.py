@@ -29,7 +29,7 @@ from triderm_dist.schema import InputError
 @dataclass(frozen=True)
 class Stage:
     """A command, the settings and files its result depends on, and the files that it leaves. How the command is run
-    (launcher, folds side by side) changes no result: it is none of the settings.
+    (launcher, parallel folds) changes no result: it is none of the settings.
     """
 
     name: str

@@ -1,6 +1,4 @@
-"""Folds side by side are those of one after the other bit for bit, also when a fold's process was killed and all were
-stopped.
-"""
+"""Folds trained in parallel equal those trained one after the other bit for bit, also after kills and stops."""
 
 import os
 import re
@@ -75,7 +73,7 @@ def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed,
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     apart, first, second = (tmp_path / f"{name}.log" for name in ("apart", "first", "second"))
     alone = crossval(tmp_path, apart, f"data.shards={packed}", f"output={tmp_path / 'apart'}")
-    words = [f"data.shards={packed}", f"output={tmp_path / 'side'}", "side_by_side=true"]
+    words = [f"data.shards={packed}", f"output={tmp_path / 'side'}", "parallel_folds=true"]
     process = crossval(tmp_path, first, *words)
     fold = tmp_path / "side" / "cnn" / "fold-0"
     wait_for(lambda: len(records(fold)) > 5, process, first)  # behind the checkpoint of an epoch
@@ -148,9 +146,10 @@ def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [
-        (["side_by_side=true"], "2", "side_by_side: starts its own processes; run it by python -m"),
-        (["gpus=0.5"], None, "gpus: has effect with side_by_side=true only"),
-        (["side_by_side=true", "address=localhost:1"], None, "address=localhost:1: Ray does not start"),
+        (["parallel_folds=true"], "2", "parallel_folds: starts its own processes; run `triderm crossval` without"),
+        (["side_by_side=true"], None, "side_by_side is now called parallel_folds"),
+        (["gpus=0.5"], None, "gpus: has effect with parallel_folds=true only"),
+        (["parallel_folds=true", "address=localhost:1"], None, "address=localhost:1: Ray does not start"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(packed, tmp_path, monkeypatch, words, world, message):

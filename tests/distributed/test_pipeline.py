@@ -114,7 +114,7 @@ def test_a_hidden_photo_is_one_that_was_never_taken(done, packed):
 def test_the_second_time_nothing_runs(done, arguments):
     before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
     # How folds are trained is none of the inputs.
-    result = launch("launch.pipeline", *arguments, f"output={done}", "side_by_side=true", "retries=0")
+    result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
     assert result.stdout.count("done before, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -138,14 +138,14 @@ def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
 
 
-def test_ctrl_c_side_by_side_waits_until_the_folds_have_saved(packed, tmp_path):
+def test_ctrl_c_parallel_folds_waits_until_the_folds_have_saved(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS.partition("  frozen:")[0])
     words = ["--config", str(tmp_path / "tiny.yaml"), f"data.shards={packed}", f"output={tmp_path}"]
     # Two folds at once, whatever the machine has.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.pipeline", *words, "train.epochs=500", "train.log_every=1", "side_by_side=true",
-         "cpus=1"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "launch.pipeline", *words, "train.epochs=500", "train.log_every=1", "cpus=1",
+         "parallel_folds=true"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         process_group=0,
     )  # fmt: skip
     folds = [tmp_path / "tri" / f"fold-{fold}" for fold in range(2)]

@@ -30,6 +30,7 @@ from triderm_dist.config import (
 )
 from triderm_dist.engine.fold import is_done, result_hash, resume_hash
 from triderm_dist.engine.views import augmented_versions
+from triderm_dist.schema import ConfigError
 
 OLD_RUN = Path(__file__).parent / "run_754ad2d"
 RECORDS = json.loads((OLD_RUN / "hashes.json").read_text())
@@ -63,6 +64,13 @@ def test_a_fold_finished_by_the_first_version_is_done(old_run):
     assert not is_done(settings(old_run, "models.tri.train.optim.lr=3e-3"), INDEX, "tri", 0)
     assert not is_done(settings(old_run, "token_seed=1"), INDEX, "tri", 0)
     assert not is_done(settings(old_run), SimpleNamespace(fingerprint="other data"), "tri", 0)
+
+
+def test_an_empty_explain_of_an_old_config_is_accepted_and_any_other_refused():
+    assert "explain: []" in (OLD_RUN / "config.yaml").read_text()
+    assert not hasattr(settings(OLD_RUN), "explain")
+    with pytest.raises(ConfigError, match="unknown setting 'explain'"):
+        settings(OLD_RUN, "explain=[IL_1]")
 
 
 def test_a_checkpoint_of_the_first_version_is_resumed():

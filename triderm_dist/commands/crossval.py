@@ -1,10 +1,10 @@
-"""Train all folds of all models, then gather what each model says about lesions it never saw into oof.parquet.
+"""Train all folds of all models, then gather their held-out predictions in oof.parquet.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.crossval --config EXPERIMENT.yaml
 
-trains fold after fold, each on all ranks. Folds side by side, each on a GPU or, here, on half of one:
+trains fold after fold, each on all ranks. Several folds in parallel, here each on half of a GPU:
 
-triderm crossval --config EXPERIMENT.yaml side_by_side=true gpus=0.5
+triderm crossval --config EXPERIMENT.yaml parallel_folds=true gpus=0.5
 """
 
 import os
@@ -13,10 +13,10 @@ from functools import partial
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import SIDE_BY_SIDE, SideBySideRun, save
+from triderm_dist.config import PARALLEL_FOLDS_KEYS, ParallelFoldsRun, save
 
 
-class CrossvalRun(SideBySideRun):
+class CrossvalRun(ParallelFoldsRun):
     only: tuple[str, ...] | None = Field(None, description="train these models only; null trains all of `models`")
 
 
@@ -25,19 +25,19 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.fold import assigned_folds, model_config
-    from triderm_dist.engine.parallel_folds import run_side_by_side
+    from triderm_dist.engine.parallel_folds import run_parallel_folds
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
 
-    if config.side_by_side and "WORLD_SIZE" in os.environ:
-        raise ConfigError("side_by_side: starts its own processes; run it by python -m, without a launcher")
+    if config.parallel_folds and "WORLD_SIZE" in os.environ:
+        raise ConfigError("parallel_folds: starts its own processes; run `triderm crossval` without accelerate launch")
     names = config.only or tuple(config.models)
     for name in names:
         model_config(config, name)
     index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
     experiment = config.experiment
-    if config.side_by_side:
-        run_side_by_side(experiment, index, names, **{key: getattr(config, key) for key in SIDE_BY_SIDE})
+    if config.parallel_folds:
+        run_parallel_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})
     else:
         keep = partial(save, experiment, config.folder / "config.yaml")
         run_folds(experiment, index, names, range(config.data.folds), on_start=keep)

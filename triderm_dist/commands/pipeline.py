@@ -12,12 +12,12 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import SIDE_BY_SIDE, Experiment, SideBySideRun, find_file, save, stable_dump
+from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
 from triderm_dist.schema import ConfigError
 from triderm_dist.stages import Stage, run_stages
 
 
-class PipelineRun(SideBySideRun):
+class PipelineRun(ParallelFoldsRun):
     launcher: str | None = Field(
         None, description="accelerate config file for the stages that use the network; null runs one process"
     )
@@ -29,8 +29,8 @@ def main(config: PipelineRun) -> None:
     folder, settings = config.folder, config.folder / "config.yaml"
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
         raise ConfigError(f"launcher: {config.launcher}: no such file, and none of that name ships with the package")
-    if config.launcher and config.side_by_side:
-        raise ConfigError("side_by_side: trains each fold in one process; remove side_by_side or launcher")
+    if config.launcher and config.parallel_folds:
+        raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
     run_stages(stages(config, settings), folder, begin=lambda: save(config.experiment, settings))
     for name in ("submission.csv", "oof_submission.csv", "report.html"):
         if (folder / name).exists():
@@ -61,8 +61,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if data.test and data.test_shards is None:
         result.append(_pack("pack test", config, data.test, config.test_shards))
     oof = folder / "oof.parquet"
-    spread = [f"{key}={getattr(config, key)}" for key in SIDE_BY_SIDE if getattr(config, key) is not None]
-    spread = ["side_by_side=true", *spread] if config.side_by_side else []
+    spread = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
+    spread = ["parallel_folds=true", *spread] if config.parallel_folds else []
     result.append(
         Stage("crossval", [*program("crossval", launcher), *with_config, *spread], training, [train_index],
               [oof, *(fold / "predictions.parquet" for fold in folds)])

@@ -20,7 +20,7 @@ from triderm_dist.engine.fold import is_done
 from triderm_dist.schema import ConfigError, InputError, one_line
 
 
-def run_side_by_side(
+def run_parallel_folds(
     experiment: Experiment,
     index: ShardIndex,
     models: Sequence[str],
