@@ -25,7 +25,7 @@ from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.ensemble.run_files import NESTED_FILE, OOF_FILE, read_nested
 from triderm_dist.ensemble.thresholds import best_thresholds, decide
 from triderm_dist.predictions import OofTable, read_oof
-from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, ConfigError
+from triderm_dist.schema import METADATA_FIELDS, ConfigError
 
 COMPONENTS = 64
 STRENGTHS = (1e-3, 1e-2)
@@ -54,10 +54,12 @@ def main(config: Experiment) -> None:
 
 
 def tabular_columns(table: OofTable) -> np.ndarray:
-    """(N, F) concepts, age, one-hot categories; NaN where a number is missing, all zeros where a category is."""
-    columns = dict(zip(METADATA_FIELDS, table.metadata.T, strict=True))
-    one_hot = [columns[field][:, None] == np.arange(len(names))[None] for field, names in METADATA_CATEGORIES.items()]
-    return np.concatenate([table.concepts, columns["age"][:, None], *one_hot], axis=1).astype(np.float32)
+    """(N, F) concepts, numbers, one-hot categories; NaN where a number is missing, all zeros where a category is."""
+    fields = [
+        values[:, None] if field.is_number else values[:, None] == np.arange(len(field.categories))[None]
+        for field, values in zip(METADATA_FIELDS.values(), table.metadata.T, strict=True)
+    ]
+    return np.concatenate([table.concepts, *fields], axis=1).astype(np.float32)
 
 
 def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from triderm_dist.schema import DIAGNOSES, MONET_COLUMNS, SITES
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MONET_COLUMNS
 
 # The same examples every time, and no clock: other tests share the cores.
 settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -72,7 +72,7 @@ def write_challenge(
     size: tuple[int, int] = (48, 36),
 ) -> Challenge:
     """Lesion i has diagnosis i % 11, two photos, 14 scores; some have no age or site."""
-    challenge = Challenge(folder, prefix)
+    challenge, sites = Challenge(folder, prefix), METADATA_FIELDS["site"].categories
     scores = np.random.default_rng(0).random((lesions, 2, len(MONET_COLUMNS))).round(6)
     for i in range(lesions):
         lesion_id = f"IL_{1000 + 7 * i}"
@@ -87,7 +87,7 @@ def write_challenge(
                 "age_approx": "" if i % 9 == 4 else 5 * (i % 17 + 1),
                 "sex": ("male", "female")[i % 2],
                 "skin_tone_class": i % 6,
-                "site": "" if i % 10 == 6 else SITES[i % len(SITES)],
+                "site": "" if i % 10 == 6 else sites[i % len(sites)],
                 **dict(zip(MONET_COLUMNS, scores[i, v].tolist(), strict=True)),
             }
             challenge.metadata.append(row)

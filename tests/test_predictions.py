@@ -89,7 +89,7 @@ def test_an_absent_fold_is_nan_and_never_zero(run) -> None:
         ({"lesion_ids": lambda x: np.array([x[0], x[0], *x[2:]], object)}, r"occurs twice|has label"),
         ({"split": "test"}, "holds test predictions"),
         ({"head": "sigmoid"}, "head"),
-        ({"concept_names": tuple(f"c{i}" for i in range(14))}, "other diagnoses or concepts"),
+        ({"concept_names": tuple(f"c{i}" for i in range(14))}, "other diagnoses, concepts or metadata fields"),
         ({"model": "dual_cnn"}, "already predicted by model dual_cnn|a .* head here"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.files import atomic_path
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, DataError
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MILK10K_FIELDS, UNLABELED, DataError
 
 FORMAT = "triderm-predictions"
 VERSION = 1
@@ -27,6 +27,7 @@ NO_FOLD = -1
 
 _KEY = b"triderm"
 _SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
+_NAMES = ("diagnoses", "concepts", "metadata_fields")
 _LISTS = ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata")
 
 
@@ -53,6 +54,7 @@ class Predictions:
     concepts: np.ndarray
     metadata: np.ndarray
     concept_names: tuple[str, ...]
+    metadata_fields: tuple[str, ...] = field(default_factory=lambda: tuple(METADATA_FIELDS))
     diagnoses: tuple[str, ...] = DIAGNOSES
     split: str = OUT_OF_FOLD
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Predictions:
             "aux_dermoscopic": len(self.diagnoses),
             "features": None,
             "concepts": len(self.concept_names),
-            "metadata": len(METADATA_FIELDS),
+            "metadata": len(self.metadata_fields),
         }
         for name, width in widths.items():
             value = np.asarray(getattr(self, name), np.float32)
@@ -104,6 +106,7 @@ class OofTable:
     features: dict[str, np.ndarray]
     hashes: dict[str, np.ndarray]
     concept_names: tuple[str, ...]
+    metadata_fields: tuple[str, ...] = field(default_factory=lambda: tuple(METADATA_FIELDS))
     diagnoses: tuple[str, ...] = DIAGNOSES
 
     def __len__(self) -> int:
@@ -153,17 +156,17 @@ def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_
         name: pa.array(scalars[name], pa.int64() if name in ("fold", "label") else pa.string()) for name in _SCALARS
     }
     columns |= {name: _as_lists(getattr(predictions, name)) for name in _LISTS}
-    _write(Path(path), pa.table(columns), _head(predictions.diagnoses, predictions.concept_names, split, extra))
+    _write(Path(path), pa.table(columns), _head(predictions, split, extra))
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read what `write_predictions` wrote. Raises DataError naming the file for anything else."""
     path = Path(path)
     table, head = _read(path)
-    diagnoses, concepts = tuple(head.pop("diagnoses")), tuple(head.pop("concepts"))
+    names = [tuple(head.pop(key)) for key in _NAMES]
     split = head.pop("split")
     try:
-        return replace(_from_rows(table, path, diagnoses, concepts), split=split, extra=head)
+        return replace(_from_rows(table, path, *names), split=split, extra=head)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -227,7 +230,7 @@ def write_oof(path: Path, table: OofTable) -> None:
         arrays[key] = pa.chunked_array([_as_lists(getattr(table, key)[name]) for name in names])
     for key in ("concepts", "metadata"):
         arrays[key] = pa.chunked_array([_as_lists(getattr(table, key))] * len(names))
-    _write(Path(path), pa.table(arrays), _head(table.diagnoses, table.concept_names, OUT_OF_FOLD, {}))
+    _write(Path(path), pa.table(arrays), _head(table, OUT_OF_FOLD, {}))
 
 
 def read_oof(path: Path, features: bool = False) -> OofTable:
@@ -246,9 +249,9 @@ def read_oof(path: Path, features: bool = False) -> OofTable:
         raise DataError(f"{path}: holds {head['split']} predictions, the out-of-fold table is needed")
     if not names:
         raise DataError(f"{path}: has no rows; run triderm crossval first")
-    concepts, diagnoses = tuple(head["concepts"]), tuple(head["diagnoses"])
     parts = [
-        (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, diagnoses, concepts)) for name in names
+        (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, *(tuple(head[key]) for key in _NAMES)))
+        for name in names
     ]
     first = parts[0][1]
     expected = _Expected(first.lesion_ids.tolist(), first.labels, first.fold)
@@ -275,8 +278,10 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         if key in seen:
             raise DataError(f"test predictions of {key[0]} with weights {key[1][:12]} come twice")
         seen.add(key)
-        if part.concept_names != first.concept_names or part.diagnoses != first.diagnoses:
-            raise DataError(f"test predictions of {key[0]} name other concepts or diagnoses than the first file")
+        if _names(part) != _names(first):
+            raise DataError(
+                f"test predictions of {key[0]} name other diagnoses, concepts or metadata fields than the first file"
+            )
         place = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
         if len(place) != len(part) or set(place) != set(ids):
             raise DataError(f"test predictions of {key[0]} ({key[1][:12]}) hold other lesions than the first file")
@@ -302,6 +307,7 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         features={model: np.full((len(ids), 0), np.nan, np.float32) for model in models},
         hashes={model: np.full(len(ids), "", object) for model in models},
         concept_names=first.concept_names,
+        metadata_fields=first.metadata_fields,
         diagnoses=first.diagnoses,
     )
 
@@ -361,14 +367,14 @@ def _table(parts: list[tuple[Path, Predictions]], expected: _Expected, models: S
     names = found if models is None else tuple(models)
     groups = expected.lesion_ids.copy()
     concepts = np.full((rows, len(first.concept_names)), np.nan, np.float32)
-    metadata = np.full((rows, len(METADATA_FIELDS)), np.nan, np.float32)
+    metadata = np.full((rows, len(first.metadata_fields)), np.nan, np.float32)
     heads: dict[str, str] = {}
     hashes = {name: np.full(rows, "", object) for name in names}
     arrays: dict[str, dict[str, np.ndarray]] = {key: {} for key in _LISTS[:4]}
     spoken = {name: np.zeros(rows, bool) for name in names}
     for path, part in parts:
-        if part.diagnoses != first.diagnoses or part.concept_names != first.concept_names:
-            raise DataError(f"{path}: names other diagnoses or concepts than {first_path}")
+        if _names(part) != _names(first):
+            raise DataError(f"{path}: names other diagnoses, concepts or metadata fields than {first_path}")
         for name in dict.fromkeys(part.model):
             own = part.model == name
             place = expected.rows(part)[own]
@@ -399,21 +405,25 @@ def _table(parts: list[tuple[Path, Predictions]], expected: _Expected, models: S
         **arrays,
         hashes=hashes,
         concept_names=first.concept_names,
+        metadata_fields=first.metadata_fields,
         diagnoses=first.diagnoses,
     )
 
 
-def _head(
-    diagnoses: tuple[str, ...], concepts: tuple[str, ...], split: str, extra: Mapping[str, Any]
-) -> dict[str, Any]:
+def _names(part: Predictions) -> tuple[tuple[str, ...], ...]:
+    return part.diagnoses, part.concept_names, part.metadata_fields
+
+
+def _head(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     if split not in (OUT_OF_FOLD, TEST):
         raise DataError(f"split {split!r} is unknown; there are {OUT_OF_FOLD} and {TEST}")
     return {
         "format": FORMAT,
         "version": VERSION,
         "split": split,
-        "diagnoses": list(diagnoses),
-        "concepts": list(concepts),
+        "diagnoses": list(names.diagnoses),
+        "concepts": list(names.concept_names),
+        "metadata_fields": list(names.metadata_fields),
         **extra,
     }
 
@@ -441,12 +451,16 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, 
         raise DataError(f"{path}: not a file of predictions of this toolkit") from None
     if (head.pop("format", None), head.pop("version", None)) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; write it again with this version of the toolkit")
+    # Files of earlier versions hold MILK10k's fields and do not name them.
+    head.setdefault("metadata_fields", [field.name for field in MILK10K_FIELDS])
     if absent := [name for name in columns or (*_SCALARS, *_LISTS) if name not in table.column_names]:
         raise DataError(f"{path}: column {absent[0]!r} is missing")
     return table, head
 
 
-def _from_rows(table: Any, path: Path, diagnoses: tuple[str, ...], concepts: tuple[str, ...]) -> Predictions:
+def _from_rows(
+    table: Any, path: Path, diagnoses: tuple[str, ...], concepts: tuple[str, ...], metadata_fields: tuple[str, ...]
+) -> Predictions:
     return Predictions(
         lesion_ids=_text(table, "lesion_id"),
         groups=_text(table, "group"),
@@ -462,6 +476,7 @@ def _from_rows(table: Any, path: Path, diagnoses: tuple[str, ...], concepts: tup
         concepts=_as_array(table, "concepts", path),
         metadata=_as_array(table, "metadata", path),
         concept_names=concepts,
+        metadata_fields=metadata_fields,
         diagnoses=diagnoses,
     )
 

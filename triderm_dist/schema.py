@@ -1,13 +1,15 @@
-"""The vocabulary of the toolkit: diagnoses, views, concepts, metadata, and the shapes that travel between rooms.
+"""The data types shared by all modules: diagnoses, views, concepts, metadata fields, batches, outputs, errors.
 
-Everything here is plain: no file is read, nothing but NumPy and PyTorch types. Shapes use these letters: B lesions in a
-batch, C diagnoses, K concepts, M metadata fields, L tokens, D width, H x W pixels.
+Reads no file and imports nothing heavy. Letters of shapes, used throughout: B lesions in a batch, C diagnoses, K
+concepts, M metadata fields, L tokens, D width, H x W pixels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -60,24 +62,6 @@ CONCEPTS: tuple[str, ...] = tuple(
 )
 """Names of MILK10k's 14 concepts. Networks take K and the names from the index of the shards, not from here."""
 
-SEXES: tuple[str, ...] = ("female", "male")
-SITES: tuple[str, ...] = (
-    "trunk",
-    "head_neck_face",
-    "lower_extremity",
-    "upper_extremity",
-    "hand",
-    "foot",
-    "genital",
-)
-SKIN_TONES: tuple[str, ...] = ("0", "1", "2", "3", "4", "5")
-"""Skin tone from 0 (very dark) to 5 (very light). Not the Fitzpatrick scale."""
-
-METADATA_FIELDS: tuple[str, ...] = ("age", "sex", "skin_tone", "site")
-"""Order of the metadata axis M: age in years, then the index of each category. NaN means missing."""
-
-METADATA_CATEGORIES: dict[str, tuple[str, ...]] = {"sex": SEXES, "skin_tone": SKIN_TONES, "site": SITES}
-
 UNLABELED = -1
 """The label of a lesion whose diagnosis is not known."""
 
@@ -108,6 +92,131 @@ def one_line(error: object, limit: int | None = None, with_type: bool = False) -
     name, text = type(error).__name__, " ".join(str(error).split())
     text = (f"{name}: {text}" if with_type else text) if text else name
     return text if limit is None or len(text) <= limit else text[: limit - 4] + " ..."
+
+
+@dataclass(frozen=True)
+class MetadataField:
+    """One field of the patient metadata: where it is read from, which values it has, how it is shown.
+
+    A value is one float: a number itself, or the index of its category; NaN where missing. Networks embed the
+    categories of a `category` and of an `ordinal` field alike; the order of an ordinal one is kept for people and for
+    tree models.
+
+    column: its column in the tables of the data set.  categories: spelling in shards and reports, matched in any case.
+    synonyms: other spellings of a category.  low, high: numbers outside are refused.  full_scale: the number that
+    networks scale to 1, as `low` to 0; None takes `high`.  unit: unit of a number, or what the ends of an ordinal field
+    mean.  cuts: where the report divides a number into slices; empty: at its quartiles.
+
+    Raises ConfigError for a definition that contradicts itself.
+    """
+
+    name: str
+    column: str
+    kind: Literal["number", "category", "ordinal"]
+    categories: tuple[str, ...] = ()
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    low: float = 0.0
+    high: float = 1.0
+    full_scale: float | None = None
+    unit: str = ""
+    title: str = ""
+    cuts: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        spelled = [text.lower() for text in (*self.categories, *self.synonyms)]
+        if not self.name.isidentifier():
+            wrong = "its name must consist of letters, digits and underscores"
+        elif self.kind not in ("number", "category", "ordinal"):
+            wrong = f"its kind is {self.kind!r}; known are number, category and ordinal"
+        elif self.kind == "number" and (self.categories or self.synonyms):
+            wrong = "a number has no categories"
+        elif self.kind == "number" and not self.low < min(self.high, self.full_scale or self.high):
+            wrong = "low must be below high and full_scale"
+        elif self.kind != "number" and len(self.categories) < 2:
+            wrong = "at least two categories are needed"
+        elif len(set(spelled)) < len(spelled) or not set(self.synonyms.values()) <= set(self.categories):
+            wrong = "a spelling occurs twice, or a synonym stands for no category"
+        else:
+            return
+        raise ConfigError(f"metadata field {self.name!r}: {wrong}")
+
+    @property
+    def is_number(self) -> bool:
+        return self.kind == "number"
+
+    @property
+    def label(self) -> str:
+        """The title for people."""
+        return self.title or self.name.replace("_", " ")
+
+    def parse(self, text: str) -> float:
+        """The value of a cell's text. Raises ValueError for a number out of range or an unknown category."""
+        if self.is_number:
+            try:
+                number = float(text)
+            except ValueError:
+                number = math.nan
+            if not self.low <= number <= self.high:
+                unit = f" {self.unit}" if self.unit else ""
+                raise ValueError(f"{self.column} {text!r} is not a number from {self.low:g} to {self.high:g}{unit}")
+            return number
+        index = {name.lower(): float(at) for at, name in enumerate(self.categories)}
+        index |= {other.lower(): index[name.lower()] for other, name in self.synonyms.items()}
+        # pandas writes a column of integers with gaps as 3.0.
+        for spelling in (text.lower(), text.lower().removesuffix(".0")):
+            if spelling in index:
+                return index[spelling]
+        raise ValueError(f"unknown {self.column} {text!r}; known are {', '.join(self.categories)}")
+
+    def cell(self, value: float) -> float | str | None:
+        """A value as JSON has it: the number, the name of the category, None where missing."""
+        if math.isnan(value):
+            return None
+        return value if self.is_number else self.categories[int(value)]
+
+    def show(self, value: float) -> str:
+        """A value for people."""
+        if math.isnan(value):
+            return "missing"
+        return f"{value:g} {self.unit}".rstrip() if self.is_number else self.categories[int(value)]
+
+    def scaled(self, numbers: Any) -> Any:
+        """Numbers (an array or a tensor) from `low` to `full_scale` mapped to 0 to 1."""
+        return (numbers - self.low) / ((self.high if self.full_scale is None else self.full_scale) - self.low)
+
+
+MILK10K_FIELDS: tuple[MetadataField, ...] = (
+    MetadataField("age", "age_approx", "number", high=120.0, full_scale=100.0, unit="years", cuts=(40, 60, 75)),
+    MetadataField("sex", "sex", "category", ("female", "male")),
+    # Not the Fitzpatrick scale, whose 1 is the lightest.
+    MetadataField(
+        "skin_tone", "skin_tone_class", "ordinal", ("0", "1", "2", "3", "4", "5"), unit="0 very dark, 5 very light"
+    ),
+    MetadataField(
+        "site",
+        "site",
+        "category",
+        ("trunk", "head_neck_face", "lower_extremity", "upper_extremity", "hand", "foot", "genital"),
+    ),
+)
+"""The metadata of MILK10k."""
+
+METADATA_FIELDS: dict[str, MetadataField] = {each.name: each for each in MILK10K_FIELDS}
+"""The metadata fields by name, in the order of the metadata axis M. `add_field` adds one."""
+
+
+def add_field(new: MetadataField) -> None:
+    """Add a field to `METADATA_FIELDS`, before any data is read; the same one again changes nothing.
+
+    Readers, networks, stacker, report and the synthetic data all walk that table. Raises ConfigError where another
+    field has the name or the column.
+    """
+    for known in METADATA_FIELDS.values():
+        if known != new and (known.name == new.name or known.column == new.column):
+            raise ConfigError(
+                f"metadata field {new.name!r} (column {new.column!r}): field {known.name!r} has this name or column"
+            )
+    METADATA_FIELDS.setdefault(new.name, new)
 
 
 @dataclass(frozen=True)

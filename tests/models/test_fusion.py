@@ -14,6 +14,8 @@ from triderm_dist.models.concepts import SemanticTokens
 from triderm_dist.models.fusion import STAGES, CrossAttention, FusionBlock, GlobalPooling
 from triderm_dist.schema import CONCEPTS, METADATA_FIELDS
 
+FIELDS = tuple(METADATA_FIELDS.values())
+
 
 def attend(m: CrossAttention, query: Tensor, context: Tensor) -> Tensor:
     """Guide 2.1 with its own softmax, one lesion and one head at a time."""
@@ -88,7 +90,7 @@ def lesion(**changes: float) -> Tensor:
 @given(field=st.integers(0, len(CONCEPTS) - 1), a=st.floats(0, 1), b=st.floats(0, 1))
 def test_a_score_lives_in_the_value_of_its_own_token(field: int, a: float, b: float) -> None:
     torch.manual_seed(0)
-    tokens = SemanticTokens(CONCEPTS, 8)
+    tokens = SemanticTokens(CONCEPTS, FIELDS, 8)
     scores = torch.full((3, len(CONCEPTS)), 0.5)
     scores[0, field], scores[1, field], scores[2, field] = a, b, float("nan")
     out = tokens(scores, lesion().expand(3, -1))
@@ -105,7 +107,7 @@ def test_a_score_lives_in_the_value_of_its_own_token(field: int, a: float, b: fl
 
 def test_every_field_and_its_absence_has_its_own_token() -> None:
     torch.manual_seed(0)
-    tokens = SemanticTokens(("a",), 8)
+    tokens = SemanticTokens(("a",), FIELDS, 8)
     plain = tokens(torch.tensor([[0.5]]), lesion())
     for position, field in enumerate(METADATA_FIELDS, start=1):
         seen = [plain[0, position]]
@@ -119,7 +121,7 @@ def test_every_field_and_its_absence_has_its_own_token() -> None:
 
 
 def test_unused_semantics_leave_the_null_token() -> None:
-    tokens = SemanticTokens(("a", "b"), 8, use_concepts=False, use_metadata=False)
+    tokens = SemanticTokens(("a", "b"), FIELDS, 8, use_concepts=False, use_metadata=False)
     assert tokens(torch.rand(2, 2), lesion().expand(2, -1)).shape == (2, 1, 8) and tokens.names == ("null",)
     assert [name for name, _ in tokens.named_parameters()] == ["null"]
 

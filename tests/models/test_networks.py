@@ -209,7 +209,7 @@ def test_learns_from_each_modality(kind: str, signal: str) -> None:
             concepts[:, 1] = labels / 3
         metadata = torch.full((size, len(METADATA_FIELDS)), float("nan"))
         if signal == "metadata":
-            metadata[:, METADATA_FIELDS.index("site")] = labels.float()
+            metadata[:, list(METADATA_FIELDS).index("site")] = labels.float()
         return [*views, present, concepts, metadata], labels
 
     for _, (inputs, labels) in zip(range(100), (draw(32) for _ in itertools.count()), strict=False):

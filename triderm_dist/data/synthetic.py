@@ -23,7 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.schema import DIAGNOSES, DIAGNOSIS_NAMES, MONET_COLUMNS, SEXES, SITES, DataError
+from triderm_dist.schema import (
+    DIAGNOSES,
+    DIAGNOSIS_NAMES,
+    METADATA_FIELDS,
+    MILK10K_FIELDS,
+    MONET_COLUMNS,
+    DataError,
+    MetadataField,
+)
 
 HEIGHT, WIDTH = 84, 112
 LESIONS, TEST_LESIONS = 600, 260
@@ -207,13 +215,27 @@ def draw_lesion(
 
 def draw_metadata(generator: np.random.Generator, older: int, tone: int) -> dict[str, Any]:
     age = 5 * round(float(np.clip(generator.normal(70 if older else 40, 9 if older else 12), 5, 85)) / 5)
-    site = SITES[generator.choice(len(SITES), p=SITE_SHARES[older])]
-    return {
+    sites, sexes = METADATA_FIELDS["site"].categories, METADATA_FIELDS["sex"].categories
+    site = sites[generator.choice(len(sites), p=SITE_SHARES[older])]
+    cells = {
         "age_approx": "" if generator.random() < 0.03 else age,
-        "sex": SEXES[generator.integers(2)],
+        "sex": sexes[generator.integers(2)],
         "skin_tone_class": tone,
         "site": "" if generator.random() < 0.03 else site,
     }
+    for field in METADATA_FIELDS.values():
+        if field not in MILK10K_FIELDS:
+            cells[field.column] = draw_cell(generator, field)
+    return cells
+
+
+def draw_cell(generator: np.random.Generator, field: MetadataField) -> str:
+    """A random value of a field that was added to MILK10k's, unrelated to the diagnosis; empty in 3 of 100 lesions."""
+    if generator.random() < 0.03:
+        return ""
+    if field.is_number:
+        return str(generator.uniform(field.low, field.high))
+    return field.categories[generator.integers(len(field.categories))]
 
 
 def draw_scores(

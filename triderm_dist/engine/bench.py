@@ -141,9 +141,10 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
                 Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(part, "JPEG", quality=90)
                 part.rename(path)
             images[view] = str(path)
-        concepts, metadata = generator.random(len(CONCEPTS)), (50.0,) + (0.0,) * (len(METADATA_FIELDS) - 1)
+        concepts = generator.random(len(CONCEPTS))
+        metadata = tuple(field.high / 2 if field.is_number else 0.0 for field in METADATA_FIELDS.values())
         name = f"lesion-{number:05d}"
-        made.append(Lesion(name, images, tuple(concepts.tolist()), metadata, number % len(DIAGNOSES), name))  # type: ignore[arg-type]
+        made.append(Lesion(name, images, tuple(concepts.tolist()), metadata, number % len(DIAGNOSES), name))
     return pack_shards(Dataset(made, CONCEPTS, True, []), folder, short_side=None)
 
 

@@ -96,6 +96,7 @@ def _as_rows(table: OofTable) -> Predictions:
         concepts=tall(table.concepts),
         metadata=tall(table.metadata),
         concept_names=table.concept_names,
+        metadata_fields=table.metadata_fields,
         diagnoses=table.diagnoses,
     )
 

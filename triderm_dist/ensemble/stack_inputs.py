@@ -12,7 +12,7 @@ from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import TURNS_FILE
 from triderm_dist.files import atomic_path
 from triderm_dist.predictions import NO_FOLD, OofTable, Predictions
-from triderm_dist.schema import METADATA_FIELDS, DataError
+from triderm_dist.schema import DataError
 
 
 def stacker_columns(
@@ -53,7 +53,8 @@ def column_names(table: OofTable, models: Sequence[str] | None = None) -> tuple[
         for head in _HEADS
         for diagnosis in table.diagnoses
     ]
-    names += [f"concept/{name}" for name in table.concept_names] + [f"metadata/{name}" for name in METADATA_FIELDS]
+    names += [f"concept/{name}" for name in table.concept_names]
+    names += [f"metadata/{name}" for name in table.metadata_fields]
     return tuple(names)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELED
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,9 @@ class AttentionMaps:
 
 def semantic_values(concepts: Sequence[str], scores: np.ndarray, metadata: np.ndarray) -> dict[str, str]:
     """What stands behind each semantic token of a lesion: scores (K,), metadata (M,), NaN where missing."""
-    values = {name: _or_missing(score, f"{score:.2f}") for name, score in zip(concepts, scores, strict=True)}
-    for field, value in zip(METADATA_FIELDS, metadata, strict=True):
-        names = METADATA_CATEGORIES.get(field)
-        text = "" if math.isnan(value) else f"{value:.0f} years" if names is None else names[int(value)]
-        values[field] = _or_missing(value, text)
+    values = {
+        name: "missing" if math.isnan(score) else f"{score:.2f}" for name, score in zip(concepts, scores, strict=True)
+    }
+    for (name, field), value in zip(METADATA_FIELDS.items(), metadata.tolist(), strict=True):
+        values[name] = field.show(value)
     return values
-
-
-def _or_missing(value: float, text: str) -> str:
-    return "missing" if math.isnan(value) else text

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS
+from triderm_dist.schema import MetadataField
 
 BUMPS = 8
-MAX_AGE = 100.0
-"""Years that are scaled to 1."""
-
 TOKEN_STD = 0.02
 """Standard deviation of learned tokens at the start, as in ViT and BERT."""
 
@@ -63,34 +60,49 @@ class CategoryToken(nn.Module):
 
 
 class SemanticTokens(nn.Module):
-    """Concept scores (B, K) and metadata (B, M) to tokens (B, K + M + 1, D).
+    """Concept scores (B, K) and metadata (B, M) to tokens (B, K + M + 1, D), in the order of `names`.
 
-    K or M counts 0 where the network does not use them. `names` names them in order. The last is the null token:
-    learned, the same for all, so that an image may attend to no concept at all.
+    K or M counts 0 where the network does not use them. The last token is the null token: learned, the same for every
+    lesion, so that an image may attend to no concept at all.
     """
 
     def __init__(
-        self, concepts: Sequence[str], width: int, use_concepts: bool = True, use_metadata: bool = True
+        self,
+        concepts: Sequence[str],
+        fields: Sequence[MetadataField],
+        width: int,
+        use_concepts: bool = True,
+        use_metadata: bool = True,
     ) -> None:
         super().__init__()
+        self.fields = tuple(fields) if use_metadata else ()
         self.concepts = NumericTokens(len(concepts), width) if use_concepts and concepts else None
-        self.age = NumericTokens(1, width) if use_metadata else None
-        self.categories = nn.ModuleDict(
-            {field: CategoryToken(len(names), width) for field, names in METADATA_CATEGORIES.items()}
-            if use_metadata
-            else {}
-        )
+        # The names of parameters in checkpoints: `age.curve` of a number, `categories.sex.embedding` of a category.
+        for field in self.fields:
+            if field.is_number:
+                self.add_module(_module_name(self, field), NumericTokens(1, width))
+        self.categories = nn.ModuleDict()
+        for field in self.fields:
+            if not field.is_number:
+                self.categories[_module_name(self.categories, field)] = CategoryToken(len(field.categories), width)
         self.null = learned_token(1, width)
         self.names: tuple[str, ...] = (
             *(concepts if use_concepts else ()),
-            *(METADATA_FIELDS if use_metadata else ()),
+            *(field.name for field in self.fields),
             "null",
         )
 
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:
         tokens = [] if self.concepts is None else [self.concepts(concepts)]
-        if self.age is not None:
-            columns = dict(zip(METADATA_FIELDS, metadata.unbind(1), strict=True))
-            tokens.append(self.age(columns["age"][:, None] / MAX_AGE))
-            tokens += [self.categories[field](columns[field]) for field in METADATA_FIELDS if field != "age"]
+        for field, values in zip(self.fields, metadata.unbind(1) if self.fields else (), strict=True):
+            if field.is_number:
+                tokens.append(getattr(self, _module_name(self, field))(field.scaled(values)[:, None]))
+            else:
+                tokens.append(self.categories[_module_name(self.categories, field)](values))
         return torch.cat([*tokens, self.null.expand(len(concepts), -1, -1)], 1)
+
+
+def _module_name(parent: nn.Module, field: MetadataField) -> str:
+    """The name of a field's module in `parent`, with an underscore where the parent's class uses the name itself."""
+    own = {"concepts", "fields", "categories", "null", "names"}
+    return f"{field.name}_" if field.name in own or hasattr(type(parent), field.name) else field.name

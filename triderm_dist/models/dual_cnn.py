@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triderm_dist.config import ModelConfig
-from triderm_dist.models.concepts import MAX_AGE
 from triderm_dist.models.network import Head, Network, ViewTokens
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, VIEWS, Outputs
+from triderm_dist.schema import VIEWS, MetadataField, Outputs
 
 
 class DualCnn(Network):
@@ -24,7 +23,9 @@ class DualCnn(Network):
         pooled = TokenShape(1, self.token_shape.width)
         self.views = nn.ModuleDict({view: ViewTokens(pooled, width, view in self.used_views) for view in VIEWS})
         self.view_norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in VIEWS})
-        self.tabular = TabularFeatures(len(concepts) if "concepts" in config.use else 0, "metadata" in config.use)
+        self.tabular = TabularFeatures(
+            len(concepts) if "concepts" in config.use else 0, self.fields if "metadata" in config.use else ()
+        )
         self.table = (
             nn.Sequential(
                 nn.Linear(self.tabular.width, width),
@@ -62,23 +63,24 @@ class DualCnn(Network):
 
 
 class TabularFeatures(nn.Module):
-    """Concepts (B, K) and metadata (B, M) to (B, width): values (missing: 0), one-hot categories, missing flags."""
+    """Concepts (B, K) and metadata (B, M) to (B, width): numbers (missing: 0) and missing flags, one-hot categories.
 
-    def __init__(self, concepts: int, metadata: bool) -> None:
+    concepts: K, or 0 to ignore them.  fields: the M metadata fields, or none to ignore them.
+    """
+
+    def __init__(self, concepts: int, fields: Sequence[MetadataField]) -> None:
         super().__init__()
-        self.concepts, self.metadata = concepts, metadata
-        one_hot = sum(len(names) + 1 for names in METADATA_CATEGORIES.values())
-        self.width = 2 * concepts + (2 + one_hot if metadata else 0)
+        self.concepts, self.fields = concepts, tuple(fields)
+        self.width = 2 * concepts + sum(2 if field.is_number else len(field.categories) + 1 for field in self.fields)
 
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:
         parts = []
         if self.concepts:
             parts += [concepts.nan_to_num(nan=0.0), concepts.isnan().float()]
-        if self.metadata:
-            columns = dict(zip(METADATA_FIELDS, metadata.unbind(1), strict=True))
-            age = columns["age"][:, None]
-            parts += [age.nan_to_num(nan=0.0) / MAX_AGE, age.isnan().float()]
-            for field, names in METADATA_CATEGORIES.items():
-                index = columns[field].nan_to_num(nan=len(names)).long()  # the last column is the missing flag
-                parts.append(F.one_hot(index, len(names) + 1).float())
+        for field, values in zip(self.fields, metadata.unbind(1) if self.fields else (), strict=True):
+            if field.is_number:
+                parts += [field.scaled(values).nan_to_num(nan=0.0)[:, None], values.isnan().float()[:, None]]
+            else:
+                missing = len(field.categories)  # the last column is the missing flag
+                parts.append(F.one_hot(values.nan_to_num(nan=missing).long(), missing + 1).float())
         return torch.cat(parts, 1).float()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from triderm_dist.config import ModelConfig
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import DIAGNOSES, VIEWS, Outputs
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, Outputs
 
 SHARED = "shared"
 
@@ -31,6 +31,7 @@ class Network(nn.Module, ABC):
     def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()
         self.concept_names = tuple(concepts)
+        self.fields = tuple(METADATA_FIELDS.values())
         self.used_views: tuple[str, ...] = tuple(view for view in VIEWS if view in config.use)
         self.towers = nn.ModuleDict()
         if isinstance(towers, TokenShape):

@@ -40,7 +40,7 @@ class TriModal(Network):
             {view: ViewTokens(self.token_shape, width, view in self.used_views) for view in VIEWS}
         )
         self.semantic = (
-            SemanticTokens(concepts, width, "concepts" in config.use, "metadata" in config.use)
+            SemanticTokens(concepts, self.fields, width, "concepts" in config.use, "metadata" in config.use)
             if "semantic_gating" in config.fusion
             else None
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from triderm_dist.ensemble.run_files import (
 from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.ensemble.stacker import STACKER, Stacker
 from triderm_dist.predictions import read_oof, read_predictions
-from triderm_dist.schema import METADATA_CATEGORIES, METADATA_FIELDS, VIEWS, DataError
+from triderm_dist.schema import METADATA_FIELDS, VIEWS, DataError, MetadataField
 
 SMALL_SLICE = 100
 """A slice with fewer lesions is too small to tell."""
@@ -38,13 +39,6 @@ SHAP_LESIONS = 1000
 
 LEAST_IN_SLICE = 5
 """A diagnosis counts in a slice, and outside it, from this many lesions on."""
-
-AGE_BANDS: tuple[tuple[float, float, str], ...] = (
-    (0, 40, "under 40"),
-    (40, 60, "40 to 59"),
-    (60, 75, "60 to 74"),
-    (75, 200, "75 and over"),
-)
 
 OTHERS: tuple[tuple[str, str, str], ...] = (
     ("leaderboard top, method unknown (164 entries, median 0.471)", "", "0.705"),
@@ -309,14 +303,11 @@ class Content:
         )
 
     def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
-        metadata = dict(zip(METADATA_FIELDS, self.table.metadata.T, strict=True))
-        masks: dict[str, dict[str, np.ndarray]] = {}
-        for field in ("skin_tone", "sex", "site"):
-            named = {name: metadata[field] == index for index, name in enumerate(METADATA_CATEGORIES[field])}
-            masks[field] = named | {"missing": np.isnan(metadata[field])}
-        bands = {name: (metadata["age"] >= low) & (metadata["age"] < high) for low, high, name in AGE_BANDS}
-        masks["age"] = bands | {"missing": np.isnan(metadata["age"])}
-        return masks
+        """Of each known metadata field, ordinal ones first and numbers last, the lesions (N,) of each value."""
+        values = dict(zip(self.table.metadata_fields, self.table.metadata.T, strict=True))
+        known = [METADATA_FIELDS[name] for name in values if name in METADATA_FIELDS]
+        known.sort(key=lambda field: ("ordinal", "category", "number").index(field.kind))
+        return {field.name: slice_masks(field, values[field.name]) for field in known}
 
     def _slice(self, field: str, value: str, mask: np.ndarray) -> Slice:
         size = len(self.diagnoses)
@@ -336,3 +327,22 @@ class Content:
             macro_f1=metrics.interval_of(float(own.f1[kept].mean()), f1),
             behind=metrics.recall_difference(own, rest, kept),
         )
+
+
+def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The lesions (N,) bool of each category, or of each range of a number, and those whose value (N,) is missing.
+
+    A number is divided at `field.cuts`, or at the quartiles of the values.
+    """
+    missing = np.isnan(values)
+    if not field.is_number:
+        masks = {name: values == index for index, name in enumerate(field.categories)}
+    elif missing.all():
+        masks = {}
+    else:
+        cuts = [*(field.cuts or np.unique(np.quantile(values[~missing], (0.25, 0.5, 0.75))).tolist()), np.inf]
+        masks = {f"under {cuts[0]:g}": values < cuts[0]}
+        for low, high in pairwise(cuts):
+            name = f"{low:g} and over" if high == np.inf else f"{low:g} to under {high:g}"
+            masks[name] = (values >= low) & (values < high)
+    return masks | {"missing": missing}

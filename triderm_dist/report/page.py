@@ -13,11 +13,9 @@ from triderm_dist.metrics import Interval
 from triderm_dist.report.content import FALLS_BEHIND, LEAST_IN_SLICE, OTHERS, SMALL_SLICE, Content, Hard
 from triderm_dist.report.figures import draw
 from triderm_dist.report.html import card, data_table, document, figure
-from triderm_dist.schema import DIAGNOSIS_NAMES
+from triderm_dist.schema import DIAGNOSIS_NAMES, METADATA_FIELDS
 
 MOST_MISLABELED = 30
-
-FIELDS = {"skin_tone": "skin tone (0 very dark, 5 very light)", "sex": "sex", "age": "age", "site": "site"}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -199,7 +197,8 @@ def _slices(content: Content) -> str:
     for part in content.slices:
         if part.field != field:
             field = part.field
-            rows.append((FIELDS[field], [], "group"))
+            about = METADATA_FIELDS[field]
+            rows.append((escape(f"{about.label} ({about.unit})" if about.unit else about.label), [], "group"))
         f1 = f"{part.macro_f1.value:.3f}" if part.macro_f1 else "–"
         around = _range(part.macro_f1) if part.macro_f1 else ""
         behind = f"{part.behind.value:+.3f}" if part.behind else "–"
@@ -211,7 +210,7 @@ def _slices(content: Content) -> str:
         )
     header = ("", "lesions", "", "mean recall less the rest's", "95% interval", "macro F1", "95% interval")
     lagging = [
-        f"{FIELDS[part.field].split(' (')[0]} {part.value}".replace("_", " ")
+        f"{METADATA_FIELDS[part.field].label} {part.value}".replace("_", " ")
         for part in content.slices
         if part.warning == FALLS_BEHIND
     ]

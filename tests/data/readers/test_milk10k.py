@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Challenge, write_table
 from tests.processes import ROOT
 from triderm_dist.data.readers.milk10k import Dataset, read_challenge
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, SITES, UNLABELED, DataError
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, UNLABELED, DataError
 
 Make = Callable[..., Challenge]
 
@@ -42,7 +42,7 @@ def test_reads_the_official_layout(make_challenge: Make) -> None:
     assert lesion.images == {"clinical": str(challenge.photo(6)), "dermoscopic": str(challenge.photo(7))}
     monet = [name for name in clinical if name.startswith("MONET_")]
     assert lesion.concepts == tuple([clinical[name] for name in monet] + [dermoscopic[name] for name in monet])
-    assert lesion.metadata == (20.0, 0.0, 3.0, float(SITES.index("upper_extremity")))
+    assert lesion.metadata == (20.0, 0.0, 3.0, METADATA_FIELDS["site"].parse("upper_extremity"))
     assert math.isnan(dataset.lesions[4].metadata[0]) and math.isnan(dataset.lesions[6].metadata[3])
     assert dataset.notes == ["2 of 22 lesions without age", "2 of 22 lesions without site"]
 

@@ -30,22 +30,17 @@ from typing import Literal
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.schema import (
     DIAGNOSES,
-    METADATA_CATEGORIES,
     METADATA_FIELDS,
+    MILK10K_FIELDS,
     UNLABELED,
     VIEWS,
     DataError,
     Lesion,
+    MetadataField,
     one_line,
 )
 
 VIEW_OF_IMAGE_TYPE: dict[str, str] = {"clinical: close-up": "clinical", "dermoscopic": "dermoscopic"}
-COLUMN_OF_FIELD: dict[str, str] = {
-    "age": "age_approx",
-    "sex": "sex",
-    "skin_tone": "skin_tone_class",
-    "site": "site",
-}
 CONCEPT_PREFIX = "MONET_"
 GROUP_COLUMN = "patient_id"
 
@@ -111,7 +106,7 @@ def read_challenge(
     """
     metadata_path, truth_path, photo_roots = find_parts(Path(folder))
     columns, rows = _read_table(
-        metadata_path, required=("lesion_id", "isic_id", "image_type", *COLUMN_OF_FIELD.values())
+        metadata_path, required=("lesion_id", "isic_id", "image_type", *(field.column for field in MILK10K_FIELDS))
     )
     scores = [column for column in columns if column.startswith(CONCEPT_PREFIX)]
     if not scores:
@@ -154,7 +149,7 @@ def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, 
         lesion_id=lesion_id,
         images={view: photos[view].path if view in photos else None for view in VIEWS},
         concepts=tuple(score for view in VIEWS for score in (photos[view].scores if view in photos else missing)),
-        metadata=tuple(_agreed(lesion_id, field, rows) for field in METADATA_FIELDS),
+        metadata=tuple(_agreed(lesion_id, field, rows) for field in METADATA_FIELDS.values()),
         label=label,
         group=_group(lesion_id, rows) if grouped else lesion_id,
     )
@@ -165,8 +160,8 @@ def _notes(lesions: Sequence[Lesion], labeled: bool) -> list[str]:
     tolerated: Counter[str] = Counter()
     for lesion in lesions:
         tolerated["with one photo, the other view marked missing"] += None in lesion.images.values()
-        for field, value in zip(METADATA_FIELDS, lesion.metadata, strict=True):
-            tolerated[f"without {field.replace('_', ' ')}"] += math.isnan(value)
+        for field, value in zip(METADATA_FIELDS.values(), lesion.metadata, strict=True):
+            tolerated[f"without {field.label}"] += math.isnan(value)
         tolerated["without a diagnosis"] += labeled and lesion.label == UNLABELED
     return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
 
@@ -349,13 +344,13 @@ def _check_views(lesion_id: str, photos: dict[str, _Photo], missing_view: str) -
         raise _Invalid(lesion_id, "missing photo", where, what)
 
 
-def _agreed(lesion_id: str, field: str, rows: list[_Row]) -> float:
+def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row]) -> float:
     """The value of a metadata field, which the rows of a lesion must share; a row that lacks it is overruled."""
     values = {value for row in rows if not math.isnan(value := _field(lesion_id, row, field))}
     if len(values) > 1:
         what = (
-            f"the photos of lesion {lesion_id} differ in {COLUMN_OF_FIELD[field]} "
-            f"({' and '.join(row[COLUMN_OF_FIELD[field]] for row in rows)}); both rows need the same"
+            f"the photos of lesion {lesion_id} differ in {field.column} "
+            f"({' and '.join(row[field.column] for row in rows)}); both rows need the same"
         )
         raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
     return values.pop() if values else math.nan
@@ -380,11 +375,11 @@ def _lesion_id(row: _Row) -> str:
     return lesion_id
 
 
-def _field(lesion_id: str, row: _Row, field: str) -> float:
+def _field(lesion_id: str, row: _Row, field: MetadataField) -> float:
     try:
-        return parse_field(field, row[COLUMN_OF_FIELD[field]])
+        return parse_field(field, row.cells.get(field.column, ""))
     except ValueError as error:
-        raise _Invalid(lesion_id, "cell", row.where, f"{error}, or leave it empty if unknown") from None
+        raise _Invalid(lesion_id, "cell", row.where, f"{error}; correct it, or leave it empty if unknown") from None
 
 
 def _score(lesion_id: str, row: _Row, column: str) -> float:
@@ -394,22 +389,9 @@ def _score(lesion_id: str, row: _Row, column: str) -> float:
         raise _Invalid(lesion_id, "cell", row.where, f"{error}; leave it empty if unknown") from None
 
 
-def parse_field(field: str, text: str) -> float:
-    """Age in years or the index of a category; NaN where the text says missing. Raises ValueError otherwise."""
-    if text.lower() in _MISSING:
-        return math.nan
-    column = COLUMN_OF_FIELD[field]
-    if field == "age":
-        age = _number(text)
-        if age is None or not 0 <= age <= 120:
-            raise ValueError(f"{column} {text!r} is no age in years from 0 to 120; correct it")
-        return age
-    known = METADATA_CATEGORIES[field]
-    # pandas writes a column of whole numbers with gaps as 3.0.
-    name = text.lower().removesuffix(".0")
-    if name not in known:
-        raise ValueError(f"unknown {column} {text!r}; known are {', '.join(known)}")
-    return float(known.index(name))
+def parse_field(field: MetadataField, text: str) -> float:
+    """The value of a field; NaN where the text says missing. Raises ValueError otherwise, as `MetadataField.parse`."""
+    return math.nan if text.lower() in _MISSING else field.parse(text)
 
 
 def parse_score(name: str, text: str) -> float:

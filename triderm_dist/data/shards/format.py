@@ -67,8 +67,8 @@ class Text(Sequence[str]):
         return self._column.dictionary_encode().indices.to_numpy()
 
 
-def samples_schema(concepts: int) -> pa.Schema:
-    """The columns of samples.parquet for K concepts."""
+def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
+    """The columns of samples.parquet for K concepts and M metadata fields."""
     places = [
         (f"{view}_{what}", kind) for view in VIEWS for what, kind in (("offset", pa.int64()), ("size", pa.int32()))
     ]
@@ -80,11 +80,12 @@ def samples_schema(concepts: int) -> pa.Schema:
             ("shard", pa.int32()),
             *places,
             ("concepts", pa.list_(pa.float32(), concepts)),
-            ("metadata", pa.list_(pa.float32(), len(METADATA_FIELDS))),
+            ("metadata", pa.list_(pa.float32(), metadata_fields)),
         ]
     )
 
 
 def rows_schema(concepts: int) -> pa.Schema:
     """What `write_index` takes: the columns of samples.parquet, and `photos`, the `photo_facts` of each view."""
-    return samples_schema(concepts).append(pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS))))
+    photos = pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS)))
+    return samples_schema(concepts, len(METADATA_FIELDS)).append(photos)

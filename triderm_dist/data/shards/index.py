@@ -60,6 +60,8 @@ class ShardIndex:
     folder: Path
     concepts: tuple[str, ...]
     diagnoses: tuple[str, ...]
+    stored_fields: tuple[str, ...]
+    """The metadata fields that samples.parquet holds, in its order."""
     shards: tuple[ShardFile, ...]
     rows: int
     samples: pa.NativeFile
@@ -111,8 +113,15 @@ class ShardIndex:
 
     @cached_property
     def metadata(self) -> np.ndarray:
-        """(N, M) float32 in the order of `METADATA_FIELDS`, NaN where missing."""
-        return _matrix(self._columns("metadata")["metadata"], len(METADATA_FIELDS))
+        """(N, M) float32 in the order of `METADATA_FIELDS`, NaN where missing, as are fields that the shards lack."""
+        stored = _matrix(self._columns("metadata")["metadata"], len(self.stored_fields))
+        if self.stored_fields == tuple(METADATA_FIELDS):
+            return stored
+        matrix = np.full((len(self), len(METADATA_FIELDS)), np.nan, np.float32)
+        for column, name in enumerate(METADATA_FIELDS):
+            if name in self.stored_fields:
+                matrix[:, column] = stored[:, self.stored_fields.index(name)]
+        return matrix
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -123,7 +132,7 @@ class ShardIndex:
 
     def notes(self) -> list[str]:
         """What a user should know of the photos before training on them, a line each."""
-        return [*_note_on_sizes(self), *_note_on_shared(self)]
+        return [*_note_on_sizes(self), *_note_on_shared(self), *_note_on_fields(self)]
 
     def path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].url
@@ -168,7 +177,10 @@ def _note_on_shared(index: ShardIndex) -> Iterator[str]:
         )
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+def _note_on_fields(index: ShardIndex) -> Iterator[str]:
+    for name in index.stored_fields:
+        if name not in METADATA_FIELDS:
+            yield f"metadata field {name!r} of these shards is not used: no plugin of this run defines it"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -209,12 +221,18 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
         if not sizes:
             raise ValueError("photo_sizes is empty")
         extensions = {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()}
-        expected = {"metadata_fields": list(METADATA_FIELDS), "diagnoses": list(DIAGNOSES)}
-        other = next((key for key, value in expected.items() if raw[key] != value), None)
+        fields = tuple(map(str, raw["metadata_fields"]))
+        categories = {name: tuple(values) for name, values in raw.get("metadata_categories", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path}: incomplete ({type(error).__name__}: {error}); pack or index the data again") from None
-    if other:
-        raise DataError(f"{path}: {other} are not those of this program; pack the data again")
+    if diagnoses != DIAGNOSES:
+        raise DataError(f"{path}: diagnoses are not those of this program; pack the data again")
+    for name, values in categories.items():
+        if name in METADATA_FIELDS and METADATA_FIELDS[name].categories != values:
+            raise DataError(
+                f"{path}: metadata field {name!r} was packed with categories {', '.join(values)}, this program has "
+                f"{', '.join(METADATA_FIELDS[name].categories)}; pack the data again"
+            )
     for shard in shards:
         _check_name(folder, shard.url)
         if shards_here:
@@ -228,7 +246,7 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
         raise _unreadable(folder / SAMPLES, error) from None
     fingerprint = file_sha256(path)
     index = ShardIndex(
-        folder, concepts, diagnoses, shards, rows, samples, problems, fingerprint, sizes, shared, extensions
+        folder, concepts, diagnoses, fields, shards, rows, samples, problems, fingerprint, sizes, shared, extensions
     )
     _check_rows(index)
     if verify:
@@ -320,7 +338,7 @@ def _check_rows(index: ShardIndex) -> None:
     outside = f"{path}: a shard number, an offset or a label is out of range; pack the data again"
     try:
         file = pq.ParquetFile(index.samples)
-        if not file.schema_arrow.equals(samples_schema(len(index.concepts))):
+        if not file.schema_arrow.equals(samples_schema(len(index.concepts), len(index.stored_fields))):
             raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
         places = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
         for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *places]):

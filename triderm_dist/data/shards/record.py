@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triderm_dist.data.readers.milk10k import COLUMN_OF_FIELD, CONCEPT_PREFIX, LESION_ID, parse_field, parse_score
-from triderm_dist.schema import DIAGNOSES, METADATA_CATEGORIES, METADATA_FIELDS, UNLABELED, Lesion
+from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX, LESION_ID, parse_field, parse_score
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, Lesion
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
@@ -28,10 +28,6 @@ class Record:
 
 def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
     """The JSON of a lesion; `parse` reads it back."""
-    metadata: dict[str, Any] = {}
-    for field, value in zip(METADATA_FIELDS, lesion.metadata, strict=True):
-        names = METADATA_CATEGORIES.get(field)
-        metadata[field] = None if math.isnan(value) else names[int(value)] if names else value
     return {
         "lesion_id": lesion.lesion_id,
         "label": None if lesion.label == UNLABELED else DIAGNOSES[lesion.label],
@@ -39,7 +35,10 @@ def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
         "concepts": {
             name: None if math.isnan(score) else score for name, score in zip(concepts, lesion.concepts, strict=True)
         },
-        "metadata": metadata,
+        "metadata": {
+            name: field.cell(value)
+            for (name, field), value in zip(METADATA_FIELDS.items(), lesion.metadata, strict=True)
+        },
     }
 
 
@@ -71,8 +70,8 @@ def parse(key: str, record: bytes | None, label: bytes | None) -> Record:
         label=_label(diagnosis) if diagnosis else UNLABELED,
         concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
         metadata=tuple(
-            parse_field(field, _text(metadata.get(field, metadata.get(COLUMN_OF_FIELD[field]))))
-            for field in METADATA_FIELDS
+            parse_field(field, _text(metadata.get(name, metadata.get(field.column))))
+            for name, field in METADATA_FIELDS.items()
         ),
     )
 

@@ -24,7 +24,7 @@ from triderm_dist.data.shards.format import (
     samples_schema,
 )
 from triderm_dist.files import atomic_path, file_sha256, write_json
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MILK10K_FIELDS, UNLABELED, VIEWS
 
 
 def write_index(
@@ -44,7 +44,8 @@ def write_index(
     digests: list[np.ndarray] = []
     rows = 0
     with atomic_path(folder / SAMPLES) as beside:
-        with pq.ParquetWriter(beside, samples_schema(len(concepts)), compression="zstd", use_dictionary=False) as file:
+        schema = samples_schema(len(concepts), len(METADATA_FIELDS))
+        with pq.ParquetWriter(beside, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
                 rows += len(table)
@@ -71,6 +72,7 @@ def write_index(
         "concepts": list(concepts),
         "diagnoses": list(DIAGNOSES),
         "metadata_fields": list(METADATA_FIELDS),
+        **_added_categories(),
         **about,
         "shards": [vars(shard) for shard in shards],
         "samples": about_samples,
@@ -81,6 +83,16 @@ def write_index(
         "problems": [asdict(problem) for problem in problems],
     }
     write_json(folder / INDEX, index)
+
+
+def _added_categories() -> dict[str, Any]:
+    """Categories of the fields that are not MILK10k's, which a reader compares with its own; nothing without any."""
+    added = {
+        name: field.categories
+        for name, field in METADATA_FIELDS.items()
+        if field not in MILK10K_FIELDS and not field.is_number
+    }
+    return {"metadata_categories": added} if added else {}
 
 
 def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
