@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws
+from triderm_dist.data.augment import LesionRng
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX, SAMPLES
@@ -32,8 +32,8 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 class HostPhotos(PhotoSource):
     """Photos as they are copied to the device: uint8, both views, in the ring's buffers."""
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
-        self.give_back(views, device)
+    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+        self.release(views, device)
         return views
 
 

@@ -109,7 +109,7 @@ def guide(
     features: dict[int, list[torch.Tensor]] = {}
     for transform in range(TRANSFORMS):
         for batch, rows in batches:
-            turned = source.turn(batch, rows, transform)
+            turned = source.transformed(batch, rows, transform)
             described = forward(network, turned).features
             judged = forward(network, turned).logits
             for i, row in enumerate(rows):

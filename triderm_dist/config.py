@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -110,6 +110,21 @@ class AugmentConfig(Section):
         le=16,
         description="frozen towers: augmented versions of each photo in the token cache, beside the plain one",
     )
+    extra: dict[str, dict[str, Any]] = Field(
+        {},
+        description="augmentations that plugins add, by name, each with its own settings; applied after geometry and "
+        "color, in alphabetical order",
+    )
+
+    OTHER_KEYS: ClassVar[frozenset[str]] = frozenset(
+        {"clinical_dropout", "dermoscopic_dropout", "concept_dropout", "token_variants"}
+    )
+    """Settings that do not change the pixels of an augmented photo."""
+
+    @classmethod
+    def pixel_keys(cls) -> list[str]:
+        """Return the settings that change pixels, and with them the tokens of a frozen tower."""
+        return [name for name in cls.model_fields if name not in cls.OTHER_KEYS]
 
 
 class TowerConfig(Section):
@@ -646,9 +661,9 @@ def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            if inner := _difference(value, base[key]):
+            if inner := _difference(value, base.get(key) or {}):
                 result[key] = inner
-        elif value != base[key]:
+        elif key not in base or value != base[key]:
             result[key] = value
     return result
 

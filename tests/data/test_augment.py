@@ -1,68 +1,77 @@
-"""Augmentation draws belong to the lesion; geometry is what it says."""
+"""Augmentation: random numbers that belong to a lesion, exact geometry and color, and augmentations of plugins."""
 
 import numpy as np
 import pytest
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalize, view_transform
+from triderm_dist.data.augment import (
+    AUGMENTATIONS,
+    Augmentation,
+    LesionRng,
+    PhotoTransform,
+    dihedral,
+    drop_inputs,
+    lesion_keys,
+    normalize,
+)
+from triderm_dist.schema import ConfigError
 
 IDS = [f"lesion-{i}" for i in range(64)]
 KEYS, COPIES = lesion_keys(IDS), np.zeros(64, np.int64)
-STILL = AugmentConfig(min_scale=1, dihedral=False, rotation=0, brightness=0, contrast=0, saturation=0)
+IDENTITY = AugmentConfig(min_scale=1, dihedral=False, rotation=0, brightness=0, contrast=0, saturation=0)
 
 
 def photos(number: int = 8, height: int = 24, width: int = 32) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (number, height, width, 3), dtype=np.uint8))
 
 
-def test_draws_depend_on_everything_and_on_no_order():
-    a = Draws(1, 2, KEYS, COPIES)("scale")
+def test_random_numbers_depend_on_seed_epoch_lesion_copy_and_name_but_not_on_the_order():
+    a = LesionRng(1, 2, KEYS, COPIES).uniform("scale")
     assert ((a >= 0) & (a < 1)).all()
     assert abs(a.mean() - 0.5) < 0.15
     order = np.random.default_rng(0).permutation(64)
-    assert (Draws(1, 2, KEYS[order], COPIES)("scale") == a[order]).all()
+    assert (LesionRng(1, 2, KEYS[order], COPIES).uniform("scale") == a[order]).all()
     for other in (
-        Draws(2, 2, KEYS, COPIES)("scale"),
-        Draws(1, 3, KEYS, COPIES)("scale"),
-        Draws(1, 2, KEYS, COPIES + 1)("scale"),
-        Draws(1, 2, KEYS, COPIES)("flip"),
+        LesionRng(2, 2, KEYS, COPIES).uniform("scale"),
+        LesionRng(1, 3, KEYS, COPIES).uniform("scale"),
+        LesionRng(1, 2, KEYS, COPIES + 1).uniform("scale"),
+        LesionRng(1, 2, KEYS, COPIES).uniform("flip"),
     ):
         assert not np.isclose(other, a).any()
 
 
-def test_draws_are_uniform():
+def test_random_numbers_are_uniform():
     keys = lesion_keys([str(i) for i in range(20_000)])
-    draws = Draws(0, 0, keys, np.zeros(20_000, np.int64))("x")
-    assert np.abs(np.histogram(draws, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
+    numbers = LesionRng(0, 0, keys, np.zeros(20_000, np.int64)).uniform("x")
+    assert np.abs(np.histogram(numbers, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
 
 
-def test_a_lesion_looks_the_same_however_the_batch_is_split():
-    config, x = AugmentConfig(), photos()
-    whole = view_transform(x, 16, Draws(0, 1, KEYS[:8], COPIES[:8]), config, "clinical")
+def test_augmentation_does_not_depend_on_the_split_of_the_batch():
+    transform, x = PhotoTransform(16, AugmentConfig()), photos()
+    together = transform(x, "clinical", LesionRng(0, 1, KEYS[:8], COPIES[:8]))
     parts = [
-        view_transform(x[i : i + 2], 16, Draws(0, 1, KEYS[i : i + 2], COPIES[i : i + 2]), config, "clinical")
-        for i in range(0, 8, 2)
+        transform(x[i : i + 2], "clinical", LesionRng(0, 1, KEYS[i : i + 2], COPIES[i : i + 2])) for i in range(0, 8, 2)
     ]
-    torch.testing.assert_close(torch.cat(parts), whole)
-    assert whole.shape == (8, 3, 16, 16)
-    assert whole.min() >= 0 and whole.max() <= 1
+    torch.testing.assert_close(torch.cat(parts), together)
+    assert together.shape == (8, 3, 16, 16)
+    assert together.min() >= 0 and together.max() <= 1
 
 
-def test_without_draws_the_centered_square():
+def test_without_rng_the_centered_square():
     x = photos()
     torch.testing.assert_close(
-        view_transform(x, 24, None, STILL, "clinical"), x[:, :, 4:28].permute(0, 3, 1, 2).float() / 255
+        PhotoTransform(24, IDENTITY)(x, "clinical"), x[:, :, 4:28].permute(0, 3, 1, 2).float() / 255
     )
     constant = torch.full((2, 48, 64, 3), 100, dtype=torch.uint8)
     torch.testing.assert_close(
-        view_transform(constant, 16, None, STILL, "clinical"), torch.full((2, 3, 16, 16), 100 / 255)
+        PhotoTransform(16, IDENTITY)(constant, "clinical"), torch.full((2, 3, 16, 16), 100 / 255)
     )
 
 
-def test_still_settings_only_shift():
+def test_identity_settings_only_shift():
     x = torch.arange(24 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).view(1, 24, 32, 1).expand(4, -1, -1, 3)
-    crops = view_transform(x, 24, Draws(0, 0, KEYS[:4], COPIES[:4]), STILL, "clinical")
+    crops = PhotoTransform(24, IDENTITY)(x, "clinical", LesionRng(0, 0, KEYS[:4], COPIES[:4]))
     rows = x[0, :, :, 0].float() / 255
     for crop in crops:
         best = min((crop[0, :, 0] - rows[:, left]).abs().max().item() for left in range(9))
@@ -71,20 +80,19 @@ def test_still_settings_only_shift():
 
 
 def test_tied_views_share_geometry():
-    x, draws = photos(), Draws(0, 0, KEYS[:8], COPIES[:8])
-    tied, free = AugmentConfig(tied_views=True), AugmentConfig()
-    a, b = (view_transform(x, 16, draws, tied, view) for view in ("clinical", "dermoscopic"))
-    torch.testing.assert_close(a, b)
-    a, b = (view_transform(x, 16, draws, free, view) for view in ("clinical", "dermoscopic"))
+    x, rng = photos(), LesionRng(0, 0, KEYS[:8], COPIES[:8])
+    tied, independent = (PhotoTransform(16, AugmentConfig(tied_views=value)) for value in (True, False))
+    torch.testing.assert_close(tied(x, "clinical", rng), tied(x, "dermoscopic", rng))
+    a, b = (independent(x, view, rng) for view in ("clinical", "dermoscopic"))
     assert (a - b).abs().max() > 0.05
 
 
 def test_color_is_brightness_then_contrast_then_saturation():
-    x, draws = photos(), Draws(0, 0, KEYS[:8], COPIES[:8])
-    plain = view_transform(x, 16, draws, AugmentConfig(brightness=0, contrast=0, saturation=0), "clinical")
+    x, rng = photos(), LesionRng(0, 0, KEYS[:8], COPIES[:8])
+    plain = PhotoTransform(16, AugmentConfig(brightness=0, contrast=0, saturation=0))(x, "clinical", rng)
     strength = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5}
     b, c, s = (
-        torch.from_numpy(1 + value * (2 * draws(f"clinical/{name}") - 1)).float().view(-1, 1, 1, 1)
+        torch.from_numpy(1 + value * (2 * rng.uniform(f"clinical/{name}") - 1)).float().view(-1, 1, 1, 1)
         for name, value in strength.items()
     )
     expected = plain * b
@@ -92,7 +100,51 @@ def test_color_is_brightness_then_contrast_then_saturation():
     expected = mean + (expected - mean) * c
     gray = expected.mean(1, keepdim=True)
     expected = (gray + (expected - gray) * s).clamp(0, 1)
-    torch.testing.assert_close(view_transform(x, 16, draws, AugmentConfig(**strength), "clinical"), expected)
+    torch.testing.assert_close(PhotoTransform(16, AugmentConfig(**strength))(x, "clinical", rng), expected)
+
+
+class Stripe(Augmentation):
+    """Blackens one column of each photo."""
+
+    brightness: float = 0.0
+
+    def __call__(self, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+        for crop, number in zip(pixels, rng.uniform("column"), strict=True):
+            crop[:, :, int(number * crop.shape[-1])] = self.brightness
+        return pixels
+
+
+def test_an_added_augmentation_changes_what_it_says_and_is_the_same_in_any_split(monkeypatch):
+    monkeypatch.setitem(AUGMENTATIONS, "stripe", Stripe)
+    x, rng = photos(), LesionRng(0, 1, KEYS[:8], COPIES[:8])
+    plain = PhotoTransform(16, AugmentConfig())(x, "clinical", rng)
+    transform = PhotoTransform(16, AugmentConfig(extra={"stripe": {"brightness": 0.25}}))
+    striped = transform(x, "clinical", rng)
+    changed = (striped != plain).any(1).any(1)  # (B, columns)
+    assert (changed.sum(1) == 1).all()
+    assert (striped.transpose(1, 3)[changed] == 0.25).all()
+    assert len(changed.int().argmax(1).unique()) > 2  # each lesion has its own column
+    assert (transform(x, "dermoscopic", rng) != striped).any()
+    parts = [transform(x[i : i + 2], "clinical", LesionRng(0, 1, KEYS[i : i + 2], COPIES[i : i + 2])) for i in (0, 2)]
+    torch.testing.assert_close(torch.cat(parts), striped[:4])
+    torch.testing.assert_close(transform(x, "clinical"), PhotoTransform(16, AugmentConfig())(x, "clinical"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"strip": {}},
+            r"train.augment.extra: 'strip' is not an augmentation; known: stripe",
+        ),
+        ({"stripe": {"bright": 1}}, "train.augment.extra.stripe: unknown setting 'bright'"),
+        ({"stripe": {"brightness": "x"}}, "train.augment.extra.stripe: brightness: "),
+    ],
+)
+def test_an_unknown_augmentation_or_setting_of_it_is_refused(extra, message, monkeypatch):
+    monkeypatch.setitem(AUGMENTATIONS, "stripe", Stripe)
+    with pytest.raises(ConfigError, match=message):
+        PhotoTransform(16, AugmentConfig(extra=extra))
 
 
 def test_dihedral_group():
@@ -111,13 +163,13 @@ def test_normalize():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_hide(rate):
+def test_drop_inputs(rate):
     config = AugmentConfig(clinical_dropout=rate, dermoscopic_dropout=rate, concept_dropout=rate)
     keys = lesion_keys([str(i) for i in range(4000)])
     present = np.ones((4000, 2), bool)
     present[:10, 1] = False
-    seen, concepts = hide(
-        Draws(0, 0, keys, np.zeros(4000, np.int64)), config, present, np.full((4000, 3), 0.5, np.float32)
+    seen, concepts = drop_inputs(
+        LesionRng(0, 0, keys, np.zeros(4000, np.int64)), config, present, np.full((4000, 3), 0.5, np.float32)
     )
     assert seen.any(1).all()  # never both
     assert not (seen & ~present).any()

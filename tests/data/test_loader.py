@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import view_transform
-from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, fit
+from triderm_dist.data.augment import PhotoTransform
+from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, fit_to_canvas
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
@@ -107,13 +107,13 @@ def ramp(height: int, width: int) -> np.ndarray:
 def test_a_fitted_photo_keeps_its_centered_square(size, canvas):
     """What evaluation sees of it is what it would see of the photo itself, up to a turn."""
     photo = ramp(*size)
-    fitted = fit(photo, *canvas)
+    fitted = fit_to_canvas(photo, *canvas)
     assert fitted.shape == (*canvas, 3) and fitted.dtype == np.uint8
     stands_across = (size[0] - size[1]) * (canvas[0] - canvas[1]) < 0
     if stands_across:
         photo = np.rot90(photo)
     seen, own = (
-        view_transform(torch.from_numpy(array.copy())[None], 24, None, AugmentConfig(), "clinical")[0] * 250
+        PhotoTransform(24, AugmentConfig())(torch.from_numpy(array.copy())[None], "clinical")[0] * 250
         for array in (fitted, photo)
     )
     assert (turned_back(seen, own) - own).abs().max() < 8  # about one pixel's step
@@ -125,7 +125,7 @@ def turned_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_a_photo_lacks_is_mirrored():
-    fitted = fit(ramp(40, 40), 40, 60)
+    fitted = fit_to_canvas(ramp(40, 40), 40, 60)
     assert np.array_equal(fitted[:, 10:50], ramp(40, 40))
     assert np.array_equal(fitted[:, :10], fitted[:, 10:20][:, ::-1])
     assert np.array_equal(fitted[:, 50:], fitted[:, 40:50][:, ::-1])
@@ -184,7 +184,7 @@ def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
         replace(
             step,
             micro_batches=[
-                source.turn(batch, step.rows[4 * i : 4 * i + 4], 1) for i, batch in enumerate(step.micro_batches)
+                source.transformed(batch, step.rows[4 * i : 4 * i + 4], 1) for i, batch in enumerate(step.micro_batches)
             ],
         )
         for step in plain
@@ -204,8 +204,8 @@ def test_photos_are_turned_on_the_device(index):
     source = PhotoSource(index, 24, *HALF)
     step = steps_of(index, source, micro_batch=8)[1][0]
     batch = step.micro_batches[0]
-    assert source.turn(batch, step.rows, 0) is batch
-    turned = source.turn(batch, step.rows, 5)  # a quarter turn, then a flip
+    assert source.transformed(batch, step.rows, 0) is batch
+    turned = source.transformed(batch, step.rows, 5)  # a quarter turn, then a flip
     assert torch.equal(turned.dermoscopic, torch.rot90(batch.dermoscopic, 1, (2, 3)).flip(3))
     assert torch.equal(turned.clinical, torch.rot90(batch.clinical, 1, (2, 3)).flip(3))
     assert torch.equal(turned.concepts, batch.concepts)

@@ -95,7 +95,7 @@ def test_rows_ahead_are_those_that_the_ranks_read(number, world, global_batch, s
     plan = EpochPlan(make_samples(number), Sampling(), 0, 0)
     ranks = split(plan, world, global_batch, start)
     read = {int(row) for batches in ranks for batch in batches for row in batch.rows}
-    ahead = plan.batches(0, world, global_batch, start).ahead.tolist()
+    ahead = plan.batches(0, world, global_batch, start).rows_ahead.tolist()
     assert read <= set(ahead)
     valid = [row for step in zip(*ranks, strict=True) for batch in step for row in batch.rows[batch.valid]]
     assert ahead[: len(valid)] == valid

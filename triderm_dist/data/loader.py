@@ -1,8 +1,8 @@
-"""From planned rows to batches on the device.
+"""Load the batches of a plan: read, decode, move to the device, augment and normalize.
 
-Threads read and decode to uint8 into a ring of ready buffers (decoders release the interpreter lock, and moving photos
-between processes costs more than decoding them); geometry, color and normalization run batched on the device. The
-loader is not prepared by Accelerate: the plan has already given each rank its part.
+Threads decode to uint8 into a ring of reused host buffers: decoders release the GIL, and moving photos between
+processes costs more than decoding them. Geometry, color and normalization run batched on the device. The loader is not
+prepared by Accelerate: the plan has already given each rank its part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import numpy as np
 import torch
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Draws, dihedral, hide, lesion_keys, normalize, to_device, view_transform
+from triderm_dist.data.augment import (
+    LesionRng,
+    PhotoTransform,
+    dihedral,
+    drop_inputs,
+    lesion_keys,
+    normalize,
+    to_device,
+)
 from triderm_dist.data.plan import PlannedBatch, RankBatches
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
@@ -28,35 +36,36 @@ from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 TASK_LESIONS = 8
-"""Lesions that a thread decodes in one go: enough that handing out work costs nothing, few enough to end together."""
+"""Lesions per decoding task: enough that scheduling costs nothing, few enough that the threads finish together."""
 
 
 class ViewSource(Protocol):
-    """Where the two views of a lesion come from: photos in shards, or cached tokens of a frozen tower."""
+    """The source of the two views of a lesion: photos in shards, or cached tokens of a frozen tower."""
 
-    def follow(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Get ready for index rows (n,) of all ranks in this order, `batch` a step; yields a function that is told
-        how many steps have been read.
+    def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Prepare for reads of index rows (n,) by all ranks in this order, `batch` rows per step.
+
+        Yields a function to call with the number of steps read so far.
         """
 
     def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
-        """Host tensors of both views, which are filled when the futures are done."""
+        """Return host tensors of both views, which are filled when the futures are done."""
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
-        """What the network takes, on the device. The host tensors are the source's again."""
+    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+        """Return the network's input on the device, and take the host tensors back."""
 
-    def turn(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
-        """The batch of these index rows (B,), loaded without draws, under one of the 8 transforms of the dihedral
-        group.
+    def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+        """Return the batch of these index rows (B,), loaded without augmentation, under one of the 8 transforms of the
+        dihedral group.
         """
 
 
 class PhotoSource:
-    """Photos (B, 3, size, size) of a packed set, normalized for a tower.
+    """Photos (B, 3, size, size) of a packed set, normalized for a tower, and augmented where there is an rng.
 
-    All photos are brought to the canvas of the set (`ShardIndex.canvas`) by `fit`. Draws augment.
+    Every photo is fitted to the canvas of the set (`ShardIndex.canvas`) by `fit_to_canvas`.
     """
 
     def __init__(
@@ -67,8 +76,8 @@ class PhotoSource:
         std: Sequence[float],
         augment: AugmentConfig | None = None,
     ) -> None:
-        self.index, self.image_size, self.mean, self.std = index, image_size, mean, std
-        self.augment = augment or AugmentConfig()
+        self.index, self.mean, self.std = index, mean, std
+        self.transform = PhotoTransform(image_size, augment or AugmentConfig())
         self.shards = RemoteShards(index) if index.remote else FolderShards(index)
         self._ring: dict[int, list[_Buffers]] = {}
 
@@ -76,36 +85,36 @@ class PhotoSource:
         self.shards.close()
         self._ring.clear()
 
-    def follow(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return self.shards.follow(self.index.shard[rows], batch)
+    def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return self.shards.read_ahead(self.index.shard[rows], batch)
 
     def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
         free = self._ring.setdefault(len(rows), [])
         buffers = free.pop() if free else _Buffers.new(len(rows), self.index.canvas)
         buffers.wait()
         arrays = [view.numpy() for view in buffers.views]
         index = self.index
-        # Plain numbers: threads take turns in the interpreter, so what they do there is kept short.
+        # Python numbers, converted at once: what the decoding threads do under the GIL is kept short.
         columns = [column[rows].tolist() for column in (index.shard, index.offsets, index.sizes)]
-        places = list(zip(*columns, strict=True))
+        locations = list(zip(*columns, strict=True))
         jobs = []
         for start in range(0, len(rows), TASK_LESIONS):
             part = slice(start, start + TASK_LESIONS)
-            jobs.append(pool.submit(self._read, rows[part], places[part], [array[part] for array in arrays]))
+            jobs.append(pool.submit(self._read, rows[part], locations[part], [array[part] for array in arrays]))
         return buffers.views, jobs
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
+    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
         photos = [view.to(device, non_blocking=True) for view in views]
         pixels = []
         for name, photo in zip(VIEWS, photos, strict=True):
-            crops = view_transform(photo, self.image_size, draws, self.augment, name)
+            crops = self.transform(photo, name, rng)
             pixels.append(normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std))
-        self.give_back(views, device)
+        self.release(views, device)
         return pixels
 
-    def turn(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+    def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
             return batch
         clinical, dermoscopic = (
@@ -114,13 +123,16 @@ class PhotoSource:
         )
         return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
 
-    def give_back(self, views: list[torch.Tensor], device: torch.device) -> None:
-        """Let the host tensors be filled again, as soon as what the device has been asked to copy is copied."""
+    def release(self, views: list[torch.Tensor], device: torch.device) -> None:
+        """Reuse the host tensors of `fetch`, as soon as the copies that the device has been asked for are done."""
         copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._ring.setdefault(len(views[0]), []).append(_Buffers(views, copied))
 
-    def _read(self, rows: np.ndarray, places: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]) -> None:
-        for i, (shard, offsets, sizes) in enumerate(places):
+    def _read(
+        self, rows: np.ndarray, locations: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]
+    ) -> None:
+        """Decode the photos of both views into `arrays`; a missing view becomes black."""
+        for i, (shard, offsets, sizes) in enumerate(locations):
             for view, (offset, size, array) in enumerate(zip(offsets, sizes, arrays, strict=True)):
                 if size:
                     _decode_into(array[i], self.shards.read(shard, offset, size), self.index, int(rows[i]), view)
@@ -130,7 +142,9 @@ class PhotoSource:
 
 @dataclass
 class _Buffers:
-    """Host tensors of both views (B, H, W, 3) uint8, pinned where a GPU takes them, and what still reads them."""
+    """Host tensors of both views (B, H, W, 3) uint8, pinned if there is a GPU, and the end of the copy that still reads
+    them.
+    """
 
     views: list[torch.Tensor]
     copied: torch.cuda.Event | None = None
@@ -147,35 +161,35 @@ class _Buffers:
 
 
 class TokenSource:
-    """Tokens (B, L, D) of a frozen tower. Draws pick one of `variants` of the cache; `transforms` are its versions
-    under the transforms of the dihedral group, the plain one first.
+    """Tokens (B, L, D) of a frozen tower. An rng picks one of the cached `variants` for each lesion and view;
+    `transforms` are the cached versions under the transforms of the dihedral group, the plain one first.
     """
 
     def __init__(self, cache: TokenCache, variants: Sequence[str], transforms: Sequence[str]) -> None:
         self.cache, self.variants, self.transforms = cache, variants, transforms
 
     @contextlib.contextmanager
-    def follow(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
+    def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: None
 
     def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, draws: Draws | None
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None
     ) -> tuple[list[torch.Tensor], list[Future[None]]]:
         buffers = [self._buffer(rows) for _ in VIEWS]
         jobs = []
         for v, name in enumerate(VIEWS):
-            if draws is None:
+            if rng is None:
                 chosen = [self.transforms[0]] * len(rows)
             else:
-                pick = np.floor(draws(f"{name}/variant") * len(self.variants)).astype(int)
+                pick = np.floor(rng.uniform(f"{name}/variant") * len(self.variants)).astype(int)
                 chosen = [self.variants[i] for i in pick]
             jobs.append(pool.submit(self.cache.read, rows, v, chosen, buffers[v].numpy()))
         return buffers, jobs
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, draws: Draws | None) -> list[torch.Tensor]:
+    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
         return [tokens.to(device, non_blocking=True).float() for tokens in views]
 
-    def turn(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+    def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
             return batch
         views = [self._buffer(rows) for _ in VIEWS]
@@ -190,7 +204,7 @@ class TokenSource:
 
 @dataclass
 class Step:
-    """One rank's part of a global batch, in micro-batches. count: valid lesions of the whole global batch."""
+    """One rank's part of a global batch, in micro-batches. count: valid lesions of the global batch on all ranks."""
 
     number: int
     count: int
@@ -201,7 +215,7 @@ class Step:
 class Loader:
     """Iterates over the steps of a plan for one rank, decoding `prefetch` micro-batches ahead in `workers` threads.
 
-    With `augment` the views and concepts are augmented and hidden by draws of (seed, epoch, lesion, copy).
+    augment: augment photos and drop views and concepts, with random numbers of (seed, epoch, lesion, copy).
     `waited` sums the seconds that the caller spent waiting for data.
     """
 
@@ -233,14 +247,14 @@ class Loader:
     def __iter__(self) -> Iterator[Step]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         try:
-            with self._follow() as read:
+            with self._read_ahead() as mark_read:
                 pending: deque[_Pending] = deque()
                 parts = (part for batch in self.batches for part in self._split(batch))
                 ready: list[Batch] = []
                 steps = 0
                 while True:
                     while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                        part.views, part.jobs = self.source.fetch(pool, part.rows, part.draws)
+                        part.views, part.jobs = self.source.fetch(pool, part.rows, part.rng)
                         pending.append(part)
                     if not pending:
                         return
@@ -248,15 +262,15 @@ class Loader:
                     ready.append(self._finish(part))
                     if part.last:
                         steps += 1
-                        read(steps)
+                        mark_read(steps)
                         yield Step(part.batch.number, part.batch.count, ready, part.batch.rows)
                         ready = []
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _follow(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    def _read_ahead(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         if isinstance(self.batches, RankBatches):
-            return self.source.follow(self.batches.ahead, self.batches.global_batch)
+            return self.source.read_ahead(self.batches.rows_ahead, self.batches.global_batch)
         return contextlib.nullcontext(lambda steps: None)
 
     def _split(self, batch: PlannedBatch) -> Iterator[_Pending]:
@@ -265,8 +279,8 @@ class Loader:
             part = slice(start, start + self.micro_batch)
             rows, copies = batch.rows[part], batch.copies[part]
             names = self.index.lesion_ids[rows].tolist()
-            draws = Draws(self.seed, self.epoch, lesion_keys(names), copies) if self.augment else None
-            yield _Pending(batch, rows, names, batch.valid[part], draws, start + self.micro_batch >= size)
+            rng = LesionRng(self.seed, self.epoch, lesion_keys(names), copies) if self.augment else None
+            yield _Pending(batch, rows, names, batch.valid[part], rng, start + self.micro_batch >= size)
 
     def _finish(self, part: _Pending) -> Batch:
         started = time.perf_counter()
@@ -275,9 +289,9 @@ class Loader:
         self.waited += time.perf_counter() - started
         rows = part.rows
         present, concepts = self.index.sizes[rows] > 0, self.index.concept_scores[rows]
-        if self.augment and part.draws:
-            present, concepts = hide(part.draws, self.augment, present, concepts)
-        clinical, dermoscopic = self.source.finish(part.views, self.device, part.draws)
+        if self.augment and part.rng:
+            present, concepts = drop_inputs(part.rng, self.augment, present, concepts)
+        clinical, dermoscopic = self.source.finish(part.views, self.device, part.rng)
 
         move = partial(to_device, device=self.device)
         return Batch(
@@ -300,21 +314,21 @@ class _Pending:
     rows: np.ndarray
     names: list[str]
     valid: np.ndarray
-    draws: Draws | None
+    rng: LesionRng | None
     last: bool
     views: list[torch.Tensor] = field(default_factory=list)
     jobs: list[Future[None]] = field(default_factory=list)
 
 
 def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: int) -> None:
-    """Decode a photo to fill `out` (H, W, 3), straight into it where the photo has that size."""
+    """Decode a photo into `out` (H, W, 3), without a copy where the photo has that size."""
     import simplejpeg
 
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] == out.shape[:2]:
             simplejpeg.decode_jpeg(data, "RGB", buffer=out)
         else:
-            out[:] = fit(simplejpeg.decode_jpeg(data, "RGB"), *out.shape[:2])
+            out[:] = fit_to_canvas(simplejpeg.decode_jpeg(data, "RGB"), *out.shape[:2])
     except ValueError as error:
         raise DataError(
             f"{index.path(int(index.shard[row]))}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not "
@@ -322,14 +336,14 @@ def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view
         ) from None
 
 
-def fit(photo: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A photo (h, w, 3) uint8 on a canvas (height, width, 3), with its own centered square as that of the canvas.
+def fit_to_canvas(photo: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Fit a photo (h, w, 3) uint8 to (height, width, 3), such that its centered square becomes that of the canvas.
 
-    It is turned by a quarter where it stands the other way (lesions have no upright) and scaled to the short side of
-    the canvas; then its long side is cropped, or mirrored at both ends, to that of the canvas.
+    A portrait photo is rotated to a landscape canvas and the other way round (lesions have no upright), and scaled to
+    the short side of the canvas; then its long side is cropped, or mirrored at both ends, to that of the canvas.
     """
-    if (height, photo.shape[0]) > (width, photo.shape[1]):  # on its side, canvas and photo
-        return fit(photo.swapaxes(0, 1), width, height).swapaxes(0, 1)
+    if (height, photo.shape[0]) > (width, photo.shape[1]):  # a portrait canvas: fit the transposed photo
+        return fit_to_canvas(photo.swapaxes(0, 1), width, height).swapaxes(0, 1)
     if photo.shape[0] > photo.shape[1]:
         photo = np.rot90(photo)
     from PIL import Image

@@ -205,7 +205,7 @@ class RankBatches:
             yield PlannedBatch(number, order[inside], copies[inside], own < count, count)
 
     @property
-    def ahead(self) -> np.ndarray:
+    def rows_ahead(self) -> np.ndarray:
         """Index rows that all ranks together will read, padding included, (n,) int64: remote shards are fetched in
         this order.
         """

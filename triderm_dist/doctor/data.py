@@ -146,7 +146,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
             views, jobs = source.fetch(pool, part, None)
             for job in jobs:
                 job.result()
-            source.give_back(views, views[0].device)
+            source.release(views, views[0].device)
             done += batch
     source.close()
     return done / passed

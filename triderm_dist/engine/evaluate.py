@@ -74,7 +74,7 @@ def evaluate(
         batch = step.micro_batches[0]
         if hide:
             batch = without(batch, hide, index.concepts)
-        outputs = [forward(network, source.turn(batch, step.rows, transform)) for transform in range(transforms)]
+        outputs = [forward(network, source.transformed(batch, step.rows, transform)) for transform in range(transforms)]
         means = [torch.stack([part.float() for part in parts]).mean(0) for parts in zip(*outputs, strict=True)]
         numbers = torch.from_numpy(step.rows).to(accelerator.device)
         gathered = accelerator.gather((numbers, batch.valid, *means))

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import AugmentConfig, DataConfig, Experiment, ModelConfig, stable_dump
+from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
@@ -54,6 +55,7 @@ def open_views(
     between: called on all ranks after every chunk of tokens, and may raise.
     """
     augment = model.train.augment
+    build_augmentations(augment)  # refuses unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(f"note: {note}")
     torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
@@ -95,8 +97,7 @@ def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str) -> None
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
     """Names of the augmented versions of the token cache; the name tells the settings that shape the photos."""
     settings = stable_dump(augment, "models.NAME.train.augment")
-    for key in ("token_variants", "clinical_dropout", "dermoscopic_dropout", "concept_dropout"):
-        del settings[key]
+    settings = {key: value for key, value in settings.items() if key in AugmentConfig.pixel_keys()}
     digest = hashlib.sha256(json.dumps([settings, seed], sort_keys=True).encode()).hexdigest()[:8]
     return [f"augmented-{digest}-{number:02d}" for number in range(augment.token_variants)]
 
@@ -165,7 +166,7 @@ def _tokens(
     )  # fmt: skip
     parts = []
     for step in loader:
-        batch = source.turn(step.micro_batches[0], step.rows, int(number) if kind == "dihedral" else 0)
+        batch = source.transformed(step.micro_batches[0], step.rows, int(number) if kind == "dihedral" else 0)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=accelerator.device.type == "cuda"):
             both = [tower(pixels)[: step.count] for pixels in (batch.clinical, batch.dermoscopic)]
         parts.append(torch.stack(both, 1).half().cpu().numpy())

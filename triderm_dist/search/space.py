@@ -128,6 +128,8 @@ def own_settings(model: ModelConfig, keys: Iterable[str]) -> dict[str, Any]:
     for key in keys:
         value: Any = tree
         for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ConfigError(f"{key}: the experiment sets no value for it; give it one there")
             value = value[part]
         values[key] = value
     return values
@@ -177,7 +179,6 @@ def _try(experiment: Experiment, model: str, settings: Mapping[str, Any], where:
 def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
     """Those of the dotted settings that change nothing in this model, each with the reason."""
     train, keys = model.train, list(keys)
-    geometry = ("min_scale", "dihedral", "rotation", "brightness", "contrast", "saturation", "tied_views")
     rules: list[tuple[bool, tuple[str, ...], tuple[str, ...], str]] = [
         # whether, the settings it hangs on, the settings without effect, why
         (
@@ -194,7 +195,7 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         (
             model.tower.frozen and train.augment.token_variants == 0,
             ("tower.frozen", "train.augment.token_variants"),
-            tuple(f"train.augment.{name}" for name in geometry),
+            tuple(f"train.augment.{name}" for name in AugmentConfig.pixel_keys()),
             "a frozen tower with token_variants 0 sees the plain photos only",
         ),
         (
@@ -221,23 +222,26 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         for holds, hangs_on, idle, why in rules
         if holds and not set(hangs_on) & set(keys)
         for key in keys
-        if key in idle
+        if _is_within(key, idle)
     }
+
+
+def _is_within(key: str, settings: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the settings, or lies below one."""
+    return any(f"{key}.".startswith(f"{name}.") for name in settings)
 
 
 def refuse_fixed(space: Space, model: ModelConfig, where: str) -> None:
     """Raise ConfigError for a setting that can't change in the course of a training, as population-based training has
     it, with the reason.
     """
-    photos = tuple(
-        f"train.augment.{name}" for name in AugmentConfig.model_fields if not name.endswith("_dropout")
-    )  # fmt: skip
+    cached = tuple(f"train.augment.{name}" for name in [*AugmentConfig.pixel_keys(), "token_variants"])
     for key in space:
         if key.startswith("train.sampling."):
             why = "it decides how many steps an epoch has"
         elif key == "train.optim.warmup_epochs":
             why = "the warm-up is over when trials first change"
-        elif key in photos and model.tower.frozen:
+        elif _is_within(key, cached) and model.tower.frozen:
             why = "a frozen tower's tokens would be computed anew at each change"
         elif key == "dropout" or key.startswith(("train.loss.", "train.optim.", "train.augment.")):
             continue

@@ -42,8 +42,8 @@ class FolderShards:
             ) from None
 
     @contextlib.contextmanager
-    def follow(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
-        """See `RemoteShards.follow`; all that is needed is here."""
+    def read_ahead(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
+        """See `RemoteShards.read_ahead`; all that is needed is here."""
         yield lambda batches: None
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class FolderShards:
 
 
 class RemoteShards:
-    """Shards of a remote set. Inside `follow` they are fetched ahead in the order in which they will be read."""
+    """Shards of a remote set. Inside `read_ahead` they are fetched ahead in the order in which they will be read."""
 
     def __init__(self, index: ShardIndex) -> None:
         assert index.remote
@@ -70,7 +70,7 @@ class RemoteShards:
             held.close()
 
     @contextlib.contextmanager
-    def follow(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
+    def read_ahead(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         """Fetch ahead for reads that follow `order` (n,), the shard of each sample of all ranks, `batch` samples a
         step.
 
