@@ -16,19 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import write_challenge
 from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
-from triderm_dist.config import merge
+from triderm_dist.config import Experiment, load, merge
+from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.monitoring.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-GROUPS = (("loss-term", "sgd", "scheduler", "tracker"), ("muon",))
+GROUPS = (("loss-term", "sgd", "scheduler", "tracker"), ("muon", "augmentation"))
 """Recipes that share an experiment: each must have an effect of its own."""
 EXPERIMENT = """\
 data: {folds: 2, short_side: null}
@@ -130,6 +133,18 @@ def tracker(run: Run) -> None:
     last = run.metrics()[-1]
     assert [str(last["step"]), "train/loss", str(last["loss"])] in rows
     assert any(name == "validation/macro_f1" for _, name, _ in rows)
+
+
+@check("augmentation")
+def augmentation(run: Run) -> None:
+    """The saved settings erase a fifth of each photo."""
+    experiment = load(Experiment, run.folder / "config.yaml")
+    augment = experiment.models["trimodal"].train.augment
+    rng, photos = LesionRng(0, 0, lesion_keys("abcd"), np.zeros(4)), torch.zeros((4, 32, 32, 3), dtype=torch.uint8)
+    with_plugin = PhotoTransform(20, augment)(photos, "clinical", rng)
+    without = PhotoTransform(20, augment.model_copy(update={"extra": {}}))(photos, "clinical", rng)
+    assert (without == 0).all()
+    assert (with_plugin == 0.5).sum((1, 2, 3)).tolist() == [3 * 9 * 9] * 4
 
 
 # --- the harness ------------------------------------------------------------------------------------------------------

@@ -549,7 +549,9 @@ FIRST_KEYS = frozenset(
 )
 """The settings that the first finished runs were hashed with (commit 754ad2d). Never add to this."""
 
-ADDED_KEYS: dict[str, Any] = {}
+ADDED_KEYS: dict[str, Any] = {
+    "models.NAME.train.augment.extra": {},
+}
 """Every setting added since, with the value (as in JSON) that does what the code did before the setting existed. Keep
 the value when the default changes: then work that was finished with the former default is not taken for the new one's.
 """

@@ -6,7 +6,6 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import (
-    AUGMENTATIONS,
     Augmentation,
     LesionRng,
     PhotoTransform,
@@ -115,7 +114,7 @@ class Stripe(Augmentation):
 
 
 def test_an_added_augmentation_changes_what_it_says_and_is_the_same_in_any_split(monkeypatch):
-    monkeypatch.setitem(AUGMENTATIONS, "stripe", Stripe)
+    monkeypatch.setattr("triderm_dist.data.augment.AUGMENTATIONS", {"stripe": Stripe})
     x, rng = photos(), LesionRng(0, 1, KEYS[:8], COPIES[:8])
     plain = PhotoTransform(16, AugmentConfig())(x, "clinical", rng)
     transform = PhotoTransform(16, AugmentConfig(extra={"stripe": {"brightness": 0.25}}))
@@ -142,7 +141,7 @@ def test_an_added_augmentation_changes_what_it_says_and_is_the_same_in_any_split
     ],
 )
 def test_an_unknown_augmentation_or_setting_of_it_is_refused(extra, message, monkeypatch):
-    monkeypatch.setitem(AUGMENTATIONS, "stripe", Stripe)
+    monkeypatch.setattr("triderm_dist.data.augment.AUGMENTATIONS", {"stripe": Stripe})
     with pytest.raises(ConfigError, match=message):
         PhotoTransform(16, AugmentConfig(extra=extra))
 

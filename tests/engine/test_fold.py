@@ -86,7 +86,9 @@ def test_stages_and_tokens_of_the_first_version_are_reused():
     assert {name for name in changed if changed[name] != RECORDS["stages"][name]} == {"stack"}
     augment = settings(OLD_RUN).models["frozen"].train.augment
     assert augmented_versions(augment, 0) == RECORDS["augmented_versions"]
-    assert augmented_versions(augment.model_copy(update={"rotation": 1.0}), 0) != RECORDS["augmented_versions"]
+    for change in ({"rotation": 1.0}, {"extra": {"random_erasing": {"share": 0.1}}}):
+        assert augmented_versions(augment.model_copy(update=change), 0) != RECORDS["augmented_versions"]
+    assert augmented_versions(augment.model_copy(update={"clinical_dropout": 0.9}), 0) == RECORDS["augmented_versions"]
 
 
 def first_formula(experiment: Experiment, name: str, fold: int, exclude: tuple[str, ...] = ()) -> str:

@@ -96,6 +96,15 @@ def test_a_space_is_widened_to_the_experiments_own_settings():
         fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "here")
 
 
+def test_a_setting_of_a_plugin_can_be_searched_where_the_experiment_sets_it():
+    key = "train.augment.extra.random_erasing.share"
+    space = {key: Domain("uniform", (0.05, 0.2))}
+    fitted, _ = fit_space(space, load(Experiment, None, [f"models.a.{key}=0.3"]), "a", "here")
+    assert fitted[key].values == (0.05, 0.3)
+    with pytest.raises(ConfigError, match=f"{key}: the experiment sets no value for it"):
+        fit_space(space, load(Experiment, None, ["models.a.width=64"]), "a", "here")
+
+
 def test_settings_reach_one_model_and_win_over_shared_ones():
     experiment = load(Experiment, None, ["train.loss.gamma=1", "models.a.width=64", "models.b.width=64"])
     changed = with_settings(experiment, "b", {"train.loss.gamma": 0.5, "tower.freeze_clinical": 2})
@@ -114,6 +123,8 @@ def test_what_has_no_effect_depends_on_what_else_varies():
     idle = without_effect(frozen, ["train.optim.layer_decay", "train.optim.lr"])
     assert list(idle) == ["train.optim.layer_decay"] and "tower.frozen" in idle["train.optim.layer_decay"]
     assert not without_effect(frozen, ["train.optim.layer_decay", "tower.frozen"])
+    augment = [f"train.augment.{key}" for key in ("rotation", "extra.random_erasing.share", "concept_dropout")]
+    assert list(without_effect(frozen, augment)) == augment[:2]
     plain = load(Experiment, None, ["models.a.train.loss.focal_weight=0"]).models["a"]
     assert set(without_effect(plain, ["train.loss.gamma", "train.optim.layer_decay"])) == {"train.loss.gamma"}
 
@@ -124,6 +135,8 @@ def test_what_has_no_effect_depends_on_what_else_varies():
         ("train.sampling.power", "how many steps an epoch has"),
         ("train.optim.warmup_epochs", "warm-up is over"),
         ("train.augment.rotation", "tokens would be computed anew"),
+        ("train.augment.token_variants", "tokens would be computed anew"),
+        ("train.augment.extra.random_erasing.share", "tokens would be computed anew"),
         ("width", "the weights and the course of a training hang on it"),
         ("train.ema_decay", "the weights and the course of a training hang on it"),
     ],
