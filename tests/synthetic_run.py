@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from triderm_dist.predictions import NO_FOLD, TEST, Predictions, gather, write_oof, write_predictions
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, MILK10K_FIELDS
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, added_fields
 
 MODELS = {"trimodal": ("softmax", 2.5), "dual_cnn": ("sigmoid", 1.8)}
 FOLDS = 3
@@ -48,7 +48,7 @@ def predictions_of(
             generator.integers(0, 2, rows).astype(float),
             generator.choice([2.0, 3.0, 4.0, np.nan], rows, p=[0.1, 0.6, 0.25, 0.05]),
             generator.integers(0, 7, rows).astype(float),
-            *(np.full(rows, np.nan) for field in METADATA_FIELDS.values() if field not in MILK10K_FIELDS),
+            *(np.full(rows, np.nan) for _ in added_fields()),
         ],
         axis=1,
     )

@@ -316,14 +316,25 @@ class PredictConfig(Section):
     batch: int = Field(64, ge=1, description="lesions a forward")
 
 
-class Experiment(Section):
-    """The settings of a run."""
+class Extensible(Section):
+    """Settings of a program that plugins can extend."""
 
     plugins: tuple[str, ...] = Field(
         (),
-        description="Python files or modules that are imported first and add networks, losses, optimizers and the like "
-        "to the library's tables; docs/extending.md has recipes",
+        description="Python files or modules that are imported first and add networks, losses, optimizers, metadata "
+        "fields and the like to the library's tables; docs/extending.md has recipes",
     )
+
+    @field_validator("plugins")
+    @classmethod
+    def _locate_plugins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Files by absolute path, so that other processes find them from their own working directory."""
+        return tuple(str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in names)
+
+
+class Experiment(Extensible):
+    """The settings of a run."""
+
     output: str = Field("runs/default", description="folder of this run")
     seed: int = Field(0, description="seed of initial weights, order and augmentation")
     token_seed: int | None = Field(None, description="seed of the augmented tokens of frozen towers; null takes `seed`")
@@ -343,12 +354,6 @@ class Experiment(Section):
         "where rank 0 checks very large shards (data.verify)",
     )
     tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
-
-    @field_validator("plugins")
-    @classmethod
-    def _locate_plugins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Files by absolute path, so that other processes find them from their own working directory."""
-        return tuple(str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in names)
 
     @model_validator(mode="before")
     @classmethod
@@ -496,7 +501,7 @@ def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
     """The settings of `kind` from a plain tree of values; its plugins are imported first. Raises ConfigError as `load`
     does, and for a plugin that cannot be imported.
     """
-    if issubclass(kind, Experiment):
+    if issubclass(kind, Extensible):
         import_plugins(raw.get("plugins"))
     try:
         return kind.model_validate(raw)

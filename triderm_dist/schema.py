@@ -219,6 +219,11 @@ def add_field(new: MetadataField) -> None:
     METADATA_FIELDS.setdefault(new.name, new)
 
 
+def added_fields() -> list[MetadataField]:
+    """The fields that are not MILK10k's."""
+    return [each for each in METADATA_FIELDS.values() if each not in MILK10K_FIELDS]
+
+
 @dataclass(frozen=True)
 class Lesion:
     """One checked lesion of a challenge folder, before any pixel is read.

@@ -14,10 +14,10 @@ from typing import Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.config import Extensible
 
 
-class IndexConfig(Section):
+class IndexConfig(Extensible):
     folder: str = Field(description="folder of the tars; index.json and samples.parquet are written into it")
     clinical: tuple[str, ...] = Field(
         ("clinical.jpg", "clinical.jpeg", "closeup.jpg", "closeup.jpeg"),

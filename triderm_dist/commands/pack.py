@@ -11,10 +11,10 @@ from typing import Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.config import Extensible
 
 
-class PackConfig(Section):
+class PackConfig(Extensible):
     source: str = Field(description="challenge folder, or its metadata table where the folder holds several")
     output: str = Field(description="folder of the shards; it appears when it is complete")
     short_side: int | None = Field(

@@ -7,13 +7,15 @@ With data.test=FOLDER it also predicts a test set and writes the submission.
 Run again, it skips what is done; killed and run again, it goes on where it was.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, added_fields
 from triderm_dist.stages import Stage, run_stages
 
 
@@ -104,8 +106,12 @@ def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
     from triderm_dist.data.readers.milk10k import find_parts
 
     data = config.data
-    keys = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
+    keys: dict[str, Any] = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
     words = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+    if config.plugins:
+        words.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
+    if added := [repr(field) for field in added_fields()]:
+        keys["metadata_fields"] = added
     command = [*program("pack"), f"source={source}", f"output={output}", *words]
     metadata, truth, photos = find_parts(Path(source))
     return Stage(name, command, keys, [metadata, *filter(None, [truth]), *photos], [Path(output) / "index.json"])

@@ -11,11 +11,11 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.config import Extensible
 from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS
 
 
-class SyntheticConfig(Section):
+class SyntheticConfig(Extensible):
     output: str = Field(description="folder to write; it appears when it is complete")
     lesions: int = Field(LESIONS, ge=100, description="lesions of the training part")
     test_lesions: int = Field(TEST_LESIONS, ge=50, description="lesions of the held-out part")

@@ -8,11 +8,11 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.config import Extensible
 from triderm_dist.schema import DataError
 
 
-class VerifyConfig(Section):
+class VerifyConfig(Extensible):
     folder: str = Field(description="folder of shards")
     folds: int = Field(5, ge=2, description="folds that the groups of lesions must fill")
     fold_seed: int = Field(0, description="seed of the fold assignment")

@@ -27,10 +27,10 @@ from triderm_dist.schema import (
     DIAGNOSES,
     DIAGNOSIS_NAMES,
     METADATA_FIELDS,
-    MILK10K_FIELDS,
     MONET_COLUMNS,
     DataError,
     MetadataField,
+    added_fields,
 )
 
 HEIGHT, WIDTH = 84, 112
@@ -102,6 +102,7 @@ def write_demo(output: Path, lesions: int, test_lesions: int, seed: int) -> bool
     Raises DataError where `output` holds anything else.
     """
     settings = f"settings: lesions={lesions} test_lesions={test_lesions} seed={seed}"
+    settings += "".join(f" {field!r}" for field in added_fields())
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         readme = output / "README.txt"
         if readme.is_file() and settings in readme.read_text(encoding="utf-8").splitlines():
@@ -223,10 +224,7 @@ def draw_metadata(generator: np.random.Generator, older: int, tone: int) -> dict
         "skin_tone_class": tone,
         "site": "" if generator.random() < 0.03 else site,
     }
-    for field in METADATA_FIELDS.values():
-        if field not in MILK10K_FIELDS:
-            cells[field.column] = draw_cell(generator, field)
-    return cells
+    return cells | {field.column: draw_cell(generator, field) for field in added_fields()}
 
 
 def draw_cell(generator: np.random.Generator, field: MetadataField) -> str:

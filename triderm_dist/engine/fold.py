@@ -17,7 +17,7 @@ from triderm_dist.engine.views import Views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions
-from triderm_dist.schema import METADATA_FIELDS, MILK10K_FIELDS, ConfigError
+from triderm_dist.schema import ConfigError, added_fields
 
 
 def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
@@ -79,7 +79,7 @@ def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int,
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
     if experiment.token_seed is not None:
         content.append(experiment.token_seed)
-    if added := [repr(field) for field in METADATA_FIELDS.values() if field not in MILK10K_FIELDS]:
+    if added := [repr(field) for field in added_fields()]:
         content.append(added)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -24,7 +24,7 @@ from triderm_dist.data.shards.format import (
     samples_schema,
 )
 from triderm_dist.files import atomic_path, file_sha256, write_json
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MILK10K_FIELDS, UNLABELED, VIEWS
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, added_fields
 
 
 def write_index(
@@ -87,11 +87,7 @@ def write_index(
 
 def _added_categories() -> dict[str, Any]:
     """Categories of the fields that are not MILK10k's, which a reader compares with its own; nothing without any."""
-    added = {
-        name: field.categories
-        for name, field in METADATA_FIELDS.items()
-        if field not in MILK10K_FIELDS and not field.is_number
-    }
+    added = {field.name: field.categories for field in added_fields() if not field.is_number}
     return {"metadata_categories": added} if added else {}
 
 
