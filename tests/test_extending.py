@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,15 @@ from tests.processes import HANG_SECONDS
 from triderm_dist.config import Experiment, load, merge
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.predictions import read_oof
+from triderm_dist.schema import METADATA_FIELDS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-GROUPS = (("loss-term", "sgd", "scheduler", "tracker"), ("muon", "augmentation"))
+GROUPS = (
+    ("loss-term", "sgd", "scheduler", "tracker", "metadata-number"),
+    ("muon", "augmentation", "metadata-category"),
+)
 """Recipes that share an experiment: each must have an effect of its own."""
 EXPERIMENT = """\
 data: {folds: 2, short_side: null}
@@ -73,7 +78,10 @@ torch.nn.modules.module.register_module_forward_pre_hook(count)
 """
 KILL_AT = 21
 """Training forwards: in the third step, each of which has 4 micro-batches with a forward for the sums and another."""
-COLUMNS: dict[str, Callable[[int], Any]] = {}
+COLUMNS: dict[str, Callable[[int], Any]] = {
+    "diameter_mm": lambda lesion: "" if lesion % 9 == 0 else 1.5 + lesion % 20,
+    "itches": lambda lesion: ("TRUE", "no", "")[lesion % 3],
+}
 """Columns that recipes add to the metadata table: name, and the cell of lesion i."""
 
 
@@ -147,6 +155,29 @@ def augmentation(run: Run) -> None:
     assert (with_plugin == 0.5).sum((1, 2, 3)).tolist() == [3 * 9 * 9] * 4
 
 
+@check("metadata-number")
+def metadata_number(run: Run) -> None:
+    values = added_field(run, "diameter")
+    assert np.isnan(values).sum() == 8 and np.nanmin(values) == 1.5 and np.nanmax(values) == 20.5
+    assert "semantic.diameter.curve" in load_file(run.fold() / "weights.safetensors")
+    report = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "diameter (mm)" in report and "6 to under 10" in report
+
+
+@check("metadata-category")
+def metadata_category(run: Run) -> None:
+    values = added_field(run, "itch")
+    assert [(values == value).sum() for value in (0, 1)] == [22, 22] and np.isnan(values).sum() == 22
+    assert "semantic.categories.itch.embedding.weight" in load_file(run.fold() / "weights.safetensors")
+
+
+def added_field(run: Run, name: str) -> np.ndarray:
+    """(N,) the values of the field in the out-of-fold table, one for each lesion."""
+    table = read_oof(run.folder / "oof.parquet")
+    assert table.metadata_fields[4:] == (name,)
+    return table.metadata[:, 4]
+
+
 # --- the harness ------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +240,15 @@ def runs(tmp_path_factory) -> Callable[[int], Run]:
         return made[number]
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def metadata_fields_unchanged() -> Iterator[None]:
+    """A check that loads settings imports plugins into this process."""
+    before = dict(METADATA_FIELDS)
+    yield
+    METADATA_FIELDS.clear()
+    METADATA_FIELDS.update(before)
 
 
 @pytest.mark.parametrize("name", RECIPES)
