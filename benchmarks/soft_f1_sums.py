@@ -46,10 +46,11 @@ def main(settings: SumsRun) -> None:
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.evaluate import forward
+    from triderm_dist.engine.finite import NonFiniteGuard
     from triderm_dist.engine.fold import new_network
-    from triderm_dist.engine.step import train_step
+    from triderm_dist.engine.step import TrainStep
     from triderm_dist.engine.views import open_views
-    from triderm_dist.losses import CompoundLoss, focal_loss, soft_f1_loss
+    from triderm_dist.losses import CompoundLoss, Sums, focal_loss, soft_f1_loss
     from triderm_dist.optim import build_optimizer
     from triderm_dist.schema import DIAGNOSES, ConfigError
 
@@ -80,6 +81,11 @@ def main(settings: SumsRun) -> None:
     wrapped, prepared, optimizer = parallel.wrap(
         accelerator, network, lambda net: build_optimizer(net, model.train.optim), False, False
     )
+    guard = NonFiniteGuard(accelerator, optimizer)
+    train_steps = {
+        method: TrainStep(accelerator, wrapped, prepared, loss, settings, 0, guard)
+        for method, settings in config.items()
+    }
     trained = [p for p in network.parameters() if p.requires_grad]
 
     def gradient() -> torch.Tensor:
@@ -92,7 +98,7 @@ def main(settings: SumsRun) -> None:
         outputs = [forward(wrapped, batch) for batch in step.micro_batches]
         labels = torch.cat([batch.labels for batch in step.micro_batches])
         total = torch.zeros(())
-        for weight, head in zip(loss.weights, range(3), strict=True):
+        for weight, head in zip((1.0, *[model.train.loss.aux_weight] * 2), range(3), strict=True):
             logits = torch.cat([output[head] for output in outputs])
             part = model.train.loss.focal_weight * focal_loss(logits, labels, model.head).mean()
             total = total + weight * (part + model.train.loss.soft_f1_weight * soft_f1_loss(logits, labels, model.head))
@@ -103,18 +109,18 @@ def main(settings: SumsRun) -> None:
         """The gradient micro-batch by micro-batch with given sums, or with each micro-batch's own if there are none."""
         for batch in step.micro_batches:
             outputs = forward(wrapped, batch)
-            own = loss.sums(outputs, batch.labels, batch.valid)
+            own = loss.sums(outputs, batch)
             if sums is not None:
-                part, _ = loss(outputs, batch.labels, batch.valid, step.count, sums)
+                part = loss.surrogate(own, loss.slopes(sums, step.count))
             else:
-                part, _ = loss(outputs, batch.labels, batch.valid, int(batch.valid.sum()), own)
-                part = part / len(step.micro_batches)
+                part = loss.surrogate(own, loss.slopes(own, int(batch.valid.sum()))) / len(step.micro_batches)
             part.backward()
         return gradient()
 
     @torch.no_grad()
-    def sums_of(step) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        return sum(loss.sums(forward(wrapped, batch), batch.labels, batch.valid) for batch in step.micro_batches)  # type: ignore[return-value]
+    def sums_of(step) -> Sums:  # type: ignore[no-untyped-def]
+        parts = [loss.sums(forward(wrapped, batch), batch) for batch in step.micro_batches]
+        return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
     samples = Samples.of(index, np.arange(len(index)))
     errors: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
@@ -143,7 +149,7 @@ def main(settings: SumsRun) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 started = time.perf_counter()
-                train_step(wrapped, loss, prepared, step, accelerator, config[method], 0, number, now)
+                train_steps[method](step, number, now)
                 seconds[method].append(time.perf_counter() - started)
             previous, number = now, number + 1
         epoch += 1

@@ -32,7 +32,6 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import DataConfig, ModelConfig, Section, TowerConfig, TrainConfig
-from triderm_dist.distributed import collectives
 
 TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 CONCEPTS = 14
@@ -231,13 +230,13 @@ def bare_loop(size: Size, device: Any, folder: Path) -> Turn:
 
 
 def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
-    """A step of one of `ranks` as `engine.trainer.train` takes it, with what it logs and checks, but for the loader."""
+    """The step of one of `ranks` as `engine.trainer.Trainer` takes it, with logging and checks, without the loader."""
     import numpy as np
 
     from triderm_dist.data.loader import Step
     from triderm_dist.distributed import parallel
-    from triderm_dist.engine.finite import Finite
-    from triderm_dist.engine.step import train_step
+    from triderm_dist.engine.finite import NonFiniteGuard
+    from triderm_dist.engine.step import TrainStep
     from triderm_dist.losses import CompoundLoss
     from triderm_dist.monitoring.throughput import ThroughputMeter
     from triderm_dist.monitoring.tracking import Tracker
@@ -255,21 +254,22 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(device)
-    finite, loader = Finite(accelerator, optimizer), SimpleNamespace(waited=0.0)
+    guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(waited=0.0)
+    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, 0, guard)
     meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
-    tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000).__enter__()  # as long as the process lives
+    tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000, loss_names=loss.names).__enter__()
     step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
 
     def one() -> None:
         nonlocal done
-        focal, sums, norm = train_step(wrapped, loss, prepared, step, accelerator, config, 0, done, None, finite)
+        result = train_step(step, done)
         scheduler.step()
         done += 1
         if done % LOG_EVERY == 0:
-            finite.check()
-            values = loss.values(collectives.all_reduce_sum(focal), sums)
-            values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
+            guard.check()
+            values = loss.values(result.sums, result.count)
+            values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(result.grad_norm)}
             values |= meter.read(loader, done)  # type: ignore[arg-type]
             with contextlib.redirect_stdout(io.StringIO()):
                 tracker.log("train", 0.0, done, values)

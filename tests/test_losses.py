@@ -5,17 +5,9 @@ import math
 import pytest
 import torch
 
-from triderm_dist.config import LossConfig
-from triderm_dist.losses import (
-    CompoundLoss,
-    focal_loss,
-    one_hot,
-    soft_f1_from_sums,
-    soft_f1_loss,
-    soft_f1_sums,
-    soft_f1_surrogate,
-)
-from triderm_dist.schema import Outputs
+from triderm_dist.config import LossConfig, Section
+from triderm_dist.losses import LOSS_TERMS, CompoundLoss, LossTerm, focal_loss, soft_f1_loss
+from triderm_dist.schema import Batch, ConfigError, Outputs
 
 COUNTS = [300, 2500, 40, 500, 50, 50, 9, 450, 700, 470, 47]
 C = 11
@@ -101,78 +93,134 @@ def test_absent_diagnosis_gets_no_gradient_from_soft_f1():
     assert (logits.grad[:, 5] != 0).all()
 
 
+class Recall(LossTerm):
+    """1 - mean soft recall, to a power: not linear in its sums."""
+
+    class Settings(Section):
+        power: float = 1.0
+
+    def per_lesion(self, inputs):
+        return torch.stack([inputs.probabilities * inputs.targets, inputs.targets], 1)
+
+    def value(self, sums, count):
+        true, positive = sums
+        return 1 - (true.sum() / positive.sum()) ** self.settings.power
+
+
+class Disagreement(LossTerm):
+    """Squared distance of the views' own logits: a mean, once and not for each head."""
+
+    each_head = False
+
+    def per_lesion(self, inputs):
+        return (inputs.outputs.aux_clinical - inputs.outputs.aux_dermoscopic).square().mean(1)
+
+
+@pytest.fixture
+def more_terms(monkeypatch):
+    monkeypatch.setitem(LOSS_TERMS, "recall", Recall)
+    monkeypatch.setitem(LOSS_TERMS, "disagreement", Disagreement)
+
+
+def batch_of(labels: torch.Tensor, valid: torch.Tensor) -> Batch:
+    nothing = torch.zeros(len(labels), 1)
+    names = [str(number) for number in range(len(labels))]
+    return Batch(names, nothing, nothing, nothing, nothing, nothing, labels, valid)
+
+
+def step_of(loss: CompoundLoss, heads, labels, valid, parts) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Gradients of the heads' logits and the values, as a step over these parts computes them."""
+    leaves = [logits.clone().requires_grad_() for logits in heads]
+    own = [
+        loss.sums(Outputs(*logits, torch.zeros(len(y), 1)), batch_of(y, v))
+        for *logits, y, v in zip(
+            *(leaf.split(parts) for leaf in leaves), labels.split(parts), valid.split(parts), strict=True
+        )
+    ]
+    total = {name: sum(sums[name].detach() for sums in own) for name in own[0]}
+    count = int(valid.sum())
+    slopes = loss.slopes(total, count)
+    sum(loss.surrogate(sums, slopes) for sums in own).backward()
+    return [leaf.grad for leaf in leaves], loss.values(total, count)
+
+
+PLAIN = {"focal_weight": 0.7, "soft_f1_weight": 0.2, "aux_weight": 0.3, "gamma": 1.5}
+MORE = {"recall": {"weight": 0.4, "settings": {"power": 1.5}}, "disagreement": {"weight": 0.1}}
+
+
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("parts", [[40], [10, 30], [7, 7, 7, 7, 12], [1] * 40])
-def test_split_soft_f1_has_the_gradient_of_the_whole(head, parts):
-    logits, labels = some(40, seed=len(parts))
-    whole = logits.clone().requires_grad_()
-    soft_f1_loss(whole, labels, head).backward()
-
-    valid = torch.ones(40, dtype=torch.bool)
-    probs = (lambda z: z.softmax(1)) if head == "softmax" else torch.sigmoid
-    sums = sum(
-        soft_f1_sums(probs(z), one_hot(y, v, C), v)
-        for z, y, v in zip(logits.split(parts), labels.split(parts), valid.split(parts), strict=True)
-    )
-    split = logits.clone().requires_grad_()
-    for z, y, v in zip(split.split(parts), labels.split(parts), valid.split(parts), strict=True):
-        soft_f1_surrogate(probs(z), one_hot(y, v, C), v, sums).backward(retain_graph=True)
-    torch.testing.assert_close(split.grad, whole.grad, rtol=1e-4, atol=1e-8)
-    assert soft_f1_from_sums(sums).item() == pytest.approx(soft_f1_loss(logits, labels, head).item(), abs=1e-6)
-
-
-@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("parts", [[24, 16], [5] * 8])
-def test_compound_loss_split_with_padding_equals_the_whole(head, parts):
-    config = LossConfig(
-        class_weight_power=0.5,
-        logit_adjustment=0.5 if head == "softmax" else 0.0,
-        label_smoothing=0.1 if head == "softmax" else 0,
-    )
-    loss = CompoundLoss(config, head, COUNTS)
+@pytest.mark.parametrize("parts", [[40], [24, 16], [5] * 8, [1] * 40])
+def test_split_and_padded_the_loss_is_that_of_the_formulas(head, parts, more_terms):
     heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
-    labels = some(40, 4)[1]
-    valid = torch.arange(40) < 37  # the last three only fill up
+    labels, valid = some(40, 4)[1], torch.arange(40) < 37  # the last three only pad
+    loss = CompoundLoss(LossConfig(**PLAIN, terms=MORE), head, COUNTS)
+    got, values = step_of(loss, heads, labels, valid, parts)
 
-    def run(sizes: list[int], rows: slice) -> tuple[list[torch.Tensor], dict[str, float]]:
-        leaves = [z[rows].clone().requires_grad_() for z in heads]
-        split = [
-            (Outputs(*zs, torch.zeros(len(y), 1)), y, v)
-            for *zs, y, v in zip(
-                *(leaf.split(sizes) for leaf in leaves),
-                labels[rows].split(sizes),
-                valid[rows].split(sizes),
-                strict=True,
-            )
-        ]
-        sums = sum(loss.sums(*part) for part in split)
-        results = [loss(*part, 37, sums) for part in split]
-        sum(total for total, _ in results).backward()
-        return [leaf.grad for leaf in leaves], loss.values(sum(focal for _, focal in results), sums)
+    leaves = [logits[:37].clone().requires_grad_() for logits in heads]
+    y = labels[:37]
 
-    whole, whole_values = run([37], slice(0, 37))
-    split, split_values = run(parts, slice(0, 40))
-    for a, b in zip(whole, split, strict=True):
-        torch.testing.assert_close(b[:37], a, rtol=1e-4, atol=1e-8)
-        assert (b[37:] == 0).all()
-    assert split_values == pytest.approx(whole_values, rel=1e-5)
+    def recall(z):
+        p = z.softmax(1) if head == "softmax" else z.sigmoid()
+        return 1 - p[torch.arange(37), y].mean() ** 1.5
+
+    terms = [
+        0.7 * focal_loss(z, y, head, gamma=1.5).mean() + 0.2 * soft_f1_loss(z, y, head) + 0.4 * recall(z)
+        for z in leaves
+    ]
+    expected = terms[0] + 0.1 * (leaves[1] - leaves[2]).square().mean() + 0.3 * (terms[1] + terms[2])
+    expected.backward()
+    for gradient, leaf in zip(got, leaves, strict=True):
+        torch.testing.assert_close(gradient[:37], leaf.grad, rtol=1e-4, atol=1e-8)
+        assert (gradient[37:] == 0).all()
+    assert values["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert values["soft_f1"] == pytest.approx(soft_f1_loss(leaves[0], y, head).item(), rel=1e-5)
+    assert values["recall"] == pytest.approx(recall(leaves[0]).item(), rel=1e-5)
+    assert [*values] == ["loss", "focal", "soft_f1", "recall", "disagreement", "aux"]
 
 
-def test_logged_loss_is_the_weighted_sum_of_plain_losses():
-    config = LossConfig(focal_weight=0.7, soft_f1_weight=0.2, aux_weight=0.3, gamma=1.5)
+def test_means_need_no_sums_ahead(more_terms):
+    loss = CompoundLoss(LossConfig(soft_f1_weight=0, terms={"disagreement": {"weight": 1}}), "softmax", COUNTS)
+    assert loss.ratios == ()
+    assert {name: slope.shape for name, slope in loss.slopes({}, 8).items()} == {"focal": (3,), "disagreement": (1,)}
+    assert CompoundLoss(LossConfig(soft_f1_weight=0.1), "softmax", COUNTS).ratios == ("soft_f1",)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"recal": {"weight": 1}}, r"train.loss.terms: 'recal' is not a loss term; known: disagreement, recall \(plu"),
+        ({"focal": {"weight": 1}}, "train.loss.terms: focal has a weight of its own; set train.loss.focal_weight"),
+        (
+            {"recall": {"weight": 1, "settings": {"powr": 2}}},
+            "train.loss.terms.recall.settings: unknown setting 'powr'; did you mean 'power'?",
+        ),
+    ],
+)
+def test_wrong_terms_are_refused(terms, message, more_terms):
+    with pytest.raises(ConfigError, match=message):
+        CompoundLoss(LossConfig(terms=terms), "softmax", COUNTS)
+
+
+def test_a_loss_without_weights_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.loss: the weight of every term is 0"):
+        CompoundLoss(LossConfig(focal_weight=0, soft_f1_weight=0), "softmax", COUNTS)
+
+
+@pytest.mark.parametrize("parts", [[24, 16], [5] * 8])
+def test_class_weights_smoothing_and_logit_adjustment_split(parts):
+    config = LossConfig(class_weight_power=0.5, logit_adjustment=0.5, label_smoothing=0.1)
     loss = CompoundLoss(config, "softmax", COUNTS)
-    heads = [some(16, seed)[0].float() for seed in (1, 2, 3)]
-    labels = some(16, 4)[1]
-    valid = torch.ones(16, dtype=torch.bool)
-    outputs = Outputs(*heads, torch.zeros(16, 1))
-    sums = loss.sums(outputs, labels, valid)
-    values = loss.values(loss(outputs, labels, valid, 16, sums)[1], sums)
-    plain = [0.7 * focal_loss(z, labels, gamma=1.5).mean() + 0.2 * soft_f1_loss(z, labels) for z in heads]
-    assert values["loss"] == pytest.approx((plain[0] + 0.3 * (plain[1] + plain[2])).item(), rel=1e-5)
+    heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
+    labels, valid = some(40, 4)[1], torch.ones(40, dtype=torch.bool)
+    undivided, undivided_values = step_of(loss, heads, labels, valid, [40])
+    split, split_values = step_of(loss, heads, labels, valid, parts)
+    for a, b in zip(undivided, split, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-8)
+    assert split_values == pytest.approx(undivided_values, rel=1e-5)
 
 
 def test_class_weights_have_mean_one_and_favor_the_rare():
-    weights = CompoundLoss(LossConfig(class_weight_power=0.5), "softmax", COUNTS).class_weights
+    weights = CompoundLoss(LossConfig(class_weight_power=0.5), "softmax", COUNTS).terms["focal"].class_weights
     assert weights.mean().item() == pytest.approx(1)
     assert weights.argmax() == 6 and weights.argmin() == 1
-    assert (CompoundLoss(LossConfig(), "softmax", COUNTS).class_weights == 1).all()
+    assert (CompoundLoss(LossConfig(), "softmax", COUNTS).terms["focal"].class_weights == 1).all()

@@ -28,6 +28,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
+    def __hash__(self) -> int:  # pydantic's own fails for fields that are mappings
+        return hash(self.model_dump_json())
+
 
 class RemoteConfig(Section):
     """Shards behind a URL: data.shards and data.test_shards may be s3://, gs://, hf://, https:// or any fsspec URL."""
@@ -145,9 +148,17 @@ class TowerConfig(Section):
     )
 
 
+class TermConfig(Section):
+    weight: float = Field(ge=0, description="weight of the term")
+    settings: dict[str, Any] = Field({}, description="settings of the term itself, such as {epsilon: 1.0}")
+
+
 class LossConfig(Section):
-    focal_weight: float = Field(0.5, ge=0, description="weight of the focal (or cross-entropy) part")
-    soft_f1_weight: float = Field(0.5, ge=0, description="weight of the soft F1 part")
+    focal_weight: float = Field(0.5, ge=0, description="weight of the focal (or cross-entropy) term")
+    soft_f1_weight: float = Field(0.5, ge=0, description="weight of the soft F1 term")
+    terms: dict[str, TermConfig] = Field(
+        {}, description="more terms, by name; plugins add them to triderm_dist.losses.LOSS_TERMS"
+    )
     aux_weight: float = Field(0.3, ge=0, description="weight of the loss of each view's own head")
     gamma: float = Field(2.0, ge=0, description="focal exponent; 0 is plain cross-entropy")
     alpha: float | None = Field(
@@ -162,19 +173,33 @@ class LossConfig(Section):
     )
     soft_f1_sums: Literal["exact", "previous"] = Field(
         "exact",
-        description="with accumulation: sums of the whole global batch by a first pass without gradients, or those of "
-        "the step before (cheaper, biased)",
+        description="soft F1 and other ratios of sums under gradient accumulation: sums of the global batch by a first "
+        "pass without gradients, or those of the step before (cheaper, biased)",
     )
+
+    USED_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        "focal_weight": ("gamma", "alpha", "class_weight_power", "label_smoothing")
+    }
+    """Settings that have an effect only where the weight of their term is not 0."""
 
 
 class OptimConfig(Section):
+    name: str = Field("adamw", description="optimizer; plugins add others to triderm_dist.optim.OPTIMIZERS")
+    settings: dict[str, Any] = Field(
+        {}, description="keyword arguments of the optimizer, such as {momentum: 0.9}, besides lr and weight_decay"
+    )
+    schedule: str = Field(
+        "cosine", description="learning rate after the warm-up; plugins add others to triderm_dist.optim.SCHEDULES"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate of heads and fusion")
     layer_decay: float = Field(
         0.9, gt=0, le=1, description="factor of the learning rate for each block further from the heads"
     )
-    weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices; vectors and embeddings have none")
-    min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the cosine")
-    warmup_epochs: float = Field(3.0, ge=0, description="epochs of linear warm-up, counted in optimizer steps")
+    weight_decay: float = Field(0.05, ge=0, description="weight decay of matrices; vectors and embeddings have none")
+    min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the schedule")
+    warmup_epochs: float = Field(
+        3.0, ge=0, description="epochs of linear warm-up of the learning rate, counted in optimizer steps"
+    )
     clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 
@@ -556,6 +581,10 @@ FIRST_KEYS = frozenset(
 
 ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.augment.extra": {},
+    "models.NAME.train.loss.terms": {},
+    "models.NAME.train.optim.name": "adamw",
+    "models.NAME.train.optim.settings": {},
+    "models.NAME.train.optim.schedule": "cosine",
 }
 """Every setting added since, with the value (as in JSON) that does what the code did before the setting existed. Keep
 the value when the default changes: then work that was finished with the former default is not taken for the new one's.

@@ -1,25 +1,27 @@
-"""Losses whose value and gradient are those of the whole global batch, however it is split over ranks and
-micro-batches.
+"""Losses with the value and gradient of the undivided global batch, however it is split over ranks and micro-batches.
 
-Focal loss is a sum over lesions divided by the global count. Soft F1 is a ratio of sums, so the sums of the global
-batch are taken first and each part then backpropagates a linear surrogate with the exact gradient (see
-`soft_f1_surrogate`).
+A loss is a weighted list of terms (`LOSS_TERMS`). A term says what to sum over the lesions of the global batch, and how
+its value follows from these sums; `CompoundLoss` derives everything that a split batch needs from that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from triderm_dist.config import LossConfig
-from triderm_dist.schema import Outputs
+from triderm_dist.config import LossConfig, Section, build
+from triderm_dist.schema import Batch, ConfigError, Outputs
 
 Head = Literal["softmax", "sigmoid"]
+Sums = dict[str, torch.Tensor]
+"""Sums over the lesions of a batch, or of a part of it: term name -> (heads, ...) float32."""
 
 
 def probabilities(logits: torch.Tensor, head: Head) -> torch.Tensor:
@@ -27,13 +29,8 @@ def probabilities(logits: torch.Tensor, head: Head) -> torch.Tensor:
     return logits.float().softmax(1) if head == "softmax" else logits.float().sigmoid()
 
 
-def one_hot(labels: torch.Tensor, valid: torch.Tensor, classes: int) -> torch.Tensor:
-    """Targets (B, C) float32; a row that is not valid is all zero."""
-    return _indicator(labels, classes) * valid[:, None]
-
-
-def _indicator(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Like `F.one_hot`, which reads the largest label from a CPU tensor and takes five operations."""
+def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """(B, C) float32; `F.one_hot` reads the largest label from a CPU tensor and takes five operations."""
     return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
@@ -56,7 +53,7 @@ def focal_loss(
     """
     logits = logits.float()
     classes = logits.shape[1]
-    target = _indicator(labels, classes)
+    target = _one_hot(labels, classes)
     weights = torch.ones(classes, device=logits.device) if class_weights is None else class_weights
     if head == "softmax":
         target = target * (1 - label_smoothing) + label_smoothing / classes
@@ -76,34 +73,15 @@ def _focus(log_q: torch.Tensor, gamma: float) -> torch.Tensor:
     return (-torch.expm1(log_q)).clamp(min=1e-12) ** gamma
 
 
-def soft_f1_sums(probabilities: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """T = sum p y, P = sum p, Y = sum y of each diagnosis over valid lesions, (3, C) float32 without gradient."""
-    p = probabilities.detach().float() * valid[:, None]
-    return torch.stack([(p * targets).sum(0), p.sum(0), targets.sum(0)])
-
-
 def soft_f1_from_sums(sums: torch.Tensor) -> torch.Tensor:
-    """1 - mean of F_c = 2 T_c / (P_c + Y_c) over the diagnoses with a positive in the batch; sums (3, C), a scalar."""
-    true, predicted, positive = sums
-    present = positive > 0
-    f1 = 2 * true / (predicted + positive).clamp(min=torch.finfo(sums.dtype).tiny)
-    return 1 - (f1 * present).sum() / present.sum().clamp(min=1)
+    """1 - mean of F_c = 2 T_c / (P_c + Y_c) over the diagnoses with a positive in the batch, a scalar.
 
-
-def soft_f1_surrogate(
-    probabilities: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, sums: torch.Tensor
-) -> torch.Tensor:
-    """A scalar, linear in p, whose gradient is this part's exact share of d(1 - mean F)/dp of the global batch.
-
-    With F = 2T / D and D = P + Y of the global batch, dF/dp_i = (2 y_i - F) / D needs only two global numbers of each
-    diagnosis. So each part backpropagates -(1/C') sum_c sum_i p_ic (2 y_ic - F_c) / D_c with F, D fixed and C' the
-    diagnoses present in the global batch: no differentiable collective.
+    sums: (3, C), of each diagnosis T = sum p y, P = sum p, Y = sum y over lesions.
     """
     true, predicted, positive = sums
-    present = (positive > 0).float()
-    denominator = (predicted + positive).clamp(min=torch.finfo(sums.dtype).tiny)
-    slope = (2 * targets - 2 * true / denominator) / denominator * present / present.sum().clamp(min=1)
-    return -(probabilities.float() * slope * valid[:, None]).sum()
+    present = positive > 0
+    f1 = 2 * true / torch.where(present, predicted + positive, 1.0)
+    return 1 - (f1 * present).sum() / present.sum().clamp(min=1)
 
 
 def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: Head = "softmax") -> torch.Tensor:
@@ -116,71 +94,204 @@ def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: Head = "softm
     return soft_f1_from_sums(torch.stack([(p * targets).sum(0), p.sum(0), targets.sum(0)]))
 
 
-class CompoundLoss(nn.Module):
-    """focal_weight * focal + soft_f1_weight * soft F1, of the main head and, times aux_weight, of each view's own head.
+@dataclass(frozen=True)
+class LossInputs:
+    """What a term is computed from: the logits of one head, and the lesions that they belong to.
 
-    Call `sums(outputs, ...)` on every part of the global batch, add them up over micro-batches and ranks, then call the
-    module on every part: the sum of what it returns over all parts has value and gradient of the undivided batch.
+    logits: (B, C) float32, with the logit adjustment of `train.loss`.  batch: the lesions; `batch.labels` (B,) are all
+    known.  outputs: everything else that the network returned, for terms that compare views or features.
     """
 
+    logits: torch.Tensor
+    head: Head
+    batch: Batch
+    outputs: Outputs
+
+    @cached_property
+    def probabilities(self) -> torch.Tensor:
+        """(B, C) float32."""
+        return probabilities(self.logits, self.head)
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        """One-hot labels, (B, C) float32."""
+        return _one_hot(self.batch.labels, self.logits.shape[1])
+
+
+class LossTerm(nn.Module):
+    """A term of the loss. By default the mean of `per_lesion` over the lesions of the global batch.
+
+    A subclass that overrides `value` may be any differentiable function of sums over lesions, such as a ratio. It needs
+    to know nothing of padding, ranks and micro-batches.
+    """
+
+    each_head: ClassVar[bool] = True
+    """Whether the views' own heads have the term too; False for a term that reads `LossInputs.outputs`."""
+
+    class Settings(Section):
+        """Settings of the term, read from train.loss.terms.NAME.settings."""
+
+    def __init__(self, settings: Section, class_counts: torch.Tensor) -> None:
+        """class_counts: (C,) lesions of each diagnosis that an epoch draws, at least 1."""
+        super().__init__()
+        self.settings = settings
+
+    def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
+        """What is summed over lesions, (B, ...), with gradient; any shape, the same in every batch."""
+        raise NotImplementedError
+
+    def value(self, sums: torch.Tensor, count: int) -> torch.Tensor:
+        """The term's value, a scalar, from the sums (...) over all `count` lesions of the global batch."""
+        return sums / count
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the gradient can be had before the sums are known."""
+        return type(self).value is LossTerm.value
+
+
+class Focal(LossTerm):
+    """`focal_loss`, or cross-entropy where gamma is 0."""
+
+    settings: LossConfig
     class_weights: torch.Tensor
+
+    def __init__(self, settings: LossConfig, class_counts: torch.Tensor) -> None:
+        super().__init__(settings, class_counts)
+        weights = (class_counts / class_counts.sum()) ** -settings.class_weight_power
+        self.register_buffer("class_weights", weights / weights.mean(), persistent=False)
+
+    def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
+        c = self.settings
+        return focal_loss(
+            inputs.logits, inputs.batch.labels, inputs.head, c.gamma, c.alpha, self.class_weights, c.label_smoothing
+        )
+
+
+class SoftF1(LossTerm):
+    """`soft_f1_loss`."""
+
+    def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
+        p, y = inputs.probabilities, inputs.targets
+        return torch.stack([p * y, p, y], 1)
+
+    def value(self, sums: torch.Tensor, count: int) -> torch.Tensor:
+        return soft_f1_from_sums(sums)
+
+
+BUILT_IN: dict[str, type[LossTerm]] = {"focal": Focal, "soft_f1": SoftF1}
+"""Terms that every training has, with the weight `train.loss.NAME_weight` and settings in `train.loss`."""
+LOSS_TERMS: dict[str, type[LossTerm]] = {}
+"""Terms for `train.loss.terms`, by name; plugins add theirs."""
+
+
+class CompoundLoss(nn.Module):
+    """Weighted sum of terms, of the main head and, times `aux_weight`, of each view's own head.
+
+    Over a split batch it needs no differentiable collective. The loss is L = f(S), S the sums over all lesions of the
+    global batch, S = sum of the parts' sums s. By the chain rule a parameter's gradient is the sum over parts of
+    f'(S) . ds: a part needs from the others only the numbers S. So:
+
+    1. `sums` of each part, added up without gradient over micro-batches and ranks;
+    2. `slopes`, f'(S), once;
+    3. `surrogate` of each part, the linear function f'(S) . s: its gradient is the part's share of the exact one;
+    4. `values` for the log.
+
+    For a mean over a known number of lesions f' does not depend on S: without `ratios` `slopes` needs no sums. Raises
+    ConfigError for an unknown term, wrong settings of one, or weights that are all 0.
+    """
+
     log_prior: torch.Tensor
 
     def __init__(self, config: LossConfig, head: Head, class_counts: Sequence[int] | np.ndarray) -> None:
         super().__init__()
         self.config, self.head = config, head
         counts = torch.as_tensor(np.asarray(class_counts), dtype=torch.float32).clamp(min=1)
-        share = counts / counts.sum()
-        weights = share**-config.class_weight_power
-        self.register_buffer("class_weights", weights / weights.mean(), persistent=False)
-        self.register_buffer("log_prior", share.log(), persistent=False)
-        self.weights = (1.0, config.aux_weight, config.aux_weight)
+        self.register_buffer("log_prior", (counts / counts.sum()).log(), persistent=False)
+        self.weights = {name: float(getattr(config, f"{name}_weight")) for name in BUILT_IN}
+        self.terms = nn.ModuleDict({name: kind(config, counts) for name, kind in BUILT_IN.items()})
+        for name, term in config.terms.items():
+            self.weights[name], self.terms[name] = term.weight, _build_term(name, term.settings, counts)
+        if not any(self.weights.values()):
+            raise ConfigError("train.loss: the weight of every term is 0; set one")
 
-    def sums(self, outputs: Outputs, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Soft F1 sums of the three heads, (3 heads, 3, C), without gradient."""
-        targets = one_hot(labels, valid, outputs.logits.shape[1])
-        return torch.stack([soft_f1_sums(self._probabilities(z), targets, valid) for z in outputs[:3]])
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts that `values` gives beside the loss."""
+        return (*self.terms, "aux")
 
-    def forward(
-        self, outputs: Outputs, labels: torch.Tensor, valid: torch.Tensor, count: int, sums: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This part's share of the loss to backpropagate, and of the focal value of the three heads, (3,) detached.
+    @property
+    def ratios(self) -> tuple[str, ...]:
+        """Names of the terms whose slopes depend on the sums of the global batch."""
+        return tuple(name for name, term in self._active() if not term.is_mean)
 
-        count: valid lesions of the global batch. sums: (3, 3, C) of the global batch.
-        """
-        targets = one_hot(labels, valid, outputs.logits.shape[1])
-        total = outputs.logits.new_zeros((), dtype=torch.float32)
-        focal_parts = []
-        for weight, logits, head_sums in zip(self.weights, outputs[:3], sums, strict=True):
-            focal = (self._focal(logits, labels) * valid).sum() / count
-            surrogate = soft_f1_surrogate(self._probabilities(logits), targets, valid, head_sums)
-            total = total + weight * (self.config.focal_weight * focal + self.config.soft_f1_weight * surrogate)
-            focal_parts.append(focal.detach())
-        return total, torch.stack(focal_parts)
-
-    def values(self, focal: torch.Tensor, sums: torch.Tensor) -> dict[str, float]:
-        """The loss and its parts as numbers, from the focal values (3,) and the sums (3, 3, C) of the global batch."""
-        soft_f1 = torch.stack([soft_f1_from_sums(head_sums) for head_sums in sums])
-        heads = self.config.focal_weight * focal + self.config.soft_f1_weight * soft_f1
-        numbers = torch.cat([focal[:1], soft_f1[:1], heads]).tolist()
-        aux = numbers[3] + numbers[4]
+    def sums(self, outputs: Outputs, batch: Batch) -> Sums:
+        """Sums of each term over the valid lesions of a part, with gradient."""
+        inputs = [LossInputs(self._adjusted(logits), self.head, batch, outputs) for logits in outputs[:3]]
         return {
-            "loss": numbers[2] + self.config.aux_weight * aux,
-            "focal": numbers[0],
-            "soft_f1": numbers[1],
-            "aux": aux,
+            name: torch.stack([_masked_sum(term.per_lesion(each), batch.valid) for each in inputs[: _heads(term)]])
+            for name, term in self._terms()
         }
 
-    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        return probabilities(self._adjusted(logits), self.head)
+    @torch.enable_grad()
+    def slopes(self, sums: Sums, count: int) -> Sums:
+        """df/dS of each term that has a weight; count: valid lesions of the global batch, sums: theirs."""
+        at, parts = {}, []
+        for name, term in self._active():
+            at[name] = torch.zeros(_heads(term), device=self.log_prior.device) if term.is_mean else sums[name].detach()
+            main, *aux = self._of_heads(term, at[name].requires_grad_(), count)
+            parts.append(self.weights[name] * (main + self.config.aux_weight * sum(aux)))
+        return dict(zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True))
 
-    def _focal(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        c = self.config
-        return focal_loss(
-            self._adjusted(logits), labels, self.head, c.gamma, c.alpha, self.class_weights, c.label_smoothing
-        )
+    def surrogate(self, sums: Sums, slopes: Sums) -> torch.Tensor:
+        """What a part backpropagates, a scalar; sums: of the part, with gradient. Its value means nothing."""
+        return torch.stack([(slope * sums[name]).sum() for name, slope in slopes.items()]).sum()
+
+    @torch.no_grad()
+    def values(self, sums: Sums, count: int) -> dict[str, float]:
+        """The loss and its parts as numbers: each term of the main head, and as aux the terms of the other two heads.
+
+        sums, count: of the global batch. Waits for the device.
+        """
+        numbers = {name: torch.stack(self._of_heads(term, sums[name], count)).tolist() for name, term in self._terms()}
+        main = {name: values[0] for name, values in numbers.items()}
+        aux = sum(self.weights[name] * sum(values[1:]) for name, values in numbers.items())
+        loss = sum(self.weights[name] * value for name, value in main.items()) + self.config.aux_weight * aux
+        return {"loss": loss, **main, "aux": aux}
+
+    def _terms(self) -> list[tuple[str, LossTerm]]:
+        return list(self.terms.items())  # type: ignore[arg-type]
+
+    def _active(self) -> list[tuple[str, LossTerm]]:
+        return [(name, term) for name, term in self._terms() if self.weights[name]]
+
+    def _of_heads(self, term: LossTerm, sums: torch.Tensor, count: int) -> list[torch.Tensor]:
+        return [term.value(each, count) for each in sums.unbind(0)]
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         """Logit adjustment while training, logits + tau log(prior) (Menon et al. 2021)."""
         tau = self.config.logit_adjustment
-        return logits if tau == 0 else logits + tau * self.log_prior
+        return logits.float() if tau == 0 else logits.float() + tau * self.log_prior
+
+
+def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
+    if name in BUILT_IN:
+        raise ConfigError(f"train.loss.terms: {name} has a weight of its own; set train.loss.{name}_weight")
+    if name not in LOSS_TERMS:
+        known = ", ".join(sorted(LOSS_TERMS)) or "none"
+        raise ConfigError(f"train.loss.terms: {name!r} is not a loss term; known: {known} (plugins may add others)")
+    kind = LOSS_TERMS[name]
+    try:
+        return kind(build(kind.Settings, settings), class_counts)
+    except ConfigError as error:
+        raise ConfigError(f"train.loss.terms.{name}.settings: {error}") from None
+
+
+def _heads(term: LossTerm) -> int:
+    return 3 if term.each_head else 1
+
+
+def _masked_sum(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Sum over lesions (B, ...) -> (...), float32, without rows that pad the batch."""
+    mask = valid.view(-1, *[1] * (rows.ndim - 1))
+    return torch.where(mask, rows.float(), 0.0).sum(0)

@@ -14,7 +14,7 @@ from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfi
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.trainer import TrainingData, train
+from triderm_dist.engine.trainer import Trainer, TrainingData
 from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
@@ -46,7 +46,7 @@ def test_the_report_says_what_is_on_and_what_is_off():
     for said in (
         "NO, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
         "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU is not shown: a CPU has no peak",
-        "activation checkpointing (train.activation_checkpointing)", "exact soft F1", "loss scaling",
+        "activation checkpointing (train.activation_checkpointing)", "exact loss sums", "loss scaling",
         "tower, clinical: stem and 1 of 6 blocks stay as they are",
     ):  # fmt: skip
         assert said in text, said
@@ -98,7 +98,10 @@ def run(tmp_path_factory):
     data = TrainingData(index, views.source, rows, np.arange(56, 64), 2, 4)
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
-        train("tri", network, model.head, model.train, data, accelerator, FoldFolder(folder, "x", "x"), 0, Stop())
+        Trainer(
+            name="tri", network=network, head=model.head, config=model.train, data=data,
+            folder=FoldFolder(folder, "x", "x"), seed=0, accelerator=accelerator,
+        ).train(Stop())  # fmt: skip
     return folder, flops, reads
 
 

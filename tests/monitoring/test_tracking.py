@@ -15,7 +15,9 @@ TRAIN = {
 
 
 def tracker_in(folder, **settings):
-    return Tracker("tri fold 0", folder, True, epochs=2, total_steps=40, **settings)
+    return Tracker(
+        "tri fold 0", folder, True, epochs=2, total_steps=40, loss_names=("focal", "soft_f1", "aux"), **settings
+    )
 
 
 def board(folder) -> dict[str, dict[int, float]]:
@@ -33,7 +35,7 @@ def test_a_record_is_a_line_a_json_line_and_a_scalar(tmp_path, capsys):
         tracker.log("validation", 1, 20, {"macro_f1": 0.25, "official": 0.5})
     train, validation = capsys.readouterr().out.splitlines()
     assert train == (
-        "tri fold 0  epoch 0.5/2  step 10/40  loss 1.5000 (focal 1.0000 soft F1 0.9000 aux 0.4000)  lr 1.00e-04  "
+        "tri fold 0  epoch 0.5/2  step 10/40  loss 1.5000 (focal 1.0000 soft_f1 0.9000 aux 0.4000)  lr 1.00e-04  "
         "grad 2.00  96 lesions/s  data wait 1%  MFU 45.6%  2.5 GiB  ETA 1:02:05"
     )
     assert validation == "tri fold 0  epoch 1/2  validation macro F1 0.250 (argmax)  0.500 (p > 0.5)"

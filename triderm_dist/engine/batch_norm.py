@@ -37,7 +37,7 @@ class RunningStatistics:
             torch._foreach_copy_([*self._live, *self._counts], self._before)
 
     @torch.no_grad()
-    def take(self) -> None:
+    def add(self) -> None:
         """After the forward pass of a micro-batch, before anything is recomputed."""
         if self._live:
             torch._foreach_add_(self._sums, self._live)

@@ -25,8 +25,8 @@ from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.distributed.collectives import is_distributed
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
-from triderm_dist.engine.finite import Finite
-from triderm_dist.engine.step import train_step
+from triderm_dist.engine.finite import NonFiniteGuard
+from triderm_dist.engine.step import TrainStep
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.models.network import Network
@@ -70,7 +70,8 @@ def measure(
     build = partial(build_optimizer, config=config.optim)
     wrapped, prepared, optimizer = wrap(accelerator, network, build, config.activation_checkpointing, config.compile)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(accelerator.device)
-    finite = Finite(accelerator, optimizer)
+    guard = NonFiniteGuard(accelerator, optimizer)
+    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, seed, guard)
     rows = np.resize(np.arange(len(index)), PLANNED * config.global_batch)
     plan = EpochPlan(Samples.of(index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
@@ -84,11 +85,8 @@ def measure(
         nonlocal sums
         started = time.perf_counter()
         for _ in range(many_steps):
-            number = next(numbers)
-            _, sums, _ = train_step(
-                wrapped, loss, prepared, next(steps), accelerator, config, seed, number, sums, finite
-            )
-        finite.check()  # waits for the device
+            sums = train_step(next(steps), next(numbers), sums).sums
+        guard.check()  # waits for the device
         return time.perf_counter() - started
 
     wrapped.train()

@@ -35,6 +35,7 @@ from triderm_dist.distributed.full_state import (
 )
 from triderm_dist.engine.ema import Ema
 from triderm_dist.files import atomic_path, file_sha256, naming_file, write_json
+from triderm_dist.losses import Sums
 from triderm_dist.schema import CheckpointError, one_line
 
 FORMAT, VERSION = "triderm-model", 1
@@ -58,22 +59,22 @@ class TrainState:
 class Training:
     """A running training: all that a checkpoint holds. `optimizer` is the plain one inside of Accelerate's.
 
-    sums: the soft F1 sums (3 heads, 3, C) of the last step, which the next may ask for.
+    sums: the loss sums of the last step, which the next one may use (train.loss.soft_f1_sums=previous).
     """
 
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    average: Ema | None
+    ema: Ema | None
     state: TrainState
-    sums: torch.Tensor | None = None
+    sums: Sums | None = None
 
-    def stepped(self, batch: int) -> None:
-        """Note that the optimizer has taken global batch number `batch` of the epoch."""
+    def advance(self, batch: int, sums: Sums) -> None:
+        """Count a step, on global batch number `batch` of the epoch: schedule, position and EMA."""
         self.scheduler.step()
-        self.state.batch, self.state.step = batch + 1, self.state.step + 1
-        if self.average:
-            self.average.update(self.state.step)
+        self.state.batch, self.state.step, self.sums = batch + 1, self.state.step + 1, sums
+        if self.ema:
+            self.ema.update(self.state.step)
 
 
 class Saved:
@@ -115,12 +116,14 @@ class Saved:
         scheduler._last_lr = list(rates)
         for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        if training.average:
-            training.average.load(self._tensors("average"))
+        if training.ema:
+            training.ema.load(self._tensors("average"))
         if accelerator.scaler and self.record["scaler"]:
             accelerator.scaler.load_state_dict(self.record["scaler"])
         sums = self.record["sums"]
-        training.sums = None if sums is None else torch.tensor(sums, device=accelerator.device)
+        if isinstance(sums, list):  # before there were other terms
+            sums = {"soft_f1": sums}
+        training.sums = sums and {name: torch.tensor(value, device=accelerator.device) for name, value in sums.items()}
         training.state = self.state
 
     def _tensors(self, name: str) -> Tensors:
@@ -154,7 +157,7 @@ class Checkpoints:
         parts = {
             "weights": full_weights(accelerator, training.wrapped),
             "optimizer": full_optimizer_state(accelerator, training.wrapped, training.optimizer),
-            **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
+            **({"average": training.ema.state()} if training.ema and participates(accelerator) else {}),
         }
         record = {
             "version": CHECKPOINT_VERSION,
@@ -162,7 +165,7 @@ class Checkpoints:
             "state": asdict(training.state),
             "scheduler": training.scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "sums": None if training.sums is None else training.sums.tolist(),
+            "sums": training.sums and {name: sums.tolist() for name, sums in training.sums.items()},
             "how": self.how,
             "changes": self.changes,
         }
@@ -214,7 +217,7 @@ class Checkpoints:
             self.changes = [*self.changes, {"step": saved.state.step, **changed}]
         return saved
 
-    def news(self, saved: Saved) -> str:
+    def describe_changes(self, saved: Saved) -> str:
         """What a training goes on with that is not as it was, in one line; empty where nothing changed."""
         if not self.changes or self.changes[-1]["step"] != saved.state.step:
             return ""

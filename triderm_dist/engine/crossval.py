@@ -27,7 +27,7 @@ from triderm_dist.engine.fold import (
     resume_hash,
 )
 from triderm_dist.engine.fold_folder import FoldFolder, exclusive
-from triderm_dist.engine.trainer import TrainingData, train
+from triderm_dist.engine.trainer import Trainer, TrainingData
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import write_predictions
 from triderm_dist.schema import VIEWS
@@ -106,10 +106,11 @@ def _run_fold(
     )
     with memory.fits(config.micro_batch) as attempt:
         torch.manual_seed(experiment.seed * 1_009 + fold)
-        changes = train(
-            f"{name} fold {fold}", new_network(model, index.concepts, views).to(accelerator.device), model.head,
-            config, data, accelerator, place, experiment.seed, stop, on_start, on_validation,
+        trainer = Trainer(
+            name=f"{name} fold {fold}", network=new_network(model, index.concepts, views).to(accelerator.device),
+            head=model.head, config=config, data=data, folder=place, seed=experiment.seed, accelerator=accelerator,
         )  # fmt: skip
+        changes = trainer.train(stop, on_start, on_validation)
         # A network of its own: that of the training may be sharded, or hold other than the selected weights.
         network = new_network(model, index.concepts, views, pretrained=False)
         load_weights(folder / "weights", network)

@@ -33,7 +33,7 @@ class Ema:
         torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """The network holds the averaged weights inside the block, bit for bit its own ones after it."""
         self._swap()
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -12,56 +14,88 @@ from triderm_dist.distributed.collectives import all_reduce_sum
 from triderm_dist.distributed.parallel import accumulate, backward, clip
 from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
-from triderm_dist.engine.finite import Finite
-from triderm_dist.losses import CompoundLoss
-from triderm_dist.schema import DIAGNOSES
+from triderm_dist.engine.finite import NonFiniteGuard
+from triderm_dist.losses import CompoundLoss, Sums
 
 
-def train_step(
-    wrapped: nn.Module,
-    loss: CompoundLoss,
-    optimizer: torch.optim.Optimizer,
-    step: Step,
-    accelerator: Accelerator,
-    config: TrainConfig,
-    seed: int,
-    number: int,
-    previous_sums: torch.Tensor | None = None,
-    finite: Finite | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One optimizer step over a global batch, of which this rank holds the micro-batches of `step`.
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of a step, on the device: nobody has waited for it.
 
-    Returns this rank's share of the focal values (3,), the soft F1 sums (3, 3, C) of the global batch, and the
-    gradient norm before clipping, a scalar; nothing here waits for the device. The sums must be known before the first
-    backward: one micro-batch takes them from its own forward; several take them from a first pass without gradients,
-    with the same dropout, or from the step before if the settings say so. `finite` keeps a bad step from being taken.
+    sums: the loss sums of the global batch.  count: its valid lesions.  grad_norm: global norm before clipping.
     """
-    alone = len(step.micro_batches) == 1
-    statistics = RunningStatistics(wrapped)
-    first = accelerator.process_index * len(step.micro_batches)
-    sums = None if alone else _sums_ahead(wrapped, loss, step, config, seed, number, first, previous_sums)
-    own_sums = torch.zeros(3, 3, len(DIAGNOSES), device=accelerator.device)
-    focal = torch.zeros(3, device=accelerator.device)
-    for i, batch in enumerate(step.micro_batches):
-        with accumulate(accelerator, wrapped, last=i + 1 == len(step.micro_batches)):
-            seed_dropout(seed, number, first + i)
-            statistics.rewind()
-            outputs = forward(wrapped, batch)
-            statistics.take()
-            own_sums += loss.sums(outputs, batch.labels, batch.valid)
-            if alone:
-                sums = all_reduce_sum(own_sums)
-            part, focal_part = loss(outputs, batch.labels, batch.valid, step.count, sums)
-            focal += focal_part
-            backward(accelerator, part)
-    statistics.finish(accelerator, len(step.micro_batches))
-    sums = own_sums if alone else all_reduce_sum(own_sums)
-    norm = clip(accelerator, wrapped, config.optim.clip_norm)
-    if finite:
-        finite.watch(number + 1, [name for batch in step.micro_batches for name in batch.lesion_ids], norm, sums)
-    optimizer.step()
-    optimizer.zero_grad()
-    return focal, sums, norm
+
+    sums: Sums
+    count: int
+    grad_norm: torch.Tensor
+
+
+class TrainStep:
+    """Takes optimizer steps. Each rank holds some micro-batches of the global batch.
+
+    Nothing here waits for the device, unless the optimizer cannot skip a step by itself (`NonFiniteGuard`).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: CompoundLoss,
+        config: TrainConfig,
+        seed: int,
+        guard: NonFiniteGuard,
+    ) -> None:
+        """wrapped, optimizer: as `parallel.wrap` prepared them."""
+        self.accelerator, self.wrapped, self.optimizer, self.loss = accelerator, wrapped, optimizer, loss
+        self.config, self.seed, self.guard = config, seed, guard
+
+    def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
+        """Step number `number`, counted from 0. Call on all ranks.
+
+        The loss sums of the global batch must be known before the first backward pass. A single micro-batch takes them
+        from its own forward pass. Several take them from a first pass without gradients and with the same dropout, or
+        use those of the step before (`previous`) if train.loss.soft_f1_sums says so.
+        """
+        micro_batches, loss = step.micro_batches, self.loss
+        first = self.accelerator.process_index * len(micro_batches)
+        statistics = RunningStatistics(self.wrapped)
+        single, own = len(micro_batches) == 1, Sums()
+        slopes = None if single else loss.slopes(self._sums_ahead(step, number, first, previous), step.count)
+        for i, batch in enumerate(micro_batches):
+            with accumulate(self.accelerator, self.wrapped, last=i + 1 == len(micro_batches)):
+                seed_dropout(self.seed, number, first + i)
+                statistics.rewind()
+                outputs = forward(self.wrapped, batch)
+                statistics.add()
+                sums = loss.sums(outputs, batch)
+                own = _added(own, sums)
+                if slopes is None:
+                    own = _all_reduced(own)
+                    slopes = loss.slopes(own, step.count)
+                backward(self.accelerator, loss.surrogate(sums, slopes))
+        statistics.finish(self.accelerator, len(micro_batches))
+        result = StepResult(
+            own if single else _all_reduced(own), step.count,
+            clip(self.accelerator, self.wrapped, self.config.optim.clip_norm),
+        )  # fmt: skip
+        self.guard.before_step(number + 1, step, result.grad_norm, result.sums)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
+
+    @torch.no_grad()
+    def _sums_ahead(self, step: Step, number: int, first: int, previous: Sums | None) -> Sums:
+        """Loss sums of the global batch before any backward pass; empty where the loss does not need them."""
+        if not self.loss.ratios:
+            return {}
+        if self.config.loss.soft_f1_sums == "previous" and previous and set(self.loss.ratios) <= set(previous):
+            return previous
+        own = Sums()
+        for i, batch in enumerate(step.micro_batches):
+            seed_dropout(self.seed, number, first + i)
+            own = _added(own, self.loss.sums(forward(self.wrapped, batch), batch))
+        return _all_reduced(own)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
@@ -73,24 +107,13 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + micro_batch) % 2**63)
 
 
-@torch.no_grad()
-def _sums_ahead(
-    wrapped: nn.Module,
-    loss: CompoundLoss,
-    step: Step,
-    config: TrainConfig,
-    seed: int,
-    number: int,
-    first: int,
-    previous: torch.Tensor | None,
-) -> torch.Tensor:
-    """Soft F1 sums of the global batch before any backward, (3, 3, C)."""
-    sums = torch.zeros(3, 3, len(DIAGNOSES), device=step.micro_batches[0].labels.device)
-    if config.loss.soft_f1_weight == 0:
-        return sums
-    if config.loss.soft_f1_sums == "previous" and previous is not None:
-        return previous.to(sums.device)
-    for i, batch in enumerate(step.micro_batches):
-        seed_dropout(seed, number, first + i)
-        sums += loss.sums(forward(wrapped, batch), batch.labels, batch.valid)
-    return all_reduce_sum(sums)
+def _added(total: Sums, part: Sums) -> Sums:
+    """total + part, without gradient; an empty total is 0."""
+    return {name: total[name] + sums.detach() if total else sums.detach() for name, sums in part.items()}
+
+
+def _all_reduced(sums: Sums) -> Sums:
+    """The sum over all ranks, in one all-reduce."""
+    flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in sums.values()]))
+    parts = flat.split([tensor.numel() for tensor in sums.values()])
+    return {name: part.view_as(tensor) for (name, tensor), part in zip(sums.items(), parts, strict=True)}

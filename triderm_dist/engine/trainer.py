@@ -1,33 +1,30 @@
-"""Training of one network: the loop."""
+"""Training of one network on one fold: the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from triderm_dist.config import TrainConfig, flat
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.distributed.collectives import all_reduce_sum, on_main
+from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import full_weights
 from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
 from triderm_dist.engine.ema import Ema
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.finite import Finite
+from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.step import train_step
+from triderm_dist.engine.step import StepResult, TrainStep
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, Head, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
@@ -53,115 +50,147 @@ class TrainingData:
     prefetch: int
 
 
-def train(
-    name: str,
-    network: Network,
-    head: Head,
-    config: TrainConfig,
-    data: TrainingData,
-    accelerator: Accelerator,
-    place: FoldFolder,
-    seed: int,
-    stop: Stop,
-    on_start: Callable[[], None] = lambda: None,
-    on_validation: Callable[[int, dict[str, float]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Train `network` and leave the selected weights in FOLDER/weights.safetensors, the optimizer's groups in
-    FOLDER/optimizer.txt, FOLDER being place.path; resumes from FOLDER/checkpoints. Returns what changed on the way:
-    {"step", setting: [before, after]} of each start that went on with another learning rate or way to compute.
+class Trainer:
+    """Trains one network; create it and call `train` once, on all ranks.
 
-    Call on all ranks. Two runs with the same stamp (settings and data), seed, micro-batch and global batch give the
-    same numbers, on any number of ranks up to the order of floating-point sums. `on_start` is called on rank 0 when the
-    settings have passed all checks; before it nothing is written. `on_validation` is told (epoch, scores). Raises
-    ConfigError for settings that can't work together, InputError for a loss or gradient that is not finite (the step is
-    not taken), OSError for a file that can't be written, all on all ranks; Interrupted after saving where `stop` was
-    asked to.
+    Two trainings with the same settings, data, seed, micro-batch and global batch give the same numbers, on any number
+    of ranks up to the order of floating-point sums. Creating it checks all settings, restores the newest checkpoint
+    and wraps the network; nothing is written before `train`. Raises ConfigError for settings that cannot work together.
     """
-    check_supported(accelerator, config)
-    plans = _Plans(config, data, seed)
-    labels = data.index.labels[data.validation_rows]
-    loss = CompoundLoss(config.loss, head, plans.class_counts).to(accelerator.device)
-    folder, how = place.path, how_of(config, accelerator)
-    checkpoints = Checkpoints(folder, place.identity, config.keep_last, how)
-    saved = checkpoints.newest(on_main(place.found))
-    if saved:
-        saved.into_network(network)
-    compute = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
-    lesions = len(data.train_rows), len(data.validation_rows)
-    accelerator.print(report(name, accelerator, config, network, lesions, plans.steps, compute))
-    groups: list[str] = []
-    build = partial(_build_optimizer, config=config, groups=groups)
-    wrapped, prepared, optimizer = wrap(
-        accelerator, network, build, config.activation_checkpointing, config.compile
-    )  # fmt: skip
-    scheduler = build_scheduler(optimizer, config.optim, plans.total_steps, plans.steps[0])
-    average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
-    training = Training(wrapped, optimizer, scheduler, average, TrainState())
-    if saved:
-        saved.into_training(accelerator, training)
-    state, finite = training.state, Finite(accelerator, optimizer)
-    meter = ThroughputMeter(state.step, plans.total_steps, config.global_batch, accelerator.device, compute)
-    tracker = Tracker(
-        name, folder, accelerator.is_main_process, epochs=config.epochs, total_steps=plans.total_steps, step=state.step,
-        epoch=state.epoch, trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
-    )  # fmt: skip
 
-    if saved and (news := checkpoints.news(saved)):
-        accelerator.print(f"{name} {news}")
+    def __init__(
+        self,
+        *,
+        name: str,
+        network: Network,
+        head: Head,
+        config: TrainConfig,
+        data: TrainingData,
+        folder: FoldFolder,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        """name: of the training in logs.  folder: gets the weights, checkpoints and logs."""
+        check_supported(accelerator, config)
+        self.name, self.head, self.config, self.data = name, head, config, data
+        self.folder, self.accelerator = folder, accelerator
+        self.epochs = _Epochs(config, data, seed)
+        self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts).to(accelerator.device)
+        self.checkpoints = Checkpoints(
+            folder.path, folder.identity, config.keep_last, execution_settings(config, accelerator)
+        )
+        saved = self.checkpoints.newest(on_main(folder.found))
+        if saved:
+            saved.into_network(network)
+        flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
+        lesions = len(data.train_rows), len(data.validation_rows)
+        accelerator.print(report(name, accelerator, config, network, lesions, self.epochs.steps, flops))
+        self.wrapped, prepared, optimizer = wrap(
+            accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
+        )
+        scheduler = build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
+        ema = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
+        self.training = Training(self.wrapped, optimizer, scheduler, ema, TrainState())
+        if saved:
+            saved.into_training(accelerator, self.training)
+            if changes := self.checkpoints.describe_changes(saved):
+                accelerator.print(f"{name} {changes}")
+        self.guard = NonFiniteGuard(accelerator, optimizer)
+        self.step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, seed, self.guard)
+        state, steps = self.training.state, self.epochs.total_steps
+        self.meter = ThroughputMeter(state.step, steps, config.global_batch, accelerator.device, flops)
+        self.tracker = Tracker(
+            name, folder.path, accelerator.is_main_process, epochs=config.epochs, total_steps=steps, step=state.step,
+            epoch=state.epoch, trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
+            loss_names=self.loss.names,
+        )  # fmt: skip
 
-    def begin() -> None:
-        place.take()
+    def train(
+        self,
+        stop: Stop,
+        on_start: Callable[[], None] = lambda: None,
+        on_validation: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train to the last epoch; leaves the selected weights in FOLDER/weights.safetensors.
+
+        Returns the changes of settings between checkpoint and resume: {"step", setting: [before, after]}. `on_start` is
+        called on rank 0 before anything is written, `on_validation` with (epoch, scores). Raises, on all ranks,
+        InputError for a loss or gradient that is not finite (the step is not taken), OSError for a file that cannot be
+        written, and, after saving, Interrupted where `stop` was requested.
+        """
+        on_main(lambda: self._begin(on_start))
+        state, active = self.training.state, self.accelerator.is_main_process
+        with self.tracker, profiler(self.folder.path, self.config.profile, active) as profile, stop.saves(self.save):
+            while state.epoch < self.config.epochs:
+                loader = self.epochs.loader(state, self.accelerator)
+                self.meter.start(loader, state.step)
+                self.wrapped.train()
+                for batch in loader:
+                    result = self.step(batch, state.step, self.training.sums)
+                    self.training.advance(batch.number, result.sums)
+                    if state.step % self.config.log_every == 0:
+                        self._log(result, loader)
+                    profile.step()
+                    if self.config.save_every and state.step % self.config.save_every == 0:
+                        self.save()
+                    stop.check()
+                scores = self._validate(stop)
+                self.tracker.log("validation", state.epoch, state.step, scores)
+                self.save()
+                if on_validation:
+                    on_validation(state.epoch, scores)
+        return self.checkpoints.changes
+
+    def save(self) -> None:
+        """Write a checkpoint. Call on all ranks, between two steps."""
+        self.guard.check()
+        self.checkpoints.save(self.accelerator, self.training)
+
+    def _build_optimizer(self, network: Network) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(network, self.config.optim)
+        self._groups = describe_groups(optimizer.param_groups)  # DeepSpeed replaces the groups by its own
+        return optimizer
+
+    def _begin(self, on_start: Callable[[], None]) -> None:
+        self.folder.take()
         on_start()
-        write_text(folder / "optimizer.txt", groups[0] + "\n")
+        write_text(self.folder.path / "optimizer.txt", self._groups + "\n")
 
-    on_main(begin)
+    def _log(self, result: StepResult, loader: Loader) -> None:
+        self.guard.check()
+        state = self.training.state
+        values = self.loss.values(result.sums, result.count)
+        values |= {"lr": float(self.training.scheduler.get_last_lr()[0]), "grad_norm": float(result.grad_norm)}
+        values |= self.meter.read(loader, state.step)
+        self.tracker.log("train", self.epochs.done(state), state.step, values)
 
-    def save() -> None:
-        finite.check()
-        checkpoints.save(accelerator, training)
+    def _validate(self, stop: Stop) -> dict[str, float]:
+        """End the epoch: score the validation rows, and keep the weights if they are to be selected."""
+        self.guard.check()
+        data, state, config = self.data, self.training.state, self.config
+        with self.training.ema.swapped_in() if self.training.ema else nullcontext():
+            validation = evaluate(
+                self.wrapped, data.index, data.source, data.validation_rows, self.accelerator, between=stop.check,
+                micro_batch=config.micro_batch, workers=data.workers, prefetch=data.prefetch,
+            )  # fmt: skip
+            labels = data.index.labels[data.validation_rows]
+            p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
+            scores = {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
+            state.epoch, state.batch = state.epoch + 1, 0
+            if config.select == "last" or scores["macro_f1"] > state.best_score:
+                state.best_score, state.best_epoch = scores["macro_f1"], state.epoch
+                self._keep_weights()
+        return scores
 
-    with tracker, profiler(folder, config.profile, accelerator.is_main_process) as profile, stop.saves(save):
-        while state.epoch < config.epochs:
-            loader = plans.loader(state, accelerator)
-            meter.start(loader, state.step)
-            wrapped.train()
-            for step in loader:
-                focal, training.sums, norm = train_step(
-                    wrapped, loss, prepared, step, accelerator, config, seed, state.step, training.sums, finite
-                )
-                training.stepped(step.number)
-                if state.step % config.log_every == 0:
-                    finite.check()
-                    values = loss.values(all_reduce_sum(focal), training.sums)
-                    values |= {"lr": float(scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
-                    values |= meter.read(loader, state.step)
-                    tracker.log("train", plans.epochs_done(state), state.step, values)
-                profile.step()
-                if config.save_every and state.step % config.save_every == 0:
-                    save()
-                stop.check()
-
-            finite.check()
-            with average.in_place() if average else nullcontext():
-                validation = evaluate(
-                    wrapped, data.index, data.source, data.validation_rows, accelerator, between=stop.check,
-                    micro_batch=config.micro_batch, workers=data.workers, prefetch=data.prefetch,
-                )  # fmt: skip
-                p = probabilities(torch.from_numpy(validation.logits), head).numpy()
-                scores = {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
-                state.epoch, state.batch = state.epoch + 1, 0
-                if config.select == "last" or scores["macro_f1"] > state.best_score:
-                    state.best_score, state.best_epoch = scores["macro_f1"], state.epoch
-                    _keep_weights(accelerator, wrapped, folder, state)
-            tracker.log("validation", state.epoch, state.step, scores)
-            save()
-            if on_validation:
-                on_validation(state.epoch, scores)
-    return checkpoints.changes
+    def _keep_weights(self) -> None:
+        """Write the full weights that predict, under canonical names."""
+        weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
+        about = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
+        on_main(lambda: save_weights(self.folder.path / "weights", weights, **about))
 
 
-def how_of(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Settings that change the numbers of a training and yet may change when it goes on."""
+def execution_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Settings that change the numbers of a training and yet may change when it resumes."""
     return {
         "train.precision": choose_precision(config.precision, accelerator.device)[0],
         "train.micro_batch": config.micro_batch,
@@ -171,8 +200,8 @@ def how_of(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-class _Plans:
-    """The order of every epoch, and the loader of the one that a run is in."""
+class _Epochs:
+    """The order of every epoch, and the loader of the current one."""
 
     def __init__(self, config: TrainConfig, data: TrainingData, seed: int) -> None:
         self.config, self.data, self.seed = config, data, seed
@@ -183,7 +212,7 @@ class _Plans:
         self.total_steps = sum(self.steps)
 
     def loader(self, state: TrainState, accelerator: Accelerator) -> Loader:
-        """What is left of the epoch, this rank's part."""
+        """This rank's part of the rest of the epoch."""
         config, data = self.config, self.data
         batches = self._plan(state.epoch).batches(
             accelerator.process_index, accelerator.num_processes, config.global_batch, start=state.batch
@@ -193,21 +222,9 @@ class _Plans:
             seed=self.seed, epoch=state.epoch, workers=data.workers, prefetch=data.prefetch,
         )  # fmt: skip
 
-    def epochs_done(self, state: TrainState) -> float:
+    def done(self, state: TrainState) -> float:
+        """Epochs done, with the fraction of the current one."""
         return state.epoch + state.batch / self.steps[state.epoch]
 
     def _plan(self, epoch: int) -> EpochPlan:
         return EpochPlan(self._samples, self._sampling, self.seed, epoch)
-
-
-def _build_optimizer(network: Network, config: TrainConfig, groups: list[str]) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(network, config.optim)
-    groups.append(describe_groups(optimizer.param_groups))  # DeepSpeed puts its own in their place
-    return optimizer
-
-
-def _keep_weights(accelerator: Accelerator, wrapped: nn.Module, folder: Path, state: TrainState) -> None:
-    """The weights that predict, whole and under canonical keys."""
-    weights = full_weights(accelerator, wrapped)
-    about = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
-    on_main(lambda: save_weights(folder / "weights", weights, **about))

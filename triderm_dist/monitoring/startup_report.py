@@ -113,6 +113,6 @@ def _off(accelerator: Accelerator, config: TrainConfig, accumulation: int) -> li
         off.append("pinned memory (no GPU)")
     if accelerator.mixed_precision != "fp16":
         off.append(f"loss scaling (only fp16 needs it, not {accelerator.mixed_precision.replace('no', 'fp32')})")
-    if accumulation > 1 and config.loss.soft_f1_weight and config.loss.soft_f1_sums == "previous":
-        off.append("exact soft F1 over the global batch (train.loss.soft_f1_sums=previous)")
+    if accumulation > 1 and config.loss.soft_f1_sums == "previous":
+        off.append("exact loss sums over the global batch (train.loss.soft_f1_sums=previous)")
     return off

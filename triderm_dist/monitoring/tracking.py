@@ -20,10 +20,10 @@ PROJECT = "triderm-dist"
 class Tracker:
     """Appends records to FOLDER/metrics.jsonl, hands them to trackers, and prints each; silent where `active` is False.
 
-    Records: {"kind": "train", epoch, step, loss, focal, soft_f1, aux, lr, grad_norm, lesions_per_s, data_wait,
-    memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step, macro_f1 (argmax), official}.
-    Opening (`with`) at a step, `epoch` epochs of which are validated, drops later records: a resumed run writes them
-    again. Open it and log on all ranks.
+    Records: {"kind": "train", epoch, step, loss, each part of it (focal, soft_f1, other terms, aux), lr, grad_norm,
+    lesions_per_s, data_wait, memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step,
+    macro_f1 (argmax), official}. Opening (`with`) at a step, after `epoch` validated epochs, drops later records: a
+    resumed run writes them again. Open it and log on all ranks.
 
     trackers: names that Accelerate knows, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow. settings: what a
     tracker shows beside the run, by dotted key. Raises ConfigError, on all ranks, for a tracker that is unknown or not
@@ -43,8 +43,10 @@ class Tracker:
         epoch: int = 0,
         trackers: Sequence[str] = ("tensorboard",),
         settings: Mapping[str, Any] | None = None,
+        loss_names: Sequence[str] = (),
     ) -> None:
         self.name, self.active, self.epochs, self.total_steps = name, active, epochs, total_steps
+        self._loss_names = loss_names
         self._kinds = {kind: tracker_class(kind) for kind in dict.fromkeys(trackers)}
         self._path, self._step, self._epoch, self._settings = folder / "metrics.jsonl", step, epoch, settings or {}
 
@@ -79,10 +81,11 @@ class Tracker:
             self._file.flush()
         self._for_each("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)
         if kind == "train":
-            place = f"epoch {epoch:.1f}/{self.epochs}  step {step}/{self.total_steps}"
+            line = f"epoch {epoch:.1f}/{self.epochs}  step {step}/{self.total_steps}  "
+            line += train_line(values, self._loss_names)
         else:
-            place = f"epoch {epoch:.0f}/{self.epochs}"
-        print(f"{self.name}  {place}  {LINES[kind](values)}", flush=True)
+            line = f"epoch {epoch:.0f}/{self.epochs}  {validation_line(values)}"
+        print(f"{self.name}  {line}", flush=True)
 
     def _for_each(self, method: str, *args: Any, **kwargs: Any) -> None:
         for kind, tracker in list(self._trackers.items()):
@@ -148,12 +151,12 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def train_line(values: Mapping[str, float]) -> str:
-    """A training record for people."""
+def train_line(values: Mapping[str, float], loss_names: Sequence[str]) -> str:
+    """A training record for people; loss_names: the parts of the loss."""
+    parts = " ".join(f"{name} {values[name]:.4f}" for name in loss_names)
     mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
     return (
-        f"loss {values['loss']:.4f} (focal {values['focal']:.4f} soft F1 {values['soft_f1']:.4f} "
-        f"aux {values['aux']:.4f})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
+        f"loss {values['loss']:.4f} ({parts})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
         f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}{mfu}  "
         f"{values['memory_gib']:.1f} GiB  ETA {clock(values['seconds_left'])}"
     )
@@ -162,6 +165,3 @@ def train_line(values: Mapping[str, float]) -> str:
 def validation_line(values: Mapping[str, float]) -> str:
     """A validation record for people."""
     return f"validation macro F1 {values['macro_f1']:.3f} (argmax)  {values['official']:.3f} (p > 0.5)"
-
-
-LINES = {"train": train_line, "validation": validation_line}

@@ -204,11 +204,14 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             ("train.sampling.threshold", "train.sampling.power"),
             "train.sampling.kind is not balanced",
         ),
-        (
-            train.loss.focal_weight == 0,
-            ("train.loss.focal_weight",),
-            tuple(f"train.loss.{name}" for name in ("gamma", "alpha", "class_weight_power", "label_smoothing")),
-            "train.loss.focal_weight is 0",
+        *(
+            (
+                getattr(train.loss, weight) == 0,
+                (f"train.loss.{weight}",),
+                tuple(f"train.loss.{name}" for name in names),
+                f"train.loss.{weight} is 0",
+            )
+            for weight, names in train.loss.USED_WITH.items()
         ),
         (
             True,

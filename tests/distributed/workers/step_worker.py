@@ -17,8 +17,9 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.full_state import full_tensor
 from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.fold import new_network
-from triderm_dist.engine.step import train_step
+from triderm_dist.engine.step import TrainStep
 from triderm_dist.engine.views import open_views
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.schema import DIAGNOSES
@@ -69,7 +70,9 @@ def main(shards: str, output: str, cases: str) -> None:
             optimizer.register_step_pre_hook(keep)
             return optimizer
 
-        wrapped, prepared, _ = parallel.wrap(accelerator, network, watched, case.get("checkpointing", False), False)
+        wrapped, prepared, optimizer = parallel.wrap(
+            accelerator, network, watched, case.get("checkpointing", False), False
+        )
         loss = CompoundLoss(model.train.loss, model.head, list(range(1, len(DIAGNOSES) + 1)))
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
@@ -79,8 +82,9 @@ def main(shards: str, output: str, cases: str) -> None:
         )
         (step,) = loader
         wrapped.train()
-        focal, sums, _ = train_step(wrapped, loss, prepared, step, accelerator, model.train, 0, 0)
-        value = loss.values(collectives.all_reduce_sum(focal), sums)["loss"]
+        guard = NonFiniteGuard(accelerator, optimizer)
+        result = TrainStep(accelerator, wrapped, prepared, loss, model.train, 0, guard)(step, 0)
+        value = loss.values(result.sums, result.count)["loss"]
         buffers = {name: buffer for name, buffer in parallel.unwrap(wrapped).named_buffers() if "running" in name}
         assert_same_on_all_ranks(buffers)
         if accelerator.is_main_process:
