@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.fork_server import fork_python
 
@@ -41,6 +41,9 @@ def start(
     config: str | None = None,
     fork: bool = True,
     environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
+    output: int | IO[str] = subprocess.PIPE,
+    errors: int | IO[str] = subprocess.PIPE,
 ) -> subprocess.Popen:
     """Start a program as `ranks` processes, under torchrun or, with `config`, under `accelerate launch`.
 
@@ -55,13 +58,13 @@ def start(
     else:
         launcher = []
     return subprocess.Popen(
-        [fork_python() if fork else sys.executable, *launcher, *target, *arguments], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        [fork_python() if fork else sys.executable, *launcher, *target, *arguments], cwd=folder, env=environment,
+        stdout=output, stderr=errors, text=True, process_group=0,
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Wait for a process."""
+    """Wait for a process that `start` started."""
     try:
         output, errors = process.communicate(timeout=HANG_SECONDS)
     finally:

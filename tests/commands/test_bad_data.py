@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import Challenge
-from tests.processes import HANG_SECONDS, ROOT
+from tests.processes import launch
 
 Make = Callable[..., Challenge]
 
 
 def run(program: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", program, *settings]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    return launch(program, *settings, check=False)
 
 
 def truncate(challenge: Challenge) -> None:

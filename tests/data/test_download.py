@@ -10,7 +10,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import HANG_SECONDS, ROOT
+from tests.processes import HANG_SECONDS, launch
 from triderm_dist.cli import Interrupted
 from triderm_dist.data.download import download, fetch, read_checksums, unpack
 from triderm_dist.schema import DataError
@@ -258,8 +257,7 @@ def test_a_nested_folder_is_taken_out(tmp_path: Path) -> None:
 
 
 def run(*settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "shards.download", *settings]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    return launch("shards.download", *settings, check=False)
 
 
 def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Path) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import HANG_SECONDS, ROOT
+from tests.processes import launch
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS
 
 
 def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:
     arguments = [f"{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "shards.demo", f"output={output}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    return launch("shards.demo", f"output={output}", *arguments, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """A small experiment, and the doctor run on it."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import ROOT, launch
 from triderm_dist.config import Experiment
 from triderm_dist.doctor import data, examine
 from triderm_dist.doctor.findings import Finding
@@ -25,7 +23,4 @@ def finding(experiment: Experiment, name: str, ranks: int = 1) -> Finding:
 
 
 def run_doctor(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.doctor", *words],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return launch("launch.doctor", *words, check=False, environment=environment)

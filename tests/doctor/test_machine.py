@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist.doctor.machine import _clock, _disk, no_gpu
 
 
@@ -32,7 +32,7 @@ def test_too_little_shared_memory_is_told():
     # In a mount namespace of its own, as a container with Docker's default has it.
     inside = 'mount -t tmpfs -o size=64m tmpfs /dev/shm || exit 77; exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no mount namespaces for this user")
     assert done.returncode == 0, done.stderr

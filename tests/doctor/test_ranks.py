@@ -1,10 +1,8 @@
 """The doctor started on all ranks: what it compares, and ranks that do not answer."""
 
-import os
 import re
 import socket
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.doctor.conftest import SMALL, run_doctor
-from tests.processes import ROOT
+from tests.processes import HANG_SECONDS, ROOT, launch
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.doctor.findings import Finding
@@ -40,11 +38,10 @@ def run_on_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess:
     script, own = folder / "rank.py", folder / "own"
     script.write_text(RANK)
     own.mkdir(exist_ok=True)
-    launcher = ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
-    return subprocess.run(
-        [sys.executable, "-m", "launch.ranks", *launcher, str(script), str(ROOT), *SMALL, "output=run", *words],
-        cwd=own, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True, timeout=120,
+    arguments = [str(ROOT), *SMALL, "output=run", f"answer_seconds={HANG_SECONDS}", *words]
+    return launch(
+        str(script), *arguments, ranks=2, config=str(ROOT / "accelerate_configs" / "ddp.yaml"), folder=own, check=False,
+        environment={"ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
 
 

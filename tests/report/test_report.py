@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.ensemble.conftest import experiment
+from tests.processes import HANG_SECONDS
 from tests.synthetic_run import write_run
 from triderm_dist import metrics
 from triderm_dist.config import save
@@ -168,7 +169,7 @@ def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path
             [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
              f"--user-data-dir={tmp_path}", f"--window-size={width},900", "--virtual-time-budget=5000",
              "--dump-dom", probed.as_uri()],
-            capture_output=True, text=True, timeout=90, check=True,
+            capture_output=True, text=True, timeout=HANG_SECONDS, check=True,
         )  # fmt: skip
         assert "<title>shown=true fits=true images=8</title>" in done.stdout
         assert "CONSOLE" not in done.stderr

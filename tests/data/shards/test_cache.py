@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from tests.conftest import write_challenge
 from tests.data.shards import faulty_server as remote
 from tests.data.shards.faulty_server import serve
+from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS, wait_for
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.loader import Loader, PhotoSource
@@ -272,7 +272,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_blocks(server, pa
     name = read_index(packed).shards[1].url
     server.faults[name] = [remote.stall]
     root = tmp_path / "cache"
-    with subprocess.Popen([sys.executable, "-c", HOLD, server.url, str(root)]) as process:
+    with subprocess.Popen([fork_python(), "-c", HOLD, server.url, str(root)]) as process:
         wait_for(lambda: list(root.glob(f"*/{name}.*.fetch.1")), process)
         process.kill()
     assert list(root.glob(f"*/{name}.*.fetch"))
