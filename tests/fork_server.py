@@ -59,9 +59,23 @@ os._exit(status)
 """
 
 
-@functools.cache
 def fork_python() -> str:
     """The executable; starts this process' server at the first call."""
+    return _started()[0]
+
+
+def forks(title: str) -> list[int]:
+    """The processes of this process' server whose command lines begin with `title`, which programs may set."""
+    server, found = _started()[1], []
+    for pid in map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split()):
+        with contextlib.suppress(OSError):
+            found += [pid] if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()) else []
+    return found
+
+
+@functools.cache
+def _started() -> tuple[str, int]:
+    """(executable, process of the server)."""
     folder = Path(tempfile.mkdtemp(prefix="fork-server-"))
     command = [sys.executable, "-m", "tests.fork_server", str(folder / "socket"), str(folder / "python")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -72,7 +86,7 @@ def fork_python() -> str:
     atexit.register(server.stdin.close)
     while line := server.stdout.readline():  # imports may print, too
         if line == b"serving\n":
-            return str(folder / "python")
+            return str(folder / "python"), server.pid
     raise AssertionError(f"{command} ended with {server.wait()}")
 
 

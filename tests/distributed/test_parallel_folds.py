@@ -4,15 +4,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.processes import ROOT
+from tests.fork_server import forks
+from tests.processes import finish, start, wait_for
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError, InputError
@@ -42,31 +40,13 @@ FOLDS = ["tri/fold-0", "tri/fold-1", "cnn/fold-0", "cnn/fold-1"]
 
 
 def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
-    command = ["-m", "launch.crossval", "--config", str(folder / "tiny.yaml"), *words]
     # Two folds at once, whatever the machine has.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    environment = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
     with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-
-
-def wait_for(what: Callable[[], object], process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline and process.poll() is None, log.read_text()
-        time.sleep(0.05)
-
-
-def workers(process: subprocess.Popen, task: str) -> list[psutil.Process]:
-    """The processes below one that train a fold, by their titles."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            found += [child] if " ".join(child.cmdline()).startswith(f"ray::{task}") else []
-        except psutil.NoSuchProcess:
-            continue
-    return found
+        return start(
+            "launch.crossval", "--config", str(folder / "tiny.yaml"), *words, environment=environment, output=file,
+            errors=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed, tmp_path):
@@ -76,21 +56,26 @@ def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed,
     words = [f"data.shards={packed}", f"output={tmp_path / 'side'}", "parallel_folds=true"]
     process = crossval(tmp_path, first, *words)
     fold = tmp_path / "side" / "cnn" / "fold-0"
-    wait_for(lambda: len(records(fold)) > 5, process, first)  # behind the checkpoint of an epoch
-    workers(process, "cnn fold 0")[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: "cnn fold 0 is tried again from its last checkpoint" in first.read_text(), process, first)
+    said = first.read_text
+    wait_for(lambda: len(records(fold)) > 5, process, said)  # behind the checkpoint of an epoch
+    os.kill(forks("ray::cnn fold 0")[0], signal.SIGKILL)
+    wait_for(
+        lambda: "cnn fold 0 is tried again from its last checkpoint" in first.read_text(), process, first.read_text
+    )
     before = len(records(fold))
-    wait_for(lambda: len(records(fold)) > before, process, first)
+    wait_for(lambda: len(records(fold)) > before, process, said)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 3 and "interrupted: run the same command again" in first.read_text(), first.read_text()
+    assert finish(process).returncode == 3 and "interrupted: run the same command again" in first.read_text(), (
+        first.read_text()
+    )
     assert not (fold / "predictions.parquet").exists()
     newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))
     assert newest == records(fold)[-1]["step"]  # saved where it stopped
     assert not list((tmp_path / "side").rglob("*.part"))
 
     process = crossval(tmp_path, second, *words)
-    assert process.wait(120) == 0, second.read_text()
-    assert alone.wait(60) == 0, apart.read_text()
+    assert finish(process).returncode == 0, second.read_text()
+    assert finish(alone).returncode == 0, apart.read_text()
     told = first.read_text() + second.read_text()
     for name in ("tri fold 0", "tri fold 1", "cnn fold 0", "cnn fold 1"):
         assert len(re.findall(rf"{name}  epoch \S+  step 1/", told)) == 1, f"{name} was begun anew\n{told}"

@@ -1,19 +1,20 @@
 """The whole way with one command: done once, skipped when nothing changed, killed and gone on with."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from tests.processes import ROOT, launch
+from tests.processes import finish, launch, start, wait_for
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import PhotoSource
 from triderm_dist.data.shards.index import read_index
@@ -119,20 +120,22 @@ def test_the_second_time_nothing_runs(done, arguments):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def is_free(folder: Path) -> bool:
+    """Whether no pipeline holds the folder: the stage of one that was killed may take a moment to end."""
+    with (folder / ".lock").open() as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
-    command = [sys.executable, "-m", "launch.pipeline", *arguments, f"output={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "tri" / "fold-1" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process = start("launch.pipeline", *arguments, f"output={tmp_path}")
+    wait_for((tmp_path / "tri" / "fold-1" / "metrics.jsonl").exists, process)
+    process.kill()
     process.wait()
     first = (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns
-    deadline = time.monotonic() + 60
-    while (result := launch("launch.pipeline", *arguments, f"output={tmp_path}", check=False)).returncode:
-        # The killed pipeline's stage may take a moment to end.
-        assert "another run is working here" in result.stderr and time.monotonic() < deadline, result.stderr
+    wait_for(partial(is_free, tmp_path))
+    result = launch("launch.pipeline", *arguments, f"output={tmp_path}")
     assert result.stdout.count("done before, inputs unchanged") == 2
     assert (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns == first
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
@@ -142,18 +145,14 @@ def test_ctrl_c_parallel_folds_waits_until_the_folds_have_saved(packed, tmp_path
     (tmp_path / "tiny.yaml").write_text(SETTINGS.partition("  frozen:")[0])
     words = ["--config", str(tmp_path / "tiny.yaml"), f"data.shards={packed}", f"output={tmp_path}"]
     # Two folds at once, whatever the machine has.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.pipeline", *words, "train.epochs=500", "train.log_every=1", "cpus=1",
-         "parallel_folds=true"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        process_group=0,
+    process = start(
+        "launch.pipeline", *words, "train.epochs=500", "train.log_every=1", "parallel_folds=true", "cpus=1",
+        environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}, errors=subprocess.STDOUT,
     )  # fmt: skip
     folds = [tmp_path / "tri" / f"fold-{fold}" for fold in range(2)]
-    while not all(len(records(fold)) > 5 for fold in folds):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
+    wait_for(lambda: all(len(records(fold)) > 5 for fold in folds), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    text, _ = process.communicate(timeout=60)
+    text = finish(process).stdout
     assert process.returncode == 3 and "2 folds, 2 at once, each on 1 CPU" in text, text
     for fold in folds:
         newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))

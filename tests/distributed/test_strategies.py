@@ -1,16 +1,13 @@
 """One training handed from one way to run to the next, asked to stop on the way, beside the undisturbed one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import ROOT, WORKERS, launch
+from tests.processes import WORKERS, launch
 from triderm_dist.monitoring.tracking import read_metrics
 
 WORKER = str(WORKERS / "relay_worker.py")
@@ -144,12 +141,8 @@ def test_out_of_memory_on_one_rank_makes_all_go_on_with_half_the_micro_batch(set
 
 
 def test_out_of_memory_alone(settings, tmp_path):
-    cramped = [sys.executable, str(WORKERS / "oom_worker.py"), "0"]
     arguments = ["--config", settings["config"], *settings["settings"], f"output={tmp_path}", "train.epochs=1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*cramped, *arguments, "train.micro_batch=16"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = launch(str(WORKERS / "oom_worker.py"), "0", *arguments, "train.micro_batch=16")
     assert "micro-batch 8 instead of 16" in done.stdout and "micro-batch 4 instead of 8" in done.stdout
     assert json.loads((tmp_path / "tri" / "fold-0" / "micro_batch.json").read_text())["micro_batch"] == 4
 
