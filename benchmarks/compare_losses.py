@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import Section
 
 ACROSS_MACHINES = 2e-3
 """Relative tolerance of a golden file on another machine: other kernels round otherwise, and AdamW amplifies it."""

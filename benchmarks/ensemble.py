@@ -23,12 +23,12 @@ from pydantic import Field
 
 from triderm_dist import metrics
 from triderm_dist.cli import run
-from triderm_dist.config import Section
 from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.thresholds import best_thresholds, decide, guarded_thresholds
 from triderm_dist.ensemble.weights import fit_weights
 from triderm_dist.predictions import OofTable, labeled, read_oof
 from triderm_dist.schema import DIAGNOSES
+from triderm_dist.settings import Section
 
 C = len(DIAGNOSES)
 SHARE = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240

@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.settings import Section
 
 METHODS = Path(__file__).with_name("loader_methods.py")
 RIVALS = Path(__file__).with_name("loader_rivals.py")

@@ -36,7 +36,7 @@ from pydantic import Field
 
 from benchmarks.step import TOWERS, Size, our_network
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.settings import Section
 
 LINKS = {"NVLink": (360e9, 10e-6), "100 Gb/s": (11e9, 30e-6)}
 """Bytes/s and seconds: NVLink of an H100 gives about 80% of its 450 GB/s a direction, Ethernet about 90% of 12.5."""

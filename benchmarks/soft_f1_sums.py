@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.settings import Section
 
 
 class SumsRun(Section):

@@ -28,13 +28,14 @@ from pydantic import Field
 from benchmarks.ensemble import SHARE
 from triderm_dist import metrics
 from triderm_dist.cli import run
-from triderm_dist.config import EnsembleConfig, Experiment, Section, StackConfig, save
+from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, save
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.columns import ColumnFile
 from triderm_dist.ensemble.stacker import Stacker, device_of, fit_stacker, threads_for
 from triderm_dist.predictions import OofTable, write_oof
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
+from triderm_dist.settings import Section
 
 C = len(DIAGNOSES)
 

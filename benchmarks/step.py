@@ -31,7 +31,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import DataConfig, ModelConfig, Section, TowerConfig, TrainConfig
+from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.settings import Section
 
 TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 CONCEPTS = 14

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import ModelConfig, Section
+from triderm_dist.config import ModelConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
@@ -35,6 +35,7 @@ from triderm_dist.engine.evaluate import Evaluation, evaluate, forward
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.schema import Batch
+from triderm_dist.settings import Section
 
 TRANSFORMS = 8
 

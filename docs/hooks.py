@@ -13,7 +13,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from triderm_dist.commands import names
-from triderm_dist.config import Experiment, Section, describe
+from triderm_dist.config import Experiment
+from triderm_dist.settings import Section, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "triderm_dist"

@@ -106,8 +106,8 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
             assert (ROOT / value).is_file(), value
     taken = []
 
-    def take(kind, main, about, argv=None):
-        taken.append(cli._settings(kind, list(arguments)))
+    def take(kind, main, about, argv=None, users=None):
+        taken.append(cli.read_settings(kind, arguments))
 
     if module.startswith("benchmarks."):
         monkeypatch.setattr(cli, "run", take)

@@ -1,12 +1,16 @@
 """Settings: strict, helpful, and the same after writing and reading."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from tests.processes import ROOT
-from triderm_dist.config import Experiment, describe, load, save
+from triderm_dist.config import Experiment, has_effect, load, save
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import describe
 
 EXPERIMENTS = ROOT / "launch" / "experiments"
 
@@ -18,12 +22,12 @@ EXPERIMENTS = ROOT / "launch" / "experiments"
         ("models.a.widht=3", r"unknown setting 'models.a.widht'; did you mean 'models.NAME.width'\?"),
         ("epoch=3", r"unknown setting 'epoch'; did you mean 'train.epochs'\?"),
         ("lr=1e-3", r"unknown setting 'lr'; did you mean 'train.optim.lr'\?"),
-        ("xyzzy=3", "unknown setting 'xyzzy'; --help lists all"),
+        ("xyzzy=3", "unknown setting 'xyzzy'; --help-all lists them"),
         ("train.epochs=many", "train.epochs: input should be a valid integer"),
         ("models.a.width=30", "width 30 is not a multiple of heads 8"),
         ("models.a.train.loss.alpha=0.3", "alpha works with head=sigmoid only"),
-        ("epochs", "'epochs' is no setting: write key.subkey=value"),
-        ("train.optim.lr=[1", "train.optim.lr: '\\[1' is not YAML"),
+        ("epochs", "'epochs' is not a setting; write key.subkey=value"),
+        ("train.optim.lr=[1", "train.optim.lr: '\\[1': not readable as YAML"),
     ],
 )
 def test_wrong_settings_are_one_line(override, message):
@@ -75,11 +79,45 @@ def test_base_file_is_laid_under(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["a.yaml", "b.yaml"])
-def test_a_file_that_builds_on_itself_is_told(tmp_path, base):
+def test_a_cycle_of_base_files_is_refused(tmp_path, base):
     (tmp_path / "a.yaml").write_text(f"base: {base}\n")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: builds on itself by `base`"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: `base` forms a cycle \(a\.yaml -> .*a\.yaml\)"):
         load(Experiment, tmp_path / "a.yaml")
+
+
+def test_base_may_be_a_shipped_experiment(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: rtx4090\nseed: 3\n")
+    config = load(Experiment, tmp_path / "mine.yaml")
+    assert (config.seed, config.train.micro_batch) == (3, load(Experiment, "rtx4090").train.micro_batch)
+
+
+def test_home_is_expanded_in_paths():
+    config = load(Experiment, None, ["output=~/run", "data.remote.cache=~/cache", "data.shards=s3://bucket/~x"])
+    assert (config.output, config.data.remote.cache) == (
+        str(Path("~/run").expanduser()),
+        str(Path("~/cache").expanduser()),
+    )
+    assert config.data.shards == "s3://bucket/~x"
+
+
+def test_every_setting_of_a_path_is_marked_as_one():
+    """A description of a file, folder or URL without the type makes `~` a folder of that name."""
+    rows = {key: type_name for key, type_name, _, text in describe(Experiment) if re.search(r"\b(folder|URL)\b", text)}
+    assert {key for key, type_name in rows.items() if "path" not in type_name} <= {
+        "data.invalid",
+        "data.verify", "data.remote.cache_gb", "data.remote.allow_commands"
+    }  # fmt: skip
+
+
+def test_a_program_knows_the_settings_that_affect_it():
+    class Program(Experiment):
+        uses = ("output", "data.shards", "train")
+        own: int = Field(1, description="own")
+
+    affecting = ["own", "output", "data", "data.shards", "train", "train.optim.lr"]
+    others = ["seed", "data.source", "models.a.width", "stack"]
+    assert [key for key in affecting + others if has_effect(Program, key)] == affecting
 
 
 def test_plugins_are_imported_before_settings_are_read(tmp_path, monkeypatch):

@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from tests.conftest import write_challenge
 from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
-from triderm_dist.config import Experiment, load, merge
+from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.monitoring.tracking import read_metrics
 from triderm_dist.predictions import read_oof
 from triderm_dist.schema import METADATA_FIELDS
+from triderm_dist.settings import merge
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

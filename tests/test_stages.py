@@ -90,7 +90,7 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
         f"Path(r'{tmp_path}/begun').touch(); time.sleep(60)"
     )
     code = (
-        "from pathlib import Path; from triderm_dist import cli; from triderm_dist.config import Section\n"
+        "from pathlib import Path; from triderm_dist import cli; from triderm_dist.settings import Section\n"
         "from triderm_dist.stages import Stage, run_stages\n"
         f"stages = [Stage('save', ['python', '-c', {saves!r}], 0, [], []), Stage('next', ['false'], 0, [], [])]\n"
         f"cli.run(Section, lambda config: run_stages(stages, Path(r'{tmp_path}')), None, [])"
@@ -109,7 +109,7 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
 def test_a_program_that_is_asked_to_stop_ends_with_3_also_in_code_run_from_text(tmp_path):
     waits = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
     (tmp_path / "waits.py").write_text(
-        "from triderm_dist import cli; from triderm_dist.config import Section\n"
+        "from triderm_dist import cli; from triderm_dist.settings import Section\n"
         f"cli.run(Section, lambda config: exec({waits!r}), None, [])"
     )
     path = os.pathsep.join([str(ROOT), str(tmp_path)])

@@ -1,72 +1,97 @@
-"""The one command line of every program: `python -m ROOM.PROGRAM [--config FILE.yaml] [key.subkey=value ...]`.
+"""The command line that all programs share: `triderm PROGRAM [--config FILE.yaml] [key.subkey=value ...]`.
 
-Exit status 0: done. 2: bad input, told in one line. 3: interrupted, the same command goes on where it stopped.
+Exit codes: 0 success, 2 invalid input (one line tells how to fix it), 3 interrupted; rerun the same command to resume.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from triderm_dist.config import Section, Tree, describe, load
-from triderm_dist.schema import InputError, one_line
+from triderm_dist.config import Experiment, as_yaml, has_effect, load
+from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.settings import Section, Tree, describe, flat, read_override
 
 BAD_INPUT = 2
 INTERRUPTED = 3
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers ask a program to stop with. They stop it as Ctrl-C does, at once; training defers them to a step."""
+"""The signals by which schedulers ask a program to stop: at once, as Ctrl-C does; training finishes its step first."""
 
 
 class Interrupted(Exception):
-    """Work was asked to stop, has saved its state, and can be resumed. Its text says how."""
+    """Work stopped on request after saving its state, and can be resumed. The text says how."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked to stop. After a plain KeyboardInterrupt that passed through code run from text, as dataclasses
-    are, Python ends by SIGINT whatever exit status it is given.
+    """A signal asked to stop. A subclass, because after a plain KeyboardInterrupt that passed through exec()
+    (dataclasses use it) Python ends by SIGINT whatever exit code it is given.
     """
 
 
 def raise_stopped(number: int, frame: FrameType | None) -> None:
-    """A handler of signals."""
+    """Raise `Stopped`; a signal handler."""
     raise Stopped
 
 
-def run(kind: type[Tree], main: Callable[[Tree], None], about: str | None, argv: Sequence[str] | None = None) -> None:
-    """Read the settings of `kind` from the command line, call `main`, and leave with the right exit status."""
+Users = Callable[[str], Sequence[str]]
+"""The names of the programs that use a setting of the experiment."""
+
+
+def run(
+    kind: type[Tree],
+    main: Callable[[Tree], None],
+    about: str | None,
+    argv: Sequence[str] | None = None,
+    users: Users = lambda key: (),
+) -> None:
+    """Read the settings of `kind` from the command line, call `main`, and exit.
+
+    about: text of --help. users: names other programs in the error for a setting that has no effect on this one.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(_help(kind, about or ""))
+    if {"--help", "-h", "--help-all"} & set(arguments):
+        print(help_text(kind, about or "", everything="--help-all" in arguments))
         sys.exit(0)
-    guarded(lambda: main(_settings(kind, arguments)))
+    show = "--print-config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+
+    def work() -> None:
+        config = read_settings(kind, arguments, users)
+        if show:
+            print(as_yaml(config), end="")
+        else:
+            main(config)
+
+    guarded(work)
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Call `work`; leave with the exit status and one line on the error stream where it fails or is interrupted."""
+    """Call `work`; where it fails or is interrupted, print one line on stderr and exit with the code for it."""
     try:
         with handle_signals(raise_stopped):
             work()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except OSError as error:  # a full disk, a folder that is a file, no rights, no network
+    except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)
         print(f"error: {error.filename}: {text}" if error.filename else f"error: {text}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"interrupted: {str(stop) or 'run the same command again to go on'}", file=sys.stderr)
+        print(f"interrupted: {str(stop) or 'rerun the same command to resume'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
 @contextmanager
 def handle_signals(handler: Callable[..., object], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Signals go to `handler` inside the block. Only the main thread may take signals: others are left as they are."""
-    here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers} if here else {}
+    """Install `handler` for these signals inside the block; in any but the main thread do nothing, as Python asks."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield
     finally:
@@ -74,27 +99,70 @@ def handle_signals(handler: Callable[..., object], numbers: Sequence[signal.Sign
             signal.signal(number, former)
 
 
-def _settings(kind: type[Tree], arguments: list[str]) -> Tree:
+def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lambda key: ()) -> Tree:
+    """Read the settings of `kind` from the words of a command line. Raises InputError for an unknown option, and
+    ConfigError as `load` does and for a setting that has no effect; those in the file are shared by all programs.
+    """
     file: str | None = None
     overrides: list[str] = []
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--config":
-            if not arguments:
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            if not words:
                 raise InputError("--config needs a YAML file after it")
-            file = arguments.pop(0)
-        elif argument.startswith("--config="):
-            file = argument.removeprefix("--config=")
-        elif argument.startswith("-"):
-            raise InputError(f"unknown option {argument}; there are --config FILE, --help and key.subkey=value")
+            file = words.pop(0)
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+        elif word.startswith("-"):
+            raise InputError(f"unknown option {word}; {OPTIONS}, and settings are written key.subkey=value")
         else:
-            overrides.append(argument)
-    return load(kind, file, overrides)
+            overrides.append(word)
+    config = load(kind, file, overrides)
+    for key in (key for override in overrides for key in flat(read_override(override))):
+        if not has_effect(kind, key):
+            programs = users(key)
+            hint = f"; programs that use it: {', '.join(programs)}" if programs else ""
+            raise ConfigError(f"{key}: this program does not use the setting{hint}")
+    return config
 
 
-def _help(kind: type[Section], about: str) -> str:
-    heading = "settings, as key.subkey=value or in the YAML file of --config (`base: FILE` names one to build on):"
-    lines = [about.strip(), "", heading, ""]
-    for key, type_name, default, description in describe(kind):
-        lines += [f"  {key}  ({type_name}, default {default})", f"      {description}"]
+FORM = """Settings are written key.subkey=value, or in the YAML file of --config (`base: FILE` names one to build on).
+A list is a,b or [a, b]. --print-config prints the resolved settings as YAML and ends."""
+EXIT_CODES = "Exit codes: 0 success, 2 invalid input (one line tells how to fix it), 3 interrupted; rerun to resume."
+OPTIONS = "options are --config FILE, --print-config, --help and --help-all"
+
+
+def help_text(kind: type[Section], about: str, everything: bool = False) -> str:
+    """The help of a program: its own settings first, then those of the experiment that it uses, by section.
+
+    everything: also list the settings that have no effect on it, and those of `models.NAME.train` one by one.
+    """
+    rows = list(describe(kind))
+    shared = set(Experiment.model_fields) if issubclass(kind, Experiment) else set()
+    own = [row for row in rows if row[0].split(".")[0] not in shared]
+    used = [row for row in rows if row not in own and (everything or has_effect(kind, row[0]))]
+    lines = [about.strip(), "", FORM]
+    if own and used:
+        lines += ["", "Settings of this program:"]
+    lines += _help_rows(own)
+    if used:
+        lines += ["", f"Settings of the experiment{'' if everything else ' that it uses (--help-all lists all)'}:"]
+        lines += _help_rows([row for row in used if everything or not row[0].startswith("models.NAME.train.")])
+        if not everything and any(row[0].startswith("models.NAME.train.") for row in used):
+            lines += ["", "  models.NAME.train.KEY", "      as train.KEY, for one model"]
+    lines += ["", EXIT_CODES]
     return "\n".join(lines)
+
+
+def _help_rows(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """A setting's key, type and default, then its description; an empty line between sections."""
+    lines: list[str] = []
+    section = None
+    for key, type_name, default, description in rows:
+        if section != (section := key.rpartition(".")[0]):
+            lines.append("")
+        default = default if default == "required" else f"default {default}"
+        lines.append(f"  {key}  ({type_name}, {default})")
+        lines += textwrap.wrap(description, 112, initial_indent="      ", subsequent_indent="      ")
+    return lines

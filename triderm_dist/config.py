@@ -1,32 +1,36 @@
-"""Settings: one typed tree, read from YAML and dotted overrides.
+"""The settings of a run: one typed tree. What reads and describes it is in settings.py.
 
-Every section refuses unknown keys and names the nearest right one. `Experiment` is the tree of a whole run; programs
-that need less declare a smaller `Section` of their own and go through the same reader (`load`).
+`Experiment` is the tree. A program adds settings of its own in a subclass, and declares in `uses` which settings of the
+experiment have an effect on it; programs that need no experiment declare a smaller `Section`.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, one_line
-
-
-class Section(BaseModel):
-    """A node of the settings tree."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+from triderm_dist.settings import (
+    PathText,
+    Section,
+    SourceText,
+    Tree,
+    merge,
+    read_mapping,
+    read_override,
+    typed,
+    untyped,
+    validate,
+)
 
     def __hash__(self) -> int:  # pydantic's own fails for fields that are mappings
         return hash(self.model_dump_json())
@@ -35,7 +39,7 @@ class Section(BaseModel):
 class RemoteConfig(Section):
     """Shards behind a URL: data.shards and data.test_shards may be s3://, gs://, hf://, https:// or any fsspec URL."""
 
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         None, description="node-local folder that ranks share; default $XDG_CACHE_HOME or ~/.cache, triderm-dist/shards"
     )
     cache_gb: float = Field(
@@ -52,15 +56,15 @@ class RemoteConfig(Section):
 
 
 class DataConfig(Section):
-    source: str | None = Field(None, description="challenge folder with photos, metadata and ground truth")
-    test: str | None = Field(None, description="challenge folder to predict; labels are not needed")
-    shards: str | None = Field(
+    source: PathText | None = Field(None, description="challenge folder with photos, metadata and ground truth")
+    test: PathText | None = Field(None, description="challenge folder to predict; labels are not needed")
+    shards: PathText | None = Field(
         None, description="packed training shards, a folder or a URL; default OUTPUT/shards/train"
     )
-    test_shards: str | None = Field(
+    test_shards: PathText | None = Field(
         None, description="packed test shards, a folder or a URL; default OUTPUT/shards/test"
     )
-    test_truth: str | None = Field(
+    test_truth: PathText | None = Field(
         None, description="ground truth of the test set, if it is known: scores the submission"
     )
     folds: int = Field(5, ge=2, description="number of cross-validation folds")
@@ -131,7 +135,7 @@ class AugmentConfig(Section):
 
 
 class TowerConfig(Section):
-    source: str = Field(
+    source: SourceText = Field(
         "hf-hub:redlessone/DermLIP_ViT-B-16",
         description="hf-hub:ID, local-dir:PATH, a PanDerm checkpoint file, timm:NAME, or timm:NAME@WEIGHTS_FILE",
     )
@@ -341,6 +345,13 @@ class PredictConfig(Section):
     batch: int = Field(64, ge=1, description="lesions a forward")
 
 
+TRAINING = (
+    *("plugins", "output", "seed", "token_seed", "tokens", "rank_timeout", "train", "models"),
+    *(f"data.{key}" for key in ("shards", "folds", "fold_seed", "verify", "workers", "prefetch", "remote")),
+)
+"""The settings that have an effect on training, as `Experiment.uses` lists them."""
+
+
 class Extensible(Section):
     """Settings of a program that plugins can extend."""
 
@@ -360,9 +371,19 @@ class Extensible(Section):
 class Experiment(Extensible):
     """The settings of a run."""
 
-    output: str = Field("runs/default", description="folder of this run")
+    uses: ClassVar[tuple[str, ...] | None] = None
+    """Keys and sections of the experiment that have an effect on a program; None stands for all."""
+
+    output: PathText = Field("runs/default", description="folder of this run")
     seed: int = Field(0, description="seed of initial weights, order and augmentation")
     token_seed: int | None = Field(None, description="seed of the augmented tokens of frozen towers; null takes `seed`")
+    tokens: PathText | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
+    rank_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more "
+        "where rank 0 checks very large shards (data.verify)",
+    )
     data: DataConfig = DataConfig()
     train: TrainConfig = Field(TrainConfig(), description="defaults for every model; models.NAME.train wins")
     models: dict[str, ModelConfig] = Field(
@@ -371,14 +392,6 @@ class Experiment(Extensible):
     stack: StackConfig = StackConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     predict: PredictConfig = PredictConfig()
-
-    rank_timeout: float = Field(
-        600.0,
-        gt=0,
-        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more "
-        "where rank 0 checks very large shards (data.verify)",
-    )
-    tokens: str | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -471,7 +484,12 @@ class ParallelFoldsRun(Experiment):
         return self
 
 
-Tree = TypeVar("Tree", bound=Section)
+def has_effect(kind: type[Section], key: str) -> bool:
+    """Whether a dotted key is a setting of the program itself, or one of the experiment that it uses."""
+    uses = kind.uses if issubclass(kind, Experiment) else None
+    if uses is None or key.split(".")[0] not in Experiment.model_fields:
+        return True
+    return any(f"{key}.".startswith(f"{used}.") or f"{used}.".startswith(f"{key}.") for used in uses)
 
 
 SHIPPED = {"experiments": "launch/experiments", "spaces": "tune/spaces", "accelerate_configs": "accelerate_configs"}
@@ -502,40 +520,30 @@ def first_comment(file: Path) -> str:
 
 
 def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
-    """The settings of `kind` from a YAML file and `key.subkey=value` overrides; values are read as YAML.
+    """Read the settings of `kind` from a YAML file and `key.subkey=value` overrides, which win.
 
     A file may name another one as `base: FILE` and change some of its settings. Raises ConfigError for a file that is
-    missing or no mapping, an unknown key (with the nearest right one), or a value of the wrong type.
+    missing or not a mapping, a key written twice, an unknown key (with the nearest known one), or a value of the wrong
+    type.
     """
-    raw: dict[str, Any] = {}
-    if file is not None:
-        raw = read_yaml(find_file("experiments", file))
+    raw = {} if file is None else read_yaml(find_file("experiments", file))
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is no setting: write key.subkey=value")
-        try:
-            value = _number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {text!r} is not YAML ({str(error).splitlines()[0]})") from None
-        raw = merge(raw, nest(key.split("."), value))
+        raw = merge(raw, read_override(override))
     return build(kind, raw)
 
 
 def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
-    """The settings of `kind` from a plain tree of values; its plugins are imported first. Raises ConfigError as `load`
+    """Build the settings of `kind` from a nested mapping, after importing its plugins. Raises ConfigError as `load`
     does, and for a plugin that cannot be imported.
     """
     if issubclass(kind, Extensible):
         import_plugins(raw.get("plugins"))
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(_one_line(kind, error)) from None
+    return validate(kind, raw)
 
 
 def import_plugins(names: Any) -> None:
     """Import the files and modules that `plugins` names, each once. Raises ConfigError for one that cannot be."""
+    names = typed(names, Extensible.model_fields["plugins"].annotation)
     for name in names if isinstance(names, list | tuple) else ():
         path = Path(str(name)).expanduser().absolute()
         module = f"triderm_plugin_{path.stem}" if path.suffix == ".py" else str(name)
@@ -612,88 +620,40 @@ def stable_dump(section: Section, path: str) -> dict[str, Any]:
     return dump
 
 
-def save(config: Section, path: Path) -> None:
-    """Write the resolved settings as YAML that `load` reads back to an equal tree."""
+def as_yaml(config: Section) -> str:
+    """The resolved settings as YAML that `load` reads back to an equal tree."""
     tree = config.model_dump(mode="json")
     if isinstance(config, Experiment):
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
         for model in tree["models"].values():
             model["train"] = _difference(model["train"], tree["train"])
-    write_text(path, yaml.safe_dump(tree, sort_keys=False))
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`, mapping by mapping; neither is changed."""
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    """A tree that holds `value` under the keys, outermost first."""
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree by dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
-
-
-def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
-    """(dotted key, type, default, description) of every setting of a tree, for `--help`."""
-    for name, field in kind.model_fields.items():
-        section, prefix = _section_of(field), name
-        if isinstance(field.annotation, type) is False and section is not None and _is_mapping(field):
-            prefix = f"{name}.NAME"
-        if section is None:
-            yield name, _type_name(field), _default(field), field.description or ""
-        else:
-            yield from ((f"{prefix}.{key}", *rest) for key, *rest in describe(section))  # type: ignore[misc]
+def save(config: Section, path: Path) -> None:
+    """Write the resolved settings as YAML."""
+    write_text(path, as_yaml(config))
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a file, laid over that of the file it names as `base` (relative to its own folder).
+    """Read the mapping in a file, laid over that of the file or shipped experiment that it names as `base`. A path is
+    relative to the file's own folder.
 
     above: the files that led here by their `base`.
     """
     if path.resolve() in above:
-        raise ConfigError(f"{path}: builds on itself by `base`; name another file there, or none")
-    try:
-        raw = _number(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --config takes a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: the file holds a {type(raw).__name__}, settings are a mapping of keys")
-    base = raw.pop("base", None)
-    return raw if base is None else merge(read_yaml(path.parent / str(base), (*above, path.resolve())), raw)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people write it as a number."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        cycle = " -> ".join(each.name for each in (*above[above.index(path.resolve()) :], path))
+        raise ConfigError(f"{path}: `base` forms a cycle ({cycle}); remove one of them")
+    raw = read_mapping(path, "--config takes a YAML file, or a name that `triderm config list` shows")
+    base = untyped(raw.pop("base", None))
+    if base is None:
+        return raw
+    below = path.parent / Path(str(base)).expanduser()
+    return merge(read_yaml(below if below.is_file() else find_file("experiments", base), (*above, path.resolve())), raw)
 
 
 def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The part of `tree` that differs from `base`."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -702,52 +662,3 @@ def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         elif key not in base or value != base[key]:
             result[key] = value
     return result
-
-
-def _one_line(kind: type[Section], error: ValidationError) -> str:
-    errors = error.errors(include_url=False)
-    # A misspelt key also leaves the right one missing; the misspelling is the news.
-    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = [row[0] for row in describe(kind)]
-        sections = {
-            known_key.rsplit(".", depth)[0] for known_key in known for depth in range(1, known_key.count(".") + 1)
-        }
-        # By its whole name, or by the last part of it: of several the shortest.
-        spelt = {name.rpartition(".")[2]: name for name in sorted(known, key=len, reverse=True)}
-        spelt |= {name: name for name in (*known, *sections)}
-        near = difflib.get_close_matches(_anonymous(key), spelt, n=1)
-        return f"unknown setting {key!r}; " + (f"did you mean {spelt[near[0]]!r}?" if near else "--help lists all")
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(first.get("input"), dict) else f" (got {first.get('input')!r})"
-    return f"{key or 'settings'}: {message[0].lower()}{message[1:]}{got}"
-
-
-def _anonymous(key: str) -> str:
-    parts = key.split(".")
-    return ".".join([parts[0], "NAME", *parts[2:]]) if parts[0] == "models" and len(parts) > 2 else key
-
-
-def _is_mapping(field: FieldInfo) -> bool:
-    return getattr(field.annotation, "__origin__", None) is dict
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    for candidate in (field.annotation, *get_args(field.annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def _type_name(field: FieldInfo) -> str:
-    annotation = field.annotation
-    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-    return text.replace("typing.", "").replace("NoneType", "None").replace("Literal", "one of ")
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    return "null" if value is None else str(value)

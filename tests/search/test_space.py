@@ -28,7 +28,7 @@ from triderm_dist.search.space import (
         ("train.optim.lr: {uniform: [-1, 1]}", "train.optim.lr: input should be greater than 0"),
         ("train.loss.label_smoothing: {uniform: [0, 1]}", "train.loss.label_smoothing: input should be less than 1"),
         ("train.epochs: {randint: [2, 9]}", "train.epochs is the budget of a trial"),
-        ("train.loss: {choice: [1]}", "train.loss: input should be a valid dictionary"),
+        ("train.loss: {choice: [1]}", "train.loss: a section of settings; write train.loss.NAME=VALUE"),
         ("width: {choice: [64, 65]}", "width 65 is not a multiple of heads"),
         ("tower.freeze_clinical: {uniform: [0, 3]}", "tower.freeze_clinical: input should be a valid integer"),
         ("train.loss.gamma: {uniform: [3, 0]}", "two numbers, the lower first"),
@@ -38,7 +38,7 @@ from triderm_dist.search.space import (
         ("use: {choice: [[clinical]]}", "choice takes plain values"),
         ("train.log_every: {randint: [1, 5]}", "no setting of this space has effect"),
         ("", "a space is a mapping of settings"),
-        ("a: [", "not a readable YAML file"),
+        ("a: [", "not readable as YAML"),
     ],
 )
 def test_a_wrong_space_is_one_line(tmp_path, text, message):

@@ -1,8 +1,11 @@
 """The programs of the toolkit, one module each: parse the settings, call the library, print.
 
 The console script `triderm` runs them by name. launch/, shards/ and tune/ of a clone hold entry points of the same
-names for `python -m` and for accelerate. A program is a module here with a function `start`, and a line in `PROGRAMS`.
+names for `python -m` and for accelerate. A program is a module of this package with a function `start`, and a line in
+`PROGRAMS`.
 """
+
+import importlib
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "Start here": {
@@ -38,3 +41,16 @@ PROGRAMS: dict[str, dict[str, str]] = {
 
 def names() -> list[str]:
     return [name for group in PROGRAMS.values() for name in group]
+
+
+def programs_using(key: str) -> list[str]:
+    """The programs on which a dotted setting of the experiment has an effect."""
+    from triderm_dist.config import Experiment, has_effect
+
+    found = []
+    for name in names():
+        module = importlib.import_module(f"{__name__}.{name}")
+        kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Experiment)]
+        if any("uses" in vars(kind) and has_effect(kind, key) for kind in kinds if kind is not Experiment):
+            found.append(name)
+    return found

@@ -12,15 +12,21 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment
+from triderm_dist.commands import programs_using
+from triderm_dist.config import TRAINING, Experiment
+from triderm_dist.settings import PathText
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.json"
 
 
 class BenchRun(Experiment):
+    uses = (*TRAINING, "data.short_side")
+
     model: str | None = Field(None, description="the model of `models` to train; null takes the first")
     seconds: float = Field(60.0, gt=0, description="seconds to measure, after warming up")
-    record: str | None = Field(None, description="file of records to put the result into, such as a copy of bench.json")
+    record: PathText | None = Field(
+        None, description="file of records to put the result into, such as a copy of bench.json"
+    )
 
 
 def main(config: BenchRun) -> None:
@@ -59,7 +65,7 @@ def main(config: BenchRun) -> None:
 
 
 def start() -> None:
-    run(BenchRun, main, __doc__)
+    run(BenchRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from triderm_dist.cli import guarded
 from triderm_dist.config import SHIPPED, first_comment, read_yaml, shipped, shipped_names
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import parse_yaml, untyped
 
 
 def main(arguments: list[str]) -> None:
@@ -44,8 +45,8 @@ def copy(name: str, output: Path) -> None:
         raise ConfigError(f"{output}: exists; choose another output=FILE")
     file = shipped(kind) / f"{name}.yaml"
     text = file.read_text(encoding="utf-8")
-    if kind == "experiments" and "base" in yaml.safe_load(text):
-        text = f"# {first_comment(file)}\n{yaml.safe_dump(read_yaml(file), sort_keys=False)}"
+    if kind == "experiments" and "base" in parse_yaml(text, str(file)):
+        text = f"# {first_comment(file)}\n{yaml.safe_dump(untyped(read_yaml(file)), sort_keys=False)}"
     write_text(output, text)
     print(output)
 

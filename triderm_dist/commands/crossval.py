@@ -13,10 +13,13 @@ from functools import partial
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import PARALLEL_FOLDS_KEYS, ParallelFoldsRun, save
+from triderm_dist.commands import programs_using
+from triderm_dist.config import PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
 
 
 class CrossvalRun(ParallelFoldsRun):
+    uses = TRAINING
+
     only: tuple[str, ...] | None = Field(None, description="train these models only; null trains all of `models`")
 
 
@@ -58,7 +61,7 @@ def main(config: CrossvalRun) -> None:
 
 
 def start() -> None:
-    run(CrossvalRun, main, __doc__)
+    run(CrossvalRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

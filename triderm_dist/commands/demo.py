@@ -13,11 +13,11 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.settings import PathText, Section
 
 
 class DemoRun(Section):
-    output: str = Field("runs/demo", description="folder of the run; the lesions go into its folder `data`")
+    output: PathText = Field("runs/demo", description="folder of the run; the lesions go into its folder `data`")
 
 
 def main(config: DemoRun) -> None:

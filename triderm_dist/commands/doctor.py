@@ -14,12 +14,16 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import BAD_INPUT, run
+from triderm_dist.commands import programs_using
 from triderm_dist.config import Experiment
 from triderm_dist.schema import InputError
+from triderm_dist.settings import PathText
 
 
 class DoctorRun(Experiment):
-    launcher: str | None = Field(None, description="accelerate config file that the run will be started with")
+    uses = None
+
+    launcher: PathText | None = Field(None, description="accelerate config file that the run will be started with")
     ranks: int | None = Field(
         None, ge=1, description="processes to plan for; null takes the launcher's, or the GPUs here, or one"
     )
@@ -55,7 +59,7 @@ def main(config: DoctorRun) -> None:
 
 
 def start() -> None:
-    run(DoctorRun, main, __doc__)
+    run(DoctorRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

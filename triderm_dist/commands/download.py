@@ -11,17 +11,17 @@ from typing import Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.settings import PathText, Section
 
 
 class DownloadConfig(Section):
-    output: str = Field(description="folder for the tables and photos")
+    output: PathText = Field(description="folder for the tables and photos")
     part: Literal["all", "train", "test"] = Field("all", description="training files, test files, or both")
     base_url: str = Field(
         "https://isic-archive.s3.amazonaws.com/challenges/milk10k",
         description="http(s) address of the files, a mirror's too",
     )
-    checksums: str | None = Field(
+    checksums: PathText | None = Field(
         None,
         description="file of SHA-256 sums as sha256sum writes it, to compare with; null compares the length, the MD5 "
         "where S3 gives it, and the sums inside the zips",

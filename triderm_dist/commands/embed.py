@@ -9,10 +9,13 @@ Leaves OUTPUT/embeddings.train.parquet and, with a test set, OUTPUT/embeddings.t
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment
+from triderm_dist.commands import programs_using
+from triderm_dist.config import TRAINING, Experiment
 
 
 class EmbedRun(Experiment):
+    uses = (*TRAINING, "data.test", "data.test_shards", "predict")
+
     model: str | None = Field(None, description="whose tower; null takes the first of `models`")
 
 
@@ -36,7 +39,7 @@ def main(config: EmbedRun) -> None:
 
 
 def start() -> None:
-    run(EmbedRun, main, __doc__)
+    run(EmbedRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible
+from triderm_dist.settings import PathText
 
 
 class IndexConfig(Extensible):
-    folder: str = Field(description="folder of the tars; index.json and samples.parquet are written into it")
+    folder: PathText = Field(description="folder of the tars; index.json and samples.parquet are written into it")
     clinical: tuple[str, ...] = Field(
         ("clinical.jpg", "clinical.jpeg", "closeup.jpg", "closeup.jpeg"),
         min_length=1,

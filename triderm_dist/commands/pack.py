@@ -12,11 +12,12 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible
+from triderm_dist.settings import PathText
 
 
 class PackConfig(Extensible):
-    source: str = Field(description="challenge folder, or its metadata table where the folder holds several")
-    output: str = Field(description="folder of the shards; it appears when it is complete")
+    source: PathText = Field(description="challenge folder, or its metadata table where the folder holds several")
+    output: PathText = Field(description="folder of the shards; it appears when it is complete")
     short_side: int | None = Field(
         288,
         ge=32,

@@ -14,13 +14,17 @@ from typing import Any
 from pydantic import Field
 
 from triderm_dist.cli import run
+from triderm_dist.commands import programs_using
 from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
 from triderm_dist.schema import ConfigError, added_fields
+from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
 
 
 class PipelineRun(ParallelFoldsRun):
-    launcher: str | None = Field(
+    uses = None
+
+    launcher: PathText | None = Field(
         None, description="accelerate config file for the stages that use the network; null runs one process"
     )
 
@@ -118,7 +122,7 @@ def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
 
 
 def start() -> None:
-    run(PipelineRun, main, __doc__)
+    run(PipelineRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment
+from triderm_dist.commands import programs_using
+from triderm_dist.config import TRAINING, Experiment
 
 
 class PredictRun(Experiment):
+    uses = (*TRAINING, "data.test_shards", "data.test_truth", "ensemble.members", "ensemble.bootstrap", "predict")
+
     explain: tuple[str, ...] = Field(
         (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
     )
@@ -71,7 +74,7 @@ def draw(config: PredictRun) -> None:
 
 
 def start() -> None:
-    run(PredictRun, main, __doc__)
+    run(PredictRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,22 @@ triderm report --config RUN/config.yaml
 """
 
 from triderm_dist.cli import run
+from triderm_dist.commands import programs_using
 from triderm_dist.config import Experiment
 
 
-def main(config: Experiment) -> None:
+class ReportRun(Experiment):
+    uses = ("output",)
+
+
+def main(config: ReportRun) -> None:
     from triderm_dist.report import write_report
 
     print(write_report(config.folder))
 
 
 def start() -> None:
-    run(Experiment, main, __doc__)
+    run(ReportRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

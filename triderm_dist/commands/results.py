@@ -11,11 +11,11 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Section
+from triderm_dist.settings import PathText, Section
 
 
 class ResultsRun(Section):
-    output: str = Field("runs/default", description="folder of the run that was searched")
+    output: PathText = Field("runs/default", description="folder of the run that was searched")
 
 
 def main(config: ResultsRun) -> None:

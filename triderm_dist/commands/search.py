@@ -8,6 +8,7 @@ RUN/best.yaml, which triderm train and triderm pipeline take by --config. Killed
 """
 
 from triderm_dist.cli import run
+from triderm_dist.commands import programs_using
 from triderm_dist.search.settings import SearchRun
 
 
@@ -19,7 +20,7 @@ def main(config: SearchRun) -> None:
 
 
 def start() -> None:
-    run(SearchRun, main, __doc__)
+    run(SearchRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ same files.
 from __future__ import annotations
 
 from triderm_dist.cli import run
+from triderm_dist.commands import programs_using
 from triderm_dist.config import Experiment
 
 
-def main(config: Experiment) -> None:
+class StackRun(Experiment):
+    uses = ("plugins", "output", "seed", "stack", "ensemble")
+
+
+def main(config: StackRun) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -42,7 +47,7 @@ def main(config: Experiment) -> None:
 
 
 def start() -> None:
-    run(Experiment, main, __doc__)
+    run(StackRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible
 from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS
+from triderm_dist.settings import PathText
 
 
 class SyntheticConfig(Extensible):
-    output: str = Field(description="folder to write; it appears when it is complete")
+    output: PathText = Field(description="folder to write; it appears when it is complete")
     lesions: int = Field(LESIONS, ge=100, description="lesions of the training part")
     test_lesions: int = Field(TEST_LESIONS, ge=50, description="lesions of the held-out part")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")

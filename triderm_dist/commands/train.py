@@ -8,10 +8,13 @@ from functools import partial
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment, save
+from triderm_dist.commands import programs_using
+from triderm_dist.config import TRAINING, Experiment, save
 
 
 class TrainRun(Experiment):
+    uses = TRAINING
+
     model: str | None = Field(None, description="the model of `models` to train; null takes the first")
     fold: int = Field(0, ge=0, description="the fold that is validated on and predicted")
 
@@ -35,7 +38,7 @@ def main(config: TrainRun) -> None:
 
 
 def start() -> None:
-    run(TrainRun, main, __doc__)
+    run(TrainRun, main, __doc__, users=programs_using)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible
 from triderm_dist.schema import DataError
+from triderm_dist.settings import PathText
 
 
 class VerifyConfig(Extensible):
-    folder: str = Field(description="folder of shards")
+    folder: PathText = Field(description="folder of shards")
     folds: int = Field(5, ge=2, description="folds that the groups of lesions must fill")
     fold_seed: int = Field(0, description="seed of the fold assignment")
     workers: int | None = Field(None, ge=1, description="threads; null takes one a core")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from triderm_dist.config import TrainConfig, flat
+from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Loader, ViewSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
@@ -36,6 +36,7 @@ from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker
 from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups
 from triderm_dist.schema import DIAGNOSES
+from triderm_dist.settings import flat
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from triderm_dist.config import Experiment, Section, load, merge
+from triderm_dist.config import TRAINING, Experiment, load
 from triderm_dist.schema import DataError
+from triderm_dist.settings import PathText, Section, merge
 
 BASELINE = 1
 """The number of the trial with the experiment's own settings."""
 
 
 class SearchConfig(Section):
-    space: str = Field("tune/spaces/losses.yaml", description="YAML file of the settings to vary and their ranges")
+    space: PathText = Field("tune/spaces/losses.yaml", description="YAML file of the settings to vary and their ranges")
     trials: int = Field(12, ge=1, description="trials in all; the first has the experiment's own settings")
     model: str | None = Field(None, description="the model of `models` whose settings vary; null takes the first")
     folds: tuple[int, ...] = Field(
@@ -57,6 +58,8 @@ class SearchConfig(Section):
 
 class SearchRun(Experiment):
     """An experiment and how to search around it. `space=FILE` is short for `search.space=FILE`, and so on."""
+
+    uses = TRAINING
 
     search: SearchConfig = SearchConfig()
 

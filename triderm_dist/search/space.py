@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from triderm_dist.config import COSMETIC, AugmentConfig, Experiment, ModelConfig, build, merge, nest
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.config import COSMETIC, AugmentConfig, Experiment, ModelConfig, build
+from triderm_dist.schema import ConfigError
+from triderm_dist.settings import merge, nest, read_mapping, untyped
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,10 @@ def read_space(path: Path) -> Space:
 
     Raises ConfigError naming file and key.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"search.space: {path} no such file; triderm config list names the shipped ones") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
-    if not isinstance(raw, dict) or not raw:
+    raw = untyped(read_mapping(path, "search.space takes a YAML file, or a name that `triderm config list` shows"))
+    if not raw:
         raise ConfigError(f"{path}: a space is a mapping of settings, like train.loss.gamma: {{uniform: [0, 3]}}")
-    return {str(key): _domain(f"{path}: {key}", value) for key, value in raw.items()}
+    return {key: _domain(f"{path}: {key}", value) for key, value in raw.items()}
 
 
 def _domain(where: str, raw: Any) -> Domain:
@@ -92,7 +86,6 @@ def _domain(where: str, raw: Any) -> Domain:
         if any(isinstance(value, dict | list) for value in values):
             raise ConfigError(f"{where}: choice takes plain values, no lists or mappings")
         return Domain("choice", tuple(dict.fromkeys(values)))
-    values = [_as_number(value) for value in values]
     if len(values) != 2 or not all(_is_number(value) for value in values) or not values[0] < values[1]:
         raise ConfigError(f"{where}: {kind} takes two numbers, the lower first")
     if kind == "randint" and not all(isinstance(value, int) for value in values):
@@ -100,14 +93,6 @@ def _domain(where: str, raw: Any) -> Domain:
     if kind == "loguniform" and values[0] <= 0:
         raise ConfigError(f"{where}: loguniform takes numbers above 0")
     return Domain(kind, tuple(values))
-
-
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people write it as a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _is_number(value: Any) -> bool:

@@ -1,0 +1,137 @@
+"""The command line that all programs share."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from pydantic import Field
+
+from tests.processes import ROOT
+from triderm_dist import cli
+from triderm_dist.config import Experiment, load
+from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.settings import Section
+
+
+class Program(Experiment):
+    uses = ("output", "models", "train")
+    own: int = Field(1, description="a setting of this program")
+
+
+class Small(Section):
+    output: str = Field(description="a folder")
+
+
+def run(kind: type[Section], *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """The exit code, output and errors of a program that prints its settings."""
+    code = 0
+    try:
+        cli.run(kind, print, "A program.", list(words), users=lambda key: ["train", "report"])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("words", [["seed=3"], ["data.test=/nope"], ["data={test: /nope}"], ["stack.max_depth=3"]])
+def test_a_setting_without_effect_is_refused_and_its_programs_are_named(words, capsys):
+    code, _, error = run(Program, *words, capsys=capsys)
+    key = words[0].partition("=")[0]
+    assert code == cli.BAD_INPUT and error.count("\n") == 1
+    assert error.startswith(f"error: {key}") and "programs that use it: train, report" in error
+
+
+@pytest.mark.parametrize("words", [["own=3"], ["output=x"], ["models.a.width=64"], ["train={epochs: 3}"]])
+def test_settings_with_effect_are_taken(words, capsys):
+    assert run(Program, *words, capsys=capsys)[0] == 0
+
+
+def test_settings_of_other_programs_may_stand_in_the_file(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("seed: 3\ndata: {test: /nope}\n")
+    assert run(Program, "--config", str(tmp_path / "a.yaml"), capsys=capsys)[0] == 0
+
+
+def test_an_unknown_setting_is_reported_before_one_without_effect(capsys):
+    assert "did you mean 'train.epochs'" in run(Program, "seed=3", "train.epoch=3", capsys=capsys)[2]
+
+
+def test_help_lists_the_settings_of_the_program_first(capsys):
+    code, text, _ = run(Program, "--help", capsys=capsys)
+    assert code == 0
+    assert text.index("  own  (integer, default 1)") < text.index("  output  (path, default runs/default)")
+    assert "train.epochs  (integer >= 1, default 60)" in text and "models.NAME.train.KEY" in text
+    assert "data.source" not in text and "models.NAME.train.epochs" not in text
+    assert "tuple" not in text and "Annotated" not in text and "None" not in text
+
+
+def test_help_all_lists_every_setting(capsys):
+    text = run(Program, "--help-all", capsys=capsys)[1]
+    assert "data.source" in text and "models.NAME.train.epochs" in text
+    assert not {"tuple[", "Annotated", "None", "Union"} & set(text.split())
+
+
+def test_required_settings_are_marked(capsys):
+    assert "  output  (text, required)" in run(Small, "--help", capsys=capsys)[1]
+
+
+def test_print_config_prints_what_load_reads_back(tmp_path, capsys):
+    code, text, _ = run(Program, "train.epochs=3", "--print-config", "models.a.width=64", capsys=capsys)
+    (tmp_path / "a.yaml").write_text(text)
+    assert code == 0 and yaml.safe_load(text)["train"]["epochs"] == 3
+    assert load(Program, tmp_path / "a.yaml") == load(Program, None, ["train.epochs=3", "models.a.width=64"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config"], "--config needs a YAML file after it"),
+        (["--verbose"], "unknown option --verbose; options are --config FILE, --print-config, --help and --help-all"),
+        (["-x"], "unknown option -x"),
+    ],
+)
+def test_wrong_options_are_one_line(words, message):
+    with pytest.raises(InputError, match=message):
+        cli.read_settings(Small, words)
+
+
+def test_config_is_taken_in_both_spellings(tmp_path):
+    (tmp_path / "a.yaml").write_text("output: x\n")
+    file = str(tmp_path / "a.yaml")
+    assert cli.read_settings(Small, ["--config", file]) == cli.read_settings(Small, [f"--config={file}"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("wrong"), 2, "error: wrong\n"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "error: x: No such file or directory\n"),
+        (OSError("no\nnetwork"), 2, "error: no network\n"),
+        (cli.Interrupted("saved"), 3, "interrupted: saved\n"),
+        (KeyboardInterrupt(), 3, "interrupted: rerun the same command to resume\n"),
+    ],
+)
+def test_exit_codes(error, code, text, capsys):
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.guarded(work)
+    assert (stop.value.code, capsys.readouterr().err) == (code, text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "data.test=/nope"], "data.test: this program does not use the setting; programs that use it: "),
+        (["report", "train.epochs=99"], "train.epochs: .* programs that use it: .*pipeline, train, crossval"),
+        (["stack", "output="], "output: no value after '='"),
+        (["trian"], "did you mean 'train'"),
+    ],
+)
+def test_programs_refuse_in_one_line(words, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "triderm_dist", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.search(message, done.stderr), done.stderr

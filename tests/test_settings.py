@@ -1,0 +1,190 @@
+"""Settings read from YAML and the command line: by the type of each, strict, helpful."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from triderm_dist.schema import ConfigError
+from triderm_dist.settings import (
+    PathText,
+    Section,
+    SourceText,
+    describe,
+    parse_yaml,
+    read_mapping,
+    read_override,
+    untyped,
+    validate,
+)
+
+
+class Inner(Section):
+    rate: float = Field(0.5, gt=0, le=1, description="a rate")
+    free: dict[str, object] = Field(default_factory=dict, description="anything")
+
+
+class Outer(Section):
+    name: str = Field("a", description="a name")
+    folder: PathText = Field("runs", description="a folder")
+    source: SourceText = Field("timm:x", description="a source")
+    count: int | None = Field(None, ge=1, description="a number")
+    flag: bool = Field(True, description="a switch")
+    names: tuple[str, ...] | None = Field(None, description="names")
+    numbers: tuple[int, ...] = Field((0,), description="numbers")
+    kinds: tuple[Literal["x", "y"], ...] = Field(("x",), description="kinds")
+    pull: float | Literal["auto"] = Field("auto", description="pull")
+    power: Literal[1, 2, 4] = Field(4, description="power")
+    inner: Inner = Inner()
+    many: dict[str, Inner] = Field(default_factory=dict)
+
+
+def read(override: str) -> Outer:
+    return validate(Outer, read_override(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("name=2024-11-25", "name", "2024-11-25"),
+        ("name=00123", "name", "00123"),
+        ("name=1.10", "name", "1.10"),
+        ("name=yes", "name", "yes"),
+        ("name='null'", "name", "null"),
+        ('name="a, b"', "name", "a, b"),
+        ("folder=runs/try #2", "folder", "runs/try #2"),
+        ("folder=a: b", "folder", "a: b"),
+        ("folder=~/x", "folder", os.path.expanduser("~/x")),
+        ("folder=a~/x", "folder", "a~/x"),
+        ("source=local-dir:~/x", "source", f"local-dir:{os.path.expanduser('~/x')}"),
+        ("source=timm:m@~/w.pth", "source", f"timm:m@{os.path.expanduser('~/w.pth')}"),
+        ("count=3", "count", 3),
+        ("count=null", "count", None),
+        ("flag=false", "flag", False),
+        ("flag=no", "flag", False),
+        ("names=a,b", "names", ("a", "b")),
+        ("names=a, b", "names", ("a", "b")),
+        ("names=00123", "names", ("00123",)),
+        ("names=[00123, '4,5']", "names", ("00123", "4,5")),
+        ("names=[]", "names", ()),
+        ("names=null", "names", None),
+        ("numbers=1,2", "numbers", (1, 2)),
+        ("numbers=[1, 2]", "numbers", (1, 2)),
+        ("kinds=y,x", "kinds", ("y", "x")),
+        ("pull=auto", "pull", "auto"),
+        ("pull=1e-4", "pull", 1e-4),
+        ("power=2", "power", 2),
+        ("inner.rate=1e-4", "inner", Inner(rate=1e-4)),
+        ("inner={rate: 1e-4}", "inner", Inner(rate=1e-4)),
+        ("inner.free={a: 1e-4, b: [x, 2], c: no}", "inner", Inner(free={"a": 1e-4, "b": ["x", 2], "c": "no"})),
+        ("many.a.rate=0.1", "many", {"a": Inner(rate=0.1)}),
+    ],
+)
+def test_a_value_is_read_by_the_type_of_its_setting(override, key, value):
+    assert getattr(read(override), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=", "name: no value after '='; write name=VALUE"),
+        ("names= ", "names: no value after '='"),
+        ("name", "'name' is not a setting; write key.subkey=value"),
+        ("=3", "'=3' is not a setting"),
+        ("count=many", r"count: input should be a valid integer.* \(got 'many'\)"),
+        ("name=null", r"name: input should be a valid string \(got null\)"),
+        ("names=a,,b", "names.1: input should be a valid string"),
+        ("names=[a", r"names: '\[a': not readable as YAML"),
+        ("inner={rate: 1, rate: 1}", "inner: .*'rate' is written twice, in lines 1 and 1"),
+        ("inner=3", "inner: a section of settings; write inner.NAME=VALUE"),
+        ("many=3", "many: a section of settings; write many.NAME=VALUE"),
+        ("many.a.raet=0.1", r"unknown setting 'many.a.raet'; did you mean 'many.NAME.rate'\?"),
+    ],
+)
+def test_a_wrong_value_is_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        read(override)
+    assert "\n" not in str(error.value)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
+
+
+@given(TEXT)
+def test_text_stays_text(text):
+    """All of it but null, brackets, and text in quotes."""
+    assume(text.strip() and text[0] not in "[{'\"" and text not in ("null", "Null", "NULL", "~"))
+    assert read(f"name={text}").name == text
+
+
+@given(TEXT, st.lists(TEXT), st.one_of(st.none(), st.integers(1, 10**9)), st.floats(1e-300, 1))
+def test_saved_settings_read_back(text, names, count, rate):
+    config = Outer(name=text, names=tuple(names), count=count, inner=Inner(rate=rate, free={"a": [text, rate, count]}))
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    assert validate(Outer, parse_yaml(text, "here")) == config
+
+
+@given(st.lists(st.text("abc123_- ", min_size=1).filter(str.strip), min_size=1))
+def test_both_forms_of_a_list_are_equal(names):
+    names = [name.strip() for name in names]
+    assume(not any(name.startswith(("-", "null")) for name in names))
+    assert read(f"names={','.join(names)}") == read(f"names=[{', '.join(names)}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("-3", -3), ("1e-4", 1e-4), (".5", 0.5), ("1.", 1.0), (".inf", float("inf")), ("true", True), ("null", None),
+     ("", None), ("no", "no"), ("010", "010"), ("1:30", "1:30"), ("2024-11-25", "2024-11-25"), ("'1'", "1")],
+)  # fmt: skip
+def test_values_without_a_type_are_those_of_yaml_1_2(text, value):
+    found = untyped(parse_yaml(f"a: {text}", "here"))["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1\nb: {c: 1}\nd:\n  e: 1\n  f: 2\n  e: 3\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: 'e' is written twice, in lines 4 and 6"):
+        read_mapping(file, "")
+
+
+def test_anchors_and_merge_keys_are_read(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "many:\n  a: &x {rate: 0.1, free: {k: 1}}\n  b: {<<: *x, rate: 0.2}\n  c: &y {<<: *x}\n  d: {<<: *y}\n"
+    )
+    many = validate(Outer, read_mapping(file, "")).many
+    assert [many[name].rate for name in "abcd"] == [0.1, 0.2, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1", "got a list"), ("3", "got a scalar"), ("a: [", "not readable")])
+def test_a_file_without_a_mapping_is_one_line(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_mapping(tmp_path / "a.yaml", "")
+    assert "\n" not in str(error.value)
+
+
+def test_types_are_described_in_the_terms_of_yaml():
+    rows = {key: (type_name, default) for key, type_name, default, _ in describe(Outer)}
+    assert rows == {
+        "name": ("text", "a"),
+        "folder": ("path", "runs"),
+        "source": ("text", "timm:x"),
+        "count": ("integer >= 1 or null", "null"),
+        "flag": ("true or false", "true"),
+        "names": ("list of text or null", "null"),
+        "numbers": ("list of integer", "[0]"),
+        "kinds": ("list of one of x | y", "[x]"),
+        "pull": ("number or auto", "auto"),
+        "power": ("one of 1 | 2 | 4", "4"),
+        "inner.rate": ("number > 0, <= 1", "0.5"),
+        "inner.free": ("mapping", "{}"),
+        "many.NAME.rate": ("number > 0, <= 1", "0.5"),
+        "many.NAME.free": ("mapping", "{}"),
+    }

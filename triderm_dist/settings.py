@@ -1,0 +1,323 @@
+"""Typed settings: sections that refuse unknown keys, read from YAML and from `key.subkey=value` on the command line.
+
+An unquoted scalar stays text (`Plain`) until a section knows the type of its setting: `output=2024-11-25` is a folder,
+`explain=00123` a name, `train.optim.lr=1e-4` a number. Quoted scalars are always text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from triderm_dist.schema import ConfigError, one_line
+
+
+class Section(BaseModel):
+    """A node of the settings tree."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_plain_scalars(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        fields = cls.model_fields
+        return {key: typed(value, fields[key].annotation) if key in fields else value for key, value in raw.items()}
+
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def _expand_user(path: str) -> str:
+    """Replace `~` at the start of a path, also of the path in `local-dir:~/x` and `timm:NAME@~/x`."""
+    head, mark, tail = re.fullmatch(r"((?:.*[:@])?)(~?)(.*)", path, re.S).groups()  # type: ignore[union-attr]
+    return head + os.path.expanduser(mark + tail) if mark else path
+
+
+SourceText = Annotated[str, AfterValidator(_expand_user)]
+"""A setting that may hold a path among other things; `~` is expanded."""
+PathText = Annotated[SourceText, "path"]
+"""A setting that names a file, a folder or a URL; `~` is expanded."""
+
+
+class Plain(str):
+    """An unquoted scalar of YAML or the command line; its type is that of the setting it is for."""
+
+
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=e))(e[-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I)
+
+
+def untyped(value: Any) -> Any:
+    """Resolve plain scalars where no setting gives a type: null, true, false, a number (1e-4 is one), else text."""
+    if isinstance(value, Mapping):
+        return {str(key): untyped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [untyped(item) for item in value]
+    if not isinstance(value, Plain):
+        return value
+    if value in _NULL:
+        return None
+    if value in _BOOL:
+        return _BOOL[value]
+    if _INTEGER.fullmatch(value):
+        return int(value)
+    if _NUMBER.fullmatch(value):
+        return float(re.sub(r"\.(?=inf|nan)", "", value.lower()))
+    return str(value)
+
+
+def typed(value: Any, annotation: Any) -> Any:
+    """Resolve the plain scalars of `value` for a setting of type `annotation`; `a,b` becomes a list where it takes one.
+
+    What does not fit is left to pydantic, which says so.
+    """
+    kinds = _alternatives(annotation)
+    item = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (tuple, list)), None)
+    if isinstance(value, Plain):
+        if value in _NULL:
+            return None
+        if item is not None:
+            return [typed(Plain(part.strip()), item) for part in value.split(",")]
+        takes_text = any(kind is str or (get_origin(kind) is Literal and _all_text(kind)) for kind in kinds)
+        return str(value) if takes_text else untyped(value)
+    if isinstance(value, list):
+        return [typed(each, Any if item is None else item) for each in value]
+    if isinstance(value, Mapping) and not any(_section(kind) for kind in kinds):
+        return untyped(value)
+    return value
+
+
+def _all_text(literal: Any) -> bool:
+    return all(isinstance(each, str) for each in get_args(literal))
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, without Annotated."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _alternatives(arguments[0])
+    if origin in (Union, UnionType):
+        return [kind for argument in arguments for kind in _alternatives(argument)]
+    return [annotation]
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a setting holds, itself or as the values of a mapping."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and not get_args(kind) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _DuplicateKey(yaml.YAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads unquoted scalars as `Plain`, and refuses a key that is written twice in a mapping."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+
+    def compose_mapping_node(self, anchor: str | None) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise _DuplicateKey(f"{key.value!r} is written twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+        return node
+
+
+def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return Plain(node.value) if node.style is None else str(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML into dicts, lists, text and `Plain` scalars. Raises ConfigError, with `where` in front."""
+    try:
+        return yaml.load(text, _Loader)
+    except _DuplicateKey as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not readable as YAML ({one_line(error)})") from None
+
+
+def read_mapping(path: Path, missing: str) -> dict[str, Any]:
+    """Read the mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError; missing: what the error
+    of a file that does not exist advises.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {missing}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
+    raw = parse_yaml(text, str(path))
+    if raw is None or raw == "":
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got a {'list' if isinstance(raw, list) else 'scalar'}")
+    return {str(key): value for key, value in raw.items()}
+
+
+def read_override(override: str) -> dict[str, Any]:
+    """Parse `key.subkey=value` into a nested mapping.
+
+    A value in brackets, braces or quotes is YAML, any other one is a plain scalar. Raises ConfigError.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not a setting; write key.subkey=value")
+    if not text.strip():
+        raise ConfigError(f"{key}: no value after '='; write {key}=VALUE")
+    is_yaml = text[0] in "[{" or (text[0] in "\"'" and len(text) > 1 and text[-1] == text[0])
+    return nest(key.split("."), parse_yaml(text, f"{key}: {text!r}") if is_yaml else Plain(text))
+
+
+def validate(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
+    """Build the settings of `kind` from a nested mapping. Raises ConfigError with one line for the first error."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(kind, error)) from None
+
+
+def _one_line(kind: type[Section], error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    # A misspelt key also leaves the right one missing: report the misspelling.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = _nearest(kind, key)
+        return f"unknown setting {key!r}; " + (f"did you mean {near!r}?" if near else "--help-all lists them")
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{key or 'settings'}: a section of settings; write {key}.NAME=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first.get("input"), dict) else f" (got {_shown(first.get('input'))})"
+    return f"{key or 'settings'}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _shown(value: Any) -> str:
+    return yaml_text(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _nearest(kind: type[Section], key: str) -> str | None:
+    """The setting or section that a misspelt key resembles, by its full name or by the last part of it."""
+    known = [row[0] for row in describe(kind)]
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
+    # Of several settings with the same last part the shortest name wins.
+    spelt = {name.rpartition(".")[2]: name for name in sorted(known, key=len, reverse=True)}
+    spelt |= {name: name for name in (*known, *sections)}
+    parts = key.split(".")
+    field = kind.model_fields.get(parts[0])
+    if field is not None and get_origin(field.annotation) is dict and len(parts) > 2:
+        key = ".".join([parts[0], "NAME", *parts[2:]])
+    near = difflib.get_close_matches(key, spelt, n=1)
+    return spelt[near[0]] if near else None
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `top` over `base`, mapping by mapping; neither is changed."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """Wrap `value` in nested mappings with these keys, outermost first."""
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+# --- describing ------------------------------------------------------------------------------------------------------
+
+
+def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, description) of every setting of a tree, in the terms of YAML."""
+    for name, field in kind.model_fields.items():
+        section = next(filter(None, map(_section, _alternatives(field.annotation))), None)
+        if section is None:
+            yield name, type_name(field.annotation, field.metadata), _default(field), field.description or ""
+            continue
+        prefix = f"{name}.NAME" if get_origin(field.annotation) is dict else name
+        for key, *rest in describe(section):
+            yield (f"{prefix}.{key}", *rest)  # type: ignore[misc]
+
+
+def type_name(annotation: Any, constraints: Iterable[Any] = ()) -> str:
+    """A type in the terms of YAML, such as `integer >= 1 or null`, `one of a | b`, `list of text`, `path`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    constraints = list(constraints)
+    if origin is Annotated:
+        for extra in arguments[1:]:
+            constraints += extra.metadata if isinstance(extra, FieldInfo) else [extra]
+        return type_name(arguments[0], constraints)
+    if origin in (Union, UnionType):
+        names = [type_name(kind, constraints) for kind in arguments if kind is not NoneType]
+        return " or ".join([*names, "null"] if NoneType in arguments else names)
+    if origin is Literal:
+        values = [yaml_text(value) for value in arguments]
+        return values[0] if len(values) == 1 else f"one of {' | '.join(values)}"
+    if origin in (tuple, list):
+        return f"list of {type_name(arguments[0])}"
+    if annotation is str:
+        return "path" if "path" in constraints else "text"
+    if annotation in (int, float):
+        return " ".join(["integer" if annotation is int else "number", *_range(constraints)])
+    return "true or false" if annotation is bool else "mapping"
+
+
+def _range(constraints: Iterable[Any]) -> list[str]:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(each, name):g}" for each in constraints for name, sign in signs.items() if hasattr(each, name)
+    ]
+    return [", ".join(bounds)] if bounds else []
+
+
+def _default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else yaml_text(field.get_default(call_default_factory=True))
+
+
+def yaml_text(value: Any) -> str:
+    """A value on one line, as YAML writes it."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(yaml_text, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
