@@ -188,3 +188,8 @@ def test_types_are_described_in_the_terms_of_yaml():
         "many.NAME.rate": ("number > 0, <= 1", "0.5"),
         "many.NAME.free": ("mapping", "{}"),
     }
+
+
+def test_sections_are_hashed_by_value():
+    sections = [Inner(free={"a": 1}), Inner(free={"a": 1}), Inner(free={"a": 2})]
+    assert len(set(sections)) == 2

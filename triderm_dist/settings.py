@@ -34,6 +34,10 @@ class Section(BaseModel):
         fields = cls.model_fields
         return {key: typed(value, fields[key].annotation) if key in fields else value for key, value in raw.items()}
 
+    def __hash__(self) -> int:
+        """Hash by value; pydantic's own hash fails on settings that are mappings."""
+        return hash(self.model_dump_json())
+
 
 Tree = TypeVar("Tree", bound=Section)
 
