@@ -32,9 +32,6 @@ from triderm_dist.settings import (
     validate,
 )
 
-    def __hash__(self) -> int:  # pydantic's own fails for fields that are mappings
-        return hash(self.model_dump_json())
-
 
 class RemoteConfig(Section):
     """Shards behind a URL: data.shards and data.test_shards may be s3://, gs://, hf://, https:// or any fsspec URL."""
