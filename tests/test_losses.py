@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from triderm_dist.config import LossConfig, Section
+from triderm_dist.config import LossConfig
 from triderm_dist.losses import LOSS_TERMS, CompoundLoss, LossTerm, focal_loss, soft_f1_loss
 from triderm_dist.schema import Batch, ConfigError, Outputs
+from triderm_dist.settings import Section
 
 COUNTS = [300, 2500, 40, 500, 50, 50, 9, 450, 700, 470, 47]
 C = 11

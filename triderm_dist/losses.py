@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from triderm_dist.config import LossConfig, Section, build
+from triderm_dist.config import LossConfig, build
 from triderm_dist.schema import Batch, ConfigError, Outputs
+from triderm_dist.settings import Section
 
 Head = Literal["softmax", "sigmoid"]
 Sums = dict[str, torch.Tensor]

@@ -23,15 +23,14 @@ from triderm_dist.config import (
     Experiment,
     ModelConfig,
     OptimConfig,
-    Section,
     TrainConfig,
-    describe,
     load,
     stable_dump,
 )
 from triderm_dist.engine.fold import is_done, result_hash, resume_hash
 from triderm_dist.engine.views import augmented_versions
 from triderm_dist.schema import ConfigError
+from triderm_dist.settings import Section, describe
 
 OLD_RUN = Path(__file__).parent / "run_754ad2d"
 RECORDS = json.loads((OLD_RUN / "hashes.json").read_text())

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from triderm_dist.config import AugmentConfig, Section, build
+from triderm_dist.config import AugmentConfig, build
 from triderm_dist.schema import VIEWS, ConfigError
+from triderm_dist.settings import Section
 
 _GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip")
 _COLOR = ("brightness", "contrast", "saturation")
