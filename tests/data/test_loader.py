@@ -88,7 +88,7 @@ def test_the_most_photos_set_the_canvas(make_challenge, tmp_path):
     assert index.canvas == (48, 36)
     assert index.photo_sizes == {(48, 36): 41, (40, 30): 1, (90, 90): 1, (36, 48): 1}
     (note,) = index.notes()
-    assert note.startswith("3 of 44 photos are not 48x36: ")
+    assert note.startswith("3 of 44 photos are not 48x36; ")
     _, steps = steps_of(index, PhotoSource(index, 24, *HALF))
     assert all(batch.clinical.shape == (4, 3, 24, 24) for step in steps for batch in step.micro_batches)
 

@@ -1,4 +1,4 @@
-"""Shards behind a URL: recovery or one clear error, never a wrong byte, and never more on disk than allowed."""
+"""Shards behind a URL: recovery or a one-line error, no wrong byte, and no more on disk than allowed."""
 
 from __future__ import annotations
 
@@ -82,22 +82,22 @@ def cached(root: Path) -> list[Path]:
     return sorted(root.glob("*/*.tar"))
 
 
-def test_what_is_read_is_what_a_local_folder_gives(server, packed, tmp_path):
-    here, there = read_index(packed), open_index(server.url, settings(tmp_path))
-    assert there.fingerprint == here.fingerprint
-    assert rows_read(there) == rows_read(here)
-    sources = [PhotoSource(index, 36, *HALF) for index in (here, there)]
-    for row in range(len(here)):
-        place = (int(here.shard[row]), int(here.offsets[row, 0]), int(here.sizes[row, 0]))
-        assert sources[0].shards.read(*place) == sources[1].shards.read(*place)
+def test_reads_equal_those_of_a_local_folder(server, packed, tmp_path):
+    local, via_url = read_index(packed), open_index(server.url, settings(tmp_path))
+    assert via_url.fingerprint == local.fingerprint
+    assert rows_read(via_url) == rows_read(local)
+    sources = [PhotoSource(index, 36, *HALF) for index in (local, via_url)]
+    for row in range(len(local)):
+        location = (int(local.shard[row]), int(local.offsets[row, 0]), int(local.sizes[row, 0]))
+        assert sources[0].shards.read(*location) == sources[1].shards.read(*location)
     assert server.requests["shard-000000.tar"] == 1  # by the epoch and the rows above
     assert not list((tmp_path / "cache").glob("*/*.fetch*"))
-    # A second run finds everything there.
+    # A second run fetches index.json only.
     rows_read(open_index(server.url, settings(tmp_path)))
     assert server.requests["shard-000000.tar"] == 1 and server.requests[INDEX] == 2
 
 
-def test_training_starts_before_everything_is_there(server, tmp_path):
+def test_the_first_step_does_not_wait_for_the_last_shard(server, tmp_path):
     limits = {"total_seconds": 120, "stall_seconds": 120}  # an error where the first step waits for the last shard
     index = open_index(server.url, settings(tmp_path, downloads=1, **limits))
     last = index.shards[-1].url
@@ -111,45 +111,45 @@ def test_training_starts_before_everything_is_there(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_that_passes_is_recovered_from(server, packed, tmp_path, fault):
+def test_a_transient_fault_is_retried(server, packed, tmp_path, fault):
     for name in (INDEX, SAMPLES, "shard-000002.tar"):
-        # Nothing vouches for index.json but its form: what is no JSON, or other JSON, is another test.
-        server.faults[name] = [] if name == INDEX and fault.__name__ in BELIEVED else [fault]
+        # index.json has no checksum: test_an_invalid_index_is_refused covers wrong content.
+        server.faults[name] = [] if name == INDEX and fault.__name__ in UNDETECTED_IN_INDEX else [fault]
     stalls = fault in (remote.stall, remote.silence)
     index = open_index(server.url, settings(tmp_path, **{"stall_seconds": 1} if stalls else {}))
     assert rows_read(index) == rows_read(read_index(packed))
-    # A busy machine may take an answer that comes late for one that stalls.
+    # On a busy machine a late answer may count as a stall.
     assert server.requests["shard-000002.tar"] == 2 or stalls
 
 
-BELIEVED = ("wrong_bytes", "short_body", "long_body", "login_page")
+UNDETECTED_IN_INDEX = ("wrong_bytes", "short_body", "long_body", "login_page")
 
 
 @pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_that_stays_is_one_error_within_the_stated_time(server, tmp_path, fault):
+def test_a_permanent_fault_is_a_one_line_error_within_the_time_limit(server, tmp_path, fault):
     """A server that stalls does so until it is closed, after the error."""
     index = with_limits(open_index(server.url, settings(tmp_path)), total_seconds=1, stall_seconds=0.4)
     server.faults["shard-000003.tar"] = [fault] * 100
-    with pytest.raises(DataError, match=r"shard-000003.tar: not fetched within 1 s and \d+ attempts, the last one: "):
-        index.remote.hold(index.shards[3])
+    with pytest.raises(DataError, match=r"shard-000003.tar: not fetched within 1 s and \d+ attempts, the last error: "):
+        index.remote.open(index.shards[3])
     assert not list((tmp_path / "cache").glob("*/*.fetch*"))
 
 
-def test_a_server_that_drips_is_given_up(server, tmp_path):
+def test_a_too_slow_download_ends_at_the_time_limit(server, tmp_path):
     index = with_limits(open_index(server.url, settings(tmp_path)), total_seconds=1)
     server.faults["shard-000003.tar"] = [remote.endless] * 9
-    with pytest.raises(DataError, match=r"not fetched within 1 s and 1 attempts, the last one: .* too slow"):
-        index.remote.hold(index.shards[3])
+    with pytest.raises(DataError, match=r"not fetched within 1 s and 1 attempts, the last error: .* too slow"):
+        index.remote.open(index.shards[3])
 
 
 @pytest.mark.parametrize("fault", [remote.login_page, remote.short_body], ids=lambda f: f.__name__)
-def test_an_index_that_is_none_is_refused(server, tmp_path, fault):
+def test_an_invalid_index_is_refused(server, tmp_path, fault):
     server.faults[INDEX] = [fault]
     with pytest.raises(DataError):
         open_index(server.url, settings(tmp_path))
 
 
-def test_no_second_attempt_where_it_is_no_use(server, tmp_path):
+def test_permanent_errors_are_not_retried(server, tmp_path):
     index = open_index(server.url, settings(tmp_path))
     server.faults["shard-000004.tar"] = [remote.forbidden] * 9
     with pytest.raises(DataError, match=r"shard-000004.tar: no permission \(.*403"):
@@ -159,7 +159,7 @@ def test_no_second_attempt_where_it_is_no_use(server, tmp_path):
         open_index((tmp_path / "nothing").as_uri(), settings(tmp_path))
 
 
-def test_a_shard_that_vanishes_is_one_clear_error(packed, tmp_path):
+def test_a_missing_shard_is_a_one_line_error(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
     with serve(tmp_path / "set") as running:
         index = open_index(running.url, settings(tmp_path))
@@ -168,7 +168,7 @@ def test_a_shard_that_vanishes_is_one_clear_error(packed, tmp_path):
             rows_read(index)
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path):
+def test_an_unreachable_server_is_named(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/set"
@@ -176,12 +176,12 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
         open_index(url, settings(tmp_path, total_seconds=1))
 
 
-# --- the byte limit --------------------------------------------------------------------------------------------------
+# --- size limit -----------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_stays_below_its_limit_and_an_epoch_needs_each_shard_once(server, packed, tmp_path):
-    here = read_index(packed)
-    size = max(shard.bytes for shard in here.shards)
+def test_the_cache_stays_below_its_limit_and_an_epoch_fetches_each_shard_once(server, packed, tmp_path):
+    local = read_index(packed)
+    size = max(shard.bytes for shard in local.shards)
     root = tmp_path / "cache"
     index = open_index(server.url, settings(tmp_path, cache_gb=5.5 * size / 1e9))
     most = 0
@@ -203,12 +203,12 @@ def test_the_cache_stays_below_its_limit_and_an_epoch_needs_each_shard_once(serv
     finally:
         stop.set()
         watcher.join()
-    assert got == rows_read(here, window=5, batch=2)
+    assert got == rows_read(local, window=5, batch=2)
     assert 2 * size < most <= 5.5 * size
     assert {server.requests[shard.url] for shard in index.shards} == {1}
 
 
-def test_an_order_that_needs_more_than_the_cache_holds_is_refused(server, packed, tmp_path):
+def test_an_order_that_needs_more_than_the_cache_is_refused(server, packed, tmp_path):
     size = max(shard.bytes for shard in read_index(packed).shards)
     index = open_index(server.url, settings(tmp_path, cache_gb=3 * size / 1e9))
     with pytest.raises(ConfigError, match=r"cache_gb=.* at a time; raise it, or lower train.sampling.window"):
@@ -220,28 +220,28 @@ def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
         RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=1e-5))).read(0, 0, 1)
 
 
-def test_what_is_held_is_not_removed_and_the_oldest_goes_first(server, packed, tmp_path):
-    here = read_index(packed)
-    files, size = here.shards, max(shard.bytes for shard in here.shards)
+def test_open_files_are_not_evicted_and_the_least_recently_used_go_first(server, packed, tmp_path):
+    local = read_index(packed)
+    files, size = local.shards, max(shard.bytes for shard in local.shards)
     how = settings(tmp_path, cache_gb=3.2 * size / 1e9)
     path = index_file(server.url, how)
     cache = Cache(path.parents[1], path.parent, Store(server.url, how))
     hasty = Cache(path.parents[1], path.parent, Store(server.url, how.model_copy(update={"total_seconds": 0.2})))
-    first = cache.hold(files[0])
+    first = cache.open(files[0])
     for number in (1, 2):
-        cache.hold(files[number]).close()
+        cache.open(files[number]).close()
         os.utime(path.parent / files[number].url, (number, number))
-    cache.hold(files[3]).close()
+    cache.open(files[3]).close()
     assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 3)]
-    held = [first, cache.hold(files[2]), cache.hold(files[3])]
-    with pytest.raises(DataError, match="full of shards that are being read"):
-        hasty.hold(files[4])
-    held.pop().close()
-    cache.hold(files[4]).close()
+    still_open = [first, cache.open(files[2]), cache.open(files[3])]
+    with pytest.raises(DataError, match="hold shards that are being read"):
+        hasty.open(files[4])
+    still_open.pop().close()
+    cache.open(files[4]).close()
     assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 4)]
 
 
-def test_a_changed_set_behind_the_same_address_is_another_set(packed, tmp_path):
+def test_a_changed_set_at_the_same_url_is_cached_separately(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
     with serve(tmp_path / "set") as running:
         a = open_index(running.url, settings(tmp_path))
@@ -254,7 +254,7 @@ def test_a_changed_set_behind_the_same_address_is_another_set(packed, tmp_path):
 # --- processes of one node -------------------------------------------------------------------------------------------
 
 
-HOLD = """
+FETCH_ONE = """
 import sys
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.cache import Cache
@@ -263,16 +263,16 @@ from triderm_dist.data.shards.open import index_file
 from triderm_dist.data.shards.remote import Store
 how = RemoteConfig(cache=sys.argv[2], stall_seconds=600)
 path = index_file(sys.argv[1], how)
-Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).hold(read_index(path.parent, shards_here=False).shards[1])
+Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).open(read_index(path.parent, check_tars=False).shards[1])
 """
 
 
-def test_a_process_killed_while_it_fetches_leaves_nothing_that_blocks(server, packed, tmp_path):
+def test_a_process_killed_while_fetching_does_not_block_others(server, packed, tmp_path):
     open_index(server.url, settings(tmp_path))
     name = read_index(packed).shards[1].url
     server.faults[name] = [remote.stall]
     root = tmp_path / "cache"
-    with subprocess.Popen([fork_python(), "-c", HOLD, server.url, str(root)]) as process:
+    with subprocess.Popen([fork_python(), "-c", FETCH_ONE, server.url, str(root)]) as process:
         wait_for(lambda: list(root.glob(f"*/{name}.*.fetch.1")), process)
         process.kill()
     assert list(root.glob(f"*/{name}.*.fetch"))
@@ -283,7 +283,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_blocks(server, pa
 # --- the disk --------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_clear_error(server, tmp_path):
+def test_a_full_disk_is_a_one_line_error(server, tmp_path):
     """A limit on the size of files stands in for a full disk: the kernel fails the write in the same place."""
     index = open_index(server.url, settings(tmp_path))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -300,37 +300,37 @@ def test_a_full_disk_is_one_clear_error(server, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_small_disk_makes_room_and_then_says_that_it_is_full(server, packed, tmp_path):
+def test_a_small_disk_evicts_and_then_reports_that_it_is_full(server, packed, tmp_path):
     size = max(shard.bytes for shard in read_index(packed).shards)
     disk = tmp_path / "disk"
     disk.mkdir()
     about = sum((packed / name).stat().st_size for name in (INDEX, SAMPLES))
     space = about + 4 * size + 40_000
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={space}", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
+        pytest.skip("mounting is not permitted")
     try:
         index = open_index(server.url, settings(tmp_path, cache=str(disk)))
-        for number in range(7):  # one after the other they fit: those that nobody reads make room
-            index.remote.hold(index.shards[number]).close()
-        held = []
+        for number in range(7):  # one after the other they fit: closed ones are evicted
+            index.remote.open(index.shards[number]).close()
+        still_open = []
         with pytest.raises(DataError, match="the disk is full"):
             for number in range(7):
-                held.append(index.remote.hold(index.shards[number]))
-        assert 3 <= len(held) <= 5
+                still_open.append(index.remote.open(index.shards[number]))
+        assert 3 <= len(still_open) <= 5
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
+def test_an_unwritable_cache_is_named(server, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/cache: .*; set data.remote.cache to a folder that can be written"):
+    with pytest.raises(DataError, match=r"file/cache: .*; set data.remote.cache to a writable folder"):
         open_index(server.url, settings(tmp_path, cache=str(tmp_path / "file" / "cache")))
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_a_url():
+def test_is_url():
     urls = ("s3://b", "gs://b", "hf://datasets/a/b", "https://h/x", "memory://x", "simplecache::s3://b", "pipe:cat {}")
     for url in urls:
         assert is_url(url), url
@@ -340,7 +340,7 @@ def test_what_is_a_url():
 
 def test_commands_are_refused_unless_allowed(packed, tmp_path):
     url = f"pipe:touch {tmp_path}/ran; cat {packed}/{{}}"
-    with pytest.raises(ConfigError, match=r"runs a command; set data.remote.allow_commands=true if it is yours"):
+    with pytest.raises(ConfigError, match=r"runs a command; set data.remote.allow_commands=true if you trust it"):
         open_index(url, settings(tmp_path))
     assert not (tmp_path / "ran").exists()
     index = open_index(url, settings(tmp_path, allow_commands=True))

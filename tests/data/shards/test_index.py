@@ -235,7 +235,7 @@ def set_url(url: str) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no index": (lambda f: (f / "index.json").unlink(), "no index.json here"),
+    "no index": (lambda f: (f / "index.json").unlink(), "no index.json in this folder"),
     "not json": (lambda f: (f / "index.json").write_text("{"), "not readable as JSON"),
     "list": (lambda f: (f / "index.json").write_text("[]"), "not an index of shards"),
     "format": (
@@ -262,7 +262,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absolute": (set_url("/tmp/shard-000001.tar"), "is not a file name"),
     "counts": (
         lambda f: edit_index(f, lambda raw: raw["shards"][0].update(samples=4)),
-        "not those that index.json counts",
+        "do not match the counts of index.json",
     ),
 }
 
@@ -278,7 +278,7 @@ def test_damaged_folders_are_refused(make_challenge: Make, tmp_path: Path, name:
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder; pack a challenge folder"):
+    with pytest.raises(DataError, match="no such folder; create it by triderm pack"):
         read_index(tmp_path / "absent")
 
 

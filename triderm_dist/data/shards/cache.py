@@ -1,9 +1,8 @@
-"""Shards behind a URL, through a cache on the node's own disk that its ranks share.
+"""Cache of remote shards on a node's disk, shared by its ranks and by other runs.
 
-Training starts when the index is there; shards follow in the order of the plan. Every file is checked against size and
-SHA-256 of the index on arrival and appears whole or not at all. Processes talk by file locks alone, which the system
-drops when one dies: who reads a shard holds a shared lock on it, who removes it an exclusive one, and who fetches it
-holds NAME.lock.
+Every file is checked against size and SHA-256 of the index when it is fetched, and appears complete or not at all.
+Processes coordinate by file locks only, which the system releases when a process dies: a reader of a shard holds a
+shared lock on it, a process that evicts it an exclusive one, and the process that fetches it holds NAME.lock.
 """
 
 from __future__ import annotations
@@ -21,67 +20,67 @@ from pathlib import Path
 from typing import IO
 
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
-from triderm_dist.data.shards.remote import POLL_SECONDS, Store, _disk_error, _Stopped
+from triderm_dist.data.shards.remote import POLL_SECONDS, FetchStopped, Store, disk_error
 from triderm_dist.schema import DataError
 
-_FETCHED = re.compile(r"(?P<name>.+)\.(?P<bytes>\d+)\.fetch(?P<attempt>\.\d+)?")
-"""A file on its way: reserved under this name, written under this name and the number of the attempt."""
+_FETCHING = re.compile(r"(?P<name>.+)\.(?P<bytes>\d+)\.fetch(?P<attempt>\.\d+)?")
+"""A file that is being fetched: space is reserved under this name, the number of the attempt is added for the data."""
 
 
-class Held:
-    """An open file of the cache that nobody removes before `close`."""
+class CachedFile:
+    """An open file of the cache, which is not evicted before `close`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
 
     def close(self) -> None:
-        # A thread that is reading holds the file object, and with it the descriptor, until it is done.
+        # Unlocked, not closed: a thread that is still reading keeps the file object and its descriptor.
         fcntl.flock(self.file, fcntl.LOCK_UN)
 
 
 class Cache:
-    """Files of one remote set in `folder`, within the byte limit that all sets under `root` share."""
+    """Files of one remote set in `folder`, within the size limit that all sets under `root` share."""
 
     def __init__(self, root: Path, folder: Path, store: Store) -> None:
         self.root, self.folder, self.store = root, folder, store
         self.limit = int(store.remote.cache_gb * 1e9)
 
-    def hold(self, file: ShardFile, stop: threading.Event | None = None) -> Held:
-        """The file, fetched if it is not there; by another process, if that was first.
+    def open(self, file: ShardFile, stop: threading.Event | None = None) -> CachedFile:
+        """Open a file, after fetching it if it is not cached; where another process is fetching it, wait for that.
 
-        Raises DataError as `Store.fetch`, where the cache has no room for it, or after twice `remote.total_seconds`
-        of waiting for others.
+        Raises DataError as `Store.fetch`, where the file does not fit into the cache, or after waiting twice
+        `remote.total_seconds` for other processes; FetchStopped once `stop` is set.
         """
         stop = stop or threading.Event()
         path = self.folder / file.url
         deadline = time.monotonic() + 2 * self.store.remote.total_seconds
         try:
             while True:
-                if held := _hold(path, file.bytes):
-                    return held
-                with _locked(_lock_of(path)) as mine:
-                    if mine and not _is_whole(path, file.bytes):
-                        self._bring(file, path, stop, deadline)
+                if opened := _open_shared(path, file.bytes):
+                    return opened
+                with _locked(_lock_of(path)) as locked:
+                    if locked and not _has_size(path, file.bytes):
+                        self._fetch(file, path, stop, deadline)
                         continue
                 if stop.wait(POLL_SECONDS):
-                    raise _Stopped
+                    raise FetchStopped
                 if time.monotonic() > deadline:
                     raise DataError(
-                        f"{path}: another process has been at it for {2 * self.store.remote.total_seconds:g} s; "
-                        "end it, or remove the cache folder"
+                        f"{path}: another process has been fetching it for "
+                        f"{2 * self.store.remote.total_seconds:g} s; end that process, or remove the cache folder"
                     )
         except OSError as error:
-            raise _disk_error(self.folder, error) from None
+            raise disk_error(self.folder, error) from None
 
-    def _bring(self, file: ShardFile, path: Path, stop: threading.Event, deadline: float) -> None:
+    def _fetch(self, file: ShardFile, path: Path, stop: threading.Event, deadline: float) -> None:
         """Fetch a file into the cache; the caller holds its NAME.lock."""
         part = path.with_name(f"{path.name}.{file.bytes}.fetch")
         while not self._reserve(file, part):
             if stop.wait(4 * POLL_SECONDS):
-                raise _Stopped
+                raise FetchStopped
             if time.monotonic() > deadline:
                 raise DataError(
-                    f"{self.root}: {self.limit / 1e9:g} GB are full of shards that are being read; end other runs, or "
+                    f"{self.root}: all {self.limit / 1e9:g} GB hold shards that are being read; end other runs, or "
                     "raise data.remote.cache_gb"
                 )
         try:
@@ -91,18 +90,21 @@ class Cache:
             part.unlink(missing_ok=True)
 
     def _reserve(self, file: ShardFile, part: Path) -> bool:
-        """Make room for a file and mark it as taken by an empty file; False if it must wait for others."""
+        """Evict what a file needs, least recently used first, and reserve its space by an empty file.
+
+        Returns False where too much is being read. Raises DataError where it can never fit, OSError for a full disk.
+        """
         if file.bytes > self.limit:
             raise DataError(
                 f"{self.store.shown(file.url)}: its {file.bytes / 1e9:.2f} GB do not fit into the cache of "
                 f"{self.limit / 1e9:g} GB; raise data.remote.cache_gb"
             )
         with _locked(self.root / "cache.lock", wait=True):
-            used, removable = self._inventory()
-            for _, path, size in sorted(removable):
+            used, evictable = self._inventory()
+            for _, path, size in sorted(evictable):
                 if used + file.bytes <= self.limit and self._free() >= file.bytes:
                     break
-                if _remove(path):
+                if _evict(path):
                     used -= size
             if self._free() < file.bytes:
                 raise OSError(errno.ENOSPC, f"{file.bytes / 1e9:.2f} GB needed, {self._free() / 1e9:.2f} GB free")
@@ -115,23 +117,25 @@ class Cache:
         return shutil.disk_usage(self.root).free
 
     def _inventory(self) -> tuple[int, list[tuple[float, Path, int]]]:
-        """Bytes taken or reserved, and (last use, path, bytes) of the files that may go if nobody holds them."""
-        used, removable = 0, []
+        """Return the bytes used or reserved, and (last use, path, bytes) of the shards; remove what a killed process
+        left.
+        """
+        used, evictable = 0, []
         for path in self.root.glob("*/*"):
             if path.name in (INDEX, SAMPLES) or path.suffix == ".lock":
                 continue
             with contextlib.suppress(FileNotFoundError):
-                if fetched := _FETCHED.fullmatch(path.name):
-                    with _locked(_lock_of(path.with_name(fetched["name"]))) as nobody_fetches:
-                        if nobody_fetches:
-                            path.unlink()  # left by a process that was killed
-                        elif not fetched["attempt"]:
-                            used += int(fetched["bytes"])
+                if fetching := _FETCHING.fullmatch(path.name):
+                    with _locked(_lock_of(path.with_name(fetching["name"]))) as abandoned:
+                        if abandoned:
+                            path.unlink()
+                        elif not fetching["attempt"]:
+                            used += int(fetching["bytes"])
                 else:
                     about = path.stat()
                     used += about.st_size
-                    removable.append((about.st_mtime, path, about.st_size))
-        return used, removable
+                    evictable.append((about.st_mtime, path, about.st_size))
+        return used, evictable
 
 
 def _lock_of(path: Path) -> Path:
@@ -140,7 +144,7 @@ def _lock_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """An exclusive lock on a lock file; False where another one has it and we do not wait."""
+    """Hold an exclusive lock on a lock file. Yields False where another process has it, unless `wait`."""
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -150,12 +154,12 @@ def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
             yield True
 
 
-def _is_whole(path: Path, size: int) -> bool:
+def _has_size(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
 
 
-def _hold(path: Path, size: int) -> Held | None:
-    """The file under a shared lock; None if it is not there or about to be removed."""
+def _open_shared(path: Path, size: int) -> CachedFile | None:
+    """Open a file under a shared lock; None where it does not exist or is about to be evicted."""
     try:
         file = path.open("rb", buffering=0)
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -166,11 +170,11 @@ def _hold(path: Path, size: int) -> Held | None:
         return None
     with contextlib.suppress(OSError):
         os.utime(file.fileno())  # the time of the last use
-    return Held(file)
+    return CachedFile(file)
 
 
-def _remove(path: Path) -> bool:
-    """Remove a file that nobody holds."""
+def _evict(path: Path) -> bool:
+    """Remove a file unless a process reads it; return whether it was removed."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,6 +182,3 @@ def _remove(path: Path) -> bool:
     except (FileNotFoundError, BlockingIOError):
         return False
     return True
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------

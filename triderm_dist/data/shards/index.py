@@ -1,14 +1,14 @@
-"""Plain WebDataset tars with an index.
+"""Read and check the index of a packed set.
 
-A folder of shards holds
+A packed set is a folder of plain WebDataset tars with an index:
 
     *.tar              LESION.clinical.jpg, LESION.dermoscopic.jpg, LESION.json; any WebDataset reader reads it
-    index.json         format and version, names of concepts and diagnoses, the shards with size and checksum, how many
-                       photos have which size, which lesions share one
-    samples.parquet    one row a lesion: ids, label, scores, and where its photos lie in which shard
+    index.json         format and version, names of concepts and diagnoses, size and checksum of each shard, counts of
+                       photo sizes, lesions that share a photo
+    samples.parquet    one row per lesion: ids, label, scores, and the offsets of its photos in the shard
 
-`samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` is a JPEG. The index is made
-for 10 million lesions: a column is read when it is first used, and no Python object is built a row.
+`samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` returns a JPEG. The index is
+made for 10 million lesions: a column is read at its first use, and no Python object is built per row.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, Da
 if TYPE_CHECKING:
     from triderm_dist.data.shards.cache import Cache
 
-NAMED = 5
-"""Pairs of lesions that a note names."""
+MAX_NAMED_PAIRS = 5
+"""Pairs of lesions that a note lists by name."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What a folder of shards holds, in the order in which the tars hold it; N lesions, K concepts, M metadata fields.
+    """The index of a packed set: N lesions in the order of the tars, K concepts, M metadata fields.
 
-    problems: what was wrong with lesions that were left out.  extensions: how a view's photo is named in the tars.
-    fingerprint: SHA-256 of index.json, which vouches for every other file.  The columns are read when first used, from
-    `samples`, the open samples.parquet: they stay those of this index if the folder is made anew or removed.
+    problems: why lesions were left out.  extensions: file extensions of a view's photo in the tars.  fingerprint:
+    SHA-256 of index.json, which holds the checksums of all other files.  Columns are read at their first use from
+    `samples`, the open samples.parquet, so that they do not change if the folder is replaced or removed.
     """
 
     folder: Path
@@ -68,12 +68,12 @@ class ShardIndex:
     problems: tuple[Problem, ...]
     fingerprint: str
     photo_sizes: Mapping[tuple[int, int], int]
-    """How many photos have which (width, height)."""
+    """Number of photos of each (width, height)."""
     shared_photos: tuple[tuple[str, str], ...]
-    """Lesions with a label, of two groups, that hold the same photo: their folds may differ."""
+    """Pairs of labeled lesions of different groups that hold the same photo: their folds may differ."""
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
     remote: Cache | None = None
-    """Where the shards of a URL come through (`cache.open_index`); None: all of them lie in `folder`."""
+    """The cache through which shards of a URL are read (see `open.open_index`); None: all tars lie in `folder`."""
 
     def __len__(self) -> int:
         return self.rows
@@ -125,28 +125,28 @@ class ShardIndex:
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """(width, height) of the most photos, to which the loader fits the others; of equal ones the largest, then the
-        widest.
+        """The most frequent (width, height), to which the loader fits all other photos; of equally frequent ones the
+        largest, then the widest.
         """
         return max(self.photo_sizes, key=lambda size: (self.photo_sizes[size], size[0] * size[1], size))
 
     def notes(self) -> list[str]:
-        """What a user should know of the photos before training on them, a line each."""
+        """Return what a user should know before training on this set, one line each."""
         return [*_note_on_sizes(self), *_note_on_shared(self), *_note_on_fields(self)]
 
     def path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].url
 
     def counts(self) -> dict[str, int]:
-        """Lesions of each diagnosis, and those without one."""
+        """Return the number of lesions of each diagnosis, and of those without one (`unlabeled`)."""
         counts = np.bincount(self.labels - UNLABELED, minlength=len(self.diagnoses) + 1).tolist()
         return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabeled": counts[0]}
 
     def _of_views(self, what: str) -> np.ndarray:
         table = self._columns(*(f"{view}_{what}" for view in VIEWS))
         matrix = np.empty((len(self), len(VIEWS)), np.int64)
-        for place, view in enumerate(VIEWS):
-            matrix[:, place] = table[f"{view}_{what}"]
+        for column, view in enumerate(VIEWS):
+            matrix[:, column] = table[f"{view}_{what}"]
         return matrix
 
     def _columns(self, *names: str) -> pa.Table:
@@ -157,51 +157,22 @@ class ShardIndex:
             raise _unreadable(path, error) from None
 
 
-def _note_on_sizes(index: ShardIndex) -> Iterator[str]:
-    width, height = index.canvas
-    photos = sum(index.photo_sizes.values())
-    if other := photos - index.photo_sizes[index.canvas]:
-        yield (
-            f"{other:,} of {photos:,} photos are not {width}x{height}: they are turned by a quarter where they stand "
-            f"the other way, scaled to its short side, and cropped or mirrored at both ends to its long side"
-        )
+def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars: bool = True) -> ShardIndex:
+    """Read the index of a folder of shards and check it against the sizes of the files.
 
+    verify: also hash every file. check_tars False: the tars need not be there yet, only their names are checked.
 
-def _note_on_shared(index: ShardIndex) -> Iterator[str]:
-    if pairs := index.shared_photos:
-        named = ", ".join(f"{one} and {other}" for one, other in pairs[:NAMED])
-        more = f", and {len(pairs) - NAMED} more pairs in {INDEX}" if len(pairs) > NAMED else ""
-        yield (
-            f"the same photo under lesions of two groups, which may come into two folds: {named}{more}; give them one "
-            "patient_id, or leave one out"
-        )
-
-
-def _note_on_fields(index: ShardIndex) -> Iterator[str]:
-    for name in index.stored_fields:
-        if name not in METADATA_FIELDS:
-            yield f"metadata field {name!r} of these shards is not used: no plugin of this run defines it"
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here: bool = True) -> ShardIndex:
-    """The index of a folder of shards, checked against the sizes of its files; `verify` reads and hashes them too.
-
-    shards_here False: the tars may still be elsewhere, only their names are checked.
-
-    Raises DataError for a folder without shards, another format or version, a shard that is missing or of another
-    size, and, with `verify`, one whose checksum is off.
+    Raises DataError for a folder without an index, another format or version, a shard that is missing or of another
+    size, and, with `verify`, one whose checksum differs.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; pack a challenge folder by triderm pack")
+        raise DataError(f"{folder}: no such folder; create it by triderm pack")
     path = folder / INDEX
     if not path.is_file():
         raise DataError(
-            f"{folder}: no {INDEX} here; pack a challenge folder by triderm pack, or make the index of "
-            "other WebDataset shards by triderm index"
+            f"{folder}: no {INDEX} in this folder; create it by triderm pack, or for other WebDataset shards by "
+            "triderm index"
         )
     raw = read_raw_index(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
@@ -211,43 +182,24 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
             "or index other WebDataset shards again by triderm index"
         )
     try:
-        about = raw["samples"]
-        rows, table_bytes, table_sha256 = about["rows"], about["bytes"], about["sha256"]
-        concepts, diagnoses = tuple(raw["concepts"]), tuple(raw["diagnoses"])
-        shards = tuple(ShardFile(**entry) for entry in raw["shards"])
-        problems = tuple(Problem(**entry) for entry in raw["problems"])
-        sizes = {_size(text): int(count) for text, count in raw["photo_sizes"].items()}
-        shared = tuple((str(one), str(other)) for one, other in raw["shared_photos"])
-        if not sizes:
-            raise ValueError("photo_sizes is empty")
-        extensions = {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()}
-        fields = tuple(map(str, raw["metadata_fields"]))
-        categories = {name: tuple(values) for name, values in raw.get("metadata_categories", {}).items()}
+        table = ShardFile(SAMPLES, raw["samples"]["rows"], raw["samples"]["bytes"], raw["samples"]["sha256"])
+        content = _parse(raw)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{path}: incomplete ({type(error).__name__}: {error}); pack or index the data again") from None
-    if diagnoses != DIAGNOSES:
-        raise DataError(f"{path}: diagnoses are not those of this program; pack the data again")
-    for name, values in categories.items():
-        if name in METADATA_FIELDS and METADATA_FIELDS[name].categories != values:
-            raise DataError(
-                f"{path}: metadata field {name!r} was packed with categories {', '.join(values)}, this program has "
-                f"{', '.join(METADATA_FIELDS[name].categories)}; pack the data again"
-            )
-    for shard in shards:
+        text = one_line(error, with_type=True)
+        raise DataError(f"{path}: incomplete ({text}); pack or index the data again") from None
+    _check_vocabulary(path, raw)
+    for shard in content["shards"]:
         _check_name(folder, shard.url)
-        if shards_here:
-            _check_size(folder, shard.url, shard.bytes)
-    _check_size(folder, SAMPLES, table_bytes)
+        if check_tars:
+            _check_size(folder, shard)
+    _check_size(folder, table)
     if verify:
-        _check_sha256(folder / SAMPLES, table_sha256)
+        _check_sha256(folder, table)
     try:
         samples = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:
         raise _unreadable(folder / SAMPLES, error) from None
-    fingerprint = file_sha256(path)
-    index = ShardIndex(
-        folder, concepts, diagnoses, fields, shards, rows, samples, problems, fingerprint, sizes, shared, extensions
-    )
+    index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=file_sha256(path), **content)
     _check_rows(index)
     if verify:
         verify_shards(index)
@@ -255,23 +207,21 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, shards_here
 
 
 def verify_shards(index: ShardIndex) -> None:
-    """Hash every shard, on all cores; raises DataError naming the first whose bytes are not those that were packed."""
-    for _ in in_order(
-        lambda shard: _check_sha256(index.folder / shard.url, shard.sha256), index.shards, available_cores()
-    ):
+    """Hash every shard, on all cores. Raises DataError naming the first whose checksum differs."""
+    for _ in in_order(lambda shard: _check_sha256(index.folder, shard), index.shards, available_cores()):
         pass
 
 
 def read_photo_bytes(index: ShardIndex, row: int, view: str) -> bytes:
-    """The JPEG of one view of one lesion, empty where the view is missing."""
-    place = VIEWS.index(view)
+    """Return the JPEG of one view of one lesion, empty where the view is missing."""
+    column = VIEWS.index(view)
     with index.path(int(index.shard[row])).open("rb") as file:
-        file.seek(int(index.offsets[row, place]))
-        return file.read(int(index.sizes[row, place]))
+        file.seek(int(index.offsets[row, column]))
+        return file.read(int(index.sizes[row, column]))
 
 
 def read_raw_index(path: Path) -> dict[str, Any]:
-    """The content of an index.json. Raises DataError if it is no JSON mapping."""
+    """Return the content of an index.json. Raises DataError if it is not a JSON mapping."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -281,6 +231,23 @@ def read_raw_index(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of `ShardIndex` from an index.json. Raises KeyError, TypeError, AttributeError or ValueError."""
+    sizes = {_size(text): int(count) for text, count in raw["photo_sizes"].items()}
+    if not sizes:
+        raise ValueError("photo_sizes is empty")
+    return {
+        "concepts": tuple(raw["concepts"]),
+        "diagnoses": tuple(raw["diagnoses"]),
+        "stored_fields": tuple(map(str, raw["metadata_fields"])),
+        "shards": tuple(ShardFile(**entry) for entry in raw["shards"]),
+        "problems": tuple(Problem(**entry) for entry in raw["problems"]),
+        "photo_sizes": sizes,
+        "shared_photos": tuple((str(one), str(other)) for one, other in raw["shared_photos"]),
+        "extensions": {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()},
+    }
+
+
 def _size(text: str) -> tuple[int, int]:
     width, height = map(int, text.split("x"))
     if min(width, height) < 1:
@@ -288,30 +255,43 @@ def _size(text: str) -> tuple[int, int]:
     return width, height
 
 
+def _check_vocabulary(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise DataError where labels or categories mean something else than in this program."""
+    if tuple(raw["diagnoses"]) != DIAGNOSES:
+        raise DataError(f"{path}: diagnoses are not those of this program; pack the data again")
+    for name, values in raw.get("metadata_categories", {}).items():
+        if name in METADATA_FIELDS and METADATA_FIELDS[name].categories != tuple(values):
+            raise DataError(
+                f"{path}: metadata field {name!r} was packed with categories {', '.join(values)}, this program has "
+                f"{', '.join(METADATA_FIELDS[name].categories)}; pack the data again"
+            )
+
+
 def _check_name(folder: Path, url: Any) -> None:
-    # `pipe:` would run a command out of a data file; other schemes and ways out of the folder are no shard of it.
+    # `pipe:` would run a command that a data file names, other schemes and paths would leave the folder.
     if not isinstance(url, str) or ":" in url or os.path.basename(url) != url or url in ("", ".", ".."):
         raise DataError(f"{folder / INDEX}: shard url {url!r} is not a file name; only files of this folder are read")
 
 
-def _check_size(folder: Path, url: str, size: Any) -> None:
-    path = folder / url
+def _check_size(folder: Path, file: ShardFile) -> None:
+    path = folder / file.url
     try:
         actual = path.stat().st_size
     except OSError:
         raise DataError(
             f"{path}: missing, but {INDEX} lists it; copy the whole folder or pack the data again"
         ) from None
-    if actual != size:
-        raise DataError(f"{path}: {actual} bytes, {INDEX} says {size}; copy it again or pack the data again")
+    if actual != file.bytes:
+        raise DataError(f"{path}: {actual} bytes, {INDEX} says {file.bytes}; copy it again or pack the data again")
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def _check_sha256(folder: Path, file: ShardFile) -> None:
+    path = folder / file.url
     actual = file_sha256(path)
-    if actual != expected:
+    if actual != file.sha256:
         raise DataError(
-            f"{path}: checksum {actual[:16]}... is not the {str(expected)[:16]}... of {INDEX}, the file was changed or "
-            "damaged; copy it again or pack the data again"
+            f"{path}: checksum {actual[:16]}... is not the {str(file.sha256)[:16]}... of {INDEX}: changed or damaged; "
+            "copy it again or pack the data again"
         )
 
 
@@ -320,7 +300,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """(N, width) float32, filled piece by piece: these are the widest columns, and a second copy is never whole."""
+    """Return (N, width) float32, filled chunk by chunk: these are the widest columns, and are not held twice."""
     matrix = np.empty((len(column), width), np.float32)
     at = 0
     for chunk in column.chunks:
@@ -331,10 +311,13 @@ def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
 
 
 def _check_rows(index: ShardIndex) -> None:
-    """Rows, shards and offsets fit together, so that no reader needs to look again; read in pieces, to stay small."""
+    """Check that rows, shards and offsets agree, in batches of rows; readers rely on it.
+
+    Raises DataError where they do not.
+    """
     path = index.folder / SAMPLES
-    room = np.array([shard.bytes for shard in index.shards], np.int64)
-    held = np.zeros(len(index.shards), np.int64)
+    shard_bytes = np.array([shard.bytes for shard in index.shards], np.int64)
+    lesions = np.zeros(len(index.shards), np.int64)
     outside = f"{path}: a shard number, an offset or a label is out of range; pack the data again"
     try:
         file = pq.ParquetFile(index.samples)
@@ -343,15 +326,41 @@ def _check_rows(index: ShardIndex) -> None:
         places = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
         for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *places]):
             shard, label, *rest = (batch[name].to_numpy() for name in ("shard", "label", *places))
-            if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(room):
+            if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(shard_bytes):
                 raise DataError(outside)
-            held += np.bincount(shard, minlength=len(room))
+            lesions += np.bincount(shard, minlength=len(shard_bytes))
             wrong = (label < UNLABELED) | (label >= len(index.diagnoses))
             for offset, size in zip(rest[::2], rest[1::2], strict=True):
-                wrong |= (offset < 0) | (size < 0) | (offset + size > room[shard])
+                wrong |= (offset < 0) | (size < 0) | (offset + size > shard_bytes[shard])
             if wrong.any():
                 raise DataError(outside)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
-    if held.tolist() != [shard.samples for shard in index.shards] or held.sum() != index.rows:
-        raise DataError(f"{path}: its rows are not those that {INDEX} counts; pack the data again")
+    if lesions.tolist() != [shard.samples for shard in index.shards] or lesions.sum() != index.rows:
+        raise DataError(f"{path}: its rows do not match the counts of {INDEX}; pack the data again")
+
+
+def _note_on_sizes(index: ShardIndex) -> Iterator[str]:
+    width, height = index.canvas
+    photos = sum(index.photo_sizes.values())
+    if other := photos - index.photo_sizes[index.canvas]:
+        yield (
+            f"{other:,} of {photos:,} photos are not {width}x{height}; each is rotated by 90 degrees if only one of "
+            "them is a portrait, scaled to the short side, and cropped or mirrored at both ends to the long side"
+        )
+
+
+def _note_on_shared(index: ShardIndex) -> Iterator[str]:
+    if pairs := index.shared_photos:
+        named = ", ".join(f"{one} and {other}" for one, other in pairs[:MAX_NAMED_PAIRS])
+        more = f", and {len(pairs) - MAX_NAMED_PAIRS} more pairs in {INDEX}" if len(pairs) > MAX_NAMED_PAIRS else ""
+        yield (
+            f"lesions of different groups share a photo, so it may be in two folds: {named}{more}; give them one "
+            "patient_id, or remove one"
+        )
+
+
+def _note_on_fields(index: ShardIndex) -> Iterator[str]:
+    for name in index.stored_fields:
+        if name not in METADATA_FIELDS:
+            yield f"metadata field {name!r} of these shards is not used: no plugin of this run defines it"

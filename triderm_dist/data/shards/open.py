@@ -1,4 +1,4 @@
-"""Open a shard set by folder or URL."""
+"""Open a packed set by folder or URL."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.cache import Cache
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.remote import Store, _disk_error
+from triderm_dist.data.shards.remote import Store, disk_error
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import DataError
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:
-    """Whether shards lie behind a URL (or a `pipe:` command) and not in a folder."""
+    """Return whether this is a URL (or a `pipe:` command), not a folder."""
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(//|:)|pipe:", str(where)))
 
 
 def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool = False) -> ShardIndex:
-    """The index of a packed set in a folder or behind a URL; `verify` hashes a folder's shards first.
+    """Open the index of a packed set in a folder or behind a URL. verify: hash the shards of a folder first.
 
     Behind a URL, index.json and samples.parquet are fetched now, and shards when they are read. Raises DataError as
-    `read_index` does, or where a file can't be had within `remote.total_seconds`; ConfigError for a command that is
-    not allowed.
+    `read_index` does, or where a file cannot be fetched within `remote.total_seconds`; ConfigError for a command that
+    is not allowed.
     """
     if not is_url(where):
         return read_index(where, verify)
     store = Store(str(where), remote)
     path = _fetch_index(store, cache_root(remote))
     cache = Cache(cache_root(remote), path.parent, store)
-    cache.hold(_samples_file(path, store)).close()
-    index = read_index(path.parent, shards_here=False)
-    return replace(index, remote=cache)
+    cache.open(_samples_file(path, store)).close()
+    return replace(read_index(path.parent, check_tars=False), remote=cache)
 
 
 def index_file(where: str, remote: RemoteConfig) -> Path:
-    """index.json of a packed set as a local file; fetched first where the set lies behind a URL."""
+    """Return the local path of a packed set's index.json, after fetching it if the set is behind a URL."""
     return _fetch_index(Store(where, remote), cache_root(remote)) if is_url(where) else Path(where) / INDEX
 
 
 def cache_root(remote: RemoteConfig) -> Path:
+    """Return the folder that caches remote shards on this node."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(remote.cache or home / "triderm-dist" / "shards").expanduser()
 
 
 def _fetch_index(store: Store, root: Path) -> Path:
-    """index.json, in a folder that is named by its content: a set that changed is another set."""
+    """Fetch index.json into a folder named by its hash, so that a set that changed is cached as another set."""
     part = root / f"{INDEX}.{os.getpid()}-{threading.get_ident()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,14 @@ def _fetch_index(store: Store, root: Path) -> Path:
         folder.mkdir(exist_ok=True)
         return part.replace(folder / INDEX)
     except OSError as error:
-        raise _disk_error(root, error) from None
+        raise disk_error(root, error) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
 
 
 def _samples_file(path: Path, store: Store) -> ShardFile:
+    """Return samples.parquet as an index.json describes it. Raises DataError where that is not an index."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))["samples"]
         return ShardFile(SAMPLES, int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]))

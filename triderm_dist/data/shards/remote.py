@@ -1,4 +1,4 @@
-"""Download one file of a remote shard set: retries, stall detection and checksum."""
+"""Fetch single files of a packed set behind a URL: retries, stall detection, checksum."""
 
 from __future__ import annotations
 
@@ -22,74 +22,80 @@ from triderm_dist.data.shards.format import INDEX, ShardFile
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import ConfigError, DataError, one_line
 
-log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
+
+_log = logging.getLogger(__name__)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What trying again can't cure, by name: these classes live in packages that may not be installed.
-_HOPELESS = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
+# Errors that a retry cannot cure, by name: these classes live in packages that may not be installed.
+_PERMANENT = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
+
+
+class FetchStopped(Exception):
+    """The caller no longer needs the file."""
 
 
 class Store:
-    """The files of one remote folder. Raises ConfigError for a command where `remote.allow_commands` is off."""
+    """The files of one remote folder. Raises ConfigError for a command unless `remote.allow_commands` is set."""
 
     def __init__(self, url: str, remote: RemoteConfig) -> None:
         self.url, self.remote = url.rstrip("/"), remote
         if url.startswith("pipe:") and not remote.allow_commands:
-            raise ConfigError(f"{url}: runs a command; set data.remote.allow_commands=true if it is yours")
+            raise ConfigError(f"{url}: runs a command; set data.remote.allow_commands=true if you trust it")
         if url.startswith("pipe:") and "{}" not in url:
             raise ConfigError(f"{url}: write {{}} where the file name belongs, as in pipe:cat folder/{{}}")
 
     def address(self, name: str) -> str:
-        """The URL of one file; a query, such as an access token, stays at the end."""
+        """Return the URL of one file; a query, such as an access token, stays at the end."""
         address, question, query = self.url.partition("?")
         return f"{address.rstrip('/')}/{name}{question}{query}"
 
     def shown(self, name: str) -> str:
-        """The address for messages: without query and password."""
+        """Return the address for messages: without query and password."""
         if self.url.startswith("pipe:"):
             return self.url.replace("{}", name)
         return re.sub(r"//[^/@]*@", "//", self.address(name).partition("?")[0])
 
     def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
-        """Fetch a file to `path`, which others must not look at yet, and check its size (unless -1) and SHA-256.
+        """Fetch a file to `path`, which no other process reads yet, and check its size (unless -1) and SHA-256.
 
-        A download that stalls, breaks or brings wrong bytes is tried again after a pause that doubles up to 15 s,
-        with jitter. Raises DataError when `remote.total_seconds` are over, or at once for what trying again can't
-        cure: no such file, no permission, a full disk.
+        A download that stalls, breaks or delivers wrong bytes is retried after a pause that doubles up to 15 s, with
+        jitter. Raises DataError after `remote.total_seconds`, or at once for an error that a retry cannot cure (no such
+        file, no permission, a full disk); FetchStopped once `stop` is set.
         """
         stop = stop or threading.Event()
         deadline = time.monotonic() + self.remote.total_seconds
         attempt = 0
         while True:
             attempt += 1
-            beside = path.with_name(f"{path.name}.{attempt}")
+            part = path.with_name(f"{path.name}.{attempt}")
             try:
-                self._download(file, beside, deadline, stop)
-                _check(beside, file)
-                beside.replace(path)
+                self._download(file, part, deadline, stop)
+                _check(part, file)
+                part.replace(path)
                 return
-            except _Stopped:
+            except FetchStopped:
                 raise
-            except Exception as error:  # what networks raise is not one family
-                if reason := self._hopeless(error, path):
+            except Exception as error:  # network errors have no common base class
+                if reason := self._permanent_reason(error, path):
                     raise DataError(f"{self.shown(file.url)}: {reason}") from None
                 problem = one_line(error, 300, with_type=True)
             finally:
-                beside.unlink(missing_ok=True)  # the thread of a stalled download may still hold it open
+                part.unlink(missing_ok=True)  # the thread of a stalled download may still have it open
             pause = min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5)
             if time.monotonic() + pause > deadline:
                 raise DataError(
                     f"{self.shown(file.url)}: not fetched within {self.remote.total_seconds:g} s and {attempt} "
-                    f"attempts, the last one: {problem}; see to the server, or raise data.remote.total_seconds"
+                    f"attempts, the last error: {problem}; check the server, or raise data.remote.total_seconds"
                 )
-            log.warning("%s: attempt %d: %s; again in %.1f s", self.shown(file.url), attempt, problem, pause)
+            _log.warning("%s: attempt %d failed: %s; retrying in %.1f s", self.shown(file.url), attempt, problem, pause)
             if stop.wait(pause):
-                raise _Stopped
+                raise FetchStopped
 
     def _download(self, file: ShardFile, path: Path, deadline: float, stop: threading.Event) -> None:
-        """One attempt, watched: no library gives a time limit for every kind of URL, so a thread that stalls is left
-        behind."""
-        self._import()
+        """Make one attempt in a thread, and abandon the thread if it stalls: no library has a timeout for every kind of
+        URL.
+        """
+        self._import_file_system()
         progress = _Progress(file.bytes)
         failure: list[BaseException] = []
 
@@ -102,17 +108,17 @@ class Store:
                 progress.done.set()
 
         threading.Thread(target=work, name=f"fetch {file.url}", daemon=True).start()
-        seen, since = (-1, -1), time.monotonic()
+        last_state, last_change = (-1, -1), time.monotonic()
         while not progress.done.wait(POLL_SECONDS):
             now = time.monotonic()
             with contextlib.suppress(FileNotFoundError):
-                if seen != (state := (progress.bytes, path.stat().st_size)):
-                    seen, since = state, now
-            stalled = now - since > self.remote.stall_seconds
+                if last_state != (state := (progress.bytes, path.stat().st_size)):
+                    last_state, last_change = state, now
+            stalled = now - last_change > self.remote.stall_seconds
             if stalled or now > deadline or stop.is_set():
                 progress.abandon()
                 if stop.is_set():
-                    raise _Stopped
+                    raise FetchStopped
                 raise TimeoutError(f"no byte for {self.remote.stall_seconds:g} s" if stalled else "too slow")
         if failure:
             raise failure[0]
@@ -128,47 +134,53 @@ class Store:
             return
         import fsspec
 
-        files, place = fsspec.core.url_to_fs(self.address(name), **self._options)
-        files.get_file(place, str(path), callback=progress.callback())
+        file_system, location = fsspec.core.url_to_fs(self.address(name), **self._options)
+        file_system.get_file(location, str(path), callback=progress.callback())
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """What the file system of this URL is made with; importing it is not part of any download."""
+        """Options of the file system of this URL."""
         if not self.url.startswith(("http://", "https://")):
             return {}
         import aiohttp
 
-        quiet = self.remote.stall_seconds
-        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=quiet, sock_read=quiet)}}
+        stall = self.remote.stall_seconds
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=stall, sock_read=stall)}}
 
-    def _import(self) -> None:
+    def _import_file_system(self) -> None:
+        """Import what the URL needs, so that the time it takes does not count as a stall."""
         if not self.url.startswith("pipe:"):
             import fsspec
 
             fsspec.core.url_to_fs(self.url, **self._options)
 
-    def _hopeless(self, error: Exception, path: Path) -> str | None:
-        """Why trying again is no use, or None."""
+    def _permanent_reason(self, error: Exception, path: Path) -> str | None:
+        """Return the message for an error that a retry cannot cure, else None."""
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return str(_disk_error(path.parent, error))
+            return str(disk_error(path.parent, error))
         if isinstance(error, FileNotFoundError):
             return "no such file; check the address, or upload the whole folder again"
-        status = getattr(error, "status", 0)
-        if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _HOPELESS:
-            return f"no permission ({one_line(error, 300, with_type=True)}); check the credentials"
+        status, text = getattr(error, "status", 0), one_line(error, 300, with_type=True)
+        if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _PERMANENT:
+            return f"no permission ({text}); check the credentials"
         if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-            return f"refused by the server ({one_line(error, 300, with_type=True)})"
+            return f"refused by the server ({text})"
         if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
-            return f"{one_line(error, 300, with_type=True)}; pip install 'triderm-dist[remote]' brings s3:// and gs://"
+            return f"{text}; pip install 'triderm-dist[remote]' brings s3:// and gs://"
         return None
 
 
-class _Stopped(Exception):
-    """Nobody waits for this download any more."""
+def disk_error(folder: Path, error: OSError) -> DataError:
+    """Return the DataError for an OSError of the cache's disk."""
+    if error.errno in _DISK_FULL:
+        return DataError(
+            f"{folder}: the disk is full ({error.strerror}); free some space, or set data.remote.cache to another disk"
+        )
+    return DataError(f"{folder}: {error.strerror or error}; set data.remote.cache to a writable folder")
 
 
 class _Progress:
-    """Bytes of one attempt, and how to end it from another thread."""
+    """Bytes of one attempt, and the means to end it from another thread."""
 
     def __init__(self, expected: int) -> None:
         self.expected, self.bytes, self.done = expected, 0, threading.Event()
@@ -197,21 +209,13 @@ class _Progress:
 
 
 def _check(path: Path, file: ShardFile) -> None:
-    """Raises OSError where a fetched file is not the one that the index describes; makes it durable where it is."""
+    """Compare a fetched file with the index and flush it to disk. Raises OSError where it differs."""
     if file.bytes < 0:
         return
     size = path.stat().st_size
     if size != file.bytes:
-        raise OSError(f"{size} bytes came, {INDEX} says {file.bytes}")
+        raise OSError(f"got {size} bytes, {INDEX} says {file.bytes}")
     if file_sha256(path) != file.sha256:
-        raise OSError(f"the bytes that came are not those of {INDEX} (SHA-256 differs)")
+        raise OSError(f"the SHA-256 of the bytes is not that of {INDEX}")
     with path.open("rb+") as opened:
         os.fsync(opened.fileno())
-
-
-def _disk_error(folder: Path, error: OSError) -> DataError:
-    if error.errno in _DISK_FULL:
-        return DataError(
-            f"{folder}: the disk is full ({error.strerror}); free some space, or set data.remote.cache to another disk"
-        )
-    return DataError(f"{folder}: {error.strerror or error}; set data.remote.cache to a folder that can be written")
