@@ -72,10 +72,8 @@ def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
     if not frozen:
         raise ConfigError("models: none has tower.frozen=true, so there are no embeddings of an untouched tower")
     index = open_index(config.train_shards, config.data.remote)
-    accelerator = parallel.start("fp32", 1, 1, 1.0)
-    source: Any = open_views(
-        frozen[0], index, config.token_folder, accelerator, config.data, seed=config.seed, train=False
-    ).source
+    accelerator = parallel.start_inference("fp32")
+    source: Any = open_views(config, frozen[0], index, accelerator, train=False).loaders.source
     row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
     result = np.empty((len(table), 2, source.cache.shape[1]), np.float32)
     for i, lesion in enumerate(table.lesion_ids):

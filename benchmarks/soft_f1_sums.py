@@ -41,7 +41,6 @@ def main(settings: SumsRun) -> None:
     import torch
 
     from triderm_dist.config import Experiment, load
-    from triderm_dist.data.loader import Loader
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.distributed import parallel
@@ -73,9 +72,9 @@ def main(settings: SumsRun) -> None:
         for method in METHODS[:2]
     }
     accelerator = parallel.start("fp32", settings.micro_batch, settings.global_batch, 1.0)
-    views = open_views(model, index, Path(), accelerator, experiment.data, seed=0, train=True)
+    views = open_views(experiment, model, index, accelerator, train=True)
     torch.manual_seed(0)
-    network = new_network(model, index.concepts, views)
+    network = new_network(model, views)
     counts = np.bincount(index.labels, minlength=len(DIAGNOSES))
     loss = CompoundLoss(model.train.loss, model.head, counts)
     wrapped, prepared, optimizer = parallel.wrap(
@@ -128,10 +127,9 @@ def main(settings: SumsRun) -> None:
     previous, number, epoch = None, 0, 0
     while number < settings.steps:
         plan = EpochPlan(samples, Sampling(), 0, epoch).batches(0, 1, settings.global_batch)
-        loader = Loader(
-            index, views.source, plan, settings.micro_batch, accelerator.device,
-            augment=model.train.augment, epoch=epoch,
-        )  # fmt: skip
+        loader = views.loaders.create(
+            plan, settings.micro_batch, accelerator.device, augment=model.train.augment, epoch=epoch
+        )
         for step in loader:
             if number >= settings.steps or step.count < settings.global_batch:
                 break

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.config import ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.settings import Section
 
 TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
@@ -356,7 +356,7 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
     """Throughput and data wait of the toolkit's loop on synthetic photos."""
     import torch
 
-    from triderm_dist.data.loader import PhotoSource
+    from triderm_dist.data.loader import LoaderFactory, PhotoSource
     from triderm_dist.distributed import parallel
     from triderm_dist.engine import bench
     from triderm_dist.models import build_network, build_towers
@@ -369,7 +369,7 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
         towers = build_towers(model.tower)
         source = PhotoSource(index, size.image, towers[0].mean, towers[0].std, model.train.augment)
         network = build_network(model, index.concepts, towers).to(torch.device(device_type))
-        return bench.measure(model, network, index, source, DataConfig(workers=workers), accelerator, seconds)
+        return bench.measure(model, network, LoaderFactory(index, source, workers), accelerator, seconds)
 
 
 def largest_batch(size: Size) -> int:

@@ -25,8 +25,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import ModelConfig
-from triderm_dist.data.loader import Loader, PhotoSource
-from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards
@@ -64,11 +63,14 @@ def main(config: TtaRun) -> None:
         rows = np.arange(len(index))
         source = PhotoSource(index, towers[0].image_size, towers[0].mean, towers[0].std)
         network = build_network(model, index.concepts, towers).to(accelerator.device).eval()
-        batches = decoded(index, source, rows, config, accelerator.device)
+        loaders = LoaderFactory(index, source)
+        batches = [
+            (step.micro_batches[0], step.rows) for step in loaders.sequential(rows, config.batch, accelerator.device)
+        ]
         times: dict[str, list[float]] = {"ours": [], "guide": []}
         for _ in range(config.rounds):
             started = time.perf_counter()
-            ours = evaluate(network, index, source, rows, accelerator, micro_batch=config.batch, transforms=TRANSFORMS)
+            ours = evaluate(network, loaders, rows, accelerator, micro_batch=config.batch, transforms=TRANSFORMS)
             times["ours"].append(time.perf_counter() - started)
             started = time.perf_counter()
             logits, features = guide(network, source, batches)
@@ -91,14 +93,6 @@ def packed_demo(folder: Path, config: TtaRun) -> ShardIndex:
     command = [sys.executable, "-m", "triderm_dist.commands.synthetic", f"output={folder / 'demo'}", *sizes]
     subprocess.run(command, check=True)
     return pack_shards(read_challenge(folder / "demo" / "test"), folder / "shards", short_side=None)
-
-
-def decoded(
-    index: ShardIndex, source: PhotoSource, rows: np.ndarray, config: TtaRun, device: torch.device
-) -> list[tuple[Batch, np.ndarray]]:
-    plan = EpochPlan(Samples.of(index, rows), Sampling("sequential"), 0, 0)
-    loader = Loader(index, source, plan.batches(0, 1, config.batch), config.batch, device)
-    return [(step.micro_batches[0], step.rows) for step in loader]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from tests.processes import finish, launch, start, wait_for
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.loader import PhotoSource
+from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate
@@ -106,7 +106,7 @@ def test_a_hidden_photo_is_one_that_was_never_taken(done, packed):
     rows = np.array([names.index(name) for name in seen.lesion_ids])
     tower = network.towers["clinical"]
     source = PhotoSource(taken, tower.image_size, tower.mean, tower.std)
-    expected = evaluate(network, taken, source, rows, Accelerator(cpu=True), micro_batch=16)
+    expected = evaluate(network, LoaderFactory(taken, source), rows, Accelerator(cpu=True), micro_batch=16)
     np.testing.assert_allclose(seen.logits, expected.logits, atol=1e-5)
     assert np.abs(seen.logits - plain.logits).max() > 1e-3
     assert "tri without the clinical photo" in (done / "report.html").read_text(encoding="utf-8")

@@ -111,7 +111,7 @@ def test_checkpoints_of_other_settings_are_not_resumed(alone, settings, tmp_path
     first = launch("launch.train", *settings, f"output={tmp_path}", "train.epochs=1")
     second = launch("launch.train", *settings, f"output={tmp_path}")
     assert "other settings" not in first.stdout
-    assert "a training of other settings or data, kept as" in second.stdout
+    assert "holds a training of other settings or data, moved to" in second.stdout
     assert "starting from the beginning" in second.stdout
     assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(alone)
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triderm_dist.config import DataConfig, ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.config import Experiment, ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.fold_folder import FoldFolder
@@ -58,7 +58,7 @@ def test_the_start_says_what_happens_to_photos_of_another_size(tmp_path, capsys)
     (size,) = index.photo_sizes
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
     for each in (index, mixed):
-        open_views(settings(), each, tmp_path, Accelerator(cpu=True), DataConfig(), seed=0, train=True)
+        open_views(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
     said = capsys.readouterr().out
     assert said.count("note: ") == 2
     assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}: they are turned" in said and "A and B" in said
@@ -91,11 +91,11 @@ def run(tmp_path_factory):
         optim={"warmup_epochs": 0},
     )
     accelerator = Accelerator(cpu=True)
-    views = open_views(model, index, folder, accelerator, DataConfig(), seed=0, train=True)
+    views = open_views(Experiment(), model, index, accelerator, train=True)
     network = build_network(model, index.concepts, build_towers(model.tower))
     flops = training_flops(network)
     rows, reads = np.arange(56), []
-    data = TrainingData(index, views.source, rows, np.arange(56, 64), 2, 4)
+    data = TrainingData(views.loaders, rows, np.arange(56, 64))
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
         Trainer(

@@ -42,7 +42,7 @@ def main(config: BenchRun) -> None:
     named = model_config(config, config.model or next(iter(config.models)))
     model = named.model_copy(update={"tower": named.tower.model_copy(update={"pretrained": False})})
     train, folder = model.train, config.folder / "bench"
-    accelerator = parallel.start(train.precision, train.micro_batch, train.global_batch, train.optim.clip_norm)
+    accelerator = parallel.start_training(train)
     if config.data.shards:
         index = open_index(config.train_shards, config.data.remote)
     else:
@@ -52,11 +52,10 @@ def main(config: BenchRun) -> None:
             bench.synthetic_shards(shards, lesions, side)
         accelerator.wait_for_everyone()
         index = read_index(shards)
-    views = open_views(model, index, folder / "tokens", accelerator, config.data, seed=config.seed, train=True)
-    network = new_network(model, index.concepts, views).to(accelerator.device)
-    values = bench.measure(
-        model, network, index, views.source, config.data, accelerator, config.seconds, seed=config.seed
-    )
+    experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
+    views = open_views(experiment, model, index, accelerator, train=True)
+    network = new_network(model, views).to(accelerator.device)
+    values = bench.measure(model, network, views.loaders, accelerator, config.seconds, seed=config.seed)
     if accelerator.is_main_process:
         record = bench.record_of(model, accelerator, values, COMMITTED.parents[2])
         print(bench.comparison(record, bench.alike(bench.read_records(COMMITTED), record)))

@@ -29,7 +29,7 @@ from triderm_dist.data.augment import (
     normalize,
     to_device,
 )
-from triderm_dist.data.plan import PlannedBatch, RankBatches
+from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.data.token_cache import TokenCache
@@ -304,6 +304,52 @@ class Loader:
             labels=move(self.index.labels[rows]),
             valid=move(part.valid),
         )
+
+
+@dataclass(frozen=True)
+class LoaderFactory:
+    """Makes the loaders of one packed set for one network.
+
+    source: where the views come from. workers: decoder threads per rank. prefetch: micro-batches decoded ahead.
+    """
+
+    index: ShardIndex
+    source: ViewSource
+    workers: int = 2
+    prefetch: int = 4
+
+    def create(
+        self,
+        batches: Iterable[PlannedBatch],
+        micro_batch: int,
+        device: torch.device,
+        *,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> Loader:
+        """Return the loader of planned batches; the keywords are those of `Loader`."""
+        return Loader(
+            self.index, self.source, batches, micro_batch, device,
+            augment=augment, seed=seed, epoch=epoch, workers=self.workers, prefetch=self.prefetch,
+        )  # fmt: skip
+
+    def sequential(
+        self,
+        rows: np.ndarray,
+        micro_batch: int,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> Loader:
+        """Return a rank's loader of index rows (N,) in this order, one micro-batch per step; the last one is padded."""
+        plan = EpochPlan(Samples.of(self.index, rows), Sampling("sequential"), 0, 0)
+        batches = plan.batches(rank, world_size, micro_batch * world_size)
+        return self.create(batches, micro_batch, device, augment=augment, seed=seed, epoch=epoch)
 
 
 @dataclass

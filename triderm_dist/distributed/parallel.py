@@ -114,6 +114,16 @@ def start(
     return accelerator
 
 
+def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelerator:
+    """Start the Accelerator of a training (see `start`)."""
+    return start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm, rank_timeout)
+
+
+def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accelerator:
+    """Start an Accelerator without optimizer steps: the batch split and the gradient norm are not used."""
+    return start(precision, 1, world_size(), 1.0, rank_timeout)
+
+
 def disable_malloc_trim() -> None:
     """Keep the memory of freed tensors in this process, for the next ones. Left to itself glibc returns each large one
     to the kernel, which clears every page of the next: half the time of a CNN's training step. MALLOC_ variables in the

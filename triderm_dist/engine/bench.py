@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from triderm_dist.config import DataConfig, ModelConfig
-from triderm_dist.data.loader import Loader, ViewSource
+from triderm_dist.config import ModelConfig
+from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
@@ -53,9 +53,7 @@ WORK = (
 def measure(
     model: ModelConfig,
     network: Network,
-    index: ShardIndex,
-    source: ViewSource,
-    data: DataConfig,
+    loaders: LoaderFactory,
     accelerator: Accelerator,
     seconds: float,
     seed: int = 0,
@@ -72,13 +70,10 @@ def measure(
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(accelerator.device)
     guard = NonFiniteGuard(accelerator, optimizer)
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, seed, guard)
-    rows = np.resize(np.arange(len(index)), PLANNED * config.global_batch)
-    plan = EpochPlan(Samples.of(index, rows), Sampling("shuffle"), seed, 0)
+    rows = np.resize(np.arange(len(loaders.index)), PLANNED * config.global_batch)
+    plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
-    loader = Loader(
-        index, source, batches, config.micro_batch, accelerator.device,
-        augment=config.augment, seed=seed, workers=data.workers, prefetch=data.prefetch,
-    )  # fmt: skip
+    loader = loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment, seed=seed)
     steps, numbers, sums = iter(loader), count(), None
 
     def run(many_steps: int) -> float:
@@ -128,7 +123,7 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
     size = (short_side * 4 // 3, short_side)
     made = []
     for number in range(lesions):
-        images = {}
+        images: dict[str, str | None] = {}
         for view in VIEWS:
             path = photos / f"lesion-{number:05d}-{view}.jpg"
             if not path.exists():

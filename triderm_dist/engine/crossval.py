@@ -1,22 +1,26 @@
-"""One fold of one model, from packed photos to the predictions of lesions it never saw; and all of them."""
+"""Cross-validation: train each fold of each model, then predict the lesions that it was not trained on."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, ModelConfig, TrainConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
-from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.fold import (
     as_predictions,
     assigned_folds,
@@ -32,6 +36,9 @@ from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import write_predictions
 from triderm_dist.schema import VIEWS
 
+OnStart = Callable[[], None]
+OnValidation = Callable[[int, dict[str, float]], None]
+
 
 @collectives.interrupt_on_lost_rank()
 def run_folds(
@@ -39,109 +46,136 @@ def run_folds(
     index: ShardIndex,
     models: Iterable[str],
     folds: Iterable[int],
-    on_validation: Callable[[int, dict[str, float]], None] | None = None,
-    on_start: Callable[[], None] = lambda: None,
+    on_validation: OnValidation | None = None,
+    on_start: OnStart = lambda: None,
 ) -> None:
-    """Train every fold of every model one after the other on all ranks, skipping what is done. Call on all ranks.
+    """Train every fold of every model one after the other on all ranks, skipping finished ones. Call on all ranks.
 
-    Leaves OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet}, and
-    without_VIEW.parquet: the same lesions predicted as if one photo had never been taken. `on_start` is called on rank
-    0 when a fold's settings have passed all checks; before it nothing of an earlier run is touched. Raises Interrupted
-    where it was asked to stop or lost another rank, InputError where another run trains the same fold.
+    Writes OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet} and
+    without_VIEW.parquet: predictions for the same lesions with one view treated as missing. `on_start` is called on
+    rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
+    is called with (epoch, scores). Raises Interrupted after a request to stop or where another rank was lost,
+    InputError where another run trains the same fold.
     """
     folds = list(folds)
     assignment = assigned_folds(index, experiment.data)
     with Stop() as stop:
         for name in models:
             model = model_config(experiment, name)
-            todo = [fold for fold in folds if not is_done(experiment, index, name, fold)]
-            if not todo:
+            remaining = [fold for fold in folds if not is_done(experiment, index, name, fold)]
+            if not remaining:
                 continue
-            train_config = model.train
-            accelerator = parallel.start(
-                train_config.precision, train_config.micro_batch, train_config.global_batch,
-                train_config.optim.clip_norm, experiment.rank_timeout,
-            )  # fmt: skip
+            accelerator = parallel.start_training(model.train, experiment.rank_timeout)
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
-            views = open_views(
-                model, index, experiment.token_folder, accelerator, experiment.data,
-                seed=experiment.seed_of_tokens, train=True, between=stop.check,
-            )  # fmt: skip
-            for fold in todo:
-                stop.check_now()  # what came while the fold before ended
+            views = open_views(experiment, model, index, accelerator, train=True, after_chunk=stop.check)
+            for fold in remaining:
+                stop.check_now()  # a request that came while the fold before ended
                 with exclusive(experiment.fold_folder(name, fold)):
-                    while not _run_fold(
-                        experiment, index, assignment, name, fold, views, stop, on_validation, on_start
-                    ):
-                        gc.collect()  # what the attempt that ran out of memory held
-                        torch.cuda.empty_cache()
+                    _FoldRun(experiment, name, fold, views, assignment, stop).run(on_start, on_validation)
 
 
-def _run_fold(
-    experiment: Experiment,
-    index: ShardIndex,
-    assignment: np.ndarray,
-    name: str,
-    fold: int,
-    views: Views,
-    stop: Stop,
-    on_validation: Callable[[int, dict[str, float]], None] | None,
-    on_start: Callable[[], None],
-) -> bool:
-    """Train and predict one fold; False where memory ran out and a smaller micro-batch is to be tried."""
-    model, folder = experiment.models[name], experiment.fold_folder(name, fold)
-    stamp = result_hash(experiment, index, name, fold)
-    place = FoldFolder(folder, stamp, resume_hash(experiment, index, name, fold))
-    if on_main(place.done):
-        on_main(place.take)
-        return True
-    memory = MicroBatch(folder, stamp, model.train.micro_batch, model.train.global_batch)
-    config = model.train.model_copy(update={"micro_batch": memory.agreed()})
-    # A fresh one for each training: DeepSpeed binds an Accelerator to one engine.
-    accelerator = parallel.start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm)
-    train_rows = np.flatnonzero((assignment >= 0) & (assignment != fold))
-    validation_rows = np.flatnonzero(assignment == fold)
-    data = TrainingData(
-        index, views.source, train_rows, validation_rows, experiment.data.workers, experiment.data.prefetch
-    )
-    with memory.fits(config.micro_batch) as attempt:
-        torch.manual_seed(experiment.seed * 1_009 + fold)
+@dataclass(frozen=True)
+class _FoldRun:
+    """One fold of one model. assignment: the fold of each lesion (N,), -1 without a label."""
+
+    experiment: Experiment
+    name: str
+    fold: int
+    views: Views
+    assignment: np.ndarray
+    stop: Stop
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.views.loaders.index
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.experiment.models[self.name]
+
+    @property
+    def validation_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.assignment == self.fold)
+
+    def run(self, on_start: OnStart, on_validation: OnValidation | None) -> None:
+        """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
+        identity = (self.experiment, self.index, self.name, self.fold)
+        result, path = result_hash(*identity), self.experiment.fold_folder(self.name, self.fold)
+        folder = FoldFolder(path, result, resume_hash(*identity))
+        if on_main(folder.is_finished):  # in a folder that was set aside
+            on_main(folder.claim)
+            return
+        train_config = self.model.train
+        micro_batch = MicroBatch(path, result, train_config.micro_batch, train_config.global_batch)
+        while True:
+            size = micro_batch.agreed()
+            config = train_config.model_copy(update={"micro_batch": size})
+            # A new one for each training: DeepSpeed binds an Accelerator to one engine.
+            accelerator = parallel.start_training(config)
+            with micro_batch.fits(size) as attempt:
+                changes = self._train(config, folder, accelerator, on_start, on_validation)
+                evaluation, without_view = self._predict(path, accelerator, size)
+            if not attempt.failed:
+                break
+            gc.collect()  # tensors of the attempt that ran out of memory
+            torch.cuda.empty_cache()
+        on_main(partial(self._write, path, result, evaluation, without_view, changes))
+        accelerator.free_memory()
+
+    def _train(
+        self,
+        config: TrainConfig,
+        folder: FoldFolder,
+        accelerator: Accelerator,
+        on_start: OnStart,
+        on_validation: OnValidation | None,
+    ) -> list[dict[str, Any]]:
+        train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
+        data = TrainingData(self.views.loaders, train_rows, self.validation_rows)
+        torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
+        network = new_network(self.model, self.views).to(accelerator.device)
         trainer = Trainer(
-            name=f"{name} fold {fold}", network=new_network(model, index.concepts, views).to(accelerator.device),
-            head=model.head, config=config, data=data, folder=place, seed=experiment.seed, accelerator=accelerator,
+            name=f"{self.name} fold {self.fold}", network=network, head=self.model.head, config=config, data=data,
+            folder=folder, seed=self.experiment.seed, accelerator=accelerator,
         )  # fmt: skip
-        changes = trainer.train(stop, on_start, on_validation)
-        # A network of its own: that of the training may be sharded, or hold other than the selected weights.
-        network = new_network(model, index.concepts, views, pretrained=False)
-        load_weights(folder / "weights", network)
-        network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-        judge = partial(
-            evaluate, network, index, views.source, validation_rows, accelerator,
-            micro_batch=config.micro_batch, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
-            between=stop.check,
-        )  # fmt: skip
-        evaluation = judge()
-        # How much a lesion with one photo loses can only be told of lesions that have both.
-        hidden = {view: judge(hide=view) for view in VIEWS} if set(VIEWS) <= set(model.use) else {}
-    if attempt.failed:
-        return False
+        return trainer.train(self.stop, on_start, on_validation)
 
-    def write() -> None:
-        digest = read_about(folder / "weights")["sha256"]
-        about = (index, name, model.head, fold, digest)
-        for view, seen in hidden.items():
-            write_predictions(folder / f"without_{view}.parquet", as_predictions(seen, *about), hidden=view)
-        write_predictions(folder / "predictions.parquet", as_predictions(evaluation, *about))
+    def _predict(
+        self, path: Path, accelerator: Accelerator, micro_batch: int
+    ) -> tuple[Evaluation, dict[str, Evaluation]]:
+        """Outputs for the validation rows, and by view those with the view treated as missing."""
+        # Not the network that was trained: it may be sharded, or hold other weights than the selected ones.
+        network = new_network(self.model, self.views, pretrained=False)
+        load_weights(path / "weights", network)
+        network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
+        predict = partial(
+            evaluate, network, self.views.loaders, self.validation_rows, accelerator,
+            micro_batch=micro_batch, after_batch=self.stop.check,
+        )  # fmt: skip
+        # What a missing view costs can be measured only where the model uses both.
+        hidden = VIEWS if set(VIEWS) <= set(self.model.use) else ()
+        return predict(), {view: predict(hide=view) for view in hidden}
+
+    def _write(
+        self,
+        path: Path,
+        result: str,
+        evaluation: Evaluation,
+        without_view: dict[str, Evaluation],
+        changes: list[dict[str, Any]],
+    ) -> None:
+        """Write the predictions, then fold.json, which marks the fold as finished."""
+        weights = read_about(path / "weights")["sha256"]
+        about = (self.index, self.name, self.model.head, self.fold, weights)
+        for view, hidden in without_view.items():
+            write_predictions(path / f"without_{view}.parquet", as_predictions(hidden, *about), hidden=view)
+        write_predictions(path / "predictions.parquet", as_predictions(evaluation, *about))
         save_about(
-            folder / "fold",
-            identity=stamp,
-            model=model.model_dump(mode="json"),
-            concepts=index.concepts,
-            fold=fold,
-            weights=digest,
+            path / "fold",
+            identity=result,
+            model=self.model.model_dump(mode="json"),
+            concepts=self.index.concepts,
+            fold=self.fold,
+            weights=weights,
             changes=changes,
         )
-
-    on_main(write)
-    accelerator.free_memory()
-    return True

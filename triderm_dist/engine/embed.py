@@ -1,4 +1,4 @@
-"""Embeddings of an untouched pretrained tower: the mean of its tokens of each photo, both views beside each other."""
+"""Embeddings of an untouched pretrained tower: the mean token of each photo, both views concatenated."""
 
 from __future__ import annotations
 
@@ -7,28 +7,20 @@ import numpy as np
 from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.distributed import collectives, parallel
+from triderm_dist.distributed import parallel
 from triderm_dist.engine.fold import model_config
 from triderm_dist.engine.views import PLAIN, open_views
 from triderm_dist.schema import VIEWS
 
 
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
-    """(N, 2 D) float32 of the tower that model NAME starts from, by way of the token cache; call on all ranks."""
+    """Return (N, 2 D) float32 from the pretrained tower of model NAME, through the token cache. Call on all ranks."""
     model = model_config(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
-    accelerator = parallel.start(model.train.precision, 1, collectives.world_size(), 1.0, experiment.rank_timeout)
-    views = open_views(
-        frozen,
-        index,
-        experiment.token_folder,
-        accelerator,
-        experiment.data,
-        seed=experiment.seed_of_tokens,
-        train=False,
-    )
-    assert isinstance(views.source, TokenSource)
-    cache = views.source.cache
+    accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
+    source = open_views(experiment, frozen, index, accelerator, train=False).loaders.source
+    assert isinstance(source, TokenSource)
+    cache = source.cache
     result = np.empty((len(index), len(VIEWS), cache.shape[1]), np.float32)
     for chunk in cache.chunks:
         rows = cache.rows(chunk)

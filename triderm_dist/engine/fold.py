@@ -1,10 +1,11 @@
-"""Names, hashes and network of one fold of one model."""
+"""One fold of one model: which lesions, which hashes identify its training, and its network. Imports no trainer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -17,18 +18,20 @@ from triderm_dist.engine.views import Views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions
-from triderm_dist.schema import ConfigError, added_fields
+from triderm_dist.schema import ConfigError, DataError, added_fields
 
 
 def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
-    """The fold of each lesion, (N,) int64, -1 for lesions without a label."""
+    """Return the fold of each lesion, (N,) int64, -1 for lesions without a label."""
     return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
 
 
-def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pretrained: bool = True) -> Network:
-    """A network on the views' tokens, or with towers of its own; pretrained False where weights are loaded
-    afterwards.
+def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:
+    """Build a network that takes the views' tokens, or photos with towers of its own.
+
+    pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards.
     """
+    concepts = views.loaders.index.concepts
     if views.tokens is not None:
         return build_network(model, concepts, views.tokens)
     tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
@@ -38,7 +41,7 @@ def new_network(model: ModelConfig, concepts: tuple[str, ...], views: Views, pre
 def as_predictions(
     evaluation: Evaluation, index: ShardIndex, name: str, head: str, fold: int, model_hash: str
 ) -> Predictions:
-    """The table of what one model said about `evaluation.rows`."""
+    """Build the table of one model's predictions for `evaluation.rows`."""
     rows = evaluation.rows
     return Predictions(
         lesion_ids=index.lesion_ids[rows],
@@ -59,15 +62,21 @@ def as_predictions(
 
 
 def model_config(experiment: Experiment, name: str) -> ModelConfig:
-    """Raises ConfigError for a name that is not under `models`."""
+    """Return the settings of a model. Raises ConfigError for a name that is not under `models`."""
     if name not in experiment.models:
         raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
     return experiment.models[name]
 
 
 def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
-    """Whether this fold has been trained and predicted with these settings and these data."""
+    """Return whether this fold is trained and predicted with these settings and data."""
     return is_finished(experiment.fold_folder(name, fold), result_hash(experiment, index, name, fold))
+
+
+def check_trained(folder: Path) -> None:
+    """Raise DataError where no fold was trained in this folder."""
+    if not (folder / "fold.json").exists():
+        raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
 
 
 def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, exclude: Iterable[str] = ()) -> str:

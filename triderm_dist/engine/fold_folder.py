@@ -1,5 +1,6 @@
-"""The folder of one fold: one run at a time works in it, and it holds one training. That of other settings is never
-deleted: the folder is set aside, whole, and comes back with its settings.
+"""The folder of one fold, which holds one training and is used by one run at a time.
+
+A training of other settings is never deleted: its folder is moved aside, and moved back when its settings return.
 """
 
 from __future__ import annotations
@@ -18,62 +19,63 @@ ASIDE = "other-settings"
 
 
 class FoldFolder:
-    """OUTPUT/MODEL/fold-K at `path`, for one training; those set aside are OUTPUT/MODEL/other-settings/fold-K-HASH.
+    """OUTPUT/MODEL/fold-K at `path`, for one training; others are moved to OUTPUT/MODEL/other-settings/fold-K-HASH.
 
-    stamp: hash of all that the fold's result depends on, which fold.json of a finished fold holds. identity: hash of
-    what a training must share to go on from a checkpoint, which that holds.
+    result_hash: of all that the fold's result depends on; fold.json of a finished fold holds it. resume_hash: of all
+    that a training must share with a checkpoint to resume from it; the checkpoint holds it.
     """
 
-    def __init__(self, path: Path, stamp: str, identity: str) -> None:
-        self.path, self.stamp, self.identity = path, stamp, identity
+    def __init__(self, path: Path, result_hash: str, resume_hash: str) -> None:
+        self.path, self.result_hash, self.resume_hash = path, result_hash, resume_hash
 
-    def found(self) -> Path:
-        """Where the training of these settings lies: here or set aside; here too where it has not begun."""
-        held = _held(self.path)
-        for key in (self.stamp, self.identity):
+    def locate(self) -> Path:
+        """Return the folder that holds this training: `path`, also if it has not begun, or the one moved aside."""
+        held = _held_hash(self.path)
+        for key in (self.result_hash, self.resume_hash):
             if held == key:
                 return self.path
             if (aside := self._aside(key)).exists():
                 return aside
         return self.path
 
-    def done(self) -> bool:
-        """Whether it is finished there."""
-        return is_finished(self.found(), self.stamp)
+    def is_finished(self) -> bool:
+        """Return whether this training is finished, in whichever folder holds it."""
+        return is_finished(self.locate(), self.result_hash)
 
-    def take(self) -> None:
-        """Have that training here, with nothing in it that a killed save left; what was here is set aside."""
-        found, held = self.found(), _held(self.path)
-        if held not in (None, self.stamp, self.identity) or (held and found != self.path):
+    def claim(self) -> None:
+        """Move this training into `path`, removing partial saves; a different training found there is moved aside."""
+        located, held = self.locate(), _held_hash(self.path)
+        if held not in (None, self.result_hash, self.resume_hash) or (held and located != self.path):
             aside = self._aside(held)
             aside.parent.mkdir(exist_ok=True)
             self.path.rename(aside)
-            goes = "starting from the beginning" if found == self.path else "going on with that of these settings"
-            print(f"{self.path}: a training of other settings or data, kept as {aside}; {goes}", flush=True)
-        elif found != self.path:
-            shutil.rmtree(self.path, ignore_errors=True)  # begun, and nothing was saved
-        if found != self.path:
-            found.rename(self.path)
+            how = "starting from the beginning" if located == self.path else "resuming the one of these settings"
+            print(f"{self.path}: holds a training of other settings or data, moved to {aside}; {how}", flush=True)
+        elif located != self.path:
+            shutil.rmtree(self.path, ignore_errors=True)  # a training that ended before its first save
+        if located != self.path:
+            located.rename(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for unfinished in (self.path / "checkpoints").glob("*.part"):
-            shutil.rmtree(unfinished)
+        for partial_save in (self.path / "checkpoints").glob("*.part"):
+            shutil.rmtree(partial_save)
 
     def _aside(self, key: str) -> Path:
         return self.path.parent / ASIDE / f"{self.path.name}-{key[:12]}"
 
 
-def is_finished(path: Path, stamp: str) -> bool:
-    """Whether the fold in this folder is trained and predicted, with this stamp."""
-    return (path / "predictions.parquet").exists() and _stamp(path) == stamp
+def is_finished(path: Path, result_hash: str) -> bool:
+    """Return whether the fold in this folder is trained and predicted, with this result hash."""
+    return (path / "predictions.parquet").exists() and _finished_hash(path) == result_hash
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Rank 0 holds the lock of a fold's folder; call on all ranks. Raises InputError on all where another run does.
+    """Hold the lock of a fold's folder on rank 0. Call on all ranks. Raises InputError on all of them if another run
+    holds it.
 
-    The kernel holds the lock, so none stays behind a dead process. On a shared file system it keeps out other hosts as
-    far as that passes flock on: NFS does (a host that died keeps its locks until the server drops them, about 90 s),
-    Lustre where it is mounted with `flock`. One that knows no locks keeps nobody out.
+    The kernel releases the lock when the process dies. On a shared file system it excludes other hosts only where
+    flock is supported across hosts: NFS does (it releases the locks of a dead host after about 90 s), Lustre when
+    mounted with `flock`. A file system without locks excludes no one.
     """
     refusal = InputError(f"{path}: another run is training this fold; wait for it, stop it, or set another output")
     with ExitStack() as stack:
@@ -81,15 +83,17 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def _held(path: Path) -> str | None:
-    """What tells the training in a folder from others; None where nothing of it is worth keeping."""
-    if stamp := _stamp(path):
-        return stamp
+def _held_hash(path: Path) -> str | None:
+    """Return the hash of the training in a folder: result hash of a finished one, resume hash of the newest checkpoint,
+    None where neither exists.
+    """
+    if result_hash := _finished_hash(path):
+        return result_hash
     saved = readable(path / "checkpoints")
     return saved[-1].record["identity"] if saved else None
 
 
-def _stamp(path: Path) -> str | None:
+def _finished_hash(path: Path) -> str | None:
     try:
         return read_about(path / "fold").get("identity")
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Predict a test set with every fold's model."""
+"""Predict a test set with the model of every fold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.fold import as_predictions, model_config, new_network
+from triderm_dist.engine.fold import as_predictions, check_trained, model_config, new_network
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
 from triderm_dist.schema import CheckpointError, DataError
@@ -23,55 +23,50 @@ from triderm_dist.schema import CheckpointError, DataError
 
 @collectives.interrupt_on_lost_rank()
 def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
-    """Every fold's model predicts every lesion of `index`, averaged over the test-time transforms; call on all ranks.
+    """Predict every lesion of `index` with the model of every fold, averaged over the test-time transforms.
 
-    Leaves OUTPUT/MODEL/fold-K/test.parquet. Raises DataError where a fold is not trained, or where the test set has
-    other concepts.
+    Call on all ranks. Writes OUTPUT/MODEL/fold-K/test.parquet, and skips folds whose file is up to date. Raises
+    DataError where a fold is not trained, or where the test set has other concepts.
     """
     for name in models:
         model = model_config(experiment, name)
         views: Views | None = None
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
-            if not (folder / "fold.json").exists():
-                raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
+            check_trained(folder)
             about = read_about(folder / "fold")
             if tuple(about["concepts"]) != index.concepts:
                 raise DataError(
                     f"{index.folder}: the test set's concepts are not those of training; pack it from matching metadata"
                 )
             transforms = experiment.predict.transforms
-            stamp = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
-            if _test_stamp(folder) == stamp and (folder / "test.parquet").exists():
+            inputs = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
+            if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():
                 continue
-            accelerator = parallel.start(
-                model.train.precision, 1, collectives.world_size(), 1.0, experiment.rank_timeout
-            )
+            accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
             if views is None:
-                views = open_views(
-                    model, index, experiment.token_folder, accelerator, experiment.data,
-                    seed=experiment.seed_of_tokens, train=False, transforms=transforms,
-                )  # fmt: skip
-            network = new_network(model, index.concepts, views, pretrained=False)
+                views = open_views(experiment, model, index, accelerator, train=False, transforms=transforms)
+            network = new_network(model, views, pretrained=False)
             load_weights(folder / "weights", network)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
             evaluation = evaluate(
-                network, index, views.source, np.arange(len(index)), accelerator, micro_batch=experiment.predict.batch,
-                transforms=transforms, workers=experiment.data.workers, prefetch=experiment.data.prefetch,
+                network, views.loaders, np.arange(len(index)), accelerator,
+                micro_batch=experiment.predict.batch, transforms=transforms,
             )  # fmt: skip
             predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
-            on_main(partial(_write_test, folder, predictions, transforms, stamp))
+            on_main(partial(_write, folder, predictions, transforms, inputs))
             accelerator.print(
                 f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
             )
 
 
-def _write_test(folder: Path, predictions: Predictions, transforms: int, stamp: str) -> None:
+def _write(folder: Path, predictions: Predictions, transforms: int, inputs: str) -> None:
     write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
-    save_about(folder / "test", stamp=stamp)
+    save_about(folder / "test", stamp=inputs)
 
 
-def _test_stamp(folder: Path) -> str | None:
+def _inputs_hash(folder: Path) -> str | None:
+    """The hash of the weights, test set and transforms that test.parquet was predicted with."""
     try:
         return read_about(folder / "test").get("stamp")
     except CheckpointError:

@@ -12,9 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import TrainConfig
-from triderm_dist.data.loader import Loader, ViewSource
+from triderm_dist.data.loader import Loader, LoaderFactory
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import full_weights
 from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
@@ -41,14 +40,11 @@ from triderm_dist.settings import flat
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A packed set, where its views come from, and the index rows (N,) that are trained on and validated on."""
+    """The loaders of a packed set, and its rows (N,) to train on and to validate on."""
 
-    index: ShardIndex
-    source: ViewSource
+    loaders: LoaderFactory
     train_rows: np.ndarray
     validation_rows: np.ndarray
-    workers: int
-    prefetch: int
 
 
 class Trainer:
@@ -78,9 +74,9 @@ class Trainer:
         self.epochs = _Epochs(config, data, seed)
         self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts).to(accelerator.device)
         self.checkpoints = Checkpoints(
-            folder.path, folder.identity, config.keep_last, execution_settings(config, accelerator)
+            folder.path, folder.resume_hash, config.keep_last, execution_settings(config, accelerator)
         )
-        saved = self.checkpoints.newest(on_main(folder.found))
+        saved = self.checkpoints.newest(on_main(folder.locate))
         if saved:
             saved.into_network(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
@@ -153,7 +149,7 @@ class Trainer:
         return optimizer
 
     def _begin(self, on_start: Callable[[], None]) -> None:
-        self.folder.take()
+        self.folder.claim()
         on_start()
         write_text(self.folder.path / "optimizer.txt", self._groups + "\n")
 
@@ -171,10 +167,10 @@ class Trainer:
         data, state, config = self.data, self.training.state, self.config
         with self.training.ema.swapped_in() if self.training.ema else nullcontext():
             validation = evaluate(
-                self.wrapped, data.index, data.source, data.validation_rows, self.accelerator, between=stop.check,
-                micro_batch=config.micro_batch, workers=data.workers, prefetch=data.prefetch,
+                self.wrapped, data.loaders, data.validation_rows, self.accelerator,
+                micro_batch=config.micro_batch, after_batch=stop.check,
             )  # fmt: skip
-            labels = data.index.labels[data.validation_rows]
+            labels = data.loaders.index.labels[data.validation_rows]
             p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
             scores = {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
             state.epoch, state.batch = state.epoch + 1, 0
@@ -206,7 +202,7 @@ class _Epochs:
 
     def __init__(self, config: TrainConfig, data: TrainingData, seed: int) -> None:
         self.config, self.data, self.seed = config, data, seed
-        self._samples = Samples.of(data.index, data.train_rows)
+        self._samples = Samples.of(data.loaders.index, data.train_rows)
         self._sampling = Sampling(**config.sampling.model_dump())
         self.class_counts = np.bincount(self._samples.labels, minlength=len(DIAGNOSES))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
@@ -218,10 +214,9 @@ class _Epochs:
         batches = self._plan(state.epoch).batches(
             accelerator.process_index, accelerator.num_processes, config.global_batch, start=state.batch
         )
-        return Loader(
-            data.index, data.source, batches, config.micro_batch, accelerator.device, augment=config.augment,
-            seed=self.seed, epoch=state.epoch, workers=data.workers, prefetch=data.prefetch,
-        )  # fmt: skip
+        return data.loaders.create(
+            batches, config.micro_batch, accelerator.device, augment=config.augment, seed=self.seed, epoch=state.epoch
+        )
 
     def done(self, state: TrainState) -> float:
         """Epochs done, with the fraction of the current one."""

@@ -1,4 +1,4 @@
-"""Views of a packed set for one model: its photos, or the tokens of its frozen tower, computed once."""
+"""Views of a packed set for one model: its photos, or the cached tokens of its frozen tower."""
 
 from __future__ import annotations
 
@@ -6,168 +6,136 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from triderm_dist.config import AugmentConfig, DataConfig, Experiment, ModelConfig, stable_dump
+from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.augment import build_augmentations
-from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, ViewSource
-from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.loader import LoaderFactory, PhotoSource, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
-from triderm_dist.distributed.parallel import start
+from triderm_dist.distributed.parallel import start_training
 from triderm_dist.models import build_towers
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 
 PLAIN = "plain"
+"""Version of the tokens of photos that are not augmented."""
 EXTRACT_BATCH = 32
+"""Lesions per forward of a frozen tower."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Views:
-    """Where a network gets its views, and the frozen tower's token shape, or None where the network holds the
-    towers.
+    """Loaders of a packed set for one network, and the shape of the tokens that they give; None where they give photos
+    and the network holds the towers.
     """
 
-    source: ViewSource
+    loaders: LoaderFactory
     tokens: TokenShape | None
 
 
 def open_views(
+    experiment: Experiment,
     model: ModelConfig,
     index: ShardIndex,
-    folder: Path,
     accelerator: Accelerator,
-    data: DataConfig,
     *,
-    seed: int,
     train: bool,
     transforms: int = 1,
-    between: Callable[[], None] = lambda: None,
+    after_chunk: Callable[[], None] = lambda: None,
 ) -> Views:
-    """Photos for towers that learn; for a frozen tower its tokens, after computing those that FOLDER lacks. Call on
-    all ranks.
+    """Open photos for towers that train, or tokens of a frozen tower, computing those that the cache lacks.
 
-    train: also the augmented versions. transforms: how many transforms of the dihedral group prediction will ask for.
-    between: called on all ranks after every chunk of tokens, and may raise.
+    Call on all ranks. train: also open the augmented versions. transforms: how many transforms of the dihedral group
+    prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise.
     """
-    augment = model.train.augment
+    augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # refuses unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(f"note: {note}")
     torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
     tower = build_towers(model.tower)[0]
+    photos = PhotoSource(index, tower.image_size, tower.mean, tower.std, augment)
+    loaders = LoaderFactory(index, photos, data.workers, data.prefetch)
     if not model.tower.frozen:
-        return Views(PhotoSource(index, tower.image_size, tower.mean, tower.std, augment), None)
+        return Views(loaders, None)
     accelerator.print(tower.report)
     shape = TokenShape(tower.num_tokens, tower.width)
     key = cache_key(tower=tower_hash(tower), index=index.fingerprint, size=tower.image_size)
-    cache = TokenCache(folder / key, len(index), (shape.num_tokens, shape.width))
+    cache = TokenCache(experiment.token_folder / key, len(index), (shape.num_tokens, shape.width))
     variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
-    turned = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
-    _extract(
-        tower,
-        index,
-        cache,
-        list(dict.fromkeys([*variants, *turned])),
-        augment,
-        seed,
-        accelerator,
-        data,
-        model.train.compile,
-        between,
-    )
-    return Views(TokenSource(cache, variants, turned), shape)
+    transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
+    extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
+    extractor.fill(cache, list(dict.fromkeys([*variants, *transformed])), model.train.compile, after_chunk)
+    photos.close()
+    return Views(LoaderFactory(index, TokenSource(cache, variants, transformed), data.workers, data.prefetch), shape)
 
 
 def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str) -> None:
-    """Compute what the cache lacks of the tokens that training a model reads; nothing where its towers learn."""
+    """Compute the tokens that the cache lacks for training a model; does nothing where its towers train."""
     model = experiment.models[name]
-    if not model.tower.frozen:
-        return
-    train = model.train
-    accelerator = start(train.precision, train.micro_batch, train.global_batch, train.optim.clip_norm)
-    seed = experiment.seed_of_tokens
-    open_views(model, index, experiment.token_folder, accelerator, experiment.data, seed=seed, train=True)
+    if model.tower.frozen:
+        open_views(experiment, model, index, start_training(model.train), train=True)
 
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
-    """Names of the augmented versions of the token cache; the name tells the settings that shape the photos."""
+    """Name the augmented versions of the token cache after a hash of the settings that shape the photos."""
     settings = stable_dump(augment, "models.NAME.train.augment")
     settings = {key: value for key, value in settings.items() if key in AugmentConfig.pixel_keys()}
     digest = hashlib.sha256(json.dumps([settings, seed], sort_keys=True).encode()).hexdigest()[:8]
     return [f"augmented-{digest}-{number:02d}" for number in range(augment.token_variants)]
 
 
-@torch.inference_mode()
-def _extract(
-    tower: Tower,
-    index: ShardIndex,
-    cache: TokenCache,
-    versions: list[str],
-    augment: AugmentConfig,
-    seed: int,
-    accelerator: Accelerator,
-    data: DataConfig,
-    compile_tower: bool,
-    between: Callable[[], None],
-) -> None:
-    """Compute what is missing; ranks take turns by chunk, and an interrupted extraction goes on at the next chunk."""
-    missing = cache.missing(versions)
-    accelerator.wait_for_everyone()  # all ranks have looked before one writes
-    if not missing:
-        return
-    tower = tower.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    if compile_tower:
-        tower.compile(dynamic=False)
-    source = PhotoSource(index, tower.image_size, tower.mean, tower.std, augment)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+@dataclass(frozen=True)
+class _TokenExtractor:
+    """Computes tokens of a frozen tower. `loaders` give photos."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not accelerator.is_main_process) as progress:
-        task = progress.add_task("tokens of the frozen tower, chunks", total=len(missing))
-        for number, (version, chunk) in enumerate(missing):
-            if number % accelerator.num_processes == accelerator.process_index:
-                cache.write(
-                    version,
-                    chunk,
-                    _tokens(tower, index, source, cache.rows(chunk), version, augment, seed, accelerator, data),
-                )
-            between()
-            progress.update(task, completed=number + 1)
-            if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
-                print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
-    source.close()
-    accelerator.wait_for_everyone()
+    tower: Tower
+    loaders: LoaderFactory
+    augment: AugmentConfig
+    seed: int
+    accelerator: Accelerator
 
+    @torch.inference_mode()
+    def fill(
+        self, cache: TokenCache, versions: list[str], compile_tower: bool, after_chunk: Callable[[], None]
+    ) -> None:
+        """Compute the missing chunks, distributed over the ranks; an interrupted extraction resumes at the next one."""
+        missing, accelerator = cache.missing(versions), self.accelerator
+        accelerator.wait_for_everyone()  # no rank writes before all have listed what is missing
+        if not missing:
+            return
+        self.tower.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        if compile_tower:
+            self.tower.compile(dynamic=False)
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-def _tokens(
-    tower: Tower,
-    index: ShardIndex,
-    source: PhotoSource,
-    rows: np.ndarray,
-    version: str,
-    augment: AugmentConfig,
-    seed: int,
-    accelerator: Accelerator,
-    data: DataConfig,
-) -> np.ndarray:
-    """(n, 2 views, L, D) float16."""
-    kind, _, number = version.rpartition("-")
-    augmented = kind.startswith("augmented")
-    plan = EpochPlan(Samples.of(index, rows), Sampling("sequential"), 0, 0)
-    loader = Loader(
-        index, source, plan.batches(0, 1, EXTRACT_BATCH), EXTRACT_BATCH, accelerator.device,
-        augment=augment if augmented else None, seed=seed, epoch=int(number) if augmented else 0,
-        workers=data.workers, prefetch=data.prefetch,
-    )  # fmt: skip
-    parts = []
-    for step in loader:
-        batch = source.transformed(step.micro_batches[0], step.rows, int(number) if kind == "dihedral" else 0)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=accelerator.device.type == "cuda"):
-            both = [tower(pixels)[: step.count] for pixels in (batch.clinical, batch.dermoscopic)]
-        parts.append(torch.stack(both, 1).half().cpu().numpy())
-    return np.concatenate(parts)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not accelerator.is_main_process) as progress:
+            task = progress.add_task("tokens of the frozen tower, chunks", total=len(missing))
+            for number, (version, chunk) in enumerate(missing):
+                if number % accelerator.num_processes == accelerator.process_index:
+                    cache.write(version, chunk, self.tokens(cache.rows(chunk), version))
+                after_chunk()
+                progress.update(task, completed=number + 1)
+                if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
+                    print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
+        accelerator.wait_for_everyone()
+
+    def tokens(self, rows: np.ndarray, version: str) -> np.ndarray:
+        """Return the tokens (n, 2 views, L, D) float16 of index rows (n,) in one version."""
+        kind, _, number = version.rpartition("-")
+        augmented, device = kind.startswith("augmented"), self.accelerator.device
+        loader = self.loaders.sequential(
+            rows, EXTRACT_BATCH, device,
+            augment=self.augment if augmented else None, seed=self.seed, epoch=int(number) if augmented else 0,
+        )  # fmt: skip
+        transform, parts = int(number) if kind == "dihedral" else 0, []
+        for step in loader:
+            batch = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                both = [self.tower(pixels)[: step.count] for pixels in (batch.clinical, batch.dermoscopic)]
+            parts.append(torch.stack(both, 1).half().cpu().numpy())
+        return np.concatenate(parts)

@@ -4,14 +4,12 @@ most ranks without a lesion at its end; rank 0 writes losses and gradients, and 
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.loader import Loader
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.distributed import collectives, parallel
@@ -56,9 +54,9 @@ def main(shards: str, output: str, cases: str) -> None:
         config = experiment(case["head"], case["micro_batch"], case["dropout"], **more)
         model = config.models["tri"]
         accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9)
-        views = open_views(model, index, Path(output), accelerator, config.data, seed=0, train=True)
+        views = open_views(config, model, index, accelerator, train=True)
         torch.manual_seed(0)
-        network = new_network(model, index.concepts, views)
+        network = new_network(model, views)
         gradients: dict[str, torch.Tensor] = {}
 
         def watched(network, gradients=gradients) -> torch.optim.Optimizer:
@@ -77,10 +75,7 @@ def main(shards: str, output: str, cases: str) -> None:
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
         first = next(iter(batches))
-        loader = Loader(
-            index, views.source, [first], case["micro_batch"], accelerator.device, augment=model.train.augment
-        )
-        (step,) = loader
+        (step,) = views.loaders.create([first], case["micro_batch"], accelerator.device, augment=model.train.augment)
         wrapped.train()
         guard = NonFiniteGuard(accelerator, optimizer)
         result = TrainStep(accelerator, wrapped, prepared, loss, model.train, 0, guard)(step, 0)
@@ -93,8 +88,8 @@ def main(shards: str, output: str, cases: str) -> None:
         accelerator.wait_for_everyone()
     rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
     torch.manual_seed(0)
-    network = accelerator.prepare_model(new_network(model, index.concepts, views), evaluation_mode=True)
-    seen = evaluate(network, index, views.source, rows, accelerator, micro_batch=4, transforms=2)
+    network = accelerator.prepare_model(new_network(model, views), evaluation_mode=True)
+    seen = evaluate(network, views.loaders, rows, accelerator, micro_batch=4, transforms=2)
     if accelerator.is_main_process:
         outputs = {name: torch.from_numpy(array) for name, array in vars(seen).items()}
         save_file(outputs, f"{output}/evaluation-{accelerator.num_processes}.safetensors")
