@@ -28,7 +28,7 @@ from tests.processes import HANG_SECONDS
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.monitoring.tracking import read_metrics
-from triderm_dist.predictions import read_oof
+from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_FIELDS
 from triderm_dist.settings import merge
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 GROUPS = (
     ("loss-term", "sgd", "scheduler", "tracker", "metadata-number"),
-    ("muon", "augmentation", "metadata-category"),
+    ("muon", "augmentation", "metadata-category", "network"),
 )
 """Recipes that share an experiment: each must have an effect of its own."""
 EXPERIMENT = """\
@@ -170,6 +170,14 @@ def metadata_category(run: Run) -> None:
     values = added_field(run, "itch")
     assert [(values == value).sum() for value in (0, 1)] == [22, 22] and np.isnan(values).sum() == 22
     assert "semantic.categories.itch.embedding.weight" in load_file(run.fold() / "weights.safetensors")
+
+
+@check("network")
+def network(run: Run) -> None:
+    predictions = read_predictions(run.fold("late") / "predictions.parquet")
+    weighted = 0.3 * predictions.aux_clinical + 0.7 * predictions.aux_dermoscopic
+    np.testing.assert_allclose(predictions.logits, weighted, rtol=1e-4, atol=1e-5)
+    assert predictions.features.shape[1] == 2 * 32
 
 
 def added_field(run: Run, name: str) -> np.ndarray:

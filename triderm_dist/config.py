@@ -258,7 +258,8 @@ EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 
 
 class ModelConfig(Section):
-    kind: Literal["trimodal", "dual_cnn"] = Field("trimodal", description="network")
+    kind: str = Field("trimodal", description="network: trimodal, dual_cnn, or one that a plugin adds")
+    settings: dict[str, Any] = Field({}, description="settings of a plugin's network, as its class defines them")
     tower: TowerConfig = TowerConfig()
     width: int = Field(768, ge=8, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")

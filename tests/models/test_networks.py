@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,10 +14,10 @@ import torch
 from torch import Tensor
 
 from triderm_dist.config import ModelConfig
-from triderm_dist.models import build_network, build_towers
+from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, ConfigError
 
 CONCEPTS = ("clinical/hair", "dermoscopic/hair", "dermoscopic/veil")
 KINDS = ("trimodal", "dual_cnn")
@@ -50,6 +53,26 @@ def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
 def total(outputs: tuple[Tensor, ...]) -> Tensor:
     """A loss that reaches all heads, as the compound loss does."""
     return sum((o.square().sum() for o in outputs[:3]), torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "tri_modal"}, "'tri_modal' is not a network; known: dual_cnn, trimodal (plugins may add others)"),
+        ({"settings": {"depth": 2}}, "models.NAME.settings of kind 'trimodal': unknown setting 'depth'"),
+    ],
+)
+def test_an_unknown_network_or_setting_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_network(ModelConfig.model_validate(settings))
+
+
+def test_networks_are_imported_when_they_are_used() -> None:
+    code = (
+        "import sys, triderm_dist.models as m, triderm_dist.config as c; m.check_network(c.ModelConfig()); "
+        "assert 'torch' not in sys.modules; m.network_class('trimodal'); assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
+from triderm_dist.models import check_network
 from triderm_dist.schema import ConfigError, added_fields
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
@@ -32,6 +33,8 @@ class PipelineRun(ParallelFoldsRun):
 def main(config: PipelineRun) -> None:
     if config.data.source is None and config.data.shards is None:
         raise ConfigError("data.source: the challenge folder is needed, or data.shards with packed shards")
+    for model in config.models.values():
+        check_network(model)
     folder, settings = config.folder, config.folder / "config.yaml"
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
         raise ConfigError(f"launcher: {config.launcher}: no such file, and none of that name ships with the package")

@@ -15,7 +15,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.engine.views import Views
-from triderm_dist.models import build_network, build_towers
+from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions
 from triderm_dist.schema import ConfigError, DataError, added_fields
@@ -62,9 +62,10 @@ def as_predictions(
 
 
 def model_config(experiment: Experiment, name: str) -> ModelConfig:
-    """Return the settings of a model. Raises ConfigError for a name that is not under `models`."""
+    """Return a model's settings. Raises ConfigError for a name that is not under `models`, or an unknown network."""
     if name not in experiment.models:
         raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
+    check_network(experiment.models[name])
     return experiment.models[name]
 
 

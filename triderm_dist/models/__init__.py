@@ -1,38 +1,81 @@
-"""Networks: `build_towers` for the image encoders of a setting, `build_network` for the whole."""
+"""Image encoders (towers) and networks, built from the settings of a model.
+
+`NETWORKS` is the table of networks; docs/extending.md has a recipe for another one. PyTorch is imported when something
+is built, not before.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from triderm_dist.config import build
+from triderm_dist.schema import ConfigError
+
 if TYPE_CHECKING:
-    from triderm_dist.config import ModelConfig, TowerConfig
+    from triderm_dist.config import ModelConfig, Section, TowerConfig
     from triderm_dist.models.network import Network
     from triderm_dist.models.towers import TokenShape, Tower
 
+NETWORKS: dict[str, str | type[Network]] = {
+    "trimodal": "triderm_dist.models.trimodal:TriModal",
+    "dual_cnn": "triderm_dist.models.dual_cnn:DualCnn",
+}
+"""Networks by `models.NAME.kind`: the class, or MODULE:CLASS to import it when it is first used."""
+
+
+def check_network(config: ModelConfig) -> None:
+    """Raise ConfigError for an unknown network or wrong settings of a plugin's; does not import PyTorch."""
+    if config.kind not in NETWORKS:
+        known = ", ".join(sorted(NETWORKS))
+        raise ConfigError(
+            f"models.NAME.kind: {config.kind!r} is not a network; known: {known} (plugins may add others)"
+        )
+    if config.settings or not isinstance(NETWORKS[config.kind], str):
+        network_settings(config)
+
+
+def network_class(kind: str) -> type[Network]:
+    """Look up a network in `NETWORKS`."""
+    entry = NETWORKS[kind]
+    if isinstance(entry, str):
+        module, _, name = entry.partition(":")
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+    return entry
+
+
+def network_settings(config: ModelConfig) -> Section:
+    """Build the network's own settings from `config.settings`. Raises ConfigError for wrong ones."""
+    try:
+        return build(network_class(config.kind).Settings, config.settings)
+    except ConfigError as error:
+        raise ConfigError(f"models.NAME.settings of kind {config.kind!r}: {error}") from None
+
 
 def build_towers(config: TowerConfig) -> list[Tower]:
-    """One tower for both views (`shared`), or one a view in the order of `VIEWS`, with their leading blocks frozen.
+    """Build one tower for both views (`shared`) or one per view in the order of `VIEWS`, leading blocks frozen.
 
-    A shared tower keeps the smaller of the two frozen prefixes. Raises what `build_tower` raises.
+    A shared tower freezes the smaller of the two numbers of blocks. Raises what `build_tower` raises.
     """
     from triderm_dist.models.towers import build_tower
 
     tower = build_tower(config.source, config.pretrained, config.image_size, config.quick_gelu)
-    prefixes = [len(tower.blocks)] * 2 if config.frozen else [config.freeze_clinical, config.freeze_dermoscopic]
+    frozen_blocks = [len(tower.blocks)] * 2 if config.frozen else [config.freeze_clinical, config.freeze_dermoscopic]
     if config.shared:
-        towers, prefixes = [tower], [min(prefixes)]
+        towers, frozen_blocks = [tower], [min(frozen_blocks)]
     else:
         towers = [tower, copy.deepcopy(tower)]
-    for tower, prefix in zip(towers, prefixes, strict=True):
-        tower.freeze(prefix)
+    for tower, num_blocks in zip(towers, frozen_blocks, strict=True):
+        tower.freeze(num_blocks)
     return towers
 
 
 def build_network(config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> Network:
-    """The network of `config.kind` over K named concepts, on towers (pixels in) or on tokens of a given shape."""
-    from triderm_dist.models.dual_cnn import DualCnn
-    from triderm_dist.models.trimodal import TriModal
+    """Build the network of `config.kind` over K named concepts, on towers (pixels in) or on tokens of a given shape.
 
-    return {"trimodal": TriModal, "dual_cnn": DualCnn}[config.kind](config, concepts, towers)
+    Raises ConfigError as `check_network` does.
+    """
+    check_network(config)
+    return network_class(config.kind)(config, concepts, towers)

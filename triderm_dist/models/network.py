@@ -1,57 +1,86 @@
-"""What every network shares: towers or tokens in, `Outputs` out, a missing view replaced by learned tokens."""
+"""The interface of every network: towers or tokens in, `Outputs` out, learned tokens in place of a missing view.
+
+A network is a subclass of `Network` in the table `triderm_dist.models.NETWORKS`. The other packages rely on this:
+
+    Settings           a `Section` with the network's own settings, `models.NAME.settings`; an instance of it is
+                       `self.settings`
+    __init__           calls `super().__init__(config, concepts, towers)`, which registers the towers
+    fuse()             tokens of the used views, concepts and metadata to `Outputs`: logits and both auxiliary logits
+                       (B, C), raw; features (B, D) with D of the network's choice; all float32
+    fusion_stages()    modules after the towers that are checkpointed, compiled and sharded (FSDP2) one by one; `fuse`
+                       must call them, not their parts; [] for none
+
+and on this of every forward:
+
+    - Lesion b depends on row b of the inputs only (batch norms of trained towers aside).
+    - Nothing of a view whose `present` is False reaches the outputs, and the NaN of a missing concept or metadata value
+      is replaced before anything is computed with it. `ViewTokens`, `SemanticTokens` and `TabularFeatures` do both.
+    - Every trainable parameter takes part in every forward, as DDP requires.
+    - Random numbers come from dropout modules only, which are off in evaluation mode.
+
+Modalities outside `config.use` have no tower and no projection, and count as missing. A network that also has
+`attention()` and `semantic_names` as `TriModal` does can be drawn by `triderm predict explain=LESION`.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triderm_dist.config import ModelConfig
+from triderm_dist.config import ModelConfig, Section
+from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, Outputs
+from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, MetadataField, Outputs
 
 SHARED = "shared"
 
 
 class Network(nn.Module, ABC):
-    """Both views, concepts and metadata of B lesions to `Outputs`, in one forward.
+    """Map both views, concepts and metadata of B lesions to `Outputs` in one forward; see the module's contract.
 
-    Given towers (one for both views, or one a view) it takes pixels (B, 3, H, W); given a `TokenShape` it takes tokens
-    (B, L, width) of a tower that ran before. Nothing of a view whose `view_present` is False reaches the outputs: its
-    pixels may be anything finite. They do pass the tower, so that a photo that training hides stays a photo for its
-    batch norms. Modalities outside `config.use` have no tower and no projection here, and count as missing. Every
-    trainable parameter takes part in every forward, as DDP asks.
+    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W); given a `TokenShape` it takes
+    tokens (B, L, width) that a tower computed before. Pixels of a missing view must be finite. They pass the tower, so
+    that hiding a photo in training does not change the batch that its batch norms see.
+
+    concept_names: K names.  fields: the M metadata fields.  used_views: views in `config.use`.  token_shape: of the
+    tokens that `fuse` gets.  settings: an instance of `Settings`.
     """
+
+    Settings: ClassVar[type[Section]] = Section
 
     def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()
+        self.settings = network_settings(config)
         self.concept_names = tuple(concepts)
-        self.fields = tuple(METADATA_FIELDS.values())
+        self.fields: tuple[MetadataField, ...] = tuple(METADATA_FIELDS.values())
         self.used_views: tuple[str, ...] = tuple(view for view in VIEWS if view in config.use)
         self.towers = nn.ModuleDict()
+        self.holds_towers = not isinstance(towers, TokenShape)
         if isinstance(towers, TokenShape):
             self.token_shape = towers
-        else:
-            self.token_shape = TokenShape(towers[0].num_tokens, towers[0].width)
-            if len(towers) == 1 and self.used_views:
-                self.towers[SHARED] = towers[0]
-            elif len(towers) > 1:
-                self.towers.update(
-                    {view: tower for view, tower in zip(VIEWS, towers, strict=True) if view in self.used_views}
-                )
-        self.holds_towers = not isinstance(towers, TokenShape)
+            return
+        self.token_shape = TokenShape(towers[0].num_tokens, towers[0].width)
+        if len(towers) == 1 and self.used_views:
+            self.towers[SHARED] = towers[0]
+        elif len(towers) > 1:
+            for view, tower in zip(VIEWS, towers, strict=True):
+                if view in self.used_views:
+                    self.towers[view] = tower
 
     def forward(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor, concepts: Tensor, metadata: Tensor
     ) -> Outputs:
-        """clinical, dermoscopic: pixels (B, 3, H, W) or tokens (B, L, width).
+        """Encode the used views and fuse them.
 
-        view_present: (B, 2) bool, in the order of `VIEWS`. concepts: (B, K), metadata: (B, M), NaN where missing.
+        clinical, dermoscopic: pixels (B, 3, H, W) or tokens (B, L, width).  view_present: (B, 2) bool, in the order of
+        `VIEWS`.  concepts: (B, K), metadata: (B, M), NaN where missing.
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
         return self.fuse(tokens, present, concepts, metadata)
@@ -60,21 +89,25 @@ class Network(nn.Module, ABC):
     def fuse(
         self, tokens: dict[str, Tensor], present: dict[str, Tensor], concepts: Tensor, metadata: Tensor
     ) -> Outputs:
-        """tokens: (B, L, width) of each used view; present: (B,) bool of each view."""
+        """Compute the outputs.
+
+        tokens: (B, L, width) by view, used views only.  present: (B,) bool by view, all views.  concepts: (B, K),
+        metadata: (B, M), NaN where missing.
+        """
 
     @abstractmethod
     def fusion_stages(self) -> list[nn.Module]:
-        """The parts after the towers that are worth checkpointing and compiling one by one."""
+        """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
 
     def blocks(self) -> list[nn.Module]:
-        """Units of activation checkpointing and compilation: tower blocks that are trained, and fusion stages."""
+        """Return the units of activation checkpointing and compilation: trained tower blocks and fusion stages."""
         return [*(block for tower in self._towers() for block in tower.trained_blocks), *self.fusion_stages()]
 
     def parameter_depths(self) -> dict[str, int]:
-        """Every parameter's distance from the heads, for layer-wise learning rates.
+        """Return each parameter's distance from the heads, for layer-wise learning rates.
 
-        0: heads, fusion, concepts, projections. Block i of a tower's n: n - i, counted from the top for each tower by
-        itself. Its tail goes with its last block, 1; its stem (patch embedding, class token, positions) is n + 1.
+        0: everything after the towers. Block i of a tower with n blocks: n - i. The tower's tail: 1, as its last block.
+        Its stem (patch embedding, class token, positions): n + 1.
         """
         depths = {name: 0 for name, _ in self.named_parameters()}
         for name in depths:
@@ -87,7 +120,7 @@ class Network(nn.Module, ABC):
     def _views(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tokens (B, L, width) of the used views, and (B,) bool of each view."""
+        """Return the tokens (B, L, width) of the used views, and whether each view is present, (B,) bool."""
         images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
         return self._tokens({view: images[view] for view in self.used_views}), present
@@ -99,16 +132,16 @@ class Network(nn.Module, ABC):
         if not self.holds_towers or not images:
             return images
         if SHARED in self.towers:
-            # One pass over both views; batch norms then see both, too.
+            # One pass over both views, so that batch norms take their statistics over both.
             tokens = self.towers[SHARED](torch.cat(list(images.values())))
             return dict(zip(images, tokens.chunk(len(images)), strict=True))
         return {view: self.towers[view](pixels) for view, pixels in images.items()}
 
 
 class ViewTokens(nn.Module):
-    """A view's tokens (B, L, width) normed and projected to (B, L, D), or L learned tokens where the view is missing.
+    """Normalize and project a view's tokens, (B, L, width) to (B, L, D); learned tokens where the view is missing.
 
-    A view that the network does not use has the learned tokens only.
+    used False: the network does not use the view, and every lesion gets the learned tokens.
     """
 
     def __init__(self, shape: TokenShape, width: int, used: bool) -> None:
@@ -124,10 +157,10 @@ class ViewTokens(nn.Module):
 
 
 class Head(nn.Module):
-    """Features (B, D) to logits (B, C) in float32, whatever the precision around it.
+    """Classify features, (B, D) to logits (B, C), in float32 also under autocast.
 
-    A sigmoid head starts at the prior of one diagnosis in C, logit -log(C - 1): else the negatives, C - 1 in C, drive
-    the first steps (RetinaNet's trick, Lin et al. 2017).
+    kind: softmax or sigmoid. The bias of a sigmoid head starts at the prior of one diagnosis in C, -log(C - 1);
+    otherwise the negatives, C - 1 of C, dominate the first steps (RetinaNet, Lin et al. 2017).
     """
 
     def __init__(self, width: int, kind: str, dropout: float) -> None:
