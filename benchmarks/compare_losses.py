@@ -32,7 +32,7 @@ class Comparison(Section):
 
 def losses(path: Path) -> dict[int, float]:
     """The loss of every logged step. Raises ConfigError where the file holds none."""
-    from triderm_dist.monitoring.tracking import read_metrics
+    from triderm_dist.monitoring.metrics_log import read_metrics
 
     found = {int(line["step"]): float(line["loss"]) for line in read_metrics(path) if line["kind"] == "train"}
     if not found:

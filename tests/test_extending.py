@@ -27,7 +27,7 @@ from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
-from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_FIELDS
 from triderm_dist.settings import merge

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.processes import ROOT, launch
-from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 
 SETTINGS = """
 data: {folds: 2}

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.compare_losses import ACROSS_MACHINES, largest_difference, losses
 from tests.processes import ROOT, WORKERS, launch
-from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 
 from .conftest import TINY_TRIMODAL
 

@@ -16,7 +16,7 @@ from triderm_dist.config import Experiment, load, save
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.files import atomic_path, exclusive_lock
-from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.schema import ConfigError, InputError
 
 from .conftest import TINY_TRIMODAL

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes import WORKERS, launch
-from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 
 WORKER = str(WORKERS / "relay_worker.py")
 SETTINGS = """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.processes import WORKERS, finish, launch, start
-from triderm_dist.monitoring.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
 
 SIGNAL_WORKER = str(WORKERS / "signal_worker.py")

@@ -18,8 +18,8 @@ from triderm_dist.engine.trainer import Trainer, TrainingData
 from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.startup_report import parameters_by_room, report
-from triderm_dist.monitoring.tracking import read_metrics
 
 TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)
 LOG_EVERY = 4

@@ -5,7 +5,8 @@ import time
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
-from triderm_dist.monitoring.tracking import Tracker, read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.monitoring.tracking import Tracker
 from triderm_dist.schema import ConfigError
 
 TRAIN = {

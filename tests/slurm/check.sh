@@ -134,7 +134,7 @@ same_losses() { # RUN RUN FOLD [TOLERANCE]
     python - "$here/$1/tri/fold-$3" "$here/$2/tri/fold-$3" "${4:-0}" <<'END' || fail "the losses of $2 are not those of $1"
 import sys
 from pathlib import Path
-from triderm_dist.engine.tracking import read_metrics
+from triderm_dist.monitoring.metrics_log import read_metrics
 one, other = ([(line["step"], line["loss"]) for line in read_metrics(Path(folder) / "metrics.jsonl")
                if line["kind"] == "train"] for folder in sys.argv[1:3])
 steps = [step for step, _ in one]

@@ -11,6 +11,7 @@ from typing import Any
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.files import naming_file, write_text
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.schema import ConfigError, one_line
 
 PROJECT = "triderm-dist"
@@ -132,17 +133,6 @@ def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: M
             f"train.trackers: {kind} did not start ({one_line(error, 200, with_type=True)}); set it up or leave it out"
         ) from None
     return tracker
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def clock(seconds: float) -> str:

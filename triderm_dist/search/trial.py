@@ -122,7 +122,7 @@ def run_trial(
     """
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
-    from triderm_dist.monitoring.tracking import read_metrics
+    from triderm_dist.monitoring.metrics_log import read_metrics
 
     started, before, main = time.monotonic(), 0.0, collectives.is_main()
     try:
