@@ -24,7 +24,7 @@ from pydantic import Field
 from triderm_dist import metrics
 from triderm_dist.cli import run
 from triderm_dist.ensemble import calibration
-from triderm_dist.ensemble.thresholds import best_thresholds, decide, guarded_thresholds
+from triderm_dist.ensemble.thresholds import best_thresholds, decide, regularized_thresholds
 from triderm_dist.ensemble.weights import fit_weights
 from triderm_dist.predictions import OofTable, labeled, read_oof
 from triderm_dist.schema import DIAGNOSES
@@ -194,7 +194,7 @@ def by_ours(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
 
 def by_ours_guarded(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
     fitted = fit_weights(tables, labels)
-    cut = guarded_thresholds(fitted.combine(tables), labels, SHRINKAGE)
+    cut = regularized_thresholds(fitted.combine(tables), labels, SHRINKAGE)
     return lambda judged: decide(fitted.combine(judged), cut, "at_least_one")
 
 

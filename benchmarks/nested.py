@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from triderm_dist.config import Experiment
-from triderm_dist.ensemble.stacker import inner_folds
-from triderm_dist.ensemble.weights import CHOSEN, nested_estimate
+from triderm_dist.ensemble.nested_stack import inner_folds
+from triderm_dist.ensemble.run_files import CHOSEN
+from triderm_dist.ensemble.weights import nested_estimate
 from triderm_dist.predictions import OofTable
 
 

@@ -31,8 +31,10 @@ from triderm_dist.cli import run
 from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, save
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.calibration import log_probabilities
-from triderm_dist.ensemble.columns import ColumnFile
-from triderm_dist.ensemble.stacker import Stacker, device_of, fit_stacker, threads_for
+from triderm_dist.ensemble.columns import ColumnFile, Columns
+from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
+from triderm_dist.ensemble.stacker import TrainingRows
+from triderm_dist.ensemble.xgboost_stacker import device_of, threads_for
 from triderm_dist.predictions import OofTable, write_oof
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
 from triderm_dist.settings import Section
@@ -93,10 +95,14 @@ def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([*blocks, features], axis=1).astype(np.float32), labels
 
 
-def ours(columns: np.ndarray, labels: np.ndarray, settings: Settings) -> Stacker:
+def ours(columns: np.ndarray, labels: np.ndarray, settings: Settings) -> FittedStacker:
     config = StackConfig(device=settings.device)  # type: ignore[arg-type]
-    names = [f"c{i}" for i in range(columns.shape[1])]
-    return fit_stacker(columns, labels, np.arange(len(labels)).astype(str), names, DIAGNOSES, config)
+    return fit_stacker(training_rows(columns, labels), config, cores=openmp_threads())
+
+
+def training_rows(columns: Columns, labels: np.ndarray) -> TrainingRows:
+    rows, names = np.arange(len(labels)), tuple(f"c{i}" for i in range(columns.shape[1]))
+    return TrainingRows(columns, rows, labels, rows.astype(str), names, DIAGNOSES)
 
 
 def guides(columns: np.ndarray, labels: np.ndarray) -> object:
@@ -162,7 +168,9 @@ def threads(settings: Settings) -> None:
                 xgboost.train(parameters, data, 10)
                 took[count].append(time.perf_counter() - started)
         cells = "   ".join(f"{count} threads {min(seconds):6.2f}" for count, seconds in took.items())
-        print(f"{rows:>9,} x {width:<5} {cells}   the rule takes {threads_for(rows, width)}", flush=True)
+        print(
+            f"{rows:>9,} x {width:<5} {cells}   the rule takes {threads_for(rows, width, openmp_threads())}", flush=True
+        )
 
 
 def million(settings: Settings) -> None:
@@ -182,13 +190,13 @@ def million(settings: Settings) -> None:
         truth = np.concatenate(labels)
         started = time.perf_counter()
         config = StackConfig(device=settings.device, max_rounds=settings.million_rounds)  # type: ignore[arg-type]
-        stacker = fit_stacker(file, truth, np.arange(rows), [f"c{i}" for i in range(60)], DIAGNOSES, config)
+        stacker = fit_stacker(training_rows(file, truth), config, cores=openmp_threads())
         fitted = time.perf_counter() - started
     judged, labels_judged = rows_of(20_000, 60, seed=2)
     score = metrics.argmax_macro_f1(stacker.predict(judged), labels_judged)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\n{rows:,} x 60 from a parquet file on {stacker.device}: written in {wrote:.0f} s, {stacker.rounds} rounds "
-          f"and the search for their number in {fitted:.0f} s, peak {peak:,.0f} MiB, macro F1 {score:.3f}")  # fmt: skip
+    print(f"\n{rows:,} x 60 from a parquet file ({stacker.model.summary()}): written in {wrote:.0f} s, "
+          f"fitted with early stopping in {fitted:.0f} s, peak {peak:,.0f} MiB, macro F1 {score:.3f}")  # fmt: skip
     print(json.dumps({"peak_mb": peak}))
 
 

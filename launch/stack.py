@@ -1,4 +1,4 @@
-"""Fit the XGBoost stage and the ensemble on OUTPUT/oof.parquet, and estimate them on lesions they were not fitted on.
+"""Fit the stacker and the ensemble on OUTPUT/oof.parquet, and estimate them on lesions they were not fitted on.
 
 The program is triderm_dist/commands/stack.py; `triderm stack` runs it from anywhere.
 """

@@ -292,7 +292,12 @@ class ModelConfig(Section):
 
 
 class StackConfig(Section):
-    enabled: bool = Field(True, description="fit the XGBoost stage on the out-of-fold rows")
+    enabled: bool = Field(True, description="fit a stacker on the out-of-fold rows")
+    kind: str = Field("xgboost", description="stacker; plugins may add others")
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of a stacker of another kind; XGBoost's are the keys below, booster to device",
+    )
     booster: Literal["softprob", "multi_output"] = Field(
         "softprob", description="one multi-class booster, or multi-output trees"
     )

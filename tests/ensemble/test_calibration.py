@@ -8,7 +8,7 @@ from triderm_dist.ensemble import calibration
 from triderm_dist.schema import ConfigError
 
 
-def test_probabilities_equal_the_plain_formulas_and_do_not_overflow() -> None:
+def test_probabilities_equal_the_formulas_without_overflow() -> None:
     logits = np.random.default_rng(0).normal(scale=4, size=(50, 5))
     softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(calibration.probabilities_of(logits, "softmax"), softmax)
@@ -22,7 +22,7 @@ def test_probabilities_equal_the_plain_formulas_and_do_not_overflow() -> None:
 
 @settings(deadline=None)
 @given(st.floats(0.2, 5), st.sampled_from(["softmax", "sigmoid"]))
-def test_temperature_undoes_a_known_one(true: float, head: str) -> None:
+def test_temperature_recovers_a_known_one(true: float, head: str) -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(scale=2, size=(4000, 4))
     if head == "softmax":
@@ -39,7 +39,7 @@ def test_temperature_undoes_a_known_one(true: float, head: str) -> None:
     assert calibration.fit_temperature(logits * true, labels, head) == pytest.approx(true, rel=0.1)
 
 
-def test_temperature_never_makes_the_likelihood_worse() -> None:
+def test_temperature_improves_the_likelihood() -> None:
     generator = np.random.default_rng(3)
     logits, labels = generator.normal(scale=6, size=(300, 6)), generator.integers(0, 6, 300)
     for head in ("softmax", "sigmoid"):
@@ -48,8 +48,8 @@ def test_temperature_never_makes_the_likelihood_worse() -> None:
         assert after < before
 
 
-def test_logit_adjustment_undoes_the_prior() -> None:
-    """With likelihoods plus log prior as logits, tau = 1 leaves the likelihoods: rare diagnoses are found."""
+def test_logit_adjustment_removes_the_prior() -> None:
+    """With likelihoods plus log prior as logits, tau = 1 recovers the likelihoods."""
     generator = np.random.default_rng(0)
     labels = generator.choice(3, 6000, p=[0.9, 0.08, 0.02])
     prior = calibration.class_prior(labels, 3)
@@ -62,6 +62,6 @@ def test_logit_adjustment_undoes_the_prior() -> None:
     assert gained > metrics.argmax_macro_f1(likelihood + 2 * np.log(prior), labels)
 
 
-def test_the_prior_of_an_absent_diagnosis_is_not_zero() -> None:
+def test_prior_of_an_absent_diagnosis_is_not_zero() -> None:
     prior = calibration.class_prior(np.array([0, 0, 1]), 3)
     assert prior.sum() == pytest.approx(1) and (prior > 0).all()

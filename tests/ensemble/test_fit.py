@@ -1,4 +1,4 @@
-"""The whole stage: fitted out of fold, used on a test set, refused where something is missing."""
+"""Stacking end to end: fitted out of fold, used on a test set, refused where something is missing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from tests.ensemble.conftest import experiment
 from tests.synthetic_run import MODELS, folds_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.ensemble import calibration
-from triderm_dist.ensemble.fit import fit_final
-from triderm_dist.ensemble.predict import predict_final
+from triderm_dist.ensemble.fit import fit_ensemble
+from triderm_dist.ensemble.predict import predict_ensemble
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof
 from triderm_dist.schema import DIAGNOSES, DataError
@@ -19,10 +19,10 @@ from triderm_dist.schema import DIAGNOSES, DataError
 C = len(DIAGNOSES)
 
 
-def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
+def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
     labels = write_run(tmp_path)
     config = experiment(tmp_path)
-    fit = fit_final(tmp_path, config)
+    fit = fit_ensemble(tmp_path, config)
     assert [row.name for row in fit.rows] == [*MODELS, "stack", "plain mean", "fitted weights", "ensemble"]
     files = ("stack.ubj", "stack.json", "ensemble.json", "ensemble_oof.parquet", "oof_submission.csv")
     rows, read = {row.name: row for row in fit.rows}, read_oof(tmp_path / "oof.parquet")
@@ -33,7 +33,7 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
     rivals = [row.nested.value for name, row in rows.items() if name not in ("fitted weights", "ensemble")]
     assert fit.chosen == ("fitted" if rows["fitted weights"].nested.value > max(rivals) else "mean")
     first = {name: (tmp_path / name).read_bytes() for name in files}
-    fit_final(tmp_path, config)
+    fit_ensemble(tmp_path, config)
     assert first == {name: (tmp_path / name).read_bytes() for name in files}
     assert not list(tmp_path.glob("*.part"))
 
@@ -46,34 +46,34 @@ def test_the_whole_stage_and_its_use_on_a_test_set(tmp_path: Path) -> None:
     np.testing.assert_array_equal(nested.decisions, table > 0.5)
 
     tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
-    probabilities, thresholds = predict_final(tmp_path, tests)
+    probabilities, thresholds = predict_ensemble(tmp_path, tests)
     on_test = metrics.macro_f1(probabilities > thresholds, tests.labels)
     assert on_test > score - 0.1  # the mean of three fold models is no worse than one
     with pytest.raises(DataError, match="needs predictions of model 'dual_cnn'"):
-        predict_final(tmp_path, replace(tests, models=("trimodal",)))
+        predict_ensemble(tmp_path, replace(tests, models=("trimodal",)))
 
 
-def test_no_label_of_a_fold_reaches_its_lines_in_the_submission(tmp_path: Path) -> None:
-    """End to end, through temperature, stacker, weights and thresholds: change fold 0's labels, its lines stay."""
+def test_no_label_of_a_fold_reaches_its_rows_of_the_submission(tmp_path: Path) -> None:
+    """Through temperatures, stacker, weights and thresholds: other labels in fold 0 do not change its rows."""
     write_run(tmp_path)
     table = read_oof(tmp_path / "oof.parquet")
     inside = table.folds == 0
     poisoned = table.labels.copy()
     poisoned[inside] = np.roll(poisoned[inside], 1)
-    said = []
+    submissions = []
     for labels in (table.labels, poisoned):
         write_oof(tmp_path / "oof.parquet", replace(table, labels=labels))
-        fit_final(tmp_path, experiment(tmp_path))
+        fit_ensemble(tmp_path, experiment(tmp_path))
         ids, submitted = submission.read_submission(tmp_path / "oof_submission.csv")
         assert ids == table.lesion_ids.tolist()
-        said.append(submitted)
-    np.testing.assert_array_equal(said[0][inside], said[1][inside])
-    assert (said[0][~inside] != said[1][~inside]).any()
+        submissions.append(submitted)
+    np.testing.assert_array_equal(submissions[0][inside], submissions[1][inside])
+    assert (submissions[0][~inside] != submissions[1][~inside]).any()
 
 
 def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     write_run(tmp_path, lesions=450, informed=False)
-    fit = fit_final(tmp_path, experiment(tmp_path))
+    fit = fit_ensemble(tmp_path, experiment(tmp_path))
     labels = read_oof(tmp_path / "oof.parquet").labels
     decisions = read_nested(tmp_path / "ensemble_oof.parquet").decisions
     chance = [metrics.macro_f1(decisions, np.random.default_rng(seed).permutation(labels)) for seed in range(50)]
@@ -82,15 +82,15 @@ def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     assert fit.rows[-1].fitted > fit.rows[-1].nested.value  # fitted on its own rows, noise looks like skill
 
 
-def test_a_run_that_is_partly_done_is_told_and_one_without_folds_refused(tmp_path: Path) -> None:
+def test_incomplete_folds_are_noted_and_a_single_fold_is_refused(tmp_path: Path) -> None:
     labels = write_run(tmp_path)
     ids, folds = [f"lesion-{row:04d}" for row in range(len(labels))], folds_of(labels)
     (tmp_path / "dual_cnn" / "fold-1" / "predictions.parquet").unlink()
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
-    fit = fit_final(tmp_path, experiment(tmp_path, enabled=False))
+    fit = fit_ensemble(tmp_path, experiment(tmp_path, enabled=False))
     assert any(f"{(folds == 1).sum()} of {len(labels)} lesions are left out" in note for note in fit.notes)
     assert not (tmp_path / "stack.ubj").exists()
     (tmp_path / "dual_cnn" / "fold-2" / "predictions.parquet").unlink()
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
-    with pytest.raises(DataError, match="lie in 1 folds, two are needed"):
-        fit_final(tmp_path, experiment(tmp_path))
+    with pytest.raises(DataError, match="lie in 1 fold, two are needed"):
+        fit_ensemble(tmp_path, experiment(tmp_path))

@@ -1,4 +1,4 @@
-"""Decision thresholds: exact, guarded against luck, and adjusted for class frequencies."""
+"""Decision thresholds: exact, regularized, and adjusted for class frequencies."""
 
 import numpy as np
 import pytest
@@ -14,23 +14,21 @@ from triderm_dist.ensemble.thresholds import (
     NEVER,
     RULES,
     Rule,
-    _thresholds,
+    _weighted_thresholds,
     adjusted_thresholds,
     best_thresholds,
     decide,
-    guarded_thresholds,
-    lift,
+    encode_rule,
+    regularized_thresholds,
 )
-from triderm_dist.ensemble.weights import (
-    fit_candidates,
-)
+from triderm_dist.ensemble.weights import fit_candidates
 from triderm_dist.schema import DIAGNOSES
 
 C = len(DIAGNOSES)
 
 
 def brute_force(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The best F1 that any cut above 0 gives."""
+    """The best F1 of any threshold at or above 0."""
     cuts = np.unique(np.concatenate([[0.0], scores]))
     f1 = [2 * (truth & (scores > cut)).sum() / ((scores > cut).sum() + truth.sum()) for cut in cuts]
     return max(f1)
@@ -41,7 +39,7 @@ def brute_force(scores: np.ndarray, truth: np.ndarray) -> float:
     arrays(np.float64, (25, 3), elements=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0]))),
     arrays(np.int64, 25, elements=st.integers(0, 2)),
 )
-def test_best_thresholds_reach_what_brute_force_reaches(scores: np.ndarray, labels: np.ndarray) -> None:
+def test_best_thresholds_equal_brute_force(scores: np.ndarray, labels: np.ndarray) -> None:
     thresholds = best_thresholds(scores, labels)
     for label in range(3):
         truth = labels == label
@@ -53,17 +51,17 @@ def test_best_thresholds_reach_what_brute_force_reaches(scores: np.ndarray, labe
             assert thresholds[label] == NEVER
     assert ((thresholds >= 0) & (thresholds <= 1)).all()
     seen = [(scores[labels == label, label] > 0).any() for label in range(3)]  # elsewhere every cut has F1 = 0
-    weighted = _thresholds(scores, labels, np.ones((2, 25)))
+    weighted = _weighted_thresholds(scores, labels, np.ones((2, 25)))
     np.testing.assert_array_equal(weighted[:, seen], [thresholds[seen], thresholds[seen]])
 
 
-def test_a_threshold_lies_midway_between_two_scores() -> None:
+def test_thresholds_lie_midway_between_two_scores() -> None:
     scores = np.array([[0.9], [0.6], [0.2], [0.1]])
     assert best_thresholds(scores, np.array([0, 0, 1, 1])) == pytest.approx(0.4)
 
 
-def test_guarded_thresholds_hold_better_on_new_lesions() -> None:
-    """Guarded cuts score higher on lesions they were not fitted on, exact ones on those they were fitted on."""
+def test_regularized_thresholds_generalize_better() -> None:
+    """They score higher on new lesions, and exact thresholds on those that they were fitted on."""
     gains, fitted = [], []
     for seed in range(12):
         generator = np.random.default_rng(seed)
@@ -72,20 +70,20 @@ def test_guarded_thresholds_hold_better_on_new_lesions() -> None:
         table = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         seen = np.arange(1200) < 600
         exact = best_thresholds(table[seen], labels[seen])
-        guarded = guarded_thresholds(table[seen], labels[seen], shrinkage=30)
+        regularized = regularized_thresholds(table[seen], labels[seen], shrinkage=30)
         for rows, into in ((~seen, gains), (seen, fitted)):
-            scores = [metrics.macro_f1(table[rows] > cut, labels[rows]) for cut in (guarded, exact)]
+            scores = [metrics.macro_f1(table[rows] > cut, labels[rows]) for cut in (regularized, exact)]
             into.append(scores[0] - scores[1])
     assert np.mean(gains) > 2 * np.std(gains) / np.sqrt(len(gains))
     assert max(fitted) <= 0
 
 
-def test_shrinkage_moves_rare_diagnoses_most() -> None:
+def test_shrinkage_is_strongest_for_rare_diagnoses() -> None:
     generator = np.random.default_rng(0)
     labels = labels_of(800)
     table = generator.random((800, C)) * 0.6 + 0.4 * np.eye(C)[labels] * generator.random((800, 1))
-    free, pulled = (guarded_thresholds(table, labels, s) for s in (0.0, 1e9))
-    some = guarded_thresholds(table, labels, 30.0)
+    free, pulled = (regularized_thresholds(table, labels, s) for s in (0.0, 1e9))
+    some = regularized_thresholds(table, labels, 30.0)
 
     def logit(p: np.ndarray) -> np.ndarray:
         return np.log(p / (1 - p))
@@ -103,11 +101,11 @@ def test_shrinkage_moves_rare_diagnoses_most() -> None:
     arrays(np.float64, 4, elements=st.floats(0.001, 1) | st.just(NEVER)),
     st.sampled_from(RULES),
 )
-def test_lifted_probabilities_say_what_the_rule_decides(table: np.ndarray, cuts: np.ndarray, rule: Rule) -> None:
-    decided, lifted = decide(table, cuts, rule), lift(table, cuts, rule)
-    assert ((lifted >= 0) & (lifted <= 1)).all()
-    np.testing.assert_array_equal(lifted > cuts, decided)
-    np.testing.assert_array_equal(submission.map_to_half(lifted, cuts) > 0.5, decided)
+def test_encoded_probabilities_reproduce_the_rule(table: np.ndarray, cuts: np.ndarray, rule: Rule) -> None:
+    decided, encoded = decide(table, cuts, rule), encode_rule(table, cuts, rule)
+    assert ((encoded >= 0) & (encoded <= 1)).all()
+    np.testing.assert_array_equal(encoded > cuts, decided)
+    np.testing.assert_array_equal(submission.map_to_half(encoded, cuts) > 0.5, decided)
     if rule == "at_least_one":
         possible = cuts < NEVER
         assert (decided.any(axis=1) == (table > 0)[:, possible].any(axis=1)).all()
@@ -118,7 +116,7 @@ def test_lifted_probabilities_say_what_the_rule_decides(table: np.ndarray, cuts:
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.25])
-def test_the_nearest_diagnosis_under_adjusted_thresholds_is_the_argmax_of_adjusted_logits(tau: float) -> None:
+def test_adjusted_thresholds_equal_logit_adjustment(tau: float) -> None:
     labels = labels_of(300)
     logits = np.random.default_rng(0).normal(scale=2, size=(300, C))
     prior = calibration.class_prior(labels, C)
@@ -126,8 +124,8 @@ def test_the_nearest_diagnosis_under_adjusted_thresholds_is_the_argmax_of_adjust
     np.testing.assert_array_equal(decided, metrics.argmax_decisions(calibration.adjust_logits(logits, prior, tau)))
 
 
-def test_logit_adjustment_is_chosen_where_it_is_right() -> None:
-    """Likelihoods beside a steep prior, few lesions: thresholds a diagnosis are noise, one tau is not."""
+def test_logit_adjustment_is_chosen_for_a_biased_prior() -> None:
+    """With few lesions, thresholds per diagnosis are noise; a single tau is not."""
     generator = np.random.default_rng(1)
     labels = np.repeat(np.arange(C), [400, 60, 12, 12, 12, 12, 12, 12, 12, 12, 12])
     prior = calibration.class_prior(labels, C)
@@ -136,4 +134,4 @@ def test_logit_adjustment_is_chosen_where_it_is_right() -> None:
     candidates = fit_candidates({"m": table}, labels, np.arange(len(labels)) % 5, QUICK)
     fitted = candidates["m"].ensemble
     assert fitted.rule == "nearest" and fitted.tau is not None and fitted.shrinkage is None
-    np.testing.assert_array_equal(fitted.final([table]) > fitted.thresholds, fitted.decide([table]))
+    np.testing.assert_array_equal(fitted.decidable([table]) > fitted.thresholds, fitted.decide([table]))

@@ -6,14 +6,12 @@ import pytest
 from tests.ensemble.conftest import QUICK, members_of
 from tests.synthetic_run import folds_of, labels_of
 from triderm_dist import metrics
-from triderm_dist.ensemble.thresholds import (
-    best_thresholds,
-)
+from triderm_dist.ensemble.run_files import CHOSEN
+from triderm_dist.ensemble.thresholds import best_thresholds
 from triderm_dist.ensemble.weights import (
-    CHOSEN,
+    MacroF1Objective,
     NestedEstimate,
-    _Objective,
-    choose,
+    choose_weighting,
     fit_candidates,
     fit_weights,
     nested_estimate,
@@ -23,15 +21,15 @@ from triderm_dist.schema import DIAGNOSES
 C = len(DIAGNOSES)
 
 
-def test_the_fast_objective_equals_exact_thresholds() -> None:
+def test_objective_equals_macro_f1_at_exact_thresholds() -> None:
     labels = labels_of(400)
     table = members_of(labels, [2.0])[0]
     exact = metrics.macro_f1(table > best_thresholds(table, labels), labels)
-    objective = _Objective([table], labels)
+    objective = MacroF1Objective([table], labels)
     assert objective(objective.mix(np.ones(1))) == pytest.approx(exact, abs=1e-6)
 
 
-def test_weights_are_on_the_simplex_and_beat_every_member_on_their_rows() -> None:
+def test_fitted_weights_are_on_the_simplex_and_beat_every_member() -> None:
     labels = labels_of(500)
     tables = members_of(labels, [2.0, 2.0, 0.0])
     fitted = fit_weights(tables, labels)
@@ -44,7 +42,7 @@ def test_weights_are_on_the_simplex_and_beat_every_member_on_their_rows() -> Non
     np.testing.assert_array_equal(fitted.weights, again.weights)
 
 
-def test_the_plain_mean_is_taken_where_fitted_weights_do_not_win() -> None:
+def test_plain_mean_unless_fitted_weights_beat_it() -> None:
     labels = labels_of(400)
     parts = folds_of(labels)
     tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.5]))}
@@ -53,12 +51,12 @@ def test_the_plain_mean_is_taken_where_fitted_weights_do_not_win() -> None:
     for lead, expected in ((-0.01, "mean"), (0.0, "mean"), (0.01, "fitted")):
         best = max(candidate.score for name, candidate in candidates.items() if name != "fitted")
         scores = {name: candidate.score for name, candidate in candidates.items()} | {"fitted": best + lead}
-        assert choose(scores) == expected
+        assert choose_weighting(scores) == expected
     one = fit_candidates({"m0": tables["m0"]}, labels, parts, QUICK)
-    assert list(one) == ["m0"] and choose({"m0": one["m0"].score}) == "m0"
+    assert list(one) == ["m0"] and choose_weighting({"m0": one["m0"].score}) == "m0"
 
 
-def test_no_label_of_a_fold_reaches_the_decisions_on_it() -> None:
+def test_no_label_of_a_fold_reaches_its_decisions() -> None:
     labels = labels_of(330)
     folds = folds_of(labels)
     tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.0]))}
@@ -69,12 +67,12 @@ def test_no_label_of_a_fold_reaches_the_decisions_on_it() -> None:
     poisoned = labels.copy()
     poisoned[folds == 1] = np.roll(poisoned[folds == 1], 1)
     before, after = nested(labels), nested(poisoned)
-    for way in before.decisions:
-        np.testing.assert_array_equal(before.decisions[way][folds == 1], after.decisions[way][folds == 1])
-    np.testing.assert_array_equal(before.final > before.thresholds, before.decisions[CHOSEN])
+    for weighting in before.decisions:
+        np.testing.assert_array_equal(before.decisions[weighting][folds == 1], after.decisions[weighting][folds == 1])
+    np.testing.assert_array_equal(before.decidable > before.thresholds, before.decisions[CHOSEN])
 
 
-def test_noise_with_ten_members_is_not_above_chance() -> None:
+def test_nested_estimate_of_noise_is_at_chance() -> None:
     """Where weights and thresholds are scored on the rows they were fitted on, pure noise looks like skill."""
     labels = labels_of(600)
     folds = folds_of(labels, 5)

@@ -31,7 +31,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
     },
     "After training": {
         "embed": "extract embeddings of the pretrained tower as extra stacker columns",
-        "stack": "fit the XGBoost stacker and the ensemble on the out-of-fold predictions",
+        "stack": "fit the stacker and the ensemble on the out-of-fold predictions",
         "predict": "predict the test set and write the submission",
         "report": "write report.html",
     },

@@ -1,7 +1,7 @@
-"""Fused features of fold models turned into one basis, so that a column means the same in every row.
+"""Align the fused features of fold models to one basis, so that a column means the same in every row.
 
-Each fold's network has its own axes. Lesions that all of them have predicted (the test set: no label is looked at) show
-how they lie to one another; orthogonal Procrustes turns every network's features onto those of its model's first fold.
+Each fold's network has its own axes. Test lesions are predicted by all of them (their labels are not used), so
+orthogonal Procrustes on their features maps every network onto the first fold's network of the same model.
 Shapes: N lesions, D features.
 """
 
@@ -19,7 +19,7 @@ from triderm_dist.schema import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class Alignment:
     """features -> (features - center) @ rotation. center: (D,) and rotation: (D, D) float32, orthogonal."""
 
     center: np.ndarray
@@ -29,73 +29,85 @@ class Turn:
         return (features - self.center) @ self.rotation
 
 
-def fit_turns(parts: Sequence[Predictions]) -> dict[str, Turn]:
-    """A turn for the weights (by hash) of every part, each the predictions of one fold model for the same lesions.
+def fit_alignments(parts: Sequence[Predictions]) -> dict[str, Alignment]:
+    """Fit an alignment for each fold model, by the hash of its weights.
 
-    The first part of a model is what its others are turned to. Raises DataError where parts hold different lesions.
+    parts: the predictions of one fold model each, all for the same lesions; the first part of a model is the
+    reference of its others. Raises DataError where parts hold different lesions.
     """
     from scipy.linalg import orthogonal_procrustes
 
     references: dict[str, tuple[list[str], np.ndarray]] = {}
-    turns = {}
+    alignments = {}
     for part in parts:
         model, weights = str(part.model[0]), str(part.model_hash[0])
         order = np.argsort(part.lesion_ids.astype(str))
-        ids = part.lesion_ids[order].tolist()
+        lesion_ids = part.lesion_ids[order].tolist()
         center = part.features.mean(axis=0)
-        own = part.features[order] - center
-        there, reference = references.setdefault(model, (ids, own))
-        if there != ids or reference.shape != own.shape:
-            raise DataError(f"test predictions of {model} ({weights[:12]}) hold other lesions than its first fold's")
-        rotation = np.eye(own.shape[1]) if own is reference else orthogonal_procrustes(own, reference)[0]
-        turns[weights] = Turn(center, np.ascontiguousarray(rotation, np.float32))
-    return turns
+        centered = part.features[order] - center
+        reference_ids, reference = references.setdefault(model, (lesion_ids, centered))
+        if reference_ids != lesion_ids or reference.shape != centered.shape:
+            raise DataError(
+                f"test predictions of {model} ({weights[:12]}) hold different lesions than those of its first fold"
+            )
+        is_reference = centered is reference
+        rotation = np.eye(centered.shape[1]) if is_reference else orthogonal_procrustes(centered, reference)[0]
+        alignments[weights] = Alignment(center, np.ascontiguousarray(rotation, np.float32))
+    return alignments
 
 
-def turned_rows(table: OofTable, models: Sequence[str], turns: Mapping[str, Turn]) -> np.ndarray:
-    """(N, sum of D) float32 out-of-fold features of the models, each row turned as its own network wants it."""
+def aligned_rows(table: OofTable, models: Sequence[str], alignments: Mapping[str, Alignment]) -> np.ndarray:
+    """Align the out-of-fold features of the models, each row by the network that predicted it: (N, sum of D) float32.
+
+    Raises DataError where a network has no alignment, since it has not predicted the test set.
+    """
     blocks = []
     for model in models:
         block = np.empty_like(table.features[model])
         for weights in dict.fromkeys(table.hashes[model]):
-            if weights not in turns:
+            if weights not in alignments:
                 raise DataError(
-                    f"no test.parquet of {model} with weights {weights[:12]}: run triderm predict submit=false first"
+                    f"no test.parquet of {model} with weights {weights[:12]}; run triderm predict submit=false first"
                 )
-            own = table.hashes[model] == weights
-            block[own] = turns[weights](table.features[model][own])
+            rows = table.hashes[model] == weights
+            block[rows] = alignments[weights](table.features[model][rows])
         blocks.append(block)
     return np.concatenate(blocks, axis=1)
 
 
-def turned_mean(
-    parts: Sequence[Predictions], lesion_ids: np.ndarray, models: Sequence[str], turns: Mapping[str, Turn]
+def aligned_mean(
+    parts: Sequence[Predictions], lesion_ids: np.ndarray, models: Sequence[str], alignments: Mapping[str, Alignment]
 ) -> np.ndarray:
-    """(N, sum of D) of test lesions: the mean over a model's folds of their turned features."""
+    """Average the aligned features of test lesions over the folds of each model: (N, sum of D).
+
+    Raises DataError for weights that were not aligned.
+    """
     by_model: dict[str, list[np.ndarray]] = {model: [] for model in models}
     for part in parts:
         model, weights = str(part.model[0]), str(part.model_hash[0])
         if model not in by_model:
             continue
-        if weights not in turns:
-            raise DataError(f"weights {weights[:12]} of {model} are not those that triderm stack aligned; run it again")
-        place = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
-        by_model[model].append(turns[weights](part.features[[place[lesion] for lesion in lesion_ids]]))
+        if weights not in alignments:
+            raise DataError(f"weights {weights[:12]} of {model} were not aligned; run triderm stack again")
+        row_of = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
+        by_model[model].append(alignments[weights](part.features[[row_of[lesion] for lesion in lesion_ids]]))
     return np.concatenate([np.mean(by_model[model], axis=0) for model in models], axis=1)
 
 
-def save_turns(path: Path, turns: Mapping[str, Turn]) -> None:
-    """Write as safetensors, whole or not at all."""
+def save_alignments(path: Path, alignments: Mapping[str, Alignment]) -> None:
+    """Write as safetensors, atomically."""
     from safetensors.numpy import save_file
 
-    tensors = {f"{weights}.{name}": getattr(turn, name) for weights, turn in turns.items()
-               for name in ("center", "rotation")}  # fmt: skip
-    with atomic_path(path) as beside:
-        save_file(tensors, beside)
+    tensors = {}
+    for weights, alignment in alignments.items():
+        tensors[f"{weights}.center"] = alignment.center
+        tensors[f"{weights}.rotation"] = alignment.rotation
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
 
 
-def load_turns(path: Path) -> dict[str, Turn]:
-    """Read what `save_turns` wrote. Raises DataError naming the file."""
+def load_alignments(path: Path) -> dict[str, Alignment]:
+    """Read what `save_alignments` wrote. Raises DataError naming the file."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -104,4 +116,4 @@ def load_turns(path: Path) -> dict[str, Turn]:
     except (OSError, SafetensorError):
         raise DataError(f"{path}: missing or not readable; run triderm stack again") from None
     hashes = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
-    return {weights: Turn(tensors[f"{weights}.center"], tensors[f"{weights}.rotation"]) for weights in hashes}
+    return {weights: Alignment(tensors[f"{weights}.center"], tensors[f"{weights}.rotation"]) for weights in hashes}

@@ -1,4 +1,4 @@
-"""The fitted ensemble as it is stored in ensemble.json."""
+"""The fitted ensemble, and its file ensemble.json."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.ensemble.thresholds import Rule, decide, lift
+from triderm_dist.ensemble.run_files import FITTED
+from triderm_dist.ensemble.thresholds import Rule, decide, encode_rule
 from triderm_dist.files import write_json
 from triderm_dist.schema import DIAGNOSES, DataError
 
-MEAN, FITTED = "mean", "fitted"
 FORMAT = "triderm-ensemble"
 VERSION = 3
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Weights of the members, thresholds and rule: everything between members' probabilities and a decision.
+    """Weights of the members, thresholds and rule: all that is between members' probabilities and a decision.
 
     members: M names.  weights: (M,) on the simplex.  thresholds: (C,) in (0, 1].  temperatures: (M,) that divide a
-    member's logits before they become probabilities; 1 where the member is the stacker.
+    member's logits before they become probabilities; 1 for the stacker.
     """
 
     members: tuple[str, ...]
@@ -38,21 +38,28 @@ class Ensemble:
     diagnoses: tuple[str, ...] = DIAGNOSES
 
     def combine(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """(N, C) weighted mean of the members' (N, C), given in the order of `members`."""
+        """Return the (N, C) weighted mean of the members' (N, C), given in the order of `members`."""
         if len(probabilities) != len(self.members):
-            raise DataError(f"the ensemble has {len(self.members)} members, here are {len(probabilities)} tables")
+            raise DataError(
+                f"the ensemble has {len(self.members)} members ({', '.join(self.members)}), got {len(probabilities)} "
+                "tables"
+            )
         return np.tensordot(self.weights, np.stack(list(probabilities)), axes=1)
 
-    def final(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """(N, C) combined probabilities with the rule worked in: the decision is `final > thresholds`."""
-        return lift(self.combine(probabilities), self.thresholds, self.rule)
+    def decidable(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
+        """Return (N, C) combined probabilities that encode the rule: the decision is `decidable > thresholds`."""
+        return encode_rule(self.combine(probabilities), self.thresholds, self.rule)
 
     def decide(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """(N, C) bool decisions."""
+        """Return (N, C) bool decisions."""
         return decide(self.combine(probabilities), self.thresholds, self.rule)
 
+    def with_temperatures(self, temperatures: Mapping[str, float]) -> Ensemble:
+        """Return the ensemble with temperatures of the members; 1 for members that are not named."""
+        return replace(self, temperatures=np.array([temperatures.get(name, 1.0) for name in self.members]))
+
     def save(self, path: Path, **more: Any) -> None:
-        """Write as JSON, with `more` beside (scores, notes), whole or not at all."""
+        """Write as JSON, with the keys of `more` (scores, notes), atomically."""
         tree = {
             "format": FORMAT,
             "version": VERSION,
@@ -87,7 +94,7 @@ class Ensemble:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """All of ensemble.json, scores and notes included. Raises DataError naming the file."""
+    """Read all of ensemble.json, scores and notes included. Raises DataError naming the file."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,8 +104,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; run triderm stack again")
     return tree
-
-
-def with_temperatures(ensemble: Ensemble, temperatures: Mapping[str, float]) -> Ensemble:
-    """The ensemble with the members' temperatures noted; members that are not named have 1."""
-    return replace(ensemble, temperatures=np.array([temperatures.get(name, 1.0) for name in ensemble.members]))

@@ -1,8 +1,6 @@
-"""What the stacker reads: columns that mean the same in every row, in memory or streamed from a parquet file.
+"""A stacker's columns in memory, or in a parquet file that is read in batches where they do not fit.
 
-Log-probabilities of every head, concepts and metadata always; by option embeddings of an untouched pretrained tower, or
-fused features turned into one basis (`triderm_dist.align`). Both are wide, and are reduced inside the fold.
-Shapes: N lesions, F columns, C diagnoses.
+Shapes: N rows, F columns, n rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
 
 BATCH = 65_536
-"""Rows of a parquet batch."""
+"""Rows of a batch, and of a row group of the parquet file."""
 
 
 class ColumnFile:
-    """(N, F) float32 columns in a parquet file, read batch by batch: what does not fit in memory."""
+    """(N, F) float32 columns in a parquet file. Raises DataError for a file that `write` has not written."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -37,12 +35,12 @@ class ColumnFile:
         return self.shape[0]
 
     def batches(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first row, (n, F) float32), in order."""
+        """Yield (index of the first row, (n, F) float32), in order."""
         import pyarrow.parquet as pq
 
         first = 0
         for batch in pq.ParquetFile(self.path).iter_batches(BATCH):
-            # Not `flatten`, which leaves out rows that are null: there are none here.
+            # Not `flatten`, which skips null rows; no row is null here.
             values = batch.column("columns").values.to_numpy(zero_copy_only=False)
             rows = np.asarray(values, np.float32).reshape(-1, self.shape[1])
             yield first, rows
@@ -50,30 +48,30 @@ class ColumnFile:
 
     @staticmethod
     def write(path: Path, batches: Iterable[np.ndarray]) -> ColumnFile:
-        """Write (n, F) batches one after the other, NaN where missing; whole or not at all."""
+        """Write (n, F) batches one after the other, NaN where missing, atomically."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with atomic_path(path) as beside:
+        with atomic_path(path) as temporary:
             writer = None
             for batch in batches:
                 flat = pa.array(np.ascontiguousarray(batch, np.float32).ravel(), from_pandas=False)
                 table = pa.table({"columns": pa.FixedSizeListArray.from_arrays(flat, batch.shape[1])})
                 if writer is None:
-                    writer = pq.ParquetWriter(beside, table.schema, compression="zstd", use_dictionary=False)
+                    writer = pq.ParquetWriter(temporary, table.schema, compression="zstd", use_dictionary=False)
                 writer.write_table(table, row_group_size=BATCH)
             if writer is None:
-                raise DataError(f"{path}: there is no row to write")
+                raise DataError(f"{path}: there are no rows to write")
             writer.close()
         return ColumnFile(path)
 
 
 Columns = np.ndarray | ColumnFile
-"""(N, F) columns, wherever they are."""
+"""(N, F) columns, in memory or in a file."""
 
 
 def batches_of(columns: Columns, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indices (n,), columns (n, F)) of `rows` (ascending indices): all at once in memory, in batches from a file."""
+    """Yield (indices (n,), columns (n, F)) of `rows` (ascending indices): one batch in memory, several from a file."""
     if isinstance(columns, np.ndarray):
         yield rows, columns[rows]
         return

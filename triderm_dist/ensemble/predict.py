@@ -1,4 +1,4 @@
-"""From what every fold's model says about the test set to the submission, and its score where the truth is known."""
+"""Predict a test set with the fitted stacker and ensemble, write the submission, and score it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import numpy as np
 
 from triderm_dist import metrics
 from triderm_dist.ensemble.artifact import Ensemble, read_json
-from triderm_dist.ensemble.fit import _probabilities
-from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, HELD_OUT_FILE, STACK_FILE
-from triderm_dist.ensemble.stack_inputs import (
-    column_names,
-    stacker_columns,
+from triderm_dist.ensemble.calibration import member_probabilities
+from triderm_dist.ensemble.fitted_stacker import FittedStacker
+from triderm_dist.ensemble.run_files import (
+    ENSEMBLE_FILE,
+    HELD_OUT_FILE,
+    PREDICTIONS_FILE,
+    STACK_FILE,
+    STACKER,
+    SUBMISSION_FILE,
 )
-from triderm_dist.ensemble.stacker import STACKER, Stacker
+from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
 from triderm_dist.files import write_json
 from triderm_dist.predictions import (
     TEST,
@@ -33,14 +37,14 @@ from triderm_dist.submission import read_submission, write_submission
 def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
     """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble, write RUN/submission.csv.
 
-    Also leaves RUN/predictions.parquet: one row a lesion and model, the mean over folds and transforms. Raises
-    DataError where the files do not hold the same lesions or the ensemble wants another model.
+    Also writes RUN/predictions.parquet: one row per lesion and model, the mean over folds and transforms. Raises
+    DataError where the files hold different lesions or the ensemble needs another model.
     """
     parts = [read_predictions(path) for path in test_files]
     table = average_test(parts)
-    probabilities, thresholds = predict_final(run_folder, table, parts)
-    write_predictions(run_folder / "predictions.parquet", _as_rows(table), split=TEST)
-    path = run_folder / "submission.csv"
+    probabilities, thresholds = predict_ensemble(run_folder, table, parts)
+    write_predictions(run_folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
+    path = run_folder / SUBMISSION_FILE
     (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of an earlier submission
     ids = [str(name) for name in table.lesion_ids]
     write_submission(path, ids, probabilities, thresholds, template=sorted(ids))
@@ -48,15 +52,14 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
 
 
 def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int) -> dict[str, Any]:
-    """Official macro F1 of a submission against {lesion id: label}, with its interval; written to heldout.json beside
-    it.
+    """Score a submission by the official macro F1 against {lesion id: label}, and write heldout.json beside it.
 
     macro_f1 is over the diagnoses in the truth, and `absent` names the others: the official scorer has no score then.
     Raises DataError where a lesion of the submission has no truth.
     """
     ids, probabilities = read_submission(submission)
     if missing := [name for name in ids if truth.get(name, UNLABELED) == UNLABELED]:
-        raise DataError(f"{submission}: {len(missing)} lesions are not in the ground truth, first {missing[0]}")
+        raise DataError(f"{submission}: {len(missing)} lesions are not in the ground truth, the first is {missing[0]}")
     labels = np.array([truth[name] for name in ids], np.int64)
     decisions = probabilities > metrics.OFFICIAL_THRESHOLD
     interval = metrics.bootstrap_interval(decisions, labels, resamples, seed)
@@ -71,80 +74,81 @@ def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int)
     return result
 
 
-def _as_rows(table: OofTable) -> Predictions:
-    """The averaged table with one row a lesion and model."""
-    models = table.models
-
-    def tall(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([values] * len(models))
-
-    def stacked(by_model: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.concatenate([by_model[model] for model in models])
-
-    return Predictions(
-        lesion_ids=tall(table.lesion_ids),
-        groups=tall(table.groups),
-        labels=tall(table.labels),
-        fold=tall(table.folds),
-        model=np.repeat(np.array(models, object), len(table)),
-        model_hash=stacked(table.hashes),
-        head=np.repeat(np.array([table.heads[model] for model in models], object), len(table)),
-        logits=stacked(table.logits),
-        aux_clinical=stacked(table.aux_clinical),
-        aux_dermoscopic=stacked(table.aux_dermoscopic),
-        features=stacked(table.features),
-        concepts=tall(table.concepts),
-        metadata=tall(table.metadata),
-        concept_names=table.concept_names,
-        metadata_fields=table.metadata_fields,
-        diagnoses=table.diagnoses,
-    )
-
-
-def predict_final(
+def predict_ensemble(
     run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
+    """Return ((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
 
-    `table` is `oof.average_test` of every fold model's predictions, `parts` are these themselves; a diagnosis is
-    claimed where its probability is strictly above its threshold: hand both to `submission.write_submission`. Raises
-    DataError where stack.ubj or ensemble.json is missing or wants a model that the table has not.
+    A diagnosis is predicted where its probability is strictly above its threshold; both go to
+    `submission.write_submission`.  table: `predictions.average_test` of `parts`, the predictions of every fold model.
+    Raises DataError where stack.json or ensemble.json is missing, or was fitted on other models, weights or columns.
     """
     run_folder = Path(run_folder)
-    fitted = Ensemble.load(run_folder / ENSEMBLE_FILE)
-    models = [name for name in fitted.members if name != STACKER]
+    ensemble = Ensemble.load(run_folder / ENSEMBLE_FILE)
+    models = [name for name in ensemble.members if name != STACKER]
     check_weights(
         run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
     )
     for model in models:
         if model not in table.models:
             raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}, "
-                f"there are those of {', '.join(table.models)}"
+                f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; "
+                f"got those of {', '.join(table.models)}"
             )
-    if table.diagnoses != fitted.diagnoses:
-        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set names")
+    if table.diagnoses != ensemble.diagnoses:
+        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than those of the test set")
     members = []
-    for name, temperature in zip(fitted.members, fitted.temperatures, strict=True):
+    for name, temperature in zip(ensemble.members, ensemble.temperatures, strict=True):
         if name == STACKER:
-            stacker = Stacker.load(run_folder / STACK_FILE)
+            stacker = FittedStacker.load(run_folder / STACK_FILE)
             names = column_names(table, models)
             if names != stacker.feature_names[: len(names)]:
-                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set has")
+                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than those of the test set")
             members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
         else:
-            members.append(_probabilities(table, name, temperature))
-    return fitted.final(members), fitted.thresholds
+            members.append(member_probabilities(table, name, temperature))
+    return ensemble.decidable(members), ensemble.thresholds
 
 
-def check_weights(run_folder: Path, said: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Raises DataError where predictions (models with the hashes of their weights) are by other weights than
-    ensemble.json was fitted on.
+def check_weights(run_folder: Path, used: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Check that predictions are by the network weights that ensemble.json was fitted on.
+
+    used: models with the hashes of their weights. Raises DataError for other weights.
     """
-    known = read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
-    for model, own in said:
-        if model in known and not set(own) <= set(known[model]):
+    fitted_on = read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
+    for model, hashes in used:
+        if model in fitted_on and not set(hashes) <= set(fitted_on[model]):
             raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those that predict now; "
+                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those of the predictions; "
                 "run triderm stack again"
             )
+
+
+def _to_rows(table: OofTable) -> Predictions:
+    """Flatten the averaged table to one row per lesion and model."""
+    models = table.models
+
+    def repeat(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values] * len(models))
+
+    def concatenate(by_model: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([by_model[model] for model in models])
+
+    return Predictions(
+        lesion_ids=repeat(table.lesion_ids),
+        groups=repeat(table.groups),
+        labels=repeat(table.labels),
+        fold=repeat(table.folds),
+        model=np.repeat(np.array(models, object), len(table)),
+        model_hash=concatenate(table.hashes),
+        head=np.repeat(np.array([table.heads[model] for model in models], object), len(table)),
+        logits=concatenate(table.logits),
+        aux_clinical=concatenate(table.aux_clinical),
+        aux_dermoscopic=concatenate(table.aux_dermoscopic),
+        features=concatenate(table.features),
+        concepts=repeat(table.concepts),
+        metadata=repeat(table.metadata),
+        concept_names=table.concept_names,
+        metadata_fields=table.metadata_fields,
+        diagnoses=table.diagnoses,
+    )

@@ -1,4 +1,4 @@
-"""Names of the files that stacking leaves in a run folder, and the reader of the nested estimate's rows."""
+"""Names: the files that stacking and predicting write into a run folder, and the members and rows of an ensemble."""
 
 from __future__ import annotations
 
@@ -7,20 +7,39 @@ from pathlib import Path
 
 import numpy as np
 
+from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
 
-STACK_FILE = "stack.ubj"
-TURNS_FILE = "turns.safetensors"
-ENSEMBLE_FILE = "ensemble.json"
 OOF_FILE = "oof.parquet"
+STACK_FILE = "stack.json"
+"""Names the stacker's kind; the stacker's own file lies beside it (stack.ubj is an XGBoost model)."""
+ALIGNMENTS_FILE = "turns.safetensors"
+ENSEMBLE_FILE = "ensemble.json"
 NESTED_FILE = "ensemble_oof.parquet"
-SUBMISSION_FILE = "oof_submission.csv"
+OOF_SUBMISSION_FILE = "oof_submission.csv"
+PREDICTIONS_FILE = "predictions.parquet"
+SUBMISSION_FILE = "submission.csv"
 HELD_OUT_FILE = "heldout.json"
+
+STACKER = "stack"
+"""The stacker's name among the members of an ensemble; the other members are networks."""
+MEAN, FITTED = "mean", "fitted"
+"""Weightings of the members: the plain mean, and fitted weights. A single member has its own name as weighting."""
+CHOSEN = "chosen"
+"""The weighting that wins on the other folds: what the nested estimate is an estimate of."""
+ENSEMBLE = "ensemble"
+"""The row of the chosen weighting in the table of scores."""
+RESERVED = (STACKER, MEAN, FITTED, CHOSEN, ENSEMBLE)
+"""Names that no network may have."""
 
 
 @dataclass(frozen=True)
 class NestedRows:
-    """ensemble_oof.parquet: (N,) ids, labels, folds; (N, C) probabilities of ensemble and stacker, and decisions."""
+    """The nested estimate, lesion by lesion (ensemble_oof.parquet): nothing in a row was fitted on its own fold.
+
+    lesion_ids, labels, folds: (N,).  probabilities: (N, C) of the ensemble, decisions: (N, C) bool, stack: (N, C)
+    probabilities of the stacker, NaN without one.
+    """
 
     lesion_ids: np.ndarray
     labels: np.ndarray
@@ -30,23 +49,36 @@ class NestedRows:
     stack: np.ndarray
 
 
+def write_nested(path: Path, rows: NestedRows) -> None:
+    """Write the rows as parquet, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "lesion_id": pa.array(rows.lesion_ids, pa.string()),
+        "fold": pa.array(rows.folds),
+        "label": pa.array(rows.labels),
+        "probabilities": pa.array(list(rows.probabilities)),
+        "decisions": pa.array(list(rows.decisions)),
+        "stack": pa.array(list(rows.stack)),
+    }
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+
+
 def read_nested(path: Path) -> NestedRows:
-    """Read what `fit_final` wrote. Raises DataError naming the file."""
+    """Read what `write_nested` wrote. Raises DataError naming the file."""
     import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
-
-    def wide(name: str) -> np.ndarray:
-        return np.array(table[name].to_pylist())
-
     return NestedRows(
         lesion_ids=np.array(table["lesion_id"].to_pylist(), object),
         labels=table["label"].to_numpy(),
         folds=table["fold"].to_numpy(),
-        probabilities=wide("probabilities"),
-        decisions=wide("decisions"),
-        stack=wide("stack"),
+        probabilities=np.array(table["probabilities"].to_pylist()),
+        decisions=np.array(table["decisions"].to_pylist()),
+        stack=np.array(table["stack"].to_pylist()),
     )

@@ -1,25 +1,48 @@
-"""Rows of the score table: macro F1 of every member, the stacker and the ensemble."""
+"""The score table: macro F1 of every member, of the weightings, and of the chosen ensemble.
+
+Shapes: N lesions, C diagnoses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from triderm_dist import metrics
 from triderm_dist.ensemble import calibration
+from triderm_dist.ensemble.artifact import Ensemble
+from triderm_dist.ensemble.run_files import CHOSEN, ENSEMBLE, FITTED, MEAN
+from triderm_dist.ensemble.thresholds import best_thresholds, decide
+from triderm_dist.ensemble.weights import Candidate, NestedEstimate
 from triderm_dist.predictions import OofTable
+
+TITLES = {MEAN: "plain mean", FITTED: "fitted weights", CHOSEN: ENSEMBLE}
+"""Rows that are not members, by weighting."""
+
+COLUMNS = {
+    "official": "p > 0.5",
+    "argmax": "argmax",
+    "argmax_tau": "argmax, tau",
+    "nested": "nested",
+    "interval": "95% interval",
+    "ensemble_minus_this": "ensemble minus this, 95%",
+    "fitted": "fitted (too high)",
+}
+"""Columns of the score table in order, with their titles; `cells` fills them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The scores of one way to decide, macro F1 on the out-of-fold lesions.
+    """Macro F1 of one member or weighting on the out-of-fold lesions, by how decisions are made.
 
-    official: probabilities cut at 0.5, nothing fitted (members and their plain mean).  argmax: the likeliest diagnosis,
-    with weights and temperatures of the other folds where there are any.  argmax_tau: the same after logit adjustment
-    with tau fitted on the other folds (networks only).  fitted: thresholds fitted on the very lesions they are scored
-    on, too high by nature.  nested: all fitted on the other folds.
+    official: p > 0.5, nothing fitted (members and their plain mean).  argmax: the most probable diagnosis, with
+    weights and temperatures of the other folds where there are any.  argmax_tau: the same after logit adjustment with
+    tau fitted on the other folds (networks only).  fitted: thresholds fitted on the lesions they are scored on, so too
+    high.  nested: everything fitted on the other folds.  ensemble_minus_this: paired difference of nested scores.
     """
 
     name: str
@@ -28,18 +51,91 @@ class Row:
     argmax_tau: float | None
     fitted: float
     nested: metrics.Interval
-    less_than_chosen: metrics.Interval
+    ensemble_minus_this: metrics.Interval
 
     def json(self) -> dict[str, Any]:
+        """Return what ensemble.json stores under scores.NAME."""
         return {
             **{key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")},
             "nested": self.nested.json(),
-            "chosen_minus_this": self.less_than_chosen.json(),
+            "chosen_minus_this": self.ensemble_minus_this.json(),
+        }
+
+    @staticmethod
+    def from_json(name: str, scores: Mapping[str, Any]) -> Row:
+        return Row(
+            name=name,
+            **{key: scores[key] for key in ("official", "argmax", "argmax_tau", "fitted")},
+            nested=metrics.Interval(**scores["nested"]),
+            ensemble_minus_this=metrics.Interval(**scores["chosen_minus_this"]),
+        )
+
+    def cells(self) -> dict[str, str]:
+        """Return the text of each of `COLUMNS`, empty where there is no value."""
+        scores = {key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")}
+        difference = self.ensemble_minus_this
+        return {
+            **{key: "" if value is None else f"{value:.3f}" for key, value in scores.items()},
+            "nested": f"{self.nested.value:.3f}",
+            "interval": f"{self.nested.low:.3f} to {self.nested.high:.3f}",
+            "ensemble_minus_this": "" if self.name == ENSEMBLE else f"{difference.low:+.3f} to {difference.high:+.3f}",
         }
 
 
-def _nested_tau(table: OofTable, model: str) -> float:
-    """Argmax macro F1 with prior and tau of logit adjustment taken from the other folds."""
+@dataclass(frozen=True)
+class ScoreTable:
+    """What the rows are computed from.
+
+    members: calibrated (N, C) by name; uncalibrated: the same with temperature 1.  candidates: fitted on all lesions.
+    resamples, seed: of the bootstrap behind each interval.
+    """
+
+    table: OofTable
+    members: Mapping[str, np.ndarray]
+    uncalibrated: Mapping[str, np.ndarray]
+    candidates: Mapping[str, Candidate]
+    nested: NestedEstimate
+    resamples: int
+    seed: int
+
+    def rows(self, chosen: Ensemble) -> list[Row]:
+        """Return a row for every candidate, and the last for the chosen weighting, whose ensemble is `chosen`."""
+        rows = [self._row(weighting, candidate.ensemble) for weighting, candidate in self.candidates.items()]
+        return [*rows, self._row(CHOSEN, chosen)]
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Return the paired differences of nested macro F1 between members, as ensemble.json stores them."""
+        return [
+            {"first": first, "second": second, "difference": self._difference(first, second).json()}
+            for first, second in combinations(self.members, 2)
+        ]
+
+    def _row(self, weighting: str, ensemble: Ensemble) -> Row:
+        labels = self.table.labels
+        combined = ensemble.combine(list(self.members.values()))
+        fitted = decide(combined, best_thresholds(combined, labels), "any")
+        # Fitted weights have seen these lesions; what was chosen on the other folds has not.
+        plain = None if weighting in (FITTED, CHOSEN) else ensemble.combine(list(self.uncalibrated.values()))
+        unseen = self.nested.probabilities if weighting == CHOSEN else plain
+        return Row(
+            name=TITLES.get(weighting, weighting),
+            official=None if plain is None else metrics.official_macro_f1(plain, labels),
+            argmax=None if unseen is None else metrics.argmax_macro_f1(unseen, labels),
+            argmax_tau=nested_tau_macro_f1(self.table, weighting) if weighting in self.table.models else None,
+            fitted=metrics.macro_f1(fitted, labels),
+            nested=metrics.bootstrap_interval(self.nested.decisions[weighting], labels, self.resamples, self.seed),
+            ensemble_minus_this=self._difference(CHOSEN, weighting),
+        )
+
+    def _difference(self, first: str, second: str) -> metrics.Interval:
+        decisions = self.nested.decisions
+        return metrics.paired_difference(
+            decisions[first], decisions[second], self.table.labels, self.resamples, self.seed
+        )
+
+
+def nested_tau_macro_f1(table: OofTable, model: str) -> float:
+    """Return argmax macro F1 with the prior and the tau of logit adjustment fitted on the other folds."""
     logits = calibration.log_probabilities(table.logits[model], table.heads[model])
     adjusted = np.empty_like(logits)
     for fold in np.unique(table.folds):

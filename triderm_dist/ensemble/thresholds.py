@@ -1,4 +1,12 @@
-"""Decision thresholds: one per diagnosis, exactly optimal for macro F1, and the rules that apply them."""
+"""Decision thresholds, one per diagnosis: exactly optimal for macro F1, regularized, or by logit adjustment.
+
+Macro F1 with one threshold per diagnosis separates into C one-dimensional problems, each solved exactly by sorting.
+The exact optimum does not generalize where a diagnosis has few lesions: with nine positives the best threshold is
+noise. `regularized_thresholds` and `adjusted_thresholds` are less flexible, and `choose_thresholding` picks among them
+on lesions that they were not fitted on.
+
+Shapes: N lesions, C diagnoses, R resamples. A diagnosis is predicted where its probability is above its threshold.
+"""
 
 from __future__ import annotations
 
@@ -13,128 +21,139 @@ from triderm_dist.ensemble import calibration
 
 Rule = Literal["any", "at_least_one", "nearest"]
 RULES: tuple[Rule, ...] = ("any", "at_least_one", "nearest")
-"""any: each diagnosis above its threshold. at_least_one: where none is, also the one that comes nearest, by p/t.
-nearest: that one and no other, which with t = prior ** tau is the argmax of logits - tau * log(prior)."""
+"""any: every diagnosis above its threshold. at_least_one: if none is, the one with the largest p / threshold. nearest:
+only the one with the largest p / threshold; with thresholds prior ** tau it is the argmax of logits - tau * log(prior).
+"""
 SHRINKAGES: tuple[float, ...] = (0.0, 10.0, 30.0, 100.0)
-"""What shrinkage=auto chooses from, in positives."""
+"""Values that shrinkage=auto tries, in positives."""
+NEVER = 1.0
+"""The threshold of a diagnosis that is never predicted."""
+_RESAMPLES = 20
+_EPSILON = 1e-6
 
 
-class Cut(NamedTuple):
-    """How decisions come about: rule, and the shrinkage of its fitted thresholds or the tau of logit adjustment."""
+class Thresholding(NamedTuple):
+    """How thresholds are fitted and applied: a rule, and either a shrinkage or the tau of logit adjustment."""
 
     rule: Rule
     shrinkage: float | None
     tau: float | None = None
 
-
-NEVER = 1.0
-"""The threshold of a diagnosis that is never claimed."""
-_RESAMPLES = 20
-_EDGE = 1e-6
+    def fit(self, probabilities: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+        """Return (C,) thresholds fitted on these rows."""
+        if self.tau is not None:
+            return adjusted_thresholds(labels, probabilities.shape[1], self.tau)
+        return regularized_thresholds(probabilities, labels, self.shrinkage or 0.0, seed)
 
 
 def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C,) thresholds with the largest F1 of each diagnosis on these rows, claiming where p > threshold.
+    """Return (C,) thresholds that maximize the F1 of each diagnosis on these rows.
 
-    Exact, O(C N log N): the best cut lies right below a lesion that has the diagnosis, and after the k likeliest of
-    those F1 = 2 k / (lesions from there on + positives), by one sort and a binary search. Equal scores fall on the same
-    side, and the threshold lies midway between two scores. `NEVER` for a diagnosis without a positive; a score of 0 is
-    never claimed.
+    Exact, in O(C N log N): the best threshold lies right below a lesion with the diagnosis, and after the k most
+    probable of those F1 = 2 k / (lesions from there on + positives), by one sort and a binary search. Equal
+    probabilities are never separated, and the threshold lies midway between two of them. `NEVER` for a diagnosis
+    without a positive; a probability of 0 is never predicted.
     """
     columns = np.array(probabilities.T, np.float64, order="C")
-    found = np.full(len(columns), NEVER)
+    thresholds = np.full(len(columns), NEVER)
     for label, (scores, ascending) in enumerate(zip(columns, np.sort(columns, axis=1), strict=True)):
-        own = np.sort(scores[labels == label])
-        reachable = own[np.searchsorted(own, 0.0, side="right") :][::-1]
+        positives = np.sort(scores[labels == label])
+        reachable = positives[np.searchsorted(positives, 0.0, side="right") :][::-1]
         if not len(reachable):
             continue
-        first = np.searchsorted(ascending, reachable)  # of equal scores the first: what is claimed with them
-        f1 = 2 * np.arange(1, len(reachable) + 1) / (len(ascending) - first + len(own))
+        first = np.searchsorted(ascending, reachable)  # the first of equal scores: they are predicted together
+        f1 = 2 * np.arange(1, len(reachable) + 1) / (len(ascending) - first + len(positives))
         best = f1.argmax()
         below = np.append(0.0, ascending)[first[best]]
-        found[label] = _midway(reachable[best], below)
-    return found
+        thresholds[label] = _midway(reachable[best], below)
+    return thresholds
 
 
-def guarded_thresholds(probabilities: np.ndarray, labels: np.ndarray, shrinkage: float, seed: int = 0) -> np.ndarray:
-    """(C,) thresholds made to hold on new lesions, by two means, both on the scale of logit(threshold).
+def regularized_thresholds(
+    probabilities: np.ndarray, labels: np.ndarray, shrinkage: float, seed: int = 0
+) -> np.ndarray:
+    """Return (C,) thresholds that generalize better than the exact ones; both steps work on logit(threshold).
 
-    First the exact threshold is averaged over bootstrap resamples of the lesions, stratified by diagnosis. Then
-    that of a diagnosis with n positives is pulled to the pooled cut with the weight of `shrinkage` positives:
-    (n t + s pooled) / (n + s). The pooled cut is a line over the log share of the diagnoses, since the best cut of a
-    calibrated score is half the best F1 (Lipton et al. 2014) and that falls with the share.
+    First the exact threshold is averaged over bootstrap resamples of the lesions, stratified by diagnosis. Then that of
+    a diagnosis with n positives is shrunk toward a pooled one with the weight of `shrinkage` positives:
+    (n t + s pooled) / (n + s). The pooled threshold is linear in the log share of the diagnosis, because the best
+    threshold of a calibrated score is half the best F1 (Lipton et al. 2014), which falls with the share.
     """
     return _shrink(_averaged_thresholds(probabilities, labels, seed), labels, shrinkage)
 
 
 def adjusted_thresholds(labels: np.ndarray, classes: int, tau: float) -> np.ndarray:
-    """(C,) thresholds for the rule `nearest` that stand for logit adjustment with tau (Menon et al. 2021)."""
+    """Return (C,) thresholds that make the rule `nearest` equal to logit adjustment with tau (Menon et al. 2021)."""
     power = calibration.class_prior(labels, classes) ** tau
     present = np.isin(np.arange(classes), labels)
     return np.where(present, 0.5 * power / power.max(), NEVER)
 
 
 def decide(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.ndarray:
-    """(N, C) bool decisions under one of `RULES`."""
-    claimed = probabilities > thresholds
+    """Return (N, C) bool decisions under one of `RULES`."""
+    above = probabilities > thresholds
     if rule == "any":
-        return claimed
+        return above
     if rule == "nearest":
         return _nearest(probabilities, thresholds)
-    return claimed | (_nearest(probabilities, thresholds) & ~claimed.any(axis=1, keepdims=True))
+    return above | (_nearest(probabilities, thresholds) & ~above.any(axis=1, keepdims=True))
 
 
-def lift(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.ndarray:
-    """(N, C) probabilities such that `lifted > thresholds` is `decide(probabilities, thresholds, rule)`.
+def encode_rule(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.ndarray:
+    """Return (N, C) probabilities such that `result > thresholds` is `decide(probabilities, thresholds, rule)`.
 
-    Under at_least_one a row without a claim, under nearest every row, is scaled as a whole until its nearest diagnosis
-    just passes.
+    Under at_least_one a row without a decision, and under nearest every row, is scaled until the diagnosis with the
+    largest p / threshold just exceeds its threshold.
     """
     if rule == "any":
         return probabilities
-    lifted = np.array(probabilities, np.float64)
-    largest = _ratio(lifted, thresholds).max(axis=1, keepdims=True)
-    short = largest[:, 0] > 0
+    encoded = np.array(probabilities, np.float64)
+    largest = _ratio(encoded, thresholds).max(axis=1, keepdims=True)
+    scaled_rows = largest[:, 0] > 0
     if rule == "at_least_one":
-        short &= ~(lifted > thresholds).any(axis=1)
+        scaled_rows &= ~(encoded > thresholds).any(axis=1)
     with np.errstate(over="ignore"):  # a row of denormal numbers
-        scaled = np.minimum(lifted[short] / largest[short], thresholds)
-    just_above = np.maximum(thresholds + _EDGE * (1 - thresholds), np.nextafter(thresholds, 2))
-    lifted[short] = np.where(_nearest(lifted[short], thresholds), just_above, scaled)
-    return lifted
+        scaled = np.minimum(encoded[scaled_rows] / largest[scaled_rows], thresholds)
+    just_above = np.maximum(thresholds + _EPSILON * (1 - thresholds), np.nextafter(thresholds, 2))
+    encoded[scaled_rows] = np.where(_nearest(encoded[scaled_rows], thresholds), just_above, scaled)
+    return encoded
 
 
-def _choose_cut(
-    stacked: np.ndarray,
-    weigh: Callable[[np.ndarray], np.ndarray],
+def choose_thresholding(
+    members: np.ndarray,
+    fit_weights: Callable[[np.ndarray], np.ndarray],
     labels: np.ndarray,
     parts: np.ndarray,
     config: EnsembleConfig,
     seed: int,
-) -> tuple[Cut, float]:
-    """The best cut and its macro F1 over the parts; of equal ones the first."""
+) -> tuple[Thresholding, float]:
+    """Choose among thresholdings by macro F1 over held-out parts; the first wins ties. Returns its score as well.
+
+    members: (M, N, C).  fit_weights: rows (N,) bool -> (M,) weights fitted on them.  parts: (N,); weights and
+    thresholds are fitted without a part and judged on it.
+    """
     shrinkages = SHRINKAGES if config.shrinkage == "auto" else (float(config.shrinkage),)
-    cuts = [Cut(rule, shrinkage) for shrinkage in shrinkages for rule in RULES[:2]]
-    cuts += [Cut("nearest", None, tau) for tau in calibration.TAUS]
-    classes = stacked.shape[2]
-    tables = {cut: np.zeros((len(labels), classes), bool) for cut in cuts}
+    choices = [Thresholding(rule, shrinkage) for shrinkage in shrinkages for rule in RULES[:2]]
+    choices += [Thresholding("nearest", None, tau) for tau in calibration.TAUS]
+    classes = members.shape[2]
+    decisions = {choice: np.zeros((len(labels), classes), bool) for choice in choices}
     for part in np.unique(parts):
-        judge = parts == part
-        combined = np.tensordot(weigh(~judge), stacked, axes=1)
-        averaged = _averaged_thresholds(combined[~judge], labels[~judge], seed)
-        for cut, table in tables.items():
-            if cut.tau is not None:
-                thresholds = adjusted_thresholds(labels[~judge], classes, cut.tau)
+        held_out = parts == part
+        combined = np.tensordot(fit_weights(~held_out), members, axes=1)
+        averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], seed)  # once for all shrinkages
+        for choice, table in decisions.items():
+            if choice.tau is not None:
+                thresholds = adjusted_thresholds(labels[~held_out], classes, choice.tau)
             else:
-                thresholds = _shrink(averaged, labels[~judge], cut.shrinkage or 0.0)
-            table[judge] = decide(combined[judge], thresholds, cut.rule)
-    scores = {cut: metrics.macro_f1(table, labels) for cut, table in tables.items()}
-    best = max(scores, key=lambda cut: scores[cut])
+                thresholds = _shrink(averaged, labels[~held_out], choice.shrinkage or 0.0)
+            table[held_out] = decide(combined[held_out], thresholds, choice.rule)
+    scores = {choice: metrics.macro_f1(table, labels) for choice, table in decisions.items()}
+    best = max(scores, key=lambda choice: scores[choice])
     return best, scores[best]
 
 
 def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(N, C) bool, one True a row at the largest p/t; none where that is 0. What is `NEVER` claimed is no candidate."""
+    """(N, C) bool, one True per row at the largest p / threshold, none where that is 0. `NEVER` is excluded."""
     ratio = _ratio(probabilities, thresholds)
     return metrics.argmax_decisions(ratio) & (ratio > 0)
 
@@ -143,13 +162,13 @@ def _ratio(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return np.where(thresholds < NEVER, probabilities / thresholds, 0.0)
 
 
-def _thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(R, C) exact thresholds under R weightings (R, N) of the lesions, each with the same weight a diagnosis.
+def _weighted_thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(R, C) exact thresholds under R weightings (R, N) of the lesions.
 
-    With weights of 1 they are `best_thresholds`, which needs no sums over all lesions and is three times as fast.
+    With weights of 1 they equal `best_thresholds`, which needs no cumulative sums and is three times as fast.
     """
     probabilities = np.asarray(probabilities, np.float64)
-    found = np.full((len(weights), probabilities.shape[1]), NEVER)
+    thresholds = np.full((len(weights), probabilities.shape[1]), NEVER)
     for column, scores in enumerate(probabilities.T):
         truth = labels == column
         if not truth.any():
@@ -163,32 +182,32 @@ def _thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarr
         weight = weights[:, order]
         true_positives = np.cumsum(weight * truth[order], axis=1)
         f1 = 2 * true_positives / (np.cumsum(weight, axis=1) + positives)
-        f1[:, sorted_scores[:-1] == sorted_scores[1:]] = -1.0  # a cut can't separate equal scores
-        cut = f1.argmax(axis=1)
-        found[:, column] = _midway(sorted_scores[cut], sorted_scores[cut + 1])
-    return found
+        f1[:, sorted_scores[:-1] == sorted_scores[1:]] = -1.0  # a threshold can't separate equal scores
+        best = f1.argmax(axis=1)
+        thresholds[:, column] = _midway(sorted_scores[best], sorted_scores[best + 1])
+    return thresholds
 
 
 def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Between two scores, and below the upper one also where they are neighbors among the floats."""
+    """The middle of two scores, strictly below the upper one even where they are adjacent floats."""
     middle = (above + below) / 2
     return np.where(middle < above, middle, below)
 
 
 def _averaged_thresholds(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """(C,) logit of the exact thresholds, mean over bootstrap resamples; NaN for a diagnosis without positives."""
+    """(C,) logit of the exact thresholds, averaged over bootstrap resamples; NaN for a diagnosis without positives."""
     generator = np.random.default_rng(seed)
     weights = np.zeros((_RESAMPLES, len(labels)))
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_RESAMPLES)
-    logits = _logit(_thresholds(probabilities, labels, weights)).mean(axis=0)
+    logits = _logit(_weighted_thresholds(probabilities, labels, weights)).mean(axis=0)
     logits[~np.isin(np.arange(probabilities.shape[1]), labels)] = np.nan
     return logits
 
 
 def _shrink(logits: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndarray:
-    """(C,) thresholds from averaged logits (C,), pulled to the pooled line; `NEVER` where the logit is NaN."""
+    """(C,) thresholds from averaged logits (C,), shrunk toward the pooled line; `NEVER` where the logit is NaN."""
     positives = np.bincount(labels, minlength=len(logits))
     known = np.isfinite(logits)
     thresholds = np.full(len(logits), NEVER)
@@ -203,5 +222,5 @@ def _shrink(logits: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndar
 
 
 def _logit(thresholds: np.ndarray) -> np.ndarray:
-    inside = np.clip(thresholds, _EDGE, 1 - _EDGE)
-    return np.log(inside / (1 - inside))
+    clipped = np.clip(thresholds, _EPSILON, 1 - _EPSILON)
+    return np.log(clipped / (1 - clipped))

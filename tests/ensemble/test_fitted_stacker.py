@@ -1,0 +1,144 @@
+"""What is the same for every kind of stacker: its table, files, absent diagnoses, and wide columns."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from tests.ensemble.conftest import training_rows
+from triderm_dist.config import Section, StackConfig
+from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker, ignored_settings, stacker_kind
+from triderm_dist.ensemble.stack_inputs import base_columns
+from triderm_dist.ensemble.stacker import Stacker
+from triderm_dist.predictions import OofTable
+from triderm_dist.schema import DIAGNOSES, ConfigError, DataError
+
+QUICK = StackConfig(max_rounds=2, learning_rate=0.4, device="cpu")
+
+
+class PriorSettings(Section):
+    power: float = 1.0
+
+
+class PriorStacker(Stacker):
+    """Predicts the share of each diagnosis, whatever the columns."""
+
+    title: ClassVar[str] = "prior"
+    suffix: ClassVar[str] = ".prior"
+    Settings: ClassVar[type[Section]] = PriorSettings
+
+    def __init__(self, prior):
+        self.prior = prior
+
+    @classmethod
+    def fit(cls, rows, settings, *, seed, cores=1, fold_stackers=()):
+        assert rows.columns().shape == (len(rows), len(rows.names)) and rows.wide == 0
+        return cls(np.bincount(rows.labels, minlength=len(rows.diagnoses)) ** settings.power)
+
+    def predict(self, columns):
+        return np.tile(self.prior, (len(columns), 1))
+
+    def save(self, path):
+        path.write_text("prior")
+        return {"prior": self.prior.tolist()}
+
+    @classmethod
+    def load(cls, path, description):
+        path.read_text()
+        return cls(np.array(description["prior"]))
+
+
+@pytest.fixture
+def prior(monkeypatch) -> StackConfig:
+    monkeypatch.setitem(STACKERS, "prior", PriorStacker)
+    return StackConfig(kind="prior", settings={"power": 0.5})
+
+
+def test_another_kind_is_fitted_saved_and_loaded(table: OofTable, tmp_path: Path, prior: StackConfig) -> None:
+    fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json")
+    stacker = fit_stacker(training_rows(table), prior)
+    stacker.save(tmp_path / "stack.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.json", "stack.prior"]  # no stack.ubj is left
+    loaded = FittedStacker.load(tmp_path / "stack.json")
+    root = np.sqrt(np.bincount(table.labels))
+    np.testing.assert_allclose(loaded.predict(base_columns(table)), np.tile(root / root.sum(), (len(table), 1)))
+    assert loaded.kind == "prior" and loaded.model.summary() == "prior"
+
+
+def test_a_stacker_whose_plugin_or_file_is_missing_is_refused(table: OofTable, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(DataError, match=r"stack\.json: no such file; run triderm stack first"):
+        FittedStacker.load(tmp_path / "stack.json")
+    monkeypatch.setitem(STACKERS, "prior", PriorStacker)
+    fit_stacker(training_rows(table), StackConfig(kind="prior")).save(tmp_path / "stack.json")
+    (tmp_path / "stack.prior").unlink()
+    with pytest.raises(DataError, match=r"stack\.prior: no such file"):
+        FittedStacker.load(tmp_path / "stack.json")
+    monkeypatch.delitem(STACKERS, "prior")
+    with pytest.raises(DataError, match=r"stack\.json: 'prior' is not a stacker; known: xgboost; .*plugins"):
+        FittedStacker.load(tmp_path / "stack.json")
+
+
+def test_runs_from_before_there_were_kinds_are_read(table: OofTable, tmp_path: Path) -> None:
+    stacker = fit_stacker(training_rows(table), QUICK)
+    stacker.save(tmp_path / "stack.json")
+    description = json.loads((tmp_path / "stack.json").read_text())
+    del description["kind"]
+    (tmp_path / "stack.json").write_text(json.dumps(description))
+    assert FittedStacker.load(tmp_path / "stack.json") == stacker
+
+
+def test_unknown_kinds_and_settings_are_refused(prior: StackConfig) -> None:
+    assert stacker_kind(prior) == (PriorStacker, PriorSettings(power=0.5))
+    for change, message in (
+        ({"kind": "x"}, r"stack\.kind: 'x' is not a stacker; known: xgboost, prior \(plugins may add others\)"),
+        ({"settings": {"powr": 1}}, r"stack\.settings: unknown setting 'powr'; did you mean 'power'"),
+        ({"kind": "xgboost"}, r"stack\.settings: xgboost has no settings there; write stack.max_depth=3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            stacker_kind(prior.model_copy(update=change))
+    assert ignored_settings(prior.model_copy(update={"max_depth": 5, "components": 3})) == ["max_depth"]
+    assert ignored_settings(StackConfig(max_depth=5)) == []
+
+
+@pytest.mark.parametrize("kind", ["xgboost", "prior"])
+def test_absent_diagnoses_have_no_probability(table: OofTable, monkeypatch, kind: str) -> None:
+    monkeypatch.setitem(STACKERS, "prior", PriorStacker)
+    config = QUICK.model_copy(update={"kind": kind})
+    stacker = fit_stacker(training_rows(table, np.where(np.isin(table.labels, [2, 6]), -1, table.labels)), config)
+    assert stacker.absent == ("BEN_OTH", "MAL_OTH")
+    probabilities = stacker.predict(base_columns(table))
+    assert (probabilities[:, [2, 6]] == 0).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    with pytest.raises(DataError, match="two diagnoses"):
+        fit_stacker(training_rows(table, np.where(table.labels == 1, 1, -1)), config)
+
+
+def test_another_number_of_columns_is_refused(table: OofTable) -> None:
+    stacker = fit_stacker(training_rows(table), QUICK)
+    assert stacker.diagnoses == DIAGNOSES
+    with pytest.raises(DataError, match=rf"fitted on {stacker.width} columns, got 3"):
+        stacker.predict(np.zeros((2, 3), np.float32))
+
+
+def test_wide_columns_are_reduced_with_training_rows_only(table: OofTable, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    block = 3 * np.eye(40)[:11][table.labels] + generator.normal(size=(len(table), 40))
+    columns = np.concatenate([base_columns(table), block.astype(np.float32)], axis=1)
+    train = table.folds != 0
+    config = QUICK.model_copy(update={"components": 12, "max_rounds": 5})
+
+    def fit(source: np.ndarray) -> FittedStacker:
+        return fit_stacker(training_rows(table, source=source, extra="tower", wide=40).take(train), config)
+
+    stacker = fit(columns)
+    assert len(stacker.feature_names) == columns.shape[1] - 40 + 12 and stacker.feature_names[-1] == "tower/11"
+    changed = columns.copy()
+    changed[~train, -40:] = 99.0
+    assert fit(changed).model == stacker.model
+    stacker.save(tmp_path / "stack.json")
+    loaded = FittedStacker.load(tmp_path / "stack.json")
+    np.testing.assert_array_equal(loaded.predict(columns), stacker.predict(columns))
+    fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json")
+    assert not (tmp_path / "stack.safetensors").exists()

@@ -1,0 +1,49 @@
+"""The columns that a stacker reads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from triderm_dist.ensemble.columns import ColumnFile, batches_of
+from triderm_dist.ensemble.stack_inputs import base_columns, column_names, read_embeddings, write_embeddings
+from triderm_dist.predictions import OofTable
+from triderm_dist.schema import DataError
+
+
+def test_columns_are_log_probabilities_concepts_and_metadata(table: OofTable) -> None:
+    columns, names = base_columns(table), column_names(table)
+    assert columns.shape == (len(table), len(names))
+    assert len(set(names)) == len(names) == 2 * 3 * 11 + 14 + len(table.metadata_fields)
+    logits = table.logits["trimodal"].astype(float)
+    log_p = logits[:, 7] - np.log(np.exp(logits).sum(axis=1))
+    np.testing.assert_allclose(columns[:, names.index("trimodal/logit/MEL")], log_p, rtol=1e-4)
+    assert np.isnan(columns).sum() == np.isnan(table.concepts).sum() + np.isnan(table.metadata).sum()
+
+
+def test_columns_ignore_an_offset_on_all_softmax_logits(table: OofTable) -> None:
+    shifted = table.logits | {"trimodal": table.logits["trimodal"] + 3.0}
+    np.testing.assert_allclose(base_columns(replace(table, logits=shifted)), base_columns(table), atol=1e-5)
+
+
+def test_column_file_round_trip(table: OofTable, tmp_path: Path) -> None:
+    columns = base_columns(table)
+    file = ColumnFile.write(tmp_path / "columns.parquet", np.array_split(columns, 7))
+    assert file.shape == columns.shape
+    np.testing.assert_array_equal(np.concatenate([batch for _, batch in file.batches()]), columns)
+    rows = np.flatnonzero(table.folds != 0)
+    np.testing.assert_array_equal(np.concatenate([batch for _, batch in batches_of(file, rows)]), columns[rows])
+    (tmp_path / "other.parquet").write_text("hello")
+    with pytest.raises(DataError, match=r"other\.parquet: not a file of the stacker's columns"):
+        ColumnFile(tmp_path / "other.parquet")
+
+
+def test_embeddings_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "e.parquet"
+    write_embeddings(path, ["a", "b"], np.eye(2), "tower")
+    values, tower = read_embeddings(path, np.array(["b", "a"], object))
+    np.testing.assert_array_equal(values, [[0, 1], [1, 0]])
+    assert tower == "tower"
+    with pytest.raises(DataError, match="has no lesion c"):
+        read_embeddings(path, np.array(["c"], object))

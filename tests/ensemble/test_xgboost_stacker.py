@@ -1,0 +1,88 @@
+"""The XGBoost stacker: reproducible, on the device it says, in memory or from a file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ensemble.conftest import training_rows
+from triderm_dist import metrics
+from triderm_dist.config import StackConfig
+from triderm_dist.ensemble.columns import ColumnFile
+from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
+from triderm_dist.ensemble.stack_inputs import base_columns
+from triderm_dist.ensemble.xgboost_stacker import count_gpus, device_of, threads_for
+from triderm_dist.predictions import OofTable
+from triderm_dist.schema import DIAGNOSES, DataError
+
+QUICK = StackConfig(max_rounds=20, early_stopping=5, learning_rate=0.4, device="cpu")
+FEW_ROUNDS = QUICK.model_copy(update={"max_rounds": 6})
+
+
+@pytest.mark.parametrize("booster", ["softprob", "multi_output"])
+def test_fits_are_bit_identical_and_round_trip_through_files(table: OofTable, tmp_path: Path, booster: str) -> None:
+    config = QUICK.model_copy(update={"booster": booster, "max_rounds": 12})
+    first, second = (fit_stacker(training_rows(table), config) for _ in range(2))
+    assert first == second
+    first.save(tmp_path / "stack.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.json", "stack.ubj"]
+    loaded = FittedStacker.load(tmp_path / "stack.json")
+    assert loaded == first
+    probabilities = loaded.predict(base_columns(table))
+    np.testing.assert_array_equal(probabilities, first.predict(base_columns(table)))
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+
+
+def test_a_missing_gpu_is_refused_instead_of_falling_back_to_the_cpu() -> None:
+    assert device_of(StackConfig(device="cpu")) == "cpu"
+    if count_gpus():
+        pytest.skip("this machine has a GPU")
+    assert device_of(StackConfig(device="auto")) == "cpu"
+    with pytest.raises(DataError, match="no GPU"):
+        device_of(StackConfig(device="cuda"))
+
+
+def test_columns_from_a_file_and_in_memory_give_equivalent_stackers(table: OofTable, tmp_path: Path) -> None:
+    columns = base_columns(table)
+    file = ColumnFile.write(tmp_path / "columns.parquet", np.array_split(columns, 7))
+    train, held_out = table.folds != 0, np.flatnonzero(table.folds == 0)
+    streamed, again = (fit_stacker(training_rows(table, source=file).take(train), QUICK) for _ in range(2))
+    assert streamed == again
+    in_memory = fit_stacker(training_rows(table).take(train), QUICK)
+    from_file, from_memory = streamed.predict(file, held_out), in_memory.predict(columns, held_out)
+    np.testing.assert_array_equal(streamed.predict(columns[held_out]), from_file)
+    assert abs(streamed.model.rounds - in_memory.model.rounds) <= 5
+    assert metrics.argmax_macro_f1(from_file, table.labels[held_out]) == pytest.approx(
+        metrics.argmax_macro_f1(from_memory, table.labels[held_out]), abs=0.06
+    )
+
+
+def test_contributions_add_up_to_the_scores(table: OofTable) -> None:
+    columns = base_columns(table)
+    stacker = fit_stacker(training_rows(table), FEW_ROUNDS)
+    values = stacker.model.contributions(columns)
+    assert values is not None and values.shape == (len(table), len(DIAGNOSES), columns.shape[1])
+    # The softmax hides a constant per row, the contributions lack the expected score of a diagnosis.
+    rest = np.log(stacker.predict(columns)) - values.sum(axis=2)
+    rest = rest - rest.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(rest, np.broadcast_to(rest[:1], rest.shape), atol=1e-4)
+
+
+def test_multi_output_trees_have_no_contributions(table: OofTable) -> None:
+    config = QUICK.model_copy(update={"booster": "multi_output", "max_rounds": 2})
+    assert fit_stacker(training_rows(table), config).model.contributions(base_columns(table)) is None
+
+
+def test_fold_stackers_set_the_number_of_rounds(table: OofTable) -> None:
+    fold_stackers = [
+        fit_stacker(training_rows(table), QUICK.model_copy(update={"max_rounds": rounds})) for rounds in (1, 2, 6)
+    ]
+    rounds = [stacker.model.rounds for stacker in fold_stackers]
+    assert fit_stacker(training_rows(table), QUICK, fold_stackers=fold_stackers).model.rounds == np.median(rounds)
+
+
+def test_threads_follow_the_size_of_the_fit() -> None:
+    assert threads_for(5_000, 84, cores=16) == 1
+    assert threads_for(5_000, 1_600, cores=16) == 2
+    assert threads_for(1_000_000, 60, cores=16) == 15
+    assert threads_for(1_000_000, 60, cores=2) == 2

@@ -1,0 +1,28 @@
+"""Run a function in a child process, and keep idle OpenMP threads from slowing down others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+def run_in_child(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `function` in a child process, whose end releases all the memory that XGBoost took, also on the GPU."""
+    set_passive_openmp()  # read when the child loads OpenMP
+    context = get_context("forkserver")  # a second child of the same program starts at once
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def set_passive_openmp() -> None:
+    """Let idle OpenMP threads sleep. Call it before OpenMP is loaded.
+
+    Spinning threads steal the cores of those that work: one fit took 1.4 to 31 s with them, and 2 s without.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

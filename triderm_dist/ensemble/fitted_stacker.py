@@ -1,0 +1,233 @@
+"""The kinds of stackers, and what a fitted one of any kind is stored with.
+
+Shapes: N rows, F columns as given, W of them wide, F' columns after the reduction of the wide ones, C diagnoses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from triderm_dist.config import Section, StackConfig, build
+from triderm_dist.ensemble.columns import Columns, batches_of
+from triderm_dist.ensemble.stacker import Stacker, TrainingRows
+from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
+from triderm_dist.files import atomic_path, write_json
+from triderm_dist.schema import ConfigError, DataError
+
+FORMAT = "triderm-stacker"
+VERSION = 2
+
+STACKERS: dict[str, type[Stacker]] = {"xgboost": XGBoostStacker}
+"""Kinds of stackers, by the name in `stack.kind`. Plugins add theirs."""
+
+SHARED_SETTINGS = ("enabled", "kind", "settings", "memory_gb", "extra", "components")
+"""Keys of `stack` that every kind of stacker has; the others are XGBoost's."""
+
+
+def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
+    """Return the class that `stack.kind` names and its settings.
+
+    Raises ConfigError for an unknown kind, for settings that it does not have, and for settings of another kind.
+    """
+    if config.kind not in STACKERS:
+        raise ConfigError(
+            f"stack.kind: {config.kind!r} is not a stacker; known: {', '.join(STACKERS)} (plugins may add others)"
+        )
+    stacker = STACKERS[config.kind]
+    if stacker.Settings is StackConfig:
+        if config.settings:
+            raise ConfigError(
+                f"stack.settings: {config.kind} has no settings there; write stack.max_depth=3, for example"
+            )
+        return stacker, config
+    try:
+        return stacker, build(stacker.Settings, config.settings)
+    except ConfigError as error:
+        raise ConfigError(f"stack.settings: {error}") from None
+
+
+def ignored_settings(config: StackConfig) -> list[str]:
+    """Return the keys of `stack` that were changed and have no effect on a stacker of this kind."""
+    if STACKERS[config.kind].Settings is StackConfig:
+        return []
+    return [
+        name
+        for name, field in StackConfig.model_fields.items()
+        if name not in SHARED_SETTINGS and getattr(config, name) != field.default
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """Principal axes of the W wide columns at the end of a row. mean: (W,) and axes: (R, W) float32."""
+
+    mean: np.ndarray
+    axes: np.ndarray
+
+    @staticmethod
+    def fit(columns: np.ndarray, wide: int, components: int, seed: int) -> Reduction:
+        """Fit on the rows (n, F) of one fit, without labels. R is `components`, or less where rows or W are fewer."""
+        from sklearn.decomposition import PCA
+
+        block = columns[:, -wide:]
+        pca = PCA(min(components, *block.shape), svd_solver="randomized", random_state=seed).fit(block)
+        return Reduction(pca.mean_.astype(np.float32), np.ascontiguousarray(pca.components_, np.float32))
+
+    def __call__(self, columns: np.ndarray) -> np.ndarray:
+        """Reduce (n, F) to (n, F - W + R)."""
+        wide = len(self.mean)
+        return np.concatenate([columns[:, :-wide], (columns[:, -wide:] - self.mean) @ self.axes.T], axis=1)
+
+
+@dataclass(frozen=True)
+class FittedStacker:
+    """A fitted stacker and what is the same for every kind.
+
+    kind: its name in `STACKERS`.  model: the stacker itself.  feature_names: of the F' columns that it sees.
+    absent: diagnoses without a training row.  extra: name of the wide columns, "" without.  reduction: of those.
+    """
+
+    kind: str
+    model: Stacker
+    feature_names: tuple[str, ...]
+    diagnoses: tuple[str, ...]
+    absent: tuple[str, ...]
+    extra: str = ""
+    reduction: Reduction | None = None
+
+    @property
+    def width(self) -> int:
+        """F, the columns of a row as given."""
+        reduced = 0 if self.reduction is None else len(self.reduction.mean) - len(self.reduction.axes)
+        return len(self.feature_names) + reduced
+
+    def predict(self, columns: Columns, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return (n, C) probabilities of `rows` (ascending indices, None: all) of (N, F) columns.
+
+        Absent diagnoses have exactly 0. Raises DataError for another number of columns.
+        """
+        rows = np.arange(len(columns)) if rows is None else rows
+        probabilities = np.empty((len(rows), len(self.diagnoses)))
+        done = 0
+        for indices, batch in batches_of(columns, rows):
+            probabilities[done : done + len(indices)] = self.model.predict(self.reduce(batch))
+            done += len(indices)
+        probabilities[:, [name in self.absent for name in self.diagnoses]] = 0.0
+        return probabilities / probabilities.sum(axis=1, keepdims=True)
+
+    def reduce(self, columns: np.ndarray) -> np.ndarray:
+        """Return the (n, F') float32 columns that the model sees of (n, F). Raises DataError for another number."""
+        if columns.shape[1] != self.width:
+            raise DataError(f"the stacker was fitted on {self.width} columns, got {columns.shape[1]}")
+        columns = np.asarray(columns, np.float32)
+        return columns if self.reduction is None else self.reduction(columns)
+
+    def save(self, path: Path) -> None:
+        """Write stack.json to `path`, and beside it the model and the reduction of wide columns, each atomically."""
+        remove_stacker(path)  # of an earlier fit
+        own = self.model.save(model_path(path, type(self.model)))
+        if self.reduction is not None:
+            from safetensors.numpy import save_file
+
+            with atomic_path(path.with_suffix(".safetensors")) as temporary:
+                save_file({"mean": self.reduction.mean, "axes": self.reduction.axes}, temporary)
+        shared = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "feature_names": self.feature_names,
+            "diagnoses": self.diagnoses,
+            "absent": self.absent,
+            "extra": self.extra,
+        }
+        write_json(path, {**own, **shared})
+
+    @staticmethod
+    def load(path: Path) -> FittedStacker:
+        """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`."""
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; run triderm stack first") from None
+        except ValueError:
+            raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
+        if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+            raise DataError(f"{path}: not {FORMAT} version {VERSION}; run triderm stack again")
+        kind = description.get("kind", "xgboost")  # runs from before there were other kinds
+        if kind not in STACKERS:
+            raise DataError(
+                f"{path}: {kind!r} is not a stacker; known: {', '.join(STACKERS)}; name its file in `plugins`"
+            )
+        try:
+            model = STACKERS[kind].load(model_path(path, STACKERS[kind]), description)
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
+        return FittedStacker(
+            kind=kind,
+            model=model,
+            feature_names=tuple(description["feature_names"]),
+            diagnoses=tuple(description["diagnoses"]),
+            absent=tuple(description["absent"]),
+            extra=description["extra"],
+            reduction=_load_reduction(path.with_suffix(".safetensors")) if description["extra"] else None,
+        )
+
+
+def fit_stacker(
+    rows: TrainingRows,
+    config: StackConfig,
+    seed: int = 0,
+    cores: int = 1,
+    fold_stackers: Sequence[FittedStacker] = (),
+) -> FittedStacker:
+    """Fit a stacker of `config.kind`; wide columns are first reduced to `config.components` (in memory only).
+
+    cores, fold_stackers: see `Stacker.fit`. Raises DataError where fewer than two diagnoses have rows.
+    """
+    kind, settings = stacker_kind(config)
+    present = np.isin(np.arange(len(rows.diagnoses)), rows.labels)
+    if present.sum() < 2:
+        raise DataError("the stacker needs lesions of at least two diagnoses; set stack.enabled=false without them")
+    extra, reduction = rows.extra, None
+    if rows.wide:
+        columns = rows.columns()
+        reduction = Reduction.fit(columns, rows.wide, config.components, seed)
+        names = rows.names + tuple(f"{extra}/{number:02d}" for number in range(len(reduction.axes)))
+        source, indices = reduction(columns), np.arange(len(rows))
+        rows = replace(rows, source=source, indices=indices, names=names, extra="", wide=0)
+    model = kind.fit(rows, settings, seed=seed, cores=cores, fold_stackers=[stacker.model for stacker in fold_stackers])
+    return FittedStacker(
+        kind=config.kind,
+        model=model,
+        feature_names=rows.names,
+        diagnoses=rows.diagnoses,
+        absent=tuple(name for name, known in zip(rows.diagnoses, present, strict=True) if not known),
+        extra=extra,
+        reduction=reduction,
+    )
+
+
+def model_path(path: Path, kind: type[Stacker]) -> Path:
+    """Return where the model of a stacker described in `path` (stack.json) lies."""
+    return path.with_name(path.stem + kind.suffix)
+
+
+def remove_stacker(path: Path) -> None:
+    """Remove the files of a stacker of any kind, if there are any. path: its stack.json."""
+    for file in (path, path.with_suffix(".safetensors"), *(model_path(path, kind) for kind in STACKERS.values())):
+        file.unlink(missing_ok=True)
+
+
+def _load_reduction(path: Path) -> Reduction:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return Reduction(**load_file(path))
+    except (OSError, SafetensorError, TypeError):
+        raise DataError(f"{path}: missing or not readable; run triderm stack again") from None

@@ -1,0 +1,101 @@
+"""Out-of-fold probabilities of a stacker, nested, so that what is fitted on them can be judged on each fold.
+
+Shapes: N lesions, C diagnoses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from triderm_dist import metrics
+from triderm_dist.config import StackConfig
+from triderm_dist.data.folds import split_parts
+from triderm_dist.data.threads import openmp_threads
+from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker, stacker_kind
+from triderm_dist.ensemble.stacker import TrainingRows
+
+
+@dataclass(frozen=True)
+class NestedStack:
+    """Probabilities of stackers that were fitted without the lesion they predict.
+
+    out_of_fold: (N, C), row i by the stacker fitted on all folds but that of i.
+    without: for each fold k (N, C): rows of k as in `out_of_fold`; a row of another fold j by a stacker fitted
+    without j and without k. Weights and thresholds fitted on them can be judged on fold k.
+    stackers: the stacker of each fold, fitted on the others.
+    """
+
+    out_of_fold: np.ndarray
+    without: dict[int, np.ndarray]
+    stackers: dict[int, FittedStacker]
+
+
+def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, seed: int = 0) -> NestedStack:
+    """Fit the stackers of every fold and of every pair of folds, and predict with them. folds: (N,) of all rows.
+
+    A stacker without folds j and k serves both. The base networks of the other folds were trained on the labels of
+    fold k: the usual second-order leak of stacking, which only retraining them would remove.
+    """
+    shape = (len(rows), len(rows.diagnoses))
+    out_of_fold, without = np.full(shape, np.nan), {}
+    tasks: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []  # rows to train on, to predict, where to write
+    for fold in np.unique(folds).tolist():
+        others = folds != fold
+        without[fold] = np.full(shape, np.nan)
+        tasks.append((others, ~others, [without[fold], out_of_fold]))
+        parts = inner_folds(rows.labels, rows.groups, folds, others, seed)
+        for part in np.unique(parts[others]).tolist():
+            held_out = others & (parts == part)
+            tasks.append((others & ~held_out, held_out, [without[fold]]))
+    training_sets = {train.tobytes(): train for train, _, _ in tasks}
+    kind, settings = stacker_kind(config)
+    parallel = min(kind.parallel_fits(settings), len(training_sets))
+
+    def fit(train: np.ndarray) -> FittedStacker:
+        return fit_stacker(rows.take(train), config, seed, cores=openmp_threads() // parallel)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        fitted = dict(zip(training_sets, pool.map(fit, training_sets.values()), strict=True))
+    for train, held_out, targets in tasks:
+        probabilities = fitted[train.tobytes()].predict(rows.source, rows.indices[held_out])
+        for target in targets:
+            target[held_out] = probabilities
+    stackers = {fold: fitted[(folds != fold).tobytes()] for fold in without}
+    return NestedStack(out_of_fold, without, stackers)
+
+
+def choose_columns(
+    variants: Mapping[str, NestedStack], labels: np.ndarray, folds: np.ndarray
+) -> tuple[str, NestedStack, dict[str, float]]:
+    """Choose among nested stacks on different columns by argmax macro F1; the first wins ties.
+
+    Returns (name of the best over all folds, nested stack, macro F1 of each variant). In the nested stack, the choice
+    for fold k is made on the other folds, by stackers fitted without k, so that the estimate for k stays unbiased.
+    """
+    names = list(variants)
+    first = variants[names[0]]
+    out_of_fold, without, stackers = first.out_of_fold.copy(), {}, {}
+    for fold in first.without:
+        inside = folds == fold
+        scores = [metrics.argmax_macro_f1(variants[n].without[fold][~inside], labels[~inside]) for n in names]
+        best = variants[names[int(np.argmax(scores))]]
+        without[fold], stackers[fold] = best.without[fold], best.stackers[fold]
+        out_of_fold[inside] = best.out_of_fold[inside]
+    overall = {name: metrics.argmax_macro_f1(variant.out_of_fold, labels) for name, variant in variants.items()}
+    name = max(overall, key=lambda each: overall[each])
+    return name, NestedStack(out_of_fold, without, stackers), overall
+
+
+def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Return (N,) parts for fits and choices inside `rows` (N,) bool: their folds, or three stratified parts of the
+    only one.
+    """
+    if len(np.unique(folds[rows])) > 1:
+        return folds
+    parts = np.full(len(labels), -1)
+    parts[rows] = split_parts(labels[rows], groups[rows], 3, seed)
+    return parts

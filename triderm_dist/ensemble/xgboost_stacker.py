@@ -1,0 +1,240 @@
+"""The XGBoost stacker: one multi-class booster with early stopping, in memory or in XGBoost's external memory.
+
+Shapes: n rows, F columns, C diagnoses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import numpy as np
+
+from triderm_dist.config import StackConfig
+from triderm_dist.data.folds import split_parts
+from triderm_dist.data.threads import openmp_threads
+from triderm_dist.ensemble.child_process import set_passive_openmp
+from triderm_dist.ensemble.stacker import Stacker, TrainingRows
+from triderm_dist.files import atomic_path
+from triderm_dist.schema import DataError
+
+MAX_BIN = 64
+"""Histogram bins per column. On a few thousand rows 256 took twice the time and gained nothing."""
+
+EARLY_STOPPING_PARTS = 5
+"""Early stopping watches one of so many parts of the rows."""
+
+CELLS_PER_THREAD = 4_000_000
+"""A fit uses one more thread for each so many cells (rows x columns). On fewer, a second thread saves a tenth of the
+time on an idle machine (benchmarks.stack) and costs several times as much on a busy one; and single-threaded fits are
+bit-identical on any number of cores."""
+
+
+@dataclass(frozen=True)
+class XGBoostStacker(Stacker):
+    """A fitted booster.
+
+    model: its UBJ.  rounds: boosting rounds.  device: where it was fitted.  gain: total gain by column name.
+    """
+
+    title: ClassVar[str] = "XGBoost"
+    suffix: ClassVar[str] = ".ubj"
+    Settings: ClassVar[type[StackConfig]] = StackConfig
+
+    model: bytes
+    rounds: int
+    device: str
+    gain: dict[str, float]
+
+    @classmethod
+    def fit(
+        cls,
+        rows: TrainingRows,
+        settings: StackConfig,
+        *,
+        seed: int,
+        cores: int = 1,
+        fold_stackers: Sequence[XGBoostStacker] = (),
+    ) -> XGBoostStacker:
+        """Fit on all of the rows, with the median number of rounds of `fold_stackers`.
+
+        Without them, the number is found first: a booster on four fifths of the rows (groups kept together, stratified)
+        stops when the other fifth no longer improves. Raises DataError where the device does not exist.
+        """
+        device = device_of(settings)
+        threads = threads_for(len(rows), rows.width, cores)
+        weights = _row_weights(rows.labels, len(rows.diagnoses), settings.class_weight_power)
+        parameters = {
+            "objective": "multi:softprob",
+            "multi_strategy": "multi_output_tree" if settings.booster == "multi_output" else "one_output_per_tree",
+            "num_class": len(rows.diagnoses),
+            "tree_method": "hist",
+            "device": device,
+            "nthread": threads,
+            "max_bin": MAX_BIN,
+            "max_depth": settings.max_depth,
+            "learning_rate": settings.learning_rate,
+            "subsample": settings.subsample,
+            "colsample_bytree": settings.colsample_bytree,
+            "min_child_weight": settings.min_child_weight,
+            "reg_lambda": settings.reg_lambda,
+            "eval_metric": "mlogloss",
+            "seed": seed,
+            "verbosity": 0,
+        }
+        with TemporaryDirectory(prefix="triderm-stack-") as cache:
+            # References to matrices must be gone before the folder: they hold its files open.
+            if fold_stackers:
+                rounds = int(np.median([each.rounds for each in fold_stackers]))
+            else:
+                rounds = _best_rounds(rows, weights, parameters, settings, seed, Path(cache))
+            matrix = _matrix(rows, weights, threads, Path(cache))
+            booster = import_xgboost().train(parameters, matrix, rounds)
+            del matrix
+            model = bytes(booster.save_raw("ubj"))
+            gain = booster.get_score(importance_type="total_gain")
+            del booster
+        return cls(model, rounds, device, {name: float(value) for name, value in gain.items()})
+
+    def predict(self, columns: np.ndarray) -> np.ndarray:
+        scores = self._booster().inplace_predict(columns, validate_features=False)
+        return np.reshape(scores, (len(columns), -1))
+
+    def contributions(self, columns: np.ndarray) -> np.ndarray | None:
+        """Return TreeSHAP values (Lundberg et al. 2020); None for multi-output trees, for which XGBoost has none."""
+        xgboost = import_xgboost()
+        matrix = xgboost.DMatrix(columns, missing=np.nan)
+        try:
+            values = self._booster().predict(matrix, pred_contribs=True, validate_features=False)
+        except xgboost.core.XGBoostError:
+            return None
+        return np.asarray(values)[:, :, :-1]
+
+    def importance(self) -> tuple[str, dict[str, float]]:
+        return "total gain", self.gain
+
+    def summary(self) -> str:
+        return f"{self.title}, {self.rounds} rounds, on {self.device}"
+
+    def save(self, path: Path) -> Mapping[str, Any]:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(self.model)
+        return {"rounds": self.rounds, "device": self.device, "gain": self.gain}
+
+    @classmethod
+    def load(cls, path: Path, description: Mapping[str, Any]) -> XGBoostStacker:
+        return cls(path.read_bytes(), description["rounds"], description["device"], description["gain"])
+
+    @classmethod
+    def parallel_fits(cls, settings: StackConfig) -> int:
+        """One on a GPU; on a CPU one per core, since most fits are small and XGBoost releases the GIL."""
+        return 1 if device_of(settings) == "cuda" else openmp_threads()
+
+    def _booster(self) -> Any:
+        return import_xgboost().Booster({"device": "cpu", "nthread": 1}, model_file=bytearray(self.model))
+
+
+def device_of(config: StackConfig) -> str:
+    """Return the device that XGBoost will use; XGBoost itself falls back silently from `cuda` to the CPU.
+
+    Raises DataError for device=cuda without a GPU or a GPU build.
+    """
+    if config.device == "cpu":
+        return "cpu"
+    usable = bool(import_xgboost().build_info().get("USE_CUDA")) and count_gpus() > 0
+    if config.device == "cuda" and not usable:
+        raise DataError(
+            "stack.device=cuda: there is no GPU, or this XGBoost was built without CUDA; set stack.device=auto or cpu"
+        )
+    return "cuda" if usable else "cpu"
+
+
+def count_gpus() -> int:
+    """Count the GPUs of this process by asking the driver, without opening a context or importing torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def threads_for(rows: int, columns: int, cores: int) -> int:
+    """Return the threads of one fit: one per `CELLS_PER_THREAD`, at least 1 and at most `cores`."""
+    return max(1, min(cores, rows * columns // CELLS_PER_THREAD))
+
+
+def import_xgboost() -> Any:
+    """Import XGBoost, which takes a second, when it is first needed."""
+    set_passive_openmp()
+    import xgboost
+
+    return xgboost
+
+
+def _best_rounds(
+    rows: TrainingRows,
+    weights: np.ndarray,
+    parameters: Mapping[str, Any],
+    settings: StackConfig,
+    seed: int,
+    cache: Path,
+) -> int:
+    """Find the number of rounds by early stopping on one part of the rows."""
+    watched = split_parts(rows.labels, rows.groups, EARLY_STOPPING_PARTS, seed) == 0
+    train = _matrix(rows.take(~watched), weights[~watched], parameters["nthread"], cache)
+    validation = _matrix(rows.take(watched), weights[watched], parameters["nthread"], cache, reference=train)
+    booster = import_xgboost().train(
+        parameters,
+        train,
+        settings.max_rounds,
+        evals=[(validation, "validation")],
+        early_stopping_rounds=settings.early_stopping,
+        verbose_eval=False,
+    )
+    return int(booster.best_iteration) + 1
+
+
+def _matrix(rows: TrainingRows, weights: np.ndarray, threads: int, cache: Path, reference: Any = None) -> Any:
+    """Quantize the rows: at once in memory, or in pages on disk where the columns are in a file.
+
+    reference: a matrix whose bins are used.
+    """
+    xgboost = import_xgboost()
+    names = list(rows.names)
+    shared = {"missing": np.nan, "max_bin": MAX_BIN, "nthread": threads, "ref": reference}
+    if rows.in_memory:
+        return xgboost.QuantileDMatrix(rows.columns(), label=rows.labels, weight=weights, feature_names=names, **shared)
+
+    # The class is freed by the cycle collector only, after the folder is gone: it must not refer to a matrix.
+    prefix = str(cache / f"{'train' if reference is None else 'validation'}-{len(rows)}")
+
+    class Batches(xgboost.DataIter):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.batches = rows.batches()
+            super().__init__(cache_prefix=prefix)
+
+        def next(self, input_data: Callable[..., None]) -> bool:
+            batch = next(self.batches, None)
+            if batch is not None:
+                part, values = batch
+                input_data(data=values, label=rows.labels[part], weight=weights[part], feature_names=names)
+            return batch is not None
+
+        def reset(self) -> None:
+            self.batches = rows.batches()
+
+    return xgboost.ExtMemQuantileDMatrix(Batches(), **shared)
+
+
+def _row_weights(labels: np.ndarray, classes: int, power: float) -> np.ndarray:
+    """(n,) share of the row's diagnosis ** -power, scaled to mean 1."""
+    share = np.maximum(np.bincount(labels, minlength=classes), 1) / len(labels)
+    weights = (share**-power)[labels]
+    return weights / weights.mean()
