@@ -1,11 +1,12 @@
-"""Scores: F1 a diagnosis, its macro mean by the official rule and by argmax, and intervals over lesions.
+"""Metrics: F1 per diagnosis, macro F1 by the official rule and by argmax, and bootstrap intervals over lesions.
 
 NumPy only. Shapes: N lesions, C diagnoses, R resamples. `labels` (N,) int64 index the C diagnoses; rows with
-`UNLABELED` are left out of every score. A decision is a (N, C) bool table: True where a diagnosis is claimed.
+`UNLABELED` are excluded from every metric. Decisions are a (N, C) bool table: True where a diagnosis is predicted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,12 +14,12 @@ import numpy as np
 from triderm_dist.schema import UNLABELED, DataError
 
 OFFICIAL_THRESHOLD = 0.5
-"""The challenge claims a diagnosis where its probability is strictly above this."""
+"""The challenge counts a diagnosis as predicted where its probability is strictly above this."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with the ends of its interval."""
+    """A value with the ends of its interval."""
 
     value: float
     low: float
@@ -33,7 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """For each of the C diagnoses: lesions claimed rightly, lesions claimed, lesions that have it; all (C,) int64."""
+    """Lesions per diagnosis, all (C,) int64: predicted correctly, predicted, and with the diagnosis."""
 
     true_positives: np.ndarray
     predicted: np.ndarray
@@ -41,36 +42,36 @@ class ClassCounts:
 
     @property
     def f1(self) -> np.ndarray:
-        """(C,) F1 = 2 TP / (predicted + positives); NaN for a diagnosis that no lesion has."""
+        """(C,) F1 = 2 TP / (predicted + positives); NaN for a diagnosis without a lesion."""
         return _f1(self.true_positives, self.predicted, self.positives)
 
     @property
     def precision(self) -> np.ndarray:
-        """(C,) share of the claims that are right; NaN where nothing is claimed."""
+        """(C,) share of the predictions that are correct; NaN where nothing is predicted."""
         return _ratio(self.true_positives, self.predicted)
 
     @property
     def recall(self) -> np.ndarray:
-        """(C,) share of the lesions that are found; NaN for a diagnosis that no lesion has."""
+        """(C,) share of the lesions that are predicted correctly; NaN for a diagnosis without a lesion."""
         return _ratio(self.true_positives, self.positives)
 
 
 def class_counts(decisions: np.ndarray, labels: np.ndarray) -> ClassCounts:
-    """Counts of a (N, C) bool table against (N,) labels. Raises DataError where their shapes differ."""
+    """Count (N, C) bool decisions against (N,) labels. Raises DataError where their shapes differ."""
     decisions, labels = _labeled(np.asarray(decisions, bool), labels)
     truth = labels[:, None] == np.arange(decisions.shape[1])
     return ClassCounts((decisions & truth).sum(axis=0), decisions.sum(axis=0), truth.sum(axis=0))
 
 
 def f1_per_class(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C,) F1 of each diagnosis, NaN where no lesion has it."""
+    """Return the (C,) F1 of each diagnosis, NaN without a lesion."""
     return class_counts(decisions, labels).f1
 
 
 def macro_f1(decisions: np.ndarray, labels: np.ndarray) -> float:
-    """Plain mean of F1 over the diagnoses that occur among the labels; NaN where there is no label at all.
+    """Return the unweighted mean of F1 over the diagnoses that occur among the labels; NaN without any label.
 
-    A diagnosis without a lesion has no F1 and is left out. (The official scorer crashes there; on complete ground
+    A diagnosis without a lesion has no F1 and is excluded. (The official scorer crashes there; on complete ground
     truth the two agree.)
     """
     f1 = f1_per_class(decisions, labels)
@@ -78,7 +79,7 @@ def macro_f1(decisions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def official_macro_f1(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The challenge's score: macro F1 with every diagnosis cut on its own at p > 0.5, strictly.
+    """Return the score of the challenge: macro F1 where each diagnosis is predicted if p > 0.5.
 
     Equals `isic-challenge-scoring` 5.8.0, `classification -m dice`, on (N, C) probabilities.
     """
@@ -86,18 +87,18 @@ def official_macro_f1(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def argmax_macro_f1(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Macro F1 when the likeliest diagnosis of each lesion, and only it, is claimed. Takes logits as well."""
+    """Return macro F1 where only the most probable diagnosis of each lesion is predicted. Also takes logits."""
     return macro_f1(argmax_decisions(probabilities), labels)
 
 
 def argmax_decisions(scores: np.ndarray) -> np.ndarray:
-    """(N, C) bool with one True a row, at the first largest score."""
+    """Return (N, C) bool with one True per row, at the first largest score."""
     scores = np.asarray(scores)
     return np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
 
 
 def bootstrap_f1(decisions: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """(R, C) F1 of each diagnosis under a bootstrap over lesions, stratified by diagnosis so that none vanishes.
+    """Return (R, C) F1 under a bootstrap over lesions, stratified by diagnosis so that none vanishes.
 
     Lesions of one diagnosis with the same decisions are exchangeable: a resample is a multinomial draw over the
     distinct rows of each diagnosis, which is exact and needs no pass over the N lesions.
@@ -108,7 +109,7 @@ def bootstrap_f1(decisions: np.ndarray, labels: np.ndarray, resamples: int = 100
 def bootstrap_interval(
     decisions: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Macro F1 of the decisions with its percentile interval under `bootstrap_f1`."""
+    """Return macro F1 with its percentile interval under `bootstrap_f1`."""
     return interval_of(macro_f1(decisions, labels), _macro(bootstrap_f1(decisions, labels, resamples, seed)), level)
 
 
@@ -120,34 +121,83 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Macro F1 of `first` less that of `second`, both (N, C) bool; its interval is over the same resamples of both."""
+    """Return macro F1 of `first` minus that of `second`, both (N, C) bool, with an interval over shared resamples."""
     draws = _bootstrap([np.asarray(first, bool), np.asarray(second, bool)], labels, resamples, seed)
     return interval_of(macro_f1(first, labels) - macro_f1(second, labels), _macro(draws[0]) - _macro(draws[1]), level)
 
 
 def recall_difference(first: ClassCounts, second: ClassCounts, kept: np.ndarray) -> Interval:
-    """Mean recall over the kept diagnoses, (C,) bool, of `first` less that of `second`, on other lesions; 95% interval.
+    """Return mean recall of `first` minus that of `second`, counted on different lesions, with a 95% interval.
 
-    Normal; the variance of each recall is taken at a share that four more lesions, as often found as those of both
-    sides, pull to the common one (after Agresti and Caffo 2000, who pull to a half). So five of five do not count as
-    certain, and a small side is not pulled away from a large one.
+    kept: (C,) bool, the diagnoses to average over. The interval is normal. The variance of each recall is taken after
+    adding four lesions with the recall of both sides together (Agresti and Caffo 2000 add them with a recall of a
+    half). So five correct of five do not count as certain, and a small side is not pulled away from a large one.
     """
-    of, found = first.positives + second.positives, first.true_positives + second.true_positives
-    common = (found + 0.5) / (of + 1)
+    positives, correct = first.positives + second.positives, first.true_positives + second.true_positives
+    common = (correct + 0.5) / (positives + 1)
     variance = np.zeros(len(kept))
     for counts in (first, second):
-        near = (counts.true_positives + 4 * common) / (counts.positives + 4)
-        variance += near * (1 - near) / np.maximum(counts.positives, 1)
+        recall = (counts.true_positives + 4 * common) / (counts.positives + 4)
+        variance += recall * (1 - recall) / np.maximum(counts.positives, 1)
     value = float((first.recall[kept] - second.recall[kept]).mean())
     width = float(1.959964 * np.sqrt(variance[kept].sum()) / np.count_nonzero(kept))
     return Interval(value, value - width, value + width)
 
 
 def interval_of(value: float, draws: np.ndarray, level: float = 0.95) -> Interval:
-    """`value` between the percentiles of its bootstrap draws (R,)."""
+    """Return `value` with the percentiles of its bootstrap draws (R,) as interval; NaN where a draw is not finite."""
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail]) if np.isfinite(draws).all() else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure in the report: its title, and a function of probabilities (N, C), labels (N,), decisions (N, C) bool."""
+
+    title: str
+    function: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+
+
+def mean_recall(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the mean over diagnoses of the share of lesions that the decisions find."""
+    positives = np.bincount(labels)
+    correct = np.bincount(labels, decisions[np.arange(len(labels)), labels])
+    return float(np.mean(correct[positives > 0] / positives[positives > 0]))
+
+
+def accuracy(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the share of lesions whose most probable diagnosis is correct."""
+    return float((probabilities.argmax(axis=1) == labels).mean())
+
+
+METRICS: dict[str, Metric] = {
+    "mean_recall": Metric("Mean recall over diagnoses (balanced accuracy)", mean_recall),
+    "accuracy": Metric("Accuracy of the most probable diagnosis", accuracy),
+}
+"""Metrics that the report shows beside macro F1. Plugins may add others."""
+
+
+def bootstrap_metrics(
+    probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Return each of `METRICS` on labeled lesions, with its percentile interval over shared resamples of the lesions.
+
+    The bootstrap is that of `bootstrap_f1`, stratified by diagnosis, lesion by lesion: a metric may depend on more than
+    the decisions.
+    """
+    generator = np.random.default_rng(seed)
+    strata = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    draws: dict[str, list[float]] = {name: [] for name in METRICS}
+    for _ in range(resamples):
+        rows = np.concatenate([generator.choice(stratum, len(stratum)) for stratum in strata])
+        resample = probabilities[rows], labels[rows], decisions[rows]
+        for name, metric in METRICS.items():
+            draws[name].append(metric.function(*resample))
+    return {
+        name: interval_of(metric.function(probabilities, labels, decisions), np.array(draws[name]))
+        for name, metric in METRICS.items()
+    }
 
 
 def _bootstrap(tables: list[np.ndarray], labels: np.ndarray, resamples: int, seed: int) -> list[np.ndarray]:
@@ -180,7 +230,7 @@ def _macro(f1: np.ndarray) -> np.ndarray:
 def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray(labels)
     if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
-        raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not fit: (N, C) and (N,) are needed")
+        raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not match: expected (N, C) and (N,)")
     known = labels != UNLABELED
     return decisions[known], labels[known]
 
@@ -189,5 +239,5 @@ def _f1(true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray
     return np.where(positives > 0, _ratio(2 * true_positives, predicted + positives), np.nan)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return np.divide(part, total, out=np.full(np.broadcast(part, total).shape, np.nan), where=total > 0)

@@ -14,10 +14,10 @@ from tests.processes import HANG_SECONDS
 from tests.synthetic_run import write_run
 from triderm_dist import metrics
 from triderm_dist.config import save
-from triderm_dist.ensemble.fit import fit_final
+from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
-from triderm_dist.report.content import FALLS_BEHIND, Content
+from triderm_dist.report.content import LOWER_RECALL, TOO_SMALL, Content
 from triderm_dist.schema import DIAGNOSES, DataError
 
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory) -> Path:
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"source": str(folder / "data" / "train")})}
     )
-    fit_final(folder, config)
+    fit_ensemble(folder, config)
     save(config, folder / "config.yaml")
     for fold in range(3):
         lines = [
@@ -45,7 +45,7 @@ def run(tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a reader and a screen reader meet: tags with their attributes, and the text."""
+    """The tags of a page with their attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_self_contained_and_says_the_score(run: Path) -> None:
+def test_page_is_self_contained_and_shows_the_score(run: Path) -> None:
     html = (run / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     score = json.loads((run / "ensemble.json").read_text())["scores"]["ensemble"]["nested"]
@@ -72,7 +72,7 @@ def test_the_page_is_self_contained_and_says_the_score(run: Path) -> None:
     for attributes in pictures:
         assert (attributes["src"] or "").startswith("data:image/png;base64,")
         assert len(attributes["alt"] or "") > 30
-    assert "0.544 nested" in page.text and "What others say of themselves" in page.text
+    assert "0.544 nested" in page.text and "Published results" in page.text
     assert "output: " in page.text  # the resolved settings
     for name in DIAGNOSES:
         assert name in page.text
@@ -80,12 +80,12 @@ def test_the_page_is_self_contained_and_says_the_score(run: Path) -> None:
     assert not list(run.rglob("*.part*"))
 
 
-def test_the_same_run_gives_the_same_page(run: Path) -> None:
+def test_page_is_reproducible(run: Path) -> None:
     before = (run / "report.html").read_bytes()
     assert write_report(run).read_bytes() == before
 
 
-def test_held_out_score_and_synthetic_data_are_told(run: Path) -> None:
+def test_held_out_score_and_synthetic_data_are_shown(run: Path) -> None:
     (run / "heldout.json").write_text(json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "n": 150, "absent": []}))
     (run / "data").mkdir()
     (run / "data" / "README.txt").write_text("SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.\n")
@@ -96,7 +96,7 @@ def test_held_out_score_and_synthetic_data_are_told(run: Path) -> None:
     shutil.rmtree(run / "data")
 
 
-def test_rows_a_diagnosis_and_confusion_agree_with_the_decisions(run: Path) -> None:
+def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
     content = Content(run)
     decisions, labels = content.rows.decisions, content.labels
     np.testing.assert_allclose(content.counts.f1, metrics.f1_per_class(decisions, labels))
@@ -107,10 +107,10 @@ def test_rows_a_diagnosis_and_confusion_agree_with_the_decisions(run: Path) -> N
         assert content.confusion[row, -1] == (own.sum(axis=1) == 0).sum()
     share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
     least = np.sort(share[np.arange(len(labels)), labels])[:20]
-    np.testing.assert_allclose([hard.of_label for hard in content.hardest], least)
+    np.testing.assert_allclose([lesion.label_probability for lesion in content.hardest], least)
 
 
-def test_a_slice_that_falls_behind_is_flagged_and_a_small_one_is_not_judged(run: Path) -> None:
+def test_slices_with_lower_recall_are_flagged_and_small_ones_are_not_judged(run: Path) -> None:
     content = Content(run)
     # All found: by chance alone one slice in twenty of the run's own decisions would be flagged.
     content.rows = replace(content.rows, decisions=np.eye(len(DIAGNOSES), dtype=bool)[content.labels])
@@ -118,18 +118,18 @@ def test_a_slice_that_falls_behind_is_flagged_and_a_small_one_is_not_judged(run:
     for field in ("sex", "skin_tone", "site", "age"):
         assert sum(part.lesions for key, part in slices.items() if key[0] == field) == len(content.labels)
     assert slices["sex", "male"].warning == slices["sex", "female"].warning == ""
-    assert slices["skin_tone", "missing"].warning == "too small to tell"
+    assert slices["skin_tone", "missing"].warning == TOO_SMALL
     male = content.table.metadata[:, 1] == 1
     blind = content.rows.decisions.copy()
     hidden = male & (np.arange(len(male)) % 2 == 0)
     blind[hidden] = False
     content.rows = replace(content.rows, decisions=blind)
     worse = content._slice("sex", "male", male)
-    assert worse.warning == FALLS_BEHIND
-    assert worse.behind is not None and worse.behind.value < -0.2
+    assert worse.warning == LOWER_RECALL
+    assert worse.recall_difference is not None and worse.recall_difference.value < -0.2
 
 
-def test_predictions_of_other_weights_than_those_stacked_are_refused(run: Path, tmp_path: Path) -> None:
+def test_predictions_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None:
     for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
         shutil.copy(run / name, tmp_path / name)
     table = read_oof(tmp_path / "oof.parquet")
@@ -140,7 +140,7 @@ def test_predictions_of_other_weights_than_those_stacked_are_refused(run: Path, 
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_run_that_is_not_stacked_is_refused(tmp_path: Path, run: Path) -> None:
+def test_a_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(DataError, match=r"ensemble.json: no such file; run triderm stack first"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +151,7 @@ def test_a_run_that_is_not_stacked_is_refused(tmp_path: Path, run: Path) -> None
     assert "Learning curves" not in text and "Settings" not in text
 
 
-def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path, tmp_path: Path) -> None:
+def test_a_browser_renders_it_on_wide_and_narrow_screens(run: Path, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
@@ -175,8 +175,8 @@ def test_a_browser_shows_it_without_complaint_on_a_desk_and_on_a_phone(run: Path
         assert "CONSOLE" not in done.stderr
 
 
-def test_swapped_labels_are_found_as_likely_mislabeled(run: Path) -> None:
-    """Confident lesions get another one's label: they lead the list, with what they look like."""
+def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
+    """Lesions with confident predictions get another label: they lead the list, with their true diagnosis."""
     content = Content(run)
     sure = np.flatnonzero((content.rows.labels == DIAGNOSES.index("NV")) & content.rows.decisions[:, 8])[:6]
     for name in content.networks:
@@ -186,6 +186,6 @@ def test_swapped_labels_are_found_as_likely_mislabeled(run: Path) -> None:
     labels[sure] = DIAGNOSES.index("MEL")
     content.rows = replace(content.rows, labels=labels)
     found = content.mislabeled
-    assert {hard.lesion_id for hard in found[:6]} == set(content.rows.lesion_ids[sure])
-    assert all((hard.label, hard.believed, hard.agree) == ("MEL", "NV", 2) for hard in found[:6])
+    assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[sure])
+    assert all((lesion.label, lesion.alternative, lesion.agree) == ("MEL", "NV", 2) for lesion in found[:6])
     assert len(found) < len(content.labels) / 4

@@ -1,4 +1,4 @@
-"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what triderm stack left.
+"""Write OUTPUT/report.html, a self-contained page, and its figures, from the files that triderm stack wrote.
 
 triderm report --config RUN/config.yaml
 """

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that opens from disk, with its pictures beside it as PNG."""
+"""The report of a run: a self-contained HTML page, and its figures as PNG files beside it."""
 
 from triderm_dist.report.page import write_report
 

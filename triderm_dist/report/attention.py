@@ -1,6 +1,4 @@
-"""Where a tri-modal network looked: for one lesion both photos with the attention over them, and the weights of the
-gating over named concepts, drawn as a picture.
-"""
+"""Draw the attention of a tri-modal network for one lesion: over both photos, and over concepts and metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from triderm_dist.schema import UNLABELED, VIEWS
 
 
 def draw_attention(maps: AttentionMaps, path: Path) -> None:
-    """Both photos, each alone and under its attention, and the gating as bars, into a PNG; whole or not at all."""
+    """Draw both photos with and without their attention, and the gating weights as bars; writes a PNG, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,22 +28,22 @@ def draw_attention(maps: AttentionMaps, path: Path) -> None:
         figure.suptitle(_title(maps), x=0.01, ha="left", fontsize=11)
         grid = figure.add_gridspec(2, 3 if rows else 2, width_ratios=(1, 1, 1.25) if rows else (1, 1))
         for row, view in enumerate(VIEWS):
-            plain, covered = figure.add_subplot(grid[row, 0]), figure.add_subplot(grid[row, 1])
-            for axes in (plain, covered):
+            photo_axes, overlay_axes = figure.add_subplot(grid[row, 0]), figure.add_subplot(grid[row, 1])
+            for axes in (photo_axes, overlay_axes):
                 axes.set_xticks([]), axes.set_yticks([])
                 axes.spines[:].set_visible(False)
-            plain.set_title(f"{view} photo")
+            photo_axes.set_title(f"{view} photo")
             if view not in maps.photos:
-                plain.text(0.5, 0.5, "no photo", ha="center", va="center", color=GRAY)
-                covered.text(0.5, 0.5, "a learned stand-in", ha="center", va="center", color=GRAY)
+                photo_axes.text(0.5, 0.5, "no photo", ha="center", va="center", color=GRAY)
+                overlay_axes.text(0.5, 0.5, "replaced by learned tokens", ha="center", va="center", color=GRAY)
                 continue
             photo = maps.photos[view]
-            plain.imshow(photo)
+            photo_axes.imshow(photo)
             if view not in maps.attention:
-                covered.text(0.5, 0.5, "nothing attends to it", ha="center", va="center", color=GRAY)
+                overlay_axes.text(0.5, 0.5, "not attended to", ha="center", va="center", color=GRAY)
                 continue
-            covered.set_title("attention, by view alignment" if row == 0 else "attention of the pooling query")
-            _overlay(covered, photo, maps.attention[view])
+            overlay_axes.set_title("attention of view alignment" if row == 0 else "attention of the pooling query")
+            _overlay(overlay_axes, photo, maps.attention[view])
         if rows:
             axes = figure.add_subplot(grid[:, 2])
             names = list(maps.semantic)[::-1]
@@ -55,14 +53,14 @@ def draw_attention(maps: AttentionMaps, path: Path) -> None:
                 [f"{_words(n)} = {maps.values[n]}" if n in maps.values else _words(n) for n in names],
             )
             axes.set_xlabel("share of the attention")
-            axes.set_title("semantic gating: which concepts and metadata")
-        with atomic_path(path) as beside:
-            figure.savefig(beside, format="png", metadata={"Software": None})
+            axes.set_title("semantic gating: weights of concepts and metadata")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
         pyplot.close(figure)
 
 
 def _overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
-    """The photo in gray under its attention; warm is more than an even share, full color at least half more."""
+    """Draw the attention over the photo in gray: colored above the uniform share, in full color at its maximum."""
     from matplotlib import colormaps
     from PIL import Image
 
@@ -75,15 +73,15 @@ def _overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
     color = colormaps["inferno"](0.25 + 0.7 * strength)[..., :3]
     alpha = (0.85 * np.sqrt(strength))[..., None]
     axes.imshow(np.clip(gray * (1 - alpha) + color * alpha, 0, 1))
-    axes.set_xlabel(f"strongest patch: {share.max():.1f} times an even share", fontsize=8)
+    axes.set_xlabel(f"strongest patch: {share.max():.1f} times the uniform share", fontsize=8)
 
 
 def _title(maps: AttentionMaps) -> str:
     best = np.argsort(-maps.probabilities)[:3]
-    guesses = ", ".join(f"{maps.diagnoses[i]} {maps.probabilities[i]:.2f}" for i in best)
+    top = ", ".join(f"{maps.diagnoses[i]} {maps.probabilities[i]:.2f}" for i in best)
     truth = "" if maps.label == UNLABELED else f", diagnosed {maps.diagnoses[maps.label]}"
     models = f"mean of {maps.models} models" if maps.models > 1 else "one model"
-    return f"{maps.lesion_id}{truth}   predicted {guesses}   ({models})"
+    return f"{maps.lesion_id}{truth}   predicted {top}   ({models})"
 
 
 def _words(name: str) -> str:

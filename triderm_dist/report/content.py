@@ -1,4 +1,7 @@
-"""What the report says, as numbers: read from a run's folder and worked out, before any of it is drawn or written."""
+"""The content of the report as numbers: read from a run folder and computed, before it is drawn or written.
+
+Shapes: N lesions, C diagnoses, F columns of the stacker.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +17,39 @@ import yaml
 
 from triderm_dist import metrics
 from triderm_dist.ensemble.artifact import Ensemble, read_json
+from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_weights
 from triderm_dist.ensemble.run_files import (
+    ALIGNMENTS_FILE,
+    ENSEMBLE,
     ENSEMBLE_FILE,
     HELD_OUT_FILE,
     NESTED_FILE,
     OOF_FILE,
     STACK_FILE,
-    TURNS_FILE,
+    STACKER,
     read_nested,
 )
+from triderm_dist.ensemble.score_table import Row
 from triderm_dist.ensemble.stack_inputs import stacker_columns
-from triderm_dist.ensemble.stacker import STACKER, Stacker
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_FIELDS, VIEWS, DataError, MetadataField
 
-SMALL_SLICE = 100
-"""A slice with fewer lesions is too small to tell."""
+MIN_SLICE_LESIONS = 100
+"""A slice with fewer lesions is not judged."""
 
-FALLS_BEHIND = "falls behind"
+MIN_SLICE_POSITIVES = 5
+"""A diagnosis counts if it has at least so many lesions inside and outside the slice."""
 
-SHAP_LESIONS = 1000
-"""SHAP values are worked out for so many lesions at most."""
+LOWER_RECALL = "lower recall"
+TOO_SMALL = "too few lesions"
 
-LEAST_IN_SLICE = 5
-"""A diagnosis counts in a slice, and outside it, from this many lesions on."""
+HARDEST_LESIONS = 20
+CONTRIBUTION_LESIONS = 1000
+"""Contributions of the stacker's columns are computed for at most so many lesions."""
 
-OTHERS: tuple[tuple[str, str, str], ...] = (
+PUBLISHED_RESULTS: tuple[tuple[str, str, str], ...] = (
     ("leaderboard top, method unknown (164 entries, median 0.471)", "", "0.705"),
     ("best without external data", "", "0.609"),
     ("two-model ensemble, ConvNeXt-Tiny, 5 folds", "0.544 nested (0.580 pooled)", ""),
@@ -48,60 +57,63 @@ OTHERS: tuple[tuple[str, str, str], ...] = (
     ("tri-modal PanDerm/DermLIP, one split", "0.539", "0.486"),
     ("PanDerm ViT-L with graph attention, 5 folds", "0.541", "0.478"),
     ("EfficientNetV2-S, MONET, test-time augmentation", "0.443", "0.422"),
-    ("first try: logistic regression on frozen ImageNet features, metadata and MONET scores", "0.409 nested", ""),
+    ("baseline: logistic regression on frozen ImageNet features, metadata and MONET scores", "0.409 nested", ""),
 )
-"""What others say they reached on MILK10k: who, on their own validation, on the official test set (macro F1)."""
+"""Published macro F1 on MILK10k: method, on its own validation set, on the official test set."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """How the decisions fare on the lesions of one value of a metadata field.
+    """Performance on the lesions with one value of a metadata field.
 
-    macro_f1 and behind use only diagnoses with `LEAST_IN_SLICE` lesions inside and outside. behind: mean recall here
-    less that of all other lesions (recall, since F1 also moves with how common a diagnosis is); None with nothing to
-    compare.
+    Only diagnoses with at least `MIN_SLICE_POSITIVES` lesions inside and outside are used.  recall_difference: mean
+    recall inside minus outside (recall, because F1 also depends on how common a diagnosis is); None without such
+    diagnoses.
     """
 
     field: str
     value: str
     lesions: int
-    diagnoses: int
     macro_f1: metrics.Interval | None
-    behind: metrics.Interval | None
+    recall_difference: metrics.Interval | None
 
     @property
     def warning(self) -> str:
-        if self.behind is None or self.lesions < SMALL_SLICE:
-            return "too small to tell"
-        return FALLS_BEHIND if self.behind.high < 0 else ""
+        if self.recall_difference is None or self.lesions < MIN_SLICE_LESIONS:
+            return TOO_SMALL
+        return LOWER_RECALL if self.recall_difference.high < 0 else ""
 
 
 @dataclass(frozen=True)
-class OnePhoto:
-    """Macro F1 (argmax) of a network on lesions whose `missing` view is hidden from it, and that less its own."""
+class MissingView:
+    """Argmax macro F1 of a network with the photo of one view hidden.  difference: minus with both photos."""
 
     model: str
-    missing: str
+    view: str
     macro_f1: float
     difference: metrics.Interval
 
 
 @dataclass(frozen=True)
-class Hard:
-    """A lesion whose diagnosis the ensemble finds unlikely. agree: how many of the networks believe the same."""
+class DoubtfulLesion:
+    """A lesion whose label the ensemble finds improbable.
+
+    alternative: a more probable diagnosis.  predicted: the decisions, comma-separated.  agree: how many networks find
+    the alternative most probable. Probabilities are shares of the lesion's sum.
+    """
 
     lesion_id: str
     label: str
-    believed: str
-    of_label: float
-    of_believed: float
-    claimed: str
+    alternative: str
+    label_probability: float
+    alternative_probability: float
+    predicted: str
     agree: int
 
 
 @dataclass(frozen=True)
-class Shap:
-    """SHAP values of the stacker: (N, C, F) of N lesions, the values of their columns (N, F), and the F names."""
+class Contributions:
+    """What the stacker's columns add to its scores: values (N, C, F), the columns (N, F), and their F names."""
 
     values: np.ndarray
     columns: np.ndarray
@@ -109,24 +121,27 @@ class Shap:
 
 
 class Content:
-    """Everything the page shows, each part worked out once, when it is asked for.
+    """Everything that the page shows; each part is computed once, when it is first used.
 
-    Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing or does not belong together.
+    Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing, or they do not belong
+    together.
     """
 
     def __init__(self, run_folder: Path) -> None:
         self.folder = Path(run_folder)
-        self.fitted = Ensemble.load(self.folder / ENSEMBLE_FILE)
-        self.about = read_json(self.folder / ENSEMBLE_FILE)
+        self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
+        self.fit = read_json(self.folder / ENSEMBLE_FILE)
         self.rows = read_nested(self.folder / NESTED_FILE)
-        table = read_oof(self.folder / OOF_FILE, features=(self.folder / TURNS_FILE).exists())
+        table = read_oof(self.folder / OOF_FILE, features=(self.folder / ALIGNMENTS_FILE).exists())
         check_weights(self.folder, table.hashes.items())
-        place = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
-        if any(lesion not in place for lesion in self.rows.lesion_ids):
-            raise DataError(f"{self.folder / NESTED_FILE}: holds lesions that oof.parquet lacks; run triderm stack")
-        self.table = table.take(np.array([place[lesion] for lesion in self.rows.lesion_ids]))
-        self.diagnoses = self.fitted.diagnoses
-        self.resamples = int(self.about["bootstrap"])
+        row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
+        if any(lesion not in row_of for lesion in self.rows.lesion_ids):
+            raise DataError(
+                f"{self.folder / NESTED_FILE}: holds lesions that {OOF_FILE} lacks; run triderm stack again"
+            )
+        self.table = table.take(np.array([row_of[lesion] for lesion in self.rows.lesion_ids]))
+        self.diagnoses = self.ensemble.diagnoses
+        self.resamples = int(self.fit["bootstrap"])
 
     @property
     def labels(self) -> np.ndarray:
@@ -136,28 +151,41 @@ class Content:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The members that are networks."""
+        return tuple(name for name in self.ensemble.members if name != STACKER)
+
+    @cached_property
+    def scores(self) -> list[Row]:
+        """The score table, the ensemble last."""
+        return [Row.from_json(name, scores) for name, scores in self.fit["scores"].items()]
+
     @cached_property
     def score(self) -> metrics.Interval:
-        return metrics.Interval(**self.about["scores"]["ensemble"]["nested"])
+        """Nested macro F1 of the ensemble."""
+        return next(row.nested for row in self.scores if row.name == ENSEMBLE)
 
     @cached_property
     def held_out(self) -> dict[str, Any] | None:
+        """heldout.json, if the test set was scored."""
         path = self.folder / HELD_OUT_FILE
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @cached_property
     def settings(self) -> str:
+        """config.yaml, "" if there is none."""
         path = self.folder / "config.yaml"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @cached_property
     def synthetic(self) -> bool:
-        """Whether the data say of themselves that they were drawn, not photographed."""
+        """Whether the data folder says that its photos are synthetic."""
         source = ((yaml.safe_load(self.settings) or {}).get("data") or {}).get("source") if self.settings else None
         if not source:
             return False
-        places = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
-        return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in places)
+        notices = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
+        return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in notices)
 
     @cached_property
     def counts(self) -> metrics.ClassCounts:
@@ -165,141 +193,153 @@ class Content:
 
     @cached_property
     def class_intervals(self) -> list[metrics.Interval]:
+        """F1 of each diagnosis."""
         draws = metrics.bootstrap_f1(self.rows.decisions, self.labels, self.resamples)
         return [metrics.interval_of(value, draws[:, column]) for column, value in enumerate(self.counts.f1)]
 
     @cached_property
-    def confusion(self) -> np.ndarray:
-        """(C, C + 1) lesions of each diagnosis (row) by what was claimed; the last column: nothing was.
+    def metric_values(self) -> dict[str, metrics.Interval]:
+        """Every metric of `metrics.METRICS`, by name."""
+        rows = self.rows
+        return metrics.bootstrap_metrics(rows.probabilities, rows.labels, rows.decisions, self.resamples)
 
-        A lesion with several claims counts in each of their columns.
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """(C, C + 1) lesions of each diagnosis (row) by what was predicted; last column: nothing.
+
+        A lesion with several predictions counts in each of their columns.
         """
         size = len(self.diagnoses)
         result = np.zeros((size, size + 1), np.int64)
         for label in range(size):
-            own = self.rows.decisions[self.labels == label]
-            result[label, :size] = own.sum(axis=0)
-            result[label, size] = (~own.any(axis=1)).sum()
+            decisions = self.rows.decisions[self.labels == label]
+            result[label, :size] = decisions.sum(axis=0)
+            result[label, size] = (~decisions.any(axis=1)).sum()
         return result
 
     @cached_property
     def curves(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
-        """Records of metrics.jsonl by model and fold; a last line that a kill cut short is left out."""
+        """Records of metrics.jsonl by model and fold."""
         result: dict[str, dict[int, list[dict[str, Any]]]] = {}
         for model in self.table.models:
             for path in sorted((self.folder / model).glob("fold-*/metrics.jsonl")):
-                records = []
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    try:
-                        records.append(json.loads(line))
-                    except json.JSONDecodeError:
-                        break
-                if records:
+                if records := read_metrics(path):
                     result.setdefault(model, {})[int(path.parent.name.removeprefix("fold-"))] = records
         return result
 
     @cached_property
-    def importance(self) -> dict[str, float]:
-        """Share of the stacker's total gain by column, largest first; empty without a stacker."""
-        path = (self.folder / STACK_FILE).with_suffix(".json")
-        if not path.exists():
-            return {}
-        gain = json.loads(path.read_text(encoding="utf-8"))["gain"]
-        whole = sum(gain.values()) or 1.0
-        return {name: value / whole for name, value in sorted(gain.items(), key=lambda item: -item[1])}
+    def stacker(self) -> FittedStacker | None:
+        """The stacker that predicts the test set, if there is one."""
+        path = self.folder / STACK_FILE
+        return FittedStacker.load(path) if path.exists() else None
 
     @cached_property
-    def shap(self) -> Shap | None:
-        """Of the stacker that predicts the test set, on some of the lesions; None without a stacker, or for one of
-        multi-output trees.
-        """
-        path = self.folder / STACK_FILE
-        if not path.exists():
+    def importance(self) -> tuple[str, dict[str, float]] | None:
+        """(what it measures, share by column, largest first) of the stacker's columns."""
+        if self.stacker is None:
             return None
-        stacker = Stacker.load(path)
-        rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:SHAP_LESIONS])
-        columns = stacker_columns(self.folder, stacker.extra, self.table.take(rows), self.networks)
-        values = stacker.contributions(columns)
-        return None if values is None else Shap(values, stacker.seen(columns), stacker.feature_names)
+        own = self.stacker.model.importance()
+        if own is None and self.contributions is None:
+            return None
+        if own is None:
+            mean = np.abs(self.contributions.values).mean(axis=(0, 1))
+            own = "mean absolute contribution", dict(zip(self.contributions.names, mean.tolist(), strict=True))
+        measure, values = own
+        total = sum(values.values()) or 1.0
+        return measure, {name: value / total for name, value in sorted(values.items(), key=lambda item: -item[1])}
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The members that are networks."""
-        return tuple(name for name in self.fitted.members if name != STACKER)
+    @cached_property
+    def contributions(self) -> Contributions | None:
+        """Contributions of the stacker's columns on some of the lesions; None if it has none."""
+        if self.stacker is None:
+            return None
+        rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:CONTRIBUTION_LESIONS])
+        given = stacker_columns(self.folder, self.stacker.extra, self.table.take(rows), self.networks)
+        columns = self.stacker.reduce(given)
+        values = self.stacker.model.contributions(columns)
+        return None if values is None else Contributions(values, columns, self.stacker.feature_names)
 
     @cached_property
     def slices(self) -> list[Slice]:
-        result = []
-        for field, values in self._slice_masks().items():
-            for value, mask in values.items():
-                if mask.any():
-                    result.append(self._slice(field, value, mask))
-        return result
+        """One for each value of each metadata field that some lesion has."""
+        return [
+            self._slice(field, value, mask)
+            for field, masks in self._slice_masks().items()
+            for value, mask in masks.items()
+            if mask.any()
+        ]
 
     @cached_property
-    def one_photo(self) -> list[OnePhoto]:
-        """What each network loses without a view; nothing of networks that do not look at both."""
+    def missing_views(self) -> list[MissingView]:
+        """What each network loses without the photo of a view, for networks that use both."""
         result = []
         for model in self.networks:
             full = metrics.argmax_decisions(self.table.logits[model])
             for view in VIEWS:
-                logits = np.full_like(self.table.logits[model], np.nan)
-                place = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
-                for path in sorted((self.folder / model).glob(f"fold-*/without_{view}.parquet")):
-                    part = read_predictions(path)
-                    rows = [(place[lesion], i) for i, lesion in enumerate(part.lesion_ids) if lesion in place]
-                    for row, i in rows:
-                        if part.model_hash[i] == self.table.hashes[model][row]:  # not of an earlier training
-                            logits[row] = part.logits[i]
+                logits = self._logits_without(model, view)
                 if np.isnan(logits).any():
                     continue
-                seen = metrics.argmax_decisions(logits)
-                difference = metrics.paired_difference(seen, full, self.labels, self.resamples)
-                result.append(OnePhoto(model, view, metrics.macro_f1(seen, self.labels), difference))
+                decisions = metrics.argmax_decisions(logits)
+                difference = metrics.paired_difference(decisions, full, self.labels, self.resamples)
+                result.append(MissingView(model, view, metrics.macro_f1(decisions, self.labels), difference))
         return result
 
     @cached_property
-    def hardest(self) -> list[Hard]:
-        """The 20 lesions whose diagnosis the ensemble gives the least of their total probability."""
-        of_label = self._share[np.arange(len(self.labels)), self.labels]
-        return [self._hard(row, int(self._share[row].argmax())) for row in np.argsort(of_label, kind="stable")[:20]]
+    def hardest(self) -> list[DoubtfulLesion]:
+        """The lesions whose label has the smallest probability."""
+        of_label = self._shares[np.arange(len(self.labels)), self.labels]
+        order = np.argsort(of_label, kind="stable")[:HARDEST_LESIONS]
+        return [self._doubtful(row, int(self._shares[row].argmax())) for row in order]
 
     @cached_property
-    def mislabeled(self) -> list[Hard]:
-        """Lesions whose label is likely wrong, the likeliest first, by confident learning (Northcutt et al. 2021).
+    def mislabeled(self) -> list[DoubtfulLesion]:
+        """Lesions whose label is probably wrong, by confident learning (Northcutt et al. 2021).
 
-        Another diagnosis is at least as probable as among its own lesions on average, the label less than among its
-        own, and every network by itself thinks that other one the likeliest. Ordered by how much the one outdoes the
-        other.
+        Another diagnosis is at least as probable as it is on average among its own lesions, the label is less probable
+        than on average among its own, and every network finds that other diagnosis most probable. Sorted by the
+        difference of the two probabilities, largest first.
         """
-        share, every = self._share, np.arange(len(self.labels))
+        shares, every = self._shares, np.arange(len(self.labels))
         present = np.isin(np.arange(len(self.diagnoses)), self.labels)
-        usual = np.full(len(self.diagnoses), np.inf)
-        usual[present] = [share[self.labels == label, label].mean() for label in np.flatnonzero(present)]
-        confident = np.where(share >= usual, share, 0.0)
+        typical = np.full(len(self.diagnoses), np.inf)
+        typical[present] = [shares[self.labels == label, label].mean() for label in np.flatnonzero(present)]
+        confident = np.where(shares >= typical, shares, 0.0)
         confident[every, self.labels] = 0.0
-        believed, of_label = confident.argmax(axis=1), share[every, self.labels]
-        found = (confident.max(axis=1) > of_label) & (of_label < usual[self.labels])
+        alternative, of_label = confident.argmax(axis=1), shares[every, self.labels]
+        flagged = (confident.max(axis=1) > of_label) & (of_label < typical[self.labels])
         for name in self.networks:
-            found &= self.table.logits[name].argmax(axis=1) == believed
-        margin = np.where(found, confident.max(axis=1) - of_label, -1.0)
-        return [self._hard(row, int(believed[row])) for row in np.argsort(-margin, kind="stable")[: found.sum()]]
+            flagged &= self.table.logits[name].argmax(axis=1) == alternative
+        margin = np.where(flagged, confident.max(axis=1) - of_label, -1.0)
+        order = np.argsort(-margin, kind="stable")[: flagged.sum()]
+        return [self._doubtful(row, int(alternative[row])) for row in order]
 
     @cached_property
-    def _share(self) -> np.ndarray:
-        """(N, C) the ensemble's probabilities as shares of their sum."""
+    def _shares(self) -> np.ndarray:
+        """(N, C) probabilities of the ensemble, divided by their sum."""
         return self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
 
-    def _hard(self, row: int, believed: int) -> Hard:
-        claims = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
-        return Hard(
+    def _logits_without(self, model: str, view: str) -> np.ndarray:
+        """(N, C) logits of a network with a view hidden, by the weights of the table; NaN where there are none."""
+        logits = np.full_like(self.table.logits[model], np.nan)
+        row_of = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
+        for path in sorted((self.folder / model).glob(f"fold-*/without_{view}.parquet")):
+            part = read_predictions(path)
+            for i, lesion in enumerate(part.lesion_ids):
+                row = row_of.get(lesion)
+                if row is not None and part.model_hash[i] == self.table.hashes[model][row]:
+                    logits[row] = part.logits[i]
+        return logits
+
+    def _doubtful(self, row: int, alternative: int) -> DoubtfulLesion:
+        predicted = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
+        return DoubtfulLesion(
             lesion_id=str(self.rows.lesion_ids[row]),
             label=self.diagnoses[self.labels[row]],
-            believed=self.diagnoses[believed],
-            of_label=float(self._share[row, self.labels[row]]),
-            of_believed=float(self._share[row, believed]),
-            claimed=", ".join(claims) or "nothing",
-            agree=sum(int(self.table.logits[name][row].argmax()) == believed for name in self.networks),
+            alternative=self.diagnoses[alternative],
+            label_probability=float(self._shares[row, self.labels[row]]),
+            alternative_probability=float(self._shares[row, alternative]),
+            predicted=", ".join(predicted) or "nothing",
+            agree=sum(int(self.table.logits[name][row].argmax()) == alternative for name in self.networks),
         )
 
     def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
@@ -313,26 +353,25 @@ class Content:
         size = len(self.diagnoses)
         inside = np.bincount(self.labels[mask], minlength=size)
         outside = np.bincount(self.labels[~mask], minlength=size)
-        kept = (inside >= LEAST_IN_SLICE) & (outside >= LEAST_IN_SLICE)
+        kept = (inside >= MIN_SLICE_POSITIVES) & (outside >= MIN_SLICE_POSITIVES)
         if kept.sum() < 2:
-            return Slice(field, value, int(mask.sum()), int(kept.sum()), None, None)
+            return Slice(field, value, int(mask.sum()), None, None)
         f1 = metrics.bootstrap_f1(self.rows.decisions[mask], self.labels[mask], self.resamples)[:, kept].mean(axis=1)
-        own = metrics.class_counts(self.rows.decisions[mask], self.labels[mask])
-        rest = metrics.class_counts(self.rows.decisions[~mask], self.labels[~mask])
+        counts = metrics.class_counts(self.rows.decisions[mask], self.labels[mask])
+        other_counts = metrics.class_counts(self.rows.decisions[~mask], self.labels[~mask])
         return Slice(
             field=field,
             value=value,
             lesions=int(mask.sum()),
-            diagnoses=int(kept.sum()),
-            macro_f1=metrics.interval_of(float(own.f1[kept].mean()), f1),
-            behind=metrics.recall_difference(own, rest, kept),
+            macro_f1=metrics.interval_of(float(counts.f1[kept].mean()), f1),
+            recall_difference=metrics.recall_difference(counts, other_counts, kept),
         )
 
 
 def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The lesions (N,) bool of each category, or of each range of a number, and those whose value (N,) is missing.
+    """Return the lesions (N,) bool of each category, or of each range of a number, and those with a missing value.
 
-    A number is divided at `field.cuts`, or at the quartiles of the values.
+    values: (N,), NaN where missing. A number is divided at `field.cuts`, or at its quartiles.
     """
     missing = np.isnan(values)
     if not field.is_number:

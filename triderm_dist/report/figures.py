@@ -1,4 +1,4 @@
-"""The report's pictures: each function draws one, from `Content`, and returns what it shows in words."""
+"""The figures of the report: each function draws one from `Content` and returns its alternative text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from triderm_dist.files import atomic_path
 from triderm_dist.report.content import Content
 
 INK, GRAY, FAINT = "#22313f", "#6b7785", "#dfe4ea"
@@ -43,43 +44,44 @@ STYLE: Any = {
 
 Draw = Callable[[Any, Content], str]
 
-
-LEAST_IN_PART = 5
-"""A tenth of the reliability diagram with fewer lesions is not drawn."""
+MIN_BIN_LESIONS = 5
+"""A bin of the reliability diagram with fewer lesions is not drawn."""
+TOP_COLUMNS = 20
+TOP_PAIRS = 14
+"""Columns of the stacker, and pairs of column and diagnosis, that a figure shows."""
 
 
 def draw(content: Content, folder: Path) -> dict[str, str]:
-    """Draw every picture into FOLDER/NAME.png; {name: what it shows}. Pictures without data are left out."""
+    """Draw every figure into FOLDER/NAME.png and return {name: alternative text}; figures without data are skipped."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, tuple[Draw, tuple[float, float], bool]] = {
+    figures: dict[str, tuple[Draw, tuple[float, float], bool]] = {
         "confusion": (_confusion, (7.2, 6.0), True),
         "precision_recall": (_precision_recall, (9.0, 6.6), True),
         "reliability": (_reliability, (4.6, 4.2), True),
         "learning_curves": (_learning_curves, (9.0, 2.9 * max(1, len(content.curves))), bool(content.curves)),
-        "weights": (_weights, (4.6, 0.9 + 0.42 * len(content.fitted.members)), len(content.fitted.members) > 1),
-        "importance": (_importance, (7.6, 5.0), bool(content.importance)),
-        "shap": (_shap, (7.6, 6.0), content.shap is not None),
-        "shap_by_diagnosis": (_shap_by_diagnosis, (7.6, 6.4), content.shap is not None),
+        "weights": (_weights, (4.6, 0.9 + 0.42 * len(content.ensemble.members)), len(content.ensemble.members) > 1),
+        "importance": (_importance, (7.6, 5.0), content.importance is not None),
+        "shap": (_shap, (7.6, 6.0), content.contributions is not None),
+        "shap_by_diagnosis": (_shap_by_diagnosis, (7.6, 6.4), content.contributions is not None),
     }
-    words = {}
+    alt_texts = {}
     with pyplot.rc_context(STYLE):
-        for name, (function, size, wanted) in pictures.items():
+        for name, (function, size, has_data) in figures.items():
             path = folder / f"{name}.png"
-            if not wanted:
+            if not has_data:
                 path.unlink(missing_ok=True)  # of an earlier report
                 continue
             figure = pyplot.figure(figsize=size, layout="constrained")
-            words[name] = function(figure, content)
-            beside = path.with_name(f"{name}.part.png")
-            figure.savefig(beside, metadata={"Software": None})
+            alt_texts[name] = function(figure, content)
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, format="png", metadata={"Software": None})
             pyplot.close(figure)
-            beside.replace(path)
-    return words
+    return alt_texts
 
 
 def _confusion(figure: Any, content: Content) -> str:
@@ -91,7 +93,7 @@ def _confusion(figure: Any, content: Content) -> str:
     axes.grid(False)
     axes.set_xticks(range(len(names) + 1), [*names, "none"], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), [f"{name}  ({count})" for name, count in zip(names, lesions, strict=True)])
-    axes.set_xlabel("claimed")
+    axes.set_xlabel("predicted")
     axes.set_ylabel("diagnosis (lesions)")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -100,8 +102,8 @@ def _confusion(figure: Any, content: Content) -> str:
         if content.confusion[row, column]:
             color = "white" if value > 0.55 else INK
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=color)
-    found = ", ".join(f"{name} {100 * share[i, i]:.0f}%" for i, name in enumerate(names) if lesions[i])
-    return f"Confusion matrix in percent of the lesions of each diagnosis. Found rightly: {found}."
+    recalls = ", ".join(f"{name} {100 * share[i, i]:.0f}%" for i, name in enumerate(names) if lesions[i])
+    return f"Confusion matrix in percent of the lesions of each diagnosis. Predicted correctly: {recalls}."
 
 
 def _precision_recall(figure: Any, content: Content) -> str:
@@ -125,9 +127,9 @@ def _precision_recall(figure: Any, content: Content) -> str:
         areas.append(f"{name} {area:.2f}")
         axes.plot(recall, precision, color=BLUE, linewidth=1.4)
         axes.axhline(truth.mean(), color=GRAY, linewidth=0.8, linestyle=(0, (3, 3)))
-        own = content.counts.precision[index], content.counts.recall[index]
-        if np.isfinite(own[0]):
-            axes.plot(own[1], own[0], "o", color=ORANGE, markersize=5, clip_on=False)
+        at_threshold = content.counts.recall[index], content.counts.precision[index]
+        if np.isfinite(at_threshold[1]):
+            axes.plot(*at_threshold, "o", color=ORANGE, markersize=5, clip_on=False)
         axes.set_title(f"{name}  {area:.2f}")
     for axes in grid[len(content.diagnoses) :]:
         axes.set_visible(False)
@@ -137,28 +139,29 @@ def _precision_recall(figure: Any, content: Content) -> str:
 
 
 def _reliability(figure: Any, content: Content) -> str:
-    """Confidence of the likeliest diagnosis against how often it is right, in tenths; dot areas show the lesions."""
+    """Draw the probability of the most probable diagnosis against its accuracy, in ten bins; dot areas: lesions."""
     axes = figure.subplots()
     share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
-    confidence, right = share.max(axis=1), share.argmax(axis=1) == content.labels
-    part = np.minimum((confidence * 10).astype(int), 9)
-    counts = np.bincount(part, minlength=10)
+    confidence, correct = share.max(axis=1), share.argmax(axis=1) == content.labels
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    counts = np.bincount(bins, minlength=10)
     used = counts > 0
-    said = np.bincount(part, confidence, 10)[used] / counts[used]
-    was = np.bincount(part, right, 10)[used] / counts[used]
-    error = float((counts[used] * np.abs(said - was)).sum() / counts.sum())
+    mean_confidence = np.bincount(bins, confidence, 10)[used] / counts[used]
+    accuracy = np.bincount(bins, correct, 10)[used] / counts[used]
+    error = float((counts[used] * np.abs(mean_confidence - accuracy)).sum() / counts.sum())
     axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (3, 3)))
-    enough = counts[used] >= LEAST_IN_PART
-    said, was, lesions = said[enough], was[enough], counts[used][enough]
-    spread = 1.96 * np.sqrt(was * (1 - was) / lesions)
-    axes.errorbar(said, was, yerr=spread, color=BLUE, linewidth=1.2, capsize=0, zorder=2)
-    axes.scatter(said, was, s=18 + 160 * lesions / counts.max(), color=BLUE, zorder=3, edgecolor="white")
+    enough = counts[used] >= MIN_BIN_LESIONS
+    mean_confidence, accuracy, lesions = mean_confidence[enough], accuracy[enough], counts[used][enough]
+    spread = 1.96 * np.sqrt(accuracy * (1 - accuracy) / lesions)
+    axes.errorbar(mean_confidence, accuracy, yerr=spread, color=BLUE, linewidth=1.2, capsize=0, zorder=2)
+    sizes = 18 + 160 * lesions / counts.max()
+    axes.scatter(mean_confidence, accuracy, s=sizes, color=BLUE, zorder=3, edgecolor="white")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.set_xlabel("probability of the likeliest diagnosis")
-    axes.set_ylabel("share that is right")
+    axes.set_xlabel("probability of the most probable diagnosis")
+    axes.set_ylabel("accuracy")
     axes.text(0.97, 0.04, f"expected calibration error {error:.3f}", transform=axes.transAxes, ha="right", color=GRAY)
-    return f"Reliability of the likeliest diagnosis; expected calibration error {error:.3f} over ten parts."
+    return f"Reliability of the most probable diagnosis; expected calibration error {error:.3f} over ten bins."
 
 
 def _learning_curves(figure: Any, content: Content) -> str:
@@ -169,13 +172,13 @@ def _learning_curves(figure: Any, content: Content) -> str:
         for number, (fold, records) in enumerate(folds.items()):
             color = PALETTE[number % len(PALETTE)]
             train = [record for record in records if record["kind"] == "train"]
-            judged = [record for record in records if record["kind"] == "validation"]
+            validation = [record for record in records if record["kind"] == "validation"]
             left.plot([r["epoch"] for r in train], [r["loss"] for r in train], color=color, linewidth=1)
             right.plot(
-                [r["epoch"] for r in judged], [r["macro_f1"] for r in judged],
+                [r["epoch"] for r in validation], [r["macro_f1"] for r in validation],
                 color=color, linewidth=1.4, marker="o", markersize=2.5, label=f"fold {fold}",
             )  # fmt: skip
-            finals += [judged[-1]["macro_f1"]] if judged else []
+            finals += [validation[-1]["macro_f1"]] if validation else []
         left.set_title(f"{model}: training loss")
         right.set_title(f"{model}: validation macro F1 (argmax)")
         right.set_ylim(0, None)
@@ -189,7 +192,7 @@ def _learning_curves(figure: Any, content: Content) -> str:
 
 def _weights(figure: Any, content: Content) -> str:
     axes = figure.subplots()
-    names, weights = content.fitted.members, content.fitted.weights
+    names, weights = content.ensemble.members, content.ensemble.weights
     axes.barh(range(len(names)), weights, color=BLUE, height=0.6)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -203,34 +206,37 @@ def _weights(figure: Any, content: Content) -> str:
 
 def _importance(figure: Any, content: Content) -> str:
     axes = figure.subplots()
-    top = list(content.importance.items())[:20]
+    assert content.importance is not None
+    measure, shares = content.importance
+    top = list(shares.items())[:TOP_COLUMNS]
     axes.barh(range(len(top)), [100 * value for _, value in top], color=BLUE, height=0.65)
     axes.set_yticks(range(len(top)), [name for name, _ in top], fontsize=8.5)
     axes.invert_yaxis()
-    axes.set_xlabel("share of the stacker's gain, percent")
+    axes.set_xlabel(f"share of the {measure}, percent")
     axes.grid(axis="y", visible=False)
-    return "The 20 columns that the stacker gains most from, led by " + ", ".join(name for name, _ in top[:5]) + "."
+    return f"Most important columns of the stacker by {measure}: " + ", ".join(name for name, _ in top[:5]) + "."
 
 
 def _shap(figure: Any, content: Content) -> str:
-    """A dot a lesion: how much a column moved a diagnosis' score, colored by the column's own value."""
-    shap = content.shap
+    """Draw one dot per lesion: what a column added to the score of a diagnosis, colored by the column's value."""
+    shap = content.contributions
     assert shap is not None
     mean = np.abs(shap.values).mean(axis=0)
-    pairs = [np.unravel_index(flat, mean.shape) for flat in np.argsort(-mean, axis=None, kind="stable")[:14]]
+    largest = np.argsort(-mean, axis=None, kind="stable")[:TOP_PAIRS]
+    pairs = [np.unravel_index(flat, mean.shape) for flat in largest]
     axes = figure.subplots()
     generator = np.random.default_rng(0)
     image = None
     for row, (diagnosis, column) in enumerate(pairs):
-        moved, value = shap.values[:, diagnosis, column], shap.columns[:, column]
-        order = np.argsort(np.argsort(value, kind="stable"))  # ranks: outliers do not take all the color
-        counts, edges = np.histogram(moved, 60)
-        crowd = counts[np.clip(np.searchsorted(edges, moved, side="right") - 1, 0, 59)] / max(counts.max(), 1)
-        height = row + 0.38 * crowd * generator.uniform(-1, 1, len(moved))
+        added, value = shap.values[:, diagnosis, column], shap.columns[:, column]
+        ranks = np.argsort(np.argsort(value, kind="stable"))  # so that outliers do not take the whole color range
+        counts, edges = np.histogram(added, 60)
+        density = counts[np.clip(np.searchsorted(edges, added, side="right") - 1, 0, 59)] / max(counts.max(), 1)
+        height = row + 0.38 * density * generator.uniform(-1, 1, len(added))
         known = np.isfinite(value)
-        axes.scatter(moved[~known], height[~known], s=5, color=FAINT, linewidths=0, rasterized=True)
+        axes.scatter(added[~known], height[~known], s=5, color=FAINT, linewidths=0, rasterized=True)
         image = axes.scatter(
-            moved[known], height[known], s=5, c=order[known] / len(order), cmap=SHAP_COLORS, vmin=0, vmax=1,
+            added[known], height[known], s=5, c=ranks[known] / len(ranks), cmap=SHAP_COLORS, vmin=0, vmax=1,
             linewidths=0, rasterized=True,
         )  # fmt: skip
     names = [f"{shap.names[column]} → {content.diagnoses[diagnosis]}" for diagnosis, column in pairs]
@@ -238,19 +244,19 @@ def _shap(figure: Any, content: Content) -> str:
     axes.invert_yaxis()
     axes.axvline(0, color=GRAY, linewidth=0.8)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("SHAP value: change of the diagnosis' score (log odds before the softmax)")
+    axes.set_xlabel("contribution to the score of the diagnosis before the softmax (SHAP value)")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 1], shrink=0.5, aspect=18)
     bar.ax.set_yticklabels(["low", "high"])
     bar.set_label("value of the column", labelpad=-8)
     bar.outline.set_visible(False)
-    return "SHAP values of the strongest pairs of column and diagnosis, led by " + ", ".join(names[:5]) + "."
+    return "Contributions (SHAP values) of the strongest pairs of column and diagnosis: " + ", ".join(names[:5]) + "."
 
 
 def _shap_by_diagnosis(figure: Any, content: Content) -> str:
-    shap = content.shap
+    shap = content.contributions
     assert shap is not None
     mean = np.abs(shap.values).mean(axis=0).T
-    top = np.argsort(-mean.sum(axis=1), kind="stable")[:20]
+    top = np.argsort(-mean.sum(axis=1), kind="stable")[:TOP_COLUMNS]
     axes = figure.subplots()
     image = axes.imshow(mean[top], cmap="Blues", aspect="auto", vmin=0)
     axes.grid(False)
@@ -258,7 +264,7 @@ def _shap_by_diagnosis(figure: Any, content: Content) -> str:
     axes.set_yticks(range(len(top)), [shap.names[column] for column in top], fontsize=8.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=18, label="mean |SHAP value|")
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=18, label="mean |contribution|")
     bar.outline.set_visible(False)
-    lead = [f"{name} by {shap.names[int(mean[:, index].argmax())]}" for index, name in enumerate(content.diagnoses)]
-    return f"What moves each diagnosis most, by mean absolute SHAP value: {', '.join(lead)}."
+    strongest = [f"{name}: {shap.names[int(mean[:, i].argmax())]}" for i, name in enumerate(content.diagnoses)]
+    return f"Column with the largest mean absolute contribution to each diagnosis: {', '.join(strongest)}."

@@ -1,4 +1,4 @@
-"""Pieces of a page: one HTML file with its style and pictures inside, so that it opens from disk and from an e-mail."""
+"""Build a self-contained HTML page: style and images are embedded, so it opens from disk and from an e-mail."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
 
 
 def document(title: str, body: str) -> str:
-    """A whole page around the HTML of its body."""
+    """Return a page with the HTML of its body."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -76,20 +76,21 @@ def document(title: str, body: str) -> str:
     )
 
 
-def figure(picture: Path, words: str, caption: str) -> str:
-    """A PNG inside of the page. words: what it shows; caption: HTML."""
-    name, data = picture.stem, base64.b64encode(picture.read_bytes()).decode()
+def figure(png: Path, alt_text: str, caption: str) -> str:
+    """Return an embedded PNG. caption: HTML."""
+    name, data = png.stem, base64.b64encode(png.read_bytes()).decode()
     return (
         f'<figure><div class="wide" role="region" aria-label="{name.replace("_", " ")}" tabindex="0">'
-        f'<img src="data:image/png;base64,{data}" class="{name}" alt="{escape(words)}"></div>'
+        f'<img src="data:image/png;base64,{data}" class="{name}" alt="{escape(alt_text)}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def card(label: str, figure: str, below: str) -> str:
+def card(label: str, value: str, interval: str) -> str:
+    """Return a large value with a label above and its interval below. All are HTML."""
     return (
-        f'<div class="card"><div class="label">{label}</div><div class="figure">{figure}</div>'
-        f'<div class="interval">{below}</div></div>'
+        f'<div class="card"><div class="label">{label}</div><div class="figure">{value}</div>'
+        f'<div class="interval">{interval}</div></div>'
     )
 
 
@@ -100,10 +101,11 @@ def data_table(
     escaped: bool = False,
     long_names: bool = False,
 ) -> str:
-    """Rows are (name, cells as HTML, class of the row); names are HTML where `escaped`. label: what a screen reader
-    calls it.
+    """Return a table. rows: (name, cells as HTML, CSS class of the row); a row without cells is a heading.
+
+    header: HTML.  label: for screen readers.  escaped: names are HTML already.  long_names: names may wrap.
     """
-    head = "".join(f'<th scope="col">{title}</th>' for title in header)
+    columns = "".join(f'<th scope="col">{title}</th>' for title in header)
     body = "".join(
         f"<tr{f' class={kind}' if kind else ''}>"
         + (
@@ -117,4 +119,4 @@ def data_table(
         for name, cells, kind in rows
     )
     region = f'<div class="wide" role="region" aria-label="{escape(label)}" tabindex="0">'
-    return f"{region}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"{region}<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
