@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -32,6 +34,14 @@ def wait_for(
         assert process is None or process.poll() is None or condition(), f"{process.args} ended\n{output()}"
         assert time.monotonic() < deadline, f"waited {HANG_SECONDS:g} s\n{output()}"
         time.sleep(pause)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nobody holds the lock of an output folder; the stage of a killed pipeline does until it ends."""
+    with (folder / ".lock").open() as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def start(

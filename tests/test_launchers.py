@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.processes import ROOT
+from tests.processes import HANG_SECONDS, ROOT, finish, launch, start, wait_for
 
 KUBERNETES = ROOT / "launch" / "kubernetes"
 # The schemas of releases before 1.35 ask for onPodConditions in every rule, which their servers never did.
@@ -158,58 +157,41 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 if sys.argv[2] != "wait":
     sys.exit(int(sys.argv[2]))
 (folder / f"ready-{rank}").touch()
-time.sleep(60)
+time.sleep(900)
 """
 
 
-def start_ranks(folder: Path, what: str) -> subprocess.Popen:
+def start_ranks(folder: Path, what: str, config: str = "accelerate_configs/ddp.yaml") -> subprocess.Popen:
     program = folder / "rank.py"
     program.write_text(RANK)
-    words = ["--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2", str(program), str(folder), what]
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.ranks", *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return start(str(program), str(folder), what, ranks=2, config=config, fork=False)
 
 
 def test_the_launcher_ends_as_its_ranks_do(tmp_path):
-    process = start_ranks(tmp_path, "2")
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 2
-    assert "Traceback" not in errors
+    done = finish(start_ranks(tmp_path, "2"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_a_signal_to_the_launcher_lets_the_ranks_save(tmp_path):
     process = start_ranks(tmp_path, "wait")
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, process)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
-    assert process.returncode == 3
+    assert finish(process).returncode == 3
     assert [path.read_text() for path in tmp_path.glob("saved-*")] == ["SIGUSR1"] * 2
 
 
-def caught(status: str) -> int:
-    """The signals that a process has handlers for, as bits."""
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
-
-
 def test_a_signal_before_the_ranks_are_there_is_an_interruption(tmp_path):
-    process = start_ranks(tmp_path, "wait")
-    status = Path(f"/proc/{process.pid}/status")
-    while not caught(status.read_text()) & 1 << (signal.SIGUSR1 - 1):
-        assert process.poll() is None
+    os.mkfifo(tmp_path / "ddp.yaml")
+    process = start_ranks(tmp_path, "wait", str(tmp_path / "ddp.yaml"))
+    with (tmp_path / "ddp.yaml").open("w"):  # opens when the launcher does, which reads until this is closed
+        process.send_signal(signal.SIGUSR1)
+        assert finish(process).returncode == 3
     assert not list(tmp_path.glob("ready-*"))
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
-    assert process.returncode == 3
 
 
-def test_a_launcher_file_that_is_not_there_is_told_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "launch.ranks", "--config_file", "nothere.yaml", "-m", "launch.train"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+def test_a_launcher_file_that_is_not_there_is_told_in_one_line():
+    done = launch("launch.train", config="nothere.yaml", check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: launcher: nothere.yaml: no such")
 
 
@@ -224,6 +206,6 @@ def test_a_launcher_file_that_is_not_there_is_told_in_one_line(tmp_path):
 def test_slurm_scripts_on_a_real_slurm():
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["tests/slurm/check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        ["tests/slurm/check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_SECONDS
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import HANG_SECONDS, ROOT, is_free, wait_for
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import load
 from triderm_dist.schema import ConfigError, InputError
@@ -87,7 +87,7 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
         "import signal, sys, time; from pathlib import Path\n"
         f"def save(*_): time.sleep(0.5); open(r'{tmp_path}/saved', 'a').write('x'); time.sleep(0.5); sys.exit(3)\n"
         "signal.signal(signal.SIGTERM, save)\n"
-        f"Path(r'{tmp_path}/begun').touch(); time.sleep(60)"
+        f"Path(r'{tmp_path}/begun').touch(); time.sleep({HANG_SECONDS})"
     )
     code = (
         "from pathlib import Path; from triderm_dist import cli; from triderm_dist.settings import Section\n"
@@ -98,16 +98,14 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, process_group=0, stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "begun").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for((tmp_path / "begun").exists, process)
     os.killpg(process.pid, number)  # as a terminal does
-    assert "interrupted: the same command goes on" in process.communicate(timeout=20)[1]
+    assert "interrupted: the same command goes on" in process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 3 and (tmp_path / "saved").read_text() == "x"
 
 
 def test_a_program_that_is_asked_to_stop_ends_with_3_also_in_code_run_from_text(tmp_path):
-    waits = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    waits = f"import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep({HANG_SECONDS})"
     (tmp_path / "waits.py").write_text(
         "from triderm_dist import cli; from triderm_dist.settings import Section\n"
         f"cli.run(Section, lambda config: exec({waits!r}), None, [])"
@@ -119,35 +117,23 @@ def test_a_program_that_is_asked_to_stop_ends_with_3_also_in_code_run_from_text(
 
 
 def test_one_run_at_a_time(tmp_path):
+    waits = f"import time; from pathlib import Path; Path(r'{tmp_path}/begun').touch(); time.sleep({HANG_SECONDS})"
     code = (
-        "import sys; from pathlib import Path; from triderm_dist.stages import Stage, run_stages; "
-        f"run_stages([Stage('wait', ['python', '-c', 'import time; time.sleep(60)'], 0, [], [])], Path(r'{tmp_path}'))"
+        "from pathlib import Path; from triderm_dist.stages import Stage, run_stages\n"
+        f"run_stages([Stage('wait', ['python', '-c', {waits!r}], 0, [], [])], Path(r'{tmp_path}'))"
     )
-    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            begun = []
-            try:
-                run_stages([], tmp_path, begin=lambda begun=begun: begun.append(1))
-            except InputError as error:
-                assert "another run is working here" in str(error) and not begun
-                break
-            assert begun
-            time.sleep(0.1)
-        else:
-            pytest.fail("the lock was never taken")
-    finally:
-        first.kill()
-        first.wait()
-    deadline = time.monotonic() + 10  # the stage ends with its pipeline, and the folder is free
-    while True:
+    begun: list[bool] = []
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as first:
         try:
-            run_stages([], tmp_path)
-            break
-        except InputError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+            wait_for((tmp_path / "begun").exists, first)
+            with pytest.raises(InputError, match="another run is working here"):
+                run_stages([], tmp_path, begin=lambda: begun.append(True))
+        finally:
+            first.kill()
+    assert not begun
+    wait_for(partial(is_free, tmp_path))
+    run_stages([], tmp_path, begin=lambda: begun.append(True))
+    assert begun
 
 
 # --- those of the pipeline -------------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """The whole way with one command: done once, skipped when nothing changed, killed and gone on with."""
 
-import contextlib
 import csv
-import fcntl
 import json
 import os
 import signal
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from tests.processes import finish, launch, start, wait_for
+from tests.processes import finish, is_free, launch, start, wait_for
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
@@ -118,14 +116,6 @@ def test_the_second_time_nothing_runs(done, arguments):
     result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
     assert result.stdout.count("done before, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
-def is_free(folder: Path) -> bool:
-    """Whether no pipeline holds the folder: the stage of one that was killed may take a moment to end."""
-    with (folder / ".lock").open() as lock, contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
