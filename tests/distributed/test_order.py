@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -98,14 +97,15 @@ def test_killed_at_random_moments_and_resumed_on_other_world_sizes(shards, tmp_p
 
 
 def test_a_fault_that_one_rank_meets_ends_all_with_one_error(shards, tmp_path):
-    """A photo is damaged after the shards were checked: the other rank, which waits for this one, must not hang."""
+    """A photo is damaged after the shards were checked: the other rank, which waits for this one, must not hang, or
+    `launch` fails.
+    """
     shutil.copytree(shards, tmp_path / "shards")
     index = read_index(tmp_path / "shards")
     with index.path(int(index.shard[40])).open("rb+") as file:
         file.seek(int(index.offsets[40, 0]))
         file.write(bytes(int(index.sizes[40, 0])))
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    started = time.monotonic()
     done = launch(
         "launch.train", "--config", str(tmp_path / "tiny.yaml"), f"data.shards={tmp_path}/shards", "data.verify=false",
         f"output={tmp_path}/run", ranks=2, config="accelerate_configs/ddp.yaml", check=False,
@@ -113,24 +113,21 @@ def test_a_fault_that_one_rank_meets_ends_all_with_one_error(shards, tmp_path):
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode == 2 and len(errors) == 1, done.stderr[-3000:]
     assert f"the clinical photo of lesion {index.lesion_ids[40]} does not decode" in errors[0]
-    assert time.monotonic() - started < 60
 
 
 def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(shards, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    started = time.monotonic()
     with serve(shards) as server:
         shard = read_index(shards).shards[-1].url
         server.faults[shard] = [stall] * 1000
         done = launch(
             "launch.train", "--config", str(tmp_path / "tiny.yaml"), f"data.shards={server.url}",
-            f"data.remote.cache={tmp_path}/cache", "data.remote.total_seconds=3", "data.remote.stall_seconds=1",
+            f"data.remote.cache={tmp_path}/cache", "data.remote.total_seconds=4", "data.remote.stall_seconds=1",
             f"output={tmp_path}/run", ranks=2, config="accelerate_configs/ddp.yaml", check=False,
         )  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode == 2 and errors, done.stderr[-3000:]
-    assert all(f"{shard}: not fetched within 3 s" in line for line in errors)
-    assert time.monotonic() - started < 60
+    assert all(f"{shard}: not fetched within 4 s" in line for line in errors)
 
 
 def test_training_from_a_server_is_training(shards, tmp_path):

@@ -27,7 +27,7 @@ def record(tmp_path_factory):
 
 def test_a_record_says_what_was_measured_on_what(record):
     assert (record["ranks"], record["way"], record["precision"], record["frozen"]) == (2, "ddp", "fp32", "1+4")
-    assert record["lesions_per_s"] == pytest.approx(16 / record["seconds_a_step"], rel=0.05)
+    assert 0 < record["lesions_per_s"] <= 16 / record["seconds_a_step"]  # what is around the steps counts as well
     assert 0 <= record["data_wait"] < 1 and 0 < record["mfu"] < 1 and 0 < record["memory_gib"] < 10
     assert record["steps"] >= 3 and record["date"] and record["commit"] and record["versions"]["torch"]
 

@@ -114,7 +114,6 @@ def test_a_record_holds_everything_that_is_asked_of_it(run):
         "memory_gib", "seconds_left", "mfu",
     }  # fmt: skip
     assert first["mfu"] == pytest.approx(first["lesions_per_s"] * flops / 0.5e12)
-    assert records[-1]["seconds_left"] < first["seconds_left"]
 
 
 def test_the_profile_is_a_trace_of_the_steps_that_were_asked_for(run):

@@ -48,11 +48,12 @@ def test_a_record_is_a_line_a_json_line_and_a_scalar(tmp_path, capsys):
     assert scalars["validation/macro_f1"] == {20: 0.25}
 
 
-def test_a_resumed_run_writes_later_records_again(tmp_path):
+def test_a_resumed_run_writes_later_records_again(tmp_path, monkeypatch):
     with tracker_in(tmp_path) as tracker:
         for step in (10, 20, 30):
             tracker.log("train", 0, step, {**TRAIN, "loss": 1.0})
-    time.sleep(1)  # TensorBoard sorts event files by the second of their start
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 1)  # TensorBoard sorts event files by the second of their start
     with tracker_in(tmp_path, step=20) as tracker:
         tracker.log("train", 0, 30, {**TRAIN, "loss": 2.0})
     records = read_metrics(tmp_path / "metrics.jsonl")

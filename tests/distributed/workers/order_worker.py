@@ -41,7 +41,7 @@ def plans(index: ShardIndex) -> list[EpochPlan]:
 def read(rank: int, world: int, shards: str, folder: Path, attempt: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{attempt}", rank=rank, world_size=world)
-    index = open_index(shards, RemoteConfig(cache=str(folder / "cache"), total_seconds=30))
+    index = open_index(shards, RemoteConfig(cache=str(folder / "cache"), total_seconds=600))
     source = PhotoSource(index, 24, (0.5,) * 3, (0.5,) * 3)
     consumed = int((folder / "consumed").read_text())
     passed = 0
@@ -58,6 +58,10 @@ def read(rank: int, world: int, shards: str, folder: Path, attempt: int) -> None
                     write_text(folder / "consumed", str(passed + step.number + 1))
                 dist.barrier()
             passed += steps
+
+
+def has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def main(shards: str, folder: Path, worlds: list[int], kills: int) -> None:
@@ -77,8 +81,8 @@ def main(shards: str, folder: Path, worlds: list[int], kills: int) -> None:
                     os._exit(1)
             ranks.append(pid)
         if attempt < kills:
-            wanted, patience = began + moment.randrange(5), time.monotonic() + 60
-            while int((folder / "consumed").read_text()) < wanted and time.monotonic() < patience:
+            wanted = began + moment.randrange(5)
+            while int((folder / "consumed").read_text()) < wanted and not has_ended(ranks[0]):
                 time.sleep(0.001)
             time.sleep(moment.uniform(0, 0.02) if wanted > began else moment.uniform(0, 0.4))
             for pid in moment.sample(ranks, world):

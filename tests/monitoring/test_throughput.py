@@ -1,0 +1,28 @@
+"""Speed, waiting time and the time that is left, by a clock of the test's own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from triderm_dist.monitoring import throughput
+from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.throughput import ThroughputMeter
+
+
+def test_speed_is_that_since_the_last_line_and_the_rest_that_of_the_mean_since_the_start(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
+    loader = SimpleNamespace(waited=7.0)
+    budget = Budget(flops=1e9, peak=1e12, devices=1, source="")
+    meter = ThroughputMeter(10, total_steps=30, global_batch=8, device=torch.device("cpu"), budget=budget)
+    clock.now = 102.0  # for what comes before the first step
+    meter.start(loader, 10)
+    assert loader.waited == 0
+    clock.now, loader.waited = 104.0, 0.5
+    first = meter.read(loader, 14)
+    assert (first["lesions_per_s"], first["data_wait"], first["seconds_left"]) == (16, 0.25, 16)
+    assert first["mfu"] == pytest.approx(0.016) and first["memory_gib"] > 0
+    clock.now, loader.waited = 106.0, 0.0
+    second = meter.read(loader, 20)
+    assert (second["lesions_per_s"], second["data_wait"], second["seconds_left"]) == (24, 0, 6)
