@@ -15,7 +15,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from triderm_dist import cli, commands
-from triderm_dist.config import SHIPPED, shipped_names
+from triderm_dist.commands.config import KINDS
+from triderm_dist.commands.ranks import expand_names
+from triderm_dist.config import find_file, shipped_names
 
 ROOT = Path(__file__).parents[1]
 SHOWN = [
@@ -38,8 +40,8 @@ OWN = re.compile(r"([A-Z]|runs/|\.\.\.$)")
 NUMBERS = {"RANK": "0", "NODES": "2", "GPUS_IN_ALL": "16", "HOST": "localhost", "$(INDEX)": "0"}
 BATCH_SCRIPTS = {
     "launch/slurm/train.sh": ([], []),
-    "launch/slurm/folds.sh": (["launch.train"], ["fold=0"]),
-    "launch/slurm/sweep.sh": (["tune.search"], ["resume=true", "search.address=localhost:1"]),
+    "launch/slurm/folds.sh": (["train"], ["fold=0"]),
+    "launch/slurm/sweep.sh": (["search"], ["resume=true", "search.address=localhost:1"]),
 }
 
 
@@ -76,7 +78,8 @@ def shown() -> list[tuple[str, list[str]]]:
 
 def check_launcher(options: list[str]) -> tuple[str, list[str]]:
     """The program and arguments that `accelerate launch OPTIONS` starts."""
-    parsed = launch_command_parser().parse_args([NUMBERS.get(word, word) for word in options])
+    words = expand_names([NUMBERS.get(word, word) for word in options])
+    parsed = launch_command_parser().parse_args(words)
     file = parsed.config_file
     assert (ROOT / file).is_file() or Path(file).stem in shipped_names("accelerate_configs"), file
     assert parsed.module, "programs are started by -m"
@@ -95,7 +98,7 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     name = program_name(module)
     assert module.startswith("benchmarks.") or name in commands.names(), f"{module} is not a program"
     if name == "config":
-        assert arguments == ["list"] or any(arguments[1] in shipped_names(kind) for kind in SHIPPED), arguments
+        assert arguments == ["list"] or any(arguments[1] in shipped_names(kind) for kind in KINDS), arguments
         return
     arguments = list(arguments)
     for place, word in enumerate(arguments):
@@ -125,7 +128,7 @@ def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
-        assert name == "LAUNCHER" and (ROOT / value).is_file()
+        assert name == "LAUNCHER" and find_file("accelerate_configs", value).is_file()
     if len(words) == 2 and words[0] == "triderm":  # a program named in a sentence
         assert words[1] in commands.names()
         return
@@ -134,6 +137,7 @@ def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
         before, after = BATCH_SCRIPTS[words[script]]
         assert (ROOT / words[script]).is_file()
         program, *arguments = [*before, *words[script + 1 :], *after]
+        _, program = expand_names(["-m", program])
     elif words[:2] == ["accelerate", "launch"] or words[:2] == ["triderm", "ranks"]:
         program, arguments = check_launcher(words[2:])
     elif words[:3] == ["python", "-m", "launch.ranks"]:

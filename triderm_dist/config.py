@@ -495,31 +495,45 @@ def has_effect(kind: type[Section], key: str) -> bool:
     return any(f"{key}.".startswith(f"{used}.") or f"{used}.".startswith(f"{key}.") for used in uses)
 
 
-SHIPPED = {"experiments": "launch/experiments", "spaces": "tune/spaces", "accelerate_configs": "accelerate_configs"}
-"""Kinds of YAML files that ship with the package, and where a clone keeps them."""
+SHIPPED = {
+    "experiments": "launch/experiments",
+    "spaces": "tune/spaces",
+    "accelerate_configs": "accelerate_configs",
+    "slurm": "launch/slurm",
+    "kubernetes": "launch/kubernetes",
+    "ray": "launch/ray",
+    "benchmarks": "benchmarks/results",
+}
+"""The folders of files that ship with the package, by kind, and where they lie in a clone."""
+BY_STEM = ("experiments", "spaces", "accelerate_configs")
+"""Kinds whose files a setting names without the ending: `--config rtx4090`, `space=losses`, `launcher=ddp`."""
 
 
 def shipped(kind: str) -> Path:
-    """The folder of one kind of `SHIPPED`: in an installed wheel inside of the package, else in the clone."""
+    """Return the folder of a kind of `SHIPPED`: inside an installed wheel, else in the clone."""
     installed = Path(__file__).parent / "shipped" / kind
     return installed if installed.is_dir() else Path(__file__).parents[1] / SHIPPED[kind]
 
 
 def shipped_names(kind: str) -> list[str]:
-    return sorted(path.stem for path in shipped(kind).glob("*.yaml"))
+    """Return the names of the files of a kind: `rtx4090` of an experiment, `slurm/train.sh` of a launcher."""
+    if kind in BY_STEM:
+        return sorted(path.stem for path in shipped(kind).glob("*.yaml"))
+    return sorted(f"{kind}/{path.name}" for path in shipped(kind).iterdir() if path.is_file())
 
 
 def find_file(kind: str, name: str | os.PathLike[str]) -> Path:
-    """The file at a path, or the shipped one of that name (`rtx4090` for launch/experiments/rtx4090.yaml)."""
+    """Return the file at a path, or where there is none the shipped one of that name."""
     path = Path(name).expanduser()
     if not path.is_file() and str(name) in shipped_names(kind):
-        return shipped(kind) / f"{name}.yaml"
+        return shipped(kind) / (f"{name}.yaml" if kind in BY_STEM else path.name)
     return path
 
 
 def first_comment(file: Path) -> str:
-    """What the first line of a YAML file says it is."""
-    return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+    """Return the first comment line of a YAML file, a script or a Dockerfile, which says what it is."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "")
 
 
 def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:

@@ -1,39 +1,39 @@
 # shellcheck shell=bash
-# Sourced by the scripts of this folder. They are submitted from the root of the repository, with the environment active
-# in which it is installed; sbatch hands that environment on.
+# Functions that the scripts in this folder share: port, ranks, requeue.
 #
-# What can be set when submitting:
-#   LAUNCHER         accelerate file; default accelerate_configs/ddp.yaml, or a deepspeed_zero*.yaml
-#   RANKS_PER_NODE   default: the GPUs that the job has on each node, or one rank without GPUs
+# The scripts are submitted with the Python environment active in which triderm-dist is installed; sbatch passes that
+# environment on. Environment variables that may be set when submitting:
+#   LAUNCHER         accelerate file, or the name of a shipped one: ddp (default), fsdp2, deepspeed_zero2, ...
+#   RANKS_PER_NODE   default: the GPUs that the job has on each node, or 1 without GPUs
 
-# A port of this job's own, for jobs may share a node: above those of Ray's workers (10002 to 19999), below those that are
-# handed out to clients (from 32768).
+# Print a port for this job, since jobs may share a node: above the ports of Ray's workers (10002 to 19999), below the
+# ephemeral ones (from 32768).
 job_port() {
     echo $((20000 + SLURM_JOB_ID % 10000))
 }
 
-# Run a program as ranks on all nodes of the job: ranks PROGRAM [ARGUMENTS]. The status is that of the ranks: 0 done,
-# 2 bad input, 3 interrupted. One Slurm task a node starts the node's ranks. The signal of --signal reaches launcher and
-# ranks alike: Slurm sends it to every process of a step, and not to the batch script, which must not end before them.
+# ranks PROGRAM [ARGUMENTS]: run a program as ranks on all nodes of the job. Returns their exit code: 0 success,
+# 2 invalid input, 3 interrupted. One Slurm task per node starts the node's ranks. Slurm sends the signal of --signal to
+# every process of a step, launcher and ranks alike, but not to the batch script, which has to outlive them.
 ranks() {
-    local nodes=$SLURM_JOB_NUM_NODES a_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    local nodes=$SLURM_JOB_NUM_NODES per_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     local head port
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     port=$(job_port)
-    # --wait: a node that has ended gives the others a minute to end by themselves; by then they hang on a dead one.
+    # --wait: after one node has ended, the others get a minute to end, since they may hang waiting for a dead one.
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --wait=60 bash -c \
-        'exec python -m launch.ranks --machine_rank "$SLURM_NODEID" "$@"' launcher \
-        --config_file "${LAUNCHER:-accelerate_configs/ddp.yaml}" --deepspeed_multinode_launcher standard \
-        --num_machines "$nodes" --num_processes $((nodes * a_node)) \
+        'exec python -m triderm_dist.commands.ranks --machine_rank "$SLURM_NODEID" "$@"' launcher \
+        --config_file "${LAUNCHER:-ddp}" --deepspeed_multinode_launcher standard \
+        --num_machines "$nodes" --num_processes $((nodes * per_node)) \
         --main_process_ip "$head" --main_process_port "$port" -m "$@"
 }
 
-# End the job with a status; where it says "interrupted", put the job back into the queue, to go on where it stopped.
-# After scancel nothing is put back: that ends this script too, before the ranks have saved.
+# finish CODE: end the job with an exit code; where the code says "interrupted", requeue the job first, to resume later.
+# After scancel nothing is requeued: scancel ends this script too, before the ranks have saved.
 finish() {
     case $1 in
-        3 | 138) # 138: SIGUSR1 came before the launcher had begun
-            # By the number of the job alone Slurm may take the whole array.
+        3 | 138) # 138: SIGUSR1 arrived before the launcher was ready
+            # Given the job id alone, Slurm may requeue the whole array.
             scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
             ;;
     esac

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The folds of one model side by side, a task of a job array each; then a job that gathers them. From the root of the
-# repository, with shards already packed where every node sees them:
+# The folds of one model in parallel: one task of a job array per fold, then a job that gathers them.
 #
 #   folds=$(sbatch --parsable --array=0-4 --gpus-per-node=1 launch/slurm/folds.sh model=trimodal \
-#       --config launch/experiments/a100.yaml data.shards=SHARED/shards output=SHARED/run)
-#   sbatch --dependency=afterok:$folds --gpus-per-node=1 launch/slurm/train.sh launch.crossval only=[trimodal] \
-#       --config launch/experiments/a100.yaml data.shards=SHARED/shards output=SHARED/run
+#       --config a100 data.shards=SHARED/shards output=SHARED/run)
+#   sbatch --dependency=afterok:$folds --gpus-per-node=1 launch/slurm/train.sh crossval only=trimodal \
+#       --config a100 data.shards=SHARED/shards output=SHARED/run
 #
-# launch.crossval finds the folds trained, trains what is missing and writes oof.parquet. One array a model; leave
-# `model=` and `only=` away where there is one. For a frozen tower let fold 0 run alone first: it fills the token cache,
-# which tasks that start together would each compute. Preemption, time limit and what to add: see train.sh.
+# The shards are packed before, in a folder that every node sees. `crossval` skips the folds that are done, trains the
+# missing ones and writes oof.parquet. Submit one array per model; with a single model leave out `model=` and `only=`.
+# With a frozen tower run fold 0 first: it fills the token cache, which parallel tasks would each compute.
+# Preemption, time limit and site options: see train.sh.
 #SBATCH --job-name=triderm-fold
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -18,7 +18,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%A_%a.out
-source launch/slurm/common.sh
+source "$(python -m triderm_dist config path slurm/common.sh)"
 
-ranks launch.train "$@" fold="$SLURM_ARRAY_TASK_ID"
+ranks train "$@" fold="$SLURM_ARRAY_TASK_ID"
 finish $?

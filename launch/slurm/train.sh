@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A training program on one node or on many, from the root of the repository:
+# A training program on one node or several.
 #
-#   sbatch --nodes=1 --gpus-per-node=8 launch/slurm/train.sh launch.crossval --config launch/experiments/h100x8.yaml \
+#   sbatch --nodes=1 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8 \
 #       data.shards=SHARED/shards output=SHARED/run
-#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm/train.sh launch.crossval --config launch/experiments/h100x8.yaml \
+#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8 \
 #       data.shards=SHARED/shards output=SHARED/run train.micro_batch=6
-#   LAUNCHER=accelerate_configs/deepspeed_zero2.yaml sbatch ... (the same)
+#   LAUNCHER=deepspeed_zero2 sbatch ... (the same)
 #
-# Shards and output lie where every node sees them. train.global_batch is ranks x train.micro_batch x accumulation, so
-# more nodes want a smaller micro-batch; the numbers of the run stay the same.
+# Shards and output are in folders that every node sees. train.global_batch is ranks x train.micro_batch x accumulation
+# steps, so more nodes need a smaller micro-batch; the results stay the same.
 #
-# Before the time is up, when the job is preempted or told by `scancel --signal=USR1 JOB`, the ranks save, the job goes
-# back into the queue and later goes on where it stopped. So --time may be far less than the training takes. A node that
-# fails puts the job back too; it goes on from the last checkpoint (train.save_every) on other nodes.
+# Before the time limit, on preemption, or on `scancel --signal=USR1 JOB`, the ranks save a checkpoint and the job is
+# requeued; when it starts again it resumes. So --time may be far shorter than the training. A job whose node fails is
+# requeued too, and resumes from the last checkpoint (train.save_every) on other nodes.
 #
-# Add what your site asks for: --partition, --account, --cpus-per-task (4 to 8 a GPU: they decode photos), --mem.
+# Add what your site asks for: --partition, --account, --cpus-per-task (4 to 8 per GPU, to decode photos), --mem.
 #SBATCH --job-name=triderm
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00
@@ -22,7 +22,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
-source launch/slurm/common.sh
+source "$(python -m triderm_dist config path slurm/common.sh)"
 
 ranks "$@"
 finish $?

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.processes import ROOT, launch
+from tests.processes import launch
 from triderm_dist.config import Experiment
 from triderm_dist.doctor import data, examine
 from triderm_dist.doctor.findings import Finding
@@ -18,7 +18,7 @@ def read_shortly(monkeypatch):
 
 
 def finding(experiment: Experiment, name: str, ranks: int = 1) -> Finding:
-    sections = examine(experiment, ROOT, ranks)
+    sections = examine(experiment, ranks)
     return next(each for section in sections.values() for each in section if each.name == name)
 
 

@@ -5,7 +5,6 @@ import importlib
 import sys
 
 from tests.doctor.conftest import SMALL
-from tests.processes import ROOT
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import missing
@@ -28,14 +27,14 @@ def test_an_old_or_absent_package_is_told(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    found = {each.name: each for each in versions(ROOT)}
+    found = {each.name: each for each in versions()}
     assert found["deepspeed"].state == "note" and "deepspeed" in found["deepspeed"].advice
     assert found["accelerate"].state == "missing" and "accelerate" in found["accelerate"].advice
-    assert found["ray"].state == "note" and "tune.search" in found["ray"].text
+    assert found["ray"].state == "note" and "triderm search" in found["ray"].text
     assert found["packages"].text.startswith("torch 2.14.1")
     del installed["deepspeed"]
-    assert {each.name: each.state for each in versions(ROOT)}["deepspeed"] == "note"
-    assert {each.name: each.state for each in versions(ROOT, deepspeed=True)}["deepspeed"] == "missing"
+    assert {each.name: each.state for each in versions()}["deepspeed"] == "note"
+    assert {each.name: each.state for each in versions(deepspeed=True)}["deepspeed"] == "missing"
 
 
 def test_nothing_installed_is_no_crash(monkeypatch, tmp_path):
@@ -55,7 +54,7 @@ def test_nothing_installed_is_no_crash(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr(importlib, "import_module", lambda name: without(name) and sys.modules[name])
     experiment = load(Experiment, None, [*SMALL, f"output={tmp_path}", f"data.source={tmp_path}"])
-    sections = examine(experiment, ROOT)
+    sections = examine(experiment)
     assert {each.name for each in missing(sections)} >= {"training"}
     assert any("psutil" in each.advice for each in sections["machine"])
     assert any("without torch" in each.text for each in sections["experiment"])

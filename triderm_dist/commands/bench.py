@@ -13,10 +13,10 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Experiment
+from triderm_dist.config import TRAINING, Experiment, shipped
 from triderm_dist.settings import PathText
 
-COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.json"
+COMMITTED = shipped("benchmarks") / "bench.json"
 
 
 class BenchRun(Experiment):
@@ -57,7 +57,7 @@ def main(config: BenchRun) -> None:
     network = new_network(model, views).to(accelerator.device)
     values = bench.measure(model, network, views.loaders, accelerator, config.seconds, seed=config.seed)
     if accelerator.is_main_process:
-        record = bench.record_of(model, accelerator, values, COMMITTED.parents[2])
+        record = bench.record_of(model, accelerator, values)
         print(bench.comparison(record, bench.alike(bench.read_records(COMMITTED), record)))
         if config.record:
             bench.add_record(Path(config.record), record)

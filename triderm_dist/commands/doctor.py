@@ -9,7 +9,6 @@ Exit status 0 if a run can start, 2 if not; the last line says what is missing. 
 """
 
 import sys
-from pathlib import Path
 
 from pydantic import Field
 
@@ -40,11 +39,11 @@ def main(config: DoctorRun) -> None:
     from triderm_dist.doctor.ranks import meet, started_on_ranks
 
     launcher = read_launcher(config.launcher) if config.launcher else None
-    clone, meeting, between = Path(__file__).parents[1], None, {}
+    meeting, between = None, {}
     if started_on_ranks():
-        meeting, between["ranks"] = meet(config, clone, config.answer_seconds)  # of which only rank 0 comes back
+        meeting, between["ranks"] = meet(config, config.answer_seconds)  # of which only rank 0 comes back
     ranks = config.ranks or (meeting.world if meeting else None)
-    findings = {**between, **examine(config, clone, ranks, config.gpu_memory, launcher)}
+    findings = {**between, **examine(config, ranks, config.gpu_memory, launcher)}
     print_findings(findings)
     lacking = "; ".join(f"{each.name} ({each.text})" for each in missing(findings))
     if not lacking:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from types import FrameType
 
+from triderm_dist.commands import names
+
 BAD_INPUT, INTERRUPTED = 2, 3
 """As in triderm_dist.cli, whose import takes longer than a signal may."""
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
@@ -29,13 +31,17 @@ def hand_on(number: int, frame: FrameType | None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def name_files() -> None:
-    """Let `--config_file` name a file that ships with the package, such as ddp."""
-    if "--config_file" in sys.argv[:-1]:
+def expand_names(words: list[str]) -> list[str]:
+    """Replace the name of a shipped file after --config_file and of a program after -m, as in `-m train`."""
+    words = list(words)
+    if "--config_file" in words[:-1]:
         from triderm_dist.config import find_file
 
-        place = sys.argv.index("--config_file") + 1
-        sys.argv[place] = str(find_file("accelerate_configs", sys.argv[place]))
+        at = words.index("--config_file") + 1
+        words[at] = str(find_file("accelerate_configs", words[at]))
+    if "-m" in words[:-1] and (at := words.index("-m") + 1) and words[at] in names():
+        words[at] = f"triderm_dist.commands.{words[at]}"
+    return words
 
 
 def status_of(exit_code: int) -> int:
@@ -48,7 +54,7 @@ def start() -> None:
         return
     for name in HANDED_ON:
         signal.signal(getattr(signal, name), hand_on)
-    name_files()
+    sys.argv[1:] = expand_names(sys.argv[1:])
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDED_ON))
     # Else a launcher that replaces a lost one waits in vain for the address of rank 0, told in the first round only.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -25,36 +25,36 @@ from triderm_dist.doctor.networks import network_findings
 from triderm_dist.doctor.software import nccl, versions
 
 
-def this_host(experiment: Experiment, clone: Path, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
+def this_host(experiment: Experiment, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
     """The findings that each host of a run has to be asked for, by section."""
     gpus = find_gpus()
     deepspeed = launcher.deepspeed if launcher else os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    written = [clone / "pyproject.toml", Path(experiment.train_shards, "index.json"), experiment.folder]
+    written = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
     return {
-        "software": [*versions(clone, deepspeed), nccl(bool(gpus))],
+        "software": [*versions(deepspeed), nccl(bool(gpus))],
         "machine": machine_findings(gpus, experiment.folder, written),
     }
 
 
 def examine(
     experiment: Experiment,
-    clone: Path,
     ranks: int | None = None,
     gpu_memory: float | None = None,
     launcher: Launcher | None = None,
 ) -> dict[str, list[Finding]]:
-    """All findings, by section. clone: the folder that holds launch/experiments and accelerate_configs. ranks: the
-    processes to plan for; None takes the launcher's, else the machine's GPUs, or one. gpu_memory: GiB of the GPU to
-    plan for; None takes the smallest here. launcher: of the file that the run will be started with.
+    """Return all findings, by section.
+
+    ranks: the processes to plan for; None takes the launcher's, else the number of GPUs, or one. gpu_memory: GiB of the
+    GPU to plan for; None takes the smallest of this host. launcher: of the file that the run will be started with.
     """
     gpus = find_gpus()
     ranks = ranks or (launcher.ranks if launcher else max(1, len(gpus)))
-    sections = this_host(experiment, clone, launcher)
+    sections = this_host(experiment, launcher)
     if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
         sections["launcher"] = found  # the ranks' own launcher holds its port
     sections["experiment"] = network_findings(
         experiment, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
     )
     sections["data"] = data_findings(experiment, gpus, ranks)
-    sections["suits this machine"] = suggest(gpus, clone)
+    sections["suits this machine"] = suggest(gpus)
     return sections

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.doctor.networks import largest_micro
 
 
-def suggest(gpus: Sequence[Gpu], clone: Path) -> list[Finding]:
-    """The experiment and the accelerate file of this clone for a machine with these GPUs, and a command to start."""
+def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
+    """Name the shipped experiment and accelerate file for a machine with these GPUs, and the command to start."""
     count, memory = len(gpus), min((gpu.memory for gpu in gpus), default=0)
     overrides: list[str] = []
     if not gpus:
@@ -30,17 +29,15 @@ def suggest(gpus: Sequence[Gpu], clone: Path) -> list[Finding]:
             overrides += [f"train.micro_batch={fitting}"] if fitting else [f"train.global_batch={count * 16}"]
             overrides += [] if fitting else ["train.micro_batch=16"]
     launcher = "single" if count < 2 else "ddp"
-    files = [Path("launch/experiments", f"{experiment}.yaml"), Path("accelerate_configs", f"{launcher}.yaml")]
-    findings = [
-        Finding(name, f"{file}" if (clone / file).is_file() else f"{file} (not in {clone})")
-        for name, file in zip(("experiment", "accelerate file"), files, strict=True)
-    ]
-    words = ["triderm pipeline", f"--config {files[0]}", *overrides, "data.source=FOLDER"]
+    words = ["triderm pipeline", f"--config {experiment}", *overrides, "data.source=FOLDER"]
     if count > 1:
-        words.append(f"launcher={files[1]}")
-        if count != 8:
-            findings[1] = Finding("accelerate file", f"{files[1]} with num_processes: {count}")
-    return [*findings, Finding("start", " ".join(words))]
+        words.append(f"launcher={launcher}")
+    accelerate = launcher if count in (0, 1, 8) else f"{launcher} with num_processes: {count}"
+    return [
+        Finding("experiment", f"{experiment}; `triderm config copy {experiment}` makes a copy to change"),
+        Finding("accelerate file", accelerate),
+        Finding("start", " ".join(words)),
+    ]
 
 
 def _power_of_two(value: float) -> int:

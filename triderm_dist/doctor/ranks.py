@@ -61,7 +61,7 @@ def started_on_ranks() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def meet(experiment: Experiment, clone: Path, seconds: float) -> tuple[Meeting, list[Finding]]:
+def meet(experiment: Experiment, seconds: float) -> tuple[Meeting, list[Finding]]:
     """Rank 0's meeting and findings; the other ranks never return, they leave as rank 0 tells them.
 
     seconds: within which every rank must answer, and the sums must be made. Raises InputError on a rank that does not
@@ -69,7 +69,7 @@ def meet(experiment: Experiment, clone: Path, seconds: float) -> tuple[Meeting, 
     """
     meeting = Meeting(seconds)
     hosts = meeting.tell("host", socket.gethostname(), range(meeting.world))
-    told = meeting.tell("sight", asdict(look(experiment, clone)), hosts)
+    told = meeting.tell("sight", asdict(look(experiment)), hosts)
     sights = {rank: Sight(**raw) for rank, raw in told.items()}
     together = meeting.agree(len(sights) == meeting.world)
     sums = meeting.tell("sums", exchange(meeting, seconds), sights) if together else {}
@@ -167,14 +167,14 @@ class Meeting:
 # --- what a rank sees ------------------------------------------------------------------------------------------------
 
 
-def look(experiment: Experiment, clone: Path) -> Sight:
+def look(experiment: Experiment) -> Sight:
     """What this rank sees."""
     torch, local_rank = imported("torch"), int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     where, named = experiment.train_shards, experiment.data.shards
     packed = open_shards(where, experiment.data) if named or Path(where).exists() else ""
     shards = packed if isinstance(packed, str) else f"{len(packed)} lesions, index {packed.fingerprint[:12]}"
-    sections = this_host(experiment, clone) if local_rank == 0 and os.environ["RANK"] != "0" else {}
+    sections = this_host(experiment) if local_rank == 0 and os.environ["RANK"] != "0" else {}
     return Sight(
         host=socket.gethostname(),
         shards=shards,

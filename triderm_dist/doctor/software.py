@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
 from triderm_dist.doctor.findings import Finding, State, imported
 
@@ -15,11 +13,11 @@ NEEDED = ("torch", "torchvision", "accelerate", "timm", "open_clip_torch", "xgbo
 OPTIONAL = {"deepspeed": "ZeRO runs", "ray": "triderm search", "optuna": "triderm search"}
 
 
-def versions(clone: Path, deepspeed: bool = False) -> list[Finding]:
-    """Python and the packages against the ranges of the clone's pyproject.toml. deepspeed: the run is started with it,
-    so that another version than those is no mere note.
+def versions(deepspeed: bool = False) -> list[Finding]:
+    """Check Python and the packages against the ranges that triderm-dist declares. deepspeed: the run is started with
+    it, so that a version outside its range stops the run.
     """
-    ranges = _required(clone)
+    ranges = _required()
     findings = [
         Finding("python", f"{platform.python_version()}  {sys.executable}")
         if sys.version_info >= (3, 11)
@@ -59,18 +57,18 @@ def installed(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _required(clone: Path) -> dict[str, str]:
-    """The ranges of pyproject.toml by package name; empty where they can't be read."""
+def _required() -> dict[str, str]:
+    """The ranges that the installed package declares, by name; empty where it is not installed (a bare clone)."""
     try:
-        project = tomllib.loads((clone / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         from packaging.requirements import Requirement
-    except (OSError, KeyError, ValueError, ImportError):
+
+        lines = importlib.metadata.requires("triderm-dist") or []
+    except (ImportError, importlib.metadata.PackageNotFoundError):
         return {}
     wanted = {}
-    for line in project["dependencies"]:
-        requirement = Requirement(line)
-        name = requirement.name.removesuffix("-cu13")
-        wanted[name] = f"{requirement.name}{requirement.specifier}"
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            wanted[requirement.name.removesuffix("-cu13")] = f"{requirement.name}{requirement.specifier}"
     return wanted
 
 

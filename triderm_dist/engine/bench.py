@@ -141,7 +141,7 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
     return pack_shards(Dataset(made, CONCEPTS, True, []), folder, short_side=None)
 
 
-def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float], clone: Path) -> dict[str, Any]:
+def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, Any]:
     """What was measured, on what, when and with which versions, ready for JSON."""
     import timm
 
@@ -164,7 +164,7 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
         "activation_checkpointing": config.activation_checkpointing,
         **{name: round(value, 5) for name, value in values.items()},
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "commit": _commit(clone),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -220,8 +220,8 @@ def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
 
 
-def _commit(clone: Path) -> str:
-    command = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
