@@ -1,4 +1,4 @@
-"""Broken data through the real program: exit status 2, one line on stderr that says where, nothing left behind."""
+"""Invalid data given to triderm pack and verify: exit status 2, one line on stderr, no output folder."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ BROKEN: dict[str, tuple[Callable[[Challenge], Any], str]] = {
     "truncated photo": (truncate, "ISIC_5004.jpg: truncated"),
     "unknown diagnosis": (rename_diagnosis, "MILK10k_Training_GroundTruth.csv: column 'SCCKA' is missing"),
     "extra diagnosis": (lambda c: [r.update(SCC=0.0) for r in c.truth], "unknown diagnosis 'SCC' in the header"),
-    "doubled lesion": (lambda c: c.truth.append(c.truth[1]), "row 13: lesion IL_1007 is there twice"),
-    "doubled view": (lambda c: c.metadata[5].update(image_type="clinical: close-up"), "row 7: lesion IL_1014 has two"),
+    "duplicate lesion": (lambda c: c.truth.append(c.truth[1]), "row 13: lesion IL_1007 occurs twice"),
+    "second view": (
+        lambda c: c.metadata[5].update(image_type="clinical: close-up"),
+        "row 7: lesion IL_1014 has two",
+    ),
     "unknown site": (lambda c: c.metadata[5].update(site="torso"), "row 7: unknown site 'torso'"),
     "score over one": (lambda c: c.metadata[5].update(MONET_hair=2), "row 7: MONET_hair '2'"),
     "age as text": (lambda c: c.metadata[5].update(age_approx="old"), "row 7: age_approx 'old'"),
@@ -70,8 +73,8 @@ def test_pack_refuses(make_challenge: Make, tmp_path: Path, name: str) -> None:
     assert not output.exists() and not list(tmp_path.glob("*.part"))
 
 
-def test_what_a_setting_allows(make_challenge: Make, tmp_path: Path) -> None:
-    """One photo only is kept with the view marked, an unreadable photo drops its lesion; `verify` is content."""
+def test_settings_that_allow_incomplete_lesions(make_challenge: Make, tmp_path: Path) -> None:
+    """One photo is kept with the other view marked missing, an unreadable one drops its lesion; `verify` passes."""
     challenge = make_challenge(lesions=11)
     del challenge.metadata[1]
     truncate(challenge.write())
@@ -80,7 +83,7 @@ def test_what_a_setting_allows(make_challenge: Make, tmp_path: Path) -> None:
     assert packed.returncode == 0 and packed.stderr == ""
     assert "note: 1 of 11 lesions with one photo" in packed.stdout
     assert "1 problems: 1 unreadable photo; all in" in packed.stdout
-    assert "10 lesions, 1 left out, 1 shards" in packed.stdout
+    assert "10 lesions, 1 dropped, 1 shards" in packed.stdout
     table = (tmp_path / "shards.problems.csv").read_text().splitlines()
     assert table[0] == "lesion_id,kind,where,what" and table[1].startswith("IL_1014,unreadable photo,")
     verified = run("shards.verify", f"folder={output}")

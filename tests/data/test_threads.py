@@ -29,5 +29,13 @@ def test_openmp_threads_obey_omp_num_threads(variable, threads, monkeypatch) -> 
     assert openmp_threads() == threads
 
 
-def test_results_come_in_the_order_of_the_items() -> None:
-    assert list(in_order(lambda item: item * item, range(50), workers=3)) == [(i, i * i) for i in range(50)]
+def test_in_order_keeps_the_order_and_stays_a_few_items_ahead() -> None:
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        return item * item
+
+    for done, (item, result) in enumerate(in_order(work, range(100), workers=3), start=1):
+        assert result == item * item == (done - 1) ** 2
+        assert len(started) <= done + 12

@@ -1,4 +1,4 @@
-"""What is wrong with the lesions of a data set, as a table; and the refusal that carries it."""
+"""Problems of single lesions: their type, the error that carries them, and their CSV table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from triderm_dist.schema import DataError
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with one lesion.
+    """One problem of one lesion.
 
-    kind: a few words to count by. where: file and row, photo or shard. what: what is wrong there and what to do.
+    kind: a few words, by which problems are counted. where: file and row, photo or shard. what: what is wrong and what
+    to do.
     """
 
     lesion_id: str
@@ -29,24 +30,25 @@ class Problem:
 
 
 class InvalidLesions(DataError):
-    """A data set is refused for the `problems` of its lesions; the text is the first one and how many there are."""
+    """A data set with invalid lesions; the text is the first of its `problems` and how many there are."""
 
     def __init__(self, problems: Sequence[Problem], lesions: int) -> None:
         bad = len({problem.lesion_id for problem in problems})
         super().__init__(
             f"{problems[0]} ({len(problems)} problem{'s' * (len(problems) > 1)} in {bad} of {lesions} lesions; "
-            "correct them, or leave these lesions out by invalid=drop)"
+            "correct them, or drop these lesions by invalid=drop)"
         )
         self.problems = tuple(problems)
 
 
 def count_by_kind(problems: Sequence[Problem]) -> dict[str, int]:
+    """Return the number of problems of each kind, most frequent first."""
     return dict(Counter(problem.kind for problem in problems).most_common())
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """Write the table as CSV, whole or not at all."""
-    with atomic_path(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+    """Write the problems as CSV, atomically."""
+    with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(Problem))
         writer.writerows(astuple(problem) for problem in problems)

@@ -1,4 +1,4 @@
-"""The reader accepts every published layout alike, and refuses every broken table by file and row."""
+"""The MILK10k reader accepts every published layout, and refuses every broken table by file and row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., Challenge]
 
 
 def content(dataset: Dataset) -> str:
-    """All but where the photos lie; text, since NaN is not equal to itself."""
+    """Everything except the folders of the photos; as text, since NaN is not equal to itself."""
     return repr(
         [
             (
@@ -112,7 +112,7 @@ def macos_leftovers(challenge: Challenge) -> None:
     ],
     ids=["archive", "archive-flat", "nested", "metadata.csv", "crlf-bom", "floats", "macos", "empty-subfolder"],
 )
-def test_layouts_read_alike(make_challenge: Make, change: Callable[[Challenge], Any]) -> None:
+def test_all_layouts_give_the_same_lesions(make_challenge: Make, change: Callable[[Challenge], Any]) -> None:
     challenge = make_challenge()
     expected = read_challenge(challenge.folder)
     change(challenge)
@@ -140,7 +140,7 @@ def test_partly_labeled(make_challenge: Make) -> None:
 def test_training_and_test_in_one_folder(make_challenge: Make) -> None:
     training = make_challenge(lesions=4)
     test = make_challenge(lesions=3, prefix="MILK10k_Test", labeled=False)
-    with pytest.raises(DataError, match="name the one to read"):
+    with pytest.raises(DataError, match="give the one to read"):
         read_challenge(test.folder)
     assert len(read_challenge(training.metadata_path).lesions) == 4
     dataset = read_challenge(test.metadata_path)
@@ -157,8 +157,8 @@ def test_concepts_come_from_the_table(make_challenge: Make) -> None:
     dataset = read_challenge(challenge.write().folder)
     assert len(dataset.concepts) == 14
     assert "clinical/hair" not in dataset.concepts
-    place = dataset.concepts.index("clinical/scale")
-    assert math.isnan(dataset.lesions[0].concepts[place]) and dataset.lesions[1].concepts[place] == 0.25
+    column = dataset.concepts.index("clinical/scale")
+    assert math.isnan(dataset.lesions[0].concepts[column]) and dataset.lesions[1].concepts[column] == 0.25
 
 
 def test_patients_are_groups(make_challenge: Make) -> None:
@@ -173,7 +173,7 @@ def test_patients_are_groups(make_challenge: Make) -> None:
         read_challenge(challenge.write().folder)
 
 
-def test_missing_view_is_marked(make_challenge: Make) -> None:
+def test_a_missing_view_can_be_marked(make_challenge: Make) -> None:
     challenge = make_challenge()
     del challenge.metadata[1]
     challenge.photo(4).unlink()
@@ -183,17 +183,17 @@ def test_missing_view_is_marked(make_challenge: Make) -> None:
     first, third = dataset.lesions[0], dataset.lesions[2]
     assert first.images["clinical"] and first.images["dermoscopic"] is None
     assert not any(map(math.isnan, first.concepts[:7])) and all(map(math.isnan, first.concepts[7:]))
-    # The file is gone but its row is not: the scores are still known.
+    # Only the file is missing, its row has the scores.
     assert third.images["dermoscopic"] is None and not any(map(math.isnan, third.concepts))
     assert "2 of 22 lesions with one photo, the other view marked missing" in dataset.notes
 
 
-def test_notes_count_what_nobody_names(make_challenge: Make) -> None:
+def test_notes_count_unused_rows_and_photos(make_challenge: Make) -> None:
     challenge = make_challenge()
     challenge.metadata = challenge.metadata[:-4]
     notes = read_challenge(challenge.write().folder).notes
-    assert f"2 rows of {challenge.truth_path} name a lesion that {challenge.metadata_path.name} lacks" in notes
-    assert f"4 photos that no row of {challenge.metadata_path.name} names" in notes
+    assert f"2 rows of {challenge.truth_path} name a lesion that is not in {challenge.metadata_path.name}" in notes
+    assert f"4 photos are not in {challenge.metadata_path.name}" in notes
 
 
 def edit(row: int, **cells: Any) -> Callable[[Challenge], None]:
@@ -217,10 +217,10 @@ BROKEN = {
     ),
     "one photo": (lambda c: c.metadata.pop(5), r"row 6: lesion IL_1014 has one photo only, no dermoscopic one"),
     "no photo file": (lambda c: c.photo(7).unlink(), r"row 9: no photo ISIC_5007.jpg of lesion IL_1021"),
-    "doubled lesion": (lambda c: c.truth.append(c.truth[3]), r"row 24: lesion IL_1021 is there twice.*row 5"),
-    "doubled rows": (lambda c: c.metadata.append(c.metadata[3]), r"row 46: lesion IL_1007 has two dermoscopic"),
-    "doubled view": (edit(3, image_type="clinical: close-up"), r"row 5: lesion IL_1007 has two clinical.*row 4"),
-    "doubled photo": (edit(3, isic_id="ISIC_5000"), r"row 5: photo ISIC_5000 is there twice.*row 2"),
+    "duplicate lesion": (lambda c: c.truth.append(c.truth[3]), r"row 24: lesion IL_1021 occurs twice.*row 5"),
+    "duplicate rows": (lambda c: c.metadata.append(c.metadata[3]), r"row 46: lesion IL_1007 has two dermoscopic"),
+    "duplicate view": (edit(3, image_type="clinical: close-up"), r"row 5: lesion IL_1007 has two clinical.*row 4"),
+    "duplicate photo": (edit(3, isic_id="ISIC_5000"), r"row 5: photo ISIC_5000 occurs twice.*row 2"),
     "no photo name": (edit(3, isic_id=""), r"row 5: isic_id is empty"),
     "image type": (edit(3, image_type="overview"), r"row 5: unknown image_type 'overview'"),
     "sex": (edit(3, sex="mal"), r"row 5: unknown sex 'mal'"),
@@ -284,7 +284,7 @@ def test_missing_files_are_refused(make_challenge: Make, tmp_path: Path) -> None
         read_challenge(tmp_path / "empty")
     challenge = make_challenge(lesions=2)
     challenge.truth_path.unlink()
-    with pytest.raises(DataError, match=r"no ground truth beside it; put MILK10k_Training_GroundTruth.csv there"):
+    with pytest.raises(DataError, match=r"no ground truth in its folder; put MILK10k_Training_GroundTruth.csv there"):
         read_challenge(challenge.folder)
 
 

@@ -1,4 +1,4 @@
-"""Shards hold what the folder held, any tar reader agrees with the index, and damage is named."""
+"""Shards hold the data of the folder, any tar reader agrees with the index, and damage is named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from triderm_dist.data.readers.milk10k import Dataset, read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
 from triderm_dist.data.shards.pack import TarWriter, pack_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.data.threads import in_order
 from triderm_dist.schema import DIAGNOSES, VIEWS, DataError
 
 Make = Callable[..., Challenge]
@@ -43,7 +42,7 @@ def dataset(make_challenge: Make) -> Dataset:
     return read_challenge(challenge.write().folder, missing_view="mark")
 
 
-def test_index_holds_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_index_holds_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
     index = pack(dataset, tmp_path / "out")
     order = {lesion.lesion_id: lesion for lesion in dataset.lesions}
     lesions = [order[name] for name in index.lesion_ids]
@@ -85,7 +84,7 @@ def test_webdataset_reads_the_same_samples(dataset: Dataset, tmp_path: Path) -> 
         assert record["metadata"]["sex"] in ("male", "female")
 
 
-def test_the_canvas_is_the_commonest_size(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_canvas_is_the_most_frequent_size(dataset: Dataset, tmp_path: Path) -> None:
     index = pack(dataset, tmp_path / "out")
     assert index.photo_sizes == {(32, 24): 43} and index.canvas == (32, 24) and index.notes() == []
     for sizes, canvas in (
@@ -99,7 +98,7 @@ def test_the_canvas_is_the_commonest_size(dataset: Dataset, tmp_path: Path) -> N
 
 def test_photos_are_reduced_or_kept(make_challenge: Make, tmp_path: Path) -> None:
     dataset = read_challenge(make_challenge(lesions=3).folder)
-    reduced, kept = pack(dataset, tmp_path / "small"), pack(dataset, tmp_path / "whole", short_side=None)
+    reduced, kept = pack(dataset, tmp_path / "small"), pack(dataset, tmp_path / "full", short_side=None)
     for lesion in dataset.lesions:
         original = Path(str(lesion.images["clinical"])).read_bytes()
         for index, size in ((reduced, (32, 24)), (kept, (48, 36))):
@@ -133,11 +132,11 @@ def test_shards_mix_diagnoses(make_challenge: Make, tmp_path: Path) -> None:
 def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
     """The same input is not packed twice; another input or setting never overwrites."""
     output = tmp_path / "out"
-    output.mkdir()  # an empty folder is no obstacle
+    output.mkdir()  # an empty folder is allowed
     first = pack(dataset, output)
-    stamps = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     assert pack(dataset, output, workers=1).fingerprint == first.fingerprint
-    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == stamps
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == times
     relabeled = dataclasses.replace(dataset.lesions[0], label=3)
     others = [
         lambda: pack(dataset, output, short_side=25),
@@ -149,7 +148,7 @@ def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
             other()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(DataError, match="holds no packed shards"):
+    with pytest.raises(DataError, match="exists and is not a packed set"):
         pack(dataset, tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
@@ -173,7 +172,7 @@ def test_unreadable_photos(make_challenge: Make, tmp_path: Path) -> None:
     assert verify(index, 2, 0) == []
     for row in range(44):
         challenge.photo(row).write_bytes(b"")
-    with pytest.raises(DataError, match="no lesion is left to pack"):
+    with pytest.raises(DataError, match="no valid lesion to pack"):
         pack(read_challenge(challenge.folder), tmp_path / "none", invalid="drop")
 
 
@@ -189,7 +188,7 @@ def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> N
 
 
 def test_tar_offsets(tmp_path: Path) -> None:
-    """Members of every awkward size lie where `add` says, and Python's own reader finds nothing else."""
+    """Members of every critical size are at the offsets that `add` returns; tarfile finds nothing else."""
     members = {f"m{size}": bytes([size % 251]) * size for size in (1, 511, 512, 513, 1024, 9999)}
     writer = TarWriter(tmp_path / "a.tar")
     offsets = [writer.add(name, data) for name, data in members.items()]
@@ -203,18 +202,6 @@ def test_tar_offsets(tmp_path: Path) -> None:
     assert len(data) == tarfile.RECORDSIZE * -(-len(data) // tarfile.RECORDSIZE)
 
 
-def test_threads_keep_order_and_do_not_run_ahead() -> None:
-    started: list[int] = []
-
-    def work(item: int) -> int:
-        started.append(item)
-        return item * item
-
-    for done, (item, result) in enumerate(in_order(work, range(100), workers=3), start=1):
-        assert result == item * item == (done - 1) ** 2
-        assert len(started) <= done + 12
-
-
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,9 +211,9 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "index.json").write_text(json.dumps(raw))
 
 
-def flip_byte(path: Path, place: int) -> None:
+def flip_byte(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
 
 

@@ -1,4 +1,4 @@
-"""Shards that others wrote: what is understood trains like ours, what is not is listed."""
+"""Shards written by other programs: valid ones are indexed like packed ones, all problems are listed."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_foreign_shards(tmp_path: Path) -> None:
         for place, view in enumerate(VIEWS):
             assert read_photo_bytes(index, row, view) == photo(2 * row + place)
     assert verify(index, 2, 0) == []
-    assert index_shards(tmp_path / "theirs").fingerprint == index.fingerprint  # a second scan says the same
+    assert index_shards(tmp_path / "theirs").fingerprint == index.fingerprint  # a second scan gives the same
 
 
-def flat(sample: dict[str, Any], number: int) -> None:
-    """Folders in keys, other extensions, a record without nesting in the challenge's words, the label as .cls."""
+def flat_record(sample: dict[str, Any], number: int) -> None:
+    """Folders in keys, other extensions, a flat record with the challenge's column names, the label as .cls."""
     sample["__key__"] = f"train/{'x' * 60}_{number}"
     sample["derm.jpg"], sample["closeup.jpeg"] = sample.pop("dermoscopic.jpg"), sample.pop("clinical.jpg")
     sample["json"] = {
@@ -84,8 +84,8 @@ def flat(sample: dict[str, Any], number: int) -> None:
     sample["cls"] = str(number % 3).encode()
 
 
-def test_other_words(tmp_path: Path) -> None:
-    write_foreign(tmp_path / "theirs", change=flat)
+def test_other_extensions_and_column_names(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=flat_record)
     names = {"clinical": ("closeup.jpeg",), "dermoscopic": ("dermoscopic.jpg", "derm.jpg")}
     index = index_shards(tmp_path / "theirs", extensions=names)
     assert index.lesion_ids[7] == f"{'x' * 60}_7"
@@ -96,7 +96,7 @@ def test_other_words(tmp_path: Path) -> None:
     assert verify(index, 2, 0) == []
 
 
-def test_bare_photos_can_be_predicted(tmp_path: Path) -> None:
+def test_photos_without_records_can_be_indexed_for_prediction(tmp_path: Path) -> None:
     write_foreign(tmp_path / "theirs", change=lambda sample, number: sample.pop("json"))
     notes: list[str] = []
     index = index_shards(tmp_path / "theirs", note=notes.append)
@@ -106,8 +106,8 @@ def test_bare_photos_can_be_predicted(tmp_path: Path) -> None:
     assert verify(index, 2, 0) == []
 
 
-def test_many_small_tables_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows become tables long before a tar ends, and before any sample has shown which concepts there are."""
+def test_the_size_of_the_tables_does_not_change_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows become tables before the tar ends, and before the first sample with concepts."""
     write_foreign(tmp_path / "theirs", change=lambda sample, n: sample["json"].pop("concepts") if n < 4 else None)
     index = index_shards(tmp_path / "theirs")
     monkeypatch.setattr(index_foreign, "TABLE_ROWS", 2)
@@ -133,12 +133,12 @@ def set_member(number: int, name: str, data: bytes | None) -> Change:
 BROKEN: dict[str, tuple[Change, str, str]] = {
     "label": (set_record(4, label="SCC"), "record", "part-001.tar, sample L4: unknown diagnosis 'SCC'"),
     "label number": (set_record(4, label=11), "record", "unknown diagnosis '11'"),
-    "score": (set_record(4, concepts={"hair": 2}), "record", "hair '2' is no score"),
+    "score": (set_record(4, concepts={"hair": 2}), "record", "hair '2' is not a score"),
     "new concept": (set_record(4, concepts={"pus": 0.1}), "record", "lesion L4 has a concept 'pus' that the first"),
     "concept list": (set_record(4, concepts=[1]), "record", "concepts is a list"),
     "age": (set_record(4, metadata={"age": "old"}), "record", "age_approx 'old' is not a number from 0 to 120 years"),
     "lesion id": (set_record(4, lesion_id="a b"), "record", "lesion_id 'a b' must have"),
-    "doubled": (set_record(4, lesion_id="L1"), "doubled lesion", "lesion L1 is there twice, first in .*part-000.tar"),
+    "duplicate": (set_record(4, lesion_id="L1"), "duplicate lesion", "lesion L1 occurs twice, first in .*part-000.tar"),
     "json": (set_member(4, "json", b"{"), "record", "part-001.tar, sample L4: "),
     "json list": (set_member(4, "json", b"[]"), "record", "its JSON is a list"),
     "no photo": (set_member(4, "clinical.jpg", None), "missing photo", "no clinical photo named .clinical.jpg among"),
@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_problems_are_listed(tmp_path: Path, name: str) -> None:
+def test_all_problems_are_listed(tmp_path: Path, name: str) -> None:
     change, kind, message = BROKEN[name]
     write_foreign(tmp_path / "theirs", change=change)
     with pytest.raises(InvalidLesions, match=message) as caught:
@@ -168,31 +168,31 @@ def test_a_missing_view_can_be_marked(tmp_path: Path) -> None:
     assert verify(index, 2, 0) == []
 
 
-def test_turned_photos_are_noted(tmp_path: Path) -> None:
+def test_rotated_photos_are_noted(tmp_path: Path) -> None:
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     write_foreign(tmp_path / "theirs", change=set_member(4, "clinical.jpg", photo(0, exif=exif)))
     notes: list[str] = []
     index_shards(tmp_path / "theirs", note=notes.append)
-    assert notes == ["1 photos whose EXIF wants them turned; they train as they lie, packing would turn them"]
+    assert notes == ["the EXIF of 1 photos asks for a rotation, which training ignores; triderm pack would apply it"]
 
 
-def test_a_cut_tar(tmp_path: Path) -> None:
+def test_a_truncated_tar(tmp_path: Path) -> None:
     write_foreign(tmp_path / "theirs")
     path = tmp_path / "theirs" / "part-001.tar"
     with tarfile.open(path) as tar:
         last = [member for member in tar.getmembers() if member.name.startswith("L4.")][-1]
     path.write_bytes(path.read_bytes()[: last.offset_data + 5])
-    with pytest.raises(InvalidLesions, match=r"part-001.tar: not readable to its end.*L4.*is cut off"):
+    with pytest.raises(InvalidLesions, match=r"part-001.tar: not a readable plain tar .*L4.*is truncated"):
         index_shards(tmp_path / "theirs")
 
 
 def test_folders_without_plain_tars(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         index_shards(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"no \*.tar here$"):
+    with pytest.raises(DataError, match=r"no \*.tar in this folder$"):
         index_shards(tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a.tar.gz must be unpacked to a plain tar first"):
+    with pytest.raises(DataError, match=r"decompress a.tar.gz to a plain tar first"):
         index_shards(tmp_path)
 
 
@@ -201,9 +201,9 @@ def test_packed_folders_keep_their_index(make_challenge: Any, tmp_path: Path) ->
     from triderm_dist.data.shards.pack import pack_shards
 
     index = pack_shards(read_challenge(make_challenge(lesions=11).folder), tmp_path / "ours", short_side=None)
-    with pytest.raises(DataError, match="were packed here"):
+    with pytest.raises(DataError, match="written by triderm pack"):
         index_shards(tmp_path / "ours")
-    # Without the index they are foreign shards like others, and say the same.
+    # Without the index they are foreign shards, and give the same columns.
     (tmp_path / "ours" / "index.json").unlink()
     again = index_shards(tmp_path / "ours")
     assert again.lesion_ids.tolist() == index.lesion_ids.tolist() and again.concepts == index.concepts

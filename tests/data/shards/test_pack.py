@@ -1,4 +1,4 @@
-"""Packing that is killed goes on, and its bytes are those of a run that was not; what is wrong is listed whole."""
+"""Packing: a killed run resumes to the same bytes as an uninterrupted one; all problems are listed."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
 
 
 def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
-    """A process that packs is killed again and again; the last one ends, and its bytes are those of one run."""
+    """Packing processes are killed until one finishes; the bytes are those of an uninterrupted run."""
     challenge = make_challenge(lesions=100, size=(300, 220))
-    pack_shards(read_challenge(challenge.folder), tmp_path / "whole", short_side=100, shard_samples=4)
+    pack_shards(read_challenge(challenge.folder), tmp_path / "reference", short_side=100, shard_samples=4)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.data.shards.test_pack"])
     draw = random.Random(0)
@@ -89,14 +89,14 @@ def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
         kept.append(len(list((tmp_path / "out.part").glob("rows/*.parquet"))))
     assert len(kept) >= 3 and kept == sorted(kept) and len(set(kept)) >= 3
     pack_shards(read_challenge(challenge.folder), tmp_path / "out", short_side=100, shard_samples=4)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "reference")
     assert not (tmp_path / "out.part").exists()
 
 
 @pytest.mark.parametrize("lesions", [1, 4, 5, 6, 17, 32, 33])
 def test_stopped_and_resumed(dataset: Dataset, tmp_path: Path, lesions: int) -> None:
-    """Finished shards are kept as they are, whatever the number of workers of either run."""
-    packed(dataset, tmp_path / "whole")
+    """Finished shards are kept unchanged, whatever the number of workers of either run."""
+    packed(dataset, tmp_path / "reference")
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", progress=stop_at(lesions), workers=3)
     assert not (tmp_path / "out").exists()
@@ -105,35 +105,35 @@ def test_stopped_and_resumed(dataset: Dataset, tmp_path: Path, lesions: int) -> 
     finished = {path: path.stat().st_mtime_ns for path in sorted(tars.glob("*.tar"))[:kept]}
     seen: list[tuple[int, int]] = []
     packed(dataset, tmp_path / "out", progress=lambda *now: seen.append(now), workers=1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "reference")
     assert {path: (tmp_path / "out" / path.name).stat().st_mtime_ns for path in finished} == finished
     assert seen[-1] == (33, 33) and len(seen) == kept + 33 - min(33, 5 * kept)
     assert not (tmp_path / "out.part").exists()
 
 
-def test_what_changed_is_packed_again(make_challenge: Make, tmp_path: Path) -> None:
-    """A photo replaced by another of the same size, a damaged tar: only finished work that still fits is kept."""
+def test_changed_photos_and_damaged_tars_are_packed_again(make_challenge: Make, tmp_path: Path) -> None:
+    """A photo replaced by another of the same size and a damaged tar; all other finished shards are kept."""
     challenge = make_challenge(lesions=33)
     dataset = read_challenge(challenge.folder)
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", progress=stop_at(26))
     tars = sorted((tmp_path / "out.part" / "shards").glob("*.tar"))
     index_of = {lesion.lesion_id: lesion for lesion in dataset.lesions}
-    first = pack._Packing(dataset, 24, 5, 1, None).slices[0][0]
+    first = pack._Packer(dataset, 24, 5, 1, None).slices[0][0]
     photo = Path(str(index_of[first.lesion_id].images["clinical"]))
     data = photo.read_bytes()
-    photo.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # another picture of the same length
+    photo.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # another photo of the same length
     tars[2].write_bytes(tars[2].read_bytes()[:-1] + b"x")
-    stamps = [path.stat().st_mtime_ns for path in tars]
+    times = [path.stat().st_mtime_ns for path in tars]
     packed(dataset, tmp_path / "out")
     now = [(tmp_path / "out" / path.name).stat().st_mtime_ns for path in tars]
-    assert [a == b for a, b in zip(now, stamps, strict=True)][:5] == [False, True, False, True, True]
-    packed(read_challenge(challenge.folder), tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert [a == b for a, b in zip(now, times, strict=True)][:5] == [False, True, False, True, True]
+    packed(read_challenge(challenge.folder), tmp_path / "reference")
+    assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 
 
 def test_stopped_at_the_last_step(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is there, what it was made from is not yet removed."""
+    """After the rename, before OUTPUT.part is removed."""
     monkeypatch.setattr(pack.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out")
@@ -144,18 +144,18 @@ def test_stopped_at_the_last_step(dataset: Dataset, tmp_path: Path, monkeypatch:
     assert verify(read_index(tmp_path / "out"), 2, 0) == []
 
 
-def test_other_settings_start_afresh(dataset: Dataset, tmp_path: Path) -> None:
+def test_other_settings_start_over(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", progress=stop_at(20))
     packed(dataset, tmp_path / "out", short_side=20, shard_samples=12)
-    packed(dataset, tmp_path / "whole", short_side=20, shard_samples=12)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    packed(dataset, tmp_path / "reference", short_side=20, shard_samples=12)
+    assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 
 
 def test_one_process_at_a_time(dataset: Dataset, tmp_path: Path) -> None:
     def second(done: int, total: int) -> None:
         if done == 1:
-            with pytest.raises(DataError, match=r"out.part: another process is packing here"):
+            with pytest.raises(DataError, match=r"out.part: another process is packing this folder"):
                 packed(dataset, tmp_path / "out")
 
     assert len(packed(dataset, tmp_path / "out", progress=second)) == 33
@@ -170,8 +170,8 @@ def fill_disk(folder: str, output: str, answer: Any) -> None:
         answer.put(str(error))
 
 
-def test_a_full_disk_is_one_line(make_challenge: Make, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for it: the same failing write. Afterwards the same call goes on."""
+def test_a_full_disk_is_a_one_line_error(make_challenge: Make, tmp_path: Path) -> None:
+    """Simulated by a limit on the size of a file: the same failing write. Afterwards the same call resumes."""
     challenge = make_challenge(lesions=33)
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
@@ -179,12 +179,12 @@ def test_a_full_disk_is_one_line(make_challenge: Make, tmp_path: Path) -> None:
     process.start()
     text = answer.get(timeout=HANG_SECONDS)
     process.join()
-    assert "goes on where it stopped" in text and "\n" not in text and not (tmp_path / "out").exists()
+    assert "rerun the same command to resume" in text and "\n" not in text and not (tmp_path / "out").exists()
     assert len(packed(read_challenge(challenge.folder), tmp_path / "out")) == 33
 
 
 def test_every_problem_is_listed(make_challenge: Make, tmp_path: Path) -> None:
-    """Problems of the tables and of the photos, each with its lesion, kind and place; dropped ones are counted."""
+    """Problems of tables and photos, each with lesion, kind and location; dropped ones are counted."""
     challenge = make_challenge()
     challenge.metadata[3].update(site="torso")
     challenge.metadata[8].update(MONET_hair=7)
@@ -196,7 +196,7 @@ def test_every_problem_is_listed(make_challenge: Make, tmp_path: Path) -> None:
     dataset = read_challenge(challenge.folder, invalid="drop")
     assert [problem.lesion_id for problem in dataset.problems] == ["IL_1028", "IL_1042", "IL_1007"]
     with pytest.raises(InvalidLesions, match="3 problems"):
-        packed(dataset, tmp_path / "out")  # the caller has to say drop again
+        packed(dataset, tmp_path / "out")  # packing has a setting of its own
     index = packed(dataset, tmp_path / "out", invalid="drop")
     assert [problem.kind for problem in index.problems] == ["cell", "label", "cell", "unreadable photo"]
     assert len(index) == 18 and not {"IL_1007", "IL_1028", "IL_1042", "IL_1070"} & set(index.lesion_ids)
@@ -208,7 +208,7 @@ def test_every_problem_is_listed(make_challenge: Make, tmp_path: Path) -> None:
 def test_a_shard_whose_lesions_are_all_dropped(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge()
     dataset = read_challenge(challenge.folder)
-    for lesion in pack._Packing(dataset, 24, 5, 1, None).slices[1]:
+    for lesion in pack._Packer(dataset, 24, 5, 1, None).slices[1]:
         Path(str(lesion.images["dermoscopic"])).write_bytes(b"")
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", invalid="drop", progress=stop_at(17))
@@ -229,7 +229,7 @@ def test_partly_labeled_and_unlabeled_sets(make_challenge: Make, tmp_path: Path)
 
 
 def test_memory_does_not_grow_with_the_set(make_challenge: Make, tmp_path: Path) -> None:
-    """Photos in memory at once: a few a worker, not the set's."""
+    """A few photos per worker are in memory at a time, not all of the set."""
     import tracemalloc
 
     challenge = make_challenge(lesions=120, size=(400, 300))
@@ -243,9 +243,9 @@ def test_memory_does_not_grow_with_the_set(make_challenge: Make, tmp_path: Path)
     assert peak < size / 2 + 3e6, (peak, size)
 
 
-def test_index_stays_readable_when_its_folder_goes(dataset: Dataset, tmp_path: Path) -> None:
+def test_an_open_index_stays_readable_when_its_folder_is_removed(dataset: Dataset, tmp_path: Path) -> None:
     packed(dataset, tmp_path / "out")
     index = read_index(tmp_path / "out")
-    os.rename(tmp_path / "out" / "samples.parquet", tmp_path / "away")
-    os.remove(tmp_path / "away")
+    os.rename(tmp_path / "out" / "samples.parquet", tmp_path / "moved")
+    os.remove(tmp_path / "moved")
     assert len(index.lesion_ids) == len(index.concept_scores) == 33

@@ -1,4 +1,4 @@
-"""Photos keep their pixels, lose their private metadata, and are refused when a byte of the picture is missing."""
+"""Photos keep their pixels, lose private metadata, and are refused where a byte is missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def loaded(orientation: int = 1, **options: object) -> bytes:
-    """A JPEG with everything that a camera and an editor leave behind."""
+    """A JPEG with all metadata of a camera and an editor."""
     return (
         encode(
             draw_photo(0),
@@ -53,20 +53,20 @@ def loaded(orientation: int = 1, **options: object) -> bytes:
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}, {"keep_rgb": True}]
 )
-def test_metadata_goes_and_pixels_stay(options: dict[str, object]) -> None:
+def test_metadata_is_removed_and_pixels_are_kept(options: dict[str, object]) -> None:
     data = loaded(**options)
     assert all(secret in data for secret in SECRETS)
     clean = prepare_photo(data, short_side=36)
     assert not any(secret in clean for secret in SECRETS)
     np.testing.assert_array_equal(pixels(clean), pixels(data))
-    # The coded pixels are the very bytes of the file: quantization tables to end marker hold no metadata.
+    # From the quantization tables to the end marker the bytes are those of the file.
     start, end = data.index(b"\xff\xdb"), data.index(b"after the end")
     assert clean.endswith(data[start:end])
     assert strip_metadata(clean) == clean
 
 
-def test_adobe_color_transform_stays() -> None:
-    """CMYK and RGB JPEGs are told from YCbCr by Adobe's segment; dropping it would change every color."""
+def test_adobe_color_transform_is_kept() -> None:
+    """Adobe's segment distinguishes CMYK and RGB JPEGs from YCbCr; without it every color would change."""
     image = draw_photo(1).convert("CMYK")
     data = encode(image)
     assert b"Adobe" in strip_metadata(data)
@@ -77,7 +77,7 @@ def test_adobe_color_transform_stays() -> None:
 @pytest.mark.parametrize("short_side", [None, 20])
 def test_orientation_is_applied(orientation: int, short_side: int | None) -> None:
     stored = Image.fromarray(np.zeros((36, 48, 3), np.uint8))
-    stored.paste((255, 0, 0), (0, 0, 24, 18))  # a red corner shows where up is
+    stored.paste((255, 0, 0), (0, 0, 24, 18))  # a red corner marks the top left
     expected = np.asarray(stored).copy()
     steps = {2: ("x",), 3: ("x", "y"), 4: ("y",), 5: ("t",), 6: ("t", "x"), 7: ("t", "x", "y"), 8: ("t", "y")}
     for step in steps.get(orientation, ()):
@@ -102,17 +102,17 @@ def test_short_side(width: int, height: int, short_side: int) -> None:
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_reduction_is_lanczos(factor: int) -> None:
-    """A detailed picture, also where the decoder halves it first: about as far off as coding it again is."""
+    """A detailed photo, also where the decoder halves it first: not further off than encoding it again."""
     detail = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     image = Image.fromarray(detail).resize((90 * factor, 60 * factor), Image.Resampling.BICUBIC)
     data = encode(image, quality=95, subsampling=0)
     reference = Image.fromarray(pixels(data)).resize((90, 60), Image.Resampling.LANCZOS)
 
-    def distance(coded: bytes) -> float:
-        return float(np.abs(pixels(coded).astype(int) - np.asarray(reference).astype(int)).mean())
+    def distance(data: bytes) -> float:
+        return float(np.abs(pixels(data).astype(int) - np.asarray(reference).astype(int)).mean())
 
-    coded_again = distance(encode(reference, quality=90, subsampling="4:2:0"))
-    assert distance(prepare_photo(data, 60)) < 1.1 * coded_again
+    encoded_again = distance(encode(reference, quality=90, subsampling="4:2:0"))
+    assert distance(prepare_photo(data, 60)) < 1.1 * encoded_again
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_other_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
     with Image.open(io.BytesIO(prepare_photo(data, None))) as result:
         assert (result.format, result.mode, result.size) == ("JPEG", "RGB", (48, 36))
         difference = np.asarray(result).astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert np.abs(difference).mean() < 8  # the steps of a palette blur in a JPEG
+    assert np.abs(difference).mean() < 8  # JPEG blurs the steps of a palette
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_every_cut_is_found(progressive: bool) -> None:
+def test_every_truncation_is_found(progressive: bool) -> None:
     data = encode(draw_photo(5, (96, 72)), progressive=progressive)
     for length in range(len(data)):
         with pytest.raises(PhotoError):
@@ -148,13 +148,13 @@ def test_other_files_are_refused(data: bytes) -> None:
 
 
 def test_zero_filled_tail_is_found() -> None:
-    """A download that was reserved but not finished; decoders show gray and say nothing."""
+    """A preallocated but unfinished download, which decoders show in gray without an error."""
     data = encode(draw_photo(7, (96, 72)))
     with pytest.raises(PhotoError, match="truncated"):
         prepare_photo(data[: len(data) // 2] + bytes(len(data) - len(data) // 2), 36)
 
 
-def test_broken_exif_is_no_obstacle() -> None:
+def test_a_broken_exif_is_ignored() -> None:
     data = loaded()
     place = data.index(b"Exif\0\0") + 6
     broken = data[:place] + b"\xff" * 12 + data[place + 12 :]

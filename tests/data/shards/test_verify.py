@@ -1,4 +1,4 @@
-"""Whatever is wrong with a packed folder is found and named, all of it in one run."""
+"""Verification finds and names every kind of damage to a packed set, all in one run."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def index(make_challenge: Callable[..., Challenge], tmp_path: Path) -> ShardInde
     return pack_shards(read_challenge(folder), tmp_path / "out", short_side=None, shard_samples=5)
 
 
-def overwrite(path: Path, place: int, data: bytes) -> None:
+def overwrite(path: Path, position: int, data: bytes) -> None:
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(position)
         file.write(data)
 
 
@@ -47,7 +47,7 @@ def photo(row: int, view: int, data: bytes, skip: int = 0) -> Change:
 
 
 def record(old: bytes, new: bytes) -> Change:
-    """Other words of the same length in the first JSON that has them."""
+    """Replace text of the first JSON that has it by text of the same length."""
 
     def change(index: ShardIndex) -> None:
         path = index.path(0)
@@ -57,14 +57,14 @@ def record(old: bytes, new: bytes) -> Change:
 
 
 def rows(column: str, values: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Another column in samples.parquet, whose checksum is made to fit."""
+    """Replace a column of samples.parquet, and its checksum."""
 
     def change(index: ShardIndex) -> None:
         path = index.folder / "samples.parquet"
         table = pq.read_table(path)
-        place = table.schema.get_field_index(column)
-        array = pa.array(values(table[column].to_numpy(zero_copy_only=False).copy()), table.schema.field(place).type)
-        pq.write_table(table.set_column(place, table.schema.field(place), array), path)
+        number = table.schema.get_field_index(column)
+        array = pa.array(values(table[column].to_numpy(zero_copy_only=False).copy()), table.schema.field(number).type)
+        pq.write_table(table.set_column(number, table.schema.field(number), array), path)
         raw = json.loads((index.folder / "index.json").read_text())
         raw["samples"].update(bytes=path.stat().st_size, sha256=file_sha256(path))
         (index.folder / "index.json").write_text(json.dumps(raw))
@@ -83,7 +83,7 @@ def count_one_more(index: ShardIndex) -> None:
     (index.folder / "index.json").write_text(json.dumps(raw))
 
 
-def double(array: np.ndarray) -> np.ndarray:
+def duplicate(array: np.ndarray) -> np.ndarray:
     array[7] = array[6]
     return array
 
@@ -97,11 +97,19 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
     "label": (record(b'"label": "', b'"lebel": "'), {"checksum", "sample"}, "the label of the sample's JSON"),
     "group": (record(b'"group": "P', b'"group": "Q'), {"checksum", "sample"}, "the group of the sample's JSON"),
     "json": (record(b'{"lesion_id"', b'?"lesion_id"'), {"checksum", "sample"}, "Expecting value"),
-    "order": (rows("lesion_id", swap), {"order", "missing"}, "webdataset reads lesion .* in place of lesion"),
-    "offset": (rows("clinical_offset", lambda a: a + (np.arange(22) == 6)), {"sample"}, "clinical photo is not where"),
-    "score": (rows("label", swap), {"sample"}, "the label of the sample's JSON is not that of samples.parquet"),
-    "doubled": (rows("lesion_id", double), {"order", "missing", "doubled lesion"}, "1 lesions occur twice"),
-    "tar": (lambda index: overwrite(index.path(1), 0, b"?" * 600), {"checksum", "tar", "missing"}, "can't read on"),
+    "order": (rows("lesion_id", swap), {"order", "missing"}, "webdataset reads lesion .* instead of lesion"),
+    "offset": (
+        rows("clinical_offset", lambda a: a + (np.arange(22) == 6)),
+        {"sample"},
+        "photo is not at the offset",
+    ),
+    "score": (rows("label", swap), {"sample"}, "the label of the sample's JSON differs from samples.parquet"),
+    "duplicate": (rows("lesion_id", duplicate), {"order", "missing", "duplicate lesion"}, "1 lesions occur twice"),
+    "tar": (
+        lambda index: overwrite(index.path(1), 0, b"?" * 600),
+        {"checksum", "tar", "missing"},
+        "webdataset cannot read",
+    ),
 }
 
 
@@ -124,8 +132,8 @@ def test_all_damage_is_found(index: ShardIndex) -> None:
     assert sum(p.kind == "checksum" for p in problems) == 3
 
 
-def test_the_same_photo_under_lesions_of_two_groups(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
-    """Both lesions are named, where it is packed and where it is checked; within a group it is no matter."""
+def test_a_photo_shared_by_two_groups_is_noted(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
+    """Both lesions are named when packing and verifying; within a group a shared photo is allowed."""
     challenge = make_challenge()
     for number, row in enumerate(challenge.metadata):
         row["patient_id"] = f"P{number // 4}"
@@ -148,7 +156,7 @@ FORGED: dict[str, Any] = {"photo_sizes": {"48x36": 43, "36x48": 1}, "shared_phot
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_what_the_index_says_of_the_photos_is_checked(index: ShardIndex, name: str) -> None:
+def test_the_photo_entries_of_the_index_are_verified(index: ShardIndex, name: str) -> None:
     path = index.folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: FORGED[name]}))
     (problem,) = verify(read_index(index.folder), 3, 0)

@@ -1,17 +1,17 @@
-"""A challenge folder on disk -> checked lesions. No pixel is read here, no row is believed.
+"""Read a MILK10k challenge folder into checked lesions. Validates every row; does not read pixels.
 
-What is wrong with a table as a whole is refused at once. What is wrong with single lesions is collected over the whole
-folder, so that one run shows all of it; then the folder is refused, or these lesions are left out.
+An invalid table is refused at once. Problems of single lesions are collected over the whole folder, so that one run
+lists all of them; then the folder is refused, or these lesions are dropped.
 
-Layouts that are understood, by the names of their tables (any case; the folder itself, or one folder below it):
+Supported layouts, by the names of their tables (any case; in the folder itself, or one folder below it):
 
     MILK10k_Training_Metadata.csv, MILK10k_Training_GroundTruth.csv, MILK10k_Training_Input/LESION/PHOTO.jpg
     MILK10k_Test_Metadata.csv, MILK10k_Test_Input/LESION/PHOTO.jpg          (labels are not needed)
     supplements/training_input.csv, supplements/training_gt.csv, images/PHOTO.jpg      (zip of the ISIC Archive)
     metadata.csv, images/PHOTO.jpg
 
-Photos are found by name at any depth below `*_Input` or `images`, so a folder nested twice is no obstacle. Tables may
-carry a byte-order mark and any line ends. The supplement holds label information and is never read.
+Photos are found by name at any depth below `*_Input` or `images`, so a folder may be nested twice. Tables may have a
+byte-order mark and any line ends. The supplement holds label information and is never read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GROUP_COLUMN = "patient_id"
 _MISSING = {"", "na", "n/a", "nan", "none", "null"}
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
 _TABLE_NAME = re.compile(r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.csv$", re.IGNORECASE)
-# A lesion's id names its files in the shards, where WebDataset cuts the name at the first dot.
+# A lesion id names files in the shards, where WebDataset ends the key at the first dot.
 LESION_ID = re.compile(r"[^\s./\\]{1,80}")
 
 
@@ -55,8 +55,8 @@ LESION_ID = re.compile(r"[^\s./\\]{1,80}")
 class Dataset:
     """Checked lesions of one challenge folder, in the order of its metadata table.
 
-    `concepts` are the names of the K concept scores, `labeled` says whether the folder has a ground truth, `notes`
-    lists what looked odd and was tolerated, with counts, and `problems` what is wrong with lesions that were left out.
+    concepts: names of the K concept scores.  labeled: whether the folder has a ground truth.  notes: what was
+    tolerated, with counts.  problems: why lesions were dropped.
     """
 
     lesions: list[Lesion]
@@ -68,7 +68,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a table; `where` names file and row for messages."""
+    """One row of a table. where: file and row, for messages."""
 
     where: str
     cells: dict[str, str]
@@ -78,7 +78,7 @@ class _Row:
 
 
 class _Invalid(Exception):
-    """Something is wrong with one lesion; see `Problem`."""
+    """A lesion is invalid; see `Problem`."""
 
     def __init__(self, lesion_id: str, kind: str, where: str, what: str) -> None:
         super().__init__(what)
@@ -97,12 +97,12 @@ def read_challenge(
     missing_view: Literal["refuse", "mark"] = "refuse",
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Dataset:
-    """The lesions of a challenge folder, or of the metadata table given where a folder holds several.
+    """Read the lesions of a challenge folder, or those of a metadata table where the folder holds several.
 
-    With `missing_view="mark"` a lesion with one photo is kept, the other view's path None and, where the table has no
-    row for it either, its scores NaN. With `invalid="drop"` lesions with a wrong row are left out.
-    Raises InvalidLesions with every problem of every lesion, the text naming the file and the row of the first one; or
-    plain DataError for a folder or table that can't be used at all.
+    missing_view="mark" keeps lesions with one photo: the other view's path is None and, where the table has no row for
+    it, its scores are NaN. invalid="drop" drops lesions with an invalid row.
+    Raises InvalidLesions with all problems, its text naming file and row of the first one; DataError for a folder or
+    table that cannot be read at all.
     """
     metadata_path, truth_path, photo_roots = find_parts(Path(folder))
     columns, rows = _read_table(
@@ -134,9 +134,9 @@ def read_challenge(
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
     notes = _notes(lesions, labeled=truth_path is not None)
     if labels:
-        notes.append(f"{len(labels)} rows of {truth_path} name a lesion that {metadata_path.name} lacks")
+        notes.append(f"{len(labels)} rows of {truth_path} name a lesion that is not in {metadata_path.name}")
     if unused := find_photo.count_others(row["isic_id"] for row in rows):
-        notes.append(f"{unused} photos that no row of {metadata_path.name} names")
+        notes.append(f"{unused} photos are not in {metadata_path.name}")
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(views))
     return Dataset(lesions, concepts, truth_path is not None, notes, tuple(problems))
@@ -156,7 +156,7 @@ def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, 
 
 
 def _notes(lesions: Sequence[Lesion], labeled: bool) -> list[str]:
-    """What was tolerated, with counts."""
+    """Return what was tolerated, with counts."""
     tolerated: Counter[str] = Counter()
     for lesion in lesions:
         tolerated["with one photo, the other view marked missing"] += None in lesion.images.values()
@@ -170,9 +170,9 @@ def _notes(lesions: Sequence[Lesion], labeled: bool) -> list[str]:
 
 
 def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
-    """(metadata, ground truth or None, folders of photos) of a folder, or of a metadata table given by its path.
+    """Find (metadata, ground truth or None, folders of photos) of a folder or of a metadata table.
 
-    Raises DataError where there is none, or more than one to choose from.
+    Raises DataError where there is none, or several to choose from.
     """
     folder = source.parent if source.is_file() else source
     if not folder.is_dir():
@@ -187,17 +187,17 @@ def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
 
     if source.is_file():
         if source not in metadata:
-            raise DataError(f"{source}: not a metadata table by its name; give the folder or its *_Metadata.csv")
+            raise DataError(f"{source}: not named as a metadata table; give the folder or its *_Metadata.csv")
         chosen = source
     else:
         if not metadata:
-            raise DataError(f"{folder}: no *_Metadata.csv, *_input.csv or metadata.csv here; is it a challenge folder?")
+            raise DataError(f"{folder}: no *_Metadata.csv, *_input.csv or metadata.csv; give a challenge folder")
         # The Archive's own metadata.csv lacks scores and skin tone; its supplement has them.
         prefixed = {path: prefix for path, prefix in metadata.items() if prefix} or metadata
         if len(prefixed) > 1:
             names = " and ".join(str(path.relative_to(folder)) for path in prefixed)
             first = next(iter(prefixed))
-            raise DataError(f"{folder}: holds {names}; name the one to read, such as source={first}")
+            raise DataError(f"{folder}: holds {names}; give the one to read, such as source={first}")
         chosen = next(iter(prefixed))
 
     prefix = metadata[chosen]
@@ -206,13 +206,13 @@ def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
         raise DataError(f"{folder}: several ground truths ({', '.join(path.name for path in partners)}); keep one")
     if not partners and prefix.endswith(("training", "train")):
         raise DataError(
-            f"{chosen}: no ground truth beside it; put {chosen.name.rpartition('_')[0]}_GroundTruth.csv there"
+            f"{chosen}: no ground truth in its folder; put {chosen.name.rpartition('_')[0]}_GroundTruth.csv there"
         )
     return chosen, partners[0] if partners else None, _photo_roots(folder, chosen.parent, f"{prefix}_input")
 
 
 def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_Row]]:
-    """Header and rows of a CSV; blank lines are skipped, rows are numbered as in a spreadsheet: the header is row 1."""
+    """Read header and rows of a CSV. Blank lines are skipped; rows are numbered as in a spreadsheet, header first."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = list(csv.reader(file, strict=True))
@@ -221,8 +221,8 @@ def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_R
     if not lines:
         raise DataError(f"{path}: the file is empty")
     header = [name.strip() for name in lines[0]]
-    if doubled := [name for name, count in Counter(header).items() if count > 1]:
-        raise DataError(f"{path}: column {doubled[0]!r} appears twice in the header; remove one")
+    if duplicates := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{path}: column {duplicates[0]!r} appears twice in the header; remove one")
     for name in required:
         if name not in header:
             near = get_close_matches(name, header, n=1)
@@ -240,9 +240,9 @@ def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_R
 
 
 def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = None) -> dict[str, int]:
-    """Label of each lesion of a one-hot table; a row whose cells are all empty is unlabeled.
+    """Read the label of each lesion from a one-hot table; a row whose cells are all empty is unlabeled.
 
-    A wrong row is told to `on_problem` and its lesion left out; without it, it raises DataError.
+    on_problem: called with the problem of an invalid row, whose lesion is skipped; None raises DataError instead.
     """
     header, rows = _read_table(path, required=("lesion_id", *DIAGNOSES))
     if unknown := [name for name in header if name not in DIAGNOSES and name != "lesion_id"]:
@@ -253,8 +253,8 @@ def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = Non
         try:
             lesion_id = _lesion_id(row)
             if lesion_id in first:
-                what = f"lesion {lesion_id} is there twice, first in {first[lesion_id]}; remove one"
-                raise _Invalid(lesion_id, "doubled label", row.where, what)
+                what = f"lesion {lesion_id} occurs twice, first in {first[lesion_id]}; remove one"
+                raise _Invalid(lesion_id, "duplicate label", row.where, what)
             first[lesion_id] = row.where
             labels[lesion_id] = _label(lesion_id, row)
         except _Invalid as error:
@@ -288,7 +288,7 @@ def _group_views(
     missing_view: str,
     on_problem: Callable[[Problem], object],
 ) -> dict[str, dict[str, _Photo]]:
-    """{lesion id: {view: photo}}, each row checked on its own; what is wrong is told to `on_problem`."""
+    """Return {lesion id: {view: photo}}. Checks each row separately and calls `on_problem` with what is wrong."""
     views: dict[str, dict[str, _Photo]] = defaultdict(dict)
     owner: dict[str, str] = {}
     for row in rows:
@@ -296,14 +296,14 @@ def _group_views(
             lesion_id = _lesion_id(row)
             photos = views[lesion_id]
             view = _view(lesion_id, row, photos)
-            # Before anything else is checked: the other photo's row must not take the blame for what this one lacks.
+            # Registered before its checks, so that the row of the other photo is not blamed for a missing view.
             photos[view] = _Photo(row, None, ())
             isic_id = row["isic_id"]
             if not isic_id:
                 raise _Invalid(lesion_id, "row", row.where, "isic_id is empty; it names the photo")
             if isic_id in owner:
-                what = f"photo {isic_id} is there twice, first in {owner[isic_id]}; remove one"
-                raise _Invalid(lesion_id, "doubled photo", row.where, what)
+                what = f"photo {isic_id} occurs twice, first in {owner[isic_id]}; remove one"
+                raise _Invalid(lesion_id, "duplicate photo", row.where, what)
             owner[isic_id] = row.where
             path = find_photo(lesion_id, isic_id)
             if path is None and missing_view == "refuse":
@@ -326,7 +326,7 @@ def _view(lesion_id: str, row: _Row, photos: dict[str, _Photo]) -> str:
         raise _Invalid(lesion_id, "row", row.where, what)
     if view in photos:
         what = f"lesion {lesion_id} has two {view} photos, the first in {photos[view].row.where}; keep one"
-        raise _Invalid(lesion_id, "doubled photo", row.where, what)
+        raise _Invalid(lesion_id, "duplicate photo", row.where, what)
     return view
 
 
@@ -345,7 +345,7 @@ def _check_views(lesion_id: str, photos: dict[str, _Photo], missing_view: str) -
 
 
 def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row]) -> float:
-    """The value of a metadata field, which the rows of a lesion must share; a row that lacks it is overruled."""
+    """Return the value of a metadata field, on which all rows of a lesion that have it must agree."""
     values = {value for row in rows if not math.isnan(value := _field(lesion_id, row, field))}
     if len(values) > 1:
         what = (
@@ -370,7 +370,7 @@ def _group(lesion_id: str, rows: list[_Row]) -> str:
 def _lesion_id(row: _Row) -> str:
     lesion_id = row["lesion_id"]
     if not LESION_ID.fullmatch(lesion_id):
-        what = f"lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash"
+        what = f"lesion_id {lesion_id!r} must have 1 to 80 characters, no space, dot or slash"
         raise _Invalid(lesion_id, "row", row.where, what)
     return lesion_id
 
@@ -390,17 +390,17 @@ def _score(lesion_id: str, row: _Row, column: str) -> float:
 
 
 def parse_field(field: MetadataField, text: str) -> float:
-    """The value of a field; NaN where the text says missing. Raises ValueError otherwise, as `MetadataField.parse`."""
+    """Return the value of a field, NaN for a word that means missing. Raises ValueError as `MetadataField.parse`."""
     return math.nan if text.lower() in _MISSING else field.parse(text)
 
 
 def parse_score(name: str, text: str) -> float:
-    """A concept score from 0 to 1; NaN where the text says missing. Raises ValueError otherwise."""
+    """Return a concept score from 0 to 1, NaN for a word that means missing. Raises ValueError otherwise."""
     if text.lower() in _MISSING:
         return math.nan
     score = _number(text)
     if score is None or not 0 <= score <= 1:
-        raise ValueError(f"{name} {text!r} is no score from 0 to 1")
+        raise ValueError(f"{name} {text!r} is not a score from 0 to 1")
     return score
 
 
@@ -416,7 +416,7 @@ def _number(text: str) -> float | None:
 
 
 class _PhotoFinder:
-    """Path of a photo by lesion and name; the folders are walked once."""
+    """Finds the path of a photo by lesion and name, after walking the folders once."""
 
     def __init__(self, roots: list[Path]) -> None:
         self.where = " and ".join(map(str, roots))
@@ -436,7 +436,7 @@ class _PhotoFinder:
 
 
 def _photo_roots(folder: Path, tables: Path, own_name: str) -> list[Path]:
-    """Folders to look for photos in: that of the table's own name, else any of a known name, else the whole folder."""
+    """Return the folders of photos: the one named like the table, else all of a known name, else the folder itself."""
     if tables.name.lower() == "supplements":
         tables = tables.parent
     candidates = sorted({path for parent in (folder, tables) for path in parent.iterdir() if path.is_dir()})
@@ -450,6 +450,6 @@ def _walk_photos(roots: list[Path]) -> Iterator[str]:
         for folder, subfolders, files in os.walk(root, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if name != "__MACOSX")
             for name in sorted(files):
-                # Names that start with a dot are what macOS leaves beside the photos.
+                # macOS leaves files whose names start with a dot.
                 if os.path.splitext(name)[1].lower() in _PHOTO_SUFFIXES and not name.startswith("."):
                     yield os.path.join(folder, name)

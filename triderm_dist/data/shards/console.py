@@ -1,4 +1,4 @@
-"""What the programs of `shards/` print: progress, problems, what a folder holds."""
+"""Console output of triderm pack, index, verify and download: progress, problems, summary of a packed set."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from pathlib import Path
 from triderm_dist.data.problems import Problem, count_by_kind, write_problems
 from triderm_dist.data.shards.index import ShardIndex
 
-SHOWN = 10
+MAX_SHOWN = 10
+"""Problems shown on the console."""
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line every 10 seconds elsewhere; call what is given with (done, in all)."""
+    """Show a progress bar on a terminal, elsewhere print a line every 10 seconds.
+
+    Yields a function to call with (done, total).
+    """
     from rich.progress import Progress
 
     if sys.stderr.isatty():
@@ -24,19 +28,19 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    said = time.monotonic()
+    last = time.monotonic()
 
-    def say(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= 10:
-            said = time.monotonic()
+    def print_line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
             print(f"{what}: {done} of {total}", flush=True)
 
-    yield say
+    yield print_line
 
 
 def show_problems(problems: Sequence[Problem], table: Path) -> None:
-    """The first problems as a table, counts by kind, and all of them in a CSV beside the data."""
+    """Print the first problems and counts by kind, and write all to the CSV file `table`; without any, remove it."""
     if not problems:
         table.unlink(missing_ok=True)
         return
@@ -44,22 +48,22 @@ def show_problems(problems: Sequence[Problem], table: Path) -> None:
     from rich.table import Table
 
     write_problems(table, problems)
-    shown = Table("lesion", "problem", "where", "what", box=None, pad_edge=False)
-    for problem in problems[:SHOWN]:
-        shown.add_row(problem.lesion_id, problem.kind, problem.where, problem.what)
-    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(shown, markup=False)
+    rows = Table("lesion", "problem", "where", "what", box=None, pad_edge=False)
+    for problem in problems[:MAX_SHOWN]:
+        rows.add_row(problem.lesion_id, problem.kind, problem.where, problem.what)
+    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(rows, markup=False)
     counts = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(problems).items())
     print(f"{len(problems)} problems: {counts}; all in {table}")
 
 
 def show_index(index: ShardIndex) -> None:
-    """Lesions of each diagnosis, shards and size; what should be known of the photos."""
+    """Print the number of lesions of each diagnosis, notes, and the size of a packed set."""
     for diagnosis, count in index.counts().items():
         if count:
             print(f"  {diagnosis:<10} {count:>7}")
     size = sum(shard.bytes for shard in index.shards)
     dropped = len({problem.lesion_id for problem in index.problems})
-    left_out = f", {dropped} left out" if dropped else ""
+    text = f", {dropped} dropped" if dropped else ""
     for note in index.notes():
         print(f"note: {note}")
-    print(f"{len(index)} lesions{left_out}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}")
+    print(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}")

@@ -16,12 +16,12 @@ VERSION = 2
 INDEX, SAMPLES = "index.json", "samples.parquet"
 ROW_GROUP = 1 << 17
 EXTENSIONS: dict[str, tuple[str, ...]] = {view: (f"{view}.jpg",) for view in VIEWS}
-"""How the photos of each view are named in a shard, after the lesion's id and a dot."""
+"""File extensions of each view's photo in a shard, after the lesion id and a dot."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One tar: its name in the folder, the lesions in it, its size and the SHA-256 of its bytes."""
+    """One file of a packed set: name in the folder, number of lesions, size and SHA-256 of its bytes."""
 
     url: str
     samples: int
@@ -30,7 +30,7 @@ class ShardFile:
 
 
 class Text(Sequence[str]):
-    """N strings in one block of memory. One row gives a str, an array of rows (n,) an array (n,) of str objects."""
+    """N strings in one block of memory. Indexed by a row it gives a str, by rows (n,) an array (n,) of str objects."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._column = column.cast(pa.large_string()).combine_chunks()
@@ -63,13 +63,13 @@ class Text(Sequence[str]):
 
     @property
     def codes(self) -> np.ndarray:
-        """(N,) int32, equal where the strings are, from 0 in the order of first appearance."""
+        """(N,) int32, equal where the strings are equal, from 0 in the order of first appearance."""
         return self._column.dictionary_encode().indices.to_numpy()
 
 
 def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
-    """The columns of samples.parquet for K concepts and M metadata fields."""
-    places = [
+    """Return the columns of samples.parquet for K concepts and M metadata fields."""
+    locations = [
         (f"{view}_{what}", kind) for view in VIEWS for what, kind in (("offset", pa.int64()), ("size", pa.int32()))
     ]
     return pa.schema(
@@ -78,7 +78,7 @@ def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
             ("group", pa.string()),
             ("label", pa.int16()),
             ("shard", pa.int32()),
-            *places,
+            *locations,
             ("concepts", pa.list_(pa.float32(), concepts)),
             ("metadata", pa.list_(pa.float32(), metadata_fields)),
         ]
@@ -86,6 +86,6 @@ def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
 
 
 def rows_schema(concepts: int) -> pa.Schema:
-    """What `write_index` takes: the columns of samples.parquet, and `photos`, the `photo_facts` of each view."""
+    """Return the columns that `write_index` takes: those of samples.parquet, and `photos`: `size_and_hash` per view."""
     photos = pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS)))
     return samples_schema(concepts, len(METADATA_FIELDS)).append(photos)

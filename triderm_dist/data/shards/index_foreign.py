@@ -1,7 +1,8 @@
-"""The index of WebDataset shards that others wrote, by one scan. No tar is changed.
+"""Index WebDataset shards written by other programs, in one scan; the tars are not changed.
 
-What is understood: plain .tar files (GNU, pax or ustar) whose consecutive members share a key, as `webdataset` groups
-them, in any order; a JPEG for each view by its extension; `.json` with what `record.parse` reads; `.cls` with a label.
+Supported: plain .tar files (GNU, pax or ustar) whose consecutive members share a key, as `webdataset` groups them, in
+any order; one JPEG per view, recognized by its extension; `.json` with what `record.parse_record` reads; `.cls` with a
+label.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ import pyarrow.compute as pc
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
-from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, photo_facts
-from triderm_dist.data.shards.record import Record, parse
+from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
+from triderm_dist.data.shards.record import Record, parse_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, in_order
 from triderm_dist.files import file_sha256
@@ -31,25 +32,7 @@ Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""
 
 TABLE_ROWS = 1 << 12
-"""Rows that are gathered as Python objects before they become a table, which takes a tenth of the memory."""
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Consecutive members of one key: {extension: where it lies}."""
-
-    path: Path
-    key: str
-    members: dict[str, Member]
-
-
-@dataclass(frozen=True)
-class _Checked:
-    record: Record | None
-    places: dict[str, Member]
-    facts: list[int]
-    turned: int
-    problems: list[Problem]
+"""Rows collected as Python objects before they become a table, which takes a tenth of the memory."""
 
 
 def index_shards(
@@ -62,158 +45,216 @@ def index_shards(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], object] = lambda text: None,
 ) -> ShardIndex:
-    """Write index.json and samples.parquet beside the tars of a folder and return the index.
+    """Write index.json and samples.parquet into a folder of tars and return the index.
 
     Every record is checked and every photo decoded. The K concepts are those of the first sample that has any; where
-    none has, the challenge's own names with every score missing. `note` is told what was tolerated, `progress` the
-    bytes scanned and in all.
-    Raises InvalidLesions with every problem, or DataError for a folder without plain tars or one that was packed here.
+    none has, MILK10k's names with all scores missing. `note` is called with what was tolerated, `progress` with
+    (bytes scanned, bytes in all).
+
+    Raises InvalidLesions with all problems; DataError for a folder without plain tars or one written by triderm pack.
     """
     folder = Path(folder)
     paths = _tars(folder)
+    check = _SampleCheck(extensions, missing_view)
+    scan = _Scan()
     total, scanned = sum(path.stat().st_size for path in paths), 0
-    shards: list[ShardFile] = []
-    tables: list[pa.Table] = []
-    problems: list[Problem] = []
-    first_seen: dict[str, Path] = {}
-    concepts: tuple[str, ...] = ()
-    turned = 0
-
     for path in paths:
-        kept: list[dict[str, Any]] = []
-        before = len(first_seen)
-        samples = _samples(path, problems.append)
-        for sample, checked in in_order(
-            lambda s: _check(s, extensions, missing_view), samples, workers or available_cores()
-        ):
-            problems += checked.problems
-            record = checked.record
-            if record is None:
-                continue
-            if record.lesion_id in first_seen:
-                what = f"lesion {record.lesion_id} is there twice, first in {first_seen[record.lesion_id]}"
-                problems.append(Problem(record.lesion_id, "doubled lesion", str(path), what))
-                continue
-            concepts = concepts or tuple(record.concepts)
-            if unknown := next((name for name in record.concepts if name not in concepts), None):
-                what = f"lesion {record.lesion_id} has a concept {unknown!r} that the first lesion lacks"
-                problems.append(Problem(record.lesion_id, "record", str(path), what))
-                continue
-            first_seen[record.lesion_id] = path
-            turned += checked.turned
-            kept.append(_row(record, checked, len(shards)))
-            if len(kept) == TABLE_ROWS:
-                tables.append(_table(kept, concepts))
-                kept = []
+        scan.start_tar(path)
+        for sample, checked in in_order(check, _samples(path, scan.problems.append), workers or available_cores()):
+            scan.add(checked)
             if progress:
                 progress(scanned + max(offset for offset, _ in sample.members.values()), total)
+        scan.finish_tar()
         scanned += path.stat().st_size
-        if kept:
-            tables.append(_table(kept, concepts))
-        if held := len(first_seen) - before:
-            shards.append(ShardFile(path.name, held, path.stat().st_size, file_sha256(path)))
-    if problems and invalid == "refuse":
-        raise InvalidLesions(problems, len(first_seen) + len({problem.lesion_id for problem in problems}))
-    if not shards:
-        raise DataError(f"{folder}: no lesion is left to index; {len(problems)} problems, first {problems[0]}")
-    if not concepts:
-        note("no sample has concept scores; every score is missing")
-    if turned:
-        note(f"{turned} photos whose EXIF wants them turned; they train as they lie, packing would turn them")
-    if all(pc.all(pc.equal(table["label"], UNLABELED)).as_py() for table in tables):
-        note("no sample has a label; these shards can be predicted, not trained on")
-    names = concepts or CONCEPTS
+    if scan.problems and invalid == "refuse":
+        raise InvalidLesions(scan.problems, len(scan.tar_of) + len({problem.lesion_id for problem in scan.problems}))
+    if not scan.shards:
+        raise DataError(f"{folder}: no valid lesion; {len(scan.problems)} problems, the first: {scan.problems[0]}")
+    for text in scan.notes():
+        note(text)
+    names = scan.concepts or CONCEPTS
+    tables = (_with_scores(table, len(names)) for table in scan.tables)
     about = {"extensions": {view: list(names) for view, names in extensions.items()}}
-    write_index(folder, (_with_scores(table, len(names)) for table in tables), shards, names, problems, about)
+    write_index(folder, tables, scan.shards, names, scan.problems, about)
     return read_index(folder)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Consecutive members of a tar with one key, by extension."""
+
+    path: Path
+    key: str
+    members: dict[str, Member]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A sample's record, None where it is invalid; for both views the location and `size_and_hash` of the photo."""
+
+    record: Record | None
+    locations: dict[str, Member]
+    photos: list[int]
+    rotated: int
+    problems: list[Problem]
+
+
+@dataclass
+class _Scan:
+    """The rows, shards and problems found so far, tar after tar."""
+
+    tables: list[pa.Table] = field(default_factory=list)
+    shards: list[ShardFile] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    tar_of: dict[str, Path] = field(default_factory=dict)
+    """The tar of each valid lesion."""
+    concepts: tuple[str, ...] = ()
+    rotated: int = 0
+    _path: Path = Path()
+    _before: int = 0
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def start_tar(self, path: Path) -> None:
+        self._path, self._before = path, len(self.tar_of)
+
+    def add(self, checked: _Checked) -> None:
+        """Add a sample of the current tar, or the problems that exclude it."""
+        self.problems += checked.problems
+        record = checked.record
+        if record is None:
+            return
+        if record.lesion_id in self.tar_of:
+            what = f"lesion {record.lesion_id} occurs twice, first in {self.tar_of[record.lesion_id]}"
+            self.problems.append(Problem(record.lesion_id, "duplicate lesion", str(self._path), what))
+            return
+        self.concepts = self.concepts or tuple(record.concepts)
+        if unknown := next((name for name in record.concepts if name not in self.concepts), None):
+            what = f"lesion {record.lesion_id} has a concept {unknown!r} that the first lesion lacks"
+            self.problems.append(Problem(record.lesion_id, "record", str(self._path), what))
+            return
+        self.tar_of[record.lesion_id] = self._path
+        self.rotated += checked.rotated
+        self._rows.append(_row(record, checked, len(self.shards)))
+        if len(self._rows) == TABLE_ROWS:
+            self._flush()
+
+    def finish_tar(self) -> None:
+        self._flush()
+        if lesions := len(self.tar_of) - self._before:
+            path = self._path
+            self.shards.append(ShardFile(path.name, lesions, path.stat().st_size, file_sha256(path)))
+
+    def notes(self) -> Iterator[str]:
+        """Yield what was tolerated."""
+        if not self.concepts:
+            yield "no sample has concept scores; every score is missing"
+        if self.rotated:
+            yield (
+                f"the EXIF of {self.rotated} photos asks for a rotation, which training ignores; triderm pack would "
+                "apply it"
+            )
+        if all(pc.all(pc.equal(table["label"], UNLABELED)).as_py() for table in self.tables):
+            yield "no sample has a label; these shards can be predicted, not trained on"
+
+    def _flush(self) -> None:
+        if self._rows:
+            self.tables.append(_table(self._rows, self.concepts))
+            self._rows = []
 
 
 def _tars(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the WebDataset tars")
     if (folder / INDEX).is_file() and "packed_with" in read_raw_index(folder / INDEX):
-        raise DataError(f"{folder}: these shards were packed here and have their index; use the folder as it is")
+        raise DataError(f"{folder}: written by triderm pack, which made its index; use the folder as it is")
     paths = sorted(folder.glob("*.tar"))
     if not paths:
-        packed = next((path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(folder.glob(kind))), None)
-        hint = f"; {packed} must be unpacked to a plain tar first, since photos are read at random" if packed else ""
-        raise DataError(f"{folder}: no *.tar here{hint}")
+        archive = next((path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(folder.glob(kind))), None)
+        hint = f"; decompress {archive} to a plain tar first, since photos are read at random offsets"
+        raise DataError(f"{folder}: no *.tar in this folder{hint if archive else ''}")
     return paths
 
 
 def _samples(path: Path, on_problem: Callable[[Problem], object]) -> Iterator[_Sample]:
-    """The samples of a tar as `webdataset` groups them; damage ends them and is told to `on_problem`."""
+    """Yield the samples of a tar as `webdataset` groups them, up to the first damage, which `on_problem` gets."""
     key, members = "", dict[str, Member]()
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-                head, _, name = member.name.rpartition("/")
+                folder, _, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")
                 if not member.isfile() or not dot or not stem:
                     continue
                 if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-                own_key, extension = f"{head}/{stem}" if head else stem, extension.lower()
+                    raise tarfile.ReadError(f"{member.name} is truncated")
+                own_key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
                 if own_key != key:
                     if members:
                         yield _Sample(path, key, members)
                     key, members = own_key, {}
                 elif extension in members:
-                    on_problem(Problem(stem, "doubled member", str(path), f"{member.name} is there twice"))
+                    on_problem(Problem(stem, "duplicate member", str(path), f"{member.name} occurs twice"))
                 members[extension] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        what = f"not readable to its end as a plain tar ({one_line(error)}); the rest is left out"
+        what = f"not a readable plain tar ({one_line(error)}); the rest of the file is skipped"
         on_problem(Problem("", "tar", str(path), what))
     if members:
         yield _Sample(path, key, members)
 
 
-def _check(sample: _Sample, extensions: Mapping[str, tuple[str, ...]], missing_view: str) -> _Checked:
-    with sample.path.open("rb") as file:
+@dataclass(frozen=True)
+class _SampleCheck:
+    """Parses the record of a sample and decodes its photos."""
 
-        def read(place: Member) -> bytes:
-            file.seek(place[0])
-            return file.read(place[1])
+    extensions: Mapping[str, tuple[str, ...]]
+    missing_view: str
 
-        try:
-            texts = [read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")]
-            record = parse(sample.key, *texts)
-        except ValueError as error:
-            where = f"{sample.path}, sample {sample.key}"
-            return _Checked(None, {}, [], 0, [Problem(sample.key.rpartition("/")[2], "record", where, str(error))])
-        where, problems = f"{sample.path}, lesion {record.lesion_id}", []
-        places, facts = dict.fromkeys(VIEWS, (0, 0)), dict.fromkeys(VIEWS, (0, 0, 0))
-        turned = 0
+    def __call__(self, sample: _Sample) -> _Checked:
+        with sample.path.open("rb") as file:
+
+            def read(member: Member) -> bytes:
+                file.seek(member[0])
+                return file.read(member[1])
+
+            try:
+                texts = [read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")]
+                record = parse_record(sample.key, *texts)
+            except ValueError as error:
+                where, name = f"{sample.path}, sample {sample.key}", sample.key.rpartition("/")[2]
+                return _Checked(None, {}, [], 0, [Problem(name, "record", where, str(error))])
+            return self._with_photos(sample, record, read)
+
+    def _with_photos(self, sample: _Sample, record: Record, read: Callable[[Member], bytes]) -> _Checked:
+        where, problems = f"{sample.path}, lesion {record.lesion_id}", list[Problem]()
+        locations, photos = dict.fromkeys(VIEWS, (0, 0)), dict.fromkeys(VIEWS, (0, 0, 0))
+        rotated = 0
         for view in VIEWS:
-            name = next((name for name in extensions[view] if name in sample.members), None)
+            name = next((name for name in self.extensions[view] if name in sample.members), None)
             if name is None:
-                if missing_view == "refuse":
-                    problems.append(
-                        Problem(record.lesion_id, "missing photo", where, _absent(view, sample, extensions))
-                    )
+                if self.missing_view == "refuse":
+                    problems.append(Problem(record.lesion_id, "missing photo", where, self._missing(view, sample)))
                 continue
-            places[view] = sample.members[name]
-            data = read(places[view])
+            locations[view] = sample.members[name]
+            data = read(locations[view])
             try:
                 check_photo(data)
-                facts[view] = photo_facts(data)
-                turned += not is_upright(data)
+                photos[view] = size_and_hash(data)
+                rotated += not is_upright(data)
             except PhotoError as error:
                 problems.append(Problem(record.lesion_id, "unreadable photo", where, f"{name}: {error}"))
-        if not any(size for _, size in places.values()) and missing_view == "mark":
+        if not any(size for _, size in locations.values()) and self.missing_view == "mark":
             problems.append(Problem(record.lesion_id, "missing photo", where, "no photo at all"))
-        return _Checked(
-            None if problems else record, places, [fact for view in VIEWS for fact in facts[view]], turned, problems
+        numbers = [number for view in VIEWS for number in photos[view]]
+        return _Checked(None if problems else record, locations, numbers, rotated, problems)
+
+    def _missing(self, view: str, sample: _Sample) -> str:
+        wanted, found = " or .".join(self.extensions[view]), ", .".join(sorted(sample.members))
+        return (
+            f"no {view} photo named .{wanted} among .{found}; "
+            f"name its extension by {view}=EXTENSION, or allow lesions with one photo by missing_view=mark"
         )
-
-
-def _absent(view: str, sample: _Sample, extensions: Mapping[str, tuple[str, ...]]) -> str:
-    return (
-        f"no {view} photo named .{' or .'.join(extensions[view])} among .{', .'.join(sorted(sample.members))}; "
-        f"name its extension by {view}=EXTENSION, or allow lesions with one photo by missing_view=mark"
-    )
 
 
 def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
@@ -224,25 +265,25 @@ def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
         "shard": shard,
         "concepts": record.concepts,
         "metadata": record.metadata,
-        "photos": checked.facts,
+        "photos": checked.photos,
     }
     for view in VIEWS:
-        row[f"{view}_offset"], row[f"{view}_size"] = checked.places[view]
+        row[f"{view}_offset"], row[f"{view}_size"] = checked.locations[view]
     return row
 
 
 def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...]) -> pa.Table:
-    """Rows with their scores in the order of the concepts, NaN where one has none."""
-    nothing = float("nan")
-    scored = [{**row, "concepts": [row["concepts"].get(name, nothing) for name in concepts]} for row in rows]
+    """Return rows as a table, with scores in the order of the concepts, NaN where one is missing."""
+    nan = float("nan")
+    scored = [{**row, "concepts": [row["concepts"].get(name, nan) for name in concepts]} for row in rows]
     return pa.Table.from_pylist(scored, rows_schema(len(concepts)))
 
 
 def _with_scores(table: pa.Table, concepts: int) -> pa.Table:
-    """A table that was made before any sample had a concept gets its missing scores."""
+    """Add missing scores to a table that was made before any sample had a concept."""
     schema = rows_schema(concepts)
     if table.schema.equals(schema):
         return table
-    place = schema.get_field_index("concepts")
+    column = schema.get_field_index("concepts")
     missing = pa.FixedSizeListArray.from_arrays(np.full(len(table) * concepts, np.nan, np.float32), concepts)
-    return table.set_column(place, schema.field(place), missing)
+    return table.set_column(column, schema.field(column), missing)

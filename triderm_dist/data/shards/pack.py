@@ -1,12 +1,13 @@
-"""Checked lesions -> shards: on all cores, a few photos in memory, the same bytes however it is run or interrupted.
+"""Pack checked lesions into shards, on all cores and with few photos in memory.
 
-Shard k holds lesions k * n to (k + 1) * n in the order of their hashes, less those that are dropped; so a shard depends
-on its own lesions alone. While it is made, a set lives in OUTPUT.part:
+The bytes do not depend on the number of threads or on interruptions. Shard k holds lesions k * n to (k + 1) * n in the
+order of their hashes, without dropped ones, so a shard depends on its own lesions only. Until it is complete, a set is
+written to OUTPUT.part:
 
-    shards/shard-000000.tar       becomes OUTPUT when all is done
-    rows/000000.parquet           the finished shard's rows; what it was made from, and its checksum, in the schema
+    shards/shard-000000.tar       renamed to OUTPUT at the end
+    rows/000000.parquet           rows of the finished shard; hash of its input and its checksum are in the schema
 
-A run that was killed keeps every shard whose input and checksum are still those of its record.
+After an interruption, finished shards are kept if their input and checksum still match that record.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import Dataset
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
-from triderm_dist.data.shards.photos import QUALITY, PhotoError, photo_facts, prepare_photo
-from triderm_dist.data.shards.record import describe
+from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, size_and_hash
+from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, in_order
 from triderm_dist.files import atomic_path, exclusive_lock, file_sha256
 from triderm_dist.schema import VIEWS, DataError, Lesion
 
 Progress = Callable[[int, int], None]
-"""Called with (lesions done, lesions in all)."""
+"""Called with (lesions done, all lesions)."""
 
 _RECORD = b"triderm-shard"
 
@@ -51,85 +52,81 @@ def pack_shards(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ShardIndex:
-    """Write the shards of a data set and return their index; the bytes depend on the input and these settings alone.
+    """Write the shards of a data set and return their index; the bytes depend on the input and these settings only.
 
-    Lesions come in a fixed pseudo-random order (by hash of the id), so that no shard holds one diagnosis only. Every
-    photo is decoded on the way; unreadable ones refuse the whole set once all were seen, or drop their lesions, which
-    the index lists under `problems`. Photos over `short_side` pixels are reduced to it, None keeps them. The folder
-    appears when it is complete; a killed run goes on from its finished shards. Where it was packed before, from the
-    same input with the same settings, it is returned as it is. `workers` threads, None for one a core.
+    Lesions are in a fixed pseudo-random order (by hash of the id), so that no shard holds a single diagnosis. Every
+    photo is decoded; after all were checked, unreadable ones refuse the set, or drop their lesions, which the index
+    lists under `problems`. Photos with a short side over `short_side` pixels are reduced to it; None keeps them. The
+    folder appears when it is complete, and an interrupted run resumes from its finished shards. An output that was
+    packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
 
-    Raises InvalidLesions, or DataError for an output that holds something else, one that another process is making, no
-    lesion left, or a full disk.
+    Raises InvalidLesions; DataError for an output that holds something else or that another process is writing, for no
+    valid lesion, or a full disk.
     """
     folder = Path(output)
     if dataset.problems and invalid == "refuse":
         raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
     if not dataset.lesions:
-        raise DataError(f"{folder}: no lesion is left to pack; {len(dataset.problems)} problems, {_first(dataset)}")
-    packing = _Packing(dataset, short_side, shard_samples, workers or available_cores(), progress)
-    if _occupied(folder):
-        return _already_packed(folder, packing)
+        first = f"the first: {dataset.problems[0]}" if dataset.problems else "the data set is empty"
+        raise DataError(f"{folder}: no valid lesion to pack; {len(dataset.problems)} problems, {first}")
+    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress)
+    if _exists(folder):
+        return _read_packed(folder, packer)
     part = folder.with_name(folder.name + ".part")
     try:
-        refusal = DataError(f"{part}: another process is packing here; wait for it or end it")
+        refusal = DataError(f"{part}: another process is packing this folder; wait for it or end it")
         with exclusive_lock(part / "lock", refusal):
-            if _occupied(folder):  # made by another process in the meantime
-                return _already_packed(folder, packing)
-            shards, problems = packing.write(part)
+            if _exists(folder):  # packed by another process in the meantime
+                return _read_packed(folder, packer)
+            shards, problems = packer.write(part)
             if problems and invalid == "refuse":
                 shutil.rmtree(part)
                 raise InvalidLesions(problems, len(dataset.lesions))
             if not any(shard.file for shard in shards):
                 shutil.rmtree(part)
-                raise DataError(f"{folder}: no lesion is left to pack; {len(problems)} problems, first {problems[0]}")
-            packing.finish(part, shards, [*dataset.problems, *problems])
+                raise DataError(
+                    f"{folder}: no valid lesion to pack; {len(problems)} problems, the first: {problems[0]}"
+                )
+            packer.write_index(part, shards, [*dataset.problems, *problems])
             (part / "shards").rename(folder)
             shutil.rmtree(part)
     except OSError as error:
         name = error.filename or part
-        raise DataError(
-            f"{name}: {error.strerror or error}; correct that, and the same command goes on where it stopped"
-        ) from None
+        raise DataError(f"{name}: {error.strerror or error}; fix that and rerun the same command to resume") from None
     return read_index(folder)
 
 
-def _first(dataset: Dataset) -> str:
-    return f"the first: {dataset.problems[0]}" if dataset.problems else "the data set is empty"
-
-
-def _occupied(folder: Path) -> bool:
+def _exists(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _already_packed(folder: Path, packing: _Packing) -> ShardIndex:
+def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
+    """Return the index of an output that exists. Raises DataError where its input or settings are others."""
     advice = "choose another output folder or delete this one"
     if not (folder / INDEX).is_file():
-        raise DataError(f"{folder}: exists and holds no packed shards; {advice}")
+        raise DataError(f"{folder}: exists and is not a packed set; {advice}")
     found = read_raw_index(folder / INDEX)
-    same = found.get("packed_with") == packing.settings and found.get("source") == packing.fingerprint()
-    if not same:
-        made = "from other data, with other settings or by another version"
-        raise DataError(f"{folder}: exists and was packed {made}; {advice}")
-    left_over = folder.with_name(folder.name + ".part")
-    if left_over.is_dir() and not (left_over / "shards").exists():
-        shutil.rmtree(left_over)  # killed between its last two steps
+    if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():
+        raise DataError(f"{folder}: was packed from other data, with other settings or by another version; {advice}")
+    part = folder.with_name(folder.name + ".part")
+    if part.is_dir() and not (part / "shards").exists():
+        shutil.rmtree(part)  # left by a run that was killed after the rename
     return read_index(folder)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A lesion's photos, or what is wrong with them; and a hash of all that went in."""
+    """A lesion's photos with their `size_and_hash`, or the problem with them; source: hash of the input."""
 
     source: bytes
     photos: list[bytes]
-    facts: list[int]
+    sizes_and_hashes: list[int]
     problem: Problem | None = None
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A finished shard: what it was made from; its file, None where all its lesions were dropped; their problems."""
+class _FinishedShard:
+    """A finished shard. source: hash of its input. file: None where all its lesions were dropped."""
 
     source: str
     file: ShardFile | None
@@ -137,8 +134,8 @@ class _Shard:
 
 
 @dataclass
-class _Open:
-    """A shard that is being written."""
+class _OpenShard:
+    """A shard that is being written. digest: hash object of its input."""
 
     tar: TarWriter
     digest: Any
@@ -146,8 +143,8 @@ class _Open:
     problems: list[Problem] = field(default_factory=list)
 
 
-class _Packing:
-    """One data set with one group of settings on its way into shards."""
+class _Packer:
+    """Writes the shards of one data set with given settings."""
 
     def __init__(
         self, dataset: Dataset, short_side: int | None, shard_samples: int, workers: int, progress: Progress | None
@@ -162,122 +159,123 @@ class _Packing:
         """SHA-256 of the settings, the tables and the bytes of every photo."""
         return self._joined([source for _, source in in_order(self._source, self.slices, self.workers)])
 
-    def write(self, part: Path) -> tuple[list[_Shard], list[Problem]]:
-        """Every shard into PART/shards with its record in PART/rows; those of an earlier run that fit are kept."""
+    def write(self, part: Path) -> tuple[list[_FinishedShard], list[Problem]]:
+        """Write every shard to PART/shards and its record to PART/rows; keep valid ones of an interrupted run."""
         for name in ("shards", "rows"):
             (part / name).mkdir(exist_ok=True)
-        found = {number: self._record(part, number) for number in range(len(self.slices))}
-        kept: dict[int, _Shard] = {}
-        for number, fits in in_order(
-            lambda number: self._fits(part, number, found[number]),
+        found = {number: self._read_record(part, number) for number in range(len(self.slices))}
+        kept: dict[int, _FinishedShard] = {}
+        for number, valid in in_order(
+            lambda number: self._is_valid(part, number, found[number]),
             [number for number, record in found.items() if record],
             self.workers,
         ):
-            if fits and (shard := found[number]):
+            if valid and (shard := found[number]):
                 kept[number] = shard
                 self._advance(len(self.slices[number]))
         keep = {path(part, number) for number in kept for path in (_tar_path, _rows_path)}
         for path in {*(part / "shards").iterdir(), *(part / "rows").iterdir()} - keep:
             path.unlink()
-        made = self._make(part, [number for number in range(len(self.slices)) if number not in kept])
-        shards = [shard for _, shard in sorted({**kept, **made}.items())]
+        written = self._write_shards(part, [number for number in range(len(self.slices)) if number not in kept])
+        shards = [shard for _, shard in sorted({**kept, **written}.items())]
         return shards, [problem for shard in shards for problem in shard.problems]
 
-    def finish(self, part: Path, shards: Sequence[_Shard], problems: Sequence[Problem]) -> None:
-        """Write the index of all shards."""
+    def write_index(self, part: Path, shards: Sequence[_FinishedShard], problems: Sequence[Problem]) -> None:
+        """Write the index of all shards that hold a lesion."""
         files = [(number, shard.file) for number, shard in enumerate(shards) if shard.file]
 
         def tables() -> Iterator[pa.Table]:
             schema = rows_schema(len(self.concepts))
-            for place, (number, _) in enumerate(files):
+            for shard, (number, _) in enumerate(files):
                 rows = pq.read_table(_rows_path(part, number))
-                number_column = pa.array([place] * len(rows), pa.int32())
-                yield rows.set_column(schema.get_field_index("shard"), "shard", number_column).cast(schema)
+                shard_column = pa.array([shard] * len(rows), pa.int32())
+                yield rows.set_column(schema.get_field_index("shard"), "shard", shard_column).cast(schema)
 
         about = {"packed_with": self.settings, "source": self._joined([shard.source for shard in shards])}
         write_index(part / "shards", tables(), [file for _, file in files], self.concepts, problems, about)
 
-    # --- shards of an earlier run ---
+    # --- shards of an interrupted run ---
 
-    def _record(self, part: Path, number: int) -> _Shard | None:
+    def _read_record(self, part: Path, number: int) -> _FinishedShard | None:
         try:
             schema = pq.read_schema(_rows_path(part, number))
             record = json.loads(schema.metadata[_RECORD])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return None
         file = ShardFile(**record["file"]) if record["file"] else None
-        return _Shard(record["source"], file, tuple(Problem(**entry) for entry in record["problems"]))
+        return _FinishedShard(record["source"], file, tuple(Problem(**entry) for entry in record["problems"]))
 
-    def _fits(self, part: Path, number: int, record: _Shard | None) -> bool:
+    def _is_valid(self, part: Path, number: int, record: _FinishedShard | None) -> bool:
+        """Whether the file has the recorded checksum, and its input is still the same."""
         if record is None:
             return False
         path = _tar_path(part, number)
-        whole_file = record.file is None or (path.is_file() and file_sha256(path) == record.file.sha256)
-        return whole_file and self._source(self.slices[number]) == record.source
+        intact = record.file is None or (path.is_file() and file_sha256(path) == record.file.sha256)
+        return intact and self._source(self.slices[number]) == record.source
 
     # --- new shards ---
 
-    def _make(self, part: Path, numbers: Sequence[int]) -> dict[int, _Shard]:
-        made: dict[int, _Shard] = {}
+    def _write_shards(self, part: Path, numbers: Sequence[int]) -> dict[int, _FinishedShard]:
+        finished: dict[int, _FinishedShard] = {}
         jobs = ((number, lesion) for number in numbers for lesion in self.slices[number])
-        current: _Open | None = None
-        seen = 0
+        current: _OpenShard | None = None
+        lesions = 0
         for (number, lesion), prepared in in_order(lambda job: self._prepare(job[1]), jobs, self.workers):
             if current is None:
-                current, seen = _Open(TarWriter(_tar_path(part, number)), self._digest()), 0
-            seen += 1
+                current, lesions = _OpenShard(TarWriter(_tar_path(part, number)), self._digest()), 0
+            lesions += 1
             current.digest.update(prepared.source)
             if prepared.problem:
                 current.problems.append(prepared.problem)
             else:
-                current.rows.append(self._write(current.tar, lesion, prepared))
-            if seen == len(self.slices[number]):
-                made[number] = self._close(part, number, current)
+                current.rows.append(self._write_lesion(current.tar, lesion, prepared))
+            if lesions == len(self.slices[number]):
+                finished[number] = self._close(part, number, current)
                 current = None
             self._advance(1)
-        return made
+        return finished
 
-    def _write(self, tar: TarWriter, lesion: Lesion, prepared: _Prepared) -> dict[str, Any]:
+    def _write_lesion(self, tar: TarWriter, lesion: Lesion, prepared: _Prepared) -> dict[str, Any]:
         row: dict[str, Any] = {
             "lesion_id": lesion.lesion_id,
             "group": lesion.group,
             "label": lesion.label,
-            "shard": -1,  # known when it is known which shards hold anything
+            "shard": -1,  # set by write_index, which leaves out empty shards
             "concepts": lesion.concepts,
             "metadata": lesion.metadata,
-            "photos": prepared.facts,
+            "photos": prepared.sizes_and_hashes,
         }
         for view, data in zip(VIEWS, prepared.photos, strict=True):
             row[f"{view}_offset"] = tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0
             row[f"{view}_size"] = len(data)
-        tar.add(f"{lesion.lesion_id}.json", json.dumps(describe(lesion, self.concepts)).encode())
+        tar.add(f"{lesion.lesion_id}.json", json.dumps(to_record(lesion, self.concepts)).encode())
         return row
 
-    def _close(self, part: Path, number: int, shard: _Open) -> _Shard:
+    def _close(self, part: Path, number: int, shard: _OpenShard) -> _FinishedShard:
         size, sha256 = shard.tar.close()
         path = _tar_path(part, number)
         file = ShardFile(path.name, len(shard.rows), size, sha256) if shard.rows else None
         if file is None:
             path.unlink()
-        finished = _Shard(shard.digest.hexdigest(), file, tuple(shard.problems))
+        finished = _FinishedShard(shard.digest.hexdigest(), file, tuple(shard.problems))
         record = {
             "source": finished.source,
             "file": vars(file) if file else None,
             "problems": [asdict(problem) for problem in shard.problems],
         }
         schema = rows_schema(len(self.concepts)).with_metadata({_RECORD: json.dumps(record).encode()})
-        with atomic_path(_rows_path(part, number)) as beside:
-            pq.write_table(pa.Table.from_pylist(shard.rows, schema), beside)
+        with atomic_path(_rows_path(part, number)) as unfinished:
+            pq.write_table(pa.Table.from_pylist(shard.rows, schema), unfinished)
         return finished
 
-    # --- what goes in ---
+    # --- input ---
 
     def _digest(self) -> Any:
         settings = {name: value for name, value in self.settings.items() if name != "shard_samples"}
         return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts]).encode())
 
     def _source(self, lesions: Sequence[Lesion]) -> str:
-        """Hash of all that goes into a shard of these lesions."""
+        """Return the hash of the input of a shard of these lesions."""
         digest = self._digest()
         for lesion in lesions:
             digest.update(_source_of(lesion, [_read(path) for path in _paths(lesion)]))
@@ -297,7 +295,7 @@ class _Packing:
                 photos.append(prepare_photo(data, self.short_side) if path else b"")
             except PhotoError as error:
                 return _Prepared(source, [], [], Problem(lesion.lesion_id, "unreadable photo", str(path), str(error)))
-        return _Prepared(source, photos, [fact for data in photos for fact in photo_facts(data)])
+        return _Prepared(source, photos, [number for data in photos for number in size_and_hash(data)])
 
     def _advance(self, lesions: int) -> None:
         self.done += lesions
@@ -331,7 +329,7 @@ def _rows_path(part: Path, number: int) -> Path:
 
 
 class TarWriter:
-    """A tar whose bytes depend on its members alone, hashed as it is written."""
+    """Writes a tar whose bytes depend on its members only, and hashes it."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -340,7 +338,7 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member and return the offset of its data."""
-        info = tarfile.TarInfo(name)  # its owner, time and mode are constants
+        info = tarfile.TarInfo(name)  # owner, time and mode are constants
         info.size = len(data)
         self._write(info.tobuf(tarfile.GNU_FORMAT))
         offset = self._position
@@ -348,7 +346,7 @@ class TarWriter:
         return offset
 
     def close(self) -> tuple[int, str]:
-        """(bytes, SHA-256) of the file."""
+        """Close the file and return its (bytes, SHA-256)."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._position % tarfile.RECORDSIZE))
         self._file.close()

@@ -1,4 +1,4 @@
-"""A photo file -> the JPEG bytes that go into a shard: whole, upright, RGB, not too large, no private metadata."""
+"""Convert photo files to the JPEG bytes of a shard: complete, upright, RGB, reduced, without private metadata."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from triderm_dist.schema import one_line
 
 QUALITY = 90
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""More than Pillow opens: a decompression bomb, or a slide scan that is no photo of a lesion."""
+"""The limit of Pillow: more is a decompression bomb, or a slide scan and not a photo of a lesion."""
 
 _ORIENTATION = 0x0112
 _SOI, _EOI, _SOS, _COMMENT = 0xD8, 0xD9, 0xDA, 0xFE
@@ -24,17 +24,17 @@ _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class PhotoError(Exception):
-    """A photo that can't be used; the text says why."""
+    """A photo that cannot be used; the text gives the reason."""
 
 
 def prepare_photo(data: bytes, short_side: int | None) -> bytes:
-    """JPEG bytes of a photo (JPEG or PNG), its pixels decoded once to prove that all of them are there.
+    """Return the JPEG bytes of a photo (JPEG or PNG) after decoding it once, which proves that it is complete.
 
     A photo whose short side is over `short_side` pixels is reduced to it (Lanczos, quality 90). An upright RGB JPEG
-    that is small enough keeps the bytes of its pixels; only its metadata segments are left out.
-    Raises PhotoError for a file that is no photo, is cut off or is damaged.
+    that is small enough keeps the bytes of its pixels; only its metadata segments are removed.
+    Raises PhotoError for a file that is not a photo, is truncated or damaged.
     """
-    # Before decoding: a JPEG cut in its last rows may decode to gray there without a word.
+    # Before decoding: a JPEG truncated in its last rows may decode to gray there without an error.
     clean = strip_metadata(data) if data[:2] == bytes((0xFF, _SOI)) else None
     try:
         if clean is None or _colors(data) == "CMYK":
@@ -51,7 +51,7 @@ def prepare_photo(data: bytes, short_side: int | None) -> bytes:
 
 
 def check_photo(data: bytes) -> None:
-    """Decode a JPEG of a shard to its last pixel, as the loader does; raises PhotoError where that fails."""
+    """Decode a JPEG of a shard completely, as the loader does. Raises PhotoError where that fails."""
     strip_metadata(data)
     try:
         _decode(data)
@@ -59,10 +59,10 @@ def check_photo(data: bytes) -> None:
         raise PhotoError(one_line(error)) from None
 
 
-def photo_facts(data: bytes) -> tuple[int, int, int]:
-    """(width, height, 64-bit hash of the bytes) of a JPEG, zeros for no bytes: what an index counts photos by.
+def size_and_hash(data: bytes) -> tuple[int, int, int]:
+    """Return (width, height, 64-bit hash of the bytes) of a JPEG, zeros for no bytes.
 
-    The hash is never 0 for a photo. Raises ValueError for what is no JPEG.
+    The hash is never 0 for a photo. Raises ValueError for bytes that are not a JPEG.
     """
     if not data:
         return 0, 0, 0
@@ -71,12 +71,12 @@ def photo_facts(data: bytes) -> tuple[int, int, int]:
 
 
 def is_upright(data: bytes) -> bool:
-    """False where a JPEG's EXIF wants it turned, which the loader does not do."""
+    """Return whether a JPEG has no EXIF rotation, which the loader would ignore."""
     return _orientation(data) == 1
 
 
 def strip_metadata(data: bytes) -> bytes:
-    """The JPEG without EXIF, GPS, XMP, ICC, comments, previews and whatever follows its end; the pixels are untouched.
+    """Return the JPEG without EXIF, GPS, XMP, ICC, comments, previews and bytes after its end; pixels are unchanged.
 
     Kept: the JFIF header without its preview, and Adobe's color transform, without which colors would change.
     Raises PhotoError where a segment or the end marker is missing.
@@ -92,7 +92,7 @@ def strip_metadata(data: bytes) -> bytes:
         size = int.from_bytes(data[start : start + 2], "big")
         end = start + size
         if size < 2 or end > len(data):
-            raise PhotoError(f"truncated: a segment at byte {start} is cut off")
+            raise PhotoError(f"truncated: the segment at byte {start} is incomplete")
         payload = data[start + 2 : end]
         if marker == _SOS:
             match = _NEXT_MARKER.search(data, end)
@@ -112,7 +112,7 @@ def strip_metadata(data: bytes) -> bytes:
 
 
 def _marker(data: bytes, position: int) -> tuple[int, int]:
-    """(marker, position after it); any number of 0xFF may stand before a marker."""
+    """Return (marker, position after it); any number of fill bytes 0xFF may precede a marker."""
     if position >= len(data) or data[position] != 0xFF:
         raise PhotoError(f"truncated or damaged: no JPEG marker at byte {position} of {len(data)}")
     while position < len(data) and data[position] == 0xFF:
@@ -127,13 +127,13 @@ def _segment(marker: int, payload: bytes) -> bytes:
 
 
 def _colors(data: bytes) -> str:
-    """RGB: three components; Gray; CMYK: four."""
+    """Return the color space: RGB for three components, CMYK for four, or Gray."""
     colors = str(simplejpeg.decode_jpeg_header(data)[2])
     return {"YCbCr": "RGB", "YCCK": "CMYK"}.get(colors, colors)
 
 
 def _orientation(data: bytes) -> int:
-    """1 (upright) to 8, as EXIF has it; 1 where the EXIF says nothing or is broken, which is no fault of the pixels."""
+    """Return the EXIF orientation, 1 (upright) to 8; 1 where the EXIF is absent or broken, as the pixels are valid."""
     if b"Exif\0\0" not in data:
         return 1
     try:
@@ -146,7 +146,7 @@ def _orientation(data: bytes) -> int:
 def _exif_orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Pillow lets any error of a broken EXIF through
+    except Exception:  # a broken EXIF may raise anything in Pillow
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -157,9 +157,9 @@ def _reduced(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
 
 
 def _decode(data: bytes, size: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """(H, W, 3) uint8. A JPEG much larger than `size` (width, height) is halved by the decoder, never below twice it.
+    """Decode to (H, W, 3) uint8; the decoder may halve a JPEG down to twice `size` (width, height), not below.
 
-    The decoder is the loader's and as strict, so that what is packed can be read; Pillow passes damage over.
+    Uses the loader's strict decoder, so that what is packed can be read; Pillow ignores some damage.
     """
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     if height * width > MAX_PIXELS:

@@ -1,4 +1,4 @@
-"""A lesion in words <-> the JSON beside its photos in a shard, for readers who know nothing of samples.parquet."""
+"""The JSON record of a lesion in a shard, for readers that do not use samples.parquet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP_KEYS = ("group", "patient_id")
 
 @dataclass(frozen=True)
 class Record:
-    """What a sample's JSON says: as in `Lesion`, the concepts still by name."""
+    """The content of a sample's JSON: fields as in `Lesion`, but concepts by name."""
 
     lesion_id: str
     group: str
@@ -26,8 +26,8 @@ class Record:
     metadata: tuple[float, ...]
 
 
-def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON of a lesion; `parse` reads it back."""
+def to_record(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
+    """Return the JSON record of a lesion; `parse_record` reads it back."""
     return {
         "lesion_id": lesion.lesion_id,
         "label": None if lesion.label == UNLABELED else DIAGNOSES[lesion.label],
@@ -42,21 +42,22 @@ def describe(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def parse(key: str, record: bytes | None, label: bytes | None) -> Record:
-    """What a sample of a shard says, by us or by others: its key, its `.json` and its `.cls` member, None if absent.
+def parse_record(key: str, record: bytes | None, label: bytes | None) -> Record:
+    """Parse a sample's `.json` and `.cls` members (None where absent), written by triderm pack or another program.
 
-    lesion_id: else the sample's key, without folders.  label or diagnosis: a name of `DIAGNOSES` in any case, or its
-    number; else what `.cls` says.  group or patient_id: else the lesion itself.  concepts: a mapping of names to
-    scores; or cells MONET_*.  metadata: a mapping, or cells of the record itself, named as in `METADATA_FIELDS` or in
-    the challenge's table.  What is absent or null is missing.
-    Raises ValueError saying what can't be understood.
+    lesion_id: default the sample's key, without folders.  label or diagnosis: a name of `DIAGNOSES` in any case, or
+    its index; default the content of `.cls`.  group or patient_id: default the lesion itself.  concepts: a mapping of
+    names to scores; default the record's own keys MONET_*.  metadata: a mapping, or keys of the record itself, named as
+    in `METADATA_FIELDS` or as their columns. What is absent or null is missing.
+
+    Raises ValueError for a value that cannot be read.
     """
     cells = json.loads(record) if record is not None else {}
     if not isinstance(cells, dict):
         raise ValueError(f"its JSON is a {type(cells).__name__}, not a mapping")
     lesion_id = _text(cells.get("lesion_id")) or key.rpartition("/")[2]
     if not LESION_ID.fullmatch(lesion_id):
-        raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no blank, dot or slash")
+        raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no space, dot or slash")
     diagnosis = next((text for name in LABEL_KEYS if (text := _text(cells.get(name)))), (label or b"").decode().strip())
     metadata = _mapping(cells, "metadata") or cells
     concepts = _mapping(cells, "concepts") or {

@@ -1,4 +1,4 @@
-"""Is a folder of shards whole? Checksums, counts, every sample as plain `webdataset` reads it, every photo."""
+"""Verify a packed set: checksums, counts, every sample as plain `webdataset` reads it, every photo."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
-from triderm_dist.data.shards.photos import PhotoError, check_photo, photo_facts
-from triderm_dist.data.shards.record import parse
+from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
+from triderm_dist.data.shards.record import parse_record
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
 from triderm_dist.data.threads import available_cores, in_order
 from triderm_dist.files import file_sha256
@@ -26,15 +26,18 @@ def verify(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
-    """Everything that is wrong with a packed set; an empty list where it is whole."""
+    """Return all problems of a packed set, an empty list where it is valid.
+
+    folds, fold_seed: also check that `assign_folds` succeeds. progress: called with (lesions checked, all lesions).
+    """
     checksums = list(_checksums(index, workers or available_cores()))
     if any(problem.where == str(index.folder / SAMPLES) for problem in checksums):
-        return checksums  # nothing else can be held against a damaged table
+        return checksums  # a damaged table would make all other checks fail too
     return [
         *checksums,
         *_counts(index),
         *_samples(index, workers or available_cores(), progress),
-        *_doubled(index),
+        *_duplicates(index),
         *_folds(index, folds, fold_seed),
     ]
 
@@ -57,7 +60,7 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
 
 
 def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], None] | None) -> Iterator[Problem]:
-    """Every sample that webdataset reads against its row of the index; all photos against what index.json says."""
+    """Compare every sample that webdataset reads with its row of the index, and all photos with index.json."""
     photos = np.zeros((len(index), len(VIEWS), 3), np.uint64)
 
     def check(pair: tuple[int, dict[str, Any]]) -> Problem | None:
@@ -69,7 +72,7 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
             return Problem(index.lesion_ids[row], "sample", where, str(error))
         return None
 
-    index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018 - before threads
+    index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018 - read before the threads start
     problems: list[Problem] = []
     for done, (_, problem) in enumerate(in_order(check, _pairs(index, problems.append), workers), start=1):
         if problem:
@@ -81,15 +84,15 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
 
 def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
     shared = shared_photos(labeled_digests(photos, index.labels), lambda: (index.lesion_ids, index.groups))
-    right = {"photo_sizes": count_sizes(photos), "shared_photos": tuple(shared)}
-    for name, value in right.items():
+    expected = {"photo_sizes": count_sizes(photos), "shared_photos": tuple(shared)}
+    for name, value in expected.items():
         if getattr(index, name) != value:
-            yield Problem("", "count", str(index.folder / INDEX), f"{name} is not that of the photos in the tars")
+            yield Problem("", "count", str(index.folder / INDEX), f"{name} does not match the photos in the tars")
 
 
 def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, sample) of every row, in order; what webdataset reads otherwise is told to `on_problem`."""
-    left_out = {problem.lesion_id for problem in index.problems}
+    """Yield (row, sample) of every row, in order; `on_problem` gets every other sample that webdataset reads."""
+    dropped = {problem.lesion_id for problem in index.problems}
     ends = np.cumsum([shard.samples for shard in index.shards])
     row = 0
     for number, end in enumerate(ends.tolist()):
@@ -100,12 +103,12 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
                 if row < end and name == index.lesion_ids[row]:
                     yield row, sample
                     row += 1
-                elif name not in left_out:
-                    instead = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
-                    on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} in place of {instead}"))
+                elif name not in dropped:
+                    wanted = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
+                    on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} instead of {wanted}"))
                     break
-        except Exception as error:  # whatever a tar reader makes of damage
-            on_problem(Problem("", "tar", where, f"webdataset can't read on ({one_line(error)})"))
+        except Exception as error:  # a damaged tar may raise anything
+            on_problem(Problem("", "tar", where, f"webdataset cannot read it ({one_line(error)})"))
         if row < end:
             first = index.lesion_ids[row]
             what = f"webdataset does not read {end - row} of the lesions that the index lists, the first {first}"
@@ -116,34 +119,34 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
 def _webdataset(path: str) -> Iterator[dict[str, Any]]:
     import webdataset
 
-    # All samples in this process, whatever RANK says.
+    # All samples in this process, also where RANK is set.
     yield from webdataset.WebDataset([path], shardshuffle=False, nodesplitter=None, workersplitter=None)
 
 
 def _lesion_id(sample: dict[str, Any]) -> str:
     try:
-        return parse(sample["__key__"], sample.get("json"), sample.get("cls")).lesion_id
+        return parse_record(sample["__key__"], sample.get("json"), sample.get("cls")).lesion_id
     except ValueError:
         return str(sample["__key__"])
 
 
 def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """The `photo_facts` of both views.
+    """Return the `size_and_hash` of both views.
 
     Raises PhotoError or ValueError naming what differs from the index, or the photo that does not decode.
     """
-    facts = []
+    photos = []
     for view in VIEWS:
         data = next((sample[name] for name in index.extensions[view] if name in sample), b"")
         if data != read_photo_bytes(index, row, view):
-            raise ValueError(f"the {view} photo is not where {SAMPLES} says")
+            raise ValueError(f"the {view} photo is not at the offset of {SAMPLES}")
         if data:
             try:
                 check_photo(data)
             except PhotoError as error:
                 raise PhotoError(f"the {view} photo does not decode ({error})") from None
-        facts.append(photo_facts(data))
-    record = parse(sample["__key__"], sample.get("json"), sample.get("cls"))
+        photos.append(size_and_hash(data))
+    record = parse_record(sample["__key__"], sample.get("json"), sample.get("cls"))
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
         "label": record.label == index.labels[row],
@@ -152,14 +155,16 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[t
         "metadata": np.array_equal(np.asarray(record.metadata, np.float32), index.metadata[row], equal_nan=True),
     }
     if wrong := [name for name, equal in same.items() if not equal]:
-        raise ValueError(f"the {wrong[0]} of the sample's JSON is not that of {SAMPLES}")
-    return facts
+        raise ValueError(f"the {wrong[0]} of the sample's JSON differs from {SAMPLES}")
+    return photos
 
 
-def _doubled(index: ShardIndex) -> Iterator[Problem]:
+def _duplicates(index: ShardIndex) -> Iterator[Problem]:
     distinct = int(index.lesion_ids.codes.max(initial=-1)) + 1
     if distinct != len(index):
-        yield Problem("", "doubled lesion", str(index.folder / SAMPLES), f"{len(index) - distinct} lesions occur twice")
+        yield Problem(
+            "", "duplicate lesion", str(index.folder / SAMPLES), f"{len(index) - distinct} lesions occur twice"
+        )
 
 
 def _folds(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
@@ -168,4 +173,4 @@ def _folds(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
     try:
         assign_folds(index.labels, index.groups, folds, fold_seed)
     except DataError as error:
-        yield Problem("", "folds", str(index.folder), f"{error}; or check with other folds=")
+        yield Problem("", "folds", str(index.folder), f"{error}; or verify with another folds=")

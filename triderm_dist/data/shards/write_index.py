@@ -35,17 +35,17 @@ def write_index(
     problems: Sequence[Problem],
     about: Mapping[str, Any],
 ) -> None:
-    """Write samples.parquet from tables of rows, one after the other, then index.json; each whole or not at all.
+    """Write samples.parquet from tables of rows, then index.json, both atomically.
 
-    The tables have the columns of `rows_schema`. `about` adds what the maker wants to say of itself.
+    tables: one after the other, with the columns of `rows_schema`. about: further entries of index.json.
     """
     counts: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     digests: list[np.ndarray] = []
     rows = 0
-    with atomic_path(folder / SAMPLES) as beside:
+    with atomic_path(folder / SAMPLES) as part:
         schema = samples_schema(len(concepts), len(METADATA_FIELDS))
-        with pq.ParquetWriter(beside, schema, compression="zstd", use_dictionary=False) as file:
+        with pq.ParquetWriter(part, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
                 rows += len(table)
@@ -56,15 +56,15 @@ def write_index(
                 digests.append(labeled_digests(photos, table["label"].to_numpy()))
 
         def names() -> tuple[Text, Text]:
-            columns = pq.read_table(beside, columns=["lesion_id", "group"])
+            columns = pq.read_table(part, columns=["lesion_id", "group"])
             return Text(columns["lesion_id"]), Text(columns["group"])
 
         shared = shared_photos(np.concatenate(digests), names)
         about_samples = {
             "url": SAMPLES,
             "rows": rows,
-            "bytes": beside.stat().st_size,
-            "sha256": file_sha256(beside),
+            "bytes": part.stat().st_size,
+            "sha256": file_sha256(part),
         }
     index = {
         "format": FORMAT,
@@ -86,45 +86,47 @@ def write_index(
 
 
 def _added_categories() -> dict[str, Any]:
-    """Categories of the fields that are not MILK10k's, which a reader compares with its own; nothing without any."""
+    """Return the categories of fields that are not MILK10k's, which a reader compares with its own."""
     added = {field.name: field.categories for field in added_fields() if not field.is_number}
     return {"metadata_categories": added} if added else {}
 
 
 def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
-    """How many have which (width, height), by the `photo_facts` (N, views, 3) of a set; missing ones do not count."""
-    there = photos[photos[..., 2] > 0]
-    sizes, counts = np.unique(there[:, 0] << np.uint64(32) | there[:, 1], return_counts=True)
+    """Count the photos of each (width, height), given the `size_and_hash` (N, views, 3); missing ones do not count."""
+    present = photos[photos[..., 2] > 0]
+    sizes, counts = np.unique(present[:, 0] << np.uint64(32) | present[:, 1], return_counts=True)
     return Counter({divmod(size, 1 << 32): n for size, n in zip(sizes.tolist(), counts.tolist(), strict=True)})
 
 
 def labeled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N, views) hashes of the `photo_facts` (N, views, 3); 0 where a lesion has no label: it is in no fold."""
+    """Return the hashes (N, views) of the `size_and_hash` (N, views, 3); 0 where a lesion has no label and so no
+    fold.
+    """
     return np.where(labels[:, None] != UNLABELED, photos[..., 2], 0)
 
 
 def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
-    """Pairs of lesions of two groups that hold the same photo, by the hashes (N, views) of its bytes; 0 is none.
+    """Return pairs of lesions of different groups that hold the same photo, given its hashes (N, views); 0 is no photo.
 
-    Of many lesions with one photo, each is paired with the first. names: gives the lesion ids and groups, where needed.
+    Of many lesions with one photo, each is paired with the first. names: reads the lesion ids and groups, if needed.
     """
     flat = digests.ravel()
     order = np.argsort(flat, kind="stable")
     order = order[flat[order] > 0]
     ordered = flat[order]
-    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-    if not len(again):
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    if not len(repeated):
         return []
     lesion_ids, groups = names()
-    first = order[np.searchsorted(ordered, ordered[again])] // digests.shape[1]
-    rows = order[again] // digests.shape[1]
-    apart = groups[first] != groups[rows]
-    pairs = sorted(set(zip(first[apart].tolist(), rows[apart].tolist(), strict=True)))
+    first = order[np.searchsorted(ordered, ordered[repeated])] // digests.shape[1]
+    rows = order[repeated] // digests.shape[1]
+    other_group = groups[first] != groups[rows]
+    pairs = sorted(set(zip(first[other_group].tolist(), rows[other_group].tolist(), strict=True)))
     return [(lesion_ids[one], lesion_ids[other]) for one, other in pairs]
 
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of `ROW_GROUP` rows, so that many small shards make no small row groups."""
+    """Yield the same rows in tables of `ROW_GROUP` rows, so that many small shards do not make small row groups."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
