@@ -7,6 +7,7 @@ recipe that trains nothing is in no group: its function gets the folder with its
 """
 
 import csv
+import json
 import os
 import re
 import signal
@@ -27,6 +28,10 @@ from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
+from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
+from triderm_dist.ensemble.run_files import read_nested
+from triderm_dist.ensemble.stack_inputs import base_columns, column_names
+from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_FIELDS
@@ -35,8 +40,8 @@ from triderm_dist.settings import merge
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 GROUPS = (
-    ("loss-term", "sgd", "scheduler", "tracker", "metadata-number"),
-    ("muon", "augmentation", "metadata-category", "network"),
+    ("loss-term", "sgd", "scheduler", "tracker", "metadata-number", "report-metric"),
+    ("muon", "augmentation", "metadata-category", "network", "stacker"),
 )
 """Recipes that share an experiment: each must have an effect of its own."""
 EXPERIMENT = """\
@@ -178,6 +183,32 @@ def network(run: Run) -> None:
     weighted = 0.3 * predictions.aux_clinical + 0.7 * predictions.aux_dermoscopic
     np.testing.assert_allclose(predictions.logits, weighted, rtol=1e-4, atol=1e-5)
     assert predictions.features.shape[1] == 2 * 32
+
+
+@check("stacker")
+def stacker(run: Run) -> None:
+    """Stacked and predicted by the plugin; its file predicts what a new fit on the out-of-fold table predicts."""
+    config = load(Experiment, run.folder / "config.yaml").stack
+    description = json.loads((run.folder / "stack.json").read_text())
+    assert description["kind"] == "logistic" and not (run.folder / "stack.ubj").exists()
+    fitted = FittedStacker.load(run.folder / "stack.json")
+    table = read_oof(run.folder / "oof.parquet")
+    columns = base_columns(table)
+    rows = np.arange(len(table))
+    rows = TrainingRows(columns, rows, table.labels, table.groups, column_names(table), table.diagnoses)
+    again = fit_stacker(rows, config)
+    np.testing.assert_array_equal(fitted.predict(columns), again.predict(columns))
+    assert (run.folder / "submission.csv").exists()
+    report = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "logistic regression stacker" in report and "Stack.max_rounds has no effect" in report
+
+
+@check("report-metric")
+def report_metric(run: Run) -> None:
+    rows = read_nested(run.folder / "ensemble_oof.parquet")
+    share = (rows.decisions.sum(axis=1) == 1).mean()
+    report = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert f"Lesions with exactly one predicted diagnosis</th><td>{share:.3f}</td>" in report
 
 
 def added_field(run: Run, name: str) -> np.ndarray:

@@ -35,6 +35,10 @@ def main(config: PipelineRun) -> None:
         raise ConfigError("data.source: the challenge folder is needed, or data.shards with packed shards")
     for model in config.models.values():
         check_network(model)
+    if config.stack.enabled:
+        from triderm_dist.ensemble.fitted_stacker import stacker_kind
+
+        stacker_kind(config.stack)  # refuses unknown kinds and settings before anything is trained
     folder, settings = config.folder, config.folder / "config.yaml"
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
         raise ConfigError(f"launcher: {config.launcher}: no such file, and none of that name ships with the package")
