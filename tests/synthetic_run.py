@@ -33,7 +33,7 @@ def folds_of(labels: np.ndarray, folds: int = FOLDS) -> np.ndarray:
 def predictions_of(
     model: str, labels: np.ndarray, fold: int, lesion_ids: list[str], seed: int, informed: bool = True
 ) -> Predictions:
-    """What a model of some skill says; with `informed` False it knows nothing."""
+    """Predictions of a model of some skill; of none with `informed` False."""
     head, skill = MODELS.get(model, ("softmax", 2.0))
     generator = np.random.default_rng(seed)
     rows, classes = len(labels), len(DIAGNOSES)

@@ -19,7 +19,7 @@ def slow_f1(decisions: np.ndarray, labels: np.ndarray, label: int) -> float:
 
 @settings(deadline=None)
 @given(arrays(bool, (30, 4)), arrays(np.int64, 30, elements=st.integers(-1, 3)))
-def test_f1_equals_a_slow_count_and_leaves_out_the_unlabeled(decisions: np.ndarray, labels: np.ndarray) -> None:
+def test_f1_equals_a_slow_count_without_unlabeled_lesions(decisions: np.ndarray, labels: np.ndarray) -> None:
     f1 = metrics.f1_per_class(decisions, labels)
     for label in range(4):
         if (labels == label).any():
@@ -30,14 +30,14 @@ def test_f1_equals_a_slow_count_and_leaves_out_the_unlabeled(decisions: np.ndarr
         assert metrics.macro_f1(decisions, labels) == pytest.approx(np.nanmean(f1))
 
 
-def test_the_official_cut_is_strict() -> None:
+def test_the_official_threshold_is_strict() -> None:
     labels = np.arange(3)
     assert metrics.official_macro_f1(np.eye(3) * 0.5, labels) == 0.0
     assert metrics.official_macro_f1(np.eye(3) * 0.5000001, labels) == 1.0
     assert metrics.argmax_macro_f1(np.eye(3) * 0.5, labels) == 1.0
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_mismatched_shapes_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(3, 2\).*\(4,\)"):
         metrics.macro_f1(np.ones((3, 2), bool), np.zeros(4, int))
 
@@ -60,7 +60,7 @@ def test_bootstrap_equals_resampling_lesions_one_by_one() -> None:
 
 @pytest.mark.parametrize("recall", [0.3, 0.8, 0.95, 1.0])
 def test_recall_difference_covers_the_truth_with_few_lesions_against_many(recall: float) -> None:
-    """A slice of 110 lesions, 60 of one diagnosis and 5 of each other, against 200 of each: equally well found."""
+    """A slice of 110 lesions, 60 of one diagnosis and 5 of each other, against 200 of each, with equal recall."""
     generator = np.random.default_rng(0)
     few, many = np.array([60] + 10 * [5]), np.full(11, 200)
     kept, draws, behind, ahead = np.ones(11, bool), 2000, 0, 0
@@ -73,12 +73,12 @@ def test_recall_difference_covers_the_truth_with_few_lesions_against_many(recall
         assert difference.low <= difference.value <= difference.high
         behind, ahead = behind + (difference.high < 0), ahead + (difference.low > 0)
     assert behind / draws < 0.04  # 0.025 by intent
-    assert ahead / draws < 0.08  # few lesions that are nearly all found can't tell that they are well off
+    assert ahead / draws < 0.08  # few lesions with high recall give little evidence
     if recall < 1:
-        assert behind + ahead > 0  # not so wide that nothing is ever told
+        assert behind + ahead > 0  # the interval is not too wide to find a difference
 
 
-def test_paired_difference_sees_what_two_intervals_hide() -> None:
+def test_paired_difference_is_narrower_than_two_intervals() -> None:
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 100)
     first = metrics.argmax_decisions(np.eye(3)[labels] + generator.normal(scale=0.6, size=(300, 3)))
@@ -87,12 +87,12 @@ def test_paired_difference_sees_what_two_intervals_hide() -> None:
     assert metrics.paired_difference(first, first, labels) == metrics.Interval(0.0, 0.0, 0.0)
     difference = metrics.paired_difference(first, second, labels)
     assert 0 < difference.low < difference.value < difference.high
-    alone = [metrics.bootstrap_interval(table, labels) for table in (first, second)]
-    assert alone[0].low < alone[1].high
-    assert difference.high - difference.low < alone[0].high - alone[0].low
+    separate = [metrics.bootstrap_interval(table, labels) for table in (first, second)]
+    assert separate[0].low < separate[1].high
+    assert difference.high - difference.low < separate[0].high - separate[0].low
 
 
-def test_the_official_scorer_gives_the_same_figure_on_200_submissions() -> None:
+def test_the_official_scorer_gives_the_same_score_on_200_submissions() -> None:
     """All by the scorer's own F1 of a category; twenty also by the whole scorer, a third of a second each."""
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
     if not hasattr(scoring, "ClassificationMetric") or not hasattr(scoring.ClassificationMetric, "DICE"):
@@ -110,7 +110,7 @@ def test_the_official_scorer_gives_the_same_figure_on_200_submissions() -> None:
         table = generator.random((rows, C))
         if kind == 1:  # ties at 0.5 exactly
             table = generator.choice([0.0, 0.25, 0.5, 0.5000001, 0.75, 1.0], (rows, C))
-        elif kind == 2:  # some diagnoses never claimed
+        elif kind == 2:  # some diagnoses never predicted
             table[:, generator.choice(C, 4, replace=False)] *= 0.5
         elif kind == 3:  # one diagnosis only
             table = np.zeros((rows, C))
@@ -135,3 +135,22 @@ def test_the_official_scorer_gives_the_same_figure_on_200_submissions() -> None:
             weights = pandas.DataFrame({"score_weight": 1.0, "validation_weight": 1.0}, index=ids)
             score = ClassificationScore(truth, submitted, weights, scoring.ClassificationMetric.DICE)
             assert score.overall == pytest.approx(ours, abs=1e-12)
+
+
+def test_metrics_of_the_report_and_their_intervals(monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), [200, 40, 9])
+    probabilities = 0.5 * np.eye(3)[labels] + generator.random((len(labels), 3))
+    decisions = probabilities > 0.6
+    positives = metrics.Metric("positives", lambda probabilities, labels, decisions: float((labels == 2).sum()))
+    monkeypatch.setitem(metrics.METRICS, "positives", positives)
+    monkeypatch.setitem(metrics.METRICS, "macro_f1", metrics.Metric("", lambda p, y, d: metrics.macro_f1(d, y)))
+    values = metrics.bootstrap_metrics(probabilities, labels, decisions, 400)
+    assert list(values) == list(metrics.METRICS)
+    assert values["mean_recall"].value == pytest.approx(np.mean(metrics.class_counts(decisions, labels).recall))
+    assert values["accuracy"].value == (probabilities.argmax(axis=1) == labels).mean()
+    assert values["positives"] == metrics.Interval(9.0, 9.0, 9.0)  # stratified
+    expected = metrics.bootstrap_interval(decisions, labels, 4000)
+    assert values["macro_f1"].value == expected.value
+    assert values["macro_f1"].low == pytest.approx(expected.low, abs=0.02)
+    assert values["macro_f1"].high == pytest.approx(expected.high, abs=0.02)

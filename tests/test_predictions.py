@@ -36,7 +36,7 @@ def rewrite(path: Path, **change) -> None:
     write_predictions(path, replace(old, **new), split=new.get("split", old.split))
 
 
-def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_prediction_file_round_trip(tmp_path: Path) -> None:
     labels = labels_of(110)
     written = predictions_of("trimodal", labels, 2, [f"l{row}" for row in range(110)], seed=0)
     write_predictions(tmp_path / "p.parquet", written, split=TEST, transforms=8)
@@ -49,35 +49,35 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
 
 
-def test_gather_takes_files_in_any_order_and_the_table_comes_back(run) -> None:
+def test_gather_is_independent_of_file_order_and_round_trips(run) -> None:
     folder, ids, labels, folds = run
     paths = find_predictions(folder)
     assert len(paths) == len(MODELS) * FOLDS
-    there, back = (gather(order, list(MODELS), ids, labels, folds) for order in (paths, paths[::-1]))
+    forward, backward = (gather(order, list(MODELS), ids, labels, folds) for order in (paths, paths[::-1]))
     read = read_oof(folder / "oof.parquet", features=True)
     assert read.models == tuple(MODELS)
     assert read.heads == {"trimodal": "softmax", "dual_cnn": "sigmoid"}
     for model in MODELS:
         for part in ("logits", "aux_clinical", "aux_dermoscopic", "features", "hashes"):
-            np.testing.assert_array_equal(getattr(there, part)[model], getattr(back, part)[model])
-            np.testing.assert_array_equal(getattr(there, part)[model], getattr(read, part)[model])
+            np.testing.assert_array_equal(getattr(forward, part)[model], getattr(backward, part)[model])
+            np.testing.assert_array_equal(getattr(forward, part)[model], getattr(read, part)[model])
     for part in ("lesion_ids", "groups", "labels", "folds"):
-        np.testing.assert_array_equal(getattr(there, part), getattr(read, part))
-    assert there.features["trimodal"].shape[1] != there.features["dual_cnn"].shape[1]
-    assert there.complete().all()
+        np.testing.assert_array_equal(getattr(forward, part), getattr(read, part))
+    assert forward.features["trimodal"].shape[1] != forward.features["dual_cnn"].shape[1]
+    assert forward.complete().all()
 
 
-def test_an_absent_fold_is_nan_and_never_zero(run) -> None:
+def test_a_missing_fold_is_nan(run) -> None:
     folder, ids, labels, folds = run
     shutil.rmtree(folder / "dual_cnn" / "fold-1")
     write_oof(folder / "oof.parquet", gather(folder, None, ids, labels, folds))
     table = read_oof(folder / "oof.parquet")
-    silent = folds == 1
-    assert np.isnan(table.logits["dual_cnn"][silent]).all() and np.isfinite(table.logits["dual_cnn"][~silent]).all()
-    np.testing.assert_array_equal(table.complete(), ~silent)
+    missing = folds == 1
+    assert np.isnan(table.logits["dual_cnn"][missing]).all() and np.isfinite(table.logits["dual_cnn"][~missing]).all()
+    np.testing.assert_array_equal(table.complete(), ~missing)
     assert table.complete(["trimodal"]).all()
-    assert (table.hashes["dual_cnn"][silent] == "").all()
-    assert table.take(table.complete()).folds.tolist() == folds[~silent].tolist()
+    assert (table.hashes["dual_cnn"][missing] == "").all()
+    assert table.take(table.complete()).folds.tolist() == folds[~missing].tolist()
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,15 @@ def test_an_absent_fold_is_nan_and_never_zero(run) -> None:
     [
         ({"fold": 1}, "is predicted as fold 1 but belongs to fold 0: its model was trained on it"),
         ({"labels": lambda x: (x + 1) % 11}, "has label"),
-        ({"lesion_ids": lambda x: np.array(["stranger", *x[1:]], object)}, "lesion stranger is not among the lesions"),
+        ({"lesion_ids": lambda x: np.array(["stranger", *x[1:]], object)}, "lesion stranger is not in the data"),
         ({"lesion_ids": lambda x: np.array([x[0], x[0], *x[2:]], object)}, r"occurs twice|has label"),
         ({"split": "test"}, "holds test predictions"),
         ({"head": "sigmoid"}, "head"),
         ({"concept_names": tuple(f"c{i}" for i in range(14))}, "other diagnoses, concepts or metadata fields"),
-        ({"model": "dual_cnn"}, "already predicted by model dual_cnn|a .* head here"),
+        ({"model": "dual_cnn"}, "already predicted by model dual_cnn|head in another file"),
     ],
 )
-def test_a_file_that_does_not_belong_is_refused_by_name(run, change: dict, message: str) -> None:
+def test_files_of_other_data_are_refused_by_name(run, change: dict, message: str) -> None:
     folder, ids, labels, folds = run
     path = folder / "trimodal" / "fold-0" / "predictions.parquet"
     rewrite(path, **change)
@@ -102,7 +102,7 @@ def test_a_file_that_does_not_belong_is_refused_by_name(run, change: dict, messa
     assert "predictions.parquet" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_planted_training_row_is_refused(run) -> None:
+def test_a_training_row_is_refused(run) -> None:
     """Weights of fold 0 that also predict a lesion of fold 1 were trained on it."""
     folder, ids, labels, folds = run
     weights = read_predictions(folder / "trimodal" / "fold-0" / "predictions.parquet").model_hash[0]
@@ -122,8 +122,8 @@ def test_a_group_in_two_folds_is_refused(run) -> None:
         gather(folder, None, ids, labels, folds)
 
 
-def test_the_table_itself_is_checked_when_read(run) -> None:
-    """Somebody may have edited oof.parquet: a doubled row or another fold for one model is refused."""
+def test_an_edited_table_is_refused(run) -> None:
+    """A duplicate row, or another fold for one model, in oof.parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -146,7 +146,7 @@ def test_the_table_itself_is_checked_when_read(run) -> None:
         read_oof(path)
 
 
-def test_missing_and_foreign_files_are_named(tmp_path: Path, run) -> None:
+def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path, run) -> None:
     folder, ids, labels, folds = run
     with pytest.raises(DataError, match="no such file"):
         read_oof(tmp_path / "none.parquet")
@@ -159,7 +159,7 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path, run) -> None:
         gather(folder, ["trimodal", "absent"], ids, labels, folds)
 
 
-def test_the_test_set_is_the_mean_of_logits_over_folds(run) -> None:
+def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
     folder, *_ = run
     parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
     flipped = replace(parts[1], **{
@@ -172,7 +172,7 @@ def test_the_test_set_is_the_mean_of_logits_over_folds(run) -> None:
         own = [part.logits for part in parts if part.model[0] == model]
         np.testing.assert_allclose(table.logits[model], np.mean(own, axis=0), atol=1e-6)
     assert (table.folds == NO_FOLD).all()
-    with pytest.raises(DataError, match="come twice"):
+    with pytest.raises(DataError, match="were given twice"):
         average_test([*parts, parts[0]])
     with pytest.raises(DataError, match="other lesions"):
         average_test([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])

@@ -16,7 +16,7 @@ UNIT = st.floats(0, 1)
 
 @settings(deadline=None)
 @given(arrays(np.float64, (12, 3), elements=UNIT), arrays(np.float64, 3, elements=UNIT))
-def test_the_map_keeps_decisions_and_order(probabilities: np.ndarray, thresholds: np.ndarray) -> None:
+def test_map_to_half_keeps_decisions_and_order(probabilities: np.ndarray, thresholds: np.ndarray) -> None:
     mapped = map_to_half(probabilities, thresholds)
     assert ((mapped >= 0) & (mapped <= 1)).all()
     np.testing.assert_array_equal(mapped > 0.5, probabilities > thresholds)
@@ -27,7 +27,7 @@ def test_the_map_keeps_decisions_and_order(probabilities: np.ndarray, thresholds
 
 @settings(deadline=None)
 @given(st.data())
-def test_the_file_says_what_was_decided_down_to_the_last_bit(tmp_path_factory, data) -> None:
+def test_file_reproduces_decisions_to_the_last_bit(tmp_path_factory, data) -> None:
     thresholds = data.draw(arrays(np.float64, C, elements=st.floats(0.001, 0.999)))
     probabilities = data.draw(arrays(np.float64, (4, C), elements=UNIT))
     probabilities[1] = thresholds
@@ -41,7 +41,7 @@ def test_the_file_says_what_was_decided_down_to_the_last_bit(tmp_path_factory, d
     assert (read[2] > 0.5).all() and not (read[1] > 0.5).any() and not (read[3] > 0.5).any()
 
 
-def test_format(tmp_path: Path) -> None:
+def test_file_format(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "submission.csv"
     write_submission(path, ["b", "a"], np.array([[0.0] * C, [1.0] * C]), np.full(C, 0.5), template=["a", "b"])
     lines = path.read_bytes().decode().split("\n")
@@ -60,22 +60,20 @@ def test_format(tmp_path: Path) -> None:
         ({"thresholds": np.zeros(3)}, "thresholds have shape"),
         ({"thresholds": np.full(C, np.nan)}, r"thresholds must lie in \[0, 1\]"),
         ({"lesion_ids": ["a", "a"]}, "lesion a occurs twice"),
-        ({"lesion_ids": [], "probabilities": np.zeros((0, C))}, "no lesion"),
+        ({"lesion_ids": [], "probabilities": np.zeros((0, C))}, "no lesions"),
         ({"template": ["a", "b", "c"]}, "1 lesions of the template are not predicted, the first is c"),
         ({"template": ["a"]}, "1 lesions are not in the template, the first is b"),
         ({"template": ["a", "b", "b"]}, "twice in the template"),
     ],
 )
-def test_what_the_scorer_would_refuse_is_refused_and_nothing_written(
-    tmp_path: Path, change: dict, message: str
-) -> None:
+def test_invalid_submissions_are_refused_without_a_file(tmp_path: Path, change: dict, message: str) -> None:
     good = {"lesion_ids": ["a", "b"], "probabilities": np.zeros((2, C)), "thresholds": np.full(C, 0.5)}
     with pytest.raises(DataError, match=message):
         write_submission(tmp_path / "submission.csv", **(good | change))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     with pytest.raises(DataError, match="no such file"):
         read_submission(path)
@@ -83,14 +81,14 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     for text, message in (
         ("id,x\n", "header"),
         (f"{header}\na,1.0\n", "line 2"),
-        (f"{header}\na{',x' * C}\n", "no number"),
+        (f"{header}\na{',x' * C}\n", "not a number"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             read_submission(path)
 
 
-def test_the_official_scorer_accepts_the_file_and_agrees(tmp_path: Path) -> None:
+def test_the_official_scorer_gives_the_same_score(tmp_path: Path) -> None:
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
     if not hasattr(scoring.ClassificationMetric, "DICE"):
         pytest.skip("this isic-challenge-scoring is older than 5.8.0 and has no dice")

@@ -1,8 +1,8 @@
-"""Predictions on disk, and the out-of-fold table that everything after training is fitted on.
+"""Prediction files, and the out-of-fold table that everything after training is fitted on.
 
-One row is one lesion seen by one model. A fold's model writes `predictions.parquet` (the lesions of its fold, which it
-never saw) and `test.parquet`; `gather` puts the former of all folds and models together and refuses whatever would let
-a training row in. Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
+One row holds the outputs of one model for one lesion. The model of a fold writes `predictions.parquet` (the lesions of
+its fold, which it was not trained on) and `test.parquet`; `gather` merges the former of all folds and models, and
+refuses files that would leak training rows. Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VERSION = 1
 OUT_OF_FOLD = "out_of_fold"
 TEST = "test"
 NO_FOLD = -1
-"""The fold of a lesion that belongs to none: a test lesion."""
+"""The fold of test lesions, which belong to none."""
 
 _KEY = b"triderm"
 _SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
@@ -33,11 +33,11 @@ _LISTS = ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "
 
 @dataclass(frozen=True)
 class Predictions:
-    """What models said about lesions, one row for each pair; `model`, `model_hash`, `head`, `fold` may be one for all.
+    """Outputs of models, one row per lesion and model. A column of scalars may be given as one value for all rows.
 
     lesion_ids, groups, model, model_hash, head: (N,) text.  labels, fold: (N,) int64.  logits, aux_clinical,
     aux_dermoscopic: (N, C).  features: (N, D).  concepts: (N, K) and metadata: (N, M), NaN where missing.
-    head: "softmax" or "sigmoid".  model_hash: sha256 of the weights.
+    head: "softmax" or "sigmoid".  model_hash: SHA-256 of the weights.  extra: further values of the file's header.
     """
 
     lesion_ids: np.ndarray
@@ -76,7 +76,7 @@ class Predictions:
         for name, width in widths.items():
             value = np.asarray(getattr(self, name), np.float32)
             if value.ndim != 2 or len(value) != rows or (width is not None and value.shape[1] != width):
-                raise DataError(f"{name} has shape {value.shape}, ({rows}, {width or 'D'}) is needed")
+                raise DataError(f"{name} has shape {value.shape}, expected ({rows}, {width or 'D'})")
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -85,11 +85,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class OofTable:
-    """One row a lesion; what each model said about it, NaN where no model that never saw the lesion has spoken.
+    """The outputs of each model, one row per lesion; NaN where a model has no held-out prediction for the lesion.
 
     lesion_ids, groups: (N,) text.  labels, folds: (N,) int64.  concepts (N, K), metadata (N, M).  Of each model by
-    name: heads text; logits, aux_clinical, aux_dermoscopic (N, C); features (N, D); hashes (N,) text, "" where the
-    model is silent. The same table carries the test set (`average_test`): its folds are all `NO_FOLD`.
+    name: heads text; logits, aux_clinical, aux_dermoscopic (N, C); features (N, D); hashes (N,) text, of
+    the weights that predicted the row, "" without a prediction. The same type holds the test set (`average_test`):
+    there all folds are `NO_FOLD`.
     """
 
     lesion_ids: np.ndarray
@@ -113,14 +114,14 @@ class OofTable:
         return len(self.lesion_ids)
 
     def complete(self, models: Sequence[str] | None = None) -> np.ndarray:
-        """(N,) bool: lesions that every one of the models has spoken about."""
+        """Return (N,) bool: lesions that every one of the models has a prediction for."""
         names = self.models if models is None else models
         return np.logical_and.reduce([np.isfinite(self.logits[name]).all(axis=1) for name in names])
 
     def take(self, rows: np.ndarray) -> OofTable:
-        """The table of some lesions, by index or mask."""
+        """Return the table of some lesions, by index or mask."""
 
-        def each(by_model: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def take(by_model: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {model: values[rows] for model, values in by_model.items()}
 
         return replace(
@@ -131,16 +132,21 @@ class OofTable:
             folds=self.folds[rows],
             concepts=self.concepts[rows],
             metadata=self.metadata[rows],
-            logits=each(self.logits),
-            aux_clinical=each(self.aux_clinical),
-            aux_dermoscopic=each(self.aux_dermoscopic),
-            features=each(self.features),
-            hashes=each(self.hashes),
+            logits=take(self.logits),
+            aux_clinical=take(self.aux_clinical),
+            aux_dermoscopic=take(self.aux_dermoscopic),
+            features=take(self.features),
+            hashes=take(self.hashes),
         )
 
 
+def labeled(table: OofTable) -> np.ndarray:
+    """Return (N,) bool: lesions whose diagnosis is known."""
+    return table.labels != UNLABELED
+
+
 def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_FOLD, **extra: Any) -> None:
-    """Write a parquet file, whole or not at all. `extra` (JSON values, such as transforms=8) goes into its head."""
+    """Write a parquet file, atomically. `extra` (JSON values, such as transforms=8) goes into its header."""
     import pyarrow as pa
 
     scalars = {
@@ -156,23 +162,23 @@ def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_
         name: pa.array(scalars[name], pa.int64() if name in ("fold", "label") else pa.string()) for name in _SCALARS
     }
     columns |= {name: _as_lists(getattr(predictions, name)) for name in _LISTS}
-    _write(Path(path), pa.table(columns), _head(predictions, split, extra))
+    _write(Path(path), pa.table(columns), _header(predictions, split, extra))
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read what `write_predictions` wrote. Raises DataError naming the file for anything else."""
     path = Path(path)
-    table, head = _read(path)
-    names = [tuple(head.pop(key)) for key in _NAMES]
-    split = head.pop("split")
+    table, header = _read(path)
+    names = [tuple(header.pop(key)) for key in _NAMES]
+    split = header.pop("split")
     try:
-        return replace(_from_rows(table, path, *names), split=split, extra=head)
+        return replace(_from_rows(table, path, *names), split=split, extra=header)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 
 def find_predictions(run_folder: Path, models: Sequence[str] | None = None) -> list[Path]:
-    """The files MODEL/fold-K/predictions.parquet of a run, sorted; of some models only if they are named."""
+    """Return the files MODEL/fold-K/predictions.parquet of a run, sorted; `models` None takes all models."""
     found = sorted(Path(run_folder).glob("*/fold-*/predictions.parquet"))
     return [path for path in found if models is None or path.parent.parent.name in models]
 
@@ -184,14 +190,14 @@ def gather(
     labels: np.ndarray,
     folds: np.ndarray,
 ) -> OofTable:
-    """The out-of-fold table of a run folder (or of named files, in any order, of any machine).
+    """Merge the prediction files of a run folder (or of a list of files, in any order) into the out-of-fold table.
 
-    lesion_ids (N,), labels (N,) int64 and folds (N,) int64 are those of the data: the table has their lesions in their
-    order. A fold whose file is absent shows as NaN. `models` None takes what is found.
+    lesion_ids (N,), labels (N,) int64 and folds (N,) int64 are those of the data, and the table has their order. A
+    missing file leaves NaN. `models` None takes all models that are found.
 
-    Raises DataError for a wrong format or version, a test file, a lesion or model that is not expected, a lesion
-    predicted twice by a model, a label or a fold that differs from the data's, a group in two folds, and weights
-    that predict two folds (they were trained on one of them).
+    Raises DataError for a wrong format or version, a test file, an unexpected lesion or model, a lesion predicted twice
+    by a model, a label or a fold that differs from the data's, a group in two folds, and weights that predict two folds
+    (they were trained on one of them).
     """
     if isinstance(source, str | Path):
         paths = find_predictions(Path(source), models)
@@ -201,17 +207,17 @@ def gather(
         paths = [Path(path) for path in source]
     parts = [(path, read_predictions(path)) for path in paths]
     if not parts:
-        raise DataError("no predictions to gather; run triderm crossval first")
-    expected = _Expected(lesion_ids, labels, folds)
+        raise DataError("no prediction files to gather; run triderm crossval first")
+    data = _DataSplit(lesion_ids, labels, folds)
     for path, part in parts:
-        expected.check(path, part)
+        data.check(path, part)
         if models is not None and (unknown := sorted(set(part.model) - set(models))):
-            raise DataError(f"{path}: holds model {unknown[0]!r}, which is not among {', '.join(models)}")
-    return _table(parts, expected, models)
+            raise DataError(f"{path}: holds unexpected model {unknown[0]!r}; expected {', '.join(models)}")
+    return _merge(parts, data, models)
 
 
 def write_oof(path: Path, table: OofTable) -> None:
-    """Write the table as parquet, one row a lesion and model, silent pairs with NaN; whole or not at all."""
+    """Write the table as parquet, atomically: one row per lesion and model, NaN without a prediction."""
     import pyarrow as pa
 
     rows, names = len(table), table.models
@@ -226,45 +232,45 @@ def write_oof(path: Path, table: OofTable) -> None:
     }
     arrays = {key: pa.array(value, from_pandas=False) for key, value in columns.items()}
     for key in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
-        # Models differ in the width of their features, so that the lists of a chunk are as long as its model says.
+        # Models differ in the width of their features: each model is a chunk with lists of its own length.
         arrays[key] = pa.chunked_array([_as_lists(getattr(table, key)[name]) for name in names])
     for key in ("concepts", "metadata"):
         arrays[key] = pa.chunked_array([_as_lists(getattr(table, key))] * len(names))
-    _write(Path(path), pa.table(arrays), _head(table, OUT_OF_FOLD, {}))
+    _write(Path(path), pa.table(arrays), _header(table, OUT_OF_FOLD, {}))
 
 
 def read_oof(path: Path, features: bool = False) -> OofTable:
-    """Read what `write_oof` wrote, without the wide fused features (N, 0) unless asked for.
+    """Read what `write_oof` wrote, without the wide fused features, which are then (N, 0), unless asked for.
 
-    Raises DataError naming the file, also where its rows leak (see `gather`).
+    Raises DataError naming the file, also for leaks (see `gather`).
     """
     import pyarrow.compute as pc
 
     path = Path(path)
-    table, head = _read(path, None if features else [*_SCALARS, *(name for name in _LISTS if name != "features")])
+    table, header = _read(path, None if features else [*_SCALARS, *(name for name in _LISTS if name != "features")])
     if not features:
         table = table.append_column("features", _as_lists(np.empty((len(table), 0))))
     names = tuple(dict.fromkeys(_text(table, "model")))
-    if head["split"] != OUT_OF_FOLD:
-        raise DataError(f"{path}: holds {head['split']} predictions, the out-of-fold table is needed")
+    if header["split"] != OUT_OF_FOLD:
+        raise DataError(f"{path}: holds {header['split']} predictions, expected the out-of-fold table")
     if not names:
         raise DataError(f"{path}: has no rows; run triderm crossval first")
     parts = [
-        (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, *(tuple(head[key]) for key in _NAMES)))
+        (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, *(tuple(header[key]) for key in _NAMES)))
         for name in names
     ]
     first = parts[0][1]
-    expected = _Expected(first.lesion_ids.tolist(), first.labels, first.fold)
+    data = _DataSplit(first.lesion_ids.tolist(), first.labels, first.fold)
     for _, part in parts:
-        expected.check(path, part)
-    return _table(parts, expected, names)
+        data.check(path, part)
+    return _merge(parts, data, names)
 
 
 def average_test(parts: Iterable[Predictions]) -> OofTable:
-    """The test set as a table: for each model the mean over its fold models of logits, auxiliary logits, features.
+    """Average the test predictions of each model over its fold models: logits and auxiliary logits.
 
-    Logits are averaged, since they are what the stacker was fitted on. Raises DataError unless every part holds the
-    same lesions, each once, and no weights come twice.
+    Logits rather than probabilities are averaged, since the stacker was fitted on logits. Features are dropped, (N, 0).
+    Raises DataError unless every part holds the same lesions, each once, and all parts are by different weights.
     """
     parts = list(parts)
     if not parts:
@@ -276,16 +282,16 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
     for part in parts:
         key = (_single(part.model, "model"), _single(part.model_hash, "model_hash"))
         if key in seen:
-            raise DataError(f"test predictions of {key[0]} with weights {key[1][:12]} come twice")
+            raise DataError(f"test predictions of {key[0]} with weights {key[1][:12]} were given twice")
         seen.add(key)
         if _names(part) != _names(first):
             raise DataError(
                 f"test predictions of {key[0]} name other diagnoses, concepts or metadata fields than the first file"
             )
-        place = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
-        if len(place) != len(part) or set(place) != set(ids):
+        row_of = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
+        if len(row_of) != len(part) or set(row_of) != set(ids):
             raise DataError(f"test predictions of {key[0]} ({key[1][:12]}) hold other lesions than the first file")
-        by_model.setdefault(key[0], []).append((part, np.array([place[lesion] for lesion in ids], np.int64)))
+        by_model.setdefault(key[0], []).append((part, np.array([row_of[lesion] for lesion in ids], np.int64)))
 
     def mean(name: str, model: str) -> np.ndarray:
         return np.asarray(np.mean([getattr(part, name)[order] for part, order in by_model[model]], axis=0))
@@ -303,7 +309,7 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         logits={model: mean("logits", model) for model in models},
         aux_clinical={model: mean("aux_clinical", model) for model in models},
         aux_dermoscopic={model: mean("aux_dermoscopic", model) for model in models},
-        # Axes of one fold model's features mean nothing in another's: there is no mean of them.
+        # The features of different fold models have different axes, so there is no mean of them.
         features={model: np.full((len(ids), 0), np.nan, np.float32) for model in models},
         hashes={model: np.full(len(ids), "", object) for model in models},
         concept_names=first.concept_names,
@@ -312,34 +318,34 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
     )
 
 
-class _Expected:
-    """The lesions of the data with their labels and folds, and the checks of a file against them."""
+class _DataSplit:
+    """The lesions of the data with their labels and folds, which prediction files are checked against."""
 
     def __init__(self, lesion_ids: Sequence[str], labels: np.ndarray, folds: np.ndarray) -> None:
         self.lesion_ids = np.array(list(lesion_ids), object)
         self.labels = np.asarray(labels, np.int64)
         self.folds = np.asarray(folds, np.int64)
-        self.place = {lesion: row for row, lesion in enumerate(self.lesion_ids)}
-        if len(self.place) != len(self.lesion_ids):
-            raise DataError("a lesion id occurs twice among the lesions of the data")
+        self.row_of = {lesion: row for row, lesion in enumerate(self.lesion_ids)}
+        if len(self.row_of) != len(self.lesion_ids):
+            raise DataError("a lesion id occurs twice in the data")
         self.fold_of_group: dict[str, int] = {}
         self.fold_of_weights: dict[tuple[str, str], int] = {}
 
     def rows(self, part: Predictions) -> np.ndarray:
-        return np.array([self.place[lesion] for lesion in part.lesion_ids], np.int64)
+        return np.array([self.row_of[lesion] for lesion in part.lesion_ids], np.int64)
 
     def check(self, path: Path, part: Predictions) -> None:
         if part.split != OUT_OF_FOLD:
-            raise DataError(f"{path}: holds {part.split} predictions, out-of-fold ones are needed")
+            raise DataError(f"{path}: holds {part.split} predictions, expected out-of-fold predictions")
         seen: set[tuple[str, str]] = set()
         columns = (part.lesion_ids, part.groups, part.labels, part.fold, part.model, part.model_hash)
         for lesion, group, label, fold, model, weights in zip(*(column.tolist() for column in columns), strict=True):
-            if lesion not in self.place:
-                raise DataError(f"{path}: lesion {lesion} is not among the lesions of the data")
+            if lesion not in self.row_of:
+                raise DataError(f"{path}: lesion {lesion} is not in the data")
             if (lesion, model) in seen:
                 raise DataError(f"{path}: lesion {lesion} occurs twice for model {model}")
             seen.add((lesion, model))
-            row = self.place[lesion]
+            row = self.row_of[lesion]
             if label != self.labels[row]:
                 raise DataError(f"{path}: lesion {lesion} has label {label}, in the data it is {self.labels[row]}")
             if fold != self.folds[row]:
@@ -358,46 +364,48 @@ class _Expected:
                 )
 
 
-def _table(parts: list[tuple[Path, Predictions]], expected: _Expected, models: Sequence[str] | None) -> OofTable:
+def _merge(parts: list[tuple[Path, Predictions]], data: _DataSplit, models: Sequence[str] | None) -> OofTable:
     first_path, first = parts[0]
-    rows = len(expected.lesion_ids)
+    rows = len(data.lesion_ids)
     found = tuple(dict.fromkeys(model for _, part in parts for model in part.model))
     if models is not None and (absent := [name for name in models if name not in found]):
-        raise DataError(f"no predictions of model {absent[0]!r} were found; train it or take it out of the models")
+        raise DataError(f"no predictions of model {absent[0]!r} found; train it, or remove it from models")
     names = found if models is None else tuple(models)
-    groups = expected.lesion_ids.copy()
+    groups = data.lesion_ids.copy()
     concepts = np.full((rows, len(first.concept_names)), np.nan, np.float32)
     metadata = np.full((rows, len(first.metadata_fields)), np.nan, np.float32)
     heads: dict[str, str] = {}
     hashes = {name: np.full(rows, "", object) for name in names}
     arrays: dict[str, dict[str, np.ndarray]] = {key: {} for key in _LISTS[:4]}
-    spoken = {name: np.zeros(rows, bool) for name in names}
+    predicted = {name: np.zeros(rows, bool) for name in names}
     for path, part in parts:
         if _names(part) != _names(first):
             raise DataError(f"{path}: names other diagnoses, concepts or metadata fields than {first_path}")
         for name in dict.fromkeys(part.model):
             own = part.model == name
-            place = expected.rows(part)[own]
-            if spoken[name][place].any():
-                lesion = expected.lesion_ids[place[spoken[name][place]][0]]
+            place = data.rows(part)[own]
+            if predicted[name][place].any():
+                lesion = data.lesion_ids[place[predicted[name][place]][0]]
                 raise DataError(f"{path}: lesion {lesion} was already predicted by model {name} in another file")
-            spoken[name][place] = True
+            predicted[name][place] = True
             head = _single(part.head[own], "head", path)
             if heads.setdefault(name, head) != head:
-                raise DataError(f"{path}: model {name} has a {head} head here and a {heads[name]} head elsewhere")
+                raise DataError(f"{path}: model {name} has a {head} head, but a {heads[name]} head in another file")
             hashes[name][place] = part.model_hash[own]
             for key in arrays:
                 value = getattr(part, key)[own]
                 kept = arrays[key].setdefault(name, np.full((rows, value.shape[1]), np.nan, np.float32))
                 if kept.shape[1] != value.shape[1]:
-                    raise DataError(f"{path}: {key} of {name} has width {value.shape[1]}, elsewhere {kept.shape[1]}")
+                    raise DataError(
+                        f"{path}: {key} of {name} has width {value.shape[1]}, but {kept.shape[1]} in another file"
+                    )
                 kept[place] = value
             groups[place], concepts[place], metadata[place] = part.groups[own], part.concepts[own], part.metadata[own]
     return OofTable(
-        lesion_ids=expected.lesion_ids,
+        lesion_ids=data.lesion_ids,
         groups=groups,
-        labels=expected.labels,
-        folds=expected.folds,
+        labels=data.labels,
+        folds=data.folds,
         concepts=concepts,
         metadata=metadata,
         models=names,
@@ -414,9 +422,9 @@ def _names(part: Predictions) -> tuple[tuple[str, ...], ...]:
     return part.diagnoses, part.concept_names, part.metadata_fields
 
 
-def _head(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     if split not in (OUT_OF_FOLD, TEST):
-        raise DataError(f"split {split!r} is unknown; there are {OUT_OF_FOLD} and {TEST}")
+        raise DataError(f"split: {split!r} is not a split; known: {OUT_OF_FOLD}, {TEST}")
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -428,11 +436,11 @@ def _head(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -
     }
 
 
-def _write(path: Path, table: Any, head: dict[str, Any]) -> None:
+def _write(path: Path, table: Any, header: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
-    with atomic_path(path) as beside:
-        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(head)}), beside, compression="zstd")
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(header)}), temporary, compression="zstd")
 
 
 def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -446,16 +454,16 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, 
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     try:
-        head = json.loads((table.schema.metadata or {})[_KEY])
+        header = json.loads((table.schema.metadata or {})[_KEY])
     except (KeyError, ValueError):
-        raise DataError(f"{path}: not a file of predictions of this toolkit") from None
-    if (head.pop("format", None), head.pop("version", None)) != (FORMAT, VERSION):
+        raise DataError(f"{path}: not a prediction file of this toolkit") from None
+    if (header.pop("format", None), header.pop("version", None)) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; write it again with this version of the toolkit")
     # Files of earlier versions hold MILK10k's fields and do not name them.
-    head.setdefault("metadata_fields", [field.name for field in MILK10K_FIELDS])
+    header.setdefault("metadata_fields", [field.name for field in MILK10K_FIELDS])
     if absent := [name for name in columns or (*_SCALARS, *_LISTS) if name not in table.column_names]:
         raise DataError(f"{path}: column {absent[0]!r} is missing")
-    return table, head
+    return table, header
 
 
 def _from_rows(
@@ -495,7 +503,7 @@ def _as_array(table: Any, name: str, path: Path) -> np.ndarray:
     column = table[name].combine_chunks()
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
     if len(lengths) and not (lengths == lengths[0]).all():
-        raise DataError(f"{path}: column {name!r} has rows of {lengths.min():.0f} and of {lengths.max():.0f} numbers")
+        raise DataError(f"{path}: column {name!r} has rows of {lengths.min():.0f} to {lengths.max():.0f} numbers")
     width = int(lengths[0]) if len(lengths) else 0
     values = column.flatten().to_numpy(zero_copy_only=False)
     return np.asarray(values, np.float32).reshape(len(lengths), width)
@@ -508,7 +516,7 @@ def _text(table: Any, name: str) -> np.ndarray:
 def _column(value: Any, rows: int, kind: type) -> np.ndarray:
     array: np.ndarray = np.asarray(value, kind)
     if array.ndim > 1 or (array.ndim == 1 and len(array) != rows):
-        raise DataError(f"a column of shape {array.shape} does not fit {rows} rows")
+        raise DataError(f"a column has shape {array.shape}, expected ({rows},)")
     return np.array(np.broadcast_to(array, (rows,)))
 
 
@@ -516,10 +524,5 @@ def _single(values: np.ndarray, what: str, path: Path | None = None) -> str:
     distinct = sorted(set(values))
     if len(distinct) != 1:
         where = f"{path}: " if path else ""
-        raise DataError(f"{where}one {what} is needed, there are {len(distinct)}: {', '.join(map(str, distinct[:3]))}")
+        raise DataError(f"{where}expected one {what}, got {len(distinct)}: {', '.join(map(str, distinct[:3]))}")
     return str(distinct[0])
-
-
-def labeled(table: OofTable) -> np.ndarray:
-    """(N,) bool: lesions whose diagnosis is known."""
-    return table.labels != UNLABELED

@@ -23,7 +23,7 @@ class PredictRun(Experiment):
         (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
     )
     submit: bool = Field(
-        True, description="write the submission; false only leaves what each fold says, for stack.extra=[features]"
+        True, description="write the submission; false only writes each fold's test.parquet, for stack.extra=[features]"
     )
 
 
@@ -40,22 +40,22 @@ def main(config: PredictRun) -> None:
         draw(config)
         return
     truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
-    fitted = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
+    ensemble = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     predict_test(config, index, members)
-    if fitted is None or not is_main():
+    if ensemble is None or not is_main():
         return
     files = [config.fold_folder(name, fold) / "test.parquet" for name in members for fold in range(config.data.folds)]
     path = submit(config.folder, files)
-    print(f"{path}: the {fitted.weighting} of {', '.join(fitted.members)} over {config.data.folds} folds")
+    print(f"wrote {path}: {ensemble.weighting} of {', '.join(ensemble.members)}; {config.data.folds} folds averaged")
     if truth is not None:
         result = score(path, truth, config.ensemble.bootstrap, config.seed)
         low, high = result["interval"]
         if result["absent"]:
-            print(f"no lesion of the truth has {', '.join(result['absent'])}: scored without")
+            print(f"no test lesion has {', '.join(result['absent'])}: excluded from the score")
         print(
-            f"held-out macro F1 by the official rule {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
+            f"held-out macro F1 (official metric) {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
             f"argmax {result['argmax']:.3f}, {result['n']} lesions"
         )
 
