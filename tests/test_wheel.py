@@ -1,0 +1,94 @@
+"""An installed wheel does what a clone can, from any folder."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+from triderm_dist import __version__
+from triderm_dist.commands.config import KINDS
+from triderm_dist.config import shipped_names
+
+pytest.importorskip("hatchling", reason="builds the wheel: pip install hatchling")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a virtual environment that holds the wheel, and otherwise the packages of this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True, timeout=300)
+    (packages,) = folder.glob("venv/lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    return python.parent
+
+
+def run(programs: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the environment in a folder outside of the clone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": ""}
+    command = [str(programs / words[0]), *words[1:]]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def output(programs: Path, folder: Path, *words: str) -> str:
+    done = run(programs, folder, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_package_is_that_of_the_wheel(programs, tmp_path):
+    code = "import sys, triderm_dist; print(triderm_dist.__file__, *sys.path)"
+    first, *paths = output(programs, tmp_path, "python", "-c", code).split()
+    assert first.startswith(str(programs.parent)) and str(ROOT) not in paths
+
+
+def test_light_programs_run_from_any_folder(programs, tmp_path):
+    assert "Start here:" in output(programs, tmp_path, "triderm", "--help")
+    assert output(programs, tmp_path, "triderm", "--version") == f"triderm-dist {__version__}\n"
+    printed = output(programs, tmp_path, "triderm", "train", "--config", "demo", "--print-config")
+    assert "output: runs/demo" in printed and "timm:test_efficientnet" in printed
+
+
+def test_every_shipped_file_is_listed_and_can_be_copied(programs, tmp_path):
+    listed = output(programs, tmp_path, "triderm", "config", "list")
+    for kind in KINDS:
+        for name in shipped_names(kind):
+            assert re.search(rf"^  {re.escape(name)} +\S", listed, re.M), name
+    assert output(programs, tmp_path, "triderm", "config", "copy", "rtx4090") == "rtx4090.yaml\n"
+    printed = output(programs, tmp_path, "triderm", "train", "--config", "rtx4090.yaml", "--print-config")
+    assert printed == output(programs, tmp_path, "triderm", "train", "--config", "rtx4090", "--print-config")
+    output(programs, tmp_path, "triderm", "config", "copy", "slurm/train.sh")
+    assert os.access(tmp_path / "train.sh", os.X_OK)
+    assert Path(output(programs, tmp_path, "triderm", "config", "path", "slurm/common.sh").strip()).is_file()
+
+
+@pytest.mark.slow
+def test_the_doctor_knows_the_versions_and_the_shipped_files(programs, tmp_path):
+    done = run(programs, tmp_path, "triderm", "doctor", "--config", "demo", "launcher=ddp")
+    assert done.returncode == 2 and done.stderr.startswith("error: missing: "), done.stdout + done.stderr
+    assert "was not tried" not in done.stdout and "triderm pipeline --config" in done.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_starts_programs_of_the_wheel(programs, tmp_path):
+    launcher = output(programs, tmp_path, "triderm", "config", "path", "single").strip()
+    words = ["accelerate.commands.launch", "--config_file", launcher, "-m", "triderm_dist.commands.train", "--help"]
+    assert "Settings of this program:" in output(programs, tmp_path, "python", "-m", *words)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_to_its_report(programs, tmp_path):
+    output(programs, tmp_path, "triderm", "demo")
+    assert (tmp_path / "runs" / "demo" / "report.html").is_file()
