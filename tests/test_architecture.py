@@ -1,12 +1,15 @@
 """Layers, import cycles, light start-up, and safe loading."""
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from triderm_dist import commands
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "triderm_dist"
@@ -90,21 +93,41 @@ def test_the_library_imports_no_program_and_programs_not_one_another():
         assert not any(name.split(".")[0] in ENTRY_POINTS for name in imports_of(path)), path
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}.{path.stem}")
-def test_help_is_light_and_complete(program):
+MODULES = [
+    *(f"{path.parent.name}.{path.stem}" for path in PROGRAMS),
+    *(f"triderm_dist.commands.{name}" for name in commands.names()),
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_is_light_and_complete(module):
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['x', '--help']\n"
-        f"try: runpy.run_module('{program.parent.name}.{program.stem}', run_name='__main__')\n"
+        f"try: runpy.run_module('{module}', run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'ray', 'xgboost', 'deepspeed', 'pandas', 'matplotlib', 'timm'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    name = "synthetic" if program.stem == "demo" else program.stem
+    name = "synthetic" if module == "shards.demo" else module.rpartition(".")[2]
     assert f"triderm {name}" in done.stdout or "accelerate launch" in done.stdout
-    assert "key.subkey=value" in done.stdout or name == "ranks"
+    assert "key.subkey=value" in done.stdout or name in ("ranks", "config")
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"), [(["--help"], 0.3), (["config", "list"], 0.5), (["train", "--help"], 0.5)]
+)
+def test_programs_start_at_once(words, seconds):
+    """By CPU time, the least of five starts: another program on the machine must not decide."""
+    command, times = [sys.executable, "-m", "triderm_dist", *words], []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(times) <= seconds, times
 
 
 def test_no_pickle_and_no_unsafe_loading():
