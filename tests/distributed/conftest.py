@@ -1,5 +1,7 @@
 """A packed demo set for real trainings, and a tiny network."""
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,13 @@ models:
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory) -> Path:
-    """Shards of 100 synthetic lesions."""
-    folder = tmp_path_factory.mktemp("demo")
-    launch("shards.demo", f"output={folder}/demo", "lesions=100", "test_lesions=50")
-    launch("shards.pack", f"source={folder}/demo/train", f"output={folder}/shards", "short_side=null")
+    """Shards of 100 synthetic lesions, made once for all workers of pytest-xdist; the demo folder lies beside them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packed"
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "shards").exists():
+            launch("shards.demo", f"output={folder}/demo", "lesions=100", "test_lesions=50")
+            launch("shards.pack", f"source={folder}/demo/train", f"output={folder}/shards", "short_side=null")
     return folder / "shards"

@@ -103,19 +103,22 @@ def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
 TRAIN_WORKER = "ray::RayTrainWorker"
 
 
-def test_trials_on_two_workers_each_give_what_one_worker_gives_also_after_a_worker_was_killed(tiny, tmp_path):
+@pytest.mark.parametrize("trials", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_trials_on_two_workers_each_give_what_one_worker_gives_also_after_a_worker_was_killed(tiny, tmp_path, trials):
     space, run = space_file(tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}"), tmp_path / "run"
-    words = ["--config", str(tiny), f"space={space}", "trials=2", "scheduler=none", "seeds=0", "train.micro_batch=8"]
+    settings = ["train.micro_batch=8", "train.epochs=8"]
+    words = ["--config", str(tiny), f"space={space}", f"trials={trials}", "scheduler=none", "seeds=0", *settings]
     # Room for two trials at once, whatever the machine has.
     process = program("tune.search", *words, "workers=2", environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'})
     wait_for(lambda: any(trial.epochs for trial in read_trials(run / "search")), process)
-    wait_for(lambda: len(forks(TRAIN_WORKER)) == 4, process)
+    wait_for(lambda: len(forks(TRAIN_WORKER)) == 2 * trials, process)
     workers = forks(TRAIN_WORKER)
     os.kill(workers[0], signal.SIGKILL)
-    wait_for(lambda: len(set(workers) & set(forks(TRAIN_WORKER))) <= 2, process)  # the other of its trial ends too
+    # The other worker of its trial ends too.
+    wait_for(lambda: len(set(workers) & set(forks(TRAIN_WORKER))) <= 2 * trials - 2, process)
     assert "is tried again from its last checkpoint" in output_of(process)
 
-    experiment = load(Experiment, tiny, ["train.micro_batch=8"])
+    experiment = load(Experiment, tiny, settings)
     for trial in read_trials(run / "search"):
         alone, told = tmp_path / f"alone-{trial.number}", []
         run_trial(Trial(trial.number, trial.settings), experiment, "small", (0,), alone, told.append)
