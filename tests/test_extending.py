@@ -140,6 +140,35 @@ def check(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]
 # --- the checks -------------------------------------------------------------------------------------------------------
 
 
+@check("loss-term")
+def loss_term(run: Run) -> None:
+    assert "poly1" in run.output and "tversky" in run.output
+    for line in run.metrics():
+        assert 0 < line["poly1"] < 2 and 0 < line["tversky"] < 1
+        terms = 0.5 * (line["focal"] + line["soft_f1"]) + 0.2 * line["poly1"] + 0.3 * line["tversky"]
+        assert line["loss"] == pytest.approx(terms + 0.3 * line["aux"])
+
+
+@check("sgd")
+def sgd(run: Run) -> None:
+    assert {key.partition("/")[0] for key in run.optimizer_state()} == {"momentum_buffer"}
+
+
+@check("scheduler")
+def scheduler(run: Run) -> None:
+    rates = [line["lr"] for line in run.metrics()]
+    warmed_up, highest = rates.index(max(rates)), max(rates)
+    stable = [rate for rate in rates[warmed_up:] if rate == highest]
+    assert len(stable) >= 0.6 * len(rates[warmed_up:]) and rates[-1] < 1e-5
+
+
+@check("muon")
+def muon(run: Run) -> None:
+    keys = {key.partition("/")[0] for key in run.optimizer_state()}
+    assert keys == {"momentum", "mean", "square"}
+    assert run.metrics()[-1]["loss"] < run.metrics()[0]["loss"]
+
+
 @check("tracker")
 def tracker(run: Run) -> None:
     with (run.fold() / "metrics.csv").open() as file:

@@ -1,9 +1,9 @@
-"""AdamW with layer-wise learning rates, and a warm-up and cosine schedule in optimizer steps."""
+"""Optimizers over parameter groups with layer-wise learning rates, and learning-rate schedules in optimizer steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,29 @@ from torch import nn
 
 from triderm_dist.config import OptimConfig
 from triderm_dist.models.network import Network
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, one_line
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    # Fused takes a fifth of the plain one's time, on two CPU cores too.
+    "adamw": partial(torch.optim.AdamW, fused=True),
+}
+"""Optimizers by name (train.optim.name), called as f(parameter_groups, lr=..., **train.optim.settings); plugins add
+theirs. Every torch optimizer fits whose `step` needs no closure."""
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine}
+"""Shapes of the learning rate after the warm-up, by name (train.optim.schedule): progress from 0 to 1 -> share of the
+way from train.optim.min_lr (0) to train.optim.lr (1). Plugins add theirs."""
 _DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def parameter_groups(network: Network, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of AdamW: lr * layer_decay ** depth, by `network.parameter_depths`, heads first.
+    """Groups of an optimizer: lr * layer_decay ** depth, by `network.parameter_depths`, heads first.
 
     Weight decay is for weights of linear maps and convolutions only: biases, norms, layer scales, embeddings, learned
     tokens, queries and positions have none. Every trainable parameter is in exactly one group.
@@ -66,43 +82,73 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused: on two cores too it takes a fifth of the plain one's time. Raises
-    ConfigError where nothing is left to train.
+def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of the settings over `parameter_groups`. Raises ConfigError for an unknown name, settings that the
+    optimizer does not take, and where nothing is left to train.
     """
     groups = parameter_groups(network, config.lr, config.layer_decay, config.weight_decay)
     if not groups:
         raise ConfigError(
             "every parameter of the network is frozen: lower tower.freeze_clinical and freeze_dermoscopic"
         )
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return _new_optimizer(groups, config)
 
 
-def lr_factor(step: int, total_steps: int, warmup_steps: int, min_factor: float) -> float:
+def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    _check_known("optim.name", config.name, OPTIMIZERS, "an optimizer")
+    if own := sorted({"lr", "weight_decay"} & set(config.settings)):
+        raise ConfigError(f"train.optim.settings: set {own[0]} as train.optim.{own[0]}")
+    try:
+        return OPTIMIZERS[config.name](groups, lr=config.lr, **config.settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train.optim.settings: {config.name}: {one_line(error)}") from None
+
+
+def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
+    if name not in table:
+        known = ", ".join(sorted(table))
+        raise ConfigError(f"train.{key}: {name!r} is not {what}; known: {known} (plugins may add others)")
+
+
+def state_size(config: OptimConfig) -> float:
+    """Numbers that the optimizer keeps for each trained parameter of a matrix: 2 for AdamW, its two moments."""
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    optimizer = _new_optimizer([{"params": [parameter], "weight_decay": config.weight_decay}], config)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim) / parameter.numel()
+
+
+def lr_factor(
+    step: int, total_steps: int, warmup_steps: int, min_factor: float, shape: Callable[[float], float] = cosine
+) -> float:
     """Factor of the learning rate in optimizer step `step`, counted from 0.
 
-    Linear from 1 / (warmup + 1) in step 0 to 1 in step `warmup`, then half a cosine to `min_factor` in the last step.
+    Linear from 1 / (warmup + 1) in step 0 to 1 in step `warmup`, then `shape` from 1 to `min_factor` in the last step.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
-    return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min_factor + (1 - min_factor) * shape(progress)
 
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`lr_factor` for every group alike; step it once an optimizer step.
+    """`lr_factor` for every group; step it once per optimizer step.
 
-    `config.min_lr` is where the heads' rate ends, other groups end at the same share of theirs. Raises ConfigError
-    where it is above `config.lr`.
+    The rate of the heads ends at `config.min_lr`, that of other groups at the same share of theirs. Raises ConfigError
+    for an unknown schedule, or where `config.min_lr` is above `config.lr`.
     """
+    _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
     if config.min_lr > config.lr:
-        raise ConfigError(f"optim.min_lr {config.min_lr:g} is above optim.lr {config.lr:g}; lower it")
+        raise ConfigError(f"train.optim.min_lr {config.min_lr:g} is above train.optim.lr {config.lr:g}; lower it")
     factor = partial(
         lr_factor,
         total_steps=total_steps,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         min_factor=config.min_lr / config.lr,
+        shape=SCHEDULES[config.schedule],
     )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

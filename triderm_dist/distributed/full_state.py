@@ -1,20 +1,21 @@
-"""Weights and optimizer state of a running training, whole and by name, whatever the way of running; and back.
+"""Full weights and optimizer state of a running training by canonical name, whatever the strategy; and back.
 
-Names are those of the network itself (no `module.`, no `_orig_mod.`), tensors are fp32 and whole. So a checkpoint
-belongs to no way of running and no number of ranks:
+Names are those of the network itself (no `module.`, no `_orig_mod.`), tensors are full, weights fp32. So a checkpoint
+depends neither on the strategy nor on the number of ranks:
 
 | saved under, resumed under | one process, DDP, FSDP2 | DeepSpeed ZeRO 1, 2, 3 |
 | --- | --- | --- |
-| one process, DDP, FSDP2 | everything | everything but the average, which DeepSpeed can't keep |
+| one process, DDP, FSDP2 | everything | everything but the EMA, which DeepSpeed cannot keep |
 | DeepSpeed ZeRO 1, 2, 3 | everything | everything |
 
-Everything: weights, AdamW's moments and steps, schedule, averaged weights, place in the plan. fp16's loss scale is kept
-where Accelerate does the scaling; DeepSpeed starts its own anew.
+Everything: weights, optimizer state, schedule, EMA, position in the epoch plan. fp16's loss scale is kept where
+Accelerate scales; DeepSpeed restarts its own. DeepSpeed flattens the weights and supports AdamW only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +25,24 @@ from accelerate import Accelerator
 from torch import nn
 
 from triderm_dist.distributed.parallel import strategy_of, unwrap
+from triderm_dist.schema import CheckpointError, ConfigError
 
 Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state under DeepSpeed."""
+
+
+@dataclass
+class OptimizerState:
+    """All that an optimizer keeps.
+
+    tensors, values: by `KEY/NAME` of each trained parameter, such as `exp_avg/head.linear.weight`; values are plain
+    numbers and the like.  groups: entries of the parameter groups that the optimizer itself has changed.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,27 +52,27 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def participates(accelerator: Accelerator) -> bool:
-    """Whether this rank has work in making tensors whole: rank 0 keeps them, and shards need all ranks. Under DDP each
-    rank has everything, so that the others would copy it to their host for nothing.
+    """Whether this rank gathers full tensors: rank 0 keeps them, and shards need all ranks. Under DDP each rank has
+    everything, and the others would only copy it to their hosts.
     """
     return accelerator.is_main_process or strategy_of(accelerator) != "ddp"
 
 
 def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor, on the device and with the sharding of `like`."""
+    """This rank's part of a full tensor, with the device, dtype and sharding of `like`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     value = value.to(like.device, like.dtype)
     if isinstance(like, DTensor):
-        # Every rank has the whole tensor: nothing is sent.
+        # Every rank has the full tensor: nothing is sent.
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value.clone()
 
 
 @torch.no_grad()
 def full_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
-    """Everything that the network's own `state_dict` names, in fp32 where DeepSpeed keeps masters; nothing on ranks
-    that do not take part. Call on all ranks.
+    """The network's state dict, in fp32 where DeepSpeed keeps masters; empty on ranks that do not participate. Call on
+    all ranks.
     """
     if not participates(accelerator):
         return {}
@@ -80,44 +96,141 @@ def full_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
 
 
 @torch.no_grad()
-def full_optimizer_state(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """AdamW's state as `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of each trained parameter; empty before the
-    first step and on ranks that do not take part. optimizer: the plain one. Call on all ranks.
+def full_optimizer_state(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    initial_groups: list[dict[str, Any]],
+) -> OptimizerState:
+    """The state of any optimizer; empty before the first step and on ranks that do not participate.
+
+    optimizer: the plain one.  initial_groups: `group_entries` of it before its first step. Call on all ranks.
     """
-    result: Tensors = {}
+    result = OptimizerState()
     if not participates(accelerator):
         return result
     if strategy_of(accelerator) == "deepspeed":
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-        if not steps:
-            return result
-        _link_moments(wrapped.optimizer)
-        for name, parameter in _trained(wrapped).items():
-            result |= {f"{key}/{name}": full_tensor(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
-            result[f"step/{name}"] = torch.tensor(float(steps[0]))
+        result.tensors = _full_deepspeed_state(wrapped, optimizer)
         return result
     for name, parameter in _trained(wrapped).items():
-        result |= {f"{key}/{name}": full_tensor(value).clone() for key, value in optimizer.state[parameter].items()}
+        for key, value in _leaves(optimizer.state.get(parameter, {})):
+            if isinstance(value, torch.Tensor):
+                result.tensors[f"{key}/{name}"] = full_tensor(value).clone()
+            elif isinstance(value, int | float | str | None):
+                result.values[f"{key}/{name}"] = value
+            else:
+                raise ConfigError(
+                    f"train.optim.name: {type(optimizer).__name__} keeps a {type(value).__name__} as state {key!r}, "
+                    "which a checkpoint cannot hold; use another optimizer"
+                )
+    groups = [
+        {key: value for key, value in now.items() if value != before.get(key)}
+        for now, before in zip(group_entries(optimizer), initial_groups, strict=True)
+    ]
+    result.groups = groups if any(groups) else []
     return result
 
 
+def group_entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Plain entries of the parameter groups that are not the schedule's."""
+    return [
+        {
+            key: value
+            for key, value in group.items()
+            if key not in ("lr", "initial_lr") and isinstance(value, int | float | str | None)
+        }
+        for group in optimizer.param_groups
+    ]
+
+
 @torch.no_grad()
-def load_optimizer(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, weights: Tensors, saved: Tensors
+def load_optimizer_state(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: Tensors,
+    saved: OptimizerState,
 ) -> None:
     """Load what `full_optimizer_state` gave into a fresh optimizer; `weights` also become the masters that DeepSpeed
-    keeps in fp32. optimizer: the plain one. Call on all ranks.
+    keeps in fp32. optimizer: the plain one. Call on all ranks. Raises CheckpointError where the optimizer keeps other
+    state than was saved.
     """
     if strategy_of(accelerator) == "deepspeed":
-        _load_deepspeed(wrapped, optimizer, weights, saved)
+        _load_deepspeed(wrapped, optimizer, weights, saved.tensors)
         return
-    for name, parameter in _trained(wrapped).items() if saved else ():
-        optimizer.state[parameter] = {
-            "step": saved[f"step/{name}"].to(parameter.device),
-            **{key: local_shard(saved[f"{key}/{name}"], parameter) for key in MOMENTS},
-        }
+    if not saved.tensors and not saved.values:
+        return  # saved before the first step
+    _create_state(optimizer)
+    everything: dict[str, Any] = {**saved.tensors, **saved.values}
+    keys_of: dict[str, set[str]] = {}
+    for saved_key in everything:
+        key, _, name = saved_key.partition("/")
+        keys_of.setdefault(name, set()).add(key)
+    for name, parameter in _trained(wrapped).items():
+        fresh, known = optimizer.state[parameter], keys_of.get(name)
+        if not known:
+            del optimizer.state[parameter]  # it had no gradient yet
+            continue
+        if different := known ^ {key for key, _ in _leaves(fresh)}:
+            raise CheckpointError(
+                f"{name}: {type(optimizer).__name__} and the checkpoint differ in the optimizer state "
+                f"{', '.join(sorted(different))}; resume with the optimizer that saved it, or set another output"
+            )
+        optimizer.state[parameter] = _restored(fresh, "", lambda key, name=name: everything[f"{key}/{name}"])
+    for group, entries in zip(optimizer.param_groups, saved.groups or [{}] * len(optimizer.param_groups), strict=True):
+        group.update(entries)
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer create its state, with the types, devices and sharding it wants: one step with gradients and
+    rates of 0, whose traces in weights and groups are removed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)
+    for group, entries in zip(optimizer.param_groups, groups, strict=True):
+        group.update(entries)
+
+
+def _leaves(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) of nested mappings, lists and tuples."""
+    if isinstance(state, Mapping | list | tuple):
+        for name, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, state
+
+
+def _restored(fresh: Any, key: str, saved: Callable[[str], Any]) -> Any:
+    """`fresh` with its leaves replaced by the saved ones."""
+    if isinstance(fresh, Mapping):
+        return {name: _restored(value, f"{key}.{name}" if key else str(name), saved) for name, value in fresh.items()}
+    if isinstance(fresh, list | tuple):
+        return type(fresh)(_restored(value, f"{key}.{number}", saved) for number, value in enumerate(fresh))
+    value = saved(key)
+    return local_shard(value, fresh) if isinstance(fresh, torch.Tensor) else value
+
+
+def _full_deepspeed_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    result: Tensors = {}
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    if not steps:
+        return result
+    _link_moments(wrapped.optimizer)
+    for name, parameter in _trained(wrapped).items():
+        result |= {f"{key}/{name}": full_tensor(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+        result[f"step/{name}"] = torch.tensor(float(steps[0]))
+    return result
 
 
 def _load_deepspeed(
@@ -125,9 +238,9 @@ def _load_deepspeed(
 ) -> None:
     zero: Any = wrapped.optimizer
     device: Any = wrapped.device
-    # ZeRO 3 lends its flat partitions to the optimizer for the time of a step only.
-    lent = getattr(zero, "fp32_partitioned_groups_flat", None)
-    flat = lent or [partition for group in optimizer.param_groups for partition in group["params"]]
+    # ZeRO 3 gives its flat partitions to the optimizer during a step only.
+    zero3 = getattr(zero, "fp32_partitioned_groups_flat", None)
+    flat = zero3 or [partition for group in optimizer.param_groups for partition in group["params"]]
     steps = [value for name, value in saved.items() if name.startswith("step/")]
     for partition in flat if steps else ():
         moments = {key: torch.zeros_like(partition) for key in MOMENTS}

@@ -198,6 +198,11 @@ def check_supported(accelerator: Accelerator, config: TrainConfig) -> None:
             "train.ema_decay: DeepSpeed keeps the fp32 weights to itself, so no average can follow them; "
             "use DDP or FSDP2, or set it to 0"
         )
+    if chosen == "deepspeed" and (config.optim.name != "adamw" or config.optim.settings.get("amsgrad")):
+        raise ConfigError(
+            "train.optim.name: DeepSpeed flattens the weights, so only adamw (without amsgrad) is supported, not "
+            f"{config.optim.name} {config.optim.settings}; use DDP or FSDP2"
+        )
     if stage == 3 and config.compile:
         raise ConfigError(
             "train.compile: ZeRO 3 gathers weights in hooks inside of each block, which torch.compile can't trace; "

@@ -27,10 +27,12 @@ from torch import nn
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import (
+    OptimizerState,
     Tensors,
     full_optimizer_state,
     full_weights,
-    load_optimizer,
+    group_entries,
+    load_optimizer_state,
     participates,
 )
 from triderm_dist.engine.ema import Ema
@@ -69,6 +71,9 @@ class Training:
     state: TrainState
     sums: Sums | None = None
 
+    def __post_init__(self) -> None:
+        self.initial_groups = group_entries(self.optimizer)
+
     def advance(self, batch: int, sums: Sums) -> None:
         """Count a step, on global batch number `batch` of the epoch: schedule, position and EMA."""
         self.scheduler.step()
@@ -104,8 +109,9 @@ class Saved:
 
     def into_training(self, accelerator: Accelerator, training: Training) -> None:
         """Call on all ranks."""
-        weights, optimizer = self._tensors("weights"), self._tensors("optimizer")
-        load_optimizer(accelerator, training.wrapped, training.optimizer, weights, optimizer)
+        weights, state = self._tensors("weights"), OptimizerState(self._tensors("optimizer"))
+        state.values, state.groups = self.record.get("optimizer_values", {}), self.record.get("optimizer_groups", [])
+        load_optimizer_state(accelerator, training.wrapped, training.optimizer, weights, state)
         scheduler = training.scheduler
         # The rates are those of the present settings, which may be others than the recorded ones.
         scheduler.load_state_dict({**self.record["scheduler"], "base_lrs": scheduler.base_lrs})
@@ -154,9 +160,10 @@ class Checkpoints:
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
         """Call on all ranks, between two steps."""
+        optimizer = full_optimizer_state(accelerator, training.wrapped, training.optimizer, training.initial_groups)
         parts = {
             "weights": full_weights(accelerator, training.wrapped),
-            "optimizer": full_optimizer_state(accelerator, training.wrapped, training.optimizer),
+            "optimizer": optimizer.tensors,
             **({"average": training.ema.state()} if training.ema and participates(accelerator) else {}),
         }
         record = {
@@ -164,6 +171,8 @@ class Checkpoints:
             "identity": self.identity,
             "state": asdict(training.state),
             "scheduler": training.scheduler.state_dict(),
+            "optimizer_values": optimizer.values,
+            "optimizer_groups": optimizer.groups,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "sums": training.sums and {name: sums.tolist() for name, sums in training.sums.items()},
             "how": self.how,

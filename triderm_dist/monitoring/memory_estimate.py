@@ -23,10 +23,8 @@ from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.monitoring.flops import example_inputs
+from triderm_dist.optim import state_size
 from triderm_dist.schema import CONCEPTS
-
-ADAM_STATES = 2
-"""Tensors of the optimizer for each trained parameter, in fp32: the two moments."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    network: Network, half: bool, activation_checkpointing: bool, average: bool = False
+    network: Network, half: bool, activation_checkpointing: bool, average: bool = False, optimizer_state: float = 2
 ) -> MemoryEstimate:
     """The footprint of a bare network as DDP trains it; ZeRO and FSDP2 take less. half: under autocast to bf16 or fp16.
+    optimizer_state: fp32 numbers that the optimizer keeps for each trained parameter (`optim.state_size`).
 
     Two peaks are counted and a line is drawn through them, at sizes where activations outweigh gradients. Eager
     execution is counted: compiled blocks need less.
@@ -68,7 +67,7 @@ def estimate_memory(
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return MemoryEstimate(
         parameters=4 * held * (1 + average),
-        optimizer=4 * ADAM_STATES * trained,
+        optimizer=round(4 * optimizer_state * trained),
         gradients=4 * trained,
         base=low - few * a_lesion,
         a_lesion=a_lesion,
@@ -79,7 +78,11 @@ def estimate_memory(
 def estimate_model_memory(model: ModelConfig, half: bool) -> tuple[MemoryEstimate, str]:
     """The footprint of a model of the settings, and a word on a tower that another one stands in for (`stand_in`)."""
     network, said = stand_in(model)
-    return estimate_memory(network, half, model.train.activation_checkpointing, model.train.ema_decay > 0), said
+    train = model.train
+    estimate = estimate_memory(
+        network, half, train.activation_checkpointing, train.ema_decay > 0, state_size(train.optim)
+    )  # fmt: skip
+    return estimate, said
 
 
 def stand_in(model: ModelConfig) -> tuple[Network, str]:
