@@ -169,7 +169,7 @@ def become(request: dict[str, Any], files: list[int], python: str, path: list[st
     more = os.environ.get("PYTHONPATH")
     script = "" if arguments[0].startswith("-") else os.path.dirname(os.path.abspath(arguments[0]))
     sys.path[:] = [script or os.getcwd(), *(more.split(os.pathsep) if more else ()), *path]
-    sys.executable = python
+    sys.executable, sys.orig_argv = python, [python, *request["arguments"]]
     sys.argv = arguments if script else arguments[1:]
     status = 0
     try:
