@@ -44,6 +44,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in the settings of an experiment, and those that single programs add to it."""
+    if page.file.src_uri != "reference/settings.md":
+        return markdown
     markdown = markdown.replace("<!-- settings: experiment -->", experiment_settings())
     return markdown.replace("<!-- settings: programs -->", program_settings())
 
@@ -93,7 +95,7 @@ def kind_of(program: str) -> type[Section] | None:
     found: list[type[Section]] = []
     if not hasattr(module, "run"):
         return None
-    run, module.run = module.run, lambda kind, *rest: found.append(kind)
+    run, module.run = module.run, lambda kind, *rest, **options: found.append(kind)
     try:
         module.start()
     finally:
