@@ -1,4 +1,4 @@
-"""What launch.bench measures, keeps and compares; on photos that it makes up."""
+"""Measuring, recording and comparing training throughput, on synthetic photos."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tests.processes import launch
 from triderm_dist.commands.bench import BenchRun, main
 from triderm_dist.config import load
-from triderm_dist.engine.bench import add_record, alike, comparison, read_records, synthetic_shards
+from triderm_dist.engine.bench import add_record, comparison, find_comparable, read_records, synthetic_shards
 from triderm_dist.schema import DataError
 
 SETTINGS = [
@@ -20,44 +20,44 @@ SETTINGS = [
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     done = launch("launch.bench", *SETTINGS, f"output={folder}", f"record={folder}/records.json", ranks=2)
-    assert "no committed figure of this work" in done.stdout
+    assert "no committed record of this model and batch" in done.stdout
     (found,) = read_records(folder / "records.json")
     return found
 
 
-def test_a_record_says_what_was_measured_on_what(record):
-    assert (record["ranks"], record["way"], record["precision"], record["frozen"]) == (2, "ddp", "fp32", "1+4")
-    assert 0 < record["lesions_per_s"] <= 16 / record["seconds_a_step"]  # what is around the steps counts as well
+def test_record_holds_values_and_what_was_measured(record):
+    assert (record["ranks"], record["strategy"], record["precision"], record["frozen"]) == (2, "ddp", "fp32", "1+4")
+    assert 0 < record["lesions_per_s"] <= 16 / record["seconds_per_step"]  # time around the steps counts as well
     assert 0 <= record["data_wait"] < 1 and 0 < record["mfu"] < 1 and 0 < record["memory_gib"] < 10
     assert record["steps"] >= 3 and record["date"] and record["commit"] and record["versions"]["torch"]
 
 
-def test_only_the_same_work_on_the_same_device_is_compared(record, tmp_path):
+def test_compares_only_equal_models_and_devices(record, tmp_path):
     path = tmp_path / "records.json"
     assert read_records(path) == []
     older = {**record, "lesions_per_s": 2 * record["lesions_per_s"], "date": "2020-01-01"}
     other = {**record, "device": "another one"}
     for each in (older, other):
         add_record(path, each)
-    assert alike(read_records(path), record) == older
-    assert "0.50 of the speed measured on 2020-01-01" in comparison(record, older)
+    assert find_comparable(read_records(path), record) == older
+    assert "0.50 of the throughput measured on 2020-01-01" in comparison(record, older)
     add_record(path, record)  # takes the place of the older one
     assert sorted(read_records(path), key=str) == sorted([other, record], key=str)
-    assert alike([other], record) is None
+    assert find_comparable([other], record) is None
     path.write_text(json.dumps([{"device": "x"}]))
-    with pytest.raises(DataError, match=r"records\.json: is no list of measured records"):
+    with pytest.raises(DataError, match=r"records\.json: not a list of benchmark records"):
         read_records(path)
 
 
-def test_a_bad_file_of_records_is_refused_before_measuring(tmp_path):
+def test_refuses_bad_record_file_before_measuring(tmp_path):
     (tmp_path / "bad.json").write_text("{}x")
     words = [*SETTINGS, f"output={tmp_path / 'run'}", f"record={tmp_path / 'bad.json'}"]
-    with pytest.raises(DataError, match=r"bad\.json: is no list of measured records"):
+    with pytest.raises(DataError, match=r"bad\.json: not a list of benchmark records"):
         main(load(BenchRun, None, words))
     assert not (tmp_path / "run").exists()
 
 
-def test_photos_are_made_once(tmp_path):
+def test_synthetic_photos_are_made_once(tmp_path):
     index = synthetic_shards(tmp_path / "shards", 12, 40)
     before = (tmp_path / "shards" / "index.json").stat().st_mtime_ns
     assert len(index) == 12 and (index.sizes > 0).all()

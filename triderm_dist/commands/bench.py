@@ -1,10 +1,10 @@
-"""A minute that tells how fast this machine trains an experiment's network: lesions/s, MFU, memory, waiting for data.
+"""Measure for a minute how fast this machine trains an experiment's network: lesions/s, MFU, memory, data wait.
 
 triderm bench --config EXPERIMENT.yaml
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.bench --config EXPERIMENT.yaml
 
-The run's own step and loader on random weights, on data.shards if there are any and on made-up photos if not, then
-compared with the figures in benchmarks/results/bench.json for the same work on the same kind of device.
+Uses the training's own step and loader, random weights, and data.shards or, without them, synthetic photos. Compares
+with the record in benchmarks/results/bench.json of the same model, batch and device.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def main(config: BenchRun) -> None:
     from triderm_dist.engine.views import open_views
 
     if config.record:
-        bench.read_records(Path(config.record))  # a bad file is refused before the minute, not after it
+        bench.read_records(Path(config.record))  # refuse a bad file before measuring, not after
     named = model_config(config, config.model or next(iter(config.models)))
     model = named.model_copy(update={"tower": named.tower.model_copy(update={"pretrained": False})})
     train, folder = model.train, config.folder / "bench"
@@ -58,7 +58,7 @@ def main(config: BenchRun) -> None:
     values = bench.measure(model, network, views.loaders, accelerator, config.seconds, seed=config.seed)
     if accelerator.is_main_process:
         record = bench.record_of(model, accelerator, values)
-        print(bench.comparison(record, bench.alike(bench.read_records(COMMITTED), record)))
+        print(bench.comparison(record, bench.find_comparable(bench.read_records(COMMITTED), record)))
         if config.record:
             bench.add_record(Path(config.record), record)
 

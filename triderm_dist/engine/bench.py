@@ -1,4 +1,4 @@
-"""How fast a network trains on this machine, by the run's own step, loader and meter, and how that compares."""
+"""Measure the training throughput of a network with the training's own step, loader and meter, and compare records."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from triderm_dist.optim import build_optimizer
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, VIEWS, DataError, InputError, Lesion
 
 WARM_UP = 5
-"""Steps before the clock starts: compilation, autotuning, first allocations."""
+"""Steps before the measurement: compilation, autotuning, first allocations."""
 PROBE = 3
-"""Steps that tell how many fit into the time."""
-PLANNED = 10_000
-"""The most steps of a measurement."""
+"""Steps that estimate how many fit into the time."""
+MAX_STEPS = 10_000
+"""Upper limit of the steps of a measurement."""
 
-WORK = (
-    "device", "ranks", "way", "precision", "kind", "tower", "image_size", "frozen", "width", "depth", "micro_batch",
-    "global_batch", "compile", "activation_checkpointing",
+COMPARED_KEYS = (
+    "device", "ranks", "strategy", "precision", "kind", "tower", "image_size", "frozen", "width", "depth",
+    "micro_batch", "global_batch", "compile", "activation_checkpointing",
 )  # fmt: skip
-"""What two records must share to be compared."""
+"""Keys of a record that must be equal for two records to be compared."""
 
 
 def measure(
@@ -58,40 +58,41 @@ def measure(
     seconds: float,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Train `network` for about `seconds` after warming up: steps, seconds_a_step and what `Meter.read` tells.
+    """Train `network` for about `seconds` after a warm-up; return steps, seconds_per_step and the values of
+    `ThroughputMeter.read`.
 
-    Call on all ranks. The network is worth nothing afterwards. Raises InputError where it does not fit into memory.
+    Call on all ranks. The weights are useless afterwards. Raises InputError where the network does not fit into memory.
     """
     config = model.train
     check_supported(accelerator, config)
-    compute = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
+    flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
     build = partial(build_optimizer, config=config.optim)
     wrapped, prepared, optimizer = wrap(accelerator, network, build, config.activation_checkpointing, config.compile)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(accelerator.device)
     guard = NonFiniteGuard(accelerator, optimizer)
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, seed, guard)
-    rows = np.resize(np.arange(len(loaders.index)), PLANNED * config.global_batch)
+    rows = np.resize(np.arange(len(loaders.index)), MAX_STEPS * config.global_batch)
     plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
     loader = loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment, seed=seed)
     steps, numbers, sums = iter(loader), count(), None
 
-    def run(many_steps: int) -> float:
+    def run(num_steps: int) -> float:
         nonlocal sums
         started = time.perf_counter()
-        for _ in range(many_steps):
+        for _ in range(num_steps):
             sums = train_step(next(steps), next(numbers), sums).sums
-        guard.check()  # waits for the device
+        guard.check()  # synchronizes with the device
         return time.perf_counter() - started
 
     wrapped.train()
     try:
         run(WARM_UP)
         fitting = round(seconds / (run(PROBE) / PROBE))
-        total = _agreed(min(max(PROBE, fitting), PLANNED - WARM_UP - PROBE), accelerator.device)
-        meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, compute)
+        total = _all_reduce_max(min(max(PROBE, fitting), MAX_STEPS - WARM_UP - PROBE), accelerator.device)
+        meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, flops)
         meter.start(loader, 0)
-        took = run(total)
+        elapsed = run(total)
         values = meter.read(loader, total)
     except torch.OutOfMemoryError:
         raise InputError(
@@ -101,11 +102,11 @@ def measure(
     finally:
         steps.close()  # type: ignore[attr-defined]
     del values["seconds_left"]
-    return {"steps": total, "seconds_a_step": took / total, **values}
+    return {"steps": total, "seconds_per_step": elapsed / total, **values}
 
 
-def _agreed(steps: int, device: torch.device) -> int:
-    """The same number on all ranks."""
+def _all_reduce_max(steps: int, device: torch.device) -> int:
+    """Return the largest number of all ranks."""
     number = torch.tensor(steps, device=device)
     if is_distributed():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -113,7 +114,10 @@ def _agreed(steps: int, device: torch.device) -> int:
 
 
 def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
-    """A packed set of made-up photos, 4 to 3 and as detailed as to take a real one's bytes; made once a FOLDER."""
+    """Pack synthetic photos into FOLDER, or read the index where that is done.
+
+    The photos are 4:3, with so much detail that a JPEG is as large as a real one's.
+    """
     if (folder / "index.json").exists():
         return read_index(folder)
     from PIL import Image
@@ -142,7 +146,7 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
 
 
 def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, Any]:
-    """What was measured, on what, when and with which versions, ready for JSON."""
+    """Return the measured values with the device, model settings, versions, commit and date, ready for JSON."""
     import timm
 
     config, tower = model.train, model.tower
@@ -150,7 +154,7 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
     return {
         "device": device_name(accelerator.device),
         "ranks": accelerator.num_processes,
-        "way": strategy_of(accelerator),
+        "strategy": strategy_of(accelerator),
         "precision": choose_precision(config.precision, accelerator.device)[0],
         "kind": model.kind,
         "tower": tower.source,
@@ -170,49 +174,52 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of them; none where there is no file. Raises DataError for anything else."""
+    """Read a file of records; an empty list where there is no file. Raises DataError for any other content."""
     if not path.exists():
         return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-        if all({*WORK, "lesions_per_s"} <= set(record) for record in records):
+        if all({*COMPARED_KEYS, "lesions_per_s"} <= set(record) for record in records):
             return records
     except (OSError, ValueError, TypeError):
         pass
-    raise DataError(f"{path}: is no list of measured records; take it from the repository again")
+    raise DataError(f"{path}: not a list of benchmark records; take the file from the repository again")
 
 
 def add_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Put a record into the file, in place of an older one of the same work."""
-    others = [old for old in read_records(path) if any(old[key] != record[key] for key in WORK)]
+    """Add a record to the file, replacing an older one with the same `COMPARED_KEYS`."""
+    others = [old for old in read_records(path) if any(old[key] != record[key] for key in COMPARED_KEYS)]
     write_text(path, json.dumps([*others, record], indent=1) + "\n")
 
 
-def alike(records: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The newest record of the same work on the same kind of device, or None."""
-    same = [old for old in records if all(old[key] == record[key] for key in WORK)]
+def find_comparable(records: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the newest record with the same `COMPARED_KEYS`, or None."""
+    same = [old for old in records if all(old[key] == record[key] for key in COMPARED_KEYS)]
     return max(same, key=lambda old: old["date"], default=None)
 
 
 def comparison(record: Mapping[str, Any], committed: Mapping[str, Any] | None) -> str:
-    """What was measured, and how it compares, for people."""
+    """Format a record, next to a committed one where there is one, as a table for people."""
     rows = {
         "lesions/s": (f"{record['lesions_per_s']:,.1f}", committed and f"{committed['lesions_per_s']:,.1f}"),
-        "seconds a step": (f"{record['seconds_a_step']:.3f}", committed and f"{committed['seconds_a_step']:.3f}"),
+        "seconds per step": (f"{record['seconds_per_step']:.3f}", committed and f"{committed['seconds_per_step']:.3f}"),
         "MFU": (_share(record.get("mfu")), committed and _share(committed.get("mfu"))),
-        "waiting for data": (_share(record["data_wait"]), committed and _share(committed["data_wait"])),
+        "data wait": (_share(record["data_wait"]), committed and _share(committed["data_wait"])),
         "peak memory": (f"{record['memory_gib']:.2f} GiB", committed and f"{committed['memory_gib']:.2f} GiB"),
     }
-    head = f"{'':<18}{'here':>12}" + (f"{'committed':>12}" if committed else "")
+    header = f"{'':<18}{'measured':>12}" + (f"{'committed':>12}" if committed else "")
     lines = [
-        head,
-        *(f"{name:<18}{here:>12}" + (f"{there:>12}" if there else "") for name, (here, there) in rows.items()),
+        header,
+        *(
+            f"{name:<18}{measured:>12}" + (f"{reference:>12}" if reference else "")
+            for name, (measured, reference) in rows.items()
+        ),
     ]
     if committed:
         ratio = record["lesions_per_s"] / committed["lesions_per_s"]
-        lines.append(f"{ratio:.2f} of the speed measured on {committed['date']} at commit {committed['commit']}")
+        lines.append(f"{ratio:.2f} of the throughput measured on {committed['date']} at commit {committed['commit']}")
     else:
-        lines.append(f"no committed figure of this work on {record['device']}, {record['ranks']} rank(s)")
+        lines.append(f"no committed record of this model and batch on {record['device']}, {record['ranks']} rank(s)")
     return "\n".join(lines)
 
 

@@ -32,8 +32,8 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
     pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards.
     """
     concepts = views.loaders.index.concepts
-    if views.tokens is not None:
-        return build_network(model, concepts, views.tokens)
+    if views.token_shape is not None:
+        return build_network(model, concepts, views.token_shape)
     tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
     return build_network(model, concepts, build_towers(tower))
 

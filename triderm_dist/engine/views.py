@@ -28,12 +28,12 @@ EXTRACT_BATCH = 32
 
 @dataclass(frozen=True)
 class Views:
-    """Loaders of a packed set for one network, and the shape of the tokens that they give; None where they give photos
-    and the network holds the towers.
+    """Loaders of a packed set for one network, and the shape of its frozen tower's tokens; None where the loaders give
+    photos and the network holds the towers.
     """
 
     loaders: LoaderFactory
-    tokens: TokenShape | None
+    token_shape: TokenShape | None
 
 
 def open_views(
@@ -117,14 +117,14 @@ class _TokenExtractor:
             task = progress.add_task("tokens of the frozen tower, chunks", total=len(missing))
             for number, (version, chunk) in enumerate(missing):
                 if number % accelerator.num_processes == accelerator.process_index:
-                    cache.write(version, chunk, self.tokens(cache.rows(chunk), version))
+                    cache.write(version, chunk, self.extract(cache.rows(chunk), version))
                 after_chunk()
                 progress.update(task, completed=number + 1)
                 if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
                     print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
         accelerator.wait_for_everyone()
 
-    def tokens(self, rows: np.ndarray, version: str) -> np.ndarray:
+    def extract(self, rows: np.ndarray, version: str) -> np.ndarray:
         """Return the tokens (n, 2 views, L, D) float16 of index rows (n,) in one version."""
         kind, _, number = version.rpartition("-")
         augmented, device = kind.startswith("augmented"), self.accelerator.device

@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
     """The model of the GPU, or of the CPU with the threads that a process uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} thread(s) a rank"
+    return f"{_cpu_model()}, {torch.get_num_threads()} thread(s) per rank"
 
 
 def _cpu_model() -> str:
