@@ -610,6 +610,9 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.name": "adamw",
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
+    "models.NAME.settings": {},
+    "stack.kind": "xgboost",
+    "stack.settings": {},
 }
 """Every setting added since, with the value (as in JSON) that does what the code did before the setting existed. Keep
 the value when the default changes: then work that was finished with the former default is not taken for the new one's.

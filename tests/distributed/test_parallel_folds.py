@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.fork_server import forks
 from tests.processes import finish, start, wait_for
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
+from triderm_dist.engine.parallel_folds import _run_tasks, _schedule, _worker
 from triderm_dist.schema import ConfigError, InputError
 
 from .conftest import TINY_TRIMODAL
@@ -49,48 +51,44 @@ def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def test_killed_and_stopped_it_gives_what_folds_one_after_the_other_give(packed, tmp_path):
+def test_killed_and_stopped_parallel_folds_equal_sequential_ones(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    apart, first, second = (tmp_path / f"{name}.log" for name in ("apart", "first", "second"))
-    alone = crossval(tmp_path, apart, f"data.shards={packed}", f"output={tmp_path / 'apart'}")
-    words = [f"data.shards={packed}", f"output={tmp_path / 'side'}", "parallel_folds=true"]
+    log, first, second = (tmp_path / f"{name}.log" for name in ("sequential", "first", "second"))
+    sequential = crossval(tmp_path, log, f"data.shards={packed}", f"output={tmp_path / 'sequential'}")
+    words = [f"data.shards={packed}", f"output={tmp_path / 'parallel'}", "parallel_folds=true"]
     process = crossval(tmp_path, first, *words)
-    fold = tmp_path / "side" / "cnn" / "fold-0"
+    fold = tmp_path / "parallel" / "cnn" / "fold-0"
     said = first.read_text
-    wait_for(lambda: len(records(fold)) > 5, process, said)  # behind the checkpoint of an epoch
+    wait_for(lambda: len(records(fold)) > 5, process, said)  # after the checkpoint of an epoch
     os.kill(forks("ray::cnn fold 0")[0], signal.SIGKILL)
-    wait_for(
-        lambda: "cnn fold 0 is tried again from its last checkpoint" in first.read_text(), process, first.read_text
-    )
+    wait_for(lambda: "cnn fold 0 failed, restarting it from its last checkpoint" in said(), process, said)
     before = len(records(fold))
     wait_for(lambda: len(records(fold)) > before, process, said)
     process.send_signal(signal.SIGTERM)
-    assert finish(process).returncode == 3 and "interrupted: run the same command again" in first.read_text(), (
-        first.read_text()
-    )
+    assert finish(process).returncode == 3, first.read_text()
+    assert "interrupted: rerun the same command to resume" in first.read_text()
     assert not (fold / "predictions.parquet").exists()
     newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))
     assert newest == records(fold)[-1]["step"]  # saved where it stopped
-    assert not list((tmp_path / "side").rglob("*.part"))
+    assert not list((tmp_path / "parallel").rglob("*.part"))
 
     process = crossval(tmp_path, second, *words)
     assert finish(process).returncode == 0, second.read_text()
-    assert finish(alone).returncode == 0, apart.read_text()
-    told = first.read_text() + second.read_text()
+    assert finish(sequential).returncode == 0, log.read_text()
+    logs = first.read_text() + second.read_text()
     for name in ("tri fold 0", "tri fold 1", "cnn fold 0", "cnn fold 1"):
-        assert len(re.findall(rf"{name}  epoch \S+  step 1/", told)) == 1, f"{name} was begun anew\n{told}"
+        assert len(re.findall(rf"{name}  epoch \S+  step 1/", logs)) == 1, f"{name} did not resume\n{logs}"
     for name in FOLDS:
-        one, other = tmp_path / "apart" / name, tmp_path / "side" / name
+        one, other = tmp_path / "sequential" / name, tmp_path / "parallel" / name
         assert records(one) == records(other) and records(one)
         for file in ("weights.safetensors", "predictions.parquet"):
             assert (one / file).read_bytes() == (other / file).read_bytes(), f"{name}/{file}"
-    tables = [(tmp_path / name / "oof.parquet").read_bytes() for name in ("apart", "side")]
+    tables = [(tmp_path / name / "oof.parquet").read_bytes() for name in ("sequential", "parallel")]
     assert tables[0] == tables[1]
 
 
-def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
+def test_failed_folds_are_restarted_and_final_failures_named(tmp_path):
     from triderm_dist.distributed.ray_cluster import running_ray
-    from triderm_dist.engine.parallel_folds import _finish, _schedule
 
     def count(name: str) -> int:
         with (tmp_path / name).open("a") as file:
@@ -118,14 +116,23 @@ def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
 
         tasks = {f.__name__: ray.remote(max_retries=0)(f).remote for f in (dies_once, raises, refuses, lasts)}
         with pytest.raises(InputError) as error:
-            _finish(tasks, retries=2)
-        with pytest.raises(ConfigError, match=r"cpus=9999, gpus=0: a fold wants more than any machine has"):
+            _run_tasks(tasks, retries=2)
+        with pytest.raises(ConfigError, match=r"cpus=9999, gpus=0: no machine has the resources of one fold"):
             _schedule(Experiment(), [("trimodal", 0)], 9999, None, 0)
     text = str(error.value)
     assert "raises: OSError: no space left" in text and "refuses: train.optim.lr: too high" in text
-    assert "dies_once" not in text and "2 of 4 done" in text and "\n" not in text
+    assert "dies_once" not in text and "2 of 4 finished" in text and "\n" not in text
     times = {name: len((tmp_path / name).read_text()) for name in ("once", "raises", "refuses", "lasts")}
     assert times == {"once": 2, "raises": 3, "refuses": 1, "lasts": 1}
+
+
+def test_fold_process_imports_plugins(tmp_path, monkeypatch):
+    (tmp_path / "my_optimizer.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(plugins=("my_optimizer.py",))
+    monkeypatch.delitem(sys.modules, "triderm_plugin_my_optimizer", raising=False)
+    with _worker(str(tmp_path), 1, experiment):
+        assert (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,7 @@ def test_what_fails_is_tried_again_and_what_fails_for_good_is_named(tmp_path):
         (["parallel_folds=true", "address=localhost:1"], None, "address=localhost:1: Ray does not start"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(packed, tmp_path, monkeypatch, words, world, message):
+def test_invalid_settings_are_refused_in_one_line(packed, tmp_path, monkeypatch, words, world, message):
     if world:
         monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(InputError, match=message) as error:

@@ -41,7 +41,7 @@ def running_ray(
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # without which Ray does not send it
     import ray  # which reads much of the above now, and once
 
-    library = str(Path(__file__).resolve().parents[1])
+    library = str(Path(__file__).resolve().parents[2])
     paths = dict.fromkeys([library, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
     own |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(cpus), "OMP_WAIT_POLICY": "PASSIVE"}
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": forward}

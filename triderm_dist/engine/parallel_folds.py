@@ -1,6 +1,4 @@
-"""Folds of a cross-validation side by side, each trained by `run_folds` in a process that Ray gives its share of a
-machine.
-"""
+"""Train the folds of a cross-validation in parallel, each by `run_folds` in a process of its own, scheduled by Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from triderm_dist.config import Experiment, save
+from triderm_dist.config import Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import room, running_ray
 from triderm_dist.engine.fold import is_done
@@ -30,71 +28,75 @@ def run_parallel_folds(
     retries: int,
     address: str | None,
 ) -> None:
-    """Train every fold of every model as `run_folds` does, as many at once as fit in, skipping what is done.
+    """Train every fold of every model as `run_folds` does, as many at once as resources allow, skipping finished ones.
 
-    cpus: cores and threads of a fold. gpus: its share of a GPU; None takes one where there are GPUs. retries: how often
-    a fold whose process died or failed goes on from its last checkpoint; not for bad input, which stays bad.
-    Raises ConfigError where not even one fold fits in, InputError naming the folds that failed for good when all
-    others are finished, KeyboardInterrupt where it was asked to stop: then all folds have saved.
+    cpus: cores and threads per fold. gpus: share of a GPU per fold; None takes one GPU where there are any. retries:
+    how often a fold whose process died or failed is restarted from its last checkpoint; invalid input is not retried.
+    address: of a Ray cluster; None starts Ray on this machine.
+
+    Raises ConfigError where no machine has the resources of one fold, InputError with the folds that failed finally,
+    once all others are finished, KeyboardInterrupt after a request to stop, once all folds have saved.
     """
-    todo = [(name, fold) for name in models for fold in range(experiment.data.folds)]
-    todo = [(name, fold) for name, fold in todo if not is_done(experiment, index, name, fold)]
-    if not todo:
+    remaining = [(name, fold) for name in models for fold in range(experiment.data.folds)]
+    remaining = [(name, fold) for name, fold in remaining if not is_done(experiment, index, name, fold)]
+    if not remaining:
         return
     with running_ray(address, cpus, setting="address", forward=True):
         try:
-            _schedule(experiment, todo, cpus, gpus, retries)
+            _schedule(experiment, remaining, cpus, gpus, retries)
         finally:
-            time.sleep(0.5)  # until the last lines of the folds are here
+            time.sleep(0.5)  # until Ray has forwarded the last lines of the folds
 
 
 def _schedule(
-    experiment: Experiment, todo: Sequence[tuple[str, int]], cpus: int, gpus: float | None, retries: int
+    experiment: Experiment, folds: Sequence[tuple[str, int]], cpus: int, gpus: float | None, retries: int
 ) -> None:
-    """Tokens of frozen towers, so that folds find them, then the folds; Ray is started."""
+    """Compute the tokens of frozen towers, which several folds share, then train the folds; Ray is running."""
     import ray
 
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    places, largest = room({"CPU": cpus, "GPU": gpus})
-    if not places:
+    capacity, largest = room({"CPU": cpus, "GPU": gpus})
+    if not capacity:
         raise ConfigError(
-            f"cpus={cpus}, gpus={gpus:g}: a fold wants more than any machine has; the largest has {largest}"
+            f"cpus={cpus}, gpus={gpus:g}: no machine has the resources of one fold; the largest has {largest}"
         )
-    share = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
-    print(f"{len(todo)} folds, {min(places, len(todo))} at once, each on {share}", flush=True)
+    resources = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
+    print(f"{len(folds)} folds, {min(capacity, len(folds))} at once, each on {resources}", flush=True)
 
     shared = os.getcwd(), cpus, experiment
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    if frozen := [name for name in experiment.models if name in dict(todo) and experiment.models[name].tower.frozen]:
-        name, prepare = "tokens of " + ", ".join(frozen), remote(_prepare_tokens)
-        _finish({name: partial(prepare.options(name=name).remote, *shared, frozen)}, retries)
+    if frozen := [name for name in experiment.models if name in dict(folds) and experiment.models[name].tower.frozen]:
+        task, prepare = "tokens of " + ", ".join(frozen), remote(_prepare_tokens)
+        _run_tasks({task: partial(prepare.options(name=task).remote, *shared, frozen)}, retries)
     train = remote(_train)
-    names = {f"{name} fold {fold}": (name, fold) for name, fold in todo}
-    _finish({name: partial(train.options(name=name).remote, *shared, *pair) for name, pair in names.items()}, retries)
+    tasks = {f"{name} fold {fold}": (name, fold) for name, fold in folds}
+    _run_tasks(
+        {task: partial(train.options(name=task).remote, *shared, *fold) for task, fold in tasks.items()}, retries
+    )
 
 
-def _finish(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
-    """Start tasks and wait for all of them, some again. Raises InputError naming those that failed for good."""
+def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
+    """Start all tasks and wait for them, restarting failed ones. Raises InputError with those that failed finally."""
     import ray
 
     running = {start(): name for name, start in tasks.items()}
-    tried, failed = Counter[str](), dict[str, str]()
+    attempts, failed = Counter[str](), dict[str, str]()
     try:
         while running:
-            ended, _ = ray.wait(list(running), timeout=1.0)  # signals are looked at in between
+            ended, _ = ray.wait(list(running), timeout=1.0)  # Python handles signals between two waits
             for reference in ended:
                 name = running.pop(reference)
                 try:
                     ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    tried[name] += 1
-                    why, hopeless = _cause(error)
-                    if hopeless or tried[name] > retries:
-                        failed[name] = why
-                        print(f"{name} failed: {why}", flush=True)
+                    attempts[name] += 1
+                    reason, is_final = _failure(error)
+                    if is_final or attempts[name] > retries:
+                        failed[name] = reason
+                        print(f"{name} failed: {reason}", flush=True)
                     else:
-                        print(f"{name} is tried again from its last checkpoint: {why}", flush=True)
+                        print(f"{name} failed, restarting it from its last checkpoint: {reason}", flush=True)
                         running[tasks[name]()] = name
     except KeyboardInterrupt:
         for reference in running:
@@ -103,51 +105,54 @@ def _finish(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
             ray.wait(list(running), num_returns=len(running))
         raise
     if failed:
-        whys = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise InputError(f"{whys} ({len(tasks) - len(failed)} of {len(tasks)} done, the same command tries the rest)")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        done = len(tasks) - len(failed)
+        raise InputError(f"{reasons} ({done} of {len(tasks)} finished; rerun the same command to retry the others)")
 
 
-def _cause(error: Exception) -> tuple[str, bool]:
-    """Why a task failed, in one line, and whether it would fail again."""
+def _failure(error: Exception) -> tuple[str, bool]:
+    """Return the reason of a failed task in one line, and whether a retry would fail too."""
     import ray
 
     if isinstance(error, ray.exceptions.WorkerCrashedError):
-        return "its process died; out of memory?", False
-    cause = getattr(error, "cause", None) or error  # what a task raised comes wrapped
-    bad_input = isinstance(cause, InputError)
-    return one_line(cause, with_type=not bad_input), bad_input
+        return "its process died, possibly out of memory", False
+    cause = getattr(error, "cause", None) or error  # Ray wraps what the task raised
+    if isinstance(cause, InputError):
+        return one_line(cause), True
+    return one_line(cause, with_type=True), False
 
 
 # --- in the processes of the folds -----------------------------------------------------------------------------------
 
 
-def _train(here: str, cpus: int, experiment: Experiment, name: str, fold: int) -> None:
+def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: int) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
 
-    with _as_worker(here, cpus):
+    with _worker(directory, cpus, experiment):
         index = open_index(experiment.train_shards, experiment.data.remote)
-        keep = partial(save, experiment, experiment.folder / "config.yaml")
-        run_folds(experiment, index, [name], [fold], on_start=keep)
+        save_settings = partial(save, experiment, experiment.folder / "config.yaml")
+        run_folds(experiment, index, [name], [fold], on_start=save_settings)
 
 
-def _prepare_tokens(here: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
+def _prepare_tokens(directory: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.views import prepare_tokens
 
-    with _as_worker(here, cpus):
+    with _worker(directory, cpus, experiment):
         index = open_index(experiment.train_shards, experiment.data.remote)
         for name in names:
             prepare_tokens(experiment, index, name)
 
 
 @contextmanager
-def _as_worker(here: str, cpus: int) -> Iterator[None]:
-    """In the folder of the command, with that many threads; what Ray cancels by SIGINT stops as by SIGTERM."""
+def _worker(directory: str, cpus: int, experiment: Experiment) -> Iterator[None]:
+    """Work in the command's directory with `cpus` threads and the plugins, and stop at Ray's SIGINT as at SIGTERM."""
     import torch
 
-    os.chdir(here)
+    os.chdir(directory)
     torch.set_num_threads(cpus)
+    import_plugins(experiment.plugins)
     before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     try:
         yield
