@@ -57,6 +57,8 @@ def test_the_index_holds_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
     types = {name: getattr(index, name).dtype for name in ("labels", "shard", "offsets", "sizes", "concept_scores")}
     assert list(types.values()) == [np.int64, np.int32, np.int64, np.int64, np.float32]
     assert index.counts()["unlabeled"] == 1 and sum(index.counts().values()) == 22
+    raw = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert raw["counts"] == {**dict.fromkeys(DIAGNOSES, 2), DIAGNOSES[7]: 1, "unlabelled": 1}
     missing = np.argwhere(index.sizes == 0)
     assert [(index.lesion_ids[row], VIEWS[view]) for row, view in missing] == [("IL_1028", "dermoscopic")]
     assert index.fingerprint == hashlib.sha256((tmp_path / "out" / "index.json").read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.problems import Problem
-from triderm_dist.data.shards.format import INDEX, SAMPLES
+from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
 from triderm_dist.data.shards.record import parse_record
@@ -53,9 +53,11 @@ def _checksums(index: ShardIndex, workers: int) -> Iterator[Problem]:
 
 def _counts(index: ShardIndex) -> Iterator[Problem]:
     path = index.folder / INDEX
+    counts = index.counts()
+    counts[UNLABELED_KEY] = counts.pop("unlabeled")
     for name, count in read_raw_index(path).get("counts", {}).items():
-        if count != index.counts().get(name):
-            what = f"{count} lesions of {name}, {SAMPLES} has {index.counts().get(name)}"
+        if count != counts.get(name):
+            what = f"{count} lesions of {name}, {SAMPLES} has {counts.get(name)}"
             yield Problem("", "count", str(path), what)
 
 
