@@ -1,4 +1,4 @@
-"""Downloads from a real server on loopback that does everything wrong; archives that try to leave their folder."""
+"""Downloads from a faulty local server, and archives with members that would leave their folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = {"attempts": 3, "timeout": HANG_SECONDS, "pause": 0.01}
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; each request takes the next of `faults`, and none when they are used up."""
+    """Serves `files`; each request gets the next of `faults`, as long as there are any."""
 
     daemon_threads = True
 
@@ -38,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {"/file": DATA}
         self.faults: list[str] = []
         self.headers: dict[str, str] = {}
-        self.asked: list[str | None] = []
+        self.ranges: list[str | None] = []
         self.tags = True
         self.closing = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
-        server.asked.append(self.headers.get("Range"))
+        server.ranges.append(self.headers.get("Range"))
         fault = server.faults.pop(0) if server.faults else ""
         data = server.files.get(self.path)
         if data is None or fault.isdecimal():
@@ -75,10 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in server.headers.items():
             self.send_header(name, value)
         if fault != "no length":
-            self.send_header("Content-Length", str(len(data) - start + (1000 if fault == "lies long" else 0)))
+            self.send_header("Content-Length", str(len(data) - start + (1000 if fault == "too long" else 0)))
         self.end_headers()
         body = data[start:]
-        if fault in ("cut", "reset", "stall"):
+        if fault in ("truncated", "reset", "stall"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
         if fault == "reset":
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif fault == "stall":
             server.closing.wait(HANG_SECONDS)
-        elif fault != "cut":
+        elif fault != "truncated":
             self.wfile.write(body[:-1] + b"!" if fault == "wrong byte" else body)
         self.close_connection = True
 
@@ -101,23 +101,23 @@ def server() -> Iterator[Server]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("fault", ["", "cut", "reset", "stall", "503", "429", "lies long", "no ranges"])
-def test_faults_are_survived(server: Server, tmp_path: Path, fault: str) -> None:
-    server.faults = ["cut", fault, "cut", fault]
+@pytest.mark.parametrize("fault", ["", "truncated", "reset", "stall", "503", "429", "too long", "no ranges"])
+def test_transient_faults_are_retried(server: Server, tmp_path: Path, fault: str) -> None:
+    server.faults = ["truncated", fault, "truncated", fault]
     path = tmp_path / "sub" / "file"
-    # A busy machine may take an answer that comes late for one that stalls.
+    # On a busy machine a late answer may count as a stall.
     limits = {"attempts": 20, "timeout": 0.4} if fault == "stall" else {}
     assert fetch(f"{server.url}/file", path, **{**QUICK, **limits}) == hashlib.sha256(DATA).hexdigest()
     assert path.read_bytes() == DATA and [each.name for each in path.parent.iterdir()] == ["file"]
 
 
-def test_only_what_is_missing_is_asked_for(server: Server, tmp_path: Path) -> None:
-    server.faults = ["cut", "503", "503", "503"]
+def test_a_resumed_download_requests_the_missing_bytes_only(server: Server, tmp_path: Path) -> None:
+    server.faults = ["truncated", "503", "503", "503"]
     with pytest.raises(Interrupted, match=r"503 Service Unavailable, 3 attempts in a row; 256000 bytes are kept"):
         fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
-    server.asked.clear()
+    server.ranges.clear()
     fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
-    assert server.asked == ["bytes=256000-"] and (tmp_path / "file").read_bytes() == DATA
+    assert server.ranges == ["bytes=256000-"] and (tmp_path / "file").read_bytes() == DATA
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_only_what_is_missing_is_asked_for(server: Server, tmp_path: Path) -> No
         *((other, tags) for other in (DATA[:100_000][::-1], DATA + b"more") for tags in (True, False)),
     ],
 )
-def test_another_file_by_now_is_fetched_from_the_start(
+def test_a_file_that_changed_is_downloaded_from_the_start(
     server: Server, tmp_path: Path, other: bytes, tags: bool
 ) -> None:
-    """Told by its entity tag or by its length."""
+    """Recognized by its entity tag or its length."""
     server.tags = tags
-    server.faults = ["cut", "503", "503", "503"]
+    server.faults = ["truncated", "503", "503", "503"]
     with pytest.raises(Interrupted):
         fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
     server.files["/file"] = other
@@ -143,11 +143,11 @@ def test_another_file_by_now_is_fetched_from_the_start(
 def test_checksums_are_compared(server: Server, tmp_path: Path) -> None:
     good = hashlib.sha256(DATA).hexdigest()
     server.faults = ["wrong byte"]
-    with pytest.raises(DataError, match=rf"checksum \w+ is not the expected {good}; removed, run the command again"):
+    with pytest.raises(DataError, match=rf"checksum \w+ is not the expected {good}; .* rerun the command"):
         fetch(f"{server.url}/file", tmp_path / "file", sha256=good, **QUICK)
     assert not list(tmp_path.iterdir())
     fetch(f"{server.url}/file", tmp_path / "file", sha256=good, **QUICK)
-    # S3's entity tag is the content's MD5; other servers' may look like one and mean nothing.
+    # The entity tag of S3 is the MD5 of the content; that of another server may only look like one.
     server.faults = ["wrong byte", "wrong byte"]
     fetch(f"{server.url}/file", tmp_path / "other", **QUICK)
     server.headers = {"x-amz-request-id": "1"}
@@ -160,25 +160,25 @@ def test_checksums_are_compared(server: Server, tmp_path: Path) -> None:
     [
         ("/absent", [], "the server answered 404 Not Found; check base_url="),
         ("/file", ["403"], "the server answered 403 Forbidden"),
-        ("/file", ["no length"], "does not say how long the file is"),
+        ("/file", ["no length"], "the server sends no Content-Length"),
     ],
 )
-def test_hopeless_answers_end_at_once(
+def test_permanent_errors_are_not_retried(
     server: Server, tmp_path: Path, path: str, faults: list[str], message: str
 ) -> None:
     server.faults = faults
     with pytest.raises(DataError, match=message) as caught:
         fetch(server.url + path, tmp_path / "file", **QUICK)
-    assert len(server.asked) == 1 and "\n" not in str(caught.value)
+    assert len(server.ranges) == 1 and "\n" not in str(caught.value)
 
 
-def test_nobody_answers(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_interrupted(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(Interrupted, match="Connection refused, 3 attempts in a row"):
         fetch(f"http://127.0.0.1:{port}/file", tmp_path / "file", **QUICK)
-    with pytest.raises(DataError, match="no http or https address"):
+    with pytest.raises(DataError, match="not an http or https URL"):
         download(tmp_path, ["x"], base_url="file:///etc")
 
 
@@ -208,9 +208,9 @@ HOSTILE: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str
     "backslash": ({"..\\out.txt": b"x"}, lambda info: None, "would leave the folder"),
     "drive": ({"C:out.txt": b"x"}, lambda info: None, "would leave the folder"),
     "link": ({"out.txt": b"/etc/passwd"}, link, "a link or a special file"),
-    "bomb": ({"zeros": bytes(10**6)}, lambda info: None, "a zip bomb, refused"),
+    "bomb": ({"zeros": bytes(10**6)}, lambda info: None, "refused as a zip bomb"),
     "large": ({f"{n}": bytes(range(256)) * 20 for n in range(9)}, lambda info: None, "more than max_gb allows"),
-    "two cases": ({"a.jpg": b"x", "A.jpg": b"y"}, lambda info: None, "there twice"),
+    "two cases": ({"a.jpg": b"x", "A.jpg": b"y"}, lambda info: None, "listed twice"),
     "dot": ({".": b"x"}, lambda info: None, "would leave the folder"),
 }
 
@@ -226,7 +226,7 @@ def test_hostile_archives_are_refused(tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.zip", "in"]
 
 
-def test_a_member_larger_than_it_says(tmp_path: Path) -> None:
+def test_a_member_larger_than_listed_is_refused(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "a.zip", {"x": b"0123456789" * 100})
     data = archive.read_bytes()
     archive.write_bytes(data.replace(struct.pack("<I", 1000), struct.pack("<I", 10)))
@@ -235,18 +235,18 @@ def test_a_member_larger_than_it_says(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
-@pytest.mark.parametrize("place", [40, 200, -30])
-def test_damaged_archives(tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize("position", [40, 200, -30])
+def test_damaged_archives(tmp_path: Path, position: int) -> None:
     archive = make_zip(tmp_path / "a.zip", {"x/photo.jpg": bytes(range(256)) * 40})
     data = bytearray(archive.read_bytes())
-    data[place] ^= 255
+    data[position] ^= 255
     archive.write_bytes(data)
     with pytest.raises(DataError) as caught:
         unpack(archive, tmp_path / "a", 10**6)
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
-def test_a_nested_folder_is_taken_out(tmp_path: Path) -> None:
+def test_a_nested_folder_of_the_same_name_is_flattened(tmp_path: Path) -> None:
     unpack(make_zip(tmp_path / "a.zip", {"a/": b"", "a/x.jpg": b"x", "a/b/y.jpg": b"y"}), tmp_path / "a", 10**6)
     unpack(make_zip(tmp_path / "c.zip", {"x.jpg": b"x", "c/y.jpg": b"y"}), tmp_path / "c", 10**6)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jpg")}
@@ -261,7 +261,7 @@ def run(*settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Path) -> None:
-    """A whole folder comes over the wire with faults; the next run fetches nothing; it packs."""
+    """All files of a part are downloaded despite faults; the next run requests nothing; the folder can be packed."""
     from triderm_dist.data.readers.milk10k import read_challenge
 
     challenge = make_challenge(lesions=11)
@@ -275,7 +275,7 @@ def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Pa
         "/m/MILK10k_Training_Supplement.csv": b"isic_id\n",
         "/m/MILK10k_Training_Input.zip": buffer.getvalue(),
     }
-    server.faults = ["", "503", "cut"]
+    server.faults = ["", "503", "truncated"]
     output = tmp_path / "got"
     sums = tmp_path / "SHA256SUMS"
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
@@ -287,8 +287,8 @@ def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Pa
     assert f"next: triderm pack source={output}/MILK10k_Training_Metadata.csv" in first.stdout
     assert json.loads((output / "downloads.json").read_text())["MILK10k_Training_Input.zip"]["sha256"] == digest
     assert len(read_challenge(output).lesions) == 11 and not list(output.glob("*.zip"))
-    server.asked.clear()
-    assert run(*settings).returncode == 0 and server.asked == []
+    server.ranges.clear()
+    assert run(*settings).returncode == 0 and server.ranges == []
 
     wrong = run(f"output={tmp_path / 'test'}", "part=test", f"base_url={server.url}/m")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
@@ -299,9 +299,9 @@ def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Pa
     )
 
 
-def test_foreign_files_are_left_alone(server: Server, tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(DataError, match="exists, but was not fetched by this program"):
+    with pytest.raises(DataError, match="exists, but was not downloaded by this program"):
         download(tmp_path, ["file"], base_url=server.url)
     assert (tmp_path / "file").read_bytes() == b"mine"
 

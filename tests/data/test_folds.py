@@ -1,4 +1,4 @@
-"""Folds: exact for single rows, grouped, independent of row order, no label without a training row."""
+"""Folds are exact for single rows, grouped, independent of row order, and leave no label without a training row."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def table(labels: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
 def test_single_rows_are_spread_exactly(counts: list[int], folds: int, seed: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     fold = assign_folds(labels, [f"L{i}" for i in range(len(labels))], folds, seed)
-    held = table(labels, fold, folds)
-    assert (held.max(axis=0) - held.min(axis=0) <= 1).all()
-    assert np.ptp(held.sum(axis=1)) <= 1
+    counts_by_fold = table(labels, fold, folds)
+    assert (counts_by_fold.max(axis=0) - counts_by_fold.min(axis=0) <= 1).all()
+    assert np.ptp(counts_by_fold.sum(axis=1)) <= 1
 
 
 @settings(max_examples=80, deadline=None)
@@ -57,30 +57,30 @@ def test_grouped_folds_are_near_the_right_size() -> None:
     generator = np.random.default_rng(1)
     groups = generator.integers(0, 400, 1000).astype(str)
     labels = generator.choice(4, 1000, p=[0.6, 0.25, 0.1, 0.05])
-    held = table(labels, assign_folds(labels, groups, 5, 0), 5)
-    np.testing.assert_allclose(held, np.tile(held.mean(axis=0), (5, 1)), atol=2)
+    counts_by_fold = table(labels, assign_folds(labels, groups, 5, 0), 5)
+    np.testing.assert_allclose(counts_by_fold, np.tile(counts_by_fold.mean(axis=0), (5, 1)), atol=2)
 
 
-def test_rare_labels_weigh_more() -> None:
-    """Three patients fill three folds with common lesions; five patients with a rare one still go to one fold each."""
+def test_rare_labels_have_more_weight() -> None:
+    """Three patients fill three folds with common lesions; five with a rare one still go to different folds."""
     content = [[0] * 20] * 3 + [[0, 1]] * 5 + [[0]] * 100
     labels = np.concatenate(content)
     groups = [f"P{i}" for i, rows in enumerate(content) for _ in rows]
-    held = table(labels, assign_folds(labels, groups, 5, 0), 5)
-    assert held[:, 1].tolist() == [1] * 5 and np.ptp(held[:, 0]) <= 1
+    counts_by_fold = table(labels, assign_folds(labels, groups, 5, 0), 5)
+    assert counts_by_fold[:, 1].tolist() == [1] * 5 and np.ptp(counts_by_fold[:, 0]) <= 1
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_patient_moves_where_placing_one_by_one_fails(seed: int) -> None:
-    """Here the cheapest fold for each patient in turn would leave a label in one fold."""
+def test_a_patient_is_moved_where_greedy_placing_fails(seed: int) -> None:
+    """The cheapest fold for one patient after the other would leave a label in one fold."""
     content = {"a": [0, 2, 2], "b": [2, 2, 1, 1], "c": [1, 0], "d": [1], "e": [2]}
     labels = np.concatenate(list(content.values()))
     groups = [name for name, rows in content.items() for _ in rows]
     assert (table(labels, assign_folds(labels, groups, 2, seed), 2) > 0).all()
 
 
-def test_rare_label_tied_to_a_common_one() -> None:
-    """Two patients hold the rare label and drag many common lesions; they still part."""
+def test_a_rare_label_of_large_groups_is_split() -> None:
+    """Two patients hold the rare label and many common lesions; they get different folds."""
     labels = np.array([1] + [0] * 50 + [1] + [0] * 50 + [0] * 10)
     groups = ["a"] * 51 + ["b"] * 51 + [f"s{i}" for i in range(10)]
     fold = assign_folds(labels, groups, 2, 0)
@@ -88,7 +88,7 @@ def test_rare_label_tied_to_a_common_one() -> None:
 
 
 def test_labels_that_cannot_be_spread() -> None:
-    """Three patients share three labels in a ring: two folds leave one label without a training row, three do not."""
+    """Three patients, each with two of three labels: two folds leave a label without training rows, three do not."""
     labels, groups = np.array([0, 1, 1, 2, 2, 0]), ["a", "a", "b", "b", "c", "c"]
     with pytest.raises(DataError, match="use more folds"):
         assign_folds(labels, groups, 2, 0)
@@ -118,4 +118,4 @@ def test_split_parts_keeps_groups_together_and_spreads_each_label() -> None:
     for label, least, most in ((1, 8, 8), (2, 1, 2), (3, 0, 1)):
         counts = np.bincount(parts[labels == label], minlength=5)
         assert least <= counts.min() and counts.max() <= most
-    assert not (parts[labels == 3] == 0).any()  # too rare to be watched: it is needed for training
+    assert not (parts[labels == 3] == 0).any()  # too rare for early stopping: all its rows are needed for training

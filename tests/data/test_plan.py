@@ -1,4 +1,4 @@
-"""The order of an epoch: exact, the same however it is split, resumable at any global batch."""
+"""The order of an epoch: exact, independent of the world size, resumable at any global batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def split(plan: EpochPlan, world: int, global_batch: int, start: int = 0) -> lis
 
 
 def global_batches(ranks: list[list[PlannedBatch]]) -> list[list[tuple[int, int]]]:
-    """(row, copy) of each global batch, what the ranks hold side by side, without the padding."""
+    """(row, copy) of each global batch, over all ranks, without the padding."""
     return [
         [
             (int(row), int(copy))
@@ -67,10 +67,10 @@ def global_batches(ranks: list[list[PlannedBatch]]) -> list[list[tuple[int, int]
     data=st.data(),
 )
 def test_union_of_ranks_is_the_plan(number, shards, world, global_batch, sampling, seed, epoch, data):
-    """Any world, any sizes, fewer shards than ranks; and from any batch on, on any other world, the same again."""
+    """For any world size, also with fewer shards than ranks, and resumed at any batch with another world size."""
     plan = EpochPlan(make_samples(number, shards), sampling, seed, epoch)
     if sampling.last == "drop" and len(plan) < global_batch:
-        with pytest.raises(ConfigError, match="does not fill a global batch"):
+        with pytest.raises(ConfigError, match="does not fill one global batch"):
             plan.num_batches(global_batch)
         return
     steps = plan.num_batches(global_batch)
@@ -78,8 +78,8 @@ def test_union_of_ranks_is_the_plan(number, shards, world, global_batch, samplin
     assert {len(batches) for batches in ranks} == {steps}
     assert {len(batch.rows) for batches in ranks for batch in batches} == {-(-global_batch // world)}
     seen = global_batches(ranks)
-    turns = list(zip(plan.order.tolist(), plan.copies.tolist(), strict=True))
-    kept = turns if sampling.last == "pad" else turns[: len(turns) // global_batch * global_batch]
+    samples = list(zip(plan.order.tolist(), plan.copies.tolist(), strict=True))
+    kept = samples if sampling.last == "pad" else samples[: len(samples) // global_batch * global_batch]
     assert seen == [kept[start : start + global_batch] for start in range(0, len(kept), global_batch)]
     for step, batches in enumerate(zip(*ranks, strict=True)):
         assert {(batch.number, batch.count) for batch in batches} == {(step, len(seen[step]))}
@@ -130,8 +130,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 @pytest.mark.parametrize("kind", ["sequential", "shuffle", "balanced"])
-def test_through_the_loader(index, kind):
-    """Real photos on worlds 1, 3 and 8 (more ranks than shards), 1 to 4 workers, resumed at every global batch."""
+def test_loaders_of_all_ranks_deliver_the_plan(index, kind):
+    """On 1, 3 and 8 ranks (more ranks than shards), with 1 to 4 workers, resumed at every global batch."""
     sampling = Sampling(kind, threshold=0.3, window=10)
     source = PhotoSource(index, 24, (0.5,) * 3, (0.5,) * 3)
     samples = Samples(np.arange(len(index)), index.labels, index.shard)
@@ -144,7 +144,7 @@ def test_through_the_loader(index, kind):
     source.close()
 
 
-# --- what is in an epoch ---------------------------------------------------------------------------------------------
+# --- samples of an epoch ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50)
@@ -156,7 +156,7 @@ def test_each_sample_once(number, kind, window):
     assert not plan.copies.any()
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch_only():
     samples = make_samples(300)
     order = EpochPlan(samples, Sampling("shuffle"), 1, 0).order
     assert (order == EpochPlan(samples, Sampling("shuffle"), 1, 0).order).all()
@@ -165,14 +165,14 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_order_is_the_same_on_every_machine():
-    """Written down once: a change here changes every run that is resumed."""
+    """Recorded orders: a change would change the course of every resumed run."""
     samples = Samples(np.arange(12), np.array([0] * 10 + [1] * 2), np.arange(12) // 4)
     assert EpochPlan(samples, Sampling("shuffle"), 7, 2).order.tolist() == GOLDEN["shuffle"]
     assert EpochPlan(samples, Sampling("balanced", 0.5, window=5), 7, 2).order.tolist() == GOLDEN["balanced"]
 
 
 def test_shuffle_is_uniform():
-    """Every sample is as often in every third of the epoch; chi-squared of 9 degrees of freedom, p = 1e-6."""
+    """Every sample is equally often at every position; chi-squared with 9 degrees of freedom, p = 1e-6."""
     samples = Samples(np.arange(10), np.zeros(10, np.int64), np.zeros(10, np.int64))
     counts = np.zeros((10, 10))
     for epoch in range(2000):
@@ -189,24 +189,24 @@ def test_shuffle_is_uniform():
     window=st.sampled_from([None, 13]),
 )
 def test_balanced_repeats_follow_the_formula_exactly_over_epochs(counts, threshold, power, seed, window):
-    """Against the plain sum: after any number of epochs every lesion had its share of turns, give or take one."""
+    """After any number of epochs every lesion was taken as often as the formula says, up to one."""
     labels = np.repeat(np.arange(len(counts)), counts)
     samples = Samples(np.arange(len(labels)), labels, np.zeros(len(labels), np.int64))
-    turns = np.zeros(len(labels))
+    taken = np.zeros(len(labels))
     for epoch in range(8):
         plan = EpochPlan(samples, Sampling("balanced", threshold, power, window), seed, epoch)
         assert len(plan) == len(plan.order)
         now = np.bincount(plan.order, minlength=len(labels))
-        turns += now
+        taken += now
         for diagnosis, count in enumerate(counts):
             r = max(1.0, (threshold / (count / len(labels))) ** power)
             assert set(now[labels == diagnosis]) <= {int(r), int(r) + 1}
-            of_class = turns[labels == diagnosis]
+            of_class = taken[labels == diagnosis]
             assert abs(of_class.sum() - r * count * (epoch + 1)) < 1 + 1e-6
             assert of_class.max() - of_class.min() <= 1
 
 
-def test_repeat_factors_are_those_of_the_formula():
+def test_repeat_factors_follow_the_formula():
     labels = np.repeat([0, 1, 2, -1], [180, 16, 4, 50])
     factors = repeat_factors(labels, 0.2, 0.5)
     assert factors[0] == 1
@@ -222,17 +222,17 @@ def test_copies_are_kept_apart_and_numbered(rare, common, window, seed):
     samples = Samples(np.arange(common + rare), labels, np.zeros(common + rare, np.int64))
     plan = EpochPlan(samples, Sampling("balanced", 0.5, 0.5, window), seed, 0)
     for row in range(common, common + rare):
-        places = np.flatnonzero(plan.order == row)
-        assert sorted(plan.copies[places]) == list(range(len(places)))
-        assert len(places) < 2 or np.diff(places).min() > 1 or window
-        if window is None and len(places) > 1:
-            assert np.diff(places).min() > len(plan) / len(places) * 0.5
+        positions = np.flatnonzero(plan.order == row)
+        assert sorted(plan.copies[positions]) == list(range(len(positions)))
+        assert len(positions) < 2 or np.diff(positions).min() > 1 or window
+        if window is None and len(positions) > 1:
+            assert np.diff(positions).min() > len(plan) / len(positions) * 0.5
 
 
 @settings(max_examples=40)
 @given(shards=st.integers(2, 40), per_shard=st.integers(1, 12), window=st.integers(1, 60), epoch=st.integers(0, 3))
 def test_window_keeps_reads_near_sequential(shards, per_shard, window, epoch):
-    """A window reads whole shards and at most two cut ones; a shard is read within neighboring windows alone."""
+    """A window reads complete shards and at most two partial ones; a shard is read in adjacent windows only."""
     of_row = np.repeat(np.arange(shards), per_shard)
     samples = Samples(np.arange(len(of_row)), np.zeros(len(of_row), np.int64), of_row)
     read = of_row[EpochPlan(samples, Sampling("shuffle", window=window), 5, epoch).order]
@@ -244,7 +244,7 @@ def test_window_keeps_reads_near_sequential(shards, per_shard, window, epoch):
 
 
 def test_shards_need_not_be_in_order():
-    """Rows of a fold, or of a foreign index, in any order: windows are still made of shards."""
+    """Rows in any order, as in a fold: windows still consist of shards."""
     of_row = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 10))
     samples = Samples(np.arange(100), np.zeros(100, np.int64), of_row)
     read = of_row[EpochPlan(samples, Sampling("shuffle", window=20), 5, 0).order]
@@ -253,7 +253,7 @@ def test_shards_need_not_be_in_order():
 
 @pytest.mark.parametrize("kind", ["shuffle", "balanced"])
 def test_a_plan_for_a_million(kind):
-    """Large enough that a Python object a row would show; the benchmark measures ten million."""
+    """The memory limit fails with one Python object per row; a benchmark measures ten million."""
     import tracemalloc
 
     labels = np.random.default_rng(0).choice(11, 10**6, p=np.arange(1, 12) / 66)

@@ -1,7 +1,7 @@
-"""The official files over HTTP: resumed by byte ranges, checked, unpacked into a folder that nothing can leave.
+"""Download the official files over HTTP: resumable by byte ranges, with checksums, and safe unpacking.
 
-A file that is on its way is NAME.part with NAME.part.json beside it, which tells whose bytes these are (length and
-entity tag); it is renamed when it is whole. An archive is unpacked into NAME.unpacking, renamed when all is there.
+An incomplete file is NAME.part; NAME.part.json holds its length and entity tag on the server. It is renamed when it is
+complete. An archive is unpacked to NAME.unpacking, which is renamed at the end. No member can leave that folder.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ FILES: dict[str, tuple[str, ...]] = {
 
 BLOCK = 1 << 20
 MAX_RATIO = 200
-"""Photos hardly shrink in a zip; a member that grows more than this is made to fill the disk."""
+"""Largest ratio of unpacked to packed size: photos hardly shrink in a zip, so more than this is a zip bomb."""
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes there, bytes in all)."""
+"""Called with (bytes done, all bytes)."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """What a server says of a file: its length in bytes, its entity tag and its MD5, empty where it says none."""
+    """A file on a server: length in bytes, entity tag and MD5, the latter two empty where the server sends none."""
 
     length: int
     tag: str
@@ -59,11 +59,11 @@ class Remote:
 
 
 class _Retry(Exception):
-    """Worth another attempt; the text says what happened."""
+    """A transient error; the text says what happened."""
 
 
 class _Restart(_Retry):
-    """Worth another attempt, from the first byte on."""
+    """A transient error after which the download starts from the first byte."""
 
 
 # --- fetching --------------------------------------------------------------------------------------------------------
@@ -79,13 +79,14 @@ def fetch(
     pause: float = 1.0,
     progress: Progress | None = None,
 ) -> str:
-    """Download `url` to `path` and return its SHA-256; bytes that an earlier run left are kept and gone on from.
+    """Download `url` to `path`, resuming an incomplete download, and return its SHA-256.
 
-    Checked: the length that the server announced; `sha256` where given; else the MD5 that S3 gives as entity tag of a
-    file uploaded in one piece. `attempts` in a row without a new byte end it; `timeout` seconds without
-    a byte end an attempt; between two lie `pause` seconds, doubled each time.
-    Raises DataError for an address that does not serve the file or content that is not what was asked for,
-    Interrupted where the same call goes on later.
+    Checks the length that the server announced, and `sha256` if given, else the MD5 that S3 gives as entity tag of a
+    file uploaded in one part. attempts: failed attempts in a row without a new byte before giving up. timeout: seconds
+    without a byte that end an attempt. pause: seconds before the next attempt, doubled each time.
+
+    Raises DataError for a URL that does not serve the file and for a wrong checksum, Interrupted where the server
+    cannot be reached and the same call can resume later.
     """
     part = path.with_name(path.name + ".part")
     failures = 0
@@ -100,25 +101,27 @@ def fetch(
             if isinstance(error, _Restart):
                 part.unlink(missing_ok=True)
             if failures >= attempts:
-                kept = f"{_size(part)} bytes are kept, the same command goes on from there"
+                kept = f"{_size(part)} bytes are kept, rerun the same command to resume"
                 raise Interrupted(f"{url}: {error}, {attempts} attempts in a row; {kept}") from None
             time.sleep(pause * 2 ** max(failures - 1, 0))
         except OSError as error:
-            kept = "free some space" if error.errno == errno.ENOSPC else "correct that"
-            raise DataError(f"{part}: {error.strerror or error}; {kept}, the same command goes on") from None
+            advice = "free some space" if error.errno == errno.ENOSPC else "fix that"
+            raise DataError(f"{part}: {error.strerror or error}; {advice} and rerun the same command") from None
     digests = _digests(part)
     expected, actual = (sha256, digests["sha256"]) if sha256 else (remote.md5, digests["md5"])
     if expected and expected != actual:
         part.unlink()
-        _stamp(part).unlink(missing_ok=True)
-        raise DataError(f"{url}: checksum {actual} is not the expected {expected}; removed, run the command again")
+        _about(part).unlink(missing_ok=True)
+        raise DataError(
+            f"{url}: checksum {actual} is not the expected {expected}; the file was removed, rerun the command"
+        )
     part.replace(path)
-    _stamp(part).unlink(missing_ok=True)
+    _about(part).unlink(missing_ok=True)
     return digests["sha256"]
 
 
 def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) -> Remote:
-    """One request for what is missing of a file. Raises _Retry where it ended early."""
+    """Request the missing bytes of a file. Raises _Retry where the transfer ended early."""
     have, known = _size(part), _known(part)
     if known is None:
         part.unlink(missing_ok=True)
@@ -132,14 +135,14 @@ def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) ->
     if have and known:
         request.add_header("Range", f"bytes={have}-")
         if known.tag:
-            request.add_header("If-Range", known.tag)  # another file by now: all of it is sent
+            request.add_header("If-Range", known.tag)  # the server sends all of a file that changed
     with _opened(request, timeout) as answer:
         start, remote = _announced(answer, url)
         if start != have or (known and start and remote != known):
             if start:
-                raise _Restart("the file changed on the server in the meantime")
+                raise _Restart("the file changed on the server")
             have = 0
-        write_json(_stamp(part), asdict(remote))
+        write_json(_about(part), asdict(remote))
         with part.open("r+b" if have else "wb") as file:
             file.seek(have)
             for block in _blocks(answer):
@@ -172,7 +175,7 @@ def _opened(request: urllib.request.Request, timeout: float) -> Iterator[http.cl
     except urllib.error.URLError as error:
         raise _Retry(_reason(error.reason)) from None
     except ValueError as error:
-        raise DataError(f"{url}: no address that can be fetched ({error}); check base_url=") from None
+        raise DataError(f"{url}: not a valid URL ({error}); check base_url=") from None
 
 
 def _reason(error: object) -> str:
@@ -182,9 +185,9 @@ def _reason(error: object) -> str:
 
 
 def _announced(answer: http.client.HTTPResponse, url: str) -> tuple[int, Remote]:
-    """(first byte that is sent, what is said of the whole file)."""
+    """Return (offset of the first byte sent, the complete file) from the headers of an answer."""
     tag = answer.headers.get("ETag", "")
-    # Elsewhere, or encrypted with a managed key, an entity tag of this form is not the MD5 of the content.
+    # The tag of another server, or of a file encrypted with a managed key, is not the MD5 of the content.
     from_s3 = "x-amz-request-id" in answer.headers and "kms" not in answer.headers.get(
         "x-amz-server-side-encryption", ""
     )
@@ -193,10 +196,10 @@ def _announced(answer: http.client.HTTPResponse, url: str) -> tuple[int, Remote]
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
         if match:
             return int(match[1]), Remote(int(match[2]), tag, md5)
-        raise DataError(f"{url}: the server sends a part without saying which; use another base_url=")
+        raise DataError(f"{url}: the server sends a range without Content-Range; use another base_url=")
     length = answer.headers.get("Content-Length", "")
     if not length.isdecimal():
-        raise DataError(f"{url}: the server does not say how long the file is; use another base_url=")
+        raise DataError(f"{url}: the server sends no Content-Length; use another base_url=")
     return 0, Remote(int(length), tag, md5)
 
 
@@ -205,14 +208,14 @@ def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
         yield block
 
 
-def _stamp(part: Path) -> Path:
+def _about(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
 def _known(part: Path) -> Remote | None:
-    """What the server had said of the file whose bytes these are."""
+    """Return the file whose bytes these are, as the server described it; None where it is not known."""
     try:
-        return Remote(**json.loads(_stamp(part).read_text(encoding="utf-8")))
+        return Remote(**json.loads(_about(part).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -234,16 +237,16 @@ def _digests(path: Path) -> dict[str, str]:
 
 
 def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | None = None) -> None:
-    """Unpack a zip as `folder`, which appears when all of it is there; every member's checksum is compared.
+    """Unpack a zip to `folder`, which appears when it is complete; checks the checksum of every member.
 
-    A single folder of the same name inside becomes `folder` itself.
-    Raises DataError, before a byte is written, for a member that would leave the folder, is no plain file, is there
-    twice, is encrypted, or grows more than `MAX_RATIO` times, and for more than `max_bytes` in all; later for a member
-    that is damaged or holds more than the archive says.
+    If all members are in one folder of the same name, its content becomes that of `folder`.
+    Raises DataError before writing a byte for a member that would leave the folder, is not a regular file, is listed
+    twice, is encrypted, or grows more than `MAX_RATIO` times, and for more than `max_bytes` in total; later for a
+    member that is damaged or larger than listed.
     """
-    beside = folder.with_name(folder.name + ".unpacking")
-    if beside.exists():
-        shutil.rmtree(beside)  # left by a run that was killed
+    unpacking = folder.with_name(folder.name + ".unpacking")
+    if unpacking.exists():
+        shutil.rmtree(unpacking)  # left by a run that was killed
     try:
         with zipfile.ZipFile(archive) as file:
             members = _checked(archive, file, max_bytes)
@@ -251,30 +254,28 @@ def unpack(archive: Path, folder: Path, max_bytes: int, progress: Progress | Non
             free = shutil.disk_usage(folder.parent).free
             if total > free:
                 raise DataError(f"{folder.parent}: {free} bytes are free, {archive.name} needs {total}; free some")
-            beside.mkdir(parents=True)
+            unpacking.mkdir(parents=True)
             for name, info in members.items():
-                target = beside / name
+                target = unpacking / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(info) as source, target.open("xb") as output:
                     _copy(source, output, info.file_size, f"{archive}, {name}")
                 done += info.file_size
                 if progress:
                     progress(done, total)
-        inner = beside / folder.name
-        nested = inner.is_dir() and len(list(beside.iterdir())) == 1
-        (inner if nested else beside).rename(folder)
+        inner = unpacking / folder.name
+        nested = inner.is_dir() and len(list(unpacking.iterdir())) == 1
+        (inner if nested else unpacking).rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(
-            f"{archive}: not a valid zip ({one_line(error)}); delete it and run the command again"
-        ) from None
+        raise DataError(f"{archive}: not a valid zip ({one_line(error)}); delete it and rerun the command") from None
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}; correct that and run the command again") from None
+        raise DataError(f"{folder}: {error.strerror or error}; fix that and rerun the command") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unpacking, ignore_errors=True)
 
 
 def _checked(archive: Path, file: zipfile.ZipFile, max_bytes: int) -> Mapping[str, zipfile.ZipInfo]:
-    """{path inside the folder: member} of the files of an archive."""
+    """Check the members of an archive; return those that are files by their path inside the folder."""
     members: dict[str, zipfile.ZipInfo] = {}
     folded: set[str] = set()
     for info in file.infolist():
@@ -290,14 +291,14 @@ def _checked(archive: Path, file: zipfile.ZipFile, max_bytes: int) -> Mapping[st
         if info.flag_bits & 1:
             raise DataError(f"{where}: encrypted; this is not the official archive")
         if str(name).casefold() in folded:
-            raise DataError(f"{where}: there twice; this is not the official archive")
+            raise DataError(f"{where}: listed twice; this is not the official archive")
         if info.file_size > MAX_RATIO * max(info.compress_size, 1024):
-            raise DataError(f"{where}: {info.compress_size} bytes become {info.file_size}; a zip bomb, refused")
+            raise DataError(f"{where}: {info.compress_size} bytes become {info.file_size}; refused as a zip bomb")
         folded.add(str(name).casefold())
         members[str(name)] = info
     if (total := sum(info.file_size for info in members.values())) > max_bytes:
         raise DataError(
-            f"{archive}: {total} bytes unpacked, more than max_gb allows; raise it if you trust the archive"
+            f"{archive}: {total} bytes unpacked, more than max_gb allows; raise max_gb if you trust the archive"
         )
     return members
 
@@ -307,13 +308,13 @@ def _copy(source: IO[bytes], output: IO[bytes], size: int, where: str) -> None:
     while block := source.read(BLOCK):
         left -= len(block)
         if left < 0:
-            raise DataError(f"{where}: holds more than the {size} bytes that the archive says; refused as a zip bomb")
+            raise DataError(f"{where}: larger than the {size} bytes in the archive's listing; refused as a zip bomb")
         output.write(block)
     if left:
-        raise DataError(f"{where}: holds {size - left} of {size} bytes; delete the archive and run the command again")
+        raise DataError(f"{where}: holds {size - left} of {size} bytes; delete the archive and rerun the command")
 
 
-# --- all of it -------------------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------------------------------
 
 
 def download(
@@ -328,13 +329,13 @@ def download(
     progress: Callable[[str], contextlib.AbstractContextManager[Progress]] | None = None,
     **options: Any,
 ) -> None:
-    """Fetch each of the files into `folder` and unpack the zips; what is there already is left alone.
+    """Fetch each of the files into `folder` and unpack the zips; files of an earlier download are kept.
 
-    FOLDER/downloads.json lists the length and SHA-256 of what was fetched. `checksums` {name: SHA-256} are compared.
-    `options` go to `fetch`. Raises as `fetch` and `unpack` do.
+    FOLDER/downloads.json lists length and SHA-256 of the downloaded files. checksums: {name: expected SHA-256}.
+    options: for `fetch`. Raises as `fetch` and `unpack` do.
     """
     if not base_url.startswith(("https://", "http://")):
-        raise DataError(f"base_url {base_url!r}: no http or https address")
+        raise DataError(f"base_url {base_url!r}: not an http or https URL")
     record = folder / "downloads.json"
     done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     shown = progress or (lambda what: contextlib.nullcontext(lambda now, total: None))
@@ -344,11 +345,11 @@ def download(
         expected = (checksums or {}).get(name)
         if target.exists() and name in done:
             if expected and done[name]["sha256"] != expected:
-                raise DataError(f"{target}: was fetched before with another checksum; delete it and run this again")
-            say(f"{name}: there already")
+                raise DataError(f"{target}: downloaded before with another checksum; delete it and rerun the command")
+            say(f"{name}: downloaded before")
             continue
         if target.exists():
-            raise DataError(f"{target}: exists, but was not fetched by this program; choose another output folder")
+            raise DataError(f"{target}: exists, but was not downloaded by this program; choose another output folder")
         if not path.exists():
             with shown(name) as progress_of_file:
                 sha256 = fetch(f"{base_url.rstrip('/')}/{name}", path, sha256=expected,
@@ -368,7 +369,7 @@ def download(
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """{file name: SHA-256} of a file as `sha256sum` writes it. Raises DataError for any other line."""
+    """Read {file name: SHA-256} from a file written by `sha256sum`. Raises DataError for any other line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Lesions -> cross-validation folds: grouped, stratified, the same for any order of the rows."""
+"""Grouped, stratified splits: cross-validation folds, and the parts of a nested fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from triderm_dist.schema import DataError
 
 
 def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Fold (N,) int64 of each row from its label (N,) and its group (N,); rows without a label get -1.
+    """Assign a fold (N,) int64 to each row, given its label (N,) and group (N,); rows without a label get -1.
 
-    Rows of one group share a fold. Where every group is one row, the counts of each label differ by at most 1 over the
-    folds, and so do the sizes of the folds. Larger groups are placed first, largest first, each where it least
-    increases the sum over labels and folds of count^2 / total, which weighs a rare label's counts more; the single
-    rows then level what is left. A label with two groups or more never sits in one fold only, so that none vanishes
-    from a training part. Depends on the ids and the seed, not on the order of the rows.
+    Rows of one group share a fold. Where every group is one row, the counts of each label differ by at most 1 between
+    folds, and so do the sizes of the folds. Groups of several rows are placed first, largest first, each where it least
+    increases the sum over labels and folds of count^2 / total, which gives rare labels more weight; single rows then
+    even out the counts. A label with two or more groups is in at least two folds, so that every training part has it.
+    The result depends on group ids and seed, not on the order of the rows.
 
-    Raises DataError for fewer groups than folds, or where groups tie labels together so that no such folds are found.
+    Raises DataError for fewer groups than folds, or where groups with several labels allow no such folds.
     """
     labels = np.asarray(labels, dtype=np.int64)
     result = np.full(len(labels), -1, dtype=np.int64)
@@ -32,23 +32,23 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(names))
-    turn = generator.permutation(folds)  # breaks ties between folds
+    tie_break = generator.permutation(folds)  # decides between equally good folds
     counts = np.zeros((folds, len(classes)), dtype=np.int64)
     fold_of_group = np.full(len(names), -1, dtype=np.int64)
 
     large = shuffled[size[shuffled] > 1]
     content = _content(large, group_of_row, class_of_row, len(classes))
     for position in np.argsort(-size[large], kind="stable"):
-        fold = _cheapest(counts, content[position], totals, turn)
+        fold = _cheapest(counts, content[position], totals, tie_break)
         counts[fold] += content[position]
         fold_of_group[large[position]] = fold
 
     class_of_group = np.zeros(len(names), dtype=np.int64)
-    class_of_group[group_of_row] = class_of_row  # of use for groups of one row
+    class_of_group[group_of_row] = class_of_row  # used for groups of one row
     singles = shuffled[size[shuffled] == 1]
     for label in np.argsort(totals, kind="stable"):
         members = singles[class_of_group[singles] == label]
-        added = _level(counts[:, label], counts.sum(axis=1), len(members), turn)
+        added = _level(counts[:, label], counts.sum(axis=1), len(members), tie_break)
         fold_of_group[members] = np.repeat(np.arange(folds), added)
         counts[:, label] += added
 
@@ -56,8 +56,8 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     for label in np.flatnonzero(_confined(counts)):
         if len(np.unique(group_of_row[class_of_row == label])) > 1:
             raise DataError(
-                f"no {folds} folds are found that leave label {classes[label]} in every training part, "
-                "since its groups are tied to other rare labels; use more folds"
+                f"no assignment to {folds} folds leaves label {classes[label]} in every training part, since its "
+                "groups also hold other rare labels; use more folds"
             )
     result[rows] = fold_of_group[group_of_row]
     return result
@@ -85,43 +85,46 @@ def split_parts(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -
 
 
 def _content(groups: np.ndarray, group_of_row: np.ndarray, class_of_row: np.ndarray, classes: int) -> np.ndarray:
-    """(G, C) rows of each label in each of the groups."""
-    place = np.full(int(group_of_row.max(initial=-1)) + 1, -1)
-    place[groups] = np.arange(len(groups))
+    """Count the rows of each label in each of the groups, (G, C)."""
+    position = np.full(int(group_of_row.max(initial=-1)) + 1, -1)
+    position[groups] = np.arange(len(groups))
     content = np.zeros((len(groups), classes), dtype=np.int64)
-    inside = place[group_of_row] >= 0
-    np.add.at(content, (place[group_of_row[inside]], class_of_row[inside]), 1)
+    inside = position[group_of_row] >= 0
+    np.add.at(content, (position[group_of_row[inside]], class_of_row[inside]), 1)
     return content
 
 
-def _cheapest(counts: np.ndarray, content: np.ndarray, totals: np.ndarray, turn: np.ndarray) -> int:
-    """The fold for a group: where the stratification cost grows least; of equal ones the smallest."""
+def _cheapest(counts: np.ndarray, content: np.ndarray, totals: np.ndarray, tie_break: np.ndarray) -> int:
+    """Return the fold where a group increases the stratification cost least; of equal ones the smallest."""
     cost = ((2 * counts + content) * content / totals).sum(axis=1)
-    return int(np.lexsort((turn, counts.sum(axis=1), cost))[0])
+    return int(np.lexsort((tie_break, counts.sum(axis=1), cost))[0])
 
 
-def _level(counts: np.ndarray, sizes: np.ndarray, rows: int, turn: np.ndarray) -> np.ndarray:
-    """How many of `rows` each fold gets to level the counts as far as they go, odd ones to the smallest folds."""
+def _level(counts: np.ndarray, sizes: np.ndarray, rows: int, tie_break: np.ndarray) -> np.ndarray:
+    """Distribute `rows` such that the counts become as even as possible; a remainder goes to the smallest folds.
+
+    counts, sizes (F,): rows of the label and of all labels. Returns the rows that each fold gets, (F,).
+    """
     rising = np.sort(counts)
-    water = next(
+    level = next(
         (rising[:k].sum() + rows) // k
         for k in range(len(counts), 0, -1)
         if (rising[:k].sum() + rows) // k >= rising[k - 1]
     )
-    added = np.maximum(water - counts, 0)
-    level = np.flatnonzero(counts + added == water)
-    order = np.lexsort((turn[level], (sizes + added)[level]))
-    added[level[order[: rows - added.sum()]]] += 1
+    added = np.maximum(level - counts, 0)
+    lowest = np.flatnonzero(counts + added == level)
+    order = np.lexsort((tie_break[lowest], (sizes + added)[lowest]))
+    added[lowest[order[: rows - added.sum()]]] += 1
     return added
 
 
 def _confined(counts: np.ndarray) -> np.ndarray:
-    """(C,) labels all of whose rows sit in one fold."""
+    """Return which labels have all rows in one fold, (C,) bool."""
     return (counts > 0).sum(axis=0) == 1
 
 
 def _spread(fold_of_group: np.ndarray, large: np.ndarray, content: np.ndarray, counts: np.ndarray) -> None:
-    """Move large groups, in place, while that frees a label that greedy placing has confined to one fold."""
+    """Move groups, in place, as long as that reduces the number of labels that are in one fold only."""
     moved = True
     while moved:
         moved = False

@@ -1,8 +1,8 @@
 """The order of an epoch: a pure function of (samples, sampling, seed, epoch).
 
-A plan knows no ranks and no workers. Global batch b is a slice of the order and every rank takes its part of that
-slice, so the union over ranks is the plan for any world size, all ranks have the same number of batches, and the only
-state a resumed run needs is one integer: the global batches already consumed.
+A plan does not depend on ranks or workers. Global batch b is a slice of the order, and every rank takes its part of
+that slice. So the union over ranks is the plan for any world size, all ranks have the same number of batches, and the
+only state needed to resume is one integer: the number of global batches already consumed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a plan needs to know of its samples: index rows (N,), labels (N,) and shard numbers (N,), all integers."""
+    """The samples of a plan: index rows (N,), labels (N,) and shard numbers (N,), all integers."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -30,7 +30,7 @@ class Samples:
 
     @classmethod
     def of(cls, index: ShardIndex, rows: np.ndarray) -> Samples:
-        """The samples that are these rows (N,) of a packed set."""
+        """Return the samples in these rows (N,) of a packed set."""
         return cls(rows, index.labels[rows], index.shard[rows])
 
     def __len__(self) -> int:
@@ -39,16 +39,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an epoch is ordered.
+    """The sampling strategy of an epoch.
 
-    sequential: as they are. shuffle: each sample once. balanced: each sample of a diagnosis with share f of the
-    labeled samples exactly r = max(1, (threshold / f) ** power) times, the rule of LVIS (Gupta et al. 2019) for power
-    1/2: in any epoch floor(r) or floor(r) + 1 times, the fraction spread over the epochs by rotation, never by chance.
-    Samples without a label come once.
+    kind: "sequential" keeps the order of the samples. "shuffle" takes each sample once. "balanced" takes each sample of
+    a diagnosis with share f of the labeled samples r = max(1, (threshold / f) ** power) times, for power 1/2 the rule
+    of LVIS (Gupta et al. 2019): floor(r) or floor(r) + 1 times in one epoch, and exactly r times on average, since the
+    additional repeats rotate through the class over the epochs. Samples without a label are taken once.
 
-    `window` samples are shuffled together, in shuffled order of the shards: a window is read from `window` samples'
-    worth of whole shards and two cut ones, so reads stay near-sequential; None shuffles everything. `last` says what
-    becomes of the samples that do not fill a global batch: padded with others, marked not valid, or dropped.
+    window: number of samples shuffled together, after the shards were shuffled. A window is read from complete shards
+    and at most two partial ones, so that reads stay near-sequential; None shuffles all samples together.
+
+    last: samples that do not fill a global batch are padded with others, which are marked as not valid, or dropped.
     """
 
     kind: Literal["sequential", "shuffle", "balanced"] = "shuffle"
@@ -60,9 +61,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One rank's part of a global batch. rows, copies (n,) int64; valid (n,) bool, False where a row only fills up.
+    """One rank's part of a global batch.
 
-    count: valid lesions in the whole global batch. copies: how often the lesion came before in this epoch.
+    rows (n,) int64: index rows.  copies (n,) int64: how often the lesion came before in this epoch.  valid (n,) bool:
+    False for padding.  count: valid lesions in the global batch of all ranks.
     """
 
     number: int
@@ -75,9 +77,8 @@ class PlannedBatch:
 class EpochPlan:
     """The samples of one epoch in order.
 
-    `order` (N,) int64 holds index rows; `copies` (N,) int64 tells a repeated lesion's turns apart, so that each
-    draws its own augmentation. N is len(samples) but for balanced sampling, where it is the sum of the repeat
-    counts.
+    `order` (N,) int64 holds index rows; `copies` (N,) int64 numbers the repeats of a lesion from 0, so that each gets
+    its own augmentation. N is len(samples), for balanced sampling the sum of the repeats.
     """
 
     def __init__(self, samples: Samples, sampling: Sampling, seed: int, epoch: int) -> None:
@@ -95,7 +96,7 @@ class EpochPlan:
         return len(self.samples) if self.sampling.kind != "balanced" else int(self._repeats.sum())
 
     def num_batches(self, global_batch: int) -> int:
-        """Global batches in the epoch; the last one may hold fewer lesions and be padded.
+        """Return the number of global batches; the last one may be padded.
 
         Raises ConfigError where dropping the last one leaves none.
         """
@@ -103,53 +104,53 @@ class EpochPlan:
             return -(-len(self) // global_batch)
         if len(self) < global_batch:
             raise ConfigError(
-                f"an epoch of {len(self)} lesions is dropped whole, since it does not fill a global batch of "
-                f"{global_batch}; choose a smaller global batch or last=pad"
+                f"an epoch of {len(self)} lesions does not fill one global batch of {global_batch}, and last=drop "
+                "drops it; choose a smaller global batch or last=pad"
             )
         return len(self) // global_batch
 
     def batches(self, rank: int, world: int, global_batch: int, start: int = 0) -> RankBatches:
-        """The rank's part of the global batches from number `start` on.
+        """Return the rank's part of the global batches, from batch number `start` on.
 
-        Every part has ceil(global_batch / world) rows, so that shapes are the same on all ranks and in all steps; rows
-        past the end of the global batch or of the order hold other lesions, marked not valid.
+        Every part has ceil(global_batch / world) rows, so that shapes are equal on all ranks and in all steps. Rows
+        past the end of the global batch or of the order hold other lesions, marked as not valid.
         """
         return RankBatches(self, rank, world, global_batch, start)
 
     @functools.cached_property
     def _arranged(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in `samples` and copy numbers, in order."""
+        """The positions in `samples` and copy numbers, in the order of the epoch."""
         number = len(self.samples)
         if self.sampling.kind == "sequential":
             return np.arange(number), np.zeros(number, np.int64)
         random = _generator(self.seed, self.epoch)
-        # Each lesion draws one place on a circle of 2^64, and its copies stand at equal distances from there: never
-        # side by side.
-        places = random.integers(0, 2**64, number, np.uint64)
+        # Each lesion gets a random position on a circle of 2^64, and its copies follow at equal distances, so that they
+        # are never adjacent.
+        positions = random.integers(0, 2**64, number, np.uint64)
         shards = self.samples.shards
         if self.sampling.kind == "shuffle":
-            return self._sorted(places, shards, random), np.zeros(number, np.int32)
-        # First every lesion's own turn, then the further ones: few beside them.
+            return self._sorted(positions, shards, random), np.zeros(number, np.int32)
+        # The first copy of every lesion, then the few additional ones.
         repeated = np.flatnonzero(self._repeats > 1)
-        more = self._repeats[repeated] - 1
-        further = np.repeat(repeated, more)
-        copies = np.arange(1, len(further) + 1) - np.repeat(np.cumsum(more) - more, more)
-        steps = np.repeat(np.uint64(2**64 - 1) // (more + 1).astype(np.uint64), more)
-        places = np.concatenate([places, places[further] + copies.astype(np.uint64) * steps])
-        turns = self._sorted(places, np.concatenate([shards, shards[further]]), random)
-        numbers = np.concatenate([np.zeros(number, np.int32), copies.astype(np.int32)])[turns]
-        return np.concatenate([np.arange(number), further])[turns], numbers
+        additional = self._repeats[repeated] - 1
+        source = np.repeat(repeated, additional)
+        copies = np.arange(1, len(source) + 1) - np.repeat(np.cumsum(additional) - additional, additional)
+        distance = np.repeat(np.uint64(2**64 - 1) // (additional + 1).astype(np.uint64), additional)
+        positions = np.concatenate([positions, positions[source] + copies.astype(np.uint64) * distance])
+        order = self._sorted(positions, np.concatenate([shards, shards[source]]), random)
+        numbers = np.concatenate([np.zeros(number, np.int32), copies.astype(np.int32)])[order]
+        return np.concatenate([np.arange(number), source])[order], numbers
 
-    def _sorted(self, places: np.ndarray, shards: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """The order of turns by window, then place; (T,) int64.
+    def _sorted(self, positions: np.ndarray, shards: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Return the order (T,) int64 by window, then position; sorts in place.
 
-        Window, leading bits of the place and number of the turn share one 64-bit key: sorting keys is ten times faster
-        than sorting indices by them, and no two are equal, so the order is the same on every machine.
+        Window, leading bits of the position and index share one 64-bit key: sorting keys is ten times faster than an
+        argsort, and no two keys are equal, so the order is the same on every machine.
         """
-        if not len(places):
+        if not len(positions):
             return np.zeros(0, np.int64)
-        number_bits = np.uint64(int(len(places) - 1).bit_length())
-        keys = places
+        number_bits = np.uint64(int(len(positions) - 1).bit_length())
+        keys = positions
         if self.sampling.window is not None:
             windows = _windows(shards, self.sampling.window, random)
             window_bits = np.uint64(int(windows.max()).bit_length())
@@ -164,25 +165,25 @@ class EpochPlan:
 
     @functools.cached_property
     def _repeats(self) -> np.ndarray:
-        """How often each sample appears in this epoch, (N,) int64."""
+        """How often each sample is taken in this epoch, (N,) int64."""
         labels = self.samples.labels
         factors = repeat_factors(labels, self.sampling.threshold, self.sampling.power)
         repeats = np.ones(len(labels), np.int64)
         for diagnosis in np.flatnonzero(factors > 1):
             members = np.flatnonzero(labels == diagnosis)
-            whole = int(factors[diagnosis])
-            repeats[members] = whole
-            # The extra turns of all epochs form one endless round through the class, cut into epochs.
-            extra = (factors[diagnosis] - whole) * len(members)
-            turns = np.arange(int(self.epoch * extra), int((self.epoch + 1) * extra)) % len(members)
-            lot = _generator(self.seed, int(diagnosis))
-            repeats[lot.permutation(members)[turns]] += 1
+            integer = int(factors[diagnosis])
+            repeats[members] = integer
+            # The additional repeats rotate through the class, in one sequence that is cut into epochs.
+            extra = (factors[diagnosis] - integer) * len(members)
+            chosen = np.arange(int(self.epoch * extra), int((self.epoch + 1) * extra)) % len(members)
+            random = _generator(self.seed, int(diagnosis))
+            repeats[random.permutation(members)[chosen]] += 1
         return repeats
 
 
 @dataclass(frozen=True)
 class RankBatches:
-    """One rank's part of the global batches of a plan from number `start` on; see `EpochPlan.batches`."""
+    """One rank's part of the global batches of a plan; see `EpochPlan.batches`."""
 
     plan: EpochPlan
     rank: int
@@ -192,7 +193,7 @@ class RankBatches:
 
     @property
     def part(self) -> int:
-        """Rows of every part."""
+        """Rows of the part, padding included."""
         return -(-self.global_batch // self.world)
 
     def __iter__(self) -> Iterator[PlannedBatch]:
@@ -201,13 +202,13 @@ class RankBatches:
         for number in range(self.start, self.plan.num_batches(self.global_batch)):
             at = number * self.global_batch + own
             count = min(self.global_batch, len(order) - number * self.global_batch)
-            inside = at % len(order)  # other lesions, not one many times: batch norms see the padding
-            yield PlannedBatch(number, order[inside], copies[inside], own < count, count)
+            padded = at % len(order)  # different lesions, since batch norms see the padding
+            yield PlannedBatch(number, order[padded], copies[padded], own < count, count)
 
     @property
     def rows_ahead(self) -> np.ndarray:
-        """Index rows that all ranks together will read, padding included, (n,) int64: remote shards are fetched in
-        this order.
+        """Index rows (n,) int64 that all ranks together will read, padding included: the order in which remote shards
+        are fetched.
         """
         order = self.plan.order
         padding = self.part * self.world - self.global_batch
@@ -216,25 +217,25 @@ class RankBatches:
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
-    """Philox (Salmon et al. 2011) with a key of its own for each pair."""
+    """Return Philox (Salmon et al. 2011) with the pair as its key."""
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)))
 
 
 def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:
-    """Window number of each turn, (T,) uint64: the shards in shuffled order, cut every `window` turns."""
-    held = np.bincount(shards)
-    shuffled = random.permutation(len(held))
-    begin = np.empty_like(held)
-    begin[shuffled] = np.cumsum(held[shuffled]) - held[shuffled]
-    by_shard = np.argsort(shards, kind="stable")  # next to no work: an index lists its shards in order
-    reading = np.empty(len(shards), np.int64)
-    reading[by_shard] = np.arange(len(shards))
-    reading += (begin - (np.cumsum(held) - held))[shards]
-    return (reading // window).astype(np.uint64)
+    """Return the window of each sample, (T,) uint64: the shards in shuffled order, cut every `window` samples."""
+    sizes = np.bincount(shards)
+    shuffled = random.permutation(len(sizes))
+    begin = np.empty_like(sizes)
+    begin[shuffled] = np.cumsum(sizes[shuffled]) - sizes[shuffled]
+    by_shard = np.argsort(shards, kind="stable")  # fast: an index lists its shards in order
+    read_order = np.empty(len(shards), np.int64)
+    read_order[by_shard] = np.arange(len(shards))
+    read_order += (begin - (np.cumsum(sizes) - sizes))[shards]
+    return (read_order // window).astype(np.uint64)
 
 
 def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:
-    """max(1, (threshold / share) ** power) for each diagnosis, (C,) float; 1 for a diagnosis without samples."""
+    """Return max(1, (threshold / share) ** power) for each diagnosis, (C,) float; 1 for one without samples."""
     counts = np.bincount(labels[labels >= 0], minlength=len(DIAGNOSES))
     share = counts / max(counts.sum(), 1)
     return np.maximum(1.0, (threshold / np.where(counts > 0, share, threshold)) ** power)
