@@ -93,7 +93,7 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
 
 
 def test_the_official_scorer_gives_the_same_score_on_200_submissions() -> None:
-    """All by the scorer's own F1 of a category; twenty also by the whole scorer, a third of a second each."""
+    """All by the scorer's F1 per category; ten also by the complete scorer, which takes a third of a second each."""
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
     if not hasattr(scoring, "ClassificationMetric") or not hasattr(scoring.ClassificationMetric, "DICE"):
         pytest.skip("this isic-challenge-scoring is older than 5.8.0 and has no dice")

@@ -296,44 +296,44 @@ class StackConfig(Section):
     kind: str = Field("xgboost", description="stacker; plugins may add others")
     settings: dict[str, Any] = Field(
         default_factory=dict,
-        description="settings of a stacker of another kind; XGBoost's are the keys below, booster to device",
+        description="settings of a stacker of another kind; those of XGBoost are booster to device",
     )
     booster: Literal["softprob", "multi_output"] = Field(
         "softprob", description="one multi-class booster, or multi-output trees"
     )
     max_depth: int = Field(2, ge=1, description="depth of a tree")
     learning_rate: float = Field(0.2, gt=0, description="shrinkage of a tree")
-    max_rounds: int = Field(600, ge=1, description="most boosting rounds")
-    early_stopping: int = Field(15, ge=1, description="rounds without gain after which boosting stops")
-    subsample: float = Field(0.8, gt=0, le=1, description="share of the rows that a tree sees")
-    colsample_bytree: float = Field(0.5, gt=0, le=1, description="share of the columns that a tree sees")
-    min_child_weight: float = Field(1.0, ge=0, description="least weight of the rows in a leaf")
+    max_rounds: int = Field(600, ge=1, description="maximum number of boosting rounds")
+    early_stopping: int = Field(15, ge=1, description="boosting stops after so many rounds without improvement")
+    subsample: float = Field(0.8, gt=0, le=1, description="share of the rows sampled for each tree")
+    colsample_bytree: float = Field(0.5, gt=0, le=1, description="share of the columns sampled for each tree")
+    min_child_weight: float = Field(1.0, ge=0, description="minimum total weight of the rows in a leaf")
     reg_lambda: float = Field(2.0, ge=0, description="L2 penalty on the leaves")
-    class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row is its diagnosis' share ** -power")
+    class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row: share of its diagnosis ** -power")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where XGBoost runs; auto takes a GPU if there is one"
+        "auto", description="device of XGBoost; auto uses a GPU if there is one"
     )
-    memory_gb: float = Field(
-        8.0, gt=0, description="columns larger than this many GiB are streamed from a parquet file instead of held"
-    )
+    memory_gb: float = Field(8.0, gt=0, description="columns larger than so many GiB are streamed from a parquet file")
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
         (),
-        description="columns to try beside the standing ones, kept only if the nested estimate gains: embeddings of "
-        "the untouched pretrained tower (triderm embed writes them), fused features turned into one basis (needs the "
-        "test set predicted by every fold: triderm predict submit=false). triderm pipeline does both",
+        description="additional columns, kept only if they improve the nested estimate: embeddings of the untouched "
+        "pretrained tower (written by triderm embed), fused features aligned to one basis (needs test predictions of "
+        "every fold: triderm predict submit=false). triderm pipeline runs both",
     )
-    components: int = Field(32, ge=1, description="principal axes that an extra block is reduced to inside each fit")
+    components: int = Field(
+        32, ge=1, description="principal components that additional columns are reduced to in each fit"
+    )
 
 
 class EnsembleConfig(Section):
     members: tuple[str, ...] | None = Field(
-        None, min_length=1, description="models to combine; null takes all of the out-of-fold table"
+        None, min_length=1, description="models to combine; null: all of the out-of-fold table"
     )
-    rounds: int = Field(30, ge=1, description="greedy selection rounds")
+    rounds: int = Field(30, ge=1, description="rounds of greedy selection of weights")
     shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
-        "auto", description="pull of rare diagnoses' thresholds to the pooled one, in positives; auto: by inner folds"
+        "auto", description="shrinkage of thresholds toward the pooled one, in positives; auto: by inner folds"
     )
-    bootstrap: int = Field(1000, ge=10, description="resamples of lesions behind each interval")
+    bootstrap: int = Field(1000, ge=10, description="bootstrap resamples of the lesions for each interval")
 
     @field_validator("members")
     @classmethod
@@ -345,7 +345,7 @@ class EnsembleConfig(Section):
 
 class PredictConfig(Section):
     transforms: Literal[1, 2, 4, 8] = Field(8, description="test-time transforms of the dihedral group, averaged")
-    batch: int = Field(64, ge=1, description="lesions a forward")
+    batch: int = Field(64, ge=1, description="lesions per forward pass")
 
 
 TRAINING = (

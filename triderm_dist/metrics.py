@@ -175,7 +175,7 @@ METRICS: dict[str, Metric] = {
     "mean_recall": Metric("Mean recall over diagnoses (balanced accuracy)", mean_recall),
     "accuracy": Metric("Accuracy of the most probable diagnosis", accuracy),
 }
-"""Metrics that the report shows beside macro F1. Plugins may add others."""
+"""Metrics that the report shows in addition to macro F1. Plugins may add others."""
 
 
 def bootstrap_metrics(

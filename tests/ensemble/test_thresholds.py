@@ -29,8 +29,11 @@ C = len(DIAGNOSES)
 
 def brute_force(scores: np.ndarray, truth: np.ndarray) -> float:
     """The best F1 of any threshold at or above 0."""
-    cuts = np.unique(np.concatenate([[0.0], scores]))
-    f1 = [2 * (truth & (scores > cut)).sum() / ((scores > cut).sum() + truth.sum()) for cut in cuts]
+    thresholds = np.unique(np.concatenate([[0.0], scores]))
+    f1 = [
+        2 * (truth & (scores > threshold)).sum() / ((scores > threshold).sum() + truth.sum())
+        for threshold in thresholds
+    ]
     return max(f1)
 
 
@@ -44,13 +47,13 @@ def test_best_thresholds_equal_brute_force(scores: np.ndarray, labels: np.ndarra
     for label in range(3):
         truth = labels == label
         if truth.any():
-            claimed = scores[:, label] > thresholds[label]
-            reached = 2 * (truth & claimed).sum() / (claimed.sum() + truth.sum())
+            predicted = scores[:, label] > thresholds[label]
+            reached = 2 * (truth & predicted).sum() / (predicted.sum() + truth.sum())
             assert reached == pytest.approx(brute_force(scores[:, label], truth))
         else:
             assert thresholds[label] == NEVER
     assert ((thresholds >= 0) & (thresholds <= 1)).all()
-    seen = [(scores[labels == label, label] > 0).any() for label in range(3)]  # elsewhere every cut has F1 = 0
+    seen = [(scores[labels == label, label] > 0).any() for label in range(3)]  # without one, every threshold has F1 = 0
     weighted = _weighted_thresholds(scores, labels, np.ones((2, 25)))
     np.testing.assert_array_equal(weighted[:, seen], [thresholds[seen], thresholds[seen]])
 
@@ -72,7 +75,7 @@ def test_regularized_thresholds_generalize_better() -> None:
         exact = best_thresholds(table[seen], labels[seen])
         regularized = regularized_thresholds(table[seen], labels[seen], shrinkage=30)
         for rows, into in ((~seen, gains), (seen, fitted)):
-            scores = [metrics.macro_f1(table[rows] > cut, labels[rows]) for cut in (regularized, exact)]
+            scores = [metrics.macro_f1(table[rows] > threshold, labels[rows]) for threshold in (regularized, exact)]
             into.append(scores[0] - scores[1])
     assert np.mean(gains) > 2 * np.std(gains) / np.sqrt(len(gains))
     assert max(fitted) <= 0
@@ -82,17 +85,17 @@ def test_shrinkage_is_strongest_for_rare_diagnoses() -> None:
     generator = np.random.default_rng(0)
     labels = labels_of(800)
     table = generator.random((800, C)) * 0.6 + 0.4 * np.eye(C)[labels] * generator.random((800, 1))
-    free, pulled = (regularized_thresholds(table, labels, s) for s in (0.0, 1e9))
+    unshrunk, shrunk = (regularized_thresholds(table, labels, s) for s in (0.0, 1e9))
     some = regularized_thresholds(table, labels, 30.0)
 
     def logit(p: np.ndarray) -> np.ndarray:
         return np.log(p / (1 - p))
 
-    moved = (logit(some) - logit(free)) / (logit(pulled) - logit(free))
+    moved = (logit(some) - logit(unshrunk)) / (logit(shrunk) - logit(unshrunk))
     np.testing.assert_allclose(moved, 30 / (np.bincount(labels) + 30), rtol=1e-4)
-    share = np.log(np.bincount(labels) / 800)  # all the way, they lie on one line over the log share
-    slope = np.polyfit(share, logit(pulled), 1)
-    np.testing.assert_allclose(np.polyval(slope, share), logit(pulled), atol=1e-4)
+    share = np.log(np.bincount(labels) / 800)  # fully shrunk thresholds are linear in the log share
+    slope = np.polyfit(share, logit(shrunk), 1)
+    np.testing.assert_allclose(np.polyval(slope, share), logit(shrunk), atol=1e-4)
 
 
 @settings(deadline=None)
@@ -101,16 +104,16 @@ def test_shrinkage_is_strongest_for_rare_diagnoses() -> None:
     arrays(np.float64, 4, elements=st.floats(0.001, 1) | st.just(NEVER)),
     st.sampled_from(RULES),
 )
-def test_encoded_probabilities_reproduce_the_rule(table: np.ndarray, cuts: np.ndarray, rule: Rule) -> None:
-    decided, encoded = decide(table, cuts, rule), encode_rule(table, cuts, rule)
+def test_encoded_probabilities_reproduce_the_rule(table: np.ndarray, thresholds: np.ndarray, rule: Rule) -> None:
+    decided, encoded = decide(table, thresholds, rule), encode_rule(table, thresholds, rule)
     assert ((encoded >= 0) & (encoded <= 1)).all()
-    np.testing.assert_array_equal(encoded > cuts, decided)
-    np.testing.assert_array_equal(submission.map_to_half(encoded, cuts) > 0.5, decided)
+    np.testing.assert_array_equal(encoded > thresholds, decided)
+    np.testing.assert_array_equal(submission.map_to_half(encoded, thresholds) > 0.5, decided)
     if rule == "at_least_one":
-        possible = cuts < NEVER
+        possible = thresholds < NEVER
         assert (decided.any(axis=1) == (table > 0)[:, possible].any(axis=1)).all()
-        claims = table > cuts
-        np.testing.assert_array_equal(decided[claims.any(axis=1)], claims[claims.any(axis=1)])
+        above = table > thresholds
+        np.testing.assert_array_equal(decided[above.any(axis=1)], above[above.any(axis=1)])
     if rule == "nearest":
         assert (decided.sum(axis=1) <= 1).all()
 

@@ -1,4 +1,4 @@
-"""The XGBoost stacker: reproducible, on the device it says, in memory or from a file."""
+"""The XGBoost stacker: reproducible, on the requested device, in memory or from a file."""
 
 from pathlib import Path
 

@@ -112,7 +112,7 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
 
 def test_slices_with_lower_recall_are_flagged_and_small_ones_are_not_judged(run: Path) -> None:
     content = Content(run)
-    # All found: by chance alone one slice in twenty of the run's own decisions would be flagged.
+    # Perfect decisions: with the run's own, one slice in twenty would be flagged by chance.
     content.rows = replace(content.rows, decisions=np.eye(len(DIAGNOSES), dtype=bool)[content.labels])
     slices = {(part.field, part.value): part for part in content.slices}
     for field in ("sex", "skin_tone", "site", "age"):

@@ -40,7 +40,7 @@ def main(config: StackRun) -> None:
     console.print(table)
     for note in fit.notes:
         console.print(f"- {note}")
-    console.print(f"wrote {config.folder / ENSEMBLE_FILE} and the files beside it")
+    console.print(f"wrote {config.folder / ENSEMBLE_FILE}")
 
 
 def start() -> None:

@@ -40,7 +40,7 @@ class ColumnFile:
 
         first = 0
         for batch in pq.ParquetFile(self.path).iter_batches(BATCH):
-            # Not `flatten`, which skips null rows; no row is null here.
+            # Not `flatten`, which skips null rows; no row is null.
             values = batch.column("columns").values.to_numpy(zero_copy_only=False)
             rows = np.asarray(values, np.float32).reshape(-1, self.shape[1])
             yield first, rows

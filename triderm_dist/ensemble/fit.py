@@ -1,7 +1,7 @@
 """Fit the stacker and the ensemble on RUN/oof.parquet, and estimate them on lesions that they were not fitted on.
 
-Files written into the run folder: stack.json and the stacker's model beside it (stack.ubj for XGBoost; with wide
-columns also stack.safetensors, and turns.safetensors for fused features), ensemble.json (members, weights, thresholds,
+Files written into the run folder: stack.json and the stacker's model (stack.ubj for XGBoost; with wide columns also
+stack.safetensors, and turns.safetensors for fused features), ensemble.json (members, weights, thresholds,
 rule and all scores), ensemble_oof.parquet (nested probabilities and decisions for each lesion), oof_submission.csv
 (the nested decisions in the official format).
 """

@@ -128,7 +128,7 @@ class FittedStacker:
         return columns if self.reduction is None else self.reduction(columns)
 
     def save(self, path: Path) -> None:
-        """Write stack.json to `path`, and beside it the model and the reduction of wide columns, each atomically."""
+        """Write stack.json to `path`, and next to it the model and the reduction of wide columns, each atomically."""
         remove_stacker(path)  # of an earlier fit
         own = self.model.save(model_path(path, type(self.model)))
         if self.reduction is not None:

@@ -52,7 +52,7 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
 
 
 def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int) -> dict[str, Any]:
-    """Score a submission by the official macro F1 against {lesion id: label}, and write heldout.json beside it.
+    """Score a submission by the official macro F1 against {lesion id: label}, and write heldout.json next to it.
 
     macro_f1 is over the diagnoses in the truth, and `absent` names the others: the official scorer has no score then.
     Raises DataError where a lesion of the submission has no truth.

@@ -12,7 +12,7 @@ from triderm_dist.schema import DataError
 
 OOF_FILE = "oof.parquet"
 STACK_FILE = "stack.json"
-"""Names the stacker's kind; the stacker's own file lies beside it (stack.ubj is an XGBoost model)."""
+"""Describes the stacker and names its kind; the model itself is stack + the suffix of the kind (stack.ubj)."""
 ALIGNMENTS_FILE = "turns.safetensors"
 ENSEMBLE_FILE = "ensemble.json"
 NESTED_FILE = "ensemble_oof.parquet"

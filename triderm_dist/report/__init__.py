@@ -1,4 +1,4 @@
-"""The report of a run: a self-contained HTML page, and its figures as PNG files beside it."""
+"""The report of a run: a self-contained HTML page, and its figures as PNG files."""
 
 from triderm_dist.report.page import write_report
 

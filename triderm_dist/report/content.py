@@ -238,13 +238,13 @@ class Content:
         """(what it measures, share by column, largest first) of the stacker's columns."""
         if self.stacker is None:
             return None
-        own = self.stacker.model.importance()
-        if own is None and self.contributions is None:
-            return None
-        if own is None:
+        if own := self.stacker.model.importance():
+            measure, values = own
+        elif self.contributions:
             mean = np.abs(self.contributions.values).mean(axis=(0, 1))
-            own = "mean absolute contribution", dict(zip(self.contributions.names, mean.tolist(), strict=True))
-        measure, values = own
+            measure, values = "mean absolute contribution", dict(zip(self.contributions.names, mean, strict=True))
+        else:
+            return None
         total = sum(values.values()) or 1.0
         return measure, {name: value / total for name, value in sorted(values.items(), key=lambda item: -item[1])}
 

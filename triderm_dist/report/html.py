@@ -52,7 +52,7 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; max-width: 44rem; }
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 3rem; } .card .figure { font-size: 2.2rem; } .bar { width: 3.5rem; }
   th, td { padding: .4rem .45rem; }
-  /* Wide pictures keep a size at which their letters can be read, and scroll sideways. */
+  /* Wide images keep a readable size and scroll horizontally. */
   img.confusion, img.precision_recall, img.learning_curves, img.importance, img.shap, img.shap_by_diagnosis {
     width: 38rem; max-width: none; }
 }
