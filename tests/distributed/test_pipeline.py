@@ -1,4 +1,4 @@
-"""The whole way with one command: done once, skipped when nothing changed, killed and gone on with."""
+"""triderm pipeline: all stages from packing to the report, skipped when nothing changed, killed and resumed."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ def done(arguments, tmp_path_factory) -> Path:
     return folder
 
 
-def test_everything_is_there_and_agrees(done, packed):
+def test_pipeline_writes_consistent_files(done, packed):
     for name in (
         "oof.parquet",
         "stack.ubj",
@@ -87,7 +87,7 @@ def test_everything_is_there_and_agrees(done, packed):
     assert json.loads((done / "heldout.json").read_text())["macro_f1"] == pytest.approx(score)
 
 
-def test_a_hidden_photo_is_one_that_was_never_taken(done, packed):
+def test_hidden_view_equals_missing_photo(done, packed):
     config = load(Experiment, done / "config.yaml")
     index, taken = read_index(packed), read_index(packed)
     sizes, scores = index.sizes.copy(), index.concept_scores.copy()
@@ -110,15 +110,15 @@ def test_a_hidden_photo_is_one_that_was_never_taken(done, packed):
     assert "tri without the clinical photo" in (done / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_second_time_nothing_runs(done, arguments):
+def test_second_run_skips_all_stages(done, arguments):
     before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
-    # How folds are trained is none of the inputs.
+    # Training folds in parallel is not an input of the stages.
     result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
     assert result.stdout.count("done before, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
+def test_killed_pipeline_resumes(done, arguments, tmp_path):
     process = start("launch.pipeline", *arguments, f"output={tmp_path}")
     wait_for((tmp_path / "tri" / "fold-1" / "metrics.jsonl").exists, process)
     process.kill()
@@ -131,7 +131,7 @@ def test_killed_in_the_middle_it_goes_on(done, arguments, tmp_path):
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
 
 
-def test_ctrl_c_parallel_folds_waits_until_the_folds_have_saved(packed, tmp_path):
+def test_ctrl_c_waits_until_parallel_folds_have_saved(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS.partition("  frozen:")[0])
     words = ["--config", str(tmp_path / "tiny.yaml"), f"data.shards={packed}", f"output={tmp_path}"]
     # Two folds at once, whatever the machine has.
@@ -149,7 +149,7 @@ def test_ctrl_c_parallel_folds_waits_until_the_folds_have_saved(packed, tmp_path
         assert newest == records(fold)[-1]["step"]
 
 
-def test_explain_shows_what_the_prediction_came_from(done):
+def test_explain_draws_attention_of_the_predicting_models(done):
     table = read_oof(done / "oof.parquet")
     test_id = read_submission(done / "submission.csv")[0][0]
     train_id = str(table.lesion_ids[3])
@@ -178,7 +178,7 @@ def test_weights_of_another_architecture_are_refused(done, arguments):
     assert (done / "submission.csv").read_bytes() == before
 
 
-def test_a_shard_that_changed_is_refused(done, arguments):
+def test_changed_shard_is_refused(done, arguments):
     shard = next((done / "shards" / "train").glob("*.tar"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

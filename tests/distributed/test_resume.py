@@ -1,4 +1,4 @@
-"""Killed at random moments, in a save too, and resumed: bit for bit the undisturbed run. And the golden losses."""
+"""A run killed at random moments and resumed equals an undisturbed one bit for bit; losses equal the golden ones."""
 
 import json
 import random
@@ -32,40 +32,40 @@ train:
 """
 SETTINGS += TINY_TRIMODAL
 MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 4}
-"""What a run is killed at, and up to which time of it: so soon that the last kill comes before the last epoch."""
+"""Events at which a run is killed, and the latest occurrence: early enough that all kills precede the last epoch."""
 
 
 def records(folder: Path) -> list[dict]:
-    """All that a run logged but how fast it was."""
-    fast = {"lesions_per_s", "data_wait", "memory_gib", "seconds_left"}
+    """All that a run logged, without speed and memory."""
+    varying = {"lesions_per_s", "data_wait", "memory_gib", "seconds_left"}
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in fast} for line in lines]
+    return [{name: value for name, value in line.items() if name not in varying} for line in lines]
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again(packed, tmp_path, kills):
+def test_run_killed_many_times_equals_undisturbed_run(packed, tmp_path, kills):
     config = tmp_path / "tiny.yaml"
     config.write_text(SETTINGS)
-    chance = random.Random(kills)
-    events = [*MOMENTS, *(chance.choice([*MOMENTS]) for _ in range(kills - len(MOMENTS)))]
-    moments = [None, *([event, chance.randint(1, MOMENTS[event])] for event in events), None]
+    rng = random.Random(kills)
+    events = [*MOMENTS, *(rng.choice([*MOMENTS]) for _ in range(kills - len(MOMENTS)))]
+    moments = [None, *([event, rng.randint(1, MOMENTS[event])] for event in events), None]
     shared = [f"train.epochs={kills}", f"data.shards={packed}", f"tokens={tmp_path / 'tokens'}"]
     jobs = [
         {"config": str(config), "settings": [*shared, f"output={tmp_path / name}"], "kill": kill}
-        for name, kill in zip(["alone", *["killed"] * (kills + 1)], moments, strict=True)
+        for name, kill in zip(["undisturbed", *["killed"] * (kills + 1)], moments, strict=True)
     ]
     done = launch(WORKER, json.dumps(jobs))
     assert json.loads(done.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * kills, 0]
-    alone, killed = (tmp_path / name / "tri" / "fold-0" for name in ("alone", "killed"))
-    assert len(records(alone)) == kills * 5  # four steps and a validation each epoch
-    assert records(killed) == records(alone)
-    weights = [json.loads((folder / "fold.json").read_text())["weights"] for folder in (alone, killed)]
+    undisturbed, killed = (tmp_path / name / "tri" / "fold-0" for name in ("undisturbed", "killed"))
+    assert len(records(undisturbed)) == kills * 5  # four steps and a validation each epoch
+    assert records(killed) == records(undisturbed)
+    weights = [json.loads((folder / "fold.json").read_text())["weights"] for folder in (undisturbed, killed)]
     assert weights[0] == weights[1]
     assert not list(tmp_path.rglob("checkpoints/*.part"))
 
 
 def test_golden_losses(packed, tmp_path):
-    """A change that should leave the numbers alone does; for one that should not there is compare_losses keep=FILE."""
+    """Losses equal the recorded ones; after an intended change, record them with compare_losses keep=FILE."""
     names = sorted(path.stem for path in GOLDEN.glob("*.yaml"))
     jobs = [
         {"config": str(GOLDEN / f"{name}.yaml"), "settings": [f"data.shards={packed}", f"output={tmp_path / name}"]}
@@ -77,5 +77,5 @@ def test_golden_losses(packed, tmp_path):
         got, golden = losses(tmp_path / name / "golden" / "fold-0" / "metrics.jsonl"), losses(GOLDEN / f"{name}.jsonl")
         difference, step = largest_difference(got, golden)
         assert difference <= ACROSS_MACHINES, f"{name}, step {step}: {got.get(step)} instead of {golden.get(step)}"
-    # A loss that is off in the third digit would be seen.
+    # A difference in the third digit is detected.
     assert largest_difference({**golden, 5: golden[5] * 1.003}, golden)[0] > ACROSS_MACHINES

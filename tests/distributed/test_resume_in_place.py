@@ -1,4 +1,4 @@
-"""What a run does in a folder that is not empty: it goes on where it can, and never destroys what is there."""
+"""A run in a folder that is not empty: it resumes where it can, and never deletes the results of other settings."""
 
 import json
 import os
@@ -43,17 +43,17 @@ def settings(packed, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def go(settings, tmp_path):
-    """go(*overrides, stop=epoch or None): train fold 0 in tmp_path; returns its folder."""
+def train(settings, tmp_path):
+    """train(*overrides, stop=epoch or None): train fold 0 in tmp_path; return its folder."""
 
-    def go(*overrides: str, stop: int | None = None) -> Path:
+    def train(*overrides: str, stop: int | None = None) -> Path:
         experiment = load(Experiment, settings[0], [*settings[1:], f"output={tmp_path}", *overrides])
         ask = lambda epoch, scores: epoch == stop and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
         keep = partial(save, experiment, tmp_path / "config.yaml")
         run_folds(experiment, read_index(experiment.train_shards), ["tri"], [0], ask, keep)
         return tmp_path / "tri" / "fold-0"
 
-    return go
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -76,36 +76,41 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_refused_command_touches_nothing(go, tmp_path):
+def test_refused_command_changes_no_file(train, tmp_path):
     with pytest.raises(Interrupted):
-        go(stop=1)
+        train(stop=1)
     before = files(tmp_path)
     for bad in ("train.optim.min_lr=1", "train.trackers=[nobody]", "train.micro_batch=3"):
         with pytest.raises(ConfigError):
-            go(bad, "models.tri.dropout=0.5")
+            train(bad, "models.tri.dropout=0.5")
         assert files(tmp_path) == before, bad
 
 
-def test_a_training_of_other_settings_is_kept_and_goes_on_with_them(go, undisturbed, tmp_path, capsys):
+def test_training_of_other_settings_is_moved_aside_and_resumed_with_them(train, undisturbed, tmp_path, capsys):
     with pytest.raises(Interrupted):
-        go(stop=1)
-    other = go("models.tri.dropout=0.5")
+        train(stop=1)
+    other = train("models.tri.dropout=0.5")
     found = weights_of(other)
     assert found != weights_of(undisturbed)
     capsys.readouterr()
-    fold = go()
-    assert "going on with that of these settings" in capsys.readouterr().out
+    fold = train()
+    assert "resuming the one of these settings" in capsys.readouterr().out
     assert weights_of(fold) == weights_of(undisturbed) and losses(fold) == losses(undisturbed)
-    assert weights_of(go("models.tri.dropout=0.5")) == found
+    assert weights_of(train("models.tri.dropout=0.5")) == found
     assert "epoch" not in capsys.readouterr().out  # it was finished, and is not trained again
-    assert weights_of(go()) == weights_of(undisturbed)
+    assert weights_of(train()) == weights_of(undisturbed)
 
 
-def test_how_a_step_is_taken_may_change_on_the_way(go, undisturbed, capsys):
+def test_execution_settings_may_change_on_resume(train, undisturbed, capsys):
     with pytest.raises(Interrupted):
-        go(stop=1)
-    how = ["train.precision=bf16", "train.micro_batch=4", "train.activation_checkpointing=true", "train.optim.lr=5e-4"]
-    fold = go(*how)
+        train(stop=1)
+    changed = [
+        "train.precision=bf16",
+        "train.micro_batch=4",
+        "train.activation_checkpointing=true",
+        "train.optim.lr=5e-4",
+    ]
+    fold = train(*changed)
     assert (
         "tri fold 0 goes on from step 5 with train.precision=bf16 instead of fp32, train.micro_batch=4 instead of 8, "
         "train.optim.lr=0.0005 instead of 0.001: not the numbers of an undisturbed run"
@@ -117,53 +122,48 @@ def test_how_a_step_is_taken_may_change_on_the_way(go, undisturbed, capsys):
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over(go, undisturbed, tmp_path, capsys, file):
+def test_damaged_checkpoint_is_skipped(train, undisturbed, tmp_path, capsys, file):
     with pytest.raises(Interrupted):
-        go(stop=2)
+        train(stop=2)
     fold = tmp_path / "tri" / "fold-0"
     _, newest = sorted((fold / "checkpoints").iterdir())
     content = (newest / file).read_bytes()
     (newest / file).write_bytes(content[: len(content) // 2])
     capsys.readouterr()
-    go()
+    train()
     assert f"{newest}" in (said := capsys.readouterr().out) and "it is passed over" in said
     assert weights_of(fold) == weights_of(undisturbed) and losses(fold) == losses(undisturbed)
 
 
-def test_what_rank_0_meets_all_ranks_tell(settings, tmp_path):
+def test_errors_on_rank_0_are_raised_on_all_ranks(settings, tmp_path):
     """A fold that another run trains, an output that is a file, a full disk (here a limit on the size of a file)."""
     (tmp_path / "file").touch()
     jobs = [
         {"config": settings[0], "settings": [*settings[1:], f"output={tmp_path / name}"]}
-        for name in ("taken", "file", "full")
+        for name in ("locked", "file", "full")
     ]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
-        with exclusive_lock(tmp_path / "taken" / "tri" / ".fold-0.lock", AssertionError()):
-            launch(
-                str(WORKERS / "relay_worker.py"),
-                str(tmp_path),
-                json.dumps(jobs),
-                ranks=2,
-            )
+        with exclusive_lock(tmp_path / "locked" / "tri" / ".fold-0.lock", AssertionError()):
+            launch(str(WORKERS / "relay_worker.py"), str(tmp_path), json.dumps(jobs), ranks=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     ends = [json.loads((tmp_path / f"relay-{rank}.json").read_text()) for rank in range(2)]
     assert ends[0] == ends[1]
-    taken, file, full = ends[0]
-    assert taken.startswith(f"InputError: {tmp_path / 'taken' / 'tri' / 'fold-0'}: another run is training this fold")
+    locked, file, full = ends[0]
+    assert locked.startswith(f"InputError: {tmp_path / 'locked' / 'tri' / 'fold-0'}: another run is training this fold")
     assert file.startswith("FileExistsError: ") and str(tmp_path / "file") in file
     assert "OSError: " in full and str(tmp_path / "full" / "tri" / "fold-0") in full and "too large" in full
     assert not list((tmp_path / "full").rglob("*.part"))
 
 
-def test_a_file_that_can_not_be_written_is_one_line_and_status_2(tmp_path, capsys):
+def test_unwritable_file_gives_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "file").touch()
 
     def main(settings: Experiment) -> None:
-        with atomic_path(tmp_path / "file" / "table.json") as beside:
-            beside.touch()
+        with atomic_path(tmp_path / "file" / "table.json") as temporary:
+            temporary.touch()
 
     with pytest.raises(SystemExit) as end:
         cli.run(Experiment, main, None, [])
@@ -171,9 +171,9 @@ def test_a_file_that_can_not_be_written_is_one_line_and_status_2(tmp_path, capsy
     assert end.value.code == 2 and said.startswith(f"error: {tmp_path / 'file'}") and said.count("\n") == 1
 
 
-def test_a_lock_ends_with_its_holder(tmp_path):
-    lock = partial(exclusive_lock, tmp_path / "lock", InputError("taken"))
-    with lock(), pytest.raises(InputError, match="taken"), lock():
+def test_lock_is_released_with_its_holder(tmp_path):
+    lock = partial(exclusive_lock, tmp_path / "lock", InputError("locked"))
+    with lock(), pytest.raises(InputError, match="locked"), lock():
         pass
     with lock():
         pass

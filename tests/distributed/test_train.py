@@ -38,9 +38,9 @@ def settings(packed, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(settings, tmp_path_factory) -> Path:
-    """The run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("alone")
+def undisturbed(settings, tmp_path_factory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     launch("launch.train", *settings, f"output={folder}", fork=False)
     return folder / "tri" / "fold-0"
 
@@ -53,25 +53,25 @@ def weights_of(folder: Path) -> str:
     return json.loads((folder / "fold.json").read_text())["weights"]
 
 
-def test_a_run_leaves_what_it_says(alone):
-    predictions = read_predictions(alone / "predictions.parquet")
+def test_run_writes_its_files(undisturbed):
+    predictions = read_predictions(undisturbed / "predictions.parquet")
     assert len(predictions) == 50
     assert set(predictions.fold) == {0}
-    assert set(predictions.model_hash) == {weights_of(alone)}
-    steps = [step for step, _ in losses(alone)]
+    assert set(predictions.model_hash) == {weights_of(undisturbed)}
+    steps = [step for step, _ in losses(undisturbed)]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(list((alone / "checkpoints").iterdir())) == 2
-    assert (alone / "config.yaml").exists()
+    assert len(list((undisturbed / "checkpoints").iterdir())) == 2
+    assert (undisturbed / "config.yaml").exists()
 
 
-def test_a_finished_fold_is_not_trained_again(alone, settings):
-    before = (alone / "weights.safetensors").stat().st_mtime_ns
-    launch("launch.train", *settings, f"output={alone.parents[1]}")
-    assert (alone / "weights.safetensors").stat().st_mtime_ns == before
+def test_finished_fold_is_not_trained_again(undisturbed, settings):
+    before = (undisturbed / "weights.safetensors").stat().st_mtime_ns
+    launch("launch.train", *settings, f"output={undisturbed.parents[1]}")
+    assert (undisturbed / "weights.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
-def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings, tmp_path, number):
+def test_stopped_and_resumed_run_equals_undisturbed_run(undisturbed, settings, tmp_path, number):
     # In step 4 of 4 of the first epoch, which has logged a step that the checkpoint of step 2 does not hold. A step has
     # two micro-batches, each with a forward for the soft F1 sums and one for the gradient.
     stopped = launch(SIGNAL_WORKER, number.name, "14", *settings, f"output={tmp_path}", check=False)
@@ -81,13 +81,13 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(alone, settings,
     assert (saved, losses(folder)[-1][0]) == ((2, 3) if number == signal.SIGKILL else (4, 4))
     assert not (folder / "fold.json").exists()
     launch("launch.train", *settings, f"output={tmp_path}")
-    assert losses(folder) == losses(alone)
-    assert weights_of(folder) == weights_of(alone)
-    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, alone))
+    assert losses(folder) == losses(undisturbed)
+    assert weights_of(folder) == weights_of(undisturbed)
+    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, undisturbed))
     assert (a.logits == b.logits).all()
 
 
-def test_a_signal_before_training_is_none_that_kills(settings, tmp_path):
+def test_signal_before_training_exits_with_3(settings, tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     process = start("launch.train", "--config", str(tmp_path / "pipe.yaml"), *settings[2:], f"output={tmp_path}/run")
     with (tmp_path / "pipe.yaml").open("w"):  # opens when the program does, which reads until this is closed
@@ -96,7 +96,7 @@ def test_a_signal_before_training_is_none_that_kills(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_while_a_fold_ends_stops_before_the_next(settings, tmp_path):
+def test_signal_at_the_end_of_a_fold_stops_before_the_next(settings, tmp_path):
     ranks = 2
     job = {"config": settings[1], "settings": [*settings[2:], f"output={tmp_path}", "train.epochs=1"], "folds": [0, 1]}
     stopped = {**job, "stop": ranks - 1}  # asked after the last step of fold 0, then after that of fold 1
@@ -107,26 +107,26 @@ def test_a_signal_while_a_fold_ends_stops_before_the_next(settings, tmp_path):
         assert [end.split(":")[0] for end in ends] == ["Interrupted", "Interrupted", "done"]
 
 
-def test_checkpoints_of_other_settings_are_not_resumed(alone, settings, tmp_path):
+def test_checkpoints_of_other_settings_are_not_resumed(undisturbed, settings, tmp_path):
     first = launch("launch.train", *settings, f"output={tmp_path}", "train.epochs=1")
     second = launch("launch.train", *settings, f"output={tmp_path}")
     assert "other settings" not in first.stdout
     assert "holds a training of other settings or data, moved to" in second.stdout
     assert "starting from the beginning" in second.stdout
-    assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(alone)
+    assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(undisturbed)
 
 
 @pytest.mark.parametrize(
     "fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forks", "as started by users"]
 )
-def test_two_ranks_give_the_numbers_of_one(alone, settings, tmp_path, fork):
+def test_two_ranks_give_the_numbers_of_one(undisturbed, settings, tmp_path, fork):
     ddp = "accelerate_configs/ddp.yaml"
     done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config=ddp, fork=fork)
     assert "2 rank(s)" in done.stdout
     assert "global batch 16 = 2 x 8 x 1" in done.stdout
     folder = tmp_path / "tri" / "fold-0"
-    assert np.allclose(losses(folder), losses(alone), atol=1e-4)
-    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, alone))
+    assert np.allclose(losses(folder), losses(undisturbed), atol=1e-4)
+    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, undisturbed))
     assert a.lesion_ids.tolist() == b.lesion_ids.tolist()
     assert np.abs(a.logits - b.logits).max() < 1e-2
 
@@ -142,7 +142,7 @@ def test_two_ranks_give_the_numbers_of_one(alone, settings, tmp_path, fork):
         ("data.shards=nowhere", "nowhere"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(settings, tmp_path, override, message):
+def test_invalid_input_gives_one_line_and_exit_code_2(settings, tmp_path, override, message):
     done = launch("launch.train", *settings, f"output={tmp_path}/run", override, check=False)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

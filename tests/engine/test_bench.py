@@ -41,7 +41,7 @@ def test_compares_only_equal_models_and_devices(record, tmp_path):
         add_record(path, each)
     assert find_comparable(read_records(path), record) == older
     assert "0.50 of the throughput measured on 2020-01-01" in comparison(record, older)
-    add_record(path, record)  # takes the place of the older one
+    add_record(path, record)  # replaces the older one
     assert sorted(read_records(path), key=str) == sorted([other, record], key=str)
     assert find_comparable([other], record) is None
     path.write_text(json.dumps([{"device": "x"}]))

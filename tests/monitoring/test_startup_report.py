@@ -61,7 +61,7 @@ def test_the_start_says_what_happens_to_photos_of_another_size(tmp_path, capsys)
         open_views(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
     said = capsys.readouterr().out
     assert said.count("note: ") == 2
-    assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}: they are turned" in said and "A and B" in said
+    assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}" in said and "A and B" in said
 
 
 class _Syncs(TorchDispatchMode):

@@ -1,10 +1,10 @@
-"""The whole way: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
+"""Run all stages: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
 
 triderm pipeline --config milk10k_cpu data.source=MILK10k output=runs/milk10k
 
 With data.test=FOLDER it also predicts a test set and writes the submission.
 
-Run again, it skips what is done; killed and run again, it goes on where it was.
+A second run skips finished stages; after a kill it resumes.
 """
 
 import json

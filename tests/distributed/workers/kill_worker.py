@@ -1,13 +1,13 @@
-"""Trainings one after the other, each in a fork of this process (which has paid for the imports), some of them killed.
+"""Run trainings one after the other, each in a fork of this process (which has done the imports), and kill some.
 
 A job is {"config": FILE, "settings": [...], "kill": null or [EVENT, COUNT]}: SIGKILL at the COUNTth time that
 
 - "forward": the network is about to run, in training or validation;
-- "write": a file of a checkpoint is opened to be written;
-- "rename": a file of a checkpoint, or the whole, is about to get its name;
-- "replace": another file is, such as weights, or metrics.jsonl at the start.
+- "write": a file of a checkpoint is opened for writing;
+- "rename": a checkpoint, or a file in it, is about to be renamed to its final name;
+- "replace": another file is about to be renamed, such as weights, or metrics.jsonl at the start.
 
-Prints a JSON list of how they ended: 0, or minus the signal.
+Prints a JSON list of the exit codes: 0, or minus the signal.
 """
 
 import json
@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 
-import simplejpeg  # noqa: F401 - what every fork would import again
+import simplejpeg  # noqa: F401 - else every fork imports it again
 import timm  # noqa: F401
 import torch
 import torch.utils.tensorboard
@@ -41,8 +41,8 @@ def arm(event: str, count: int) -> None:
         if name == "open" and event == "write" and ".part/" in str(arguments[0]) and arguments[1] != "r":
             once()
         elif name == "os.rename":
-            beside = str(arguments[0])
-            if event == ("rename" if "/checkpoints/" in beside else "replace"):
+            source = str(arguments[0])
+            if event == ("rename" if "/checkpoints/" in source else "replace"):
                 once()
 
     if event == "forward":
@@ -61,15 +61,15 @@ def train(job: dict) -> None:
 
 
 def main(jobs: str) -> None:
-    ends = []
+    codes = []
     for job in json.loads(jobs):
         child = os.fork()
         if child == 0:
             train(job)
             sys.stdout.flush()
             os._exit(0)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print("\n" + json.dumps(ends))
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print("\n" + json.dumps(codes))
 
 
 if __name__ == "__main__":

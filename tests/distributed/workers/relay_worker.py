@@ -1,8 +1,8 @@
-"""Trainings one after the other on however many ranks were started, each from where its folder is; rank R writes how
-they ended to relay-R.json.
+"""Run trainings one after the other on all started ranks, each resuming in its folder; rank R writes their results to
+relay-R.json.
 
-A job is {"settings": [...], "folds": [0] if not told, "stop": rank or null}: that rank asks itself to stop
-after the first epoch that ends here.
+A job is {"config": FILE, "settings": [...], "folds": [0] by default, "stop": rank or null}: that rank requests a stop
+after the first epoch of the job.
 """
 
 import json
@@ -19,24 +19,23 @@ from triderm_dist.engine.crossval import run_folds
 from triderm_dist.schema import InputError
 
 
-def stop_here(asked: bool, epoch: int, scores: dict[str, float]) -> None:
-    if asked:
+def request_stop(requested: bool, epoch: int, scores: dict[str, float]) -> None:
+    if requested:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(output: str, jobs: str) -> None:
-    rank, ends = int(os.environ.get("RANK", "0")), []
+    rank, results = int(os.environ.get("RANK", "0")), []
     for job in json.loads(jobs):
         experiment = load(Experiment, job.get("config"), job["settings"])
-        ask = partial(stop_here, job.get("stop") == rank)
+        on_validation = partial(request_stop, job.get("stop") == rank)
         try:
-            run_folds(
-                experiment, read_index(experiment.train_shards), list(experiment.models), job.get("folds", [0]), ask
-            )
-            ends.append("done")
+            index = read_index(experiment.train_shards)
+            run_folds(experiment, index, list(experiment.models), job.get("folds", [0]), on_validation)
+            results.append("done")
         except (Interrupted, InputError, OSError) as error:
-            ends.append(f"{type(error).__name__}: {error}")
-        Path(output, f"relay-{rank}.json").write_text(json.dumps(ends))
+            results.append(f"{type(error).__name__}: {error}")
+        Path(output, f"relay-{rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

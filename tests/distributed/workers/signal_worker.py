@@ -1,4 +1,4 @@
-"""launch.train that sends itself a signal when the network is about to train for the COUNTth time.
+"""Run launch.train, and send it a signal before the network's COUNTth forward in training.
 
 python signal_worker.py SIGNAL COUNT [SETTINGS OF launch.train]
 """
