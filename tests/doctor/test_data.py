@@ -56,7 +56,7 @@ def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tm
     assert slow.state == "note" and slow.advice == "data.workers=6"
     crowded = reading_finding(1000, 2, need, ranks=8, cores=8)
     assert crowded.state == "note" and "about 500 for each of 8 ranks on 8 cores" in crowded.text
-    assert crowded.advice.startswith("2 cores a GPU")
+    assert crowded.advice.startswith("2 cores per GPU")
     assert reading_finding(1000, 8, need, ranks=1, cores=2).state == "ok"
 
 

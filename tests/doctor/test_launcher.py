@@ -70,7 +70,7 @@ def test_more_processes_than_gpus_are_told(tmp_path):
 def test_a_file_that_is_no_launcher_is_told(tmp_path, text):
     path = tmp_path / "launcher.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"launcher\.yaml: no launcher file of Accelerate"):
+    with pytest.raises(ConfigError, match=r"launcher\.yaml: not an accelerate file"):
         read_launcher(path)
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         read_launcher(tmp_path / "none.yaml")

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.doctor.conftest import SMALL, finding
-from tests.processes import ROOT
 from triderm_dist.config import Experiment, TowerConfig, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import GIB, Finding
@@ -50,7 +49,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_fits():
     experiment = load(Experiment, None, small)
 
     def memory(gpu: float) -> Finding:
-        findings = examine(experiment, ROOT, 1, gpu_memory=gpu)["experiment"]
+        findings = examine(experiment, 1, gpu_memory=gpu)["experiment"]
         return next(each for each in findings if each.name == "a: memory")
 
     assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text

@@ -1,4 +1,4 @@
-"""The doctor started on all ranks: what it compares, and ranks that do not answer."""
+"""The doctor on several ranks: what it compares, and ranks that do not answer."""
 
 import re
 import socket
@@ -14,7 +14,7 @@ from tests.processes import HANG_SECONDS, ROOT, launch
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.doctor.findings import Finding
-from triderm_dist.doctor.ranks import Sight, compare, name_ranks
+from triderm_dist.doctor.ranks import RankReport, compare, name_ranks
 
 RANK = """
 import os, pathlib, subprocess, sys, time
@@ -49,17 +49,17 @@ def statuses(folder: Path) -> list[str]:
     return [path.read_text() for path in sorted((folder / "own").glob("status.*"))]
 
 
-def test_ranks_that_see_the_same_may_start(make_challenge, tmp_path):
+def test_equal_ranks_can_start(make_challenge, tmp_path):
     pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
     done = run_on_ranks(tmp_path, "data.shards=shards")
     assert done.returncode == 0, done.stdout + done.stderr
     assert statuses(tmp_path) == ["0", "0"]
     assert done.stdout.count("a run can start") == 1 and done.stdout.count("\nmachine\n") == 1
-    assert "25 MiB summed over 2 ranks" in done.stdout and "96 = 2 rank(s)" in done.stdout
+    assert "25 MiB over 2 ranks" in done.stdout and "96 = 2 rank(s)" in done.stdout
     assert re.search(r"22 lesions, index [0-9a-f]{12}: the same on ranks 0-1 on ", done.stdout)
 
 
-def test_a_folder_that_one_node_sees_and_another_version_are_told_once(make_challenge, tmp_path):
+def test_a_missing_folder_and_another_version_are_reported_once(make_challenge, tmp_path):
     pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
     (tmp_path / "other").mkdir()
     about = tmp_path / "packages" / "accelerate-1.0.0.dist-info" / "METADATA"
@@ -78,8 +78,8 @@ def test_a_folder_that_one_node_sees_and_another_version_are_told_once(make_chal
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (0, r"error: missing: answers \(rank 1 on an unknown host did not come to localhost:\d+ within 1 s"),
-        (1, r"error: rank 1 on \S+ does not reach rank 0 at localhost:\d+ \("),
+        (0, r"error: missing: answers \(rank 1 on an unknown host did not connect to localhost:\d+ within 1 s"),
+        (1, r"error: rank 1 on \S+ cannot reach rank 0 at localhost:\d+ \("),
     ],
     ids=["rank 1 is absent", "rank 0 is absent"],
 )
@@ -87,35 +87,41 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path, rank, message):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    alone = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    done = run_doctor(*SMALL, f"output={tmp_path}", "answer_seconds=1", **alone)
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
+    done = run_doctor(*SMALL, f"output={tmp_path}", "answer_seconds=1", **environment)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
 
 
-def test_what_ranks_tell_is_compared():
-    def told(sums: dict, **of_rank_5) -> dict[str, Finding]:
+def test_reports_of_ranks_are_compared():
+    def compared(timings: dict, **of_rank_5) -> dict[str, Finding]:
         hosts = {rank: "ab"[rank // 4] for rank in range(8)}
-        same = Sight("a", "22 lesions", True, {"torch": "2.14.1"}, "H100", 4, 0, [])
-        sights = {rank: replace(same, host=hosts[rank], local_rank=rank % 4) for rank in hosts}
-        sights[5] = replace(sights[5], **of_rank_5)
-        trouble = Finding("/dev/shm", "64 MiB", "missing", "more")
-        sights[4] = replace(sights[4], troubles=[asdict(trouble)])
-        meeting = SimpleNamespace(world=8, place="a:1", seconds=30)
-        return {each.name: each for each in compare(meeting, hosts, sights, sums)}
+        same = RankReport("a", "22 lesions", True, {"torch": "2.14.1"}, "H100", 4, 0, [])
+        reports = {rank: replace(same, host=hosts[rank], local_rank=rank % 4) for rank in hosts}
+        reports[5] = replace(reports[5], **of_rank_5)
+        problem = Finding("/dev/shm", "64 MiB", "missing", "more")
+        reports[4] = replace(reports[4], problems=[asdict(problem)])
+        rendezvous = SimpleNamespace(world=8, address="a:1", seconds=30)
+        return {each.name: each for each in compare(rendezvous, hosts, reports, timings)}
 
     good = {rank: {"gloo": 0.1, "NCCL": 0.01, "clock": 100.0 + 0.01 * rank} for rank in range(8)}
-    found = told(good)
+    found = compared(good)
     assert found.pop("b: /dev/shm").state == "missing"
     assert {each.state for each in found.values()} == {"ok"}
     assert found["ranks"].text == "8: ranks 0-3 on a, ranks 4-7 on b" and "10 ms by NCCL" in found["all-reduce"].text
     nodes = {rank: f"n{rank // 2}" for rank in range(20)}
-    assert name_ranks(nodes, nodes).endswith("ranks 10-11 on n5 and those on 4 more host(s)")
-    assert told(good, software={"torch": "2.13"})["software"].text.endswith("rank 5 on b: 2.13")
-    assert told(good, gpu="")["GPUs"].state == "missing" and told(good, gpu="T4")["GPUs"].state == "note"
-    late = told({**good, 5: {**good[5], "clock": 140.0}})["clocks"]
+    assert name_ranks(nodes, nodes).endswith("ranks 10-11 on n5 and on 4 more host(s)")
+    assert compared(good, software={"torch": "2.13"})["software"].text.endswith("rank 5 on b: 2.13")
+    assert compared(good, gpu="")["GPUs"].state == "missing" and compared(good, gpu="T4")["GPUs"].state == "note"
+    late = compared({**good, 5: {**good[5], "clock": 140.0}})["clocks"]
     assert late.state == "note" and late.text.startswith("rank 5 on b: +40.0 s")
     hangs = {rank: {"gloo": 0.1, "clock": 100.0, "error": "did not end within 30 s"} for rank in range(8)}
-    assert told(hangs)["all-reduce"].text == "ranks 0-3 on a, ranks 4-7 on b: NCCL: did not end within 30 s"
-    dead = told({rank: each for rank, each in hangs.items() if rank != 5})["all-reduce"]
-    assert dead.state == "missing" and dead.text.startswith("rank 5 on b fell silent")
+    assert compared(hangs)["all-reduce"].text == "ranks 0-3 on a, ranks 4-7 on b: NCCL: did not end within 30 s"
+    dead = compared({rank: each for rank, each in hangs.items() if rank != 5})["all-reduce"]
+    assert dead.state == "missing" and dead.text.startswith("rank 5 on b stopped answering")

@@ -1,11 +1,11 @@
-"""Look over this machine and an experiment: versions, devices, precision, batch, weights, data, and what is missing.
+"""Check this machine and an experiment before a run: versions, devices, precision, batch, weights, data.
 
 triderm doctor --config EXPERIMENT.yaml data.source=FOLDER
-triderm doctor --config EXPERIMENT.yaml launcher=accelerate_configs/ddp_multi_node.yaml
-triderm ranks --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.doctor --config EXPERIMENT.yaml
+triderm doctor --config EXPERIMENT.yaml launcher=ddp_multi_node
+triderm ranks --config_file ddp -m doctor --config EXPERIMENT.yaml
 
-Started on all ranks, as a run is, it also compares what they see and lets them sum numbers; rank 0 prints.
-Exit status 0 if a run can start, 2 if not; the last line says what is missing. Downloads and writes nothing.
+Started on all ranks, as a run is, it also compares the ranks and times an all-reduce between them; rank 0 prints.
+Exit code 0 if a run can start, 2 if not; the last line says what is missing. Downloads and writes nothing.
 """
 
 import sys
@@ -24,11 +24,15 @@ class DoctorRun(Experiment):
 
     launcher: PathText | None = Field(None, description="accelerate config file that the run will be started with")
     ranks: int | None = Field(
-        None, ge=1, description="processes to plan for; null takes the launcher's, or the GPUs here, or one"
+        None,
+        ge=1,
+        description="processes to plan for; null takes the launcher's, or the number of GPUs of this host, or 1",
     )
-    gpu_memory: float | None = Field(None, gt=0, description="GiB of the GPU to plan for; null takes the smallest here")
+    gpu_memory: float | None = Field(
+        None, gt=0, description="GiB of the GPU to plan for; null takes the smallest of this host"
+    )
     answer_seconds: float = Field(
-        30.0, gt=0, description="started on several ranks: seconds within which each has to answer, and sums be made"
+        30.0, gt=0, description="on several ranks: seconds within which each must answer and the all-reduce must end"
     )
 
 
@@ -36,25 +40,25 @@ def main(config: DoctorRun) -> None:
     from triderm_dist.doctor import examine
     from triderm_dist.doctor.findings import missing, print_findings
     from triderm_dist.doctor.launcher import read_launcher
-    from triderm_dist.doctor.ranks import meet, started_on_ranks
+    from triderm_dist.doctor.ranks import check_ranks, started_on_ranks
 
     launcher = read_launcher(config.launcher) if config.launcher else None
-    meeting, between = None, {}
+    rendezvous, compared = None, {}
     if started_on_ranks():
-        meeting, between["ranks"] = meet(config, config.answer_seconds)  # of which only rank 0 comes back
-    ranks = config.ranks or (meeting.world if meeting else None)
-    findings = {**between, **examine(config, ranks, config.gpu_memory, launcher)}
+        rendezvous, compared["ranks"] = check_ranks(config, config.answer_seconds)  # returns on rank 0 only
+    ranks = config.ranks or (rendezvous.world if rendezvous else None)
+    findings = {**compared, **examine(config, ranks, config.gpu_memory, launcher)}
     print_findings(findings)
-    lacking = "; ".join(f"{each.name} ({each.text})" for each in missing(findings))
-    if not lacking:
+    problems = "; ".join(f"{each.name} ({each.text})" for each in missing(findings))
+    if not problems:
         print("a run can start")
-    sys.stdout.flush()  # what is missing comes last, on the error stream
-    if meeting:
-        if lacking:
-            print(f"error: missing: {lacking}", file=sys.stderr)
-        meeting.end(BAD_INPUT if lacking else 0)
-    if lacking:
-        raise InputError(f"missing: {lacking}")
+    sys.stdout.flush()  # before the error, which is to be the last line
+    if rendezvous:
+        if problems:
+            print(f"error: missing: {problems}", file=sys.stderr)
+        rendezvous.exit_all(BAD_INPUT if problems else 0)
+    if problems:
+        raise InputError(f"missing: {problems}")
 
 
 def start() -> None:

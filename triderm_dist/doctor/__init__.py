@@ -1,12 +1,13 @@
-"""Looks over a machine and an experiment for what would stop a run, and says what to do about it.
+"""Check a machine and an experiment before a run, and say how to fix what would stop it.
 
-Nothing is downloaded, started or written. A check that needs a package says that it is missing instead of failing.
+Nothing is downloaded, started or written. A check whose package is missing reports that instead of failing.
 
-    software, machine      of this host                     launcher   processes and port of an accelerate file
-    networks               precision, batch, memory, weights
-    data                   packed sets and the speed of reading them
-    ranks                  what the ranks that the doctor is started on see, and whether they reach one another
-    advice                 what suits the machine
+    software, machine   of this host
+    launcher            processes and port of an accelerate file
+    networks            precision, batch, memory, weights
+    data                packed data sets, and the speed of reading them
+    ranks               differences between the ranks that the doctor is started on, and their all-reduce
+    advice              the shipped experiment for this machine
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from triderm_dist.doctor.networks import network_findings
 from triderm_dist.doctor.software import nccl, versions
 
 
-def this_host(experiment: Experiment, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
-    """The findings that each host of a run has to be asked for, by section."""
+def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
+    """Return the findings that may differ between the hosts of a run, by section."""
     gpus = find_gpus()
     deepspeed = launcher.deepspeed if launcher else os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     written = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
@@ -49,9 +50,9 @@ def examine(
     """
     gpus = find_gpus()
     ranks = ranks or (launcher.ranks if launcher else max(1, len(gpus)))
-    sections = this_host(experiment, launcher)
+    sections = host_findings(experiment, launcher)
     if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
-        sections["launcher"] = found  # the ranks' own launcher holds its port
+        sections["launcher"] = found  # under a launcher its port is in use
     sections["experiment"] = network_findings(
         experiment, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
     )

@@ -1,4 +1,4 @@
-"""The experiment and the accelerate file that suit a machine."""
+"""The shipped experiment and accelerate file for a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
     if not gpus:
         experiment = "milk10k_cpu"
     elif count == 1:
-        # 70 and 20: what cards sold as 80 and 24 GB hold, with room for a driver's share.
+        # Cards sold as 80 and 24 GB have a little less, of which the driver takes a share.
         large, old = memory > 70 * GIB, gpus[0].capability < (8, 9)
         experiment = "a100" if large else "rtx3090" if old or memory < 20 * GIB else "rtx4090"
         if memory < 20 * GIB:
@@ -41,5 +41,5 @@ def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def _power_of_two(value: float) -> int:
-    """The largest power of two up to `value`, at least 1."""
+    """Return the largest power of two up to `value`, at least 1."""
     return 2 ** max(0, math.floor(math.log2(max(1.0, value))))

@@ -1,4 +1,4 @@
-"""What an experiment learns from and predicts, and how fast it is read."""
+"""Training and test data of an experiment, and the speed of reading them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
 
 READING_SECONDS = 2.0
-"""How long shards are read to tell the speed."""
+"""How long shards are read to measure the speed."""
 MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
-"""Share of its peak that a GPU is assumed to reach where it is well fed, by matrix products and by a network that is
+"""Assumed model FLOP/s utilization of a GPU that does not wait for data: of most networks, and of networks that are
 mostly convolutions. triderm bench measures it.
 """
 
 
 def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
-    """The training set, the speed of reading it against what a rank needs, and the test set."""
+    """Check the training set, the speed of reading it against what a rank needs, and the test set."""
     packed = open_shards(experiment.train_shards, experiment.data)
     found = [_training_data(experiment, packed)]
     if not isinstance(packed, str) and len(packed):
@@ -41,7 +41,7 @@ def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> li
 def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
     data, title = experiment.data, "training"
     if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
-        return Finding(title, packed, "missing", "pack the challenge folder again, or name other data.shards")
+        return Finding(title, packed, "missing", "pack the challenge folder again, or set another data.shards")
     if not isinstance(packed, str):
         counts = packed.counts()
         few = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
@@ -52,27 +52,27 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
             return Finding(title, text, "note", f"fewer than data.folds {data.folds}: some folds will lack it")
         return Finding(title, text)
     if data.source is None:
-        advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: make demo"
-        return Finding(title, "neither a challenge folder nor packed shards are named", "missing", advice)
+        advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: triderm synthetic"
+        return Finding(title, "neither data.source nor data.shards is set", "missing", advice)
     return _folder(title, data.source, data.missing_view, labels=True)
 
 
 def _test_data(experiment: Experiment) -> Finding:
     data, title = experiment.data, "test"
     if data.test_truth and not Path(data.test_truth).is_file():
-        return Finding(title, f"{data.test_truth}: no such file", "missing", "leave data.test_truth away or correct it")
+        return Finding(title, f"{data.test_truth}: no such file", "missing", "correct data.test_truth or remove it")
     packed = open_shards(experiment.test_shards, data)
     if not isinstance(packed, str):
         return Finding(title, f"{len(packed)} lesions packed in {experiment.test_shards}")
     if data.test_shards:
-        return Finding(title, packed, "missing", "pack the test folder again, or name other data.test_shards")
+        return Finding(title, packed, "missing", "pack the test folder again, or set another data.test_shards")
     if data.test is None:
-        return Finding(title, "none named; out-of-fold predictions and report only, no submission")
+        return Finding(title, "data.test is not set: out-of-fold predictions and report only, no submission")
     return _folder(title, data.test, data.missing_view, labels=False)
 
 
 def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
-    """The index of a packed set, or why it can't be read."""
+    """Return the index of packed shards, or why it cannot be read."""
     opener = imported("triderm_dist.data.shards.open")
     if opener is None:
         return f"{where}: can't be read without pyarrow and pillow"
@@ -80,7 +80,7 @@ def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
         return opener.open_index(where, data.remote)
     except InputError as error:
         return str(error)
-    except OSError as error:  # a folder that this user may not see, a mount that is gone
+    except OSError as error:  # missing permissions, a lost mount
         return f"{where}: {error.strerror}"
 
 
@@ -92,9 +92,14 @@ def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], la
     except InputError as error:
         advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
         return Finding(title, str(error), "missing", advice)
-    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet: triderm pipeline does it"
+    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet; triderm pipeline packs it"
     if labels and not dataset.labeled:
-        return Finding(title, f"{folder}: no ground truth", "missing", "put the *_GroundTruth.csv beside the metadata")
+        return Finding(
+            title,
+            f"{folder}: no ground truth",
+            "missing",
+            "put the *_GroundTruth.csv into the folder of the metadata table",
+        )
     return Finding(title, text)
 
 
@@ -103,7 +108,7 @@ def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], la
 
 @dataclass(frozen=True)
 class Need:
-    """Lesions/s that one rank's GPU trains a model with, and where that comes from."""
+    """Lesions/s that one rank's GPU trains on, and how that was estimated."""
 
     model: str
     lesions_per_s: float
@@ -112,7 +117,7 @@ class Need:
 
 def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ranks: int) -> Finding:
     if index.remote:
-        return Finding("reading", "shards behind a URL are not fetched for this; triderm bench measures them")
+        return Finding("reading", "not measured for shards at a URL; triderm bench does")
     try:
         speed = reading_speed(index, experiment.data.workers, READING_SECONDS)
     except (DataError, OSError) as error:
@@ -127,7 +132,7 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
 
 
 def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
-    """Lesions/s that `workers` threads read and decode as training does, in an order that skips about the shards.
+    """Measure the lesions/s that `workers` threads read and decode as training does, in random order.
 
     Raises DataError for a photo that does not decode.
     """
@@ -140,7 +145,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     batch, done = workers * TASK_LESIONS, 0
     with ThreadPoolExecutor(workers) as pool:
         started = time.perf_counter()
-        # A set that is smaller than the time allows is read again, no longer from the disk.
+        # A small data set is read several times, then from the page cache.
         while (passed := time.perf_counter() - started) < seconds:
             part = rows[np.arange(done, done + batch) % len(rows)]
             views, jobs = source.fetch(pool, part, None)
@@ -153,26 +158,26 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
 
 
 def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, cores: int) -> Finding:
-    """What a reading speed (lesions/s of one rank's workers) means for `ranks` GPUs of a host with so many cores."""
+    """Compare a reading speed (lesions/s of one rank's workers) with the needs of `ranks` GPUs on so many cores."""
     text = f"{speed:,.0f} lesions/s read and decoded by {workers} thread(s) (data.workers)"
     if need is None:
         return Finding("reading", text)
-    a_core, own = speed / min(workers, cores), cores / ranks
-    shared = a_core * min(workers, own)
+    per_core, own = speed / min(workers, cores), cores / ranks
+    shared = per_core * min(workers, own)
     if shared < speed:
         text += f", about {shared:,.0f} for each of {ranks} ranks on {cores} cores"
     text += f"; {need.model} takes {need.lesions_per_s:,.0f} on each GPU ({need.source})"
     if shared >= need.lesions_per_s:
         return Finding("reading", text)
-    wanted = math.ceil(need.lesions_per_s / a_core)
+    wanted = math.ceil(need.lesions_per_s / per_core)
     if wanted <= own:
         return Finding("reading", f"{text}: the GPU will wait for data", "note", f"data.workers={wanted}")
-    advice = f"{wanted} cores a GPU (data.workers too), or photos packed with a smaller data.short_side"
+    advice = f"{wanted} cores per GPU and data.workers={wanted}, or photos packed with a smaller data.short_side"
     return Finding("reading", f"{text}: the GPU will wait for data", "note", advice)
 
 
 def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None:
-    """None of a frozen tower, and where no peak is known."""
+    """Estimate the need of a model; None with a frozen tower, and where no peak FLOP/s is known."""
     model = experiment.models[name]
     if model.tower.frozen or imported("torch") is None or imported("timm") is None:
         return None
@@ -188,7 +193,7 @@ def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None
     except InputError:
         return None
     flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU
-    source = f"{flops / 1e9:,.1f} GFLOP a lesion, at an assumed MFU of {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    source = f"{flops / 1e9:,.1f} GFLOP per lesion, at an assumed MFU of {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
     return Need(name, mfu * peak / flops, source)
 
 

@@ -1,4 +1,4 @@
-"""What the doctor says, and how it looks on a terminal."""
+"""Findings of the doctor, and their table on the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS: dict[State, str] = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missi
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination. `missing` stops a run, `note` may spoil one; both say what to do."""
+    """One line of the result. `missing` stops a run, `note` may impair one; `advice` says what to do."""
 
     name: str
     text: str
@@ -23,20 +23,20 @@ class Finding:
 
 
 def imported(name: str) -> Any:
-    """A module, or None where it is not installed or breaks on import."""
+    """Import a module; None where it is not installed or its import fails."""
     try:
         return importlib.import_module(name)
-    except Exception:  # a broken installation raises anything, from ImportError to OSError of a shared library
+    except Exception:  # a broken installation raises anything, such as OSError for a shared library
         return None
 
 
 def missing(findings: dict[str, list[Finding]]) -> list[Finding]:
-    """What has to be put right before a run can start."""
+    """Return the findings that stop a run."""
     return [finding for section in findings.values() for finding in section if finding.state == "missing"]
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> None:
-    """The findings on the terminal, a table a section."""
+    """Print one table per section."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

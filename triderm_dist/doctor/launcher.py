@@ -1,4 +1,4 @@
-"""The file of accelerate_configs/ that a run is to be started with: processes, and the port where they meet."""
+"""The accelerate file that a run will be started with: number of processes, and their rendezvous port."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from triderm_dist.doctor.findings import Finding, imported
 from triderm_dist.schema import ConfigError, one_line
 
 DEFAULT_PORT = 29500
-"""Where Accelerate's ranks meet if no port is named."""
+"""Accelerate's rendezvous port where the file names none."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What a launcher file says. ranks: processes on all nodes.  port: where rank 0 listens; 0 takes any free one."""
+    """The content of an accelerate file. ranks: processes on all nodes. port: of rank 0; 0 takes any free one."""
 
     file: Path
     deepspeed: bool
@@ -31,7 +31,7 @@ class Launcher:
 
 
 def read_launcher(file: str | os.PathLike[str]) -> Launcher:
-    """Raises ConfigError for a file that is missing or that Accelerate would not take."""
+    """Read an accelerate file. Raises ConfigError for one that is missing or that Accelerate refuses."""
     path = find_file("accelerate_configs", file)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -49,51 +49,49 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
         raise ConfigError(f"launcher: {path}: no such file; triderm config list names the shipped ones") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"launcher: {path}: no launcher file of Accelerate ({one_line(error)}); see accelerate_configs/"
+            f"launcher: {path}: not an accelerate file ({one_line(error)}); see accelerate_configs/"
         ) from None
 
 
 def launcher_findings(launcher: Launcher | None, gpus: int, cores: int) -> list[Finding]:
-    """What would keep the ranks from starting on this host, one of the launcher's nodes. The port is taken for a
-    moment.
-    """
+    """Check that the ranks can start on this host, one of the launcher's nodes. Binds the port for a moment."""
     if launcher is None:
         port = os.environ.get("MASTER_PORT", "")
         return [_port(int(port), "another MASTER_PORT")] if port.isdigit() else []
-    here = launcher.ranks // launcher.nodes
+    per_node = launcher.ranks // launcher.nodes
     text = f"{launcher.file}: {launcher.ranks} process{'es' * (launcher.ranks > 1)}"
     if launcher.nodes > 1:
-        text += f" on {launcher.nodes} nodes, {here} on each"
-    if gpus and here > gpus:
-        advice = f"--num_processes {gpus * launcher.nodes} after --config_file, or correct the file"
+        text += f" on {launcher.nodes} nodes, {per_node} on each"
+    if gpus and per_node > gpus:
+        advice = f"--num_processes {gpus * launcher.nodes} after --config_file, or edit the file"
         found = [Finding("processes", f"{text}; this host has {gpus} GPU(s)", "missing", advice)]
-    elif not gpus and here > cores:
-        found = [Finding("processes", f"{text}; this host has {cores} cores", "note", "--num_processes takes fewer")]
+    elif not gpus and per_node > cores:
+        found = [Finding("processes", f"{text}; this host has {cores} cores", "note", "--num_processes N starts fewer")]
     else:
         found = [Finding("processes", text)]
-    return found if launcher.ranks == 1 else [*found, _meeting_place(launcher)]
+    return found if launcher.ranks == 1 else [*found, _rendezvous(launcher)]
 
 
-def _meeting_place(launcher: Launcher) -> Finding:
+def _rendezvous(launcher: Launcher) -> Finding:
     if launcher.nodes == 1:
         return _port(launcher.port, "--main_process_port 0 (any free one)")
     if launcher.host in ("localhost", "127.0.0.1"):
         found = _port(launcher.port, "--main_process_port PORT, the same on all nodes")
-        advice = "on each node --main_process_ip HOST of the node with --machine_rank 0"
-        text = f"{found.text}; main_process_ip is {launcher.host}, each node would wait for itself"
+        advice = "on each node pass --main_process_ip HOST, the host of --machine_rank 0"
+        text = f"{found.text}; main_process_ip is {launcher.host}, each node would wait for its own rank 0"
         return found if found.state == "missing" else Finding(found.name, text, "note", advice)
     try:
-        here = _is_here(launcher.host)
+        local = _is_local(launcher.host)
     except OSError:
-        advice = "correct main_process_ip, or make every node resolve it"
-        return Finding("port", f"main_process_ip {launcher.host} has no address here", "missing", advice)
-    if here:
+        advice = "correct main_process_ip, or make it resolvable on every node"
+        return Finding("port", f"main_process_ip {launcher.host} does not resolve on this host", "missing", advice)
+    if local:
         return _port(launcher.port, "--main_process_port PORT, the same on all nodes")
     return Finding("port", f"{launcher.port} on {launcher.host}, another host: run the doctor there too")
 
 
-def _is_here(host: str) -> bool:
-    """Whether a name or address is one of this host. Raises OSError for one without address."""
+def _is_local(host: str) -> bool:
+    """Return whether a name or address belongs to this host. Raises OSError for a name that does not resolve."""
     for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
         try:
             with socket.socket(family, kind) as probe:
@@ -107,7 +105,7 @@ def _is_here(host: str) -> bool:
 def _port(port: int, otherwise: str) -> Finding:
     if port == 0:
         return Finding("port", "any free one")
-    # As the ranks' store does: on all addresses, beside connections that are just closing.
+    # As the store of the ranks does: on all addresses, even while old connections are closing.
     for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -118,17 +116,17 @@ def _port(port: int, otherwise: str) -> Finding:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return Finding(
-                    "port", f"{port} is in use{_holder(port)}", "missing", f"end that program, or {otherwise}"
+                    "port", f"{port} is in use{_holder(port)}", "missing", f"stop that program, or pass {otherwise}"
                 )
             if error.errno == errno.EACCES:
-                return Finding("port", f"{port} is not for users", "missing", f"{otherwise}, of 1024 or above")
+                return Finding("port", f"{port} needs root", "missing", f"pass {otherwise}, 1024 or above")
         except OverflowError:
-            return Finding("port", f"{port} is no port", "missing", otherwise)
+            return Finding("port", f"{port} is not a port", "missing", f"pass {otherwise}")
     return Finding("port", f"{port} is free")
 
 
 def _holder(port: int) -> str:
-    """The program that listens there, as far as this user may know."""
+    """Name the program that listens on a port, where this user may see it."""
     psutil = imported("psutil")
     if psutil is None:
         return ""

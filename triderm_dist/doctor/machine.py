@@ -15,11 +15,11 @@ from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
 
 LEAST_DISK = 5 * GIB
-"""Below this, checkpoints and tokens of a run may not fit."""
+"""Less free disk than this may not hold the checkpoints and tokens of a run."""
 LEAST_SHARED_MEMORY = GIB
 """NCCL between the GPUs of one machine needs about this much of /dev/shm."""
 CLOCK_SECONDS = 60.0
-"""A file this far in the future tells of a wrong clock, not of a coarse one."""
+"""A file whose time lies further in the future than this shows that the clock is wrong."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Gpu:
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs that torch can use."""
+    """Return the GPUs that torch can use."""
     torch = imported("torch")
     if torch is None or not torch.cuda.is_available():
         return []
@@ -45,7 +45,7 @@ def find_gpus() -> list[Gpu]:
 
 
 def machine_findings(gpus: Sequence[Gpu], output: Path, written: Sequence[Path]) -> list[Finding]:
-    """What this host has. written: files whose times the clock must be behind."""
+    """Describe this host. written: files whose modification times must lie in the past."""
     shared = shared_memory(len(gpus))
     return [*_devices(gpus), Finding("CPU", f"{available_cores()} cores"), _memory(), *([shared] if shared else []),
             _disk(output), _clock(written)]  # fmt: skip
@@ -62,35 +62,39 @@ def _devices(gpus: Sequence[Gpu]) -> list[Finding]:
             f"GPU {i}",
             f"{gpu.name}, {gpu.free / GIB:.0f} of {gpu.memory / GIB:.0f} GiB free",
             "note" if gpu.free < gpu.memory / 2 else "ok",
-            "another process holds it; see nvidia-smi" if gpu.free < gpu.memory / 2 else "",
+            "another process uses it; see nvidia-smi" if gpu.free < gpu.memory / 2 else "",
         )
         for i, gpu in enumerate(gpus)
     ]
 
 
 def _driver() -> tuple[bool, bool]:
-    """Whether an NVIDIA driver runs, and whether a GPU is given to this system: a container sees its host's driver."""
+    """Return whether an NVIDIA driver runs, and whether a GPU is visible; a container sees its host's driver."""
     wsl = Path("/usr/lib/wsl/lib/libcuda.so.1").exists()
     driver = wsl or Path("/proc/driver/nvidia/version").exists()
     return driver, wsl or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def no_gpu(cuda: str | None, driver: bool, device: bool, visible: str | None = None) -> Finding:
-    """Why torch sees no GPU. cuda: the CUDA that torch is built for, None of a CPU build. driver, device: as `_driver`
-    tells. visible: CUDA_VISIBLE_DEVICES.
+    """Say why torch sees no GPU.
+
+    cuda: the CUDA version that torch is built for, None for a CPU build. driver, device: as returned by `_driver`.
+    visible: CUDA_VISIBLE_DEVICES.
     """
     if not driver:
         return Finding("GPU", "none; runs on the CPU")
     if visible in ("", "-1"):
         return Finding("GPU", "hidden by CUDA_VISIBLE_DEVICES; runs on the CPU")
     if not device:
-        advice = "start it with --gpus all, or ask Kubernetes for nvidia.com/gpu"
-        return Finding("GPU", "the host has an NVIDIA driver, but this container was given no GPU", "note", advice)
+        advice = "start the container with --gpus all; on Kubernetes request nvidia.com/gpu"
+        return Finding("GPU", "the host has an NVIDIA driver, but no GPU is visible in this container", "note", advice)
     if cuda is None:
-        advice = "install torch for CUDA, see pytorch.org/get-started; CUDA_VISIBLE_DEVICES= says that the CPU is meant"
-        return Finding("GPU", "there is one, but this torch is a CPU build", "missing", advice)
-    advice = "compare the CUDA version on top of nvidia-smi; update the driver, or install torch for its CUDA"
-    return Finding("GPU", f"there is one, but torch for CUDA {cuda} does not see it", "missing", advice)
+        advice = "install torch for CUDA, see pytorch.org/get-started; CUDA_VISIBLE_DEVICES= selects the CPU"
+        return Finding("GPU", "there is a GPU, but this torch is a CPU build", "missing", advice)
+    advice = (
+        "compare with the CUDA version that nvidia-smi prints; update the driver, or install torch for that version"
+    )
+    return Finding("GPU", f"there is a GPU, but torch for CUDA {cuda} does not see it", "missing", advice)
 
 
 def _memory() -> Finding:
@@ -107,7 +111,7 @@ def _memory() -> Finding:
 
 
 def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding | None:
-    """Whether NCCL between the GPUs of this host has room; None where it needs none."""
+    """Check that /dev/shm is large enough for NCCL between the GPUs of this host; None for fewer than two GPUs."""
     if gpus < 2 or not folder.is_dir():
         return None
     size = shutil.disk_usage(folder).total
@@ -133,21 +137,21 @@ def _disk(output: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        return Finding("disk", f"{folder} is a file", "missing", "choose another output=FOLDER")
+        return Finding("disk", f"{folder} is a file", "missing", "set another output=FOLDER")
     if not os.access(folder, os.W_OK):
-        return Finding("disk", f"{folder} can't be written", "missing", "choose another output=FOLDER")
+        return Finding("disk", f"{folder} is not writable", "missing", "set another output=FOLDER")
     free = shutil.disk_usage(folder).free
     low = free < LEAST_DISK
     return Finding(
         "disk",
         f"{free / GIB:.0f} GiB free at {output}",
         "note" if low else "ok",
-        "checkpoints and tokens may take more" if low else "",
+        "checkpoints and tokens may need more" if low else "",
     )
 
 
 def _clock(written: Sequence[Path]) -> Finding:
-    """Whether the clock is behind the time at which a file was written; nothing outside is asked."""
+    """Check the clock against the times at which files were written; contacts no time server."""
     now = time.time()
     times = {}
     for path in written:
@@ -157,7 +161,7 @@ def _clock(written: Sequence[Path]) -> Finding:
     latest = max(times, key=times.__getitem__, default=None)
     if latest is None or times[latest] <= now + CLOCK_SECONDS:
         return Finding("clock", text)
-    advice = "set it (timedatectl set-ntp true, chronyc makestep): certificates and buckets refuse a wrong one"
+    advice = "set it (timedatectl set-ntp true, chronyc makestep): certificates and buckets reject a wrong clock"
     return Finding("clock", f"{text}, but {latest} was written at {_utc(times[latest])}", "note", advice)
 
 

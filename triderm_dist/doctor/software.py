@@ -39,7 +39,7 @@ def versions(deepspeed: bool = False) -> list[Finding]:
         wanted = ranges.get(name)
         if wanted and not _fits(version, wanted):
             state = "missing" if name == "deepspeed" and deepspeed else "note"
-            wrong = f"the launcher needs {wanted}" if state == "missing" else "this version was not tried"
+            wrong = f"the launcher needs {wanted}" if state == "missing" else "not tested with this version"
             findings.append(Finding(name, f"{text}; {wrong}", state, f"pip install '{wanted}'"))
         else:
             good.append(text)
@@ -47,7 +47,7 @@ def versions(deepspeed: bool = False) -> list[Finding]:
 
 
 def installed(name: str) -> tuple[str, str] | None:
-    """(distribution, version) under which a package is installed; xgboost comes under three names."""
+    """Return the (distribution, version) that a package is installed as; xgboost has three distributions."""
     names = ("xgboost-cu13", "xgboost-cpu", "xgboost") if name == "xgboost" else (name,)
     for each in names:
         try:
@@ -89,7 +89,7 @@ def _torch_build() -> str:
 
 
 def nccl(gpu: bool) -> Finding:
-    """Whether several packages write nvidia/nccl/lib/libnccl.so.2, so that torch may load another's."""
+    """Check that only one package installs nvidia/nccl/lib/libnccl.so.2; else torch may load the wrong one."""
     return nccl_finding(
         sorted(
             f"{distribution.name} {distribution.version}"
@@ -101,12 +101,12 @@ def nccl(gpu: bool) -> Finding:
 
 
 def nccl_finding(packages: Sequence[str], gpu: bool) -> Finding:
-    """What installed NCCL packages, as `name version`, mean for torch and xgboost."""
+    """Judge the installed NCCL packages, each as `name version`."""
     if len(packages) < 2:
-        return Finding("NCCL", packages[0] if packages else "none installed; needed by several GPUs only")
+        return Finding("NCCL", packages[0] if packages else "not installed; only several GPUs need it")
     return Finding(
         "NCCL",
-        f"{' and '.join(packages)} overwrite each other's libnccl.so.2: xgboost's may replace torch's",
+        f"{' and '.join(packages)} install the same libnccl.so.2: xgboost's may replace torch's",
         "missing" if gpu else "note",
         "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 nvidia-nccl-cu13",
     )
