@@ -60,22 +60,23 @@ def api_pages() -> list[tuple[str, str]]:
 def api_page(package: str) -> str:
     """A page that lists the modules of one package for mkdocstrings."""
     folder = ROOT.joinpath(*package.split("."))
-    modules = [package, *(f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem[0] != "_")]
+    modules = [f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem[0] != "_"]
+    if (folder / "__init__.py").stat().st_size:
+        modules.insert(0, package)
     sections = (f"::: {module}\n    options: {{heading_level: 2}}\n" for module in modules)
     return "\n".join((f"# {package}\n", *sections))
 
 
 def experiment_settings() -> str:
-    """The settings tree of a run, a heading for each section."""
-    lines, above = [], ""
-    # Plain keys first: Markdown has no way to end a section.
-    for row in sorted(describe(Experiment), key=lambda row: "." in row[0]):
+    """The settings tree of a run, a heading for each section; models.NAME.train has the keys of train."""
+    sections: dict[str, list[str]] = {"": []}  # plain keys first: Markdown has no way to end a section
+    for row in describe(Experiment):
         section = row[0].rpartition(".")[0]
-        if section != above:
-            above = section
-            lines.append(f"\n### `{section}`\n")
-        lines.append(definition(*row))
-    return "\n".join(lines)
+        if not section.startswith("models.NAME.train"):
+            sections.setdefault(section, []).append(definition(*row))
+    return "\n".join(
+        line for section, rows in sections.items() for line in (f"\n### `{section}`\n" if section else "", *rows)
+    )
 
 
 def program_settings() -> str:
