@@ -45,7 +45,9 @@ def ours(folder: Path, batch: int, workers: int, source_class: type[PhotoSource]
     index = read_index(folder)
     source = source_class(index, 224, HALF, HALF)
     batches = plan_of(index).batches(0, 1, batch)
-    steps = iter(Loader(index, source, batches, batch, CPU, augment=AugmentConfig(), workers=workers))
+    steps = iter(
+        Loader(index, source, batches, micro_batch=batch, device=CPU, augment=AugmentConfig(), workers=workers)
+    )
     next(steps)
     started, photos = time.perf_counter(), 0
     for step in steps:
@@ -106,7 +108,9 @@ def start(folder: Path, batch: int, workers: int) -> dict[str, float]:
         source = HostPhotos(index, 224, HALF, HALF)
         plan = plan_of(index)
         batches = plan.batches(0, 1, batch, start=int(part * plan.num_batches(batch)))
-        steps = iter(Loader(index, source, batches, batch, CPU, augment=AugmentConfig(), workers=workers))
+        steps = iter(
+            Loader(index, source, batches, micro_batch=batch, device=CPU, augment=AugmentConfig(), workers=workers)
+        )
         next(steps)
         seconds[name] = time.perf_counter() - started
         for _, _ in zip(range(60), steps, strict=False):

@@ -1,4 +1,4 @@
-"""From shards to batches: the right lesion in the right row, whatever the threads do; tokens like photos."""
+"""The loader delivers the right lesion in the right row, for any number of threads, from photos and from tokens."""
 
 from dataclasses import replace
 
@@ -33,7 +33,9 @@ def index(make_challenge, tmp_path) -> ShardIndex:
 def steps_of(index: ShardIndex, source, global_batch: int = 8, micro_batch: int = 4, **options):
     samples = Samples(np.arange(len(index)), index.labels, index.shard)
     plan = EpochPlan(samples, Sampling("shuffle"), 0, 0)
-    return plan, list(Loader(index, source, plan.batches(0, 1, global_batch), micro_batch, CPU, **options))
+    return plan, list(
+        Loader(index, source, plan.batches(0, 1, global_batch), micro_batch=micro_batch, device=CPU, **options)
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -74,8 +76,8 @@ def test_augmented_batch_does_not_depend_on_the_split(index):
     assert torch.cat([batch.concepts for batch in whole]).isnan().any()
 
 
-def test_the_most_photos_set_the_canvas(make_challenge, tmp_path):
-    """Not the first one: a small one, a square one and a portrait are fitted to it."""
+def test_the_most_frequent_size_is_the_canvas(make_challenge, tmp_path):
+    """Photos of other sizes, the first one too, are fitted to it."""
     challenge = make_challenge(lesions=22)
     dataset = read_challenge(challenge.folder)
     ids = pack_shards(dataset, tmp_path / "as-made", short_side=None).lesion_ids.tolist()
@@ -94,7 +96,7 @@ def test_the_most_photos_set_the_canvas(make_challenge, tmp_path):
 
 
 def ramp(height: int, width: int) -> np.ndarray:
-    """Red tells how far down, green how far right, from 0 to 250; blue is flat."""
+    """Red rises downwards, green to the right, from 0 to 250; blue is constant."""
     down, right = np.mgrid[:height, :width]
     channels = [250 * down / (height - 1), 250 * right / (width - 1), np.full((height, width), 9)]
     return np.stack(channels, 2).round().astype(np.uint8)
@@ -105,7 +107,7 @@ def ramp(height: int, width: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("canvas", [(36, 48), (48, 36), (36, 36), (24, 72)])
 def test_a_fitted_photo_keeps_its_centered_square(size, canvas):
-    """What evaluation sees of it is what it would see of the photo itself, up to a turn."""
+    """The centered square that evaluation takes is that of the photo itself, up to a rotation."""
     photo = ramp(*size)
     fitted = fit_to_canvas(photo, *canvas)
     assert fitted.shape == (*canvas, 3) and fitted.dtype == np.uint8
@@ -116,15 +118,15 @@ def test_a_fitted_photo_keeps_its_centered_square(size, canvas):
         PhotoTransform(24, AugmentConfig())(torch.from_numpy(array.copy())[None], "clinical")[0] * 250
         for array in (fitted, photo)
     )
-    assert (turned_back(seen, own) - own).abs().max() < 8  # about one pixel's step
+    assert (rotated_back(seen, own) - own).abs().max() < 8  # about one pixel's step
 
 
-def turned_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """A quarter turn has two ways."""
+def rotated_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Undo a rotation by 90 degrees, which may have been to either side."""
     return min((seen, torch.rot90(seen, 2, (1, 2))), key=lambda pixels: float((pixels - own).abs().mean()))
 
 
-def test_what_a_photo_lacks_is_mirrored():
+def test_missing_borders_are_mirrored():
     fitted = fit_to_canvas(ramp(40, 40), 40, 60)
     assert np.array_equal(fitted[:, 10:50], ramp(40, 40))
     assert np.array_equal(fitted[:, :10], fitted[:, 10:20][:, ::-1])
@@ -132,29 +134,30 @@ def test_what_a_photo_lacks_is_mirrored():
 
 
 class Copies(TorchDispatchMode):
-    """Collects, of every copy to the meta device, whether the host waits for it."""
+    """Records whether copies to the meta device block the host."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: list[bool] = []
+        self.blocking: list[bool] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
             result = function(*args, **kwargs)
             if isinstance(result, torch.Tensor) and result.device.type == "meta":
-                self.waits.append(not kwargs.get("non_blocking", False))
+                self.blocking.append(not kwargs.get("non_blocking", False))
             return result
         return function(*args, **kwargs)
 
 
-def test_the_host_waits_for_no_copy_to_the_device(index):
+def test_no_copy_to_the_device_blocks_the_host(index):
     plan = EpochPlan(Samples(np.arange(len(index)), index.labels, index.shard), Sampling("shuffle"), 0, 0)
     source, meta = PhotoSource(index, 24, *HALF), torch.device("meta")
     with Copies() as copies:
-        next(iter(Loader(index, source, plan.batches(0, 1, 4), 4, meta, augment=AugmentConfig(), prefetch=1)))
-    # Of each view the photos, the map of the crops, 3 factors of color, mean and deviation; 5 fields of the batch.
-    assert copies.waits == [False] * (2 * 7 + 5)
+        batches = plan.batches(0, 1, 4)
+        next(iter(Loader(index, source, batches, micro_batch=4, device=meta, augment=AugmentConfig(), prefetch=1)))
+    # Per view: photos, matrix of the crops, 3 color factors, mean and std; and 5 fields of the batch.
+    assert copies.blocking == [False] * (2 * 7 + 5)
 
 
 def test_a_damaged_photo_is_named(index):
@@ -168,7 +171,7 @@ def test_a_damaged_photo_is_named(index):
         steps_of(index, PhotoSource(index, 24, *HALF))
 
 
-def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
+def test_tokens_are_of_the_version_that_was_drawn(index, tmp_path):
     cache = TokenCache(tmp_path / "tokens", len(index), (3, 2))
     for number, version in enumerate(["plain", "augmented-0", "dihedral-1"]):
         tokens = np.zeros((len(index), 2, 3, 2), np.float16)
@@ -180,7 +183,7 @@ def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
     source = TokenSource(cache, ["plain", "augmented-0"], ["plain", "dihedral-1"])
     _, plain = steps_of(index, source)
     _, trained = steps_of(index, source, augment=AugmentConfig())
-    turned = [
+    transformed = [
         replace(
             step,
             micro_batches=[
@@ -189,7 +192,7 @@ def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
         )
         for step in plain
     ]
-    for steps, allowed in ((plain, {0}), (turned, {200}), (trained, {0, 100})):
+    for steps, allowed in ((plain, {0}), (transformed, {200}), (trained, {0, 100})):
         seen = set()
         for step in steps:
             rows = torch.from_numpy(step.rows).float()
@@ -200,15 +203,15 @@ def test_tokens_come_in_the_version_that_the_draw_names(index, tmp_path):
         assert seen == allowed
 
 
-def test_photos_are_turned_on_the_device(index):
+def test_photos_are_transformed_on_the_device(index):
     source = PhotoSource(index, 24, *HALF)
     step = steps_of(index, source, micro_batch=8)[1][0]
     batch = step.micro_batches[0]
     assert source.transformed(batch, step.rows, 0) is batch
-    turned = source.transformed(batch, step.rows, 5)  # a quarter turn, then a flip
-    assert torch.equal(turned.dermoscopic, torch.rot90(batch.dermoscopic, 1, (2, 3)).flip(3))
-    assert torch.equal(turned.clinical, torch.rot90(batch.clinical, 1, (2, 3)).flip(3))
-    assert torch.equal(turned.concepts, batch.concepts)
+    transformed = source.transformed(batch, step.rows, 5)  # a rotation by 90 degrees, then a flip
+    assert torch.equal(transformed.dermoscopic, torch.rot90(batch.dermoscopic, 1, (2, 3)).flip(3))
+    assert torch.equal(transformed.clinical, torch.rot90(batch.clinical, 1, (2, 3)).flip(3))
+    assert torch.equal(transformed.concepts, batch.concepts)
 
 
 def test_chunks_cover_every_lesion_once(tmp_path):

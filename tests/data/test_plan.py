@@ -106,7 +106,15 @@ def loaded(index: ShardIndex, source: PhotoSource, sampling: Sampling, world: in
     samples = Samples(np.arange(len(index)), index.labels, index.shard)
     plans = [EpochPlan(samples, sampling, 3, 1) for _ in range(world)]
     loaders = [
-        Loader(index, source, plan.batches(rank, world, 7, start), 2, torch.device("cpu"), workers=workers, prefetch=3)
+        Loader(
+            index,
+            source,
+            plan.batches(rank, world, 7, start),
+            micro_batch=2,
+            device=torch.device("cpu"),
+            workers=workers,
+            prefetch=3,
+        )
         for rank, plan in enumerate(plans)
     ]
     return [

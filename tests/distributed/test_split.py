@@ -86,9 +86,13 @@ def references(packed) -> dict[str, dict[str, torch.Tensor]]:
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         for number in (0, LAST):
             (step,) = Loader(
-                index, source, [list(plan.batches(0, 1, GLOBAL_BATCH))[number]], GLOBAL_BATCH, torch.device("cpu"),
+                index,
+                source,
+                [list(plan.batches(0, 1, GLOBAL_BATCH))[number]],
+                micro_batch=GLOBAL_BATCH,
+                device=torch.device("cpu"),
                 augment=AugmentConfig(),
-            )  # fmt: skip
+            )
             batch, keep = step.micro_batches[0], slice(0, step.count)
             network.train()
             network.zero_grad()
@@ -148,7 +152,7 @@ def statistics(packed) -> dict[str, torch.Tensor]:
     source = PhotoSource(index, tower.image_size, tower.mean, tower.std)
     plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
     first = next(iter(plan.batches(0, 1, GLOBAL_BATCH)))
-    (step,) = Loader(index, source, [first], 4, torch.device("cpu"), augment=AugmentConfig())
+    (step,) = Loader(index, source, [first], micro_batch=4, device=torch.device("cpu"), augment=AugmentConfig())
     start, seen = {name: value.clone() for name, value in network.named_buffers()}, []
     for batch in step.micro_batches:
         for name, value in network.named_buffers():

@@ -224,22 +224,17 @@ class Loader:
         index: ShardIndex,
         source: ViewSource,
         batches: Iterable[PlannedBatch],
+        *,
         micro_batch: int,
         device: torch.device,
-        *,
         augment: AugmentConfig | None = None,
         seed: int = 0,
         epoch: int = 0,
         workers: int = 2,
         prefetch: int = 4,
     ) -> None:
-        self.index, self.source, self.batches, self.micro_batch, self.device = (
-            index,
-            source,
-            batches,
-            micro_batch,
-            device,
-        )
+        self.index, self.source, self.batches = index, source, batches
+        self.micro_batch, self.device = micro_batch, device
         self.augment, self.seed, self.epoch = augment, seed, epoch
         self.workers, self.prefetch = workers, prefetch
         self.waited = 0.0
@@ -308,9 +303,9 @@ class Loader:
 
 @dataclass(frozen=True)
 class LoaderFactory:
-    """Makes the loaders of one packed set for one network.
+    """Creates the loaders of one packed set for one network.
 
-    source: where the views come from. workers: decoder threads per rank. prefetch: micro-batches decoded ahead.
+    source: photos, or cached tokens. workers: decoder threads per rank. prefetch: micro-batches decoded ahead.
     """
 
     index: ShardIndex
@@ -330,7 +325,7 @@ class LoaderFactory:
     ) -> Loader:
         """Return the loader of planned batches; the keywords are those of `Loader`."""
         return Loader(
-            self.index, self.source, batches, micro_batch, device,
+            self.index, self.source, batches, micro_batch=micro_batch, device=device,
             augment=augment, seed=seed, epoch=epoch, workers=self.workers, prefetch=self.prefetch,
         )  # fmt: skip
 

@@ -73,7 +73,7 @@ def rows_read(index: ShardIndex, window: int | None = None, batch: int = 6) -> l
     """Rows of each global batch, read through the loader."""
     plan = shuffled(index, window)
     source = PhotoSource(index, 36, *HALF)
-    steps = list(Loader(index, source, plan.batches(0, 1, batch), 3, CPU))
+    steps = list(Loader(index, source, plan.batches(0, 1, batch), micro_batch=3, device=CPU))
     source.close()
     return [step.rows[:step.count].tolist() for step in steps]  # fmt: skip
 
@@ -104,7 +104,8 @@ def test_the_first_step_does_not_wait_for_the_last_shard(server, tmp_path):
     gate = threading.Event()
     server.faults[last] = [lambda handler, data: (gate.wait(HANG_SECONDS), handler.answer(data, len(data)))]
     plan = EpochPlan(Samples(np.arange(len(index)), index.labels, index.shard), Sampling("sequential"), 0, 0)
-    steps = iter(Loader(index, PhotoSource(index, 36, *HALF), plan.batches(0, 1, 3), 3, CPU, prefetch=1))
+    source, batches = PhotoSource(index, 36, *HALF), plan.batches(0, 1, 3)
+    steps = iter(Loader(index, source, batches, micro_batch=3, device=CPU, prefetch=1))
     assert next(steps).rows.tolist() == [0, 1, 2]
     gate.set()
     assert sum(step.count for step in steps) == len(index) - 3

@@ -49,7 +49,7 @@ def read(rank: int, world: int, shards: str, folder: Path, attempt: int) -> None
         for plan in plans(index):
             steps = plan.num_batches(GLOBAL_BATCH)
             batches = plan.batches(rank, world, GLOBAL_BATCH, start=min(max(consumed - passed, 0), steps))
-            for step in Loader(index, source, batches, 2, torch.device("cpu"), prefetch=3):
+            for step in Loader(index, source, batches, micro_batch=2, device=torch.device("cpu"), prefetch=3):
                 parts = [zip(batch.lesion_ids, batch.valid, strict=True) for batch in step.micro_batches]
                 lesions = [name for part in parts for name, valid in part if valid]
                 print(passed + step.number, *lesions, file=log, flush=True)
