@@ -1,8 +1,8 @@
-"""Download the official files of MILK10k, checked and unpacked; stopped, the same command goes on where it was.
+"""Download, check and unpack the official files of MILK10k; after an interruption the same command resumes.
 
 triderm download output=MILK10k
 
-About 345 MB. The photos are CC BY-NC 4.0. Interrupted or out of reach: exit status 3, run it again.
+About 345 MB. The photos are CC BY-NC 4.0. Exit status 3: interrupted or server unreachable, rerun the command.
 """
 
 from pathlib import Path
@@ -19,16 +19,16 @@ class DownloadConfig(Section):
     part: Literal["all", "train", "test"] = Field("all", description="training files, test files, or both")
     base_url: str = Field(
         "https://isic-archive.s3.amazonaws.com/challenges/milk10k",
-        description="http(s) address of the files, a mirror's too",
+        description="http(s) URL of the files or of a mirror",
     )
     checksums: PathText | None = Field(
         None,
-        description="file of SHA-256 sums as sha256sum writes it, to compare with; null compares the length, the MD5 "
-        "where S3 gives it, and the sums inside the zips",
+        description="file of expected SHA-256 sums, as written by sha256sum; null checks the length, the MD5 where S3 "
+        "gives it, and the checksums inside the zips",
     )
-    max_gb: float = Field(20.0, gt=0, description="largest archive after unpacking, in 10^9 bytes")
+    max_gb: float = Field(20.0, gt=0, description="largest allowed size of an unpacked archive in GB")
     keep_zip: bool = Field(False, description="keep an archive after unpacking it")
-    attempts: int = Field(5, ge=1, description="attempts in a row without a new byte before giving up")
+    attempts: int = Field(5, ge=1, description="failed attempts in a row without a new byte before giving up")
     timeout: float = Field(30.0, gt=0, description="seconds without a byte that end an attempt")
 
 

@@ -1,11 +1,11 @@
-"""Make the index of WebDataset shards that others wrote, by one scan; then they train like packed ones.
+"""Index WebDataset shards written by other programs in one scan, so that they can be used like packed ones.
 
 triderm index folder=their_shards
 triderm index folder=their_shards clinical='[closeup.jpg, closeup.jpeg]' dermoscopic='[derm.jpg]'
 
-Understood: plain .tar files; the members of a lesion side by side under one name, in any order; one JPEG a view; .json
-with label (or diagnosis), group (or patient_id), concepts, metadata, named as triderm pack or the challenge's tables
-do; .cls with a diagnosis or its number. What is absent is missing. The tars stay as they are.
+Supported: plain .tar files; consecutive members with one key per lesion, in any order; one JPEG per view; .json with
+label (or diagnosis), group (or patient_id), concepts, metadata, named as by triderm pack or in the challenge's tables;
+.cls with a diagnosis or its index. What is absent is missing. The tars are not changed.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ class IndexConfig(Extensible):
     clinical: tuple[str, ...] = Field(
         ("clinical.jpg", "clinical.jpeg", "closeup.jpg", "closeup.jpeg"),
         min_length=1,
-        description="extensions of the clinical photo after the lesion's name and a dot; the first that is there",
+        description="extensions of the clinical photo after the key and a dot; the first that exists is used",
     )
     dermoscopic: tuple[str, ...] = Field(
         ("dermoscopic.jpg", "dermoscopic.jpeg", "dermoscopy.jpg", "derm.jpg"),
@@ -31,13 +31,13 @@ class IndexConfig(Extensible):
         description="extensions of the dermoscopic photo",
     )
     missing_view: Literal["refuse", "mark"] = Field(
-        "refuse", description="a lesion with one photo: refuse it, or keep it with the view marked missing"
+        "refuse", description="lesions with one photo: refuse them, or mark the other view as missing"
     )
     invalid: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="lesions that can't be used: refuse the folder, or leave them out of the index and count them",
+        description="invalid lesions: refuse the folder, or drop and count them",
     )
-    workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
+    workers: int | None = Field(None, ge=1, description="threads; null takes one per core")
 
 
 def main(config: IndexConfig) -> None:

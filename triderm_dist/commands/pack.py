@@ -2,7 +2,7 @@
 
 triderm pack source=MILK10k output=runs/milk10k/shards/train
 
-Killed or interrupted, the same command goes on from the finished shards.
+After an interruption, the same command resumes from the finished shards.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ class PackConfig(Extensible):
     short_side: int | None = Field(
         288,
         ge=32,
-        description="larger photos are reduced to this short side in pixels; null keeps the bytes of the pixels. "
-        "EXIF, GPS, XMP and comments are removed either way",
+        description="short side in pixels to which larger photos are reduced; null keeps the bytes of the pixels. "
+        "EXIF, GPS, XMP and comments are always removed",
     )
-    shard_samples: int = Field(512, ge=1, description="lesions a shard")
+    shard_samples: int = Field(512, ge=1, description="lesions per shard")
     missing_view: Literal["refuse", "mark"] = Field(
-        "refuse", description="a lesion with one photo: refuse it, or keep it with the view marked missing"
+        "refuse", description="lesions with one photo: refuse them, or mark the other view as missing"
     )
     invalid: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="lesions with a wrong row or an unreadable photo: refuse the folder, or drop and count them",
+        description="lesions with an invalid row or an unreadable photo: refuse the folder, or drop and count them",
     )
-    workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
+    workers: int | None = Field(None, ge=1, description="threads; null takes one per core")
 
 
 def main(config: PackConfig) -> None:

@@ -1,4 +1,4 @@
-"""Check a folder of shards: checksums, index, every photo, that plain `webdataset` reads the same samples.
+"""Verify a folder of shards: checksums, index, every photo, and that plain `webdataset` reads the same samples.
 
 triderm verify folder=runs/milk10k/shards/train
 """
@@ -15,9 +15,9 @@ from triderm_dist.settings import PathText
 
 class VerifyConfig(Extensible):
     folder: PathText = Field(description="folder of shards")
-    folds: int = Field(5, ge=2, description="folds that the groups of lesions must fill")
+    folds: int = Field(5, ge=2, description="number of folds that must be possible")
     fold_seed: int = Field(0, description="seed of the fold assignment")
-    workers: int | None = Field(None, ge=1, description="threads; null takes one a core")
+    workers: int | None = Field(None, ge=1, description="threads; null takes one per core")
 
 
 def main(config: VerifyConfig) -> None:
@@ -32,11 +32,11 @@ def main(config: VerifyConfig) -> None:
         show_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
         raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
     show_index(index)
-    folds = f"{config.folds} folds can be filled" if (index.labels >= 0).any() else "no labels, no folds"
+    folds = f"{config.folds} folds are possible" if (index.labels >= 0).any() else "no labels, so no folds"
     missing = int((index.sizes == 0).sum())
     print(
-        f"whole: checksums, counts, {2 * len(index) - missing} photos ({missing} views missing), samples as webdataset "
-        f"reads them, {folds}"
+        f"valid: checksums, counts, {2 * len(index) - missing} photos ({missing} views missing), samples as read by "
+        f"webdataset, {folds}"
     )
 
 

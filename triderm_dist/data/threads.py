@@ -1,4 +1,4 @@
-"""Work on threads, in order and a few items ahead."""
+"""Thread pools: how many threads to use, and work on items in order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def openmp_threads() -> int:
 
 
 def in_order(work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[tuple[_Item, _Result]]:
-    """(item, work(item)) in the order of the items, on threads, only a few items ahead of what is taken."""
+    """Yield (item, work(item)) in the order of the items, working on threads a few items ahead of the consumer."""
     waiting: deque[tuple[_Item, Future[_Result]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
