@@ -163,6 +163,7 @@ def become(request: dict[str, Any], files: list[int], python: str, path: list[st
     os.environ.update(request["environment"])
     random.seed()
     arguments = request["arguments"]
+    sys.orig_argv = [python, *arguments]
     if arguments[0] == "-u":
         arguments.pop(0)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

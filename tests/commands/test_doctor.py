@@ -1,10 +1,10 @@
 """The doctor as a program: its last line and its exit status."""
 
-from tests.doctor.conftest import SMALL, run_doctor
+from tests.doctor.conftest import FROZEN, run_doctor
 
 
 def test_missing_data_is_the_last_line_with_status_2(tmp_path):
-    done = run_doctor(*SMALL, f"output={tmp_path}", f"data.source={tmp_path / 'nowhere'}")
+    done = run_doctor(*FROZEN, f"output={tmp_path}", f"data.source={tmp_path / 'nowhere'}")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: missing: training (")
     assert "nowhere" in done.stderr and "nowhere" in done.stdout
@@ -12,7 +12,7 @@ def test_missing_data_is_the_last_line_with_status_2(tmp_path):
 
 
 def test_a_run_that_can_start_ends_with_status_0(make_challenge, tmp_path):
-    done = run_doctor(*SMALL, "ranks=1", f"output={tmp_path / 'run'}", f"data.source={make_challenge().folder}")
+    done = run_doctor(*FROZEN, "ranks=1", f"output={tmp_path / 'run'}", f"data.source={make_challenge().folder}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "a run can start"
     assert "22 lesions" in done.stdout and "96 = " in done.stdout

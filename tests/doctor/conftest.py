@@ -22,5 +22,9 @@ def finding(experiment: Experiment, name: str, ranks: int = 1) -> Finding:
     return next(each for section in sections.values() for each in section if each.name == name)
 
 
+FROZEN = [*SMALL, "models.a.tower.frozen=true"]
+"""The same for programs: the memory of a step is counted sooner."""
+
+
 def run_doctor(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return launch("launch.doctor", *words, check=False, environment=environment)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.doctor.conftest import SMALL, run_doctor
+from tests.doctor.conftest import FROZEN, run_doctor
 from tests.processes import ROOT
 from triderm_dist.doctor.findings import Finding
 from triderm_dist.doctor.launcher import launcher_findings, read_launcher
@@ -39,7 +39,7 @@ def test_a_port_in_use_is_told_with_its_holder(tmp_path, monkeypatch):
             assert f"process {os.getpid()}" in found.text and "--main_process_port" in found.advice
         monkeypatch.setenv("MASTER_PORT", str(port))
         assert at(None, "port").state == "missing"
-        done = run_doctor(*SMALL, f"output={tmp_path}", f"launcher={file}", "ranks=1")
+        done = run_doctor(*FROZEN, f"output={tmp_path}", f"launcher={file}", "ranks=1")
         assert done.returncode == 2 and f"port ({port} is in use" in done.stderr.splitlines()[-1]
     assert at(file, "port").text == f"{port} is free"
     monkeypatch.delenv("MASTER_PORT")
@@ -81,7 +81,7 @@ def test_a_wrong_deepspeed_stops_a_run_that_is_started_with_it(tmp_path):
     about.parent.mkdir(parents=True)
     about.write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.14.0\n")
     path = f"{about.parents[1]}:{ROOT}"
-    words = [*SMALL, f"output={tmp_path}", "ranks=1"]
+    words = [*FROZEN, f"output={tmp_path}", "ranks=1"]
     done = run_doctor(*words, "launcher=accelerate_configs/deepspeed_zero2.yaml", PYTHONPATH=path)
     assert done.returncode == 2
     assert "deepspeed (deepspeed 0.14.0; the launcher needs deepspeed" in done.stderr.splitlines()[-1]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.doctor.conftest import SMALL, run_doctor
+from tests.doctor.conftest import FROZEN, run_doctor
 from tests.processes import HANG_SECONDS, ROOT, launch
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
@@ -38,7 +38,7 @@ def run_on_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess:
     script, own = folder / "rank.py", folder / "own"
     script.write_text(RANK)
     own.mkdir(exist_ok=True)
-    arguments = [str(ROOT), *SMALL, "output=run", f"answer_seconds={HANG_SECONDS}", *words]
+    arguments = [str(ROOT), *FROZEN, "output=run", f"answer_seconds={HANG_SECONDS}", *words]
     return launch(
         str(script), *arguments, ranks=2, config=str(ROOT / "accelerate_configs" / "ddp.yaml"), folder=own, check=False,
         environment={"ACCELERATE_USE_CPU": "true"},
@@ -94,7 +94,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path, rank, message):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
     }
-    done = run_doctor(*SMALL, f"output={tmp_path}", "answer_seconds=1", **environment)
+    done = run_doctor(*FROZEN, f"output={tmp_path}", "answer_seconds=1", **environment)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
 
