@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 GROUPS = (
     ("loss-term", "sgd", "scheduler", "tracker", "metadata-number", "report-metric"),
-    ("muon", "augmentation", "metadata-category", "network", "stacker"),
+    ("muon", "augmentation", "metadata-category", "network", "stacker", "tower"),
 )
 """Recipes that share an experiment: each must have an effect of its own."""
 STRATEGIES = ("ddp", "fsdp2")
@@ -240,6 +240,12 @@ def report_metric(run: Run) -> None:
     share = (rows.decisions.sum(axis=1) == 1).mean()
     report = (run.folder / "report.html").read_text(encoding="utf-8")
     assert f"Lesions with exactly one predicted diagnosis</th><td>{share:.3f}</td>" in report
+
+
+@check("tower")
+def tower(run: Run) -> None:
+    weights = load_file(run.fold() / "weights.safetensors")
+    assert weights["towers.dermoscopic.blocks.1.0.weight"].shape == (16, 16, 3, 3)
 
 
 def added_field(run: Run, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
 from triderm_dist.doctor.findings import GIB
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.monitoring.flops import training_flops
-from triderm_dist.monitoring.memory_estimate import stand_in
+from triderm_dist.monitoring.memory_estimate import network_without_weights
 
 
 def test_packed_shards_are_counted_and_damage_is_told(make_challenge, tmp_path):
@@ -64,7 +64,7 @@ def test_what_a_gpu_needs_comes_from_counted_flops():
     experiment = load(Experiment, None, [*SMALL, "models.a.tower.image_size=64"])
     gpu = Gpu("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
     need = _need(experiment, "a", [gpu])
-    flops = training_flops(stand_in(experiment.models["a"])[0])
+    flops = training_flops(network_without_weights(experiment.models["a"])[0])
     assert need.lesions_per_s == pytest.approx(0.4 * 989e12 / flops)  # the fusion outweighs this small tower
     assert "an assumed MFU of 40% of 989 TFLOP/s" in need.source
     convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]

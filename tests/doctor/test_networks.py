@@ -1,12 +1,13 @@
-"""What the doctor says of batches, tower weights and memory."""
+"""Findings of the doctor on batches, tower weights and memory."""
 
 import pytest
 
 from tests.doctor.conftest import SMALL, finding
-from triderm_dist.config import Experiment, TowerConfig, load
+from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import GIB, Finding
-from triderm_dist.doctor.networks import CONTEXT, USABLE, tower_weights
+from triderm_dist.doctor.networks import CONTEXT, USABLE
+from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 from triderm_dist.schema import InputError
 
@@ -27,24 +28,24 @@ def test_a_batch_that_does_not_split_names_one_that_does(tmp_path):
         ("timm:test_efficientnet@package:no_such_package", "pip install no-such-package"),
         ("none.safetensors", "none.safetensors: no such file"),
         ("local-dir:none", "none/open_clip_config.json: no such file"),
-        ("resnet", "'resnet' is unknown"),
+        ("resnet", "'resnet' is not a tower source"),
     ],
 )
-def test_weights_that_are_nowhere(source, message):
+def test_weights_that_cannot_be_found_are_refused(source, message):
     with pytest.raises(InputError, match=message):
-        tower_weights(TowerConfig(source=source))
+        locate_weights(source)
 
 
-def test_hub_weights_are_looked_up_in_the_cache_alone(monkeypatch, tmp_path):
+def test_hub_weights_are_looked_up_in_the_cache_only(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    text, here = tower_weights(TowerConfig(source="hf-hub:nobody/nothing"))
-    assert text.endswith("not cached") and not here
+    description, is_local = locate_weights("hf-hub:nobody/nothing")
+    assert description == "hf-hub:nobody/nothing: not cached" and not is_local
     overrides = ["models.a.tower.source=hf-hub:nobody/nothing", f"output={tmp_path}"]
     found = finding(load(Experiment, None, overrides), "a: tower")
     assert found.state == "missing" and "HF_HUB_OFFLINE" in found.text
 
 
-def test_a_step_that_does_not_fit_is_told_with_what_fits():
+def test_a_step_that_does_not_fit_is_reported_with_what_fits():
     small = [*SMALL, "models.a.tower.image_size=64", "train.global_batch=64", "train.micro_batch=64"]
     experiment = load(Experiment, None, small)
 

@@ -18,7 +18,9 @@ from tests.processes import ROOT
 from triderm_dist.config import TowerConfig
 from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
-from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, _split, build_tower, tower_hash
+from triderm_dist.models.timm_tower import split_model
+from triderm_dist.models.tower import InputSpec
+from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, build_tower, tower_hash
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -104,7 +106,7 @@ def test_panderm_layouts_load_whole(layout: str, panderm: tuple, tmp_path: Path)
         (lambda s: s.pop("norm.weight"), "1 of .* missing, first norm.weight"),
         (lambda s: s.pop("blocks.1.attn.v_bias"), "first blocks.1.attn.v_bias"),
         (lambda s: s.pop("pos_embed"), "no PanDerm tower"),
-        (lambda s: s.update({"blocks.0.attn.relative_position_bias_table": torch.ones(3)}), "no place for"),
+        (lambda s: s.update({"blocks.0.attn.relative_position_bias_table": torch.ones(3)}), "the tower does not have"),
         (lambda s: s.update({"blocks.1.gamma_1": torch.ones(3)}), r"blocks.1.gamma_1 has shape \(3,\)"),
     ],
 )
@@ -245,7 +247,7 @@ def test_channels_last_maps_are_read_row_by_row() -> None:
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model.forward_features(x).flatten(1, 2)  # (B, 8, 8, 48)
-    tower = _split(model, "swin", 64, None, IMAGENET_MEAN, IMAGENET_MEAN, "")
+    tower = split_model(model, "swin", InputSpec(64, IMAGENET_MEAN, IMAGENET_MEAN), None, "")
     torch.testing.assert_close(tokens(tower, x), expected, rtol=1e-5, atol=1e-5)
     assert (tower.num_tokens, tower.width, len(tower.blocks)) == (64, 48, 2)
 
@@ -291,9 +293,9 @@ def test_efficientnet_lite_weights_see_a_palace_and_a_flower() -> None:
 def test_unknown_sources_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
     for source, kind, says in (
-        ("nonsense", ConfigError, "tower source 'nonsense' is unknown"),
+        ("nonsense", ConfigError, "'nonsense' is not a tower source; known: hf-hub"),
         ("timm:test_vi", InputError, "did you mean 'test_vit'"),
-        ("timm:eva02_tiny_patch14_224", InputError, "no plain chain of blocks"),
+        ("timm:eva02_tiny_patch14_224", InputError, "cannot be split into a sequential chain of blocks"),
         (f"local-dir:{tmp_path}", InputError, "open_clip_config.json: no such file"),
         (str(tmp_path / "gone.pth"), CheckpointError, "no such weight file"),
         (str(tmp_path / "bad.pth"), CheckpointError, "not a readable weight file"),

@@ -1,4 +1,4 @@
-"""The memory of a training step, counted on shapes alone, against the same count of a real step."""
+"""The estimated memory of a training step against that of a real one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import torch
 from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
+from triderm_dist.models.towers import TokenShape
 from triderm_dist.monitoring.flops import example_inputs
-from triderm_dist.monitoring.memory_estimate import MemoryEstimate, _Live, _peak, estimate_memory, estimate_model_memory
+from triderm_dist.monitoring.memory_estimate import (
+    MemoryEstimate,
+    _LiveBytes,
+    _peak,
+    estimate_memory,
+    estimate_model_memory,
+    network_without_weights,
+)
 
 
 def model(**settings: object) -> ModelConfig:
@@ -22,36 +30,49 @@ def network_of(config: ModelConfig) -> Network:
     return build_network(config, ("a", "b"), build_towers(config.tower))
 
 
-def test_shapes_take_what_a_real_step_takes() -> None:
+def test_estimate_equals_a_real_step() -> None:
     network = network_of(model()).train()
     expected = _peak(network, 4, half=False, activation_checkpointing=False)
     inputs = example_inputs(network, 4)
-    with _Live([*network.parameters(), *network.buffers()]) as live:
+    with _LiveBytes([*network.parameters(), *network.buffers()]) as live:
         outputs = network(*inputs)
         torch.stack([logits.float().sum() for logits in outputs[:3]]).sum().backward()
     assert expected == pytest.approx(live.peak, rel=0.02)
 
 
-def test_what_saves_memory_is_seen() -> None:
+def test_checkpointing_half_precision_and_freezing_save_memory() -> None:
     plain = estimate_memory(network_of(model()), half=False, activation_checkpointing=False)
     recomputed = estimate_memory(network_of(model()), half=False, activation_checkpointing=True)
     half = estimate_memory(network_of(model()), half=True, activation_checkpointing=False)
     frozen = estimate_memory(network_of(model(tower={"freeze_clinical": 6, "freeze_dermoscopic": 6})), False, False)
-    assert recomputed.a_lesion < plain.a_lesion / 2
-    assert half.a_lesion < 0.8 * plain.a_lesion
-    assert frozen.a_lesion < plain.a_lesion / 2 and frozen.optimizer < plain.optimizer
+    assert recomputed.per_lesion < plain.per_lesion / 2
+    assert half.per_lesion < 0.8 * plain.per_lesion
+    assert frozen.per_lesion < plain.per_lesion / 2 and frozen.optimizer < plain.optimizer
     parameters = sum(p.numel() for p in network_of(model()).parameters())
     assert (plain.parameters, plain.optimizer, plain.gradients) == (4 * parameters, 8 * parameters, 4 * parameters)
 
 
-def test_largest_is_the_last_that_fits() -> None:
-    need = MemoryEstimate(parameters=100, optimizer=200, gradients=50, base=-20, a_lesion=7.5)
+def test_largest_micro_batch_is_the_last_that_fits() -> None:
+    need = MemoryEstimate(parameters=100, optimizer=200, gradients=50, base=-20, per_lesion=7.5)
     for memory in (349, 350, 360, 1000):
         largest = need.largest(memory)
         assert need.total(largest + 1) > memory and (largest == 0 or need.total(largest) <= memory)
 
 
-def test_a_tower_that_is_not_here_is_stood_in_for() -> None:
+def test_a_frozen_tower_is_not_counted() -> None:
     frozen = model(tower={"source": "timm:test_efficientnet", "frozen": True})
-    need, said = estimate_model_memory(frozen, False)
-    assert said == "" and need.parameters < 4 * 200_000  # the tower is not in the network that is trained
+    need, note = estimate_model_memory(frozen, False)
+    assert note == "" and need.parameters < 4 * 200_000
+
+
+@pytest.mark.parametrize(
+    ("source", "note"),
+    [
+        ("gone/panderm_ll_data6.pth", "assuming a ViT-L/16 as tower"),
+        ("local-dir:gone", "assuming a ViT-B/16 as tower"),
+        ("hf-hub:nobody/nothing", "assuming a ViT-B/16 as tower"),
+    ],
+)
+def test_a_tower_that_is_not_local_is_replaced_by_a_vit(source: str, note: str) -> None:
+    network, said = network_without_weights(model(tower={"source": source}))
+    assert said == note and network.token_shape == TokenShape(16, {"L": 1024, "B": 768}[note[15]])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.machine import Gpu
-from triderm_dist.doctor.networks import largest_micro
+from triderm_dist.doctor.networks import largest_micro_batch
 
 
 def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
@@ -25,7 +25,7 @@ def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
     else:
         experiment = "h100x8" if count == 8 and memory > 70 * GIB else "milk10k"
         if experiment == "milk10k":
-            fitting = largest_micro(96, count, _power_of_two(32 * memory / (24 * GIB)))
+            fitting = largest_micro_batch(96, count, _power_of_two(32 * memory / (24 * GIB)))
             overrides += [f"train.micro_batch={fitting}"] if fitting else [f"train.global_batch={count * 16}"]
             overrides += [] if fitting else ["train.micro_batch=16"]
     launcher = "single" if count < 2 else "ddp"

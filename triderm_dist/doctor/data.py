@@ -182,14 +182,14 @@ def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None
     if model.tower.frozen or imported("torch") is None or imported("timm") is None:
         return None
     from triderm_dist.monitoring.flops import named_peak, training_flops
-    from triderm_dist.monitoring.memory_estimate import stand_in
+    from triderm_dist.monitoring.memory_estimate import network_without_weights
 
     peak = model.train.peak_tflops and model.train.peak_tflops * 1e12
     peak = peak or (named_peak(gpus[0].name) if gpus else None)
     if peak is None:
         return None
     try:
-        network, _ = stand_in(model)
+        network, _ = network_without_weights(model)
     except InputError:
         return None
     flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU

