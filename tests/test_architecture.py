@@ -88,6 +88,16 @@ def test_no_import_cycles():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+@pytest.mark.parametrize("name", ["fold", "predict_test", "embed", "explain"])
+def test_inference_does_not_import_the_trainer(name):
+    modules = {module_of(path): path for path in library()}
+    reached, pending = set(), {f"triderm_dist.engine.{name}"}
+    while pending:
+        reached |= pending
+        pending = {found for module in pending for found in imports_of(modules[module]) & set(modules)} - reached
+    assert not reached & {f"triderm_dist.engine.{part}" for part in ("trainer", "step", "crossval")}
+
+
 def test_the_library_imports_no_program_and_programs_not_one_another():
     for path in [*library(), *PROGRAMS]:
         assert not any(name.split(".")[0] in ENTRY_POINTS for name in imports_of(path)), path
