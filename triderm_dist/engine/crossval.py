@@ -75,6 +75,15 @@ def run_folds(
 
 
 @dataclass(frozen=True)
+class _Outcome:
+    """Outputs for the validation rows, by view those with the view treated as missing, and the changed settings."""
+
+    evaluation: Evaluation
+    without_view: dict[str, Evaluation]
+    changes: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class _FoldRun:
     """One fold of one model. assignment: the fold of each lesion (N,), -1 without a label."""
 
@@ -105,22 +114,27 @@ class _FoldRun:
         if on_main(folder.is_finished):  # in a folder that was set aside
             on_main(folder.claim)
             return
-        train_config = self.model.train
-        micro_batch = MicroBatch(path, result, train_config.micro_batch, train_config.global_batch)
-        while True:
-            size = micro_batch.agreed()
-            config = train_config.model_copy(update={"micro_batch": size})
-            # A new one for each training: DeepSpeed binds an Accelerator to one engine.
-            accelerator = parallel.start_training(config)
-            with micro_batch.fits(size) as attempt:
-                changes = self._train(config, folder, accelerator, on_start, on_validation)
-                evaluation, without_view = self._predict(path, accelerator, size)
-            if not attempt.failed:
-                break
+        micro_batch = MicroBatch(path, result, self.model.train.micro_batch, self.model.train.global_batch)
+        while (outcome := self._attempt(micro_batch, folder, on_start, on_validation)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
-        on_main(partial(self._write, path, result, evaluation, without_view, changes))
+        on_main(partial(self._write, path, result, outcome))
+
+    def _attempt(
+        self, micro_batch: MicroBatch, folder: FoldFolder, on_start: OnStart, on_validation: OnValidation | None
+    ) -> _Outcome | None:
+        """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
+        size = micro_batch.agreed()
+        config = self.model.train.model_copy(update={"micro_batch": size})
+        # A new one for each training: DeepSpeed binds an Accelerator to one engine.
+        accelerator = parallel.start_training(config)
+        with micro_batch.fits(size) as attempt:
+            changes = self._train(config, folder, accelerator, on_start, on_validation)
+            evaluation, without_view = self._predict(folder.path, accelerator, size)
+        if attempt.failed:
+            return None
         accelerator.free_memory()
+        return _Outcome(evaluation, without_view, changes)
 
     def _train(
         self,
@@ -156,20 +170,13 @@ class _FoldRun:
         hidden = VIEWS if set(VIEWS) <= set(self.model.use) else ()
         return predict(), {view: predict(hide=view) for view in hidden}
 
-    def _write(
-        self,
-        path: Path,
-        result: str,
-        evaluation: Evaluation,
-        without_view: dict[str, Evaluation],
-        changes: list[dict[str, Any]],
-    ) -> None:
+    def _write(self, path: Path, result: str, outcome: _Outcome) -> None:
         """Write the predictions, then fold.json, which marks the fold as finished."""
         weights = read_about(path / "weights")["sha256"]
         about = (self.index, self.name, self.model.head, self.fold, weights)
-        for view, hidden in without_view.items():
+        for view, hidden in outcome.without_view.items():
             write_predictions(path / f"without_{view}.parquet", as_predictions(hidden, *about), hidden=view)
-        write_predictions(path / "predictions.parquet", as_predictions(evaluation, *about))
+        write_predictions(path / "predictions.parquet", as_predictions(outcome.evaluation, *about))
         save_about(
             path / "fold",
             identity=result,
@@ -177,5 +184,5 @@ class _FoldRun:
             concepts=self.index.concepts,
             fold=self.fold,
             weights=weights,
-            changes=changes,
+            changes=outcome.changes,
         )
