@@ -1,4 +1,5 @@
 # make demo, make test: each sets up .venv first if there is none; a second call installs nothing.
+# make test-all runs the tests marked slow as well, as CI does.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +9,7 @@ SCORER := $(VENV)/scorer
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: install demo test lint docs clean
+.PHONY: install demo test test-all lint docs clean
 
 install: $(INSTALLED)
 
@@ -29,8 +30,14 @@ $(SCORER): $(INSTALLED)
 demo: install
 	$(RUN) -m triderm_dist demo
 
+# A worker of pytest takes one file after the other, in the order of tests/conftest.py: the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(SCORER)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+test-all: $(SCORER)
+	$(PYTEST) -m ''
 
 lint: install
 	$(VENV)/bin/ruff check .

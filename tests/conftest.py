@@ -19,6 +19,19 @@ from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MONET_COLUMNS
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
+LONGEST = ("distributed/test_strategies.py", "search/test_study.py", "test_extending.py", "distributed", "doctor")
+"""Files and folders that take longest. They run first, so that the workers of pytest-xdist end at the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent)
+        among = {path.as_posix(), path.parts[0]}
+        return next((number for number, name in enumerate(LONGEST) if name in among), len(LONGEST))
+
+    items.sort(key=place)
+
+
 IMAGE_TYPES = {"clinical": "clinical: close-up", "dermoscopic": "dermoscopic"}
 
 

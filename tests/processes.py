@@ -17,8 +17,8 @@ from tests.fork_server import fork_python
 ROOT = Path(__file__).parents[1]
 WORKERS = ROOT / "tests" / "distributed" / "workers"
 HANG_SECONDS = 900.0
-"""A test that waits this long for one thing hangs. How busy the machine is must decide no test: each limit is this one,
-and that something happens early is shown by counts or events.
+"""The one timeout of tests: it only guards against hanging. No test may depend on the load of the machine, so that
+something happens early is shown by counts or events.
 """
 
 
