@@ -20,12 +20,13 @@ from triderm_dist.config import LossConfig, build
 from triderm_dist.schema import Batch, ConfigError, Outputs
 from triderm_dist.settings import Section
 
-Head = Literal["softmax", "sigmoid"]
+HeadKind = Literal["softmax", "sigmoid"]
+"""What turns a head's logits into probabilities: one diagnosis per lesion, or each diagnosis independently."""
 Sums = dict[str, torch.Tensor]
 """Sums over the lesions of a batch, or of a part of it: term name -> (heads, ...) float32."""
 
 
-def probabilities(logits: torch.Tensor, head: Head) -> torch.Tensor:
+def probabilities(logits: torch.Tensor, head: HeadKind) -> torch.Tensor:
     """Probabilities (B, C) in float32 from raw logits (B, C)."""
     return logits.float().softmax(1) if head == "softmax" else logits.float().sigmoid()
 
@@ -38,7 +39,7 @@ def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
 def focal_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    head: Head = "softmax",
+    head: HeadKind = "softmax",
     gamma: float = 2.0,
     alpha: float | None = None,
     class_weights: torch.Tensor | None = None,
@@ -85,7 +86,7 @@ def soft_f1_from_sums(sums: torch.Tensor) -> torch.Tensor:
     return 1 - (f1 * present).sum() / present.sum().clamp(min=1)
 
 
-def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: Head = "softmax") -> torch.Tensor:
+def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: HeadKind = "softmax") -> torch.Tensor:
     """1 - macro soft F1 over the diagnoses present in the batch, a scalar; logits (B, C), labels (B,).
 
     The plain form of one undivided batch. `CompoundLoss` computes the same over a split batch.
@@ -104,7 +105,7 @@ class LossInputs:
     """
 
     logits: torch.Tensor
-    head: Head
+    head: HeadKind
     batch: Batch
     outputs: Outputs
 
@@ -204,7 +205,7 @@ class CompoundLoss(nn.Module):
 
     log_prior: torch.Tensor
 
-    def __init__(self, config: LossConfig, head: Head, class_counts: Sequence[int] | np.ndarray) -> None:
+    def __init__(self, config: LossConfig, head: HeadKind, class_counts: Sequence[int] | np.ndarray) -> None:
         super().__init__()
         self.config, self.head = config, head
         counts = torch.as_tensor(np.asarray(class_counts), dtype=torch.float32).clamp(min=1)

@@ -15,10 +15,10 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.checkpoint import load_weights
-from triderm_dist.engine.fold import assigned_folds, check_trained, new_network
+from triderm_dist.engine.fold import assigned_folds, check_trained, model_config, new_network
 from triderm_dist.engine.views import Views, open_views
-from triderm_dist.losses import Head, probabilities
-from triderm_dist.models import build_towers
+from triderm_dist.losses import HeadKind, probabilities
+from triderm_dist.models import build_towers, network_class
 from triderm_dist.models.attention import AttentionMaps, semantic_values
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD
@@ -32,7 +32,9 @@ def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterato
     of its own fold, which was not trained on it. Call in one process. Raises DataError for a lesion that neither set
     has or a fold that is not trained, ConfigError where no model is tri-modal.
     """
-    names = [name for name, model in experiment.models.items() if model.kind == "trimodal"]
+    names = [
+        name for name in experiment.models if issubclass(network_class(model_config(experiment, name).kind), TriModal)
+    ]
     if not names:
         raise ConfigError("explain: only trimodal networks have attention maps, and these settings have none")
     remaining = list(lesion_ids)
@@ -102,7 +104,7 @@ def _batch(loaders: LoaderFactory, row: int, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def _attend(network: TriModal, batch: Batch, head: Head) -> dict[str, torch.Tensor]:
+def _attend(network: TriModal, batch: Batch, head: HeadKind) -> dict[str, torch.Tensor]:
     """Return the probabilities (C,) and the attention maps of a batch of one lesion; parts without attention are
     absent.
     """

@@ -25,7 +25,7 @@ from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.step import StepResult, TrainStep
 from triderm_dist.files import write_text
-from triderm_dist.losses import CompoundLoss, Head, probabilities
+from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import budget
@@ -60,7 +60,7 @@ class Trainer:
         *,
         name: str,
         network: Network,
-        head: Head,
+        head: HeadKind,
         config: TrainConfig,
         data: TrainingData,
         folder: FoldFolder,

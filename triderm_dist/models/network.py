@@ -18,8 +18,8 @@ and on this of every forward:
     - Every trainable parameter takes part in every forward, as DDP requires.
     - Random numbers come from dropout modules only, which are off in evaluation mode.
 
-Modalities outside `config.use` have no tower and no projection, and count as missing. A network that also has
-`attention()` and `semantic_names` as `TriModal` does can be drawn by `triderm predict explain=LESION`.
+Modalities outside `config.use` have no tower and no projection, and count as missing. `triderm predict explain=LESION`
+draws attention maps of `TriModal` and its subclasses.
 """
 
 from __future__ import annotations
