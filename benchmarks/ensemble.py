@@ -35,7 +35,7 @@ SHARE = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
 """MILK10k's diagnoses."""
 
 SHRINKAGE = 30.0
-"""Of the guarded thresholds in the table; a run chooses it on inner folds."""
+"""Of the regularized thresholds in the table; a run chooses it on inner folds."""
 
 GRID = np.arange(1, 100) / 100
 SEARCHED_EVERY = 10
@@ -192,7 +192,7 @@ def by_ours(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
     return fit_weights(tables, labels).decide
 
 
-def by_ours_guarded(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
+def by_ours_regularized(tables: list[np.ndarray], labels: np.ndarray) -> Decide:
     fitted = fit_weights(tables, labels)
     cut = regularized_thresholds(fitted.combine(tables), labels, SHRINKAGE)
     return lambda judged: decide(fitted.combine(judged), cut, "at_least_one")
@@ -203,7 +203,7 @@ METHODS: dict[str, Callable[[list[np.ndarray], np.ndarray], Decide]] = {
     GUIDE: by_nelder_mead,
     "plain mean, exact thresholds": by_plain_mean,
     OURS: by_ours,
-    "fit_weights, guarded thresholds": by_ours_guarded,
+    "fit_weights, regularized thresholds": by_ours_regularized,
 }
 
 

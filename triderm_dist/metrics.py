@@ -172,7 +172,7 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarra
 
 
 METRICS: dict[str, Metric] = {
-    "mean_recall": Metric("Mean recall over diagnoses (balanced accuracy)", mean_recall),
+    "mean_recall": Metric("Mean recall over diagnoses", mean_recall),
     "accuracy": Metric("Accuracy of the most probable diagnosis", accuracy),
 }
 """Metrics that the report shows in addition to macro F1. Plugins may add others."""
