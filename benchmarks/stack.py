@@ -169,7 +169,7 @@ def threads(settings: Settings) -> None:
                 took[count].append(time.perf_counter() - started)
         cells = "   ".join(f"{count} threads {min(seconds):6.2f}" for count, seconds in took.items())
         print(
-            f"{rows:>9,} x {width:<5} {cells}   the rule takes {threads_for(rows, width, openmp_threads())}", flush=True
+            f"{rows:>9,} x {width:<5} {cells}   a fit uses {threads_for(rows, width, openmp_threads())}", flush=True
         )
 
 
