@@ -168,9 +168,7 @@ def threads(settings: Settings) -> None:
                 xgboost.train(parameters, data, 10)
                 took[count].append(time.perf_counter() - started)
         cells = "   ".join(f"{count} threads {min(seconds):6.2f}" for count, seconds in took.items())
-        print(
-            f"{rows:>9,} x {width:<5} {cells}   a fit uses {threads_for(rows, width, openmp_threads())}", flush=True
-        )
+        print(f"{rows:>9,} x {width:<5} {cells}   a fit uses {threads_for(rows, width, openmp_threads())}", flush=True)
 
 
 def million(settings: Settings) -> None:
