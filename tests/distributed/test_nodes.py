@@ -174,7 +174,7 @@ def test_a_host_that_is_cut_off_is_told_in_time_and_the_run_goes_on(hosts, setti
     for status, output in results:
         told = [line for line in output.splitlines() if line.startswith("interrupted: ")]
         assert status == 3 and len(told) == 2, output
-        assert all("lost touch with another rank" in line and "the same command goes on" in line for line in told)
+        assert all("lost contact with another rank" in line and "rerun the same command" in line for line in told)
         assert "Traceback" not in output
     before = len(losses(tmp_path))
     assert 6 <= before < 24

@@ -112,8 +112,8 @@ def test_execution_settings_may_change_on_resume(train, undisturbed, capsys):
     ]
     fold = train(*changed)
     assert (
-        "tri fold 0 goes on from step 5 with train.precision=bf16 instead of fp32, train.micro_batch=4 instead of 8, "
-        "train.optim.lr=0.0005 instead of 0.001: not the numbers of an undisturbed run"
+        "tri fold 0 resuming from step 5 with changed settings (train.precision: fp32 -> bf16, train.micro_batch: 8 -> "
+        "4, train.optim.lr: 0.001 -> 0.0005); results will differ from an uninterrupted run"
     ) in capsys.readouterr().out
     assert losses(fold)[:5] == losses(undisturbed)[:5] and len(losses(fold)) == 12
     rates = [line["lr"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
@@ -131,7 +131,7 @@ def test_damaged_checkpoint_is_skipped(train, undisturbed, tmp_path, capsys, fil
     (newest / file).write_bytes(content[: len(content) // 2])
     capsys.readouterr()
     train()
-    assert f"{newest}" in (said := capsys.readouterr().out) and "it is passed over" in said
+    assert f"{newest}" in (said := capsys.readouterr().out) and "skipping it" in said
     assert weights_of(fold) == weights_of(undisturbed) and losses(fold) == losses(undisturbed)
 
 

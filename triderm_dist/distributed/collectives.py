@@ -1,4 +1,4 @@
-"""Collectives over all ranks, and what to do when one is lost."""
+"""Collectives over all ranks, and what happens when a rank is lost."""
 
 from __future__ import annotations
 
@@ -10,56 +10,53 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import (
-    broadcast_object_list,
-)
+from accelerate.utils import broadcast_object_list
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.schema import InputError
 
 
 def world_size() -> int:
-    """Processes that the launcher started."""
+    """Return the number of processes that the launcher started, also before `start`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, also before `start`."""
+    """Return whether this process is rank 0, also before `start`."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def interrupt_on_lost_rank() -> Iterator[None]:
-    """Raises Interrupted, which says what to do, where another rank is gone or has not answered for rank_timeout.
-
-    It goes round what ranks do together; also as a decorator.
+    """Raise Interrupted if another rank died or did not answer within rank_timeout. Wraps code that uses collectives;
+    works as a decorator, too.
     """
     try:
         yield
     except RuntimeError as error:
-        # gloo raises plain RuntimeErrors. NCCL's watchdog ends the process by itself, with the same meaning.
+        # gloo raises plain RuntimeErrors. NCCL's watchdog ends the process itself, with the same meaning.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        rank, said = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
         raise Interrupted(
-            f"rank {rank} has lost touch with another rank ({said}); when all hosts are there again, the same command "
-            "goes on from the last checkpoint"
+            f"rank {rank} lost contact with another rank ({reason}). When all hosts are back, rerun the same command "
+            "to resume from the last checkpoint"
         ) from None
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks to talk to."""
+    """Return whether there is a process group of more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
-    """Until every rank is here, also before `start` where the launcher has joined the ranks."""
+    """Wait for all ranks; returns at once where there is no process group."""
     if is_distributed():
         dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks."""
+    """Sum a tensor over all ranks, in place; returns it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
@@ -69,14 +66,14 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _gloo_group() -> Any:
-    """A group of all ranks that talks between the hosts."""
+def gloo_group() -> Any:
+    """The group of all ranks over gloo, for tensors on the CPU."""
     return dist.new_group(backend="gloo")
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What rank 0 gets from `work`, on all ranks; call on all. Bad input, or a file that can't be read or written, is
-    raised on all of them, so that none waits for rank 0.
+    """Run `work` on rank 0 and broadcast its result; call on all ranks. InputError and OSError are raised on all of
+    them, so that none waits for rank 0.
     """
     outcome: list[Any] = [None, None]
     if is_main():

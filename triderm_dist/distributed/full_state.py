@@ -46,14 +46,14 @@ class OptimizerState:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU, with all shards of a DTensor; call on all ranks."""
+    """Return a tensor on the CPU, gathered if it is a DTensor; call on all ranks."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
 def participates(accelerator: Accelerator) -> bool:
-    """Whether this rank gathers full tensors: rank 0 keeps them, and shards need all ranks. Under DDP each rank has
-    everything, and the others would only copy it to their hosts.
+    """Return whether this rank gathers full tensors: rank 0 writes them, and gathering shards needs all ranks. Under
+    DDP every rank has them, and ranks other than 0 would only copy them to the host.
     """
     return accelerator.is_main_process or strategy_of(accelerator) != "ddp"
 
@@ -64,7 +64,7 @@ def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     value = value.to(like.device, like.dtype)
     if isinstance(like, DTensor):
-        # Every rank has the full tensor: nothing is sent.
+        # Every rank has the full tensor: no communication.
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value.clone()
 
@@ -254,8 +254,8 @@ def _load_deepspeed(
 
 
 def _link_moments(zero: Any) -> None:
-    """Let ZeRO 1 and 2 find the moments of every group's parameters: DeepSpeed 0.19.8 links them once, after the step
-    of the first group, when those of the others do not exist.
+    """Link the moments of every group's parameters under ZeRO 1 and 2: DeepSpeed 0.19.8 links them once, after the
+    step of the first group, when those of the others do not exist yet.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
@@ -263,7 +263,7 @@ def _link_moments(zero: Any) -> None:
 
 
 def _set_deepspeed(parameter: Any, value: torch.Tensor, key: str | None) -> None:
-    """Write this rank's part of a parameter's fp32 master, or of a moment of it."""
+    """Write this rank's part of a parameter's fp32 master weight (key None) or of a moment of it."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if hasattr(parameter, "ds_id"):  # ZeRO 3; DeepSpeed's own function fails where a part is padded

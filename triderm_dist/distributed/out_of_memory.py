@@ -1,10 +1,10 @@
-"""Out of memory: half the micro-batch, twice the accumulation, the same global batch, and on from the last checkpoint.
+"""Out of memory: resume from the last checkpoint with half the micro-batch, twice the accumulation steps and the same
+global batch.
 
-The rank that runs out writes the smaller micro-batch to FOLDER/micro_batch.json, where a later resume finds it too. One
-process then simply builds everything again. With several, the others may already wait for it in a collective that will
-never come, and DDP, FSDP2 and DeepSpeed each leave a state behind that nothing repairs: the only clean slate is a new
-process. So every rank watches the file and starts its own program anew in place (the launcher sees the same process,
-and the memory is free), at most `PATIENCE` after the first.
+The rank that runs out of memory writes the smaller micro-batch to FOLDER/micro_batch.json, which later resumes also
+read. A single process then builds everything again. With several, the other ranks may wait in a collective that never
+completes, and DDP, FSDP2 and DeepSpeed leave state behind that cannot be repaired, so every rank needs a new process:
+each polls the file and replaces itself by exec (the launcher sees the same process), within `POLL_SECONDS`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError
 
-PATIENCE = 1.0
-"""Seconds between two looks at the file."""
+POLL_SECONDS = 1.0
+"""Seconds between two reads of the file."""
 
 
 @dataclass
 class Attempt:
-    """Whether it ran out of memory, and a smaller micro-batch is on file."""
+    """An attempt to train. failed: it ran out of memory, and a smaller micro-batch has been written."""
 
     failed: bool = False
 
@@ -41,10 +41,12 @@ class MicroBatch:
     """The micro-batch of one training: that of the settings, or a smaller one that fits into memory."""
 
     def __init__(self, folder: Path, identity: str, wanted: int, global_batch: int) -> None:
+        """identity: hash of the training; a file of another training is ignored.  wanted: size in the settings."""
         self.path, self.identity = folder / "micro_batch.json", identity
         self.wanted, self.global_batch = wanted, global_batch
 
     def size(self) -> int:
+        """Read the size, as this rank sees it."""
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -52,13 +54,14 @@ class MicroBatch:
         return record["micro_batch"] if record["identity"] == self.identity else self.wanted
 
     def agreed(self) -> int:
-        """The size as rank 0 sees it; call on all ranks."""
+        """Return the size as rank 0 sees it; call on all ranks."""
         return on_main(self.size)
 
     @contextmanager
     def fits(self, size: int) -> Iterator[Attempt]:
-        """Where the block runs out of memory, write a smaller size and end the attempt as failed, or start this process
-        anew if it has others beside it. Raises ConfigError where one lesion is too much.
+        """Context of an attempt with micro-batches of `size`. If it runs out of memory, a smaller size is written, and
+        the attempt ends as failed (one process) or this process is restarted (several). Raises ConfigError if a single
+        lesion does not fit.
         """
         done, attempt = threading.Event(), Attempt()
         if world_size() > 1:
@@ -67,12 +70,12 @@ class MicroBatch:
             yield attempt
         except RuntimeError as error:
             if not is_out_of_memory(error):
-                if self.size() < size:  # another rank ran out, and its end of a collective is gone
+                if self.size() < size:  # another rank ran out of memory and has left the collective
                     restart()
                 raise
             smaller = next_smaller(size, self.global_batch // world_size())
             write_json(self.path, {"micro_batch": smaller, "identity": self.identity})
-            print(f"{_said(size, smaller)} ({str(error).splitlines()[0]})", flush=True)
+            print(f"{_message(size, smaller)} ({str(error).splitlines()[0]})", flush=True)
             if world_size() > 1:
                 restart()
             attempt.failed = True
@@ -80,48 +83,48 @@ class MicroBatch:
             done.set()
 
     def _watch(self, size: int, done: threading.Event) -> None:
-        while not done.wait(PATIENCE):
+        while not done.wait(POLL_SECONDS):
             if (smaller := self.size()) < size:
-                print(_said(size, smaller), flush=True)
+                print(_message(size, smaller), flush=True)
                 restart()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the host, which PyTorch reports as a plain RuntimeError."""
+    """Return whether the device is out of memory, or the host, which PyTorch reports as a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def next_smaller(size: int, of_rank: int) -> int:
-    """The largest micro-batch of at most half the size that divides a rank's part of the global batch."""
-    smaller = next((n for n in range(size // 2, 0, -1) if of_rank % n == 0), 0)
+def next_smaller(size: int, per_rank: int) -> int:
+    """Return the largest micro-batch of at most size / 2 that divides the global batch per rank."""
+    smaller = next((n for n in range(size // 2, 0, -1) if per_rank % n == 0), 0)
     if not smaller:
         raise ConfigError(
-            "out of memory with one lesion at a time: the same command goes on from the last checkpoint with "
-            "train.activation_checkpointing=true or under accelerate_configs/fsdp2.yaml; freezing more blocks trains "
+            "out of memory with a micro-batch of 1: rerun with train.activation_checkpointing=true or with "
+            "accelerate_configs/fsdp2.yaml to resume from the last checkpoint, or freeze more blocks, which starts "
             "from the beginning"
         )
     return smaller
 
 
-KEEPER = "TRIDERM_KEEPER"
-"""Set where a keeper, such as Ray, starts all ranks anew as soon as one of them ends."""
+SUPERVISED = "TRIDERM_SUPERVISED"
+"""Set if a supervisor, such as Ray, restarts all ranks as soon as one of them ends."""
 _restarting = threading.Lock()
 
 
 def restart() -> None:
-    """Replace this process by a new one with the same command, or leave that to its keeper. Does not return."""
-    if KEEPER in os.environ:
+    """Replace this process by a new one with the same command, or exit if it is supervised. Does not return."""
+    if SUPERVISED in os.environ:
         os._exit(1)
-    _restarting.acquire()  # for good: the watching thread comes here too, and an attempt must count once
+    _restarting.acquire()  # never released: the polling thread gets here, too, and an attempt must count once
     os.environ[ATTEMPT] = str(int(os.environ.get(ATTEMPT, "0")) + 1)
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(2 * PATIENCE)  # until all ranks have seen the file, so that none meets an old group
+    time.sleep(2 * POLL_SECONDS)  # until all ranks have read the file, so that none joins an old group
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _said(size: int, smaller: int) -> str:
+def _message(size: int, smaller: int) -> str:
     return (
-        f"out of memory: micro-batch {smaller} instead of {size}, accumulation {size // smaller} times as long, "
-        "the same global batch; on from the last checkpoint"
+        f"out of memory: resuming from the last checkpoint with micro-batch {smaller} instead of {size} and "
+        f"{size // smaller} times the accumulation steps; the global batch is unchanged"
     )

@@ -1,13 +1,13 @@
-"""How a network is spread over ranks: one process, DDP, FSDP2 or DeepSpeed ZeRO, as `accelerate launch` says.
+"""Parallel strategies: one process, DDP, FSDP2 or DeepSpeed ZeRO, chosen by the config file of `accelerate launch`.
 
-The order of wrapping is stated once, in `wrap`:
+`wrap` is the one place that wraps a network, in this order:
 
 1. activation checkpointing of each trained block (a tower block or a fusion stage);
-2. torch.compile of each trained block. Checkpointing sits inside, so that the compiler sees it; block by block, so that
-   compile time stays flat with depth and no key of the state dict changes;
-3. autocast around the whole network (DeepSpeed casts by itself);
-4. what the launcher asked for: nothing, DDP around the whole, `fully_shard` of each block and then of the rest (torch's
-   own: Accelerate 1.15 shards nothing on a CPU, silently), or the DeepSpeed engine;
+2. torch.compile of each trained block. Checkpointing is inside, so that the compiler sees it; per block, so that
+   compile time does not grow with depth and no key of the state dict changes;
+3. autocast around the network (DeepSpeed casts by itself);
+4. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
+   silently shards nothing), or the DeepSpeed engine;
 5. the optimizer, over the parameters that step 4 left (FSDP2 replaces them by shards).
 
 Raises if Accelerate silently falls back to another strategy; `check_supported` rejects combinations that cannot work.
@@ -41,13 +41,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 ATTEMPT = "TRIDERM_ATTEMPT"
-"""How often `memory.restart` replaced this process; the same number on all ranks."""
+"""How often `out_of_memory.restart` has replaced this process; the same number on all ranks."""
 _FSDP2 = "TRIDERM_FSDP2"
-"""Set by `start` where the launcher asked for FSDP, which is then hidden from Accelerate."""
+"""Set by `start` if the launcher asks for FSDP, which is then hidden from Accelerate."""
 
 
 def choose_precision(wanted: Precision, device: torch.device | None = None) -> tuple[str, str]:
-    """(precision, why) for a device; the default device if none is given."""
+    """Return (precision, reason) for a device, by default the current one."""
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     if wanted == "fp16" and not cuda:
         raise ConfigError("precision: fp16 needs a GPU; use fp32, bf16 or auto")
@@ -63,10 +63,10 @@ def choose_precision(wanted: Precision, device: torch.device | None = None) -> t
 def start(
     precision: Precision, micro_batch: int, global_batch: int, clip_norm: float, rank_timeout: float = 600.0
 ) -> Accelerator:
-    """The Accelerator of this process, with the precision and the batch split set for every way to run.
+    """Return the Accelerator of this process, with the precision and the batch split set for every strategy.
 
     rank_timeout: seconds that ranks wait for one another; that of the first call in a process counts.
-    Raises ConfigError where the global batch does not split into ranks times micro-batches.
+    Raises ConfigError if the global batch does not split evenly into ranks times micro-batches.
     """
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
@@ -74,33 +74,33 @@ def start(
     if on_cpu:
         disable_malloc_trim()
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # Compiling this op takes most of a minute and a C++ compiler; gloo does the same work.
+        # Compiling this op takes most of a minute and needs a C++ compiler; gloo does the same work.
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate would take DDP instead, silently
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate would silently use DDP instead
     elif on_cpu:
-        # A launcher that was told of several GPUs starts the processes; this makes them use gloo on the CPU.
+        # Config files are written for GPUs; this makes their processes use gloo on the CPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    # Without the backend by name DeepSpeed on CPU lets every rank believe that it is alone.
+    # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
     backend = "gloo" if on_cpu else "nccl"
-    # The millisecond: Accelerate hands on only what differs from its own default, which is not that of gloo.
+    # The millisecond: Accelerate passes on only what differs from its own default, which is not that of gloo.
     timeout = timedelta(seconds=rank_timeout, milliseconds=1)
     _join_attempt_group(backend, timeout)
     ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
-    AcceleratorState._reset_state()  # else the first model's precision would bind all models of a run
+    AcceleratorState._reset_state()  # otherwise the first model's precision would hold for all models of a run
     accelerator = Accelerator(
         mixed_precision="no" if chosen == "fp32" else chosen,
         kwargs_handlers=[
             *([ranks] if "WORLD_SIZE" in os.environ else []),
-            # Gradients live in the buckets that are exchanged: one copy less. `RunningStatistics` looks after buffers.
+            # Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes buffers.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
     if accelerator.num_processes != world_size():
         raise ConfigError(
             f"the launcher started {world_size()} processes but this one sees {accelerator.num_processes}; "
-            "use a file of accelerate_configs/"
+            "use one of accelerate_configs/"
         )
     accumulation = split_batch(global_batch, micro_batch, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -125,9 +125,9 @@ def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accele
 
 
 def disable_malloc_trim() -> None:
-    """Keep the memory of freed tensors in this process, for the next ones. Left to itself glibc returns each large one
-    to the kernel, which clears every page of the next: half the time of a CNN's training step. MALLOC_ variables in the
-    environment, glibc's own, win.
+    """Keep the memory of freed tensors in this process, for later ones. By default glibc returns each large block to
+    the kernel, which clears every page of the next one: half the time of a CNN's training step. glibc's own MALLOC_
+    variables in the environment take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
@@ -139,20 +139,20 @@ def disable_malloc_trim() -> None:
 
 
 def _join_attempt_group(backend: str, timeout: timedelta) -> None:
-    """Join the ranks of this attempt. The launcher's store, which outlives a process that was replaced, still holds the
-    addresses of the group that broke, so each attempt meets under names of its own.
+    """Create the process group of a restarted attempt. The launcher's store outlives a replaced process and still holds
+    the addresses of the broken group, so each attempt uses a prefix of its own.
     """
     attempt = os.environ.get(ATTEMPT)
     if attempt is None or dist.is_initialized():
         return
     store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    own = dist.PrefixStore(f"attempt-{attempt}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=timeout)
+    prefixed = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def _hide_fsdp_from_accelerate() -> None:
-    """Note that the launcher asked for FSDP2 and let Accelerate see plain ranks: `wrap` shards."""
+    """Record that the launcher asks for FSDP2 and let Accelerate see plain ranks: `wrap` shards."""
     if os.environ.pop("ACCELERATE_USE_FSDP", "false") != "true":
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -163,7 +163,7 @@ def _hide_fsdp_from_accelerate() -> None:
 
 
 def strategy_of(accelerator: Accelerator) -> Strategy:
-    """How this run is spread. Raises ConfigError for what the toolkit does not run on."""
+    """Return the parallel strategy of this run. Raises ConfigError for one that is not supported."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return "deepspeed"
@@ -171,31 +171,31 @@ def strategy_of(accelerator: Accelerator) -> Strategy:
         return "single"
     if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         return "fsdp2" if os.environ.get(_FSDP2) == "true" else "ddp"
-    raise ConfigError(f"{kind.value}: this toolkit runs one process, DDP, FSDP2 or DeepSpeed: see accelerate_configs/")
+    raise ConfigError(f"{kind.value} is not supported; use one process, DDP, FSDP2 or DeepSpeed: accelerate_configs/")
 
 
 def split_batch(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches a rank and step. Raises ConfigError where the split is uneven."""
+    """Return the micro-batches per rank and step. Raises ConfigError if the split is uneven."""
     if global_batch % (world * micro_batch):
         raise ConfigError(
             f"global_batch {global_batch} is not a multiple of {world} ranks x micro_batch {micro_batch}; "
-            f"change train.global_batch or train.micro_batch"
+            "change train.global_batch or train.micro_batch"
         )
     return global_batch // (world * micro_batch)
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """DeepSpeed's ZeRO stage, 0 for other ways to run."""
+    """Return DeepSpeed's ZeRO stage, 0 for other strategies."""
     plugin = accelerator.state.deepspeed_plugin if strategy_of(accelerator) == "deepspeed" else None
     return int(plugin.zero_stage) if plugin else 0
 
 
 def check_supported(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Raise ConfigError for settings that can't work together with the way of running, with the reason."""
+    """Raise ConfigError, with the reason, for settings that cannot work with the parallel strategy."""
     chosen, stage = strategy_of(accelerator), zero_stage(accelerator)
     if config.ema_decay and chosen == "deepspeed":
         raise ConfigError(
-            "train.ema_decay: DeepSpeed keeps the fp32 weights to itself, so no average can follow them; "
+            "train.ema_decay: not supported with DeepSpeed, which keeps the fp32 weights inside its engine; "
             "use DDP or FSDP2, or set it to 0"
         )
     if chosen == "deepspeed" and (config.optim.name != "adamw" or config.optim.settings.get("amsgrad")):
@@ -205,11 +205,11 @@ def check_supported(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if stage == 3 and config.compile:
         raise ConfigError(
-            "train.compile: ZeRO 3 gathers weights in hooks inside of each block, which torch.compile can't trace; "
+            "train.compile: ZeRO 3 gathers weights in hooks inside each block, which torch.compile cannot trace; "
             "use FSDP2, or set it to false"
         )
     if chosen == "deepspeed" and _offloads(accelerator) and accelerator.device.type == "cpu":
-        raise ConfigError("offload moves weights from a GPU to the host, and there is no GPU; use deepspeed_zero3.yaml")
+        raise ConfigError("offloading to the host needs a GPU; use accelerate_configs/deepspeed_zero3.yaml")
 
 
 def _offloads(accelerator: Accelerator) -> bool:
@@ -226,29 +226,29 @@ def wrap(
     activation_checkpointing: bool,
     compile_blocks: bool,
 ) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """The network ready to train, its optimizer as Accelerate wants it stepped, and the plain one inside, whose rates
-    the schedule sets.
+    """Return (network ready to train, optimizer prepared by Accelerate, plain optimizer inside of it).
 
-    Raises ConfigError if the result is not what the launcher asked for.
+    Step the prepared one; the schedule sets the rates of the plain one. Raises ConfigError if the result is not what
+    the launcher asked for.
     """
     for block in network.blocks():
         if activation_checkpointing:
             block.forward = checkpointed(block.forward)
         if compile_blocks:
             # Shapes never change, since the last batch is padded. Compiled blocks draw dropout as eager ones do: the
-            # first pass of the soft F1 sums, a resumed run and other ranks have to repeat it.
+            # first pass for the loss sums, a resumed run and other ranks must repeat it.
             block.compile(dynamic=False, options={"fallback_random": True})
     chosen = strategy_of(accelerator)
     wrapped: Any
     if chosen == "fsdp2":
-        wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # autocast alone
+        wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # adds autocast only
         _shard(network, accelerator)
         optimizer = build_optimizer(network)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     else:
         optimizer = build_optimizer(network)
         with warnings.catch_warnings():
-            # Accelerate hands on the name that torch 2.14 calls old; torch 2.11 knows no other.
+            # Accelerate passes the name that torch 2.14 deprecates; torch 2.11 knows no other.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             wrapped, prepared = accelerator.prepare(network, optimizer)
     _assert_wrapped(chosen, network, wrapped)
@@ -256,10 +256,10 @@ def wrap(
 
 
 def _shard(network: Network, accelerator: Accelerator) -> None:
-    """`fully_shard` each block, frozen ones too, and then what is left.
+    """`fully_shard` each block, frozen ones too, and then the rest.
 
-    The policy is fp32 for weights, their exchange and the reduction of gradients, under autocast, as DDP does it: with
-    16-bit weights a norm would get weights and inputs of two precisions, which not every device computes.
+    Weights, all-gathers and gradient reductions are fp32, under autocast, as in DDP: with 16-bit weights a norm would
+    get weights and inputs of different precision, which not every device supports.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -280,13 +280,13 @@ def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> N
     sharded = [isinstance(parameter, DTensor) for parameter in wrapped.parameters()]
     if type(wrapped).__name__ != expected or (not all(sharded) if chosen == "fsdp2" else any(sharded)):
         raise ConfigError(
-            f"{chosen} gave a {type(wrapped).__name__} with {sum(sharded)} of {len(sharded)} parameters sharded; "
-            "use a file of accelerate_configs/"
+            f"{chosen}: got a {type(wrapped).__name__} with {sum(sharded)} of {len(sharded)} parameters sharded; "
+            "use one of accelerate_configs/"
         )
 
 
 def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, recomputed in the backward pass. A plain function: the compiler skips a partial, silently."""
+    """Return `forward` with activation checkpointing. A plain function: the compiler silently skips a partial."""
 
     def recomputed(*inputs: Any) -> Any:
         return checkpoint(forward, *inputs, use_reentrant=False)
@@ -295,12 +295,12 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:
-    """The network inside DDP or a DeepSpeed engine, whose state dict has canonical keys."""
+    """Return the network inside DDP or a DeepSpeed engine, whose state dict has canonical keys."""
     return wrapped.module if hasattr(wrapped, "module") else wrapped  # type: ignore[return-value]
 
 
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are exchanged at the last micro-batch of a step only."""
+    """Context of a micro-batch: gradients are all-reduced at the last one of a step only."""
     accelerator.sync_gradients = last
     chosen = strategy_of(accelerator)
     if chosen == "fsdp2":
@@ -311,28 +311,28 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Abst
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """Backpropagate a rank's share of a loss that is a sum over ranks and micro-batches.
+    """Backpropagate this rank's part of a loss that is a sum over ranks and micro-batches.
 
     DDP, FSDP2 and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches: both are undone
-    here, once. A loss that is not finite makes its gradient NaN, so that the norm of the exchanged gradient, the same
-    on all ranks, tells of both.
+    here, once. A non-finite loss makes the gradient NaN, so that the norm of the reduced gradient, the same on all
+    ranks, shows both.
     """
     factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
     accelerator.backward(loss * (factor + 0 * loss.detach()))
 
 
-def clip(accelerator: Accelerator, wrapped: nn.Module, largest: float) -> torch.Tensor:
-    """Clip the global gradient norm; returns the norm before, a scalar on the device that nobody has waited for.
+def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the global gradient norm; returns the norm before, a scalar on the device, without waiting for it.
 
-    DeepSpeed has clipped inside of its engine.
+    DeepSpeed clips inside its engine.
     """
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), largest)
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
     if isinstance(norm, torch.Tensor):
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return torch.tensor(float(norm or 0.0), device=accelerator.device)
 
 
 def reshard_after_write(wrapped: nn.Module) -> None:
-    """Under FSDP2 drop gathered weights, so that the next forward sees what was written to the shards."""
+    """Under FSDP2 free gathered weights, so that the next forward pass uses what was written to the shards."""
     if hasattr(wrapped, "reshard"):
         wrapped.reshard()  # type: ignore[operator]

@@ -1,6 +1,4 @@
-"""What keeps a run from losing work: stopping at a step boundary when asked to, and never stepping on what is not
-finite.
-"""
+"""Graceful stop on signals, agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -13,19 +11,19 @@ import torch
 import torch.distributed as dist
 
 from triderm_dist.cli import Interrupted, handle_signals
-from triderm_dist.distributed.collectives import _gloo_group, is_distributed
+from triderm_dist.distributed.collectives import gloo_group, is_distributed
 
 
 class Stop:
-    """While it is open, SIGTERM and SIGUSR1 to any rank raise Interrupted in `check` of all ranks, at the same call.
+    """Context in which SIGTERM or SIGUSR1 to any rank raises Interrupted in `check` of all ranks, at the same call.
 
-    The device is never asked. Every check launches an all-reduce of one number between the hosts (gloo, whatever the
-    gradients travel by) and reads the one that the check before had launched, which is done by then: a stop is agreed
-    on one check late, and nobody waits.
+    `check` never waits for the device. It starts an all-reduce of one number on the CPU (gloo, whatever the backend of
+    the gradients) and reads the result of the all-reduce that the previous check started, which is done by then: a stop
+    takes effect one check late, without waiting.
     """
 
     def __init__(self) -> None:
-        self._asked = torch.zeros(1)
+        self._requested = torch.zeros(1)
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._signals: AbstractContextManager[None] = handle_signals(self._receive)
 
@@ -41,30 +39,30 @@ class Stop:
             self._finish()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._asked.fill_(1)
+        self._requested.fill_(1)
 
     def check(self) -> None:
-        """Call on all ranks the same number of times, where work can be taken up again."""
+        """Raise Interrupted if a stop was requested. Call on all ranks equally often, where work can be resumed."""
         if not is_distributed():
-            agreed = bool(self._asked)
+            stopped = bool(self._requested)
         else:
-            before, flag = self._pending, self._asked.clone()
-            self._pending = flag, dist.all_reduce(flag, group=_gloo_group(), async_op=True)
-            if before:
-                before[1].wait()
-            agreed = before is not None and bool(before[0])
-        if agreed:
+            previous, flag = self._pending, self._requested.clone()
+            self._pending = flag, dist.all_reduce(flag, group=gloo_group(), async_op=True)
+            if previous:
+                previous[1].wait()
+            stopped = previous is not None and bool(previous[0])
+        if stopped:
             self._finish()
-            raise Interrupted("stopped where everything is saved; the same command goes on")
+            raise Interrupted("stopped after saving; rerun the same command to resume")
 
     def check_now(self) -> None:
-        """`check` that waits for the other ranks and so sees every signal until here."""
+        """`check` that waits for the other ranks, so that it sees every signal received so far."""
         self.check()
         self.check()
 
     @contextmanager
     def saves(self, save: Callable[[], None]) -> Iterator[None]:
-        """Where a check inside the block stops, `save` is called on all ranks."""
+        """Context that calls `save` on all ranks if a check inside of it raises."""
         try:
             yield
         except Interrupted:
@@ -73,5 +71,5 @@ class Stop:
 
     def _finish(self) -> None:
         if self._pending:
-            self._pending[1].wait()  # all ranks have launched it
+            self._pending[1].wait()  # all ranks have started it
             self._pending = None

@@ -1,4 +1,4 @@
-"""The running statistics of batch norms, which predict, over a global batch that is split."""
+"""Running statistics of batch norms over a global batch that is split."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from triderm_dist.distributed.collectives import all_reduce_sum
 
 
 class RunningStatistics:
-    """Moves the running means and variances of trained batch norms once a step, by the mean over all micro-batches of
-    all ranks, so that they are the same on every rank and however the micro-batches are spread.
+    """Updates the running means and variances of trained batch norms once per step, by the mean over all micro-batches
+    of all ranks, so that they are the same on every rank and do not depend on the split.
 
-    Left to themselves they would follow one rank's micro-batches alone, and also those of a first pass without
-    gradients and of recomputed activations. A batch is still normalized by the statistics of its own micro-batch.
+    By default they would follow the micro-batches of one rank, and be updated again by a first pass without gradients
+    and by activation checkpointing. A batch is still normalized by the statistics of its own micro-batch.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -32,19 +32,19 @@ class RunningStatistics:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Before the forward pass of a micro-batch: as before the step."""
+        """Restore the statistics from before the step; call before the forward pass of a micro-batch."""
         if self._live:
             torch._foreach_copy_([*self._live, *self._counts], self._before)
 
     @torch.no_grad()
     def add(self) -> None:
-        """After the forward pass of a micro-batch, before anything is recomputed."""
+        """Accumulate; call after the forward pass of a micro-batch, before anything is recomputed."""
         if self._live:
             torch._foreach_add_(self._sums, self._live)
 
     @torch.no_grad()
     def finish(self, accelerator: Accelerator, micro_batches: int) -> None:
-        """After the last backward pass, on all ranks; micro_batches: those of this rank."""
+        """Update; call after the last backward pass, on all ranks. micro_batches: their number on this rank."""
         if not self._live:
             return
         self.rewind()

@@ -1,13 +1,15 @@
 """Checkpoints that resume bit for bit, and weight files that load without the engine.
 
-A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written beside, flushed to disk and renamed:
-`weights.safetensors`, `optimizer.safetensors`, `average.safetensors` (with `train.ema_decay`) and `state.json` (place
-in the plan, schedule, loss scale, soft F1 sums, best epoch). All of it is whole and under the network's own names, so
-that it resumes on other ranks and another way to run (the table is in `engine/state.py`), and any file loads with
-safetensors alone. No random state is in it: order, augmentation and dropout are functions of (seed, step).
+A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written as *.part, flushed to disk and renamed:
+`weights.safetensors`, `optimizer.safetensors` (`KEY/PARAMETER`, such as `exp_avg/head.linear.weight`),
+`average.safetensors` (with `train.ema_decay`) and `state.json` (position in the epoch plan, schedule, loss scale, loss
+sums, best epoch, optimizer state that is no tensor). Tensors are full and under the network's own names: a checkpoint
+resumes on another number of ranks and under another strategy (see the table in `distributed/full_state.py`), and every
+file loads with safetensors alone. It holds no random state: order, augmentation and dropout are functions of
+(seed, step).
 
-The newest `keep_last` are kept; the weights of the best epoch are FOLDER/weights.safetensors. A checkpoint that is
-damaged is passed over, and written again when the training comes to its step.
+The newest `keep_last` are kept; the selected weights are FOLDER/weights.safetensors. A damaged checkpoint is skipped,
+and written again when the training reaches its step.
 """
 
 from __future__ import annotations
@@ -46,9 +48,7 @@ CHECKPOINT_VERSION = 2
 
 @dataclass
 class TrainState:
-    """Where a run is: epoch, global batches consumed in it, optimizer steps in all, best validation score and its
-    epoch.
-    """
+    """Progress: epoch, global batches consumed in it, total optimizer steps, best validation score and its epoch."""
 
     epoch: int = 0
     batch: int = 0
@@ -59,7 +59,7 @@ class TrainState:
 
 @dataclass
 class Training:
-    """A running training: all that a checkpoint holds. `optimizer` is the plain one inside of Accelerate's.
+    """A running training: everything that a checkpoint holds. `optimizer` is the plain one inside Accelerate's wrapper.
 
     sums: the loss sums of the last step, which the next one may use (train.loss.soft_f1_sums=previous).
     """
@@ -83,9 +83,9 @@ class Training:
 
 
 class Saved:
-    """A complete checkpoint on disk. Weights go into the network before it is wrapped, the rest after.
+    """A complete checkpoint on disk: load the weights before the network is wrapped, the rest after.
 
-    Raises CheckpointError where it is damaged or of another version.
+    Raises CheckpointError if it is damaged or of another version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ class Saved:
         if version != CHECKPOINT_VERSION:
             raise CheckpointError(f"{folder}: checkpoint of version {version}, not {CHECKPOINT_VERSION}")
         for path in [folder / "weights.safetensors", folder / "optimizer.safetensors", *folder.glob("av*.safetensors")]:
-            _read_tensors(path, only_look=True)
+            _read_tensors(path, header_only=True)
 
     @property
     def state(self) -> TrainState:
@@ -113,7 +113,7 @@ class Saved:
         state.values, state.groups = self.record.get("optimizer_values", {}), self.record.get("optimizer_groups", [])
         load_optimizer_state(accelerator, training.wrapped, training.optimizer, weights, state)
         scheduler = training.scheduler
-        # The rates are those of the present settings, which may be others than the recorded ones.
+        # The rates are those of the current settings, which may differ from the recorded ones.
         scheduler.load_state_dict({**self.record["scheduler"], "base_lrs": scheduler.base_lrs})
         rates = [
             rate * factor(scheduler.last_epoch)
@@ -136,30 +136,31 @@ class Saved:
         return _read_tensors(self.folder / f"{name}.safetensors")
 
 
-def readable(folder: Path, tell: bool = False) -> list[Saved]:
-    """The checkpoints in a folder, oldest first, without those that are damaged; tell: say which are."""
+def readable(folder: Path, verbose: bool = False) -> list[Saved]:
+    """Return the checkpoints in a folder, oldest first, without damaged ones; verbose: print which are skipped."""
     found = []
     for path in sorted(path for path in folder.glob("epoch-*") if path.suffix != ".part"):
         try:
             found.append(Saved(path))
         except CheckpointError as error:
-            if tell:
-                print(f"{error}; it is passed over", flush=True)
+            if verbose:
+                print(f"{error}; skipping it", flush=True)
     return found
 
 
 class Checkpoints:
-    """The checkpoints of one training, told apart from those of other settings by `identity`.
+    """The checkpoints of one training, which is identified by the resume hash `identity`.
 
-    how: settings that may differ from checkpoint to checkpoint, such as the precision; `changes` tells where they did.
+    execution: settings that may change on resume, such as the precision.  changes: where they did, {"step", setting:
+    [before, after]}.
     """
 
-    def __init__(self, folder: Path, identity: str, keep_last: int, how: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, identity: str, keep_last: int, execution: Mapping[str, Any] | None = None) -> None:
         self.folder, self.identity, self.keep_last = folder / "checkpoints", identity, keep_last
-        self.how, self.changes = dict(how or {}), list[dict[str, Any]]()
+        self.execution, self.changes = dict(execution or {}), list[dict[str, Any]]()
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
-        """Call on all ranks, between two steps."""
+        """Write a checkpoint. Call on all ranks, between two steps."""
         optimizer = full_optimizer_state(accelerator, training.wrapped, training.optimizer, training.initial_groups)
         parts = {
             "weights": full_weights(accelerator, training.wrapped),
@@ -175,43 +176,43 @@ class Checkpoints:
             "optimizer_groups": optimizer.groups,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "sums": training.sums and {name: sums.tolist() for name, sums in training.sums.items()},
-            "how": self.how,
+            "how": self.execution,
             "changes": self.changes,
         }
         on_main(lambda: self._write(training.state, parts, record))
 
     def _write(self, state: TrainState, parts: Mapping[str, Tensors], record: Mapping[str, Any]) -> None:
         final = self.folder / f"epoch-{state.epoch:04d}-step-{state.step:08d}"
-        beside = final.with_name(final.name + ".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        part = final.with_name(final.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         try:
             for name, tensors in parts.items():
-                _write_tensors(beside / f"{name}.safetensors", tensors)
-            write_json(beside / "state.json", record)
-            _flush(beside)
+                _write_tensors(part / f"{name}.safetensors", tensors)
+            write_json(part / "state.json", record)
+            _flush(part)
         except OSError:
-            shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(part, ignore_errors=True)  # the disk may be full
             raise
         if final in [saved.folder for saved in readable(self.folder)]:
-            shutil.rmtree(beside)  # stopped while it validated, and again after it went on from here
+            shutil.rmtree(part)  # stopped during validation, resumed from here and stopped again
         else:
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
-            beside.rename(final)
+            shutil.rmtree(final, ignore_errors=True)  # damaged
+            part.rename(final)
             _flush(self.folder)
         for old in readable(self.folder)[: -self.keep_last]:
             shutil.rmtree(old.folder)
 
-    def take_over(self) -> None:
-        """Make the checkpoints here, which were saved under other settings, those of this identity: training goes on
-        from their weights, moments and step with its own learning rates, also where it had ended.
+    def adopt(self) -> None:
+        """Make the checkpoints in the folder, saved under other settings, those of this training: it resumes from their
+        weights, optimizer state and step with its own learning rates, even from a finished training.
         """
         (self.folder.parent / "fold.json").unlink(missing_ok=True)
         for saved in readable(self.folder):
             write_json(saved.folder / "state.json", {**saved.record, "identity": self.identity})
 
     def newest(self, folder: Path) -> Saved | None:
-        """The newest checkpoint of this training in FOLDER/checkpoints that can be read, or None. Call on all ranks."""
+        """Return the newest readable checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks."""
 
         def choose() -> str | None:
             ours = [each for each in readable(folder / "checkpoints", True) if each.record["identity"] == self.identity]
@@ -222,21 +223,25 @@ class Checkpoints:
             return None
         saved = Saved(Path(choice))
         before, self.changes = saved.record.get("how", {}), saved.record.get("changes", [])
-        if changed := {key: [old, self.how[key]] for key, old in before.items() if self.how.get(key, old) != old}:
+        now = self.execution
+        if changed := {key: [old, now[key]] for key, old in before.items() if now.get(key, old) != old}:
             self.changes = [*self.changes, {"step": saved.state.step, **changed}]
         return saved
 
     def describe_changes(self, saved: Saved) -> str:
-        """What a training goes on with that is not as it was, in one line; empty where nothing changed."""
+        """Describe in one line the settings that changed between a checkpoint and this run; empty if none did."""
         if not self.changes or self.changes[-1]["step"] != saved.state.step:
             return ""
         changed = {key: pair for key, pair in self.changes[-1].items() if key != "step"}
-        what = ", ".join(f"{key}={new} instead of {old}" for key, (old, new) in changed.items())
-        return f"goes on from step {saved.state.step} with {what}: not the numbers of an undisturbed run"
+        listed = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+        return (
+            f"resuming from step {saved.state.step} with changed settings ({listed}); "
+            "results will differ from an uninterrupted run"
+        )
 
 
 def _flush(folder: Path) -> None:
-    """Have a folder and its files on disk before they count, so that a power cut can't leave an empty checkpoint."""
+    """Flush a folder and its files to disk, so that a power failure cannot leave an empty checkpoint."""
     for path in (*folder.glob("*.*"), folder):
         if path.is_dir() and path != folder:
             continue
@@ -259,13 +264,13 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise OSError(errno.EIO, one_line(error), str(path)) from None
 
 
-def _read_tensors(path: Path, only_look: bool = False) -> Tensors:
-    """Raises CheckpointError for a file that is cut short or none; only_look: reads no more than tells that."""
+def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
+    """Read a safetensors file; header_only: only check that it is complete. Raises CheckpointError if it is not."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        if not only_look:
+        if not header_only:
             return load_file(path)
         with safe_open(path, framework="pt"):
             return {}
@@ -274,7 +279,7 @@ def _read_tensors(path: Path, only_look: bool = False) -> Tensors:
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> str:
-    """Write PATH.safetensors and PATH.json beside it (format, version, sha256 and `about`); returns the sha256."""
+    """Write PATH.safetensors and PATH.json (format, version, sha256 and `about`); returns the sha256."""
     with atomic_path(path.with_suffix(".safetensors")) as beside:
         _write_tensors(beside, weights)
         digest = file_sha256(beside)
@@ -288,7 +293,7 @@ def save_about(path: Path, **about: Any) -> None:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What `save_about` wrote. Raises CheckpointError where it is missing or of another format."""
+    """Read what `save_about` wrote. Raises CheckpointError if it is missing or of another format."""
     file = path.with_suffix(".json")
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -300,21 +305,19 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
-    """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError naming what does not
-    fit.
-    """
+    """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError that names what differs."""
     file = path.with_suffix(".safetensors")
     weights = _read_tensors(file)
     own = network.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
     if missing or extra or other:
-        said = [
+        differences = [
             f"{len(names)} {what} ({names[0]}, ...)"
             for what, names in (("missing", missing), ("unknown", extra), ("of other shape", other))
             if names
         ]
         raise CheckpointError(
-            f"{file}: weights of another architecture: {'; '.join(said)}; use the settings it was trained with"
+            f"{file}: weights of another architecture: {'; '.join(differences)}; use the settings it was trained with"
         )
     network.load_state_dict(weights)

@@ -13,11 +13,11 @@ from triderm_dist.distributed.parallel import reshard_after_write, unwrap
 
 
 class Ema:
-    """The average of each trained parameter in fp32 (in 16 bit its increments would round to nothing).
+    """Average of each trained parameter in fp32 (in 16 bits its increments would round to 0).
 
-    Each rank averages the part that it holds: the average of shards is the shard of the average. Buffers, such as the
-    statistics of batch norms, are those of the live network. After step t the average moves by 1 - d towards the
-    weights, d = min(decay, (1 + t) / (10 + t)), so that the random start is soon forgotten.
+    Each rank averages its shards. Buffers, such as batch norm statistics, are those of the live network. After step t
+    the average moves by 1 - d towards the weights, d = min(decay, (1 + t) / (10 + t)), so that the random start is soon
+    forgotten.
     """
 
     def __init__(self, wrapped: nn.Module, decay: float) -> None:
@@ -27,14 +27,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step `step`, counted from 1."""
+        """Call after optimizer step `step`, counted from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         means = [_local(mean) for mean in self._mean.values()]
         torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The network holds the averaged weights inside the block, bit for bit its own ones after it."""
+        """Context in which the network has the averaged weights; afterwards it has its own again, bit for bit."""
         self._swap()
         try:
             yield
@@ -42,12 +42,12 @@ class Ema:
             self._swap()
 
     def state(self) -> Tensors:
-        """Whole, by parameter name; call on all ranks."""
+        """Return the full averages by parameter name; call on all ranks."""
         return {name: full_tensor(mean).clone() for name, mean in self._mean.items()}
 
     @torch.no_grad()
     def load(self, saved: Tensors) -> None:
-        """What `state` gave, on any number of ranks."""
+        """Load what `state` returned, on any number of ranks."""
         for name, mean in self._mean.items():
             mean.copy_(local_shard(saved[name], mean))
 
@@ -56,9 +56,9 @@ class Ema:
         reshard_after_write(self._wrapped)
         for name, parameter in self._live.items():
             live, mean = _local(parameter.detach()), _local(self._mean[name])
-            held = live.clone()
+            weights = live.clone()
             live.copy_(mean)
-            mean.copy_(held)
+            mean.copy_(weights)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

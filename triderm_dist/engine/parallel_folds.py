@@ -13,7 +13,7 @@ from typing import Any
 
 from triderm_dist.config import Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.distributed.ray_cluster import room, running_ray
+from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.fold import is_done
 from triderm_dist.schema import ConfigError, InputError, one_line
 
@@ -56,13 +56,13 @@ def _schedule(
 
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    capacity, largest = room({"CPU": cpus, "GPU": gpus})
-    if not capacity:
+    fitting, largest = capacity({"CPU": cpus, "GPU": gpus})
+    if not fitting:
         raise ConfigError(
             f"cpus={cpus}, gpus={gpus:g}: no machine has the resources of one fold; the largest has {largest}"
         )
     resources = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
-    print(f"{len(folds)} folds, {min(capacity, len(folds))} at once, each on {resources}", flush=True)
+    print(f"{len(folds)} folds, {min(fitting, len(folds))} at once, each on {resources}", flush=True)
 
     shared = os.getcwd(), cpus, experiment
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)

@@ -11,7 +11,7 @@ from torch import nn
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.collectives import all_reduce_sum
-from triderm_dist.distributed.parallel import accumulate, backward, clip
+from triderm_dist.distributed.parallel import accumulate, backward, clip_grad_norm
 from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import NonFiniteGuard
@@ -77,7 +77,7 @@ class TrainStep:
         statistics.finish(self.accelerator, len(micro_batches))
         result = StepResult(
             own if single else _all_reduced(own), step.count,
-            clip(self.accelerator, self.wrapped, self.config.optim.clip_norm),
+            clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm),
         )  # fmt: skip
         self.guard.before_step(number + 1, step, result.grad_norm, result.sums)
         self.optimizer.step()

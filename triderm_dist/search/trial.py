@@ -196,7 +196,7 @@ def _open_folder(
         shutil.copytree(leader, folder)
         for fold in folds:
             fold_folder = own.fold_folder(model, fold)
-            Checkpoints(fold_folder, resume_hash(own, index, model, fold), keep_last=1).take_over()
+            Checkpoints(fold_folder, resume_hash(own, index, model, fold), keep_last=1).adopt()
         change = {"epoch": led.epochs, "trial": led.number, "settings": led.settings}
         changes = led.changes if led.number == trial.number else [*led.changes, change]
         trial = replace(trial, changes=changes)

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.distributed.ray_cluster import Needs, room, running_ray
+from triderm_dist.distributed.ray_cluster import Needs, capacity, running_ray
 from triderm_dist.schema import ConfigError
 from triderm_dist.search.results import describe
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
@@ -126,7 +126,7 @@ def _share_machines(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
     if settings.workers > 1 and 0 < gpus < 1:
         raise ConfigError("search.gpus: the workers of one trial need a GPU each; set it to 1, or search.workers to 1")
     needs = {"CPU": float(settings.cpus), "GPU": float(gpus)}
-    places, largest = room(needs)
+    places, largest = capacity(needs)
     if places < settings.workers:
         raise ConfigError(
             f"search.workers, cpus, gpus: a trial wants {settings.workers} x ({settings.cpus} CPU, {gpus:g} GPU) and "
@@ -201,9 +201,9 @@ def _train_on_workers(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     def worker() -> None:
-        from triderm_dist.distributed.out_of_memory import KEEPER
+        from triderm_dist.distributed.out_of_memory import SUPERVISED
 
-        os.environ[KEEPER] = "ray"
+        os.environ[SUPERVISED] = "ray"
         train(ray_train.report)
 
     told: Any = TuneReportCallback()  # Ray's own annotations do not know it for a callback
