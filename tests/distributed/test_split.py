@@ -1,4 +1,4 @@
-"""A step is the same step on 1, 2 and 4 ranks with 1, 2 and 4 micro-batches, and the step of the plain formulas."""
+"""An optimizer step is the same on 1, 2 and 4 ranks with 1, 2 and 4 micro-batches, and equals the plain formulas."""
 
 import json
 
@@ -130,7 +130,7 @@ def names() -> list[str]:
 
 
 @pytest.mark.parametrize("name", names())
-def test_split_step_is_the_step_of_the_formulas(steps, references, name):
+def test_split_step_equals_the_formulas(steps, references, name):
     head, batch, *_ = name.split("-")
     assert_same_step(steps[name], references[f"{head}-{batch}"])
 
@@ -163,19 +163,19 @@ def statistics(packed) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["1", "2", "4", "2-fsdp2"])
-def test_batch_norms_record_all_micro_batches_of_all_ranks(steps, statistics, case):
+def test_batch_norm_statistics_cover_all_micro_batches_of_all_ranks(steps, statistics, case):
     got = steps[f"statistics-{case}"]
     assert statistics
     for name, expected in statistics.items():
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6, msg=name)
     gradients = {name: value for name, value in got.items() if name not in statistics}
-    alone = {name: value for name, value in steps["statistics-1"].items() if name not in statistics}
-    assert_same_step(gradients, alone, tolerance=1e-4)  # batch norms blow up what is left of sums that cancel
+    single = {name: value for name, value in steps["statistics-1"].items() if name not in statistics}
+    assert_same_step(gradients, single, tolerance=1e-4)  # batch norms amplify rounding errors of sums that cancel
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_an_evaluation_is_that_of_one_process_with_an_uneven_tail_too(steps, world):
-    alone, split = steps["evaluation-1"], steps[f"evaluation-{world}"]
+def test_evaluation_equals_one_process_with_an_uneven_tail(steps, world):
+    single, split = steps["evaluation-1"], steps[f"evaluation-{world}"]
     assert len(set(split["rows"].tolist())) == EVALUATED
-    for name, expected in alone.items():
+    for name, expected in single.items():
         torch.testing.assert_close(split[name], expected, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What the profiler says it recorded is what it recorded."""
+"""The number of steps that the profiler reports is the number in its trace."""
 
 import json
 
@@ -8,7 +8,7 @@ from triderm_dist.monitoring.profiler import profiler
 
 
 @pytest.mark.parametrize(("taken", "recorded"), [(2, 0), (3, 0), (4, 1), (8, 5), (12, 5)])
-def test_the_steps_that_were_recorded_are_told(tmp_path, capsys, taken, recorded):
+def test_recorded_steps_are_reported(tmp_path, capsys, taken, recorded):
     with profiler(tmp_path, 5, True) as profile:
         for _ in range(taken):
             profile.step()

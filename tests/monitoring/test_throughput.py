@@ -1,4 +1,4 @@
-"""Speed, waiting time and the time that is left, by a clock of the test's own."""
+"""Speed, data wait and ETA, with a fake clock."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from triderm_dist.monitoring.flops import Budget
 from triderm_dist.monitoring.throughput import ThroughputMeter
 
 
-def test_speed_is_that_since_the_last_line_and_the_rest_that_of_the_mean_since_the_start(monkeypatch):
+def test_speed_is_since_the_last_read_and_eta_since_the_start(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
     loader = SimpleNamespace(waited=7.0)

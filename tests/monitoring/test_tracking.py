@@ -1,4 +1,4 @@
-"""What a run says: the start-up report, lines, JSONL, TensorBoard, other trackers, the profiler's trace."""
+"""The log of a run: printed lines, metrics.jsonl, TensorBoard, other trackers."""
 
 import time
 
@@ -30,7 +30,7 @@ def board(folder) -> dict[str, dict[int, float]]:
     return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
-def test_a_record_is_a_line_a_json_line_and_a_scalar(tmp_path, capsys):
+def test_record_is_printed_and_written_as_json_and_scalars(tmp_path, capsys):
     with tracker_in(tmp_path) as tracker:
         tracker.log("train", 0.5, 10, {**TRAIN, "mfu": 0.456})
         tracker.log("validation", 1, 20, {"macro_f1": 0.25, "official": 0.5})
@@ -48,7 +48,7 @@ def test_a_record_is_a_line_a_json_line_and_a_scalar(tmp_path, capsys):
     assert scalars["validation/macro_f1"] == {20: 0.25}
 
 
-def test_a_resumed_run_writes_later_records_again(tmp_path, monkeypatch):
+def test_resumed_run_replaces_later_records(tmp_path, monkeypatch):
     with tracker_in(tmp_path) as tracker:
         for step in (10, 20, 30):
             tracker.log("train", 0, step, {**TRAIN, "loss": 1.0})
@@ -61,7 +61,7 @@ def test_a_resumed_run_writes_later_records_again(tmp_path, monkeypatch):
     assert board(tmp_path)["train/loss"][30] == 2.0
 
 
-def test_trackers_that_can_not_be_are_refused_on_every_rank(tmp_path):
+def test_unknown_and_missing_trackers_are_refused_on_every_rank(tmp_path):
     with pytest.raises(ConfigError, match=r"'weights_and_biases' is unknown; there are aim, .*wandb"):
         Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=["weights_and_biases"])
     there = [str(kind) for kind in get_available_trackers()]
@@ -95,7 +95,7 @@ class _Flaky(GeneralTracker):
         self.seen.append(values)
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
+def test_failing_tracker_is_dropped(tmp_path, capsys):
     register_tracker_class(_Flaky)
     with tracker_in(tmp_path, trackers=["flaky"], settings={"optim.lr": 0.1}) as tracker:
         for step in (1, 2, 3):
@@ -120,7 +120,7 @@ def test_mlflow_gets_settings_and_metrics(tmp_path, monkeypatch):
     assert run.data.metrics["train/loss"] == 1.5
 
 
-def test_wandb_keeps_a_resumed_run_one_run(tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run_on_resume(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
