@@ -1,4 +1,4 @@
-"""The report before the first step, and what a short run leaves behind."""
+"""The start-up report, and the records and trace of a short run."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def settings(**train_settings) -> ModelConfig:
     return ModelConfig(width=32, heads=2, tower=TOWER, train=TrainConfig(**train_settings))
 
 
-def test_rooms_hold_every_parameter_once():
+def test_parts_hold_every_parameter_once():
     model = settings()
     network = build_network(model, ["a"], build_towers(model.tower))
     rooms = parameters_by_room(network)
@@ -39,7 +39,7 @@ def test_rooms_hold_every_parameter_once():
     assert {"view alignment", "semantic gating", "pooling", "head", "auxiliary heads", "semantic"} <= set(rooms)
 
 
-def test_the_report_says_what_is_on_and_what_is_off():
+def test_report_lists_disabled_options():
     model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
     network = build_network(model, ["a"], build_towers(model.tower))
     text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 943), [40, 41], None)
@@ -53,7 +53,7 @@ def test_the_report_says_what_is_on_and_what_is_off():
     assert "torch.compile" not in text and "fusion" not in text
 
 
-def test_the_start_says_what_happens_to_photos_of_another_size(tmp_path, capsys):
+def test_start_reports_photos_of_another_size(tmp_path, capsys):
     index = synthetic_shards(tmp_path / "shards", 11, 40)
     (size,) = index.photo_sizes
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
@@ -105,7 +105,7 @@ def run(tmp_path_factory):
     return folder, flops, reads
 
 
-def test_a_record_holds_everything_that_is_asked_of_it(run):
+def test_keys_of_a_record(run):
     folder, flops, _ = run
     first, *_ = records = [each for each in read_metrics(folder / "metrics.jsonl") if each["kind"] == "train"]
     assert [each["step"] for each in records] == list(range(LOG_EVERY, records[-1]["step"] + 1, LOG_EVERY))
@@ -116,7 +116,7 @@ def test_a_record_holds_everything_that_is_asked_of_it(run):
     assert first["mfu"] == pytest.approx(first["lesions_per_s"] * flops / 0.5e12)
 
 
-def test_the_profile_is_a_trace_of_the_steps_that_were_asked_for(run):
+def test_trace_holds_the_requested_steps(run):
     folder, *_ = run
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
@@ -124,7 +124,7 @@ def test_the_profile_is_a_trace_of_the_steps_that_were_asked_for(run):
     assert any("scaled_dot_product" in str(event.get("name")) for event in events)
 
 
-def test_the_host_reads_numbers_only_to_log(run):
+def test_host_waits_for_the_device_only_to_log(run):
     _, _, reads = run
     a_step = [after - before for before, after in pairwise(reads[1:8])]  # the first forward counted FLOPs
     # The one is a flag of the host's own, which a signal sets.
