@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import runpy
 import select
 import signal
@@ -38,11 +39,12 @@ IMPORTED = (
 )  # fmt: skip
 CLIENT = """\
 #!{python} -SE
-import json, os, signal, socket, sys
+import json, os, resource, signal, socket, sys
 
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
+limits = [[number, *resource.getrlimit(number)] for name, number in vars(resource).items() if name[:7] == "RLIMIT_"]
+request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd(), "limits": limits}}
 body = json.dumps(request).encode()
 socket.send_fds(server, [b"%8d" % len(body)], [0, 1, 2])
 server.sendall(body)
@@ -91,7 +93,7 @@ def _started() -> tuple[str, int]:
 
 
 class Server:
-    """Forks a process for each client, tells it how the process ended, and kills the process if the client dies."""
+    """Forks a process for each client, sends it the exit status, and kills the process if the client dies."""
 
     def __init__(self, address: str, python: str) -> None:
         self.python, self.path = python, sys.path[1:]
@@ -126,7 +128,11 @@ class Server:
     def _fork(self) -> None:
         client, _ = self.listener.accept()
         length, files, _, _ = socket.recv_fds(client, 8, 3)
-        request = json.loads(client.recv(int(length), socket.MSG_WAITALL))
+        try:
+            request = json.loads(client.recv(int(length), socket.MSG_WAITALL))
+        except (OSError, ValueError):  # the client was killed
+            client.close()
+            return
         pid = os.fork()
         if pid == 0:
             for file in (*self.files, *self.clients.values(), client):
@@ -135,7 +141,8 @@ class Server:
         for number in files:
             os.close(number)
         self.clients[pid] = client
-        client.sendall(f"{pid}\n".encode())
+        with contextlib.suppress(OSError):
+            client.sendall(f"{pid}\n".encode())
 
     def _answer_all(self) -> None:
         """Children that ended, also those whose clients have died."""
@@ -158,6 +165,8 @@ def become(request: dict[str, Any], files: list[int], python: str, path: list[st
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    for number, *limits in request["limits"]:
+        resource.setrlimit(number, tuple(limits))
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

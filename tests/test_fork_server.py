@@ -1,0 +1,88 @@
+"""A fork is like the process that Python would start."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fork_server import fork_python, forks
+from tests.processes import HANG_SECONDS, wait_for
+
+ABOUT = """
+import json, os, resource, sys
+limits = resource.getrlimit(resource.RLIMIT_CORE)
+json.dump([sys.argv, os.getcwd(), os.environ["HERE"], sys.executable, limits], sys.stdout)
+print(sys.stdin.read(), file=sys.stderr)
+"""
+
+
+def run(*arguments: str, **how) -> subprocess.CompletedProcess:
+    return subprocess.run([fork_python(), *arguments], capture_output=True, text=True, timeout=HANG_SECONDS, **how)
+
+
+@pytest.mark.parametrize("kind", ["code", "file", "module"])
+def test_arguments_environment_folder_limits_and_files_are_its_own(tmp_path, kind):
+    (tmp_path / "about.py").write_text(ABOUT)
+    program = {"code": ["-c", ABOUT], "file": [str(tmp_path / "about.py")], "module": ["-m", "about"]}[kind]
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    done = run(
+        *program, "a", "b c", cwd=tmp_path, env={**os.environ, "HERE": "x=y"}, input="words",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, limits[1])),
+    )  # fmt: skip
+    arguments, *others = json.loads(done.stdout)
+    assert arguments == [{"code": "-c"}.get(kind, str(tmp_path / "about.py")), "a", "b c"]
+    assert others == [str(tmp_path), "x=y", fork_python(), [0, limits[1]]]
+    assert done.returncode == 0 and done.stderr == "words\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "error"),
+    [
+        ("raise SystemExit(3)", 3, ""),
+        ("raise SystemExit('no')", 1, "no\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+        ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL, ""),
+        ("import os; os.abort()", -signal.SIGABRT, ""),
+        ("import atexit; atexit.register(print, 'end', flush=True); print('begin')", 0, ""),
+    ],
+)
+def test_it_ends_as_the_program_does(code, status, error):
+    done, real = run("-c", code), subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == real.returncode == status
+    assert done.stdout == real.stdout and done.stderr.endswith(error) and real.stderr.endswith(error)
+
+
+def test_signals_reach_the_program(tmp_path):
+    code = (
+        f"import pathlib, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))\n"
+        f"pathlib.Path(r'{tmp_path}/ready').touch(); signal.pause()"
+    )
+    with subprocess.Popen([fork_python(), "-c", code]) as process:
+        wait_for((tmp_path / "ready").exists, process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(HANG_SECONDS) == 7
+
+
+def test_a_program_whose_client_was_killed_is_killed(tmp_path):
+    code = (
+        f"import os, pathlib, signal; pathlib.Path(r'{tmp_path}/pid').write_text(f'{{os.getpid()}}.'); signal.pause()"
+    )
+    with subprocess.Popen([fork_python(), "-c", code]) as process:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."), process)
+        pid = int((tmp_path / "pid").read_text()[:-1])
+        assert pid in forks("")
+        process.kill()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert run("-c", "print('served')").stdout == "served\n"
+
+
+def test_what_a_fork_starts_by_sys_executable_is_a_fork():
+    code = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; print(\"torch\" in sys.modules)'])"
+    )
+    assert run("-c", code).stdout == "True\n"
