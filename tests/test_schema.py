@@ -25,7 +25,15 @@ from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.predictions import read_predictions, write_predictions
 from triderm_dist.report.content import slice_masks
-from triderm_dist.schema import METADATA_FIELDS, MILK10K_FIELDS, ConfigError, DataError, MetadataField, add_field
+from triderm_dist.schema import (
+    METADATA_FIELDS,
+    MILK10K_FIELDS,
+    ConfigError,
+    DataError,
+    MetadataField,
+    add_field,
+    one_line,
+)
 
 DIAMETER = MetadataField("diameter", "diameter_mm", "number", low=1.0, high=30.0, unit="mm")
 ITCH = MetadataField("type", "itches", "category", ("no", "yes"), synonyms={"TRUE": "yes", "false": "no"})
@@ -193,3 +201,11 @@ def test_synthetic_data_has_added_fields_and_is_otherwise_the_same(tmp_path: Pat
     values = np.array([lesion.metadata for lesion in lesions])
     assert 1 <= np.nanmin(values[:, 4]) < 5 and 25 < np.nanmax(values[:, 4]) <= 30
     assert set(values[:, 5][~np.isnan(values[:, 5])]) == {0.0, 1.0}
+
+
+def test_one_line_collapses_whitespace_names_the_type_and_shortens():
+    error = ValueError("first\n  second\tthird")
+    assert one_line(error) == "first second third"
+    assert one_line(error, with_type=True) == "ValueError: first second third"
+    assert one_line(error, 14) == "first seco ..." and len(one_line(error, 14)) == 14
+    assert one_line(TimeoutError()) == one_line(TimeoutError(), with_type=True) == "TimeoutError"

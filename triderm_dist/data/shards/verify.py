@@ -74,7 +74,8 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
             return Problem(index.lesion_ids[row], "sample", where, str(error))
         return None
 
-    index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018 - read before the threads start
+    # Read the columns before the threads start.
+    index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018
     problems: list[Problem] = []
     for done, (_, problem) in enumerate(in_order(check, _pairs(index, problems.append), workers), start=1):
         if problem:
