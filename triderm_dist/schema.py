@@ -40,7 +40,7 @@ DIAGNOSIS_NAMES: dict[str, str] = {
     "MEL": "melanoma",
     "NV": "melanocytic nevus",
     "SCCKA": "squamous cell carcinoma / keratoacanthoma",
-    "VASC": "vascular lesion or haemorrhage",
+    "VASC": "vascular lesion or hemorrhage",
 }
 
 VIEWS: tuple[str, str] = ("clinical", "dermoscopic")
@@ -55,29 +55,27 @@ MONET_COLUMNS: tuple[str, ...] = (
     "MONET_gel_water_drop_fluid_dermoscopy_liquid",
     "MONET_skin_markings_pen_ink_purple_pen",
 )
-"""Concept scores that the challenge publishes for each photo; a lesion has them once a view."""
+"""Concept scores that the challenge publishes for each photo, hence once per view of a lesion."""
 
 CONCEPTS: tuple[str, ...] = tuple(
     f"{view}/{column.removeprefix('MONET_')}" for view in VIEWS for column in MONET_COLUMNS
 )
-"""Names of MILK10k's 14 concepts. Networks take K and the names from the index of the shards, not from here."""
+"""Names of MILK10k's 14 concepts. Networks take K and the names from the index of the shards instead."""
 
 UNLABELED = -1
 """The label of a lesion whose diagnosis is not known."""
 
 
 class InputError(Exception):
-    """Bad input by the user. Its text is one line: what is wrong, where, and what to do. Programs exit with status
-    2.
-    """
+    """Invalid input. Its text is one line: what is wrong, where, and what to do. Programs exit with status 2."""
 
 
 class DataError(InputError):
-    """A challenge folder, shard or table that can't be used; the text names the file and the row or sample."""
+    """An invalid challenge folder, shard or table; the text names the file and the row or sample."""
 
 
 class ConfigError(InputError):
-    """A setting that is unknown, of the wrong type, or that can't work together with another one."""
+    """A setting that is unknown, of the wrong type, or incompatible with another one."""
 
 
 class CheckpointError(InputError):
@@ -96,16 +94,16 @@ def one_line(error: object, limit: int | None = None, with_type: bool = False) -
 
 @dataclass(frozen=True)
 class MetadataField:
-    """One field of the patient metadata: where it is read from, which values it has, how it is shown.
+    """One field of the patient metadata: its column, its values, and how it is shown.
 
-    A value is one float: a number itself, or the index of its category; NaN where missing. Networks embed the
-    categories of a `category` and of an `ordinal` field alike; the order of an ordinal one is kept for people and for
-    tree models.
+    A value is one float: the number, or the index of the category; NaN where missing. Networks embed the categories of
+    a `category` and of an `ordinal` field alike; the order of an ordinal one matters to tree models and in reports.
 
-    column: its column in the tables of the data set.  categories: spelling in shards and reports, matched in any case.
-    synonyms: other spellings of a category.  low, high: numbers outside are refused.  full_scale: the number that
-    networks scale to 1, as `low` to 0; None takes `high`.  unit: unit of a number, or what the ends of an ordinal field
-    mean.  cuts: where the report divides a number into slices; empty: at its quartiles.
+    column: name in the tables of the data set.  categories: names in shards and reports, matched in any case.
+    synonyms: category by other spellings of it.  low, high: range of a number, both included.  full_scale: the number
+    that networks scale to 1, as they scale `low` to 0; None: `high`.  unit: of a number, or the meaning of an ordinal
+    field's ends.  title: name in reports; "": from `name`.  cuts: numbers at which the report cuts slices; (): at the
+    quartiles.
 
     Raises ConfigError for a definition that contradicts itself.
     """
@@ -146,11 +144,11 @@ class MetadataField:
 
     @property
     def label(self) -> str:
-        """The title for people."""
+        """The name in reports and notes."""
         return self.title or self.name.replace("_", " ")
 
     def parse(self, text: str) -> float:
-        """The value of a cell's text. Raises ValueError for a number out of range or an unknown category."""
+        """Return the value of a cell's text. Raises ValueError for a number out of range or an unknown category."""
         if self.is_number:
             try:
                 number = float(text)
@@ -169,19 +167,19 @@ class MetadataField:
         raise ValueError(f"unknown {self.column} {text!r}; known are {', '.join(self.categories)}")
 
     def cell(self, value: float) -> float | str | None:
-        """A value as JSON has it: the number, the name of the category, None where missing."""
+        """Return a value as JSON holds it: the number, the name of the category, None where missing."""
         if math.isnan(value):
             return None
         return value if self.is_number else self.categories[int(value)]
 
     def show(self, value: float) -> str:
-        """A value for people."""
+        """Format a value with its unit."""
         if math.isnan(value):
             return "missing"
         return f"{value:g} {self.unit}".rstrip() if self.is_number else self.categories[int(value)]
 
     def scaled(self, numbers: Any) -> Any:
-        """Numbers (an array or a tensor) from `low` to `full_scale` mapped to 0 to 1."""
+        """Scale numbers (an array or a tensor): `low` to 0, `full_scale` to 1."""
         return (numbers - self.low) / ((self.high if self.full_scale is None else self.full_scale) - self.low)
 
 
@@ -202,14 +200,14 @@ MILK10K_FIELDS: tuple[MetadataField, ...] = (
 """The metadata of MILK10k."""
 
 METADATA_FIELDS: dict[str, MetadataField] = {each.name: each for each in MILK10K_FIELDS}
-"""The metadata fields by name, in the order of the metadata axis M. `add_field` adds one."""
+"""The metadata fields by name, in the order of the axis M. `add_field` adds one; read the table when you need it."""
 
 
 def add_field(new: MetadataField) -> None:
-    """Add a field to `METADATA_FIELDS`, before any data is read; the same one again changes nothing.
+    """Add a field to `METADATA_FIELDS`; call it before any data are read. Adding the same field again does nothing.
 
-    Readers, networks, stacker, report and the synthetic data all walk that table. Raises ConfigError where another
-    field has the name or the column.
+    Readers, networks, stacker, report and the synthetic data walk that table. Raises ConfigError where another field
+    has the same name or column.
     """
     for known in METADATA_FIELDS.values():
         if known != new and (known.name == new.name or known.column == new.column):
@@ -220,7 +218,7 @@ def add_field(new: MetadataField) -> None:
 
 
 def added_fields() -> list[MetadataField]:
-    """The fields that are not MILK10k's."""
+    """Return the fields that are not in `MILK10K_FIELDS`."""
     return [each for each in METADATA_FIELDS.values() if each not in MILK10K_FIELDS]
 
 
@@ -228,9 +226,9 @@ def added_fields() -> list[MetadataField]:
 class Lesion:
     """One checked lesion of a challenge folder, before any pixel is read.
 
-    `images` holds the path of each view or None where the photo is missing; `concepts` has K floats, NaN where missing;
-    `metadata` has M floats in the order of `METADATA_FIELDS`, NaN where missing; `label` indexes `DIAGNOSES` or is
-    `UNLABELED`; lesions of one `group` (a patient, or the lesion itself) never sit in two folds.
+    images: path of each view, None where the photo is missing.  concepts: K floats, NaN where missing.  metadata: M
+    floats in the order of `METADATA_FIELDS`, NaN where missing.  label: index in `DIAGNOSES`, or `UNLABELED`.  group:
+    the patient, or the lesion itself; all lesions of a group are in the same fold.
     """
 
     lesion_id: str
@@ -243,12 +241,12 @@ class Lesion:
 
 @dataclass
 class Batch:
-    """Lesions on one device, ready for a network.
+    """The input of a network for B lesions, on one device.
 
     clinical, dermoscopic: (B, 3, H, W) normalized pixels, or (B, L, D) tokens of a frozen tower.
     view_present: (B, 2) bool, in the order of `VIEWS`; False where the photo is missing or dropped.
     concepts: (B, K) float, NaN where missing or dropped.  metadata: (B, M) float, NaN where missing.
-    labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for rows that only pad the batch.
+    labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for padding rows.
     """
 
     lesion_ids: list[str]
@@ -261,15 +259,15 @@ class Batch:
     valid: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device; pinned memory travels without blocking the host."""
+        """Copy the batch to a device; from pinned memory without blocking the host."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lesion_ids"}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 class Outputs(NamedTuple):
-    """What a network returns from one forward: all logits (B, C) raw, features (B, D) after pooling.
+    """The output of a network: raw logits (B, C) of the main and of each view's head, pooled features (B, D).
 
-    A named tuple, since DDP, FSDP2, DeepSpeed and Accelerate all look inside tuples for tensors.
+    A named tuple, since DDP, FSDP2, DeepSpeed and Accelerate search tuples for tensors.
     """
 
     logits: torch.Tensor

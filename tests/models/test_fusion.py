@@ -1,4 +1,4 @@
-"""Fusion against a slow reference that writes the guide's formulas out, and tokens of concepts and metadata."""
+"""Fusion against a slow reference implementation of its formulas, and tokens of concepts and metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIELDS = tuple(METADATA_FIELDS.values())
 
 
 def attend(m: CrossAttention, query: Tensor, context: Tensor) -> Tensor:
-    """Guide 2.1 with its own softmax, one lesion and one head at a time."""
+    """Cross-attention with an explicit softmax, one lesion and one head at a time."""
     out = torch.zeros_like(query)
     head = query.shape[-1] // m.heads
     for b in range(len(query)):
@@ -48,7 +48,7 @@ def mlp(m: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def reference(block: FusionBlock, pooling: GlobalPooling, derm: Tensor, clin: Tensor, semantic: Tensor) -> Tensor:
-    """Guide 2.2 and 2.3, with a norm of its own for each modality (errata)."""
+    """Both stages and the pooling, with a separate norm for each modality."""
     for stage, context in ((block.view_alignment, clin), (block.semantic_gating, semantic)):
         derm = derm + attend(stage.attention, norm(stage.query_norm, derm), norm(stage.context_norm, context))
         derm = derm + mlp(stage.mlp, norm(stage.mlp_norm, derm))
@@ -73,7 +73,7 @@ def test_fusion_equals_the_formulas_forward_and_backward(heads: int, dermoscopic
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_fusion_drops_out_in_training_only() -> None:
+def test_fusion_uses_dropout_in_training_only() -> None:
     block = FusionBlock(16, 2, 2.0, 0.5)
     x, y, z = (torch.randn(1, 4, 16) for _ in range(3))
     assert not torch.equal(block(x, y, z), block(x, y, z))
@@ -88,7 +88,7 @@ def lesion(**changes: float) -> Tensor:
 
 @settings(max_examples=25, deadline=None)
 @given(field=st.integers(0, len(CONCEPTS) - 1), a=st.floats(0, 1), b=st.floats(0, 1))
-def test_a_score_lives_in_the_value_of_its_own_token(field: int, a: float, b: float) -> None:
+def test_a_score_changes_its_own_token_only(field: int, a: float, b: float) -> None:
     torch.manual_seed(0)
     tokens = SemanticTokens(CONCEPTS, FIELDS, 8)
     scores = torch.full((3, len(CONCEPTS)), 0.5)
@@ -98,14 +98,14 @@ def test_a_score_lives_in_the_value_of_its_own_token(field: int, a: float, b: fl
     assert out.isfinite().all()
     others = [i for i in range(out.shape[1]) if i != field]
     assert torch.equal(out[0, others], out[1, others]) and torch.equal(out[0, others], out[2, others])
-    # A norm may follow, hence directions are compared, not lengths.
+    # A norm may follow, hence directions are compared instead of lengths.
     direction = nn.functional.normalize(out[:, field], dim=-1)
     if abs(a - b) > 0.05:
         assert (direction[0] - direction[1]).abs().max() > 1e-3
     assert (direction[0] - direction[2]).abs().max() > 1e-3
 
 
-def test_every_field_and_its_absence_has_its_own_token() -> None:
+def test_every_field_has_its_own_token_present_or_missing() -> None:
     torch.manual_seed(0)
     tokens = SemanticTokens(("a",), FIELDS, 8)
     plain = tokens(torch.tensor([[0.5]]), lesion())
@@ -120,14 +120,14 @@ def test_every_field_and_its_absence_has_its_own_token() -> None:
     assert tokens.names[-1] == "null"
 
 
-def test_unused_semantics_leave_the_null_token() -> None:
-    tokens = SemanticTokens(("a", "b"), FIELDS, 8, use_concepts=False, use_metadata=False)
+def test_without_concepts_and_metadata_only_the_null_token_is_left() -> None:
+    tokens = SemanticTokens((), (), 8)
     assert tokens(torch.rand(2, 2), lesion().expand(2, -1)).shape == (2, 1, 8) and tokens.names == ("null",)
     assert [name for name, _ in tokens.named_parameters()] == ["null"]
 
 
-def test_weights_are_those_of_the_attention() -> None:
-    """The map for people times the values, by hand, is what `forward` computes without forming the map."""
+def test_attention_weights_are_those_of_forward() -> None:
+    """Multiplied with the values they give the output of `forward`, which does not compute them."""
     torch.manual_seed(0)
     m, query, context = CrossAttention(8, 1, 0.0), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
     torch.testing.assert_close(m.out(m.weights(query, context) @ m.value(context)), m(query, context))

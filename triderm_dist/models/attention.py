@@ -16,10 +16,10 @@ from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED
 class AttentionMaps:
     """Attention of one model, or the mean over several, for one lesion.
 
-    photos: by view the square the network saw, (S, S, 3) float in [0, 1]; a missing view is not there.
-    attention: by view (L,) over its patches, row by row, sums to 1; a view that nothing attends to is not there.
-    semantic: weight of each named token, sums to 1; empty without semantic gating.
-    values: score or category of each named token, as text.  probabilities: (C,).  models: how many were averaged.
+    photos: by view, the crop that is the network's input, (S, S, 3) float in [0, 1]; without missing views.
+    attention: by view, weights (L,) over its patches, row by row, sum 1; without views that nothing attends to.
+    semantic: by token name, weights with sum 1; empty without semantic gating.
+    values: by token name, the score or category as text.  probabilities: (C,).  models: number of models averaged.
     """
 
     lesion_id: str
@@ -33,7 +33,7 @@ class AttentionMaps:
     diagnoses: Sequence[str] = DIAGNOSES
 
     def json(self) -> dict[str, Any]:
-        """What the picture shows, in numbers."""
+        """Return the numbers behind the picture."""
         return {
             "lesion_id": self.lesion_id,
             "diagnosis": None if self.label == UNLABELED else self.diagnoses[self.label],
@@ -45,7 +45,7 @@ class AttentionMaps:
 
 
 def semantic_values(concepts: Sequence[str], scores: np.ndarray, metadata: np.ndarray) -> dict[str, str]:
-    """What stands behind each semantic token of a lesion: scores (K,), metadata (M,), NaN where missing."""
+    """Format the value of each semantic token of a lesion by name: scores (K,) and metadata (M,), NaN where missing."""
     values = {
         name: "missing" if math.isnan(score) else f"{score:.2f}" for name, score in zip(concepts, scores, strict=True)
     }

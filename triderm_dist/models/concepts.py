@@ -1,4 +1,4 @@
-"""Concepts and metadata as tokens that the image can attend to."""
+"""Concept scores and metadata as tokens that image tokens attend to."""
 
 from __future__ import annotations
 
@@ -9,35 +9,38 @@ from torch import Tensor, nn
 
 from triderm_dist.schema import MetadataField
 
-BUMPS = 8
+NUM_BUMPS = 8
 TOKEN_STD = 0.02
-"""Standard deviation of learned tokens at the start, as in ViT and BERT."""
+"""Initial standard deviation of learned tokens, as in ViT and BERT."""
 
 
 def smooth_features(x: Tensor) -> Tensor:
-    """x and `BUMPS` Gaussian bumps over [0, 1], (...) to (..., 1 + BUMPS): a linear map of them is a smooth curve."""
-    centers = torch.linspace(0, 1, BUMPS, device=x.device)
-    bumps = torch.exp(-0.5 * ((x[..., None] - centers) * (BUMPS - 1)) ** 2)
+    """Expand x (...) into itself and Gaussian bumps over [0, 1], (..., 1 + NUM_BUMPS).
+
+    A linear map of these features is a smooth function of x.
+    """
+    centers = torch.linspace(0, 1, NUM_BUMPS, device=x.device)
+    bumps = torch.exp(-0.5 * ((x[..., None] - centers) * (NUM_BUMPS - 1)) ** 2)
     return torch.cat([x[..., None], bumps], -1)
 
 
 def learned_token(*shape: int) -> nn.Parameter:
-    """A learned vector or table of vectors."""
+    """Create a learned vector or table of vectors."""
     return nn.Parameter(torch.randn(*shape) * TOKEN_STD)
 
 
 class NumericTokens(nn.Module):
-    """n numbers about [0, 1], NaN where missing, (B, n) to tokens (B, n, D).
+    """Embed n numbers of about [0, 1], NaN where missing, (B, n) to tokens (B, n, D).
 
-    token = name + curve(value), or name + missing. The value is a term of the token itself: softmax over tokens always
-    sums to 1, so a score that only scaled attention, or the token's length before a norm, would be lost.
+    token = name + curve(value), or name + missing. The value is a term of the token: the softmax over tokens always
+    sums to 1, so a score that only scaled the attention, or the token's length before a norm, would be lost.
     """
 
     def __init__(self, n: int, width: int) -> None:
         super().__init__()
         self.name = learned_token(n, width)
         self.missing = learned_token(n, width)
-        self.curve = learned_token(n, 1 + BUMPS, width)
+        self.curve = learned_token(n, 1 + NUM_BUMPS, width)
 
     def forward(self, values: Tensor) -> Tensor:
         missing = values.isnan()
@@ -47,7 +50,7 @@ class NumericTokens(nn.Module):
 
 
 class CategoryToken(nn.Module):
-    """The index of a category, NaN where missing, (B,) to a token (B, 1, D). Missing is one more category, the last."""
+    """Embed the index of a category, NaN where missing, (B,) to a token (B, 1, D). Missing is an extra category."""
 
     def __init__(self, categories: int, width: int) -> None:
         super().__init__()
@@ -60,24 +63,18 @@ class CategoryToken(nn.Module):
 
 
 class SemanticTokens(nn.Module):
-    """Concept scores (B, K) and metadata (B, M) to tokens (B, K + M + 1, D), in the order of `names`.
+    """Embed concept scores (B, K) and metadata (B, M) as tokens (B, K + M + 1, D), in the order of `names`.
 
-    K or M counts 0 where the network does not use them. The last token is the null token: learned, the same for every
-    lesion, so that an image may attend to no concept at all.
+    concepts, fields: names of the K scores and the M fields, or () to ignore the scores or the metadata; K or M then
+    counts 0. The last token is the null token: learned, the same for every lesion, so that an image may attend to none
+    of the others.
     """
 
-    def __init__(
-        self,
-        concepts: Sequence[str],
-        fields: Sequence[MetadataField],
-        width: int,
-        use_concepts: bool = True,
-        use_metadata: bool = True,
-    ) -> None:
+    def __init__(self, concepts: Sequence[str], fields: Sequence[MetadataField], width: int) -> None:
         super().__init__()
-        self.fields = tuple(fields) if use_metadata else ()
-        self.concepts = NumericTokens(len(concepts), width) if use_concepts and concepts else None
-        # The names of parameters in checkpoints: `age.curve` of a number, `categories.sex.embedding` of a category.
+        self.fields = tuple(fields)
+        self.concepts = NumericTokens(len(concepts), width) if concepts else None
+        # Checkpoints hold these names: `age.curve` of a number, `categories.sex.embedding` of a category.
         for field in self.fields:
             if field.is_number:
                 self.add_module(_module_name(self, field), NumericTokens(1, width))
@@ -86,11 +83,7 @@ class SemanticTokens(nn.Module):
             if not field.is_number:
                 self.categories[_module_name(self.categories, field)] = CategoryToken(len(field.categories), width)
         self.null = learned_token(1, width)
-        self.names: tuple[str, ...] = (
-            *(concepts if use_concepts else ()),
-            *(field.name for field in self.fields),
-            "null",
-        )
+        self.names: tuple[str, ...] = (*concepts, *(field.name for field in self.fields), "null")
 
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:
         tokens = [] if self.concepts is None else [self.concepts(concepts)]
@@ -103,6 +96,6 @@ class SemanticTokens(nn.Module):
 
 
 def _module_name(parent: nn.Module, field: MetadataField) -> str:
-    """The name of a field's module in `parent`, with an underscore where the parent's class uses the name itself."""
+    """Name a field's module in `parent`: as the field, with an underscore if an attribute of `parent` has this name."""
     own = {"concepts", "fields", "categories", "null", "names"}
     return f"{field.name}_" if field.name in own or hasattr(type(parent), field.name) else field.name

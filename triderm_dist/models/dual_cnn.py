@@ -1,4 +1,4 @@
-"""The dual CNN: each view pooled by itself, late fusion with concepts and metadata in an MLP."""
+"""The dual CNN: separate pooling of each view, then late fusion with concepts and metadata by an MLP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from triderm_dist.schema import VIEWS, MetadataField, Outputs
 
 
 class DualCnn(Network):
-    """See `Network` for inputs. A view's tokens are averaged, as in a CNN's global pooling, or one learned vector."""
+    """Average each view's tokens, as in a CNN's global pooling, and classify both means, concepts and metadata.
+
+    See `Network` for the inputs. A missing view is one learned vector.
+    """
 
     def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__(config, concepts, towers)
@@ -23,9 +26,7 @@ class DualCnn(Network):
         pooled = TokenShape(1, self.token_shape.width)
         self.views = nn.ModuleDict({view: ViewTokens(pooled, width, view in self.used_views) for view in VIEWS})
         self.view_norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in VIEWS})
-        self.tabular = TabularFeatures(
-            len(concepts) if "concepts" in config.use else 0, self.fields if "metadata" in config.use else ()
-        )
+        self.tabular = TabularFeatures(len(self.used_concepts), self.used_fields)
         self.table = (
             nn.Sequential(
                 nn.Linear(self.tabular.width, width),
@@ -63,9 +64,10 @@ class DualCnn(Network):
 
 
 class TabularFeatures(nn.Module):
-    """Concepts (B, K) and metadata (B, M) to (B, width): numbers (missing: 0) and missing flags, one-hot categories.
+    """Encode concept scores (B, K) and metadata (B, M) as one vector per lesion, (B, width).
 
-    concepts: K, or 0 to ignore them.  fields: the M metadata fields, or none to ignore them.
+    A number becomes its value (0 where missing) and a missing flag, a category a one-hot vector whose last element is
+    the missing flag. concepts: K, or 0 to ignore the scores.  fields: the M metadata fields, or () to ignore them.
     """
 
     def __init__(self, concepts: int, fields: Sequence[MetadataField]) -> None:
@@ -81,6 +83,6 @@ class TabularFeatures(nn.Module):
             if field.is_number:
                 parts += [field.scaled(values).nan_to_num(nan=0.0)[:, None], values.isnan().float()[:, None]]
             else:
-                missing = len(field.categories)  # the last column is the missing flag
+                missing = len(field.categories)
                 parts.append(F.one_hot(values.nan_to_num(nan=missing).long(), missing + 1).float())
         return torch.cat(parts, 1).float()

@@ -1,9 +1,9 @@
 """Fusion of the dermoscopic view with the clinical one and with concepts, by cross-attention (TMCT-inspired).
 
-The three stages of the build guide: view alignment, semantic gating, global pooling. A stage is pre-norm,
+Three stages: view alignment, semantic gating, global pooling. The first two are pre-norm,
     y = x + Attention(norm(x), norm'(context)),    z = y + MLP(norm''(y)),
-with a norm of its own for each modality. The idea is SkinM2Former's (2024), which fuses inside the encoder; here it is
-done once, after the encoders.
+with a separate norm for each modality. The idea is from SkinM2Former (2024), which fuses at several encoder levels;
+here the fusion comes once, after the encoders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STAGES = ("view_alignment", "semantic_gating")
 
 
 class CrossAttention(nn.Module):
-    """Queries (B, Q, D) attend to a context (B, L, D): softmax(q k' / sqrt(D / heads)) v, then a linear map."""
+    """Attend from queries (B, Q, D) to a context (B, L, D): softmax(q k' / sqrt(D / heads)) v, then a linear map."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class CrossAttention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def weights(self, query: Tensor, context: Tensor) -> Tensor:
-        """The softmax itself, averaged over heads, (B, Q, L): for looking inside, `forward` never forms it."""
+        """Return the attention weights, averaged over heads, (B, Q, L); `forward` does not compute them."""
         q, k = self._split(self.query(query)), self._split(self.key(context))
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1).mean(1)
 
     def _split(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) to (B, heads, L, D / heads)."""
+        """Reshape (B, L, D) to (B, heads, L, D / heads)."""
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class _Stage(nn.Module):
-    """x (B, Q, D) and a context (B, L, D) of another modality to (B, Q, D)."""
+    """Update x (B, Q, D) by attention to a context (B, L, D) of another modality, then by an MLP."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Stage(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """How much each token of x attends to each of the context, (B, Q, L)."""
+        """Return how much each token of x attends to each token of the context, (B, Q, L)."""
         return self.attention.weights(self.query_norm(x), self.context_norm(context))
 
 
@@ -79,9 +79,9 @@ class SemanticGating(_Stage):
 
 
 class FusionBlock(nn.Module):
-    """View alignment, then semantic gating: dermoscopic and clinical (B, L, D), semantic (B, S, D) to (B, L, D).
+    """Apply view alignment, then semantic gating: dermoscopic and clinical (B, L, D), semantic (B, S, D) to (B, L, D).
 
-    `stages` names those that are there; without one its context has no say.
+    stages: those that the block has; the context of the other one is ignored.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class FusionBlock(nn.Module):
         return dermoscopic
 
     def stages(self, clinical: Tensor, semantic: Tensor | None) -> list[tuple[str, _Stage, Any]]:
-        """The stages in order: name, module, and the tokens that it attends to."""
+        """Return the block's stages in order: name, module, and the tokens that it attends to."""
         contexts = zip(STAGES, (clinical, semantic), strict=True)
         return [(name, getattr(self, name), context) for name, context in contexts if hasattr(self, name)]
 
 
 class GlobalPooling(nn.Module):
-    """A learned query attends to all tokens: norm(Attention(query, x)), (B, L, D) to (B, D)."""
+    """Pool tokens (B, L, D) by attention of a learned query to (B, D): norm(Attention(query, x))."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -117,5 +117,5 @@ class GlobalPooling(nn.Module):
         return self.norm(self.attention(self.query.expand(len(x), -1, -1), x)).squeeze(1)
 
     def weights(self, x: Tensor) -> Tensor:
-        """How much the query attends to each token, (B, L)."""
+        """Return how much the query attends to each token, (B, L)."""
         return self.attention.weights(self.query.expand(len(x), -1, -1), x).squeeze(1)

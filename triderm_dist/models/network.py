@@ -49,8 +49,9 @@ class Network(nn.Module, ABC):
     tokens (B, L, width) that a tower computed before. Pixels of a missing view must be finite. They pass the tower, so
     that hiding a photo in training does not change the batch that its batch norms see.
 
-    concept_names: K names.  fields: the M metadata fields.  used_views: views in `config.use`.  token_shape: of the
-    tokens that `fuse` gets.  settings: an instance of `Settings`.
+    concept_names: K names.  fields: the M metadata fields.  used_concepts, used_fields, used_views: the same and the
+    views, but empty where `config.use` leaves them out.  token_shape: of the tokens that `fuse` gets.  settings: an
+    instance of `Settings`.
     """
 
     Settings: ClassVar[type[Section]] = Section
@@ -60,6 +61,8 @@ class Network(nn.Module, ABC):
         self.settings = network_settings(config)
         self.concept_names = tuple(concepts)
         self.fields: tuple[MetadataField, ...] = tuple(METADATA_FIELDS.values())
+        self.used_concepts = self.concept_names if "concepts" in config.use else ()
+        self.used_fields = self.fields if "metadata" in config.use else ()
         self.used_views: tuple[str, ...] = tuple(view for view in VIEWS if view in config.use)
         self.towers = nn.ModuleDict()
         self.holds_towers = not isinstance(towers, TokenShape)

@@ -18,11 +18,11 @@ from triderm_dist.schema import VIEWS, Outputs
 
 
 class Attention(NamedTuple):
-    """Where the pooled features of B lesions come from: each (B, L) or (B, S) sums to 1 a lesion.
+    """Attention weights behind the pooled features of B lesions, (B, L) or (B, S); they sum to 1 for each lesion.
 
-    dermoscopic: the pooling query over the fused tokens, which stand at the dermoscopic patches.  clinical: over the
-    clinical patches, by way of view alignment.  semantic: over `SemanticTokens.names`, by way of semantic gating.
-    None for a stage that the network has not.
+    dermoscopic: of the pooling query over the fused tokens, one for each dermoscopic patch.  clinical: over the
+    clinical patches, through view alignment.  semantic: over `SemanticTokens.names`, through semantic gating. None
+    where the network does not have the stage.
     """
 
     dermoscopic: Tensor
@@ -31,7 +31,10 @@ class Attention(NamedTuple):
 
 
 class TriModal(Network):
-    """See `Network` for inputs. The auxiliary heads judge each view by the mean of its own tokens, before fusion."""
+    """Fuse dermoscopic tokens with clinical and semantic ones by cross-attention, pool them by attention, classify.
+
+    See `Network` for the inputs. The auxiliary heads classify each view by the mean of its tokens before fusion.
+    """
 
     def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__(config, concepts, towers)
@@ -40,9 +43,7 @@ class TriModal(Network):
             {view: ViewTokens(self.token_shape, width, view in self.used_views) for view in VIEWS}
         )
         self.semantic = (
-            SemanticTokens(concepts, self.fields, width, "concepts" in config.use, "metadata" in config.use)
-            if "semantic_gating" in config.fusion
-            else None
+            SemanticTokens(self.used_concepts, self.used_fields, width) if "semantic_gating" in config.fusion else None
         )
         self.fusion = nn.ModuleList(
             FusionBlock(width, config.heads, config.mlp_ratio, dropout, config.fusion) for _ in range(config.depth)
@@ -67,22 +68,22 @@ class TriModal(Network):
     def attention(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor, concepts: Tensor, metadata: Tensor
     ) -> Attention:
-        """The attention behind `forward` of the same inputs.
+        """Return the attention weights of `forward` for the same inputs.
 
-        Each stage's weights are averaged over heads and blocks and weighted by the pooling query: one step of
-        attention rollout (Abnar and Zuidema 2020) that leaves the residual path out, so it tells where a stage looks,
-        not how much it matters.
+        The weights of each stage are averaged over heads and blocks and weighted by the pooling query. This is one step
+        of attention rollout (Abnar and Zuidema 2020) without the residual path, so it shows what a stage attends to,
+        not how much the stage contributes.
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
         views, semantic = self._inputs(tokens, present, concepts, metadata)
-        fused, looks = views["dermoscopic"], defaultdict(list)
+        fused, weights = views["dermoscopic"], defaultdict(list)
         for block in self.fusion:
             for name, stage, context in block.stages(views["clinical"], semantic):  # type: ignore[operator]
-                looks[name].append(stage.weights(fused, context))
+                weights[name].append(stage.weights(fused, context))
                 fused = stage(fused, context)
         pooled = self.pooling.weights(fused)
         aligned, gated = (
-            torch.einsum("bq,bql->bl", pooled, torch.stack(looks[name]).mean(0)) if name in looks else None
+            torch.einsum("bq,bql->bl", pooled, torch.stack(weights[name]).mean(0)) if name in weights else None
             for name in STAGES
         )
         return Attention(pooled, aligned, gated)
@@ -90,7 +91,7 @@ class TriModal(Network):
     def _inputs(
         self, tokens: dict[str, Tensor], present: dict[str, Tensor], concepts: Tensor, metadata: Tensor
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Tokens (B, L, D) of each view, and semantic tokens (B, S, D), None where nothing attends to them."""
+        """Return tokens (B, L, D) of each view, and semantic tokens (B, S, D) or None without semantic gating."""
         views = {view: self.views[view](tokens.get(view), present[view]) for view in VIEWS}
         return views, self.semantic(concepts, metadata) if self.semantic else None
 
