@@ -108,9 +108,9 @@ class _FoldRun:
 
     def run(self, on_start: OnStart, on_validation: OnValidation | None) -> None:
         """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
-        identity = (self.experiment, self.index, self.name, self.fold)
-        result, path = result_hash(*identity), self.experiment.fold_folder(self.name, self.fold)
-        folder = FoldFolder(path, result, resume_hash(*identity))
+        fold = (self.experiment, self.index, self.name, self.fold)
+        result, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
+        folder = FoldFolder(path, result, resume_hash(*fold))
         if on_main(folder.is_finished):  # in a folder that was set aside
             on_main(folder.claim)
             return
