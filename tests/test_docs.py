@@ -92,12 +92,12 @@ def test_the_layers_are_printed_as_they_are_enforced():
 
 
 def exists(dotted: str) -> bool:
-    """Whether a dotted name is a module, or stands at the start of a line of one."""
+    """Whether a dotted name is a module, or a name that occurs in one."""
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:end])
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if file.is_file():
             rest = parts[end:]
-            return not rest or bool(re.search(rf"^(?:def |class |\s+)?{rest[0]}\b", file.read_text("utf-8"), re.M))
+            return not rest or bool(re.search(rf"\b{rest[0]}\b", file.read_text("utf-8")))
     return False
