@@ -18,7 +18,7 @@ PROGRAMS = [path for name in ENTRY_POINTS for path in sorted((ROOT / name).glob(
 # A module imports only from its own row and the rows above it; docs/architecture.md prints this list.
 LAYERS = [
     ("schema", "files"),
-    ("settings", "config", "cli", "stages"),
+    ("settings", "config", "tasks", "cli", "stages"),
     ("data",),
     ("models",),
     ("losses", "optim", "metrics", "submission", "predictions"),

@@ -14,6 +14,7 @@ from tests.processes import ROOT
 from triderm_dist import __version__
 from triderm_dist.commands.config import KINDS
 from triderm_dist.config import shipped_names
+from triderm_dist.tasks import task_names
 
 pytest.importorskip("hatchling", reason="builds the wheel: pip install hatchling")
 
@@ -52,6 +53,13 @@ def test_the_package_is_that_of_the_wheel(programs, tmp_path):
     code = "import sys, triderm_dist; print(triderm_dist.__file__, *sys.path)"
     first, *paths = output(programs, tmp_path, "python", "-c", code).split()
     assert first.startswith(str(programs.parent)) and str(ROOT) not in paths
+
+
+def test_tasks_are_in_the_wheel(programs, tmp_path):
+    code = (
+        "from triderm_dist.tasks import load_task, task_names; print(*(load_task(name).name for name in task_names()))"
+    )
+    assert output(programs, tmp_path, "python", "-c", code).split() == list(task_names())
 
 
 def test_light_programs_run_from_any_folder(programs, tmp_path):

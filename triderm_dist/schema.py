@@ -1,4 +1,4 @@
-"""The data types shared by all modules: diagnoses, views, concepts, metadata fields, batches, outputs, errors.
+"""The data types shared by all modules: tasks, diagnoses, views, concepts, metadata fields, batches, outputs, errors.
 
 Reads no file and imports nothing heavy. Letters of shapes, used throughout: B lesions in a batch, C diagnoses, K
 concepts, M metadata fields, L tokens, D width, H x W pixels.
@@ -6,9 +6,11 @@ concepts, M metadata fields, L tokens, D width, H x W pixels.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -220,6 +222,301 @@ def add_field(new: MetadataField) -> None:
 def added_fields() -> list[MetadataField]:
     """Return the fields that are not in `MILK10K_FIELDS`."""
     return [each for each in METADATA_FIELDS.values() if each not in MILK10K_FIELDS]
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One class of a task. malignant: None where the task does not say. words: its spellings in the tables."""
+
+    name: str
+    title: str = ""
+    malignant: bool | None = None
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """One kind of photo of a task, its name one of `VIEWS`. words: its spellings in the column `TaskColumns.view`."""
+
+    name: str
+    title: str = ""
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConceptColumns:
+    """The columns with concept scores from 0 to 1: those that start with `prefix`, or `names`; by default none.
+
+    words: scores of words, as in {absent: 0, present: 1}.
+    """
+
+    prefix: str | None = None
+    names: tuple[str, ...] = ()
+    words: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskColumns:
+    """The names of the columns of a data set's table, matched in any case.
+
+    lesion_id: None takes the photo's name, so that every photo is a lesion.  image: id, file name or path of the photo;
+    a mapping of view to column where a row holds a lesion with its photos.  view: the kind of photo, in tables with one
+    row per photo.  diagnosis: None where each diagnosis has a column of zeros and ones, or the table has no labels.
+    group: what must not be split over folds, such as the patient; None takes the lesion.
+    """
+
+    image: str | Mapping[str, str]
+    lesion_id: str | None = None
+    view: str | None = None
+    diagnosis: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """A published result on a task's data, as text. source: where it was published."""
+
+    who: str
+    validation: str = ""
+    test: str = ""
+    source: str = ""
+
+
+MISSING_WORDS: tuple[str, ...] = (
+    *("na", "n/a", "nan", "none", "null", "unknown", "unk", "missing"),
+    *("#n/a", "<na>", "-", "--", "?", "."),
+)
+"""Words that mean a missing value, in any case, unless a task lists its own. An empty cell always does."""
+
+READERS: tuple[str, ...] = ("milk10k", "lesions_csv")
+DECISIONS: tuple[str, ...] = ("argmax", "threshold", "fitted")
+SUBMISSIONS: tuple[str, ...] = ("milk10k",)
+_NAME = re.compile(r"[^\s,;/\\'\"]{1,60}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set is about and how its tables are read: a task.yaml, and the entry `task` of index.json.
+
+    reader: the module of `data.readers`.  missing_words: in any case; replace `MISSING_WORDS`.  decision: how a
+    diagnosis is chosen: the largest probability, each p > 0.5, or thresholds fitted on out-of-fold predictions.
+    submission: the format of a challenge's file, None for none.
+
+    Raises ConfigError for a task that contradicts itself.
+    """
+
+    name: str
+    diagnoses: tuple[Diagnosis, ...]
+    columns: TaskColumns
+    title: str = ""
+    views: tuple[View, ...] = (View("clinical"), View("dermoscopic"))
+    concepts: ConceptColumns = ConceptColumns()
+    fields: tuple[MetadataField, ...] = ()
+    reader: str = "lesions_csv"
+    missing_words: tuple[str, ...] = MISSING_WORDS
+    decision: str = "fitted"
+    reference_results: tuple[ReferenceResult, ...] = ()
+    submission: str | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := next(self._contradictions(), None):
+            raise ConfigError(wrong)
+
+    @classmethod
+    def from_mapping(cls, raw: Any, where: str) -> Task:
+        """Build a task from the mapping of a YAML or JSON file. Raises ConfigError, with `where` in front."""
+        try:
+            return _build(cls, raw, "")
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The mapping, fit for JSON and without defaults, from which `from_mapping` builds an equal task."""
+        return _plain(self)
+
+    @property
+    def diagnosis_names(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.diagnoses)
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.views)
+
+    def _contradictions(self) -> Iterator[str]:
+        names, columns = self.diagnosis_names, self.columns
+        if not _NAME.fullmatch(self.name):
+            yield f"name {self.name!r} must have 1 to 60 characters, no space, comma, slash or quote"
+        for name in names:
+            if not _NAME.fullmatch(name) or name.lower() in ("lesion_id", "unlabelled"):
+                yield f"diagnosis {name!r}: its name must have 1 to 60 characters, no space, comma, slash or quote"
+        if len(names) < 2:
+            yield f"diagnoses: a task needs at least 2, there {'is 1' if names else 'are none'}"
+        if twice := _twice(
+            spelling for each in self.diagnoses for spelling in {each.name.lower(), *_lower(each.words)}
+        ):
+            yield f"diagnoses: {twice!r} is written twice (names and words, in any case)"
+        for view in self.view_names:
+            if view not in VIEWS:
+                yield f"views: unknown view {view!r}; known are {', '.join(VIEWS)}"
+        if not self.views or self.view_names != tuple(view for view in VIEWS if view in self.view_names):
+            yield f"views: list one or both of {', '.join(VIEWS)}, in this order"
+        if twice := _twice(spelling for each in self.views for spelling in {each.name, *_lower(each.words)}):
+            yield f"views: {twice!r} is written twice (names and words, in any case)"
+        if self.concepts.prefix and self.concepts.names:
+            yield "concepts: write a prefix or names, not both"
+        if twice := _twice(_lower(self.concepts.names)):
+            yield f"concepts: {twice!r} is written twice"
+        if twice := _twice(each.name for each in self.fields) or _twice(each.column.lower() for each in self.fields):
+            yield f"fields: the name or column {twice!r} is written twice"
+        for each in self.fields:
+            if clash := {*_lower(each.categories), *_lower(each.synonyms)} & {*_lower(self.missing_words)}:
+                yield (
+                    f"fields: {min(clash)!r} is a category of {each.name} and a missing word; "
+                    "list missing_words without it"
+                )
+        if not isinstance(columns.image, str):
+            if tuple(columns.image) != self.view_names:
+                yield f"columns.image: needs a column for each view: {', '.join(self.view_names)}"
+            if columns.view:
+                yield "columns.view: of no use where columns.image has a column for each view; remove one"
+        elif len(self.views) > 1 and not columns.view:
+            yield "columns.view: name the column with the kind of photo, or give columns.image a column for each view"
+        for key, value, known in (
+            ("reader", self.reader, READERS),
+            ("decision", self.decision, DECISIONS),
+            ("submission", self.submission, (None, *SUBMISSIONS)),
+        ):
+            if value not in known:
+                yield f"{key}: unknown value {value!r}; known are {', '.join(filter(None, known))}"
+
+
+def _lower(words: Iterable[str]) -> list[str]:
+    return [word.lower() for word in words]
+
+
+def _twice(words: Iterable[str]) -> str | None:
+    """The first word that occurs twice."""
+    seen: set[str] = set()
+    return next((word for word in words if word in seen or seen.add(word)), None)  # type: ignore[func-returns-value]
+
+
+def _build(kind: type[Any], raw: Any, at: str) -> Any:
+    """Build one of the dataclasses above from a mapping; `at`: where in the file, as `fields[2]`."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{at or 'the file'}: expected a mapping of keys, got {_called(raw)}")
+    known = {each.name: each for each in fields(kind)}
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"unknown key {f'{at}.{key}' if at else key!r}; {hint}")
+    for name, each in known.items():
+        if name not in raw and each.default is MISSING and each.default_factory is MISSING:
+            raise ConfigError(f"{f'{at}.' if at else ''}{name}: is missing")
+    values = {key: _READ[str(known[key].type)](value, f"{at}.{key}" if at else str(key)) for key, value in raw.items()}
+    return kind(**values)
+
+
+def _called(value: Any) -> str:
+    return "a list" if isinstance(value, list | tuple) else "a mapping" if isinstance(value, Mapping) else repr(value)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in ("", "~", "null"))
+
+
+def _text(value: Any, at: str) -> str:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{at}: expected text, got {_called(value)}")
+
+
+def _number(value: Any, at: str) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise ConfigError(f"{at}: expected a number, got {_called(value)}")
+
+
+def _flag(value: Any, at: str) -> bool:
+    known = {"true": True, "false": False}
+    if str(value).lower() in known:
+        return known[str(value).lower()]
+    raise ConfigError(f"{at}: expected true or false, got {_called(value)}")
+
+
+def _or_null(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    return lambda value, at: None if _is_null(value) else read(value, at)
+
+
+def _each(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
+    def read_list(value: Any, at: str) -> tuple[Any, ...]:
+        if _is_null(value):
+            return ()
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{at}: expected a list, got {_called(value)}")
+        return tuple(read(item, f"{at}[{number}]") for number, item in enumerate(value))
+
+    return read_list
+
+
+def _by_text(read: Callable[[Any, str], Any]) -> Callable[[Any, str], dict[str, Any]]:
+    def read_mapping(value: Any, at: str) -> dict[str, Any]:
+        if _is_null(value):
+            return {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{at}: expected a mapping, got {_called(value)}")
+        return {str(key): read(item, f"{at}.{key}") for key, item in value.items()}
+
+    return read_mapping
+
+
+def _of(kind: type[Any]) -> Callable[[Any, str], Any]:
+    return lambda value, at: _build(kind, value, at)
+
+
+_READ: dict[str, Callable[[Any, str], Any]] = {
+    "str": _text,
+    "str | None": _or_null(_text),
+    "str | Mapping[str, str]": lambda value, at: (_by_text(_text) if isinstance(value, Mapping) else _text)(value, at),
+    "float": _number,
+    "float | None": _or_null(_number),
+    "bool | None": _or_null(_flag),
+    "tuple[str, ...]": _each(_text),
+    "tuple[float, ...]": _each(_number),
+    "Mapping[str, str]": _by_text(_text),
+    "Mapping[str, float]": _by_text(_number),
+    "Literal['number', 'category', 'ordinal']": _text,
+    "TaskColumns": _of(TaskColumns),
+    "ConceptColumns": _of(ConceptColumns),
+    "tuple[Diagnosis, ...]": _each(_of(Diagnosis)),
+    "tuple[View, ...]": _each(_of(View)),
+    "tuple[MetadataField, ...]": _each(_of(MetadataField)),
+    "tuple[ReferenceResult, ...]": _each(_of(ReferenceResult)),
+}
+"""How a value of a mapping is read, by the type of its field."""
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass, mapping or sequence in the terms of JSON; keys with their default are left out."""
+    if isinstance(value, str) or value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    given = {}
+    for each in fields(value):
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if (item := getattr(value, each.name)) != default:
+            given[each.name] = _plain(item)
+    return given
 
 
 @dataclass(frozen=True)

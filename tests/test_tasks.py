@@ -1,0 +1,106 @@
+"""Tasks: those that ship, the round trip through JSON, and every contradiction in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX, GROUP_COLUMN, VIEW_OF_IMAGE_TYPE
+from triderm_dist.report.content import PUBLISHED_RESULTS
+from triderm_dist.schema import DIAGNOSES, DIAGNOSIS_NAMES, MILK10K_FIELDS, VIEWS, ConfigError, Task
+from triderm_dist.tasks import load_task, task_names
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "diagnoses": [{"name": "MEL", "words": ["melanoma"], "malignant": True}, {"name": "NV"}],
+    "views": [{"name": "dermoscopic"}],
+    "fields": [{"name": "age", "column": "age", "kind": "number", "high": 120}],
+    "columns": {"image": "image_id", "diagnosis": "dx"},
+}
+
+
+def test_milk10k_is_what_the_constants_say() -> None:
+    task = load_task("milk10k")
+    assert task.diagnosis_names == DIAGNOSES and {each.name: each.title for each in task.diagnoses} == DIAGNOSIS_NAMES
+    assert task.view_names == VIEWS
+    assert {word: view.name for view in task.views for word in view.words} == VIEW_OF_IMAGE_TYPE
+    assert task.concepts.prefix == CONCEPT_PREFIX and task.fields == MILK10K_FIELDS
+    assert task.columns.group == GROUP_COLUMN
+    assert tuple((each.who, each.validation, each.test) for each in task.reference_results) == PUBLISHED_RESULTS
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_survives_json(name: str) -> None:
+    task = load_task(name)
+    mapping = json.loads(json.dumps(task.to_mapping()))
+    assert Task.from_mapping(mapping, "index.json") == task
+    assert Path(load_task.__code__.co_filename).with_name(f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(SMALL))
+    task = load_task(tmp_path / "task.yaml")
+    assert task == Task.from_mapping(SMALL, "here")
+    assert task.fields[0].high == 120.0 and task.diagnoses[0].malignant is True and task.columns.lesion_id is None
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("milk10", "did you mean 'milk10k'?"),
+        ("nevi", "known are "),
+        ("none.yaml", "no such file; triderm task init"),
+    ],
+)
+def test_unknown_tasks_are_refused(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as error:
+        load_task(name)
+    assert says in str(error.value)
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    return {**SMALL, **keys}
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (changed(diagnosis=[]), "unknown key 'diagnosis'; did you mean 'diagnoses'?"),
+        (
+            changed(columns={"image": "a", "pictures": "b"}),
+            "unknown key 'columns.pictures'; known are image, lesion_id",
+        ),
+        (changed(columns={}), "columns.image: is missing"),
+        (changed(diagnoses=[{"name": "MEL"}]), "at least 2, there is 1"),
+        (changed(diagnoses=[]), "at least 2, there are none"),
+        (changed(diagnoses=[{"name": "MEL"}, {"name": "mel"}]), "'mel' is written twice"),
+        (changed(diagnoses=[{"name": "MEL"}, {"name": "NV", "words": ["MEL"]}]), "'mel' is written twice"),
+        (changed(diagnoses=[{"name": "a b"}, {"name": "NV"}]), "diagnosis 'a b'"),
+        (changed(diagnoses=[{"name": "a", "malignant": "maybe"}]), "diagnoses[0].malignant: expected true or false"),
+        (changed(diagnoses="MEL"), "diagnoses: expected a list, got 'MEL'"),
+        (changed(views=[]), "list one or both of clinical, dermoscopic"),
+        (changed(views=[{"name": "dermoscopic"}, {"name": "clinical"}]), "in this order"),
+        (changed(views=[{"name": "confocal"}]), "unknown view 'confocal'"),
+        (changed(views=[{"name": "clinical"}, {"name": "dermoscopic"}]), "columns.view: name the column"),
+        (changed(columns={"image": {"clinical": "a"}}), "columns.image: needs a column for each view: dermoscopic"),
+        (changed(concepts={"prefix": "x", "names": ["y"]}), "not both"),
+        (changed(fields=[{"name": "age", "column": "age", "kind": "numeric"}]), "known are number, category"),
+        (changed(fields=[*SMALL["fields"], *SMALL["fields"]]), "'age' is written twice"),
+        (
+            changed(fields=[{"name": "sex", "column": "s", "kind": "category", "categories": ["f", "unknown"]}]),
+            "'unknown' is a category of sex and a missing word",
+        ),
+        (changed(decision="best"), "decision: unknown value 'best'; known are argmax, threshold, fitted"),
+        (changed(reader="excel"), "reader: unknown value 'excel'"),
+        (changed(submission="isic"), "submission: unknown value 'isic'"),
+        ([], "expected a mapping of keys, got a list"),
+    ],
+)
+def test_contradictions_are_one_line(raw: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=r"\Atask\.yaml: [^\n]+\Z") as error:
+        Task.from_mapping(raw, "task.yaml")
+    assert says in str(error.value)

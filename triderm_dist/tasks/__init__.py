@@ -1,0 +1,34 @@
+"""Task descriptions that ship with the package, and reading one's own.
+
+A task is a YAML file with the keys of `schema.Task`; docs/your-own-data.md explains them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from triderm_dist.schema import ConfigError, Task
+from triderm_dist.settings import read_mapping
+
+SHIPPED = Path(__file__).parent
+
+
+def task_names() -> tuple[str, ...]:
+    """The names of the tasks that ship with the package."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def load_task(name_or_path: str | os.PathLike[str]) -> Task:
+    """Read a task that ships with the package, or a task.yaml. Raises ConfigError for an unknown name or a bad file."""
+    name = os.fspath(name_or_path)
+    if name in task_names():
+        path = SHIPPED / f"{name}.yaml"
+        return Task.from_mapping(read_mapping(path, ""), str(path))
+    if not name.endswith((".yaml", ".yml")):
+        near = difflib.get_close_matches(name, task_names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(task_names())}, or give a task.yaml"
+        raise ConfigError(f"unknown task {name!r}; {hint}")
+    path = Path(name).expanduser()
+    return Task.from_mapping(read_mapping(path, "triderm task init FOLDER writes one"), str(path))
