@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import __version__
 from triderm_dist.commands.config import KINDS
 from triderm_dist.config import shipped_names
@@ -24,12 +24,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of a virtual environment that holds the wheel, and otherwise the packages of this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=HANG_SECONDS)
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
     install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True, timeout=HANG_SECONDS)
     (packages,) = folder.glob("venv/lib/python*/site-packages")
     (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
     return python.parent
@@ -40,7 +40,7 @@ def run(programs: Path, folder: Path, *words: str) -> subprocess.CompletedProces
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": ""}
     command = [str(programs / words[0]), *words[1:]]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def output(programs: Path, folder: Path, *words: str) -> str:

@@ -10,12 +10,12 @@ from tests.processes import ROOT
 from tests.search.conftest import space_file
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError
+from triderm_dist.search.pbt import check_space
 from triderm_dist.search.space import (
     Domain,
     fit_space,
     own_settings,
     read_space,
-    refuse_fixed,
     with_settings,
     without_effect,
 )
@@ -35,7 +35,7 @@ from triderm_dist.search.space import (
         ("train.loss.gamma: {normal: [0, 3]}", "write one of uniform, loguniform, randint, choice"),
         ("train.loss.gamma: 3", "write one of uniform"),
         ("train.optim.lr: {loguniform: [0, 1e-3]}", "loguniform takes numbers above 0"),
-        ("use: {choice: [[clinical]]}", "choice takes plain values"),
+        ("use: {choice: [[clinical]]}", "choice takes scalars"),
         ("train.log_every: {randint: [1, 5]}", "no setting of this space has effect"),
         ("", "a space is a mapping of settings"),
         ("a: [", "not readable as YAML"),
@@ -92,7 +92,7 @@ def test_a_space_is_widened_to_the_experiments_own_settings():
     assert fitted["train.loss.gamma"].values == (0.0, 1.0, 5.0)
     assert len(notes) == 2 and "0.01" in notes[0]
     experiment = load(Experiment, None, ["models.a.train.loss.gamma=0"])
-    with pytest.raises(ConfigError, match=r"here: train.loss.gamma: the experiment's own value 0.0 fits no loguniform"):
+    with pytest.raises(ConfigError, match=r"here: train.loss.gamma: the experiment's own value 0.0 cannot be part of"):
         fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "here")
 
 
@@ -132,18 +132,18 @@ def test_what_has_no_effect_depends_on_what_else_varies():
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("train.sampling.power", "how many steps an epoch has"),
+        ("train.sampling.power", "the number of steps per epoch"),
         ("train.optim.warmup_epochs", "warm-up is over"),
-        ("train.augment.rotation", "tokens would be computed anew"),
-        ("train.augment.token_variants", "tokens would be computed anew"),
-        ("train.augment.extra.random_erasing.share", "tokens would be computed anew"),
-        ("width", "the weights and the course of a training hang on it"),
-        ("train.ema_decay", "the weights and the course of a training hang on it"),
+        ("train.augment.rotation", "each change would compute the tokens"),
+        ("train.augment.token_variants", "each change would compute the tokens"),
+        ("train.augment.extra.random_erasing.share", "each change would compute the tokens"),
+        ("width", "weights and progress of a training depend on it"),
+        ("train.ema_decay", "weights and progress of a training depend on it"),
     ],
 )
-def test_a_setting_that_is_fixed_in_mid_training_is_refused_with_the_reason(key, message):
+def test_a_setting_that_cannot_change_during_a_training_is_refused_with_the_reason(key, message):
     model = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
     space = read_space(ROOT / "tune" / "spaces" / "pbt.yaml")
-    refuse_fixed(space, model, "pbt.yaml")
-    with pytest.raises(ConfigError, match=rf"here: {key} can't change in mid-training \(.*{message}"):
-        refuse_fixed({**space, key: Domain("uniform", (0.0, 1.0))}, model, "here")
+    check_space(space, model, "pbt.yaml")
+    with pytest.raises(ConfigError, match=rf"here: {key} cannot change during a training \(.*{message}"):
+        check_space({**space, key: Domain("uniform", (0.0, 1.0))}, model, "here")

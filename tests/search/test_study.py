@@ -38,20 +38,20 @@ def output_of(process: subprocess.Popen, status: int = 0) -> str:
 
 def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
     for words, message in [
-        (["space=none.yaml"], "none.yaml is no file"),
+        (["space=none.yaml"], "none.yaml: no such file"),
         (["model=large"], "the settings have the models small"),
         (["folds=[0,2]"], "search.folds"),
-        (["resume=true"], "holds no search to go on with"),
+        (["resume=true"], "holds no search to resume"),
         ([f"data.shards={tmp_path / 'nowhere'}"], "no such folder"),
     ]:
         text = output_of(program("tune.search", "--config", str(tiny), *words), status=2)
         assert re.fullmatch(rf"(note: .*\n)*error: .*{message}.*\n", text), text
     for words, message in [
         (["workers=2"], "16 is not a multiple of 2 ranks x micro_batch 16"),
-        (["scheduler=pbt", "folds=[0,1]"], "pbt trains one fold"),
+        (["scheduler=pbt", "folds=[0,1]"], "pbt changes settings within the training of one fold"),
         (["scheduler=pbt", "workers=2"], "pbt trains a trial in one process"),
-        (["scheduler=pbt", "concurrent=1"], "pbt gives all trials a turn"),
-        (["scheduler=pbt"], "train.sampling.power can't change in mid-training"),
+        (["scheduler=pbt", "concurrent=1"], "pbt alternates between all trials"),
+        (["scheduler=pbt"], "train.sampling.power cannot change during a training"),
     ]:
         with pytest.raises(ConfigError, match=message):
             search(load(SearchRun, tiny, words), say=lambda text: None)
@@ -96,7 +96,7 @@ def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
     if best.number != BASELINE:
         assert [(trial.number, trial.seed) for trial in repeats] == [(1, 1), (1, 2), (2, 1), (2, 2)]
         assert len({trial.macro_f1 for trial in repeats if trial.number == 1} - {trials[0].macro_f1}) > 0
-        assert re.search(r"With 2 other seeds .* 95 % interval over\s+seeds", text)
+        assert re.search(r"With 2 other seeds .* 95% interval over\s+seeds", text)
     assert "resume=true" in output_of(program("tune.search", *words), status=2)
 
 
@@ -116,7 +116,7 @@ def test_trials_on_two_workers_each_give_what_one_worker_gives_also_after_a_work
     os.kill(workers[0], signal.SIGKILL)
     # The other worker of its trial ends too.
     wait_for(lambda: len(set(workers) & set(forks(TRAIN_WORKER))) <= 2 * trials - 2, process)
-    assert "is tried again from its last checkpoint" in output_of(process)
+    assert "restarts from its last checkpoint" in output_of(process)
 
     experiment = load(Experiment, tiny, settings)
     for trial in read_trials(run / "search"):
@@ -143,7 +143,7 @@ def test_a_population_follows_its_leader(tiny, tmp_path):
     assert [(trial.state, len(trial.curve)) for trial in trials] == [("complete", 4)] * 5
     assert not trials[0].changes
     followed = [trial for trial in trials if trial.changes]
-    assert followed and "goes on from trial" in text
+    assert followed and "copies trial" in text
     for trial in followed:
         change = trial.changes[-1]
         leading = trials[change["trial"] - 1]
@@ -163,14 +163,14 @@ def test_a_search_is_alone_tries_bad_input_once_and_stops_on_sigterm(tiny, tmp_p
     wait_for(lambda: [trial.state for trial in read_trials(run / "search")] == ["running", "failed"], process)
     before = read_trials(run / "search")[0].epochs
     wait_for(lambda: read_trials(run / "search")[0].epochs > before + 20, process)  # time to try the other again
-    with pytest.raises(InputError, match=r"another search is working here"):
+    with pytest.raises(InputError, match=r"another search is running in this folder"):
         search(load(SearchRun, tiny, [*words, "resume=true"]), say=lambda text: None)
     process.send_signal(signal.SIGTERM)
     text = output_of(process, status=3)
     assert "the same command with resume=true goes on" in text and "*** SIG" not in text
-    assert "is tried again" not in text and "nonsense" in text
+    assert "restarts from" not in text and "nonsense" in text
     said = verdict(conclude(read_search(run)))
-    assert said == ["2 trials: 0 ran to their end, 0 were stopped early, 1 failed, 1 not ended."]
+    assert said == ["2 trials: 0 complete, 0 stopped early, 1 failed, 1 running."]
 
 
 @pytest.mark.slow

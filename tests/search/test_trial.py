@@ -29,10 +29,10 @@ def test_the_curve_is_the_mean_over_folds_of_the_kept_epoch():
     assert last.mean("official") == pytest.approx((0.2 + 0.0) / 2)
 
 
-def test_a_trial_that_is_no_trial_is_told(tmp_path):
+def test_an_invalid_record_of_a_trial_is_one_line(tmp_path):
     (tmp_path / "trial-001").mkdir()
     (tmp_path / "trial-001" / "trial.json").write_text('{"nummer": 1}')
-    with pytest.raises(DataError, match=r"trial.json: not a trial"):
+    with pytest.raises(DataError, match=r"trial.json: not the record of a trial"):
         read_trials(tmp_path)
 
 

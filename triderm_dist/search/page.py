@@ -1,4 +1,4 @@
-"""The page of a search, beside its pictures: OUTPUT/search/report.html."""
+"""The report of a search: OUTPUT/search/report.html."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from triderm_dist.search.space import own_settings
 
 CAPTIONS = {
     "curves": (
-        "What the trials cost and bring",
-        "One line a trial. A cross ends a trial that was stopped; a diamond is where a trial of pbt went on from a "
-        "leading one: what lies before it is that trial’s.",
+        "Score of each trial after each epoch",
+        "One line per trial. A cross marks the end of a stopped trial; a diamond marks where a trial of pbt copied a "
+        "leading one: the curve before it is that trial’s.",
     ),
     "importance": (
         "Which settings matter",
         "Share of the variance of the scores that a setting explains, by a random forest (fANOVA). Bars: 5 to 95% "
-        "over resamples of the trials; with a dozen trials only a setting whose bar stands apart says something. "
+        "over resamples of the trials; with a dozen trials only bars that do not overlap are informative. "
         "Stopped trials count with the score at which they were stopped.",
     ),
-    "settings": ("Score against each setting", "One point a trial. Settings vary together: a slope may be another’s."),
-    "parallel": ("All settings of each trial", "One line a trial, darker with a higher macro F1; dotted: stopped."),
+    "settings": (
+        "Score against each setting",
+        "One point per trial. Settings vary together: a trend may be due to another setting.",
+    ),
+    "parallel": ("All settings of each trial", "One line per trial, darker for a higher macro F1; dotted: stopped."),
 }
 
 
 def write_page(summary: Summary) -> tuple[Path, list[Path]]:
-    """Draw the pictures and write SEARCH/report.html around them; the paths of both."""
-    pictures = draw_summary(summary)
+    """Draw the figures and write SEARCH/report.html; return the paths of page and figures."""
+    figures = draw_summary(summary)
     sections = [_head(summary)]
-    for path, words in pictures.items():
+    for path, description in figures.items():
         title, caption = CAPTIONS[path.stem]
-        sections.append(f"<h2>{title}</h2>" + figure(path, words, caption))
+        sections.append(f"<h2>{title}</h2>" + figure(path, description, caption))
         if path.stem == "curves":
             sections.append(_trials(summary))
     page = summary.folder / "report.html"
     write_text(page, document(f"search of {summary.run.folder.name}", "\n".join(sections)))
-    return page, list(pictures)
+    return page, list(figures)
 
 
 def _head(summary: Summary) -> str:

@@ -1,4 +1,4 @@
-"""What came out: the table of trials, the best settings, how sure their gain is, and which settings matter."""
+"""Results of a search: table of trials, best settings, uncertainty of their gain, importance of each setting."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from triderm_dist.metrics import Interval
 
 LEAST_TRIALS = 8
-"""Fewer trials say nothing of which setting matters."""
+"""Importance is estimated from at least this many trials."""
 RESAMPLES = 40
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Macro F1 of the baseline and of the best, trained again from the start with other seeds, in pairs; the mean
-    difference with its 95 % interval over seeds (paired t), NaN for a single pair.
+    """Macro F1 of the baseline and of the best trial, trained again with other seeds, in pairs; the mean difference
+    with its 95% interval over seeds (paired t), NaN for a single pair.
     """
 
     seeds: list[int]
@@ -40,8 +40,8 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Summary:
-    """The trials of a search, best first; the baseline and the best of those that ran to their end, if there are any;
-    the gain of the best in macro F1 (argmax), with an interval over validation lesions; what other seeds say; and the
+    """The trials of a search, best first; the baseline and the best of the complete ones, if there are any; the gain of
+    the best in macro F1 (argmax), with an interval over validation lesions; the repetitions with other seeds; and the
     importance of each setting with its range over resamples of the trials, the most important first.
     """
 
@@ -61,9 +61,7 @@ class Summary:
 
 
 def conclude(run: SearchRun) -> Summary:
-    """Write OUTPUT/search/trials.csv and, once a trial ran to its end, OUTPUT/best.yaml; also of a search that is
-    not over.
-    """
+    """Write OUTPUT/search/trials.csv and, once a trial is complete, OUTPUT/best.yaml; also of an unfinished search."""
     folder, space = run.search_folder, read_space(run.search_folder / "space.yaml")
     trials = read_trials(folder)
     baseline, best = outcome(trials)
@@ -78,14 +76,14 @@ def conclude(run: SearchRun) -> Summary:
 
 
 def outcome(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
-    """The baseline and the best of those that ran to their end."""
+    """Return the baseline and the best of the complete trials."""
     complete = [trial for trial in trials if trial.state == "complete"]
     baseline = next((trial for trial in complete if trial.number == BASELINE), None)
     return baseline, max(complete, key=lambda trial: trial.macro_f1 or 0.0, default=None)
 
 
 def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
-    """Macro F1 of the best less that of the baseline over the validation lesions of all folds, and their number."""
+    """Return the difference in macro F1 over the validation lesions of all folds, and the number of lesions."""
     from triderm_dist.metrics import argmax_decisions, paired_difference
     from triderm_dist.predictions import read_predictions
 
@@ -122,24 +120,24 @@ def _repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
 
 
 def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
-    """The share of the scores' variance that each setting explains by itself and with others, by fANOVA (Hutter et al.
-    2014, a random forest, as Optuna has it), with the 5 and 95 % quantiles over resamples of the trials: with a dozen
-    trials they are wide. Stopped trials count with the score at which they were stopped. Empty for fewer than
-    `LEAST_TRIALS` trials, for one setting, where all scores are equal, and where settings changed in mid-training.
+    """Return the share of the scores' variance that each setting explains, by fANOVA (Hutter et al. 2014, a random
+    forest, Optuna's implementation), with the 5% and 95% quantiles over resamples of the trials: with a dozen trials
+    they are wide. Stopped trials count with the score at which they were stopped. Empty for fewer than `LEAST_TRIALS`
+    trials, for one setting, where all scores are equal, and where settings changed during a training.
     """
     scored = [(trial.settings, float(trial.macro_f1)) for trial in trials if trial.macro_f1 is not None]
     if len(scored) < LEAST_TRIALS or len(space) < 2 or any(trial.changes for trial in trials):
         return {}
     from triderm_dist.metrics import Interval
 
-    whole_set = _fanova(scored, space)
+    estimate = _fanova(scored, space)
     generator = np.random.default_rng(0)
     draws = [_fanova([scored[i] for i in generator.integers(0, len(scored), len(scored))], space)
              for _ in range(RESAMPLES)]  # fmt: skip
     found = {}
-    for key in sorted(whole_set, key=lambda key: -whole_set[key]):
+    for key in sorted(estimate, key=lambda key: -estimate[key]):
         low, high = np.quantile([draw[key] for draw in draws if draw], [0.05, 0.95])
-        found[key] = Interval(whole_set[key], float(low), float(high))
+        found[key] = Interval(estimate[key], float(low), float(high))
     return found
 
 
@@ -151,12 +149,12 @@ def _fanova(scored: Sequence[tuple[Mapping[str, Any], float]], space: Space) -> 
     distributions = {key: domain.distribution() for key, domain in space.items()}
     study = optuna.create_study(direction="maximize")
     for settings, score in scored:
-        # Six digits of a setting may lie beyond an end of its range.
-        inside = {key: domain.clipped(settings[key]) for key, domain in space.items()}
-        study.add_trial(optuna.trial.create_trial(params=inside, distributions=distributions, value=score))
+        # Rounded to six digits, a setting may lie outside its range.
+        params = {key: domain.clipped(settings[key]) for key, domain in space.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
     try:
         found = FanovaImportanceEvaluator(seed=0).evaluate(study)
-    except RuntimeError:  # no score differs from another
+    except RuntimeError:  # all scores are equal
         return {}
     return {key: float(found.get(key, 0.0)) for key in space}
 
@@ -175,68 +173,68 @@ def _write_table(path: Path, trials: Sequence[Trial], baseline: Trial | None) ->
 
 
 def gain_over(baseline: Trial | None, trial: Trial) -> float | None:
-    """Of trials that ran to their end with the baseline's seed: an earlier epoch says nothing about the last."""
+    """Return the gain of a complete trial with the baseline's seed; None for others, whose epochs differ."""
     if baseline is None or baseline.macro_f1 is None or trial.macro_f1 is None:
         return None
     return trial.macro_f1 - baseline.macro_f1 if trial.state == "complete" and not trial.seed else None
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """Settings on one line, by the last part of their names."""
+    """Format settings on one line, by the last part of their names."""
     return "  ".join(f"{key.rpartition('.')[2]} {short(value)}" for key, value in settings.items())
 
 
 def short(value: Any) -> str:
-    """A value of a setting for people."""
+    """Format the value of a setting with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def remarks(trial: Trial) -> str:
-    """A trial's settings on one line, or what went wrong; and whom it followed."""
-    followed = "".join(f"  (after trial {change['trial']} from epoch {change['epoch']})" for change in trial.changes)
-    return trial.error or describe(trial.settings) + followed
+    """Format a trial's settings on one line, or its error; and the trials that it copied."""
+    copied = "".join(f"  (copied trial {change['trial']} at epoch {change['epoch']})" for change in trial.changes)
+    return trial.error or describe(trial.settings) + copied
 
 
 def verdict(summary: Summary) -> list[str]:
-    """What the search says, sentence by sentence: the gain of the best, the noise of the lesions and of the seeds."""
+    """Summarize a search in sentences: the gain of the best trial, and its noise over lesions and seeds."""
     best, gain, repeats = summary.best, summary.gain, summary.repeats
     states = Counter(trial.state for trial in summary.trials)
     complete = states["complete"]
-    said = [
-        f"{len(summary.trials)} trials: {complete} ran to their end, {states['stopped']} were stopped early, "
-        f"{states['failed']} failed" + (f", {states['running']} not ended." if states["running"] else ".")
+    sentences = [
+        f"{len(summary.trials)} trials: {complete} complete, {states['stopped']} stopped early, "
+        f"{states['failed']} failed" + (f", {states['running']} running." if states["running"] else ".")
     ]
     if best is None:
-        return said
+        return sentences
     if best.number == BASELINE:
-        return [*said, "No trial beats the experiment's own settings."]
+        return [*sentences, "No trial is better than the experiment's own settings."]
     if gain is None:
-        return [*said, f"Best: trial {best.number}; the baseline did not come to its end, so the gain is not known."]
-    said += [
+        return [*sentences, f"Best: trial {best.number}; the baseline is not complete, so the gain is unknown."]
+    sentences += [
         f"Best: trial {best.number}, {gain.value:+.3f} over the baseline on {summary.lesions} validation lesions, "
-        f"95 % interval over lesions [{gain.low:+.3f}, {gain.high:+.3f}]: {_noise(gain)} the noise of the lesions.",
-        f"It is the best of {complete} on the lesions that chose it: expect less on new ones.",
+        f"95% interval over lesions [{gain.low:+.3f}, {gain.high:+.3f}]: {_noise(gain)} the noise of the lesions.",
+        f"It was selected among {complete} on these lesions: expect a smaller gain on new ones.",
     ]
     if best.changes:
-        said.append(
-            "It changed its settings on the way (trial.json tells); best.yaml has those that it ended with, and trains "
+        sentences.append(
+            "It changed its settings during training (see trial.json); best.yaml has the last ones, and trains "
             "with them from the start."
         )
     if repeats is None:
-        said.append("Other seeds were not trained: the same search with search.seeds=3 resume=true trains them.")
+        sentences.append("Other seeds were not trained; search.seeds=3 resume=true trains them.")
     elif len(repeats.seeds) == 1:
-        said.append(
-            f"With one other seed the difference is {repeats.gain.value:+.3f}; more seeds would tell its noise."
+        sentences.append(
+            f"With one other seed the difference is {repeats.gain.value:+.3f}; more seeds would show its noise."
         )
     else:
         first, second = (f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
                          for scores in (repeats.baseline, repeats.best))  # fmt: skip
-        said.append(
+        sentences.append(
             f"With {len(repeats.seeds)} other seeds the baseline has {first}, the best settings have {second}; mean "
-            f"difference {repeats.gain.value:+.3f}, 95 % interval over seeds [{repeats.gain.low:+.3f}, "
+            f"difference {repeats.gain.value:+.3f}, 95% interval over seeds [{repeats.gain.low:+.3f}, "
             f"{repeats.gain.high:+.3f}]: {_noise(repeats.gain)} the noise of the seeds."
         )
-    return said
+    return sentences
 
 
 def _noise(gain: Interval) -> str:
@@ -244,7 +242,7 @@ def _noise(gain: Interval) -> str:
 
 
 def print_summary(summary: Summary) -> None:
-    """The table of trials, the best settings, and how sure the gain is, on the terminal."""
+    """Print the table of trials and the summary."""
     from rich.console import Console
     from rich.table import Table
 
@@ -270,4 +268,4 @@ def print_summary(summary: Summary) -> None:
                   for key, share in summary.importance.items()]  # fmt: skip
         console.print("Importance (fANOVA; range over resamples of the trials): " + ", ".join(shares))
     if summary.best is not None:
-        console.print(f"{summary.run.folder / 'best.yaml'}: triderm train --config takes it")
+        console.print(f"{summary.run.folder / 'best.yaml'}: the best settings, for --config")

@@ -1,4 +1,4 @@
-"""What a search is told, and where its files lie."""
+"""The settings of a search, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -13,51 +13,55 @@ from triderm_dist.schema import DataError
 from triderm_dist.settings import PathText, Section, merge
 
 BASELINE = 1
-"""The number of the trial with the experiment's own settings."""
+"""Number of the trial with the experiment's own settings."""
 
 
 class SearchConfig(Section):
-    space: PathText = Field("tune/spaces/losses.yaml", description="YAML file of the settings to vary and their ranges")
-    trials: int = Field(12, ge=1, description="trials in all; the first has the experiment's own settings")
+    space: PathText = Field(
+        "losses",
+        description="YAML file of the settings to vary and their ranges, or a shipped space: losses, llrd, all, pbt",
+    )
+    trials: int = Field(12, ge=1, description="number of trials; the first has the experiment's own settings")
     model: str | None = Field(None, description="the model of `models` whose settings vary; null takes the first")
     folds: tuple[int, ...] = Field(
-        (0,), min_length=1, description="folds that a trial trains; the aim is the mean of their macro F1 (argmax)"
+        (0,),
+        min_length=1,
+        description="folds that each trial trains; the objective is the mean of their macro F1 (argmax)",
     )
     searcher: Literal["tpe", "random"] = Field(
-        "tpe", description="Optuna's tree-structured Parzen estimator, or random"
+        "tpe", description="how settings are drawn: by Optuna's tree-structured Parzen estimator, or at random"
     )
     scheduler: Literal["asha", "pbt", "none"] = Field(
         "asha",
-        description="asha stops the trials that lag behind at an equal epoch; pbt lets them go on from the checkpoint "
-        "of a leading one with changed settings (its first settings are random, whatever the searcher)",
+        description="asha stops trials that lag behind at an equal epoch; pbt lets them copy the checkpoint of a "
+        "leading trial and changes their settings (the first settings are random, whatever the searcher); none lets "
+        "all trials end",
     )
-    grace_epochs: int = Field(1, ge=1, description="epochs before asha may stop a trial")
-    exploit_epochs: int = Field(1, ge=1, description="epochs between two looks of pbt at who leads")
-    concurrent: int | None = Field(None, ge=1, description="trials at once; null takes as many as the machine holds")
-    workers: int = Field(1, ge=1, description="processes that train one trial together (DDP, by Ray Train)")
-    cpus: int = Field(1, ge=1, description="CPU cores a worker, and its threads")
+    grace_epochs: int = Field(1, ge=1, description="asha: epochs before a trial may be stopped")
+    exploit_epochs: int = Field(1, ge=1, description="pbt: epochs after which lagging trials copy leading ones")
+    concurrent: int | None = Field(None, ge=1, description="trials at once; null runs as many as fit")
+    workers: int = Field(1, ge=1, description="ranks per trial (DDP, by Ray Train)")
+    cpus: int = Field(1, ge=1, description="CPU cores and threads per worker")
     gpus: float | None = Field(
-        None, ge=0, le=1, description="share of a GPU that a worker takes; null: one where there are GPUs"
+        None, ge=0, le=1, description="share of a GPU per worker; null: one GPU where there are any"
     )
-    retries: int = Field(
-        2, ge=0, description="times that a trial whose process died or failed goes on from its last checkpoint"
-    )
+    retries: int = Field(2, ge=0, description="times that a failed trial is restarted from its last checkpoint")
     seeds: int = Field(
         3,
         ge=0,
-        description="other seeds that the best trial and the baseline are trained with after the search, which tells "
-        "how much of the gain is noise",
+        description="number of other seeds that the best trial and the baseline are trained with after the search, to "
+        "estimate how much of the gain is noise",
     )
-    seed: int = Field(0, ge=0, description="seed of the searcher's draws; all trials train with the experiment's seed")
-    resume: bool = Field(False, description="go on with the search that OUTPUT holds")
+    seed: int = Field(0, ge=0, description="seed of the searcher; all trials train with the experiment's seed")
+    resume: bool = Field(False, description="resume the search in OUTPUT")
     address: str | None = Field(
         None,
-        description="Ray cluster to run on, a token that it asks for in RAY_AUTH_TOKEN; null starts Ray here",
+        description="address of a Ray cluster, whose token is read from RAY_AUTH_TOKEN; null starts Ray locally",
     )
 
 
 class SearchRun(Experiment):
-    """An experiment and how to search around it. `space=FILE` is short for `search.space=FILE`, and so on."""
+    """An experiment and a search around it. `space=FILE` is short for `search.space=FILE`, and so on."""
 
     uses = TRAINING
 
@@ -82,7 +86,7 @@ class SearchRun(Experiment):
 
     @property
     def epochs(self) -> int:
-        """Epochs of a trial that runs to its end, over all its folds."""
+        """Epochs of a complete trial, over all its folds."""
         return len(self.search.folds) * self.models[self.model].train.epochs
 
     def trial_folder(self, number: int, seed: int = 0) -> Path:
@@ -90,14 +94,14 @@ class SearchRun(Experiment):
 
 
 def trial_name(number: int, seed: int = 0) -> str:
-    """Of a trial, or of its repetition with another seed."""
+    """Return the name of a trial, or of its repetition with another seed."""
     return f"trial-{number:03d}" + (f"-seed-{seed}" if seed else "")
 
 
 def read_search(output: Path) -> SearchRun:
-    """The search that a run folder holds. Raises DataError where there is none."""
+    """Read the search in a run folder. Raises DataError where there is none."""
     record = output / "search" / "search.yaml"
     if not record.exists():
-        raise DataError(f"{output}: holds no search; run triderm search first")
+        raise DataError(f"{output}: contains no search; run triderm search first")
     run = load(SearchRun, record)
-    return run.model_copy(update={"output": str(output)})  # it may have been copied from elsewhere
+    return run.model_copy(update={"output": str(output)})  # the folder may have been moved

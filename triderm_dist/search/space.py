@@ -1,4 +1,4 @@
-"""Spaces: which settings of a model vary, and where their values may lie."""
+"""Search spaces: which settings of a model vary, and over which values."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from triderm_dist.settings import merge, nest, read_mapping, untyped
 
 @dataclass(frozen=True)
 class Domain:
-    """Where a setting may lie: the ends, both included, of uniform, loguniform and randint; the values of choice."""
+    """The values of a setting: both ends, included, of uniform, loguniform and randint; all values of choice."""
 
     kind: Literal["uniform", "loguniform", "randint", "choice"]
     values: tuple[Any, ...]
 
     def sample(self, generator: random.Random) -> Any:
+        """Draw a value."""
         if self.kind == "choice":
             return generator.choice(self.values)
         low, high = self.values
@@ -35,23 +36,25 @@ class Domain:
         return value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
 
     def widened(self, value: Any) -> Domain:
-        """The smallest domain of this kind that holds `value` too. Raises ConfigError where there is none."""
+        """Return the smallest domain of this kind that also holds `value`. Raises ConfigError where there is none."""
         if self.kind == "choice":
             return replace(self, values=(*self.values, value))
         if not _is_number(value) or (self.kind == "loguniform" and value <= 0):
-            raise ConfigError(f"the experiment's own value {value!r} fits no {self.kind} range; use uniform or choice")
+            raise ConfigError(
+                f"the experiment's own value {value!r} cannot be part of a {self.kind} range; use uniform or choice"
+            )
         return replace(self, values=(min(value, self.values[0]), max(value, self.values[1])))
 
     def all_values(self) -> Iterable[Any]:
-        """Of a choice, or of whole numbers."""
+        """Return all values of a choice or of an integer range."""
         return self.values if self.kind == "choice" else range(self.values[0], self.values[1] + 1)
 
     def clipped(self, value: Any) -> Any:
-        """The nearest value of this domain."""
+        """Return the nearest value of this domain."""
         return value if self.kind == "choice" else min(max(value, self.values[0]), self.values[1])
 
     def distribution(self) -> Any:
-        """The same for Optuna."""
+        """Return this domain as a distribution of Optuna."""
         from optuna import distributions
 
         if self.kind == "choice":
@@ -61,19 +64,35 @@ class Domain:
         low, high = self.values
         return distributions.FloatDistribution(low, high, log=self.kind == "loguniform")
 
+    def for_ray(self) -> Any:
+        """Return this domain as a domain of Ray Tune."""
+        from ray import tune
+
+        if self.kind == "choice":
+            return tune.choice(list(self.values))
+        low, high = self.values
+        if self.kind == "randint":
+            return tune.randint(low, high + 1)
+        return tune.loguniform(low, high) if self.kind == "loguniform" else tune.uniform(low, high)
+
 
 Space = dict[str, Domain]
-"""Dotted settings of a model, like `train.loss.gamma` or `tower.freeze_clinical`, each with its domain."""
+"""Dotted settings of a model, such as `train.loss.gamma` or `tower.freeze_clinical`, each with its domain."""
+
+
+def rounded(value: Any) -> Any:
+    """Round a drawn float to six digits, for settings that people read and write."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def read_space(path: Path) -> Space:
-    """The space of a YAML file: `SETTING: {uniform | loguniform | randint: [low, high]}` or `{choice: [...]}`.
+    """Read a YAML file of lines `SETTING: {uniform | loguniform | randint: [low, high]}` or `{choice: [...]}`.
 
     Raises ConfigError naming file and key.
     """
     raw = untyped(read_mapping(path, "search.space takes a YAML file, or a name that `triderm config list` shows"))
     if not raw:
-        raise ConfigError(f"{path}: a space is a mapping of settings, like train.loss.gamma: {{uniform: [0, 3]}}")
+        raise ConfigError(f"{path}: a space is a mapping of settings, such as train.loss.gamma: {{uniform: [0, 3]}}")
     return {key: _domain(f"{path}: {key}", value) for key, value in raw.items()}
 
 
@@ -81,15 +100,15 @@ def _domain(where: str, raw: Any) -> Domain:
     kinds = ("uniform", "loguniform", "randint", "choice")
     kind, values = next(iter(raw.items())) if isinstance(raw, dict) and len(raw) == 1 else (None, None)
     if kind not in kinds or not isinstance(values, list) or not values:
-        raise ConfigError(f"{where}: write one of {', '.join(kinds)} with a list, like {{uniform: [0, 1]}}")
+        raise ConfigError(f"{where}: write one of {', '.join(kinds)} with a list, such as {{uniform: [0, 1]}}")
     if kind == "choice":
         if any(isinstance(value, dict | list) for value in values):
-            raise ConfigError(f"{where}: choice takes plain values, no lists or mappings")
+            raise ConfigError(f"{where}: choice takes scalars, not lists or mappings")
         return Domain("choice", tuple(dict.fromkeys(values)))
     if len(values) != 2 or not all(_is_number(value) for value in values) or not values[0] < values[1]:
         raise ConfigError(f"{where}: {kind} takes two numbers, the lower first")
     if kind == "randint" and not all(isinstance(value, int) for value in values):
-        raise ConfigError(f"{where}: randint takes whole numbers")
+        raise ConfigError(f"{where}: randint takes integers")
     if kind == "loguniform" and values[0] <= 0:
         raise ConfigError(f"{where}: loguniform takes numbers above 0")
     return Domain(kind, tuple(values))
@@ -100,7 +119,7 @@ def _is_number(value: Any) -> bool:
 
 
 def with_settings(experiment: Experiment, model: str, settings: Mapping[str, Any]) -> Experiment:
-    """The experiment with dotted `settings` laid over one of its models. Raises ConfigError as `config.load` does."""
+    """Return the experiment with dotted `settings` of one model changed. Raises ConfigError as `config.load` does."""
     tree = experiment.model_dump(mode="json")
     for key, value in settings.items():
         tree = merge(tree, nest(["models", model, *key.split(".")], value))
@@ -108,7 +127,7 @@ def with_settings(experiment: Experiment, model: str, settings: Mapping[str, Any
 
 
 def own_settings(model: ModelConfig, keys: Iterable[str]) -> dict[str, Any]:
-    """The values that dotted settings of a model have now."""
+    """Return the present values of dotted settings of a model."""
     tree, values = model.model_dump(mode="json"), {}
     for key in keys:
         value: Any = tree
@@ -121,24 +140,24 @@ def own_settings(model: ModelConfig, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> tuple[Space, list[str]]:
-    """The part of a space that has effect in an experiment, widened to its own settings; and what was changed, for
-    people.
+    """Return the part of a space that has an effect in an experiment, widened to the experiment's own values, and notes
+    on what was changed.
 
-    Raises ConfigError for an unknown setting (with the nearest right one), for a range that reaches values that a
-    setting can't take, and where nothing is left to vary.
+    Raises ConfigError for an unknown setting (with the nearest known one), for a range with values that a setting does
+    not accept, and where nothing is left to vary.
     """
     generator = random.Random(0)
     for key, domain in space.items():
         if key == "train.epochs":
-            raise ConfigError(f"{where}: train.epochs is the budget of a trial, it can't vary")
+            raise ConfigError(f"{where}: train.epochs is the budget of a trial and cannot vary")
         for value in domain.values:
             _try(experiment, model, {key: value}, where)
     _try(experiment, model, {key: domain.sample(generator) for key, domain in space.items()}, where)
 
     config, notes = experiment.models[model], []
-    idle = without_effect(config, space)
-    notes += [f"{key} is left out: {why}" for key, why in idle.items()]
-    fitted = {key: domain for key, domain in space.items() if key not in idle}
+    unused = without_effect(config, space)
+    notes += [f"{key} is left out: {why}" for key, why in unused.items()]
+    fitted = {key: domain for key, domain in space.items() if key not in unused}
     if not fitted:
         raise ConfigError(f"{where}: no setting of this space has effect here ({'; '.join(notes)})")
     for key, own in own_settings(config, fitted).items():
@@ -149,7 +168,7 @@ def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> t
                 raise ConfigError(f"{where}: {key}: {error}") from None
             notes.append(f"{key} is widened to the experiment's own value {own}")
     if config.tower.frozen and any(key.startswith(("tower.", "train.augment.")) for key in fitted):
-        notes.append("tower and augment settings change the frozen tower's tokens: trials compute them anew")
+        notes.append("tower and augment settings change the frozen tower's tokens: each trial computes them again")
     return fitted, notes
 
 
@@ -162,10 +181,10 @@ def _try(experiment: Experiment, model: str, settings: Mapping[str, Any], where:
 
 
 def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
-    """Those of the dotted settings that change nothing in this model, each with the reason."""
+    """Return the dotted settings that have no effect in this model, each with the reason."""
     train, keys = model.train, list(keys)
     rules: list[tuple[bool, tuple[str, ...], tuple[str, ...], str]] = [
-        # whether, the settings it hangs on, the settings without effect, why
+        # condition, the settings it depends on, the settings without effect, the reason
         (
             model.tower.frozen,
             ("tower.frozen",),
@@ -175,13 +194,13 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
                 "train.optim.layer_decay",
                 "train.activation_checkpointing",
             ),
-            "tower.frozen leaves no block of a tower to train",
+            "with tower.frozen no block of a tower is trained",
         ),
         (
             model.tower.frozen and train.augment.token_variants == 0,
             ("tower.frozen", "train.augment.token_variants"),
             tuple(f"train.augment.{name}" for name in AugmentConfig.pixel_keys()),
-            "a frozen tower with token_variants 0 sees the plain photos only",
+            "a frozen tower with token_variants 0 uses unaugmented photos only",
         ),
         (
             train.sampling.kind != "balanced",
@@ -207,35 +226,13 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
     ]  # fmt: skip
     return {
         key: why
-        for holds, hangs_on, idle, why in rules
-        if holds and not set(hangs_on) & set(keys)
+        for holds, conditions, unused, why in rules
+        if holds and not set(conditions) & set(keys)
         for key in keys
-        if _is_within(key, idle)
+        if is_within(key, unused)
     }
 
 
-def _is_within(key: str, settings: Iterable[str]) -> bool:
-    """Whether a dotted key is one of the settings, or lies below one."""
+def is_within(key: str, settings: Iterable[str]) -> bool:
+    """Return whether a dotted key is one of the settings, or a setting within one of these sections."""
     return any(f"{key}.".startswith(f"{name}.") for name in settings)
-
-
-def refuse_fixed(space: Space, model: ModelConfig, where: str) -> None:
-    """Raise ConfigError for a setting that can't change in the course of a training, as population-based training has
-    it, with the reason.
-    """
-    cached = tuple(f"train.augment.{name}" for name in [*AugmentConfig.pixel_keys(), "token_variants"])
-    for key in space:
-        if key.startswith("train.sampling."):
-            why = "it decides how many steps an epoch has"
-        elif key == "train.optim.warmup_epochs":
-            why = "the warm-up is over when trials first change"
-        elif _is_within(key, cached) and model.tower.frozen:
-            why = "a frozen tower's tokens would be computed anew at each change"
-        elif key == "dropout" or key.startswith(("train.loss.", "train.optim.", "train.augment.")):
-            continue
-        else:
-            why = "the weights and the course of a training hang on it"
-        raise ConfigError(
-            f"{where}: {key} can't change in mid-training ({why}); leave it out of a space for pbt, or use "
-            "scheduler=asha"
-        )

@@ -1,4 +1,4 @@
-"""The search from its settings to its results: all is checked before Ray starts."""
+"""A search from its settings to its results. All settings are checked before Ray starts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.config import find_file, load, save
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.search import pbt
 from triderm_dist.search.results import Summary, conclude, outcome
 from triderm_dist.search.settings import SearchRun
-from triderm_dist.search.space import Space, fit_space, own_settings, read_space, refuse_fixed
+from triderm_dist.search.space import Space, fit_space, own_settings, read_space
 from triderm_dist.search.trial import Trial, read_trials
 from triderm_dist.search.tuner import run_repeats, run_trials, started
 
@@ -24,22 +25,24 @@ BATCH = "train.global_batch", "train.micro_batch"
 
 
 def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
-    """Run the trials, on this machine or a Ray cluster, and write trials.csv and best.yaml. `say` gets progress.
+    """Run the trials, on this machine or a Ray cluster, and write trials.csv and best.yaml.
 
-    Raises ConfigError for settings or a space that can't be used, before any trial; Interrupted where it was stopped.
+    say: prints a line of progress. Raises ConfigError for unusable settings or spaces, before any trial; Interrupted
+    where the search was stopped.
     """
     settings, experiment, model = run.search, run.experiment, run.model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("triderm search starts its own processes: run it by triderm search, without a launcher")
+        raise ConfigError("triderm search starts its own processes; run it without a launcher")
     if model not in experiment.models:
         raise ConfigError(f"search.model={model}: the settings have the models {', '.join(experiment.models)}")
     folds = experiment.data.folds
     if len(set(settings.folds)) < len(settings.folds) or not all(0 <= fold < folds for fold in settings.folds):
-        raise ConfigError(f"search.folds: each of 0 to {folds - 1} (data.folds is {folds}) may stand there once")
-    _check_population(run)
+        raise ConfigError(f"search.folds: list folds from 0 to {folds - 1} (data.folds is {folds}), each once")
+    if settings.scheduler == "pbt":
+        pbt.check_search(run)
     space, notes = fit_space(read_space(find_file("spaces", settings.space)), experiment, model, settings.space)
     if settings.scheduler == "pbt":
-        refuse_fixed(space, experiment.models[model], settings.space)
+        pbt.check_space(space, experiment.models[model], settings.space)
     for note in notes:
         say(f"note: {note}")
 
@@ -51,10 +54,10 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     own = own_settings(experiment.models[model], BATCH)
     for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH)):
         split_batch(total, micro, settings.workers)
-    refusal = InputError(f"{run.search_folder}: another search is working here; wait for it or stop it")
+    refusal = InputError(f"{run.search_folder}: another search is running in this folder; wait for it or stop it")
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
-        prepare_tokens(experiment, index, model)  # once, so that the trials find them
+        prepare_tokens(experiment, index, model)  # once, for all trials
         with started(settings):
             if not settings.resume or _ended(run) < settings.trials or _failed(run):
                 run_trials(run, space, say)
@@ -65,20 +68,20 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
                     run_repeats(run, [baseline, best], say)
         summary = conclude(run)
     if (ended := _ended(run)) < settings.trials:
-        raise Interrupted(f"{ended} of {settings.trials} trials have ended; the same command with resume=true goes on")
+        raise Interrupted(f"{ended} of {settings.trials} trials have ended; rerun the same command with resume=true")
     if summary.best is None:
         failed = next(iter(_failed(run)), None)
         raise InputError(
-            f"{run.search_folder}: no trial came to its end; the first that failed said: "
-            f"{failed.error if failed else 'nothing'}"
+            f"{run.search_folder}: no trial completed; the error of the first that failed: "
+            f"{failed.error if failed else 'none'}"
         )
     return summary
 
 
 def _drop_copies(run: SearchRun) -> None:
-    """Remove what only Ray needed to run trials on workers and to copy leading ones."""
+    """Remove files that Ray needed only during the search: of its workers, and copies of checkpoints."""
     shutil.rmtree(run.search_folder / "ray-workers", ignore_errors=True)
-    if not _failed(run):  # a failed one may go on from its copy after a resume
+    if not _failed(run):  # a failed trial may resume from its copy
         for copy in run.search_folder.glob("ray/trial-*/checkpoint_*"):
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -91,29 +94,14 @@ def _failed(run: SearchRun) -> list[Trial]:
     return [trial for trial in read_trials(run.search_folder) if trial.state == "failed"]
 
 
-def _check_population(run: SearchRun) -> None:
-    """Raise ConfigError for settings of a search that population-based training can't follow."""
-    settings = run.search
-    if settings.scheduler != "pbt":
-        return
-    if len(settings.folds) > 1:
-        raise ConfigError("search.folds: pbt trains one fold, in whose course settings change; leave one, like [0]")
-    if settings.workers > 1:
-        raise ConfigError("search.workers: pbt trains a trial in one process; set it to 1, or use scheduler=asha")
-    if settings.concurrent:
-        raise ConfigError("search.concurrent: pbt gives all trials a turn; leave it null, search.cpus sets their share")
-    if settings.trials < 3:
-        raise ConfigError("search.trials: pbt wants the baseline and at least two more that follow one another")
-
-
 def _open_folder(run: SearchRun, space: Space) -> None:
-    """Begin OUTPUT/search, or check that the search there is the one that is asked for."""
+    """Create OUTPUT/search, or with resume=true check that the search in it has the same settings."""
     folder = run.search_folder
     record, written = folder / "search.yaml", folder / "space.yaml"
     if not run.search.resume:
         if any(trial.state != "failed" for trial in read_trials(folder)):
-            raise ConfigError(f"{folder}: holds a search; go on with it by resume=true, or choose another output")
-        for left in (folder / "ray", *folder.glob("trial-*")):  # by a search without a trial, or of failed ones only
+            raise ConfigError(f"{folder}: holds a search; resume it by resume=true, or set another output")
+        for left in (folder / "ray", *folder.glob("trial-*")):  # of a search with no trial, or with failed ones only
             shutil.rmtree(left, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         tree = {key: {domain.kind: list(domain.values)} for key, domain in space.items()}
@@ -121,14 +109,13 @@ def _open_folder(run: SearchRun, space: Space) -> None:
         save(run, record)
         return
     if not record.exists():
-        raise ConfigError(f"{folder}: holds no search to go on with; leave resume=true away")
-    before, now = (
-        tree.model_dump(exclude={"search": {"resume", "address", "seeds"}}) for tree in (load(SearchRun, record), run)
-    )
+        raise ConfigError(f"{folder}: holds no search to resume; remove resume=true")
+    ignored = {"space", "resume", "address", "seeds"}  # spaces are compared below, by content
+    before, now = (tree.model_dump(exclude={"search": ignored}) for tree in (load(SearchRun, record), run))
     if key := _first_difference(before, now):
         raise ConfigError(f"{key}: differs from the search in {folder}; resume with its settings, see {record}")
     if read_space(written) != space:
-        raise ConfigError(f"{run.search.space}: differs from {written}, with which the search was begun")
+        raise ConfigError(f"{run.search.space}: differs from {written}, the space that the search was started with")
 
 
 def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str | None:

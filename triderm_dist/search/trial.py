@@ -1,4 +1,4 @@
-"""One trial: training by what `triderm train` calls, told epoch by epoch, and what is known of it on disk."""
+"""One trial: trained as by `triderm train`, reported after each epoch, and recorded in trial.json."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ State = Literal["running", "complete", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known of a trial: its settings, how far it came and what it scores there.
+    """The record of a trial: its settings, progress and scores.
 
     macro_f1 (argmax) and official are means over the folds trained so far, each of the epoch whose weights are kept;
     curve is macro_f1 after each epoch. seed is added to the experiment's: above 0 the trial repeats that of its number.
-    bad_input: it failed for what would fail again. changes: where population-based training went on from a leading
-    trial, oldest first, each {"epoch", "trial" that led, "settings" until then}.
+    bad_input: it failed for invalid input, which a retry cannot fix. changes: where population-based training copied a
+    leading trial, oldest first, each {"epoch", "trial" that was copied, "settings" until then}.
     """
 
     number: int
@@ -51,25 +51,25 @@ class Trial:
 
 
 def read_trial(folder: Path) -> Trial | None:
-    """The trial of a folder; None where none has begun. Raises DataError for a trial.json that is no trial."""
+    """Read the trial in a folder; None where none has started. Raises DataError for an invalid trial.json."""
     path = folder / "trial.json"
     try:
         return Trial(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a trial ({one_line(error)}); delete its folder") from None
+        raise DataError(f"{path}: not the record of a trial ({one_line(error)}); remove its folder") from None
 
 
 def read_trials(folder: Path, repeats: bool = False) -> list[Trial]:
-    """All trials of a search folder by number, or their repetitions with other seeds."""
+    """Read all trials in a search folder by number, or their repetitions with other seeds."""
     found = [read_trial(path) for path in folder.glob("trial-*")]
     chosen = [trial for trial in found if trial and bool(trial.seed) == repeats]
     return sorted(chosen, key=lambda trial: (trial.number, trial.seed))
 
 
 def last_checkpoint(folder: Path) -> int:
-    """The epoch of the newest checkpoint in a trial's folder, 0 where there is none."""
+    """Return the epoch of the newest checkpoint in a trial's folder, 0 where there is none."""
     found = folder.glob("*/fold-*/checkpoints/epoch-*/state.json")
     return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
@@ -85,7 +85,7 @@ class _Curve:
         self._epoch = 0
 
     def add(self, epoch: int, scores: dict[str, float]) -> bool:
-        """Take the scores of an epoch of the fold; False where it was told before, as it is after a resume."""
+        """Add the scores of an epoch of the fold; False where that epoch is known already, as after a resume."""
         if epoch <= self._epoch:
             return False
         if self._kept is None or self.select == "last" or scores["macro_f1"] > self._kept["macro_f1"]:
@@ -113,12 +113,12 @@ def run_trial(
     report: Callable[[dict[str, Any]], None],
     leader: Path | None = None,
 ) -> None:
-    """Train `folds` of one model with the trial's settings in FOLDER, by what `triderm train` calls; resumes. Call on
-    all ranks.
+    """Train `folds` of one model with the trial's settings in FOLDER, as `triderm train` does; resumes. Call on all
+    ranks.
 
-    `report` is told {"epoch" (over all folds), "macro_f1", "official"} after every epoch, the last when the
-    predictions are written. Leaves FOLDER/trial.json. Shards and tokens are those of the experiment. leader: a copy of
-    a trial's folder from which this one goes on with its own settings, unless it has done so.
+    report: is called with {"epoch" (over all folds), "macro_f1", "official"} after every epoch, for the last one when
+    the predictions are written. Writes FOLDER/trial.json. Shards and tokens are those of the experiment. leader: a copy
+    of the folder of a trial that this one continues with its own settings, unless it has done so before.
     """
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
@@ -134,19 +134,19 @@ def run_trial(
         train = own.models[model].train
         curve, all_epochs = _Curve(train.select), len(folds) * train.epochs
 
-        def tell(state: State) -> None:
+        def publish(state: State) -> None:
             macro_f1, official = curve.mean("macro_f1"), curve.mean("official")
             known = read_trial(folder) if main else None
-            if known and known.state == "running":  # not stopped while it trained on
+            if known and known.state == "running":  # not stopped in the meantime
                 seconds = round(before + time.monotonic() - started, 2)
                 now = replace(trial, state=state, epochs=curve.epochs, seconds=seconds, curve=list(curve.means))
                 replace(now, macro_f1=macro_f1, official=official).write(folder)
             report({"epoch": curve.epochs, "macro_f1": macro_f1, "official": official})
 
         def on_validation(epoch: int, scores: dict[str, float]) -> None:
-            # The last epoch waits for the predictions, since a trial may be stopped as soon as it has reported.
+            # The last epoch is reported after the predictions, since a trial may be stopped as soon as it reports.
             if curve.add(epoch, scores) and curve.epochs < all_epochs:
-                tell("running")
+                publish("running")
 
         for fold in folds:
             for record in read_metrics(own.fold_folder(model, fold) / "metrics.jsonl"):
@@ -154,7 +154,7 @@ def run_trial(
                     on_validation(int(record["epoch"]), {name: record[name] for name in ("macro_f1", "official")})
             run_folds(own, index, [model], [fold], on_validation)
             curve.end_fold()
-        tell("complete")
+        publish("complete")
     except Exception as error:
         bad_input = isinstance(error, InputError)
         text = one_line(error, with_type=not bad_input)
@@ -163,14 +163,14 @@ def run_trial(
 
 
 def _own_experiment(trial: Trial, experiment: Experiment, model: str, folder: Path) -> Experiment:
-    """The experiment that a trial trains in its folder. Raises ConfigError for settings that do not fit together."""
-    # Nobody resumes a trial from an older checkpoint than its last.
+    """Return the experiment that a trial trains in its folder. Raises ConfigError for settings that contradict."""
+    # A trial resumes from its last checkpoint only.
     own = with_settings(experiment, model, {**trial.settings, "train.keep_last": 1})
     data = own.data.model_copy(update={"shards": experiment.train_shards})
-    where = {"output": str(folder), "data": data, "tokens": str(experiment.token_folder)}
+    changes = {"output": str(folder), "data": data, "tokens": str(experiment.token_folder)}
     if trial.seed:  # the tokens of a frozen tower are shared by all trials
-        where |= {"seed": experiment.seed + trial.seed, "token_seed": experiment.seed_of_tokens}
-    return own.model_copy(update=where)
+        changes |= {"seed": experiment.seed + trial.seed, "token_seed": experiment.seed_of_tokens}
+    return own.model_copy(update=changes)
 
 
 def _open_folder(
@@ -182,8 +182,9 @@ def _open_folder(
     folder: Path,
     leader: Path | None,
 ) -> tuple[Trial, float]:
-    """Make the folder that of the trial: as it was left, as it was at its leader, or empty. The trial with its history,
-    and the seconds that it took before.
+    """Prepare the folder of a trial: as it was left, as a copy of its leader's, or empty.
+
+    Returns the trial with its history, and the seconds that it took before.
     """
     from triderm_dist.engine.checkpoint import Checkpoints
     from triderm_dist.engine.fold import resume_hash
@@ -203,7 +204,7 @@ def _open_folder(
     elif earlier and same:
         trial = replace(trial, changes=earlier.changes)
     elif earlier:
-        shutil.rmtree(folder)  # of a trial that Ray had forgotten when it was killed
+        shutil.rmtree(folder)  # of a trial that Ray lost when it was killed
         before = 0.0
     trial.write(folder)
     return trial, before
