@@ -45,7 +45,7 @@ def focal_loss(
     class_weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Focal loss of each lesion, (B,) float32 (Lin et al. 2017); logits (B, C), labels (B,) int64.
+    """Compute the focal loss of each lesion, (B,) float32 (Lin et al. 2017); logits (B, C), labels (B,) int64.
 
     sigmoid: mean over the C diagnoses of -a (1 - q)^gamma log q, q = p for the lesion's diagnosis and 1 - p for the
     others; a = alpha and 1 - alpha if alpha is given. softmax: -(1 - p_y)^gamma log p_y, and with label smoothing e
@@ -76,7 +76,7 @@ def _focus(log_q: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def soft_f1_from_sums(sums: torch.Tensor) -> torch.Tensor:
-    """1 - mean of F_c = 2 T_c / (P_c + Y_c) over the diagnoses with a positive in the batch, a scalar.
+    """Compute 1 - mean of F_c = 2 T_c / (P_c + Y_c) over the diagnoses with a positive in the batch, a scalar.
 
     sums: (3, C), of each diagnosis T = sum p y, P = sum p, Y = sum y over lesions.
     """
@@ -87,9 +87,9 @@ def soft_f1_from_sums(sums: torch.Tensor) -> torch.Tensor:
 
 
 def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: HeadKind = "softmax") -> torch.Tensor:
-    """1 - macro soft F1 over the diagnoses present in the batch, a scalar; logits (B, C), labels (B,).
+    """Compute 1 - macro soft F1 over the diagnoses present in the batch, a scalar; logits (B, C), labels (B,).
 
-    The plain form of one undivided batch. `CompoundLoss` computes the same over a split batch.
+    For one undivided batch. `CompoundLoss` computes the same over a split batch.
     """
     p = probabilities(logits, head)
     targets = F.one_hot(labels, logits.shape[1]).float()

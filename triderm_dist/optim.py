@@ -34,10 +34,10 @@ _DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def parameter_groups(network: Network, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of an optimizer: lr * layer_decay ** depth, by `network.parameter_depths`, heads first.
+    """Return parameter groups with lr * layer_decay ** depth (`network.parameter_depths`), heads first.
 
-    Weight decay is for weights of linear maps and convolutions only: biases, norms, layer scales, embeddings, learned
-    tokens, queries and positions have none. Every trainable parameter is in exactly one group.
+    Only weights of linear layers and convolutions decay: biases, norms, layer scales, embeddings, learned tokens,
+    queries and positions do not. Every trainable parameter is in exactly one group.
     """
     decayed = {
         f"{path}.{name}" if path else name
@@ -71,7 +71,7 @@ def parameter_groups(network: Network, lr: float, layer_decay: float, weight_dec
 
 
 def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
-    """The groups as a table for people."""
+    """Format the groups as a table."""
     lines = [f"{'group':<20} {'lr':>10} {'weight decay':>12} {'tensors':>8} {'parameters':>12}"]
     for group in groups:
         numbers = sum(parameter.numel() for parameter in group["params"])
@@ -83,8 +83,8 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
 
 
 def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of the settings over `parameter_groups`. Raises ConfigError for an unknown name, settings that the
-    optimizer does not take, and where nothing is left to train.
+    """Build the optimizer of the settings over `parameter_groups`. Raises ConfigError for an unknown name, settings
+    that the optimizer does not take, and where nothing is left to train.
     """
     groups = parameter_groups(network, config.lr, config.layer_decay, config.weight_decay)
     if not groups:
@@ -111,7 +111,7 @@ def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
 
 
 def state_size(config: OptimConfig) -> float:
-    """Numbers that the optimizer keeps for each trained parameter of a matrix: 2 for AdamW, its two moments."""
+    """Return how many numbers the optimizer keeps per parameter of a matrix: 2 for AdamW, its moments."""
     parameter = nn.Parameter(torch.zeros(8, 8))
     optimizer = _new_optimizer([{"params": [parameter], "weight_decay": config.weight_decay}], config)
     parameter.grad = torch.zeros_like(parameter)
@@ -123,7 +123,7 @@ def state_size(config: OptimConfig) -> float:
 def lr_factor(
     step: int, total_steps: int, warmup_steps: int, min_factor: float, shape: Callable[[float], float] = cosine
 ) -> float:
-    """Factor of the learning rate in optimizer step `step`, counted from 0.
+    """Return the factor of the learning rate in optimizer step `step`, counted from 0.
 
     Linear from 1 / (warmup + 1) in step 0 to 1 in step `warmup`, then `shape` from 1 to `min_factor` in the last step.
     """
@@ -136,7 +136,7 @@ def lr_factor(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`lr_factor` for every group; step it once per optimizer step.
+    """Build a scheduler that applies `lr_factor` to every group; step it once per optimizer step.
 
     The rate of the heads ends at `config.min_lr`, that of other groups at the same share of theirs. Raises ConfigError
     for an unknown schedule, or where `config.min_lr` is above `config.lr`.

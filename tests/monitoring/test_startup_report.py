@@ -19,7 +19,7 @@ from triderm_dist.engine.views import open_views
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.monitoring.startup_report import parameters_by_room, report
+from triderm_dist.monitoring.startup_report import parameters_by_part, report
 
 TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)
 LOG_EVERY = 4
@@ -32,11 +32,11 @@ def settings(**train_settings) -> ModelConfig:
 def test_parts_hold_every_parameter_once():
     model = settings()
     network = build_network(model, ["a"], build_towers(model.tower))
-    rooms = parameters_by_room(network)
-    assert sum(map(sum, rooms.values())) == sum(parameter.numel() for parameter in network.parameters())
+    counts = parameters_by_part(network)
+    assert sum(map(sum, counts.values())) == sum(parameter.numel() for parameter in network.parameters())
     frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
-    assert rooms["tower, clinical"][1] == frozen > 0 and rooms["tower, dermoscopic"][1] == 0
-    assert {"view alignment", "semantic gating", "pooling", "head", "auxiliary heads", "semantic"} <= set(rooms)
+    assert counts["tower, clinical"][1] == frozen > 0 and counts["tower, dermoscopic"][1] == 0
+    assert {"view alignment", "semantic gating", "pooling", "head", "auxiliary heads", "semantic"} <= set(counts)
 
 
 def test_report_lists_disabled_options():
@@ -45,9 +45,9 @@ def test_report_lists_disabled_options():
     text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 943), [40, 41], None)
     for said in (
         "NO, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
-        "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU is not shown: a CPU has no peak",
+        "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU unavailable: peak FLOP/s of a CPU is unknown",
         "activation checkpointing (train.activation_checkpointing)", "exact loss sums", "loss scaling",
-        "tower, clinical: stem and 1 of 6 blocks stay as they are",
+        "tower, clinical: stem and 1 of 6 blocks are frozen",
     ):  # fmt: skip
         assert said in text, said
     assert "torch.compile" not in text and "fusion" not in text

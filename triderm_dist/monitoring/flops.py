@@ -1,4 +1,4 @@
-"""How much a lesion costs to train, and how much devices could do: the two sides of MFU (model FLOP/s utilisation)."""
+"""FLOPs per trained lesion and peak FLOP/s of devices, the two sides of MFU (model FLOP/s utilization)."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ PEAKS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA GeForce RTX 3090", 71e12),
 )
 """Dense bf16 peak (fp16 where there is no bf16) in FLOP/s with fp32 sums, from NVIDIA's data sheets, by a pattern of
-the device's whole name. A laptop's, a cut-down or a partitioned (MIG) device is none of these."""
+the full device name, so that laptop, cut-down and partitioned (MIG) devices do not match."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """FLOPs that a lesion takes in training, the FLOP/s that one device could do, and how many devices there are."""
+    """flops: per lesion in training.  peak: FLOP/s of one device.  source: of the peak, for messages."""
 
     flops: float
     peak: float
@@ -49,15 +49,15 @@ class Budget:
     source: str
 
     def mfu(self, lesions_per_s: float) -> float:
-        """The share of the devices' peak that goes into the network."""
+        """Return the share of the devices' peak at a throughput."""
         return lesions_per_s * self.flops / (self.peak * self.devices)
 
     def __str__(self) -> str:
-        return f"{self.flops / 1e9:,.1f} GFLOP a lesion; MFU against {self.peak / 1e12:,.0f} TFLOP/s ({self.source})"
+        return f"{self.flops / 1e9:,.1f} GFLOP per lesion; MFU of {self.peak / 1e12:,.0f} TFLOP/s ({self.source})"
 
 
 def budget(network: Network, device: torch.device, devices: int, peak_tflops: float | None = None) -> Budget | None:
-    """The budget of a bare network on a kind of device, or None where no peak is known and none is given."""
+    """Return the budget of a bare network, or None if the device's peak is unknown and none is given."""
     if peak_tflops is not None:
         return Budget(training_flops(network), peak_tflops * 1e12, devices, "as set")
     peak = peak_flops(device)
@@ -65,24 +65,23 @@ def budget(network: Network, device: torch.device, devices: int, peak_tflops: fl
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense half-precision peak of a device in FLOP/s, or None where it is not known."""
+    """Return the dense half-precision peak of a device in FLOP/s, or None if it is unknown."""
     return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def named_peak(name: str) -> float | None:
-    """`peak_flops` of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
+    """Return `peak_flops` of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, name)), None)
 
 
 def training_flops(network: Network) -> float:
-    """FLOPs (a multiplication and an addition are two) of one lesion's forward and backward, as the network is trained.
+    """Count the FLOPs of one lesion's forward and backward pass in training; a multiply-add is two.
 
-    Counted, not estimated: one real forward and backward over fake tensors, which have shapes but no memory. So a
-    frozen prefix counts its forward only, and nothing is computed. Attention counts in its written-out form, 4 products
-    backward: what a fused kernel or activation checkpointing computes twice is not credited. Call it on the bare
-    network, before wrapping, compiling or sharding.
+    Runs one forward and backward pass on fake tensors, which have shapes but no memory. Frozen blocks count their
+    forward pass only. Attention counts as unfused, with 4 matrix products in the backward pass: recomputation by a fused kernel
+    or activation checkpointing is not credited. Call it on the bare network, before it is wrapped, compiled or sharded.
     """
     lesions = 2
     counter = FlopCounterMode(
@@ -90,7 +89,7 @@ def training_flops(network: Network) -> float:
     )
     training = network.training
     network.train()
-    # The written-out form is asked for, since PyTorch's formulas do not know every fused kernel.
+    # Unfused attention, since PyTorch has no formula for every fused kernel.
     with FakeTensorMode() as mode, sdpa_kernel(SDPBackend.MATH), counter:
         tensors = [*network.named_parameters(), *network.named_buffers()]
         state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
@@ -102,7 +101,7 @@ def training_flops(network: Network) -> float:
 
 
 def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
-    """What `network` takes for so many lesions, all zeros, on its device."""
+    """Return inputs of `network` for a number of lesions, all zeros, on its device."""
     device = next(network.parameters()).device
     if network.holds_towers and network.towers:
         tower = next(iter(network.towers.values()))
@@ -120,6 +119,6 @@ def _convolution_backward_flops(
     grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
     output_padding: Any, groups: int, output_mask: list[bool], out_shape: Any,
 ) -> int:  # fmt: skip
-    """Each of the two gradients costs what the forward does. PyTorch's own formula forgets the groups."""
+    """Each of the two gradients costs as much as the forward pass. PyTorch's own formula ignores groups."""
     forward = 2 * math.prod(x if transposed else grad) * math.prod(weight[1:])
     return forward * (output_mask[0] + output_mask[1])

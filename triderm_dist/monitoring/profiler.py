@@ -1,4 +1,4 @@
-"""A few steps under torch's profiler, as a trace for https://ui.perfetto.dev or chrome://tracing."""
+"""Profile a few steps with torch.profiler, as a trace for https://ui.perfetto.dev or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 WARM_UP = 3
-"""Steps before the first that is recorded: compilation, autotuning and the first allocations are not the news."""
+"""Steps before the first that is recorded, which hold compilation, autotuning and first allocations."""
 
 
 @contextmanager
 def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
-    """Yields something whose `.step()` ends an optimizer step; records up to `steps` of them into FOLDER/trace.json and
-    says how many, or that there were too few. Does nothing where `steps` is None or `active` is False.
+    """Context that yields an object whose `.step()` ends an optimizer step. Records up to `steps` of them into
+    FOLDER/trace.json and prints how many, or that there were too few. Does nothing if `steps` is None or not `active`.
     """
     if steps is None or not active:
         yield SimpleNamespace(step=lambda: None)

@@ -1,4 +1,4 @@
-"""What a run says before its first step."""
+"""The report that a run prints before its first step."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def report(
     steps: Sequence[int],
     budget: Budget | None,
 ) -> str:
-    """How a run is spread, its precision and why, its steps and batch, its parameters room by room, and what is off
-    and why. `network` before it is wrapped; `lesions` to train and to validate; `steps` of each epoch.
+    """Return strategy, precision with its reason, batch and steps, parameters of each part of the network, and what is
+    turned off and why.
+
+    network: before it is wrapped.  lesions: to train and to validate.  steps: of each epoch.
     """
     world = accelerator.num_processes
     precision, why = choose_precision(config.precision, accelerator.device)
@@ -38,7 +40,7 @@ def report(
         "steps": f"{sum(steps):,} in {len(steps)} epoch(s) of {steps[0]:,}",
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",
-        "speed": "MFU is not shown: " + _no_peak(accelerator.device) if budget is None else str(budget),
+        "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
         "off": "; ".join(_off(accelerator, config, accumulation)),
     }
     table = "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
@@ -46,7 +48,7 @@ def report(
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU, or of the CPU with the threads that a process uses."""
+    """Return the model of the GPU, or of the CPU with the threads per process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_model()}, {torch.get_num_threads()} thread(s) per rank"
@@ -60,18 +62,18 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def parameters_by_room(network: Network) -> dict[str, tuple[int, int]]:
-    """(trained, frozen) numbers of each part: towers, and each child of the network; fusion stages by their names."""
-    rooms: dict[str, tuple[int, int]] = {}
+def parameters_by_part(network: Network) -> dict[str, tuple[int, int]]:
+    """Return the (trained, frozen) parameter counts of each tower, child module and fusion stage, by name."""
+    counts: dict[str, tuple[int, int]] = {}
     for name, parameter in network.named_parameters():
-        room = _room(name)
-        trained, frozen = rooms.get(room, (0, 0))
+        part = _part(name)
+        trained, frozen = counts.get(part, (0, 0))
         size = parameter.numel()
-        rooms[room] = (trained + size, frozen) if parameter.requires_grad else (trained, frozen + size)
-    return rooms
+        counts[part] = (trained + size, frozen) if parameter.requires_grad else (trained, frozen + size)
+    return counts
 
 
-def _room(name: str) -> str:
+def _part(name: str) -> str:
     parts = name.split(".")
     if parts[0] == "towers":
         return f"tower, {parts[1]}"
@@ -81,29 +83,29 @@ def _room(name: str) -> str:
 
 
 def _parameter_table(network: Network) -> str:
-    rooms = parameters_by_room(network)
-    total = (sum(trained for trained, _ in rooms.values()), sum(frozen for _, frozen in rooms.values()))
+    counts = parameters_by_part(network)
+    total = (sum(trained for trained, _ in counts.values()), sum(frozen for _, frozen in counts.values()))
     lines = [f"  {'parameters':<20} {'trained':>12} {'frozen':>12}"]
-    for room, (trained, frozen) in {**rooms, "all": total}.items():
-        lines.append(f"    {room:<18} {trained:>12,} {frozen:>12,}")
+    for part, (trained, frozen) in {**counts, "all": total}.items():
+        lines.append(f"    {part:<18} {trained:>12,} {frozen:>12,}")
     for view, tower in network.towers.items():
         assert isinstance(tower, Tower)
         if tower.frozen_blocks:
             lines.append(
-                f"    tower, {view}: stem and {tower.frozen_blocks} of {len(tower.blocks)} blocks stay as they are, "
-                "outside autograd"
+                f"    tower, {view}: stem and {tower.frozen_blocks} of {len(tower.blocks)} blocks are frozen and run "
+                "without autograd"
             )
     return "\n".join(lines)
 
 
 def _no_peak(device: torch.device) -> str:
     if device.type == "cpu":
-        return "a CPU has no peak worth the name; train.peak_tflops sets one"
-    return f"the peak of {device_name(device)} is not known; set train.peak_tflops from its data sheet"
+        return "peak FLOP/s of a CPU is unknown; set train.peak_tflops"
+    return f"peak FLOP/s of {device_name(device)} is unknown; set train.peak_tflops from its data sheet"
 
 
 def _off(accelerator: Accelerator, config: TrainConfig, accumulation: int) -> list[str]:
-    """What could be on and is not, each with its reason."""
+    """Options that are turned off, each with its reason or setting."""
     off = []
     if not config.compile:
         off.append("torch.compile (train.compile)")

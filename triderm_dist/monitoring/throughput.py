@@ -1,4 +1,4 @@
-"""How fast a run goes: lesions a second, waiting for data, memory, MFU, and the time that is left."""
+"""Training throughput: lesions per second, data wait, peak memory, MFU and ETA."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ GIB = 2**30
 
 
 class ThroughputMeter:
-    """Speed since the last log line, and since the start for the time that is left.
+    """Measures the speed between log lines, and the ETA from the mean speed since the start.
 
-    budget: what MFU is measured by, or None where the peak is not known and none is shown.
+    budget: FLOPs per lesion and peak of the devices, for MFU; None if the peak is unknown.
     """
 
     def __init__(
@@ -27,22 +27,22 @@ class ThroughputMeter:
         self._first_step, self._started = step, time.perf_counter()
 
     def start(self, loader: Loader, step: int) -> None:
-        """Leave out what came before, such as validation."""
+        """Start an interval, so that time before it (validation) does not count."""
         self._last_step, self._last, loader.waited = step, time.perf_counter(), 0.0
 
     def read(self, loader: Loader, step: int) -> dict[str, float]:
-        """lesions_per_s over all ranks; data_wait, the share of the time that the rank that waits most waited for data;
-        mfu; memory_gib, the most that a rank has held so far; seconds_left.
+        """End the interval. Returns lesions_per_s over all ranks; data_wait, the largest share of the time that a rank
+        waited for data; mfu; memory_gib, the peak memory over ranks; seconds_left.
 
-        Call on all ranks, and after the device is done with the step, or its time counts for the next.
+        Call on all ranks, when the device has finished the step: otherwise its time counts for the next interval.
         """
         now = time.perf_counter()
         seconds, steps = now - self._last, step - self._last_step
         lesions_per_s = steps * self.global_batch / seconds
-        most = torch.tensor([loader.waited / seconds, peak_memory(self.device)], device=self.device)
+        largest = torch.tensor([loader.waited / seconds, peak_memory(self.device)], device=self.device)
         if dist.is_initialized():
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-        data_wait, memory = most.tolist()
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        data_wait, memory = largest.tolist()
         left = (now - self._started) / (step - self._first_step) * (self.total_steps - step)
         self.start(loader, step)
         values = {"lesions_per_s": lesions_per_s, "data_wait": data_wait, "memory_gib": memory, "seconds_left": left}
@@ -50,7 +50,7 @@ class ThroughputMeter:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most that this process has held so far in GiB: tensors on a GPU, or everything on a CPU."""
+    """Return the peak memory of this process in GiB: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: one line a log interval on rank 0, the same as JSON lines and for trackers."""
+"""Logging of a run on rank 0: one printed line per log interval, the same as JSON lines and to experiment trackers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.schema import ConfigError, one_line
 
 PROJECT = "triderm-dist"
-"""Where a tracker that sorts runs into projects or experiments keeps them."""
+"""Project or experiment of the runs, for trackers that have one."""
 
 
 class Tracker:
-    """Appends records to FOLDER/metrics.jsonl, hands them to trackers, and prints each; silent where `active` is False.
+    """Appends records to FOLDER/metrics.jsonl, passes them to trackers and prints them, on rank 0 (`active`).
 
     Records: {"kind": "train", epoch, step, loss, each part of it (focal, soft_f1, other terms, aux), lr, grad_norm,
     lesions_per_s, data_wait, memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step,
     macro_f1 (argmax), official}. Opening (`with`) at a step, after `epoch` validated epochs, drops later records: a
     resumed run writes them again. Open it and log on all ranks.
 
-    trackers: names that Accelerate knows, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow. settings: what a
-    tracker shows beside the run, by dotted key. Raises ConfigError, on all ranks, for a tracker that is unknown or not
-    installed; opening raises it for one that does not start. A tracker that fails later is left out and said so: it
-    must not end the training it watches.
+    trackers: names of Accelerate's trackers, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow, and of those
+    registered by plugins.  settings: configuration that trackers show, by dotted key.  loss_names: parts of the loss,
+    in the order of the printed line.
+
+    Raises ConfigError, on all ranks, for an unknown tracker or a missing package; opening raises it for a tracker that
+    does not start. A tracker that fails later is dropped with a message and does not end the training.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Tracker:
             self._for_each("finish")
 
     def log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
-        """Record values of a kind of record, and print its line."""
+        """Log a record of kind "train" or "validation". Call on all ranks."""
         on_main(lambda: self._log(kind, epoch, step, values))
 
     def _log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
@@ -95,54 +97,55 @@ class Tracker:
             except Exception as error:  # whatever a service or its client raises
                 del self._trackers[kind]
                 print(
-                    f"{self.name}  {kind} failed and is left out from here on ({one_line(error, 200, with_type=True)})",
+                    f"{self.name}  {kind} failed and is no longer used ({one_line(error, 200, with_type=True)})",
                     flush=True,
                 )
 
 
 def tracker_class(name: str) -> Any:
-    """Accelerate's class of a tracker, one of its own or a registered one. Raises ConfigError where the name is unknown
-    or its package is missing.
+    """Return Accelerate's class of a tracker, built in or registered by a plugin. Raises ConfigError if the name is
+    unknown or its package is missing.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
     if name not in LOGGER_TYPE_TO_CLASS:
-        raise ConfigError(f"train.trackers: {name!r} is unknown; there are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        raise ConfigError(f"train.trackers: {name!r} is not a tracker; known: {known} (plugins may add others)")
     if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
-        raise ConfigError(f"train.trackers: {name} is not installed; run `pip install {name}` or leave it out")
+        raise ConfigError(f"train.trackers: {name} is not installed; run `pip install {name}` or remove it")
     return LOGGER_TYPE_TO_CLASS[name]
 
 
 def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Any:
-    # The same folder is the same run for W&B: a resumed run goes on in it.
-    same = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    # W&B continues the run with this id when a training resumes.
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": step},
-        "wandb": {"run_name": PROJECT, "name": run, "dir": str(folder), "id": same, "resume": "allow"},
+        "wandb": {"run_name": PROJECT, "name": run, "dir": str(folder), "id": run_id, "resume": "allow"},
         "mlflow": {"experiment_name": PROJECT, "run_name": run},
     }
     plain = {"run_name": PROJECT, **({"logging_dir": str(folder)} if cls.requires_logging_directory else {})}
     try:
         tracker = cls(**options.get(kind, plain))
         tracker.start()
-        if kind != "tensorboard":  # which would open a second event file; the settings are in config.yaml
+        if kind != "tensorboard":  # it would open a second event file; the settings are in config.yaml
             tracker.store_init_configuration(dict(settings))
     except Exception as error:  # whatever a service or its client raises
         raise ConfigError(
-            f"train.trackers: {kind} did not start ({one_line(error, 200, with_type=True)}); set it up or leave it out"
+            f"train.trackers: {kind} did not start ({one_line(error, 200, with_type=True)}); set it up or remove it"
         ) from None
     return tracker
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss."""
+    """Format as h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def train_line(values: Mapping[str, float], loss_names: Sequence[str]) -> str:
-    """A training record for people; loss_names: the parts of the loss."""
+    """Format a training record as a line of text."""
     parts = " ".join(f"{name} {values[name]:.4f}" for name in loss_names)
     mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
     return (
@@ -153,5 +156,5 @@ def train_line(values: Mapping[str, float], loss_names: Sequence[str]) -> str:
 
 
 def validation_line(values: Mapping[str, float]) -> str:
-    """A validation record for people."""
+    """Format a validation record as a line of text."""
     return f"validation macro F1 {values['macro_f1']:.3f} (argmax)  {values['official']:.3f} (p > 0.5)"
