@@ -14,7 +14,7 @@ Accelerate scales; DeepSpeed restarts its own. DeepSpeed flattens the weights an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,7 +176,7 @@ def load_optimizer_state(
                 f"{name}: {type(optimizer).__name__} and the checkpoint differ in the optimizer state "
                 f"{', '.join(sorted(different))}; resume with the optimizer that saved it, or set another output"
             )
-        optimizer.state[parameter] = _restored(fresh, "", lambda key, name=name: everything[f"{key}/{name}"])
+        optimizer.state[parameter] = _restored(fresh, name, everything)
     for group, entries in zip(optimizer.param_groups, saved.groups or [{}] * len(optimizer.param_groups), strict=True):
         group.update(entries)
 
@@ -209,13 +209,14 @@ def _leaves(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, state
 
 
-def _restored(fresh: Any, key: str, saved: Callable[[str], Any]) -> Any:
-    """`fresh` with its leaves replaced by the saved ones."""
+def _restored(fresh: Any, name: str, saved: Mapping[str, Any], key: str = "") -> Any:
+    """`fresh`, the state of parameter `name`, with its leaves replaced by the saved ones."""
+    prefix = f"{key}." if key else ""
     if isinstance(fresh, Mapping):
-        return {name: _restored(value, f"{key}.{name}" if key else str(name), saved) for name, value in fresh.items()}
+        return {own: _restored(value, name, saved, f"{prefix}{own}") for own, value in fresh.items()}
     if isinstance(fresh, list | tuple):
-        return type(fresh)(_restored(value, f"{key}.{number}", saved) for number, value in enumerate(fresh))
-    value = saved(key)
+        return type(fresh)(_restored(value, name, saved, f"{prefix}{own}") for own, value in enumerate(fresh))
+    value = saved[f"{key}/{name}"]
     return local_shard(value, fresh) if isinstance(fresh, torch.Tensor) else value
 
 

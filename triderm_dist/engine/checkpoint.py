@@ -129,7 +129,7 @@ class Saved:
         sums = self.record["sums"]
         if isinstance(sums, list):  # before there were other terms
             sums = {"soft_f1": sums}
-        training.sums = sums and {name: torch.tensor(value, device=accelerator.device) for name, value in sums.items()}
+        training.sums = sums and {name: torch.tensor(each, device=accelerator.device) for name, each in sums.items()}
         training.state = self.state
 
     def _tensors(self, name: str) -> Tensors:
@@ -175,7 +175,7 @@ class Checkpoints:
             "optimizer_values": optimizer.values,
             "optimizer_groups": optimizer.groups,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "sums": training.sums and {name: sums.tolist() for name, sums in training.sums.items()},
+            "sums": training.sums and {name: tensor.tolist() for name, tensor in training.sums.items()},
             "how": self.execution,
             "changes": self.changes,
         }

@@ -80,8 +80,9 @@ def training_flops(network: Network) -> float:
     """Count the FLOPs of one lesion's forward and backward pass in training; a multiply-add is two.
 
     Runs one forward and backward pass on fake tensors, which have shapes but no memory. Frozen blocks count their
-    forward pass only. Attention counts as unfused, with 4 matrix products in the backward pass: recomputation by a fused kernel
-    or activation checkpointing is not credited. Call it on the bare network, before it is wrapped, compiled or sharded.
+    forward pass only. Attention counts as unfused, with 4 matrix products in the backward pass: recomputation by a
+    fused kernel or activation checkpointing is not credited. Call it on the bare network, before it is wrapped,
+    compiled or sharded.
     """
     lesions = 2
     counter = FlopCounterMode(
