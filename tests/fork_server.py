@@ -21,6 +21,7 @@ import random
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,8 +51,15 @@ socket.send_fds(server, [b"%8d" % len(body)], [0, 1, 2])
 server.sendall(body)
 answers = server.makefile()
 pid = int(answers.readline())
+
+def forward(number, frame):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended just now
+
 for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-    signal.signal(getattr(signal, name), lambda number, frame: os.kill(pid, number))
+    signal.signal(getattr(signal, name), forward)
 status = int(answers.readline())
 if status < 0:
     if -status != signal.SIGKILL:
@@ -62,12 +70,12 @@ os._exit(status)
 
 
 def fork_python() -> str:
-    """The executable; starts this process' server at the first call."""
+    """Return the path of the executable; the first call starts the server of this process."""
     return _started()[0]
 
 
 def forks(title: str) -> list[int]:
-    """The processes of this process' server whose command lines begin with `title`, which programs may set."""
+    """Return the process IDs of forks whose command line begins with `title`; Ray sets that of its workers."""
     server, found = _started()[1], []
     for pid in map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split()):
         with contextlib.suppress(OSError):
@@ -77,7 +85,7 @@ def forks(title: str) -> list[int]:
 
 @functools.cache
 def _started() -> tuple[str, int]:
-    """(executable, process of the server)."""
+    """Start the server; return the path of the executable and the server's process ID."""
     folder = Path(tempfile.mkdtemp(prefix="fork-server-"))
     command = [sys.executable, "-m", "tests.fork_server", str(folder / "socket"), str(folder / "python")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -85,6 +93,7 @@ def _started() -> tuple[str, int]:
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )
     assert server.stdin and server.stdout
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.stdin.close)
     while line := server.stdout.readline():  # imports may print, too
         if line == b"serving\n":
@@ -110,13 +119,13 @@ class Server:
         self.clients: dict[int, socket.socket] = {}
 
     def serve(self) -> None:
-        """Until standard input is closed."""
+        """Serve until standard input is closed, which the process that started the server does at its end."""
         while True:
             clients = {client: pid for pid, client in self.clients.items()}
             ready, _, _ = select.select([sys.stdin, self.listener, self.child_ended, *clients], [], [])
             if sys.stdin in ready:
                 return
-            for client in clients.keys() & set(ready):  # it says nothing more: it died
+            for client in clients.keys() & set(ready):  # at its end: a client sends nothing after its request
                 os.kill(clients[client], signal.SIGKILL)
                 self._answer(clients[client], 0)
             if self.child_ended in ready:
@@ -145,7 +154,7 @@ class Server:
             client.sendall(f"{pid}\n".encode())
 
     def _answer_all(self) -> None:
-        """Children that ended, also those whose clients have died."""
+        """Reap the children that ended, and send their exit status to the clients that are alive."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] in self.clients:
@@ -157,7 +166,7 @@ class Server:
 
 
 def become(request: dict[str, Any], files: list[int], python: str, path: list[str]) -> NoReturn:
-    """Go on as the process that `python ARGUMENTS` would be."""
+    """Turn this fork into the process that `python ARGUMENTS` would be, and exit as it does."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the server

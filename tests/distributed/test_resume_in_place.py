@@ -146,8 +146,7 @@ def test_errors_on_rank_0_are_raised_on_all_ranks(settings, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
         with exclusive_lock(tmp_path / "locked" / "tri" / ".fold-0.lock", AssertionError()):
-            # No forks: those of the server do not inherit the limit.
-            launch(str(WORKERS / "relay_worker.py"), str(tmp_path), json.dumps(jobs), ranks=2, fork=False)
+            launch(str(WORKERS / "relay_worker.py"), str(tmp_path), json.dumps(jobs), ranks=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     ends = [json.loads((tmp_path / f"relay-{rank}.json").read_text()) for rank in range(2)]
