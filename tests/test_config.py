@@ -106,7 +106,8 @@ def test_every_setting_of_a_path_is_marked_as_one():
     rows = {key: type_name for key, type_name, _, text in describe(Experiment) if re.search(r"\b(folder|URL)\b", text)}
     assert {key for key, type_name in rows.items() if "path" not in type_name} <= {
         "data.invalid",
-        "data.verify", "data.remote.cache_gb", "data.remote.allow_commands"
+        "data.verify",
+        "data.missing_view", "data.remote.cache_gb", "data.remote.allow_commands"
     }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
     )
     wait_for((tmp_path / "begun").exists, process)
     os.killpg(process.pid, number)  # as a terminal does
-    assert "interrupted: the same command goes on" in process.communicate(timeout=HANG_SECONDS)[1]
+    assert "interrupted: rerun the same command to resume" in process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 3 and (tmp_path / "saved").read_text() == "x"
 
 
@@ -126,7 +126,7 @@ def test_one_run_at_a_time(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as first:
         try:
             wait_for((tmp_path / "begun").exists, first)
-            with pytest.raises(InputError, match="another run is working here"):
+            with pytest.raises(InputError, match="another run is active in this folder"):
                 run_stages([], tmp_path, begin=lambda: begun.append(True))
         finally:
             first.kill()

@@ -37,24 +37,32 @@ class RemoteConfig(Section):
     """Shards behind a URL: data.shards and data.test_shards may be s3://, gs://, hf://, https:// or any fsspec URL."""
 
     cache: PathText | None = Field(
-        None, description="node-local folder that ranks share; default $XDG_CACHE_HOME or ~/.cache, triderm-dist/shards"
+        None,
+        description="folder of the node's shard cache, shared by its ranks; default triderm-dist/shards in "
+        "$XDG_CACHE_HOME or ~/.cache",
     )
     cache_gb: float = Field(
-        100.0, gt=0, description="most 1e9 bytes in that folder; shards that nobody reads make room, oldest first"
+        100.0,
+        gt=0,
+        description="size limit of that folder in GB (1e9 bytes); least recently used shards are evicted first",
     )
-    downloads: int = Field(2, ge=1, description="shards that a rank fetches at once")
+    downloads: int = Field(2, ge=1, description="parallel downloads per rank")
     total_seconds: float = Field(
-        600.0, gt=0, description="time for one shard, retries included, after which the run ends with an error"
+        600.0, gt=0, description="seconds for one shard, retries included, before the run ends with an error"
     )
-    stall_seconds: float = Field(30.0, gt=0, description="time without a byte after which a download is tried again")
+    stall_seconds: float = Field(30.0, gt=0, description="seconds without a byte before a download is retried")
     allow_commands: bool = Field(
-        False, description="allow pipe:COMMAND URLs, {} standing for the file name; they run in a shell on every node"
+        False,
+        description="allow pipe:COMMAND URLs, in which {} is the file name; the commands run in a shell on every node",
     )
 
 
 class DataConfig(Section):
     source: PathText | None = Field(None, description="challenge folder with photos, metadata and ground truth")
-    test: PathText | None = Field(None, description="challenge folder to predict; labels are not needed")
+    test: PathText | None = Field(
+        None,
+        description="challenge folder of the test set, which triderm pipeline packs and predicts; labels are optional",
+    )
     shards: PathText | None = Field(
         None, description="packed training shards, a folder or a URL; default OUTPUT/shards/train"
     )
@@ -62,49 +70,56 @@ class DataConfig(Section):
         None, description="packed test shards, a folder or a URL; default OUTPUT/shards/test"
     )
     test_truth: PathText | None = Field(
-        None, description="ground truth of the test set, if it is known: scores the submission"
+        None, description="ground truth of the test set, to score the submission; null where it is unknown"
     )
     folds: int = Field(5, ge=2, description="number of cross-validation folds")
     fold_seed: int = Field(0, description="seed of the fold assignment")
     short_side: int | None = Field(
-        288, ge=32, description="packing reduces photos to this short side in pixels; null keeps the bytes"
+        288, ge=32, description="short side in pixels that packing reduces photos to; null keeps their size"
     )
     missing_view: Literal["refuse", "mark"] = Field(
-        "refuse", description="a lesion with one photo: refuse it, or keep it with the view marked missing"
+        "refuse", description="lesions with one photo: refuse the folder, or mark the other view as missing"
     )
     invalid: Literal["refuse", "drop"] = Field(
-        "refuse", description="lesions with a wrong row or unreadable photo: refuse the folder, or drop and count them"
+        "refuse",
+        description="lesions with an invalid row or an unreadable photo: refuse the folder, or drop and count them",
     )
     verify: bool = Field(
-        True, description="check the shards' checksums before work starts; those of a URL are checked on arrival anyway"
+        True,
+        description="check the checksums of the shards before work starts; those of a URL are checked after "
+        "download in any case",
     )
-    workers: int = Field(2, ge=1, description="decoder threads a rank")
-    prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
+    workers: int = Field(2, ge=1, description="decoder threads per rank")
+    prefetch: int = Field(4, ge=1, description="micro-batches to decode ahead")
     remote: RemoteConfig = RemoteConfig()
 
 
 class SamplingConfig(Section):
-    kind: Literal["shuffle", "balanced"] = Field("balanced", description="order of an epoch")
+    kind: Literal["shuffle", "balanced"] = Field(
+        "balanced", description="order of an epoch: a plain shuffle, or one in which rare diagnoses are repeated"
+    )
     threshold: float = Field(
-        0.1, gt=0, le=1, description="balanced: diagnoses rarer than this share of the lesions are repeated"
+        0.1, gt=0, le=1, description="balanced: repeat diagnoses rarer than this share of the lesions"
     )
     power: float = Field(0.5, ge=0, le=1, description="balanced: repeat factor is (threshold / share) ** power")
     window: int | None = Field(
-        None, ge=1, description="lesions of a shuffle window, read from whole shards; null shuffles the whole epoch"
+        None,
+        ge=1,
+        description="lesions per shuffle window, for reading shard by shard; null shuffles the epoch as a whole",
     )
     last: Literal["pad", "drop"] = Field(
-        "pad", description="lesions that do not fill the last global batch: padded with a mask, or dropped this epoch"
+        "pad", description="an incomplete last global batch: pad it with masked lesions, or drop it"
     )
 
 
 class AugmentConfig(Section):
-    min_scale: float = Field(0.7, gt=0, le=1, description="smallest share of the photo's area that a crop keeps")
+    min_scale: float = Field(0.7, gt=0, le=1, description="smallest share of a photo's area that a random crop keeps")
     dihedral: bool = Field(True, description="random flips and quarter turns")
     rotation: float = Field(15.0, ge=0, le=180, description="random rotation up to this many degrees")
     brightness: float = Field(0.15, ge=0, le=1, description="brightness factor within 1 +- this")
     contrast: float = Field(0.15, ge=0, le=1, description="contrast factor within 1 +- this")
     saturation: float = Field(0.15, ge=0, le=1, description="saturation factor within 1 +- this")
-    tied_views: bool = Field(False, description="the same geometry for both photos of a lesion")
+    tied_views: bool = Field(False, description="use the same geometric augmentation for both photos of a lesion")
     clinical_dropout: float = Field(0.2, ge=0, lt=1, description="probability that the clinical view is hidden")
     dermoscopic_dropout: float = Field(0.0, ge=0, lt=1, description="probability that the dermoscopic view is hidden")
     concept_dropout: float = Field(0.1, ge=0, lt=1, description="probability that one concept score is hidden")
@@ -112,7 +127,7 @@ class AugmentConfig(Section):
         0,
         ge=0,
         le=16,
-        description="frozen towers: augmented versions of each photo in the token cache, beside the plain one",
+        description="frozen towers: augmented versions of each photo in the token cache, in addition to the plain one",
     )
     extra: dict[str, dict[str, Any]] = Field(
         {},
@@ -136,17 +151,15 @@ class TowerConfig(Section):
         "hf-hub:redlessone/DermLIP_ViT-B-16",
         description="hf-hub:ID, local-dir:PATH, a PanDerm checkpoint file, timm:NAME, or timm:NAME@WEIGHTS_FILE",
     )
-    pretrained: bool = Field(True, description="load weights; false starts from random numbers")
-    image_size: int | None = Field(None, ge=32, description="input side in pixels; null takes the tower's own")
+    pretrained: bool = Field(True, description="load pretrained weights; false initializes at random")
+    image_size: int | None = Field(None, ge=32, description="side of the input in pixels; null takes the tower's own")
     quick_gelu: bool | None = Field(
         None, description="open_clip ViT: force QuickGELU on or off; null follows the checkpoint's config"
     )
-    shared: bool = Field(False, description="one tower for both views")
-    frozen: bool = Field(False, description="the whole tower stays as it is; its tokens are computed once and cached")
-    freeze_clinical: int = Field(6, ge=0, description="leading blocks of the clinical tower that stay as they are")
-    freeze_dermoscopic: int = Field(
-        4, ge=0, description="leading blocks of the dermoscopic tower that stay as they are"
-    )
+    shared: bool = Field(False, description="use one tower for both views")
+    frozen: bool = Field(False, description="freeze the whole tower; its tokens are computed once and cached")
+    freeze_clinical: int = Field(6, ge=0, description="number of leading blocks of the clinical tower to freeze")
+    freeze_dermoscopic: int = Field(4, ge=0, description="number of leading blocks of the dermoscopic tower to freeze")
 
 
 class TermConfig(Section):
@@ -160,15 +173,23 @@ class LossConfig(Section):
     terms: dict[str, TermConfig] = Field(
         {}, description="more terms, by name; plugins add them to triderm_dist.losses.LOSS_TERMS"
     )
-    aux_weight: float = Field(0.3, ge=0, description="weight of the loss of each view's own head")
+    aux_weight: float = Field(0.3, ge=0, description="weight of the losses of the auxiliary heads, one per view")
     gamma: float = Field(2.0, ge=0, description="focal exponent; 0 is plain cross-entropy")
     alpha: float | None = Field(
-        None, gt=0, lt=1, description="sigmoid head: weight of positives, 1 - alpha of negatives; null weighs both 1"
+        None,
+        gt=0,
+        lt=1,
+        description="sigmoid head: weight of positives, with 1 - alpha for negatives; null weights both by 1",
     )
     class_weight_power: float = Field(
-        0.0, ge=0, le=1, description="weight of a diagnosis is share ** -power, scaled to mean 1; 0 weighs all alike"
+        0.0,
+        ge=0,
+        le=1,
+        description="the weight of a diagnosis is share ** -power, scaled to mean 1; 0 weights all equally",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="softmax head: share of the target spread evenly")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="softmax head: share of the target spread over all diagnoses"
+    )
     logit_adjustment: float = Field(
         0.0, ge=0, description="softmax head: tau of the training-time adjustment logits + tau * log(prior)"
     )
@@ -194,56 +215,63 @@ class OptimConfig(Section):
     )
     lr: float = Field(1e-4, gt=0, description="learning rate of heads and fusion")
     layer_decay: float = Field(
-        0.9, gt=0, le=1, description="factor of the learning rate for each block further from the heads"
+        0.9, gt=0, le=1, description="factor of the learning rate per block, from the heads towards the input"
     )
     weight_decay: float = Field(0.05, ge=0, description="weight decay of matrices; vectors and embeddings have none")
     min_lr: float = Field(1e-7, ge=0, description="learning rate at the end of the schedule")
     warmup_epochs: float = Field(
         3.0, ge=0, description="epochs of linear warm-up of the learning rate, counted in optimizer steps"
     )
-    clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm that gradients are clipped to")
 
 
 class TrainConfig(Section):
-    epochs: int = Field(60, ge=1, description="passes over the epoch plan")
-    global_batch: int = Field(96, ge=1, description="lesions an optimizer step, over all ranks and accumulation")
-    micro_batch: int = Field(16, ge=1, description="lesions a rank takes at once; accumulation follows from it")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"
+    epochs: int = Field(60, ge=1, description="number of epochs")
+    global_batch: int = Field(96, ge=1, description="lesions per optimizer step, over all ranks and accumulation steps")
+    micro_batch: int = Field(
+        16, ge=1, description="lesions per forward pass and rank; the accumulation steps follow from it"
     )
-    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="compute precision; auto: bf16 where the GPU supports it, fp16 on older GPUs, fp32 on the CPU",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass to save memory"
+    )
     compile: bool = Field(False, description="torch.compile each tower block and fusion stage")
-    log_every: int = Field(10, ge=1, description="optimizer steps between two log lines")
+    log_every: int = Field(10, ge=1, description="optimizer steps between log lines")
     save_every: int | None = Field(
         None,
         ge=1,
-        description="optimizer steps between two checkpoints inside an epoch; null saves at each epoch's end",
+        description="optimizer steps between checkpoints within an epoch; null saves at the end of each epoch only",
     )
-    keep_last: int = Field(2, ge=1, description="resumable checkpoints that are kept")
+    keep_last: int = Field(2, ge=1, description="number of resumable checkpoints to keep")
     ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="decay a step of the averaged weights (EMA) that are validated and kept, such as 0.999; 0 keeps "
-        "the weights themselves; not with DeepSpeed",
+        description="decay per step of the averaged weights (EMA), such as 0.999, which are then validated and kept; 0 "
+        "uses no average; not with DeepSpeed",
     )
     select: Literal["best", "last"] = Field(
         "last",
-        description="weights that predict: of the last epoch, or of that with the best validation macro F1, which "
-        "makes out-of-fold scores too high, as the report then says",
+        description="weights to keep: of the last epoch, or of that with the best validation macro F1, which biases "
+        "out-of-fold scores upwards (the report then says so)",
     )
     trackers: tuple[str, ...] = Field(
         ("tensorboard",),
-        description="where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow or another name that Accelerate "
-        "knows",
+        description="where metrics go in addition to metrics.jsonl: tensorboard, wandb, mlflow or another tracker of "
+        "Accelerate",
     )
     profile: int | None = Field(
-        None, ge=1, description="optimizer steps that torch.profiler records into the fold's trace.json; null: none"
+        None,
+        ge=1,
+        description="optimizer steps for torch.profiler to record into the fold's trace.json; null records none",
     )
     peak_tflops: float | None = Field(
         None,
         gt=0,
-        description="dense peak of one device in TFLOP/s, which MFU is a share of; null looks the GPU up by name",
+        description="dense peak of one device in TFLOP/s, for MFU; null looks the GPU up by name",
     )
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -263,20 +291,20 @@ class ModelConfig(Section):
     tower: TowerConfig = TowerConfig()
     width: int = Field(768, ge=8, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")
-    depth: int = Field(1, ge=1, description="trimodal: fusion blocks, one after the other")
+    depth: int = Field(1, ge=1, description="trimodal: number of fusion blocks")
     fusion: tuple[Literal["view_alignment", "semantic_gating"], ...] = Field(
         ("view_alignment", "semantic_gating"),
         min_length=1,
-        description="trimodal: stages of a fusion block, always in this order; for ablation",
+        description="trimodal: stages of a fusion block, always in this order; for ablations",
     )
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the fusion's MLPs over D")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the fusion's MLPs as a multiple of D")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout in fusion and heads")
     head: Literal["softmax", "sigmoid"] = Field(
-        "softmax", description="softmax: one diagnosis a lesion; sigmoid: each diagnosis on its own"
+        "softmax", description="softmax: one diagnosis per lesion; sigmoid: independent diagnoses"
     )
     use: tuple[Literal["clinical", "dermoscopic", "concepts", "metadata"], ...] = Field(
         ("clinical", "dermoscopic", "concepts", "metadata"),
-        description="modalities the network sees; the others are treated as missing, in training and prediction",
+        description="modalities that the network uses; the others are treated as missing, in training and prediction",
     )
     train: TrainConfig = TrainConfig()
 
@@ -344,7 +372,9 @@ class EnsembleConfig(Section):
 
 
 class PredictConfig(Section):
-    transforms: Literal[1, 2, 4, 8] = Field(8, description="test-time transforms of the dihedral group, averaged")
+    transforms: Literal[1, 2, 4, 8] = Field(
+        8, description="number of test-time transforms of the dihedral group to average over"
+    )
     batch: int = Field(64, ge=1, description="lesions per forward pass")
 
 
@@ -367,7 +397,7 @@ class Extensible(Section):
     @field_validator("plugins")
     @classmethod
     def _locate_plugins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Files by absolute path, so that other processes find them from their own working directory."""
+        """Make the paths of files absolute, so that processes with another working directory find them."""
         return tuple(str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in names)
 
 
@@ -377,18 +407,22 @@ class Experiment(Extensible):
     uses: ClassVar[tuple[str, ...] | None] = None
     """Keys and sections of the experiment that have an effect on a program; None stands for all."""
 
-    output: PathText = Field("runs/default", description="folder of this run")
-    seed: int = Field(0, description="seed of initial weights, order and augmentation")
+    output: PathText = Field("runs/default", description="folder of the run")
+    seed: int = Field(0, description="seed of initial weights, order of lesions and augmentation")
     token_seed: int | None = Field(None, description="seed of the augmented tokens of frozen towers; null takes `seed`")
-    tokens: PathText | None = Field(None, description="cache of frozen towers' tokens; default OUTPUT/tokens")
+    tokens: PathText | None = Field(
+        None, description="folder of the token cache of frozen towers; default OUTPUT/tokens"
+    )
     rank_timeout: float = Field(
         600.0,
         gt=0,
-        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; more "
-        "where rank 0 checks very large shards (data.verify)",
+        description="seconds that ranks wait for one that does not answer, before the run ends as interrupted; "
+        "raise it where rank 0 checks very large shards (data.verify)",
     )
     data: DataConfig = DataConfig()
-    train: TrainConfig = Field(TrainConfig(), description="defaults for every model; models.NAME.train wins")
+    train: TrainConfig = Field(
+        TrainConfig(), description="training settings of all models; models.NAME.train overrides them"
+    )
     models: dict[str, ModelConfig] = Field(
         default_factory=lambda: {"trimodal": ModelConfig()}, min_length=1, description="the networks, by name"
     )
@@ -443,7 +477,7 @@ class Experiment(Extensible):
 
     @property
     def experiment(self) -> Experiment:
-        """This tree without what a program adds to it."""
+        """The settings of the experiment without those that a program adds."""
         return Experiment(**self.model_dump(include=set(Experiment.model_fields)))
 
     def fold_folder(self, model: str, fold: int) -> Path:
@@ -559,7 +593,7 @@ def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
 
 
 def import_plugins(names: Any) -> None:
-    """Import the files and modules that `plugins` names, each once. Raises ConfigError for one that cannot be."""
+    """Import the files and modules of `plugins`, each once. Raises ConfigError for one that fails."""
     names = typed(names, Extensible.model_fields["plugins"].annotation)
     for name in names if isinstance(names, list | tuple) else ():
         path = Path(str(name)).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one process at a time works in."""
+"""Atomic writes, checksums, and locks between processes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: renamed into place when the block ends, removed if it raises."""
+    """Yield a temporary path in the same folder: renamed to `path` when the block ends, removed if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with naming_file(path):
-            yield beside
-            beside.replace(path)
+            yield temporary
+            temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, names `path`."""
+    """Set the file name of an OSError that has none, such as that of a full disk, to `path`."""
     try:
         yield
     except OSError as error:
@@ -37,13 +37,13 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with atomic_path(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -55,9 +55,9 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def exclusive_lock(lock: Path, refusal: Exception) -> Iterator[int]:
-    """Holds the file `lock`, made if it is not there, or raises `refusal` where another process does.
+    """Lock the file `lock`, which is created if missing, or raise `refusal` where another process holds the lock.
 
-    Yields its descriptor; child processes that inherit it hold the lock too, until the last of them is gone.
+    Yields its descriptor; child processes that inherit it hold the lock too, until the last of them ends.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

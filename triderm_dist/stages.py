@@ -1,7 +1,7 @@
-"""Programs run one after the other, each skipped while its inputs and outputs (content, not time) are what they were.
+"""Run programs one after the other, and skip those whose inputs and outputs have not changed (by content, not time).
 
-A stage is a program in a process of its own: its memory is given back, its failure is its own exit status, and it can
-be run by hand with the same settings.
+A stage is a program in its own process: its memory is freed, it fails with its own exit code, and it can be run by hand
+with the same settings.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from triderm_dist.schema import InputError
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, the settings and files its result depends on, and the files that it leaves. How the command is run
-    (launcher, parallel folds) changes no result: it is none of the settings.
+    """A command, the settings and files that its result depends on, and the files that it writes.
+
+    How the command is run (launcher, parallel folds) changes no result and is not part of the settings.
     """
 
     name: str
@@ -40,14 +41,13 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] = lambda: None) -> None:
-    """Run what is not done, recording each finished stage in FOLDER/stages.json. Leaves with a failed stage's exit
-    status. `begin` is called first, when no other run is working in the folder.
+    """Run the stages that are not done, recording each in FOLDER/stages.json. Exits with the code of a failed stage.
 
-    Raises InputError where one is; Interrupted where SIGTERM, SIGUSR1 or Ctrl-C asked to stop: then the stage that was
-    running has been asked by SIGTERM, and has ended.
+    begin: is called first, with the folder locked. Raises InputError where another run holds the lock; Interrupted on
+    SIGTERM, SIGUSR1 or Ctrl-C, after passing SIGTERM to the running stage and waiting for it.
     """
     record = folder / "stages.json"
-    refusal = InputError(f"{folder}: another run is working here; wait for it or stop it")
+    refusal = InputError(f"{folder}: another run is active in this folder; wait for it or stop it")
     with exclusive_lock(folder / ".lock", refusal) as lock, _stoppable(lock) as run:
         begin()
         done = _read(record)
@@ -55,7 +55,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
             title = f"[{number}/{len(stages)}] {stage.name}"
             inputs = _digest([stage.settings, *stage.inputs])
             if done.get(stage.name) == [inputs, _digest(stage.outputs)]:
-                print(f"{title}: done before, inputs unchanged", flush=True)
+                print(f"{title}: skipped, inputs unchanged", flush=True)
                 continue
             print(f"{title}: {' '.join(stage.command)}", flush=True)
             started = time.perf_counter()
@@ -68,7 +68,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
 
 @contextmanager
 def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
-    """What runs a command and tells its exit status, and hands on that this process is asked to stop."""
+    """Yield a function that runs a command and returns its exit code; signals to stop are forwarded to it."""
     asked, running = False, None
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -80,11 +80,11 @@ def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
     def run(command: Sequence[str]) -> int:
         nonlocal running
         if asked:
-            raise Interrupted("the same command goes on")
+            raise Interrupted("rerun the same command to resume")
         # Waiting OpenMP threads must not spin: they would fight with decoder threads and XGBoost for the cores.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         words = [sys.executable if word == "python" else word for word in command]
-        # In a group of its own Ctrl-C reaches it by way of `stop` alone, once. It holds the lock too.
+        # In its own process group it receives Ctrl-C once, from `stop`. It inherits the lock.
         running = subprocess.Popen(
             words, env=environment, pass_fds=[lock], preexec_fn=_end_with_parent, process_group=0
         )
@@ -92,7 +92,7 @@ def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
             running.terminate()
         status = running.wait()
         if asked and status not in (0, BAD_INPUT):
-            raise Interrupted("the same command goes on")
+            raise Interrupted("rerun the same command to resume")
         return status
 
     with handle_signals(stop, (*SIGNALS, signal.SIGINT)):
@@ -100,7 +100,7 @@ def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
 
 
 def _read(record: Path) -> dict[str, Any]:
-    """The digests of each finished stage: of its inputs, of its outputs."""
+    """Read the digests of inputs and outputs of each finished stage."""
     try:
         done = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,12 +109,12 @@ def _read(record: Path) -> dict[str, Any]:
         done = None
     if isinstance(done, dict):
         return done
-    print(f"{record}: not readable; all stages run again, each skips what it finds done", flush=True)
+    print(f"{record}: not readable; all stages run again, and each skips its finished work", flush=True)
     return {}
 
 
 def _digest(parts: Sequence[Any]) -> str:
-    """Of settings by value, of files and folders by path and content."""
+    """Hash settings by value, files and folders by path and content."""
     digest = hashlib.sha256()
     for part in parts:
         text = f"{part}\n{_content(part)}" if isinstance(part, Path) else json.dumps(part, sort_keys=True)
@@ -123,7 +123,7 @@ def _digest(parts: Sequence[Any]) -> str:
 
 
 def _content(path: Path) -> str:
-    """A file's content. Of a folder: names and sizes of all files, and the content of its tables (photos are many)."""
+    """Hash the content of a file; of a folder the names and sizes of all files, and the content of its tables only."""
     if not path.is_dir():
         return file_sha256(path) if path.exists() else "absent"
     content = hashlib.sha256()
@@ -138,6 +138,6 @@ def _content(path: Path) -> str:
 
 
 def _end_with_parent() -> None:
-    """On Linux a stage is asked to stop when the pipeline is killed."""
+    """On Linux, make the kernel send SIGTERM to a stage when the pipeline is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

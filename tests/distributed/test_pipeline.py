@@ -114,7 +114,7 @@ def test_second_run_skips_all_stages(done, arguments):
     before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
     # Training folds in parallel is not an input of the stages.
     result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
-    assert result.stdout.count("done before, inputs unchanged") == 7
+    assert result.stdout.count("skipped, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -126,7 +126,7 @@ def test_killed_pipeline_resumes(done, arguments, tmp_path):
     first = (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns
     wait_for(partial(is_free, tmp_path))
     result = launch("launch.pipeline", *arguments, f"output={tmp_path}")
-    assert result.stdout.count("done before, inputs unchanged") == 2
+    assert result.stdout.count("skipped, inputs unchanged") == 2
     assert (tmp_path / "tri" / "fold-0" / "weights.safetensors").stat().st_mtime_ns == first
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
 

@@ -69,7 +69,7 @@ def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
     run = tmp_path / "run"
     words = ["--config", str(tiny), f"space={space}", "trials=2", "train.epochs=2", "concurrent=2", "seeds=2"]
     text = output_of(program("tune.search", *words))
-    assert "layer_decay is left out: tower.frozen" in text
+    assert "layer_decay is left out: with tower.frozen" in text
     assert "train.optim.lr is widened to the experiment's own value 0.001" in text
     trials = read_trials(run / "search")
     assert [trial.number for trial in trials] == [1, 2] and trials[0].state == "complete"
@@ -167,7 +167,7 @@ def test_a_search_is_alone_tries_bad_input_once_and_stops_on_sigterm(tiny, tmp_p
         search(load(SearchRun, tiny, [*words, "resume=true"]), say=lambda text: None)
     process.send_signal(signal.SIGTERM)
     text = output_of(process, status=3)
-    assert "the same command with resume=true goes on" in text and "*** SIG" not in text
+    assert "rerun the same command with resume=true" in text and "*** SIG" not in text
     assert "restarts from" not in text and "nonsense" in text
     said = verdict(conclude(read_search(run)))
     assert said == ["2 trials: 0 complete, 0 stopped early, 1 failed, 1 running."]
