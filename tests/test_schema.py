@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 
 from tests.conftest import Challenge
 from tests.synthetic_run import predictions_of
-from triderm_dist.config import ModelConfig
+from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.data.synthetic import write_demo
+from triderm_dist.engine.fold import result_hash
 from triderm_dist.models import build_network
 from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
@@ -209,3 +211,14 @@ def test_one_line_collapses_whitespace_names_the_type_and_shortens():
     assert one_line(error, with_type=True) == "ValueError: first second third"
     assert one_line(error, 14) == "first seco ..." and len(one_line(error, 14)) == 14
     assert one_line(TimeoutError()) == one_line(TimeoutError(), with_type=True) == "TimeoutError"
+
+
+def test_added_fields_change_the_hash_of_finished_folds() -> None:
+    experiment, index = Experiment(), SimpleNamespace(fingerprint="0")
+    before = result_hash(experiment, index, "trimodal", 0)  # type: ignore[arg-type]
+    add_field(DIAMETER)
+    try:
+        assert result_hash(experiment, index, "trimodal", 0) != before  # type: ignore[arg-type]
+    finally:
+        METADATA_FIELDS.pop("diameter")
+    assert result_hash(experiment, index, "trimodal", 0) == before  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The demo folder: official layout, says that it is synthetic, rare diagnoses, holes, truth apart, all reproducible."""
+"""The synthetic demo data: layout, notice, class balance, missing values, separate truth, reproducibility."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_official_layout(demo: Path) -> None:
     assert list(truth[0]) == ["lesion_id", *DIAGNOSES]
 
 
-def test_it_says_that_it_is_synthetic(demo: Path) -> None:
+def test_every_file_says_that_it_is_synthetic(demo: Path) -> None:
     for file in ("README.txt", "train/attribution.txt", "test/attribution.txt"):
         assert "SYNTHETIC" in (demo / file).read_text()
     assert {row["attribution"] for row in read_rows(demo / "test" / "MILK10k_Test_Metadata.csv")} == {
@@ -79,8 +79,8 @@ def test_content(demo: Path) -> None:
     assert photo.shape == (84, 112, 3) and photo.std() > 10
 
 
-def test_views_and_scores_carry_signal(demo: Path) -> None:
-    """Each side tells the diagnoses that only it can tell, by one obvious number; none is certain."""
+def test_every_modality_separates_its_diagnoses(demo: Path) -> None:
+    """One simple statistic of each modality separates diagnoses that differ in no other, though not perfectly."""
     lesions = read_challenge(demo / "train").lesions
 
     def center(view: str, lesion: object) -> np.ndarray:
@@ -110,7 +110,7 @@ def test_reproducible(demo: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "again") == content(demo)
 
 
-def test_never_overwrites(demo: Path, tmp_path: Path) -> None:
+def test_existing_data_are_never_overwritten(demo: Path, tmp_path: Path) -> None:
     before = (demo / "README.txt").stat().st_mtime_ns
     again = write_demo(demo, lesions=130, test_lesions=60)
     assert again.returncode == 0 and "already" in again.stdout

@@ -15,9 +15,10 @@ from triderm_dist.config import build
 from triderm_dist.schema import ConfigError
 
 if TYPE_CHECKING:
-    from triderm_dist.config import ModelConfig, Section, TowerConfig
+    from triderm_dist.config import ModelConfig, TowerConfig
     from triderm_dist.models.network import Network
     from triderm_dist.models.towers import TokenShape, Tower
+    from triderm_dist.settings import Section
 
 NETWORKS: dict[str, str | type[Network]] = {
     "trimodal": "triderm_dist.models.trimodal:TriModal",
@@ -42,7 +43,8 @@ def network_class(kind: str) -> type[Network]:
     entry = NETWORKS[kind]
     if isinstance(entry, str):
         module, _, name = entry.partition(":")
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        network: type[Network] = getattr(import_module(module), name)
+        return network
     return entry
 
 

@@ -33,11 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triderm_dist.config import ModelConfig, Section
+from triderm_dist.config import ModelConfig
 from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.towers import TokenShape, Tower
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, MetadataField, Outputs
+from triderm_dist.settings import Section
 
 SHARED = "shared"
 

@@ -76,7 +76,7 @@ def locate_timm(name: str, pretrained: bool) -> WeightsLocation:
         raise InputError(
             f"timm:{model_name}: timm has no weights of this model; use timm:NAME@FILE or tower.pretrained=false"
         )
-    cached = bool(settings.hf_hub_id) and is_cached(settings.hf_hub_id, HUB_FILES)
+    cached = is_cached(settings.hf_hub_id, HUB_FILES) if settings.hf_hub_id else False
     return WeightsLocation(f"weights {'cached' if cached else 'not cached'}", cached)
 
 

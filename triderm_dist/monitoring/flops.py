@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
-from triderm_dist.schema import METADATA_FIELDS, VIEWS
+from triderm_dist.schema import VIEWS
 
 PEAKS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA B200", 2250e12),
@@ -113,7 +113,7 @@ def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
     view = torch.zeros(lesions, *shape, device=device)
     present = torch.ones(lesions, len(VIEWS), dtype=torch.bool, device=device)
     concepts = torch.zeros(lesions, len(network.concept_names), device=device)
-    return view, view, present, concepts, torch.zeros(lesions, len(METADATA_FIELDS), device=device)
+    return view, view, present, concepts, torch.zeros(lesions, len(network.fields), device=device)
 
 
 def _convolution_backward_flops(
