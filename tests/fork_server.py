@@ -42,6 +42,19 @@ CLIENT = """\
 #!{python} -SE
 import json, os, resource, signal, socket, sys
 
+program, early = None, []
+
+def forward(number, frame):
+    if program is None:
+        early.append(number)
+        return
+    try:
+        os.kill(program, number)
+    except ProcessLookupError:
+        pass  # it ended just now
+
+for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), forward)
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 limits = [[number, *resource.getrlimit(number)] for name, number in vars(resource).items() if name[:7] == "RLIMIT_"]
@@ -50,16 +63,9 @@ body = json.dumps(request).encode()
 socket.send_fds(server, [b"%8d" % len(body)], [0, 1, 2])
 server.sendall(body)
 answers = server.makefile()
-pid = int(answers.readline())
-
-def forward(number, frame):
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended just now
-
-for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-    signal.signal(getattr(signal, name), forward)
+program = int(answers.readline())
+for number in early:
+    forward(number, None)
 status = int(answers.readline())
 if status < 0:
     if -status != signal.SIGKILL:
