@@ -110,6 +110,12 @@ def _check_known(key: str, name: str, table: dict[str, Any], what: str) -> None:
         raise ConfigError(f"train.{key}: {name!r} is not {what}; known: {known} (plugins may add others)")
 
 
+def check_names(config: OptimConfig) -> None:
+    """Raise ConfigError for an unknown optimizer or schedule, or settings that the optimizer does not take."""
+    _new_optimizer([{"params": [nn.Parameter(torch.zeros(8, 8))], "weight_decay": 0.0}], config)
+    _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
+
+
 def state_size(config: OptimConfig) -> float:
     """Return how many numbers the optimizer keeps per parameter of a matrix: 2 for AdamW, its moments."""
     parameter = nn.Parameter(torch.zeros(8, 8))

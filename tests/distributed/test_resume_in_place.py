@@ -80,8 +80,12 @@ def test_refused_command_changes_no_file(train, tmp_path):
     with pytest.raises(Interrupted):
         train(stop=1)
     before = files(tmp_path)
-    for bad in ("train.optim.min_lr=1", "train.trackers=[nobody]", "train.micro_batch=3"):
-        with pytest.raises(ConfigError):
+    unknown = [
+        "train.trackers=[nobody]", "train.optim.name=nobody", "train.optim.schedule=nobody",
+        "train.loss.terms={nobody: {weight: 1}}", "train.optim.settings={momentum: 0.9}",
+    ]  # fmt: skip
+    for bad in (*unknown, "train.optim.min_lr=1", "train.micro_batch=3"):
+        with pytest.raises(ConfigError, match=r"nobody|momentum|min_lr|micro_batch"):
             train(bad, "models.tri.dropout=0.5")
         assert files(tmp_path) == before, bad
 

@@ -129,7 +129,8 @@ class Saved:
         sums = self.record["sums"]
         if isinstance(sums, list):  # before there were other terms
             sums = {"soft_f1": sums}
-        training.sums = sums and {name: torch.tensor(each, device=accelerator.device) for name, each in sums.items()}
+        device = accelerator.device
+        training.sums = {name: torch.tensor(each, device=device) for name, each in sums.items()} if sums else None
         training.state = self.state
 
     def _tensors(self, name: str) -> Tensors:
@@ -175,7 +176,7 @@ class Checkpoints:
             "optimizer_values": optimizer.values,
             "optimizer_groups": optimizer.groups,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "sums": training.sums and {name: tensor.tolist() for name, tensor in training.sums.items()},
+            "sums": {name: sums.tolist() for name, sums in training.sums.items()} if training.sums else None,
             "how": self.execution,
             "changes": self.changes,
         }

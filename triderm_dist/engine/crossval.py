@@ -31,7 +31,7 @@ from triderm_dist.engine.fold import (
     resume_hash,
 )
 from triderm_dist.engine.fold_folder import FoldFolder, exclusive
-from triderm_dist.engine.trainer import Trainer, TrainingData
+from triderm_dist.engine.trainer import Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import write_predictions
 from triderm_dist.schema import VIEWS
@@ -57,11 +57,13 @@ def run_folds(
     is called with (epoch, scores). Raises Interrupted after a request to stop or where another rank was lost,
     InputError where another run trains the same fold.
     """
-    folds = list(folds)
+    models, folds = list(models), list(folds)
     assignment = assigned_folds(index, experiment.data)
+    for name in models:
+        check_names(model_config(experiment, name).train)
     with Stop() as stop:
         for name in models:
-            model = model_config(experiment, name)
+            model = experiment.models[name]
             remaining = [fold for fold in folds if not is_done(experiment, index, name, fold)]
             if not remaining:
                 continue

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from triderm_dist import optim
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Loader, LoaderFactory
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -32,8 +33,7 @@ from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
-from triderm_dist.monitoring.tracking import Tracker
-from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups
+from triderm_dist.monitoring.tracking import Tracker, tracker_class
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.settings import flat
 
@@ -85,7 +85,7 @@ class Trainer:
         self.wrapped, prepared, optimizer = wrap(
             accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
         )
-        scheduler = build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
+        scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
         ema = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
         self.training = Training(self.wrapped, optimizer, scheduler, ema, TrainState())
         if saved:
@@ -144,8 +144,8 @@ class Trainer:
         self.checkpoints.save(self.accelerator, self.training)
 
     def _build_optimizer(self, network: Network) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(network, self.config.optim)
-        self._groups = describe_groups(optimizer.param_groups)  # DeepSpeed replaces the groups by its own
+        optimizer = optim.build_optimizer(network, self.config.optim)
+        self._groups = optim.describe_groups(optimizer.param_groups)  # DeepSpeed replaces the groups by its own
         return optimizer
 
     def _begin(self, on_start: Callable[[], None]) -> None:
@@ -184,6 +184,14 @@ class Trainer:
         weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
         about = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
         on_main(lambda: save_weights(self.folder.path / "weights", weights, **about))
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raise ConfigError for an unknown loss term, optimizer, schedule or tracker, or wrong settings of one."""
+    CompoundLoss(config.loss, "softmax", np.ones(len(DIAGNOSES)))
+    optim.check_names(config.optim)
+    for name in config.trackers:
+        tracker_class(name)
 
 
 def execution_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
