@@ -187,7 +187,7 @@ class MetadataField:
 
 MILK10K_FIELDS: tuple[MetadataField, ...] = (
     MetadataField("age", "age_approx", "number", high=120.0, full_scale=100.0, unit="years", cuts=(40, 60, 75)),
-    MetadataField("sex", "sex", "category", ("female", "male")),
+    MetadataField("sex", "sex", "category", ("female", "male"), synonyms={"f": "female", "m": "male"}),
     # Not the Fitzpatrick scale, whose 1 is the lightest.
     MetadataField(
         "skin_tone", "skin_tone_class", "ordinal", ("0", "1", "2", "3", "4", "5"), unit="0 very dark, 5 very light"

@@ -88,6 +88,43 @@ def floats_and_capitals(challenge: Challenge) -> None:
     challenge.write()
 
 
+def excel_tables(challenge: Challenge) -> None:
+    """Semicolons, decimal commas, UTF-16, capitals, blank rows and columns, other words; a lock file and a copy."""
+    scores = [name for name in challenge.metadata[0] if name.startswith("MONET_")]
+    for row in challenge.metadata:
+        row.update({name: str(row[name]).replace(".", ",") for name in scores}, sex=str(row["sex"])[0].upper())
+        row.update(site=row["site"] or "#N/A", age_approx=row["age_approx"] or "unknown")
+    rows = [list(map(str.upper, challenge.metadata[0])), *(list(row.values()) for row in challenge.metadata)]
+    rows = [[*map(str, row), "", ""] for row in rows]
+    rows[3:3] = [[""] * len(rows[0])]
+    text = "sep=;\r\n" + "".join(";".join(row) + "\r\n" for row in rows)
+    challenge.metadata_path.write_text(text, encoding="utf-16", newline="")
+    truth = [
+        [{"1.0": "TRUE", "0.0": "FALSE"}.get(str(cell), str(cell)) for cell in row.values()] for row in challenge.truth
+    ]
+    lines = ["\t".join(row) for row in [list(challenge.truth[0]), *truth]]
+    challenge.truth_path.write_text("\n".join(lines), encoding="utf-8-sig")
+    for name in (f"~${challenge.metadata_path.name}", f"Copy of {challenge.metadata_path.name}"):
+        challenge.metadata_path.with_name(name).write_text("x")
+
+
+def excel_workbook(challenge: Challenge) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="reads .xlsx: pip install 'triderm-dist[excel]'")
+    book = openpyxl.Workbook()
+    book.create_sheet("empty")
+    book.active.append(list(challenge.metadata[0]))
+    for row in challenge.metadata:
+        book.active.append(list(row.values()))
+    book.save(challenge.metadata_path.with_suffix(".xlsx"))
+    challenge.metadata_path.unlink()
+
+
+def reversed_columns(challenge: Challenge) -> None:
+    challenge.metadata = [dict(reversed(row.items())) for row in challenge.metadata]
+    challenge.truth = [dict(reversed(row.items())) for row in challenge.truth]
+    challenge.write()
+
+
 def macos_leftovers(challenge: Challenge) -> None:
     """An unpacked zip: `._` twins of the photos, and a __MACOSX folder."""
     for row in range(len(challenge.metadata)):
@@ -108,9 +145,24 @@ def macos_leftovers(challenge: Challenge) -> None:
         windows_tables,
         floats_and_capitals,
         macos_leftovers,
+        excel_tables,
+        excel_workbook,
+        reversed_columns,
         lambda challenge: challenge.folder.joinpath("old").mkdir(),
     ],
-    ids=["archive", "archive-flat", "nested", "metadata.csv", "crlf-bom", "floats", "macos", "empty-subfolder"],
+    ids=[
+        "archive",
+        "archive-flat",
+        "nested",
+        "metadata.csv",
+        "crlf-bom",
+        "floats",
+        "macos",
+        "excel",
+        "xlsx",
+        "reversed",
+        "empty-subfolder",
+    ],
 )
 def test_all_layouts_give_the_same_lesions(make_challenge: Make, change: Callable[[Challenge], Any]) -> None:
     challenge = make_challenge()
@@ -188,12 +240,30 @@ def test_a_missing_view_can_be_marked(make_challenge: Make) -> None:
     assert "2 of 22 lesions with one photo, the other view marked missing" in dataset.notes
 
 
-def test_notes_count_unused_rows_and_photos(make_challenge: Make) -> None:
+def test_labels_of_other_lesions_are_refused_or_dropped(make_challenge: Make) -> None:
     challenge = make_challenge()
     challenge.metadata = challenge.metadata[:-4]
+    with pytest.raises(DataError, match=r"GroundTruth.csv, row 22: lesion IL_1140 is not in MILK10k_Training_Metadata"):
+        read_challenge(challenge.write().folder)
+    dataset = read_challenge(challenge.folder, invalid="drop")
+    assert f"4 photos are not in {challenge.metadata_path.name}" in dataset.notes
+    assert [problem.lesion_id for problem in dataset.problems] == ["IL_1140", "IL_1147"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("IL_1021", "il_1021"), ("IL_1021", "IL_001021")])
+def test_the_nearest_spelling_of_a_label_is_named(make_challenge: Make, before: str, after: str) -> None:
+    challenge = make_challenge()
+    challenge.truth[3]["lesion_id"] = after
+    with pytest.raises(DataError, match=rf"row 5: lesion {after} is not in \S+; is {before} meant"):
+        read_challenge(challenge.write().folder)
+
+
+def test_columns_that_are_not_used_are_named_once(make_challenge: Make) -> None:
+    challenge = make_challenge()
+    for row in challenge.metadata:
+        row.update(itch="yes", patient="x")
     notes = read_challenge(challenge.write().folder).notes
-    assert f"2 rows of {challenge.truth_path} name a lesion that is not in {challenge.metadata_path.name}" in notes
-    assert f"4 photos are not in {challenge.metadata_path.name}" in notes
+    assert "MILK10k_Training_Metadata.csv: columns that are not used: itch, patient" in notes
 
 
 def edit(row: int, **cells: Any) -> Callable[[Challenge], None]:
@@ -255,7 +325,7 @@ def test_broken_tables_are_refused(make_challenge: Make, name: str) -> None:
     ("text", "message"),
     [
         (b"", "the file is empty"),
-        (b"\xff\xfe\x00", "not a readable CSV in UTF-8"),
+        (b"\xff\xfe\x00", "begins as UTF-16 and is cut off"),
         (b"lesion_id,lesion_id\n", "column 'lesion_id' appears twice"),
         (b"lesion,image_type,isic_id\n", "column 'lesion_id' is missing from the header; is 'lesion' meant?"),
     ],

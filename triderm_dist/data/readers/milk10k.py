@@ -11,42 +11,44 @@ Supported layouts, by the names of their tables (any case; in the folder itself,
     metadata.csv, images/PHOTO.jpg
 
 Photos are found by name at any depth below `*_Input` or `images`, so a folder may be nested twice. Tables may have a
-byte-order mark and any line ends. The supplement holds label information and is never read.
+any delimiter and encoding that `table` reads. The supplement holds label information and is never read.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.readers.table import find_tables, is_missing, parse_field, parse_number, parse_score, read_table
 from triderm_dist.schema import (
     DIAGNOSES,
     METADATA_FIELDS,
     MILK10K_FIELDS,
+    MONET_COLUMNS,
     UNLABELED,
     VIEWS,
     DataError,
     Lesion,
     MetadataField,
-    one_line,
 )
 
 VIEW_OF_IMAGE_TYPE: dict[str, str] = {"clinical: close-up": "clinical", "dermoscopic": "dermoscopic"}
 CONCEPT_PREFIX = "MONET_"
 GROUP_COLUMN = "patient_id"
 
-_MISSING = {"", "na", "n/a", "nan", "none", "null"}
+_UNUSED_COLUMNS = {"attribution", "copyright_license", "image_manipulation"}
+"""Columns of the official metadata that are left out without a note."""
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
-_TABLE_NAME = re.compile(r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.csv$", re.IGNORECASE)
+_TABLE_NAME = re.compile(
+    r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.(csv|tsv|txt|xlsx)$", re.IGNORECASE
+)
 # A lesion id names files in the shards, where WebDataset ends the key at the first dot.
 LESION_ID = re.compile(r"[^\s./\\]{1,80}")
 
@@ -105,10 +107,12 @@ def read_challenge(
     table that cannot be read at all.
     """
     metadata_path, truth_path, photo_roots = find_parts(Path(folder))
-    columns, rows = _read_table(
-        metadata_path, required=("lesion_id", "isic_id", "image_type", *(field.column for field in MILK10K_FIELDS))
-    )
+    required = ("lesion_id", "isic_id", "image_type", *(field.column for field in MILK10K_FIELDS))
+    known = (*required, GROUP_COLUMN, *(field.column for field in METADATA_FIELDS.values()))
+    columns, rows = _read_table(metadata_path, required, known)
     scores = [column for column in columns if column.startswith(CONCEPT_PREFIX)]
+    # A network takes concepts by position: one order, whatever the order in the table.
+    scores.sort(key=lambda column: MONET_COLUMNS.index(column) if column in MONET_COLUMNS else len(MONET_COLUMNS))
     if not scores:
         raise DataError(f"{metadata_path}: no column starts with {CONCEPT_PREFIX}; the concept scores belong here")
     if not rows:
@@ -117,7 +121,7 @@ def read_challenge(
     problems: list[Problem] = []
     find_photo = _PhotoFinder(photo_roots)
     views = _group_views(rows, scores, find_photo, missing_view, problems.append)
-    labels = read_labels(truth_path, problems.append) if truth_path else {}
+    labels, truth_rows = _read_labels(truth_path, problems.append) if truth_path else ({}, {})
     grouped = GROUP_COLUMN in columns
 
     lesions = []
@@ -133,12 +137,14 @@ def read_challenge(
             problems.append(error.problem)
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
     notes = _notes(lesions, labeled=truth_path is not None)
-    if labels:
-        notes.append(f"{len(labels)} rows of {truth_path} name a lesion that is not in {metadata_path.name}")
-    if unused := find_photo.count_others(row["isic_id"] for row in rows):
-        notes.append(f"{unused} photos are not in {metadata_path.name}")
+    if unused := [name for name in columns if name not in {*known, *scores} and name.lower() not in _UNUSED_COLUMNS]:
+        notes.append(f"{metadata_path.name}: columns that are not used: {', '.join(unused)}")
+    if truth_path and labels:
+        problems += _unmatched(labels, truth_rows, views, metadata_path.name)
+    if others := find_photo.count_others(row["isic_id"] for row in rows):
+        notes.append(f"{others} photos are not in {metadata_path.name}")
     if problems and invalid == "refuse":
-        raise InvalidLesions(problems, len(views))
+        raise InvalidLesions(problems, len(views) + len(labels))
     return Dataset(lesions, concepts, truth_path is not None, notes, tuple(problems))
 
 
@@ -177,7 +183,7 @@ def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
     folder = source.parent if source.is_file() else source
     if not folder.is_dir():
         raise DataError(f"{source}: no such folder; give the folder that holds the challenge's tables and photos")
-    tables = sorted({path for pattern in ("*.csv", "*/*.csv", "*.CSV", "*/*.CSV") for path in folder.glob(pattern)})
+    tables = find_tables(folder)
     metadata: dict[Path, str] = {}
     truths: dict[Path, str] = {}
     for path in tables:
@@ -211,39 +217,27 @@ def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
     return chosen, partners[0] if partners else None, _photo_roots(folder, chosen.parent, f"{prefix}_input")
 
 
-def _read_table(path: Path, required: Sequence[str]) -> tuple[list[str], list[_Row]]:
-    """Read header and rows of a CSV. Blank lines are skipped; rows are numbered as in a spreadsheet, header first."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable CSV in UTF-8 ({one_line(error)})") from None
-    if not lines:
-        raise DataError(f"{path}: the file is empty")
-    header = [name.strip() for name in lines[0]]
-    if duplicates := [name for name, count in Counter(header).items() if count > 1]:
-        raise DataError(f"{path}: column {duplicates[0]!r} appears twice in the header; remove one")
-    for name in required:
-        if name not in header:
-            near = get_close_matches(name, header, n=1)
-            hint = f"; is {near[0]!r} meant?" if near else ""
-            raise DataError(f"{path}: column {name!r} is missing from the header{hint}")
-    rows = []
-    for number, line in enumerate(lines[1:], start=2):
-        if not line:
-            continue
-        where = f"{path}, row {number}"
-        if len(line) != len(header):
-            raise DataError(f"{where}: {len(line)} cells, the header has {len(header)}")
-        rows.append(_Row(where, {name: cell.strip() for name, cell in zip(header, line, strict=True)}))
-    return header, rows
+def _read_table(path: Path, required: Sequence[str], known: Iterable[str] = ()) -> tuple[list[str], list[_Row]]:
+    """Read header and rows; columns that differ from a required, known or MONET one in case get its spelling."""
+    table = read_table(path).named((*required, *known, *MONET_COLUMNS))
+    table.require(required)
+    return table.header, [_Row(where, cells) for where, cells in table.rows()]
 
 
-def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = None) -> dict[str, int]:
+def read_labels(path: Path) -> dict[str, int]:
     """Read the label of each lesion from a one-hot table; a row whose cells are all empty is unlabeled.
 
-    on_problem: called with the problem of an invalid row, whose lesion is skipped; None raises DataError instead.
+    Raises DataError for an invalid row.
     """
+    problems: list[Problem] = []
+    labels, _ = _read_labels(path, problems.append)
+    if problems:
+        raise DataError(str(problems[0]))
+    return labels
+
+
+def _read_labels(path: Path, on_problem: Callable[[Problem], object]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return ({lesion: label}, {lesion: file and row}); `on_problem` gets the problem of an invalid row."""
     header, rows = _read_table(path, required=("lesion_id", *DIAGNOSES))
     if unknown := [name for name in header if name not in DIAGNOSES and name != "lesion_id"]:
         raise DataError(f"{path}: unknown diagnosis {unknown[0]!r} in the header; known are {', '.join(DIAGNOSES)}")
@@ -258,17 +252,31 @@ def read_labels(path: Path, on_problem: Callable[[Problem], object] | None = Non
             first[lesion_id] = row.where
             labels[lesion_id] = _label(lesion_id, row)
         except _Invalid as error:
-            if on_problem is None:
-                raise DataError(str(error.problem)) from None
             on_problem(error.problem)
-    return labels
+    return labels, first
+
+
+def _unmatched(labels: Iterable[str], rows: Mapping[str, str], lesions: Iterable[str], table: str) -> Iterator[Problem]:
+    """Yield the problem of each label whose lesion the table lacks, with the nearest spelling."""
+    spelled = {_folded(lesion_id): lesion_id for lesion_id in lesions}
+    for lesion_id in labels:
+        near = spelled.get(_folded(lesion_id))
+        hint = f"is {near} meant (leading zeros, case)?" if near else "add its rows, or remove its label"
+        yield Problem(
+            lesion_id, "label without a lesion", rows[lesion_id], f"lesion {lesion_id} is not in {table}; {hint}"
+        )
+
+
+def _folded(lesion_id: str) -> str:
+    """An id without case, and without the zeros that Excel takes from the front of a number."""
+    return re.sub(r"0*(\d+)", r"\1", lesion_id.lower())
 
 
 def _label(lesion_id: str, row: _Row) -> int:
     cells = [row[name] for name in DIAGNOSES]
-    if all(cell.lower() in _MISSING for cell in cells):
+    if all(map(is_missing, cells)):
         return UNLABELED
-    values = [_number(cell) for cell in cells]
+    values = [{"true": 1.0, "false": 0.0}.get(cell.lower(), parse_number(cell)) for cell in cells]
     if values.count(1.0) != 1 or values.count(0.0) != len(DIAGNOSES) - 1:
         what = (
             f"lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
@@ -357,7 +365,7 @@ def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row]) -> float:
 
 
 def _group(lesion_id: str, rows: list[_Row]) -> str:
-    groups = {row[GROUP_COLUMN] for row in rows if row[GROUP_COLUMN].lower() not in _MISSING}
+    groups = {row[GROUP_COLUMN] for row in rows if not is_missing(row[GROUP_COLUMN])}
     if len(groups) > 1:
         what = f"lesion {lesion_id} belongs to two patients ({', '.join(sorted(groups))})"
         raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
@@ -387,29 +395,6 @@ def _score(lesion_id: str, row: _Row, column: str) -> float:
         return parse_score(column, row[column])
     except ValueError as error:
         raise _Invalid(lesion_id, "cell", row.where, f"{error}; leave it empty if unknown") from None
-
-
-def parse_field(field: MetadataField, text: str) -> float:
-    """Return the value of a field, NaN for a word that means missing. Raises ValueError as `MetadataField.parse`."""
-    return math.nan if text.lower() in _MISSING else field.parse(text)
-
-
-def parse_score(name: str, text: str) -> float:
-    """Return a concept score from 0 to 1, NaN for a word that means missing. Raises ValueError otherwise."""
-    if text.lower() in _MISSING:
-        return math.nan
-    score = _number(text)
-    if score is None or not 0 <= score <= 1:
-        raise ValueError(f"{name} {text!r} is not a score from 0 to 1")
-    return score
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 # --- photos ----------------------------------------------------------------------------------------------------------

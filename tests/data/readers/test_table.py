@@ -1,0 +1,113 @@
+"""Tables as people have them are read alike, and what is not a table is named for what it is."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from triderm_dist.data.readers.table import find_tables, is_missing, parse_field, parse_number, read_table
+from triderm_dist.schema import DataError, MetadataField
+
+AGE = MetadataField("age", "age", "number", high=120)
+
+
+def write(path: Path, text: str | bytes, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("id,Age\na,1\nb,2\n", "utf-8"),
+        ("id;Age\r\na;1\r\nb;2\r\n", "utf-8-sig"),
+        ("id\tAge\na\t1\nb\t2\n", "utf-16"),
+        ("id\tAge\na\t1\nb\t2\n", "utf-16-le"),
+        ("sep=;\nid;Age\na;1\nb;2\n", "utf-8"),
+        ("id|Age\n a | 1\nb|2", "utf-8"),
+        (",,,\nid,,Age,,\n,,,,\na,,1,,\n,,\nb,,2,,,\n\n", "utf-8"),
+        ('"id","Age"\n"a","1"\n"b","2"\n', "utf-8"),
+    ],
+    ids=["comma", "semicolon", "utf-16", "utf-16-le", "sep", "bar", "blank", "quoted"],
+)
+def test_all_forms_are_read_alike(tmp_path: Path, text: str, encoding: str) -> None:
+    table = read_table(write(tmp_path / "a.csv", text, encoding)).named(["age"])
+    assert [cells for _, cells in table.rows()] == [{"id": "a", "age": "1"}, {"id": "b", "age": "2"}]
+
+
+def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path / "a.csv", "sep=,\nid,age\n\na,1\n,\nb,2\n"))
+    assert [where.rpartition(" ")[2] for where, _ in table.rows()] == ["4", "6"]
+
+
+def test_a_column_without_a_name_stays_if_it_has_values(tmp_path: Path) -> None:
+    assert read_table(write(tmp_path / "a.csv", ",id,\n0,a,\n1,b,\n")).header == ["(column 1)", "id"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "the file is empty"),
+        (b",,\n,,\n", "the file is empty"),
+        ("größe,id\n1,2\n".encode("cp1252"), "not in UTF-8 (byte 0xf6), so probably in Windows-1252"),
+        (b"\xff\xfea", "begins as UTF-16 and is cut off"),
+        (b"PK\x03\x04abc", "an Excel workbook or a zip; name it .xlsx"),
+        (b"<!doctype html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"PAR1", "a parquet file"),
+        (b"id;age\na;1;2\n", "row 2: 3 cells, the header has 2"),
+        (b"id;Id\na;b\n", "appears twice in the header"),
+        (b'id;age\n"a;1\n', "not a readable CSV with the delimiter semicolon"),
+    ],
+)
+def test_other_files_are_named(tmp_path: Path, content: bytes, says: str) -> None:
+    path = write(tmp_path / "a.csv", content)
+    with pytest.raises(DataError) as error:
+        read_table(path)
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path / "a.csv", "Lesion,age\na,1\n"))
+    with pytest.raises(DataError, match="column 'lesion_id' is missing from the header; is 'Lesion' meant"):
+        table.require(["lesion_id"])
+
+
+def test_workbooks_with_several_sheets_or_without_openpyxl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="reads .xlsx: pip install 'triderm-dist[excel]'")
+    book = openpyxl.Workbook()
+    for row in (["id", "age", "itch"], ["a", 3.0, True], ["b", None, False]):
+        book.active.append(row)
+    path = tmp_path / "a.xlsx"
+    book.save(path)
+    assert next(cells for _, cells in read_table(path).rows()) == {"id": "a", "age": "3", "itch": "TRUE"}
+    book.create_sheet("other").append(["x"])
+    book.save(path)
+    with pytest.raises(DataError, match="has the sheets 'Sheet', 'other'; keep one"):
+        read_table(path)
+    with pytest.raises(DataError, match="not a readable Excel workbook"):
+        read_table(write(tmp_path / "b.xlsx", "id,age\n"))
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DataError, match=r"pip install 'triderm-dist\[excel\]'"):
+        read_table(path)
+
+
+def test_lock_files_and_copies_are_not_tables(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("a.csv", "inner/b.XLSX", "~$a.csv", ".a.csv", "Copy of a.csv", "a - Copy.csv", "a.jpg"):
+        write(tmp_path / name, "x")
+    assert [path.name for path in find_tables(tmp_path)] == ["a.csv", "b.XLSX"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("85+", 85.0), ("2,5", 2.5), ("2.5", 2.5), ("unknown", math.nan)])
+def test_numbers(text: str, value: float) -> None:
+    assert parse_field(AGE, text) == pytest.approx(value, nan_ok=True)
+
+
+@pytest.mark.parametrize("text", ["", "NA", "#N/A", "-", "?", ".", "<NA>", "Unknown"])
+def test_words_that_mean_missing(text: str) -> None:
+    assert is_missing(text) and not is_missing("old")
+    assert parse_number("1,234,5") is None

@@ -1,0 +1,267 @@
+"""Read tables as people have them: CSV with any usual delimiter and encoding, as Excel and pandas write it, and .xlsx.
+
+A cell is text without blanks around it. Rows are numbered as in a spreadsheet, from 1 with the header.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from triderm_dist.schema import MISSING_WORDS, DataError, MetadataField, one_line
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx")
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_NOT_A_TABLE = re.compile(r"(~\$|\.|copy of ).*|.* - copy( \(\d+\))?\.[^.]+", re.IGNORECASE)
+_CHUNK = 1 << 16
+"""Rows held as Python objects before they become columns, which take a tenth of the memory."""
+
+_OTHER_FILES: tuple[tuple[bytes, str], ...] = (
+    (b"PK\x03\x04", "an Excel workbook or a zip; name it .xlsx if it is a workbook"),
+    (b"\xd0\xcf\x11\xe0", "an Excel workbook of the old kind (.xls); save it as .xlsx or CSV"),
+    (b"PAR1", "a parquet file; save it as CSV"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+    (b"version https://git-lfs", "a pointer of Git LFS instead of the file; run git lfs pull"),
+    (b"<!DOCTYPE", "a web page; download the file itself"),
+    (b"<html", "a web page; download the file itself"),
+)
+"""What a file is that begins so, and what to do."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's cells by column.
+
+    cells: {name in the header: N strings}.  numbers: (N,) row of each in the spreadsheet.
+    """
+
+    path: Path
+    cells: dict[str, pa.Array]
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def header(self) -> list[str]:
+        return list(self.cells)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {self.numbers[row]}"
+
+    def find(self, name: str) -> str | None:
+        """The column of that name as the header spells it, in any case."""
+        return next((column for column in self.cells if column.lower() == name.lower()), None)
+
+    def named(self, known: Iterable[str]) -> Table:
+        """The same table, with the spelling of `known` for columns that differ from it in case."""
+        spelling = {name.lower(): name for name in known}
+        return Table(
+            self.path, {spelling.get(name.lower(), name): cells for name, cells in self.cells.items()}, self.numbers
+        )
+
+    def require(self, names: Iterable[str], advice: str = "") -> None:
+        """Raise DataError for the first of these columns that the table lacks."""
+        for name in names:
+            if name not in self.cells:
+                near = get_close_matches(name.lower(), [column.lower() for column in self.cells], n=1)
+                column = self.find(near[0]) if near else None
+                hint = f"; is {column!r} meant?" if column else ""
+                raise DataError(f"{self.path}: column {name!r} is missing from the header{hint}{advice}")
+
+    def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield (file and row, cells by column) of every row."""
+        for start in range(0, len(self), _CHUNK):
+            columns = [cells.slice(start, _CHUNK).to_pylist() for cells in self.cells.values()]
+            for row, cells in enumerate(zip(*columns, strict=True), start):
+                yield self.where(row), dict(zip(self.cells, cells, strict=True))
+
+
+def find_tables(folder: Path) -> list[Path]:
+    """The tables of a folder and of the folders in it, sorted, without lock files, hidden files and copies."""
+    found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in found if not _NOT_A_TABLE.fullmatch(path.name))
+
+
+def read_table(path: Path) -> Table:
+    """Read a table; wholly blank rows and columns are left out. Raises DataError for what is not a table."""
+    try:
+        lines = _sheet(path) if path.suffix.lower() == ".xlsx" else _lines(path)
+        return _columns(path, lines)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable table ({one_line(error)})") from None
+
+
+def _columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
+    """Gather lines with their numbers into columns; the first one that is not blank is the header."""
+    first = next(((number, line) for number, line in lines if not _blank(line)), None)
+    if first is None:
+        raise DataError(f"{path}: the file is empty")
+    header = [name.strip() for name in first[1]]
+    while header and not header[-1]:
+        header.pop()
+    names = [name or f"(column {number})" for number, name in enumerate(header, 1)]
+    if duplicates := [name for name, count in Counter(map(str.lower, names)).items() if count > 1]:
+        name = next(name for name in names if name.lower() == duplicates[0])
+        raise DataError(f"{path}: column {name!r} appears twice in the header; remove one")
+    width, parts, numbers = len(names), list[list[pa.Array]](), list[int]()
+    while chunk := list(itertools.islice(lines, _CHUNK)):
+        kept = []
+        for number, line in chunk:
+            if len(line) == width:
+                if "".join(line).strip():
+                    kept.append(line)
+                    numbers.append(number)
+            elif not _blank(line):
+                if len(line) < width or not _blank(line[width:]):
+                    raise DataError(f"{path}, row {number}: {len(line)} cells, the header has {width}")
+                kept.append(line[:width])
+                numbers.append(number)
+        if kept:
+            parts.append([pc.utf8_trim_whitespace(pa.array(column, pa.string())) for column in zip(*kept, strict=True)])
+    cells = {
+        name: pa.concat_arrays([part[at] for part in parts]) if parts else pa.array([], pa.string())
+        for at, name in enumerate(names)
+    }
+    blank = {
+        name for at, name in enumerate(names) if not header[at] and not pc.any(pc.not_equal(cells[name], "")).as_py()
+    }
+    return Table(
+        path, {name: column for name, column in cells.items() if name not in blank}, np.array(numbers, np.int64)
+    )
+
+
+def _blank(line: Sequence[str]) -> bool:
+    return not any(map(str.strip, line))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number, cells) of the lines of a CSV. Raises DataError for a file of another kind."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if kind := next((what for magic, what in _OTHER_FILES if start.lower().startswith(magic.lower())), None):
+        raise DataError(f"{path}: is {kind}")
+    encoding = _encoding(start)
+    with path.open(encoding=encoding, newline="") as file:
+        try:
+            text = file.readline()
+            skipped = 0
+            if separated := re.match(r'"?sep=(.)"?\r?\n?$', text):
+                skipped, delimiter = 1, separated[1]
+            else:
+                while text and not text.strip(",;|\t\r\n "):
+                    text, skipped = file.readline(), skipped + 1
+                delimiter = _delimiter(text)
+                file.seek(0)
+                for _ in range(skipped):
+                    file.readline()
+            yield from enumerate(csv.reader(file, delimiter=delimiter, strict=True), start=skipped + 1)
+        except UnicodeDecodeError as error:
+            if encoding.startswith("utf-16"):
+                raise DataError(f"{path}: begins as UTF-16 and is cut off or damaged ({error.reason})") from None
+            byte = error.object[error.start]
+            raise DataError(
+                f"{path}: is not in UTF-8 (byte 0x{byte:02x}), so probably in Windows-1252, as Excel's plain CSV; "
+                "save it as 'CSV UTF-8'"
+            ) from None
+        except csv.Error as error:
+            name = DELIMITERS.get(delimiter, repr(delimiter))
+            raise DataError(f"{path}: not a readable CSV with the delimiter {name} ({one_line(error)})") from None
+
+
+def _encoding(start: bytes) -> str:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if start[1:200:2].count(0) > len(start[1:200:2]) // 2:
+        return "utf-16-le"
+    return "utf-8-sig"
+
+
+def _delimiter(header: str) -> str:
+    """The delimiter that cuts the header into most cells; a comma where none does."""
+    return max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
+
+
+def _sheet(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number, cells) of the rows of an Excel workbook's only sheet with content."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise DataError(
+            f"{path}: reading .xlsx needs openpyxl: pip install 'triderm-dist[excel]', or save it as CSV"
+        ) from None
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except Exception as error:  # of zipfile, the XML parser or openpyxl
+        raise DataError(f"{path}: not a readable Excel workbook ({one_line(error)})") from None
+    full = [sheet for sheet in book.worksheets if any(any(cell is not None for cell in row) for row in sheet.values)]
+    if len(full) > 1:
+        names = ", ".join(repr(sheet.title) for sheet in full)
+        raise DataError(f"{path}: has the sheets {names}; keep one, or save the one to read as CSV")
+    for sheet in full:
+        width = 0
+        for number, row in enumerate(sheet.values, start=1):
+            cells = [_excel_text(cell) for cell in row]
+            if not width:
+                width = len(cells) if not _blank(cells) else 0
+            yield number, cells + [""] * (width - len(cells))
+
+
+def _excel_text(cell: object) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).upper()
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def is_missing(text: str, words: Sequence[str] = MISSING_WORDS) -> bool:
+    """Whether a cell is empty or one of the words that mean a missing value, in any case."""
+    return not text or text.lower() in map(str.lower, words)
+
+
+def parse_number(text: str) -> float | None:
+    """Return a finite number, also with a decimal comma; None for other text."""
+    try:
+        number = float(_with_point(text))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _with_point(text: str) -> str:
+    return re.sub(r"^([-+]?\d*),(\d+)$", r"\1.\2", text)
+
+
+def parse_field(field: MetadataField, text: str, words: Sequence[str] = MISSING_WORDS) -> float:
+    """Return the value of a field, NaN where missing; `85+` is 85. Raises ValueError as `MetadataField.parse`."""
+    if is_missing(text, words):
+        return math.nan
+    return field.parse(_with_point(text.removesuffix("+")) if field.is_number else text)
+
+
+def parse_score(name: str, text: str, words: Sequence[str] = MISSING_WORDS) -> float:
+    """Return a concept score from 0 to 1, NaN where missing. Raises ValueError otherwise."""
+    if is_missing(text, words):
+        return math.nan
+    score = parse_number(text)
+    if score is None or not 0 <= score <= 1:
+        raise ValueError(f"{name} {text!r} is not a score from 0 to 1")
+    return score
