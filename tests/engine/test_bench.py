@@ -27,7 +27,8 @@ def record(tmp_path_factory):
 
 def test_record_holds_values_and_what_was_measured(record):
     assert (record["ranks"], record["strategy"], record["precision"], record["frozen"]) == (2, "ddp", "fp32", "1+4")
-    assert 0 < record["lesions_per_s"] <= 16 / record["seconds_per_step"]  # time around the steps counts as well
+    # Time around the steps counts as well; both values are rounded.
+    assert 0 < record["lesions_per_s"] <= 1.001 * 16 / record["seconds_per_step"]
     assert 0 <= record["data_wait"] < 1 and 0 < record["mfu"] < 1 and 0 < record["memory_gib"] < 10
     assert record["steps"] >= 3 and record["date"] and record["commit"] and record["versions"]["torch"]
 
