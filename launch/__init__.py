@@ -1,1 +1,1 @@
-"""Programs that run work: each parses its settings, calls the library, prints."""
+"""Entry points and files for running: experiments, Slurm, Kubernetes, Ray."""

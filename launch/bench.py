@@ -1,6 +1,6 @@
-"""A minute that tells how fast this machine trains an experiment's network: lesions/s, MFU, memory, waiting for data.
+"""Measure for a minute how fast this machine trains an experiment's network: lesions/s, MFU, memory, data wait.
 
-The program is triderm_dist/commands/bench.py; `triderm bench` runs it from anywhere.
+The program is triderm_dist/commands/bench.py; from any folder: triderm bench
 """
 
 from triderm_dist.commands.bench import start

@@ -1,6 +1,6 @@
-"""Train all folds of all models, then gather what each model says about lesions it never saw into oof.parquet.
+"""Train all folds of all models, then gather their held-out predictions in oof.parquet.
 
-The program is triderm_dist/commands/crossval.py; `triderm crossval` runs it from anywhere.
+The program is triderm_dist/commands/crossval.py; from any folder: triderm crossval
 """
 
 from triderm_dist.commands.crossval import start

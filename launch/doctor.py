@@ -1,6 +1,6 @@
-"""Look over this machine and an experiment: versions, devices, precision, batch, weights, data, and what is missing.
+"""Check this machine and an experiment before a run: versions, devices, precision, batch, weights, data.
 
-The program is triderm_dist/commands/doctor.py; `triderm doctor` runs it from anywhere.
+The program is triderm_dist/commands/doctor.py; from any folder: triderm doctor
 """
 
 from triderm_dist.commands.doctor import start

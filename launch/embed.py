@@ -1,6 +1,6 @@
-"""Write what a model's pretrained tower sees in every photo, untouched by training, for triderm stack to try.
+"""Extract embeddings of a model's pretrained tower, without fine-tuning, as additional columns for triderm stack.
 
-The program is triderm_dist/commands/embed.py; `triderm embed` runs it from anywhere.
+The program is triderm_dist/commands/embed.py; from any folder: triderm embed
 """
 
 from triderm_dist.commands.embed import start

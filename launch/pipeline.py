@@ -1,6 +1,6 @@
-"""The whole way: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
+"""Run all stages: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
 
-The program is triderm_dist/commands/pipeline.py; `triderm pipeline` runs it from anywhere.
+The program is triderm_dist/commands/pipeline.py; from any folder: triderm pipeline
 """
 
 from triderm_dist.commands.pipeline import start

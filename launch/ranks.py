@@ -1,6 +1,6 @@
-"""Start ranks as `accelerate launch` does, with the exit status of the ranks, and forward signals to them.
+"""Start ranks as `accelerate launch` does, return their exit code, and forward signals to them.
 
-The program is triderm_dist/commands/ranks.py; `triderm ranks` runs it from anywhere.
+The program is triderm_dist/commands/ranks.py; from any folder: triderm ranks
 """
 
 from triderm_dist.commands.ranks import start

@@ -1,6 +1,6 @@
-"""Write OUTPUT/report.html, one page that opens from disk, and its pictures, from what triderm stack left.
+"""Write OUTPUT/report.html, a self-contained page, and its figures, from the files that triderm stack wrote.
 
-The program is triderm_dist/commands/report.py; `triderm report` runs it from anywhere.
+The program is triderm_dist/commands/report.py; from any folder: triderm report
 """
 
 from triderm_dist.commands.report import start

@@ -1,6 +1,6 @@
-"""Train one fold of one model and predict the lesions it never saw.
+"""Train one fold of one model, and predict its held-out lesions.
 
-The program is triderm_dist/commands/train.py; `triderm train` runs it from anywhere.
+The program is triderm_dist/commands/train.py; from any folder: triderm train
 """
 
 from triderm_dist.commands.train import start

@@ -1,1 +1,1 @@
-"""Programs that make and check data."""
+"""Entry points that make and check packed data."""

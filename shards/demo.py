@@ -1,6 +1,6 @@
 """Write a small SYNTHETIC challenge folder: drawn lesions in the official layout, with a held-out part and its truth.
 
-The program is triderm_dist/commands/synthetic.py; `triderm synthetic` runs it from anywhere.
+The program is triderm_dist/commands/synthetic.py; from any folder: triderm synthetic
 """
 
 from triderm_dist.commands.synthetic import start

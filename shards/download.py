@@ -1,6 +1,6 @@
-"""Download the official files of MILK10k, checked and unpacked; stopped, the same command goes on where it was.
+"""Download, check and unpack the official files of MILK10k; after an interruption the same command resumes.
 
-The program is triderm_dist/commands/download.py; `triderm download` runs it from anywhere.
+The program is triderm_dist/commands/download.py; from any folder: triderm download
 """
 
 from triderm_dist.commands.download import start

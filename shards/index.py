@@ -1,6 +1,6 @@
-"""Make the index of WebDataset shards that others wrote, by one scan; then they train like packed ones.
+"""Index WebDataset shards written by other programs in one scan, so that they can be used like packed ones.
 
-The program is triderm_dist/commands/index.py; `triderm index` runs it from anywhere.
+The program is triderm_dist/commands/index.py; from any folder: triderm index
 """
 
 from triderm_dist.commands.index import start

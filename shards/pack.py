@@ -1,6 +1,6 @@
 """Pack a challenge folder into WebDataset shards with an index.
 
-The program is triderm_dist/commands/pack.py; `triderm pack` runs it from anywhere.
+The program is triderm_dist/commands/pack.py; from any folder: triderm pack
 """
 
 from triderm_dist.commands.pack import start

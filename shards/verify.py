@@ -1,6 +1,6 @@
-"""Check a folder of shards: checksums, index, every photo, that plain `webdataset` reads the same samples.
+"""Verify a folder of shards: checksums, index, every photo, and that plain `webdataset` reads the same samples.
 
-The program is triderm_dist/commands/verify.py; `triderm verify` runs it from anywhere.
+The program is triderm_dist/commands/verify.py; from any folder: triderm verify
 """
 
 from triderm_dist.commands.verify import start

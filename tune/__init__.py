@@ -1,1 +1,1 @@
-"""Programs that search for settings."""
+"""Entry points and spaces for hyperparameter search."""

@@ -1,6 +1,6 @@
-"""What a search has found: its trials as a table, the best settings, and a page with pictures; also of one that is not
+"""Summarize a search, also an unfinished one: its trials as a table, the best settings, and a page with figures.
 
-The program is triderm_dist/commands/results.py; `triderm results` runs it from anywhere.
+The program is triderm_dist/commands/results.py; from any folder: triderm results
 """
 
 from triderm_dist.commands.results import start

@@ -1,6 +1,6 @@
-"""Search for the settings of one model around an experiment, with Ray Tune.
+"""Search the settings of one model of an experiment, with Ray Tune.
 
-The program is triderm_dist/commands/search.py; `triderm search` runs it from anywhere.
+The program is triderm_dist/commands/search.py; from any folder: triderm search
 """
 
 from triderm_dist.commands.search import start

@@ -25,7 +25,7 @@ class BenchRun(Experiment):
     model: str | None = Field(None, description="the model of `models` to train; null takes the first")
     seconds: float = Field(60.0, gt=0, description="seconds to measure, after warming up")
     record: PathText | None = Field(
-        None, description="file of records to put the result into, such as a copy of bench.json"
+        None, description="file of records to add the result to, such as a copy of bench.json"
     )
 
 

@@ -2,7 +2,7 @@
 
 triderm demo
 
-Takes about a minute and a half on two cores. The same as `triderm synthetic output=runs/demo/data`, then
+Takes about a minute and a half on two cores. Equal to `triderm synthetic output=runs/demo/data`, then
 `triderm pipeline --config demo`.
 """
 

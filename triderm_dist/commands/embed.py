@@ -1,9 +1,10 @@
-"""Write what a model's pretrained tower sees in every photo, untouched by training, for triderm stack to try.
+"""Extract embeddings of a model's pretrained tower, without fine-tuning, as additional columns for triderm stack.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.embed --config RUN/config.yaml
+triderm embed --config RUN/config.yaml
+triderm ranks --config_file ddp -m embed --config RUN/config.yaml
 
-Leaves OUTPUT/embeddings.train.parquet and, with a test set, OUTPUT/embeddings.test.parquet. Then
-`triderm stack --config RUN/config.yaml stack.extra=[embeddings]` keeps them if the nested estimate gains.
+Writes OUTPUT/embeddings.train.parquet and, with a test set, OUTPUT/embeddings.test.parquet. Then
+`triderm stack --config RUN/config.yaml stack.extra=embeddings` keeps them if they improve the nested estimate.
 """
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from triderm_dist.config import TRAINING, Experiment
 class EmbedRun(Experiment):
     uses = (*TRAINING, "data.test", "data.test_shards", "predict")
 
-    model: str | None = Field(None, description="whose tower; null takes the first of `models`")
+    model: str | None = Field(None, description="the model of `models` whose tower to use; null takes the first")
 
 
 def main(config: EmbedRun) -> None:

@@ -2,9 +2,8 @@
 
 triderm pipeline --config milk10k_cpu data.source=MILK10k output=runs/milk10k
 
-With data.test=FOLDER it also predicts a test set and writes the submission.
-
-A second run skips finished stages; after a kill it resumes.
+With data.test=FOLDER it also predicts a test set and writes the submission. A second run skips finished stages; an
+interrupted run resumes.
 """
 
 import json
@@ -26,13 +25,15 @@ class PipelineRun(ParallelFoldsRun):
     uses = None
 
     launcher: PathText | None = Field(
-        None, description="accelerate config file for the stages that use the network; null runs one process"
+        None,
+        description="accelerate file, or the name of a shipped one, for the stages that run the networks; null runs "
+        "one process",
     )
 
 
 def main(config: PipelineRun) -> None:
     if config.data.source is None and config.data.shards is None:
-        raise ConfigError("data.source: the challenge folder is needed, or data.shards with packed shards")
+        raise ConfigError("data.source is missing: name a challenge folder, or packed shards as data.shards")
     for model in config.models.values():
         check_network(model)
     if config.stack.enabled:
@@ -51,7 +52,7 @@ def main(config: PipelineRun) -> None:
 
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
-    """What has to run, in order; what is skipped is decided by `run_stages`."""
+    """Return all stages in order; `run_stages` decides which are skipped."""
     from triderm_dist.data.shards.open import index_file
 
     folder, with_config = config.folder, ["--config", str(settings)]
@@ -67,25 +68,24 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     train_index = index_file(config.train_shards, data.remote)
     test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
     if "features" in extra and not test_index:
-        raise ConfigError("stack.extra: features are turned into one basis on a test set; name one as data.test")
+        raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
     result = []
     if data.shards is None:
         result.append(_pack("pack", config, str(data.source), config.train_shards))
     if data.test and data.test_shards is None:
         result.append(_pack("pack test", config, data.test, config.test_shards))
     oof = folder / "oof.parquet"
-    spread = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
-    spread = ["parallel_folds=true", *spread] if config.parallel_folds else []
-    result.append(
-        Stage("crossval", [*program("crossval", launcher), *with_config, *spread], training, [train_index],
-              [oof, *(fold / "predictions.parquet" for fold in folds)])
-    )  # fmt: skip
-    tried = []
+    parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
+    parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
+    predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
+    crossval = [*program("crossval", launcher), *with_config, *parallel]
+    result.append(Stage("crossval", crossval, training, [train_index], predictions))
+    extra_files = []
     if "embeddings" in extra:
         indices = [train_index, *test_index]
         embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
         result.append(Stage("embed", [*program("embed", launcher), *with_config], training, indices, embedded))
-        tried += embedded
+        extra_files += embedded
     trained = [fold / "fold.json" for fold in folds]
     predict = [*program("predict", launcher), *with_config]
     if "features" in extra:
@@ -93,10 +93,10 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         result.append(
             Stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
         )
-        tried += predicted
+        extra_files += predicted
     after = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
     ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
-    result.append(Stage("stack", [*program("stack"), *with_config], after, [oof, *tried], [ensemble, stacked]))
+    result.append(Stage("stack", [*program("stack"), *with_config], after, [oof, *extra_files], [ensemble, stacked]))
     shown = [ensemble, oof, settings]
     if test_index:
         truth = [Path(data.test_truth)] if data.test_truth else []
@@ -108,7 +108,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
 
 
 def program(name: str, launcher: Path | None = None) -> list[str]:
-    """The command of a program, on the ranks of an accelerate file if one is given."""
+    """Return the command of a program, on the ranks of an accelerate file if one is given."""
     ranks = ["triderm_dist.commands.ranks", "--config_file", str(launcher), "-m"] if launcher else []
     return ["python", "-m", *ranks, f"triderm_dist.commands.{name}"]
 

@@ -1,10 +1,11 @@
-"""`accelerate launch` that ends as its ranks do, and hands their signals on.
+"""Start ranks as `accelerate launch` does, return their exit code, and forward signals to them.
 
-triderm ranks --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.train --config EXPERIMENT.yaml fold=0
+triderm ranks --config_file ddp -m train --config EXPERIMENT.yaml fold=0
 
-Takes the options of `accelerate launch`, then the program and its settings, key.subkey=value. That one ends with 1
-whatever its ranks said, and SIGUSR1 kills it while they save. A scheduler must know more: 0 done, 2 bad input (give
-up), 3 interrupted (start the same command again). A rank that died of signal N gives 128 + N, as in a shell.
+Takes the options of `accelerate launch`, with the names of shipped files and of programs, then the settings of the
+program, key.subkey=value. `accelerate launch` itself exits with 1 whatever its ranks return, and SIGUSR1 kills it
+while they save. A scheduler needs the exit code: 0 success, 2 invalid input (give up), 3 interrupted (rerun the same
+command). A rank that was killed by signal N gives 128 + N, as in a shell.
 """
 
 import os
@@ -16,12 +17,12 @@ from types import FrameType
 from triderm_dist.commands import names
 
 BAD_INPUT, INTERRUPTED = 2, 3
-"""As in triderm_dist.cli, whose import takes longer than a signal may."""
-HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+"""As in triderm_dist.cli, which takes so long to import that a signal could arrive before the handlers are set."""
+FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
-def hand_on(number: int, frame: FrameType | None) -> None:
-    """Until torch's agent has its own handlers, and where one process needs no agent."""
+def forward(number: int, frame: FrameType | None) -> None:
+    """Forward a signal to the child processes, until torch's agent sets its own handlers."""
     import psutil
 
     children = psutil.Process().children()
@@ -52,11 +53,11 @@ def start() -> None:
     if {"--help", "-h"} & set(sys.argv[1:2]):
         print(__doc__)
         return
-    for name in HANDED_ON:
-        signal.signal(getattr(signal, name), hand_on)
+    for name in FORWARDED:
+        signal.signal(getattr(signal, name), forward)
     sys.argv[1:] = expand_names(sys.argv[1:])
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(HANDED_ON))
-    # Else a launcher that replaces a lost one waits in vain for the address of rank 0, told in the first round only.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(FORWARDED))
+    # Else a launcher that replaces a lost one waits for the address of rank 0, which is published once only.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -1,5 +1,4 @@
-"""What a search has found: its trials as a table, the best settings, and a page with pictures; also of one that is not
-over.
+"""Summarize a search, also an unfinished one: its trials as a table, the best settings, and a page with figures.
 
 triderm results output=RUN
 

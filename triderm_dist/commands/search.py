@@ -1,10 +1,10 @@
-"""Search for the settings of one model around an experiment, with Ray Tune.
+"""Search the settings of one model of an experiment, with Ray Tune.
 
-triderm search --config EXPERIMENT.yaml space=tune/spaces/losses.yaml trials=12 output=RUN
+triderm search --config EXPERIMENT.yaml space=losses trials=12 output=RUN
 
-A trial trains as triderm train does, in RUN/search/TRIAL/, on the experiment's packed shards and one shared cache of
-tokens. `space=`, `trials=` ... are short for `search.space=`, `search.trials=` ... . Writes RUN/search/trials.csv and
-RUN/best.yaml, which triderm train and triderm pipeline take by --config. Killed, it goes on with resume=true.
+A trial trains as triderm train does, in RUN/search/TRIAL/, on the experiment's packed shards and a shared token cache.
+`space=`, `trials=` ... are short for `search.space=`, `search.trials=` ... . Writes RUN/search/trials.csv, and
+RUN/best.yaml for --config of triderm train and triderm pipeline. An interrupted search resumes with resume=true.
 """
 
 from triderm_dist.cli import run

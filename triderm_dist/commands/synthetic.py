@@ -2,8 +2,8 @@
 
 triderm synthetic output=demo
 
-OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth the test folder's labels.
-triderm_dist/data/synthetic.py says what is drawn.
+OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth has their labels.
+triderm_dist/data/synthetic.py describes the drawings.
 """
 
 from pathlib import Path

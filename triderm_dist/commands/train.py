@@ -1,6 +1,10 @@
-"""Train one fold of one model and predict the lesions it never saw.
+"""Train one fold of one model, and predict its held-out lesions.
 
+triderm train --config EXPERIMENT.yaml fold=0
+triderm ranks --config_file ddp -m train --config EXPERIMENT.yaml fold=0
 accelerate launch --config_file ddp.yaml -m triderm_dist.commands.train --config EXPERIMENT.yaml fold=0
+
+On one device, on all GPUs of a node, and the same with Accelerate's own launcher.
 """
 
 from functools import partial
@@ -16,7 +20,7 @@ class TrainRun(Experiment):
     uses = TRAINING
 
     model: str | None = Field(None, description="the model of `models` to train; null takes the first")
-    fold: int = Field(0, ge=0, description="the fold that is validated on and predicted")
+    fold: int = Field(0, ge=0, description="the held-out fold, which is validated on and predicted")
 
 
 def main(config: TrainRun) -> None:
