@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import commands
 
-ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "triderm_dist"
 ENTRY_POINTS = ("shards", "launch", "tune")
 PROGRAMS = [path for name in ENTRY_POINTS for path in sorted((ROOT / name).glob("*.py")) if path.stem != "__init__"]
@@ -119,7 +119,7 @@ def test_help_is_light_and_complete(module):
         "heavy = {'torch', 'ray', 'xgboost', 'deepspeed', 'pandas', 'matplotlib', 'timm'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     name = "synthetic" if module == "shards.demo" else module.rpartition(".")[2]
     assert f"triderm {name}" in done.stdout or "accelerate launch" in done.stdout

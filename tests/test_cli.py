@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from tests.processes import ROOT
+from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import cli
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError, InputError
@@ -131,7 +131,7 @@ def test_exit_codes(error, code, text, capsys):
 )
 def test_programs_refuse_in_one_line(words, message):
     done = subprocess.run(
-        [sys.executable, "-m", "triderm_dist", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "triderm_dist", *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.search(message, done.stderr), done.stderr
