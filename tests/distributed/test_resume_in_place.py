@@ -181,3 +181,15 @@ def test_lock_is_released_with_its_holder(tmp_path):
         pass
     with lock():
         pass
+
+
+def test_checkpoints_before_loss_terms_and_other_optimizers_resume(train, undisturbed, tmp_path):
+    with pytest.raises(Interrupted):
+        train("train.micro_batch=4", "train.loss.soft_f1_sums=previous", stop=1)
+    for path in tmp_path.rglob("state.json"):
+        record = json.loads(path.read_text())
+        record["sums"] = record["sums"]["soft_f1"]
+        del record["optimizer_values"], record["optimizer_groups"]
+        path.write_text(json.dumps(record))
+    fold = train("train.micro_batch=4", "train.loss.soft_f1_sums=previous")
+    assert [step for step, _ in losses(fold)] == [step for step, _ in losses(undisturbed)]
