@@ -50,7 +50,7 @@ def focal_loss(
     sigmoid: mean over the C diagnoses of -a (1 - q)^gamma log q, q = p for the lesion's diagnosis and 1 - p for the
     others; a = alpha and 1 - alpha if alpha is given. softmax: -(1 - p_y)^gamma log p_y, and with label smoothing e
     the sum over diagnoses of t_c times that term, t = (1 - e) onehot + e / C. A class weight multiplies the terms
-    of its diagnosis as target: in the sigmoid form the positive term alone, so that a rare diagnosis is not pushed
+    of its diagnosis as target: in the sigmoid form only the positive term, so that a rare diagnosis is not pushed
     down harder too.
     """
     logits = logits.float()
@@ -219,7 +219,7 @@ class CompoundLoss(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parts that `values` gives beside the loss."""
+        """Names of the parts that `values` returns besides the loss."""
         return (*self.terms, "aux")
 
     @property

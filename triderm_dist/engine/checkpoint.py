@@ -281,9 +281,9 @@ def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> str:
     """Write PATH.safetensors and PATH.json (format, version, sha256 and `about`); returns the sha256."""
-    with atomic_path(path.with_suffix(".safetensors")) as beside:
-        _write_tensors(beside, weights)
-        digest = file_sha256(beside)
+    with atomic_path(path.with_suffix(".safetensors")) as part:
+        _write_tensors(part, weights)
+        digest = file_sha256(part)
     save_about(path, sha256=digest, **about)
     return digest
 

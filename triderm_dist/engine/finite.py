@@ -19,7 +19,7 @@ class NonFiniteGuard:
     """Prevents steps with a non-finite loss or gradient, where possible without waiting for the device.
 
     `before_step` tests the gradient norm, which is the same on all ranks, and sets a flag on the device. Fused
-    optimizers (PyTorch's `fused=True`) read it there as `found_inf`, the flag of the loss scaler: from the first bad
+    optimizers (`fused=True` in PyTorch) read it there as `found_inf`, the flag of the loss scaler: from the first bad
     step on no step changes anything, and the host reads the flag only in `check`, before it logs, saves or validates.
     For other optimizers, and DeepSpeed, which waits for the device anyway, the host reads it before every step. Either
     way the weights stay those of the last good step, and no checkpoint or score is made of others.

@@ -20,7 +20,7 @@ from triderm_dist.losses import CompoundLoss, Sums
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of a step, on the device: nobody has waited for it.
+    """Outcome of a step; its tensors are on the device, and nothing has waited for them.
 
     sums: the loss sums of the global batch.  count: its valid lesions.  grad_norm: global norm before clipping.
     """
@@ -33,7 +33,7 @@ class StepResult:
 class TrainStep:
     """Takes optimizer steps. Each rank holds some micro-batches of the global batch.
 
-    Nothing here waits for the device, unless the optimizer cannot skip a step by itself (`NonFiniteGuard`).
+    It does not wait for the device, unless the optimizer cannot skip a step itself (`NonFiniteGuard`).
     """
 
     def __init__(
