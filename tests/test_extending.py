@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from tests.conftest import write_challenge
 from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
+from triderm_dist.commands.ranks import expand_names
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
@@ -140,6 +142,34 @@ def check(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------
+
+
+@check("launcher")
+def _(folder: Path) -> None:
+    """By a scheduler of two nodes, whose `triderm` records its options and exits with each code in turn."""
+    (folder / "nodes").write_text("node-a\nnode-a\nnode-b\n")
+    (folder / ".bash_profile").write_text(f"PATH={folder}:$PATH\n")
+    environment = {"PBS_O_WORKDIR": str(folder), "PBS_NODEFILE": str(folder / "nodes"), "PBS_JOBID": "1234.server"}
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)}
+    environment["WORDS"] = "train --config demo fold=0"
+    for status in (0, 2, 3):
+        for name, text in {
+            "triderm": f'echo "$@" >> {folder}/ranks-{status}; exit {status}',
+            "pbsdsh": 'shift 3; exec "$@"',
+            "qsub": f'echo "$@" >> {folder}/queue-{status}',
+        }.items():
+            (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+            (folder / name).chmod(0o755)
+        done = subprocess.run(["bash", str(folder / "my_pbs.sh")], env=environment, timeout=HANG_SECONDS)
+        assert done.returncode == status
+        assert (folder / f"queue-{status}").exists() == (status == 3)
+    lines = (folder / "ranks-0").read_text().splitlines()
+    options = [launch_command_parser().parse_args(expand_names(line.split()[1:])) for line in lines]
+    assert sorted(each.machine_rank for each in options) == [0, 1]
+    for each in options:
+        assert (each.num_machines, each.num_processes, each.main_process_ip) == (2, 16, "node-a")
+        assert (each.main_process_port, each.training_script) == (21234, "triderm_dist.commands.train")
+        assert each.training_script_args == ["--config", "demo", "fold=0"]
 
 
 @check("loss-term")
