@@ -136,9 +136,9 @@ class _DuplicateKey(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """Reads unquoted scalars as `Plain`, and refuses a key that is written twice in a mapping."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # type: ignore[misc]
 
-    def compose_mapping_node(self, anchor: str | None) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:

@@ -292,7 +292,7 @@ def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, e
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
             known = read_trial(root / name_of(trial))
             if known and known.state == "running" and time.monotonic() - self.printed_at > 20:
-                self._print(known)
+                self._print_trial(known)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._end(trial, "stopped", "")
@@ -317,9 +317,9 @@ def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, e
             if known.state != "failed":  # a failed trial can resume from them
                 for checkpoints in folder.glob("*/fold-*/checkpoints"):
                     shutil.rmtree(checkpoints, ignore_errors=True)
-            self._print(known)
+            self._print_trial(known)
 
-        def _print(self, known: Trial) -> None:
+        def _print_trial(self, known: Trial) -> None:
             self.printed_at = time.monotonic()
             name = f"trial {known.number}" + (f" seed {known.seed}" if known.seed else f"/{trials}")
             score = "" if known.macro_f1 is None else f"  macro F1 {known.macro_f1:.3f}"
