@@ -58,12 +58,12 @@ def package_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def test_every_part_of_the_library_has_a_layer():
+def test_every_package_of_the_library_has_a_layer():
     parts = {package_of(module_of(path)) for path in library()} - {"", "__main__"}
     assert parts == {name for layer in LAYERS for name in layer}
 
 
-def test_imports_point_up():
+def test_modules_import_only_from_rows_above():
     for path in library():
         own = package_of(module_of(path))
         row = next((i for i, layer in enumerate(LAYERS) if own in layer), len(LAYERS) - 1)
@@ -98,7 +98,7 @@ def test_inference_does_not_import_the_trainer(name):
     assert not reached & {f"triderm_dist.engine.{part}" for part in ("trainer", "step", "crossval")}
 
 
-def test_the_library_imports_no_program_and_programs_not_one_another():
+def test_no_module_imports_a_program():
     for path in [*library(), *PROGRAMS]:
         assert not any(name.split(".")[0] in ENTRY_POINTS for name in imports_of(path)), path
 
@@ -110,7 +110,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_help_is_light_and_complete(module):
+def test_help_is_complete_without_heavy_imports(module):
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['x', '--help']\n"
@@ -129,7 +129,7 @@ def test_help_is_light_and_complete(module):
 @pytest.mark.parametrize(
     ("words", "seconds"), [(["--help"], 0.3), (["config", "list"], 0.5), (["train", "--help"], 0.5)]
 )
-def test_programs_start_at_once(words, seconds):
+def test_programs_start_fast(words, seconds):
     """By CPU time, the least of five starts: another program on the machine must not decide."""
     command, times = [sys.executable, "-m", "triderm_dist", *words], []
     for _ in range(5):

@@ -35,7 +35,7 @@ def run(kind: type[Section], *words: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("words", [["seed=3"], ["data.test=/nope"], ["data={test: /nope}"], ["stack.max_depth=3"]])
-def test_a_setting_without_effect_is_refused_and_its_programs_are_named(words, capsys):
+def test_setting_without_effect_is_refused_naming_its_programs(words, capsys):
     code, _, error = run(Program, *words, capsys=capsys)
     key = words[0].partition("=")[0]
     assert code == cli.BAD_INPUT and error.count("\n") == 1
@@ -43,16 +43,16 @@ def test_a_setting_without_effect_is_refused_and_its_programs_are_named(words, c
 
 
 @pytest.mark.parametrize("words", [["own=3"], ["output=x"], ["models.a.width=64"], ["train={epochs: 3}"]])
-def test_settings_with_effect_are_taken(words, capsys):
+def test_settings_with_effect_are_accepted(words, capsys):
     assert run(Program, *words, capsys=capsys)[0] == 0
 
 
-def test_settings_of_other_programs_may_stand_in_the_file(tmp_path, capsys):
+def test_config_file_may_hold_settings_of_other_programs(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("seed: 3\ndata: {test: /nope}\n")
     assert run(Program, "--config", str(tmp_path / "a.yaml"), capsys=capsys)[0] == 0
 
 
-def test_an_unknown_setting_is_reported_before_one_without_effect(capsys):
+def test_unknown_setting_is_reported_before_one_without_effect(capsys):
     assert "did you mean 'train.epochs'" in run(Program, "seed=3", "train.epoch=3", capsys=capsys)[2]
 
 
@@ -90,12 +90,12 @@ def test_print_config_prints_what_load_reads_back(tmp_path, capsys):
         (["-x"], "unknown option -x"),
     ],
 )
-def test_wrong_options_are_one_line(words, message):
+def test_invalid_options_give_one_line(words, message):
     with pytest.raises(InputError, match=message):
         cli.read_settings(Small, words)
 
 
-def test_config_is_taken_in_both_spellings(tmp_path):
+def test_config_option_accepts_a_space_or_an_equals_sign(tmp_path):
     (tmp_path / "a.yaml").write_text("output: x\n")
     file = str(tmp_path / "a.yaml")
     assert cli.read_settings(Small, ["--config", file]) == cli.read_settings(Small, [f"--config={file}"])
@@ -129,7 +129,7 @@ def test_exit_codes(error, code, text, capsys):
         (["trian"], "did you mean 'train'"),
     ],
 )
-def test_programs_refuse_in_one_line(words, message):
+def test_programs_reject_invalid_settings_in_one_line(words, message):
     done = subprocess.run(
         [sys.executable, "-m", "triderm_dist", *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
     )

@@ -124,7 +124,7 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("where", "words"), shown(), ids=lambda value: value if isinstance(value, str) else "-")
-def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
+def test_documented_command_parses(where, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
@@ -149,7 +149,7 @@ def test_a_command_that_is_shown_can_be_typed(where, words, monkeypatch):
     check_program(program, arguments, monkeypatch)
 
 
-def test_commands_are_found():
+def test_commands_are_found_in_every_source():
     """A change of the texts' form must not hide them from the test above."""
     counts = Counter(where for where, _ in shown())
     assert counts["README.md"] >= 9 and counts["launch/kubernetes"] == 3

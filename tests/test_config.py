@@ -30,18 +30,18 @@ EXPERIMENTS = ROOT / "launch" / "experiments"
         ("train.optim.lr=[1", "train.optim.lr: '\\[1': not readable as YAML"),
     ],
 )
-def test_wrong_settings_are_one_line(override, message):
+def test_invalid_settings_give_one_line(override, message):
     with pytest.raises(ConfigError, match=message) as error:
         load(Experiment, None, [override])
     assert "\n" not in str(error.value)
 
 
-def test_missing_file(tmp_path):
+def test_missing_config_file_gives_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load(Experiment, tmp_path / "none.yaml")
 
 
-def test_overrides_win_and_train_is_shared(tmp_path):
+def test_overrides_take_precedence_and_train_is_shared(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("train: {epochs: 7, optim: {lr: 1e-3}}\nmodels: {a: {}, b: {train: {epochs: 9}}}\n")
     config = load(Experiment, file, ["train.optim.lr=2e-3"])
@@ -49,7 +49,7 @@ def test_overrides_win_and_train_is_shared(tmp_path):
     assert config.models["b"].train.optim.lr == 0.002
 
 
-def test_saved_settings_read_back_and_stay_overridable(tmp_path):
+def test_saved_settings_round_trip_and_can_be_overridden(tmp_path):
     config = load(Experiment, None, ["models.a.train.epochs=3", "models.b.width=64", "train.optim.lr=1e-3"])
     save(config, tmp_path / "config.yaml")
     assert load(Experiment, tmp_path / "config.yaml") == config
@@ -57,7 +57,7 @@ def test_saved_settings_read_back_and_stay_overridable(tmp_path):
     assert (changed.models["a"].train.epochs, changed.models["b"].train.epochs) == (3, 5)
 
 
-def test_every_setting_is_described():
+def test_every_setting_has_a_description():
     rows = list(describe(Experiment))
     assert len(rows) > 80
     assert all(text for *_, text in rows)
@@ -71,7 +71,7 @@ def test_experiment_files_are_valid(file):
         assert model.train.global_batch % model.train.micro_batch == 0
 
 
-def test_base_file_is_laid_under(tmp_path):
+def test_settings_override_those_of_the_base_file(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 3\ntrain: {epochs: 7, micro_batch: 8}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
     config = load(Experiment, tmp_path / "b.yaml")
@@ -79,7 +79,7 @@ def test_base_file_is_laid_under(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["a.yaml", "b.yaml"])
-def test_a_cycle_of_base_files_is_refused(tmp_path, base):
+def test_cycle_of_base_files_is_refused(tmp_path, base):
     (tmp_path / "a.yaml").write_text(f"base: {base}\n")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: `base` forms a cycle \(a\.yaml -> .*a\.yaml\)"):
@@ -101,7 +101,7 @@ def test_home_is_expanded_in_paths():
     assert config.data.shards == "s3://bucket/~x"
 
 
-def test_every_setting_of_a_path_is_marked_as_one():
+def test_every_path_setting_has_the_path_type():
     """A description of a file, folder or URL without the type makes `~` a folder of that name."""
     rows = {key: type_name for key, type_name, _, text in describe(Experiment) if re.search(r"\b(folder|URL)\b", text)}
     assert {key for key, type_name in rows.items() if "path" not in type_name} <= {
@@ -111,7 +111,7 @@ def test_every_setting_of_a_path_is_marked_as_one():
     }  # fmt: skip
 
 
-def test_a_program_knows_the_settings_that_affect_it():
+def test_settings_that_affect_a_program():
     class Program(Experiment):
         uses = ("output", "data.shards", "train")
         own: int = Field(1, description="own")
@@ -134,7 +134,7 @@ def test_plugins_are_imported_before_settings_are_read(tmp_path, monkeypatch):
     ("text", "message"),
     [(None, "FileNotFoundError"), ("1 / 0", "broken.py: ZeroDivisionError: division by zero")],
 )
-def test_a_plugin_that_cannot_be_imported_is_one_line(text, message, tmp_path):
+def test_failing_plugin_import_gives_one_line(text, message, tmp_path):
     if text:
         (tmp_path / "broken.py").write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:

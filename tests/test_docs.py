@@ -57,7 +57,7 @@ def test_links_and_anchors_exist(path):
 
 # The headings of the changelog repeat for each version; nothing links to them.
 @pytest.mark.parametrize("path", [file for file in FILES if file.name != "CHANGELOG.md"], ids=name_of)
-def test_headings_have_one_anchor_on_every_site(path):
+def test_heading_anchors_are_equal_on_github_and_the_site(path):
     anchors = anchors_of(path)
     assert len(set(anchors)) == len(anchors)
     for heading in re.findall(r"^#+ (.+)$", text_of(path), flags=re.M):
@@ -77,7 +77,7 @@ def test_lines_are_short(path):
 
 
 @pytest.mark.parametrize("path", [file for file in FILES if file.name != "CHANGELOG.md"], ids=name_of)
-def test_files_and_modules_that_are_named_exist(path):
+def test_referenced_files_and_modules_exist(path):
     text = path.read_text(encoding="utf-8")
     for name in REPOSITORY_PATH.findall(text):
         placeholder = re.search(r"NAME|DATE", name)
@@ -86,7 +86,7 @@ def test_files_and_modules_that_are_named_exist(path):
         assert dotted.endswith("NAME") or exists(dotted), dotted
 
 
-def test_the_layers_are_printed_as_they_are_enforced():
+def test_documented_layers_equal_the_enforced_ones():
     rows = "\n".join(", ".join(layer) for layer in LAYERS)
     assert f"\n{rows}\n" in (DOCS / "architecture.md").read_text(encoding="utf-8")
 

@@ -369,7 +369,7 @@ def test_recipe(name, runs, tmp_path):
 
 
 @pytest.mark.parametrize("number", range(len(GROUPS)))
-def test_resumed_on_two_ranks_it_is_the_undisturbed_training(runs, number):
+def test_resume_on_two_ranks_equals_the_uninterrupted_training(runs, number):
     """So nothing that a recipe's optimizer, loss or schedule keeps is lost, whatever the batch is split into."""
     run = runs(number)
     shards = run.folder / "shards" / "train"

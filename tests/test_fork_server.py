@@ -26,7 +26,7 @@ def run(*arguments: str, **how) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("kind", ["code", "file", "module"])
-def test_arguments_environment_folder_limits_and_files_are_its_own(tmp_path, kind):
+def test_fork_has_its_own_arguments_environment_folder_and_files(tmp_path, kind):
     (tmp_path / "about.py").write_text(ABOUT)
     program = {"code": ["-c", ABOUT], "file": [str(tmp_path / "about.py")], "module": ["-m", "about"]}[kind]
     limits = resource.getrlimit(resource.RLIMIT_CORE)
@@ -51,13 +51,13 @@ def test_arguments_environment_folder_limits_and_files_are_its_own(tmp_path, kin
         ("import atexit; atexit.register(print, 'end', flush=True); print('begin')", 0, ""),
     ],
 )
-def test_it_ends_as_the_program_does(code, status, error):
+def test_fork_exits_with_the_status_of_the_program(code, status, error):
     done, real = run("-c", code), subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == real.returncode == status
     assert done.stdout == real.stdout and done.stderr.endswith(error) and real.stderr.endswith(error)
 
 
-def test_signals_reach_the_program(tmp_path):
+def test_signals_are_forwarded_to_the_program(tmp_path):
     code = (
         f"import pathlib, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))\n"
         f"pathlib.Path(r'{tmp_path}/ready').touch(); signal.pause()"
@@ -68,7 +68,7 @@ def test_signals_reach_the_program(tmp_path):
         assert process.wait(HANG_SECONDS) == 7
 
 
-def test_a_program_whose_client_was_killed_is_killed(tmp_path):
+def test_program_is_killed_with_its_client(tmp_path):
     code = (
         f"import os, pathlib, signal; pathlib.Path(r'{tmp_path}/pid').write_text(f'{{os.getpid()}}.'); signal.pause()"
     )
@@ -81,7 +81,7 @@ def test_a_program_whose_client_was_killed_is_killed(tmp_path):
     assert run("-c", "print('served')").stdout == "served\n"
 
 
-def test_what_a_fork_starts_by_sys_executable_is_a_fork():
+def test_sys_executable_in_a_fork_starts_a_fork():
     code = (
         "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; print(\"torch\" in sys.modules)'])"
     )

@@ -77,7 +77,7 @@ def pod_templates(tree: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize(("name", "thing"), things(), ids=lambda value: value if isinstance(value, str) else "")
-def test_kubernetes_files_fit_the_schemas(name, thing, release):
+def test_kubernetes_files_match_the_schemas(name, thing, release):
     if thing["apiVersion"] == "ray.io/v1":
         jsonschema.validate(thing["spec"], RAY_JOB)
         for template in pod_templates(thing):
@@ -87,14 +87,14 @@ def test_kubernetes_files_fit_the_schemas(name, thing, release):
         kubernetes_validate.validate(thing, release, strict=True)
 
 
-def test_a_misspelt_key_does_not_fit():
+def test_misspelled_key_violates_the_schema():
     job = yaml.safe_load((KUBERNETES / "job.yaml").read_text(encoding="utf-8"))
     job["spec"]["template"]["spec"]["containers"][0]["resource"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, RELEASES[1], strict=True)
 
 
-def test_kubernetes_files_agree_with_one_another():
+def test_kubernetes_files_are_consistent():
     by_name = dict(things())
     pods = [template["spec"] for _, thing in things() for template in pod_templates(thing)]
     volumes = {v["persistentVolumeClaim"]["claimName"] for pod in pods for v in pod["volumes"] if v["name"] == "data"}
@@ -124,7 +124,7 @@ def test_kubernetes_files_agree_with_one_another():
     assert words[words.index("--main_process_port") + 1] == str(service["spec"]["ports"][0]["port"])
 
 
-def test_the_cluster_file_is_one_that_ray_takes():
+def test_cluster_file_is_valid_for_ray():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     cluster = yaml.safe_load((ROOT / "launch" / "ray" / "cluster.yaml").read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def test_the_cluster_file_is_one_that_ray_takes():
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("*/slurm/*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_are_shell(script):
+def test_shell_scripts_have_valid_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
@@ -167,13 +167,13 @@ def start_ranks(folder: Path, what: str, config: str = "accelerate_configs/ddp.y
     return start(str(program), str(folder), what, ranks=2, config=config, fork=False)
 
 
-def test_the_launcher_ends_as_its_ranks_do(tmp_path):
+def test_launcher_exits_with_the_status_of_its_ranks(tmp_path):
     done = finish(start_ranks(tmp_path, "2"))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_to_the_launcher_lets_the_ranks_save(tmp_path):
+def test_launcher_forwards_a_signal_and_waits_for_the_checkpoint(tmp_path):
     process = start_ranks(tmp_path, "wait")
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, process)
     process.send_signal(signal.SIGUSR1)
@@ -181,7 +181,7 @@ def test_a_signal_to_the_launcher_lets_the_ranks_save(tmp_path):
     assert [path.read_text() for path in tmp_path.glob("saved-*")] == ["SIGUSR1"] * 2
 
 
-def test_a_signal_before_the_ranks_are_there_is_an_interruption(tmp_path):
+def test_signal_before_the_ranks_start_exits_with_3(tmp_path):
     os.mkfifo(tmp_path / "ddp.yaml")
     process = start_ranks(tmp_path, "wait", str(tmp_path / "ddp.yaml"))
     with (tmp_path / "ddp.yaml").open("w"):  # opens when the launcher does, which reads until this is closed
@@ -190,7 +190,7 @@ def test_a_signal_before_the_ranks_are_there_is_an_interruption(tmp_path):
     assert not list(tmp_path.glob("ready-*"))
 
 
-def test_a_launcher_file_that_is_not_there_is_told_in_one_line():
+def test_missing_launcher_file_gives_one_line():
     done = launch("launch.train", config="nothere.yaml", check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: launcher: nothere.yaml: no such")
 

@@ -44,7 +44,7 @@ def slow_focal(logits, labels, head, gamma, alpha, weights, smoothing):
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal(head, gamma):
+def test_focal_loss_equals_the_formula(head, gamma):
     logits, labels = some(9)
     alpha = 0.3 if head == "sigmoid" else None
     smoothing = 0.1 if head == "softmax" else 0.0
@@ -62,7 +62,7 @@ def test_focal_gamma_zero_is_cross_entropy():
     )
 
 
-def test_focal_gradient_is_finite_when_sure():
+def test_focal_gradient_is_finite_for_confident_predictions():
     logits = torch.tensor([[80.0, -80.0], [-80.0, 80.0]], requires_grad=True)
     for head in ("softmax", "sigmoid"):
         for gamma in (0.0, 0.5, 2.0):
@@ -71,7 +71,7 @@ def test_focal_gradient_is_finite_when_sure():
 
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
-def test_soft_f1_against_the_formula(head):
+def test_soft_f1_equals_the_formula(head):
     logits, labels = some(40)
     labels[labels == 4] = 5  # a diagnosis without a positive
     p = (logits.softmax(1) if head == "softmax" else logits.sigmoid()).tolist()
@@ -151,7 +151,7 @@ MORE = {"recall": {"weight": 0.4, "settings": {"power": 1.5}}, "disagreement": {
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("parts", [[40], [24, 16], [5] * 8, [1] * 40])
-def test_split_and_padded_the_loss_is_that_of_the_formulas(head, parts, more_terms):
+def test_split_and_padded_loss_equals_the_formulas(head, parts, more_terms):
     heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
     labels, valid = some(40, 4)[1], torch.arange(40) < 37  # the last three only pad
     loss = CompoundLoss(LossConfig(**PLAIN, terms=MORE), head, COUNTS)
@@ -179,7 +179,7 @@ def test_split_and_padded_the_loss_is_that_of_the_formulas(head, parts, more_ter
     assert [*values] == ["loss", "focal", "soft_f1", "recall", "disagreement", "aux"]
 
 
-def test_means_need_no_sums_ahead(more_terms):
+def test_losses_that_are_means_need_no_presums(more_terms):
     loss = CompoundLoss(LossConfig(soft_f1_weight=0, terms={"disagreement": {"weight": 1}}), "softmax", COUNTS)
     assert loss.ratios == ()
     assert {name: slope.shape for name, slope in loss.slopes({}, 8).items()} == {"focal": (3,), "disagreement": (1,)}
@@ -197,18 +197,18 @@ def test_means_need_no_sums_ahead(more_terms):
         ),
     ],
 )
-def test_wrong_terms_are_refused(terms, message, more_terms):
+def test_invalid_loss_terms_are_refused(terms, message, more_terms):
     with pytest.raises(ConfigError, match=message):
         CompoundLoss(LossConfig(terms=terms), "softmax", COUNTS)
 
 
-def test_a_loss_without_weights_is_refused():
+def test_loss_without_weights_is_refused():
     with pytest.raises(ConfigError, match=r"train\.loss: the weight of every term is 0"):
         CompoundLoss(LossConfig(focal_weight=0, soft_f1_weight=0), "softmax", COUNTS)
 
 
 @pytest.mark.parametrize("parts", [[24, 16], [5] * 8])
-def test_class_weights_smoothing_and_logit_adjustment_split(parts):
+def test_class_weights_smoothing_and_logit_adjustment_when_split(parts):
     config = LossConfig(class_weight_power=0.5, logit_adjustment=0.5, label_smoothing=0.1)
     loss = CompoundLoss(config, "softmax", COUNTS)
     heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
@@ -220,7 +220,7 @@ def test_class_weights_smoothing_and_logit_adjustment_split(parts):
     assert split_values == pytest.approx(undivided_values, rel=1e-5)
 
 
-def test_class_weights_have_mean_one_and_favor_the_rare():
+def test_class_weights_have_mean_one_and_are_larger_for_rare_classes():
     weights = CompoundLoss(LossConfig(class_weight_power=0.5), "softmax", COUNTS).terms["focal"].class_weights
     assert weights.mean().item() == pytest.approx(1)
     assert weights.argmax() == 6 and weights.argmin() == 1

@@ -19,7 +19,7 @@ def slow_f1(decisions: np.ndarray, labels: np.ndarray, label: int) -> float:
 
 @settings(deadline=None)
 @given(arrays(bool, (30, 4)), arrays(np.int64, 30, elements=st.integers(-1, 3)))
-def test_f1_equals_a_slow_count_without_unlabeled_lesions(decisions: np.ndarray, labels: np.ndarray) -> None:
+def test_f1_equals_a_reference_and_ignores_unlabeled_lesions(decisions: np.ndarray, labels: np.ndarray) -> None:
     f1 = metrics.f1_per_class(decisions, labels)
     for label in range(4):
         if (labels == label).any():
@@ -30,7 +30,7 @@ def test_f1_equals_a_slow_count_without_unlabeled_lesions(decisions: np.ndarray,
         assert metrics.macro_f1(decisions, labels) == pytest.approx(np.nanmean(f1))
 
 
-def test_the_official_threshold_is_strict() -> None:
+def test_official_threshold_is_strict() -> None:
     labels = np.arange(3)
     assert metrics.official_macro_f1(np.eye(3) * 0.5, labels) == 0.0
     assert metrics.official_macro_f1(np.eye(3) * 0.5000001, labels) == 1.0
@@ -59,7 +59,7 @@ def test_bootstrap_equals_resampling_lesions_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("recall", [0.3, 0.8, 0.95, 1.0])
-def test_recall_difference_covers_the_truth_with_few_lesions_against_many(recall: float) -> None:
+def test_recall_difference_interval_has_nominal_coverage(recall: float) -> None:
     """A slice of 110 lesions, 60 of one diagnosis and 5 of each other, against 200 of each, with equal recall."""
     generator = np.random.default_rng(0)
     few, many = np.array([60] + 10 * [5]), np.full(11, 200)
@@ -92,7 +92,7 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
     assert difference.high - difference.low < separate[0].high - separate[0].low
 
 
-def test_the_official_scorer_gives_the_same_score_on_200_submissions() -> None:
+def test_score_equals_the_official_scorer_on_200_submissions() -> None:
     """All by the scorer's F1 per category; ten also by the complete scorer, which takes a third of a second each."""
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
     if not hasattr(scoring, "ClassificationMetric") or not hasattr(scoring.ClassificationMetric, "DICE"):

@@ -45,7 +45,7 @@ def rates(net: Network, lr: float = 1.0, decay: float = 0.5) -> dict[str, tuple[
 @pytest.mark.parametrize("kind", ["trimodal", "dual_cnn"])
 @pytest.mark.parametrize("tower", ["test_vit", "test_efficientnet", "test_convnext", "test_resnet"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_rates_of_every_kind_of_tower(kind: str, tower: str, shared: bool) -> None:
+def test_learning_rates_of_every_kind_of_tower(kind: str, tower: str, shared: bool) -> None:
     net = network(kind, tower, clinical=2, dermoscopic=1, shared=shared)
     blocks = len(next(iter(net.towers.values())).blocks)
     seen = set()
@@ -73,7 +73,7 @@ def test_exact_depths_of_a_vit() -> None:
     assert {depths[n] for n in depths if not n.startswith("towers.")} == {0}
 
 
-def test_weight_decay_is_for_matrices_of_linear_maps_only() -> None:
+def test_weight_decay_applies_to_weight_matrices_only() -> None:
     found = rates(network())
     for name in (
         "towers.clinical.stem.model.pos_embed", "towers.clinical.stem.model.cls_token",
@@ -90,7 +90,7 @@ def test_weight_decay_is_for_matrices_of_linear_maps_only() -> None:
         assert found[name][1] == 0.05, name
 
 
-def test_open_clips_attention_matrices_decay() -> None:
+def test_weight_decay_applies_to_open_clip_attention() -> None:
     net = network()
     net.add_module("extra", torch.nn.MultiheadAttention(8, 2))
     found = rates(net)
@@ -98,7 +98,7 @@ def test_open_clips_attention_matrices_decay() -> None:
     assert found["extra.in_proj_bias"][1] == 0.0
 
 
-def test_optimizer_table_and_nothing_to_train() -> None:
+def test_optimizer_table_and_error_without_parameters() -> None:
     net = network("dual_cnn", "test_resnet")
     optimizer = build_optimizer(net, OptimConfig(lr=1e-3, layer_decay=0.5))
     table = describe_groups(optimizer.param_groups).splitlines()
@@ -111,7 +111,7 @@ def test_optimizer_table_and_nothing_to_train() -> None:
         build_optimizer(net, OptimConfig())
 
 
-def test_lr_factor_by_hand() -> None:
+def test_lr_factor_values() -> None:
     values = [lr_factor(step, total_steps=9, warmup_steps=4, min_factor=0.1) for step in range(11)]
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
     assert values == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine, 0.1, 0.1])
@@ -130,7 +130,7 @@ def test_lr_factor_rises_then_falls_within_bounds(total: int, warmup: int, least
         assert values[-1] == pytest.approx(least)
 
 
-def test_scheduler_moves_all_groups_alike() -> None:
+def test_scheduler_scales_all_groups_alike() -> None:
     config = OptimConfig(lr=1e-2, layer_decay=0.5, min_lr=1e-4, warmup_epochs=1.5)
     optimizer = build_optimizer(network("dual_cnn", "test_resnet"), config)
     scheduler = build_scheduler(optimizer, config, total_steps=10, steps_per_epoch=2)

@@ -67,7 +67,7 @@ def test_gather_is_independent_of_file_order_and_round_trips(run) -> None:
     assert forward.complete().all()
 
 
-def test_a_missing_fold_is_nan(run) -> None:
+def test_missing_fold_is_nan(run) -> None:
     folder, ids, labels, folds = run
     shutil.rmtree(folder / "dual_cnn" / "fold-1")
     write_oof(folder / "oof.parquet", gather(folder, None, ids, labels, folds))
@@ -93,7 +93,7 @@ def test_a_missing_fold_is_nan(run) -> None:
         ({"model": "dual_cnn"}, "already predicted by model dual_cnn|head in another file"),
     ],
 )
-def test_files_of_other_data_are_refused_by_name(run, change: dict, message: str) -> None:
+def test_files_of_different_data_are_refused_by_name(run, change: dict, message: str) -> None:
     folder, ids, labels, folds = run
     path = folder / "trimodal" / "fold-0" / "predictions.parquet"
     rewrite(path, **change)
@@ -102,7 +102,7 @@ def test_files_of_other_data_are_refused_by_name(run, change: dict, message: str
     assert "predictions.parquet" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_training_row_is_refused(run) -> None:
+def test_prediction_of_a_training_lesion_is_refused(run) -> None:
     """Weights of fold 0 that also predict a lesion of fold 1 were trained on it."""
     folder, ids, labels, folds = run
     weights = read_predictions(folder / "trimodal" / "fold-0" / "predictions.parquet").model_hash[0]
@@ -113,7 +113,7 @@ def test_a_training_row_is_refused(run) -> None:
         gather(folder, None, ids, labels, folds)
 
 
-def test_a_group_in_two_folds_is_refused(run) -> None:
+def test_group_in_two_folds_is_refused(run) -> None:
     folder, ids, labels, folds = run
     for fold in (0, 1):
         path = folder / "trimodal" / f"fold-{fold}" / "predictions.parquet"
@@ -122,7 +122,7 @@ def test_a_group_in_two_folds_is_refused(run) -> None:
         gather(folder, None, ids, labels, folds)
 
 
-def test_an_edited_table_is_refused(run) -> None:
+def test_edited_table_is_refused(run) -> None:
     """A duplicate row, or another fold for one model, in oof.parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq

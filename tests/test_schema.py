@@ -59,7 +59,7 @@ def test_categories_and_synonyms_are_matched_in_any_case(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0.9", "30.1", "wide", "nan", "inf"])
-def test_a_number_out_of_range_is_refused(text: str) -> None:
+def test_number_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=rf"diameter_mm '{text}' is not a number from 1 to 30 mm"):
         DIAMETER.parse(text)
     assert DIAMETER.scaled(DIAMETER.parse("15.5")) == 0.5
@@ -76,12 +76,12 @@ def test_a_number_out_of_range_is_refused(text: str) -> None:
         ({"kind": "ordinal", "categories": ("a", "b"), "synonyms": {"c": "d"}}, "stands for no category"),
     ],
 )
-def test_a_contradictory_field_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_contradictory_field_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MetadataField("x", "x", **settings)
 
 
-def test_a_field_is_added_once(added: None) -> None:
+def test_field_cannot_be_added_twice(added: None) -> None:
     add_field(DIAMETER)
     assert list(METADATA_FIELDS) == ["age", "sex", "skin_tone", "site", "diameter", "type"]
     with pytest.raises(ConfigError, match="field 'sex' has this name or column"):
@@ -118,7 +118,7 @@ def test_added_fields_are_packed_and_read_by_name(added: None, make_challenge: A
         read_index(tmp_path / "shards")
 
 
-def test_a_column_that_the_table_lacks_is_missing(added: None, make_challenge: Any) -> None:
+def test_field_without_a_column_is_missing(added: None, make_challenge: Any) -> None:
     data = read_challenge(make_challenge(lesions=22).folder)
     assert all(np.isnan(lesion.metadata[4:]).all() for lesion in data.lesions)
     assert "22 of 22 lesions without diameter" in data.notes
@@ -141,7 +141,7 @@ def test_networks_use_every_field(added: None, kind: str) -> None:
         assert not any(torch.equal(seen[a], seen[b]) for a, b in ((0, 1), (0, 2), (1, 2))), name
 
 
-def test_parameters_of_the_networks_keep_their_names() -> None:
+def test_network_parameter_names_are_stable() -> None:
     """Checkpoints of earlier versions have these names."""
     config = ModelConfig.model_validate({"width": 32, "heads": 4})
     names = build_network(config, ("hair",), TokenShape(4, 8)).state_dict()
@@ -153,7 +153,7 @@ def test_parameters_of_the_networks_keep_their_names() -> None:
     ]
 
 
-def test_predictions_name_their_fields(added: None, tmp_path: Path) -> None:
+def test_prediction_files_name_their_fields(added: None, tmp_path: Path) -> None:
     labels = np.arange(3)
     made = predictions_of("trimodal", labels, 0, ["a", "b", "c"], 0)
     assert made.metadata_fields == tuple(METADATA_FIELDS) and made.metadata.shape == (3, 6)
@@ -178,7 +178,7 @@ def test_predictions_of_earlier_versions_have_the_fields_of_milk10k(tmp_path: Pa
         METADATA_FIELDS.pop("diameter")
 
 
-def test_attention_names_values_with_units(added: None) -> None:
+def test_attention_labels_have_values_with_units(added: None) -> None:
     values = semantic_values((), np.empty(0), np.array([50, 1, 3, np.nan, 4.5, 0]))
     assert values == {
         "age": "50 years", "sex": "male", "skin_tone": "3", "site": "missing", "diameter": "4.5 mm", "type": "no",
@@ -197,7 +197,7 @@ def test_slices_of_the_report_cover_every_lesion_once() -> None:
     assert list(slice_masks(DIAMETER, np.full(3, np.nan))) == ["missing"]
 
 
-def test_synthetic_data_has_added_fields_and_is_otherwise_the_same(tmp_path: Path, added: None) -> None:
+def test_synthetic_data_has_added_fields_and_is_otherwise_unchanged(tmp_path: Path, added: None) -> None:
     write_demo(tmp_path / "demo", 80, 40, seed=0)
     lesions = read_challenge(tmp_path / "demo" / "train").lesions
     values = np.array([lesion.metadata for lesion in lesions])
@@ -205,7 +205,7 @@ def test_synthetic_data_has_added_fields_and_is_otherwise_the_same(tmp_path: Pat
     assert set(values[:, 5][~np.isnan(values[:, 5])]) == {0.0, 1.0}
 
 
-def test_one_line_collapses_whitespace_names_the_type_and_shortens():
+def test_one_line_collapses_whitespace_and_shortens():
     error = ValueError("first\n  second\tthird")
     assert one_line(error) == "first second third"
     assert one_line(error, with_type=True) == "ValueError: first second third"

@@ -85,7 +85,7 @@ def read(override: str) -> Outer:
         ("many.a.rate=0.1", "many", {"a": Inner(rate=0.1)}),
     ],
 )
-def test_a_value_is_read_by_the_type_of_its_setting(override, key, value):
+def test_value_is_parsed_by_the_type_of_its_setting(override, key, value):
     assert getattr(read(override), key) == value
 
 
@@ -106,7 +106,7 @@ def test_a_value_is_read_by_the_type_of_its_setting(override, key, value):
         ("many.a.raet=0.1", r"unknown setting 'many.a.raet'; did you mean 'many.NAME.rate'\?"),
     ],
 )
-def test_a_wrong_value_is_one_line(override, message):
+def test_invalid_value_gives_one_line(override, message):
     with pytest.raises(ConfigError, match=message) as error:
         read(override)
     assert "\n" not in str(error.value)
@@ -116,21 +116,21 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 
 
 @given(TEXT)
-def test_text_stays_text(text):
+def test_string_values_are_not_converted(text):
     """All of it but null, brackets, and text in quotes."""
     assume(text.strip() and text[0] not in "[{'\"" and text not in ("null", "Null", "NULL", "~"))
     assert read(f"name={text}").name == text
 
 
 @given(TEXT, st.lists(TEXT), st.one_of(st.none(), st.integers(1, 10**9)), st.floats(1e-300, 1))
-def test_saved_settings_read_back(text, names, count, rate):
+def test_saved_settings_round_trip(text, names, count, rate):
     config = Outer(name=text, names=tuple(names), count=count, inner=Inner(rate=rate, free={"a": [text, rate, count]}))
     text = yaml.safe_dump(config.model_dump(mode="json"))
     assert validate(Outer, parse_yaml(text, "here")) == config
 
 
 @given(st.lists(st.text("abc123_- ", min_size=1).filter(str.strip), min_size=1))
-def test_both_forms_of_a_list_are_equal(names):
+def test_both_list_syntaxes_are_equal(names):
     names = [name.strip() for name in names]
     assume(not any(name.startswith(("-", "null")) for name in names))
     assert read(f"names={','.join(names)}") == read(f"names=[{', '.join(names)}]")
@@ -141,12 +141,12 @@ def test_both_forms_of_a_list_are_equal(names):
     [("-3", -3), ("1e-4", 1e-4), (".5", 0.5), ("1.", 1.0), (".inf", float("inf")), ("true", True), ("null", None),
      ("", None), ("no", "no"), ("010", "010"), ("1:30", "1:30"), ("2024-11-25", "2024-11-25"), ("'1'", "1")],
 )  # fmt: skip
-def test_values_without_a_type_are_those_of_yaml_1_2(text, value):
+def test_untyped_values_follow_yaml_1_2(text, value):
     found = untyped(parse_yaml(f"a: {text}", "here"))["a"]
     assert (found, type(found)) == (value, type(value))
 
 
-def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path):
+def test_duplicate_key_is_refused_with_both_line_numbers(tmp_path: Path):
     file = tmp_path / "a.yaml"
     file.write_text("a: 1\nb: {c: 1}\nd:\n  e: 1\n  f: 2\n  e: 3\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: 'e' is written twice, in lines 4 and 6"):
@@ -163,14 +163,14 @@ def test_anchors_and_merge_keys_are_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("text", "message"), [("- 1", "got a list"), ("3", "got a scalar"), ("a: [", "not readable")])
-def test_a_file_without_a_mapping_is_one_line(tmp_path, text, message):
+def test_file_without_a_mapping_gives_one_line(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
         read_mapping(tmp_path / "a.yaml", "")
     assert "\n" not in str(error.value)
 
 
-def test_types_are_described_in_the_terms_of_yaml():
+def test_types_are_described_in_yaml_terms():
     rows = {key: (type_name, default) for key, type_name, default, _ in describe(Outer)}
     assert rows == {
         "name": ("text", "a"),

@@ -21,7 +21,7 @@ def stage(folder: Path, settings: object = 0, name: str = "copy") -> Stage:
     return Stage(name, ["python", "-c", code], settings, [folder / "in"], [folder / "out"])
 
 
-def test_content_decides_not_time(tmp_path):
+def test_stage_reruns_by_content_instead_of_time(tmp_path):
     (tmp_path / "in").write_text("a")
     run_stages([stage(tmp_path)], tmp_path)
     (tmp_path / "in").write_text("a")
@@ -41,7 +41,7 @@ def test_content_decides_not_time(tmp_path):
     assert (tmp_path / "out").read_text() == "by another program:b"
 
 
-def test_a_torn_record_is_told_and_nothing_counts_as_done(tmp_path, capsys):
+def test_damaged_record_is_reported_and_all_stages_rerun(tmp_path, capsys):
     (tmp_path / "in").write_text("a")
     run_stages([stage(tmp_path)], tmp_path)
     whole = (tmp_path / "stages.json").read_text()
@@ -51,7 +51,7 @@ def test_a_torn_record_is_told_and_nothing_counts_as_done(tmp_path, capsys):
     assert "stages.json: not readable; all stages run again" in capsys.readouterr().out
 
 
-def test_a_folder_counts_by_names_sizes_and_tables(tmp_path):
+def test_folder_hash_covers_names_sizes_and_tables(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "photo.jpg").write_bytes(b"123")
@@ -70,7 +70,7 @@ def test_a_folder_counts_by_names_sizes_and_tables(tmp_path):
     assert (runs(), runs()) == (3, 3)
 
 
-def test_a_failed_stage_ends_the_run_with_its_status(tmp_path):
+def test_failed_stage_ends_the_run_with_its_status(tmp_path):
     (tmp_path / "in").write_text("a")
     failing = Stage("fail", ["python", "-c", "raise SystemExit(2)"], 0, [], [])
     with pytest.raises(SystemExit) as stop:
@@ -82,7 +82,7 @@ def test_a_failed_stage_ends_the_run_with_its_status(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number):
+def test_stop_signal_is_forwarded_once_and_the_stage_is_awaited(tmp_path, number):
     saves = (
         "import signal, sys, time; from pathlib import Path\n"
         f"def save(*_): time.sleep(0.5); open(r'{tmp_path}/saved', 'a').write('x'); time.sleep(0.5); sys.exit(3)\n"
@@ -104,7 +104,7 @@ def test_asked_to_stop_it_asks_its_stage_once_and_waits_for_it(tmp_path, number)
     assert process.returncode == 3 and (tmp_path / "saved").read_text() == "x"
 
 
-def test_a_program_that_is_asked_to_stop_ends_with_3_also_in_code_run_from_text(tmp_path):
+def test_stopped_program_exits_with_3_also_when_run_by_dash_c(tmp_path):
     waits = f"import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep({HANG_SECONDS})"
     (tmp_path / "waits.py").write_text(
         "from triderm_dist import cli; from triderm_dist.settings import Section\n"
@@ -116,7 +116,7 @@ def test_a_program_that_is_asked_to_stop_ends_with_3_also_in_code_run_from_text(
     assert done.returncode == 3 and done.stderr.startswith("interrupted: "), done
 
 
-def test_one_run_at_a_time(tmp_path):
+def test_stages_lock_their_folder(tmp_path):
     waits = f"import time; from pathlib import Path; Path(r'{tmp_path}/begun').touch(); time.sleep({HANG_SECONDS})"
     code = (
         "from pathlib import Path; from triderm_dist.stages import Stage, run_stages\n"
@@ -144,7 +144,7 @@ def of_pipeline(folder: Path, *words: str) -> dict[str, Stage]:
     return {each.name: each for each in stages(config, folder / "config.yaml")}
 
 
-def test_what_a_stage_depends_on(make_challenge, tmp_path):
+def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
     challenge = make_challenge()
     plain = of_pipeline(tmp_path, f"data.source={challenge.folder}")
     one_table = of_pipeline(tmp_path, f"data.source={challenge.metadata_path}")
@@ -164,13 +164,13 @@ def test_what_a_stage_depends_on(make_challenge, tmp_path):
     assert spread["crossval"].settings == plain["crossval"].settings
 
 
-def test_packed_test_shards_are_not_packed_into(make_challenge, tmp_path):
+def test_existing_test_shards_are_not_overwritten(make_challenge, tmp_path):
     words = ["data.shards=there", f"data.test={make_challenge().folder}"]
     assert "pack test" in of_pipeline(tmp_path, *words)
     assert "pack test" not in of_pipeline(tmp_path, *words, "data.test_shards=elsewhere")
 
 
-def test_fused_features_are_predicted_before_the_stack_and_need_a_test_set(tmp_path):
+def test_fused_features_are_predicted_before_stacking(tmp_path):
     words = ["data.shards=there", "stack.extra=[features]"]
     found = of_pipeline(tmp_path, *words, "data.test_shards=elsewhere")
     assert list(found) == ["crossval", "predict folds", "stack", "predict", "report"]

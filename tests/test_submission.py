@@ -16,7 +16,9 @@ UNIT = st.floats(0, 1)
 
 @settings(deadline=None)
 @given(arrays(np.float64, (12, 3), elements=UNIT), arrays(np.float64, 3, elements=UNIT))
-def test_map_to_half_keeps_decisions_and_order(probabilities: np.ndarray, thresholds: np.ndarray) -> None:
+def test_rescaling_to_threshold_one_half_keeps_decisions_and_order(
+    probabilities: np.ndarray, thresholds: np.ndarray
+) -> None:
     mapped = map_to_half(probabilities, thresholds)
     assert ((mapped >= 0) & (mapped <= 1)).all()
     np.testing.assert_array_equal(mapped > 0.5, probabilities > thresholds)
@@ -27,7 +29,7 @@ def test_map_to_half_keeps_decisions_and_order(probabilities: np.ndarray, thresh
 
 @settings(deadline=None)
 @given(st.data())
-def test_file_reproduces_decisions_to_the_last_bit(tmp_path_factory, data) -> None:
+def test_submission_file_reproduces_decisions_exactly(tmp_path_factory, data) -> None:
     thresholds = data.draw(arrays(np.float64, C, elements=st.floats(0.001, 0.999)))
     probabilities = data.draw(arrays(np.float64, (4, C), elements=UNIT))
     probabilities[1] = thresholds
@@ -41,7 +43,7 @@ def test_file_reproduces_decisions_to_the_last_bit(tmp_path_factory, data) -> No
     assert (read[2] > 0.5).all() and not (read[1] > 0.5).any() and not (read[3] > 0.5).any()
 
 
-def test_file_format(tmp_path: Path) -> None:
+def test_submission_file_format(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "submission.csv"
     write_submission(path, ["b", "a"], np.array([[0.0] * C, [1.0] * C]), np.full(C, 0.5), template=["a", "b"])
     lines = path.read_bytes().decode().split("\n")
@@ -73,7 +75,7 @@ def test_invalid_submissions_are_refused_without_a_file(tmp_path: Path, change: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
+def test_unreadable_submissions_are_refused_by_file_name(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     with pytest.raises(DataError, match="no such file"):
         read_submission(path)
@@ -88,7 +90,7 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
             read_submission(path)
 
 
-def test_the_official_scorer_gives_the_same_score(tmp_path: Path) -> None:
+def test_written_submission_scores_equally_in_the_official_scorer(tmp_path: Path) -> None:
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
     if not hasattr(scoring.ClassificationMetric, "DICE"):
         pytest.skip("this isic-challenge-scoring is older than 5.8.0 and has no dice")

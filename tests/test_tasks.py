@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_milk10k_is_what_the_constants_say() -> None:
+def test_milk10k_task_equals_the_constants() -> None:
     task = load_task("milk10k")
     assert task.diagnosis_names == DIAGNOSES and {each.name: each.title for each in task.diagnoses} == DIAGNOSIS_NAMES
     assert task.view_names == VIEWS
@@ -34,14 +34,14 @@ def test_milk10k_is_what_the_constants_say() -> None:
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_a_task_survives_json(name: str) -> None:
+def test_task_json_round_trip(name: str) -> None:
     task = load_task(name)
     mapping = json.loads(json.dumps(task.to_mapping()))
     assert Task.from_mapping(mapping, "index.json") == task
     assert Path(load_task.__code__.co_filename).with_name(f"{name}.yaml").read_text().startswith("# ")
 
 
-def test_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_task_file_of_a_user(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(SMALL))
     task = load_task(tmp_path / "task.yaml")
     assert task == Task.from_mapping(SMALL, "here")
@@ -100,7 +100,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         ([], "expected a mapping of keys, got a list"),
     ],
 )
-def test_contradictions_are_one_line(raw: Any, says: str) -> None:
+def test_contradictory_tasks_give_one_line(raw: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=r"\Atask\.yaml: [^\n]+\Z") as error:
         Task.from_mapping(raw, "task.yaml")
     assert says in str(error.value)

@@ -49,7 +49,7 @@ def output(programs: Path, folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_package_is_that_of_the_wheel(programs, tmp_path):
+def test_installed_package_is_the_wheel(programs, tmp_path):
     code = "import sys, triderm_dist; print(triderm_dist.__file__, *sys.path)"
     first, *paths = output(programs, tmp_path, "python", "-c", code).split()
     assert first.startswith(str(programs.parent)) and str(ROOT) not in paths
@@ -62,7 +62,7 @@ def test_tasks_are_in_the_wheel(programs, tmp_path):
     assert output(programs, tmp_path, "python", "-c", code).split() == list(task_names())
 
 
-def test_light_programs_run_from_any_folder(programs, tmp_path):
+def test_light_programs_run_in_any_folder(programs, tmp_path):
     assert "Start here:" in output(programs, tmp_path, "triderm", "--help")
     assert output(programs, tmp_path, "triderm", "--version") == f"triderm-dist {__version__}\n"
     printed = output(programs, tmp_path, "triderm", "train", "--config", "demo", "--print-config")
@@ -83,20 +83,20 @@ def test_every_shipped_file_is_listed_and_can_be_copied(programs, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_doctor_knows_the_versions_and_the_shipped_files(programs, tmp_path):
+def test_doctor_reports_versions_and_finds_shipped_files(programs, tmp_path):
     done = run(programs, tmp_path, "triderm", "doctor", "--config", "demo", "launcher=ddp")
     assert done.returncode == 2 and done.stderr.startswith("error: missing: "), done.stdout + done.stderr
     assert "not tested with this version" not in done.stdout and "triderm pipeline --config" in done.stdout
 
 
 @pytest.mark.slow
-def test_accelerate_starts_programs_of_the_wheel(programs, tmp_path):
+def test_accelerate_launches_programs_of_the_wheel(programs, tmp_path):
     launcher = output(programs, tmp_path, "triderm", "config", "path", "single").strip()
     words = ["accelerate.commands.launch", "--config_file", launcher, "-m", "triderm_dist.commands.train", "--help"]
     assert "Settings of this program:" in output(programs, tmp_path, "python", "-m", *words)
 
 
 @pytest.mark.slow
-def test_the_demo_runs_to_its_report(programs, tmp_path):
+def test_demo_runs_until_its_report(programs, tmp_path):
     output(programs, tmp_path, "triderm", "demo")
     assert (tmp_path / "runs" / "demo" / "report.html").is_file()

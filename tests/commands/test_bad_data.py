@@ -59,7 +59,7 @@ BROKEN: dict[str, tuple[Callable[[Challenge], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_pack_refuses(make_challenge: Make, tmp_path: Path, name: str) -> None:
+def test_pack_refuses_invalid_data(make_challenge: Make, tmp_path: Path, name: str) -> None:
     challenge = make_challenge(lesions=11)
     change, message = BROKEN[name]
     change(challenge)
@@ -73,7 +73,7 @@ def test_pack_refuses(make_challenge: Make, tmp_path: Path, name: str) -> None:
     assert not output.exists() and not list(tmp_path.glob("*.part"))
 
 
-def test_settings_that_allow_incomplete_lesions(make_challenge: Make, tmp_path: Path) -> None:
+def test_incomplete_lesions_can_be_allowed(make_challenge: Make, tmp_path: Path) -> None:
     """One photo is kept with the other view marked missing, an unreadable one drops its lesion; `verify` passes."""
     challenge = make_challenge(lesions=11)
     del challenge.metadata[1]
@@ -111,7 +111,7 @@ def test_settings_that_allow_incomplete_lesions(make_challenge: Make, tmp_path: 
         ),
     ],
 )
-def test_bad_settings(program: str, settings: list[str], message: str) -> None:
+def test_invalid_settings_are_refused(program: str, settings: list[str], message: str) -> None:
     result = run(program, *settings)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr

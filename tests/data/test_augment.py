@@ -25,7 +25,7 @@ def photos(number: int = 8, height: int = 24, width: int = 32) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (number, height, width, 3), dtype=np.uint8))
 
 
-def test_random_numbers_depend_on_seed_epoch_lesion_copy_and_name_but_not_on_the_order():
+def test_random_numbers_are_independent_of_the_order_of_lesions():
     a = LesionRng(1, 2, KEYS, COPIES).uniform("scale")
     assert ((a >= 0) & (a < 1)).all()
     assert abs(a.mean() - 0.5) < 0.15
@@ -46,7 +46,7 @@ def test_random_numbers_are_uniform():
     assert np.abs(np.histogram(numbers, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
 
 
-def test_augmentation_does_not_depend_on_the_split_of_the_batch():
+def test_augmentation_is_independent_of_the_split_of_the_batch():
     transform, x = PhotoTransform(16, AugmentConfig()), photos()
     together = transform(x, "clinical", LesionRng(0, 1, KEYS[:8], COPIES[:8]))
     parts = [
@@ -57,7 +57,7 @@ def test_augmentation_does_not_depend_on_the_split_of_the_batch():
     assert together.min() >= 0 and together.max() <= 1
 
 
-def test_without_rng_the_centered_square():
+def test_center_crop_without_rng():
     x = photos()
     torch.testing.assert_close(
         PhotoTransform(24, IDENTITY)(x, "clinical"), x[:, :, 4:28].permute(0, 3, 1, 2).float() / 255
@@ -68,7 +68,7 @@ def test_without_rng_the_centered_square():
     )
 
 
-def test_identity_settings_only_shift():
+def test_identity_settings_only_translate():
     x = torch.arange(24 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).view(1, 24, 32, 1).expand(4, -1, -1, 3)
     crops = PhotoTransform(24, IDENTITY)(x, "clinical", LesionRng(0, 0, KEYS[:4], COPIES[:4]))
     rows = x[0, :, :, 0].float() / 255
@@ -113,7 +113,7 @@ class Stripe(Augmentation):
         return pixels
 
 
-def test_an_added_augmentation_changes_what_it_says_and_is_the_same_in_any_split(monkeypatch):
+def test_registered_augmentation_is_independent_of_the_split(monkeypatch):
     monkeypatch.setattr("triderm_dist.data.augment.AUGMENTATIONS", {"stripe": Stripe})
     x, rng = photos(), LesionRng(0, 1, KEYS[:8], COPIES[:8])
     plain = PhotoTransform(16, AugmentConfig())(x, "clinical", rng)
@@ -140,7 +140,7 @@ def test_an_added_augmentation_changes_what_it_says_and_is_the_same_in_any_split
         ({"stripe": {"brightness": "x"}}, "train.augment.extra.stripe: brightness: "),
     ],
 )
-def test_an_unknown_augmentation_or_setting_of_it_is_refused(extra, message, monkeypatch):
+def test_unknown_augmentation_or_setting_is_refused(extra, message, monkeypatch):
     monkeypatch.setattr("triderm_dist.data.augment.AUGMENTATIONS", {"stripe": Stripe})
     with pytest.raises(ConfigError, match=message):
         PhotoTransform(16, AugmentConfig(extra=extra))

@@ -111,7 +111,7 @@ def test_transient_faults_are_retried(server: Server, tmp_path: Path, fault: str
     assert path.read_bytes() == DATA and [each.name for each in path.parent.iterdir()] == ["file"]
 
 
-def test_a_resumed_download_requests_the_missing_bytes_only(server: Server, tmp_path: Path) -> None:
+def test_resumed_download_requests_only_the_missing_bytes(server: Server, tmp_path: Path) -> None:
     server.faults = ["truncated", "503", "503", "503"]
     with pytest.raises(Interrupted, match=r"503 Service Unavailable, 3 attempts in a row; 256000 bytes are kept"):
         fetch(f"{server.url}/file", tmp_path / "file", **QUICK)
@@ -127,9 +127,7 @@ def test_a_resumed_download_requests_the_missing_bytes_only(server: Server, tmp_
         *((other, tags) for other in (DATA[:100_000][::-1], DATA + b"more") for tags in (True, False)),
     ],
 )
-def test_a_file_that_changed_is_downloaded_from_the_start(
-    server: Server, tmp_path: Path, other: bytes, tags: bool
-) -> None:
+def test_changed_file_is_downloaded_from_the_start(server: Server, tmp_path: Path, other: bytes, tags: bool) -> None:
     """Recognized by its entity tag or its length."""
     server.tags = tags
     server.faults = ["truncated", "503", "503", "503"]
@@ -140,7 +138,7 @@ def test_a_file_that_changed_is_downloaded_from_the_start(
     assert (tmp_path / "file").read_bytes() == other
 
 
-def test_checksums_are_compared(server: Server, tmp_path: Path) -> None:
+def test_download_checksums_are_verified(server: Server, tmp_path: Path) -> None:
     good = hashlib.sha256(DATA).hexdigest()
     server.faults = ["wrong byte"]
     with pytest.raises(DataError, match=rf"checksum \w+ is not the expected {good}; .* rerun the command"):
@@ -172,7 +170,7 @@ def test_permanent_errors_are_not_retried(
     assert len(server.ranges) == 1 and "\n" not in str(caught.value)
 
 
-def test_an_unreachable_server_is_interrupted(tmp_path: Path) -> None:
+def test_unreachable_server_raises_interrupted(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -216,7 +214,7 @@ HOSTILE: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_archives_are_refused(tmp_path: Path, name: str) -> None:
+def test_malicious_archives_are_refused(tmp_path: Path, name: str) -> None:
     members, change, message = HOSTILE[name]
     (tmp_path / "in").mkdir()
     archive = make_zip(tmp_path / "in" / "a.zip", {"good.jpg": b"good", **members}, change)
@@ -226,7 +224,7 @@ def test_hostile_archives_are_refused(tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.zip", "in"]
 
 
-def test_a_member_larger_than_listed_is_refused(tmp_path: Path) -> None:
+def test_archive_member_larger_than_listed_is_refused(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "a.zip", {"x": b"0123456789" * 100})
     data = archive.read_bytes()
     archive.write_bytes(data.replace(struct.pack("<I", 1000), struct.pack("<I", 10)))
@@ -236,7 +234,7 @@ def test_a_member_larger_than_listed_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position", [40, 200, -30])
-def test_damaged_archives(tmp_path: Path, position: int) -> None:
+def test_damaged_archives_are_refused(tmp_path: Path, position: int) -> None:
     archive = make_zip(tmp_path / "a.zip", {"x/photo.jpg": bytes(range(256)) * 40})
     data = bytearray(archive.read_bytes())
     data[position] ^= 255
@@ -246,7 +244,7 @@ def test_damaged_archives(tmp_path: Path, position: int) -> None:
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
-def test_a_nested_folder_of_the_same_name_is_flattened(tmp_path: Path) -> None:
+def test_nested_folder_of_the_same_name_is_flattened(tmp_path: Path) -> None:
     unpack(make_zip(tmp_path / "a.zip", {"a/": b"", "a/x.jpg": b"x", "a/b/y.jpg": b"y"}), tmp_path / "a", 10**6)
     unpack(make_zip(tmp_path / "c.zip", {"x.jpg": b"x", "c/y.jpg": b"y"}), tmp_path / "c", 10**6)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jpg")}
@@ -260,7 +258,7 @@ def run(*settings: str) -> subprocess.CompletedProcess[str]:
     return launch("shards.download", *settings, check=False)
 
 
-def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Path) -> None:
+def test_download_unpack_and_pack_end_to_end(server: Server, make_challenge: Any, tmp_path: Path) -> None:
     """All files of a part are downloaded despite faults; the next run requests nothing; the folder can be packed."""
     from triderm_dist.data.readers.milk10k import read_challenge
 
@@ -299,14 +297,14 @@ def test_from_server_to_shards(server: Server, make_challenge: Any, tmp_path: Pa
     )
 
 
-def test_other_files_are_not_overwritten(server: Server, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(DataError, match="exists, but was not downloaded by this program"):
         download(tmp_path, ["file"], base_url=server.url)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_checksum_files(tmp_path: Path) -> None:
+def test_checksum_file_formats(tmp_path: Path) -> None:
     path = tmp_path / "SUMS"
     path.write_text(f"{'A' * 64} *dir/file.zip\n\n{'b' * 64}  other\n")
     assert read_checksums(path) == {"file.zip": "a" * 64, "other": "b" * 64}

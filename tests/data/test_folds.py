@@ -22,7 +22,7 @@ def table(labels: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
     folds=st.integers(2, 5),
     seed=st.integers(0, 9),
 )
-def test_single_rows_are_spread_exactly(counts: list[int], folds: int, seed: int) -> None:
+def test_ungrouped_rows_are_stratified_exactly(counts: list[int], folds: int, seed: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     fold = assign_folds(labels, [f"L{i}" for i in range(len(labels))], folds, seed)
     counts_by_fold = table(labels, fold, folds)
@@ -32,7 +32,7 @@ def test_single_rows_are_spread_exactly(counts: list[int], folds: int, seed: int
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), folds=st.integers(2, 5), seed=st.integers(0, 9))
-def test_grouped_rows(data: st.DataObject, folds: int, seed: int) -> None:
+def test_groups_are_kept_together_in_any_row_order(data: st.DataObject, folds: int, seed: int) -> None:
     rows = data.draw(st.integers(20, 150))
     generator = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     labels = generator.choice(6, rows, p=[0.5, 0.2, 0.15, 0.1, 0.03, 0.02])
@@ -53,7 +53,7 @@ def test_grouped_rows(data: st.DataObject, folds: int, seed: int) -> None:
     np.testing.assert_array_equal(assign_folds(labels[order], groups[order], folds, seed), fold[order])
 
 
-def test_grouped_folds_are_near_the_right_size() -> None:
+def test_grouped_folds_have_similar_sizes() -> None:
     generator = np.random.default_rng(1)
     groups = generator.integers(0, 400, 1000).astype(str)
     labels = generator.choice(4, 1000, p=[0.6, 0.25, 0.1, 0.05])
@@ -71,7 +71,7 @@ def test_rare_labels_have_more_weight() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_patient_is_moved_where_greedy_placing_fails(seed: int) -> None:
+def test_patient_is_moved_where_greedy_placement_fails(seed: int) -> None:
     """The cheapest fold for one patient after the other would leave a label in one fold."""
     content = {"a": [0, 2, 2], "b": [2, 2, 1, 1], "c": [1, 0], "d": [1], "e": [2]}
     labels = np.concatenate(list(content.values()))
@@ -79,7 +79,7 @@ def test_a_patient_is_moved_where_greedy_placing_fails(seed: int) -> None:
     assert (table(labels, assign_folds(labels, groups, 2, seed), 2) > 0).all()
 
 
-def test_a_rare_label_of_large_groups_is_split() -> None:
+def test_rare_label_of_large_groups_is_split() -> None:
     """Two patients hold the rare label and many common lesions; they get different folds."""
     labels = np.array([1] + [0] * 50 + [1] + [0] * 50 + [0] * 10)
     groups = ["a"] * 51 + ["b"] * 51 + [f"s{i}" for i in range(10)]
@@ -87,7 +87,7 @@ def test_a_rare_label_of_large_groups_is_split() -> None:
     assert fold[0] != fold[51]
 
 
-def test_labels_that_cannot_be_spread() -> None:
+def test_labels_that_cannot_be_spread_are_an_error() -> None:
     """Three patients, each with two of three labels: two folds leave a label without training rows, three do not."""
     labels, groups = np.array([0, 1, 1, 2, 2, 0]), ["a", "a", "b", "b", "c", "c"]
     with pytest.raises(DataError, match="use more folds"):
@@ -95,7 +95,7 @@ def test_labels_that_cannot_be_spread() -> None:
     assert sorted(set(assign_folds(labels, groups, 3, 0).tolist())) == [0, 1, 2]
 
 
-def test_seed_unlabeled_and_too_many_folds() -> None:
+def test_seed_unlabeled_rows_and_too_many_folds() -> None:
     labels = np.array([0] * 20 + [-1] * 5 + [1] * 7)
     groups = [f"L{i}" for i in range(len(labels))]
     fold = assign_folds(labels, groups, 3, 0)

@@ -39,7 +39,7 @@ def steps_of(index: ShardIndex, source, global_batch: int = 8, micro_batch: int 
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_rows_hold_their_lesion(index, workers):
+def test_batch_rows_contain_the_right_lesions(index, workers):
     import simplejpeg
 
     source = PhotoSource(index, 36, *HALF)
@@ -63,7 +63,7 @@ def test_rows_hold_their_lesion(index, workers):
     source.close()
 
 
-def test_augmented_batch_does_not_depend_on_the_split(index):
+def test_augmented_batch_is_independent_of_the_split(index):
     source, augment = PhotoSource(index, 24, *HALF), AugmentConfig(clinical_dropout=0.5, concept_dropout=0.5)
     whole, parts = (
         [batch for step in steps_of(index, source, micro_batch=m, augment=augment, seed=5, epoch=2)[1]
@@ -76,7 +76,7 @@ def test_augmented_batch_does_not_depend_on_the_split(index):
     assert torch.cat([batch.concepts for batch in whole]).isnan().any()
 
 
-def test_the_most_frequent_size_is_the_canvas(make_challenge, tmp_path):
+def test_canvas_is_the_most_frequent_photo_size(make_challenge, tmp_path):
     """Photos of other sizes, the first one too, are fitted to it."""
     challenge = make_challenge(lesions=22)
     dataset = read_challenge(challenge.folder)
@@ -106,7 +106,7 @@ def ramp(height: int, width: int) -> np.ndarray:
     "size", [(36, 48), (48, 36), (72, 96), (18, 24), (40, 40), (30, 31), (36, 90), (24, 96), (91, 36)]
 )
 @pytest.mark.parametrize("canvas", [(36, 48), (48, 36), (36, 36), (24, 72)])
-def test_a_fitted_photo_keeps_its_centered_square(size, canvas):
+def test_resized_photo_keeps_its_center_crop(size, canvas):
     """The centered square that evaluation takes is that of the photo itself, up to a rotation."""
     photo = ramp(*size)
     fitted = fit_to_canvas(photo, *canvas)
@@ -126,7 +126,7 @@ def rotated_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return min((seen, torch.rot90(seen, 2, (1, 2))), key=lambda pixels: float((pixels - own).abs().mean()))
 
 
-def test_missing_borders_are_mirrored():
+def test_padding_is_reflected():
     fitted = fit_to_canvas(ramp(40, 40), 40, 60)
     assert np.array_equal(fitted[:, 10:50], ramp(40, 40))
     assert np.array_equal(fitted[:, :10], fitted[:, 10:20][:, ::-1])
@@ -160,7 +160,7 @@ def test_no_copy_to_the_device_blocks_the_host(index):
     assert copies.blocking == [False] * (2 * 7 + 5)
 
 
-def test_a_damaged_photo_is_named(index):
+def test_damaged_photo_is_named(index):
     path = index.path(0)
     data = bytearray(path.read_bytes())
     row = int(np.flatnonzero((index.shard == 0) & (index.sizes[:, 1] > 0))[1])
@@ -171,7 +171,7 @@ def test_a_damaged_photo_is_named(index):
         steps_of(index, PhotoSource(index, 24, *HALF))
 
 
-def test_tokens_are_of_the_version_that_was_drawn(index, tmp_path):
+def test_tokens_are_those_of_the_sampled_version(index, tmp_path):
     cache = TokenCache(tmp_path / "tokens", len(index), (3, 2))
     for number, version in enumerate(["plain", "augmented-0", "dihedral-1"]):
         tokens = np.zeros((len(index), 2, 3, 2), np.float16)

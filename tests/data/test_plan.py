@@ -91,7 +91,7 @@ def test_union_of_ranks_is_the_plan(number, shards, world, global_batch, samplin
 
 @settings(max_examples=100)
 @given(number=st.integers(1, 97), world=st.integers(1, 8), global_batch=st.integers(1, 40), start=st.integers(0, 9))
-def test_rows_ahead_are_those_that_the_ranks_read(number, world, global_batch, start):
+def test_prefetched_rows_equal_those_read_by_the_ranks(number, world, global_batch, start):
     plan = EpochPlan(make_samples(number), Sampling(), 0, 0)
     ranks = split(plan, world, global_batch, start)
     read = {int(row) for batches in ranks for batch in batches for row in batch.rows}
@@ -138,7 +138,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 @pytest.mark.parametrize("kind", ["sequential", "shuffle", "balanced"])
-def test_loaders_of_all_ranks_deliver_the_plan(index, kind):
+def test_loaders_of_all_ranks_yield_the_plan(index, kind):
     """On 1, 3 and 8 ranks (more ranks than shards), with 1 to 4 workers, resumed at every global batch."""
     sampling = Sampling(kind, threshold=0.3, window=10)
     source = PhotoSource(index, 24, (0.5,) * 3, (0.5,) * 3)
@@ -157,7 +157,7 @@ def test_loaders_of_all_ranks_deliver_the_plan(index, kind):
 
 @settings(max_examples=50)
 @given(number=st.integers(1, 200), kind=st.sampled_from(["sequential", "shuffle"]), window=st.sampled_from([None, 10]))
-def test_each_sample_once(number, kind, window):
+def test_each_sample_occurs_once(number, kind, window):
     samples = make_samples(number)
     plan = EpochPlan(samples, Sampling(kind, window=window), seed=3, epoch=1)
     assert sorted(plan.order) == samples.rows.tolist()
@@ -225,7 +225,7 @@ def test_repeat_factors_follow_the_formula():
 
 @settings(max_examples=40)
 @given(rare=st.integers(1, 6), common=st.integers(100, 300), window=st.sampled_from([None, 50]), seed=st.integers(0, 9))
-def test_copies_are_kept_apart_and_numbered(rare, common, window, seed):
+def test_copies_are_spread_and_numbered(rare, common, window, seed):
     labels = np.repeat([0, 1], [common, rare])
     samples = Samples(np.arange(common + rare), labels, np.zeros(common + rare, np.int64))
     plan = EpochPlan(samples, Sampling("balanced", 0.5, 0.5, window), seed, 0)
@@ -251,7 +251,7 @@ def test_window_keeps_reads_near_sequential(shards, per_shard, window, epoch):
         assert len(windows) == windows[-1] - windows[0] + 1 <= per_shard // window + 2
 
 
-def test_shards_need_not_be_in_order():
+def test_shards_may_be_in_any_order():
     """Rows in any order, as in a fold: windows still consist of shards."""
     of_row = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 10))
     samples = Samples(np.arange(100), np.zeros(100, np.int64), of_row)
@@ -260,7 +260,7 @@ def test_shards_need_not_be_in_order():
 
 
 @pytest.mark.parametrize("kind", ["shuffle", "balanced"])
-def test_a_plan_for_a_million(kind):
+def test_plan_of_a_million_rows_uses_little_memory(kind):
     """The memory limit fails with one Python object per row; a benchmark measures ten million."""
     import tracemalloc
 

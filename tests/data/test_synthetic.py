@@ -55,7 +55,7 @@ def test_official_layout(demo: Path) -> None:
     assert list(truth[0]) == ["lesion_id", *DIAGNOSES]
 
 
-def test_every_file_says_that_it_is_synthetic(demo: Path) -> None:
+def test_every_file_is_marked_as_synthetic(demo: Path) -> None:
     for file in ("README.txt", "train/attribution.txt", "test/attribution.txt"):
         assert "SYNTHETIC" in (demo / file).read_text()
     assert {row["attribution"] for row in read_rows(demo / "test" / "MILK10k_Test_Metadata.csv")} == {
@@ -63,7 +63,7 @@ def test_every_file_says_that_it_is_synthetic(demo: Path) -> None:
     }
 
 
-def test_content(demo: Path) -> None:
+def test_class_balance_missing_values_and_separate_truth(demo: Path) -> None:
     train, test = read_challenge(demo / "train"), read_challenge(demo / "test")
     assert train.labeled and not test.labeled and train.concepts == test.concepts == CONCEPTS
     counts = np.bincount([lesion.label for lesion in train.lesions], minlength=11)
@@ -102,7 +102,7 @@ def test_every_modality_separates_its_diagnoses(demo: Path) -> None:
     assert separation(age, ["BKL"], ["NV"]) > 0.85
 
 
-def test_reproducible(demo: Path, tmp_path: Path) -> None:
+def test_synthetic_data_is_reproducible(demo: Path, tmp_path: Path) -> None:
     def content(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -110,7 +110,7 @@ def test_reproducible(demo: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "again") == content(demo)
 
 
-def test_existing_data_are_never_overwritten(demo: Path, tmp_path: Path) -> None:
+def test_existing_data_is_never_overwritten(demo: Path, tmp_path: Path) -> None:
     before = (demo / "README.txt").stat().st_mtime_ns
     again = write_demo(demo, lesions=130, test_lesions=60)
     assert again.returncode == 0 and "already" in again.stdout

@@ -55,7 +55,7 @@ def take_steps(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, las
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumed_the_optimizer_takes_the_same_steps(name):
+def test_resumed_optimizer_takes_the_same_steps(name):
     accelerator, build = Accelerator(cpu=True), OPTIMIZERS[name]
     net = network()
     optimizer = build(net.parameters(), lr=0.05)
@@ -77,7 +77,7 @@ def test_resumed_the_optimizer_takes_the_same_steps(name):
         assert torch.equal(other.state_dict()[key], value), key
 
 
-def test_names_are_those_of_the_parameters():
+def test_optimizer_state_is_keyed_by_parameter_name():
     net = network()
     optimizer = OPTIMIZERS["adamw"](net.parameters())
     initial = group_entries(optimizer)
@@ -88,7 +88,7 @@ def test_names_are_those_of_the_parameters():
     assert set(state.tensors) == keys and not state.values and not state.groups
 
 
-def test_state_of_another_optimizer_is_refused():
+def test_state_of_a_different_optimizer_is_refused():
     net = network()
     optimizer = OPTIMIZERS["sgd"](net.parameters(), lr=0.1)
     take_steps(net, optimizer, 0, 1)
@@ -100,7 +100,7 @@ def test_state_of_another_optimizer_is_refused():
         load_optimizer_state(Accelerator(cpu=True), net, adamw, {}, saved)
 
 
-def test_state_that_no_file_can_hold_is_refused():
+def test_unserializable_optimizer_state_is_refused():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.state[net[0].weight]["history"] = object()

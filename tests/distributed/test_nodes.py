@@ -148,7 +148,7 @@ def static(host: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_hosts_give_the_losses_of_one(hosts, settings, one_host, tmp_path):
+def test_two_hosts_give_the_losses_of_one_host(hosts, settings, one_host, tmp_path):
     program = [*settings, f"output={tmp_path}"]
     started = [host.start(*static(n), program=program) for n, host in enumerate(hosts)]
     for launcher in started:
@@ -161,7 +161,7 @@ def test_two_hosts_give_the_losses_of_one(hosts, settings, one_host, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_host_that_is_cut_off_is_told_in_time_and_the_run_goes_on(hosts, settings, one_host, tmp_path):
+def test_lost_host_is_reported_within_the_timeout_and_the_run_resumes(hosts, settings, one_host, tmp_path):
     program = [*settings, f"output={tmp_path}"]
     started = [host.start(*static(n), program=program) for n, host in enumerate(hosts)]
     wait_for_step(6, tmp_path, started[0])
@@ -186,7 +186,7 @@ def test_a_host_that_is_cut_off_is_told_in_time_and_the_run_goes_on(hosts, setti
 
 
 @pytest.mark.slow
-def test_a_host_that_dies_is_replaced_and_the_run_goes_on(hosts, settings, one_host, tmp_path):
+def test_dead_host_is_replaced_and_the_run_resumes(hosts, settings, one_host, tmp_path):
     program = [*settings, f"output={tmp_path}"]
     # Hosts in namespaces share a name, so that the one where all meet does not know that it is meant.
     elastic = ["--rdzv_backend", "c10d", "--max_restarts", "3", "--rdzv_conf"]

@@ -51,7 +51,7 @@ def seen(folder) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
 
 
 @pytest.mark.parametrize(("world", "remote"), [(2, False), (4, True)], ids=["2-folder", "4-server"])
-def test_lesions_of_an_epoch_are_those_of_the_plan(shards, tmp_path, world, remote):
+def test_ranks_read_exactly_the_plan_of_an_epoch(shards, tmp_path, world, remote):
     index = read_index(shards)
     with serve(shards) as server:
         launch(WORKER, server.url if remote else str(shards), str(tmp_path), json.dumps([[world], 0]))
@@ -71,7 +71,7 @@ def test_lesions_of_an_epoch_are_those_of_the_plan(shards, tmp_path, world, remo
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
-def test_killed_at_random_moments_and_resumed_on_other_world_sizes(shards, tmp_path, remote):
+def test_resume_with_other_world_sizes_after_random_kills(shards, tmp_path, remote):
     kills = 10  # of the 20, half read a folder and half a server
     worlds = [2, 4, 1, 2, 4, 1, 2, 2, 1, 4, 2]
     with serve(shards) as server:
@@ -96,7 +96,7 @@ def test_killed_at_random_moments_and_resumed_on_other_world_sizes(shards, tmp_p
     assert len({world for (_, world), steps in attempts.items() if steps}) > 2
 
 
-def test_a_fault_that_one_rank_meets_ends_all_with_one_error(shards, tmp_path):
+def test_error_on_one_rank_ends_all_ranks_with_one_message(shards, tmp_path):
     """A photo is damaged after the shards were checked: the other rank, which waits for this one, must not hang, or
     `launch` fails.
     """
@@ -115,7 +115,7 @@ def test_a_fault_that_one_rank_meets_ends_all_with_one_error(shards, tmp_path):
     assert f"the clinical photo of lesion {index.lesion_ids[40]} does not decode" in errors[0]
 
 
-def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(shards, tmp_path):
+def test_permanent_server_failure_ends_all_ranks_with_one_error(shards, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     with serve(shards) as server:
         shard = read_index(shards).shards[-1].url
@@ -130,7 +130,7 @@ def test_a_server_that_fails_for_good_ends_all_ranks_with_one_error(shards, tmp_
     assert all(f"{shard}: not fetched within 4 s" in line for line in errors)
 
 
-def test_training_from_a_server_is_training(shards, tmp_path):
+def test_training_from_a_server_equals_training_from_a_folder(shards, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     with serve(shards) as server:
         for name in ("index.json", "samples.parquet", "shard-000000.tar"):

@@ -51,7 +51,7 @@ def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def test_killed_and_stopped_parallel_folds_equal_sequential_ones(packed, tmp_path):
+def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     log, first, second = (tmp_path / f"{name}.log" for name in ("sequential", "first", "second"))
     sequential = crossval(tmp_path, log, f"data.shards={packed}", f"output={tmp_path / 'sequential'}")
@@ -87,7 +87,7 @@ def test_killed_and_stopped_parallel_folds_equal_sequential_ones(packed, tmp_pat
     assert tables[0] == tables[1]
 
 
-def test_failed_folds_are_restarted_and_final_failures_named(tmp_path):
+def test_failed_folds_are_restarted_and_final_failures_reported(tmp_path):
     from triderm_dist.distributed.ray_cluster import running_ray
 
     def count(name: str) -> int:

@@ -131,7 +131,7 @@ def test_killed_pipeline_resumes(done, arguments, tmp_path):
     assert (tmp_path / "submission.csv").read_bytes() == (done / "submission.csv").read_bytes()
 
 
-def test_ctrl_c_waits_until_parallel_folds_have_saved(packed, tmp_path):
+def test_sigint_waits_until_parallel_folds_have_saved(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS.partition("  frozen:")[0])
     words = ["--config", str(tmp_path / "tiny.yaml"), f"data.shards={packed}", f"output={tmp_path}"]
     # Two folds at once, whatever the machine has.
@@ -167,7 +167,7 @@ def test_explain_draws_attention_of_the_predicting_models(done):
     assert result.returncode == 2 and "error: explain=nobody: no lesion" in result.stderr
 
 
-def test_weights_of_another_architecture_are_refused(done, arguments):
+def test_weights_of_a_different_architecture_are_refused(done, arguments):
     before = (done / "submission.csv").read_bytes()
     (done / "tri" / "fold-0" / "test.json").unlink(missing_ok=True)
     config = ["--config", str(done / "config.yaml")]

@@ -43,7 +43,7 @@ def records(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_run_killed_many_times_equals_undisturbed_run(packed, tmp_path, kills):
+def test_run_killed_many_times_equals_uninterrupted_run(packed, tmp_path, kills):
     config = tmp_path / "tiny.yaml"
     config.write_text(SETTINGS)
     rng = random.Random(kills)

@@ -76,7 +76,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_refused_command_changes_no_file(train, tmp_path):
+def test_refused_command_changes_no_files(train, tmp_path):
     with pytest.raises(Interrupted):
         train(stop=1)
     before = files(tmp_path)
@@ -90,7 +90,7 @@ def test_refused_command_changes_no_file(train, tmp_path):
         assert files(tmp_path) == before, bad
 
 
-def test_training_of_other_settings_is_moved_aside_and_resumed_with_them(train, undisturbed, tmp_path, capsys):
+def test_different_training_is_moved_aside_and_can_be_resumed(train, undisturbed, tmp_path, capsys):
     with pytest.raises(Interrupted):
         train(stop=1)
     other = train("models.tri.dropout=0.5")
@@ -175,7 +175,7 @@ def test_unwritable_file_gives_one_line_and_exit_code_2(tmp_path, capsys):
     assert end.value.code == 2 and said.startswith(f"error: {tmp_path / 'file'}") and said.count("\n") == 1
 
 
-def test_lock_is_released_with_its_holder(tmp_path):
+def test_lock_is_released_when_its_holder_dies(tmp_path):
     lock = partial(exclusive_lock, tmp_path / "lock", InputError("locked"))
     with lock(), pytest.raises(InputError, match="locked"), lock():
         pass
@@ -183,7 +183,7 @@ def test_lock_is_released_with_its_holder(tmp_path):
         pass
 
 
-def test_checkpoints_before_loss_terms_and_other_optimizers_resume(train, undisturbed, tmp_path):
+def test_checkpoints_of_earlier_versions_resume(train, undisturbed, tmp_path):
     with pytest.raises(Interrupted):
         train("train.micro_batch=4", "train.loss.soft_f1_sums=previous", stop=1)
     for path in tmp_path.rglob("state.json"):

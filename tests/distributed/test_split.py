@@ -130,12 +130,12 @@ def names() -> list[str]:
 
 
 @pytest.mark.parametrize("name", names())
-def test_split_step_equals_the_formulas(steps, references, name):
+def test_split_step_equals_the_reference_step(steps, references, name):
     head, batch, *_ = name.split("-")
     assert_same_step(steps[name], references[f"{head}-{batch}"])
 
 
-def test_dropout_is_the_same_on_any_number_of_ranks(steps):
+def test_dropout_is_independent_of_the_world_size(steps):
     for world in (2, 4):
         assert_same_step(steps[f"dropout-{world}"], steps["dropout-1"])
     assert not torch.equal(steps["dropout-1"]["loss"], steps["softmax-0-1-4"]["loss"])
@@ -163,7 +163,7 @@ def statistics(packed) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["1", "2", "4", "2-fsdp2"])
-def test_batch_norm_statistics_cover_all_micro_batches_of_all_ranks(steps, statistics, case):
+def test_batch_norm_statistics_cover_all_micro_batches_and_ranks(steps, statistics, case):
     got = steps[f"statistics-{case}"]
     assert statistics
     for name, expected in statistics.items():

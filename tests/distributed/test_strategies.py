@@ -80,7 +80,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("name", ["", "-ema"])
-def test_resumed_under_every_strategy_equals_one_process(relay, name):
+def test_resume_under_every_strategy_equals_one_process(relay, name):
     got, expected = losses(relay[name[1:] or "plain"]), losses(relay[f"uninterrupted{name}"])
     assert [step for step, _ in got] == [step for step, _ in expected] == list(range(1, 33))
     for (step, loss), (_, uninterrupted) in zip(got, expected, strict=True):
@@ -94,7 +94,7 @@ def test_resumed_under_every_strategy_equals_one_process(relay, name):
         torch.testing.assert_close(tensor, other[key], atol=1e-4, rtol=0, msg=key)
 
 
-def test_ema_selects_other_weights_and_changes_no_loss(relay):
+def test_ema_changes_the_evaluated_weights_but_no_loss(relay):
     runs = ("uninterrupted", "uninterrupted-ema")
     plain, averaged = (load_file(relay[run] / "weights.safetensors") for run in runs)
     assert losses(relay["uninterrupted"]) == losses(relay["uninterrupted-ema"])
@@ -102,14 +102,14 @@ def test_ema_selects_other_weights_and_changes_no_loss(relay):
 
 
 @pytest.mark.parametrize("strategy", NON_FINITE)
-def test_a_non_finite_step_is_neither_taken_nor_saved(relay, strategy):
+def test_non_finite_step_is_neither_applied_nor_saved(relay, strategy):
     folder = relay[f"non-finite-{strategy}"]
     assert not (folder / "weights.safetensors").exists()
     for path in (folder / "checkpoints").rglob("*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
 
 
-def test_optimizer_groups_are_written(relay):
+def test_optimizer_groups_are_saved(relay):
     table = (relay["plain"] / "optimizer.txt").read_text()
     assert "depth 0, decay" in table and "weight decay" in table
 
@@ -143,7 +143,7 @@ def test_out_of_memory_on_one_rank_halves_the_micro_batch_of_all(settings, tmp_p
     assert len(losses(folder)) == 4 and (folder / "fold.json").exists()
 
 
-def test_out_of_memory_alone(settings, tmp_path):
+def test_out_of_memory_in_one_process(settings, tmp_path):
     arguments = ["--config", settings["config"], *settings["settings"], f"output={tmp_path}", "train.epochs=1"]
     done = launch(str(WORKERS / "oom_worker.py"), "0", *arguments, "train.micro_batch=16")
     assert "micro-batch 8 instead of 16" in done.stdout and "micro-batch 4 instead of 8" in done.stdout

@@ -53,7 +53,7 @@ def weights_of(folder: Path) -> str:
     return json.loads((folder / "fold.json").read_text())["weights"]
 
 
-def test_run_writes_its_files(undisturbed):
+def test_run_writes_all_output_files(undisturbed):
     predictions = read_predictions(undisturbed / "predictions.parquet")
     assert len(predictions) == 50
     assert set(predictions.fold) == {0}
@@ -71,7 +71,7 @@ def test_finished_fold_is_not_trained_again(undisturbed, settings):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
-def test_stopped_and_resumed_run_equals_undisturbed_run(undisturbed, settings, tmp_path, number):
+def test_stopped_and_resumed_run_equals_uninterrupted_run(undisturbed, settings, tmp_path, number):
     # In step 4 of 4 of the first epoch, which has logged a step that the checkpoint of step 2 does not hold. A step has
     # two micro-batches, each with a forward for the soft F1 sums and one for the gradient.
     stopped = launch(SIGNAL_WORKER, number.name, "14", *settings, f"output={tmp_path}", check=False)
@@ -107,7 +107,7 @@ def test_signal_at_the_end_of_a_fold_stops_before_the_next(settings, tmp_path):
         assert [end.split(":")[0] for end in ends] == ["Interrupted", "Interrupted", "done"]
 
 
-def test_checkpoints_of_other_settings_are_not_resumed(undisturbed, settings, tmp_path):
+def test_checkpoints_of_different_settings_are_not_resumed(undisturbed, settings, tmp_path):
     first = launch("launch.train", *settings, f"output={tmp_path}", "train.epochs=1")
     second = launch("launch.train", *settings, f"output={tmp_path}")
     assert "other settings" not in first.stdout
@@ -119,7 +119,7 @@ def test_checkpoints_of_other_settings_are_not_resumed(undisturbed, settings, tm
 @pytest.mark.parametrize(
     "fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forks", "as started by users"]
 )
-def test_two_ranks_give_the_numbers_of_one(undisturbed, settings, tmp_path, fork):
+def test_two_ranks_equal_one_rank(undisturbed, settings, tmp_path, fork):
     ddp = "accelerate_configs/ddp.yaml"
     done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config=ddp, fork=fork)
     assert "2 rank(s)" in done.stdout

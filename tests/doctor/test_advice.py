@@ -21,7 +21,7 @@ from triderm_dist.doctor.machine import Gpu
         ([Gpu("4090", 24 * GIB, 23 * GIB, (8, 9))] * 5, "milk10k", "ddp", "train.global_batch=80 train.micro_batch=16"),
     ],
 )
-def test_what_suits_a_machine_exists_and_splits(gpus, experiment, launcher, override):
+def test_suggested_experiment_and_launcher_exist_and_batch_splits(gpus, experiment, launcher, override):
     by_name = {each.name: each.text for each in suggest(gpus)}
     assert by_name["experiment"].partition(";")[0] == experiment
     assert by_name["accelerate file"].startswith(launcher)

@@ -14,7 +14,7 @@ from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.memory_estimate import network_without_weights
 
 
-def test_packed_shards_are_counted_and_damage_is_told(make_challenge, tmp_path):
+def test_packed_shards_are_counted_and_damage_is_reported(make_challenge, tmp_path):
     experiment = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}"])
     assert finding(experiment, "training").state == "missing"
     pack_shards(read_challenge(make_challenge().folder), tmp_path / "shards", short_side=None)
@@ -60,7 +60,7 @@ def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tm
     assert reading_finding(1000, 8, need, ranks=1, cores=2).state == "ok"
 
 
-def test_what_a_gpu_needs_comes_from_counted_flops():
+def test_required_reading_speed_follows_from_counted_flops():
     experiment = load(Experiment, None, [*SMALL, "models.a.tower.image_size=64"])
     gpu = Gpu("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
     need = _need(experiment, "a", [gpu])

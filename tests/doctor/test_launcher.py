@@ -27,7 +27,7 @@ def at(launcher: Path | None, name: str, gpus: int = 0) -> Finding:
     return next(each for each in found if each.name == name)
 
 
-def test_a_port_in_use_is_told_with_its_holder(tmp_path, monkeypatch):
+def test_port_in_use_is_reported_with_its_process(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -47,7 +47,7 @@ def test_a_port_in_use_is_told_with_its_holder(tmp_path, monkeypatch):
     assert at(ROOT / "accelerate_configs" / "ddp.yaml", "port").text == "any free one"
 
 
-def test_the_meeting_place_of_nodes(tmp_path):
+def test_main_node_address_is_checked(tmp_path):
     forgotten = at(launcher_file(tmp_path, main_process_port=0), "port")
     assert forgotten.state == "note" and "--main_process_ip" in forgotten.advice
     assert at(launcher_file(tmp_path, main_process_ip="no-such-host.invalid"), "port").state == "missing"
@@ -55,7 +55,7 @@ def test_the_meeting_place_of_nodes(tmp_path):
     assert elsewhere.state == "ok" and "another host" in elsewhere.text
 
 
-def test_more_processes_than_gpus_are_told(tmp_path):
+def test_more_processes_than_gpus_are_reported(tmp_path):
     file = launcher_file(tmp_path, main_process_port=0)
     assert at(file, "processes", gpus=8).text.endswith("16 processes on 2 nodes, 8 on each")
     few = at(file, "processes", gpus=4)
@@ -67,7 +67,7 @@ def test_more_processes_than_gpus_are_told(tmp_path):
     "text",
     ["[1, 2]", "num_processes: many", "a: {", "", "seed: 1\ntrain: {epochs: 3}", "distributed_type: 'NO'\nseed: 1"],
 )
-def test_a_file_that_is_no_launcher_is_told(tmp_path, text):
+def test_invalid_launcher_file_is_reported(tmp_path, text):
     path = tmp_path / "launcher.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"launcher\.yaml: not an accelerate file"):
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_launcher_is_told(tmp_path, text):
         read_launcher(tmp_path / "none.yaml")
 
 
-def test_a_wrong_deepspeed_stops_a_run_that_is_started_with_it(tmp_path):
+def test_unsupported_deepspeed_version_fails_the_check(tmp_path):
     about = tmp_path / "packages" / "deepspeed-0.14.0.dist-info" / "METADATA"
     about.parent.mkdir(parents=True)
     about.write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.14.0\n")

@@ -11,7 +11,7 @@ from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist.doctor.machine import _clock, _disk, no_gpu
 
 
-def test_a_cpu_build_of_torch_beside_a_gpu_is_told():
+def test_cpu_build_of_torch_on_a_gpu_machine_is_reported():
     assert no_gpu(None, driver=False, device=False).state == "ok"
     wrong = no_gpu(None, driver=True, device=True)
     assert wrong.state == "missing" and "CPU build" in wrong.text and "CUDA" in wrong.advice
@@ -22,7 +22,7 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_told():
     assert not_given.state == "note" and "--gpus all" in not_given.advice
 
 
-def test_too_little_shared_memory_is_told():
+def test_too_little_shared_memory_is_reported():
     code = (
         "from triderm_dist.doctor.machine import shared_memory\n"
         "small = shared_memory(gpus=2)\n"
@@ -38,7 +38,7 @@ def test_too_little_shared_memory_is_told():
     assert done.returncode == 0, done.stderr
 
 
-def test_an_output_that_is_a_file_is_told(tmp_path):
+def test_output_path_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "run").touch()
     for output in (tmp_path / "run", tmp_path / "run" / "below"):
         found = _disk(output)
@@ -46,7 +46,7 @@ def test_an_output_that_is_a_file_is_told(tmp_path):
     assert _disk(tmp_path / "new" / "run").state == "ok"
 
 
-def test_a_clock_behind_a_file_is_told(tmp_path):
+def test_clock_behind_a_file_time_is_reported(tmp_path):
     file = tmp_path / "index.json"
     file.touch()
     assert _clock([file]).state == "ok"

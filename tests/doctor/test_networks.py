@@ -12,7 +12,7 @@ from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 from triderm_dist.schema import InputError
 
 
-def test_a_batch_that_does_not_split_names_one_that_does(tmp_path):
+def test_indivisible_batch_is_refused_and_a_divisible_one_suggested(tmp_path):
     experiment = load(Experiment, None, [*SMALL, f"output={tmp_path}"])
     assert finding(experiment, "a: batch", ranks=2).text == "96 = 2 rank(s) x 16 x 3 accumulated"
     uneven = finding(experiment, "a: batch", ranks=4)
@@ -31,7 +31,7 @@ def test_a_batch_that_does_not_split_names_one_that_does(tmp_path):
         ("resnet", "'resnet' is not a tower source"),
     ],
 )
-def test_weights_that_cannot_be_found_are_refused(source, message):
+def test_missing_tower_weights_are_refused(source, message):
     with pytest.raises(InputError, match=message):
         locate_weights(source)
 
@@ -45,7 +45,7 @@ def test_hub_weights_are_looked_up_in_the_cache_only(monkeypatch, tmp_path):
     assert found.state == "missing" and "HF_HUB_OFFLINE" in found.text
 
 
-def test_a_step_that_does_not_fit_is_reported_with_what_fits():
+def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
     small = [*SMALL, "models.a.tower.image_size=64", "train.global_batch=64", "train.micro_batch=64"]
     experiment = load(Experiment, None, small)
 

@@ -49,7 +49,7 @@ def statuses(folder: Path) -> list[str]:
     return [path.read_text() for path in sorted((folder / "own").glob("status.*"))]
 
 
-def test_equal_ranks_can_start(make_challenge, tmp_path):
+def test_equal_ranks_pass(make_challenge, tmp_path):
     pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
     done = run_on_ranks(tmp_path, "data.shards=shards")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def test_equal_ranks_can_start(make_challenge, tmp_path):
     assert re.search(r"22 lesions, index [0-9a-f]{12}: the same on ranks 0-1 on ", done.stdout)
 
 
-def test_a_missing_folder_and_another_version_are_reported_once(make_challenge, tmp_path):
+def test_missing_folder_and_version_mismatch_are_reported_once(make_challenge, tmp_path):
     pack_shards(read_challenge(make_challenge().folder), tmp_path / "own" / "shards", short_side=None)
     (tmp_path / "other").mkdir()
     about = tmp_path / "packages" / "accelerate-1.0.0.dist-info" / "METADATA"
@@ -83,7 +83,7 @@ def test_a_missing_folder_and_another_version_are_reported_once(make_challenge, 
     ],
     ids=["rank 1 is absent", "rank 0 is absent"],
 )
-def test_a_rank_that_does_not_answer_is_named(tmp_path, rank, message):
+def test_unresponsive_rank_is_named(tmp_path, rank, message):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
@@ -99,7 +99,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path, rank, message):
     assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
 
 
-def test_reports_of_ranks_are_compared():
+def test_differences_between_ranks_are_reported():
     def compared(timings: dict, **of_rank_5) -> dict[str, Finding]:
         hosts = {rank: "ab"[rank // 4] for rank in range(8)}
         same = RankReport("a", "22 lesions", True, {"torch": "2.14.1"}, "H100", 4, 0, [])

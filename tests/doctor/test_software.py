@@ -18,7 +18,7 @@ def test_two_nccl_packages_collide():
     assert nccl_finding(both, gpu=False).state == "note"
 
 
-def test_an_old_or_absent_package_is_told(monkeypatch):
+def test_outdated_and_missing_packages_are_reported(monkeypatch):
     installed = {"deepspeed": "0.14.0", "torch": "2.14.1"}
 
     def version(name: str) -> str:
@@ -37,7 +37,7 @@ def test_an_old_or_absent_package_is_told(monkeypatch):
     assert {each.name: each.state for each in versions(deepspeed=True)}["deepspeed"] == "missing"
 
 
-def test_nothing_installed_is_no_crash(monkeypatch, tmp_path):
+def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.startswith("triderm_dist.")]:
         if name.split(".")[1] in ("engine", "models"):
             monkeypatch.delitem(sys.modules, name)

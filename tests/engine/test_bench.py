@@ -25,7 +25,7 @@ def record(tmp_path_factory):
     return found
 
 
-def test_record_holds_values_and_what_was_measured(record):
+def test_record_has_measurements_and_their_conditions(record):
     assert (record["ranks"], record["strategy"], record["precision"], record["frozen"]) == (2, "ddp", "fp32", "1+4")
     # Time around the steps counts as well; both values are rounded.
     assert 0 < record["lesions_per_s"] <= 1.001 * 16 / record["seconds_per_step"]
@@ -33,7 +33,7 @@ def test_record_holds_values_and_what_was_measured(record):
     assert record["steps"] >= 3 and record["date"] and record["commit"] and record["versions"]["torch"]
 
 
-def test_compares_only_equal_models_and_devices(record, tmp_path):
+def test_only_equal_models_and_devices_are_compared(record, tmp_path):
     path = tmp_path / "records.json"
     assert read_records(path) == []
     older = {**record, "lesions_per_s": 2 * record["lesions_per_s"], "date": "2020-01-01"}
@@ -50,7 +50,7 @@ def test_compares_only_equal_models_and_devices(record, tmp_path):
         read_records(path)
 
 
-def test_refuses_bad_record_file_before_measuring(tmp_path):
+def test_invalid_record_file_is_refused_before_measuring(tmp_path):
     (tmp_path / "bad.json").write_text("{}x")
     words = [*SETTINGS, f"output={tmp_path / 'run'}", f"record={tmp_path / 'bad.json'}"]
     with pytest.raises(DataError, match=r"bad\.json: not a list of benchmark records"):
@@ -58,7 +58,7 @@ def test_refuses_bad_record_file_before_measuring(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_synthetic_photos_are_made_once(tmp_path):
+def test_synthetic_photos_are_created_once(tmp_path):
     index = synthetic_shards(tmp_path / "shards", 12, 40)
     before = (tmp_path / "shards" / "index.json").stat().st_mtime_ns
     assert len(index) == 12 and (index.sizes > 0).all()

@@ -12,7 +12,7 @@ from triderm_dist.engine.crossval import run_folds
 from triderm_dist.models.network import Network
 
 
-def test_failed_attempt_is_freed_before_the_next(tmp_path):
+def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
     index = synthetic_shards(tmp_path / "shards", 24, 40)
     tower = "{source: 'timm:test_efficientnet', pretrained: false, image_size: 32, frozen: true}"
     words = [

@@ -58,7 +58,7 @@ def stage_hashes(*words: str) -> dict[str, str]:
     }
 
 
-def test_a_fold_finished_by_the_first_version_is_done(old_run):
+def test_fold_finished_by_the_first_version_is_complete(old_run):
     assert is_done(settings(old_run), INDEX, "tri", 0)
     assert is_done(settings(old_run, "models.tri.train.log_every=7"), INDEX, "tri", 0)
     assert not is_done(settings(old_run, "models.tri.train.optim.lr=3e-3"), INDEX, "tri", 0)
@@ -66,14 +66,14 @@ def test_a_fold_finished_by_the_first_version_is_done(old_run):
     assert not is_done(settings(old_run), SimpleNamespace(fingerprint="other data"), "tri", 0)
 
 
-def test_an_empty_explain_of_an_old_config_is_accepted_and_any_other_refused():
+def test_obsolete_explain_setting_is_accepted_only_if_empty():
     assert "explain: []" in (OLD_RUN / "config.yaml").read_text()
     assert not hasattr(settings(OLD_RUN), "explain")
     with pytest.raises(ConfigError, match="unknown setting 'explain'"):
         settings(OLD_RUN, "explain=[IL_1]")
 
 
-def test_a_checkpoint_of_the_first_version_is_resumed():
+def test_checkpoint_of_the_first_version_is_resumed():
     words = [f"models.tri.train.{word}" for word in ("epochs=40", "micro_batch=8", "optim.lr=1e-4")]
     assert resume_hash(settings(OLD_RUN, *words), INDEX, "tri", 0) == RECORDS["checkpoint_with_40_epochs"]
     other = settings(OLD_RUN, *words, "models.tri.train.global_batch=32")
@@ -110,7 +110,7 @@ def first_formula(experiment: Experiment, name: str, fold: int, exclude: tuple[s
 
 @pytest.mark.parametrize("words", [[], ["seed=4"], ["models.tri.width=64"], ["models.frozen.train.select=best"]])
 @pytest.mark.parametrize("name", ["tri", "frozen"])
-def test_hashes_are_those_of_the_first_formula(words, name):
+def test_hashes_equal_those_of_the_first_version(words, name):
     experiment = settings(OLD_RUN, *words)
     assert result_hash(experiment, INDEX, name, 1) == first_formula(experiment, name, 1)
     assert result_hash(experiment, INDEX, name, 1, exclude=EXECUTION) == first_formula(experiment, name, 1, EXECUTION)
@@ -144,13 +144,13 @@ class LargerModel(ModelConfig):
         {"schedule": {"kind": "linear"}},
     ],
 )
-def test_a_new_setting_changes_a_hash_only_when_it_is_not_the_default(train):
+def test_new_setting_changes_the_hash_only_if_not_the_default(train):
     before = stable_dump(ModelConfig(), "models.NAME")
     assert stable_dump(LargerModel(), "models.NAME") == before
     assert stable_dump(LargerModel.model_validate({"train": train}), "models.NAME") != before
 
 
-def test_a_changed_default_is_not_taken_for_the_former_one(monkeypatch):
+def test_changed_default_changes_the_hash(monkeypatch):
     class OtherDefaults(OptimConfig):
         min_lr: float = 1e-6
         nesterov: bool = True
@@ -163,7 +163,7 @@ def test_a_changed_default_is_not_taken_for_the_former_one(monkeypatch):
     assert stable_dump(OtherDefaults(min_lr=1e-7, nesterov=False), path) == before
 
 
-def test_every_added_setting_is_listed_with_the_value_that_changes_nothing():
+def test_added_settings_are_listed_with_their_neutral_value():
     keys = {row[0] for row in describe(Experiment) if row[0].partition(".")[0] in HASHED_SECTIONS}
     keys = {re.sub(r"(.\.NAME\..*)\.NAME\..*", r"\1", key) for key in keys}  # a mapping of names is one setting
     assert keys >= FIRST_KEYS

@@ -76,7 +76,7 @@ def test_aligned_features_agree_between_folds(tmp_path: Path) -> None:
         fit_alignments([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
 
 
-def test_extra_columns_that_improve_the_score_are_kept_and_used_on_a_test_set(tmp_path: Path) -> None:
+def test_extra_columns_that_improve_the_score_are_used_on_a_test_set(tmp_path: Path) -> None:
     labels = write_rotated_run(tmp_path)
     ids = [f"lesion-{row:04d}" for row in range(len(labels))]
     noise = np.random.default_rng(0).normal(size=(len(labels), 20))

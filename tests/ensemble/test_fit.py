@@ -53,7 +53,7 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
         predict_ensemble(tmp_path, replace(tests, models=("trimodal",)))
 
 
-def test_no_label_of_a_fold_reaches_its_rows_of_the_submission(tmp_path: Path) -> None:
+def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> None:
     """Through temperatures, stacker, weights and thresholds: other labels in fold 0 do not change its rows."""
     write_run(tmp_path)
     table = read_oof(tmp_path / "oof.parquet")
@@ -82,7 +82,7 @@ def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     assert fit.rows[-1].fitted > fit.rows[-1].nested.value  # fitted on its own rows, noise looks like skill
 
 
-def test_incomplete_folds_are_noted_and_a_single_fold_is_refused(tmp_path: Path) -> None:
+def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Path) -> None:
     labels = write_run(tmp_path)
     ids, folds = [f"lesion-{row:04d}" for row in range(len(labels))], folds_of(labels)
     (tmp_path / "dual_cnn" / "fold-1" / "predictions.parquet").unlink()

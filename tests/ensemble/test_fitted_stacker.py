@@ -56,7 +56,7 @@ def prior(monkeypatch) -> StackConfig:
     return StackConfig(kind="prior", settings={"power": 0.5})
 
 
-def test_another_kind_is_fitted_saved_and_loaded(table: OofTable, tmp_path: Path, prior: StackConfig) -> None:
+def test_registered_stacker_is_fitted_saved_and_loaded(table: OofTable, tmp_path: Path, prior: StackConfig) -> None:
     fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json")
     stacker = fit_stacker(training_rows(table), prior)
     stacker.save(tmp_path / "stack.json")
@@ -67,7 +67,7 @@ def test_another_kind_is_fitted_saved_and_loaded(table: OofTable, tmp_path: Path
     assert loaded.kind == "prior" and loaded.model.summary() == "prior"
 
 
-def test_a_stacker_whose_plugin_or_file_is_missing_is_refused(table: OofTable, tmp_path: Path, monkeypatch) -> None:
+def test_stacker_without_its_plugin_or_file_is_refused(table: OofTable, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(DataError, match=r"stack\.json: no such file; run triderm stack first"):
         FittedStacker.load(tmp_path / "stack.json")
     monkeypatch.setitem(STACKERS, "prior", PriorStacker)
@@ -80,7 +80,7 @@ def test_a_stacker_whose_plugin_or_file_is_missing_is_refused(table: OofTable, t
         FittedStacker.load(tmp_path / "stack.json")
 
 
-def test_runs_from_before_there_were_kinds_are_read(table: OofTable, tmp_path: Path) -> None:
+def test_runs_from_before_stack_kinds_are_read(table: OofTable, tmp_path: Path) -> None:
     stacker = fit_stacker(training_rows(table), QUICK)
     stacker.save(tmp_path / "stack.json")
     description = json.loads((tmp_path / "stack.json").read_text())
@@ -115,14 +115,14 @@ def test_absent_diagnoses_have_no_probability(table: OofTable, monkeypatch, kind
         fit_stacker(training_rows(table, np.where(table.labels == 1, 1, -1)), config)
 
 
-def test_another_number_of_columns_is_refused(table: OofTable) -> None:
+def test_wrong_number_of_columns_is_refused(table: OofTable) -> None:
     stacker = fit_stacker(training_rows(table), QUICK)
     assert stacker.diagnoses == DIAGNOSES
     with pytest.raises(DataError, match=rf"fitted on {stacker.width} columns, got 3"):
         stacker.predict(np.zeros((2, 3), np.float32))
 
 
-def test_wide_columns_are_reduced_with_training_rows_only(table: OofTable, tmp_path: Path) -> None:
+def test_wide_columns_are_reduced_by_training_rows_only(table: OofTable, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     block = 3 * np.eye(40)[:11][table.labels] + generator.normal(size=(len(table), 40))
     columns = np.concatenate([base_columns(table), block.astype(np.float32)], axis=1)

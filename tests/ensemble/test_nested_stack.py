@@ -16,7 +16,7 @@ def test_nested_stack_learns(table: OofTable) -> None:
     assert metrics.argmax_macro_f1(stacked, table.labels) > 0.6
 
 
-def test_no_label_of_a_fold_reaches_what_is_fitted_without_it(table: OofTable) -> None:
+def test_labels_of_a_fold_do_not_affect_fits_without_it(table: OofTable) -> None:
     """With other labels in fold 0, everything that is fitted without fold 0 stays bit-identical."""
     inside = table.folds == 0
     poisoned = table.labels.copy()

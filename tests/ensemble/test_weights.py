@@ -56,7 +56,7 @@ def test_plain_mean_unless_fitted_weights_beat_it() -> None:
     assert list(one) == ["m0"] and choose_weighting({"m0": one["m0"].score}) == "m0"
 
 
-def test_no_label_of_a_fold_reaches_its_decisions() -> None:
+def test_labels_of_a_fold_do_not_affect_its_decisions() -> None:
     labels = labels_of(330)
     folds = folds_of(labels)
     tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.0]))}

@@ -33,7 +33,7 @@ def test_fits_are_bit_identical_and_round_trip_through_files(table: OofTable, tm
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
 
 
-def test_a_missing_gpu_is_refused_instead_of_falling_back_to_the_cpu() -> None:
+def test_missing_gpu_is_an_error_instead_of_a_cpu_fallback() -> None:
     assert device_of(StackConfig(device="cpu")) == "cpu"
     if count_gpus():
         pytest.skip("this machine has a GPU")

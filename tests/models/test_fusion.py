@@ -56,7 +56,7 @@ def reference(block: FusionBlock, pooling: GlobalPooling, derm: Tensor, clin: Te
 
 
 @pytest.mark.parametrize(("heads", "dermoscopic", "clinical"), [(1, 5, 5), (4, 6, 3)])
-def test_fusion_equals_the_formulas_forward_and_backward(heads: int, dermoscopic: int, clinical: int) -> None:
+def test_fusion_equals_the_reference_forward_and_backward(heads: int, dermoscopic: int, clinical: int) -> None:
     torch.manual_seed(heads)
     block, pooling = FusionBlock(16, heads, 4.0, 0.3).eval(), GlobalPooling(16, heads, 0.3).eval()
     parameters = [*block.parameters(), *pooling.parameters()]
@@ -88,7 +88,7 @@ def lesion(**changes: float) -> Tensor:
 
 @settings(max_examples=25, deadline=None)
 @given(field=st.integers(0, len(CONCEPTS) - 1), a=st.floats(0, 1), b=st.floats(0, 1))
-def test_a_score_changes_its_own_token_only(field: int, a: float, b: float) -> None:
+def test_concept_score_changes_its_own_token_only(field: int, a: float, b: float) -> None:
     torch.manual_seed(0)
     tokens = SemanticTokens(CONCEPTS, FIELDS, 8)
     scores = torch.full((3, len(CONCEPTS)), 0.5)
@@ -105,7 +105,7 @@ def test_a_score_changes_its_own_token_only(field: int, a: float, b: float) -> N
     assert (direction[0] - direction[2]).abs().max() > 1e-3
 
 
-def test_every_field_has_its_own_token_present_or_missing() -> None:
+def test_every_field_has_a_distinct_token_for_present_and_missing() -> None:
     torch.manual_seed(0)
     tokens = SemanticTokens(("a",), FIELDS, 8)
     plain = tokens(torch.tensor([[0.5]]), lesion())
@@ -120,13 +120,13 @@ def test_every_field_has_its_own_token_present_or_missing() -> None:
     assert tokens.names[-1] == "null"
 
 
-def test_without_concepts_and_metadata_only_the_null_token_is_left() -> None:
+def test_only_the_null_token_without_concepts_and_metadata() -> None:
     tokens = SemanticTokens((), (), 8)
     assert tokens(torch.rand(2, 2), lesion().expand(2, -1)).shape == (2, 1, 8) and tokens.names == ("null",)
     assert [name for name, _ in tokens.named_parameters()] == ["null"]
 
 
-def test_attention_weights_are_those_of_forward() -> None:
+def test_attention_weights_equal_those_of_forward() -> None:
     """Multiplied with the values they give the output of `forward`, which does not compute them."""
     torch.manual_seed(0)
     m, query, context = CrossAttention(8, 1, 0.0), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
@@ -136,7 +136,7 @@ def test_attention_weights_are_those_of_forward() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_block_without_a_stage_ignores_its_context(stage: str) -> None:
+def test_block_without_a_stage_ignores_its_context(stage: str) -> None:
     torch.manual_seed(0)
     rest = [name for name in STAGES if name != stage]
     block = FusionBlock(16, 2, 2.0, 0.0, rest).eval()

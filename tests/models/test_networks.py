@@ -62,12 +62,12 @@ def total(outputs: tuple[Tensor, ...]) -> Tensor:
         ({"settings": {"depth": 2}}, "models.NAME.settings of kind 'trimodal': unknown setting 'depth'"),
     ],
 )
-def test_an_unknown_network_or_setting_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_unknown_network_or_setting_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_network(ModelConfig.model_validate(settings))
 
 
-def test_networks_are_imported_when_they_are_used() -> None:
+def test_networks_are_imported_lazily() -> None:
     code = (
         "import sys, triderm_dist.models as m, triderm_dist.config as c; m.check_network(c.ModelConfig()); "
         "assert 'torch' not in sys.modules; m.network_class('trimodal'); assert 'torch' in sys.modules"
@@ -108,7 +108,7 @@ def test_unused_modalities_have_no_effect_and_no_parameters(kind: str, use: tupl
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tower", ["test_vit", "test_efficientnet"])
-def test_a_missing_view_has_no_effect(kind: str, tower: str) -> None:
+def test_missing_view_has_no_effect(kind: str, tower: str) -> None:
     network = network_of(kind, tower).eval()
     inputs = batch()
     inputs[2][:] = True
@@ -131,7 +131,7 @@ def test_a_missing_view_has_no_effect(kind: str, tower: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hiding_a_photo_changes_no_other_lesion_while_batch_norms_are_trained(kind: str) -> None:
+def test_hiding_a_photo_changes_no_other_lesion_with_batch_norm(kind: str) -> None:
     network = network_of(kind, "test_efficientnet", dropout=0.0).train()
     inputs = batch()
     inputs[2][:] = True
@@ -188,7 +188,7 @@ def test_sigmoid_head_starts_at_the_prior(kind: str) -> None:
     assert network.head.linear.bias[0].item() == pytest.approx(-math.log(10))
 
 
-def test_blocks_are_trained_tower_blocks_and_fusion_stages() -> None:
+def test_network_blocks_are_trained_tower_blocks_and_fusion_stages() -> None:
     network = network_of("trimodal", depth=2)
     kinds = [type(block).__name__ for block in network.blocks()]
     assert kinds == ["Block"] * 4 + ["Block"] * 5 + ["ViewAlignment", "SemanticGating"] * 2
@@ -215,7 +215,7 @@ def test_checkpointed_blocks_give_the_same_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("signal", ["clinical", "dermoscopic", "concepts", "metadata"])
-def test_learns_from_each_modality(kind: str, signal: str) -> None:
+def test_networks_learn_from_each_modality(kind: str, signal: str) -> None:
     """Four diagnoses that only one modality separates, on tokens: the network generalizes to held-out lesions."""
     torch.manual_seed(0)
     shape = TokenShape(4, 8)

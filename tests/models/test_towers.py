@@ -54,7 +54,7 @@ def test_golden_patch_tokens(source: str, folder: str) -> None:
 
 
 @needs_golden
-def test_golden_wrong_prefix_is_refused() -> None:
+def test_wrong_prefix_is_refused() -> None:
     file = GOLDEN / "panderm_wrong_prefix" / "panderm.pth"
     with pytest.raises(CheckpointError, match=r"panderm\.pth.*cls_token, pos_embed.*backbone\.net") as error:
         build_tower(str(file))
@@ -108,7 +108,7 @@ def test_every_panderm_layout_loads_completely(layout: str, panderm: tuple, tmp_
         (lambda s: s.update({"blocks.1.gamma_1": torch.ones(3)}), r"blocks.1.gamma_1 has shape \(3,\)"),
     ],
 )
-def test_an_incomplete_panderm_file_is_refused(corrupt: Callable, message: str, panderm: tuple, tmp_path: Path) -> None:
+def test_incomplete_panderm_file_is_refused(corrupt: Callable, message: str, panderm: tuple, tmp_path: Path) -> None:
     state = dict(panderm[0])
     corrupt(state)
     torch.save(state, tmp_path / "broken.pth")
@@ -137,7 +137,7 @@ def test_panderm_in_an_open_clip_folder_uses_its_normalization(panderm: tuple, t
     assert not torch.equal(tokens(random, x), expected) and random.width == 64
 
 
-def test_panderm_at_another_resolution(panderm: tuple, tmp_path: Path) -> None:
+def test_panderm_at_a_different_resolution(panderm: tuple, tmp_path: Path) -> None:
     torch.save(panderm[0], tmp_path / "p.pth")
     tower = build_tower(str(tmp_path / "p.pth"), image_size=96)
     assert tokens(tower, torch.randn(1, 3, 96, 96)).shape == (1, 36, 64) and tower.num_tokens == 36
@@ -146,7 +146,7 @@ def test_panderm_at_another_resolution(panderm: tuple, tmp_path: Path) -> None:
         build_tower(str(tmp_path / "p.pth"), image_size=100)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": Path("any object")}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match=r"evil\.pth: not a readable weight file"):
         build_tower(str(tmp_path / "evil.pth"))
@@ -188,7 +188,7 @@ def test_open_clip_vit_equals_open_clip(quick: bool, tmp_path: Path) -> None:
     assert tokens(wide, torch.randn(1, 3, 48, 48)).shape == (1, 36, 64)
 
 
-def test_open_clip_of_another_architecture_is_refused(tmp_path: Path) -> None:
+def test_open_clip_of_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     folder, _ = clip_folder(tmp_path)
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["layers"] = 3
@@ -197,7 +197,7 @@ def test_open_clip_of_another_architecture_is_refused(tmp_path: Path) -> None:
         build_tower(f"local-dir:{folder}")
 
 
-def test_open_clip_around_timm_builds_no_text_tower(tmp_path: Path) -> None:
+def test_open_clip_with_a_timm_tower_builds_no_text_tower(tmp_path: Path) -> None:
     vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
     config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {"hf_model_name": "not/reachable"}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -218,7 +218,7 @@ def test_open_clip_around_timm_builds_no_text_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_tokens_equal_the_models_features(name: str, tmp_path: Path) -> None:
+def test_timm_tokens_equal_forward_features(name: str, tmp_path: Path) -> None:
     model = timm.create_model(name).eval()
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     tower = build_tower(f"timm:{name}@{tmp_path / 'w.safetensors'}")
@@ -250,7 +250,7 @@ def test_channels_last_maps_are_read_row_by_row() -> None:
     assert (tower.num_tokens, tower.width, len(tower.blocks)) == (64, 48, 2)
 
 
-def test_files_of_other_libraries_are_renamed_only_if_all_shapes_agree(tmp_path: Path) -> None:
+def test_foreign_state_dict_keys_are_mapped_only_if_all_shapes_match(tmp_path: Path) -> None:
     model = timm.create_model("test_efficientnet").eval()
     foreign = {
         f"_net{number}.{key.split('.')[-1]}": value for number, (key, value) in enumerate(model.state_dict().items())

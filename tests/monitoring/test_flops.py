@@ -80,7 +80,7 @@ def test_flops_of_a_network_on_tokens_and_of_a_cnn():
     assert training_flops(cnn) == by_hooks(cnn, torch.rand(2, 3, 32, 32))
 
 
-def test_counting_changes_nothing():
+def test_counting_flops_leaves_gradients_and_weights_unchanged():
     network = network_of().eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     training_flops(network)
@@ -106,11 +106,11 @@ def test_counting_changes_nothing():
         ("AMD Instinct MI300X", None),
     ],
 )
-def test_peak_is_right_or_unknown(name, tflops):
+def test_peak_flops_by_device_name(name, tflops):
     assert named_peak(name) == (tflops and tflops * 1e12)
 
 
-def test_mfu_is_over_all_devices():
+def test_mfu_covers_all_devices():
     assert Budget(flops=2e9, peak=1e12, devices=4, source="").mfu(lesions_per_s=1000) == 0.5
     network, cpu = network_of(tower=TokenShape(9, 24)), torch.device("cpu")
     assert budget(network, cpu, 1) is None

@@ -30,7 +30,7 @@ def network_of(config: ModelConfig) -> Network:
     return build_network(config, ("a", "b"), build_towers(config.tower))
 
 
-def test_estimate_equals_a_real_step() -> None:
+def test_memory_estimate_equals_a_real_step() -> None:
     network = network_of(model()).train()
     expected = _peak(network, 4, half=False, activation_checkpointing=False)
     inputs = example_inputs(network, 4)
@@ -59,7 +59,7 @@ def test_largest_micro_batch_is_the_last_that_fits() -> None:
         assert need.total(largest + 1) > memory and (largest == 0 or need.total(largest) <= memory)
 
 
-def test_a_frozen_tower_is_not_counted() -> None:
+def test_frozen_tower_is_not_counted() -> None:
     frozen = model(tower={"source": "timm:test_efficientnet", "frozen": True})
     need, note = estimate_model_memory(frozen, False)
     assert note == "" and need.parameters < 4 * 200_000
@@ -73,6 +73,6 @@ def test_a_frozen_tower_is_not_counted() -> None:
         ("hf-hub:nobody/nothing", "assuming a ViT-B/16 as tower"),
     ],
 )
-def test_a_tower_that_is_not_local_is_replaced_by_a_vit(source: str, note: str) -> None:
+def test_remote_tower_is_estimated_as_a_vit(source: str, note: str) -> None:
     network, said = network_without_weights(model(tower={"source": source}))
     assert said == note and network.token_shape == TokenShape(16, {"L": 1024, "B": 768}[note[15]])

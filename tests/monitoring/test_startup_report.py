@@ -29,7 +29,7 @@ def settings(**train_settings) -> ModelConfig:
     return ModelConfig(width=32, heads=2, tower=TOWER, train=TrainConfig(**train_settings))
 
 
-def test_parts_hold_every_parameter_once():
+def test_parameter_counts_by_part_cover_every_parameter_once():
     model = settings()
     network = build_network(model, ["a"], build_towers(model.tower))
     counts = parameters_by_part(network)
@@ -53,7 +53,7 @@ def test_report_lists_disabled_options():
     assert "torch.compile" not in text and "fusion" not in text
 
 
-def test_start_reports_photos_of_another_size(tmp_path, capsys):
+def test_start_reports_photos_of_a_different_size(tmp_path, capsys):
     index = synthetic_shards(tmp_path / "shards", 11, 40)
     (size,) = index.photo_sizes
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
@@ -105,7 +105,7 @@ def run(tmp_path_factory):
     return folder, flops, reads
 
 
-def test_keys_of_a_record(run):
+def test_metrics_records_have_the_documented_keys(run):
     folder, flops, _ = run
     first, *_ = records = [each for each in read_metrics(folder / "metrics.jsonl") if each["kind"] == "train"]
     assert [each["step"] for each in records] == list(range(LOG_EVERY, records[-1]["step"] + 1, LOG_EVERY))
@@ -116,7 +116,7 @@ def test_keys_of_a_record(run):
     assert first["mfu"] == pytest.approx(first["lesions_per_s"] * flops / 0.5e12)
 
 
-def test_trace_holds_the_requested_steps(run):
+def test_trace_contains_the_requested_steps(run):
     folder, *_ = run
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
@@ -124,7 +124,7 @@ def test_trace_holds_the_requested_steps(run):
     assert any("scaled_dot_product" in str(event.get("name")) for event in events)
 
 
-def test_host_waits_for_the_device_only_to_log(run):
+def test_host_synchronizes_with_the_device_only_to_log(run):
     _, _, reads = run
     a_step = [after - before for before, after in pairwise(reads[1:8])]  # the first forward counted FLOPs
     # The one is a flag of the host's own, which a signal sets.

@@ -10,7 +10,7 @@ from triderm_dist.monitoring.flops import Budget
 from triderm_dist.monitoring.throughput import ThroughputMeter
 
 
-def test_speed_is_since_the_last_read_and_eta_since_the_start(monkeypatch):
+def test_speed_covers_the_last_interval_and_eta_the_whole_run(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
     loader = SimpleNamespace(waited=7.0)

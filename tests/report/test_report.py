@@ -110,7 +110,7 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
     np.testing.assert_allclose([lesion.label_probability for lesion in content.hardest], least)
 
 
-def test_slices_with_lower_recall_are_flagged_and_small_ones_are_not_judged(run: Path) -> None:
+def test_slices_with_lower_recall_are_flagged_unless_too_small(run: Path) -> None:
     content = Content(run)
     # Perfect decisions: with the run's own, one slice in twenty would be flagged by chance.
     content.rows = replace(content.rows, decisions=np.eye(len(DIAGNOSES), dtype=bool)[content.labels])
@@ -129,7 +129,7 @@ def test_slices_with_lower_recall_are_flagged_and_small_ones_are_not_judged(run:
     assert worse.recall_difference is not None and worse.recall_difference.value < -0.2
 
 
-def test_predictions_of_other_weights_are_refused(run: Path, tmp_path: Path) -> None:
+def test_predictions_of_different_weights_are_refused(run: Path, tmp_path: Path) -> None:
     for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
         shutil.copy(run / name, tmp_path / name)
     table = read_oof(tmp_path / "oof.parquet")
@@ -140,7 +140,7 @@ def test_predictions_of_other_weights_are_refused(run: Path, tmp_path: Path) -> 
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
+def test_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(DataError, match=r"ensemble.json: no such file; run triderm stack first"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +151,7 @@ def test_a_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     assert "Learning curves" not in text and "Settings" not in text
 
 
-def test_a_browser_renders_it_on_wide_and_narrow_screens(run: Path, tmp_path: Path) -> None:
+def test_browser_renders_the_page_on_wide_and_narrow_screens(run: Path, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")

@@ -13,7 +13,7 @@ from triderm_dist.search.space import (
 from triderm_dist.search.trial import Trial, read_trials
 
 
-def test_the_noise_of_seeds_is_that_of_a_paired_t_test(tmp_path):
+def test_seed_noise_equals_a_paired_t_test(tmp_path):
     best, baseline = Trial(4, {"a": 2}), Trial(BASELINE, {"a": 1})
     scores = {1: (0.40, 0.45), 2: (0.42, 0.44), 3: (0.41, 0.47), 4: (0.40, None)}
     for seed, pair in scores.items():
@@ -29,7 +29,7 @@ def test_the_noise_of_seeds_is_that_of_a_paired_t_test(tmp_path):
     assert read_trials(tmp_path) == []
 
 
-def test_importance_finds_the_setting_that_matters_and_says_nothing_of_few_trials():
+def test_importance_ranks_settings_and_needs_enough_trials():
     space = {name: Domain("uniform", (0.0, 1.0)) for name in "abc"}
     generator = random.Random(0)
     drawn = [{name: generator.random() for name in space} for _ in range(12)]

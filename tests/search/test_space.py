@@ -41,7 +41,7 @@ from triderm_dist.search.space import (
         ("a: [", "not readable as YAML"),
     ],
 )
-def test_a_wrong_space_is_one_line(tmp_path, text, message):
+def test_invalid_space_gives_one_line(tmp_path, text, message):
     path = space_file(tmp_path, text)
     with pytest.raises(ConfigError, match=message) as error:
         fit_space(read_space(path), Experiment(), "trimodal", str(path))
@@ -50,7 +50,7 @@ def test_a_wrong_space_is_one_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("name", ["losses", "llrd", "all"])
 @pytest.mark.parametrize("experiment", ["demo", "milk10k", "milk10k_cpu"])
-def test_the_spaces_of_the_repository_fit_its_experiments(name, experiment):
+def test_shipped_spaces_match_the_shipped_experiments(name, experiment):
     config = load(Experiment, ROOT / "launch" / "experiments" / f"{experiment}.yaml")
     for model in config.models:
         space, notes = fit_space(read_space(ROOT / "tune" / "spaces" / f"{name}.yaml"), config, model, name)
@@ -60,7 +60,7 @@ def test_the_spaces_of_the_repository_fit_its_experiments(name, experiment):
         assert ("train.optim.layer_decay" in space) == (name != "losses" and not frozen)
 
 
-def test_the_space_of_all_is_the_other_two():
+def test_space_all_is_the_union_of_the_other_two():
     losses, llrd, both = (read_space(ROOT / "tune" / "spaces" / f"{name}.yaml") for name in ("losses", "llrd", "all"))
     assert both == losses | llrd
 
@@ -74,7 +74,7 @@ def test_the_space_of_all_is_the_other_two():
     ),
     seed=st.integers(0, 99),
 )
-def test_samples_lie_in_their_domain_and_optuna_agrees(domain, seed):
+def test_samples_lie_in_their_domain_as_in_optuna(domain, seed):
     value = domain.sample(random.Random(seed))
     distribution = domain.distribution()
     # exp(log(x)) is off by a rounding at the ends
@@ -84,7 +84,7 @@ def test_samples_lie_in_their_domain_and_optuna_agrees(domain, seed):
     assert tuple(ends) == domain.values
 
 
-def test_a_space_is_widened_to_the_experiments_own_settings():
+def test_space_is_widened_to_include_the_experiments_settings():
     experiment = load(Experiment, None, ["train.optim.lr=0.01", "models.a.train.loss.gamma=5"])
     space = {"train.optim.lr": Domain("loguniform", (1e-5, 1e-3)), "train.loss.gamma": Domain("choice", (0.0, 1.0))}
     fitted, notes = fit_space(space, experiment, "a", "here")
@@ -96,7 +96,7 @@ def test_a_space_is_widened_to_the_experiments_own_settings():
         fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "here")
 
 
-def test_a_setting_of_a_plugin_can_be_searched_where_the_experiment_sets_it():
+def test_plugin_setting_can_be_searched_if_the_experiment_sets_it():
     key = "train.augment.extra.random_erasing.share"
     space = {key: Domain("uniform", (0.05, 0.2))}
     fitted, _ = fit_space(space, load(Experiment, None, [f"models.a.{key}=0.3"]), "a", "here")
@@ -105,7 +105,7 @@ def test_a_setting_of_a_plugin_can_be_searched_where_the_experiment_sets_it():
         fit_space(space, load(Experiment, None, ["models.a.width=64"]), "a", "here")
 
 
-def test_settings_reach_one_model_and_win_over_shared_ones():
+def test_settings_of_one_model_override_shared_ones():
     experiment = load(Experiment, None, ["train.loss.gamma=1", "models.a.width=64", "models.b.width=64"])
     changed = with_settings(experiment, "b", {"train.loss.gamma": 0.5, "tower.freeze_clinical": 2})
     assert own_settings(changed.models["b"], ["train.loss.gamma", "tower.freeze_clinical"]) == {
@@ -118,7 +118,7 @@ def test_settings_reach_one_model_and_win_over_shared_ones():
     ].train == (experiment.models["b"].train)
 
 
-def test_what_has_no_effect_depends_on_what_else_varies():
+def test_keys_without_effect_are_refused_unless_another_key_varies():
     frozen = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
     idle = without_effect(frozen, ["train.optim.layer_decay", "train.optim.lr"])
     assert list(idle) == ["train.optim.layer_decay"] and "tower.frozen" in idle["train.optim.layer_decay"]
@@ -141,7 +141,7 @@ def test_what_has_no_effect_depends_on_what_else_varies():
         ("train.ema_decay", "weights and progress of a training depend on it"),
     ],
 )
-def test_a_setting_that_cannot_change_during_a_training_is_refused_with_the_reason(key, message):
+def test_pbt_refuses_settings_fixed_during_a_training(key, message):
     model = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
     space = read_space(ROOT / "tune" / "spaces" / "pbt.yaml")
     check_space(space, model, "pbt.yaml")

@@ -62,7 +62,7 @@ def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
     assert not (tmp_path / "run" / "search" / "trial-001").exists()
 
 
-def test_a_real_search_of_two_trials_and_the_best_file_trains(tiny, tmp_path):
+def test_search_of_two_trials_writes_a_best_file_that_trains(tiny, tmp_path):
     space = space_file(
         tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}\ntrain.optim.layer_decay: {uniform: [0.5, 1]}"
     )
@@ -104,7 +104,7 @@ TRAIN_WORKER = "ray::RayTrainWorker"
 
 
 @pytest.mark.parametrize("trials", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_trials_on_two_workers_each_give_what_one_worker_gives_also_after_a_worker_was_killed(tiny, tmp_path, trials):
+def test_trials_on_two_workers_equal_one_worker_also_after_a_kill(tiny, tmp_path, trials):
     space, run = space_file(tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}"), tmp_path / "run"
     settings = ["train.micro_batch=8", "train.epochs=8"]
     words = ["--config", str(tiny), f"space={space}", f"trials={trials}", "scheduler=none", "seeds=0", *settings]
@@ -130,7 +130,7 @@ def test_trials_on_two_workers_each_give_what_one_worker_gives_also_after_a_work
             np.testing.assert_allclose(first[key], second[key], rtol=1e-3, atol=2e-5, err_msg=key)
 
 
-def test_a_population_follows_its_leader(tiny, tmp_path):
+def test_pbt_copies_the_best_trial(tiny, tmp_path):
     # Two of five are last, so that one of them is not the baseline, which follows nobody.
     space = space_file(tmp_path, "train.optim.lr: {loguniform: [1e-6, 1e-5]}\ntrain.loss.gamma: {uniform: [0, 1]}")
     run = tmp_path / "run"
@@ -152,7 +152,7 @@ def test_a_population_follows_its_leader(tiny, tmp_path):
     assert not list(run.glob("search/ray/trial-*/checkpoint_*"))
 
 
-def test_a_search_is_alone_tries_bad_input_once_and_stops_on_sigterm(tiny, tmp_path):
+def test_search_locks_its_folder_fails_fast_and_stops_on_sigterm(tiny, tmp_path):
     wrong = ", ".join(f"timm:nonsense-{number}" for number in range(30))
     space, run = space_file(tmp_path, f"tower.source: {{choice: [{wrong}]}}"), tmp_path / "run"
     words = [f"space={space}", "trials=2", "scheduler=none", "train.epochs=2000"]
@@ -174,7 +174,7 @@ def test_a_search_is_alone_tries_bad_input_once_and_stops_on_sigterm(tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_without_its_finished_trials(tiny, tmp_path):
+def test_killed_search_resumes_without_rerunning_finished_trials(tiny, tmp_path):
     space = space_file(tmp_path, "train.loss.gamma: {uniform: [0, 3]}\ntrain.optim.lr: {loguniform: [1e-3, 1e-2]}")
     folder = tmp_path / "run" / "search"
     words = ["--config", str(tiny), f"space={space}", "trials=4", "scheduler=none", "concurrent=1", "train.epochs=6"]

@@ -16,7 +16,7 @@ from triderm_dist.search.space import (
 from triderm_dist.search.trial import Trial, _Curve, read_trial, read_trials, run_trial
 
 
-def test_the_curve_is_the_mean_over_folds_of_the_kept_epoch():
+def test_curve_is_the_mean_over_folds_of_the_best_epoch():
     best, last = _Curve("best"), _Curve("last")
     for curve in (best, last):
         for epoch, score in enumerate([0.2, 0.6, 0.4], 1):
@@ -29,14 +29,14 @@ def test_the_curve_is_the_mean_over_folds_of_the_kept_epoch():
     assert last.mean("official") == pytest.approx((0.2 + 0.0) / 2)
 
 
-def test_an_invalid_record_of_a_trial_is_one_line(tmp_path):
+def test_invalid_trial_record_gives_one_line(tmp_path):
     (tmp_path / "trial-001").mkdir()
     (tmp_path / "trial-001" / "trial.json").write_text('{"nummer": 1}')
     with pytest.raises(DataError, match=r"trial.json: not the record of a trial"):
         read_trials(tmp_path)
 
 
-def test_a_trial_reports_every_epoch_and_goes_on_after_a_kill(tiny, tmp_path):
+def test_trial_reports_every_epoch_and_resumes_after_a_kill(tiny, tmp_path):
     experiment = load(Experiment, tiny)
 
     class Killed(BaseException):
@@ -70,7 +70,7 @@ def test_a_trial_reports_every_epoch_and_goes_on_after_a_kill(tiny, tmp_path):
     assert sum(line["kind"] == "validation" for line in metrics) == 3
 
 
-def test_a_trial_of_other_settings_starts_afresh_and_a_failure_is_recorded(tiny, tmp_path):
+def test_trial_with_changed_settings_restarts_and_failure_is_recorded(tiny, tmp_path):
     experiment, folder = load(Experiment, tiny), tmp_path / "trial-001"
     experiment = with_settings(experiment, "small", {"train.epochs": 1})
     run_trial(Trial(1, {"train.loss.gamma": 1.0}), experiment, "small", (0,), folder, lambda scores: None)
@@ -82,7 +82,7 @@ def test_a_trial_of_other_settings_starts_afresh_and_a_failure_is_recorded(tiny,
     assert not (folder / "left").exists()
 
 
-def test_a_trial_goes_on_from_a_leading_one_with_settings_of_its_own(tiny, tmp_path):
+def test_trial_resumes_from_a_better_one_with_its_own_settings(tiny, tmp_path):
     experiment = load(Experiment, tiny)
 
     class Paused(BaseException):

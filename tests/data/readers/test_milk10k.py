@@ -31,7 +31,7 @@ def content(dataset: Dataset) -> str:
     )
 
 
-def test_reads_the_official_layout(make_challenge: Make) -> None:
+def test_official_layout_is_read(make_challenge: Make) -> None:
     challenge = make_challenge()
     dataset = read_challenge(challenge.folder)
     assert dataset.concepts == CONCEPTS
@@ -180,7 +180,7 @@ def test_test_folder_has_no_labels(make_challenge: Make) -> None:
     assert {lesion.label for lesion in dataset.lesions} == {UNLABELED}
 
 
-def test_partly_labeled(make_challenge: Make) -> None:
+def test_partly_labeled_set_is_read(make_challenge: Make) -> None:
     challenge = make_challenge()
     challenge.truth[2].update(dict.fromkeys(DIAGNOSES, ""))
     del challenge.truth[5]
@@ -189,7 +189,7 @@ def test_partly_labeled(make_challenge: Make) -> None:
     assert "2 of 22 lesions without a diagnosis" in dataset.notes
 
 
-def test_training_and_test_in_one_folder(make_challenge: Make) -> None:
+def test_training_and_test_files_in_one_folder(make_challenge: Make) -> None:
     training = make_challenge(lesions=4)
     test = make_challenge(lesions=3, prefix="MILK10k_Test", labeled=False)
     with pytest.raises(DataError, match="give the one to read"):
@@ -200,7 +200,7 @@ def test_training_and_test_in_one_folder(make_challenge: Make) -> None:
     assert not any("no row" in note for note in dataset.notes)
 
 
-def test_concepts_come_from_the_table(make_challenge: Make) -> None:
+def test_concept_scores_are_read_from_the_table(make_challenge: Make) -> None:
     challenge = make_challenge()
     for row in challenge.metadata:
         del row["MONET_hair"]
@@ -225,7 +225,7 @@ def test_patients_are_groups(make_challenge: Make) -> None:
         read_challenge(challenge.write().folder)
 
 
-def test_a_missing_view_can_be_marked(make_challenge: Make) -> None:
+def test_missing_view_can_be_marked(make_challenge: Make) -> None:
     challenge = make_challenge()
     del challenge.metadata[1]
     challenge.photo(4).unlink()
@@ -240,7 +240,7 @@ def test_a_missing_view_can_be_marked(make_challenge: Make) -> None:
     assert "2 of 22 lesions with one photo, the other view marked missing" in dataset.notes
 
 
-def test_labels_of_other_lesions_are_refused_or_dropped(make_challenge: Make) -> None:
+def test_labels_of_unknown_lesions_are_refused_or_dropped(make_challenge: Make) -> None:
     challenge = make_challenge()
     challenge.metadata = challenge.metadata[:-4]
     with pytest.raises(DataError, match=r"GroundTruth.csv, row 22: lesion IL_1140 is not in MILK10k_Training_Metadata"):
@@ -251,14 +251,14 @@ def test_labels_of_other_lesions_are_refused_or_dropped(make_challenge: Make) ->
 
 
 @pytest.mark.parametrize(("before", "after"), [("IL_1021", "il_1021"), ("IL_1021", "IL_001021")])
-def test_the_nearest_spelling_of_a_label_is_named(make_challenge: Make, before: str, after: str) -> None:
+def test_closest_label_is_suggested(make_challenge: Make, before: str, after: str) -> None:
     challenge = make_challenge()
     challenge.truth[3]["lesion_id"] = after
     with pytest.raises(DataError, match=rf"row 5: lesion {after} is not in \S+; is {before} meant"):
         read_challenge(challenge.write().folder)
 
 
-def test_columns_that_are_not_used_are_named_once(make_challenge: Make) -> None:
+def test_unused_columns_are_reported_once(make_challenge: Make) -> None:
     challenge = make_challenge()
     for row in challenge.metadata:
         row.update(itch="yes", patient="x")
@@ -338,7 +338,7 @@ def test_unreadable_tables_are_refused(make_challenge: Make, text: bytes, messag
     assert "\n" not in str(caught.value) and str(challenge.metadata_path) in str(caught.value)
 
 
-def test_short_row_is_refused(make_challenge: Make) -> None:
+def test_row_with_too_few_cells_is_refused(make_challenge: Make) -> None:
     challenge = make_challenge(lesions=2)
     lines = challenge.metadata_path.read_text().splitlines()
     challenge.metadata_path.write_text("\n".join([*lines[:3], "", lines[3].rpartition(",")[0], lines[4]]))
@@ -362,7 +362,7 @@ REAL = ROOT.parent / "shared" / "milk10k_original"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")
-def test_real_folder() -> None:
+def test_real_milk10k_folder() -> None:
     dataset = read_challenge(REAL)
     assert dataset.concepts == CONCEPTS and dataset.labeled
     assert len(dataset.lesions) > 300 and {lesion.label for lesion in dataset.lesions} == set(range(11))

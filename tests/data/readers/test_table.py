@@ -33,7 +33,7 @@ def write(path: Path, text: str | bytes, encoding: str = "utf-8") -> Path:
     ],
     ids=["comma", "semicolon", "utf-16", "utf-16-le", "sep", "bar", "blank", "quoted"],
 )
-def test_all_forms_are_read_alike(tmp_path: Path, text: str, encoding: str) -> None:
+def test_all_csv_dialects_are_read_alike(tmp_path: Path, text: str, encoding: str) -> None:
     table = read_table(write(tmp_path / "a.csv", text, encoding)).named(["age"])
     assert [cells for _, cells in table.rows()] == [{"id": "a", "age": "1"}, {"id": "b", "age": "2"}]
 
@@ -43,7 +43,7 @@ def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
     assert [where.rpartition(" ")[2] for where, _ in table.rows()] == ["4", "6"]
 
 
-def test_a_column_without_a_name_stays_if_it_has_values(tmp_path: Path) -> None:
+def test_unnamed_column_is_kept_if_it_has_values(tmp_path: Path) -> None:
     assert read_table(write(tmp_path / "a.csv", ",id,\n0,a,\n1,b,\n")).header == ["(column 1)", "id"]
 
 
@@ -63,14 +63,14 @@ def test_a_column_without_a_name_stays_if_it_has_values(tmp_path: Path) -> None:
         (b'id;age\n"a;1\n', "not a readable CSV with the delimiter semicolon"),
     ],
 )
-def test_other_files_are_named(tmp_path: Path, content: bytes, says: str) -> None:
+def test_file_that_is_not_a_table_is_identified(tmp_path: Path, content: bytes, says: str) -> None:
     path = write(tmp_path / "a.csv", content)
     with pytest.raises(DataError) as error:
         read_table(path)
     assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
+def test_missing_column_is_named_with_the_closest_one(tmp_path: Path) -> None:
     table = read_table(write(tmp_path / "a.csv", "Lesion,age\na,1\n"))
     with pytest.raises(DataError, match="column 'lesion_id' is missing from the header; is 'Lesion' meant"):
         table.require(["lesion_id"])
@@ -103,11 +103,11 @@ def test_lock_files_and_copies_are_not_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "value"), [("85+", 85.0), ("2,5", 2.5), ("2.5", 2.5), ("unknown", math.nan)])
-def test_numbers(text: str, value: float) -> None:
+def test_number_formats(text: str, value: float) -> None:
     assert parse_field(AGE, text) == pytest.approx(value, nan_ok=True)
 
 
 @pytest.mark.parametrize("text", ["", "NA", "#N/A", "-", "?", ".", "<NA>", "Unknown"])
-def test_words_that_mean_missing(text: str) -> None:
+def test_markers_of_missing_values(text: str) -> None:
     assert is_missing(text) and not is_missing("old")
     assert parse_number("1,234,5") is None

@@ -82,7 +82,7 @@ def cached(root: Path) -> list[Path]:
     return sorted(root.glob("*/*.tar"))
 
 
-def test_reads_equal_those_of_a_local_folder(server, packed, tmp_path):
+def test_remote_reads_equal_local_reads(server, packed, tmp_path):
     local, via_url = read_index(packed), open_index(server.url, settings(tmp_path))
     assert via_url.fingerprint == local.fingerprint
     assert rows_read(via_url) == rows_read(local)
@@ -97,7 +97,7 @@ def test_reads_equal_those_of_a_local_folder(server, packed, tmp_path):
     assert server.requests["shard-000000.tar"] == 1 and server.requests[INDEX] == 2
 
 
-def test_the_first_step_does_not_wait_for_the_last_shard(server, tmp_path):
+def test_first_step_does_not_wait_for_the_last_shard(server, tmp_path):
     limits = {"total_seconds": 120, "stall_seconds": 120}  # an error where the first step waits for the last shard
     index = open_index(server.url, settings(tmp_path, downloads=1, **limits))
     last = index.shards[-1].url
@@ -112,9 +112,9 @@ def test_the_first_step_does_not_wait_for_the_last_shard(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
-def test_a_transient_fault_is_retried(server, packed, tmp_path, fault):
+def test_transient_fault_is_retried(server, packed, tmp_path, fault):
     for name in (INDEX, SAMPLES, "shard-000002.tar"):
-        # index.json has no checksum: test_an_invalid_index_is_refused covers wrong content.
+        # index.json has no checksum: test_invalid_remote_index_is_refused covers wrong content.
         server.faults[name] = [] if name == INDEX and fault.__name__ in UNDETECTED_IN_INDEX else [fault]
     stalls = fault in (remote.stall, remote.silence)
     index = open_index(server.url, settings(tmp_path, **{"stall_seconds": 1} if stalls else {}))
@@ -127,7 +127,7 @@ UNDETECTED_IN_INDEX = ("wrong_bytes", "short_body", "long_body", "login_page")
 
 
 @pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
-def test_a_permanent_fault_is_a_one_line_error_within_the_time_limit(server, tmp_path, fault):
+def test_permanent_fault_is_a_one_line_error_within_the_timeout(server, tmp_path, fault):
     """A server that stalls does so until it is closed, after the error."""
     index = with_limits(open_index(server.url, settings(tmp_path)), total_seconds=1, stall_seconds=0.4)
     server.faults["shard-000003.tar"] = [fault] * 100
@@ -136,7 +136,7 @@ def test_a_permanent_fault_is_a_one_line_error_within_the_time_limit(server, tmp
     assert not list((tmp_path / "cache").glob("*/*.fetch*"))
 
 
-def test_a_too_slow_download_ends_at_the_time_limit(server, tmp_path):
+def test_slow_download_ends_at_the_timeout(server, tmp_path):
     index = with_limits(open_index(server.url, settings(tmp_path)), total_seconds=1)
     server.faults["shard-000003.tar"] = [remote.endless] * 9
     with pytest.raises(DataError, match=r"not fetched within 1 s and 1 attempts, the last error: .* too slow"):
@@ -144,7 +144,7 @@ def test_a_too_slow_download_ends_at_the_time_limit(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [remote.login_page, remote.short_body], ids=lambda f: f.__name__)
-def test_an_invalid_index_is_refused(server, tmp_path, fault):
+def test_invalid_remote_index_is_refused(server, tmp_path, fault):
     server.faults[INDEX] = [fault]
     with pytest.raises(DataError):
         open_index(server.url, settings(tmp_path))
@@ -160,7 +160,7 @@ def test_permanent_errors_are_not_retried(server, tmp_path):
         open_index((tmp_path / "nothing").as_uri(), settings(tmp_path))
 
 
-def test_a_missing_shard_is_a_one_line_error(packed, tmp_path):
+def test_missing_shard_is_a_one_line_error(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
     with serve(tmp_path / "set") as running:
         index = open_index(running.url, settings(tmp_path))
@@ -169,7 +169,7 @@ def test_a_missing_shard_is_a_one_line_error(packed, tmp_path):
             rows_read(index)
 
 
-def test_an_unreachable_server_is_named(tmp_path):
+def test_unreachable_server_is_named(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/set"
@@ -180,7 +180,7 @@ def test_an_unreachable_server_is_named(tmp_path):
 # --- size limit -----------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_stays_below_its_limit_and_an_epoch_fetches_each_shard_once(server, packed, tmp_path):
+def test_cache_stays_below_its_limit_and_fetches_each_shard_once(server, packed, tmp_path):
     local = read_index(packed)
     size = max(shard.bytes for shard in local.shards)
     root = tmp_path / "cache"
@@ -209,19 +209,19 @@ def test_the_cache_stays_below_its_limit_and_an_epoch_fetches_each_shard_once(se
     assert {server.requests[shard.url] for shard in index.shards} == {1}
 
 
-def test_an_order_that_needs_more_than_the_cache_is_refused(server, packed, tmp_path):
+def test_sampling_order_that_exceeds_the_cache_is_refused(server, packed, tmp_path):
     size = max(shard.bytes for shard in read_index(packed).shards)
     index = open_index(server.url, settings(tmp_path, cache_gb=3 * size / 1e9))
     with pytest.raises(ConfigError, match=r"cache_gb=.* at a time; raise it, or lower train.sampling.window"):
         rows_read(index)
 
 
-def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+def test_shard_larger_than_the_cache_is_refused(server, tmp_path):
     with pytest.raises(DataError, match=r"do not fit into the cache of 1e-05 GB; raise data.remote.cache_gb"):
         RemoteShards(open_index(server.url, settings(tmp_path, cache_gb=1e-5))).read(0, 0, 1)
 
 
-def test_open_files_are_not_evicted_and_the_least_recently_used_go_first(server, packed, tmp_path):
+def test_least_recently_used_closed_shards_are_evicted_first(server, packed, tmp_path):
     local = read_index(packed)
     files, size = local.shards, max(shard.bytes for shard in local.shards)
     how = settings(tmp_path, cache_gb=3.2 * size / 1e9)
@@ -242,7 +242,7 @@ def test_open_files_are_not_evicted_and_the_least_recently_used_go_first(server,
     assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 4)]
 
 
-def test_a_changed_set_at_the_same_url_is_cached_separately(packed, tmp_path):
+def test_changed_set_at_the_same_url_is_cached_separately(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
     with serve(tmp_path / "set") as running:
         a = open_index(running.url, settings(tmp_path))
@@ -268,7 +268,7 @@ Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).open(read_index(pat
 """
 
 
-def test_a_process_killed_while_fetching_does_not_block_others(server, packed, tmp_path):
+def test_process_killed_while_fetching_does_not_block_others(server, packed, tmp_path):
     open_index(server.url, settings(tmp_path))
     name = read_index(packed).shards[1].url
     server.faults[name] = [remote.stall]
@@ -284,7 +284,7 @@ def test_a_process_killed_while_fetching_does_not_block_others(server, packed, t
 # --- the disk --------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_a_one_line_error(server, tmp_path):
+def test_full_disk_is_a_one_line_error(server, tmp_path):
     """A limit on the size of files stands in for a full disk: the kernel fails the write in the same place."""
     index = open_index(server.url, settings(tmp_path))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -301,7 +301,7 @@ def test_a_full_disk_is_a_one_line_error(server, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_small_disk_evicts_and_then_reports_that_it_is_full(server, packed, tmp_path):
+def test_small_disk_evicts_shards_then_reports_that_it_is_full(server, packed, tmp_path):
     size = max(shard.bytes for shard in read_index(packed).shards)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -322,7 +322,7 @@ def test_a_small_disk_evicts_and_then_reports_that_it_is_full(server, packed, tm
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-def test_an_unwritable_cache_is_named(server, tmp_path):
+def test_unwritable_cache_is_named(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/cache: .*; set data.remote.cache to a writable folder"):
         open_index(server.url, settings(tmp_path, cache=str(tmp_path / "file" / "cache")))
@@ -339,7 +339,7 @@ def test_is_url():
         assert not is_url(folder), folder
 
 
-def test_commands_are_refused_unless_allowed(packed, tmp_path):
+def test_pipe_commands_are_refused_unless_allowed(packed, tmp_path):
     url = f"pipe:touch {tmp_path}/ran; cat {packed}/{{}}"
     with pytest.raises(ConfigError, match=r"runs a command; set data.remote.allow_commands=true if you trust it"):
         open_index(url, settings(tmp_path))
@@ -352,7 +352,7 @@ def test_commands_are_refused_unless_allowed(packed, tmp_path):
         open_index(f"pipe:sleep {HANG_SECONDS} # {{}}", settings(tmp_path, allow_commands=True, total_seconds=1))
 
 
-def test_an_index_cannot_name_a_file_outside_its_folder_or_a_command(packed, tmp_path):
+def test_index_with_an_outside_path_or_a_command_is_refused(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
     raw = json.loads((tmp_path / "set" / INDEX).read_text())
     for number, name in enumerate(["../../outside.tar", "pipe:touch x", "/etc/passwd"]):
@@ -373,12 +373,12 @@ def test_other_file_systems(packed, tmp_path, scheme):
     assert rows_read(open_index(url, settings(tmp_path))) == rows_read(read_index(packed))
 
 
-def test_an_unknown_scheme_and_a_missing_package_are_named(tmp_path):
+def test_unknown_url_scheme_and_missing_package_are_named(tmp_path):
     with pytest.raises(DataError, match="Protocol not known: nosuch"):
         open_index("nosuch://x/y", settings(tmp_path))
 
 
-def test_a_query_stays_at_the_end_and_out_of_messages():
+def test_url_query_is_kept_last_and_hidden_in_messages():
     store = Store("https://user:secret@host/set?token=hidden", RemoteConfig())
     assert store.address("a.tar") == "https://user:secret@host/set/a.tar?token=hidden"
     assert store.shown("a.tar") == "https://host/set/a.tar"

@@ -42,7 +42,7 @@ def dataset(make_challenge: Make) -> Dataset:
     return read_challenge(challenge.write().folder, missing_view="mark")
 
 
-def test_the_index_holds_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
+def test_index_has_the_content_of_the_data_set(dataset: Dataset, tmp_path: Path) -> None:
     index = pack(dataset, tmp_path / "out")
     order = {lesion.lesion_id: lesion for lesion in dataset.lesions}
     lesions = [order[name] for name in index.lesion_ids]
@@ -86,7 +86,7 @@ def test_webdataset_reads_the_same_samples(dataset: Dataset, tmp_path: Path) -> 
         assert record["metadata"]["sex"] in ("male", "female")
 
 
-def test_the_canvas_is_the_most_frequent_size(dataset: Dataset, tmp_path: Path) -> None:
+def test_canvas_of_the_index_is_the_most_frequent_size(dataset: Dataset, tmp_path: Path) -> None:
     index = pack(dataset, tmp_path / "out")
     assert index.photo_sizes == {(32, 24): 43} and index.canvas == (32, 24) and index.notes() == []
     for sizes, canvas in (
@@ -98,7 +98,7 @@ def test_the_canvas_is_the_most_frequent_size(dataset: Dataset, tmp_path: Path) 
             assert dataclasses.replace(index, photo_sizes=order).canvas == canvas
 
 
-def test_photos_are_reduced_or_kept(make_challenge: Make, tmp_path: Path) -> None:
+def test_photos_are_downscaled_or_kept(make_challenge: Make, tmp_path: Path) -> None:
     dataset = read_challenge(make_challenge(lesions=3).folder)
     reduced, kept = pack(dataset, tmp_path / "small"), pack(dataset, tmp_path / "full", short_side=None)
     for lesion in dataset.lesions:
@@ -111,7 +111,7 @@ def test_photos_are_reduced_or_kept(make_challenge: Make, tmp_path: Path) -> Non
                 assert data == original  # no metadata to strip in these
 
 
-def test_bytes_depend_on_the_input_only(dataset: Dataset, tmp_path: Path) -> None:
+def test_packed_bytes_are_reproducible(dataset: Dataset, tmp_path: Path) -> None:
     shuffled = dataclasses.replace(dataset, lesions=dataset.lesions[::-1])
     folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     pack(dataset, folders[0], workers=1)
@@ -131,7 +131,7 @@ def test_shards_mix_diagnoses(make_challenge: Make, tmp_path: Path) -> None:
     assert all(len(np.unique(index.labels[index.shard == shard])) >= 7 for shard in (0, 1))
 
 
-def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
+def test_packing_twice_skips_or_refuses(dataset: Dataset, tmp_path: Path) -> None:
     """The same input is not packed twice; another input or setting never overwrites."""
     output = tmp_path / "out"
     output.mkdir()  # an empty folder is allowed
@@ -155,7 +155,7 @@ def test_packing_again(dataset: Dataset, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_unreadable_photos(make_challenge: Make, tmp_path: Path) -> None:
+def test_unreadable_photos_are_reported_or_dropped(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge()
     for row in (8, 30):
         path = challenge.photo(row)
@@ -271,7 +271,7 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
         read_index(tmp_path / "absent")
 
 
-def test_checksums(make_challenge: Make, tmp_path: Path) -> None:
+def test_index_checksums_are_verified(make_challenge: Make, tmp_path: Path) -> None:
     index = pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
     read_index(tmp_path / "out", verify=True)
     shard = tmp_path / "out" / "shard-000001.tar"
@@ -307,7 +307,7 @@ REAL = ROOT.parent / "shared" / "milk10k_original"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real MILK10k photos are not on this machine")
-def test_real_photos(tmp_path: Path) -> None:
+def test_packing_real_photos(tmp_path: Path) -> None:
     dataset = read_challenge(REAL)
     few = dataclasses.replace(dataset, lesions=dataset.lesions[:24])
     index = pack_shards(few, tmp_path / "out", short_side=None)

@@ -51,7 +51,7 @@ def write_foreign(
             writer.write(sample)
 
 
-def test_foreign_shards(tmp_path: Path) -> None:
+def test_foreign_shards_are_indexed(tmp_path: Path) -> None:
     write_foreign(tmp_path / "theirs")
     before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     index = index_shards(tmp_path / "theirs")
@@ -84,7 +84,7 @@ def flat_record(sample: dict[str, Any], number: int) -> None:
     sample["cls"] = str(number % 3).encode()
 
 
-def test_other_extensions_and_column_names(tmp_path: Path) -> None:
+def test_alternative_extensions_and_column_names(tmp_path: Path) -> None:
     write_foreign(tmp_path / "theirs", change=flat_record)
     names = {"clinical": ("closeup.jpeg",), "dermoscopic": ("dermoscopic.jpg", "derm.jpg")}
     index = index_shards(tmp_path / "theirs", extensions=names)
@@ -106,7 +106,7 @@ def test_photos_without_records_can_be_indexed_for_prediction(tmp_path: Path) ->
     assert verify(index, 2, 0) == []
 
 
-def test_the_size_of_the_tables_does_not_change_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_independent_of_the_table_chunk_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows become tables before the tar ends, and before the first sample with concepts."""
     write_foreign(tmp_path / "theirs", change=lambda sample, n: sample["json"].pop("concepts") if n < 4 else None)
     index = index_shards(tmp_path / "theirs")
@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_all_problems_are_listed(tmp_path: Path, name: str) -> None:
+def test_all_problems_of_foreign_shards_are_listed(tmp_path: Path, name: str) -> None:
     change, kind, message = BROKEN[name]
     write_foreign(tmp_path / "theirs", change=change)
     with pytest.raises(InvalidLesions, match=message) as caught:
@@ -161,14 +161,14 @@ def test_all_problems_are_listed(tmp_path: Path, name: str) -> None:
     assert verify(index, 2, 0) == []
 
 
-def test_a_missing_view_can_be_marked(tmp_path: Path) -> None:
+def test_missing_view_can_be_marked(tmp_path: Path) -> None:
     write_foreign(tmp_path / "theirs", change=set_member(4, "clinical.jpg", None))
     index = index_shards(tmp_path / "theirs", missing_view="mark")
     assert (index.sizes == 0).sum() == 1 and index.sizes[4, 0] == 0
     assert verify(index, 2, 0) == []
 
 
-def test_rotated_photos_are_noted(tmp_path: Path) -> None:
+def test_rotated_photos_are_reported(tmp_path: Path) -> None:
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     write_foreign(tmp_path / "theirs", change=set_member(4, "clinical.jpg", photo(0, exif=exif)))
     notes: list[str] = []
@@ -176,7 +176,7 @@ def test_rotated_photos_are_noted(tmp_path: Path) -> None:
     assert notes == ["the EXIF of 1 photos asks for a rotation, which training ignores; triderm pack would apply it"]
 
 
-def test_a_truncated_tar(tmp_path: Path) -> None:
+def test_truncated_tar_is_refused(tmp_path: Path) -> None:
     write_foreign(tmp_path / "theirs")
     path = tmp_path / "theirs" / "part-001.tar"
     with tarfile.open(path) as tar:
@@ -186,7 +186,7 @@ def test_a_truncated_tar(tmp_path: Path) -> None:
         index_shards(tmp_path / "theirs")
 
 
-def test_folders_without_plain_tars(tmp_path: Path) -> None:
+def test_folders_without_uncompressed_tars_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         index_shards(tmp_path / "absent")
     with pytest.raises(DataError, match=r"no \*.tar in this folder$"):
@@ -196,7 +196,7 @@ def test_folders_without_plain_tars(tmp_path: Path) -> None:
         index_shards(tmp_path)
 
 
-def test_packed_folders_keep_their_index(make_challenge: Any, tmp_path: Path) -> None:
+def test_packed_folder_keeps_its_index(make_challenge: Any, tmp_path: Path) -> None:
     from triderm_dist.data.readers.milk10k import read_challenge
     from triderm_dist.data.shards.pack import pack_shards
 

@@ -68,7 +68,7 @@ def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
     pack_shards(read_challenge(folder), output, short_side=100, shard_samples=4, workers=2, progress=progress)
 
 
-def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
+def test_packing_killed_at_random_moments_resumes_bit_identically(make_challenge: Make, tmp_path: Path) -> None:
     """Packing processes are killed until one finishes; the bytes are those of an uninterrupted run."""
     challenge = make_challenge(lesions=100, size=(300, 220))
     pack_shards(read_challenge(challenge.folder), tmp_path / "reference", short_side=100, shard_samples=4)
@@ -94,7 +94,7 @@ def test_killed_at_random_moments(make_challenge: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lesions", [1, 4, 5, 6, 17, 32, 33])
-def test_stopped_and_resumed(dataset: Dataset, tmp_path: Path, lesions: int) -> None:
+def test_interrupted_packing_resumes_and_keeps_finished_shards(dataset: Dataset, tmp_path: Path, lesions: int) -> None:
     """Finished shards are kept unchanged, whatever the number of workers of either run."""
     packed(dataset, tmp_path / "reference")
     with pytest.raises(Stopped):
@@ -111,7 +111,7 @@ def test_stopped_and_resumed(dataset: Dataset, tmp_path: Path, lesions: int) -> 
     assert not (tmp_path / "out.part").exists()
 
 
-def test_changed_photos_and_damaged_tars_are_packed_again(make_challenge: Make, tmp_path: Path) -> None:
+def test_changed_photos_and_damaged_tars_are_repacked(make_challenge: Make, tmp_path: Path) -> None:
     """A photo replaced by another of the same size and a damaged tar; all other finished shards are kept."""
     challenge = make_challenge(lesions=33)
     dataset = read_challenge(challenge.folder)
@@ -132,7 +132,9 @@ def test_changed_photos_and_damaged_tars_are_packed_again(make_challenge: Make, 
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 
 
-def test_stopped_at_the_last_step(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_interrupted_at_the_last_step(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the rename, before OUTPUT.part is removed."""
     monkeypatch.setattr(pack.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
@@ -144,7 +146,7 @@ def test_stopped_at_the_last_step(dataset: Dataset, tmp_path: Path, monkeypatch:
     assert verify(read_index(tmp_path / "out"), 2, 0) == []
 
 
-def test_other_settings_start_over(dataset: Dataset, tmp_path: Path) -> None:
+def test_packing_with_changed_settings_starts_over(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", progress=stop_at(20))
     packed(dataset, tmp_path / "out", short_side=20, shard_samples=12)
@@ -152,7 +154,7 @@ def test_other_settings_start_over(dataset: Dataset, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
 
 
-def test_one_process_at_a_time(dataset: Dataset, tmp_path: Path) -> None:
+def test_packing_locks_the_output_folder(dataset: Dataset, tmp_path: Path) -> None:
     def second(done: int, total: int) -> None:
         if done == 1:
             with pytest.raises(DataError, match=r"out.part: another process is packing this folder"):
@@ -170,7 +172,7 @@ def fill_disk(folder: str, output: str, answer: Any) -> None:
         answer.put(str(error))
 
 
-def test_a_full_disk_is_a_one_line_error(make_challenge: Make, tmp_path: Path) -> None:
+def test_full_disk_is_a_one_line_error(make_challenge: Make, tmp_path: Path) -> None:
     """Simulated by a limit on the size of a file: the same failing write. Afterwards the same call resumes."""
     challenge = make_challenge(lesions=33)
     context = multiprocessing.get_context("spawn")
@@ -183,7 +185,7 @@ def test_a_full_disk_is_a_one_line_error(make_challenge: Make, tmp_path: Path) -
     assert len(packed(read_challenge(challenge.folder), tmp_path / "out")) == 33
 
 
-def test_every_problem_is_listed(make_challenge: Make, tmp_path: Path) -> None:
+def test_packing_reports_all_problems(make_challenge: Make, tmp_path: Path) -> None:
     """Problems of tables and photos, each with lesion, kind and location; dropped ones are counted."""
     challenge = make_challenge()
     challenge.metadata[3].update(site="torso")
@@ -205,7 +207,7 @@ def test_every_problem_is_listed(make_challenge: Make, tmp_path: Path) -> None:
     assert read_index(tmp_path / "out").problems == index.problems
 
 
-def test_a_shard_whose_lesions_are_all_dropped(make_challenge: Make, tmp_path: Path) -> None:
+def test_shard_whose_lesions_are_all_dropped(make_challenge: Make, tmp_path: Path) -> None:
     challenge = make_challenge()
     dataset = read_challenge(challenge.folder)
     for lesion in pack._Packer(dataset, 24, 5, 1, None).slices[1]:
@@ -228,7 +230,7 @@ def test_partly_labeled_and_unlabeled_sets(make_challenge: Make, tmp_path: Path)
     assert index.counts()["unlabeled"] == 22 and verify(index, 2, 0) == []
 
 
-def test_memory_does_not_grow_with_the_set(make_challenge: Make, tmp_path: Path) -> None:
+def test_memory_is_independent_of_the_size_of_the_set(make_challenge: Make, tmp_path: Path) -> None:
     """A few photos per worker are in memory at a time, not all of the set."""
     import tracemalloc
 
@@ -243,7 +245,7 @@ def test_memory_does_not_grow_with_the_set(make_challenge: Make, tmp_path: Path)
     assert peak < size / 2 + 3e6, (peak, size)
 
 
-def test_an_open_index_stays_readable_when_its_folder_is_removed(dataset: Dataset, tmp_path: Path) -> None:
+def test_open_index_remains_readable_after_its_folder_is_removed(dataset: Dataset, tmp_path: Path) -> None:
     packed(dataset, tmp_path / "out")
     index = read_index(tmp_path / "out")
     os.rename(tmp_path / "out" / "samples.parquet", tmp_path / "moved")

@@ -93,7 +93,7 @@ def test_orientation_is_applied(orientation: int, short_side: int | None) -> Non
 
 @settings(max_examples=40, deadline=None)
 @given(width=st.integers(8, 300), height=st.integers(8, 300), short_side=st.integers(8, 100))
-def test_short_side(width: int, height: int, short_side: int) -> None:
+def test_short_side_is_resized(width: int, height: int, short_side: int) -> None:
     data = encode(draw_photo(2, (width, height)))
     rows, columns = pixels(prepare_photo(data, short_side)).shape[:2]
     scale = min(1.0, short_side / min(width, height))
@@ -118,7 +118,7 @@ def test_reduction_is_lanczos(factor: int) -> None:
 @pytest.mark.parametrize(
     ("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG")]
 )
-def test_other_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
+def test_other_color_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
     image = draw_photo(4)
     data = encode(image.quantize(64) if mode == "P" else image.convert(mode), format=kind)
     with Image.open(io.BytesIO(prepare_photo(data, None))) as result:
@@ -128,7 +128,7 @@ def test_other_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_every_truncation_is_found(progressive: bool) -> None:
+def test_every_truncation_is_detected(progressive: bool) -> None:
     data = encode(draw_photo(5, (96, 72)), progressive=progressive)
     for length in range(len(data)):
         with pytest.raises(PhotoError):
@@ -141,20 +141,20 @@ def test_every_truncation_is_found(progressive: bool) -> None:
     [b"", b"not a photo", bytes(1000), encode(draw_photo(6), format="GIF"), encode(draw_photo(6), format="PNG")[:400]],
     ids=["empty", "text", "zeros", "gif", "cut png"],
 )
-def test_other_files_are_refused(data: bytes) -> None:
+def test_files_that_are_not_photos_are_refused(data: bytes) -> None:
     with pytest.raises(PhotoError) as caught:
         prepare_photo(data, 36)
     assert str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_zero_filled_tail_is_found() -> None:
+def test_zero_filled_tail_is_detected() -> None:
     """A preallocated but unfinished download, which decoders show in gray without an error."""
     data = encode(draw_photo(7, (96, 72)))
     with pytest.raises(PhotoError, match="truncated"):
         prepare_photo(data[: len(data) // 2] + bytes(len(data) - len(data) // 2), 36)
 
 
-def test_a_broken_exif_is_ignored() -> None:
+def test_broken_exif_is_ignored() -> None:
     data = loaded()
     place = data.index(b"Exif\0\0") + 6
     broken = data[:place] + b"\xff" * 12 + data[place + 12 :]

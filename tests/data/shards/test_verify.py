@@ -124,7 +124,7 @@ def test_damage_is_named(index: ShardIndex, name: str) -> None:
         assert re.search(message, text), text
 
 
-def test_all_damage_is_found(index: ShardIndex) -> None:
+def test_all_damage_is_reported_in_one_run(index: ShardIndex) -> None:
     for row in (0, 7, 20):
         photo(row, 1, b"xx")(index)
     problems = verify(read_index(index.folder), 3, 0)
@@ -132,7 +132,7 @@ def test_all_damage_is_found(index: ShardIndex) -> None:
     assert sum(p.kind == "checksum" for p in problems) == 3
 
 
-def test_a_photo_shared_by_two_groups_is_noted(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
+def test_photo_shared_by_two_groups_is_reported(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
     """Both lesions are named when packing and verifying; within a group a shared photo is allowed."""
     challenge = make_challenge()
     for number, row in enumerate(challenge.metadata):
@@ -156,13 +156,13 @@ FORGED: dict[str, Any] = {"photo_sizes": {"48x36": 43, "36x48": 1}, "shared_phot
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_the_photo_entries_of_the_index_are_verified(index: ShardIndex, name: str) -> None:
+def test_photo_entries_of_the_index_are_verified(index: ShardIndex, name: str) -> None:
     path = index.folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: FORGED[name]}))
     (problem,) = verify(read_index(index.folder), 3, 0)
     assert problem.kind == "count" and name in problem.what
 
 
-def test_more_folds_than_groups(index: ShardIndex) -> None:
+def test_more_folds_than_groups_are_refused(index: ShardIndex) -> None:
     (problem,) = verify(index, 12, 0)
     assert "12 folds need at least 12 groups" in problem.what and "folds=" in problem.what
