@@ -141,7 +141,7 @@ def test_fold_process_imports_plugins(tmp_path, monkeypatch):
         (["parallel_folds=true"], "2", "parallel_folds: starts its own processes; run `triderm crossval` without"),
         (["side_by_side=true"], None, "side_by_side is now called parallel_folds"),
         (["gpus=0.5"], None, "gpus: has effect with parallel_folds=true only"),
-        (["parallel_folds=true", "address=localhost:1"], None, "address=localhost:1: Ray does not start"),
+        (["parallel_folds=true", "address=localhost:1"], None, "address=localhost:1: Ray did not start"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(packed, tmp_path, monkeypatch, words, world, message):
