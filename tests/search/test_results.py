@@ -5,7 +5,7 @@ import random
 import pytest
 from scipy import stats
 
-from triderm_dist.search.results import _repeats, importance
+from triderm_dist.search.results import _read_repeats, importance
 from triderm_dist.search.settings import BASELINE
 from triderm_dist.search.space import (
     Domain,
@@ -21,11 +21,11 @@ def test_seed_noise_equals_a_paired_t_test(tmp_path):
             if score is not None:
                 done = Trial(trial.number, trial.settings, seed, "complete", 3, score)
                 done.write(tmp_path / f"trial-{trial.number:03d}-seed-{seed}")
-    found = _repeats(tmp_path, baseline, best)
+    found = _read_repeats(tmp_path, baseline, best)
     expected = stats.ttest_rel([0.45, 0.44, 0.47], [0.40, 0.42, 0.41]).confidence_interval(0.95)
     assert found.seeds == [1, 2, 3]
     assert (found.gain.low, found.gain.high) == pytest.approx((expected.low, expected.high))
-    assert _repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # other settings, of an earlier best
+    assert _read_repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # other settings, of an earlier best
     assert read_trials(tmp_path) == []
 
 

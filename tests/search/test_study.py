@@ -17,7 +17,7 @@ from tests.processes import finish, start, wait_for
 from tests.search.conftest import space_file
 from triderm_dist.config import Experiment, load
 from triderm_dist.schema import ConfigError, InputError
-from triderm_dist.search.results import conclude, verdict
+from triderm_dist.search.results import summarize, verdict
 from triderm_dist.search.settings import BASELINE, SearchRun, read_search
 from triderm_dist.search.space import (
     with_settings,
@@ -54,11 +54,11 @@ def test_bad_input_ends_with_status_2_before_ray_starts(tiny, tmp_path):
         (["scheduler=pbt"], "train.sampling.power cannot change during a training"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            search(load(SearchRun, tiny, words), say=lambda text: None)
+            search(load(SearchRun, tiny, words), log=lambda text: None)
     for domain, batch in (("choice: [8, 12]", 12), ("randint: [1, 4]", 3)):
         words = [f"space={space_file(tmp_path, f'train.micro_batch: {{{domain}}}')}"]
         with pytest.raises(ConfigError, match=f"16 is not a multiple of 1 ranks x micro_batch {batch}"):
-            search(load(SearchRun, tiny, words), say=lambda text: None)
+            search(load(SearchRun, tiny, words), log=lambda text: None)
     assert not (tmp_path / "run" / "search" / "trial-001").exists()
 
 
@@ -164,12 +164,12 @@ def test_search_locks_its_folder_fails_fast_and_stops_on_sigterm(tiny, tmp_path)
     before = read_trials(run / "search")[0].epochs
     wait_for(lambda: read_trials(run / "search")[0].epochs > before + 20, process)  # time to try the other again
     with pytest.raises(InputError, match=r"another search is running in this folder"):
-        search(load(SearchRun, tiny, [*words, "resume=true"]), say=lambda text: None)
+        search(load(SearchRun, tiny, [*words, "resume=true"]), log=lambda text: None)
     process.send_signal(signal.SIGTERM)
     text = output_of(process, status=3)
     assert "rerun the same command with resume=true" in text and "*** SIG" not in text
     assert "restarts from" not in text and "nonsense" in text
-    said = verdict(conclude(read_search(run)))
+    said = verdict(summarize(read_search(run)))
     assert said == ["2 trials: 0 complete, 0 stopped early, 1 failed, 1 running."]
 
 

@@ -19,13 +19,13 @@ class ResultsRun(Section):
 
 def main(config: ResultsRun) -> None:
     from triderm_dist.search.page import write_page
-    from triderm_dist.search.results import conclude, print_summary
+    from triderm_dist.search.results import print_summary, summarize
     from triderm_dist.search.settings import read_search
 
-    summary = conclude(read_search(Path(config.output)))
+    summary = summarize(read_search(Path(config.output)))
     print_summary(summary)
-    page, pictures = write_page(summary)
-    for path in (*pictures, page):
+    page, figures = write_page(summary)
+    for path in (*figures, page):
         print(path)
 
 

@@ -16,7 +16,7 @@ def main(config: SearchRun) -> None:
     from triderm_dist.search.results import print_summary
     from triderm_dist.search.study import search
 
-    print_summary(search(config, say=lambda text: print(text, flush=True)))
+    print_summary(search(config, log=lambda text: print(text, flush=True)))
 
 
 def start() -> None:

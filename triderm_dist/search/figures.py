@@ -1,4 +1,4 @@
-"""Figures of a search."""
+"""Figures of a search, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def draw_summary(summary: Summary) -> dict[Path, str]:
                 continue
             figure = Figure(figsize=size, layout="constrained")
             descriptions[path] = draw(figure, axes, trials, summary)
-            beside = path.with_name(f"{name}.part.png")
-            figure.savefig(beside, metadata={"Software": None})
-            beside.replace(path)
+            temporary = path.with_name(f"{name}.part.png")
+            figure.savefig(temporary, metadata={"Software": None})
+            temporary.replace(path)
     return descriptions
 
 
@@ -51,7 +51,7 @@ def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: S
     from triderm_dist.report.figures import BLUE, GRAY, INK, ORANGE
 
     plot = figure.subplots()
-    labelled: set[str] = set()
+    labeled: set[str] = set()
     for trial in sorted(trials, key=_drawing_order(summary)):
         epochs = range(1, len(trial.curve) + 1)
         if trial is summary.best:
@@ -62,8 +62,8 @@ def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: S
             style = {"color": BLUE, "lw": 1.2, "alpha": 0.7, "label": "complete"}
         else:
             style = {"color": GRAY, "lw": 1.0, "alpha": 0.8, "label": "stopped early"}
-        style["label"] = "" if style["label"] in labelled else style["label"]
-        labelled.add(style["label"])
+        style["label"] = "" if style["label"] in labeled else style["label"]
+        labeled.add(style["label"])
         plot.plot(epochs, trial.curve, marker="o", ms=3, zorder=3, **style)
         if trial.state != "complete":
             plot.plot(len(trial.curve), trial.curve[-1], "x", color=style["color"], ms=7, mew=1.6, zorder=4)
@@ -93,13 +93,14 @@ def _draw_importance(figure: Any, axes: list[_Axis], trials: list[Trial], summar
 
     plot = figure.subplots()
     shares = list(summary.importance.items())[::-1]
-    at = range(len(shares))
+    positions = range(len(shares))
     values = [share.value for _, share in shares]
     # The range over resamples need not contain the estimate.
     errors = [[max(0.0, v - s.low) for v, (_, s) in zip(values, shares, strict=True)],
            [max(0.0, s.high - v) for v, (_, s) in zip(values, shares, strict=True)]]  # fmt: skip
-    plot.barh(at, values, height=0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3})
-    plot.set_yticks(at, [key.removeprefix("train.") for key, _ in shares])
+    error_style = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
+    plot.barh(positions, values, height=0.6, color=BLUE, xerr=errors, error_kw=error_style)
+    plot.set_yticks(positions, [key.removeprefix("train.") for key, _ in shares])
     plot.grid(False, axis="y")
     plot.set_xlim(0, 1)
     plot.set_xlabel(f"share of the variance of macro F1 (fANOVA, {len(trials)} trials)")
@@ -168,7 +169,7 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
     scores = [trial.macro_f1 or 0.0 for trial in trials]
     low, high = min(scores), max(scores)
     colors = ScalarMappable(Normalize(low, high), "viridis_r")
-    at = range(len(axes))
+    positions = range(len(axes))
     # Low scores first, so that high ones are drawn over them.
     for trial in sorted(trials, key=lambda trial: trial.macro_f1 or 0.0):
         complete = trial.state == "complete"
@@ -180,13 +181,13 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
         if trial is summary.best:
             own = ": the experiment's own settings" if trial.number == BASELINE else ""
             style |= {"color": ORANGE, "lw": 3.0, "label": f"best{own}"}
-        plot.plot(at, [axis.position(trial.settings[axis.key]) for axis in axes], **style)
+        plot.plot(positions, [axis.position(trial.settings[axis.key]) for axis in axes], **style)
     for x, axis in enumerate(axes):
         for y, text in zip(*axis.ticks(), strict=True):
             plot.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
                            bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.8, "edgecolor": "none"})  # fmt: skip
         plot.axvline(x, color=GRAY, lw=1, zorder=0)
-    plot.set_xticks(list(at), [axis.title for axis in axes])
+    plot.set_xticks(list(positions), [axis.title for axis in axes])
     plot.set_yticks([])
     plot.grid(False)
     plot.spines[["left", "bottom"]].set_visible(False)

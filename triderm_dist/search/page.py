@@ -8,7 +8,7 @@ from pathlib import Path
 from triderm_dist.files import write_text
 from triderm_dist.report.html import card, data_table, document, figure
 from triderm_dist.search.figures import draw_summary
-from triderm_dist.search.results import Summary, gain_over, remarks, short, verdict
+from triderm_dist.search.results import Summary, format_value, gain_over, remarks, verdict
 from triderm_dist.search.settings import BASELINE
 from triderm_dist.search.space import own_settings
 
@@ -51,8 +51,8 @@ def _head(summary: Summary) -> str:
     cards = []
     for label, trial in (("Best", best), ("The experiment’s own settings", baseline)):
         if trial and trial.macro_f1 is not None:
-            below = f"trial {trial.number} · {trial.epochs} epochs · {trial.seconds:.0f} s"
-            cards.append(card(f"{label}: macro F1 (argmax)", f"{trial.macro_f1:.3f}", below))
+            note = f"trial {trial.number} · {trial.epochs} epochs · {trial.seconds:.0f} s"
+            cards.append(card(f"{label}: macro F1 (argmax)", f"{trial.macro_f1:.3f}", note))
     if summary.repeats:
         gain, seeds = summary.repeats.gain, len(summary.repeats.seeds)
         interval = f"95% interval {gain.low:+.3f} to {gain.high:+.3f} · " if seeds > 1 else ""
@@ -70,18 +70,20 @@ def _best(summary: Summary) -> str:
     if best is None or best.number == BASELINE:
         return ""
     own = own_settings(summary.run.experiment.models[summary.run.model], best.settings)
-    rows = [(key, (escape(short(own[key])), escape(short(value))), "") for key, value in best.settings.items()]
+    rows = [
+        (key, (escape(format_value(own[key])), escape(format_value(value))), "") for key, value in best.settings.items()
+    ]
     return "<h2>The best settings</h2>" + data_table(("setting", "experiment", "best"), rows, "The best settings")
 
 
 def _trials(summary: Summary) -> str:
     rows = []
     for trial in summary.trials:
-        over = gain_over(summary.baseline, trial)
-        gain = "baseline" if trial.number == BASELINE else "–" if over is None else f"{over:+.3f}"
+        gain = gain_over(summary.baseline, trial)
+        gain_text = "baseline" if trial.number == BASELINE else "–" if gain is None else f"{gain:+.3f}"
         score = "–" if trial.macro_f1 is None else f"{trial.macro_f1:.3f}"
         about = f'<span class="long">{escape(remarks(trial))}</span>'
-        cells = (trial.state, str(trial.epochs), score, gain, f"{trial.seconds:.0f}", about)
+        cells = (trial.state, str(trial.epochs), score, gain_text, f"{trial.seconds:.0f}", about)
         rows.append((str(trial.number), cells, "lead" if trial is summary.best else ""))
     header = ("trial", "state", "epochs", "macro F1", "gain", "seconds", "settings")
     return f"<details><summary>all trials</summary>{data_table(header, rows, 'All trials')}</details>"

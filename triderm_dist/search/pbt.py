@@ -1,4 +1,4 @@
-"""Population-based training (Jaderberg et al., 2017): what a search needs for `scheduler=pbt`.
+"""Population-based training (Jaderberg et al., 2017), for `scheduler=pbt`.
 
 ASHA and random search find one value per setting. A population also changes settings during a training: at intervals a
 lagging trial copies the checkpoint of a leading one and perturbs its settings. So it finds schedules, such as a focal
@@ -14,7 +14,7 @@ from typing import Any
 
 from triderm_dist.config import AugmentConfig, ModelConfig
 from triderm_dist.schema import ConfigError
-from triderm_dist.search.results import describe
+from triderm_dist.search.results import format_settings
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun
 from triderm_dist.search.space import Space, is_within, rounded
 
@@ -37,25 +37,25 @@ def check_space(space: Space, model: ModelConfig, where: str) -> None:
     cached = tuple(f"train.augment.{name}" for name in [*AugmentConfig.pixel_keys(), "token_variants"])
     for key in space:
         if key.startswith("train.sampling."):
-            why = "it decides the number of steps per epoch"
+            reason = "it decides the number of steps per epoch"
         elif key == "train.optim.warmup_epochs":
-            why = "the warm-up is over when settings first change"
+            reason = "the warm-up is over when settings first change"
         elif is_within(key, cached) and model.tower.frozen:
-            why = "each change would compute the tokens of a frozen tower again"
+            reason = "each change would compute the tokens of a frozen tower again"
         elif key == "dropout" or key.startswith(("train.loss.", "train.optim.", "train.augment.")):
             continue
         else:
-            why = "weights and progress of a training depend on it"
+            reason = "weights and progress of a training depend on it"
         raise ConfigError(
-            f"{where}: {key} cannot change during a training ({why}); remove it from a space for pbt, or use "
+            f"{where}: {key} cannot change during a training ({reason}); remove it from a space for pbt, or use "
             "scheduler=asha"
         )
 
 
 def scheduler(settings: SearchConfig, space: Space, epochs: int, number_of: Callable[[Any], int]) -> Any:
-    """Return Ray's scheduler for trials of so many epochs; the baseline copies no other trial.
+    """Return Ray's scheduler; the baseline copies no other trial.
 
-    number_of: the number of a trial of Ray.
+    epochs: of a trial.  number_of: returns the number of a trial of Ray.
     """
     from ray.tune.schedulers import PopulationBasedTraining
 
@@ -72,13 +72,13 @@ def scheduler(settings: SearchConfig, space: Space, epochs: int, number_of: Call
         def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
             super()._exploit(tune_controller, trial, trial_to_clone)
             copied = f"trial {number_of(trial)} copies trial {number_of(trial_to_clone)}"
-            print(copied, describe(trial.config), sep="  ", flush=True)
+            print(copied, format_settings(trial.config), sep="  ", flush=True)
 
     random.seed(settings.seed)  # Ray draws from it which trial copies which, and how settings change
     return Population(
         time_attr="epoch",
         perturbation_interval=settings.exploit_epochs,
-        synch=True,  # wait for all trials: else the result would depend on which process is faster
+        synch=True,  # wait for all trials, so that the result does not depend on the speed of processes
         hyperparam_mutations={
             key: list(domain.values) if domain.kind == "choice" else domain.for_ray() for key, domain in space.items()
         },

@@ -21,15 +21,17 @@ from triderm_dist.search.trial import Trial, read_trials
 if TYPE_CHECKING:
     from triderm_dist.metrics import Interval
 
-LEAST_TRIALS = 8
+MIN_TRIALS = 8
 """Importance is estimated from at least this many trials."""
 RESAMPLES = 40
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Macro F1 of the baseline and of the best trial, trained again with other seeds, in pairs; the mean difference
-    with its 95% interval over seeds (paired t), NaN for a single pair.
+    """Macro F1 of the baseline and of the best trial, trained again with other seeds.
+
+    seeds, baseline, best: of equal length, one entry per seed.  gain: mean of best - baseline with its 95% interval
+    over seeds (paired t), NaN for a single seed.
     """
 
     seeds: list[int]
@@ -40,9 +42,11 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Summary:
-    """The trials of a search, best first; the baseline and the best of the complete ones, if there are any; the gain of
-    the best in macro F1 (argmax), with an interval over validation lesions; the repetitions with other seeds; and the
-    importance of each setting with its range over resamples of the trials, the most important first.
+    """The results of a search.
+
+    trials: best first.  baseline, best: of the complete trials, None where there is none.  gain: of the best in macro
+    F1 (argmax), with a 95% interval over the `lesions` validation lesions.  repeats: with other seeds.  importance: of
+    each setting, the most important first, with its range over resamples of the trials.
     """
 
     run: SearchRun
@@ -60,22 +64,25 @@ class Summary:
         return self.run.search_folder
 
 
-def conclude(run: SearchRun) -> Summary:
-    """Write OUTPUT/search/trials.csv and, once a trial is complete, OUTPUT/best.yaml; also of an unfinished search."""
+def summarize(run: SearchRun) -> Summary:
+    """Summarize a search, also an unfinished one.
+
+    Writes OUTPUT/search/trials.csv and, once a trial is complete, OUTPUT/best.yaml.
+    """
     folder, space = run.search_folder, read_space(run.search_folder / "space.yaml")
     trials = read_trials(folder)
-    baseline, best = outcome(trials)
+    baseline, best = baseline_and_best(trials)
     if best is not None:
         save(with_settings(run.experiment, run.model, best.settings), run.folder / "best.yaml")
     _write_table(folder / "trials.csv", [*trials, *read_trials(folder, repeats=True)], baseline)
     gain, lesions = _gain(run, baseline, best) if baseline and best else (None, 0)
-    repeats = _repeats(folder, baseline, best) if baseline and best else None
+    repeats = _read_repeats(folder, baseline, best) if baseline and best else None
     rank = {"complete": 0, "stopped": 1, "running": 2, "failed": 3}
     ordered = sorted(trials, key=lambda trial: (rank[trial.state], -(trial.macro_f1 or 0.0)))
     return Summary(run, space, ordered, baseline, best, gain, lesions, repeats, importance(trials, space))
 
 
-def outcome(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
+def baseline_and_best(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
     """Return the baseline and the best of the complete trials."""
     complete = [trial for trial in trials if trial.state == "complete"]
     baseline = next((trial for trial in complete if trial.number == BASELINE), None)
@@ -96,7 +103,7 @@ def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
     return paired_difference(logits[0], logits[1], labels[1]), len(labels[1])
 
 
-def _repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
+def _read_repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
     from scipy import stats
 
     from triderm_dist.metrics import Interval
@@ -120,13 +127,15 @@ def _repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
 
 
 def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
-    """Return the share of the scores' variance that each setting explains, by fANOVA (Hutter et al. 2014, a random
-    forest, Optuna's implementation), with the 5% and 95% quantiles over resamples of the trials: with a dozen trials
-    they are wide. Stopped trials count with the score at which they were stopped. Empty for fewer than `LEAST_TRIALS`
-    trials, for one setting, where all scores are equal, and where settings changed during a training.
+    """Return the share of the scores' variance that each setting explains, with a range over resamples of the trials.
+
+    By fANOVA (Hutter et al. 2014; a random forest, Optuna's implementation). The range is from the 5% to the 95%
+    quantile, and wide with a dozen trials. Stopped trials count with the score at which they were stopped. Empty for
+    fewer than `MIN_TRIALS` trials, for one setting, where all scores are equal, and where settings changed during a
+    training.
     """
     scored = [(trial.settings, float(trial.macro_f1)) for trial in trials if trial.macro_f1 is not None]
-    if len(scored) < LEAST_TRIALS or len(space) < 2 or any(trial.changes for trial in trials):
+    if len(scored) < MIN_TRIALS or len(space) < 2 or any(trial.changes for trial in trials):
         return {}
     from triderm_dist.metrics import Interval
 
@@ -161,7 +170,7 @@ def _fanova(scored: Sequence[tuple[Mapping[str, Any], float]], space: Space) -> 
 
 def _write_table(path: Path, trials: Sequence[Trial], baseline: Trial | None) -> None:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
-    with atomic_path(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "seed", "state", "epochs", "macro_f1", "official", "gain", "seconds", *keys, "error"])
         for trial in trials:
@@ -179,12 +188,12 @@ def gain_over(baseline: Trial | None, trial: Trial) -> float | None:
     return trial.macro_f1 - baseline.macro_f1 if trial.state == "complete" and not trial.seed else None
 
 
-def describe(settings: Mapping[str, Any]) -> str:
+def format_settings(settings: Mapping[str, Any]) -> str:
     """Format settings on one line, by the last part of their names."""
-    return "  ".join(f"{key.rpartition('.')[2]} {short(value)}" for key, value in settings.items())
+    return "  ".join(f"{key.rpartition('.')[2]} {format_value(value)}" for key, value in settings.items())
 
 
-def short(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format the value of a setting with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -192,7 +201,7 @@ def short(value: Any) -> str:
 def remarks(trial: Trial) -> str:
     """Format a trial's settings on one line, or its error; and the trials that it copied."""
     copied = "".join(f"  (copied trial {change['trial']} at epoch {change['epoch']})" for change in trial.changes)
-    return trial.error or describe(trial.settings) + copied
+    return trial.error or format_settings(trial.settings) + copied
 
 
 def verdict(summary: Summary) -> list[str]:
@@ -252,11 +261,11 @@ def print_summary(summary: Summary) -> None:
     table.add_column("state", no_wrap=True)
     table.add_column("settings", overflow="fold")
     for trial in summary.trials:
-        over = gain_over(summary.baseline, trial)
+        gain = gain_over(summary.baseline, trial)
         style = "bold green" if trial is summary.best else "dim" if trial.state != "complete" else ""
         table.add_row(
             str(trial.number), str(trial.epochs), "" if trial.macro_f1 is None else f"{trial.macro_f1:.3f}",
-            "baseline" if trial.number == BASELINE else "" if over is None else f"{over:+.3f}", f"{trial.seconds:.0f}",
+            "baseline" if trial.number == BASELINE else "" if gain is None else f"{gain:+.3f}", f"{trial.seconds:.0f}",
             trial.state, remarks(trial), style=style,
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

@@ -133,7 +133,7 @@ def own_settings(model: ModelConfig, keys: Iterable[str]) -> dict[str, Any]:
         value: Any = tree
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise ConfigError(f"{key}: the experiment sets no value for it; give it one there")
+                raise ConfigError(f"{key}: the experiment sets no value for it; set one in the experiment")
             value = value[part]
         values[key] = value
     return values
@@ -156,7 +156,7 @@ def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> t
 
     config, notes = experiment.models[model], []
     unused = without_effect(config, space)
-    notes += [f"{key} is left out: {why}" for key, why in unused.items()]
+    notes += [f"{key} is left out: {reason}" for key, reason in unused.items()]
     fitted = {key: domain for key, domain in space.items() if key not in unused}
     if not fitted:
         raise ConfigError(f"{where}: no setting of this space has effect here ({'; '.join(notes)})")
@@ -225,9 +225,9 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
         ),
     ]  # fmt: skip
     return {
-        key: why
-        for holds, conditions, unused, why in rules
-        if holds and not set(conditions) & set(keys)
+        key: reason
+        for applies, conditions, unused, reason in rules
+        if applies and not set(conditions) & set(keys)
         for key in keys
         if is_within(key, unused)
     }

@@ -15,20 +15,21 @@ from triderm_dist.config import find_file, load, save
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search import pbt
-from triderm_dist.search.results import Summary, conclude, outcome
+from triderm_dist.search.results import Summary, baseline_and_best, summarize
 from triderm_dist.search.settings import SearchRun
 from triderm_dist.search.space import Space, fit_space, own_settings, read_space
 from triderm_dist.search.trial import Trial, read_trials
-from triderm_dist.search.tuner import run_repeats, run_trials, started
+from triderm_dist.search.tuner import ray_session, run_repeats, run_trials
 
-BATCH = "train.global_batch", "train.micro_batch"
+BATCH_SETTINGS = "train.global_batch", "train.micro_batch"
 
 
-def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
+def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     """Run the trials, on this machine or a Ray cluster, and write trials.csv and best.yaml.
 
-    say: prints a line of progress. Raises ConfigError for unusable settings or spaces, before any trial; Interrupted
-    where the search was stopped.
+    log: is called with each line of progress.
+
+    Raises ConfigError for unusable settings or spaces, before any trial; Interrupted where the search was stopped.
     """
     settings, experiment, model = run.search, run.experiment, run.model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -44,29 +45,29 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     if settings.scheduler == "pbt":
         pbt.check_space(space, experiment.models[model], settings.space)
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
 
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.parallel import split_batch
     from triderm_dist.engine.views import prepare_tokens
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
-    own = own_settings(experiment.models[model], BATCH)
-    for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH)):
+    own = own_settings(experiment.models[model], BATCH_SETTINGS)
+    for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH_SETTINGS)):
         split_batch(total, micro, settings.workers)
     refusal = InputError(f"{run.search_folder}: another search is running in this folder; wait for it or stop it")
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
         prepare_tokens(experiment, index, model)  # once, for all trials
-        with started(settings):
+        with ray_session(settings):
             if not settings.resume or _ended(run) < settings.trials or _failed(run):
-                run_trials(run, space, say)
+                run_trials(run, space, log)
             if _ended(run) == settings.trials:
-                _drop_copies(run)
-                baseline, best = outcome(read_trials(run.search_folder))
+                _remove_temporary_files(run)
+                baseline, best = baseline_and_best(read_trials(run.search_folder))
                 if settings.seeds and baseline and best and best is not baseline:
-                    run_repeats(run, [baseline, best], say)
-        summary = conclude(run)
+                    run_repeats(run, [baseline, best], log)
+        summary = summarize(run)
     if (ended := _ended(run)) < settings.trials:
         raise Interrupted(f"{ended} of {settings.trials} trials have ended; rerun the same command with resume=true")
     if summary.best is None:
@@ -78,8 +79,8 @@ def search(run: SearchRun, say: Callable[[str], None]) -> Summary:
     return summary
 
 
-def _drop_copies(run: SearchRun) -> None:
-    """Remove files that Ray needed only during the search: of its workers, and copies of checkpoints."""
+def _remove_temporary_files(run: SearchRun) -> None:
+    """Remove files that Ray needs during the search only: its workers' files and its copies of checkpoints."""
     shutil.rmtree(run.search_folder / "ray-workers", ignore_errors=True)
     if not _failed(run):  # a failed trial may resume from its copy
         for copy in run.search_folder.glob("ray/trial-*/checkpoint_*"):
@@ -97,25 +98,26 @@ def _failed(run: SearchRun) -> list[Trial]:
 def _open_folder(run: SearchRun, space: Space) -> None:
     """Create OUTPUT/search, or with resume=true check that the search in it has the same settings."""
     folder = run.search_folder
-    record, written = folder / "search.yaml", folder / "space.yaml"
+    settings_file, space_file = folder / "search.yaml", folder / "space.yaml"
     if not run.search.resume:
         if any(trial.state != "failed" for trial in read_trials(folder)):
-            raise ConfigError(f"{folder}: holds a search; resume it by resume=true, or set another output")
-        for left in (folder / "ray", *folder.glob("trial-*")):  # of a search with no trial, or with failed ones only
-            shutil.rmtree(left, ignore_errors=True)
+            raise ConfigError(f"{folder}: holds a search; add resume=true to resume it, or set another output")
+        # Of a search without trials, or with failed ones only.
+        for leftover in (folder / "ray", *folder.glob("trial-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         tree = {key: {domain.kind: list(domain.values)} for key, domain in space.items()}
-        written.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-        save(run, record)
+        space_file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        save(run, settings_file)
         return
-    if not record.exists():
+    if not settings_file.exists():
         raise ConfigError(f"{folder}: holds no search to resume; remove resume=true")
     ignored = {"space", "resume", "address", "seeds"}  # spaces are compared below, by content
-    before, now = (tree.model_dump(exclude={"search": ignored}) for tree in (load(SearchRun, record), run))
+    before, now = (tree.model_dump(exclude={"search": ignored}) for tree in (load(SearchRun, settings_file), run))
     if key := _first_difference(before, now):
-        raise ConfigError(f"{key}: differs from the search in {folder}; resume with its settings, see {record}")
-    if read_space(written) != space:
-        raise ConfigError(f"{run.search.space}: differs from {written}, the space that the search was started with")
+        raise ConfigError(f"{key}: differs from the search in {folder}; resume with its settings, see {settings_file}")
+    if read_space(space_file) != space:
+        raise ConfigError(f"{run.search.space}: differs from {space_file}, the space that the search was started with")
 
 
 def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str | None:

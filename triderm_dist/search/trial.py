@@ -124,11 +124,11 @@ def run_trial(
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.monitoring.metrics_log import read_metrics
 
-    started, before, main = time.monotonic(), 0.0, collectives.is_main()
+    started, before, on_main = time.monotonic(), 0.0, collectives.is_main()
     try:
         own = _own_experiment(trial, experiment, model, folder)
         index = open_index(own.train_shards, own.data.remote)
-        if main:
+        if on_main:
             trial, before = _open_folder(trial, own, index, model, folds, folder, leader)
         collectives.barrier()
         train = own.models[model].train
@@ -136,7 +136,7 @@ def run_trial(
 
         def publish(state: State) -> None:
             macro_f1, official = curve.mean("macro_f1"), curve.mean("official")
-            known = read_trial(folder) if main else None
+            known = read_trial(folder) if on_main else None
             if known and known.state == "running":  # not stopped in the meantime
                 seconds = round(before + time.monotonic() - started, 2)
                 now = replace(trial, state=state, epochs=curve.epochs, seconds=seconds, curve=list(curve.means))
@@ -164,7 +164,7 @@ def run_trial(
 
 def _own_experiment(trial: Trial, experiment: Experiment, model: str, folder: Path) -> Experiment:
     """Return the experiment that a trial trains in its folder. Raises ConfigError for settings that contradict."""
-    # A trial resumes from its last checkpoint only.
+    # A trial resumes from its last checkpoint, so that one is enough.
     own = with_settings(experiment, model, {**trial.settings, "train.keep_last": 1})
     data = own.data.model_copy(update={"shards": experiment.train_shards})
     changes = {"output": str(folder), "data": data, "tokens": str(experiment.token_folder)}
@@ -182,29 +182,29 @@ def _open_folder(
     folder: Path,
     leader: Path | None,
 ) -> tuple[Trial, float]:
-    """Prepare the folder of a trial: as it was left, as a copy of its leader's, or empty.
+    """Prepare the folder of a trial: keep that of an interrupted one, copy its leader's, or start with an empty one.
 
-    Returns the trial with its history, and the seconds that it took before.
+    Returns the trial with its history, and the seconds that it has taken so far.
     """
     from triderm_dist.engine.checkpoint import Checkpoints
     from triderm_dist.engine.fold import resume_hash
 
-    earlier, led = read_trial(folder), read_trial(leader) if leader else None
+    earlier, leading = read_trial(folder), read_trial(leader) if leader else None
     before = earlier.seconds if earlier else 0.0
     same = earlier is not None and earlier.settings == trial.settings
-    if leader and led and (not same or led.number != trial.number):
+    if leader and leading and (not same or leading.number != trial.number):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(leader, folder)
         for fold in folds:
             fold_folder = own.fold_folder(model, fold)
             Checkpoints(fold_folder, resume_hash(own, index, model, fold), keep_last=1).adopt()
-        change = {"epoch": led.epochs, "trial": led.number, "settings": led.settings}
-        changes = led.changes if led.number == trial.number else [*led.changes, change]
+        change = {"epoch": leading.epochs, "trial": leading.number, "settings": leading.settings}
+        changes = leading.changes if leading.number == trial.number else [*leading.changes, change]
         trial = replace(trial, changes=changes)
     elif earlier and same:
         trial = replace(trial, changes=earlier.changes)
     elif earlier:
-        shutil.rmtree(folder)  # of a trial that Ray lost when it was killed
+        shutil.rmtree(folder)  # of a trial that Ray had not recorded when it was killed
         before = 0.0
     trial.write(folder)
     return trial, before

@@ -21,7 +21,7 @@ from typing import Any
 from triderm_dist.distributed.ray_cluster import Needs, capacity, running_ray
 from triderm_dist.schema import ConfigError
 from triderm_dist.search import pbt
-from triderm_dist.search.results import describe
+from triderm_dist.search.results import format_settings
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
 from triderm_dist.search.space import Space, own_settings, rounded
 from triderm_dist.search.trial import State, Trial, last_checkpoint, read_trial, run_trial
@@ -31,15 +31,18 @@ REDUCTION = 3
 
 
 @contextmanager
-def started(settings: SearchConfig) -> Iterator[None]:
-    """Run Ray inside the block, here or in the cluster at `address`. Raises InputError where it does not start."""
+def ray_session(settings: SearchConfig) -> Iterator[None]:
+    """Run Ray inside the block, on this machine or in the cluster at `address`.
+
+    Raises InputError where it does not start.
+    """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Ray loses at most these seconds when it is killed
     variables = {
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "RAY_AIR_NEW_OUTPUT": "0",  # no tables of Ray's among our lines
+        "RAY_AIR_NEW_OUTPUT": "0",  # disables Ray's progress tables
     }
-    # A resumed trial reports its first epochs again; `_progress_callback` prints failures in one line each.
+    # Ray warns of the epochs that a resumed trial reports again; `_progress_callback` prints each failure on one line.
     warnings.filterwarnings("ignore", "The reported value is ignored")
     warnings.filterwarnings("ignore", "Consider boosting PBT performance")
     for name in ("ray.tune", "ray.train"):
@@ -48,14 +51,14 @@ def started(settings: SearchConfig) -> Iterator[None]:
         yield
 
 
-def run_trials(run: SearchRun, space: Space, say: Callable[[str], None]) -> None:
+def run_trials(run: SearchRun, space: Space, log: Callable[[str], None]) -> None:
     """Run the trials of a search, or resume those of an interrupted one. Ray must be running."""
     from ray import tune
 
     settings, root = run.search, run.search_folder.resolve()
     own = own_settings(run.experiment.models[run.model], space)
-    needs, concurrent = _share_machines(settings, settings.trials)
-    say(f"{settings.trials} trials over {', '.join(space)}, {concurrent} at once" + _spread(settings))
+    needs, concurrent = _allocate(settings, settings.trials)
+    log(f"{settings.trials} trials over {', '.join(space)}, {concurrent} at once" + _workers_text(settings))
 
     def settings_of(number: int, sampled: Mapping[str, Any]) -> dict[str, Any]:
         return own if number == BASELINE else {key: rounded(value) for key, value in sampled.items()}
@@ -87,8 +90,8 @@ def run_trials(run: SearchRun, space: Space, say: Callable[[str], None]) -> None
     ).fit()
 
 
-def run_repeats(run: SearchRun, trials: Sequence[Trial], say: Callable[[str], None]) -> None:
-    """Train finished trials again with other seeds, unless that is done. Ray must be running."""
+def run_repeats(run: SearchRun, trials: Sequence[Trial], log: Callable[[str], None]) -> None:
+    """Train finished trials again with other seeds, as far as that is not done. Ray must be running."""
     from ray import tune
 
     settings, root = run.search, run.search_folder.resolve()
@@ -101,9 +104,11 @@ def run_repeats(run: SearchRun, trials: Sequence[Trial], say: Callable[[str], No
                 todo.append(trial_name(trial.number, seed))
     if not todo:
         return
-    needs, concurrent = _share_machines(settings, len(todo))
-    say(f"the best trial and the baseline with {settings.seeds} other seeds, {concurrent} at once" + _spread(settings))
-    shutil.rmtree(root / "ray-seeds", ignore_errors=True)  # the folders of the trials record what is done
+    needs, concurrent = _allocate(settings, len(todo))
+    seeds = f"the best trial and the baseline with {settings.seeds} other seeds"
+    log(f"{seeds}, {concurrent} at once" + _workers_text(settings))
+    # The folders of the trials record which repetitions are done, so Ray's own state is not needed.
+    shutil.rmtree(root / "ray-seeds", ignore_errors=True)
 
     def name_of(trial: Any) -> str:
         return str(trial.config["repeat"])
@@ -116,7 +121,7 @@ def run_repeats(run: SearchRun, trials: Sequence[Trial], say: Callable[[str], No
     ).fit()
 
 
-def _share_machines(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
+def _allocate(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
     """Return the resources of a worker, and how many trials run at once. Raises ConfigError where not one fits."""
     import ray
 
@@ -132,12 +137,12 @@ def _share_machines(settings: SearchConfig, trials: int) -> tuple[Needs, int]:
     if slots < settings.workers:
         raise ConfigError(
             f"search.workers, cpus, gpus: a trial needs {settings.workers} x ({settings.cpus} CPU, {gpus:g} GPU), "
-            f"but the cluster has room for {slots}; its largest machine has {largest}"
+            f"but the cluster has resources for {slots} workers; its largest machine has {largest}"
         )
     return needs, max(1, min(slots // settings.workers, trials, settings.concurrent or trials))
 
 
-def _spread(settings: SearchConfig) -> str:
+def _workers_text(settings: SearchConfig) -> str:
     return f", {settings.workers} workers each" if settings.workers > 1 else ""
 
 
@@ -166,7 +171,7 @@ def _trainable(run: SearchRun, needs: Needs, settings_of: Callable[[int, Mapping
         def report_with_checkpoint(scores: dict[str, Any]) -> None:
             epoch = scores["epoch"]
             if epoch < last_checkpoint(folder):
-                return  # reported before the trial was paused; its folder has moved on
+                return  # an epoch from before the pause; the folder has a newer checkpoint already
             due = epoch % settings.exploit_epochs == 0 and epoch < epochs
             tune.report(scores, checkpoint=tune.Checkpoint.from_directory(folder) if due else None)
 
@@ -184,10 +189,10 @@ def _trainable(run: SearchRun, needs: Needs, settings_of: Callable[[int, Mapping
         except Exception:
             known = read_trial(folder)
             if not (known and known.bad_input):
-                raise  # Ray retries it
+                raise  # so that Ray retries
 
     if settings.workers > 1:
-        # The workers use the cores, the trial itself only waits. Ray requires it to reserve something.
+        # The workers use the cores; the trial's own process waits for them, but Ray requires it to reserve something.
         return tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 2.0**20}]))
     return tune.with_resources(trainable, tune.PlacementGroupFactory([{k: v for k, v in needs.items() if v}]))
 
@@ -259,7 +264,7 @@ def _searcher(settings: SearchConfig, space: Space, own: Mapping[str, Any]) -> A
 
 
 def _scheduler(run: SearchRun, space: Space) -> Any:
-    """Return the scheduler, which stops lagging trials; never the baseline, which every gain is measured against."""
+    """Return the scheduler, which stops lagging trials, but never the baseline: every gain is measured against it."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     settings, epochs = run.search, run.epochs
@@ -302,8 +307,8 @@ def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, e
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             known = read_trial(root / name_of(trial))
-            why = known.error if known and known.error else "its process died"
-            print(f"{name_of(trial)} restarts from its last checkpoint: {why}", flush=True)
+            reason = known.error if known and known.error else "its process died"
+            print(f"{name_of(trial)} restarts from its last checkpoint: {reason}", flush=True)
 
         def _end(self, trial: Any, state: State, error: str) -> None:
             folder = root / name_of(trial)
@@ -324,6 +329,6 @@ def _progress_callback(root: Path, name_of: Callable[[Any], str], trials: int, e
             name = f"trial {known.number}" + (f" seed {known.seed}" if known.seed else f"/{trials}")
             score = "" if known.macro_f1 is None else f"  macro F1 {known.macro_f1:.3f}"
             line = f"{name}  epoch {known.epochs}/{epochs}{score}  {known.state}"
-            print(f"{line}  {known.error or describe(known.settings)}", flush=True)
+            print(f"{line}  {known.error or format_settings(known.settings)}", flush=True)
 
     return Progress()
