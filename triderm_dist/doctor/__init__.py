@@ -1,4 +1,4 @@
-"""Check a machine and an experiment before a run, and say how to fix what would stop it.
+"""Check a machine and an experiment before a run, and advise how to fix each problem.
 
 Nothing is downloaded, started or written. A check whose package is missing reports that instead of failing.
 
@@ -30,10 +30,10 @@ def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> d
     """Return the findings that may differ between the hosts of a run, by section."""
     gpus = find_gpus()
     deepspeed = launcher.deepspeed if launcher else os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    written = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
+    written_before = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
     return {
         "software": [*versions(deepspeed), nccl(bool(gpus))],
-        "machine": machine_findings(gpus, experiment.folder, written),
+        "machine": machine_findings(gpus, experiment.folder, written_before),
     }
 
 
@@ -46,7 +46,7 @@ def examine(
     """Return all findings, by section.
 
     ranks: the processes to plan for; None takes the launcher's, else the number of GPUs, or one. gpu_memory: GiB of the
-    GPU to plan for; None takes the smallest of this host. launcher: of the file that the run will be started with.
+    GPU to plan for; None takes the smallest of this host. launcher: the accelerate file that the run will start with.
     """
     gpus = find_gpus()
     ranks = ranks or (launcher.ranks if launcher else max(1, len(gpus)))
@@ -57,5 +57,5 @@ def examine(
         experiment, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
     )
     sections["data"] = data_findings(experiment, gpus, ranks)
-    sections["suits this machine"] = suggest(gpus)
+    sections["recommended"] = suggest(gpus)
     return sections

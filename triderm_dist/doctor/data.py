@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
 
 READING_SECONDS = 2.0
-"""How long shards are read to measure the speed."""
+"""Seconds of reading shards to measure the speed."""
 MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
-"""Assumed model FLOP/s utilization of a GPU that does not wait for data: of most networks, and of networks that are
+"""Assumed MFU (model FLOP/s utilization) of a GPU that does not wait for data: for most networks, and for networks of
 mostly convolutions. triderm bench measures it.
 """
 
@@ -44,11 +44,11 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
         return Finding(title, packed, "missing", "pack the challenge folder again, or set another data.shards")
     if not isinstance(packed, str):
         counts = packed.counts()
-        few = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
-        text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {few}"
+        rarest = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
+        text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {rarest}"
         if counts["unlabeled"] == len(packed):
             return Finding(title, f"{text}, none has a label", "missing", "pack the folder with its ground truth")
-        if few < data.folds:
+        if rarest < data.folds:
             return Finding(title, text, "note", f"fewer than data.folds {data.folds}: some folds will lack it")
         return Finding(title, text)
     if data.source is None:
@@ -75,7 +75,7 @@ def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
     """Return the index of packed shards, or why it cannot be read."""
     opener = imported("triderm_dist.data.shards.open")
     if opener is None:
-        return f"{where}: can't be read without pyarrow and pillow"
+        return f"{where}: cannot be read without pyarrow and pillow"
     try:
         return opener.open_index(where, data.remote)
     except InputError as error:
@@ -127,8 +127,8 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
     if all(model.tower.frozen for model in experiment.models.values()):
         return Finding("reading", f"{speed:,.0f} lesions/s; frozen towers read each photo once, then cached tokens")
     needs = [need for name in experiment.models if (need := _need(experiment, name, gpus))]
-    most = max(needs, key=lambda need: need.lesions_per_s, default=None)
-    return reading_finding(speed, experiment.data.workers, most, max(1, min(ranks, len(gpus))), available_cores())
+    largest = max(needs, key=lambda need: need.lesions_per_s, default=None)
+    return reading_finding(speed, experiment.data.workers, largest, max(1, min(ranks, len(gpus))), available_cores())
 
 
 def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
@@ -146,7 +146,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     with ThreadPoolExecutor(workers) as pool:
         started = time.perf_counter()
         # A small data set is read several times, then from the page cache.
-        while (passed := time.perf_counter() - started) < seconds:
+        while (elapsed := time.perf_counter() - started) < seconds:
             part = rows[np.arange(done, done + batch) % len(rows)]
             views, jobs = source.fetch(pool, part, None)
             for job in jobs:
@@ -154,7 +154,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
             source.release(views, views[0].device)
             done += batch
     source.close()
-    return done / passed
+    return done / elapsed
 
 
 def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, cores: int) -> Finding:
@@ -200,5 +200,5 @@ def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None
 def _mostly_convolutions(network: nn.Module) -> bool:
     from torch.nn import Conv2d
 
-    inside = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, Conv2d))
-    return inside > 0.5 * sum(parameter.numel() for parameter in network.parameters())
+    in_convolutions = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, Conv2d))
+    return in_convolutions > 0.5 * sum(parameter.numel() for parameter in network.parameters())

@@ -14,7 +14,7 @@ MARKS: dict[State, str] = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missi
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the result. `missing` stops a run, `note` may impair one; `advice` says what to do."""
+    """One line of the result. State `missing` stops a run, `note` may impair it; advice: what to do."""
 
     name: str
     text: str

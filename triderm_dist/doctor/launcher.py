@@ -102,26 +102,27 @@ def _is_local(host: str) -> bool:
     return False
 
 
-def _port(port: int, otherwise: str) -> Finding:
+def _port(port: int, alternative: str) -> Finding:
+    """Check that a port is free. alternative: the option that selects another one, for the advice."""
     if port == 0:
         return Finding("port", "any free one")
-    # As the store of the ranks does: on all addresses, even while old connections are closing.
-    for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+    # Bind as the rendezvous store does: to all addresses, even while old connections are closing.
+    for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind((everywhere, port))
+                probe.bind((any_address, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return Finding(
-                    "port", f"{port} is in use{_holder(port)}", "missing", f"stop that program, or pass {otherwise}"
+                    "port", f"{port} is in use{_holder(port)}", "missing", f"stop that program, or pass {alternative}"
                 )
             if error.errno == errno.EACCES:
-                return Finding("port", f"{port} needs root", "missing", f"pass {otherwise}, 1024 or above")
+                return Finding("port", f"{port} needs root", "missing", f"pass {alternative}, 1024 or above")
         except OverflowError:
-            return Finding("port", f"{port} is not a port", "missing", f"pass {otherwise}")
+            return Finding("port", f"{port} is not a port", "missing", f"pass {alternative}")
     return Finding("port", f"{port} is free")
 
 

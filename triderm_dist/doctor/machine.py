@@ -14,12 +14,12 @@ from pathlib import Path
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
 
-LEAST_DISK = 5 * GIB
-"""Less free disk than this may not hold the checkpoints and tokens of a run."""
-LEAST_SHARED_MEMORY = GIB
-"""NCCL between the GPUs of one machine needs about this much of /dev/shm."""
+MIN_FREE_DISK = 5 * GIB
+"""Bytes of free disk below which the checkpoints and tokens of a run may not fit."""
+MIN_SHARED_MEMORY = GIB
+"""Bytes of /dev/shm that NCCL needs between the GPUs of one machine."""
 CLOCK_SECONDS = 60.0
-"""A file whose time lies further in the future than this shows that the clock is wrong."""
+"""A file modified more than this many seconds in the future shows that the clock is wrong."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def find_gpus() -> list[Gpu]:
         return []
     gpus = []
     for i in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(i)
-        gpus.append(Gpu(about.name, about.total_memory, torch.cuda.mem_get_info(i)[0], (about.major, about.minor)))
+        device = torch.cuda.get_device_properties(i)
+        gpus.append(Gpu(device.name, device.total_memory, torch.cuda.mem_get_info(i)[0], (device.major, device.minor)))
     return gpus
 
 
@@ -76,7 +76,7 @@ def _driver() -> tuple[bool, bool]:
 
 
 def no_gpu(cuda: str | None, driver: bool, device: bool, visible: str | None = None) -> Finding:
-    """Say why torch sees no GPU.
+    """Explain why torch sees no GPU.
 
     cuda: the CUDA version that torch is built for, None for a CPU build. driver, device: as returned by `_driver`.
     visible: CUDA_VISIBLE_DEVICES.
@@ -101,8 +101,8 @@ def _memory() -> Finding:
     psutil = imported("psutil")
     if psutil is None:
         return Finding("memory", "not known without psutil", "note", "pip install psutil")
-    about = psutil.virtual_memory()
-    total, free = about.total, about.available
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
     if (limit := _cgroup("memory.max")).isdigit() and int(limit) < total:
         used = _cgroup("memory.current")
         total, free = int(limit), min(free, int(limit) - int(used if used.isdigit() else 0))
@@ -115,7 +115,7 @@ def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding | None:
     if gpus < 2 or not folder.is_dir():
         return None
     size = shutil.disk_usage(folder).total
-    if size >= LEAST_SHARED_MEMORY:
+    if size >= MIN_SHARED_MEMORY:
         return Finding(f"{folder}", f"{size / GIB:.0f} GiB for NCCL between the GPUs")
     advice = (
         "start the container with --shm-size=8g or --ipc=host; on Kubernetes mount an emptyDir of medium Memory there"
@@ -141,7 +141,7 @@ def _disk(output: Path) -> Finding:
     if not os.access(folder, os.W_OK):
         return Finding("disk", f"{folder} is not writable", "missing", "set another output=FOLDER")
     free = shutil.disk_usage(folder).free
-    low = free < LEAST_DISK
+    low = free < MIN_FREE_DISK
     return Finding(
         "disk",
         f"{free / GIB:.0f} GiB free at {output}",

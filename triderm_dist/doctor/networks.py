@@ -11,7 +11,7 @@ from triderm_dist.doctor.findings import GIB, Finding, imported
 from triderm_dist.schema import InputError
 
 USABLE, CONTEXT = 0.92, 1.0
-"""Share of a GPU's memory that the allocator can fill in spite of fragmentation, and GiB of the CUDA context."""
+"""Share of a GPU's memory that the allocator can use despite fragmentation, and GiB of the CUDA context."""
 
 
 def network_findings(experiment: Experiment, ranks: int, gpu_memory: float | None) -> list[Finding]:

@@ -30,15 +30,15 @@ from triderm_dist.doctor.software import installed
 from triderm_dist.schema import InputError
 
 BUCKET_MIB = 25
-"""Size of the buffer that the ranks all-reduce: that of a gradient bucket of DDP."""
+"""Size of the all-reduced buffer, as DDP's gradient buckets."""
 CLOCK_SECONDS = 2.0
-"""Largest difference between the clocks of two hosts that is not reported."""
+"""Difference in seconds between the clocks of two hosts up to which none is reported."""
 EXAMINATION_SECONDS = 600.0
-"""How long the other ranks wait while rank 0 examines the rest."""
+"""Seconds that the other ranks wait while rank 0 makes the remaining checks."""
 EXIT_SECONDS = 5.0
-"""How long rank 0 waits for the others before all exit."""
-MANY_HOSTS = 6
-"""Of more hosts than this only the number is printed."""
+"""Seconds that rank 0 waits for the others before all exit."""
+MAX_NAMED_HOSTS = 6
+"""Hosts that are printed by name; of the others only the number is."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Rendezvous:
         if self.rank:
             return {}
         names = {rank: f"{what} {rank}" for rank in ranks}
-        with contextlib.suppress(RuntimeError):  # a rank that is missing is found below
+        with contextlib.suppress(RuntimeError):  # ranks that did not answer are left out below
             self.store.wait(list(names.values()), timedelta(seconds=self.seconds))
         return {rank: self._get(name) for rank, name in names.items() if self.store.check([name])}
 
@@ -227,12 +227,11 @@ def _all_reduce(rendezvous: Rendezvous, seconds: float, result: dict[str, Any]) 
 
     gpu = torch.cuda.is_available()
     try:
-        # Far beyond our own limit: at its limit NCCL aborts the whole process.
+        # Far above the limit of `time_all_reduce`, since NCCL aborts the process when it times out.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=dist.PrefixStore(
-                "all-reduce", rendezvous.store.clone()
-            ),  # its own connection: a blocked one cannot be shared
+            # A separate connection, since one that waits blocks its other users.
+            store=dist.PrefixStore("all-reduce", rendezvous.store.clone()),
             rank=rendezvous.rank,
             world_size=rendezvous.world,
             timeout=timedelta(seconds=10 * seconds),
@@ -244,12 +243,12 @@ def _all_reduce(rendezvous: Rendezvous, seconds: float, result: dict[str, Any]) 
                 started = time.perf_counter()
                 dist.all_reduce(numbers)
                 total = float(numbers[0])  # waits for the device
-                took = time.perf_counter() - started
+                elapsed = time.perf_counter() - started
                 result.setdefault("clock", time.time())
             if total != rendezvous.world**2:
                 raise RuntimeError(f"the all-reduce of {name} returned a wrong sum")
-            result[name] = took
-    except Exception as error:  # whatever a backend raises is the finding
+            result[name] = elapsed
+    except Exception as error:  # whatever a backend raises is reported
         result["error"] = _first_line(error)
 
 
@@ -292,8 +291,8 @@ def name_ranks(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     for rank in sorted(ranks):
         by_host.setdefault(hosts.get(rank, "an unknown host"), []).append(rank)
     names = [f"rank{'s' * (len(own) > 1)} {_ranges(own)} on {host}" for host, own in by_host.items()]
-    more = len(names) - MANY_HOSTS
-    return ", ".join(names[:MANY_HOSTS]) + (f" and on {more} more host(s)" if more > 0 else "")
+    more = len(names) - MAX_NAMED_HOSTS
+    return ", ".join(names[:MAX_NAMED_HOSTS]) + (f" and on {more} more host(s)" if more > 0 else "")
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -368,7 +367,7 @@ def _all_reduce_finding(rendezvous: Rendezvous, timings: Mapping[int, Mapping[st
         text = "; ".join(f"{named(ranks)}: {error}" for error, ranks in by_error.items())
         return Finding(title, text, "missing", advice)
     slowest = {name: max(each[name] for each in timings.values()) for name in ("gloo", "NCCL") if name in timings[0]}
-    text = ", ".join(f"{took * 1e3:,.0f} ms by {name}" for name, took in slowest.items())
+    text = ", ".join(f"{elapsed * 1e3:,.0f} ms by {name}" for name, elapsed in slowest.items())
     return Finding(title, f"{BUCKET_MIB} MiB over {rendezvous.world} ranks in {text}")
 
 

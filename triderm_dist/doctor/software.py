@@ -14,8 +14,9 @@ OPTIONAL = {"deepspeed": "ZeRO runs", "ray": "triderm search", "optuna": "trider
 
 
 def versions(deepspeed: bool = False) -> list[Finding]:
-    """Check Python and the packages against the ranges that triderm-dist declares. deepspeed: the run is started with
-    it, so that a version outside its range stops the run.
+    """Check Python and the packages against the version ranges that triderm-dist declares.
+
+    deepspeed: whether the run is started with DeepSpeed, so that a version outside its range stops the run.
     """
     ranges = _required()
     findings = [
@@ -29,8 +30,10 @@ def versions(deepspeed: bool = False) -> list[Finding]:
     for name in (*NEEDED, *OPTIONAL):
         found = installed(name)
         if found is None:
-            wants, state = ("", "missing") if name in needed else (f"; {OPTIONAL[name]} needs it", "note")
-            findings.append(Finding(name, f"not installed{wants}", state, f"pip install '{ranges.get(name, name)}'"))
+            needed_by, state = ("", "missing") if name in needed else (f"; {OPTIONAL[name]} needs it", "note")
+            findings.append(
+                Finding(name, f"not installed{needed_by}", state, f"pip install '{ranges.get(name, name)}'")
+            )
             continue
         distribution, version = found
         text = f"{distribution} {version}"
@@ -39,8 +42,8 @@ def versions(deepspeed: bool = False) -> list[Finding]:
         wanted = ranges.get(name)
         if wanted and not _fits(version, wanted):
             state = "missing" if name == "deepspeed" and deepspeed else "note"
-            wrong = f"the launcher needs {wanted}" if state == "missing" else "not tested with this version"
-            findings.append(Finding(name, f"{text}; {wrong}", state, f"pip install '{wanted}'"))
+            problem = f"the launcher needs {wanted}" if state == "missing" else "not tested with this version"
+            findings.append(Finding(name, f"{text}; {problem}", state, f"pip install '{wanted}'"))
         else:
             good.append(text)
     return [*findings, Finding("packages", ", ".join(good))]
@@ -58,7 +61,7 @@ def installed(name: str) -> tuple[str, str] | None:
 
 
 def _required() -> dict[str, str]:
-    """The ranges that the installed package declares, by name; empty where it is not installed (a bare clone)."""
+    """Return the ranges that the installed package declares, by name; empty for a clone that is not installed."""
     try:
         from packaging.requirements import Requirement
 
