@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 # The official scorer asks for a newer Python than it needs, and one of its packages for a C compiler; the tests that run
-# it are skipped where it can't be had.
+# it are skipped where it cannot be installed.
 $(SCORER): $(INSTALLED)
 	-$(RUN) -m pip install --quiet --disable-pip-version-check click click-pathlib rdp zipfile-deflate64
 	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python isic-challenge-scoring==5.8.0
@@ -30,7 +30,7 @@ $(SCORER): $(INSTALLED)
 demo: install
 	$(RUN) -m triderm_dist demo
 
-# A worker of pytest takes one file after the other, in the order of tests/conftest.py: the longest first.
+# Each pytest worker takes one file after the other, in the order of tests/conftest.py: the longest first.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(SCORER)

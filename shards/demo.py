@@ -1,4 +1,4 @@
-"""Write a small SYNTHETIC challenge folder: drawn lesions in the official layout, with a held-out part and its truth.
+"""Write a small SYNTHETIC challenge folder: generated lesions in the official layout, with a labeled test set.
 
 The program is triderm_dist/commands/synthetic.py; from any folder: triderm synthetic
 """

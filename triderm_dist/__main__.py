@@ -11,6 +11,7 @@ from triderm_dist.commands import PROGRAMS, names
 
 
 def usage() -> str:
+    """Return the text of `triderm --help`."""
     lines = ["usage: triderm NAME [--config FILE] [key.subkey=value ...]", "       triderm NAME --help"]
     for group, programs in PROGRAMS.items():
         lines += ["", f"{group}:", *(f"  {name:<10} {about}" for name, about in programs.items())]

@@ -40,11 +40,12 @@ PROGRAMS: dict[str, dict[str, str]] = {
 
 
 def names() -> list[str]:
+    """Return the names of all programs."""
     return [name for group in PROGRAMS.values() for name in group]
 
 
 def programs_using(key: str) -> list[str]:
-    """The programs on which a dotted setting of the experiment has an effect."""
+    """Return the programs on which a dotted setting of the experiment has an effect."""
     from triderm_dist.config import Experiment, has_effect
 
     found = []

@@ -45,7 +45,7 @@ def locate(name: str) -> tuple[str, Path]:
     for kind in KINDS:
         if name in shipped_names(kind):
             return kind, find_file(kind, name)
-    raise ConfigError(f"{name!r} does not ship with the package; triderm config list names what does")
+    raise ConfigError(f"{name!r} does not ship with the package; triderm config list shows the files that do")
 
 
 def copy(name: str, output: Path) -> None:

@@ -42,12 +42,12 @@ def main(config: CrossvalRun) -> None:
     if config.parallel_folds:
         run_parallel_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})
     else:
-        keep = partial(save, experiment, config.folder / "config.yaml")
-        run_folds(experiment, index, names, range(config.data.folds), on_start=keep)
+        save_config = partial(save, experiment, config.folder / "config.yaml")
+        run_folds(experiment, index, names, range(config.data.folds), on_start=save_config)
     if is_main():
         save(experiment, config.folder / "config.yaml")
-        if waiting := [name for name in config.models if not find_predictions(config.folder, [name])]:
-            print(f"oof.parquet is written when {', '.join(waiting)} is trained too")
+        if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
+            print(f"oof.parquet is written when {', '.join(missing)} is trained too")
             return
         table = gather(
             config.folder,

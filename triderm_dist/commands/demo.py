@@ -2,7 +2,7 @@
 
 triderm demo
 
-Takes about a minute and a half on two cores. Equal to `triderm synthetic output=runs/demo/data`, then
+Takes about 90 seconds on two cores. Equal to `triderm synthetic output=runs/demo/data`, then
 `triderm pipeline --config demo`.
 """
 
@@ -32,7 +32,7 @@ def main(config: DemoRun) -> None:
         f"data.test={data / 'test'}",
         f"data.test_truth={data / 'truth' / 'MILK10k_Test_GroundTruth.csv'}",
     ]
-    # The networks are so small that on two cores a second thread costs more than it brings.
+    # The networks are so small that a second OpenMP thread would slow them down.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command = [sys.executable, "-m", "triderm_dist.commands.pipeline", "--config", "demo", *settings]
     os.execve(sys.executable, command, environment)

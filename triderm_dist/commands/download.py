@@ -45,7 +45,7 @@ def main(config: DownloadConfig) -> None:
         checksums=read_checksums(Path(config.checksums)) if config.checksums else None,
         max_bytes=int(config.max_gb * 10**9),
         keep_zip=config.keep_zip,
-        say=print,
+        log=print,
         progress=progress_bar,
         attempts=config.attempts,
         timeout=config.timeout,

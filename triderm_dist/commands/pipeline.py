@@ -42,7 +42,9 @@ def main(config: PipelineRun) -> None:
         stacker_kind(config.stack)  # refuses unknown kinds and settings before anything is trained
     folder, settings = config.folder, config.folder / "config.yaml"
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
-        raise ConfigError(f"launcher: {config.launcher}: no such file, and none of that name ships with the package")
+        raise ConfigError(
+            f"launcher: {config.launcher}: no such file, nor a shipped one of that name; triderm config list names them"
+        )
     if config.launcher and config.parallel_folds:
         raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
     run_stages(stages(config, settings), folder, begin=lambda: save(config.experiment, settings))
@@ -94,16 +96,18 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
             Stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
         )
         extra_files += predicted
-    after = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
-    ensemble, stacked = folder / "ensemble.json", folder / "oof_submission.csv"
-    result.append(Stage("stack", [*program("stack"), *with_config], after, [oof, *extra_files], [ensemble, stacked]))
-    shown = [ensemble, oof, settings]
+    stacking = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
+    ensemble, oof_submission = folder / "ensemble.json", folder / "oof_submission.csv"
+    result.append(
+        Stage("stack", [*program("stack"), *with_config], stacking, [oof, *extra_files], [ensemble, oof_submission])
+    )
+    reported = [ensemble, oof, settings]
     if test_index:
         truth = [Path(data.test_truth)] if data.test_truth else []
         submission = folder / "submission.csv"
         result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], [submission]))
-        shown += [submission, *truth]
-    result.append(Stage("report", [*program("report"), *with_config], [], shown, [folder / "report.html"]))
+        reported += [submission, *truth]
+    result.append(Stage("report", [*program("report"), *with_config], [], reported, [folder / "report.html"]))
     return result
 
 
@@ -118,12 +122,12 @@ def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
 
     data = config.data
     keys: dict[str, Any] = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
-    words = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
     if config.plugins:
-        words.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
+        overrides.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
     if added := [repr(field) for field in added_fields()]:
         keys["metadata_fields"] = added
-    command = [*program("pack"), f"source={source}", f"output={output}", *words]
+    command = [*program("pack"), f"source={source}", f"output={output}", *overrides]
     metadata, truth, photos = find_parts(Path(source))
     return Stage(name, command, keys, [metadata, *filter(None, [truth]), *photos], [Path(output) / "index.json"])
 

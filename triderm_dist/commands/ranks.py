@@ -46,6 +46,7 @@ def expand_names(words: list[str]) -> list[str]:
 
 
 def status_of(exit_code: int) -> int:
+    """Return the exit code for that of a rank: 128 + N for one killed by signal N, which has -N."""
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
@@ -57,7 +58,7 @@ def start() -> None:
         signal.signal(getattr(signal, name), forward)
     sys.argv[1:] = expand_names(sys.argv[1:])
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(FORWARDED))
-    # Else a launcher that replaces a lost one waits for the address of rank 0, which is published once only.
+    # Otherwise a launcher that replaces a lost one waits forever for rank 0's address, which is published only once.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -1,9 +1,9 @@
-"""Write a small SYNTHETIC challenge folder: drawn lesions in the official layout, with a held-out part and its truth.
+"""Write a small SYNTHETIC challenge folder: generated lesions in the official layout, with a labeled test set.
 
 triderm synthetic output=demo
 
-OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth has their labels.
-triderm_dist/data/synthetic.py describes the drawings.
+OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth holds the test labels.
+triderm_dist/data/synthetic.py describes how lesions are drawn.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from triderm_dist.settings import PathText
 class SyntheticConfig(Extensible):
     output: PathText = Field(description="folder to write; it appears when it is complete")
     lesions: int = Field(LESIONS, ge=100, description="lesions of the training part")
-    test_lesions: int = Field(TEST_LESIONS, ge=50, description="lesions of the held-out part")
+    test_lesions: int = Field(TEST_LESIONS, ge=50, description="lesions of the test part")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
 
 

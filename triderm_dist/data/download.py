@@ -59,7 +59,7 @@ class Remote:
 
 
 class _Retry(Exception):
-    """A transient error; the text says what happened."""
+    """A transient error, with its reason."""
 
 
 class _Restart(_Retry):
@@ -111,18 +111,18 @@ def fetch(
     expected, actual = (sha256, digests["sha256"]) if sha256 else (remote.md5, digests["md5"])
     if expected and expected != actual:
         part.unlink()
-        _about(part).unlink(missing_ok=True)
+        _description_file(part).unlink(missing_ok=True)
         raise DataError(
             f"{url}: checksum {actual} is not the expected {expected}; the file was removed, rerun the command"
         )
     part.replace(path)
-    _about(part).unlink(missing_ok=True)
+    _description_file(part).unlink(missing_ok=True)
     return digests["sha256"]
 
 
 def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) -> Remote:
     """Request the missing bytes of a file. Raises _Retry where the transfer ended early."""
-    have, known = _size(part), _known(part)
+    have, known = _size(part), _read_description(part)
     if known is None:
         part.unlink(missing_ok=True)
         have = 0
@@ -142,7 +142,7 @@ def _attempt(url: str, part: Path, timeout: float, progress: Progress | None) ->
             if start:
                 raise _Restart("the file changed on the server")
             have = 0
-        write_json(_about(part), asdict(remote))
+        write_json(_description_file(part), asdict(remote))
         with part.open("r+b" if have else "wb") as file:
             file.seek(have)
             for block in _blocks(answer):
@@ -208,14 +208,14 @@ def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
         yield block
 
 
-def _about(part: Path) -> Path:
+def _description_file(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
-def _known(part: Path) -> Remote | None:
-    """Return the file whose bytes these are, as the server described it; None where it is not known."""
+def _read_description(part: Path) -> Remote | None:
+    """Return the server's description of an incomplete file; None where there is none."""
     try:
-        return Remote(**json.loads(_about(part).read_text(encoding="utf-8")))
+        return Remote(**json.loads(_description_file(part).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -325,7 +325,7 @@ def download(
     checksums: Mapping[str, str] | None = None,
     max_bytes: int = 20 * 10**9,
     keep_zip: bool = False,
-    say: Callable[[str], object] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
     progress: Callable[[str], contextlib.AbstractContextManager[Progress]] | None = None,
     **options: Any,
 ) -> None:
@@ -346,7 +346,7 @@ def download(
         if target.exists() and name in done:
             if expected and done[name]["sha256"] != expected:
                 raise DataError(f"{target}: downloaded before with another checksum; delete it and rerun the command")
-            say(f"{name}: downloaded before")
+            log(f"{name}: downloaded before")
             continue
         if target.exists():
             raise DataError(f"{target}: exists, but was not downloaded by this program; choose another output folder")
@@ -365,7 +365,7 @@ def download(
                 path.unlink()
         done[name] = entry
         write_json(record, done)
-        say(f"{name}: {size / 1e6:.1f} MB, sha256 {sha256}")
+        log(f"{name}: {size / 1e6:.1f} MB, sha256 {sha256}")
 
 
 def read_checksums(path: Path) -> dict[str, str]:
