@@ -73,7 +73,7 @@ def test_number_out_of_range_is_refused(text: str) -> None:
         ({"kind": "number", "categories": ("a", "b")}, "a number has no categories"),
         ({"kind": "number", "low": 2.0}, "low must be below high"),
         ({"kind": "ordinal", "categories": ("a", "A")}, "a spelling occurs twice"),
-        ({"kind": "ordinal", "categories": ("a", "b"), "synonyms": {"c": "d"}}, "stands for no category"),
+        ({"kind": "ordinal", "categories": ("a", "b"), "synonyms": {"c": "d"}}, "names an unknown category"),
     ],
 )
 def test_contradictory_field_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 
 from triderm_dist.config import Experiment, as_yaml, has_effect, load
 from triderm_dist.schema import ConfigError, InputError, one_line
-from triderm_dist.settings import Section, Tree, describe, flat, read_override
+from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
 BAD_INPUT = 2
 INTERRUPTED = 3
@@ -24,12 +24,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """Work stopped on request after saving its state, and can be resumed. The text says how."""
+    """Work stopped on request after saving its state, and can be resumed as the text describes."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked to stop. A subclass, because after a plain KeyboardInterrupt that passed through exec()
-    (dataclasses use it) Python ends by SIGINT whatever exit code it is given.
+    """Raised by `raise_stopped`, the handler of `SIGNALS`.
+
+    A subclass, because after a plain KeyboardInterrupt that passed through exec() (dataclasses use it) Python ends by
+    SIGINT whatever exit code it is given.
     """
 
 
@@ -57,12 +59,12 @@ def run(
     if {"--help", "-h", "--help-all"} & set(arguments):
         print(help_text(kind, about or "", everything="--help-all" in arguments))
         sys.exit(0)
-    show = "--print-config" in arguments
+    print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
     def work() -> None:
         config = read_settings(kind, arguments, users)
-        if show:
+        if print_config:
             print(as_yaml(config), end="")
         else:
             main(config)
@@ -89,14 +91,14 @@ def guarded(work: Callable[[], None]) -> None:
 
 @contextmanager
 def handle_signals(handler: Callable[..., object], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Install `handler` for these signals inside the block; in any but the main thread do nothing, as Python asks."""
+    """Install `handler` for these signals inside the block, if in the main thread: Python allows it only there."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield
     finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lambda key: ()) -> Tree:
@@ -119,7 +121,7 @@ def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lam
         else:
             overrides.append(word)
     config = load(kind, file, overrides)
-    for key in (key for override in overrides for key in flat(read_override(override))):
+    for key in (key for override in overrides for key in flatten(read_override(override))):
         if not has_effect(kind, key):
             programs = users(key)
             hint = f"; programs that use it: {', '.join(programs)}" if programs else ""

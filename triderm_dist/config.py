@@ -1,4 +1,4 @@
-"""The settings of a run: one typed tree. What reads and describes it is in settings.py.
+"""The settings of a run, as one typed tree; settings.py parses, validates and describes such trees.
 
 `Experiment` is the tree. A program adds settings of its own in a subclass, and declares in `uses` which settings of the
 experiment have an effect on it; programs that need no experiment declare a smaller `Section`.
@@ -280,9 +280,9 @@ class TrainConfig(Section):
 
 
 COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
-"""Keys of `train` that change no result."""
+"""Settings of `train` that change no result."""
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
-"""Keys of `train` that change how a step is computed; a training may resume with other values."""
+"""Settings of `train` that change how a step is computed; a training may resume with other values."""
 
 
 class ModelConfig(Section):
@@ -481,6 +481,7 @@ class Experiment(Extensible):
         return Experiment(**self.model_dump(include=set(Experiment.model_fields)))
 
     def fold_folder(self, model: str, fold: int) -> Path:
+        """Return OUTPUT/MODEL/fold-K."""
         return self.folder / model / f"fold-{fold}"
 
 
@@ -522,7 +523,7 @@ class ParallelFoldsRun(Experiment):
 
 
 def has_effect(kind: type[Section], key: str) -> bool:
-    """Whether a dotted key is a setting of the program itself, or one of the experiment that it uses."""
+    """Return whether a dotted key is a setting of the program itself, or one of the experiment that it uses."""
     uses = kind.uses if issubclass(kind, Experiment) else None
     if uses is None or key.split(".")[0] not in Experiment.model_fields:
         return True
@@ -565,7 +566,7 @@ def find_file(kind: str, name: str | os.PathLike[str]) -> Path:
 
 
 def first_comment(file: Path) -> str:
-    """Return the first comment line of a YAML file, a script or a Dockerfile, which says what it is."""
+    """Return the first comment line of a YAML file, a script or a Dockerfile: its one-line description."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "")
 
@@ -649,12 +650,12 @@ ADDED_KEYS: dict[str, Any] = {
     "stack.settings": {},
 }
 """Every setting added since, with the value (as in JSON) that does what the code did before the setting existed. Keep
-the value when the default changes: then work that was finished with the former default is not taken for the new one's.
+the value when a default changes, so that the new default gets another hash than work finished with the former one.
 """
 
 
 def stable_dump(section: Section, path: str) -> dict[str, Any]:
-    """The settings of a section as plain values, for the hashes that tell whether finished work can be reused.
+    """Return the settings of a section as plain values, for the hashes that decide whether finished work is reused.
 
     Holds all of `FIRST_KEYS`, whatever their values, so that work finished with a default that has changed since does
     not match; and of the keys added later those that differ from `ADDED_KEYS` (from their default where they are not
@@ -675,7 +676,7 @@ def stable_dump(section: Section, path: str) -> dict[str, Any]:
 
 
 def as_yaml(config: Section) -> str:
-    """The resolved settings as YAML that `load` reads back to an equal tree."""
+    """Return the resolved settings as YAML that `load` reads back to an equal tree."""
     tree = config.model_dump(mode="json")
     if isinstance(config, Experiment):
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
@@ -693,7 +694,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the mapping in a file, laid over that of the file or shipped experiment that it names as `base`. A path is
     relative to the file's own folder.
 
-    above: the files that led here by their `base`.
+    above: the files whose `base` led to this one, to detect a cycle.
     """
     if path.resolve() in above:
         cycle = " -> ".join(each.name for each in (*above[above.index(path.resolve()) :], path))
@@ -707,7 +708,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """The part of `tree` that differs from `base`."""
+    """Return the part of `tree` that differs from `base`."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

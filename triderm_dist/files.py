@@ -28,7 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Set the file name of an OSError that has none, such as that of a full disk, to `path`."""
+    """Add the file name `path` to an OSError that has none, as one of a full disk."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def exclusive_lock(lock: Path, refusal: Exception) -> Iterator[int]:
-    """Lock the file `lock`, which is created if missing, or raise `refusal` where another process holds the lock.
+    """Lock the file `lock`, creating it if missing; raise `refusal` where another process holds the lock.
 
     Yields its descriptor; child processes that inherit it hold the lock too, until the last of them ends.
     """

@@ -135,7 +135,7 @@ class MetadataField:
         elif self.kind != "number" and len(self.categories) < 2:
             wrong = "at least two categories are needed"
         elif len(set(spelled)) < len(spelled) or not set(self.synonyms.values()) <= set(self.categories):
-            wrong = "a spelling occurs twice, or a synonym stands for no category"
+            wrong = "a spelling occurs twice, or a synonym names an unknown category"
         else:
             return
         raise ConfigError(f"metadata field {self.name!r}: {wrong}")
@@ -229,7 +229,7 @@ def added_fields() -> list[MetadataField]:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One class of a task. malignant: None where the task does not say. words: its spellings in the tables."""
+    """One class of a task. malignant: None if unknown. words: its spellings in the tables."""
 
     name: str
     title: str = ""
@@ -334,7 +334,7 @@ class Task:
             raise ConfigError(f"{where}: {error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """The mapping, fit for JSON and without defaults, from which `from_mapping` builds an equal task."""
+        """Return the mapping, fit for JSON and without defaults, from which `from_mapping` builds an equal task."""
         return _plain(self)
 
     @property
@@ -353,7 +353,7 @@ class Task:
             if not _NAME.fullmatch(name) or name.lower() in ("lesion_id", "unlabelled"):
                 yield f"diagnosis {name!r}: its name must have 1 to 60 characters, no space, comma, slash or quote"
         if len(names) < 2:
-            yield f"diagnoses: a task needs at least 2, there {'is 1' if names else 'are none'}"
+            yield f"diagnoses: a task needs at least 2, got {len(names)}"
         if twice := _twice(
             spelling for each in self.diagnoses for spelling in {each.name.lower(), *_lower(each.words)}
         ):
@@ -381,7 +381,7 @@ class Task:
             if tuple(columns.image) != self.view_names:
                 yield f"columns.image: needs a column for each view: {', '.join(self.view_names)}"
             if columns.view:
-                yield "columns.view: of no use where columns.image has a column for each view; remove one"
+                yield "columns.view: has no effect where columns.image has a column for each view; remove one"
         elif len(self.views) > 1 and not columns.view:
             yield "columns.view: name the column with the kind of photo, or give columns.image a column for each view"
         for key, value, known in (
@@ -398,7 +398,7 @@ def _lower(words: Iterable[str]) -> list[str]:
 
 
 def _twice(words: Iterable[str]) -> str | None:
-    """The first word that occurs twice."""
+    """Return the first word that occurs twice, None where there is none."""
     seen: set[str] = set()
     return next((word for word in words if word in seen or seen.add(word)), None)  # type: ignore[func-returns-value]
 
@@ -406,7 +406,7 @@ def _twice(words: Iterable[str]) -> str | None:
 def _build(kind: type[Any], raw: Any, at: str) -> Any:
     """Build one of the dataclasses above from a mapping; `at`: where in the file, as `fields[2]`."""
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{at or 'the file'}: expected a mapping of keys, got {_called(raw)}")
+        raise ConfigError(f"{at or 'the file'}: expected a mapping of keys, got {_type_in_words(raw)}")
     known = {each.name: each for each in fields(kind)}
     for key in raw:
         if key not in known:
@@ -416,11 +416,14 @@ def _build(kind: type[Any], raw: Any, at: str) -> Any:
     for name, each in known.items():
         if name not in raw and each.default is MISSING and each.default_factory is MISSING:
             raise ConfigError(f"{f'{at}.' if at else ''}{name}: is missing")
-    values = {key: _READ[str(known[key].type)](value, f"{at}.{key}" if at else str(key)) for key, value in raw.items()}
+    values = {
+        key: _PARSERS[str(known[key].type)](value, f"{at}.{key}" if at else str(key)) for key, value in raw.items()
+    }
     return kind(**values)
 
 
-def _called(value: Any) -> str:
+def _type_in_words(value: Any) -> str:
+    """Name what was found in the place of an expected value, for messages."""
     return "a list" if isinstance(value, list | tuple) else "a mapping" if isinstance(value, Mapping) else repr(value)
 
 
@@ -431,7 +434,7 @@ def _is_null(value: Any) -> bool:
 def _text(value: Any, at: str) -> str:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    raise ConfigError(f"{at}: expected text, got {_called(value)}")
+    raise ConfigError(f"{at}: expected text, got {_type_in_words(value)}")
 
 
 def _number(value: Any, at: str) -> float:
@@ -441,14 +444,14 @@ def _number(value: Any, at: str) -> float:
         number = math.nan
     if math.isfinite(number):
         return number
-    raise ConfigError(f"{at}: expected a number, got {_called(value)}")
+    raise ConfigError(f"{at}: expected a number, got {_type_in_words(value)}")
 
 
 def _flag(value: Any, at: str) -> bool:
     known = {"true": True, "false": False}
     if str(value).lower() in known:
         return known[str(value).lower()]
-    raise ConfigError(f"{at}: expected true or false, got {_called(value)}")
+    raise ConfigError(f"{at}: expected true or false, got {_type_in_words(value)}")
 
 
 def _or_null(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -460,7 +463,7 @@ def _each(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ..
         if _is_null(value):
             return ()
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{at}: expected a list, got {_called(value)}")
+            raise ConfigError(f"{at}: expected a list, got {_type_in_words(value)}")
         return tuple(read(item, f"{at}[{number}]") for number, item in enumerate(value))
 
     return read_list
@@ -471,7 +474,7 @@ def _by_text(read: Callable[[Any, str], Any]) -> Callable[[Any, str], dict[str, 
         if _is_null(value):
             return {}
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{at}: expected a mapping, got {_called(value)}")
+            raise ConfigError(f"{at}: expected a mapping, got {_type_in_words(value)}")
         return {str(key): read(item, f"{at}.{key}") for key, item in value.items()}
 
     return read_mapping
@@ -481,7 +484,7 @@ def _of(kind: type[Any]) -> Callable[[Any, str], Any]:
     return lambda value, at: _build(kind, value, at)
 
 
-_READ: dict[str, Callable[[Any, str], Any]] = {
+_PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "str": _text,
     "str | None": _or_null(_text),
     "str | Mapping[str, str]": lambda value, at: (_by_text(_text) if isinstance(value, Mapping) else _text)(value, at),
@@ -500,11 +503,11 @@ _READ: dict[str, Callable[[Any, str], Any]] = {
     "tuple[MetadataField, ...]": _each(_of(MetadataField)),
     "tuple[ReferenceResult, ...]": _each(_of(ReferenceResult)),
 }
-"""How a value of a mapping is read, by the type of its field."""
+"""Functions that parse a value of a mapping, by the annotation of its field."""
 
 
 def _plain(value: Any) -> Any:
-    """A dataclass, mapping or sequence in the terms of JSON; keys with their default are left out."""
+    """Convert a dataclass, mapping or sequence to JSON types; fields with their default value are left out."""
     if isinstance(value, str) or value is None or isinstance(value, int | float):
         return value
     if isinstance(value, Mapping):

@@ -86,7 +86,7 @@ def untyped(value: Any) -> Any:
 def typed(value: Any, annotation: Any) -> Any:
     """Resolve the plain scalars of `value` for a setting of type `annotation`; `a,b` becomes a list where it takes one.
 
-    What does not fit is left to pydantic, which says so.
+    Leaves a value that does not fit as it is, for pydantic to report.
     """
     kinds = _alternatives(annotation)
     item = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (tuple, list)), None)
@@ -109,7 +109,7 @@ def _all_text(literal: Any) -> bool:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, without Annotated."""
+    """Return the members of a union, without Annotated."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _alternatives(arguments[0])
@@ -119,7 +119,7 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    """The section that a setting holds, itself or as the values of a mapping."""
+    """Return the section that a setting holds, itself or as the values of a mapping; None for other settings."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and not get_args(kind) and issubclass(kind, Section):
             return kind
@@ -167,14 +167,15 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not readable as YAML ({one_line(error)})") from None
 
 
-def read_mapping(path: Path, missing: str) -> dict[str, Any]:
-    """Read the mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError; missing: what the error
-    of a file that does not exist advises.
+def read_mapping(path: Path, advice: str) -> dict[str, Any]:
+    """Read the mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError.
+
+    advice: ends the message for a file that does not exist.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; {missing}") from None
+        raise ConfigError(f"{path}: no such file; {advice}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
     raw = parse_yaml(text, str(path))
@@ -209,7 +210,7 @@ def validate(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
 
 def _one_line(kind: type[Section], error: ValidationError) -> str:
     errors = error.errors(include_url=False)
-    # A misspelt key also leaves the right one missing: report the misspelling.
+    # A misspelled key also leaves the right one missing: report the misspelling.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -227,18 +228,18 @@ def _shown(value: Any) -> str:
 
 
 def _nearest(kind: type[Section], key: str) -> str | None:
-    """The setting or section that a misspelt key resembles, by its full name or by the last part of it."""
+    """Return the setting or section whose full name, or its last part, is nearest to a misspelled key."""
     known = [row[0] for row in describe(kind)]
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
     # Of several settings with the same last part the shortest name wins.
-    spelt = {name.rpartition(".")[2]: name for name in sorted(known, key=len, reverse=True)}
-    spelt |= {name: name for name in (*known, *sections)}
+    spelled = {name.rpartition(".")[2]: name for name in sorted(known, key=len, reverse=True)}
+    spelled |= {name: name for name in (*known, *sections)}
     parts = key.split(".")
     field = kind.model_fields.get(parts[0])
     if field is not None and get_origin(field.annotation) is dict and len(parts) > 2:
         key = ".".join([parts[0], "NAME", *parts[2:]])
-    near = difflib.get_close_matches(key, spelt, n=1)
-    return spelt[near[0]] if near else None
+    near = difflib.get_close_matches(key, spelled, n=1)
+    return spelled[near[0]] if near else None
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
@@ -260,11 +261,11 @@ def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree by dotted key."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a tree by dotted key."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -284,7 +285,7 @@ def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def type_name(annotation: Any, constraints: Iterable[Any] = ()) -> str:
-    """A type in the terms of YAML, such as `integer >= 1 or null`, `one of a | b`, `list of text`, `path`."""
+    """Describe a type in the terms of YAML, such as `integer >= 1 or null`, `one of a | b`, `list of text`, `path`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     constraints = list(constraints)
     if origin is Annotated:
@@ -319,7 +320,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def yaml_text(value: Any) -> str:
-    """A value on one line, as YAML writes it."""
+    """Format a value on one line, as YAML writes it."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(yaml_text, value))}]"
     if value is None or isinstance(value, bool):

@@ -43,7 +43,7 @@ class Stage:
 def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] = lambda: None) -> None:
     """Run the stages that are not done, recording each in FOLDER/stages.json. Exits with the code of a failed stage.
 
-    begin: is called first, with the folder locked. Raises InputError where another run holds the lock; Interrupted on
+    begin: called first, while the folder is locked. Raises InputError where another run holds the lock; Interrupted on
     SIGTERM, SIGUSR1 or Ctrl-C, after passing SIGTERM to the running stage and waiting for it.
     """
     record = folder / "stages.json"

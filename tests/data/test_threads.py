@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from triderm_dist.data.threads import available_cores, in_order, openmp_threads
+from triderm_dist.data.threads import available_cores, map_in_order, openmp_threads
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,6 @@ def test_in_order_keeps_the_order_with_limited_prefetch() -> None:
         started.append(item)
         return item * item
 
-    for done, (item, result) in enumerate(in_order(work, range(100), workers=3), start=1):
+    for done, (item, result) in enumerate(map_in_order(work, range(100), workers=3), start=1):
         assert result == item * item == (done - 1) ** 2
         assert len(started) <= done + 12

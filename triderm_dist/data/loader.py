@@ -36,7 +36,7 @@ from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 TASK_LESIONS = 8
-"""Lesions per decoding task: enough that scheduling costs nothing, few enough that the threads finish together."""
+"""Lesions per decoding task: enough to make scheduling cheap, few enough that all threads finish together."""
 
 
 class ViewSource(Protocol):
@@ -54,7 +54,7 @@ class ViewSource(Protocol):
         """Return host tensors of both views, which are filled when the futures are done."""
 
     def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
-        """Return the network's input on the device, and take the host tensors back."""
+        """Return the network's input on the device, and release the host tensors for reuse."""
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         """Return the batch of these index rows (B,), loaded without augmentation, under one of the 8 transforms of the
@@ -96,7 +96,7 @@ class PhotoSource:
         buffers.wait()
         arrays = [view.numpy() for view in buffers.views]
         index = self.index
-        # Python numbers, converted at once: what the decoding threads do under the GIL is kept short.
+        # Converted to Python numbers once for all rows: the decoding threads should do little under the GIL.
         columns = [column[rows].tolist() for column in (index.shard, index.offsets, index.sizes)]
         locations = list(zip(*columns, strict=True))
         jobs = []
@@ -380,8 +380,9 @@ def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view
 def fit_to_canvas(photo: np.ndarray, height: int, width: int) -> np.ndarray:
     """Fit a photo (h, w, 3) uint8 to (height, width, 3), such that its centered square becomes that of the canvas.
 
-    A portrait photo is rotated to a landscape canvas and the other way round (lesions have no upright), and scaled to
-    the short side of the canvas; then its long side is cropped, or mirrored at both ends, to that of the canvas.
+    A photo whose orientation (portrait or landscape) differs from the canvas is rotated by 90 degrees, since lesions
+    have no upright orientation. It is scaled to the short side of the canvas; then its long side is cropped, or
+    mirrored at both ends, to that of the canvas.
     """
     if (height, photo.shape[0]) > (width, photo.shape[1]):  # a portrait canvas: fit the transposed photo
         return fit_to_canvas(photo.swapaxes(0, 1), width, height).swapaxes(0, 1)

@@ -10,7 +10,7 @@ A diagnosis is a combination of four binary traits, one per modality:
     metadata            younger, on trunk and limbs, or older, on sun-exposed skin
 
 Eleven of the sixteen combinations are used, chosen such that without any one modality four pairs of diagnoses cannot be
-told apart. Every trait is noisy, so that no diagnosis is certain even with all four.
+distinguished. Every trait is noisy, so that no diagnosis is certain even with all four.
 """
 
 import csv
@@ -108,38 +108,38 @@ def write_demo(output: Path, lesions: int, test_lesions: int, seed: int) -> bool
         if readme.is_file() and settings in readme.read_text(encoding="utf-8").splitlines():
             return False
         raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
-    part = output.with_name(output.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)  # of a run that was killed
+    temporary = output.with_name(output.name + ".part")
+    if temporary.exists():
+        shutil.rmtree(temporary)  # left by a run that was killed
     try:
         for folder in ("train", "test", "truth"):
-            (part / folder).mkdir(parents=True)
-        write_part(part / "train", part / "train", "Training", lesions, least=6, seed=(seed, 0))
-        write_part(part / "test", part / "truth", "Test", test_lesions, least=3, seed=(seed, 1))
-        (part / "README.txt").write_text(f"{README}\n{settings}\n", encoding="utf-8")
-        part.rename(output)
+            (temporary / folder).mkdir(parents=True)
+        write_part(temporary / "train", temporary / "train", "Training", lesions, minimum=6, seed=(seed, 0))
+        write_part(temporary / "test", temporary / "truth", "Test", test_lesions, minimum=3, seed=(seed, 1))
+        (temporary / "README.txt").write_text(f"{README}\n{settings}\n", encoding="utf-8")
+        temporary.rename(output)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return True
 
 
-def write_part(folder: Path, truth: Path, name: str, lesions: int, least: int, seed: tuple[int, int]) -> None:
+def write_part(folder: Path, truth: Path, name: str, lesions: int, minimum: int, seed: tuple[int, int]) -> None:
     """Write photos and tables of one part: one-hot labels into `truth`; the supplement only in a folder with labels.
 
-    name: Training or Test, part of the file names.  least: lesions of each diagnosis at least.
+    name: Training or Test, part of the file names.  minimum: lesions per diagnosis.
     """
     from PIL import Image
 
     generator = np.random.default_rng(seed)
-    diagnoses = generator.permutation(np.repeat(list(SHARES), allot(lesions, least)))
+    diagnoses = generator.permutation(np.repeat(list(SHARES), allot(lesions, minimum)))
     lesion_numbers = generator.choice(10**6, lesions, replace=False)
     photo_numbers = generator.choice(10**6, (lesions, 2), replace=False)
     metadata, labels, supplement = [], [], []
     for diagnosis, number, photo_number in zip(diagnoses, lesion_numbers, photo_numbers, strict=True):
-        part = 10**6 * (8 + seed[1])  # ids are unique over both parts
-        ids = (f"ISIC_{part + photo_number[0]}", f"ISIC_{part + photo_number[1]}")
-        lesion = draw_lesion(generator, f"IL_{part + number}", str(diagnosis), ids)
+        base = 10**6 * (8 + seed[1])  # ids are unique over both parts
+        ids = (f"ISIC_{base + photo_number[0]}", f"ISIC_{base + photo_number[1]}")
+        lesion = draw_lesion(generator, f"IL_{base + number}", str(diagnosis), ids)
         photos = folder / f"MILK10k_{name}_Input" / lesion.lesion_id
         photos.mkdir(parents=True)
         for kind, photo_id, pixels, scores in zip(
@@ -174,14 +174,14 @@ def write_part(folder: Path, truth: Path, name: str, lesions: int, least: int, s
     (folder / "attribution.txt").write_text("SYNTHETIC, drawn by triderm-dist; no patient is shown\n", encoding="utf-8")
 
 
-def allot(lesions: int, least: int) -> list[int]:
-    """Distribute `lesions` over the diagnoses of `SHARES` by share, with at least `least` each; returns the counts."""
+def allot(lesions: int, minimum: int) -> list[int]:
+    """Return the number of lesions of each diagnosis of `SHARES`: by share, at least `minimum` each."""
     wanted = lesions * np.array(list(SHARES.values()))
-    counts = np.maximum(np.floor(wanted).astype(int), least)
+    counts = np.maximum(np.floor(wanted).astype(int), minimum)
     while counts.sum() != lesions:
         step = 1 if counts.sum() < lesions else -1
         gap = step * (wanted - counts)
-        gap[(counts <= least) & (step < 0)] = -np.inf
+        gap[(counts <= minimum) & (step < 0)] = -np.inf
         counts[np.argmax(gap)] += step
     return counts.tolist()
 

@@ -24,14 +24,16 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def openmp_threads() -> int:
-    """Return the threads that OpenMP code may start in this process: `available_cores`, or fewer where
-    OMP_NUM_THREADS says so.
+    """Return the threads that OpenMP code may start in this process: `available_cores`, or OMP_NUM_THREADS if
+    that is smaller.
     """
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return min(available_cores(), int(wanted)) if wanted.isdigit() and int(wanted) else available_cores()
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(available_cores(), int(limit)) if limit.isdigit() and int(limit) else available_cores()
 
 
-def in_order(work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[tuple[_Item, _Result]]:
+def map_in_order(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+) -> Iterator[tuple[_Item, _Result]]:
     """Yield (item, work(item)) in the order of the items, working on threads a few items ahead of the consumer."""
     waiting: deque[tuple[_Item, Future[_Result]]] = deque()
     with ThreadPoolExecutor(workers) as pool:

@@ -35,7 +35,7 @@ from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, tracker_class
 from triderm_dist.schema import DIAGNOSES
-from triderm_dist.settings import flat
+from triderm_dist.settings import flatten
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Trainer:
         self.meter = ThroughputMeter(state.step, steps, config.global_batch, accelerator.device, flops)
         self.tracker = Tracker(
             name, folder.path, accelerator.is_main_process, epochs=config.epochs, total_steps=steps, step=state.step,
-            epoch=state.epoch, trackers=config.trackers, settings=flat(config.model_dump(mode="json")),
+            epoch=state.epoch, trackers=config.trackers, settings=flatten(config.model_dump(mode="json")),
             loss_names=self.loss.names,
         )  # fmt: skip
 

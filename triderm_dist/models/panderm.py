@@ -26,7 +26,7 @@ HEAD_WIDTH = 64
 
 
 def is_panderm(state: Mapping[str, Tensor]) -> bool:
-    """Whether `state` holds a PanDerm tower under one of `PREFIXES`."""
+    """Return whether `state` holds a PanDerm tower under one of `PREFIXES`."""
     return any(_has_tower(state, prefix) for prefix in PREFIXES)
 
 

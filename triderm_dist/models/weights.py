@@ -1,4 +1,4 @@
-"""Weight files: read without pickle, unwrapped, and loaded only where they fill the whole module."""
+"""Weight files: read without pickle, unwrapped, and loaded only where they fill a module completely."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ def hub_file(repository: str, names: Sequence[str]) -> Path:
 
 
 def is_cached(repository: str, names: Sequence[str]) -> bool:
-    """Whether the local cache holds one of `names` of a Hugging Face repository. Raises InputError for a bad id."""
+    """Return whether the local cache holds one of `names` of a Hugging Face repository.
+
+    Raises InputError for a bad id.
+    """
     return _cached_file(repository, names) is not None
 
 

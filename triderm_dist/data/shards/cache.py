@@ -117,8 +117,9 @@ class Cache:
         return shutil.disk_usage(self.root).free
 
     def _inventory(self) -> tuple[int, list[tuple[float, Path, int]]]:
-        """Return the bytes used or reserved, and (last use, path, bytes) of the shards; remove what a killed process
-        left.
+        """Return the bytes used or reserved, and (last use, path, bytes) of the shards.
+
+        Removes incomplete files of killed processes.
         """
         used, evictable = 0, []
         for path in self.root.glob("*/*"):
@@ -132,9 +133,9 @@ class Cache:
                         elif not fetching["attempt"]:
                             used += int(fetching["bytes"])
                 else:
-                    about = path.stat()
-                    used += about.st_size
-                    evictable.append((about.st_mtime, path, about.st_size))
+                    status = path.stat()
+                    used += status.st_size
+                    evictable.append((status.st_mtime, path, status.st_size))
         return used, evictable
 
 
@@ -165,8 +166,8 @@ def _open_shared(path: Path, size: int) -> CachedFile | None:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (FileNotFoundError, BlockingIOError):
         return None
-    about = os.fstat(file.fileno())
-    if about.st_nlink == 0 or about.st_size != size:
+    status = os.fstat(file.fileno())
+    if status.st_nlink == 0 or status.st_size != size:
         return None
     with contextlib.suppress(OSError):
         os.utime(file.fileno())  # the time of the last use

@@ -7,8 +7,8 @@ A packed set is a folder of plain WebDataset tars with an index:
                        photo sizes, lesions that share a photo
     samples.parquet    one row per lesion: ids, label, scores, and the offsets of its photos in the shard
 
-`samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` returns a JPEG. The index is
-made for 10 million lesions: a column is read at its first use, and no Python object is built per row.
+`samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` returns a JPEG. The index
+scales to 10 million lesions: a column is read at its first use, and no Python object is built per row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
-from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, DataError, one_line
 
@@ -99,12 +99,12 @@ class ShardIndex:
     @cached_property
     def offsets(self) -> np.ndarray:
         """(N, 2) int64, where the JPEG of each of `VIEWS` begins in its tar."""
-        return self._of_views("offset")
+        return self._view_columns("offset")
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """(N, 2) int64, bytes of the JPEG of each of `VIEWS`, 0 if missing."""
-        return self._of_views("size")
+        return self._view_columns("size")
 
     @cached_property
     def concept_scores(self) -> np.ndarray:
@@ -142,7 +142,7 @@ class ShardIndex:
         counts = np.bincount(self.labels - UNLABELED, minlength=len(self.diagnoses) + 1).tolist()
         return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabeled": counts[0]}
 
-    def _of_views(self, what: str) -> np.ndarray:
+    def _view_columns(self, what: str) -> np.ndarray:
         table = self._columns(*(f"{view}_{what}" for view in VIEWS))
         matrix = np.empty((len(self), len(VIEWS)), np.int64)
         for column, view in enumerate(VIEWS):
@@ -208,7 +208,7 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
 
 def verify_shards(index: ShardIndex) -> None:
     """Hash every shard, on all cores. Raises DataError naming the first whose checksum differs."""
-    for _ in in_order(lambda shard: _check_sha256(index.folder, shard), index.shards, available_cores()):
+    for _ in map_in_order(lambda shard: _check_sha256(index.folder, shard), index.shards, available_cores()):
         pass
 
 
@@ -256,7 +256,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _check_vocabulary(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise DataError where labels or categories mean something else than in this program."""
+    """Raise DataError where labels or categories have another meaning than in this program."""
     if tuple(raw["diagnoses"]) != DIAGNOSES:
         raise DataError(f"{path}: diagnoses are not those of this program; pack the data again")
     for name, values in raw.get("metadata_categories", {}).items():
@@ -282,7 +282,7 @@ def _check_size(folder: Path, file: ShardFile) -> None:
             f"{path}: missing, but {INDEX} lists it; copy the whole folder or pack the data again"
         ) from None
     if actual != file.bytes:
-        raise DataError(f"{path}: {actual} bytes, {INDEX} says {file.bytes}; copy it again or pack the data again")
+        raise DataError(f"{path}: {actual} bytes, {INDEX} lists {file.bytes}; copy it again or pack the data again")
 
 
 def _check_sha256(folder: Path, file: ShardFile) -> None:
@@ -302,10 +302,10 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
     """Return (N, width) float32, filled chunk by chunk: these are the widest columns, and are not held twice."""
     matrix = np.empty((len(column), width), np.float32)
-    at = 0
+    start = 0
     for chunk in column.chunks:
-        matrix[at : at + len(chunk)] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-        at += len(chunk)
+        matrix[start : start + len(chunk)] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        start += len(chunk)
     pa.default_memory_pool().release_unused()
     return matrix
 
@@ -323,9 +323,9 @@ def _check_rows(index: ShardIndex) -> None:
         file = pq.ParquetFile(index.samples)
         if not file.schema_arrow.equals(samples_schema(len(index.concepts), len(index.stored_fields))):
             raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
-        places = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
-        for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *places]):
-            shard, label, *rest = (batch[name].to_numpy() for name in ("shard", "label", *places))
+        locations = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
+        for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *locations]):
+            shard, label, *rest = (batch[name].to_numpy() for name in ("shard", "label", *locations))
             if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(shard_bytes):
                 raise DataError(outside)
             lesions += np.bincount(shard, minlength=len(shard_bytes))

@@ -24,7 +24,7 @@ from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_inde
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
 from triderm_dist.data.shards.record import Record, parse_record
 from triderm_dist.data.shards.write_index import write_index
-from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError, one_line
 
@@ -60,7 +60,7 @@ def index_shards(
     total, scanned = sum(path.stat().st_size for path in paths), 0
     for path in paths:
         scan.start_tar(path)
-        for sample, checked in in_order(check, _samples(path, scan.problems.append), workers or available_cores()):
+        for sample, checked in map_in_order(check, _samples(path, scan.problems.append), workers or available_cores()):
             scan.add(checked)
             if progress:
                 progress(scanned + max(offset for offset, _ in sample.members.values()), total)

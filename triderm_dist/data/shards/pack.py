@@ -32,7 +32,7 @@ from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_inde
 from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, size_and_hash
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
-from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import atomic_path, exclusive_lock, file_sha256
 from triderm_dist.schema import VIEWS, DataError, Lesion
 
@@ -101,7 +101,7 @@ def _exists(folder: Path) -> bool:
 
 
 def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
-    """Return the index of an output that exists. Raises DataError where its input or settings are others."""
+    """Return the index of an output that exists. Raises DataError where its input or settings differ."""
     advice = "choose another output folder or delete this one"
     if not (folder / INDEX).is_file():
         raise DataError(f"{folder}: exists and is not a packed set; {advice}")
@@ -156,8 +156,8 @@ class _Packer:
         self.done, self.total = 0, len(order)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the settings, the tables and the bytes of every photo."""
-        return self._joined([source for _, source in in_order(self._source, self.slices, self.workers)])
+        """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
+        return self._joined([source for _, source in map_in_order(self._source, self.slices, self.workers)])
 
     def write(self, part: Path) -> tuple[list[_FinishedShard], list[Problem]]:
         """Write every shard to PART/shards and its record to PART/rows; keep valid ones of an interrupted run."""
@@ -165,7 +165,7 @@ class _Packer:
             (part / name).mkdir(exist_ok=True)
         found = {number: self._read_record(part, number) for number in range(len(self.slices))}
         kept: dict[int, _FinishedShard] = {}
-        for number, valid in in_order(
+        for number, valid in map_in_order(
             lambda number: self._is_valid(part, number, found[number]),
             [number for number, record in found.items() if record],
             self.workers,
@@ -206,7 +206,7 @@ class _Packer:
         return _FinishedShard(record["source"], file, tuple(Problem(**entry) for entry in record["problems"]))
 
     def _is_valid(self, part: Path, number: int, record: _FinishedShard | None) -> bool:
-        """Whether the file has the recorded checksum, and its input is still the same."""
+        """Return whether the file has the recorded checksum and its input is unchanged."""
         if record is None:
             return False
         path = _tar_path(part, number)
@@ -220,7 +220,7 @@ class _Packer:
         jobs = ((number, lesion) for number in numbers for lesion in self.slices[number])
         current: _OpenShard | None = None
         lesions = 0
-        for (number, lesion), prepared in in_order(lambda job: self._prepare(job[1]), jobs, self.workers):
+        for (number, lesion), prepared in map_in_order(lambda job: self._prepare(job[1]), jobs, self.workers):
             if current is None:
                 current, lesions = _OpenShard(TarWriter(_tar_path(part, number)), self._digest()), 0
             lesions += 1
@@ -264,8 +264,8 @@ class _Packer:
             "problems": [asdict(problem) for problem in shard.problems],
         }
         schema = rows_schema(len(self.concepts)).with_metadata({_RECORD: json.dumps(record).encode()})
-        with atomic_path(_rows_path(part, number)) as unfinished:
-            pq.write_table(pa.Table.from_pylist(shard.rows, schema), unfinished)
+        with atomic_path(_rows_path(part, number)) as temporary:
+            pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
         return finished
 
     # --- input ---
@@ -315,6 +315,7 @@ def _read(path: str | None) -> bytes | OSError:
 
 
 def _source_of(lesion: Lesion, files: Sequence[bytes | OSError]) -> bytes:
+    """Hash a lesion's row and photo files."""
     photos = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else str(data) for data in files]
     row = [lesion.lesion_id, lesion.group, lesion.label, repr(lesion.concepts), repr(lesion.metadata), photos]
     return hashlib.sha256(json.dumps(row).encode()).digest()

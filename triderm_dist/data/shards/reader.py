@@ -102,7 +102,7 @@ class _ReadAhead:
     def __init__(self, cache: Cache, shards: tuple[ShardFile, ...], order: np.ndarray, batch: int) -> None:
         self._cache, self._shards, self._slack, self._batch = cache, shards, 2 * batch, batch
         self._last_use = np.full(len(shards), -1, np.int64)
-        self._last_use[order] = np.arange(len(order))  # of equal indices the last assignment stays
+        self._last_use[order] = np.arange(len(order))  # where an index repeats, the last assignment wins
         first_use = np.full(len(shards), len(order), np.int64)
         first_use[order[::-1]] = np.arange(len(order))[::-1]
         self._queue = np.argsort(first_use, kind="stable")[: int((self._last_use >= 0).sum())]
@@ -116,7 +116,7 @@ class _ReadAhead:
             threading.Thread(target=self._work, name=f"read ahead {number}", daemon=True).start()
 
     def will_use(self, shard: int) -> bool:
-        """Whether a read that is still to come needs this shard."""
+        """Return whether a read that is still to come needs this shard."""
         return bool(self._last_use[shard] >= self._position)
 
     def wait_for(self, shard: int) -> IO[bytes]:
@@ -132,7 +132,7 @@ class _ReadAhead:
                 self._changed.wait()
 
     def mark_read(self, steps: int) -> None:
-        """Close the shards that no step after the first `steps` reads, and make room for the next ones."""
+        """Close the shards that no step after the first `steps` reads, and admit the next ones."""
         with self._changed:
             self._position = steps * self._batch
             for shard in [shard for shard in self._open if self._last_use[shard] < self._position]:

@@ -26,7 +26,7 @@ POLL_SECONDS = 0.05
 
 _log = logging.getLogger(__name__)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Errors that a retry cannot cure, by name: these classes live in packages that may not be installed.
+# Errors that a retry cannot fix, by name, since their packages may not be installed.
 _PERMANENT = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
 
 
@@ -59,7 +59,7 @@ class Store:
         """Fetch a file to `path`, which no other process reads yet, and check its size (unless -1) and SHA-256.
 
         A download that stalls, breaks or delivers wrong bytes is retried after a pause that doubles up to 15 s, with
-        jitter. Raises DataError after `remote.total_seconds`, or at once for an error that a retry cannot cure (no such
+        jitter. Raises DataError after `remote.total_seconds`, or at once for an error that a retry cannot fix (no such
         file, no permission, a full disk); FetchStopped once `stop` is set.
         """
         stop = stop or threading.Event()
@@ -155,7 +155,7 @@ class Store:
             fsspec.core.url_to_fs(self.url, **self._options)
 
     def _permanent_reason(self, error: Exception, path: Path) -> str | None:
-        """Return the message for an error that a retry cannot cure, else None."""
+        """Return the message for an error that a retry cannot fix, else None."""
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return str(disk_error(path.parent, error))
         if isinstance(error, FileNotFoundError):
@@ -214,8 +214,8 @@ def _check(path: Path, file: ShardFile) -> None:
         return
     size = path.stat().st_size
     if size != file.bytes:
-        raise OSError(f"got {size} bytes, {INDEX} says {file.bytes}")
+        raise OSError(f"got {size} bytes, {INDEX} lists {file.bytes}")
     if file_sha256(path) != file.sha256:
-        raise OSError(f"the SHA-256 of the bytes is not that of {INDEX}")
+        raise OSError(f"the SHA-256 of the bytes differs from that of {INDEX}")
     with path.open("rb+") as opened:
         os.fsync(opened.fileno())

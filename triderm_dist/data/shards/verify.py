@@ -14,7 +14,7 @@ from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_ra
 from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
 from triderm_dist.data.shards.record import parse_record
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
-from triderm_dist.data.threads import available_cores, in_order
+from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import VIEWS, DataError, one_line
 
@@ -45,7 +45,7 @@ def verify(
 def _checksums(index: ShardIndex, workers: int) -> Iterator[Problem]:
     expected = {index.folder / shard.url: shard.sha256 for shard in index.shards}
     expected[index.folder / SAMPLES] = read_raw_index(index.folder / INDEX)["samples"]["sha256"]
-    for path, actual in in_order(file_sha256, expected, workers):
+    for path, actual in map_in_order(file_sha256, expected, workers):
         if actual != expected[path]:
             what = f"checksum {actual[:16]}... is not the {expected[path][:16]}... of {INDEX}: damaged; copy it again"
             yield Problem("", "checksum", str(path), what)
@@ -77,7 +77,7 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
     # Read the columns before the threads start.
     index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018
     problems: list[Problem] = []
-    for done, (_, problem) in enumerate(in_order(check, _pairs(index, problems.append), workers), start=1):
+    for done, (_, problem) in enumerate(map_in_order(check, _pairs(index, problems.append), workers), start=1):
         if problem:
             problems.append(problem)
         if progress:

@@ -44,9 +44,9 @@ def write_index(
     sizes: Counter[tuple[int, int]] = Counter()
     digests: list[np.ndarray] = []
     rows = 0
-    with atomic_path(folder / SAMPLES) as part:
+    with atomic_path(folder / SAMPLES) as temporary:
         schema = samples_schema(len(concepts), len(METADATA_FIELDS))
-        with pq.ParquetWriter(part, schema, compression="zstd", use_dictionary=False) as file:
+        with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
                 rows += len(table)
@@ -57,15 +57,15 @@ def write_index(
                 digests.append(labeled_digests(photos, table["label"].to_numpy()))
 
         def names() -> tuple[Text, Text]:
-            columns = pq.read_table(part, columns=["lesion_id", "group"])
+            columns = pq.read_table(temporary, columns=["lesion_id", "group"])
             return Text(columns["lesion_id"]), Text(columns["group"])
 
         shared = shared_photos(np.concatenate(digests), names)
         about_samples = {
             "url": SAMPLES,
             "rows": rows,
-            "bytes": part.stat().st_size,
-            "sha256": file_sha256(part),
+            "bytes": temporary.stat().st_size,
+            "sha256": file_sha256(temporary),
         }
     index = {
         "format": FORMAT,
@@ -107,9 +107,10 @@ def labeled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
-    """Return pairs of lesions of different groups that hold the same photo, given its hashes (N, views); 0 is no photo.
+    """Return pairs of lesions of different groups that hold the same photo.
 
-    Of many lesions with one photo, each is paired with the first. names: reads the lesion ids and groups, if needed.
+    Of many lesions with one photo, each is paired with the first. digests: hashes (N, views) of the photos, 0 where
+    there is none. names: reads the lesion ids and groups, if needed.
     """
     flat = digests.ravel()
     order = np.argsort(flat, kind="stable")
