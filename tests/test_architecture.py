@@ -123,7 +123,7 @@ def test_help_is_complete_without_heavy_imports(module):
     assert done.returncode == 0, done.stderr
     name = "synthetic" if module == "shards.demo" else module.rpartition(".")[2]
     assert f"triderm {name}" in done.stdout or "accelerate launch" in done.stdout
-    assert "key.subkey=value" in done.stdout or name in ("ranks", "config")
+    assert "key.subkey=value" in done.stdout or name in ("ranks", "config", "task")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,10 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     if name == "config":
         assert arguments == ["list"] or any(arguments[1] in shipped_names(kind) for kind in KINDS), arguments
         return
+    if name == "task":
+        assert arguments[0] in ("init", "check") and len(arguments) in (2, 3), arguments
+        assert all(word.startswith(("output=", "task=")) for word in arguments[2:]), arguments
+        return
     arguments = list(arguments)
     for place, word in enumerate(arguments):
         if word == "--config" and OWN.match(arguments[place + 1]):

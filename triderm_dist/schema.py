@@ -166,7 +166,9 @@ class MetadataField:
         for spelling in (text.lower(), text.lower().removesuffix(".0")):
             if spelling in index:
                 return index[spelling]
-        raise ValueError(f"unknown {self.column} {text!r}; known are {', '.join(self.categories)}")
+        near = difflib.get_close_matches(text.lower(), index, n=1)
+        hint = f"did you mean {near[0]!r}? Known" if near else "known"
+        raise ValueError(f"unknown {self.column} {text!r}; {hint} are {', '.join(self.categories)}")
 
     def cell(self, value: float) -> float | str | None:
         """Return a value as JSON holds it: the number, the name of the category, None where missing."""

@@ -15,6 +15,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
     },
     "Data": {
         "download": "download the official MILK10k files",
+        "task": "describe a folder of photos as a task.yaml, and check what a task reads",
         "pack": "pack a photo folder into WebDataset shards with an index",
         "index": "write the index of WebDataset shards made elsewhere",
         "verify": "check shards: checksums, index, every photo",

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from triderm_dist.config import ModelConfig
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.readers.milk10k import Dataset
+from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.distributed.collectives import is_distributed

@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import Challenge, write_table
 from tests.processes import ROOT
-from triderm_dist.data.readers.milk10k import Dataset, read_challenge
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, UNLABELED, DataError
 
 Make = Callable[..., Challenge]

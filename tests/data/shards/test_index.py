@@ -20,7 +20,8 @@ from PIL import Image
 
 from tests.conftest import Challenge
 from tests.processes import ROOT
-from triderm_dist.data.readers.milk10k import Dataset, read_challenge
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
 from triderm_dist.data.shards.pack import TarWriter, pack_shards
 from triderm_dist.data.shards.verify import verify

@@ -19,7 +19,8 @@ import pytest
 from tests.conftest import Challenge
 from tests.processes import HANG_SECONDS
 from triderm_dist.data.problems import InvalidLesions
-from triderm_dist.data.readers.milk10k import Dataset, read_challenge
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards

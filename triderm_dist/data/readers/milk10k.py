@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.readers.dataset import LESION_ID, Dataset
 from triderm_dist.data.readers.table import find_tables, is_missing, parse_field, parse_number, parse_score, read_table
 from triderm_dist.schema import (
     DIAGNOSES,
@@ -49,23 +50,6 @@ _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
 _TABLE_NAME = re.compile(
     r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.(csv|tsv|txt|xlsx)$", re.IGNORECASE
 )
-# A lesion id names files in the shards, where WebDataset ends the key at the first dot.
-LESION_ID = re.compile(r"[^\s./\\]{1,80}")
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Checked lesions of one challenge folder, in the order of its metadata table.
-
-    concepts: names of the K concept scores.  labeled: whether the folder has a ground truth.  notes: what was
-    tolerated, with counts.  problems: why lesions were dropped.
-    """
-
-    lesions: list[Lesion]
-    concepts: tuple[str, ...]
-    labeled: bool
-    notes: list[str]
-    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)

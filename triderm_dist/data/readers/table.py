@@ -104,6 +104,15 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: not a readable table ({one_line(error)})") from None
 
 
+def read_header(path: Path) -> list[str]:
+    """The first line of a table that is not blank; empty for what is not a table."""
+    try:
+        lines = _sheet(path) if path.suffix.lower() == ".xlsx" else _lines(path)
+        return next(([name.strip() for name in line] for _, line in lines if not _blank(line)), [])
+    except (DataError, OSError, UnicodeError, csv.Error):
+        return []
+
+
 def _columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
     """Gather lines with their numbers into columns; the first one that is not blank is the header."""
     first = next(((number, line) for number, line in lines if not _blank(line)), None)
@@ -248,6 +257,14 @@ def parse_number(text: str) -> float | None:
 
 def _with_point(text: str) -> str:
     return re.sub(r"^([-+]?\d*),(\d+)$", r"\1.\2", text)
+
+
+def numbers_in(texts: pa.Array, low: float, high: float) -> np.ndarray:
+    """Return the numbers (N,) from low to high, also with a decimal comma; NaN for other text."""
+    pointed = pc.replace_substring_regex(texts, r"^([-+]?[0-9]*),([0-9]+)$", r"\1.\2")
+    plain = pc.match_substring_regex(pointed, r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)$")
+    numbers = pc.if_else(plain, pointed, "nan").cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return np.where((low <= numbers) & (numbers <= high), numbers, np.nan)
 
 
 def parse_field(field: MetadataField, text: str, words: Sequence[str] = MISSING_WORDS) -> float:

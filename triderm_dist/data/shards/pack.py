@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.milk10k import Dataset
+from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, size_and_hash

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX, LESION_ID
+from triderm_dist.data.readers.dataset import LESION_ID
+from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX
 from triderm_dist.data.readers.table import parse_field, parse_score
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, Lesion
 

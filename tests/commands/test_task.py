@@ -1,0 +1,86 @@
+"""`triderm task init` writes a task.yaml that works, and `triderm task check` shows what it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.readers.test_lesions_csv import HAM, rows_of_photos, write
+from triderm_dist.commands.task import main
+from triderm_dist.data.readers.lesions_csv import read_lesions
+from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.tasks import load_task
+
+
+def clinic(folder: Path, patients: int = 30) -> Path:
+    """Two photos of each lesion, with the words of `rows_of_photos`."""
+    rows = []
+    for patient in range(patients):
+        for row in rows_of_photos()[:4]:
+            extra = {"lesion": f"{row['lesion']}{patient}", "photo": f"{patient}{row['photo']}", "patient": patient}
+            number = {"AGE": 20 + patient, "s_A": patient / 40, "s_b": patient / 50}
+            rows.append({**row, **extra, **number, "dx_type": "x", "note": f"text {patient}", "empty": ""})
+    return write(folder / "clinic", rows)
+
+
+def test_init_writes_a_task_that_reads_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = clinic(tmp_path)
+    main(["init", str(folder)])
+    text = (folder / "task.yaml").read_text()
+    task = load_task(folder / "task.yaml")
+    assert task.view_names == ("clinical", "dermoscopic") and task.concepts.prefix == "s_"
+    assert task.columns.lesion_id == "lesion" and task.columns.view == "kind" and task.columns.group == "patient"
+    assert [(each.name, each.malignant) for each in task.diagnoses] == [("MELANOMA", True), ("NV", False)]
+    assert [(each.name, each.kind) for each in task.fields] == [("age", "number"), ("sex", "category")]
+    assert "#   dx_type: it may follow from the diagnosis" in text and "#   empty: empty" in text
+    assert len(read_lesions(folder, task).lesions) == 60
+    capsys.readouterr()
+    main(["check", str(folder)])
+    shown = capsys.readouterr().out
+    assert "60 lesions in 30 groups, the largest of 2" in shown and "photos: 60 clinical, 60 dermoscopic" in shown
+    assert "columns that are not used: dx_type, note, empty" in shown
+    with pytest.raises(ConfigError, match=r"task\.yaml: exists"):
+        main(["init", str(folder)])
+
+
+def test_check_lists_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = clinic(tmp_path)
+    main(["init", str(folder), f"output={tmp_path / 'own.yaml'}"])
+    table = folder / "table.csv"
+    table.write_text(table.read_text().replace(";W;", ";woman;", 1))
+    with pytest.raises(DataError, match="row 2: unknown sex 'woman'"):
+        main(["check", str(folder), f"task={tmp_path / 'own.yaml'}"])
+    shown = capsys.readouterr().out
+    assert "59 lesions in 30 groups" in shown and "problem: " in shown
+
+
+@pytest.mark.parametrize("words", [["init"], ["check", "a", "b"], ["describe", "a"], []])
+def test_other_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="write triderm task init FOLDER"):
+        main(words)
+
+
+def test_folders_that_cannot_be_described(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        main(["init", str(tmp_path / "none")])
+    with pytest.raises(DataError, match="no photo"):
+        main(["init", str(tmp_path)])
+    write(tmp_path, [{"a": 1}], ["x.jpg"])
+    with pytest.raises(DataError, match=r"no column names the photos \(table.csv\)"):
+        main(["init", str(tmp_path)])
+    write(tmp_path, [{"a": "x"}], [])
+    with pytest.raises(DataError, match="no column looks like the diagnosis"):
+        main(["init", str(tmp_path)])
+    assert not (tmp_path / "task.yaml").exists()
+
+
+@pytest.mark.skipif(not HAM.is_dir(), reason="the HAM10000 photos are not on this machine")
+def test_ham10000(tmp_path: Path) -> None:
+    main(["init", str(HAM), f"output={tmp_path / 'task.yaml'}"])
+    own, shipped = (load_task(name) for name in (tmp_path / "task.yaml", "ham10000"))
+    assert {each.name: each.malignant for each in own.diagnoses} == {
+        each.name: each.malignant for each in shipped.diagnoses
+    }
+    assert own.fields[1:] and own.fields[2].categories == shipped.fields[2].categories
+    main(["check", str(HAM), f"task={tmp_path / 'task.yaml'}"])

@@ -1,0 +1,261 @@
+"""One table and its photos are read as a task says, and every broken row is refused by row and column."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import ROOT
+from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.lesions_csv import read_lesions
+from triderm_dist.schema import UNLABELED, DataError, Task
+from triderm_dist.tasks import load_task
+
+PER_PHOTO: dict[str, Any] = {
+    "name": "clinic",
+    "diagnoses": [{"name": "MEL", "words": ["melanoma", "1"]}, {"name": "NV", "words": ["mole", "2"]}],
+    "views": [{"name": "clinical", "words": ["close-up"]}, {"name": "dermoscopic", "words": ["dermatoscope"]}],
+    "concepts": {"prefix": "s_"},
+    "fields": [
+        {"name": "age", "column": "Age", "kind": "number", "high": 120},
+        {
+            "name": "sex",
+            "column": "sex",
+            "kind": "category",
+            "categories": ["female", "male"],
+            "synonyms": {"w": "female"},
+        },
+    ],
+    "columns": {"image": "photo", "lesion_id": "lesion", "view": "kind", "diagnosis": "dx", "group": "patient"},
+}
+
+
+def rows_of_photos() -> list[dict[str, Any]]:
+    rows = []
+    for at in range(4):
+        for kind in ("close-up", "dermatoscope"):
+            rows.append(
+                {
+                    "lesion": f"L{at}",
+                    "photo": f"p{at}{kind[0]}",
+                    "kind": kind,
+                    "patient": f"P{at // 2}",
+                    "AGE": ["85+", "40", "2,5", "unknown"][at],
+                    "sex": ["W", "male", "M A L E", "#N/A"][at].replace(" ", ""),
+                    "dx": ["melanoma", "NV", "2.0", ""][at],
+                    "s_b": at / 4,
+                    "s_A": 0.5 if kind == "close-up" else "",
+                }
+            )
+    return rows
+
+
+def write(folder: Path, rows: list[dict[str, Any]], photos: list[str] | None = None, name: str = "table.csv") -> Path:
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+    for path in photos if photos is not None else [f"a/b/{row['photo']}.JPG" for row in rows]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"")
+    return folder
+
+
+def task_of(**keys: Any) -> Task:
+    return Task.from_mapping({**PER_PHOTO, **keys}, "task.yaml")
+
+
+def labels(dataset: Dataset) -> list[int]:
+    return [lesion.label for lesion in dataset.lesions]
+
+
+def test_one_row_per_photo_in_any_order(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    dataset = read_lesions(write(tmp_path, rows), task_of())
+    assert dataset.concepts == ("clinical/A", "clinical/b", "dermoscopic/A", "dermoscopic/b")
+    assert labels(dataset) == [0, 1, 1, UNLABELED] and dataset.labeled
+    assert [lesion.group for lesion in dataset.lesions] == ["P0", "P0", "P1", "P1"]
+    first = dataset.lesions[0]
+    assert first.metadata == (85.0, 0.0) and dataset.lesions[2].metadata == (2.5, 1.0)
+    assert all(map(math.isnan, dataset.lesions[3].metadata))
+    assert first.concepts[:2] == (0.5, 0.0) and math.isnan(first.concepts[2])
+    assert first.images == {
+        "clinical": str(tmp_path / "a" / "b" / "p0c.JPG"),
+        "dermoscopic": str(tmp_path / "a" / "b" / "p0d.JPG"),
+    }
+    shuffled = [dict(random.Random(0).sample(list(row.items()), len(row))) for row in rows]
+    random.Random(1).shuffle(shuffled)
+    again = read_lesions(write(tmp_path, shuffled), task_of())
+    assert repr(sorted(again.lesions, key=lambda each: each.lesion_id)) == repr(dataset.lesions)
+
+
+def test_values_of_one_photo_hold_for_the_lesion(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    for row in rows[1::2]:
+        row.update(AGE="", sex="", dx="", patient="")
+    dataset = read_lesions(write(tmp_path, rows), task_of())
+    assert labels(dataset)[:3] == [0, 1, 1] and dataset.lesions[1].metadata == (40.0, 1.0)
+    assert dataset.lesions[3].group == "P1"
+
+
+def test_one_row_per_lesion_with_paths(tmp_path: Path) -> None:
+    rows = [
+        {"case_num": at, "clinic": f"x/{at}.jpg", "derm": f"y\\{at}.jpg", "diagnosis": word, "pigment_network": network}
+        for at, (word, network) in enumerate([("clark nevus", "atypical"), ("melanoma (in situ)", "absent")])
+    ]
+    task = load_task("derm7pt")
+    for row in rows:
+        row |= {name: "absent" for name in task.concepts.names if name not in row}
+        row |= {"sex": "male", "elevation": "flat", "location": "back"}
+    photos = [f"images/{folder}/{at}.jpg" for folder in "xy" for at in range(2)]
+    (tmp_path / "meta").mkdir()
+    write(tmp_path, rows, photos, "meta/meta.csv")
+    dataset = read_lesions(tmp_path, task)
+    assert dataset.concepts == task.concepts.names and dataset.lesions[0].concepts == (1.0, *[0.0] * 6)
+    assert [task.diagnosis_names[label] for label in labels(dataset)] == ["NEV", "MEL"]
+    assert dataset.lesions[1].images["dermoscopic"] == str(tmp_path / "images" / "y" / "1.jpg")
+    assert [lesion.lesion_id for lesion in dataset.lesions] == ["0", "1"]
+
+
+def test_close_ups_only_with_truth_of_zeros_and_ones(tmp_path: Path) -> None:
+    rows = [{"photo": f"P_{at}.png", "ACK": int(at == 0), "NEV": "TRUE" if at else "FALSE"} for at in range(3)]
+    task = Task.from_mapping(
+        {
+            "name": "one",
+            "diagnoses": [{"name": "ACK"}, {"name": "NEV"}],
+            "views": [{"name": "clinical"}],
+            "columns": {"image": "photo"},
+        },
+        "task.yaml",
+    )
+    dataset = read_lesions(write(tmp_path, rows, [row["photo"] for row in rows]), task)
+    assert labels(dataset) == [0, 1, 1] and dataset.concepts == () and dataset.lesions[0].metadata == ()
+    assert dataset.lesions[0].images["dermoscopic"] is None and dataset.lesions[0].lesion_id == "P_0"
+    rows[0]["NEV"] = 1
+    with pytest.raises(InvalidLesions, match="row 2: lesion P_0 needs a single 1"):
+        read_lesions(write(tmp_path, rows, []), task)
+
+
+def test_what_was_tolerated_is_noted(tmp_path: Path) -> None:
+    rows = [{**row, "itch": "yes"} for row in rows_of_photos()]
+    del rows[7]["patient"], rows[0]["patient"]
+    rows = [{name: cell for name, cell in row.items() if name not in ("patient", "sex")} for row in rows[:-1]]
+    write(tmp_path, rows, [*(f"{row['photo']}.jpg" for row in rows), "other.png"])
+    notes = read_lesions(tmp_path, task_of(), missing_view="mark").notes
+    assert "1 of 4 lesions with one photo, the other view marked missing" in notes
+    assert "1 of 4 lesions without age" in notes and "1 of 4 lesions without a diagnosis" in notes
+    assert "table.csv: columns that are not used: itch" in notes and "1 photos are not in table.csv" in notes
+    assert "no column 'sex': sex is missing for every lesion" in notes
+    assert "no column 'patient': each lesion is a group of its own" in notes
+
+
+def test_a_category_or_diagnosis_that_no_row_has_is_noted(tmp_path: Path) -> None:
+    rows = [{**row, "sex": "male", "dx": "NV"} for row in rows_of_photos()]
+    notes = read_lesions(write(tmp_path, rows), task_of()).notes
+    assert "sex: no row has female" in notes and "no lesion has the diagnosis MEL" in notes
+
+
+def edit(row: int, **cells: Any) -> Callable[[list[dict[str, Any]]], object]:
+    return lambda rows: rows[row].update(cells)
+
+
+BROKEN: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
+    "category": (
+        edit(2, sex="mal"),
+        "row 4: unknown sex 'mal'; did you mean 'male'? Known are female, male; correct it, list",
+    ),
+    "number": (edit(2, AGE="150"), "row 4: Age '150' is not a number from 0 to 120"),
+    "score": (edit(2, s_b="1.5"), "row 4: s_b '1.5' is not a score from 0 to 1"),
+    "diagnosis": (
+        edit(2, dx="melanom"),
+        "row 4: unknown dx 'melanom'; did you mean 'melanoma'? Correct it, or add it to",
+    ),
+    "view": (edit(2, kind="overview"), "row 4: unknown kind 'overview'; known are clinical, close-up"),
+    "id": (edit(2, lesion="L 1"), "row 4: lesion 'L 1' must have 1 to 80"),
+    "two of a view": (edit(3, kind="close-up"), "row 5: lesion L1 has two clinical photos, the first in row 4"),
+    "photo twice": (edit(3, photo="p1c"), "row 5: photo p1c occurs twice, first in row 4"),
+    "no photo": (edit(3, photo="p9"), "row 5: photo: no photo p9.jpg or .png below"),
+    "one photo": (lambda rows: rows.pop(3), "row 4: lesion L1 has no dermoscopic photo; add it, or allow"),
+    "ages differ": (edit(3, AGE="41"), "row 5: the photos of lesion L1 differ in Age"),
+    "diagnoses differ": (edit(3, dx="MEL"), "row 5: the photos of lesion L1 differ in dx"),
+    "patients differ": (edit(3, patient="P9"), "row 5: the photos of lesion L1 differ in patient"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rows_are_refused_or_dropped(tmp_path: Path, name: str) -> None:
+    rows = rows_of_photos()
+    photos = [f"{row['photo']}.jpg" for row in rows]
+    change, says = BROKEN[name]
+    change(rows)
+    write(tmp_path, rows, photos)
+    with pytest.raises(InvalidLesions) as error:
+        read_lesions(tmp_path, task_of())
+    assert says in str(error.value) and "\n" not in str(error.value)
+    dropped = read_lesions(tmp_path, task_of(), invalid="drop")
+    assert "L1" not in {lesion.lesion_id for lesion in dropped.lesions} and len(dropped.lesions) == 3
+
+
+def test_photos_of_one_name(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    photos = [f"{row['photo']}.jpg" for row in rows] + ["old/p0c.png"]
+    with pytest.raises(InvalidLesions, match=r"several photos are named p0c: .*old/p0c.png; write the path"):
+        read_lesions(write(tmp_path, rows, photos), task_of())
+    rows[0]["photo"] = "old/p0c.png"
+    assert read_lesions(write(tmp_path, rows, []), task_of()).lesions[0].images["clinical"] == str(
+        tmp_path / "old/p0c.png"
+    )
+
+
+def test_photos_of_another_kind_are_named(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    with pytest.raises(InvalidLesions, match=r"row 2: photo: p0c.webp is not a JPEG or PNG; convert it"):
+        read_lesions(write(tmp_path, rows, [f"{row['photo']}.webp" for row in rows]), task_of())
+
+
+def test_several_photos_of_one_view(tmp_path: Path) -> None:
+    rows = [row for row in rows_of_photos() if row["kind"] == "close-up"]
+    rows[1]["lesion"] = "L0"
+    columns = {**PER_PHOTO["columns"]}
+    del columns["view"]
+    task = task_of(views=[{"name": "clinical"}], columns=columns)
+    with pytest.raises(InvalidLesions, match=r"lesion L0 occurs twice, .*columns: \{lesion_id: null, group: lesion\}"):
+        read_lesions(write(tmp_path, rows), task)
+    task = task_of(views=[{"name": "clinical"}], columns={"image": "photo", "diagnosis": "dx", "group": "lesion"})
+    dataset = read_lesions(tmp_path, task)
+    assert [lesion.group for lesion in dataset.lesions] == ["L0", "L0", "L2", "L3"]
+
+
+def test_tables_that_do_not_fit(tmp_path: Path) -> None:
+    write(tmp_path, [{"x": 1}], [])
+    with pytest.raises(DataError, match=r"column 'photo' is missing from the header; name it by columns.image"):
+        read_lesions(tmp_path, task_of())
+    write(tmp_path, [{"x": 1}], [], "other.csv")
+    with pytest.raises(DataError, match=r"none of other.csv, table.csv has a column 'photo'"):
+        read_lesions(tmp_path, task_of())
+    write(tmp_path, rows_of_photos())
+    assert len(read_lesions(tmp_path, task_of()).lesions) == 4
+    write(tmp_path, rows_of_photos(), [], "third.csv")
+    with pytest.raises(DataError, match=r"table.csv and third.csv have the columns of photos; give the one to read"):
+        read_lesions(tmp_path, task_of())
+    assert len(read_lesions(tmp_path / "third.csv", task_of()).lesions) == 4
+    with pytest.raises(DataError, match="no such folder"):
+        read_lesions(tmp_path / "none", task_of())
+
+
+HAM = ROOT.parent / "shared" / "ham10000"
+
+
+@pytest.mark.skipif(not HAM.is_dir(), reason="the HAM10000 photos are not on this machine")
+def test_ham10000() -> None:
+    dataset = read_lesions(HAM, load_task("ham10000"))
+    assert len(dataset.lesions) == 3028 and not dataset.problems
+    assert [labels(dataset).count(at) for at in range(7)] == [146, 211, 466, 48, 393, 1700, 64]

@@ -1,0 +1,120 @@
+"""Describe a folder of photos with a table as a task, and check what a task reads.
+
+triderm task init FOLDER
+triderm task init FOLDER output=my_task.yaml
+triderm task check FOLDER
+triderm task check FOLDER task=my_task.yaml
+
+`init` looks at the tables and photos and writes FOLDER/task.yaml. `check` reads the folder as a task says and shows
+every field, the diagnoses, views and groups.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from triderm_dist.cli import guarded
+from triderm_dist.files import write_text
+from triderm_dist.schema import ConfigError
+
+TASK = "task.yaml"
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["init", folder]:
+            init(Path(folder).expanduser(), Path(folder).expanduser() / TASK)
+        case ["init", folder, output] if output.startswith("output="):
+            init(Path(folder).expanduser(), Path(output.removeprefix("output=")).expanduser())
+        case ["check", folder]:
+            check(Path(folder).expanduser(), str(Path(folder).expanduser() / TASK))
+        case ["check", folder, task] if task.startswith("task="):
+            check(Path(folder).expanduser(), task.removeprefix("task="))
+        case _:
+            raise ConfigError(
+                "write triderm task init FOLDER and optionally output=FILE, or triderm task check FOLDER and "
+                "optionally task=FILE or the name of a task that ships"
+            )
+
+
+def init(folder: Path, output: Path) -> None:
+    """Write the description of a folder. Raises ConfigError where `output` exists."""
+    from triderm_dist.data.readers.describe import describe_folder
+    from triderm_dist.schema import Task
+    from triderm_dist.settings import parse_yaml
+
+    if output.exists():
+        raise ConfigError(f"{output}: exists; delete it, or choose another output=FILE")
+    text = describe_folder(folder)
+    task = Task.from_mapping(parse_yaml(text, str(output)), str(output))
+    write_text(output, text)
+    marks = text.count("CHECK") - 1
+    print(f"{output}: {len(task.diagnoses)} diagnoses, {len(task.fields)} fields, views {', '.join(task.view_names)}")
+    print(f"{marks} lines to confirm are marked CHECK; then: triderm task check {folder} task={output}")
+
+
+def check(folder: Path, task_file: str) -> None:
+    """Show what a task reads from a folder. Raises InvalidLesions where a lesion is invalid."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from triderm_dist.data.problems import InvalidLesions
+    from triderm_dist.data.readers.lesions_csv import read_lesions
+    from triderm_dist.schema import UNLABELED
+    from triderm_dist.tasks import load_task
+
+    task = load_task(task_file)
+    if task.reader != "lesions_csv":
+        raise ConfigError(f"task {task.name!r} has a reader of its own; triderm pack checks such a folder")
+    dataset = read_lesions(folder, task, "mark", "drop")
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+    values = np.array([lesion.metadata for lesion in dataset.lesions]).reshape(len(dataset.lesions), len(task.fields))
+    outside = Counter(problem.what.partition(" ")[0] for problem in dataset.problems if problem.kind == "cell")
+    fields = Table("field", "column", "kind", "missing", "outside", "values", box=None, pad_edge=False)
+    for about, column in zip(task.fields, values.T, strict=True):
+        known = column[~np.isnan(column)]
+        if about.is_number:
+            seen = f"{known.min():g} to {known.max():g} {about.unit}".rstrip() if len(known) else ""
+        else:
+            counts = Counter(known.astype(int).tolist())
+            seen = ", ".join(f"{name} {counts[at]}" for at, name in enumerate(about.categories))
+        missing = str(len(column) - len(known))
+        fields.add_row(about.name, about.column, about.kind, missing, str(outside[about.column]), seen)
+    if task.fields:
+        console.print(fields, markup=False)
+        print()
+
+    labels = Counter(lesion.label for lesion in dataset.lesions)
+    kinds = {True: "malignant", False: "benign", None: ""}
+    diagnoses = Table("diagnosis", "lesions", "kind", "title", box=None, pad_edge=False)
+    for at, each in enumerate(task.diagnoses):
+        diagnoses.add_row(each.name, str(labels[at]), kinds[each.malignant], each.title)
+    if labels[UNLABELED]:
+        diagnoses.add_row("unlabeled", str(labels[UNLABELED]), "", "")
+    console.print(diagnoses, markup=False)
+    print()
+
+    photos = {view: sum(lesion.images[view] is not None for lesion in dataset.lesions) for view in task.view_names}
+    groups = Counter(lesion.group for lesion in dataset.lesions)
+    print(f"{len(dataset.lesions)} lesions in {len(groups)} groups, the largest of {max(groups.values(), default=0)}")
+    print("photos: " + ", ".join(f"{count} {view}" for view, count in photos.items()))
+    print(f"concepts: {', '.join(dataset.concepts) or 'none'}")
+    for note in dataset.notes:
+        print(f"note: {note}")
+    for problem in dataset.problems[:10]:
+        print(f"problem: {problem}")
+    if dataset.problems:
+        raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
+
+
+def start() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    guarded(lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    start()
