@@ -1,10 +1,11 @@
-"""A `python` that has imported PyTorch already, which takes seconds each time: a server forks a process per program.
+"""A server that has imported PyTorch and forks a process per program, since importing it takes seconds each time.
 
-`fork_python()` is the path of an executable that takes what `sys.executable` takes: `-m MODULE`, `-c CODE` or a file.
-It asks the server for a fork with its arguments, environment, folder and standard files, forwards signals to it, and
-ends as it does. In the fork it is `sys.executable` too: the stages of a pipeline and the ranks of a launcher are forks
-as well. Two things differ from a new process: what packages read from the environment while they are imported
-(OMP_NUM_THREADS) is that of the server, and modules are not torn down at the end, which takes seconds as well.
+`fork_python()` returns the path of an executable that accepts the arguments of `sys.executable`: `-m MODULE`,
+`-c CODE` or a file. It requests a fork from the server with its arguments, environment, working folder and standard
+files, forwards signals to the fork, and exits with its status. In the fork `sys.executable` is the same executable, so
+that the stages of a pipeline and the ranks of a launcher are forks as well. Two things differ from a new process:
+packages have read the environment of the server while they were imported (OMP_NUM_THREADS), and modules are not torn
+down at exit, which would take seconds as well.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ CLIENT = """\
 #!{python} -SE
 import json, os, resource, signal, socket, sys
 
-program, early = None, []
+program, pending = None, []
 
 def forward(number, frame):
     if program is None:
-        early.append(number)
+        pending.append(number)
         return
     try:
         os.kill(program, number)
     except ProcessLookupError:
-        pass  # it ended just now
+        pass  # it has just ended
 
 for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
     signal.signal(getattr(signal, name), forward)
@@ -64,7 +65,7 @@ socket.send_fds(server, [b"%8d" % len(body)], [0, 1, 2])
 server.sendall(body)
 answers = server.makefile()
 program = int(answers.readline())
-for number in early:
+for number in pending:
     forward(number, None)
 status = int(answers.readline())
 if status < 0:
@@ -81,7 +82,7 @@ def fork_python() -> str:
 
 
 def forks(title: str) -> list[int]:
-    """Return the process IDs of forks whose command line begins with `title`; Ray sets that of its workers."""
+    """Return the process IDs of forks whose command line starts with `title`; Ray sets the title of its workers."""
     server, found = _started()[1], []
     for pid in map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split()):
         with contextlib.suppress(OSError):
@@ -101,7 +102,7 @@ def _started() -> tuple[str, int]:
     assert server.stdin and server.stdout
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.stdin.close)
-    while line := server.stdout.readline():  # imports may print, too
+    while line := server.stdout.readline():  # imports may print as well
         if line == b"serving\n":
             return str(folder / "python"), server.pid
     raise AssertionError(f"{command} ended with {server.wait()}")
@@ -125,18 +126,18 @@ class Server:
         self.clients: dict[int, socket.socket] = {}
 
     def serve(self) -> None:
-        """Serve until standard input is closed, which the process that started the server does at its end."""
+        """Serve until standard input is closed, which the parent process does at its exit."""
         while True:
             clients = {client: pid for pid, client in self.clients.items()}
             ready, _, _ = select.select([sys.stdin, self.listener, self.child_ended, *clients], [], [])
             if sys.stdin in ready:
                 return
-            for client in clients.keys() & set(ready):  # at its end: a client sends nothing after its request
+            for client in clients.keys() & set(ready):  # end of file: a client sends nothing after its request
                 os.kill(clients[client], signal.SIGKILL)
-                self._answer(clients[client], 0)
+                self._report(clients[client], 0)
             if self.child_ended in ready:
                 self.child_ended.recv(4096)
-                self._answer_all()
+                self._report_ended()
             if self.listener in ready:
                 self._fork()
 
@@ -152,27 +153,27 @@ class Server:
         if pid == 0:
             for file in (*self.files, *self.clients.values(), client):
                 file.close()
-            become(request, files, self.python, self.path)
+            run_program(request, files, self.python, self.path)
         for number in files:
             os.close(number)
         self.clients[pid] = client
         with contextlib.suppress(OSError):
             client.sendall(f"{pid}\n".encode())
 
-    def _answer_all(self) -> None:
-        """Reap the children that ended, and send their exit status to the clients that are alive."""
+    def _report_ended(self) -> None:
+        """Reap the ended children and send their exit status to the living clients."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] in self.clients:
-                    self._answer(ended[0], os.waitstatus_to_exitcode(ended[1]))
+                    self._report(ended[0], os.waitstatus_to_exitcode(ended[1]))
 
-    def _answer(self, pid: int, status: int) -> None:
+    def _report(self, pid: int, status: int) -> None:
         with self.clients.pop(pid) as client, contextlib.suppress(OSError):
             client.sendall(f"{status}\n".encode())
 
 
-def become(request: dict[str, Any], files: list[int], python: str, path: list[str]) -> NoReturn:
-    """Turn this fork into the process that `python ARGUMENTS` would be, and exit as it does."""
+def run_program(request: dict[str, Any], files: list[int], python: str, path: list[str]) -> NoReturn:
+    """Run `python ARGUMENTS` in this fork, and exit with its status."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the server
@@ -223,8 +224,8 @@ def become(request: dict[str, Any], files: list[int], python: str, path: list[st
 def main(address: str, python: str) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
-    assert threading.active_count() == 1, f"imports started {threading.enumerate()}: a fork would lose them"
-    gc.freeze()  # forks need not look at what was imported, nor copy its pages
+    assert threading.active_count() == 1, f"imports started {threading.enumerate()}: threads do not survive a fork"
+    gc.freeze()  # forks neither scan imported objects nor copy their pages
     server = Server(address, python)
     print("serving", flush=True)
     server.serve()

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, and waiting for what they do."""
+"""Start programs in subprocesses and wait for conditions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.fork_server import fork_python
 ROOT = Path(__file__).parents[1]
 WORKERS = ROOT / "tests" / "distributed" / "workers"
 HANG_SECONDS = 900.0
-"""The one timeout of tests: it only guards against hanging. No test may depend on the load of the machine, so that
-something happens early is shown by counts or events.
+"""The only timeout of the tests; it guards against hanging. A test must not depend on the load of the machine, so
+order and speed are tested by counts or events.
 """
 
 
@@ -28,7 +28,7 @@ def wait_for(
     output: Callable[[], str] = lambda: "",
     pause: float = 0.02,
 ) -> None:
-    """Poll until `condition()` holds; fail where `process` ends first, or after HANG_SECONDS, showing `output()`."""
+    """Poll until `condition()` is true; fail if `process` ends first or HANG_SECONDS pass, and show `output()`."""
     deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert process is None or process.poll() is None or condition(), f"{process.args} ended\n{output()}"
@@ -37,7 +37,7 @@ def wait_for(
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nobody holds the lock of an output folder; the stage of a killed pipeline does until it ends."""
+    """Return whether the lock of an output folder is free; the stage of a killed pipeline holds it until it ends."""
     with (folder / ".lock").open() as lock, contextlib.suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -74,7 +74,7 @@ def start(
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Wait for a process that `start` started."""
+    """Wait for a process started by `start`; return its output and exit status."""
     try:
         output, errors = process.communicate(timeout=HANG_SECONDS)
     finally:
@@ -82,8 +82,8 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def launch(module_or_file: str, *arguments: str, check: bool = True, **how: Any) -> subprocess.CompletedProcess:
-    """Run a program to its end; `how` as for `start`."""
-    done = finish(start(module_or_file, *arguments, **how))
+def launch(module_or_file: str, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess:
+    """Run a program to its end; `options` are those of `start`."""
+    done = finish(start(module_or_file, *arguments, **options))
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done

@@ -1,4 +1,4 @@
-"""A fork is like the process that Python would start."""
+"""A fork of the server behaves like a new Python process."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from tests.processes import HANG_SECONDS, wait_for
 ABOUT = """
 import json, os, resource, sys
 limits = resource.getrlimit(resource.RLIMIT_CORE)
-json.dump([sys.argv, os.getcwd(), os.environ["HERE"], sys.executable, limits], sys.stdout)
+json.dump([sys.argv, os.getcwd(), os.environ["VALUE"], sys.executable, limits], sys.stdout)
 print(sys.stdin.read(), file=sys.stderr)
 """
 
 
-def run(*arguments: str, **how) -> subprocess.CompletedProcess:
-    return subprocess.run([fork_python(), *arguments], capture_output=True, text=True, timeout=HANG_SECONDS, **how)
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([fork_python(), *arguments], capture_output=True, text=True, timeout=HANG_SECONDS, **options)
 
 
 @pytest.mark.parametrize("kind", ["code", "file", "module"])
@@ -31,7 +31,7 @@ def test_fork_has_its_own_arguments_environment_folder_and_files(tmp_path, kind)
     program = {"code": ["-c", ABOUT], "file": [str(tmp_path / "about.py")], "module": ["-m", "about"]}[kind]
     limits = resource.getrlimit(resource.RLIMIT_CORE)
     done = run(
-        *program, "a", "b c", cwd=tmp_path, env={**os.environ, "HERE": "x=y"}, input="words",
+        *program, "a", "b c", cwd=tmp_path, env={**os.environ, "VALUE": "x=y"}, input="words",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, limits[1])),
     )  # fmt: skip
     arguments, *others = json.loads(done.stdout)

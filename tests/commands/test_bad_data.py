@@ -1,4 +1,4 @@
-"""Invalid data given to triderm pack and verify: exit status 2, one line on stderr, no output folder."""
+"""Invalid data for triderm pack and verify: exit status 2, one line on stderr, no output folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_pack_refuses_invalid_data(make_challenge: Make, tmp_path: Path, name: s
 
 
 def test_incomplete_lesions_can_be_allowed(make_challenge: Make, tmp_path: Path) -> None:
-    """One photo is kept with the other view marked missing, an unreadable one drops its lesion; `verify` passes."""
+    """A lesion with one photo is kept with a missing view, one with an unreadable photo is dropped; `verify` passes."""
     challenge = make_challenge(lesions=11)
     del challenge.metadata[1]
     truncate(challenge.write())

@@ -1,4 +1,4 @@
-"""The doctor as a program: its last line and its exit status."""
+"""Last output line and exit status of triderm doctor."""
 
 from tests.doctor.conftest import FROZEN, run_doctor
 

@@ -1,4 +1,4 @@
-"""A packed demo set for real trainings, and a tiny network."""
+"""A packed synthetic set and a tiny network for training tests."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ models:
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory) -> Path:
-    """Shards of 100 synthetic lesions, made once for all workers of pytest-xdist; the demo folder lies beside them."""
+    """Shards of 100 synthetic lesions, created once for all pytest-xdist workers, next to their demo folder."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packed"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Any optimizer's state goes into a checkpoint by canonical name and comes back, so that the next step is the same."""
+"""Any optimizer's state is saved under canonical names and restored, so that the next step is the same."""
 
 import json
 from functools import partial
@@ -13,7 +13,7 @@ from triderm_dist.schema import CheckpointError, ConfigError
 
 
 class Nested(torch.optim.Optimizer):
-    """Keeps lists, numbers and an entry of its groups, as Shampoo and Prodigy do."""
+    """Keeps lists and numbers in its state, and an entry in its groups, as Shampoo and Prodigy do."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "seen": 0})

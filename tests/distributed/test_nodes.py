@@ -1,6 +1,6 @@
-"""Two hosts: network namespaces with addresses of their own on this machine, two ranks on each.
+"""Training on two hosts, simulated by network namespaces with two ranks each.
 
-`pytest -m slow -rP tests/distributed/test_nodes.py` also prints what was measured.
+`pytest -m slow -rP tests/distributed/test_nodes.py` also prints the measured times and differences.
 """
 
 import contextlib
@@ -40,13 +40,13 @@ def ip(*words: str) -> None:
 
 @dataclass
 class Launcher:
-    """What one host runs, and where it writes."""
+    """The launcher process of one host and its log file."""
 
     process: subprocess.Popen
     log: Path
 
-    def ended(self) -> tuple[int, str]:
-        """(exit status, output)."""
+    def wait(self) -> tuple[int, str]:
+        """Wait for the launcher; return (exit status, output)."""
         return self.process.wait(timeout=HANG_SECONDS), self.log.read_text()
 
 
@@ -77,14 +77,15 @@ class Host:
         self.started.append(Launcher(process, log))
         return self.started[-1]
 
-    def die(self) -> None:
-        """Lose all processes at once, as when the power goes."""
+    def kill(self) -> None:
+        """Kill all processes of the host at once, as a power failure does."""
         found = subprocess.run(["ip", "netns", "pids", self.name], check=True, capture_output=True, text=True)
         for pid in found.stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 
-    def link(self, state: str) -> None:
+    def set_link(self, state: str) -> None:
+        """Set the network interface "up" or "down"."""
         ip("-n", self.name, "link", "set", "eth0", state)
 
 
@@ -99,14 +100,14 @@ def hosts(tmp_path_factory) -> Iterator[tuple[Host, Host]]:
         for host in (first, second):
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             ip("-n", host.name, "link", "set", "lo", "up")
-            host.link("up")
+            host.set_link("up")
         yield first, second
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no network namespaces here (they need root and iproute2): {error}")
+        pytest.skip(f"network namespaces are not available (they need root and iproute2): {error}")
     finally:
         for host in (first, second):
             if host.started:
-                host.die()
+                host.kill()
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
 
 
@@ -119,86 +120,86 @@ def settings(packed, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_host(settings, tmp_path_factory) -> Path:
-    """The run of four ranks on one host that nothing disturbed."""
+    """Folder of an uninterrupted run of four ranks on one host."""
     folder = tmp_path_factory.mktemp("one-host")
     launch(*settings, f"output={folder}", ranks=4, config="accelerate_configs/ddp.yaml")
     return folder
 
 
 def losses(run: Path) -> np.ndarray:
-    """(steps, 2): step and loss."""
+    """Return (steps, 2): step and training loss."""
     lines = read_metrics(run / "tri" / "fold-0" / "metrics.jsonl")
     return np.array([(line["step"], line["loss"]) for line in lines if line["kind"] == "train"])
 
 
-def assert_same_but_for_sums(one: np.ndarray, other: np.ndarray) -> None:
-    """A resumed DDP starts with other buckets, so that its ring of four ranks adds in another order."""
+def assert_same_losses_up_to_rounding(one: np.ndarray, other: np.ndarray) -> None:
+    """After a resume DDP uses other buckets, so that its ring all-reduce over four ranks sums in another order."""
     assert np.array_equal(one[:, 0], other[:, 0])
-    far = np.abs(one[:, 1] - other[:, 1]).max()
-    print(f"{len(one)} steps, largest difference of a loss {far:.1g}")
-    assert far < 1e-6
+    difference = np.abs(one[:, 1] - other[:, 1]).max()
+    print(f"{len(one)} steps, largest difference of a loss {difference:.1g}")
+    assert difference < 1e-6
 
 
 def wait_for_step(number: int, run: Path, launcher: Launcher) -> None:
     wait_for(lambda: len(losses(run)) >= number, launcher.process, launcher.log.read_text)
 
 
-def static(host: int) -> list[str]:
+def machine_rank(host: int) -> list[str]:
     return ["--machine_rank", str(host)]
 
 
 @pytest.mark.slow
 def test_two_hosts_give_the_losses_of_one_host(hosts, settings, one_host, tmp_path):
     program = [*settings, f"output={tmp_path}"]
-    started = [host.start(*static(n), program=program) for n, host in enumerate(hosts)]
+    started = [host.start(*machine_rank(n), program=program) for n, host in enumerate(hosts)]
     for launcher in started:
-        status, output = launcher.ended()
+        status, output = launcher.wait()
         assert status == 0, output
     assert "4 rank(s)" in started[0].log.read_text()
     assert len(losses(tmp_path)) == 24
     assert np.array_equal(losses(tmp_path), losses(one_host))
-    print("24 steps, the same losses to the last bit")
+    print("24 steps, losses bit for bit equal")
 
 
 @pytest.mark.slow
 def test_lost_host_is_reported_within_the_timeout_and_the_run_resumes(hosts, settings, one_host, tmp_path):
     program = [*settings, f"output={tmp_path}"]
-    started = [host.start(*static(n), program=program) for n, host in enumerate(hosts)]
+    started = [host.start(*machine_rank(n), program=program) for n, host in enumerate(hosts)]
     wait_for_step(6, tmp_path, started[0])
-    cut = time.monotonic()
-    hosts[1].link("down")
-    results = [launcher.ended() for launcher in started]
-    took = time.monotonic() - cut
-    print(f"both hosts had ended {took:.0f} s after the cut, with rank_timeout={TIMEOUT}")
-    assert TIMEOUT < HANG_SECONDS < 1800  # what `ended` waits for, and what gloo does if it is not told
+    link_down = time.monotonic()
+    hosts[1].set_link("down")
+    results = [launcher.wait() for launcher in started]
+    took = time.monotonic() - link_down
+    print(f"both hosts exited {took:.0f} s after the link went down, with rank_timeout={TIMEOUT}")
+    assert TIMEOUT < HANG_SECONDS < 1800  # shorter than the timeouts of `wait` and of gloo by default
     for status, output in results:
-        told = [line for line in output.splitlines() if line.startswith("interrupted: ")]
-        assert status == 3 and len(told) == 2, output
-        assert all("lost contact with another rank" in line and "rerun the same command" in line for line in told)
+        messages = [line for line in output.splitlines() if line.startswith("interrupted: ")]
+        assert status == 3 and len(messages) == 2, output
+        assert all("lost contact with another rank" in line and "rerun the same command" in line for line in messages)
         assert "Traceback" not in output
     before = len(losses(tmp_path))
     assert 6 <= before < 24
-    hosts[1].link("up")
-    for launcher in [host.start(*static(n), program=program) for n, host in enumerate(hosts)]:
-        status, output = launcher.ended()
+    hosts[1].set_link("up")
+    for launcher in [host.start(*machine_rank(n), program=program) for n, host in enumerate(hosts)]:
+        status, output = launcher.wait()
         assert status == 0, output
-    assert_same_but_for_sums(losses(tmp_path), losses(one_host))
+    assert_same_losses_up_to_rounding(losses(tmp_path), losses(one_host))
 
 
 @pytest.mark.slow
 def test_dead_host_is_replaced_and_the_run_resumes(hosts, settings, one_host, tmp_path):
     program = [*settings, f"output={tmp_path}"]
-    # Hosts in namespaces share a name, so that the one where all meet does not know that it is meant.
+    # Namespaces share one host name, from which the rendezvous host cannot be recognized: set is_host.
     elastic = ["--rdzv_backend", "c10d", "--max_restarts", "3", "--rdzv_conf"]
     first, _ = (host.start(*elastic, f"is_host={1 - n}", program=program) for n, host in enumerate(hosts))
     wait_for_step(6, tmp_path, first)
-    hosts[1].die()
-    died = time.monotonic()
+    hosts[1].kill()
+    killed = time.monotonic()
     replacement = hosts[1].start(*elastic, "is_host=0", program=program)
     before = len(losses(tmp_path))
     wait_for_step(before + 1, tmp_path, first)
-    print(f"the first new step came {time.monotonic() - died:.0f} s after the death")
+    print(f"the first new step came {time.monotonic() - killed:.0f} s after the kill")
     for launcher in (first, replacement):
-        status, output = launcher.ended()
+        status, output = launcher.wait()
         assert status == 0, output
-    assert_same_but_for_sums(losses(tmp_path), losses(one_host))
+    assert_same_losses_up_to_rounding(losses(tmp_path), losses(one_host))

@@ -1,4 +1,4 @@
-"""What ranks read is the plan: in order, on any number of them, whoever is killed when, from a folder or a server."""
+"""Ranks read exactly the epoch plan: for any world size, after random kills, from a folder or a server."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ WORKER = str(WORKERS / "order_worker.py")
 
 @pytest.fixture(scope="module")
 def shards(packed, tmp_path_factory) -> Path:
-    """The same lesions in 9 shards."""
+    """The lesions of `packed` in 9 shards."""
     dataset = read_challenge(packed.parent / "demo" / "train")
     return pack_shards(dataset, tmp_path_factory.mktemp("order") / "shards", short_side=None, shard_samples=12).folder
 
 
 def planned(index) -> list[list[str]]:
-    """The global batches of all epochs, one after the other."""
+    """Return the lesion IDs of each global batch, over all epochs."""
     names = index.lesion_ids
     return [
         [names[int(row)] for row in plan.order[start : start + GLOBAL_BATCH]]
@@ -37,8 +37,8 @@ def planned(index) -> list[list[str]]:
     ]
 
 
-def seen(folder) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
-    """{(attempt, world): {step: {rank: lesions}}}; a line that SIGKILL cut has no end and does not count."""
+def read_logs(folder) -> dict[tuple[int, int], dict[int, dict[int, list[str]]]]:
+    """Return {(attempt, world size): {step: {rank: lesions}}}; ignores incomplete lines, which SIGKILL leaves."""
     result: dict = {}
     for path in folder.glob("*-*-*.txt"):
         attempt, world, rank = map(int, path.stem.split("-"))
@@ -55,50 +55,50 @@ def test_ranks_read_exactly_the_plan_of_an_epoch(shards, tmp_path, world, remote
     index = read_index(shards)
     with serve(shards) as server:
         launch(WORKER, server.url if remote else str(shards), str(tmp_path), json.dumps([[world], 0]))
-    # Ranks of a node fetch a shard once for all.
+    # The ranks of a node share the cache: each shard is fetched once.
     assert not remote or {server.requests[shard.url] for shard in index.shards} == {1}
-    steps = seen(tmp_path)[0, world]
+    steps = read_logs(tmp_path)[0, world]
     expected = planned(index)
     assert sorted(steps) == list(range(len(expected)))
     for step, batch in enumerate(expected):
         assert [name for rank in range(world) for name in steps[step][rank]] == batch
     at = 0
     for plan in plans(index):
-        here = range(at, at := at + plan.num_batches(GLOBAL_BATCH))
-        lesions = Counter(name for step in here for rank in range(world) for name in steps[step][rank])
+        epoch = range(at, at := at + plan.num_batches(GLOBAL_BATCH))
+        lesions = Counter(name for step in epoch for rank in range(world) for name in steps[step][rank])
         assert lesions == Counter(index.lesion_ids[int(row)] for row in plan.order)
         assert set(lesions) == set(index.lesion_ids)
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
 def test_resume_with_other_world_sizes_after_random_kills(shards, tmp_path, remote):
-    kills = 10  # of the 20, half read a folder and half a server
+    kills = 10  # 20 in total: half read a folder, half a server
     worlds = [2, 4, 1, 2, 4, 1, 2, 2, 1, 4, 2]
     with serve(shards) as server:
         for shard in read_index(shards).shards:
             server.faults[shard.url] = [unavailable, short_body]
         launch(WORKER, server.url if remote else str(shards), str(tmp_path), json.dumps([worlds, kills]))
-    expected, attempts = planned(read_index(shards)), seen(tmp_path)
+    expected, attempts = planned(read_index(shards)), read_logs(tmp_path)
     done = 0
     for (_, world), steps in sorted(attempts.items()):
         if not steps:
             continue  # killed before its first batch
         assert min(steps) <= done
         for step, ranks in steps.items():
-            # Every rank's part is that of the plan, also in steps that were read but not counted any more.
+            # Every rank reads its part of the plan, also in steps that were read but not completed.
             part = GLOBAL_BATCH // world
             for rank, lesions in ranks.items():
                 assert lesions == expected[step][rank * part : (rank + 1) * part]
         assert sorted(steps) == list(range(min(steps), max(steps) + 1))
-        whole = [step for step, ranks in steps.items() if len(ranks) == world]
-        done = max([done, *(step + 1 for step in whole)])
+        complete = [step for step, ranks in steps.items() if len(ranks) == world]
+        done = max([done, *(step + 1 for step in complete)])
     assert int((tmp_path / "consumed").read_text()) == done == len(expected)
     assert len({world for (_, world), steps in attempts.items() if steps}) > 2
 
 
 def test_error_on_one_rank_ends_all_ranks_with_one_message(shards, tmp_path):
-    """A photo is damaged after the shards were checked: the other rank, which waits for this one, must not hang, or
-    `launch` fails.
+    """A photo damaged after the shards were verified is an error on one rank; the other rank, which waits for it,
+    must not hang.
     """
     shutil.copytree(shards, tmp_path / "shards")
     index = read_index(tmp_path / "shards")

@@ -1,4 +1,4 @@
-"""Folds trained in parallel equal those trained one after the other bit for bit, also after kills and stops."""
+"""Folds trained in parallel equal folds trained sequentially bit for bit, also after kills and stops."""
 
 import os
 import re
@@ -42,7 +42,7 @@ FOLDS = ["tri/fold-0", "tri/fold-1", "cnn/fold-0", "cnn/fold-1"]
 
 
 def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
-    # Two folds at once, whatever the machine has.
+    # Two folds at once on any machine.
     environment = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
     with log.open("w") as file:
         return start(
@@ -58,18 +58,18 @@ def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_pa
     words = [f"data.shards={packed}", f"output={tmp_path / 'parallel'}", "parallel_folds=true"]
     process = crossval(tmp_path, first, *words)
     fold = tmp_path / "parallel" / "cnn" / "fold-0"
-    said = first.read_text
-    wait_for(lambda: len(records(fold)) > 5, process, said)  # after the checkpoint of an epoch
+    output = first.read_text
+    wait_for(lambda: len(records(fold)) > 5, process, output)  # after the first checkpoint
     os.kill(forks("ray::cnn fold 0")[0], signal.SIGKILL)
-    wait_for(lambda: "cnn fold 0 failed, restarting it from its last checkpoint" in said(), process, said)
+    wait_for(lambda: "cnn fold 0 failed, restarting it from its last checkpoint" in output(), process, output)
     before = len(records(fold))
-    wait_for(lambda: len(records(fold)) > before, process, said)
+    wait_for(lambda: len(records(fold)) > before, process, output)
     process.send_signal(signal.SIGTERM)
     assert finish(process).returncode == 3, first.read_text()
     assert "interrupted: rerun the same command to resume" in first.read_text()
     assert not (fold / "predictions.parquet").exists()
     newest = max(int(path.name.split("-")[-1]) for path in fold.glob("checkpoints/epoch-*"))
-    assert newest == records(fold)[-1]["step"]  # saved where it stopped
+    assert newest == records(fold)[-1]["step"]  # a checkpoint of the last step
     assert not list((tmp_path / "parallel").rglob("*.part"))
 
     process = crossval(tmp_path, second, *words)

@@ -1,4 +1,4 @@
-"""triderm pipeline: all stages from packing to the report, skipped when nothing changed, killed and resumed."""
+"""triderm pipeline: all stages from packing to the report, skipped if unchanged, killed and resumed."""
 
 import csv
 import json
@@ -112,7 +112,7 @@ def test_hidden_view_equals_missing_photo(done, packed):
 
 def test_second_run_skips_all_stages(done, arguments):
     before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
-    # Training folds in parallel is not an input of the stages.
+    # parallel_folds is not an input of the stages.
     result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
     assert result.stdout.count("skipped, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -134,14 +134,14 @@ def test_killed_pipeline_resumes(done, arguments, tmp_path):
 def test_sigint_waits_until_parallel_folds_have_saved(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS.partition("  frozen:")[0])
     words = ["--config", str(tmp_path / "tiny.yaml"), f"data.shards={packed}", f"output={tmp_path}"]
-    # Two folds at once, whatever the machine has.
+    # Two folds at once on any machine.
     process = start(
         "launch.pipeline", *words, "train.epochs=500", "train.log_every=1", "parallel_folds=true", "cpus=1",
         environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}, errors=subprocess.STDOUT,
     )  # fmt: skip
     folds = [tmp_path / "tri" / f"fold-{fold}" for fold in range(2)]
     wait_for(lambda: all(len(records(fold)) > 5 for fold in folds), process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     text = finish(process).stdout
     assert process.returncode == 3 and "2 folds, 2 at once, each on 1 CPU" in text, text
     for fold in folds:
@@ -160,11 +160,11 @@ def test_explain_draws_attention_of_the_predicting_models(done):
         for part in (*seen["attention"].values(), seen["semantic"].values(), seen["probabilities"].values()):
             assert sum(part) == pytest.approx(1, abs=1e-4)
         assert (done / "explain" / "tri" / f"{lesion}.png").stat().st_size > 0
-        if lesion == train_id:  # by the fold's own model, which did not train on it
+        if lesion == train_id:  # by the model of the fold that holds the lesion out
             expected = probabilities_of(table.logits["tri"][3][None], "softmax")[0]
             assert list(seen["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-4)
-    result = launch("launch.predict", "--config", str(done / "config.yaml"), "explain=[nobody]", check=False)
-    assert result.returncode == 2 and "error: explain=nobody: no lesion" in result.stderr
+    result = launch("launch.predict", "--config", str(done / "config.yaml"), "explain=[unknown]", check=False)
+    assert result.returncode == 2 and "error: explain=unknown: no lesion" in result.stderr
 
 
 def test_weights_of_a_different_architecture_are_refused(done, arguments):

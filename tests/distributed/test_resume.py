@@ -1,4 +1,4 @@
-"""A run killed at random moments and resumed equals an undisturbed one bit for bit; losses equal the golden ones."""
+"""A run killed at random moments and resumed equals an uninterrupted one bit for bit; golden losses are unchanged."""
 
 import json
 import random
@@ -36,7 +36,7 @@ MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 4}
 
 
 def records(folder: Path) -> list[dict]:
-    """All that a run logged, without speed and memory."""
+    """Return the logged metrics of a run, without speed and memory."""
     varying = {"lesions_per_s", "data_wait", "memory_gib", "seconds_left"}
     lines = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in varying} for line in lines]
@@ -52,14 +52,14 @@ def test_run_killed_many_times_equals_uninterrupted_run(packed, tmp_path, kills)
     shared = [f"train.epochs={kills}", f"data.shards={packed}", f"tokens={tmp_path / 'tokens'}"]
     jobs = [
         {"config": str(config), "settings": [*shared, f"output={tmp_path / name}"], "kill": kill}
-        for name, kill in zip(["undisturbed", *["killed"] * (kills + 1)], moments, strict=True)
+        for name, kill in zip(["uninterrupted", *["killed"] * (kills + 1)], moments, strict=True)
     ]
     done = launch(WORKER, json.dumps(jobs))
     assert json.loads(done.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * kills, 0]
-    undisturbed, killed = (tmp_path / name / "tri" / "fold-0" for name in ("undisturbed", "killed"))
-    assert len(records(undisturbed)) == kills * 5  # four steps and a validation each epoch
-    assert records(killed) == records(undisturbed)
-    weights = [json.loads((folder / "fold.json").read_text())["weights"] for folder in (undisturbed, killed)]
+    uninterrupted, killed = (tmp_path / name / "tri" / "fold-0" for name in ("uninterrupted", "killed"))
+    assert len(records(uninterrupted)) == kills * 5  # four steps and one validation per epoch
+    assert records(killed) == records(uninterrupted)
+    weights = [json.loads((folder / "fold.json").read_text())["weights"] for folder in (uninterrupted, killed)]
     assert weights[0] == weights[1]
     assert not list(tmp_path.rglob("checkpoints/*.part"))
 
@@ -77,5 +77,5 @@ def test_golden_losses(packed, tmp_path):
         got, golden = losses(tmp_path / name / "golden" / "fold-0" / "metrics.jsonl"), losses(GOLDEN / f"{name}.jsonl")
         difference, step = largest_difference(got, golden)
         assert difference <= ACROSS_MACHINES, f"{name}, step {step}: {got.get(step)} instead of {golden.get(step)}"
-    # A difference in the third digit is detected.
+    # A difference in the third digit must be detected.
     assert largest_difference({**golden, 5: golden[5] * 1.003}, golden)[0] > ACROSS_MACHINES

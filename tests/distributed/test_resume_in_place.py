@@ -1,4 +1,4 @@
-"""A run in a folder that is not empty: it resumes where it can, and never deletes the results of other settings."""
+"""Resume in a folder that is not empty: matching checkpoints are used, results of other settings never deleted."""
 
 import json
 import os
@@ -48,17 +48,17 @@ def train(settings, tmp_path):
 
     def train(*overrides: str, stop: int | None = None) -> Path:
         experiment = load(Experiment, settings[0], [*settings[1:], f"output={tmp_path}", *overrides])
-        ask = lambda epoch, scores: epoch == stop and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        keep = partial(save, experiment, tmp_path / "config.yaml")
-        run_folds(experiment, read_index(experiment.train_shards), ["tri"], [0], ask, keep)
+        stop_after = lambda epoch, scores: epoch == stop and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        save_config = partial(save, experiment, tmp_path / "config.yaml")
+        run_folds(experiment, read_index(experiment.train_shards), ["tri"], [0], stop_after, save_config)
         return tmp_path / "tri" / "fold-0"
 
     return train
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(settings, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
     experiment = load(Experiment, settings[0], [*settings[1:], f"output={output}"])
     run_folds(experiment, read_index(experiment.train_shards), ["tri"], [0])
     return output / "tri" / "fold-0"
@@ -90,22 +90,22 @@ def test_refused_command_changes_no_files(train, tmp_path):
         assert files(tmp_path) == before, bad
 
 
-def test_different_training_is_moved_aside_and_can_be_resumed(train, undisturbed, tmp_path, capsys):
+def test_different_training_is_moved_aside_and_can_be_resumed(train, uninterrupted, tmp_path, capsys):
     with pytest.raises(Interrupted):
         train(stop=1)
     other = train("models.tri.dropout=0.5")
     found = weights_of(other)
-    assert found != weights_of(undisturbed)
+    assert found != weights_of(uninterrupted)
     capsys.readouterr()
     fold = train()
     assert "resuming the one of these settings" in capsys.readouterr().out
-    assert weights_of(fold) == weights_of(undisturbed) and losses(fold) == losses(undisturbed)
+    assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)
     assert weights_of(train("models.tri.dropout=0.5")) == found
-    assert "epoch" not in capsys.readouterr().out  # it was finished, and is not trained again
-    assert weights_of(train()) == weights_of(undisturbed)
+    assert "epoch" not in capsys.readouterr().out  # a finished training is not repeated
+    assert weights_of(train()) == weights_of(uninterrupted)
 
 
-def test_execution_settings_may_change_on_resume(train, undisturbed, capsys):
+def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     with pytest.raises(Interrupted):
         train(stop=1)
     changed = [
@@ -119,14 +119,14 @@ def test_execution_settings_may_change_on_resume(train, undisturbed, capsys):
         "tri fold 0 resuming from step 5 with changed settings (train.precision: fp32 -> bf16, train.micro_batch: 8 -> "
         "4, train.optim.lr: 0.001 -> 0.0005); results will differ from an uninterrupted run"
     ) in capsys.readouterr().out
-    assert losses(fold)[:5] == losses(undisturbed)[:5] and len(losses(fold)) == 12
+    assert losses(fold)[:5] == losses(uninterrupted)[:5] and len(losses(fold)) == 12
     rates = [line["lr"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
     assert max(rates[5:]) < 5e-4 < rates[4]
     assert json.loads((fold / "fold.json").read_text())["changes"][0]["train.precision"] == ["fp32", "bf16"]
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.json"])
-def test_damaged_checkpoint_is_skipped(train, undisturbed, tmp_path, capsys, file):
+def test_damaged_checkpoint_is_skipped(train, uninterrupted, tmp_path, capsys, file):
     with pytest.raises(Interrupted):
         train(stop=2)
     fold = tmp_path / "tri" / "fold-0"
@@ -135,12 +135,12 @@ def test_damaged_checkpoint_is_skipped(train, undisturbed, tmp_path, capsys, fil
     (newest / file).write_bytes(content[: len(content) // 2])
     capsys.readouterr()
     train()
-    assert f"{newest}" in (said := capsys.readouterr().out) and "skipping it" in said
-    assert weights_of(fold) == weights_of(undisturbed) and losses(fold) == losses(undisturbed)
+    assert f"{newest}" in (output := capsys.readouterr().out) and "skipping it" in output
+    assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)
 
 
 def test_errors_on_rank_0_are_raised_on_all_ranks(settings, tmp_path):
-    """A fold that another run trains, an output that is a file, a full disk (here a limit on the size of a file)."""
+    """Errors: a fold locked by another run, an output path that is a file, a full disk (a limit on the file size)."""
     (tmp_path / "file").touch()
     jobs = [
         {"config": settings[0], "settings": [*settings[1:], f"output={tmp_path / name}"]}
@@ -153,9 +153,9 @@ def test_errors_on_rank_0_are_raised_on_all_ranks(settings, tmp_path):
             launch(str(WORKERS / "relay_worker.py"), str(tmp_path), json.dumps(jobs), ranks=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    ends = [json.loads((tmp_path / f"relay-{rank}.json").read_text()) for rank in range(2)]
-    assert ends[0] == ends[1]
-    locked, file, full = ends[0]
+    results = [json.loads((tmp_path / f"relay-{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+    locked, file, full = results[0]
     assert locked.startswith(f"InputError: {tmp_path / 'locked' / 'tri' / 'fold-0'}: another run is training this fold")
     assert file.startswith("FileExistsError: ") and str(tmp_path / "file") in file
     assert "OSError: " in full and str(tmp_path / "full" / "tri" / "fold-0") in full and "too large" in full
@@ -169,10 +169,10 @@ def test_unwritable_file_gives_one_line_and_exit_code_2(tmp_path, capsys):
         with atomic_path(tmp_path / "file" / "table.json") as temporary:
             temporary.touch()
 
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as stop:
         cli.run(Experiment, main, None, [])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith(f"error: {tmp_path / 'file'}") and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {tmp_path / 'file'}") and error.count("\n") == 1
 
 
 def test_lock_is_released_when_its_holder_dies(tmp_path):
@@ -183,7 +183,7 @@ def test_lock_is_released_when_its_holder_dies(tmp_path):
         pass
 
 
-def test_checkpoints_of_earlier_versions_resume(train, undisturbed, tmp_path):
+def test_checkpoints_of_earlier_versions_resume(train, uninterrupted, tmp_path):
     with pytest.raises(Interrupted):
         train("train.micro_batch=4", "train.loss.soft_f1_sums=previous", stop=1)
     for path in tmp_path.rglob("state.json"):
@@ -192,4 +192,4 @@ def test_checkpoints_of_earlier_versions_resume(train, undisturbed, tmp_path):
         del record["optimizer_values"], record["optimizer_groups"]
         path.write_text(json.dumps(record))
     fold = train("train.micro_batch=4", "train.loss.soft_f1_sums=previous")
-    assert [step for step, _ in losses(fold)] == [step for step, _ in losses(undisturbed)]
+    assert [step for step, _ in losses(fold)] == [step for step, _ in losses(uninterrupted)]

@@ -18,7 +18,7 @@ from triderm_dist.models import build_network, build_towers
 from .workers.step_worker import EVALUATED, GLOBAL_BATCH, experiment
 
 WORKER = str(WORKERS / "step_worker.py")
-LAST = 6  # 100 lesions in batches of 16: the seventh holds 4, so that some ranks hold padding only
+LAST = 6  # 100 lesions in batches of 16: the seventh has 4 lesions, so that some ranks have padding only
 
 
 def cases_of(world: int) -> list[dict]:
@@ -30,8 +30,8 @@ def cases_of(world: int) -> list[dict]:
                     micro = GLOBAL_BATCH // (world * accumulation)
                     name = f"{head}-{batch}-{world}-{accumulation}"
                     result.append({"name": name, "head": head, "batch": batch, "micro_batch": micro, "dropout": 0.0})
-    # Dropout belongs to the micro-batch, so with micro-batches of 4 it is the same on any number of ranks,
-    # checkpointed or not.
+    # Dropout is seeded per micro-batch: with micro-batches of 4 it is the same for any world size, with and without
+    # activation checkpointing.
     result.append(
         {
             "name": f"dropout-{world}",
@@ -46,7 +46,7 @@ def cases_of(world: int) -> list[dict]:
 
 
 def statistics_case(world: int) -> dict:
-    """A CNN whose batch norms are trained: they normalize a micro-batch, so its size is the same here too."""
+    """A CNN with trained batch norms, which normalize each micro-batch, so that its size must be equal in all cases."""
     return {
         "name": f"statistics-{world}", "head": "softmax", "batch": 0, "micro_batch": 4, "dropout": 0.0,
         "tower": "test_efficientnet", "checkpointing": world == 2,
@@ -54,7 +54,7 @@ def statistics_case(world: int) -> dict:
 
 
 def sharded_cases() -> list[dict]:
-    """Under FSDP2, which averages over ranks too and keeps gradients to itself until the last micro-batch."""
+    """Cases for FSDP2, which also averages over ranks, and reduces gradients after the last micro-batch only."""
     return [
         {**case, "name": case["name"] + "-fsdp2", "checkpointing": case["batch"] == LAST}
         for case in cases_of(2)
@@ -74,7 +74,7 @@ def steps(packed, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def references(packed) -> dict[str, dict[str, torch.Tensor]]:
-    """One process, one undivided batch without padding, losses by the plain formulas and autograd."""
+    """Reference results: one process, one batch without splitting or padding, losses from the formulas by autograd."""
     index = read_index(packed)
     result = {}
     for head in ("softmax", "sigmoid"):
@@ -116,8 +116,7 @@ def references(packed) -> dict[str, dict[str, torch.Tensor]]:
 def assert_same_step(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert got.keys() == expected.keys()
     assert got["loss"].item() == pytest.approx(expected["loss"].item(), abs=1e-6)
-    # A parameter whose gradient is zero but for rounding (the bias of attention keys) is measured against the largest
-    # one.
+    # Relative to the largest gradient: some gradients are zero up to rounding (the bias of attention keys).
     largest = max(gradient.abs().max() for name, gradient in expected.items() if name != "loss")
     for name, gradient in expected.items():
         scale = max(gradient.abs().max(), 1e-3 * largest)
@@ -143,7 +142,7 @@ def test_dropout_is_independent_of_the_world_size(steps):
 
 @pytest.fixture(scope="module")
 def statistics(packed) -> dict[str, torch.Tensor]:
-    """Running statistics after one step: each micro-batch from the same start, then their mean."""
+    """Expected running statistics after one step: the mean of one update per micro-batch from the same start."""
     index = read_index(packed)
     model = experiment("softmax", 4, 0.0, tower="test_efficientnet").models["tri"]
     torch.manual_seed(0)

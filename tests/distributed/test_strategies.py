@@ -1,4 +1,4 @@
-"""One training stopped and resumed under one strategy after the other equals the uninterrupted one."""
+"""A training stopped and resumed under each strategy in turn equals an uninterrupted one."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def job(settings: dict, output: Path, *overrides: str, stop: int | None = None) 
 
 
 def run(folder: Path, strategy: str, jobs: list[dict]) -> list[str]:
-    """How the jobs ended, the same on every rank."""
+    """Run the jobs under a strategy; return their results, which are equal on all ranks."""
     folder.mkdir()
     ranks, config = (1, None) if strategy == "single" else (2, f"accelerate_configs/{strategy}.yaml")
     launch(WORKER, str(folder), json.dumps(jobs), ranks=ranks, config=config)
@@ -54,7 +54,7 @@ def run(folder: Path, strategy: str, jobs: list[dict]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def relay(settings, tmp_path_factory) -> dict[str, Path]:
-    """Run folders by name. The last part and the uninterrupted trainings share a process, which imports once."""
+    """Run folders by name. The last resume and the uninterrupted trainings share a process, to import only once."""
     folder = tmp_path_factory.mktemp("relay")
     plain, with_ema = folder / "plain", folder / "ema"
     ema = "train.ema_decay=0.8"
@@ -133,11 +133,9 @@ def test_unsupported_combinations_are_refused(settings, tmp_path, strategy, over
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2"])
 def test_out_of_memory_on_one_rank_halves_the_micro_batch_of_all(settings, tmp_path, strategy):
-    cramped = str(WORKERS / "oom_worker.py")
+    worker = str(WORKERS / "oom_worker.py")
     arguments = ["--config", settings["config"], *settings["settings"], f"output={tmp_path}", "train.epochs=1"]
-    done = launch(
-        cramped, "1", *arguments, "train.micro_batch=8", ranks=2, config=f"accelerate_configs/{strategy}.yaml"
-    )
+    done = launch(worker, "1", *arguments, "train.micro_batch=8", ranks=2, config=f"accelerate_configs/{strategy}.yaml")
     assert "micro-batch 4 instead of 8 and 2 times the accumulation steps" in done.stdout
     folder = tmp_path / "tri" / "fold-0"
     assert len(losses(folder)) == 4 and (folder / "fold.json").exists()
@@ -163,8 +161,9 @@ COMBINED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", COMBINED)
 def test_options_combined(settings, tmp_path, strategy):
-    """Each resumes from the checkpoint of one process in the same precision. Compiled blocks draw dropout as eager ones
-    do: the exact soft F1 sums rely on it.
+    """Resume a one-process checkpoint of the same precision with combined options; losses stay close.
+
+    Compiled blocks must draw the same dropout masks as eager ones: the exact soft F1 sums rely on it.
     """
     names = [f"{number}" for number, _ in enumerate(COMBINED[strategy])]
     jobs = [

@@ -1,4 +1,4 @@
-"""launch.train in one process and in two under DDP, stopped and resumed. For other strategies see test_strategies."""
+"""launch.train in one process and on two DDP ranks, stopped and resumed; test_strategies.py has other strategies."""
 
 import json
 import os
@@ -38,9 +38,9 @@ def settings(packed, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> Path:
-    """An undisturbed run."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(settings, tmp_path_factory) -> Path:
+    """Fold folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     launch("launch.train", *settings, f"output={folder}", fork=False)
     return folder / "tri" / "fold-0"
 
@@ -53,26 +53,26 @@ def weights_of(folder: Path) -> str:
     return json.loads((folder / "fold.json").read_text())["weights"]
 
 
-def test_run_writes_all_output_files(undisturbed):
-    predictions = read_predictions(undisturbed / "predictions.parquet")
+def test_run_writes_all_output_files(uninterrupted):
+    predictions = read_predictions(uninterrupted / "predictions.parquet")
     assert len(predictions) == 50
     assert set(predictions.fold) == {0}
-    assert set(predictions.model_hash) == {weights_of(undisturbed)}
-    steps = [step for step, _ in losses(undisturbed)]
+    assert set(predictions.model_hash) == {weights_of(uninterrupted)}
+    steps = [step for step, _ in losses(uninterrupted)]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(list((undisturbed / "checkpoints").iterdir())) == 2
-    assert (undisturbed / "config.yaml").exists()
+    assert len(list((uninterrupted / "checkpoints").iterdir())) == 2
+    assert (uninterrupted / "config.yaml").exists()
 
 
-def test_finished_fold_is_not_trained_again(undisturbed, settings):
-    before = (undisturbed / "weights.safetensors").stat().st_mtime_ns
-    launch("launch.train", *settings, f"output={undisturbed.parents[1]}")
-    assert (undisturbed / "weights.safetensors").stat().st_mtime_ns == before
+def test_finished_fold_is_not_trained_again(uninterrupted, settings):
+    before = (uninterrupted / "weights.safetensors").stat().st_mtime_ns
+    launch("launch.train", *settings, f"output={uninterrupted.parents[1]}")
+    assert (uninterrupted / "weights.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
-def test_stopped_and_resumed_run_equals_uninterrupted_run(undisturbed, settings, tmp_path, number):
-    # In step 4 of 4 of the first epoch, which has logged a step that the checkpoint of step 2 does not hold. A step has
+def test_stopped_and_resumed_run_equals_uninterrupted_run(uninterrupted, settings, tmp_path, number):
+    # Forward 14 is in step 4, the last of the first epoch: step 3 is logged, the checkpoint is of step 2. A step has
     # two micro-batches, each with a forward for the soft F1 sums and one for the gradient.
     stopped = launch(SIGNAL_WORKER, number.name, "14", *settings, f"output={tmp_path}", check=False)
     assert stopped.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 3), stopped.stderr
@@ -81,16 +81,16 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(undisturbed, settings,
     assert (saved, losses(folder)[-1][0]) == ((2, 3) if number == signal.SIGKILL else (4, 4))
     assert not (folder / "fold.json").exists()
     launch("launch.train", *settings, f"output={tmp_path}")
-    assert losses(folder) == losses(undisturbed)
-    assert weights_of(folder) == weights_of(undisturbed)
-    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, undisturbed))
+    assert losses(folder) == losses(uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
+    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, uninterrupted))
     assert (a.logits == b.logits).all()
 
 
 def test_signal_before_training_exits_with_3(settings, tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     process = start("launch.train", "--config", str(tmp_path / "pipe.yaml"), *settings[2:], f"output={tmp_path}/run")
-    with (tmp_path / "pipe.yaml").open("w"):  # opens when the program does, which reads until this is closed
+    with (tmp_path / "pipe.yaml").open("w"):  # opens once the program reads the file, and blocks it until closed
         process.send_signal(signal.SIGUSR1)
         assert finish(process).returncode == 3
     assert not (tmp_path / "run").exists()
@@ -99,34 +99,34 @@ def test_signal_before_training_exits_with_3(settings, tmp_path):
 def test_signal_at_the_end_of_a_fold_stops_before_the_next(settings, tmp_path):
     ranks = 2
     job = {"config": settings[1], "settings": [*settings[2:], f"output={tmp_path}", "train.epochs=1"], "folds": [0, 1]}
-    stopped = {**job, "stop": ranks - 1}  # asked after the last step of fold 0, then after that of fold 1
-    legs = json.dumps([stopped, stopped, job])
-    launch(str(WORKERS / "relay_worker.py"), str(tmp_path), legs, ranks=ranks)
+    stopped = {**job, "stop": ranks - 1}  # requested after the last step of fold 0, then after that of fold 1
+    jobs = json.dumps([stopped, stopped, job])
+    launch(str(WORKERS / "relay_worker.py"), str(tmp_path), jobs, ranks=ranks)
     for rank in range(ranks):
-        ends = json.loads((tmp_path / f"relay-{rank}.json").read_text())
-        assert [end.split(":")[0] for end in ends] == ["Interrupted", "Interrupted", "done"]
+        results = json.loads((tmp_path / f"relay-{rank}.json").read_text())
+        assert [result.split(":")[0] for result in results] == ["Interrupted", "Interrupted", "done"]
 
 
-def test_checkpoints_of_different_settings_are_not_resumed(undisturbed, settings, tmp_path):
+def test_checkpoints_of_different_settings_are_not_resumed(uninterrupted, settings, tmp_path):
     first = launch("launch.train", *settings, f"output={tmp_path}", "train.epochs=1")
     second = launch("launch.train", *settings, f"output={tmp_path}")
     assert "other settings" not in first.stdout
     assert "holds a training of other settings or data, moved to" in second.stdout
     assert "starting from the beginning" in second.stdout
-    assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(undisturbed)
+    assert weights_of(tmp_path / "tri" / "fold-0") == weights_of(uninterrupted)
 
 
 @pytest.mark.parametrize(
     "fork", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forks", "as started by users"]
 )
-def test_two_ranks_equal_one_rank(undisturbed, settings, tmp_path, fork):
+def test_two_ranks_equal_one_rank(uninterrupted, settings, tmp_path, fork):
     ddp = "accelerate_configs/ddp.yaml"
     done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config=ddp, fork=fork)
     assert "2 rank(s)" in done.stdout
     assert "global batch 16 = 2 x 8 x 1" in done.stdout
     folder = tmp_path / "tri" / "fold-0"
-    assert np.allclose(losses(folder), losses(undisturbed), atol=1e-4)
-    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, undisturbed))
+    assert np.allclose(losses(folder), losses(uninterrupted), atol=1e-4)
+    a, b = (read_predictions(f / "predictions.parquet") for f in (folder, uninterrupted))
     assert a.lesion_ids.tolist() == b.lesion_ids.tolist()
     assert np.abs(a.logits - b.logits).max() < 1e-2
 

@@ -1,4 +1,4 @@
-"""A small experiment, and the doctor run on it."""
+"""A small experiment, and helpers that run the doctor on it."""
 
 import subprocess
 
@@ -13,7 +13,7 @@ SMALL = ["models.a.tower.source=timm:test_efficientnet", "models.a.tower.pretrai
 
 
 @pytest.fixture(autouse=True)
-def read_shortly(monkeypatch):
+def short_reading_test(monkeypatch):
     monkeypatch.setattr(data, "READING_SECONDS", 0.1)
 
 
@@ -23,7 +23,7 @@ def finding(experiment: Experiment, name: str, ranks: int = 1) -> Finding:
 
 
 FROZEN = [*SMALL, "models.a.tower.frozen=true"]
-"""The same for programs: the memory of a step is counted sooner."""
+"""The same with a frozen tower, for subprocesses: estimating the memory of a step is faster."""
 
 
 def run_doctor(*words: str, **environment: str) -> subprocess.CompletedProcess:

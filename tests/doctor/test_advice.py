@@ -1,4 +1,4 @@
-"""The experiment and the launcher that the doctor suggests for a machine."""
+"""Experiments and launchers that the doctor suggests for a machine."""
 
 import pytest
 

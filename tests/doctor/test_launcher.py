@@ -1,4 +1,4 @@
-"""What the doctor says of a config file of Accelerate and its port."""
+"""Findings of the doctor on Accelerate config files and their port."""
 
 import os
 import socket
@@ -15,14 +15,14 @@ from triderm_dist.schema import ConfigError
 
 
 def launcher_file(folder: Path, **settings) -> Path:
-    """accelerate_configs/ddp_multi_node.yaml with other settings."""
+    """Write accelerate_configs/ddp_multi_node.yaml with changed settings."""
     raw = yaml.safe_load((ROOT / "accelerate_configs" / "ddp_multi_node.yaml").read_text())
     path = folder / "launcher.yaml"
     path.write_text(yaml.safe_dump({**raw, **settings}))
     return path
 
 
-def at(launcher: Path | None, name: str, gpus: int = 0) -> Finding:
+def launcher_finding(launcher: Path | None, name: str, gpus: int = 0) -> Finding:
     found = launcher_findings(launcher and read_launcher(launcher), gpus, cores=2)
     return next(each for each in found if each.name == name)
 
@@ -34,33 +34,33 @@ def test_port_in_use_is_reported_with_its_process(tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         for host in ("localhost", "127.0.0.2"):
             file = launcher_file(tmp_path, main_process_port=port, main_process_ip=host)
-            found = at(file, "port")
+            found = launcher_finding(file, "port")
             assert found.state == "missing" and f"{port} is in use by" in found.text, found
             assert f"process {os.getpid()}" in found.text and "--main_process_port" in found.advice
         monkeypatch.setenv("MASTER_PORT", str(port))
-        assert at(None, "port").state == "missing"
+        assert launcher_finding(None, "port").state == "missing"
         done = run_doctor(*FROZEN, f"output={tmp_path}", f"launcher={file}", "ranks=1")
         assert done.returncode == 2 and f"port ({port} is in use" in done.stderr.splitlines()[-1]
-    assert at(file, "port").text == f"{port} is free"
+    assert launcher_finding(file, "port").text == f"{port} is free"
     monkeypatch.delenv("MASTER_PORT")
     assert launcher_findings(None, 0, 2) == []
-    assert at(ROOT / "accelerate_configs" / "ddp.yaml", "port").text == "any free one"
+    assert launcher_finding(ROOT / "accelerate_configs" / "ddp.yaml", "port").text == "any free one"
 
 
 def test_main_node_address_is_checked(tmp_path):
-    forgotten = at(launcher_file(tmp_path, main_process_port=0), "port")
-    assert forgotten.state == "note" and "--main_process_ip" in forgotten.advice
-    assert at(launcher_file(tmp_path, main_process_ip="no-such-host.invalid"), "port").state == "missing"
-    elsewhere = at(launcher_file(tmp_path, main_process_ip="192.0.2.77"), "port")
-    assert elsewhere.state == "ok" and "another host" in elsewhere.text
+    no_port = launcher_finding(launcher_file(tmp_path, main_process_port=0), "port")
+    assert no_port.state == "note" and "--main_process_ip" in no_port.advice
+    assert launcher_finding(launcher_file(tmp_path, main_process_ip="no-such-host.invalid"), "port").state == "missing"
+    remote = launcher_finding(launcher_file(tmp_path, main_process_ip="192.0.2.77"), "port")
+    assert remote.state == "ok" and "another host" in remote.text
 
 
 def test_more_processes_than_gpus_are_reported(tmp_path):
     file = launcher_file(tmp_path, main_process_port=0)
-    assert at(file, "processes", gpus=8).text.endswith("16 processes on 2 nodes, 8 on each")
-    few = at(file, "processes", gpus=4)
+    assert launcher_finding(file, "processes", gpus=8).text.endswith("16 processes on 2 nodes, 8 on each")
+    few = launcher_finding(file, "processes", gpus=4)
     assert few.state == "missing" and "--num_processes 8" in few.advice
-    assert at(file, "processes", gpus=0).state == "note"
+    assert launcher_finding(file, "processes", gpus=0).state == "note"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the doctor says of GPUs, shared memory, disks and clocks."""
+"""Findings of the doctor on GPUs, shared memory, disks and clocks."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ from triderm_dist.doctor.machine import _clock, _disk, no_gpu
 
 def test_cpu_build_of_torch_on_a_gpu_machine_is_reported():
     assert no_gpu(None, driver=False, device=False).state == "ok"
-    wrong = no_gpu(None, driver=True, device=True)
-    assert wrong.state == "missing" and "CPU build" in wrong.text and "CUDA" in wrong.advice
+    cpu_build = no_gpu(None, driver=True, device=True)
+    assert cpu_build.state == "missing" and "CPU build" in cpu_build.text and "CUDA" in cpu_build.advice
     old_driver = no_gpu("13.0", driver=True, device=True)
     assert old_driver.state == "missing" and "CUDA 13.0" in old_driver.text and "driver" in old_driver.advice
     assert no_gpu(None, driver=True, device=True, visible="").state == "ok"
-    not_given = no_gpu("13.0", driver=True, device=False)
-    assert not_given.state == "note" and "--gpus all" in not_given.advice
+    no_device = no_gpu("13.0", driver=True, device=False)
+    assert no_device.state == "note" and "--gpus all" in no_device.advice
 
 
 def test_too_little_shared_memory_is_reported():
@@ -29,7 +29,7 @@ def test_too_little_shared_memory_is_reported():
         "assert small.state == 'missing' and small.text.startswith('64 MiB') and '--shm-size' in small.advice, small\n"
         "assert shared_memory(gpus=1) is None"
     )
-    # In a mount namespace of its own, as a container with Docker's default has it.
+    # In a separate mount namespace, with the default size in Docker containers.
     inside = 'mount -t tmpfs -o size=64m tmpfs /dev/shm || exit 77; exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)

@@ -38,9 +38,9 @@ def test_missing_tower_weights_are_refused(source, message):
 
 def test_hub_weights_are_looked_up_in_the_cache_only(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    description, is_local = locate_weights("hf-hub:nobody/nothing")
-    assert description == "hf-hub:nobody/nothing: not cached" and not is_local
-    overrides = ["models.a.tower.source=hf-hub:nobody/nothing", f"output={tmp_path}"]
+    description, is_local = locate_weights("hf-hub:unknown/unknown")
+    assert description == "hf-hub:unknown/unknown: not cached" and not is_local
+    overrides = ["models.a.tower.source=hf-hub:unknown/unknown", f"output={tmp_path}"]
     found = finding(load(Experiment, None, overrides), "a: tower")
     assert found.state == "missing" and "HF_HUB_OFFLINE" in found.text
 

@@ -1,4 +1,4 @@
-"""The doctor on several ranks: what it compares, and ranks that do not answer."""
+"""The doctor on several ranks: differences between them, and ranks that do not respond."""
 
 import re
 import socket
@@ -19,22 +19,22 @@ from triderm_dist.doctor.ranks import RankReport, compare, name_ranks
 RANK = """
 import os, pathlib, subprocess, sys, time
 rank, (root, *words) = os.environ["RANK"], sys.argv[1:]
-here = pathlib.Path.cwd()
+folder = pathlib.Path.cwd()
 environment = {**os.environ, "PYTHONPATH": root}
 if rank == "1":
-    os.chdir(here.parent / "other" if (here.parent / "other").exists() else here)
-    environment["PYTHONPATH"] = f"{here.parent / 'packages'}:{root}"
+    os.chdir(folder.parent / "other" if (folder.parent / "other").exists() else folder)
+    environment["PYTHONPATH"] = f"{folder.parent / 'packages'}:{root}"
 status = subprocess.run([sys.executable, "-m", "launch.doctor", *words], env=environment).returncode
-(here / f"status.{rank}").write_text(str(status))
-while len(list(here.glob("status.*"))) < 2:
+(folder / f"status.{rank}").write_text(str(status))
+while len(list(folder.glob("status.*"))) < 2:
     time.sleep(0.05)
 sys.exit(status)
 """
-"""One rank: the second one starts the doctor in another folder and with other packages, where there are any."""
+"""Program of a rank: rank 1 runs the doctor in another folder and with other packages, if these exist."""
 
 
 def run_on_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """The doctor on two ranks, in FOLDER/own; each leaves its exit status in status.RANK."""
+    """Run the doctor on two ranks in FOLDER/own; each writes its exit status to status.RANK."""
     script, own = folder / "rank.py", folder / "own"
     script.write_text(RANK)
     own.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the doctor says of packages that are old, absent or in conflict."""
+"""Findings of the doctor on outdated, missing and conflicting packages."""
 
 import builtins
 import importlib

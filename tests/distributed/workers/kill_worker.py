@@ -1,13 +1,13 @@
-"""Run trainings one after the other, each in a fork of this process (which has done the imports), and kill some.
+"""Run trainings in sequence, each in a fork of this process (which has imported everything), and kill some of them.
 
-A job is {"config": FILE, "settings": [...], "kill": null or [EVENT, COUNT]}: SIGKILL at the COUNTth time that
+A job is {"config": FILE, "settings": [...], "kill": null or [EVENT, COUNT]}: SIGKILL at the COUNTth event of a kind:
 
 - "forward": the network is about to run, in training or validation;
 - "write": a file of a checkpoint is opened for writing;
 - "rename": a checkpoint, or a file in it, is about to be renamed to its final name;
-- "replace": another file is about to be renamed, such as weights, or metrics.jsonl at the start.
+- "replace": any other file is about to be renamed, such as weights, or metrics.jsonl at the start.
 
-Prints a JSON list of the exit codes: 0, or minus the signal.
+Prints a JSON list of the exit codes: 0, or the negative signal number.
 """
 
 import json
@@ -27,27 +27,27 @@ from triderm_dist.engine.crossval import run_folds
 from triderm_dist.models.network import Network
 
 
-def arm(event: str, count: int) -> None:
-    """Kill this process at the COUNTth event; audit hooks see every file that Python opens or renames."""
-    left = count
+def kill_at(event: str, count: int) -> None:
+    """Kill this process at the `count`th event, by an audit hook on every file that Python opens or renames."""
+    remaining = count
 
-    def once() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+    def on_event() -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(name: str, arguments: tuple) -> None:
         if name == "open" and event == "write" and ".part/" in str(arguments[0]) and arguments[1] != "r":
-            once()
+            on_event()
         elif name == "os.rename":
             source = str(arguments[0])
             if event == ("rename" if "/checkpoints/" in source else "replace"):
-                once()
+                on_event()
 
     if event == "forward":
         torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, inputs: once() if isinstance(module, Network) else None
+            lambda module, inputs: on_event() if isinstance(module, Network) else None
         )
     else:
         sys.addaudithook(hook)
@@ -55,7 +55,7 @@ def arm(event: str, count: int) -> None:
 
 def train(job: dict) -> None:
     if job.get("kill"):
-        arm(*job["kill"])
+        kill_at(*job["kill"])
     experiment = load(Experiment, job["config"], job["settings"])
     run_folds(experiment, read_index(experiment.train_shards), list(experiment.models), [0])
 

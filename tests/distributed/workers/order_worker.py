@@ -1,11 +1,11 @@
-"""Ranks that read an epoch plan through the loader and note what they got; killed again and again when told to.
+"""Ranks that read an epoch plan through the loader and log the lesions; optionally killed and resumed repeatedly.
 
 python order_worker.py SHARDS FOLDER '[[WORLD, ...], KILLS]'
 
-Runs EPOCHS epochs, by as many ranks as the list says, one number an attempt, the last for all further ones. The first
-KILLS attempts are ended by SIGKILL at a random moment and resumed from FOLDER/consumed, the one integer that ranks
-keep. FOLDER/ATTEMPT-WORLD-RANK.txt has a line a step: its number and the lesions. Ranks are forked, since importing
-PyTorch twenty times would take a minute.
+Runs EPOCHS epochs. The list has the world size of each attempt; the last one holds for all further attempts. The first
+KILLS attempts are ended by SIGKILL at a random moment and resumed from FOLDER/consumed, the number of completed steps,
+which is the only state. FOLDER/ATTEMPT-WORLD-RANK.txt has one line per step: its number and the lesions. Ranks are
+forked, since importing PyTorch twenty times would take a minute.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read(rank: int, world: int, shards: str, folder: Path, attempt: int) -> None
                 parts = [zip(batch.lesion_ids, batch.valid, strict=True) for batch in step.micro_batches]
                 lesions = [name for part in parts for name, valid in part if valid]
                 print(passed + step.number, *lesions, file=log, flush=True)
-                dist.all_reduce(torch.ones(1))  # what a training step does
+                dist.all_reduce(torch.ones(1))  # as the gradients of a training step
                 if rank == 0:
                     write_text(folder / "consumed", str(passed + step.number + 1))
                 dist.barrier()

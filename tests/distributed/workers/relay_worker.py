@@ -1,8 +1,7 @@
-"""Run trainings one after the other on all started ranks, each resuming in its folder; rank R writes their results to
-relay-R.json.
+"""Run trainings in sequence on all ranks, each resuming in its folder; rank R writes the results to relay-R.json.
 
 A job is {"config": FILE, "settings": [...], "folds": [0] by default, "stop": rank or null}: that rank requests a stop
-after the first epoch of the job.
+after the first epoch.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Run launch.train, and send it a signal before the network's COUNTth forward in training.
+"""Run launch.train, and send it a signal before the COUNTth training forward of the network.
 
 python signal_worker.py SIGNAL COUNT [SETTINGS OF launch.train]
 """

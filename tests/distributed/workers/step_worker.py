@@ -1,5 +1,6 @@
-"""One optimizer step for each case in a JSON list, on however many ranks were started, then an evaluation that leaves
-most ranks without a lesion at its end; rank 0 writes losses and gradients, and what was evaluated.
+"""Take one optimizer step for each case of a JSON list, on any number of ranks, then evaluate with an uneven tail.
+
+Most ranks have no lesion in the last evaluation round. Rank 0 writes losses, gradients and predictions.
 """
 
 import json
@@ -24,7 +25,7 @@ from triderm_dist.schema import DIAGNOSES
 
 GLOBAL_BATCH = 16
 EVALUATED = 33
-"""Lesions: with micro-batches of 4 the last round holds one, for any number of ranks."""
+"""Number of lesions: with micro-batches of 4 the last round has one lesion, for any world size."""
 
 
 def experiment(head: str, micro_batch: int, dropout: float, sums: str = "exact", tower: str = "test_vit") -> Experiment:
