@@ -190,7 +190,7 @@ def test_losses_that_are_means_need_no_presums(more_terms):
     ("terms", "message"),
     [
         ({"recal": {"weight": 1}}, r"train.loss.terms: 'recal' is not a loss term; known: disagreement, recall \(plu"),
-        ({"focal": {"weight": 1}}, "train.loss.terms: focal has a weight of its own; set train.loss.focal_weight"),
+        ({"focal": {"weight": 1}}, "train.loss.terms: focal is built in; set train.loss.focal_weight instead"),
         (
             {"recall": {"weight": 1, "settings": {"powr": 2}}},
             "train.loss.terms.recall.settings: unknown setting 'powr'; did you mean 'power'?",

@@ -1,7 +1,7 @@
 """Losses with the value and gradient of the undivided global batch, however it is split over ranks and micro-batches.
 
-A loss is a weighted list of terms (`LOSS_TERMS`). A term says what to sum over the lesions of the global batch, and how
-its value follows from these sums; `CompoundLoss` derives everything that a split batch needs from that.
+A loss is a weighted list of terms (`LOSS_TERMS`). A term defines what is summed over the lesions of the global batch,
+and how its value follows from these sums; `CompoundLoss` derives everything that a split batch needs from that.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Sums = dict[str, torch.Tensor]
 
 
 def probabilities(logits: torch.Tensor, head: HeadKind) -> torch.Tensor:
-    """Probabilities (B, C) in float32 from raw logits (B, C)."""
+    """Return probabilities (B, C) float32 of raw logits (B, C)."""
     return logits.float().softmax(1) if head == "softmax" else logits.float().sigmoid()
 
 
 def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """(B, C) float32; `F.one_hot` reads the largest label from a CPU tensor and takes five operations."""
+    """Return one-hot labels (B, C) float32. `F.one_hot` reads the largest label first and takes five operations."""
     return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
@@ -98,10 +98,10 @@ def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: HeadKind = "s
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a term is computed from: the logits of one head, and the lesions that they belong to.
+    """Inputs of a term: the logits of one head, and the lesions that they belong to.
 
     logits: (B, C) float32, with the logit adjustment of `train.loss`.  batch: the lesions; `batch.labels` (B,) are all
-    known.  outputs: everything else that the network returned, for terms that compare views or features.
+    known.  outputs: all outputs of the network, for terms that compare views or features.
     """
 
     logits: torch.Tensor
@@ -123,12 +123,12 @@ class LossInputs:
 class LossTerm(nn.Module):
     """A term of the loss. By default the mean of `per_lesion` over the lesions of the global batch.
 
-    A subclass that overrides `value` may be any differentiable function of sums over lesions, such as a ratio. It needs
-    to know nothing of padding, ranks and micro-batches.
+    A subclass that overrides `value` may be any differentiable function of sums over lesions, such as a ratio. Padding,
+    ranks and micro-batches are handled by `CompoundLoss`.
     """
 
     each_head: ClassVar[bool] = True
-    """Whether the views' own heads have the term too; False for a term that reads `LossInputs.outputs`."""
+    """Whether the auxiliary heads have the term too; False for a term that reads `LossInputs.outputs`."""
 
     class Settings(Section):
         """Settings of the term, read from train.loss.terms.NAME.settings."""
@@ -139,16 +139,16 @@ class LossTerm(nn.Module):
         self.settings = settings
 
     def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
-        """What is summed over lesions, (B, ...), with gradient; any shape, the same in every batch."""
+        """Return what is summed over lesions, (B, ...), with gradient; the shape (...) is the same in every batch."""
         raise NotImplementedError
 
     def value(self, sums: torch.Tensor, count: int) -> torch.Tensor:
-        """The term's value, a scalar, from the sums (...) over all `count` lesions of the global batch."""
+        """Compute the term's value, a scalar, from the sums (...) over all `count` lesions of the global batch."""
         return sums / count
 
     @property
     def is_mean(self) -> bool:
-        """Whether the gradient can be had before the sums are known."""
+        """Whether the gradient can be computed before the sums are known."""
         return type(self).value is LossTerm.value
 
 
@@ -188,19 +188,20 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {}
 
 
 class CompoundLoss(nn.Module):
-    """Weighted sum of terms, of the main head and, times `aux_weight`, of each view's own head.
+    """Weighted sum of terms, of the main head and, times `aux_weight`, of the two auxiliary heads.
 
     Over a split batch it needs no differentiable collective. The loss is L = f(S), S the sums over all lesions of the
     global batch, S = sum of the parts' sums s. By the chain rule a parameter's gradient is the sum over parts of
-    f'(S) . ds: a part needs from the others only the numbers S. So:
+    f'(S) . ds, so that a part needs only the numbers S from the others:
 
     1. `sums` of each part, added up without gradient over micro-batches and ranks;
     2. `slopes`, f'(S), once;
     3. `surrogate` of each part, the linear function f'(S) . s: its gradient is the part's share of the exact one;
     4. `values` for the log.
 
-    For a mean over a known number of lesions f' does not depend on S: without `ratios` `slopes` needs no sums. Raises
-    ConfigError for an unknown term, wrong settings of one, or weights that are all 0.
+    For a mean over a known number of lesions f' does not depend on S: without `ratios`, `slopes` needs no sums.
+
+    Raises ConfigError for an unknown term, wrong settings of a term, or weights that are all 0.
     """
 
     log_prior: torch.Tensor
@@ -219,7 +220,7 @@ class CompoundLoss(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parts that `values` returns besides the loss."""
+        """Names of the parts that `values` returns in addition to the loss."""
         return (*self.terms, "aux")
 
     @property
@@ -228,7 +229,7 @@ class CompoundLoss(nn.Module):
         return tuple(name for name, term in self._active() if not term.is_mean)
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
-        """Sums of each term over the valid lesions of a part, with gradient."""
+        """Return the sums of each term over the valid lesions of a part, with gradient."""
         inputs = [LossInputs(self._adjusted(logits), self.head, batch, outputs) for logits in outputs[:3]]
         return {
             name: torch.stack([_masked_sum(term.per_lesion(each), batch.valid) for each in inputs[: _heads(term)]])
@@ -237,7 +238,7 @@ class CompoundLoss(nn.Module):
 
     @torch.enable_grad()
     def slopes(self, sums: Sums, count: int) -> Sums:
-        """df/dS of each term that has a weight; count: valid lesions of the global batch, sums: theirs."""
+        """Return df/dS of each term with a weight; sums: over the global batch, count: its valid lesions."""
         at, parts = {}, []
         for name, term in self._active():
             at[name] = torch.zeros(_heads(term), device=self.log_prior.device) if term.is_mean else sums[name].detach()
@@ -246,12 +247,15 @@ class CompoundLoss(nn.Module):
         return dict(zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True))
 
     def surrogate(self, sums: Sums, slopes: Sums) -> torch.Tensor:
-        """What a part backpropagates, a scalar; sums: of the part, with gradient. Its value means nothing."""
+        """Return the scalar that a part backpropagates, of which only the gradient means something.
+
+        sums: of the part, with gradient.
+        """
         return torch.stack([(slope * sums[name]).sum() for name, slope in slopes.items()]).sum()
 
     @torch.no_grad()
     def values(self, sums: Sums, count: int) -> dict[str, float]:
-        """The loss and its parts as numbers: each term of the main head, and as aux the terms of the other two heads.
+        """Return the loss and its parts as numbers: each term of the main head, and as aux the terms of the other two.
 
         sums, count: of the global batch. Waits for the device.
         """
@@ -271,14 +275,14 @@ class CompoundLoss(nn.Module):
         return [term.value(each, count) for each in sums.unbind(0)]
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logit adjustment while training, logits + tau log(prior) (Menon et al. 2021)."""
+        """Apply the logit adjustment of training, logits + tau log(prior) (Menon et al. 2021)."""
         tau = self.config.logit_adjustment
         return logits.float() if tau == 0 else logits.float() + tau * self.log_prior
 
 
 def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
     if name in BUILT_IN:
-        raise ConfigError(f"train.loss.terms: {name} has a weight of its own; set train.loss.{name}_weight")
+        raise ConfigError(f"train.loss.terms: {name} is built in; set train.loss.{name}_weight instead")
     if name not in LOSS_TERMS:
         known = ", ".join(sorted(LOSS_TERMS)) or "none"
         raise ConfigError(f"train.loss.terms: {name!r} is not a loss term; known: {known} (plugins may add others)")
@@ -294,6 +298,6 @@ def _heads(term: LossTerm) -> int:
 
 
 def _masked_sum(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sum over lesions (B, ...) -> (...), float32, without rows that pad the batch."""
+    """Sum over lesions, (B, ...) -> (...) float32, excluding rows that pad the batch."""
     mask = valid.view(-1, *[1] * (rows.ndim - 1))
     return torch.where(mask, rows.float(), 0.0).sum(0)

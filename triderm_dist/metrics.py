@@ -121,13 +121,13 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Return macro F1 of `first` minus that of `second`, both (N, C) bool, with an interval over shared resamples."""
+    """Return macro F1 of `first` minus macro F1 of `second`, (N, C) bool, with an interval over shared resamples."""
     draws = _bootstrap([np.asarray(first, bool), np.asarray(second, bool)], labels, resamples, seed)
     return interval_of(macro_f1(first, labels) - macro_f1(second, labels), _macro(draws[0]) - _macro(draws[1]), level)
 
 
 def recall_difference(first: ClassCounts, second: ClassCounts, kept: np.ndarray) -> Interval:
-    """Return mean recall of `first` minus that of `second`, counted on different lesions, with a 95% interval.
+    """Return mean recall of `first` minus mean recall of `second`, on different lesions, with a 95% interval.
 
     kept: (C,) bool, the diagnoses to average over. The interval is normal. The variance of each recall is taken after
     adding four lesions with the recall of both sides together (Agresti and Caffo 2000 add them with a recall of a
@@ -183,8 +183,8 @@ def bootstrap_metrics(
 ) -> dict[str, Interval]:
     """Return each of `METRICS` on labeled lesions, with its percentile interval over shared resamples of the lesions.
 
-    The bootstrap is that of `bootstrap_f1`, stratified by diagnosis, lesion by lesion: a metric may depend on more than
-    the decisions.
+    Resamples are stratified by diagnosis, as in `bootstrap_f1`, but drawn lesion by lesion: a metric may depend on more
+    than the decisions.
     """
     generator = np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -201,7 +201,7 @@ def bootstrap_metrics(
 
 
 def _bootstrap(tables: list[np.ndarray], labels: np.ndarray, resamples: int, seed: int) -> list[np.ndarray]:
-    """F1 (R, C) of several decision tables under the same resamples."""
+    """Return F1 (R, C) of several decision tables under the same resamples."""
     decisions, labels = _labeled(np.concatenate(tables, axis=1), labels)
     classes = tables[0].shape[1]
     generator = np.random.default_rng(seed)
@@ -222,12 +222,13 @@ def _bootstrap(tables: list[np.ndarray], labels: np.ndarray, resamples: int, see
 
 
 def _macro(f1: np.ndarray) -> np.ndarray:
-    """(R,) mean over the diagnoses that occur."""
+    """Return the (R,) mean over the diagnoses that occur."""
     occurs = np.isfinite(f1).all(axis=0)
     return f1[:, occurs].mean(axis=1) if occurs.any() else np.full(len(f1), np.nan)
 
 
 def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return decisions and labels of the labeled lesions. Raises DataError where their shapes do not match."""
     labels = np.asarray(labels)
     if decisions.ndim != 2 or labels.shape != decisions.shape[:1]:
         raise DataError(f"decisions {decisions.shape} and labels {labels.shape} do not match: expected (N, C) and (N,)")

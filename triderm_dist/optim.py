@@ -15,11 +15,11 @@ from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError, one_line
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    # Fused takes a fifth of the plain one's time, on two CPU cores too.
+    # The fused implementation takes a fifth of the default one's time, also on two CPU cores.
     "adamw": partial(torch.optim.AdamW, fused=True),
 }
 """Optimizers by name (train.optim.name), called as f(parameter_groups, lr=..., **train.optim.settings); plugins add
-theirs. Every torch optimizer fits whose `step` needs no closure."""
+theirs. Any torch optimizer whose `step` needs no closure works."""
 
 
 def cosine(progress: float) -> float:
@@ -28,8 +28,8 @@ def cosine(progress: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine}
-"""Shapes of the learning rate after the warm-up, by name (train.optim.schedule): progress from 0 to 1 -> share of the
-way from train.optim.min_lr (0) to train.optim.lr (1). Plugins add theirs."""
+"""Shapes of the learning rate after the warm-up, by name (train.optim.schedule): progress from 0 to 1 -> a factor from
+0 (train.optim.min_lr) to 1 (train.optim.lr). Plugins add theirs."""
 _DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
@@ -65,7 +65,7 @@ def parameter_groups(network: Network, lr: float, layer_decay: float, weight_dec
     ordered = [groups[key] for key in sorted(groups)]
     grouped = [id(parameter) for group in ordered for parameter in group["params"]]
     assert sorted(grouped) == sorted({id(parameter) for parameter in trained.values()}), (
-        "a parameter has no group, or two"
+        "a parameter is in no group, or in two"
     )
     return ordered
 
@@ -83,8 +83,9 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
 
 
 def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of the settings over `parameter_groups`. Raises ConfigError for an unknown name, settings
-    that the optimizer does not take, and where nothing is left to train.
+    """Build the optimizer of the settings over `parameter_groups`.
+
+    Raises ConfigError for an unknown name, settings that the optimizer does not take, or a fully frozen network.
     """
     groups = parameter_groups(network, config.lr, config.layer_decay, config.weight_decay)
     if not groups:
@@ -96,8 +97,8 @@ def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimi
 
 def _new_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     _check_known("optim.name", config.name, OPTIMIZERS, "an optimizer")
-    if own := sorted({"lr", "weight_decay"} & set(config.settings)):
-        raise ConfigError(f"train.optim.settings: set {own[0]} as train.optim.{own[0]}")
+    if misplaced := sorted({"lr", "weight_decay"} & set(config.settings)):
+        raise ConfigError(f"train.optim.settings: set {misplaced[0]} as train.optim.{misplaced[0]}")
     try:
         return OPTIMIZERS[config.name](groups, lr=config.lr, **config.settings)
     except (TypeError, ValueError) as error:
@@ -144,7 +145,7 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Build a scheduler that applies `lr_factor` to every group; step it once per optimizer step.
 
-    The rate of the heads ends at `config.min_lr`, that of other groups at the same share of theirs. Raises ConfigError
+    The rate of the heads ends at `config.min_lr`; the rates of other groups fall by the same factor. Raises ConfigError
     for an unknown schedule, or where `config.min_lr` is above `config.lr`.
     """
     _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")

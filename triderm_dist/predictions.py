@@ -1,8 +1,10 @@
-"""Prediction files, and the out-of-fold table that everything after training is fitted on.
+"""Prediction files, and the out-of-fold table on which everything after training is fitted.
 
 One row holds the outputs of one model for one lesion. The model of a fold writes `predictions.parquet` (the lesions of
-its fold, which it was not trained on) and `test.parquet`; `gather` merges the former of all folds and models, and
-refuses files that would leak training rows. Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
+its fold, which it was not trained on) and `test.parquet`; `gather` merges the former of all folds and models and
+raises for files that would leak training rows.
+
+Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ VERSION = 1
 OUT_OF_FOLD = "out_of_fold"
 TEST = "test"
 NO_FOLD = -1
-"""The fold of test lesions, which belong to none."""
+"""The fold of test lesions, which belong to no fold."""
 
 _KEY = b"triderm"
 _SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
@@ -121,7 +123,7 @@ class OofTable:
     def take(self, rows: np.ndarray) -> OofTable:
         """Return the table of some lesions, by index or mask."""
 
-        def take(by_model: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def of_rows(by_model: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {model: values[rows] for model, values in by_model.items()}
 
         return replace(
@@ -132,11 +134,11 @@ class OofTable:
             folds=self.folds[rows],
             concepts=self.concepts[rows],
             metadata=self.metadata[rows],
-            logits=take(self.logits),
-            aux_clinical=take(self.aux_clinical),
-            aux_dermoscopic=take(self.aux_dermoscopic),
-            features=take(self.features),
-            hashes=take(self.hashes),
+            logits=of_rows(self.logits),
+            aux_clinical=of_rows(self.aux_clinical),
+            aux_dermoscopic=of_rows(self.aux_dermoscopic),
+            features=of_rows(self.features),
+            hashes=of_rows(self.hashes),
         )
 
 
@@ -232,7 +234,7 @@ def write_oof(path: Path, table: OofTable) -> None:
     }
     arrays = {key: pa.array(value, from_pandas=False) for key, value in columns.items()}
     for key in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
-        # Models differ in the width of their features: each model is a chunk with lists of its own length.
+        # Models differ in the width of their features: each model is a chunk with its own list length.
         arrays[key] = pa.chunked_array([_as_lists(getattr(table, key)[name]) for name in names])
     for key in ("concepts", "metadata"):
         arrays[key] = pa.chunked_array([_as_lists(getattr(table, key))] * len(names))
@@ -309,7 +311,7 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         logits={model: mean("logits", model) for model in models},
         aux_clinical={model: mean("aux_clinical", model) for model in models},
         aux_dermoscopic={model: mean("aux_dermoscopic", model) for model in models},
-        # The features of different fold models have different axes, so there is no mean of them.
+        # The features of different fold models have different axes: their mean would be meaningless.
         features={model: np.full((len(ids), 0), np.nan, np.float32) for model in models},
         hashes={model: np.full(len(ids), "", object) for model in models},
         concept_names=first.concept_names,
@@ -332,9 +334,11 @@ class _DataSplit:
         self.fold_of_weights: dict[tuple[str, str], int] = {}
 
     def rows(self, part: Predictions) -> np.ndarray:
+        """Return the row in the data of each row of a part."""
         return np.array([self.row_of[lesion] for lesion in part.lesion_ids], np.int64)
 
     def check(self, path: Path, part: Predictions) -> None:
+        """Raise DataError for a part that does not match the data or the parts checked before (see `gather`)."""
         if part.split != OUT_OF_FOLD:
             raise DataError(f"{path}: holds {part.split} predictions, expected out-of-fold predictions")
         seen: set[tuple[str, str]] = set()
@@ -365,6 +369,7 @@ class _DataSplit:
 
 
 def _merge(parts: list[tuple[Path, Predictions]], data: _DataSplit, models: Sequence[str] | None) -> OofTable:
+    """Merge checked parts into one table. Raises DataError where parts overlap or differ in names, heads or widths."""
     first_path, first = parts[0]
     rows = len(data.lesion_ids)
     found = tuple(dict.fromkeys(model for _, part in parts for model in part.model))
@@ -382,25 +387,26 @@ def _merge(parts: list[tuple[Path, Predictions]], data: _DataSplit, models: Sequ
         if _names(part) != _names(first):
             raise DataError(f"{path}: names other diagnoses, concepts or metadata fields than {first_path}")
         for name in dict.fromkeys(part.model):
-            own = part.model == name
-            place = data.rows(part)[own]
-            if predicted[name][place].any():
-                lesion = data.lesion_ids[place[predicted[name][place]][0]]
+            mask = part.model == name
+            positions = data.rows(part)[mask]
+            if predicted[name][positions].any():
+                lesion = data.lesion_ids[positions[predicted[name][positions]][0]]
                 raise DataError(f"{path}: lesion {lesion} was already predicted by model {name} in another file")
-            predicted[name][place] = True
-            head = _single(part.head[own], "head", path)
+            predicted[name][positions] = True
+            head = _single(part.head[mask], "head", path)
             if heads.setdefault(name, head) != head:
                 raise DataError(f"{path}: model {name} has a {head} head, but a {heads[name]} head in another file")
-            hashes[name][place] = part.model_hash[own]
+            hashes[name][positions] = part.model_hash[mask]
             for key in arrays:
-                value = getattr(part, key)[own]
+                value = getattr(part, key)[mask]
                 kept = arrays[key].setdefault(name, np.full((rows, value.shape[1]), np.nan, np.float32))
                 if kept.shape[1] != value.shape[1]:
                     raise DataError(
                         f"{path}: {key} of {name} has width {value.shape[1]}, but {kept.shape[1]} in another file"
                     )
-                kept[place] = value
-            groups[place], concepts[place], metadata[place] = part.groups[own], part.concepts[own], part.metadata[own]
+                kept[positions] = value
+            groups[positions] = part.groups[mask]
+            concepts[positions], metadata[positions] = part.concepts[mask], part.metadata[mask]
     return OofTable(
         lesion_ids=data.lesion_ids,
         groups=groups,

@@ -1,4 +1,4 @@
-"""Write submission files: thresholds are mapped onto the official 0.5, and the file is read back before it appears."""
+"""Write submission files: thresholds are mapped onto the official 0.5, and the file is read back and compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triderm_dist.schema import DIAGNOSES, DataError
 
 _DIGITS = 9
 _STEP = 1e-6
-"""Least distance of a prediction from 0.5, so that no reader of decimals rounds it to 0.5."""
+"""Smallest distance of a positive prediction from 0.5, so that no reader of decimals rounds it to 0.5."""
 
 
 def map_to_half(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
@@ -119,6 +119,7 @@ def _check(path: Path, ids: list[str], table: np.ndarray, thresholds: np.ndarray
 
 
 def _order(path: Path, ids: list[str], template: list[str]) -> list[int]:
+    """Return the row of each id of the template. Raises DataError where the two sets of ids differ."""
     row_of = {lesion: row for row, lesion in enumerate(ids)}
     if missing := [lesion for lesion in template if lesion not in row_of]:
         raise DataError(f"{path}: {len(missing)} lesions of the template are not predicted, the first is {missing[0]}")

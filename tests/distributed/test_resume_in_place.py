@@ -98,7 +98,7 @@ def test_different_training_is_moved_aside_and_can_be_resumed(train, uninterrupt
     assert found != weights_of(uninterrupted)
     capsys.readouterr()
     fold = train()
-    assert "resuming the one of these settings" in capsys.readouterr().out
+    assert "resuming the training of these settings" in capsys.readouterr().out
     assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)
     assert weights_of(train("models.tri.dropout=0.5")) == found
     assert "epoch" not in capsys.readouterr().out  # a finished training is not repeated

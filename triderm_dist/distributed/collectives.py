@@ -28,8 +28,8 @@ def is_main() -> bool:
 
 @contextmanager
 def interrupt_on_lost_rank() -> Iterator[None]:
-    """Raise Interrupted if another rank died or did not answer within rank_timeout. Wraps code that uses collectives;
-    works as a decorator, too.
+    """Context or decorator for code with collectives. Raises Interrupted if another rank died or did not answer within
+    rank_timeout.
     """
     try:
         yield
@@ -45,18 +45,18 @@ def interrupt_on_lost_rank() -> Iterator[None]:
 
 
 def is_distributed() -> bool:
-    """Return whether there is a process group of more than one rank."""
+    """Return whether a process group of more than one rank exists."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
-    """Wait for all ranks; returns at once where there is no process group."""
+    """Wait for all ranks; return at once without a process group."""
     if is_distributed():
         dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place; returns it."""
+    """Sum a tensor over all ranks in place and return it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
@@ -67,7 +67,7 @@ T = TypeVar("T")
 
 @functools.cache
 def gloo_group() -> Any:
-    """The group of all ranks over gloo, for tensors on the CPU."""
+    """Return the group of all ranks over gloo, for tensors on the CPU."""
     return dist.new_group(backend="gloo")
 
 

@@ -1,6 +1,6 @@
-"""Full weights and optimizer state of a running training by canonical name, whatever the strategy; and back.
+"""Gather full weights and optimizer state of a training by canonical name under any strategy, and load them back.
 
-Names are those of the network itself (no `module.`, no `_orig_mod.`), tensors are full, weights fp32. So a checkpoint
+Names are the network's own (no `module.`, no `_orig_mod.`), tensors are full, weights fp32. So a checkpoint
 depends neither on the strategy nor on the number of ranks:
 
 | saved under, resumed under | one process, DDP, FSDP2 | DeepSpeed ZeRO 1, 2, 3 |
@@ -34,10 +34,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class OptimizerState:
-    """All that an optimizer keeps.
+    """The full state of an optimizer.
 
     tensors, values: by `KEY/NAME` of each trained parameter, such as `exp_avg/head.linear.weight`; values are plain
-    numbers and the like.  groups: entries of the parameter groups that the optimizer itself has changed.
+    numbers and the like.  groups: entries of the parameter groups that the optimizer has changed.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -52,14 +52,16 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def participates(accelerator: Accelerator) -> bool:
-    """Return whether this rank gathers full tensors: rank 0 writes them, and gathering shards needs all ranks. Under
-    DDP every rank has them, and ranks other than 0 would only copy them to the host.
+    """Return whether this rank gathers full tensors.
+
+    Rank 0 writes them, and gathering shards needs all ranks. Under DDP every rank has them, and ranks other than 0
+    would only copy them to the host.
     """
     return accelerator.is_main_process or strategy_of(accelerator) != "ddp"
 
 
 def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a full tensor, with the device, dtype and sharding of `like`."""
+    """Return this rank's shard of a full tensor, with the device, dtype and sharding of `like`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     value = value.to(like.device, like.dtype)
@@ -71,8 +73,9 @@ def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def full_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
-    """The network's state dict, in fp32 where DeepSpeed keeps masters; empty on ranks that do not participate. Call on
-    all ranks.
+    """Return the network's full state dict, in fp32 where DeepSpeed keeps master weights.
+
+    Empty on ranks that do not participate. Call on all ranks.
     """
     if not participates(accelerator):
         return {}
@@ -102,7 +105,7 @@ def full_optimizer_state(
     optimizer: torch.optim.Optimizer,
     initial_groups: list[dict[str, Any]],
 ) -> OptimizerState:
-    """The state of any optimizer; empty before the first step and on ranks that do not participate.
+    """Return the full state of any optimizer; empty before the first step and on ranks that do not participate.
 
     optimizer: the plain one.  initial_groups: `group_entries` of it before its first step. Call on all ranks.
     """
@@ -132,7 +135,7 @@ def full_optimizer_state(
 
 
 def group_entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Plain entries of the parameter groups that are not the schedule's."""
+    """Return the plain entries of each parameter group, without those that the scheduler sets."""
     return [
         {
             key: value
@@ -151,9 +154,10 @@ def load_optimizer_state(
     weights: Tensors,
     saved: OptimizerState,
 ) -> None:
-    """Load what `full_optimizer_state` gave into a fresh optimizer; `weights` also become the masters that DeepSpeed
-    keeps in fp32. optimizer: the plain one. Call on all ranks. Raises CheckpointError where the optimizer keeps other
-    state than was saved.
+    """Load what `full_optimizer_state` returned into a fresh optimizer. Call on all ranks.
+
+    optimizer: the plain one.  weights: also become the fp32 master weights that DeepSpeed keeps. Raises CheckpointError
+    where the optimizer keeps other state than was saved.
     """
     if strategy_of(accelerator) == "deepspeed":
         _load_deepspeed(wrapped, optimizer, weights, saved.tensors)
@@ -182,8 +186,9 @@ def load_optimizer_state(
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer create its state, with the types, devices and sharding it wants: one step with gradients and
-    rates of 0, whose traces in weights and groups are removed.
+    """Make an optimizer create its state, with its own dtypes, devices and sharding.
+
+    It takes one step with gradients and rates of 0, whose effect on weights and groups is undone.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     weights = [parameter.detach().clone() for parameter in parameters]
@@ -201,7 +206,7 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _leaves(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) of nested mappings, lists and tuples."""
+    """Yield (dotted key, leaf) of nested mappings, lists and tuples."""
     if isinstance(state, Mapping | list | tuple):
         for name, value in state.items() if isinstance(state, Mapping) else enumerate(state):
             yield from _leaves(value, f"{key}.{name}" if key else str(name))
@@ -210,12 +215,12 @@ def _leaves(state: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _restored(fresh: Any, name: str, saved: Mapping[str, Any], key: str = "") -> Any:
-    """`fresh`, the state of parameter `name`, with its leaves replaced by the saved ones."""
+    """Return `fresh`, the state of parameter `name`, with its leaves replaced by the saved ones."""
     prefix = f"{key}." if key else ""
     if isinstance(fresh, Mapping):
-        return {own: _restored(value, name, saved, f"{prefix}{own}") for own, value in fresh.items()}
+        return {part: _restored(value, name, saved, f"{prefix}{part}") for part, value in fresh.items()}
     if isinstance(fresh, list | tuple):
-        return type(fresh)(_restored(value, name, saved, f"{prefix}{own}") for own, value in enumerate(fresh))
+        return type(fresh)(_restored(value, name, saved, f"{prefix}{i}") for i, value in enumerate(fresh))
     value = saved[f"{key}/{name}"]
     return local_shard(value, fresh) if isinstance(fresh, torch.Tensor) else value
 
@@ -256,7 +261,7 @@ def _load_deepspeed(
 
 def _link_moments(zero: Any) -> None:
     """Link the moments of every group's parameters under ZeRO 1 and 2: DeepSpeed 0.19.8 links them once, after the
-    step of the first group, when those of the others do not exist yet.
+    step of the first group, when the moments of other groups do not exist yet.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
@@ -264,10 +269,10 @@ def _link_moments(zero: Any) -> None:
 
 
 def _set_deepspeed(parameter: Any, value: torch.Tensor, key: str | None) -> None:
-    """Write this rank's part of a parameter's fp32 master weight (key None) or of a moment of it."""
+    """Write this rank's shard of a parameter's fp32 master weight (key None) or of a moment (key in `MOMENTS`)."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    if hasattr(parameter, "ds_id"):  # ZeRO 3; DeepSpeed's own function fails where a part is padded
+    if hasattr(parameter, "ds_id"):  # ZeRO 3; DeepSpeed's own function fails where a shard is padded
         size = parameter.ds_tensor.numel()
         padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
         parameter._z3_optimizer.set_local_hp_param(padded.narrow(0, size * dist.get_rank(), size), parameter, key)

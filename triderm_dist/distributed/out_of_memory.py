@@ -32,26 +32,26 @@ POLL_SECONDS = 1.0
 
 @dataclass
 class Attempt:
-    """An attempt to train. failed: it ran out of memory, and a smaller micro-batch has been written."""
+    """An attempt to train. failed: it ran out of memory, and a smaller micro-batch size was written."""
 
     failed: bool = False
 
 
 class MicroBatch:
-    """The micro-batch of one training: that of the settings, or a smaller one that fits into memory."""
+    """The micro-batch size of one training: the configured one, or a smaller one that fits into memory."""
 
-    def __init__(self, folder: Path, identity: str, wanted: int, global_batch: int) -> None:
-        """identity: hash of the training; a file of another training is ignored.  wanted: size in the settings."""
-        self.path, self.identity = folder / "micro_batch.json", identity
-        self.wanted, self.global_batch = wanted, global_batch
+    def __init__(self, folder: Path, result_hash: str, configured: int, global_batch: int) -> None:
+        """result_hash: of the training; a file of another training is ignored.  configured: train.micro_batch."""
+        self.path, self.result_hash = folder / "micro_batch.json", result_hash
+        self.configured, self.global_batch = configured, global_batch
 
     def size(self) -> int:
-        """Read the size, as this rank sees it."""
+        """Return the size in the file, as this rank sees it."""
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
-            return self.wanted
-        return record["micro_batch"] if record["identity"] == self.identity else self.wanted
+            return self.configured
+        return record["micro_batch"] if record["identity"] == self.result_hash else self.configured
 
     def agreed(self) -> int:
         """Return the size as rank 0 sees it; call on all ranks."""
@@ -59,9 +59,10 @@ class MicroBatch:
 
     @contextmanager
     def fits(self, size: int) -> Iterator[Attempt]:
-        """Context of an attempt with micro-batches of `size`. If it runs out of memory, a smaller size is written, and
-        the attempt ends as failed (one process) or this process is restarted (several). Raises ConfigError if a single
-        lesion does not fit.
+        """Context of an attempt with micro-batches of `size`.
+
+        If it runs out of memory, a smaller size is written, and the attempt ends as failed (one process) or this
+        process is restarted (several). Raises ConfigError if a single lesion does not fit.
         """
         done, attempt = threading.Event(), Attempt()
         if world_size() > 1:
@@ -74,7 +75,7 @@ class MicroBatch:
                     restart()
                 raise
             smaller = next_smaller(size, self.global_batch // world_size())
-            write_json(self.path, {"micro_batch": smaller, "identity": self.identity})
+            write_json(self.path, {"micro_batch": smaller, "identity": self.result_hash})
             print(f"{_message(size, smaller)} ({str(error).splitlines()[0]})", flush=True)
             if world_size() > 1:
                 restart()
@@ -90,12 +91,15 @@ class MicroBatch:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device is out of memory, or the host, which PyTorch reports as a plain RuntimeError."""
+    """Return whether an error means that the device, or the host (a plain RuntimeError), is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def next_smaller(size: int, per_rank: int) -> int:
-    """Return the largest micro-batch of at most size / 2 that divides the global batch per rank."""
+    """Return the largest micro-batch of at most size / 2 that divides the global batch per rank.
+
+    Raises ConfigError if there is none.
+    """
     smaller = next((n for n in range(size // 2, 0, -1) if per_rank % n == 0), 0)
     if not smaller:
         raise ConfigError(
@@ -115,7 +119,7 @@ def restart() -> None:
     """Replace this process by a new one with the same command, or exit if it is supervised. Does not return."""
     if SUPERVISED in os.environ:
         os._exit(1)
-    _restarting.acquire()  # never released: the polling thread gets here, too, and an attempt must count once
+    _restarting.acquire()  # never released: the polling thread may call this too, and an attempt must count once
     os.environ[ATTEMPT] = str(int(os.environ.get(ATTEMPT, "0")) + 1)
     sys.stdout.flush()
     sys.stderr.flush()

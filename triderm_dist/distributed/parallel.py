@@ -5,10 +5,10 @@
 1. activation checkpointing of each trained block (a tower block or a fusion stage);
 2. torch.compile of each trained block. Checkpointing is inside, so that the compiler sees it; per block, so that
    compile time does not grow with depth and no key of the state dict changes;
-3. autocast around the network (DeepSpeed casts by itself);
+3. autocast around the network (DeepSpeed does its own casting);
 4. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
    silently shards nothing), or the DeepSpeed engine;
-5. the optimizer, over the parameters that step 4 left (FSDP2 replaces them by shards).
+5. the optimizer, over the parameters as they are after step 4 (FSDP2 replaces them by shards).
 
 Raises if Accelerate silently falls back to another strategy; `check_supported` rejects combinations that cannot work.
 """
@@ -65,7 +65,7 @@ def start(
 ) -> Accelerator:
     """Return the Accelerator of this process, with the precision and the batch split set for every strategy.
 
-    rank_timeout: seconds that ranks wait for one another; that of the first call in a process counts.
+    rank_timeout: seconds that ranks wait for one another; the value of the first call in a process holds.
     Raises ConfigError if the global batch does not split evenly into ranks times micro-batches.
     """
     chosen, _ = choose_precision(precision)
@@ -84,7 +84,7 @@ def start(
         os.environ["ACCELERATE_USE_CPU"] = "true"
     # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
     backend = "gloo" if on_cpu else "nccl"
-    # The millisecond: Accelerate passes on only what differs from its own default, which is not that of gloo.
+    # The millisecond, since Accelerate passes on only what differs from its own default, which is not gloo's default.
     timeout = timedelta(seconds=rank_timeout, milliseconds=1)
     _join_attempt_group(backend, timeout)
     ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
@@ -125,9 +125,10 @@ def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accele
 
 
 def disable_malloc_trim() -> None:
-    """Keep the memory of freed tensors in this process, for later ones. By default glibc returns each large block to
-    the kernel, which clears every page of the next one: half the time of a CNN's training step. glibc's own MALLOC_
-    variables in the environment take precedence.
+    """Keep the memory of freed tensors in this process, for later ones.
+
+    By default glibc returns each large block to the kernel, which clears every page of the next one: half the time of a
+    CNN's training step. glibc's own MALLOC_ variables in the environment take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
@@ -139,8 +140,10 @@ def disable_malloc_trim() -> None:
 
 
 def _join_attempt_group(backend: str, timeout: timedelta) -> None:
-    """Create the process group of a restarted attempt. The launcher's store outlives a replaced process and still holds
-    the addresses of the broken group, so each attempt uses a prefix of its own.
+    """Create the process group of a restarted attempt.
+
+    The launcher's store outlives a replaced process and still holds the addresses of the broken group, so each attempt
+    uses its own prefix.
     """
     attempt = os.environ.get(ATTEMPT)
     if attempt is None or dist.is_initialized():
@@ -226,7 +229,7 @@ def wrap(
     activation_checkpointing: bool,
     compile_blocks: bool,
 ) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """Return (network ready to train, optimizer prepared by Accelerate, plain optimizer inside of it).
+    """Return (wrapped network, optimizer prepared by Accelerate, plain optimizer inside it).
 
     Step the prepared one; the schedule sets the rates of the plain one. Raises ConfigError if the result is not what
     the launcher asked for.
@@ -248,7 +251,7 @@ def wrap(
     else:
         optimizer = build_optimizer(network)
         with warnings.catch_warnings():
-            # Accelerate passes the name that torch 2.14 deprecates; torch 2.11 knows no other.
+            # Accelerate passes an argument that torch 2.14 deprecates; torch 2.11 has no other name for it.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             wrapped, prepared = accelerator.prepare(network, optimizer)
     _assert_wrapped(chosen, network, wrapped)
@@ -300,7 +303,7 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
 
 
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Context of a micro-batch: gradients are all-reduced at the last one of a step only."""
+    """Context of a micro-batch; gradients are all-reduced in the last one of a step only."""
     accelerator.sync_gradients = last
     chosen = strategy_of(accelerator)
     if chosen == "fsdp2":
@@ -313,8 +316,8 @@ def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Abst
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
     """Backpropagate this rank's part of a loss that is a sum over ranks and micro-batches.
 
-    DDP, FSDP2 and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches: both are undone
-    here, once. A non-finite loss makes the gradient NaN, so that the norm of the reduced gradient, the same on all
+    DDP, FSDP2 and ZeRO average over ranks, and Accelerate or DeepSpeed divide by the micro-batches; the factor undoes
+    both. A non-finite loss makes the gradient NaN, so that the norm of the reduced gradient, the same on all
     ranks, shows both.
     """
     factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -322,7 +325,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 
 
 def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float) -> torch.Tensor:
-    """Clip the global gradient norm; returns the norm before, a scalar on the device, without waiting for it.
+    """Clip the global gradient norm and return the norm before, a scalar on the device, without waiting for it.
 
     DeepSpeed clips inside its engine.
     """
@@ -333,6 +336,6 @@ def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float
 
 
 def reshard_after_write(wrapped: nn.Module) -> None:
-    """Under FSDP2 free gathered weights, so that the next forward pass uses what was written to the shards."""
+    """Free gathered weights under FSDP2, so that the next forward pass uses what was written to the shards."""
     if hasattr(wrapped, "reshard"):
         wrapped.reshard()  # type: ignore[operator]

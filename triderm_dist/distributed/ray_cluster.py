@@ -1,4 +1,4 @@
-"""Ray for parallel folds and searches: start it here or connect to a cluster, and count what fits."""
+"""Ray for parallel folds and searches: start it locally or connect to a cluster, and count what fits."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def running_ray(
     threads each. SIGTERM and SIGUSR1 act like Ctrl-C inside of it.
 
     setting: key of the settings that gave the address, for messages.  variables: environment of Ray and its processes.
-    forward: print the output of the processes here. Raises InputError if Ray does not start.
+    forward: print the output of the processes in this one. Raises InputError if Ray does not start.
     """
-    own = {"RAY_USAGE_STATS_ENABLED": "0", **(variables or {})}
-    if forward:  # every line as it is
-        own |= {"RAY_DEDUP_LOGS": "0", "RAY_DISABLE_WORKER_LOG_PREFIX": "1"}
-    os.environ.update(own)
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", **(variables or {})}
+    if forward:  # every line, without prefixes
+        environment |= {"RAY_DEDUP_LOGS": "0", "RAY_DISABLE_WORKER_LOG_PREFIX": "1"}
+    os.environ.update(environment)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address and "RAY_AUTH_TOKEN" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # otherwise Ray does not send the token
-    import ray  # reads much of the above, once
+    import ray  # it reads the environment once, when imported
 
     library = str(Path(__file__).resolve().parents[2])
     paths = dict.fromkeys([library, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
-    own |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(cpus), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(cpus), "OMP_WAIT_POLICY": "PASSIVE"}
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": forward}
     # "local", since without an address Ray connects to the cluster that was last started on this machine.
-    # Nothing large goes through the object store, whose default is a third of the memory.
+    # Nothing large passes through the object store, whose default is a third of the memory.
     local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20}
     with handle_signals(_as_ctrl_c):
         try:
             _check_reachable(address)
-            ray.init(address or "local", runtime_env={"env_vars": own}, **quiet, **local)
+            ray.init(address or "local", runtime_env={"env_vars": environment}, **quiet, **local)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{setting}={address}: Ray did not start ({one_line(error)}); "
@@ -65,7 +65,7 @@ def running_ray(
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """Call Ray Tune's handler of SIGINT if there is one."""
+    """Handle a signal as SIGINT: by Ray Tune's handler if there is one, else by KeyboardInterrupt."""
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler) and handler is not signal.default_int_handler:
         handler(signal.SIGINT, frame)

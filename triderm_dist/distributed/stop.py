@@ -19,7 +19,7 @@ class Stop:
 
     `check` never waits for the device. It starts an all-reduce of one number on the CPU (gloo, whatever the backend of
     the gradients) and reads the result of the all-reduce that the previous check started, which is done by then: a stop
-    takes effect one check late, without waiting.
+    takes effect one check later.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Stop:
             raise Interrupted("stopped after saving; rerun the same command to resume")
 
     def check_now(self) -> None:
-        """`check` that waits for the other ranks, so that it sees every signal received so far."""
+        """Check as `check` does, but wait for the other ranks, so that every signal received so far counts."""
         self.check()
         self.check()
 

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms over a global batch that is split."""
+"""Running statistics of batch norms over a global batch that is split over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class RunningStatistics:
     """Updates the running means and variances of trained batch norms once per step, by the mean over all micro-batches
     of all ranks, so that they are the same on every rank and do not depend on the split.
 
-    By default they would follow the micro-batches of one rank, and be updated again by a first pass without gradients
-    and by activation checkpointing. A batch is still normalized by the statistics of its own micro-batch.
+    By default each rank would follow its own micro-batches, and a first pass without gradients and activation
+    checkpointing would update them again. A batch is still normalized by the statistics of its own micro-batch.
     """
 
     def __init__(self, network: nn.Module) -> None:

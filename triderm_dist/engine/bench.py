@@ -114,9 +114,9 @@ def _all_reduce_max(steps: int, device: torch.device) -> int:
 
 
 def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
-    """Pack synthetic photos into FOLDER, or read the index where that is done.
+    """Pack synthetic photos into FOLDER, or read its index where they are packed already.
 
-    The photos are 4:3, with so much detail that a JPEG is as large as a real one's.
+    The photos are 4:3, with enough detail that a JPEG is as large as that of a real photo.
     """
     if (folder / "index.json").exists():
         return read_index(folder)
@@ -150,7 +150,7 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
     import timm
 
     config, tower = model.train, model.tower
-    freezes = "all" if tower.frozen else f"{tower.freeze_clinical}+{tower.freeze_dermoscopic}"
+    frozen = "all" if tower.frozen else f"{tower.freeze_clinical}+{tower.freeze_dermoscopic}"
     return {
         "device": device_name(accelerator.device),
         "ranks": accelerator.num_processes,
@@ -159,7 +159,7 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
         "kind": model.kind,
         "tower": tower.source,
         "image_size": tower.image_size,
-        "frozen": freezes,
+        "frozen": frozen,
         "width": model.width,
         "depth": model.depth,
         "micro_batch": config.micro_batch,
@@ -199,7 +199,7 @@ def find_comparable(records: Sequence[Mapping[str, Any]], record: Mapping[str, A
 
 
 def comparison(record: Mapping[str, Any], committed: Mapping[str, Any] | None) -> str:
-    """Format a record, next to a committed one where there is one, as a table for people."""
+    """Format a record as a table, next to a committed one where there is one."""
     rows = {
         "lesions/s": (f"{record['lesions_per_s']:,.1f}", committed and f"{committed['lesions_per_s']:,.1f}"),
         "seconds per step": (f"{record['seconds_per_step']:.3f}", committed and f"{committed['seconds_per_step']:.3f}"),

@@ -3,9 +3,9 @@
 A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written as *.part, flushed to disk and renamed:
 `weights.safetensors`, `optimizer.safetensors` (`KEY/PARAMETER`, such as `exp_avg/head.linear.weight`),
 `average.safetensors` (with `train.ema_decay`) and `state.json` (position in the epoch plan, schedule, loss scale, loss
-sums, best epoch, optimizer state that is no tensor). Tensors are full and under the network's own names: a checkpoint
+sums, best epoch, non-tensor optimizer state). Tensors are full and under the network's own names: a checkpoint
 resumes on another number of ranks and under another strategy (see the table in `distributed/full_state.py`), and every
-file loads with safetensors alone. It holds no random state: order, augmentation and dropout are functions of
+file loads with safetensors only. It holds no random state: order, augmentation and dropout are functions of
 (seed, step).
 
 The newest `keep_last` are kept; the selected weights are FOLDER/weights.safetensors. A damaged checkpoint is skipped,
@@ -97,18 +97,19 @@ class Saved:
             raise CheckpointError(f"{folder}: damaged checkpoint (state.json: {type(error).__name__})") from None
         if version != CHECKPOINT_VERSION:
             raise CheckpointError(f"{folder}: checkpoint of version {version}, not {CHECKPOINT_VERSION}")
-        for path in [folder / "weights.safetensors", folder / "optimizer.safetensors", *folder.glob("av*.safetensors")]:
-            _read_tensors(path, header_only=True)
+        for name in ("weights", "optimizer", *(["average"] if (folder / "average.safetensors").exists() else [])):
+            _read_tensors(folder / f"{name}.safetensors", header_only=True)
 
     @property
     def state(self) -> TrainState:
         return TrainState(**self.record["state"])
 
-    def into_network(self, network: nn.Module) -> None:
+    def load_network(self, network: nn.Module) -> None:
+        """Load the weights into a network that is not wrapped yet."""
         network.load_state_dict(self._tensors("weights"))
 
-    def into_training(self, accelerator: Accelerator, training: Training) -> None:
-        """Call on all ranks."""
+    def load_training(self, accelerator: Accelerator, training: Training) -> None:
+        """Load everything but the network's weights into a training. Call on all ranks."""
         weights, state = self._tensors("weights"), OptimizerState(self._tensors("optimizer"))
         state.values, state.groups = self.record.get("optimizer_values", {}), self.record.get("optimizer_groups", [])
         load_optimizer_state(accelerator, training.wrapped, training.optimizer, weights, state)
@@ -127,7 +128,7 @@ class Saved:
         if accelerator.scaler and self.record["scaler"]:
             accelerator.scaler.load_state_dict(self.record["scaler"])
         sums = self.record["sums"]
-        if isinstance(sums, list):  # before there were other terms
+        if isinstance(sums, list):  # checkpoints of before there were other terms
             sums = {"soft_f1": sums}
         device = accelerator.device
         training.sums = {name: torch.tensor(each, device=device) for name, each in sums.items()} if sums else None
@@ -150,14 +151,16 @@ def readable(folder: Path, verbose: bool = False) -> list[Saved]:
 
 
 class Checkpoints:
-    """The checkpoints of one training, which is identified by the resume hash `identity`.
+    """The checkpoints of one training, which is identified by its resume hash.
 
     execution: settings that may change on resume, such as the precision.  changes: where they did, {"step", setting:
     [before, after]}.
     """
 
-    def __init__(self, folder: Path, identity: str, keep_last: int, execution: Mapping[str, Any] | None = None) -> None:
-        self.folder, self.identity, self.keep_last = folder / "checkpoints", identity, keep_last
+    def __init__(
+        self, folder: Path, resume_hash: str, keep_last: int, execution: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder, self.resume_hash, self.keep_last = folder / "checkpoints", resume_hash, keep_last
         self.execution, self.changes = dict(execution or {}), list[dict[str, Any]]()
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
@@ -170,7 +173,7 @@ class Checkpoints:
         }
         record = {
             "version": CHECKPOINT_VERSION,
-            "identity": self.identity,
+            "identity": self.resume_hash,
             "state": asdict(training.state),
             "scheduler": training.scheduler.state_dict(),
             "optimizer_values": optimizer.values,
@@ -205,19 +208,25 @@ class Checkpoints:
             shutil.rmtree(old.folder)
 
     def adopt(self) -> None:
-        """Make the checkpoints in the folder, saved under other settings, those of this training: it resumes from their
-        weights, optimizer state and step with its own learning rates, even from a finished training.
+        """Let this training resume from the checkpoints in its folder, which were saved under other settings.
+
+        It takes over their weights, optimizer state and step with its own learning rates, also from a finished
+        training.
         """
         (self.folder.parent / "fold.json").unlink(missing_ok=True)
         for saved in readable(self.folder):
-            write_json(saved.folder / "state.json", {**saved.record, "identity": self.identity})
+            write_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hash})
 
     def newest(self, folder: Path) -> Saved | None:
         """Return the newest readable checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks."""
 
         def choose() -> str | None:
-            ours = [each for each in readable(folder / "checkpoints", True) if each.record["identity"] == self.identity]
-            return str(ours[-1].folder) if ours else None
+            found = [
+                saved
+                for saved in readable(folder / "checkpoints", True)
+                if saved.record["identity"] == self.resume_hash
+            ]
+            return str(found[-1].folder) if found else None
 
         choice = on_main(choose)
         if choice is None:
@@ -279,30 +288,30 @@ def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
         raise CheckpointError(f"{path}: not a readable weight file ({error})") from None
 
 
-def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> str:
-    """Write PATH.safetensors and PATH.json (format, version, sha256 and `about`); returns the sha256."""
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **info: Any) -> str:
+    """Write PATH.safetensors and PATH.json (format, version, sha256 and `info`) and return the sha256."""
     with atomic_path(path.with_suffix(".safetensors")) as part:
         _write_tensors(part, weights)
         digest = file_sha256(part)
-    save_about(path, sha256=digest, **about)
+    write_info(path, sha256=digest, **info)
     return digest
 
 
-def save_about(path: Path, **about: Any) -> None:
-    """Write PATH.json: format, version and `about`."""
-    write_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **about})
+def write_info(path: Path, **info: Any) -> None:
+    """Write PATH.json: format, version and `info`."""
+    write_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **info})
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """Read what `save_about` wrote. Raises CheckpointError if it is missing or of another format."""
+def read_info(path: Path) -> dict[str, Any]:
+    """Read what `write_info` wrote. Raises CheckpointError if it is missing or of another format."""
     file = path.with_suffix(".json")
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        info = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         raise CheckpointError(f"{file}: missing or not JSON; train this fold again") from None
-    if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+    if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{file}: not a {FORMAT} file of version {VERSION}; train this fold again")
-    return about
+    return info
 
 
 def load_weights(path: Path, network: nn.Module) -> None:

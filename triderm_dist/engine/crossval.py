@@ -19,7 +19,7 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
-from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
+from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.fold import (
     as_predictions,
@@ -71,14 +71,14 @@ def run_folds(
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             views = open_views(experiment, model, index, accelerator, train=True, after_chunk=stop.check)
             for fold in remaining:
-                stop.check_now()  # a request that came while the fold before ended
+                stop.check_now()  # a request that arrived while the previous fold ended
                 with exclusive(experiment.fold_folder(name, fold)):
                     _FoldRun(experiment, name, fold, views, assignment, stop).run(on_start, on_validation)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Outputs for the validation rows, by view those with the view treated as missing, and the changed settings."""
+    """Outputs for the validation rows, by view the outputs without that view, and the changed settings."""
 
     evaluation: Evaluation
     without_view: dict[str, Evaluation]
@@ -106,21 +106,22 @@ class _FoldRun:
 
     @property
     def validation_rows(self) -> np.ndarray:
+        """Index rows of the fold."""
         return np.flatnonzero(self.assignment == self.fold)
 
     def run(self, on_start: OnStart, on_validation: OnValidation | None) -> None:
         """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
         fold = (self.experiment, self.index, self.name, self.fold)
-        result, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
-        folder = FoldFolder(path, result, resume_hash(*fold))
+        digest, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
+        folder = FoldFolder(path, digest, resume_hash(*fold))
         if on_main(folder.is_finished):  # in a folder that was set aside
             on_main(folder.claim)
             return
-        micro_batch = MicroBatch(path, result, self.model.train.micro_batch, self.model.train.global_batch)
+        micro_batch = MicroBatch(path, digest, self.model.train.micro_batch, self.model.train.global_batch)
         while (outcome := self._attempt(micro_batch, folder, on_start, on_validation)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
-        on_main(partial(self._write, path, result, outcome))
+        on_main(partial(self._write, path, digest, outcome))
 
     def _attempt(
         self, micro_batch: MicroBatch, folder: FoldFolder, on_start: OnStart, on_validation: OnValidation | None
@@ -128,7 +129,7 @@ class _FoldRun:
         """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
         size = micro_batch.agreed()
         config = self.model.train.model_copy(update={"micro_batch": size})
-        # A new one for each training: DeepSpeed binds an Accelerator to one engine.
+        # A new Accelerator for each training: DeepSpeed binds it to one engine.
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
             changes = self._train(config, folder, accelerator, on_start, on_validation)
@@ -146,6 +147,7 @@ class _FoldRun:
         on_start: OnStart,
         on_validation: OnValidation | None,
     ) -> list[dict[str, Any]]:
+        """Train, or resume, and return the changes of settings (see `Trainer.train`)."""
         train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
         data = TrainingData(self.views.loaders, train_rows, self.validation_rows)
         torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
@@ -159,7 +161,7 @@ class _FoldRun:
     def _predict(
         self, path: Path, accelerator: Accelerator, micro_batch: int
     ) -> tuple[Evaluation, dict[str, Evaluation]]:
-        """Outputs for the validation rows, and by view those with the view treated as missing."""
+        """Predict the validation rows, with all views and with each view treated as missing."""
         # Not the network that was trained: it may be sharded, or hold other weights than the selected ones.
         network = new_network(self.model, self.views, pretrained=False)
         load_weights(path / "weights", network)
@@ -172,16 +174,16 @@ class _FoldRun:
         hidden = VIEWS if set(VIEWS) <= set(self.model.use) else ()
         return predict(), {view: predict(hide=view) for view in hidden}
 
-    def _write(self, path: Path, result: str, outcome: _Outcome) -> None:
+    def _write(self, path: Path, digest: str, outcome: _Outcome) -> None:
         """Write the predictions, then fold.json, which marks the fold as finished."""
-        weights = read_about(path / "weights")["sha256"]
-        about = (self.index, self.name, self.model.head, self.fold, weights)
+        weights = read_info(path / "weights")["sha256"]
+        shared = (self.index, self.name, self.model.head, self.fold, weights)
         for view, hidden in outcome.without_view.items():
-            write_predictions(path / f"without_{view}.parquet", as_predictions(hidden, *about), hidden=view)
-        write_predictions(path / "predictions.parquet", as_predictions(outcome.evaluation, *about))
-        save_about(
+            write_predictions(path / f"without_{view}.parquet", as_predictions(hidden, *shared), hidden=view)
+        write_predictions(path / "predictions.parquet", as_predictions(outcome.evaluation, *shared))
+        write_info(
             path / "fold",
-            identity=result,
+            identity=digest,
             model=self.model.model_dump(mode="json"),
             concepts=self.index.concepts,
             fold=self.fold,

@@ -13,11 +13,11 @@ from triderm_dist.distributed.parallel import reshard_after_write, unwrap
 
 
 class Ema:
-    """Average of each trained parameter in fp32 (in 16 bits its increments would round to 0).
+    """Exponential moving average of each trained parameter, in fp32 (in 16 bits its increments would round to 0).
 
     Each rank averages its shards. Buffers, such as batch norm statistics, are those of the live network. After step t
-    the average moves by 1 - d towards the weights, d = min(decay, (1 + t) / (10 + t)), so that the random start is soon
-    forgotten.
+    the average moves by 1 - d towards the weights, d = min(decay, (1 + t) / (10 + t)), so that the random
+    initialization loses its weight early.
     """
 
     def __init__(self, wrapped: nn.Module, decay: float) -> None:
@@ -27,14 +27,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Call after optimizer step `step`, counted from 1."""
+        """Update the average after optimizer step `step`, counted from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         means = [_local(mean) for mean in self._mean.values()]
         torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Context in which the network has the averaged weights; afterwards it has its own again, bit for bit."""
+        """Context in which the network has the averaged weights; its own are restored bit for bit afterwards."""
         self._swap()
         try:
             yield

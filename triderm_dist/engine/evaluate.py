@@ -1,4 +1,4 @@
-"""Network outputs for given lesions, gathered from all ranks and equal to those of one process."""
+"""Network outputs for given lesions, gathered from all ranks and equal to the outputs of one process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Evaluation:
 
 
 def forward(network: nn.Module, batch: Batch) -> Outputs:
+    """Run the network on a batch."""
     return network(batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata)
 
 
-def without(batch: Batch, view: str, concepts: Sequence[str]) -> Batch:
-    """Return the batch with one view treated as missing: neither its photo nor the concept scores read off it."""
+def hide_view(batch: Batch, view: str, concepts: Sequence[str]) -> Batch:
+    """Return the batch with one view treated as missing: neither its photo nor the concept scores derived from it."""
     present, scores = batch.view_present.clone(), batch.concepts.clone()
     present[:, VIEWS.index(view)] = False
     scores[:, [name.startswith(f"{view}/") for name in concepts]] = torch.nan
@@ -55,7 +56,7 @@ def evaluate(
 
     Photos are decoded once; one forward per transform gives features and all logits. Batches keep one static shape:
     the last one is padded, and padding is removed by row number. Call on all ranks. `after_batch` is called on all
-    ranks after every batch, and may raise. `hide` names a view to treat as missing (see `without`).
+    ranks after every batch, and may raise. `hide` names a view to treat as missing (see `hide_view`).
     """
     network.eval()
     index, device = loaders.index, accelerator.device
@@ -67,7 +68,7 @@ def evaluate(
     for step in loader:
         batch = step.micro_batches[0]
         if hide:
-            batch = without(batch, hide, index.concepts)
+            batch = hide_view(batch, hide, index.concepts)
         outputs = [forward(network, loaders.source.transformed(batch, step.rows, k)) for k in range(transforms)]
         means = [torch.stack([part.float() for part in parts]).mean(0) for parts in zip(*outputs, strict=True)]
         row_numbers = torch.from_numpy(step.rows).to(device)

@@ -28,9 +28,9 @@ from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError
 def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple[str, AttentionMaps]]:
     """Yield (model, its attention maps) for each tri-modal model and each lesion of the test and training shards.
 
-    The maps of a test lesion are the mean over the models of all folds; those of a training lesion come from the model
-    of its own fold, which was not trained on it. Call in one process. Raises DataError for a lesion that neither set
-    has or a fold that is not trained, ConfigError where no model is tri-modal.
+    The maps of a test lesion are the mean over the models of all folds; the maps of a training lesion come from the
+    model of its own fold, which was not trained on it. Call in one process. Raises DataError for a lesion that neither
+    set has or a fold that is not trained, ConfigError where no model is tri-modal.
     """
     names = [
         name for name in experiment.models if issubclass(network_class(model_config(experiment, name).kind), TriModal)
@@ -55,6 +55,7 @@ def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterato
 def _attention_maps(
     experiment: Experiment, index: ShardIndex, name: str, rows: Sequence[int], test: bool
 ) -> Iterator[AttentionMaps]:
+    """Yield the attention maps of one model for index rows."""
     model = experiment.models[name]
     accelerator = parallel.start_inference("fp32")
     device = accelerator.device
@@ -85,13 +86,13 @@ def _attention_maps(
 
 
 def _photos(index: ShardIndex, model: ModelConfig) -> LoaderFactory:
-    """Loaders of the photos as the model's tower sees them, but with pixels in [0, 1]."""
+    """Return loaders of the photos at the size of the model's tower, with pixels in [0, 1]."""
     tower = build_towers(model.tower.model_copy(update={"pretrained": False}))[0]
     return LoaderFactory(index, PhotoSource(index, tower.image_size, (0.0,) * 3, (1.0,) * 3))
 
 
 def _network(model: ModelConfig, views: Views, folder: Path) -> TriModal:
-    """The trained network of a fold."""
+    """Load the trained network of a fold."""
     check_trained(folder)
     network = new_network(model, views, pretrained=False)
     load_weights(folder / "weights", network)
@@ -99,7 +100,7 @@ def _network(model: ModelConfig, views: Views, folder: Path) -> TriModal:
 
 
 def _batch(loaders: LoaderFactory, row: int, device: torch.device) -> Batch:
-    """A batch of the lesion in one index row."""
+    """Return a batch of the lesion in one index row."""
     return next(iter(loaders.sequential(np.array([row]), 1, device))).micro_batches[0]
 
 

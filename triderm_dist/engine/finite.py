@@ -20,9 +20,9 @@ class NonFiniteGuard:
 
     `before_step` tests the gradient norm, which is the same on all ranks, and sets a flag on the device. Fused
     optimizers (`fused=True` in PyTorch) read it there as `found_inf`, the flag of the loss scaler: from the first bad
-    step on no step changes anything, and the host reads the flag only in `check`, before it logs, saves or validates.
-    For other optimizers, and DeepSpeed, which waits for the device anyway, the host reads it before every step. Either
-    way the weights stay those of the last good step, and no checkpoint or score is made of others.
+    step on, no step changes anything, and the host reads the flag only in `check`, before it logs, saves or validates.
+    For other optimizers, and DeepSpeed, which waits for the device anyway, the host reads it before every step. In both
+    cases the weights remain as after the last good step, and so do checkpoints and scores.
 
     Under fp16 the loss scaler handles an infinite gradient (it skips the step and lowers the scale); the flag is then
     set by loss sums that are not finite, as they are where an output is not, and `check` also fails at a scale below 1.
@@ -35,14 +35,17 @@ class NonFiniteGuard:
         self._first_bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._lesion_ids: dict[int, list[str]] = {}
         scaled = accelerator.scaler is not None
-        # The attribute by which torch's GradScaler knows optimizers that skip a step on the device.
+        # The attribute by which torch's GradScaler recognizes optimizers that skip a step on the device.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and strategy_of(accelerator) != "deepspeed"
         self._check_each_step = not fused and not scaled
         if fused and not scaled:
             optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
     def before_step(self, number: int, step: Step, norm: torch.Tensor, sums: Sums) -> None:
-        """Call before optimizer step `number`, counted from 1; norm: before clipping, sums: of the global batch."""
+        """Check a step before it is taken.
+
+        number: of the optimizer step, counted from 1.  norm: before clipping.  sums: of the global batch.
+        """
         self._lesion_ids[number] = [name for batch in step.micro_batches for name in batch.lesion_ids]
         if self.accelerator.mixed_precision == "fp16":
             norm = torch.stack([tensor.sum() for tensor in sums.values()]).sum()
@@ -57,10 +60,10 @@ class NonFiniteGuard:
         scaler = self.accelerator.scaler
         if self._found_inf.item():
             number = int(self._first_bad)
-            precise = "" if self.accelerator.mixed_precision == "no" else " or train.precision=fp32"
+            hint = "" if self.accelerator.mixed_precision == "no" else " or train.precision=fp32"
             raise InputError(
                 f"step {number}: loss or gradient is not finite; the step was not taken. Rerun the command with a "
-                f"lower train.optim.lr{precise} to resume from the last checkpoint, which is good. Lesions of the "
+                f"lower train.optim.lr{hint} to resume from the last checkpoint, which is good. Lesions of the "
                 f"batch: {self._all_lesion_ids(number)}"
             )
         if scaler and scaler.get_scale() < 1:
@@ -71,7 +74,7 @@ class NonFiniteGuard:
         self._lesion_ids.clear()
 
     def _all_lesion_ids(self, number: int) -> str:
-        """The lesions of a step, of all ranks."""
+        """Return the lesions of a step on all ranks, comma-separated."""
         own = self._lesion_ids[number]
         parts: list[Any] = [own]
         if is_distributed():

@@ -1,4 +1,4 @@
-"""One fold of one model: which lesions, which hashes identify its training, and its network. Imports no trainer."""
+"""One fold of one model: its lesions, the hashes that identify its training, and its network. Imports no trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
 
 
 def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:
-    """Build a network that takes the views' tokens, or photos with towers of its own.
+    """Build a network that takes the views' tokens, or that holds towers and takes photos.
 
     pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards.
     """
@@ -97,7 +97,7 @@ def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int,
 def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
     """Hash all that a training must share with a checkpoint to resume from it.
 
-    Excludes how a step is executed, so that a training may resume on another GPU, and the learning rate, so that one
-    that diverged may resume with a lower rate.
+    Excludes how a step is executed, so that a training may resume on another GPU, and the learning rate, so that a
+    training that diverged may resume with a lower one.
     """
     return result_hash(experiment, index, name, fold, exclude=(*EXECUTION, "optim.lr", "optim.min_lr"))

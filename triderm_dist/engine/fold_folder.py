@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.checkpoint import read_about, readable
+from triderm_dist.engine.checkpoint import read_info, readable
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import CheckpointError, InputError
 
@@ -29,7 +29,7 @@ class FoldFolder:
         self.path, self.result_hash, self.resume_hash = path, result_hash, resume_hash
 
     def locate(self) -> Path:
-        """Return the folder that holds this training: `path`, also if it has not begun, or the one moved aside."""
+        """Return the folder that holds this training: the one moved aside, or else `path`, also before it begins."""
         held = _held_hash(self.path)
         for key in (self.result_hash, self.resume_hash):
             if held == key:
@@ -49,7 +49,7 @@ class FoldFolder:
             aside = self._aside(held)
             aside.parent.mkdir(exist_ok=True)
             self.path.rename(aside)
-            how = "starting from the beginning" if located == self.path else "resuming the one of these settings"
+            how = "starting from the beginning" if located == self.path else "resuming the training of these settings"
             print(f"{self.path}: holds a training of other settings or data, moved to {aside}; {how}", flush=True)
         elif located != self.path:
             shutil.rmtree(self.path, ignore_errors=True)  # a training that ended before its first save
@@ -70,22 +70,22 @@ def is_finished(path: Path, result_hash: str) -> bool:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock of a fold's folder on rank 0. Call on all ranks. Raises InputError on all of them if another run
-    holds it.
+    """Hold the lock of a fold's folder on rank 0. Call on all ranks.
 
-    The kernel releases the lock when the process dies. On a shared file system it excludes other hosts only where
-    flock is supported across hosts: NFS does (it releases the locks of a dead host after about 90 s), Lustre when
-    mounted with `flock`. A file system without locks excludes no one.
+    Raises InputError on all ranks if another run holds it. The kernel releases the lock when the process dies. On a
+    shared file system it excludes other hosts only where flock works across hosts: on NFS (which releases the locks of
+    a dead host after about 90 s), and on Lustre when mounted with `flock`. A file system without locks excludes no one.
     """
-    refusal = InputError(f"{path}: another run is training this fold; wait for it, stop it, or set another output")
+    locked = InputError(f"{path}: another run is training this fold; wait for it, stop it, or set another output")
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(exclusive_lock(path.with_name(f".{path.name}.lock"), refusal)))
+        on_main(lambda: stack.enter_context(exclusive_lock(path.with_name(f".{path.name}.lock"), locked)))
         yield
 
 
 def _held_hash(path: Path) -> str | None:
-    """Return the hash of the training in a folder: result hash of a finished one, resume hash of the newest checkpoint,
-    None where neither exists.
+    """Return the hash of the training in a folder.
+
+    The result hash of a finished one, the resume hash of the newest checkpoint, or None where neither exists.
     """
     if result_hash := _finished_hash(path):
         return result_hash
@@ -94,7 +94,8 @@ def _held_hash(path: Path) -> str | None:
 
 
 def _finished_hash(path: Path) -> str | None:
+    """Return the result hash in fold.json, None where the fold is not finished."""
     try:
-        return read_about(path / "fold").get("identity")
+        return read_info(path / "fold").get("identity")
     except CheckpointError:
         return None

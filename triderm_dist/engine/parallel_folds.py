@@ -1,4 +1,4 @@
-"""Train the folds of a cross-validation in parallel, each by `run_folds` in a process of its own, scheduled by Ray."""
+"""Train the folds of a cross-validation in parallel, each by `run_folds` in its own process, scheduled by Ray."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def _failure(error: Exception) -> tuple[str, bool]:
 
 
 def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: int) -> None:
+    """Train one fold."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
 
@@ -136,6 +137,7 @@ def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: i
 
 
 def _prepare_tokens(directory: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
+    """Compute the tokens of the frozen towers of some models."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.views import prepare_tokens
 
@@ -147,7 +149,7 @@ def _prepare_tokens(directory: str, cpus: int, experiment: Experiment, names: Se
 
 @contextmanager
 def _worker(directory: str, cpus: int, experiment: Experiment) -> Iterator[None]:
-    """Work in the command's directory with `cpus` threads and the plugins, and stop at Ray's SIGINT as at SIGTERM."""
+    """Work in the command's directory with `cpus` threads and the plugins, and handle Ray's SIGINT as SIGTERM."""
     import torch
 
     os.chdir(directory)

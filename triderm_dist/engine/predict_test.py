@@ -13,7 +13,7 @@ from triderm_dist.config import Experiment
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.checkpoint import load_weights, read_about, save_about
+from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.fold import as_predictions, check_trained, model_config, new_network
 from triderm_dist.engine.views import Views, open_views
@@ -34,13 +34,13 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
             check_trained(folder)
-            about = read_about(folder / "fold")
-            if tuple(about["concepts"]) != index.concepts:
+            info = read_info(folder / "fold")
+            if tuple(info["concepts"]) != index.concepts:
                 raise DataError(
-                    f"{index.folder}: the test set's concepts are not those of training; pack it from matching metadata"
+                    f"{index.folder}: other concepts than in the training set; pack the test set from matching metadata"
                 )
             transforms = experiment.predict.transforms
-            inputs = hashlib.sha256(f"{about['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
+            inputs = hashlib.sha256(f"{info['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():
                 continue
             accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
@@ -53,7 +53,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
                 network, views.loaders, np.arange(len(index)), accelerator,
                 micro_batch=experiment.predict.batch, transforms=transforms,
             )  # fmt: skip
-            predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, about["weights"])
+            predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, info["weights"])
             on_main(partial(_write, folder, predictions, transforms, inputs))
             accelerator.print(
                 f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
@@ -62,12 +62,12 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
 
 def _write(folder: Path, predictions: Predictions, transforms: int, inputs: str) -> None:
     write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
-    save_about(folder / "test", stamp=inputs)
+    write_info(folder / "test", stamp=inputs)
 
 
 def _inputs_hash(folder: Path) -> str | None:
-    """The hash of the weights, test set and transforms that test.parquet was predicted with."""
+    """Return the hash of the weights, test set and transforms that test.parquet was predicted with."""
     try:
-        return read_about(folder / "test").get("stamp")
+        return read_info(folder / "test").get("stamp")
     except CheckpointError:
         return None

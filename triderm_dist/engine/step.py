@@ -20,7 +20,7 @@ from triderm_dist.losses import CompoundLoss, Sums
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of a step; its tensors are on the device, and nothing has waited for them.
+    """Outcome of a step. Its tensors are on the device, which may still be computing them.
 
     sums: the loss sums of the global batch.  count: its valid lesions.  grad_norm: global norm before clipping.
     """
@@ -51,16 +51,16 @@ class TrainStep:
         self.config, self.seed, self.guard = config, seed, guard
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
-        """Step number `number`, counted from 0. Call on all ranks.
+        """Take optimizer step `number`, counted from 0. Call on all ranks.
 
         The loss sums of the global batch must be known before the first backward pass. A single micro-batch takes them
         from its own forward pass. Several take them from a first pass without gradients and with the same dropout, or
-        use those of the step before (`previous`) if train.loss.soft_f1_sums says so.
+        use the sums of the step before (`previous`) if train.loss.soft_f1_sums=previous.
         """
         micro_batches, loss = step.micro_batches, self.loss
         first = self.accelerator.process_index * len(micro_batches)
         statistics = RunningStatistics(self.wrapped)
-        single, own = len(micro_batches) == 1, Sums()
+        single, local = len(micro_batches) == 1, Sums()
         slopes = None if single else loss.slopes(self._sums_ahead(step, number, first, previous), step.count)
         for i, batch in enumerate(micro_batches):
             with accumulate(self.accelerator, self.wrapped, last=i + 1 == len(micro_batches)):
@@ -69,14 +69,14 @@ class TrainStep:
                 outputs = forward(self.wrapped, batch)
                 statistics.add()
                 sums = loss.sums(outputs, batch)
-                own = _added(own, sums)
+                local = _added(local, sums)
                 if slopes is None:
-                    own = _all_reduced(own)
-                    slopes = loss.slopes(own, step.count)
+                    local = _all_reduced(local)
+                    slopes = loss.slopes(local, step.count)
                 backward(self.accelerator, loss.surrogate(sums, slopes))
         statistics.finish(self.accelerator, len(micro_batches))
         result = StepResult(
-            own if single else _all_reduced(own), step.count,
+            local if single else _all_reduced(local), step.count,
             clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm),
         )  # fmt: skip
         self.guard.before_step(number + 1, step, result.grad_norm, result.sums)
@@ -86,16 +86,16 @@ class TrainStep:
 
     @torch.no_grad()
     def _sums_ahead(self, step: Step, number: int, first: int, previous: Sums | None) -> Sums:
-        """Loss sums of the global batch before any backward pass; empty where the loss does not need them."""
+        """Compute the loss sums of the global batch before any backward pass; empty if the loss does not need them."""
         if not self.loss.ratios:
             return {}
         if self.config.loss.soft_f1_sums == "previous" and previous and set(self.loss.ratios) <= set(previous):
             return previous
-        own = Sums()
+        local = Sums()
         for i, batch in enumerate(step.micro_batches):
             seed_dropout(self.seed, number, first + i)
-            own = _added(own, self.loss.sums(forward(self.wrapped, batch), batch))
-        return _all_reduced(own)
+            local = _added(local, self.loss.sums(forward(self.wrapped, batch), batch))
+        return _all_reduced(local)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
@@ -108,12 +108,12 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 
 
 def _added(total: Sums, part: Sums) -> Sums:
-    """total + part, without gradient; an empty total is 0."""
+    """Return total + part, without gradient; an empty total is 0."""
     return {name: total[name] + sums.detach() if total else sums.detach() for name, sums in part.items()}
 
 
 def _all_reduced(sums: Sums) -> Sums:
-    """The sum over all ranks, in one all-reduce."""
+    """Sum over all ranks in one all-reduce."""
     flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in sums.values()]))
     parts = flat.split([tensor.numel() for tensor in sums.values()])
     return {name: part.view_as(tensor) for (name, tensor), part in zip(sums.items(), parts, strict=True)}

@@ -78,7 +78,7 @@ class Trainer:
         )
         saved = self.checkpoints.newest(on_main(folder.locate))
         if saved:
-            saved.into_network(network)
+            saved.load_network(network)
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         lesions = len(data.train_rows), len(data.validation_rows)
         accelerator.print(report(name, accelerator, config, network, lesions, self.epochs.steps, flops))
@@ -89,7 +89,7 @@ class Trainer:
         ema = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
         self.training = Training(self.wrapped, optimizer, scheduler, ema, TrainState())
         if saved:
-            saved.into_training(accelerator, self.training)
+            saved.load_training(accelerator, self.training)
             if changes := self.checkpoints.describe_changes(saved):
                 accelerator.print(f"{name} {changes}")
         self.guard = NonFiniteGuard(accelerator, optimizer)
@@ -108,7 +108,7 @@ class Trainer:
         on_start: Callable[[], None] = lambda: None,
         on_validation: Callable[[int, dict[str, float]], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Train to the last epoch; leaves the selected weights in FOLDER/weights.safetensors.
+        """Train to the last epoch and write the selected weights to FOLDER/weights.safetensors.
 
         Returns the changes of settings between checkpoint and resume: {"step", setting: [before, after]}. `on_start` is
         called on rank 0 before anything is written, `on_validation` with (epoch, scores). Raises, on all ranks,
@@ -149,6 +149,7 @@ class Trainer:
         return optimizer
 
     def _begin(self, on_start: Callable[[], None]) -> None:
+        """Claim the folder, and write the table of parameter groups."""
         self.folder.claim()
         on_start()
         write_text(self.folder.path / "optimizer.txt", self._groups + "\n")
@@ -180,10 +181,10 @@ class Trainer:
         return scores
 
     def _keep_weights(self) -> None:
-        """Write the full weights that predict, under canonical names."""
+        """Write the full weights under canonical names, for prediction."""
         weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
-        about = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
-        on_main(lambda: save_weights(self.folder.path / "weights", weights, **about))
+        info = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
+        on_main(lambda: save_weights(self.folder.path / "weights", weights, **info))
 
 
 def check_names(config: TrainConfig) -> None:
@@ -195,7 +196,7 @@ def check_names(config: TrainConfig) -> None:
 
 
 def execution_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Settings that change the numbers of a training and yet may change when it resumes."""
+    """Return the settings that change the numbers of a training and yet may change when it resumes."""
     return {
         "train.precision": choose_precision(config.precision, accelerator.device)[0],
         "train.micro_batch": config.micro_batch,
@@ -217,7 +218,7 @@ class _Epochs:
         self.total_steps = sum(self.steps)
 
     def loader(self, state: TrainState, accelerator: Accelerator) -> Loader:
-        """This rank's part of the rest of the epoch."""
+        """Return a loader of this rank's part of the rest of the epoch."""
         config, data = self.config, self.data
         batches = self._plan(state.epoch).batches(
             accelerator.process_index, accelerator.num_processes, config.global_batch, start=state.batch
@@ -227,7 +228,7 @@ class _Epochs:
         )
 
     def done(self, state: TrainState) -> float:
-        """Epochs done, with the fraction of the current one."""
+        """Return the epochs done, with the fraction of the current one."""
         return state.epoch + state.batch / self.steps[state.epoch]
 
     def _plan(self, epoch: int) -> EpochPlan:

@@ -52,7 +52,7 @@ def open_views(
     prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
-    build_augmentations(augment)  # refuses unknown ones, also where all tokens are cached
+    build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(f"note: {note}")
     torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
@@ -102,9 +102,9 @@ class _TokenExtractor:
     def fill(
         self, cache: TokenCache, versions: list[str], compile_tower: bool, after_chunk: Callable[[], None]
     ) -> None:
-        """Compute the missing chunks, distributed over the ranks; an interrupted extraction resumes at the next one."""
+        """Compute the missing chunks, distributed over the ranks; an interrupted run resumes at the next chunk."""
         missing, accelerator = cache.missing(versions), self.accelerator
-        accelerator.wait_for_everyone()  # no rank writes before all have listed what is missing
+        accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
         if not missing:
             return
         self.tower.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

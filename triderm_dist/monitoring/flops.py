@@ -41,7 +41,10 @@ the full device name, so that laptop, cut-down and partitioned (MIG) devices do 
 
 @dataclass(frozen=True)
 class Budget:
-    """flops: per lesion in training.  peak: FLOP/s of one device.  source: of the peak, for messages."""
+    """FLOPs of a training and the peak of its devices.
+
+    flops: per lesion in training.  peak: FLOP/s of one device.  source: of the peak, for messages.
+    """
 
     flops: float
     peak: float
@@ -90,7 +93,7 @@ def training_flops(network: Network) -> float:
     )
     training = network.training
     network.train()
-    # Unfused attention, since PyTorch has no formula for every fused kernel.
+    # Unfused attention, since PyTorch lacks formulas for some fused kernels.
     with FakeTensorMode() as mode, sdpa_kernel(SDPBackend.MATH), counter:
         tensors = [*network.named_parameters(), *network.named_buffers()]
         state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
@@ -120,6 +123,6 @@ def _convolution_backward_flops(
     grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
     output_padding: Any, groups: int, output_mask: list[bool], out_shape: Any,
 ) -> int:  # fmt: skip
-    """Each of the two gradients costs as much as the forward pass. PyTorch's own formula ignores groups."""
+    """Count each of the two gradients like the forward pass. PyTorch's own formula ignores groups."""
     forward = 2 * math.prod(x if transposed else grad) * math.prod(weight[1:])
     return forward * (output_mask[0] + output_mask[1])

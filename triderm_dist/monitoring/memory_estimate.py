@@ -90,8 +90,8 @@ def estimate_model_memory(model: ModelConfig, half: bool) -> tuple[MemoryEstimat
 def network_without_weights(model: ModelConfig) -> tuple[Network, str]:
     """Build a model of the settings with random weights, without downloading anything.
 
-    A tower whose architecture is not on this machine is replaced by a ViT-B/16, or by a ViT-L/16 if its source says
-    large; the second value is then a note that says so, else "".
+    A tower whose architecture is not on this machine is replaced by a ViT-B/16, or by a ViT-L/16 if its source
+    contains "large"; the second value is then a note on the replacement, else "".
     """
     tower, note = model.tower.model_copy(update={"pretrained": False}), ""
     if not _is_local(tower.source):

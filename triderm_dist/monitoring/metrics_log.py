@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, none if there is no file; a last line that a kill cut short is dropped."""
+    """Return the records of a metrics.jsonl, empty if there is no file; a last line that is incomplete is dropped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

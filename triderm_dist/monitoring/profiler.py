@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 WARM_UP = 3
-"""Steps before the first that is recorded, which hold compilation, autotuning and first allocations."""
+"""Steps before the first recorded one: compilation, autotuning, first allocations."""
 
 
 @contextmanager
 def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
-    """Context that yields an object whose `.step()` ends an optimizer step. Records up to `steps` of them into
-    FOLDER/trace.json and prints how many, or that there were too few. Does nothing if `steps` is None or not `active`.
+    """Context that yields an object whose `.step()` must be called after every optimizer step.
+
+    Records up to `steps` steps into FOLDER/trace.json and prints how many, or that there were too few. Does nothing if
+    `steps` is None or not `active`.
     """
     if steps is None or not active:
         yield SimpleNamespace(step=lambda: None)

@@ -25,8 +25,7 @@ def report(
     steps: Sequence[int],
     budget: Budget | None,
 ) -> str:
-    """Return strategy, precision with its reason, batch and steps, parameters of each part of the network, and what is
-    turned off and why.
+    """Return the report as text: strategy, precision, batch, steps, options that are off, and parameters by part.
 
     network: before it is wrapped.  lesions: to train and to validate.  steps: of each epoch.
     """
@@ -105,7 +104,7 @@ def _no_peak(device: torch.device) -> str:
 
 
 def _off(accelerator: Accelerator, config: TrainConfig, accumulation: int) -> list[str]:
-    """Options that are turned off, each with its reason or setting."""
+    """List the options that are turned off, each with its reason or setting."""
     off = []
     if not config.compile:
         off.append("torch.compile (train.compile)")

@@ -31,10 +31,11 @@ class ThroughputMeter:
         self._last_step, self._last, loader.waited = step, time.perf_counter(), 0.0
 
     def read(self, loader: Loader, step: int) -> dict[str, float]:
-        """End the interval. Returns lesions_per_s over all ranks; data_wait, the largest share of the time that a rank
-        waited for data; mfu; memory_gib, the peak memory over ranks; seconds_left.
+        """End the interval and return its values. Call on all ranks.
 
-        Call on all ranks, when the device has finished the step: otherwise its time counts for the next interval.
+        lesions_per_s: over all ranks.  data_wait: the largest share of the time that any rank waited for data.  mfu:
+        if the peak is known.  memory_gib: the largest peak memory of any rank.  seconds_left. The device must have
+        finished the step: otherwise its time counts for the next interval.
         """
         now = time.perf_counter()
         seconds, steps = now - self._last, step - self._last_step

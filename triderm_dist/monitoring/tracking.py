@@ -1,4 +1,4 @@
-"""Logging of a run on rank 0: one printed line per log interval, the same as JSON lines and to experiment trackers."""
+"""Logging of a run on rank 0: a printed line per log interval, JSON lines, and experiment trackers."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ class Tracker:
         print(f"{self.name}  {line}", flush=True)
 
     def _for_each(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of every tracker, dropping those that raise."""
         for kind, tracker in list(self._trackers.items()):
             try:
                 getattr(tracker, method)(*args, **kwargs)
@@ -118,7 +119,8 @@ def tracker_class(name: str) -> Any:
 
 
 def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Any:
-    # W&B continues the run with this id when a training resumes.
+    """Create and start a tracker. Raises ConfigError if it does not start."""
+    # W&B resumes the run with this id when a training resumes.
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": step},
@@ -139,7 +141,7 @@ def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: M
 
 
 def clock(seconds: float) -> str:
-    """Format as h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
