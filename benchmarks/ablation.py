@@ -2,7 +2,7 @@
 
 python -m benchmarks.ablation --config RUN/config.yaml [parts=[view_alignment, soft_f1]]
 
-Trains the first tri-modal network of the settings as it is, and once without each part, on the same folds, seed and
+Trains the first tri-modal network of the settings unchanged, and once without each part, on the same folds, seed and
 frozen tokens, into RUN/ablation; finished folds are skipped. The score is the out-of-fold macro F1 by the official
 rule with thresholds fitted on the other folds; the difference is full minus without, paired over the lesions. One seed:
 differences within the interval are noise. The last line is one JSON object.
@@ -46,18 +46,18 @@ class AblationRun(Experiment):
 
 def main(config: AblationRun) -> None:
     if unknown := set(config.parts) - set(WITHOUT):
-        raise ConfigError(f"parts: {min(unknown)!r} is none of {', '.join(WITHOUT)}")
+        raise ConfigError(f"parts: {min(unknown)!r} is not a part; known: {', '.join(WITHOUT)}")
     name = next((name for name, model in config.models.items() if model.kind == "trimodal"), None)
     if name is None:
-        raise ConfigError("models: none has kind=trimodal, there is nothing to ablate")
-    tables = {FULL: trained(config, name, FULL, {})}
+        raise ConfigError("models: none has kind=trimodal; add one to ablate")
+    tables = {FULL: train_without(config, name, FULL, {})}
     for part in config.parts:
-        tables[part] = trained(config, name, part, WITHOUT[part])
-    show(config, name, tables)
+        tables[part] = train_without(config, name, part, WITHOUT[part])
+    print_scores(config, name, tables)
 
 
-def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> OofTable:
-    """The out-of-fold table of the network without a part, after training the folds that are not trained yet."""
+def train_without(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> OofTable:
+    """Train the folds of the network without a part that are not trained yet; return its out-of-fold table."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.fold import assigned_folds
@@ -77,11 +77,12 @@ def trained(config: AblationRun, name: str, part: str, change: dict[str, Any]) -
     return table.take(labeled(table))
 
 
-def show(config: AblationRun, name: str, tables: dict[str, OofTable]) -> None:
+def print_scores(config: AblationRun, name: str, tables: dict[str, OofTable]) -> None:
+    """Print the nested score of each variant, and as the last line the JSON object."""
     labels, resamples = tables[FULL].labels, config.ensemble.bootstrap
     scores: dict[str, Any] = {}
     decisions: dict[str, np.ndarray] = {}
-    print(f"{len(labels)} lesions; nested macro F1 and what the part adds (full minus without), 95% intervals")
+    print(f"{len(labels)} lesions; nested macro F1 and gain of the part (full minus without), 95% intervals")
     for part, table in tables.items():
         probabilities = probabilities_of(table.logits[name], table.heads[name])
         decisions[part] = nested_decisions(probabilities, table, config)

@@ -29,14 +29,16 @@ from triderm_dist.schema import METADATA_FIELDS, ConfigError
 
 COMPONENTS = 64
 STRENGTHS = (1e-3, 1e-2)
-"""Of logistic regression (1 / penalty) on standardized columns; the better one stands, in the baseline's favor."""
+"""C (1 / penalty) of logistic regression on standardized columns; the better one counts, in the baseline's favor."""
 
 
 def main(config: Experiment) -> None:
     table = read_oof(config.folder / OOF_FILE)
     nested_rows = read_nested(config.folder / NESTED_FILE)
     if not np.array_equal(nested_rows.lesion_ids, table.lesion_ids):
-        raise ConfigError(f"{config.folder}: ensemble_oof.parquet is of other lesions; run triderm stack again")
+        raise ConfigError(
+            f"{config.folder}: ensemble_oof.parquet holds other lesions than oof.parquet; run triderm stack again"
+        )
     tabular = tabular_columns(table)
     everything = np.concatenate([pooled_embeddings(config, table), tabular], axis=1)
 
@@ -50,11 +52,11 @@ def main(config: Experiment) -> None:
         probabilities[model] = probabilities_of(table.logits[model], table.heads[model])
     nested = {name: nested_decisions(p, table, config) for name, p in probabilities.items()}
     probabilities["(e) ensemble"], nested["(e) ensemble"] = nested_rows.probabilities, nested_rows.decisions
-    show(probabilities, nested, baselines, table, config)
+    print_scores(probabilities, nested, baselines, table, config)
 
 
 def tabular_columns(table: OofTable) -> np.ndarray:
-    """(N, F) concepts, numbers, one-hot categories; NaN where a number is missing, all zeros where a category is."""
+    """Return (N, F) concepts, numbers, one-hot categories; a missing number is NaN, a missing category all zeros."""
     fields = [
         values[:, None] if field.is_number else values[:, None] == np.arange(len(field.categories))[None]
         for field, values in zip(METADATA_FIELDS.values(), table.metadata.T, strict=True)
@@ -63,14 +65,14 @@ def tabular_columns(table: OofTable) -> np.ndarray:
 
 
 def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
-    """(N, 2 width) mean token of each view by the first frozen tower of the settings, in the order of `table`."""
+    """Return (N, 2 width) mean tokens of both views by the first frozen tower of the settings, in order of `table`."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.views import open_views
 
     frozen = [model for model in config.models.values() if model.tower.frozen]
     if not frozen:
-        raise ConfigError("models: none has tower.frozen=true, so there are no embeddings of an untouched tower")
+        raise ConfigError("models: none has tower.frozen=true; the baselines need embeddings of an untouched tower")
     index = open_index(config.train_shards, config.data.remote)
     accelerator = parallel.start_inference("fp32")
     source: Any = open_views(config, frozen[0], index, accelerator, train=False).loaders.source
@@ -109,23 +111,24 @@ def reduced_then_boosted(embedding_width: int) -> Any:
 
 
 def out_of_fold(model: Any, columns: np.ndarray, table: OofTable) -> np.ndarray:
-    """(N, C) probabilities of each fold by a model fitted on the others."""
+    """Return (N, C) probabilities of each fold by a model fitted on the other folds."""
     result = np.zeros((len(table), len(table.diagnoses)))
     for fold in np.unique(table.folds):
         inside = table.folds == fold
-        known, codes = np.unique(table.labels[~inside], return_inverse=True)
+        present, codes = np.unique(table.labels[~inside], return_inverse=True)
         model.fit(columns[~inside], codes)
-        result[np.ix_(inside, known)] = model.predict_proba(columns[inside])
+        result[np.ix_(inside, present)] = model.predict_proba(columns[inside])
     return result
 
 
-def show(
+def print_scores(
     probabilities: dict[str, np.ndarray],
     nested: dict[str, np.ndarray],
     baselines: tuple[str, ...],
     table: OofTable,
     config: Experiment,
 ) -> None:
+    """Print the scores of every method and the gains over the baselines, and as the last line the JSON object."""
     labels, resamples = table.labels, config.ensemble.bootstrap
 
     def gain(name: str, over: str) -> metrics.Interval:

@@ -2,9 +2,9 @@
 
 python -m benchmarks.compare_losses first=RUN/MODEL/fold-0/metrics.jsonl second=tests/golden_losses/trimodal.jsonl
 
-Exit status 0: the same steps, and no loss further apart than `tolerance` relative. 1: not so. `keep=FILE` writes steps
-and losses of the first as a new golden file instead. The golden files were made on an AMD EPYC with torch 2.14.1: the
-same machine repeats them bit for bit, another one within 0.002 relative. The last line is one JSON object.
+Exit status 0: the same steps, and every loss within `tolerance` relative; otherwise 1. `keep=FILE` writes steps and
+losses of the first as a new golden file instead. The golden files were made on an AMD EPYC with torch 2.14.1: the same
+machine repeats them bit for bit, another one within 0.002 relative. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triderm_dist.schema import ConfigError
 from triderm_dist.settings import Section
 
 ACROSS_MACHINES = 2e-3
-"""Relative tolerance of a golden file on another machine: other kernels round otherwise, and AdamW amplifies it."""
+"""Relative tolerance of a golden file on another machine: its kernels round differently, and AdamW amplifies it."""
 
 
 class Comparison(Section):
@@ -31,7 +31,7 @@ class Comparison(Section):
 
 
 def losses(path: Path) -> dict[int, float]:
-    """The loss of every logged step. Raises ConfigError where the file holds none."""
+    """Return the loss of every logged step. Raises ConfigError where the file holds none."""
     from triderm_dist.monitoring.metrics_log import read_metrics
 
     found = {int(line["step"]): float(line["loss"]) for line in read_metrics(path) if line["kind"] == "train"}
@@ -41,7 +41,7 @@ def losses(path: Path) -> dict[int, float]:
 
 
 def largest_difference(first: dict[int, float], second: dict[int, float]) -> tuple[float, int]:
-    """The largest relative difference and its step; infinite at the first step that only one of the two has."""
+    """Return the largest relative difference and its step; infinite at the first step that only one of the two has."""
     if unmatched := sorted(first.keys() ^ second.keys()):
         return float("inf"), unmatched[0]
     return max((abs(first[step] - second[step]) / max(abs(second[step]), 1e-12), step) for step in second)

@@ -32,14 +32,14 @@ from triderm_dist.settings import Section
 
 C = len(DIAGNOSES)
 SHARE = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
-"""MILK10k's diagnoses."""
+"""(C,) share of each diagnosis in MILK10k."""
 
 SHRINKAGE = 30.0
-"""Of the regularized thresholds in the table; a run chooses it on inner folds."""
+"""Shrinkage of the regularized thresholds in the table; a run chooses it on inner folds."""
 
 GRID = np.arange(1, 100) / 100
 SEARCHED_EVERY = 10
-"""The grid's clock runs on one problem in so many: sklearn takes seconds for it."""
+"""The grid searches are timed on one of this many problems: sklearn takes seconds for each."""
 
 
 class Settings(Section):
@@ -101,7 +101,7 @@ def main(settings: Settings) -> None:
     gain = metrics.interval_of(float((ours - guide).mean()), resampled_mean(ours - guide))
     times = {name: np.array(seconds[name]) for name in (OURS, GUIDE)}
     speedup = float(np.median(times[GUIDE] / times[OURS]))
-    print(f"\n{OURS} less {GUIDE}: {gain}; {speedup:.1f} times faster, "
+    print(f"\n{OURS} minus {GUIDE}: {gain}; {speedup:.1f} times faster, "
           f"at least {(times[GUIDE] / times[OURS]).min():.1f} times")  # fmt: skip
     best = np.array(thresholds["exact, by sorting"])
     for name, took in thresholds.items():
@@ -123,7 +123,7 @@ def problems(settings: Settings, table: OofTable | None) -> Iterator[Problem]:
 
 
 def simulated(models: int, lesions: int, generator: np.random.Generator) -> Problem:
-    """Models of different skill and sharpness; a part of a lesion's noise is common to all of them."""
+    """Simulate models of different skill and sharpness; part of a lesion's noise is common to all of them."""
     labels = generator.choice(C, 2 * lesions, p=SHARE)
     common = generator.normal(size=(2 * lesions, C))
     tables = []
@@ -137,15 +137,16 @@ def simulated(models: int, lesions: int, generator: np.random.Generator) -> Prob
 
 
 def from_real(table: OofTable, models: int, lesions: int, generator: np.random.Generator) -> Problem:
-    """Half of the real lesions of each diagnosis to fit on, drawn with replacement up to the size; half to judge.
+    """Draw a problem from real outputs: half of the lesions of each diagnosis to fit on, the other half to judge.
 
-    A run has few networks: each model of the problem is one of their heads, its logits shaken by a noise of its own.
+    Lesions are drawn with replacement up to the size. A run has few networks: each model of the problem is one of their
+    heads, with independent noise added to its logits.
     """
     table = table.take(table.complete() & labeled(table))
     half = np.zeros(len(table), bool)
     for label in range(C):
-        own = generator.permutation(np.flatnonzero(table.labels == label))
-        half[own[: (len(own) + generator.integers(2)) // 2]] = True
+        rows = generator.permutation(np.flatnonzero(table.labels == label))
+        half[rows[: (len(rows) + generator.integers(2)) // 2]] = True
     fit, judge = (generator.choice(np.flatnonzero(side), lesions) for side in (half, ~half))
     heads = [(model, part) for model in table.models for part in (table.logits, table.aux_clinical,
                                                                   table.aux_dermoscopic)]  # fmt: skip
@@ -163,7 +164,7 @@ Decide = Callable[[list[np.ndarray]], np.ndarray]
 
 
 def nelder_mead(tables: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """(M,) weights as in the build guide: bounds named there but not used by it are left out here too."""
+    """Return (M,) weights as in the build guide, whose bounds have no effect and are omitted."""
     from scipy.optimize import minimize
     from sklearn.metrics import f1_score
 
@@ -208,7 +209,7 @@ METHODS: dict[str, Callable[[list[np.ndarray], np.ndarray], Decide]] = {
 
 
 def sklearn_grid(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C,) the best of 99 points for each diagnosis, one f1_score a point."""
+    """Return (C,) the best of 99 points for each diagnosis, by one f1_score per point."""
     from sklearn.metrics import f1_score
 
     best = np.zeros(C)
@@ -220,12 +221,12 @@ def sklearn_grid(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def numpy_grid(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C,) the same, counted with NumPy for all diagnoses at once."""
+    """Return (C,) the best of 99 points, counted with NumPy for all diagnoses at once."""
     truth = labels[:, None] == np.arange(C)
     positives, scores = truth.sum(axis=0), []
     for cut in GRID:
-        claimed = probabilities > cut
-        scores.append(2 * (claimed & truth).sum(axis=0) / np.maximum(claimed.sum(axis=0) + positives, 1))
+        predicted = probabilities > cut
+        scores.append(2 * (predicted & truth).sum(axis=0) / np.maximum(predicted.sum(axis=0) + positives, 1))
     return GRID[np.argmax(scores, axis=0)]
 
 
@@ -237,20 +238,20 @@ SEARCHES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def best_of_every_cut(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C,) the largest F1 over every cut, counted with searchsorted: another method than the one that is measured."""
+    """Return (C,) the largest F1 over every cut, counted with searchsorted, independently of the measured method."""
     best = np.zeros(C)
     for column, scores in enumerate(probabilities.T):
-        own = np.sort(scores[labels == column])
+        positives = np.sort(scores[labels == column])
         cuts = np.unique(np.append(scores, 0.0))
-        claimed = len(scores) - np.searchsorted(np.sort(scores), cuts, side="right")
-        right = len(own) - np.searchsorted(own, cuts, side="right")
-        if len(own):
-            best[column] = (2 * right / (claimed + len(own))).max()
+        predicted = len(scores) - np.searchsorted(np.sort(scores), cuts, side="right")
+        correct = len(positives) - np.searchsorted(positives, cuts, side="right")
+        if len(positives):
+            best[column] = (2 * correct / (predicted + len(positives))).max()
     return best
 
 
 def resampled_mean(values: np.ndarray, resamples: int = 10_000) -> np.ndarray:
-    """(R,) means of the problems drawn with replacement."""
+    """Return (R,) means of the problems drawn with replacement."""
     return np.random.default_rng(0).choice(values, (resamples, len(values))).mean(axis=1)
 
 

@@ -3,15 +3,17 @@
 python -m benchmarks.loader source=MILK10k original=MILK10k_ORIGINAL [streaming_python=PYTHON] [key=value ...]
 
 The ceiling is decoding the same JPEG bytes, held in memory, on the same cores by the faster of torchvision and
-simplejpeg. Each method runs in a process of its own, one after the other, round by round; a rate is photos per second
+simplejpeg. Each method runs in its own process, one after the other, round by round; a rate is photos per second
 from the first batch to the last, so that process start-up does not count. What each returns: ours and `webdataset`
 uint8 photos (augmentation runs on the device), the folder augmented and normalized 224 crops (computed by its workers),
 litData and mosaicml-streaming the photos as their own readers decode them.
 
-litData comes with the `bench` extra. mosaicml-streaming pins older numpy and transformers and needs an environment of
-its own: `python -m venv E; E/bin/pip install mosaicml-streaming torch torchvision`, then streaming_python=E/bin/python.
-The last line is one JSON object. Its worker_mb is what a rank holds above its imports (index, plan, ring of buffers),
-the larger of the packed and the simulated index, over the worker threads that share it; resume_s is of the packed set.
+litData comes with the `bench` extra. mosaicml-streaming pins older numpy and transformers and needs a separate
+environment: `python -m venv E; E/bin/pip install mosaicml-streaming torch torchvision`, then
+streaming_python=E/bin/python.
+The last line is one JSON object. Its worker_mb is the memory of a rank above its imports (index, plan, ring of
+buffers) for the larger of the packed and the simulated index, divided by the worker threads that share it; resume_s is
+of the packed set.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ NAMES = {
 
 class LoaderBenchmark(Section):
     source: str = Field("../shared/milk10k", description="challenge folder, packed for the comparison")
-    original: str | None = Field("../shared/milk10k_original", description="challenge folder with photos as they came")
+    original: str | None = Field("../shared/milk10k_original", description="challenge folder with the original photos")
     streaming_python: str | None = Field(None, description="Python that has mosaicml-streaming; null leaves (e) out")
-    methods: tuple[str, ...] = Field(tuple(NAMES), description="what is measured")
+    methods: tuple[str, ...] = Field(tuple(NAMES), description="methods to measure")
     rounds: int = Field(3, ge=1, description="rounds; medians are reported")
     batch: int = Field(32, ge=1, description="lesions per batch")
     workers: int = Field(2, ge=1, description="worker threads or processes")
@@ -60,56 +62,58 @@ class LoaderBenchmark(Section):
 
 def main(config: LoaderBenchmark) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        where = prepare(config, Path(folder))
-        rates: dict[str, list[float]] = {method: [] for method in config.methods if method in where}
+        folders = prepare(config, Path(folder))
+        rates: dict[str, list[float]] = {method: [] for method in config.methods if method in folders}
         for number in range(config.rounds):
             for method in rates:
-                rates[method].append(rate(method, where[method], config))
+                rates[method].append(rate(method, folders[method], config))
                 print(f"round {number + 1}: {NAMES[method]:<55}{rates[method][-1]:>8.0f} photos/s", flush=True)
-        starts = {size: own("start", where[size], config) for size in ("packed", "simulated")}
+        starts = {size: run_ours("start", folders[size], config) for size in ("packed", "simulated")}
     report(config, rates, starts)
 
 
 def prepare(config: LoaderBenchmark, folder: Path) -> dict[str, Path]:
-    """Where each method finds its files; makes them first."""
+    """Write the files of each method; return their folders by method."""
     from triderm_dist.data.readers.milk10k import read_challenge
     from triderm_dist.data.shards.pack import pack_shards
 
     shards = folder / "shards"
     pack_shards(read_challenge(config.source), shards, short_side=288)
-    own("simulate", shards, config, str(folder / "simulated"), str(config.simulated))
-    where = dict.fromkeys(NAMES, shards) | {"packed": shards, "simulated": folder / "simulated"}
-    where |= {"folder_reduced": Path(config.source), "folder": Path(config.original or "")}
+    run_ours("simulate", shards, config, str(folder / "simulated"), str(config.simulated))
+    folders = dict.fromkeys(NAMES, shards) | {"packed": shards, "simulated": folder / "simulated"}
+    folders |= {"folder_reduced": Path(config.source), "folder": Path(config.original or "")}
     if config.original is None:
-        del where["folder"]
+        del folders["folder"]
     for method in ("litdata", "streaming"):
-        where[method] = folder / method
+        folders[method] = folder / method
         if method == "streaming" and config.streaming_python is None:
-            del where[method]
+            del folders[method]
         elif method in config.methods:
-            rival(method, where[method], config, "write", config.source)
-    return where
+            run_rival(method, folders[method], config, "write", config.source)
+    return folders
 
 
-def rate(method: str, where: Path, config: LoaderBenchmark) -> float:
+def rate(method: str, folder: Path, config: LoaderBenchmark) -> float:
+    """Measure a method once, in photos per second."""
     if method.startswith(("ours", "ceiling")):
-        return own(method, where, config)["photos_s"]
-    return float(rival(method.replace("folder_reduced", "folder"), where, config).splitlines()[-1])
+        return run_ours(method, folder, config)["photos_s"]
+    return float(run_rival(method.replace("folder_reduced", "folder"), folder, config).splitlines()[-1])
 
 
-def own(method: str, where: Path, config: LoaderBenchmark, *more: str) -> dict[str, Any]:
-    return json.loads(_run(sys.executable, METHODS, method, where, config, *more).splitlines()[-1])
+def run_ours(method: str, folder: Path, config: LoaderBenchmark, *arguments: str) -> dict[str, Any]:
+    return json.loads(_run(sys.executable, METHODS, method, folder, config, *arguments).splitlines()[-1])
 
 
-def rival(method: str, where: Path, config: LoaderBenchmark, *more: str) -> str:
+def run_rival(method: str, folder: Path, config: LoaderBenchmark, *arguments: str) -> str:
     python = config.streaming_python if method == "streaming" else sys.executable
-    return _run(str(python), RIVALS, method, where, config, *more)
+    return _run(str(python), RIVALS, method, folder, config, *arguments)
 
 
-def _run(python: str, program: Path, method: str, where: Path, config: LoaderBenchmark, *more: str) -> str:
-    command = [python, str(program), method, str(where), str(config.batch), str(config.workers), *more]
+def _run(python: str, program: Path, method: str, folder: Path, config: LoaderBenchmark, *arguments: str) -> str:
+    """Run a method in its own process; return its output."""
+    command = [python, str(program), method, str(folder), str(config.batch), str(config.workers), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    # litData and streaming print to stdout while they work: what counts is the last line.
+    # litData and streaming print to stdout while they work: the result is the last line.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
@@ -117,7 +121,7 @@ def _run(python: str, program: Path, method: str, where: Path, config: LoaderBen
 
 
 def report(config: LoaderBenchmark, rates: dict[str, list[float]], starts: dict[str, dict[str, Any]]) -> None:
-    """The table, and the line of ratios: medians over rounds of ours / the other method in the same round."""
+    """Print the table, and the line of ratios: medians over rounds of ours / the other method in the same round."""
     ours = rates.get("ours", [])
 
     def against(*methods: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The toolkit's side of `benchmarks.loader`, one method per process.
+"""The methods of this toolkit in `benchmarks.loader`, one per process.
 
 python benchmarks/loader_methods.py METHOD FOLDER BATCH WORKERS
 
@@ -30,7 +30,7 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 
 
 class HostPhotos(PhotoSource):
-    """Photos as they are copied to the device: uint8, both views, in the ring's buffers."""
+    """Photos as copied to the device: uint8, both views, in the ring's buffers."""
 
     def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
         self.release(views, device)
@@ -65,40 +65,41 @@ def ours_finished(folder: Path, batch: int, workers: int) -> dict[str, float]:
 
 
 def ceiling(folder: Path, workers: int, decoder: str) -> dict[str, float]:
-    """Decode JPEG bytes held in memory on all cores; drop each photo at once."""
+    """Decode JPEG bytes in memory on all cores, and drop each photo at once."""
     index = read_index(folder)
     shards = FolderShards(index)
-    places = zip(index.shard, index.offsets, index.sizes, strict=True)
+    locations = zip(index.shard, index.offsets, index.sizes, strict=True)
     by_row = [
         [shards.read(int(shard), int(offset), int(size)) for offset, size in zip(offsets, sizes, strict=True)]
-        for shard, offsets, sizes in places
+        for shard, offsets, sizes in locations
     ]
     photos = [photo for row in plan_of(index).order for photo in by_row[row]]
     if decoder == "torchvision":
         from torchvision.io import decode_jpeg
 
-        held = [torch.frombuffer(bytearray(photo), dtype=torch.uint8) for photo in photos]
-        work = decode_jpeg
+        encoded = [torch.frombuffer(bytearray(photo), dtype=torch.uint8) for photo in photos]
+        decode_one = decode_jpeg
     else:
         import simplejpeg
 
-        held, work = photos, lambda photo: simplejpeg.decode_jpeg(photo, "RGB")
+        encoded, decode_one = photos, lambda photo: simplejpeg.decode_jpeg(photo, "RGB")
 
     def decode(part: list) -> None:
         for photo in part:
-            work(photo)
+            decode_one(photo)
 
     with ThreadPoolExecutor(workers) as pool:
-        parts = [held[number::workers] for number in range(workers)]
+        parts = [encoded[number::workers] for number in range(workers)]
         list(pool.map(decode, [part[:50] for part in parts]))
         started = time.perf_counter()
         list(pool.map(decode, parts))
-        return {"photos_s": len(held) / (time.perf_counter() - started)}
+        return {"photos_s": len(encoded) / (time.perf_counter() - started)}
 
 
 def start(folder: Path, batch: int, workers: int) -> dict[str, float]:
-    """Seconds from opening the index to the first batch, at the start and at 90% of an epoch; memory of index,
-    plan and loader after 60 batches.
+    """Measure the seconds from opening the index to the first batch, at the start and at 90% of an epoch.
+
+    Also the memory of index, plan and loader after 60 batches.
     """
     before = resident()
     seconds = {}
@@ -122,13 +123,13 @@ def start(folder: Path, batch: int, workers: int) -> dict[str, float]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident bytes of this process."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
 
 
 def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
-    """An index of many lesions over the same shards: the rows again and again under new ids."""
+    """Write an index of many lesions over the same shards: its rows repeated under new ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -141,8 +142,8 @@ def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
     parts = []
     for copy in range(copies):
         names = pa.array([f"{name}-{copy}" for name in table["lesion_id"].to_pylist()])
-        place = table.schema.get_field_index("lesion_id")
-        parts.append(table.set_column(place, table.schema.field(place), names))
+        column = table.schema.get_field_index("lesion_id")
+        parts.append(table.set_column(column, table.schema.field(column), names))
     pq.write_table(pa.concat_tables(parts), output / SAMPLES, row_group_size=1 << 17)
     for shard in raw["shards"]:
         shard["samples"] *= copies
@@ -156,13 +157,13 @@ def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
     return {"lesions": copies * len(table)}
 
 
-def main(method: str, where: str, batch: str, workers: str, *more: str) -> None:
+def main(method: str, path: str, batch: str, workers: str, *arguments: str) -> None:
     torch.set_num_threads(1)
-    folder = Path(where)
+    folder = Path(path)
     if method.startswith("ceiling_"):
         result: dict = ceiling(folder, int(workers), method.removeprefix("ceiling_"))
     elif method == "simulate":
-        result = simulate(folder, Path(more[0]), int(more[1]))
+        result = simulate(folder, Path(arguments[0]), int(arguments[1]))
     else:
         methods = {"ours": ours, "ours_spare": ours_spare, "ours_finished": ours_finished, "start": start}
         result = methods[method](folder, int(batch), int(workers))

@@ -1,10 +1,10 @@
-"""What `benchmarks.loader` compares with, each in a process of its own: other methods to read the same photos.
+"""The methods that `benchmarks.loader` compares with, one per process.
 
 python benchmarks/loader_rivals.py METHOD FOLDER BATCH WORKERS [write SOURCE]
 
 `write` makes the method's own files in FOLDER from a challenge folder; without it one epoch is read and the last line
 is photos per second, counted from the first batch to the last, so that starting processes and imports do not count. It
-imports nothing of the toolkit, so that it runs in an environment of its own too.
+imports nothing of the toolkit, so that it also runs in a separate environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE = 224
 
 
 def pairs(source: Path) -> list[tuple[Path, Path]]:
-    """(clinical, dermoscopic) photo of each lesion of a challenge folder."""
+    """Return the (clinical, dermoscopic) photo of each lesion of a challenge folder."""
     (metadata,) = source.glob("*_Metadata.csv")
     photos = metadata.with_name(metadata.name.replace("_Metadata.csv", "_Input"))
     found: dict[str, dict[str, Path]] = {}
@@ -34,15 +34,15 @@ def pairs(source: Path) -> list[tuple[Path, Path]]:
     return [(views["clinical"], views["dermoscopic"]) for views in found.values() if len(views) == 2]
 
 
-# --- a folder of photos, as a user would write it --------------------------------------------------------------------
+# --- a folder of photos, as a user would read it ---------------------------------------------------------------------
 
 
 class Folder(torch.utils.data.Dataset):
-    def __init__(self, source: Path, least: int) -> None:
+    def __init__(self, source: Path, min_lesions: int) -> None:
         from torchvision.transforms import v2
 
         self.pairs = pairs(source)
-        self.pairs *= -(-least // len(self.pairs))  # the original-size set is small: several epochs in one
+        self.pairs *= -(-min_lesions // len(self.pairs))  # the original-size set is small: several epochs in one
         self.transform = v2.Compose(
             [
                 v2.ToImage(),
@@ -84,7 +84,7 @@ def webdataset(source: Path, batch: int, workers: int) -> Iterable[Any]:
 
 
 def webdataset_simplejpeg(source: Path, batch: int, workers: int) -> Iterable[Any]:
-    """The same with simplejpeg instead of Pillow."""
+    """Read as `webdataset` does, with simplejpeg instead of Pillow."""
     return _webdataset(source, batch, workers, lambda samples: samples.decode(_simplejpeg))
 
 
@@ -163,12 +163,12 @@ READ = {
 WRITE = {"litdata": write_litdata, "streaming": write_streaming}
 
 
-def main(method: str, where: str, batch: str, workers: str, write: str = "", source: str = "") -> None:
+def main(method: str, folder: str, batch: str, workers: str, write: str = "", source: str = "") -> None:
     torch.set_num_threads(1)
     if write:
-        WRITE[method](Path(where), Path(source))
+        WRITE[method](Path(folder), Path(source))
     else:
-        print(photos_per_second(READ[method](Path(where), int(batch), int(workers))))
+        print(photos_per_second(READ[method](Path(folder), int(batch), int(workers))))
 
 
 if __name__ == "__main__":

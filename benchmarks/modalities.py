@@ -1,4 +1,4 @@
-"""Held-out macro F1 of the tri-modal network with all modalities, and with each one left out.
+"""Held-out macro F1 of the tri-modal network with all modalities, and without each.
 
 python -m benchmarks.modalities --config demo [key.subkey=value ...]
 

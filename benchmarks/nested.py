@@ -1,4 +1,4 @@
-"""Nested decisions for the benchmarks on real lesions: thresholds of each fold fitted on the others."""
+"""Nested decisions for the benchmarks on real lesions: thresholds of each fold fitted on the other folds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triderm_dist.predictions import OofTable
 
 
 def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experiment) -> np.ndarray:
-    """(N, C) decisions with thresholds fitted on the other folds, by the same rules as the ensemble's."""
+    """Return (N, C) decisions with thresholds fitted on the other folds, by the same rules as the ensemble's."""
     estimate = nested_estimate(
         lambda fold: {"method": probabilities},
         table.labels,

@@ -4,7 +4,7 @@ python -m benchmarks.pack source=../shared/milk10k_original
 
 Both sides decode the same photos, reduce them to the same short side by the same filter, code them with the same
 quality and write tars; ours also removes metadata, hashes its input and output and writes the index. They alternate,
-each run in a process of its own on copies of the same lesions, whose files are in the page cache. The last line is one
+each run in its own process on copies of the same lesions, whose files are in the page cache. The last line is one
 JSON object.
 """
 
@@ -30,10 +30,10 @@ from triderm_dist.settings import Section
 class PackBenchmark(Section):
     source: str = Field("../shared/milk10k_original", description="challenge folder with photos of their original size")
     short_side: int = Field(288, ge=32, description="short side in pixels that both reduce to")
-    copies: int = Field(2, ge=1, description="how often the folder's lesions are taken, under other names")
+    copies: int = Field(2, ge=1, description="copies of the folder's lesions, under other names")
     rounds: int = Field(5, ge=1, description="runs of each side, alternating; the median counts")
     lesions: int = Field(10_000_000, ge=0, description="lesions of the synthetic index; 0 leaves this part out")
-    scratch: str | None = Field(None, description="folder for what is written; null takes the system's")
+    scratch: str | None = Field(None, description="folder for written files; null takes the system's temporary folder")
 
 
 def main(config: PackBenchmark) -> None:
@@ -84,9 +84,9 @@ def planning(config: PackBenchmark, folder: Path) -> dict[str, float]:
 
 
 def child(job: str, argument: str, config: PackBenchmark, folder: Path) -> dict[str, float]:
-    """Run one measurement in a process of its own, so that its memory is its own."""
-    words = [job, argument, config.source, str(config.short_side), str(config.copies), str(folder)]
-    command = [sys.executable, "-m", "benchmarks.pack", "--measure", *words]
+    """Run one measurement in a new process, so that its peak memory counts nothing else."""
+    arguments = [job, argument, config.source, str(config.short_side), str(config.copies), str(folder)]
+    command = [sys.executable, "-m", "benchmarks.pack", "--measure", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -129,7 +129,7 @@ def measure(job: str, argument: str, source: str, short_side: str, copies: str, 
 
 
 def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignore[no-untyped-def]
-    """What one writes first: Pillow, tarfile, a new tar every 512 lesions."""
+    """Pack as a simple script would: Pillow, tarfile, a new tar every 512 lesions."""
     from PIL import Image
 
     folder.mkdir()
@@ -159,7 +159,7 @@ def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignor
 
 
 def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
-    """An index whose photos are holes in empty files: what `samples.parquet` of so many lesions would be."""
+    """Write an index of many lesions, whose photos are holes in sparse files."""
     import numpy as np
     import pyarrow as pa
 
@@ -171,11 +171,11 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
     per_shard, photo = 4096, 30_000
     shards = []
     for number, start in enumerate(range(0, lesions, per_shard)):
-        held = min(per_shard, lesions - start)
+        samples = min(per_shard, lesions - start)
         path = folder / f"shard-{number:06d}.tar"
         with path.open("wb") as file:
-            file.truncate(held * 2 * photo)
-        shards.append(ShardFile(path.name, held, held * 2 * photo, "0" * 64))
+            file.truncate(samples * 2 * photo)
+        shards.append(ShardFile(path.name, samples, samples * 2 * photo, "0" * 64))
     random = np.random.default_rng(0)
     share = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
 
@@ -184,10 +184,10 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
         for start in range(0, lesions, ROW_GROUP):
             rows = np.arange(start, min(start + ROW_GROUP, lesions))
             names = pa.array([f"IL_{row:08d}" for row in rows])
-            place = rows % per_shard * 2 * photo
+            offset = rows % per_shard * 2 * photo
             columns = [
                 names, names, random.choice(len(share), len(rows), p=share).astype(np.int16),
-                (rows // per_shard).astype(np.int32), place, np.full(len(rows), photo, np.int32), place + photo,
+                (rows // per_shard).astype(np.int32), offset, np.full(len(rows), photo, np.int32), offset + photo,
                 np.full(len(rows), photo, np.int32),
                 *(
                     pa.FixedSizeListArray.from_arrays(random.random(len(rows) * width, np.float32), width)
@@ -205,7 +205,7 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
 
 
 def open_and_plan(folder: Path, sampling: str, window: int | None) -> dict[str, float]:
-    """Open the index; plan an epoch and hand out its first global batch."""
+    """Measure opening the index, and planning an epoch up to its first global batch."""
     import numpy as np
 
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -223,7 +223,7 @@ def open_and_plan(folder: Path, sampling: str, window: int | None) -> dict[str, 
 
 
 def peak_mb() -> float:
-    """Most memory this process has had in RAM, from the kernel; `ru_maxrss` would begin with the parent's."""
+    """Return the peak resident memory of this process; `ru_maxrss` would include the parent's."""
     text = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(text.split("VmHWM:")[1].split()[0]) / 1024
 

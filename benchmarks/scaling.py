@@ -2,7 +2,7 @@
 
 python -m benchmarks.scaling [key=value ...]
 
-Every rank keeps its batch (weak scaling). N ranks, P trained and F frozen parameters, B bytes/s and a seconds of
+The batch per rank is constant (weak scaling). N ranks, P trained and F frozen parameters, B bytes/s and a seconds of
 latency of the slowest link of the ring, T the seconds of a step on one rank, two thirds of them backward:
 
     DDP             c = 2 (N-1)/N 4 P / B         exposed = max(c - 2/3 T, 2 (N-1)/N bucket / B), fp32 gradients
@@ -13,7 +13,7 @@ latency of the slowest link of the ring, T the seconds of a step on one rank, tw
 
     efficiency = T / (T + exposed)
 
-On the CPU N ranks share C cores and the exchange runs on these cores, so nothing overlaps: a step takes
+On the CPU N ranks share C cores and the all-reduce runs on these cores, so nothing overlaps: a step takes
 T max(1, N/C) + 2 (N-1) 4 P / M, with M bytes/s through this machine's loopback, taken from one all-reduce on 2 ranks.
 """
 
@@ -39,7 +39,7 @@ from triderm_dist.cli import run
 from triderm_dist.settings import Section
 
 LINKS = {"NVLink": (360e9, 10e-6), "100 Gb/s": (11e9, 30e-6)}
-"""Bytes/s and seconds: NVLink of an H100 gives about 80% of its 450 GB/s a direction, Ethernet about 90% of 12.5."""
+"""Bytes/s and seconds: NVLink of an H100 gives about 80% of its 450 GB/s per direction, Ethernet about 90% of 12.5."""
 BUCKET = 25 * 2**20
 GPUS = (8, 16, 64)
 
@@ -49,9 +49,9 @@ class ScalingBenchmark(Section):
     tower: str = Field("base", description="ViT of both views on the GPUs: tiny, small, base or large")
     peak_tflops: float = Field(989.0, gt=0, description="dense bf16 peak of a GPU")
     mfu: float = Field(
-        0.4, gt=0, le=1, description="share of the peak that a step reaches; take what benchmarks.step says"
+        0.4, gt=0, le=1, description="share of the peak that a step reaches; as measured by benchmarks.step"
     )
-    rounds: int = Field(5, ge=2, description="steps of each gloo run that are measured, after two to warm up")
+    rounds: int = Field(5, ge=2, description="measured steps of each gloo run, after two warm-up steps")
 
 
 def main(config: ScalingBenchmark) -> None:
@@ -63,16 +63,18 @@ def main(config: ScalingBenchmark) -> None:
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in network.parameters()) - trained
     blocks = len(network.blocks())
-    alone = training_flops(network) * size.batch / (config.peak_tflops * 1e12 * config.mfu)
+    step_seconds = training_flops(network) * size.batch / (config.peak_tflops * 1e12 * config.mfu)
     print(
         f"{config.tower} towers, {trained / 1e6:.0f} million trained and {frozen / 1e6:.0f} frozen parameters, "
-        f"{config.lesions} lesions per GPU: {alone * 1e3:.1f} ms per step alone at an assumed MFU of {config.mfu:.0%}"
+        f"{config.lesions} lesions per GPU: {step_seconds * 1e3:.1f} ms per step on one GPU at an MFU of {config.mfu:.0%}"
     )
     print(f"{'efficiency':<16}" + "".join(f"{f'{gpus} GPUs, {link}':>20}" for link in LINKS for gpus in GPUS))
     table: dict[str, dict[str, float]] = {}
     for strategy, exposed in STRATEGIES.items():
         table[strategy] = {
-            f"{gpus}, {link}": round(alone / (alone + exposed(gpus, trained, frozen, blocks, alone, *LINKS[link])), 3)
+            f"{gpus}, {link}": round(
+                step_seconds / (step_seconds + exposed(gpus, trained, frozen, blocks, step_seconds, *LINKS[link])), 3
+            )
             for link in LINKS
             for gpus in GPUS
         }
@@ -81,24 +83,29 @@ def main(config: ScalingBenchmark) -> None:
     print(json.dumps({"efficiency": table, "gloo": checked}))
 
 
-def ddp(n: int, trained: int, frozen: int, blocks: int, alone: float, bandwidth: float, latency: float) -> float:
+def ddp(n: int, trained: int, frozen: int, blocks: int, step_seconds: float, bandwidth: float, latency: float) -> float:
     moved = 2 * (n - 1) / n / bandwidth
-    return max(moved * 4 * trained - alone * 2 / 3, moved * min(BUCKET, 4 * trained)) + small(n, latency)
+    return max(moved * 4 * trained - step_seconds * 2 / 3, moved * min(BUCKET, 4 * trained)) + small_collectives(
+        n, latency
+    )
 
 
-def zero2(n: int, trained: int, frozen: int, blocks: int, alone: float, bandwidth: float, latency: float) -> float:
+def zero2(
+    n: int, trained: int, frozen: int, blocks: int, step_seconds: float, bandwidth: float, latency: float
+) -> float:
     half = (n - 1) / n * 2 * trained / bandwidth
-    return max(half - alone * 2 / 3, 0.0) + half + small(n, latency)
+    return max(half - step_seconds * 2 / 3, 0.0) + half + small_collectives(n, latency)
 
 
 def sharded(
-    weight: int, n: int, trained: int, frozen: int, blocks: int, alone: float, bandwidth: float, latency: float
+    weight: int, n: int, trained: int, frozen: int, blocks: int, step_seconds: float, bandwidth: float, latency: float
 ) -> float:
     moved = (n - 1) / n * (weight * (trained + frozen) + weight * trained + 4 * trained) / bandwidth
-    return max(moved - alone, moved / blocks) + small(n, latency)
+    return max(moved - step_seconds, moved / blocks) + small_collectives(n, latency)
 
 
-def small(n: int, latency: float) -> float:
+def small_collectives(n: int, latency: float) -> float:
+    """Return the seconds of the all-reduces of loss sums, gradient norm and found-not-finite, which are all latency."""
     return 3 * 2 * math.log2(n) * latency
 
 
@@ -111,28 +118,28 @@ STRATEGIES: dict[str, Callable[..., float]] = {
 
 
 def check(rounds: int) -> dict[str, dict[str, float]]:
-    """Measured and predicted seconds per step of DDP on 1, 2 and 4 gloo ranks of one thread each."""
+    """Compare measured and predicted seconds per step of DDP on 1, 2 and 4 gloo ranks of one thread each."""
     cores = len(os.sched_getaffinity(0))
     measured = {ranks: gloo(ranks, rounds) for ranks in (1, 2, 4)}
-    alone, through = measured[1]["step"], 2 * measured[2]["bytes"] / measured[2]["all_reduce"]
-    print(f"\ngloo on {cores} cores, {through / 1e9:.2f} GB/s through the loopback")
+    step_seconds, bandwidth = measured[1]["step"], 2 * measured[2]["bytes"] / measured[2]["all_reduce"]
+    print(f"\ngloo on {cores} cores, {bandwidth / 1e9:.2f} GB/s through the loopback")
     print(f"{'ranks':>5}{'s per step':>10}{'predicted':>11}{'efficiency':>12}{'predicted':>11}")
     result = {}
     for ranks, values in measured.items():
-        predicted = alone * max(1.0, ranks / cores) + 2 * (ranks - 1) * values["bytes"] / through
+        predicted = step_seconds * max(1.0, ranks / cores) + 2 * (ranks - 1) * values["bytes"] / bandwidth
         result[str(ranks)] = {
             "step": round(values["step"], 4), "predicted": round(predicted, 4),
-            "efficiency": round(alone / values["step"], 3), "predicted_efficiency": round(alone / predicted, 3),
+            "efficiency": round(step_seconds / values["step"], 3), "predicted_efficiency": round(step_seconds / predicted, 3),
         }  # fmt: skip
         print(
-            f"{ranks:>5}{values['step']:>10.3f}{predicted:>11.3f}{alone / values['step']:>12.0%}"
-            f"{alone / predicted:>11.0%}"
+            f"{ranks:>5}{values['step']:>10.3f}{predicted:>11.3f}{step_seconds / values['step']:>12.0%}"
+            f"{step_seconds / predicted:>11.0%}"
         )
     return result
 
 
 def gloo(ranks: int, rounds: int) -> dict[str, float]:
-    """What rank 0 measures among so many real processes."""
+    """Return the measurements of rank 0 of real processes over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -144,11 +151,12 @@ def gloo(ranks: int, rounds: int) -> dict[str, float]:
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
-        raise RuntimeError(f"a rank of {ranks} ended with an error; see above")
+        raise RuntimeError(f"one of {ranks} ranks failed; its error is printed above")
     return results.get()
 
 
 def _rank(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
+    """Measure a step and an all-reduce on one rank."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
@@ -161,22 +169,22 @@ def _rank(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     size = Size(*TOWERS["tiny"], image=96, batch=8, precision="fp32", compile=False)
     with tempfile.TemporaryDirectory() as name:
-        turn = ours(size, torch.device("cpu"), Path(name), ranks)
+        take_step = ours(size, torch.device("cpu"), Path(name), ranks)
         numbers = sum(p.numel() for p in our_network(size, Path(name)).parameters() if p.requires_grad)
         gradient = torch.zeros(numbers)
 
-        def timed(work: Callable[[], object]) -> float:
+        def timed(function: Callable[[], object]) -> float:
             seconds = []
             for number in range(-2, rounds):
                 if ranks > 1:
                     dist.barrier()
                 started = time.perf_counter()
-                work()
+                function()
                 if number >= 0:
                     seconds.append(time.perf_counter() - started)
             return statistics.median(seconds)
 
-        values = {"step": timed(turn), "bytes": float(4 * numbers)}
+        values = {"step": timed(take_step), "bytes": float(4 * numbers)}
         values["all_reduce"] = timed(lambda: dist.all_reduce(gradient)) if ranks > 1 else 0.0
     if rank == 0:
         results.put(values)

@@ -2,9 +2,9 @@
 
 Kept on purpose, since it is what `benchmarks.step` measures against: attention with the softmax written out, one norm
 for queries and keys, embeddings that stay trainable below frozen blocks (so that the backward pass walks through them),
-metadata that no one uses, losses of each batch by itself, and `.item()` after every batch. Changed: what the guide
-calls and never defines (the classifier, the auxiliary heads), the call that asks open_clip for tokens,
-`torch.autocast`, and as many concepts as the data has.
+metadata that is not used, separate losses of each batch, and `.item()` after every batch. Changed: what the guide calls
+and never defines (the classifier, the auxiliary heads), the call that makes open_clip return tokens, `torch.autocast`,
+and the number of concepts, which is the data's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triderm_dist.schema import DIAGNOSES
 
 
 class DermLIPEncoder(nn.Module):
-    """open_clip's visual tower with its first blocks frozen, patch tokens out."""
+    """open_clip's visual tower with its first blocks frozen; returns patch tokens."""
 
     def __init__(self, vision: dict[str, int], freeze_layers: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class SketchNetwork(nn.Module):
 
 
 def layer_wise_groups(model: nn.Module, base_lr: float = 1e-4, decay_rate: float = 0.9) -> list[dict[str, Any]]:
-    """The guide's parameter groups, by substrings of names."""
+    """Return the guide's parameter groups, by substrings of names."""
     head: list[nn.Parameter] = []
     backbone: dict[int, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -168,7 +168,7 @@ def layer_wise_groups(model: nn.Module, base_lr: float = 1e-4, decay_rate: float
 
 
 def compound_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Focal and soft F1 of one batch, half each, as the guide has them: sigmoid, no class mask."""
+    """Compute focal and soft F1 of one batch, half each, as in the guide: sigmoid, no class mask."""
     probs = torch.sigmoid(logits)
     p_t = probs * targets + (1 - probs) * (1 - targets)
     focal = ((1 - p_t) ** 2.0 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).mean()
@@ -188,7 +188,7 @@ def train_batches(
     device: torch.device,
     bf16: bool,
 ) -> float:
-    """The guide's loop over batches of clinical_image, dermoscopic_image, monet_scores, metadata, targets."""
+    """Run the guide's loop over batches of clinical_image, dermoscopic_image, monet_scores, metadata, targets."""
     model.train()
     total = 0.0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Under accumulation soft F1 needs the sums over the global batch before the first backward. Three methods compared:
+"""Compare three sources of the sums over the global batch that soft F1 needs under gradient accumulation:
 
 - exact: a first pass over the micro-batches without gradients (train.loss.soft_f1_sums=exact);
 - previous: the sums of the step before (train.loss.soft_f1_sums=previous);
@@ -93,7 +93,7 @@ def main(settings: SumsRun) -> None:
         return found
 
     def undivided(step) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        """The gradient by the plain formulas: all micro-batches' outputs first, then one loss."""
+        """Return the gradient by the plain formulas: all micro-batches' outputs first, then one loss."""
         outputs = [forward(wrapped, batch) for batch in step.micro_batches]
         labels = torch.cat([batch.labels for batch in step.micro_batches])
         total = torch.zeros(())
@@ -105,14 +105,15 @@ def main(settings: SumsRun) -> None:
         return gradient()
 
     def split(step, sums) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        """The gradient micro-batch by micro-batch with given sums, or with each micro-batch's own if there are none."""
+        """Return the gradient with given sums, or with the sums of each micro-batch if they are None."""
         for batch in step.micro_batches:
             outputs = forward(wrapped, batch)
-            own = loss.sums(outputs, batch)
+            part_sums = loss.sums(outputs, batch)
             if sums is not None:
-                part = loss.surrogate(own, loss.slopes(sums, step.count))
+                part = loss.surrogate(part_sums, loss.slopes(sums, step.count))
             else:
-                part = loss.surrogate(own, loss.slopes(own, int(batch.valid.sum()))) / len(step.micro_batches)
+                slopes = loss.slopes(part_sums, int(batch.valid.sum()))
+                part = loss.surrogate(part_sums, slopes) / len(step.micro_batches)
             part.backward()
         return gradient()
 
@@ -134,16 +135,16 @@ def main(settings: SumsRun) -> None:
             if number >= settings.steps or step.count < settings.global_batch:
                 break
             wrapped.train()
-            truth, now = undivided(step), sums_of(step)
+            expected, now = undivided(step), sums_of(step)
             for method, sums in zip(METHODS, (now, previous, None), strict=True):
                 if method == "previous" and previous is None:
                     continue
-                got = split(step, sums)
-                angle = torch.nn.functional.cosine_similarity(got.double(), truth.double(), dim=0)
-                errors[method].append((float((got - truth).norm() / truth.norm()), float(angle)))
-            for turn in range(2):
-                method = METHODS[(number + turn) % 2]
-                rate = model.train.optim.lr if turn else 0.0  # both are timed, one step is taken
+                actual = split(step, sums)
+                cosine = torch.nn.functional.cosine_similarity(actual.double(), expected.double(), dim=0)
+                errors[method].append((float((actual - expected).norm() / expected.norm()), float(cosine)))
+            for order in range(2):
+                method = METHODS[(number + order) % 2]
+                rate = model.train.optim.lr if order else 0.0  # both are timed, one step changes the weights
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 started = time.perf_counter()
@@ -155,8 +156,8 @@ def main(settings: SumsRun) -> None:
     print(f"global batch {settings.global_batch} in micro-batches of {settings.micro_batch}, {settings.steps} steps")
     print(f"{'soft F1 sums':<26} {'gradient error':>14} {'cosine':>8} {'s/step':>8}")
     for method, found in errors.items():
-        error, angle = (statistics.median(values) for values in zip(*found, strict=True))
-        print(f"{method:<26} {error:>14.2e} {angle:>8.4f} {medians.get(method, float('nan')):>8.3f}")
+        error, cosine = (statistics.median(values) for values in zip(*found, strict=True))
+        print(f"{method:<26} {error:>14.2e} {cosine:>8.4f} {medians.get(method, float('nan')):>8.3f}")
     error_of = {method: statistics.median(error for error, _ in found) for method, found in errors.items()}
     print(
         json.dumps(

@@ -1,11 +1,11 @@
-"""The XGBoost stage: one booster against the build guide's eleven, a million rows, and the whole stage by the clock.
+"""The XGBoost stage: one booster against the build guide's eleven, a million rows, and the time of the full stage.
 
 python -m benchmarks.stack [key=value ...]
 
 Rows are simulated as out-of-fold outputs of several networks: weakly informative columns, uneven
 diagnoses, related noise. The guide fits a MultiOutputClassifier of 11 binary boosters of 300 trees of depth 6; ours
 is what a run fits, early stopping included. They alternate. A million rows are streamed from a parquet file in a
-process of its own, whose peak memory is that of the fit. `stage` times `triderm stack` and `triderm report` on
+new process, whose peak memory is the fit's. `stage` times `triderm stack` and `triderm report` on
 5,000 lesions of 3 models: 5 folds nested, 1,000 resamples, the page. The last line is one JSON object.
 """
 
@@ -45,11 +45,11 @@ C = len(DIAGNOSES)
 class Settings(Section):
     rows: int = Field(5000, ge=500, description="rows to fit; as many are judged")
     columns: tuple[int, ...] = Field((60, 1600), description="widths that are compared")
-    repeats: int = Field(3, ge=1, description="turns of each, for the median")
-    wide_repeats: int = Field(1, ge=1, description="turns of each from 1,000 columns on")
+    repeats: int = Field(3, ge=1, description="fits of each, for the median")
+    wide_repeats: int = Field(1, ge=1, description="fits of each from 1,000 columns on")
     million: int = Field(1_000_000, ge=1000, description="rows of the streamed fit, 60 columns")
     million_rounds: int = Field(20, ge=1, description="boosting rounds of the streamed fit")
-    part: str = Field("compare,threads,million,stage", description="which parts to run, by comma")
+    part: str = Field("compare,threads,million,stage", description="parts to run, comma-separated")
     device: str = Field("auto", description="device of ours: auto, cpu or cuda")
     worker: bool = Field(False, description="internal: fit the streamed rows and print the peak memory")
 
@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
 
 
 def rows_of(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, width) float32 columns like those of a stacker, and the labels.
+    """Simulate (rows, width) float32 columns like a stacker's, and the labels.
 
     First three networks' log-probabilities (33 columns, related errors), then features: a tenth of them are
     weakly informative (in sum equally at any width), the others are noise. Some are missing.
@@ -106,7 +106,7 @@ def training_rows(columns: Columns, labels: np.ndarray) -> TrainingRows:
 
 
 def guides(columns: np.ndarray, labels: np.ndarray) -> object:
-    """As in the build guide; `use_label_encoder` is gone, and without a GPU the device is the CPU."""
+    """Fit as in the build guide, without `use_label_encoder`, which XGBoost removed, and on the CPU."""
     import xgboost
     from sklearn.multioutput import MultiOutputClassifier
 
@@ -151,7 +151,7 @@ def compare(settings: Settings) -> dict[str, float]:
 
 
 def threads(settings: Settings) -> None:
-    """What a second thread brings, by size: why small fits take one."""
+    """Measure the gain of a second thread by size, which shows why small fits take one."""
     import xgboost
 
     print(f"\nseconds of 10 rounds; threads waiting {os.environ.get('OMP_WAIT_POLICY', 'ACTIVE')}")
@@ -172,13 +172,13 @@ def threads(settings: Settings) -> None:
 
 
 def million(settings: Settings) -> None:
-    """Write the rows batch by batch, stream them through a fit, print time and peak memory of this process."""
+    """Write the rows in batches, stream them through a fit, and print time and peak memory of this process."""
     rows, labels = settings.million, []
 
     def batches() -> Iterator[np.ndarray]:
         for number, start in enumerate(range(0, rows, 50_000)):
-            columns, own = rows_of(min(50_000, rows - start), 60, seed=1000 + number)
-            labels.append(own)
+            columns, batch_labels = rows_of(min(50_000, rows - start), 60, seed=1000 + number)
+            labels.append(batch_labels)
             yield columns
 
     with tempfile.TemporaryDirectory() as folder:
@@ -199,8 +199,7 @@ def million(settings: Settings) -> None:
 
 
 def stage(settings: Settings) -> float:
-    """Seconds of stack, ensemble and report as their programs run them."""
-
+    """Measure the seconds of the programs stack and report."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_oof(folder / "oof.parquet", out_of_fold(settings.rows))
@@ -225,8 +224,7 @@ def stage(settings: Settings) -> float:
 
 
 def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]
-    """An out-of-fold table of three networks of different skill."""
-
+    """Simulate an out-of-fold table of three networks of different skill."""
     generator = np.random.default_rng(0)
     labels = generator.choice(C, lesions, p=SHARE)
     models = ("first", "second", "third")

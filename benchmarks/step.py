@@ -3,10 +3,10 @@
 python -m benchmarks.step [device=auto|cpu|cuda] [tower=tiny|small|base|large] [key=value ...]
 
 All alternate on the same batch in memory, with two towers of the same kind whose first 6 and 4 blocks are frozen.
-Then the peak memory of a step with and without activation checkpointing, each in a process of its own, and the share of
-the time that the toolkit's loop waits for data from shards. On a GPU also the largest micro-batch that fits. The last
-line is one JSON object: `vs_sketch` in lesions/s, `overhead` over the bare loop (median over turns), what checkpointing
-saves of the peak memory and adds to the time.
+Then the peak memory of a step with and without activation checkpointing, each in a new process, and the share of the
+time that the toolkit's loop waits for data from shards. On a GPU also the largest micro-batch that fits. The last
+line is one JSON object: `vs_sketch` in lesions/s, `overhead` over the bare loop (median over rounds), the
+share of the peak memory that checkpointing saves and of the time that it adds.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (10
 CONCEPTS = 14
 LOG_EVERY = 10
 GIB = 2**30
-# Freed tensors go back to the system, so that the memory of a process on the CPU is that of its tensors.
-TRUTHFUL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Freed tensors are returned to the system, so that the memory of a process on the CPU is the memory of its tensors.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
-Turn = Callable[[], object]
+TakeStep = Callable[[], object]
+"""Takes one training step."""
 
 
 class StepBenchmark(Section):
@@ -51,18 +52,18 @@ class StepBenchmark(Section):
     )
     image_size: int = Field(224, ge=16, description="input side in pixels")
     batch: int | None = Field(None, ge=2, description="lesions per step; null: 96 on a GPU, 8 on a CPU")
-    rounds: int = Field(12, ge=2, description="turns of each contestant, after three to warm up")
-    steps: int | None = Field(None, ge=1, description="steps per turn; null: 10 on a GPU, 1 on a CPU")
+    rounds: int = Field(12, ge=2, description="rounds, after three to warm up")
+    steps: int | None = Field(None, ge=1, description="steps per round; null: 10 on a GPU, 1 on a CPU")
     compile: bool | None = Field(
         None, description="torch.compile our network's blocks, for the bare loop too; null: on a GPU, where it pays"
     )
     seconds: float = Field(15.0, gt=0, description="seconds of training from shards")
-    workers: int = Field(0, ge=0, description="decoder threads for that; 0 takes the cores")
+    workers: int = Field(0, ge=0, description="decoder threads for `seconds`; 0: one per core")
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained: ViT towers and the batch."""
+    """Size of a training: ViT towers and the batch."""
 
     width: int
     layers: int
@@ -108,9 +109,9 @@ def main(config: StepBenchmark) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         compute = budget(our_network(size, folder).to(device), device, 1)
-        times = take_turns(contestants(size, device, folder), config.rounds, config.steps or (10 if gpu else 1), device)
+        times = time_steps(contestants(size, device, folder), config.rounds, config.steps or (10 if gpu else 1), device)
     median = {contestant: statistics.median(values) for contestant, values in times.items()}
-    print(f"{size} on {device_name(device)}: {config.rounds} turns each, alternating")
+    print(f"{size} on {device_name(device)}: {config.rounds} rounds, alternating")
     print(f"{'':<28}{'s per step':>10}{'lesions/s':>11}{'spread':>9}{'of the sketch':>15}")
     for contestant, values in times.items():
         middle = median[contestant]
@@ -120,7 +121,7 @@ def main(config: StepBenchmark) -> None:
         )
     plain, checked = (
         in_fresh_process(
-            step_memory, replace(size, checkpointing=checkpointing), device.type, environment=TRUTHFUL_MALLOC
+            step_memory, replace(size, checkpointing=checkpointing), device.type, environment=RETURN_FREED_MEMORY
         )
         for checkpointing in (False, True)
     )
@@ -145,19 +146,19 @@ def main(config: StepBenchmark) -> None:
     print(json.dumps(result))
 
 
-def contestants(size: Size, device: Any, folder: Path) -> dict[str, Turn]:
-    turns = {"sketch": sketch(size, device, bf16=False)}
+def contestants(size: Size, device: Any, folder: Path) -> dict[str, TakeStep]:
+    steps = {"sketch": sketch(size, device, bf16=False)}
     if size.precision == "bf16":
-        turns["sketch in bf16"] = sketch(size, device, bf16=True)
-    return turns | {
+        steps["sketch in bf16"] = sketch(size, device, bf16=True)
+    return steps | {
         "bare loop": bare_loop(size, device, folder),
         "ours": ours(size, device, folder),
         "ours, checkpointing": ours(replace(size, checkpointing=True), device, folder),
     }
 
 
-def take_turns(contestants: dict[str, Turn], rounds: int, steps: int, device: Any) -> dict[str, list[float]]:
-    """Seconds per step of each contestant in each round; the order is turned round from round to round."""
+def time_steps(contestants: dict[str, TakeStep], rounds: int, steps: int, device: Any) -> dict[str, list[float]]:
+    """Measure the seconds per step of each contestant in each round; the order is reversed from round to round."""
     import torch
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -175,11 +176,11 @@ def take_turns(contestants: dict[str, Turn], rounds: int, steps: int, device: An
 
 
 def relative(some: list[float], others: list[float]) -> float:
-    """How much longer `some` took than `others`, the median over rounds."""
+    """Return how much longer `some` took than `others`, the median of the ratio over rounds minus 1."""
     return statistics.median(a / b for a, b in zip(some, others, strict=True)) - 1
 
 
-def sketch(size: Size, device: Any, bf16: bool) -> Turn:
+def sketch(size: Size, device: Any, bf16: bool) -> TakeStep:
     import torch
     import torch.nn.functional as F
 
@@ -199,8 +200,8 @@ def sketch(size: Size, device: Any, bf16: bool) -> Turn:
     return lambda: train_batches(model, optimizer, [inputs], device, bf16)
 
 
-def bare_loop(size: Size, device: Any, folder: Path) -> Turn:
-    """What one would write without an engine: the undivided losses, no gathering, no logging, no checks."""
+def bare_loop(size: Size, device: Any, folder: Path) -> TakeStep:
+    """Build the step of a loop without an engine: the undivided losses, no gathering, no logging, no checks."""
     import torch
 
     from triderm_dist.engine.evaluate import forward
@@ -230,8 +231,8 @@ def bare_loop(size: Size, device: Any, folder: Path) -> Turn:
     return step
 
 
-def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
-    """The step of one of `ranks` as `engine.trainer.Trainer` takes it, with logging and checks, without the loader."""
+def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
+    """Build the step of `engine.trainer.Trainer` on one of `ranks`, with logging and checks, without the loader."""
     import numpy as np
 
     from triderm_dist.data.loader import Step
@@ -262,7 +263,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
     tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000, loss_names=loss.names).__enter__()
     step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
 
-    def one() -> None:
+    def take_step() -> None:
         nonlocal done
         result = train_step(step, done)
         scheduler.step()
@@ -275,7 +276,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> Turn:
             with contextlib.redirect_stdout(io.StringIO()):
                 tracker.log("train", 0.0, done, values)
 
-    return one
+    return take_step
 
 
 def our_network(size: Size, folder: Path) -> Any:
@@ -311,7 +312,7 @@ def synthetic_batch(size: Size, device: Any) -> Any:
 def in_fresh_process(
     function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """The function's result in a fresh process."""
+    """Call a function in a new process."""
     before = dict(os.environ)
     os.environ.update(environment or {})
     try:
@@ -323,29 +324,31 @@ def in_fresh_process(
 
 
 def step_memory(size: Size, device_type: str) -> float:
-    """The most that weights, gradients, optimizer state and activations take in a step, in GiB."""
+    """Measure the peak memory of weights, gradients, optimizer state and activations in a step, in GiB."""
     import torch
 
     device = torch.device(device_type)
     with tempfile.TemporaryDirectory() as name:
-        ours(replace(size, width=64, layers=7, image=32), device, Path(name))()  # imports and pools are not the step's
+        ours(
+            replace(size, width=64, layers=7, image=32), device, Path(name)
+        )()  # so that imports and pools do not count
         gc.collect()
         before = _status("VmRSS")
-        turn = ours(size, device, Path(name))
+        take_step = ours(size, device, Path(name))
         for _ in range(2):
-            turn()
+            take_step()
         if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            turn()
+            take_step()
             return torch.cuda.max_memory_allocated() / GIB
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
-        turn()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
+        take_step()
         return (_status("VmHWM") - before) / GIB
 
 
 def _status(name: str) -> int:
-    """A figure of this process from the kernel, in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -353,7 +356,7 @@ def _status(name: str) -> int:
 
 
 def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> dict[str, float]:
-    """Throughput and data wait of the toolkit's loop on synthetic photos."""
+    """Measure throughput and data wait of the toolkit's loop on synthetic photos."""
     import torch
 
     from triderm_dist.data.loader import LoaderFactory, PhotoSource
@@ -373,15 +376,15 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
 
 
 def largest_batch(size: Size) -> int:
-    """The largest batch, in eights, whose step fits into the GPU."""
+    """Find the largest batch, a multiple of 8, whose step fits into the GPU."""
     import torch
 
     def fits(eights: int) -> bool:
         with tempfile.TemporaryDirectory() as name:
             try:
-                turn = ours(replace(size, batch=8 * eights), torch.device("cuda"), Path(name))
-                turn()
-                turn()
+                take_step = ours(replace(size, batch=8 * eights), torch.device("cuda"), Path(name))
+                take_step()
+                take_step()
                 return True
             except torch.OutOfMemoryError:
                 return False

@@ -44,7 +44,7 @@ class TtaRun(Section):
     image_size: int = Field(224, ge=32, description="input side in pixels")
     lesions: int = Field(64, ge=50, description="synthetic lesions to predict")
     batch: int = Field(16, ge=1, description="lesions per forward")
-    rounds: int = Field(5, ge=1, description="rounds, each method once in each")
+    rounds: int = Field(5, ge=1, description="rounds, each method once per round")
 
 
 def main(config: TtaRun) -> None:
@@ -83,12 +83,12 @@ def main(config: TtaRun) -> None:
     )
     for method, seconds in medians.items():
         print(f"{method:<6} {seconds:7.2f} s  {len(rows) / seconds:7.2f} lesions/s")
-    print("the same numbers: largest difference of logits and features below 1e-4")
+    print("equal outputs: largest difference of logits and features below 1e-4")
     print(json.dumps({"vs_guide": round(statistics.median(ratios), 3)}))
 
 
 def packed_demo(folder: Path, config: TtaRun) -> ShardIndex:
-    """The held-out part of the demo's synthetic lesions."""
+    """Pack the held-out part of the demo's synthetic lesions."""
     sizes = ["lesions=100", f"test_lesions={config.lesions}"]
     command = [sys.executable, "-m", "triderm_dist.commands.synthetic", f"output={folder / 'demo'}", *sizes]
     subprocess.run(command, check=True)
@@ -99,27 +99,27 @@ def packed_demo(folder: Path, config: TtaRun) -> ShardIndex:
 def guide(
     network: Network, source: PhotoSource, batches: list[tuple[Batch, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, C) logits and (N, D) features, two forwards for each transform and batch."""
+    """Return (N, C) logits and (N, D) features, by two forwards for each transform and batch."""
     logits: dict[int, list[torch.Tensor]] = {}
     features: dict[int, list[torch.Tensor]] = {}
     for transform in range(TRANSFORMS):
         for batch, rows in batches:
-            turned = source.transformed(batch, rows, transform)
-            described = forward(network, turned).features
-            judged = forward(network, turned).logits
+            transformed = source.transformed(batch, rows, transform)
+            batch_features = forward(network, transformed).features
+            batch_logits = forward(network, transformed).logits
             for i, row in enumerate(rows):
                 if batch.valid[i]:
-                    features.setdefault(int(row), []).append(described[i])
-                    logits.setdefault(int(row), []).append(judged[i])
+                    features.setdefault(int(row), []).append(batch_features[i])
+                    logits.setdefault(int(row), []).append(batch_logits[i])
     return tuple(  # type: ignore[return-value]
         np.stack([torch.stack(parts[row]).mean(0).cpu().numpy() for row in sorted(parts)])
         for parts in (logits, features)
     )
 
 
-def check(seen: Evaluation, logits: np.ndarray, features: np.ndarray) -> None:
-    np.testing.assert_allclose(seen.logits, logits, atol=1e-4)
-    np.testing.assert_allclose(seen.features, features, atol=1e-4)
+def check(ours: Evaluation, logits: np.ndarray, features: np.ndarray) -> None:
+    np.testing.assert_allclose(ours.logits, logits, atol=1e-4)
+    np.testing.assert_allclose(ours.features, features, atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,10 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
             )
         row_of = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
         if len(row_of) != len(part) or set(row_of) != set(ids):
-            raise DataError(f"test predictions of {key[0]} ({key[1][:12]}) hold other lesions than the first file")
+            raise DataError(
+                f"test predictions of {key[0]} ({key[1][:12]}) hold other lesions than the first file; "
+                "run triderm predict again"
+            )
         by_model.setdefault(key[0], []).append((part, np.array([row_of[lesion] for lesion in ids], np.int64)))
 
     def mean(name: str, model: str) -> np.ndarray:

@@ -33,7 +33,7 @@ def fit_alignments(parts: Sequence[Predictions]) -> dict[str, Alignment]:
     """Fit an alignment for each fold model, by the hash of its weights.
 
     parts: the predictions of one fold model each, all for the same lesions; the first part of a model is the
-    reference of its others. Raises DataError where parts hold different lesions.
+    reference of its other parts. Raises DataError where parts hold different lesions.
     """
     from scipy.linalg import orthogonal_procrustes
 
@@ -48,7 +48,8 @@ def fit_alignments(parts: Sequence[Predictions]) -> dict[str, Alignment]:
         reference_ids, reference = references.setdefault(model, (lesion_ids, centered))
         if reference_ids != lesion_ids or reference.shape != centered.shape:
             raise DataError(
-                f"test predictions of {model} ({weights[:12]}) hold different lesions than those of its first fold"
+                f"test predictions of {model} ({weights[:12]}) hold other lesions than the first fold's; "
+                "run triderm predict again"
             )
         is_reference = centered is reference
         rotation = np.eye(centered.shape[1]) if is_reference else orthogonal_procrustes(centered, reference)[0]

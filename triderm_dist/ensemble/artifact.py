@@ -21,7 +21,7 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Weights of the members, thresholds and rule: all that is between members' probabilities and a decision.
+    """Weights of the members, thresholds and rule: everything between members' probabilities and a decision.
 
     members: M names.  weights: (M,) on the simplex.  thresholds: (C,) in (0, 1].  temperatures: (M,) that divide a
     member's logits before they become probabilities; 1 for the stacker.
@@ -58,8 +58,8 @@ class Ensemble:
         """Return the ensemble with temperatures of the members; 1 for members that are not named."""
         return replace(self, temperatures=np.array([temperatures.get(name, 1.0) for name in self.members]))
 
-    def save(self, path: Path, **more: Any) -> None:
-        """Write as JSON, with the keys of `more` (scores, notes), atomically."""
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write as JSON, with the keys of `extra` (scores, notes), atomically."""
         tree = {
             "format": FORMAT,
             "version": VERSION,
@@ -72,7 +72,7 @@ class Ensemble:
             "shrinkage": self.shrinkage,
             "tau": self.tau,
             "rule": self.rule,
-            **more,
+            **extra,
         }
         write_json(path, tree)
 

@@ -76,6 +76,6 @@ def adjust_logits(logits: np.ndarray, prior: np.ndarray, tau: float) -> np.ndarr
 
 
 def fit_tau(logits: np.ndarray, labels: np.ndarray, prior: np.ndarray, taus: Sequence[float] = TAUS) -> float:
-    """Return the smallest of `taus` with the best argmax macro F1. Neither network nor prior may have seen the rows."""
+    """Return the smallest of `taus` with the best argmax macro F1. Network and prior must not have seen the rows."""
     scores = [metrics.argmax_macro_f1(adjust_logits(logits, prior, tau), labels) for tau in taus]
     return float(taus[int(np.argmax(scores))])

@@ -1,4 +1,4 @@
-"""Run a function in a child process, and keep idle OpenMP threads from slowing down others."""
+"""Run a function in a child process, and keep idle OpenMP threads from slowing down busy ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 
 
 def run_in_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call `function` in a child process, whose end releases all the memory that XGBoost took, also on the GPU."""
+    """Call `function` in a child process, so that all memory of XGBoost is released afterwards, also on the GPU."""
     set_passive_openmp()  # read when the child loads OpenMP
-    context = get_context("forkserver")  # a second child of the same program starts at once
+    context = get_context("forkserver")  # further children of the same program start at once
     context.set_forkserver_preload([function.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()

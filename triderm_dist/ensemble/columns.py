@@ -1,4 +1,4 @@
-"""A stacker's columns in memory, or in a parquet file that is read in batches where they do not fit.
+"""A stacker's columns in memory, or in a parquet file that is read in batches if they do not fit.
 
 Shapes: N rows, F columns, n rows of a batch.
 """
@@ -18,7 +18,7 @@ BATCH = 65_536
 
 
 class ColumnFile:
-    """(N, F) float32 columns in a parquet file. Raises DataError for a file that `write` has not written."""
+    """(N, F) float32 columns in a parquet file. Raises DataError for a file that was not written by `write`."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Fit the stacker and the ensemble on RUN/oof.parquet, and estimate them on lesions that they were not fitted on.
+"""Fit the stacker and the ensemble on RUN/oof.parquet, and estimate their scores on held-out lesions.
 
 Files written into the run folder: stack.json and the stacker's model (stack.ubj for XGBoost; with wide columns also
 stack.safetensors, and turns.safetensors for fused features), ensemble.json (members, weights, thresholds,
@@ -55,7 +55,7 @@ from triderm_dist.schema import DataError
 
 @dataclass(frozen=True)
 class Fit:
-    """What `fit_ensemble` found, for a program to print. chosen: the weighting.  notes: one sentence each."""
+    """The result of `fit_ensemble`, for a program to print. chosen: the weighting.  notes: one sentence each."""
 
     rows: list[Row]
     chosen: str
@@ -78,8 +78,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         stack, stacker, stacker_notes = run_in_child(_fit_stacker, run_folder, table, models, config)
         notes += stacker_notes
 
-    every_row = np.ones(len(table), bool)
-    temperatures = _temperatures(table, models, every_row)
+    temperatures = _temperatures(table, models, np.ones(len(table), bool))
     members = {model: member_probabilities(table, model, temperatures[model]) for model in models}
     uncalibrated = {model: member_probabilities(table, model) for model in models}
     if stack:
@@ -92,7 +91,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     notes.append(_explain_choice(nested_scores, ensemble.weighting))
     notes += _biased_scores(models, config)
     if stacker and stacker.absent:
-        notes.append(f"the stacker had no row of {', '.join(stacker.absent)}")
+        notes.append(f"the stacker had no training row of {', '.join(stacker.absent)}")
 
     scores = ScoreTable(table, members, uncalibrated, candidates, nested, config.ensemble.bootstrap, config.seed)
     rows = scores.rows(ensemble)
@@ -139,7 +138,7 @@ def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ..
 
 
 def _networks(table: OofTable, members: tuple[str, ...] | None, path: Path) -> tuple[str, ...]:
-    """The models to combine: those of `ensemble.members`, or all. Raises DataError for unknown and reserved names."""
+    """Return the models to combine: `ensemble.members`, or all. Raises DataError for unknown and reserved names."""
     for name in members or ():
         if name not in table.models:
             raise DataError(f"{path}: has no model {name!r} of ensemble.members; it has {', '.join(table.models)}")
@@ -195,7 +194,7 @@ def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, sta
 def _fit_stacker(
     run_folder: Path, table: OofTable, models: tuple[str, ...], config: Experiment
 ) -> tuple[NestedStack, FittedStacker, list[str]]:
-    """Fit the nested stack, and the stacker of all rows; also notes on settings and on extra columns."""
+    """Fit the nested stack and the stacker of all rows; return them with notes on settings and on extra columns."""
     import_plugins(config.plugins)  # in a child process
     stack, seed = config.stack, config.seed
     notes = [f"stack.{name} has no effect with stack.kind={stack.kind}" for name in ignored_settings(stack)]
@@ -215,7 +214,7 @@ def _fit_stacker(
         kept, nested, scores = choose_columns(nested_stacks, table.labels, table.folds)
         if stack.extra:
             notes.append(_explain_columns(kept, scores))
-        # No row is left to stop early on: the number of rounds comes from the stackers of the folds.
+        # No held-out rows are left for early stopping: the number of rounds comes from the stackers of the folds.
         stackers = list(nested.stackers.values())
         stacker = fit_stacker(variants[kept], stack, seed, openmp_threads(), fold_stackers=stackers)
     if kept != "features":
@@ -232,7 +231,7 @@ def _load_columns(table: OofTable, models: tuple[str, ...], width: int, memory_g
 
 
 def _training_rows(columns: Columns, table: OofTable, names: tuple[str, ...], extra: str = "") -> TrainingRows:
-    """Every row of the table. extra: the name of the columns after `names`."""
+    """Build the training rows of the full table. extra: the name of the columns after `names`."""
     return TrainingRows(
         source=columns,
         indices=np.arange(len(table)),
@@ -246,7 +245,7 @@ def _training_rows(columns: Columns, table: OofTable, names: tuple[str, ...], ex
 
 
 def _explain_columns(kept: str, scores: Mapping[str, float]) -> str:
-    """scores: nested macro F1 by argmax of each choice of extra columns, "" for none."""
+    """Describe the choice of extra columns. scores: nested macro F1 by argmax of each choice, "" for none."""
     others = ", ".join(f"{score:.3f} with {extra}" for extra, score in scores.items() if extra)
     return f"extra columns of the stacker, nested macro F1 by argmax: {scores['']:.3f} without, {others}; " + (
         f"{kept} are kept" if kept else "none is kept"
@@ -254,7 +253,7 @@ def _explain_columns(kept: str, scores: Mapping[str, float]) -> str:
 
 
 def _explain_choice(scores: Mapping[str, float], chosen: str) -> str:
-    """scores: nested macro F1 of each weighting."""
+    """Describe the choice of the weighting. scores: nested macro F1 of each weighting."""
     if len(scores) == 1:
         return "a single member: no weights to fit"
     others = {name: score for name, score in scores.items() if name != FITTED}
@@ -267,7 +266,7 @@ def _explain_choice(scores: Mapping[str, float], chosen: str) -> str:
 
 
 def _biased_scores(models: tuple[str, ...], config: Experiment) -> list[str]:
-    """Notes on models whose epoch was selected on the lesions that they predict."""
+    """Return notes on models whose epoch was selected on the lesions that they predict."""
     return [
         f"{model} kept the epoch that was best on the fold it predicts (train.select=best): its scores are too high"
         for model in models

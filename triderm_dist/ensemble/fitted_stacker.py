@@ -1,4 +1,4 @@
-"""The kinds of stackers, and what a fitted one of any kind is stored with.
+"""The kinds of stackers, and the files of a fitted stacker of any kind.
 
 Shapes: N rows, F columns as given, W of them wide, F' columns after the reduction of the wide ones, C diagnoses.
 """
@@ -86,10 +86,10 @@ class Reduction:
 
 @dataclass(frozen=True)
 class FittedStacker:
-    """A fitted stacker and what is the same for every kind.
+    """A fitted stacker, with everything that does not depend on its kind.
 
     kind: its name in `STACKERS`.  model: the stacker itself.  feature_names: of the F' columns that it sees.
-    absent: diagnoses without a training row.  extra: name of the wide columns, "" without.  reduction: of those.
+    absent: diagnoses without a training row.  extra: name of the wide columns, "" without.  reduction: of these.
     """
 
     kind: str
@@ -102,7 +102,7 @@ class FittedStacker:
 
     @property
     def width(self) -> int:
-        """F, the columns of a row as given."""
+        """F, the number of columns as given."""
         reduced = 0 if self.reduction is None else len(self.reduction.mean) - len(self.reduction.axes)
         return len(self.feature_names) + reduced
 
@@ -130,7 +130,7 @@ class FittedStacker:
     def save(self, path: Path) -> None:
         """Write stack.json to `path`, and next to it the model and the reduction of wide columns, each atomically."""
         remove_stacker(path)  # of an earlier fit
-        own = self.model.save(model_path(path, type(self.model)))
+        description = self.model.save(model_path(path, type(self.model)))
         if self.reduction is not None:
             from safetensors.numpy import save_file
 
@@ -145,7 +145,7 @@ class FittedStacker:
             "absent": self.absent,
             "extra": self.extra,
         }
-        write_json(path, {**own, **shared})
+        write_json(path, {**description, **shared})
 
     @staticmethod
     def load(path: Path) -> FittedStacker:
@@ -158,7 +158,7 @@ class FittedStacker:
             raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
         if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
             raise DataError(f"{path}: not {FORMAT} version {VERSION}; run triderm stack again")
-        kind = description.get("kind", "xgboost")  # runs from before there were other kinds
+        kind = description.get("kind", "xgboost")  # earlier versions had this kind only
         if kind not in STACKERS:
             raise DataError(
                 f"{path}: {kind!r} is not a stacker; known: {', '.join(STACKERS)}; name its file in `plugins`"
@@ -213,7 +213,7 @@ def fit_stacker(
 
 
 def model_path(path: Path, kind: type[Stacker]) -> Path:
-    """Return where the model of a stacker described in `path` (stack.json) lies."""
+    """Return the path of the model of a stacker described in `path` (stack.json)."""
     return path.with_name(path.stem + kind.suffix)
 
 

@@ -1,4 +1,4 @@
-"""Out-of-fold probabilities of a stacker, nested, so that what is fitted on them can be judged on each fold.
+"""Out-of-fold probabilities of a stacker, nested, so that weights and thresholds fitted on them can be judged.
 
 Shapes: N lesions, C diagnoses.
 """
@@ -23,7 +23,7 @@ from triderm_dist.ensemble.stacker import TrainingRows
 class NestedStack:
     """Probabilities of stackers that were fitted without the lesion they predict.
 
-    out_of_fold: (N, C), row i by the stacker fitted on all folds but that of i.
+    out_of_fold: (N, C), row i by the stacker fitted on all folds but the fold of i.
     without: for each fold k (N, C): rows of k as in `out_of_fold`; a row of another fold j by a stacker fitted
     without j and without k. Weights and thresholds fitted on them can be judged on fold k.
     stackers: the stacker of each fold, fitted on the others.
@@ -38,7 +38,7 @@ def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, see
     """Fit the stackers of every fold and of every pair of folds, and predict with them. folds: (N,) of all rows.
 
     A stacker without folds j and k serves both. The base networks of the other folds were trained on the labels of
-    fold k: the usual second-order leak of stacking, which only retraining them would remove.
+    fold k: the usual second-order leak of stacking, which only retraining would remove.
     """
     shape = (len(rows), len(rows.diagnoses))
     out_of_fold, without = np.full(shape, np.nan), {}
@@ -91,8 +91,8 @@ def choose_columns(
 
 
 def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """Return (N,) parts for fits and choices inside `rows` (N,) bool: their folds, or three stratified parts of the
-    only one.
+    """Return (N,) parts for fits and choices inside `rows` (N,) bool: their folds, or three stratified parts if
+    there is only one.
     """
     if len(np.unique(folds[rows])) > 1:
         return folds

@@ -54,7 +54,7 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
 def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int) -> dict[str, Any]:
     """Score a submission by the official macro F1 against {lesion id: label}, and write heldout.json next to it.
 
-    macro_f1 is over the diagnoses in the truth, and `absent` names the others: the official scorer has no score then.
+    macro_f1 is over the diagnoses in the truth. `absent` names the others: the official scorer has no score then.
     Raises DataError where a lesion of the submission has no truth.
     """
     ids, probabilities = read_submission(submission)
@@ -93,17 +93,17 @@ def predict_ensemble(
         if model not in table.models:
             raise DataError(
                 f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; "
-                f"got those of {', '.join(table.models)}"
+                f"got predictions of {', '.join(table.models)}"
             )
     if table.diagnoses != ensemble.diagnoses:
-        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than those of the test set")
+        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set's")
     members = []
     for name, temperature in zip(ensemble.members, ensemble.temperatures, strict=True):
         if name == STACKER:
             stacker = FittedStacker.load(run_folder / STACK_FILE)
             names = column_names(table, models)
             if names != stacker.feature_names[: len(names)]:
-                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than those of the test set")
+                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set's")
             members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
         else:
             members.append(member_probabilities(table, name, temperature))
@@ -119,7 +119,7 @@ def check_weights(run_folder: Path, used: Iterable[tuple[str, np.ndarray]]) -> N
     for model, hashes in used:
         if model in fitted_on and not set(hashes) <= set(fitted_on[model]):
             raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than those of the predictions; "
+                f"{run_folder / ENSEMBLE_FILE}: was fitted on other weights of {model} than the predictions; "
                 "run triderm stack again"
             )
 

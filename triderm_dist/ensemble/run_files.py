@@ -1,4 +1,4 @@
-"""Names: the files that stacking and predicting write into a run folder, and the members and rows of an ensemble."""
+"""Names of the files that stacking and predicting write into a run folder, and of members and rows of an ensemble."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STACKER = "stack"
 MEAN, FITTED = "mean", "fitted"
 """Weightings of the members: the plain mean, and fitted weights. A single member has its own name as weighting."""
 CHOSEN = "chosen"
-"""The weighting that wins on the other folds: what the nested estimate is an estimate of."""
+"""The weighting with the best score on the other folds, which the nested estimate scores."""
 ENSEMBLE = "ensemble"
 """The row of the chosen weighting in the table of scores."""
 RESERVED = (STACKER, MEAN, FITTED, CHOSEN, ENSEMBLE)
@@ -35,7 +35,7 @@ RESERVED = (STACKER, MEAN, FITTED, CHOSEN, ENSEMBLE)
 
 @dataclass(frozen=True)
 class NestedRows:
-    """The nested estimate, lesion by lesion (ensemble_oof.parquet): nothing in a row was fitted on its own fold.
+    """The nested estimate per lesion (ensemble_oof.parquet): nothing in a row was fitted on the lesion's fold.
 
     lesion_ids, labels, folds: (N,).  probabilities: (N, C) of the ensemble, decisions: (N, C) bool, stack: (N, C)
     probabilities of the stacker, NaN without one.

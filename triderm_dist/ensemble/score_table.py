@@ -63,6 +63,7 @@ class Row:
 
     @staticmethod
     def from_json(name: str, scores: Mapping[str, Any]) -> Row:
+        """Read what `json` returned."""
         return Row(
             name=name,
             **{key: scores[key] for key in ("official", "argmax", "argmax_tau", "fitted")},
@@ -84,7 +85,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What the rows are computed from.
+    """The inputs of the score table, and its rows.
 
     members: calibrated (N, C) by name; uncalibrated: the same with temperature 1.  candidates: fitted on all lesions.
     resamples, seed: of the bootstrap behind each interval.
@@ -114,7 +115,7 @@ class ScoreTable:
         labels = self.table.labels
         combined = ensemble.combine(list(self.members.values()))
         fitted = decide(combined, best_thresholds(combined, labels), "any")
-        # Fitted weights have seen these lesions; what was chosen on the other folds has not.
+        # Fitted weights have seen these lesions; the weighting chosen on the other folds has not.
         plain = None if weighting in (FITTED, CHOSEN) else ensemble.combine(list(self.uncalibrated.values()))
         unseen = self.nested.probabilities if weighting == CHOSEN else plain
         return Row(

@@ -20,7 +20,7 @@ from triderm_dist.predictions import NO_FOLD, OofTable, Predictions
 from triderm_dist.schema import DataError
 
 MIN_LOG_PROBABILITY = -20.0
-"""Log-probabilities are clipped here: a stacker can't use smaller ones, and columns stay finite."""
+"""Lower bound of log-probabilities, so that columns stay finite; a stacker cannot use smaller ones."""
 _OUTPUTS = ("logits", "aux_clinical", "aux_dermoscopic")
 
 

@@ -41,7 +41,7 @@ class TrainingRows:
 
     @property
     def width(self) -> int:
-        """F."""
+        """F, the number of columns."""
         return int(self.source.shape[1])
 
     @property
@@ -68,13 +68,13 @@ class TrainingRows:
 class Stacker(Protocol):
     """A fitted stacker of one kind. It sees F columns, with NaN where a value is missing.
 
-    What every kind has in common (column names, wide columns, diagnoses without a row) is in `FittedStacker`.
+    `FittedStacker` holds what does not depend on the kind: column names, wide columns, diagnoses without a row.
     """
 
     title: ClassVar[str]
     """Name in reports, such as XGBoost."""
     suffix: ClassVar[str]
-    """Its file is RUN/stack + suffix; not .json or .safetensors, which are taken."""
+    """Suffix of its file, RUN/stack + suffix; not .json or .safetensors, which are in use."""
     Settings: ClassVar[type[Section]]
     """Its own settings, `stack.settings` in YAML."""
 
@@ -86,12 +86,12 @@ class Stacker(Protocol):
         """Fit on the rows, on at most `cores` threads, with the same result for the same seed.
 
         settings: an instance of `Settings`.  fold_stackers: stackers of each fold, where this one is fitted on all
-        rows. What they found on held-out rows, such as a number of rounds, can be reused.
+        rows. What they learned from held-out rows, such as a number of rounds, can be reused.
         """
 
     @abstractmethod
     def predict(self, columns: np.ndarray) -> np.ndarray:
-        """Return (n, C) probabilities; those of diagnoses without a training row are ignored."""
+        """Return (n, C) probabilities; columns of diagnoses without a training row are ignored."""
 
     def contributions(self, columns: np.ndarray) -> np.ndarray | None:
         """Return (n, C, F): what each column adds to the score of each diagnosis before the softmax (SHAP values).
@@ -102,7 +102,7 @@ class Stacker(Protocol):
 
     @abstractmethod
     def save(self, path: Path) -> Mapping[str, Any]:
-        """Write the model to `path` and return what else `load` needs, as JSON values for stack.json. No pickle."""
+        """Write the model to `path`; return what else `load` needs, as JSON values for stack.json. No pickle."""
 
     @classmethod
     @abstractmethod

@@ -74,8 +74,8 @@ def regularized_thresholds(
 ) -> np.ndarray:
     """Return (C,) thresholds that generalize better than the exact ones; both steps work on logit(threshold).
 
-    First the exact threshold is averaged over bootstrap resamples of the lesions, stratified by diagnosis. Then that of
-    a diagnosis with n positives is shrunk toward a pooled one with the weight of `shrinkage` positives:
+    First each exact threshold is averaged over bootstrap resamples of the lesions, stratified by diagnosis. Then the
+    threshold of a diagnosis with n positives is shrunk toward a pooled one with the weight of `shrinkage` positives:
     (n t + s pooled) / (n + s). The pooled threshold is linear in the log share of the diagnosis, because the best
     threshold of a calibrated score is half the best F1 (Lipton et al. 2014), which falls with the share.
     """
@@ -153,17 +153,18 @@ def choose_thresholding(
 
 
 def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(N, C) bool, one True per row at the largest p / threshold, none where that is 0. `NEVER` is excluded."""
+    """Return (N, C) bool, one True per row at the largest p / threshold, none where that is 0. `NEVER` is excluded."""
     ratio = _ratio(probabilities, thresholds)
     return metrics.argmax_decisions(ratio) & (ratio > 0)
 
 
 def _ratio(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Return (N, C) p / threshold, 0 where the threshold is `NEVER`."""
     return np.where(thresholds < NEVER, probabilities / thresholds, 0.0)
 
 
 def _weighted_thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(R, C) exact thresholds under R weightings (R, N) of the lesions.
+    """Return (R, C) exact thresholds under R weightings (R, N) of the lesions.
 
     With weights of 1 they equal `best_thresholds`, which needs no cumulative sums and is three times as fast.
     """
@@ -189,13 +190,13 @@ def _weighted_thresholds(probabilities: np.ndarray, labels: np.ndarray, weights:
 
 
 def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The middle of two scores, strictly below the upper one even where they are adjacent floats."""
+    """Return the middle of two scores, strictly below the upper one even where they are adjacent floats."""
     middle = (above + below) / 2
     return np.where(middle < above, middle, below)
 
 
 def _averaged_thresholds(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """(C,) logit of the exact thresholds, averaged over bootstrap resamples; NaN for a diagnosis without positives."""
+    """Return the (C,) mean logit of the exact thresholds over bootstrap resamples; NaN without positives."""
     generator = np.random.default_rng(seed)
     weights = np.zeros((_RESAMPLES, len(labels)))
     for label in np.unique(labels):
@@ -207,17 +208,17 @@ def _averaged_thresholds(probabilities: np.ndarray, labels: np.ndarray, seed: in
 
 
 def _shrink(logits: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndarray:
-    """(C,) thresholds from averaged logits (C,), shrunk toward the pooled line; `NEVER` where the logit is NaN."""
+    """Return (C,) thresholds from averaged logits (C,), shrunk toward the pooled line; `NEVER` for a NaN logit."""
     positives = np.bincount(labels, minlength=len(logits))
-    known = np.isfinite(logits)
+    has_positives = np.isfinite(logits)
     thresholds = np.full(len(logits), NEVER)
-    n, own = positives[known], logits[known]
-    if shrinkage > 0 and known.sum() > 1:
+    n, shrunk = positives[has_positives], logits[has_positives]
+    if shrinkage > 0 and has_positives.sum() > 1:
         line = np.stack([np.ones(len(n)), np.log(n / n.sum())], axis=1)
         weight = n[:, None] ** 0.25  # least squares weighted by the root of the positives
-        slope = np.linalg.lstsq(line * weight, own * weight[:, 0], rcond=None)[0]
-        own = (n * own + shrinkage * (line @ slope)) / (n + shrinkage)
-    thresholds[known] = 1 / (1 + np.exp(-own))
+        slope = np.linalg.lstsq(line * weight, shrunk * weight[:, 0], rcond=None)[0]
+        shrunk = (n * shrunk + shrinkage * (line @ slope)) / (n + shrinkage)
+    thresholds[has_positives] = 1 / (1 + np.exp(-shrunk))
     return thresholds
 
 

@@ -28,7 +28,7 @@ def fit_weights(
     """Fit weights for the largest macro F1 that thresholds can reach on these rows, with those exact thresholds.
 
     Greedy selection with replacement (Caruana et al. 2004), then steps along each weight. The score on these rows is
-    too high, since it is fitted on them: judge it on others (`fit_candidates`).
+    biased upward, since weights and thresholds are fitted on them: judge on others (`fit_candidates`).
     """
     weights = _fit_weights(probabilities, labels, rounds)
     names = tuple(members) if members is not None else tuple(f"member-{i}" for i in range(len(probabilities)))
@@ -98,7 +98,7 @@ def choose_weighting(scores: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class NestedEstimate:
-    """Decisions on every lesion by what was fitted on the other folds.
+    """Decisions on every lesion by weights and thresholds fitted on the other folds.
 
     decisions: (N, C) bool by weighting (a member's name, `mean`, `fitted`, and `chosen`).  probabilities: (N, C) of
     the chosen weighting.  decidable: (N, C) the same with the rule encoded, so that the decision is
@@ -178,7 +178,7 @@ class MacroF1Objective:
 
 
 def _fit_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray, rounds: int) -> np.ndarray:
-    """(M,) weights on the simplex: greedy selection with replacement, then refinement."""
+    """Fit (M,) weights on the simplex: greedy selection with replacement, then refinement."""
     objective = MacroF1Objective(probabilities, labels)
     members = len(probabilities)
     counts, total = np.zeros(members), np.zeros_like(objective.tables[0])
@@ -192,7 +192,7 @@ def _fit_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray, rounds
             weights, best, rounds_without_gain = counts / size, scores[pick], 0
         else:
             rounds_without_gain += 1
-            if rounds_without_gain == 4:  # longer runs of additions were never seen to improve again
+            if rounds_without_gain == 4:  # after so many rounds without gain, no improvement was observed
                 break
     for step in (0.1, 0.05, 0.02):
         for index in range(members):

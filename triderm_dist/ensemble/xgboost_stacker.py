@@ -26,12 +26,12 @@ MAX_BIN = 64
 """Histogram bins per column. On a few thousand rows 256 took twice the time and gained nothing."""
 
 EARLY_STOPPING_PARTS = 5
-"""Early stopping watches one of so many parts of the rows."""
+"""Early stopping validates on one of this many parts of the rows."""
 
 CELLS_PER_THREAD = 4_000_000
-"""A fit uses one more thread for each so many cells (rows x columns). On fewer, a second thread saves a tenth of the
-time on an idle machine (benchmarks.stack) and costs several times as much on a busy one; and single-threaded fits are
-bit-identical on any number of cores."""
+"""Cells (rows x columns) per thread of a fit. With fewer, a second thread saves a tenth of the time on an idle machine
+(benchmarks.stack) and costs several times as much on a busy one; and single-threaded fits are bit-identical on any
+number of cores."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class XGBoostStacker(Stacker):
 
     @classmethod
     def parallel_fits(cls, settings: StackConfig) -> int:
-        """One on a GPU; on a CPU one per core, since most fits are small and XGBoost releases the GIL."""
+        """Return 1 on a GPU; on a CPU one per core, since most fits are small and XGBoost releases the GIL."""
         return 1 if device_of(settings) == "cuda" else openmp_threads()
 
     def _booster(self) -> Any:
@@ -187,9 +187,9 @@ def _best_rounds(
     cache: Path,
 ) -> int:
     """Find the number of rounds by early stopping on one part of the rows."""
-    watched = split_parts(rows.labels, rows.groups, EARLY_STOPPING_PARTS, seed) == 0
-    train = _matrix(rows.take(~watched), weights[~watched], parameters["nthread"], cache)
-    validation = _matrix(rows.take(watched), weights[watched], parameters["nthread"], cache, reference=train)
+    held_out = split_parts(rows.labels, rows.groups, EARLY_STOPPING_PARTS, seed) == 0
+    train = _matrix(rows.take(~held_out), weights[~held_out], parameters["nthread"], cache)
+    validation = _matrix(rows.take(held_out), weights[held_out], parameters["nthread"], cache, reference=train)
     booster = import_xgboost().train(
         parameters,
         train,
@@ -212,7 +212,7 @@ def _matrix(rows: TrainingRows, weights: np.ndarray, threads: int, cache: Path, 
     if rows.in_memory:
         return xgboost.QuantileDMatrix(rows.columns(), label=rows.labels, weight=weights, feature_names=names, **shared)
 
-    # The class is freed by the cycle collector only, after the folder is gone: it must not refer to a matrix.
+    # Only the cycle collector frees this class, after the folder is gone: it must not refer to a matrix.
     prefix = str(cache / f"{'train' if reference is None else 'validation'}-{len(rows)}")
 
     class Batches(xgboost.DataIter):  # type: ignore[name-defined]
@@ -234,7 +234,7 @@ def _matrix(rows: TrainingRows, weights: np.ndarray, threads: int, cache: Path, 
 
 
 def _row_weights(labels: np.ndarray, classes: int, power: float) -> np.ndarray:
-    """(n,) share of the row's diagnosis ** -power, scaled to mean 1."""
+    """Return (n,) weights, share of the row's diagnosis ** -power, scaled to mean 1."""
     share = np.maximum(np.bincount(labels, minlength=classes), 1) / len(labels)
     weights = (share**-power)[labels]
     return weights / weights.mean()

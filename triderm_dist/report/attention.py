@@ -14,7 +14,7 @@ from triderm_dist.schema import UNLABELED, VIEWS
 
 
 def draw_attention(maps: AttentionMaps, path: Path) -> None:
-    """Draw both photos with and without their attention, and the gating weights as bars; writes a PNG, atomically."""
+    """Draw both photos with and without their attention, and the gating weights as bars; write a PNG, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,4 +85,5 @@ def _title(maps: AttentionMaps) -> str:
 
 
 def _words(name: str) -> str:
+    """Return a name such as clinical/hair as text."""
     return name.replace("_", " ").replace("/", ": ")

@@ -37,17 +37,17 @@ from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import METADATA_FIELDS, VIEWS, DataError, MetadataField
 
 MIN_SLICE_LESIONS = 100
-"""A slice with fewer lesions is not judged."""
+"""A slice with fewer lesions gets no verdict."""
 
 MIN_SLICE_POSITIVES = 5
-"""A diagnosis counts if it has at least so many lesions inside and outside the slice."""
+"""A diagnosis counts if at least this many lesions inside and outside the slice have it."""
 
 LOWER_RECALL = "lower recall"
 TOO_SMALL = "too few lesions"
 
 HARDEST_LESIONS = 20
 CONTRIBUTION_LESIONS = 1000
-"""Contributions of the stacker's columns are computed for at most so many lesions."""
+"""Largest number of lesions for which contributions of the stacker's columns are computed."""
 
 PUBLISHED_RESULTS: tuple[tuple[str, str, str], ...] = (
     ("leaderboard top, method unknown (164 entries, median 0.471)", "", "0.705"),
@@ -67,8 +67,8 @@ class Slice:
     """Performance on the lesions with one value of a metadata field.
 
     Only diagnoses with at least `MIN_SLICE_POSITIVES` lesions inside and outside are used.  recall_difference: mean
-    recall inside minus outside (recall, because F1 also depends on how common a diagnosis is); None without such
-    diagnoses.
+    recall inside minus outside (recall, because F1 also depends on how common a diagnosis is); None where fewer than
+    two diagnoses are used.
     """
 
     field: str
@@ -79,6 +79,7 @@ class Slice:
 
     @property
     def warning(self) -> str:
+        """`LOWER_RECALL`, `TOO_SMALL`, or ""."""
         if self.recall_difference is None or self.lesions < MIN_SLICE_LESIONS:
             return TOO_SMALL
         return LOWER_RECALL if self.recall_difference.high < 0 else ""
@@ -113,7 +114,7 @@ class DoubtfulLesion:
 
 @dataclass(frozen=True)
 class Contributions:
-    """What the stacker's columns add to its scores: values (N, C, F), the columns (N, F), and their F names."""
+    """Contributions of the stacker's columns to its scores: values (N, C, F), columns (N, F), and their F names."""
 
     values: np.ndarray
     columns: np.ndarray
@@ -121,7 +122,7 @@ class Contributions:
 
 
 class Content:
-    """Everything that the page shows; each part is computed once, when it is first used.
+    """Everything that the page shows; each part is computed once, on first use.
 
     Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing, or they do not belong
     together.
@@ -174,13 +175,13 @@ class Content:
 
     @cached_property
     def settings(self) -> str:
-        """config.yaml, "" if there is none."""
+        """The text of config.yaml, "" if there is none."""
         path = self.folder / "config.yaml"
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @cached_property
     def synthetic(self) -> bool:
-        """Whether the data folder says that its photos are synthetic."""
+        """Whether a notice in the data folder declares the photos synthetic."""
         source = ((yaml.safe_load(self.settings) or {}).get("data") or {}).get("source") if self.settings else None
         if not source:
             return False
@@ -205,7 +206,7 @@ class Content:
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """(C, C + 1) lesions of each diagnosis (row) by what was predicted; last column: nothing.
+        """(C, C + 1) lesions of each diagnosis (row) by predicted diagnosis; last column: nothing predicted.
 
         A lesion with several predictions counts in each of their columns.
         """
@@ -238,8 +239,8 @@ class Content:
         """(what it measures, share by column, largest first) of the stacker's columns."""
         if self.stacker is None:
             return None
-        if own := self.stacker.model.importance():
-            measure, values = own
+        if importance := self.stacker.model.importance():
+            measure, values = importance
         elif self.contributions:
             mean = np.abs(self.contributions.values).mean(axis=(0, 1))
             measure, values = "mean absolute contribution", dict(zip(self.contributions.names, mean, strict=True))
@@ -261,7 +262,7 @@ class Content:
 
     @cached_property
     def slices(self) -> list[Slice]:
-        """One for each value of each metadata field that some lesion has."""
+        """A slice for each value of each metadata field that some lesion has."""
         return [
             self._slice(field, value, mask)
             for field, masks in self._slice_masks().items()
@@ -271,7 +272,7 @@ class Content:
 
     @cached_property
     def missing_views(self) -> list[MissingView]:
-        """What each network loses without the photo of a view, for networks that use both."""
+        """The scores of each network without the photo of a view, for networks that use both views."""
         result = []
         for model in self.networks:
             full = metrics.argmax_decisions(self.table.logits[model])
@@ -295,8 +296,9 @@ class Content:
     def mislabeled(self) -> list[DoubtfulLesion]:
         """Lesions whose label is probably wrong, by confident learning (Northcutt et al. 2021).
 
-        Another diagnosis is at least as probable as it is on average among its own lesions, the label is less probable
-        than on average among its own, and every network finds that other diagnosis most probable. Sorted by the
+        Another diagnosis is at least as probable as on average among the lesions labeled with it, the label is less
+        probable than on average among the lesions labeled with it, and every network finds that other diagnosis most
+        probable. Sorted by the
         difference of the two probabilities, largest first.
         """
         shares, every = self._shares, np.arange(len(self.labels))
@@ -319,7 +321,7 @@ class Content:
         return self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
 
     def _logits_without(self, model: str, view: str) -> np.ndarray:
-        """(N, C) logits of a network with a view hidden, by the weights of the table; NaN where there are none."""
+        """Read (N, C) logits of a network with a view hidden, by the weights of the table; NaN where there are none."""
         logits = np.full_like(self.table.logits[model], np.nan)
         row_of = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
         for path in sorted((self.folder / model).glob(f"fold-*/without_{view}.parquet")):
@@ -343,11 +345,11 @@ class Content:
         )
 
     def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
-        """Of each known metadata field, ordinal ones first and numbers last, the lesions (N,) of each value."""
+        """Return by metadata field, ordinal ones first and numbers last, the lesions (N,) bool of each value."""
         values = dict(zip(self.table.metadata_fields, self.table.metadata.T, strict=True))
-        known = [METADATA_FIELDS[name] for name in values if name in METADATA_FIELDS]
-        known.sort(key=lambda field: ("ordinal", "category", "number").index(field.kind))
-        return {field.name: slice_masks(field, values[field.name]) for field in known}
+        fields = [METADATA_FIELDS[name] for name in values if name in METADATA_FIELDS]
+        fields.sort(key=lambda field: ("ordinal", "category", "number").index(field.kind))
+        return {field.name: slice_masks(field, values[field.name]) for field in fields}
 
     def _slice(self, field: str, value: str, mask: np.ndarray) -> Slice:
         size = len(self.diagnoses)

@@ -218,7 +218,7 @@ def _importance(figure: Any, content: Content) -> str:
 
 
 def _shap(figure: Any, content: Content) -> str:
-    """Draw one dot per lesion: what a column added to the score of a diagnosis, colored by the column's value."""
+    """Draw a dot per lesion: a column's contribution to the score of a diagnosis, colored by the column's value."""
     shap = content.contributions
     assert shap is not None
     mean = np.abs(shap.values).mean(axis=0)
@@ -229,14 +229,14 @@ def _shap(figure: Any, content: Content) -> str:
     image = None
     for row, (diagnosis, column) in enumerate(pairs):
         added, value = shap.values[:, diagnosis, column], shap.columns[:, column]
-        ranks = np.argsort(np.argsort(value, kind="stable"))  # so that outliers do not take the whole color range
+        ranks = np.argsort(np.argsort(value, kind="stable"))  # so that outliers do not take up the color range
         counts, edges = np.histogram(added, 60)
         density = counts[np.clip(np.searchsorted(edges, added, side="right") - 1, 0, 59)] / max(counts.max(), 1)
         height = row + 0.38 * density * generator.uniform(-1, 1, len(added))
-        known = np.isfinite(value)
-        axes.scatter(added[~known], height[~known], s=5, color=FAINT, linewidths=0, rasterized=True)
+        finite = np.isfinite(value)
+        axes.scatter(added[~finite], height[~finite], s=5, color=FAINT, linewidths=0, rasterized=True)
         image = axes.scatter(
-            added[known], height[known], s=5, c=ranks[known] / len(ranks), cmap=SHAP_COLORS, vmin=0, vmax=1,
+            added[finite], height[finite], s=5, c=ranks[finite] / len(ranks), cmap=SHAP_COLORS, vmin=0, vmax=1,
             linewidths=0, rasterized=True,
         )  # fmt: skip
     names = [f"{shap.names[column]} → {content.diagnoses[diagnosis]}" for diagnosis, column in pairs]

@@ -145,7 +145,7 @@ def _metrics(content: Content) -> str:
 
 
 def _pairs(content: Content) -> str:
-    """Differences between members, each pair on the same lesions."""
+    """Return a table of differences between members, each pair on the same lesions."""
     rows = []
     for pair in content.fit["pairs"]:
         difference = Interval(**pair["difference"])
@@ -207,8 +207,8 @@ def _slices(content: Content) -> str:
     for part in content.slices:
         if part.field != field:
             field = part.field
-            about = METADATA_FIELDS[field]
-            rows.append((escape(f"{about.label} ({about.unit})" if about.unit else about.label), [], "group"))
+            info = METADATA_FIELDS[field]
+            rows.append((escape(f"{info.label} ({info.unit})" if info.unit else info.label), [], "group"))
         kind = "flag" if part.warning == LOWER_RECALL else "quiet"
         cells = [
             f"{part.lesions:,}",
@@ -219,7 +219,7 @@ def _slices(content: Content) -> str:
             _range(part.macro_f1) if part.macro_f1 else "",
         ]
         rows.append((escape(part.value.replace("_", " ")), cells, ""))
-    header = ("", "lesions", "", "mean recall minus that of the others", "95% interval", "macro F1", "95% interval")
+    header = ("", "lesions", "", "mean recall minus other lesions", "95% interval", "macro F1", "95% interval")
     worse = [
         f"{METADATA_FIELDS[part.field].label} {part.value}".replace("_", " ")
         for part in content.slices
@@ -238,7 +238,7 @@ def _slices(content: Content) -> str:
         + f'<p class="note">Only diagnoses with at least {MIN_SLICE_POSITIVES} lesions inside and outside a slice '
         "are used, so macro F1 is not comparable between slices; the difference in mean recall is (same diagnoses on "
         f"both sides). Slices with fewer than {MIN_SLICE_LESIONS} lesions are not judged. About one difference in "
-        "twenty lies outside its interval by chance alone.</p>"
+        "twenty lies outside its interval by chance.</p>"
     )
 
 
@@ -290,7 +290,7 @@ def _doubtful(content: Content) -> str:
     mislabeled = (
         f"<p>For {count}, every network finds another diagnosis most probable, as probable as it is on average among "
         "its own lesions, and the label less probable than among its lesions (confident learning). That is a reason "
-        "to look at the photos again, not a verdict: diagnoses that the networks have not learned appear here as well."
+        "to look at the photos again, not a verdict: diagnoses that the networks have not learned appear in it as well."
         f"</p><details><summary>The {len(shown)} most probable</summary>"
         f"{table(shown, 'alternative', 'Probable label errors')}</details>"
         if wrong
