@@ -66,7 +66,7 @@ def main(config: ScalingBenchmark) -> None:
     step_seconds = training_flops(network) * size.batch / (config.peak_tflops * 1e12 * config.mfu)
     print(
         f"{config.tower} towers, {trained / 1e6:.0f} million trained and {frozen / 1e6:.0f} frozen parameters, "
-        f"{config.lesions} lesions per GPU: {step_seconds * 1e3:.1f} ms per step on one GPU at an MFU of {config.mfu:.0%}"
+        f"{config.lesions} lesions per GPU: {step_seconds * 1e3:.1f} ms per step on one GPU at MFU {config.mfu:.0%}"
     )
     print(f"{'efficiency':<16}" + "".join(f"{f'{gpus} GPUs, {link}':>20}" for link in LINKS for gpus in GPUS))
     table: dict[str, dict[str, float]] = {}
@@ -129,7 +129,8 @@ def check(rounds: int) -> dict[str, dict[str, float]]:
         predicted = step_seconds * max(1.0, ranks / cores) + 2 * (ranks - 1) * values["bytes"] / bandwidth
         result[str(ranks)] = {
             "step": round(values["step"], 4), "predicted": round(predicted, 4),
-            "efficiency": round(step_seconds / values["step"], 3), "predicted_efficiency": round(step_seconds / predicted, 3),
+            "efficiency": round(step_seconds / values["step"], 3),
+            "predicted_efficiency": round(step_seconds / predicted, 3),
         }  # fmt: skip
         print(
             f"{ranks:>5}{values['step']:>10.3f}{predicted:>11.3f}{step_seconds / values['step']:>12.0%}"

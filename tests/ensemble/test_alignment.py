@@ -72,7 +72,7 @@ def test_aligned_features_agree_between_folds(tmp_path: Path) -> None:
     assert list(loaded) == sorted(alignments)
     for weights, alignment in alignments.items():
         np.testing.assert_array_equal(loaded[weights].rotation, alignment.rotation)
-    with pytest.raises(DataError, match="hold different lesions"):
+    with pytest.raises(DataError, match="hold other lesions than the first fold"):
         fit_alignments([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
 
 
