@@ -67,23 +67,14 @@ def tabular_columns(table: OofTable) -> np.ndarray:
 def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
     """Return (N, 2 width) mean tokens of both views by the first frozen tower of the settings, in order of `table`."""
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.distributed import parallel
-    from triderm_dist.engine.views import open_views
+    from triderm_dist.engine.embed import embeddings
 
-    frozen = [model for model in config.models.values() if model.tower.frozen]
+    frozen = [name for name, model in config.models.items() if model.tower.frozen]
     if not frozen:
         raise ConfigError("models: none has tower.frozen=true; the baselines need embeddings of an untouched tower")
     index = open_index(config.train_shards, config.data.remote)
-    accelerator = parallel.start_inference("fp32")
-    source: Any = open_views(config, frozen[0], index, accelerator, train=False).loaders.source
     row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
-    result = np.empty((len(table), 2, source.cache.shape[1]), np.float32)
-    for i, lesion in enumerate(table.lesion_ids):
-        for view in range(2):
-            tokens = np.empty((1, *source.cache.shape), np.float16)
-            source.cache.read(np.array([row_of[str(lesion)]]), view, ["plain"], tokens)
-            result[i, view] = tokens[0].astype(np.float32).mean(0)
-    return result.reshape(len(table), -1)
+    return embeddings(config, index, frozen[0])[[row_of[str(lesion)] for lesion in table.lesion_ids]]
 
 
 def boosted() -> Any:

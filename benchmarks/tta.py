@@ -48,7 +48,7 @@ class TtaRun(Section):
 
 
 def main(config: TtaRun) -> None:
-    accelerator = parallel.start("fp32", config.batch, config.batch, 1.0)
+    accelerator = parallel.start_inference("fp32")
     model = ModelConfig.model_validate(
         {
             "width": 128,
