@@ -1,11 +1,13 @@
 """Index WebDataset shards written by other programs in one scan, so that they can be used like packed ones.
 
 triderm index folder=their_shards
+triderm index folder=their_shards task=TASK.yaml
 triderm index folder=their_shards clinical='[closeup.jpg, closeup.jpeg]' dermoscopic='[derm.jpg]'
 
 Supported: plain .tar files; consecutive members with one key per lesion, in any order; one JPEG per view; .json with
 label (or diagnosis), group (or patient_id), concepts, metadata, named as by triderm pack or in the challenge's tables;
-.cls with a diagnosis or its index. What is absent is missing. The tars are not changed.
+.cls with a diagnosis. Labels by other words, or numbers, need a task whose diagnoses list them as words. What is absent
+is missing. The tars are not changed.
 """
 
 from pathlib import Path
@@ -20,6 +22,9 @@ from triderm_dist.settings import PathText
 
 class IndexConfig(Extensible):
     folder: PathText = Field(description="folder of the tars; index.json and samples.parquet are written into it")
+    task: PathText | None = Field(
+        None, description="task.yaml, or the name of a shipped task, whose diagnoses list the words of the labels"
+    )
     clinical: tuple[str, ...] = Field(
         ("clinical.jpg", "clinical.jpeg", "closeup.jpg", "closeup.jpeg"),
         min_length=1,
@@ -44,12 +49,14 @@ def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
     from triderm_dist.data.shards.index_foreign import index_shards
+    from triderm_dist.tasks import load_task
 
     table = Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv")
     try:
         with progress_bar("scanning shards") as progress:
             index = index_shards(
                 config.folder,
+                task=load_task(config.task) if config.task else None,
                 extensions={"clinical": config.clinical, "dermoscopic": config.dermoscopic},
                 missing_view=config.missing_view,
                 invalid=config.invalid,

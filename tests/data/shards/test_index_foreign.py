@@ -19,7 +19,8 @@ from triderm_dist.data.shards import index_foreign
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
 from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, VIEWS, DataError
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, VIEWS, ConfigError, DataError, Task
+from triderm_dist.tasks import load_task
 
 Change = Callable[[dict[str, Any], int], Any]
 
@@ -81,7 +82,7 @@ def flat_record(sample: dict[str, Any], number: int) -> None:
         "skin_tone_class": 3.0,
         "MONET_hair": 0.25,
     }
-    sample["cls"] = str(number % 3).encode()
+    sample["cls"] = DIAGNOSES[number % 3].lower().encode()
 
 
 def test_alternative_extensions_and_column_names(tmp_path: Path) -> None:
@@ -131,8 +132,6 @@ def set_member(number: int, name: str, data: bytes | None) -> Change:
 
 
 BROKEN: dict[str, tuple[Change, str, str]] = {
-    "label": (set_record(4, label="SCC"), "record", "part-001.tar, sample L4: unknown diagnosis 'SCC'"),
-    "label number": (set_record(4, label=11), "record", "unknown diagnosis '11'"),
     "score": (set_record(4, concepts={"hair": 2}), "record", "hair '2' is not a score"),
     "new concept": (set_record(4, concepts={"pus": 0.1}), "record", "lesion L4 has a concept 'pus' that the first"),
     "concept list": (set_record(4, concepts=[1]), "record", "concepts is a list"),
@@ -159,6 +158,54 @@ def test_all_problems_of_foreign_shards_are_listed(tmp_path: Path, name: str) ->
     index = index_shards(tmp_path / "theirs", invalid="drop")
     assert len(index) == 7 and "L4" not in index.lesion_ids.tolist()
     assert verify(index, 2, 0) == []
+
+
+def numbered(sample: dict[str, Any], number: int) -> None:
+    """HAM10000 with the labels of torchvision's folders: numbers in alphabetical order."""
+    sample["json"] = {}
+    sample["cls"] = str(number % 7).encode()
+
+
+def ham(**words: str) -> Task:
+    names = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
+    diagnoses = [{"name": name, "words": [words[name]] if name in words else []} for name in names]
+    raw = {"name": "ham", "diagnoses": diagnoses, "views": [{"name": "dermoscopic"}], "columns": {"image": "image"}}
+    return Task.from_mapping(raw, "task.yaml")
+
+
+@pytest.mark.parametrize("invalid", ["refuse", "drop"])
+def test_numbers_are_no_labels_without_a_task(tmp_path: Path, invalid: Any) -> None:
+    write_foreign(tmp_path / "theirs", lesions=9, change=numbered)
+    with pytest.raises(DataError) as error:
+        index_shards(tmp_path / "theirs", invalid=invalid)
+    assert "labels that name no diagnosis: '0' in 2 lesions, '1' in 2 lesions, '2' in 1" in str(error.value)
+    assert "task=FILE" in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "theirs").glob("[!p]*"))
+
+
+def test_a_task_says_what_labels_mean(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", lesions=7, change=numbered)
+    task = ham(AKIEC="0", BCC="1", BKL="2", DF="3", MEL="4", NV="5", VASC="6")
+    index = index_shards(tmp_path / "theirs", task=task)
+    assert [DIAGNOSES[label] for label in index.labels] == list(task.diagnosis_names)
+    assert verify(index, 2, 0) == []
+
+
+def test_one_unknown_label_is_refused_or_dropped(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=set_record(4, label="SCC"))
+    with pytest.raises(DataError, match="labels that name no diagnosis: 'SCC' in 1 lesions; list them"):
+        index_shards(tmp_path / "theirs")
+    index = index_shards(tmp_path / "theirs", invalid="drop")
+    assert [(problem.lesion_id, problem.kind) for problem in index.problems] == [("L4", "label")]
+    assert len(index) == 7 and verify(index, 2, 0) == []
+
+
+def test_a_task_with_other_diagnoses_is_refused(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs")
+    with pytest.raises(
+        ConfigError, match=r"task 'derm7pt': shards hold the diagnoses AKIEC.*not 'MISC'; name it as one"
+    ):
+        index_shards(tmp_path / "theirs", task=load_task("derm7pt"))
 
 
 def test_missing_view_can_be_marked(tmp_path: Path) -> None:

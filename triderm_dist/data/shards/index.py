@@ -37,6 +37,7 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
+from triderm_dist.data.shards.record import DIAGNOSIS_WORDS
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, DataError, one_line
@@ -72,6 +73,8 @@ class ShardIndex:
     shared_photos: tuple[tuple[str, str], ...]
     """Pairs of labeled lesions of different groups that hold the same photo: their folds may differ."""
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
+    label_words: Mapping[str, int] = field(default_factory=lambda: DIAGNOSIS_WORDS)
+    """The labels of the samples' own records, in lower case, as indices into `diagnoses`."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars lie in `folder`."""
 
@@ -245,6 +248,8 @@ def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
         "photo_sizes": sizes,
         "shared_photos": tuple((str(one), str(other)) for one, other in raw["shared_photos"]),
         "extensions": {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()},
+        "label_words": {word: raw["diagnoses"].index(name) for word, name in raw.get("labels", {}).items()}
+        or DIAGNOSIS_WORDS,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,17 @@ from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
-from triderm_dist.data.shards.record import Record, parse_record
+from triderm_dist.data.shards.record import DIAGNOSIS_WORDS, Record, UnknownLabel, parse_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError, one_line
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, UNLABELED, VIEWS, ConfigError, DataError, Task, one_line
 
 Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""
+
+MAX_LABELS = 30
+"""Unknown labels named in the error."""
 
 TABLE_ROWS = 1 << 12
 """Rows collected as Python objects before they become a table, which takes a tenth of the memory."""
@@ -38,6 +42,7 @@ TABLE_ROWS = 1 << 12
 def index_shards(
     folder: str | os.PathLike[str],
     *,
+    task: Task | None = None,
     extensions: Mapping[str, tuple[str, ...]] = EXTENSIONS,
     missing_view: Literal["refuse", "mark"] = "refuse",
     invalid: Literal["refuse", "drop"] = "refuse",
@@ -51,11 +56,16 @@ def index_shards(
     none has, MILK10k's names with all scores missing. `note` is called with what was tolerated, `progress` with
     (bytes scanned, bytes in all).
 
-    Raises InvalidLesions with all problems; DataError for a folder without plain tars or one written by triderm pack.
+    task: gives the words of the labels; None takes the names of MILK10k's diagnoses. A number is a word like any other,
+    since its meaning is not known.
+
+    Raises InvalidLesions with all problems; DataError for labels that name no diagnosis, with their counts, and for a
+    folder without plain tars or one written by triderm pack.
     """
     folder = Path(folder)
     paths = _tars(folder)
-    check = _SampleCheck(extensions, missing_view)
+    words = label_words(task) if task else DIAGNOSIS_WORDS
+    check = _SampleCheck(extensions, missing_view, words)
     scan = _Scan()
     total, scanned = sum(path.stat().st_size for path in paths), 0
     for path in paths:
@@ -66,6 +76,14 @@ def index_shards(
                 progress(scanned + max(offset for offset, _ in sample.members.values()), total)
         scan.finish_tar()
         scanned += path.stat().st_size
+    if scan.unknown_labels and (invalid == "refuse" or not scan.labeled):
+        found = ", ".join(
+            f"{label!r} in {count} lesions" for label, count in scan.unknown_labels.most_common(MAX_LABELS)
+        )
+        raise DataError(
+            f"{folder}: labels that name no diagnosis: {found}; list them as words of the diagnoses in a task.yaml and "
+            f"give task=FILE (known are {', '.join(words)})"
+        )
     if scan.problems and invalid == "refuse":
         raise InvalidLesions(scan.problems, len(scan.tar_of) + len({problem.lesion_id for problem in scan.problems}))
     if not scan.shards:
@@ -75,8 +93,23 @@ def index_shards(
     names = scan.concepts or CONCEPTS
     tables = (_with_scores(table, len(names)) for table in scan.tables)
     about = {"extensions": {view: list(names) for view, names in extensions.items()}}
+    if task:
+        about["labels"] = {word: DIAGNOSES[at] for word, at in words.items()}
     write_index(folder, tables, scan.shards, names, scan.problems, about)
     return read_index(folder)
+
+
+def label_words(task: Task) -> dict[str, int]:
+    """The index into `DIAGNOSES` of each word of a task, in lower case.
+
+    Raises ConfigError for a diagnosis that shards cannot hold.
+    """
+    for name in task.diagnosis_names:
+        if name not in DIAGNOSES:
+            raise ConfigError(
+                f"task {task.name!r}: shards hold the diagnoses {', '.join(DIAGNOSES)}, not {name!r}; name it as one"
+            )
+    return {word.lower(): DIAGNOSES.index(each.name) for each in task.diagnoses for word in (each.name, *each.words)}
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,7 @@ class _Checked:
     photos: list[int]
     rotated: int
     problems: list[Problem]
+    unknown_label: str = ""
 
 
 @dataclass
@@ -110,6 +144,9 @@ class _Scan:
     """The tar of each valid lesion."""
     concepts: tuple[str, ...] = ()
     rotated: int = 0
+    labeled: int = 0
+    unknown_labels: Counter[str] = field(default_factory=Counter)
+    """How many lesions have each label that names no diagnosis."""
     _path: Path = Path()
     _before: int = 0
     _rows: list[dict[str, Any]] = field(default_factory=list)
@@ -121,6 +158,8 @@ class _Scan:
         """Add a sample of the current tar, or the problems that exclude it."""
         self.problems += checked.problems
         record = checked.record
+        if checked.unknown_label:
+            self.unknown_labels[checked.unknown_label] += 1
         if record is None:
             return
         if record.lesion_id in self.tar_of:
@@ -134,6 +173,7 @@ class _Scan:
             return
         self.tar_of[record.lesion_id] = self._path
         self.rotated += checked.rotated
+        self.labeled += record.label != UNLABELED
         self._rows.append(_row(record, checked, len(self.shards)))
         if len(self._rows) == TABLE_ROWS:
             self._flush()
@@ -210,6 +250,7 @@ class _SampleCheck:
 
     extensions: Mapping[str, tuple[str, ...]]
     missing_view: str
+    words: Mapping[str, int]
 
     def __call__(self, sample: _Sample) -> _Checked:
         with sample.path.open("rb") as file:
@@ -220,10 +261,13 @@ class _SampleCheck:
 
             try:
                 texts = [read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")]
-                record = parse_record(sample.key, *texts)
+                record = parse_record(sample.key, *texts, self.words)
             except ValueError as error:
                 where, name = f"{sample.path}, sample {sample.key}", sample.key.rpartition("/")[2]
-                return _Checked(None, {}, [], 0, [Problem(name, "record", where, str(error))])
+                label = error.label if isinstance(error, UnknownLabel) else ""
+                return _Checked(
+                    None, {}, [], 0, [Problem(name, "label" if label else "record", where, str(error))], label
+                )
             return self._with_photos(sample, record, read)
 
     def _with_photos(self, sample: _Sample, record: Record, read: Callable[[Member], bytes]) -> _Checked:

@@ -17,6 +17,18 @@ LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
 
 
+DIAGNOSIS_WORDS: dict[str, int] = {name.lower(): at for at, name in enumerate(DIAGNOSES)}
+"""The index of each diagnosis by its name in lower case."""
+
+
+class UnknownLabel(ValueError):
+    """A label that names no diagnosis; `label` is its text."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(f"unknown diagnosis {label!r}")
+        self.label = label
+
+
 @dataclass(frozen=True)
 class Record:
     """The content of a sample's JSON: fields as in `Lesion`, but concepts by name."""
@@ -44,15 +56,19 @@ def to_record(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def parse_record(key: str, record: bytes | None, label: bytes | None) -> Record:
+def parse_record(
+    key: str, record: bytes | None, label: bytes | None, words: Mapping[str, int] = DIAGNOSIS_WORDS
+) -> Record:
     """Parse a sample's `.json` and `.cls` members (None where absent), written by triderm pack or another program.
 
-    lesion_id: default the sample's key, without folders.  label or diagnosis: a name of `DIAGNOSES` in any case, or
-    its index; default the content of `.cls`.  group or patient_id: default the lesion itself.  concepts: a mapping of
+    lesion_id: default the sample's key, without folders.  label or diagnosis: one of `words` in any case; default
+    the content of `.cls`.  group or patient_id: default the lesion itself.  concepts: a mapping of
     names to scores; default the record's own keys MONET_*.  metadata: a mapping, or keys of the record itself, named as
     in `METADATA_FIELDS` or as their columns. What is absent or null is missing.
 
-    Raises ValueError for a value that cannot be read.
+    words: the index of a diagnosis by its spelling in lower case. A number is a word like any other.
+
+    Raises UnknownLabel for another label, ValueError for another value that cannot be read.
     """
     cells = json.loads(record) if record is not None else {}
     if not isinstance(cells, dict):
@@ -70,7 +86,7 @@ def parse_record(key: str, record: bytes | None, label: bytes | None) -> Record:
     return Record(
         lesion_id=lesion_id,
         group=next((text for name in GROUP_KEYS if (text := _text(cells.get(name)))), lesion_id),
-        label=_label(diagnosis) if diagnosis else UNLABELED,
+        label=_label(diagnosis, words) if diagnosis else UNLABELED,
         concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
         metadata=tuple(
             parse_field(field, _text(metadata.get(name, metadata.get(field.column))))
@@ -92,9 +108,7 @@ def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _label(text: str) -> int:
-    if text.upper() in DIAGNOSES:
-        return DIAGNOSES.index(text.upper())
-    if text.isdecimal() and int(text) < len(DIAGNOSES):
-        return int(text)
-    raise ValueError(f"unknown diagnosis {text!r}; known are {', '.join(DIAGNOSES)}, or their numbers from 0")
+def _label(text: str, words: Mapping[str, int]) -> int:
+    if text.lower() not in words:
+        raise UnknownLabel(text)
+    return words[text.lower()]

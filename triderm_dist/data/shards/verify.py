@@ -102,7 +102,7 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
         where = str(index.path(number))
         try:
             for sample in _webdataset(where):
-                name = _lesion_id(sample)
+                name = _lesion_id(index, sample)
                 if row < end and name == index.lesion_ids[row]:
                     yield row, sample
                     row += 1
@@ -126,9 +126,9 @@ def _webdataset(path: str) -> Iterator[dict[str, Any]]:
     yield from webdataset.WebDataset([path], shardshuffle=False, nodesplitter=None, workersplitter=None)
 
 
-def _lesion_id(sample: dict[str, Any]) -> str:
+def _lesion_id(index: ShardIndex, sample: dict[str, Any]) -> str:
     try:
-        return parse_record(sample["__key__"], sample.get("json"), sample.get("cls")).lesion_id
+        return parse_record(sample["__key__"], sample.get("json"), sample.get("cls"), index.label_words).lesion_id
     except ValueError:
         return str(sample["__key__"])
 
@@ -149,7 +149,7 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[t
             except PhotoError as error:
                 raise PhotoError(f"the {view} photo does not decode ({error})") from None
         photos.append(size_and_hash(data))
-    record = parse_record(sample["__key__"], sample.get("json"), sample.get("cls"))
+    record = parse_record(sample["__key__"], sample.get("json"), sample.get("cls"), index.label_words)
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
         "label": record.label == index.labels[row],
