@@ -1,4 +1,4 @@
-"""Small challenge folders, written afresh for each test."""
+"""Fixtures for all tests: small challenge folders, newly written for each test."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from PIL import Image
 
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MONET_COLUMNS
 
-# The same examples every time, and no clock: other tests share the cores.
+# Deterministic examples, and no deadline: other tests share the cores.
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
 LONGEST = ("distributed/test_strategies.py", "search/test_study.py", "test_extending.py", "distributed", "doctor")
-"""Files and folders that take longest. They run first, so that the workers of pytest-xdist end at the same time."""
+"""The slowest files and folders. They run first, so that the workers of pytest-xdist finish at the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
+    def priority(item: pytest.Item) -> int:
         path = item.path.relative_to(Path(__file__).parent)
-        among = {path.as_posix(), path.parts[0]}
-        return next((number for number, name in enumerate(LONGEST) if name in among), len(LONGEST))
+        names = {path.as_posix(), path.parts[0]}
+        return next((number for number, name in enumerate(LONGEST) if name in names), len(LONGEST))
 
-    items.sort(key=place)
+    items.sort(key=priority)
 
 
 IMAGE_TYPES = {"clinical": "clinical: close-up", "dermoscopic": "dermoscopic"}
@@ -37,7 +37,7 @@ IMAGE_TYPES = {"clinical": "clinical: close-up", "dermoscopic": "dermoscopic"}
 
 @dataclass
 class Challenge:
-    """A challenge folder as rows of its tables; change the rows, then `write()` again."""
+    """Tables of a challenge folder as lists of rows; edit the rows, then call `write()` again."""
 
     folder: Path
     prefix: str
@@ -72,7 +72,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], newline: str = "\n", enc
 
 
 def draw_photo(seed: int, size: tuple[int, int] = (48, 36)) -> Image.Image:
-    """A smooth picture, different for each seed."""
+    """Return a smooth random image, different for each seed."""
     corners = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
 
@@ -84,7 +84,7 @@ def write_challenge(
     labeled: bool = True,
     size: tuple[int, int] = (48, 36),
 ) -> Challenge:
-    """Lesion i has diagnosis i % 11, two photos, 14 scores; some have no age or site."""
+    """Write a challenge: lesion i has diagnosis i % 11, two photos and 14 scores; some have no age or site."""
     challenge, sites = Challenge(folder, prefix), METADATA_FIELDS["site"].categories
     scores = np.random.default_rng(0).random((lesions, 2, len(MONET_COLUMNS))).round(6)
     for i in range(lesions):
@@ -115,5 +115,5 @@ def write_challenge(
 
 @pytest.fixture
 def make_challenge(tmp_path: Path) -> Callable[..., Challenge]:
-    """make_challenge(name="challenge", ...): `write_challenge` into a folder of this test."""
-    return lambda name="challenge", **how: write_challenge(tmp_path / name, **how)
+    """Return `make_challenge(name="challenge", **options)`, which writes a challenge into tmp_path / name."""
+    return lambda name="challenge", **options: write_challenge(tmp_path / name, **options)

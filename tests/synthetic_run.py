@@ -1,4 +1,4 @@
-"""A synthetic run: two models over three folds, written as the trainer writes them."""
+"""Files of a synthetic run: predictions of two models over three folds, in the format of the trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RARE = 9
 
 
 def labels_of(lesions: int, seed: int = 0) -> np.ndarray:
-    """At least `RARE` of each diagnosis, the rest uneven as in the real data."""
+    """Return labels with at least `RARE` of each diagnosis, and an imbalance like that of the real data."""
     generator = np.random.default_rng(seed)
     share = np.array([6, 45, 2, 11, 2, 2, 1, 9, 15, 6, 1], float)
     drawn = generator.choice(len(DIAGNOSES), lesions - RARE * len(DIAGNOSES), p=share / share.sum())
@@ -33,7 +33,7 @@ def folds_of(labels: np.ndarray, folds: int = FOLDS) -> np.ndarray:
 def predictions_of(
     model: str, labels: np.ndarray, fold: int, lesion_ids: list[str], seed: int, informed: bool = True
 ) -> Predictions:
-    """Predictions of a model of some skill; of none with `informed` False."""
+    """Return predictions of a model that is better than chance, or at chance if not `informed`."""
     head, skill = MODELS.get(model, ("softmax", 2.0))
     generator = np.random.default_rng(seed)
     rows, classes = len(labels), len(DIAGNOSES)
@@ -75,7 +75,7 @@ def predictions_of(
 def write_run(
     folder: Path, lesions: int = 360, informed: bool = True, models: tuple[str, ...] = tuple(MODELS)
 ) -> np.ndarray:
-    """Write every fold's predictions.parquet and test.parquet and the gathered oof.parquet; returns the labels."""
+    """Write predictions.parquet and test.parquet of every fold and the gathered oof.parquet; return the labels."""
     labels = labels_of(lesions)
     folds = folds_of(labels)
     ids = [f"lesion-{row:04d}" for row in range(lesions)]

@@ -1,4 +1,4 @@
-"""Augmentation: random numbers that belong to a lesion, exact geometry and color, and augmentations of plugins."""
+"""Augmentation: random numbers per lesion, exact geometry and color, and augmentations of plugins."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_identity_settings_only_translate():
     rows = x[0, :, :, 0].float() / 255
     for crop in crops:
         best = min((crop[0, :, 0] - rows[:, left]).abs().max().item() for left in range(9))
-        assert best < 1.0  # some column of the photo, up to interpolation between neighbors
+        assert best < 1.0  # equals some column of the photo, up to interpolation
     assert crops.std(0).max() > 0
 
 
@@ -122,7 +122,7 @@ def test_registered_augmentation_is_independent_of_the_split(monkeypatch):
     changed = (striped != plain).any(1).any(1)  # (B, columns)
     assert (changed.sum(1) == 1).all()
     assert (striped.transpose(1, 3)[changed] == 0.25).all()
-    assert len(changed.int().argmax(1).unique()) > 2  # each lesion has its own column
+    assert len(changed.int().argmax(1).unique()) > 2  # a different column for each lesion
     assert (transform(x, "dermoscopic", rng) != striped).any()
     parts = [transform(x[i : i + 2], "clinical", LesionRng(0, 1, KEYS[i : i + 2], COPIES[i : i + 2])) for i in (0, 2)]
     torch.testing.assert_close(torch.cat(parts), striped[:4])
@@ -170,9 +170,9 @@ def test_drop_inputs(rate):
     seen, concepts = drop_inputs(
         LesionRng(0, 0, keys, np.zeros(4000, np.int64)), config, present, np.full((4000, 3), 0.5, np.float32)
     )
-    assert seen.any(1).all()  # never both
+    assert seen.any(1).all()  # at most one view is hidden
     assert not (seen & ~present).any()
     assert np.isnan(concepts).mean() == pytest.approx(rate, abs=0.03)
-    both_kept = (1 - rate) ** 2 + rate**2  # where both would be hidden both stay
+    both_kept = (1 - rate) ** 2 + rate**2  # if both were drawn, none is hidden
     assert seen[10:].all(1).mean() == pytest.approx(both_kept, abs=0.03)
     assert concepts.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Downloads from a faulty local server, and archives with members that would leave their folder."""
+"""Downloads from a faulty local server, and malicious archives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = {"attempts": 3, "timeout": HANG_SECONDS, "pause": 0.01}
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; each request gets the next of `faults`, as long as there are any."""
+    """Serves `files`; each request consumes one of `faults`, if any is left."""
 
     daemon_threads = True
 
@@ -60,9 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(int(fault) if fault else 404)
             return
         tag = f'"{hashlib.md5(data).hexdigest()}"'
-        start, wanted = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if wanted and fault != "no ranges" and self.headers.get("If-Range", tag) == tag:
-            start = int(wanted[1])
+        start, requested = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if requested and fault != "no ranges" and self.headers.get("If-Range", tag) == tag:
+            start = int(requested[1])
             if start >= len(data):
                 self.send_error(416)
                 return
@@ -105,7 +105,7 @@ def server() -> Iterator[Server]:
 def test_transient_faults_are_retried(server: Server, tmp_path: Path, fault: str) -> None:
     server.faults = ["truncated", fault, "truncated", fault]
     path = tmp_path / "sub" / "file"
-    # On a busy machine a late answer may count as a stall.
+    # On a busy machine a slow response may count as a stall.
     limits = {"attempts": 20, "timeout": 0.4} if fault == "stall" else {}
     assert fetch(f"{server.url}/file", path, **{**QUICK, **limits}) == hashlib.sha256(DATA).hexdigest()
     assert path.read_bytes() == DATA and [each.name for each in path.parent.iterdir()] == ["file"]
@@ -128,7 +128,7 @@ def test_resumed_download_requests_only_the_missing_bytes(server: Server, tmp_pa
     ],
 )
 def test_changed_file_is_downloaded_from_the_start(server: Server, tmp_path: Path, other: bytes, tags: bool) -> None:
-    """Recognized by its entity tag or its length."""
+    """The change is recognized by the entity tag or the length."""
     server.tags = tags
     server.faults = ["truncated", "503", "503", "503"]
     with pytest.raises(Interrupted):
@@ -145,7 +145,7 @@ def test_download_checksums_are_verified(server: Server, tmp_path: Path) -> None
         fetch(f"{server.url}/file", tmp_path / "file", sha256=good, **QUICK)
     assert not list(tmp_path.iterdir())
     fetch(f"{server.url}/file", tmp_path / "file", sha256=good, **QUICK)
-    # The entity tag of S3 is the MD5 of the content; that of another server may only look like one.
+    # The ETag of S3 is the MD5 of the content; an ETag of another server may only look like one.
     server.faults = ["wrong byte", "wrong byte"]
     fetch(f"{server.url}/file", tmp_path / "other", **QUICK)
     server.headers = {"x-amz-request-id": "1"}
@@ -199,7 +199,7 @@ def link(info: zipfile.ZipInfo) -> None:
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
 
 
-HOSTILE: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str]] = {
+MALICIOUS: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str]] = {
     "parent": ({"../out.txt": b"x"}, lambda info: None, "would leave the folder"),
     "deep parent": ({"a/b/../../../out.txt": b"x"}, lambda info: None, "would leave the folder"),
     "absolute": ({"/tmp/out.txt": b"x"}, lambda info: None, "would leave the folder"),
@@ -213,9 +213,9 @@ HOSTILE: dict[str, tuple[dict[str, bytes], Callable[[zipfile.ZipInfo], Any], str
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", MALICIOUS)
 def test_malicious_archives_are_refused(tmp_path: Path, name: str) -> None:
-    members, change, message = HOSTILE[name]
+    members, change, message = MALICIOUS[name]
     (tmp_path / "in").mkdir()
     archive = make_zip(tmp_path / "in" / "a.zip", {"good.jpg": b"good", **members}, change)
     with pytest.raises(DataError, match=message) as caught:
@@ -259,7 +259,7 @@ def run(*settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_download_unpack_and_pack_end_to_end(server: Server, make_challenge: Any, tmp_path: Path) -> None:
-    """All files of a part are downloaded despite faults; the next run requests nothing; the folder can be packed."""
+    """All files are downloaded despite faults; a second run requests nothing; the folder can be packed."""
     from triderm_dist.data.readers.milk10k import read_challenge
 
     challenge = make_challenge(lesions=11)

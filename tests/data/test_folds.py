@@ -1,4 +1,4 @@
-"""Folds are exact for single rows, grouped, independent of row order, and leave no label without a training row."""
+"""Folds are stratified, keep groups together, are independent of row order, and leave training rows of each label."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triderm_dist.schema import DataError
 
 
 def table(labels: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
-    """(F, C) lesions of each label in each fold."""
+    """Return (F, C): the number of lesions of each label in each fold."""
     return np.array([np.bincount(labels[fold == f], minlength=labels.max() + 1) for f in range(folds)])
 
 
@@ -62,7 +62,7 @@ def test_grouped_folds_have_similar_sizes() -> None:
 
 
 def test_rare_labels_have_more_weight() -> None:
-    """Three patients fill three folds with common lesions; five with a rare one still go to different folds."""
+    """Three patients fill three folds with common lesions; five patients with a rare one still get different folds."""
     content = [[0] * 20] * 3 + [[0, 1]] * 5 + [[0]] * 100
     labels = np.concatenate(content)
     groups = [f"P{i}" for i, rows in enumerate(content) for _ in rows]
@@ -72,7 +72,7 @@ def test_rare_labels_have_more_weight() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_patient_is_moved_where_greedy_placement_fails(seed: int) -> None:
-    """The cheapest fold for one patient after the other would leave a label in one fold."""
+    """Choosing the cheapest fold for each patient in turn would leave a label in one fold."""
     content = {"a": [0, 2, 2], "b": [2, 2, 1, 1], "c": [1, 0], "d": [1], "e": [2]}
     labels = np.concatenate(list(content.values()))
     groups = [name for name, rows in content.items() for _ in rows]
@@ -80,7 +80,7 @@ def test_patient_is_moved_where_greedy_placement_fails(seed: int) -> None:
 
 
 def test_rare_label_of_large_groups_is_split() -> None:
-    """Two patients hold the rare label and many common lesions; they get different folds."""
+    """Two patients with the rare label and many common lesions get different folds."""
     labels = np.array([1] + [0] * 50 + [1] + [0] * 50 + [0] * 10)
     groups = ["a"] * 51 + ["b"] * 51 + [f"s{i}" for i in range(10)]
     fold = assign_folds(labels, groups, 2, 0)

@@ -1,4 +1,4 @@
-"""The loader delivers the right lesion in the right row, for any number of threads, from photos and from tokens."""
+"""The loader yields the right lesion in each row, for any number of threads, from photos and from tokens."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ HALF = ((0.5,) * 3, (0.5,) * 3)
 @pytest.fixture
 def index(make_challenge, tmp_path) -> ShardIndex:
     challenge = make_challenge(lesions=22)
-    challenge.photo(4).unlink()  # the third lesion has its second view only
+    challenge.photo(4).unlink()  # the third lesion has only its second view
     dataset = read_challenge(challenge.write().folder, missing_view="mark")
     return pack_shards(dataset, tmp_path / "shards", short_side=None, shard_samples=5)
 
@@ -65,19 +65,19 @@ def test_batch_rows_contain_the_right_lesions(index, workers):
 
 def test_augmented_batch_is_independent_of_the_split(index):
     source, augment = PhotoSource(index, 24, *HALF), AugmentConfig(clinical_dropout=0.5, concept_dropout=0.5)
-    whole, parts = (
+    large, small = (
         [batch for step in steps_of(index, source, micro_batch=m, augment=augment, seed=5, epoch=2)[1]
          for batch in step.micro_batches]
         for m in (8, 2)
     )  # fmt: skip
     for name in ("clinical", "dermoscopic", "view_present", "concepts"):
-        a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (whole, parts))
+        a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (large, small))
         torch.testing.assert_close(a, b, equal_nan=True)
-    assert torch.cat([batch.concepts for batch in whole]).isnan().any()
+    assert torch.cat([batch.concepts for batch in large]).isnan().any()
 
 
 def test_canvas_is_the_most_frequent_photo_size(make_challenge, tmp_path):
-    """Photos of other sizes, the first one too, are fitted to it."""
+    """Photos of other sizes, including the first one, are fitted to the canvas."""
     challenge = make_challenge(lesions=22)
     dataset = read_challenge(challenge.folder)
     ids = pack_shards(dataset, tmp_path / "as-made", short_side=None).lesion_ids.tolist()
@@ -96,7 +96,7 @@ def test_canvas_is_the_most_frequent_photo_size(make_challenge, tmp_path):
 
 
 def ramp(height: int, width: int) -> np.ndarray:
-    """Red rises downwards, green to the right, from 0 to 250; blue is constant."""
+    """Return an image with red increasing downwards and green to the right, from 0 to 250; blue is constant."""
     down, right = np.mgrid[:height, :width]
     channels = [250 * down / (height - 1), 250 * right / (width - 1), np.full((height, width), 9)]
     return np.stack(channels, 2).round().astype(np.uint8)
@@ -107,22 +107,22 @@ def ramp(height: int, width: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("canvas", [(36, 48), (48, 36), (36, 36), (24, 72)])
 def test_resized_photo_keeps_its_center_crop(size, canvas):
-    """The centered square that evaluation takes is that of the photo itself, up to a rotation."""
+    """The center crop used in evaluation is that of the original photo, up to a rotation by 90 degrees."""
     photo = ramp(*size)
     fitted = fit_to_canvas(photo, *canvas)
     assert fitted.shape == (*canvas, 3) and fitted.dtype == np.uint8
-    stands_across = (size[0] - size[1]) * (canvas[0] - canvas[1]) < 0
-    if stands_across:
+    is_rotated = (size[0] - size[1]) * (canvas[0] - canvas[1]) < 0
+    if is_rotated:
         photo = np.rot90(photo)
     seen, own = (
         PhotoTransform(24, AugmentConfig())(torch.from_numpy(array.copy())[None], "clinical")[0] * 250
         for array in (fitted, photo)
     )
-    assert (rotated_back(seen, own) - own).abs().max() < 8  # about one pixel's step
+    assert (rotated_back(seen, own) - own).abs().max() < 8  # about the difference of one pixel
 
 
 def rotated_back(seen: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Undo a rotation by 90 degrees, which may have been to either side."""
+    """Undo a rotation by 90 degrees in either direction."""
     return min((seen, torch.rot90(seen, 2, (1, 2))), key=lambda pixels: float((pixels - own).abs().mean()))
 
 

@@ -39,12 +39,12 @@ def make_samples(number: int, shards: int = 3) -> Samples:
 
 
 def split(plan: EpochPlan, world: int, global_batch: int, start: int = 0) -> list[list[PlannedBatch]]:
-    """The batches of each rank."""
+    """Return the batches of each rank."""
     return [list(plan.batches(rank, world, global_batch, start)) for rank in range(world)]
 
 
 def global_batches(ranks: list[list[PlannedBatch]]) -> list[list[tuple[int, int]]]:
-    """(row, copy) of each global batch, over all ranks, without the padding."""
+    """Return the (row, copy) pairs of each global batch, over all ranks, without padding."""
     return [
         [
             (int(row), int(copy))
@@ -67,7 +67,7 @@ def global_batches(ranks: list[list[PlannedBatch]]) -> list[list[tuple[int, int]
     data=st.data(),
 )
 def test_union_of_ranks_is_the_plan(number, shards, world, global_batch, sampling, seed, epoch, data):
-    """For any world size, also with fewer shards than ranks, and resumed at any batch with another world size."""
+    """For any world size, also with fewer shards than ranks, and resumed at any batch with a different world size."""
     plan = EpochPlan(make_samples(number, shards), sampling, seed, epoch)
     if sampling.last == "drop" and len(plan) < global_batch:
         with pytest.raises(ConfigError, match="does not fill one global batch"):
@@ -102,7 +102,7 @@ def test_prefetched_rows_equal_those_read_by_the_ranks(number, world, global_bat
 
 
 def loaded(index: ShardIndex, source: PhotoSource, sampling: Sampling, world: int, start: int, workers: int):
-    """Lesions of each global batch as the loaders of all ranks deliver them, without the padding."""
+    """Return the lesions of each global batch as yielded by the loaders of all ranks, without padding."""
     samples = Samples(np.arange(len(index)), index.labels, index.shard)
     plans = [EpochPlan(samples, sampling, 3, 1) for _ in range(world)]
     loaders = [
@@ -173,14 +173,14 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 def test_order_is_the_same_on_every_machine():
-    """Recorded orders: a change would change the course of every resumed run."""
+    """Compared with recorded orders: a change would change the data order of every resumed run."""
     samples = Samples(np.arange(12), np.array([0] * 10 + [1] * 2), np.arange(12) // 4)
     assert EpochPlan(samples, Sampling("shuffle"), 7, 2).order.tolist() == GOLDEN["shuffle"]
     assert EpochPlan(samples, Sampling("balanced", 0.5, window=5), 7, 2).order.tolist() == GOLDEN["balanced"]
 
 
 def test_shuffle_is_uniform():
-    """Every sample is equally often at every position; chi-squared with 9 degrees of freedom, p = 1e-6."""
+    """Samples are uniformly distributed over positions: chi-squared test with 9 degrees of freedom, p = 1e-6."""
     samples = Samples(np.arange(10), np.zeros(10, np.int64), np.zeros(10, np.int64))
     counts = np.zeros((10, 10))
     for epoch in range(2000):
@@ -197,7 +197,7 @@ def test_shuffle_is_uniform():
     window=st.sampled_from([None, 13]),
 )
 def test_balanced_repeats_follow_the_formula_exactly_over_epochs(counts, threshold, power, seed, window):
-    """After any number of epochs every lesion was taken as often as the formula says, up to one."""
+    """After any number of epochs every lesion has been sampled as often as by the formula, up to one."""
     labels = np.repeat(np.arange(len(counts)), counts)
     samples = Samples(np.arange(len(labels)), labels, np.zeros(len(labels), np.int64))
     taken = np.zeros(len(labels))
@@ -252,7 +252,7 @@ def test_window_keeps_reads_near_sequential(shards, per_shard, window, epoch):
 
 
 def test_shards_may_be_in_any_order():
-    """Rows in any order, as in a fold: windows still consist of shards."""
+    """For rows in any order, as in a fold, windows still consist of complete shards."""
     of_row = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 10))
     samples = Samples(np.arange(100), np.zeros(100, np.int64), of_row)
     read = of_row[EpochPlan(samples, Sampling("shuffle", window=20), 5, 0).order]
@@ -261,7 +261,7 @@ def test_shards_may_be_in_any_order():
 
 @pytest.mark.parametrize("kind", ["shuffle", "balanced"])
 def test_plan_of_a_million_rows_uses_little_memory(kind):
-    """The memory limit fails with one Python object per row; a benchmark measures ten million."""
+    """The limit is exceeded with one Python object per row; a benchmark measures ten million rows."""
     import tracemalloc
 
     labels = np.random.default_rng(0).choice(11, 10**6, p=np.arange(1, 12) / 66)

@@ -1,4 +1,4 @@
-"""The synthetic demo data: layout, notice, class balance, missing values, separate truth, reproducibility."""
+"""Synthetic demo data: layout, notice, class balance, missing values, separate ground truth, reproducibility."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_class_balance_missing_values_and_separate_truth(demo: Path) -> None:
 
 
 def test_every_modality_separates_its_diagnoses(demo: Path) -> None:
-    """One simple statistic of each modality separates diagnoses that differ in no other, though not perfectly."""
+    """A simple statistic of each modality separates diagnoses that differ in no other modality, but not perfectly."""
     lesions = read_challenge(demo / "train").lesions
 
     def center(view: str, lesion: object) -> np.ndarray:
@@ -93,7 +93,7 @@ def test_every_modality_separates_its_diagnoses(demo: Path) -> None:
     labels = np.array([DIAGNOSES[lesion.label] for lesion in lesions])
 
     def separation(value: np.ndarray, high: list[str], low: list[str]) -> float:
-        """Share of pairs in the right order (AUC)."""
+        """Return the share of pairs in the right order (AUC)."""
         above, below = value[np.isin(labels, high)], value[np.isin(labels, low)]
         return float(np.nanmean(np.where(np.isnan(above[:, None] - below), np.nan, above[:, None] > below)))
 

@@ -1,4 +1,4 @@
-"""Cores and threads of this process, and work in order on threads."""
+"""Available cores, OpenMP threads, and the ordered thread pool."""
 
 import os
 from pathlib import Path

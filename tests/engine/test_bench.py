@@ -1,4 +1,4 @@
-"""Measuring, recording and comparing training throughput, on synthetic photos."""
+"""Measurement, recording and comparison of training throughput on synthetic photos."""
 
 import json
 
@@ -27,7 +27,7 @@ def record(tmp_path_factory):
 
 def test_record_has_measurements_and_their_conditions(record):
     assert (record["ranks"], record["strategy"], record["precision"], record["frozen"]) == (2, "ddp", "fp32", "1+4")
-    # Time around the steps counts as well; both values are rounded.
+    # Includes the time between steps; both values are rounded.
     assert 0 < record["lesions_per_s"] <= 1.001 * 16 / record["seconds_per_step"]
     assert 0 <= record["data_wait"] < 1 and 0 < record["mfu"] < 1 and 0 < record["memory_gib"] < 10
     assert record["steps"] >= 3 and record["date"] and record["commit"] and record["versions"]["torch"]
@@ -42,7 +42,7 @@ def test_only_equal_models_and_devices_are_compared(record, tmp_path):
         add_record(path, each)
     assert find_comparable(read_records(path), record) == older
     assert "0.50 of the throughput measured on 2020-01-01" in comparison(record, older)
-    add_record(path, record)  # replaces the older one
+    add_record(path, record)  # replaces the older record
     assert sorted(read_records(path), key=str) == sorted([other, record], key=str)
     assert find_comparable([other], record) is None
     path.write_text(json.dumps([{"device": "x"}]))

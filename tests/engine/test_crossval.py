@@ -1,4 +1,4 @@
-"""Retrying a fold after out-of-memory."""
+"""Retry of a fold after an out-of-memory error."""
 
 import gc
 import json
@@ -30,14 +30,14 @@ def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
         if len(inputs[0]) > 2:
             raise torch.OutOfMemoryError(f"no memory for {len(inputs[0])} lesions")
 
-    gc.disable()  # what the run itself does must be enough
+    gc.disable()  # the run must free memory without automatic collection
     hook = torch.nn.modules.module.register_module_forward_pre_hook(out_of_memory)
     try:
         run_folds(load(Experiment, None, words), index, ["cnn"], [0])
     finally:
         hook.remove()
         gc.enable()
-    assert len(networks) == 3  # with micro-batches of 8, 4 and 2
+    assert len(networks) == 3  # for micro-batches of 8, 4 and 2
     fold = tmp_path / "run" / "cnn" / "fold-0"
     assert json.loads((fold / "micro_batch.json").read_text())["micro_batch"] == 2
     assert (fold / "predictions.parquet").exists()

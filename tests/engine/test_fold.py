@@ -1,7 +1,6 @@
-"""Which finished folds, checkpoints and stages count as done: those of other settings or data do not, those of an
-earlier version with equal settings do.
+"""Finished folds, checkpoints and stages are reused if settings and data are equal, also those of earlier versions.
 
-`run_754ad2d` holds records that commit 754ad2d wrote in a run of 100 synthetic lesions.
+`run_754ad2d` has records that commit 754ad2d wrote in a run of 100 synthetic lesions.
 """
 
 import hashlib
@@ -40,7 +39,7 @@ HASHED_SECTIONS = ("data", "models", "stack", "ensemble", "predict")
 
 @pytest.fixture
 def old_run(tmp_path) -> Path:
-    """A copy of the old run with all that `is_done` looks at."""
+    """Copy of the old run with all files that `is_done` reads."""
     shutil.copytree(OLD_RUN, tmp_path / "run")
     (tmp_path / "run" / "tri" / "fold-0" / "predictions.parquet").touch()
     return tmp_path / "run"
@@ -92,7 +91,7 @@ def test_stages_and_tokens_of_the_first_version_are_reused():
 
 
 def first_formula(experiment: Experiment, name: str, fold: int, exclude: tuple[str, ...] = ()) -> str:
-    """What commit 754ad2d hashed, over the keys that it had."""
+    """Return the hash of commit 754ad2d, over the settings that it had."""
 
     def known(tree: dict, path: str) -> dict:
         return {
@@ -157,7 +156,7 @@ def test_changed_default_changes_the_hash(monkeypatch):
 
     path = "models.NAME.train.optim"
     before = stable_dump(OptimConfig(), path)
-    assert stable_dump(OtherDefaults(nesterov=False), path) != before  # one of the first keys
+    assert stable_dump(OtherDefaults(nesterov=False), path) != before  # one of FIRST_KEYS
     monkeypatch.setitem(settings_module.ADDED_KEYS, f"{path}.nesterov", False)
     assert stable_dump(OtherDefaults(min_lr=1e-7), path) != before
     assert stable_dump(OtherDefaults(min_lr=1e-7, nesterov=False), path) == before
@@ -165,8 +164,8 @@ def test_changed_default_changes_the_hash(monkeypatch):
 
 def test_added_settings_are_listed_with_their_neutral_value():
     keys = {row[0] for row in describe(Experiment) if row[0].partition(".")[0] in HASHED_SECTIONS}
-    keys = {re.sub(r"(.\.NAME\..*)\.NAME\..*", r"\1", key) for key in keys}  # a mapping of names is one setting
+    keys = {re.sub(r"(.\.NAME\..*)\.NAME\..*", r"\1", key) for key in keys}  # a mapping by name counts as one setting
     assert keys >= FIRST_KEYS
     missing, unknown = keys - FIRST_KEYS - set(ADDED_KEYS), set(ADDED_KEYS) - keys
-    assert not missing, f"list {sorted(missing)} in config.ADDED_KEYS, so that a later default is told from this one"
+    assert not missing, f"list {sorted(missing)} in config.ADDED_KEYS, so that a later default differs from this one"
     assert not unknown, f"config.ADDED_KEYS lists {sorted(unknown)}, which are not settings"

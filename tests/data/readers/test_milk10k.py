@@ -1,4 +1,4 @@
-"""The MILK10k reader accepts every published layout, and refuses every broken table by file and row."""
+"""The MILK10k reader accepts every published layout, and refuses broken tables with file and row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[..., Challenge]
 
 
 def content(dataset: Dataset) -> str:
-    """Everything except the folders of the photos; as text, since NaN is not equal to itself."""
+    """Return all content except photo folders, as text, since NaN is not equal to itself."""
     return repr(
         [
             (
@@ -49,7 +49,7 @@ def test_official_layout_is_read(make_challenge: Make) -> None:
 
 
 def archive_layout(challenge: Challenge, nested: str) -> None:
-    """The ISIC Archive's zip: flat photos, tables under supplements/, and a metadata.csv without the scores."""
+    """Layout of the ISIC Archive's zip: flat photos, tables under supplements/, metadata.csv without scores."""
     images = challenge.folder / "images"
     images.mkdir()
     for row in range(len(challenge.metadata)):
@@ -90,7 +90,7 @@ def floats_and_capitals(challenge: Challenge) -> None:
 
 
 def excel_tables(challenge: Challenge) -> None:
-    """Semicolons, decimal commas, UTF-16, capitals, blank rows and columns, other words; a lock file and a copy."""
+    """Semicolons, decimal commas, UTF-16, capitals, blank rows and columns, synonyms; a lock file and a copy."""
     scores = [name for name in challenge.metadata[0] if name.startswith("MONET_")]
     for row in challenge.metadata:
         row.update({name: str(row[name]).replace(".", ",") for name in scores}, sex=str(row["sex"])[0].upper())
@@ -127,7 +127,7 @@ def reversed_columns(challenge: Challenge) -> None:
 
 
 def macos_leftovers(challenge: Challenge) -> None:
-    """An unpacked zip: `._` twins of the photos, and a __MACOSX folder."""
+    """Files of zips from macOS: `._` companions of the photos, and a __MACOSX folder."""
     for row in range(len(challenge.metadata)):
         path = challenge.photo(row)
         (path.parent / f"._{path.name}").write_bytes(b"junk")
@@ -236,7 +236,7 @@ def test_missing_view_can_be_marked(make_challenge: Make) -> None:
     first, third = dataset.lesions[0], dataset.lesions[2]
     assert first.images["clinical"] and first.images["dermoscopic"] is None
     assert not any(map(math.isnan, first.concepts[:7])) and all(map(math.isnan, first.concepts[7:]))
-    # Only the file is missing, its row has the scores.
+    # Only the file is missing; its row has the scores.
     assert third.images["dermoscopic"] is None and not any(map(math.isnan, third.concepts))
     assert "2 of 22 lesions with one photo, the other view marked missing" in dataset.notes
 

@@ -1,4 +1,4 @@
-"""Tables as people have them are read alike, and what is not a table is named for what it is."""
+"""All common dialects of tables are read alike; files that are not tables are identified."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_unnamed_column_is_kept_if_it_has_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "the file is empty"),
         (b",,\n,,\n", "the file is empty"),
@@ -63,11 +63,11 @@ def test_unnamed_column_is_kept_if_it_has_values(tmp_path: Path) -> None:
         (b'id;age\n"a;1\n', "not a readable CSV with the delimiter semicolon"),
     ],
 )
-def test_file_that_is_not_a_table_is_identified(tmp_path: Path, content: bytes, says: str) -> None:
+def test_file_that_is_not_a_table_is_identified(tmp_path: Path, content: bytes, message: str) -> None:
     path = write(tmp_path / "a.csv", content)
     with pytest.raises(DataError) as error:
         read_table(path)
-    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_column_is_named_with_the_closest_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that serves a folder and misbehaves when told to."""
+"""An HTTP server on loopback that serves a folder and can inject faults."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ Fault = Callable[["Handler", bytes], None]
 
 
 class Server:
-    """`url`; `faults`: by file name, what happens to its next requests, one fault a request; `requests`: how many;
-    `closing`: set when the server goes, which ends the faults that last.
+    """A server with its `url`.
+
+    `faults` has the faults of the next requests by file name, one per request. `requests` counts the requests by file
+    name. `closing` is set at shutdown and ends faults that wait.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,21 +84,21 @@ def serve(folder: Path) -> Iterator[Server]:
 
 
 def stall(handler: Handler, data: bytes) -> None:
-    """Half of the body, then silence."""
+    """Send half of the body, then nothing."""
     handler.answer(data[: len(data) // 2], len(data))
     handler.wfile.flush()
     handler.owner.closing.wait(HANG_SECONDS)
 
 
 def silence(handler: Handler, data: bytes) -> None:
-    """Not even a header."""
+    """Send nothing, not even a header."""
     handler.owner.closing.wait(HANG_SECONDS)
 
 
 def reset(handler: Handler, data: bytes) -> None:
     handler.answer(data[: len(data) // 2], len(data))
     handler.wfile.flush()
-    handler.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER 0: closing sends a reset
+    handler.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER 0: close() sends a reset
 
 
 def unavailable(handler: Handler, data: bytes) -> None:
@@ -109,7 +111,7 @@ def wrong_bytes(handler: Handler, data: bytes) -> None:
 
 
 def short_body(handler: Handler, data: bytes) -> None:
-    """Content-Length tells the truth about a file that was cut."""
+    """Send a truncated file with a matching Content-Length."""
     handler.answer(data[:-1000], len(data) - 1000)
 
 
@@ -117,19 +119,19 @@ def long_body(handler: Handler, data: bytes) -> None:
     handler.answer(data + bytes(100_000), len(data) + 100_000)
 
 
-def lie_about_length(handler: Handler, data: bytes) -> None:
-    """More is promised than comes."""
+def wrong_length(handler: Handler, data: bytes) -> None:
+    """Announce a larger Content-Length than is sent."""
     handler.answer(data, len(data) + 1000)
 
 
 def login_page(handler: Handler, data: bytes) -> None:
-    """A proxy answers in the server's place."""
+    """Send the login page of a proxy instead of the file."""
     page = b"<html>please log in</html>"
     handler.answer(page, len(page))
 
 
 def endless(handler: Handler, data: bytes) -> None:
-    """A byte now and then: no stall, but no end either."""
+    """Send one byte at a time: never stalled for long, but not finished either."""
     handler.answer(b"", len(data))
     for byte in data:
         handler.wfile.write(bytes([byte]))
@@ -143,5 +145,5 @@ def forbidden(handler: Handler, data: bytes) -> None:
 
 
 FAULTS: tuple[Fault, ...] = (
-    stall, silence, reset, unavailable, wrong_bytes, short_body, long_body, lie_about_length, login_page
+    stall, silence, reset, unavailable, wrong_bytes, short_body, long_body, wrong_length, login_page
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Shards behind a URL: recovery or a one-line error, no wrong byte, and no more on disk than allowed."""
+"""Shards behind a URL: recovery or a one-line error, never wrong bytes, and a bounded cache."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def settings(tmp_path: Path, **changes) -> RemoteConfig:
 
 
 def with_limits(index: ShardIndex, **changes) -> ShardIndex:
-    """The open index with other limits on what is fetched from now on."""
+    """Return the open index with changed settings for later fetches."""
     assert index.remote is not None
     store = index.remote.store
     store.remote = store.remote.model_copy(update=changes)
@@ -70,7 +70,7 @@ def with_limits(index: ShardIndex, **changes) -> ShardIndex:
 
 
 def rows_read(index: ShardIndex, window: int | None = None, batch: int = 6) -> list[list[int]]:
-    """Rows of each global batch, read through the loader."""
+    """Return the rows of each global batch, read through the loader."""
     plan = shuffled(index, window)
     source = PhotoSource(index, 36, *HALF)
     steps = list(Loader(index, source, plan.batches(0, 1, batch), micro_batch=3, device=CPU))
@@ -90,7 +90,7 @@ def test_remote_reads_equal_local_reads(server, packed, tmp_path):
     for row in range(len(local)):
         location = (int(local.shard[row]), int(local.offsets[row, 0]), int(local.sizes[row, 0]))
         assert sources[0].shards.read(*location) == sources[1].shards.read(*location)
-    assert server.requests["shard-000000.tar"] == 1  # by the epoch and the rows above
+    assert server.requests["shard-000000.tar"] == 1  # by the epoch above
     assert not list((tmp_path / "cache").glob("*/*.fetch*"))
     # A second run fetches index.json only.
     rows_read(open_index(server.url, settings(tmp_path)))
@@ -98,7 +98,7 @@ def test_remote_reads_equal_local_reads(server, packed, tmp_path):
 
 
 def test_first_step_does_not_wait_for_the_last_shard(server, tmp_path):
-    limits = {"total_seconds": 120, "stall_seconds": 120}  # an error where the first step waits for the last shard
+    limits = {"total_seconds": 120, "stall_seconds": 120}  # fails if the first step waits for the last shard
     index = open_index(server.url, settings(tmp_path, downloads=1, **limits))
     last = index.shards[-1].url
     gate = threading.Event()
@@ -119,7 +119,7 @@ def test_transient_fault_is_retried(server, packed, tmp_path, fault):
     stalls = fault in (remote.stall, remote.silence)
     index = open_index(server.url, settings(tmp_path, **{"stall_seconds": 1} if stalls else {}))
     assert rows_read(index) == rows_read(read_index(packed))
-    # On a busy machine a late answer may count as a stall.
+    # On a busy machine a slow response may count as a stall.
     assert server.requests["shard-000002.tar"] == 2 or stalls
 
 
@@ -128,7 +128,7 @@ UNDETECTED_IN_INDEX = ("wrong_bytes", "short_body", "long_body", "login_page")
 
 @pytest.mark.parametrize("fault", remote.FAULTS, ids=lambda fault: fault.__name__)
 def test_permanent_fault_is_a_one_line_error_within_the_timeout(server, tmp_path, fault):
-    """A server that stalls does so until it is closed, after the error."""
+    """A fault that stalls lasts until the server is closed, which is after the error."""
     index = with_limits(open_index(server.url, settings(tmp_path)), total_seconds=1, stall_seconds=0.4)
     server.faults["shard-000003.tar"] = [fault] * 100
     with pytest.raises(DataError, match=r"shard-000003.tar: not fetched within 1 s and \d+ attempts, the last error: "):
@@ -277,7 +277,7 @@ def test_process_killed_while_fetching_does_not_block_others(server, packed, tmp
         wait_for(lambda: list(root.glob(f"*/{name}.*.fetch.1")), process)
         process.kill()
     assert list(root.glob(f"*/{name}.*.fetch"))
-    rows_read(open_index(server.url, settings(tmp_path, total_seconds=60)))  # an error where it waits for the other
+    rows_read(open_index(server.url, settings(tmp_path, total_seconds=60)))  # fails if it waits for the killed process
     assert not list(root.glob("*/*.fetch*"))
 
 
@@ -285,7 +285,7 @@ def test_process_killed_while_fetching_does_not_block_others(server, packed, tmp
 
 
 def test_full_disk_is_a_one_line_error(server, tmp_path):
-    """A limit on the size of files stands in for a full disk: the kernel fails the write in the same place."""
+    """A limit on the file size simulates a full disk: the same write fails."""
     index = open_index(server.url, settings(tmp_path))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -311,7 +311,7 @@ def test_small_disk_evicts_shards_then_reports_that_it_is_full(server, packed, t
         pytest.skip("mounting is not permitted")
     try:
         index = open_index(server.url, settings(tmp_path, cache=str(disk)))
-        for number in range(7):  # one after the other they fit: closed ones are evicted
+        for number in range(7):  # in sequence they fit, since closed shards are evicted
             index.remote.open(index.shards[number]).close()
         still_open = []
         with pytest.raises(DataError, match="the disk is full"):

@@ -1,4 +1,4 @@
-"""Shards hold the data of the folder, any tar reader agrees with the index, and damage is named."""
+"""Shards have the data of the folder, any tar reader agrees with the index, and damage is reported."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_index_has_the_content_of_the_data_set(dataset: Dataset, tmp_path: Path)
 
 
 def test_webdataset_reads_the_same_samples(dataset: Dataset, tmp_path: Path) -> None:
-    """A plain reader, in the order of the index: ids, photo bytes, labels, scores."""
+    """The webdataset package reads the same IDs, photo bytes, labels and scores in the order of the index."""
     index = pack(dataset, tmp_path / "out")
     urls = [str(tmp_path / "out" / shard.url) for shard in index.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -109,7 +109,7 @@ def test_photos_are_downscaled_or_kept(make_challenge: Make, tmp_path: Path) -> 
             data = read_photo_bytes(index, row, "clinical")
             assert Image.open(io.BytesIO(data)).size == size
             if index is kept:
-                assert data == original  # no metadata to strip in these
+                assert data == original  # these have no metadata to strip
 
 
 def test_packed_bytes_are_reproducible(dataset: Dataset, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_shards_mix_diagnoses(make_challenge: Make, tmp_path: Path) -> None:
 
 
 def test_packing_twice_skips_or_refuses(dataset: Dataset, tmp_path: Path) -> None:
-    """The same input is not packed twice; another input or setting never overwrites."""
+    """The same input is not packed twice; a different input or setting never overwrites."""
     output = tmp_path / "out"
     output.mkdir()  # an empty folder is allowed
     first = pack(dataset, output)
@@ -180,7 +180,7 @@ def test_unreadable_photos_are_reported_or_dropped(make_challenge: Make, tmp_pat
 
 
 def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> None:
-    """Names over the 100 bytes of a plain tar header take further blocks; offsets must follow."""
+    """Names over the 100 bytes of a plain tar header take extra blocks; offsets must include them."""
     challenge = make_challenge(lesions=3)
     old = challenge.metadata[0]["lesion_id"]
     for row in [*challenge.metadata[:2], challenge.truth[0]]:
@@ -191,7 +191,7 @@ def test_many_lesions_with_long_names(make_challenge: Make, tmp_path: Path) -> N
 
 
 def test_tar_offsets(tmp_path: Path) -> None:
-    """Members of every critical size are at the offsets that `add` returns; tarfile finds nothing else."""
+    """Members with sizes around the block size are at the offsets that `add` returns; tarfile finds no others."""
     members = {f"m{size}": bytes([size % 251]) * size for size in (1, 511, 512, 513, 1024, 9999)}
     writer = TarWriter(tmp_path / "a.tar")
     offsets = [writer.add(name, data) for name, data in members.items()]
@@ -279,7 +279,7 @@ def test_index_checksums_are_verified(make_challenge: Make, tmp_path: Path) -> N
     expected, offset = index.shards[1].sha256, int(index.offsets[7, 0])
     flip_byte(shard, offset + 300)
     actual = hashlib.sha256(shard.read_bytes()).hexdigest()
-    read_index(tmp_path / "out")  # sizes are still right
+    read_index(tmp_path / "out")  # sizes are unchanged
     for check in (lambda: read_index(tmp_path / "out", verify=True), lambda: verify_shards(index)):
         with pytest.raises(DataError, match=rf"shard-000001.tar: checksum {actual[:16]}.*{expected[:16]}.*pack"):
             check()

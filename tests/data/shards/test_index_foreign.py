@@ -34,7 +34,7 @@ def photo(seed: int, **options: Any) -> bytes:
 def write_foreign(
     folder: Path, lesions: int = 8, shard_lesions: int = 3, change: Change = lambda sample, number: None
 ) -> None:
-    """Shards as `webdataset` writes them: members in alphabetical order, long names in pax headers."""
+    """Write shards as `webdataset` does: members in alphabetical order, long names in pax headers."""
     folder.mkdir(exist_ok=True)
     with webdataset.ShardWriter(str(folder / "part-%03d.tar"), maxcount=shard_lesions, verbose=0) as writer:
         for number in range(lesions):
@@ -68,11 +68,11 @@ def test_foreign_shards_are_indexed(tmp_path: Path) -> None:
         for place, view in enumerate(VIEWS):
             assert read_photo_bytes(index, row, view) == photo(2 * row + place)
     assert verify(index, 2, 0) == []
-    assert index_shards(tmp_path / "theirs").fingerprint == index.fingerprint  # a second scan gives the same
+    assert index_shards(tmp_path / "theirs").fingerprint == index.fingerprint  # a second scan gives the same index
 
 
 def flat_record(sample: dict[str, Any], number: int) -> None:
-    """Folders in keys, other extensions, a flat record with the challenge's column names, the label as .cls."""
+    """Use folders in keys, other extensions, a flat record with the challenge's column names, the label as .cls."""
     sample["__key__"] = f"train/{'x' * 60}_{number}"
     sample["derm.jpg"], sample["closeup.jpeg"] = sample.pop("dermoscopic.jpg"), sample.pop("clinical.jpg")
     sample["json"] = {
@@ -108,7 +108,7 @@ def test_photos_without_records_can_be_indexed_for_prediction(tmp_path: Path) ->
 
 
 def test_index_is_independent_of_the_table_chunk_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows become tables before the tar ends, and before the first sample with concepts."""
+    """With small chunks, rows are converted before the end of the tar and before the first sample with concepts."""
     write_foreign(tmp_path / "theirs", change=lambda sample, n: sample["json"].pop("concepts") if n < 4 else None)
     index = index_shards(tmp_path / "theirs")
     monkeypatch.setattr(index_foreign, "TABLE_ROWS", 2)
@@ -250,7 +250,7 @@ def test_packed_folder_keeps_its_index(make_challenge: Any, tmp_path: Path) -> N
     index = pack_shards(read_challenge(make_challenge(lesions=11).folder), tmp_path / "ours", short_side=None)
     with pytest.raises(DataError, match="written by triderm pack"):
         index_shards(tmp_path / "ours")
-    # Without the index they are foreign shards, and give the same columns.
+    # Without their index they are indexed as foreign shards, with the same columns.
     (tmp_path / "ours" / "index.json").unlink()
     again = index_shards(tmp_path / "ours")
     assert again.lesion_ids.tolist() == index.lesion_ids.tolist() and again.concepts == index.concepts

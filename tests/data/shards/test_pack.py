@@ -1,4 +1,4 @@
-"""Packing: a killed run resumes to the same bytes as an uninterrupted one; all problems are listed."""
+"""Packing: a killed run resumes and gives the bytes of an uninterrupted one; all problems are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dataset(make_challenge: Make) -> Dataset:
 
 
 class Stopped(BaseException):
-    """Like Ctrl-C."""
+    """Interrupts packing like Ctrl-C."""
 
 
 def stop_at(lesions: int) -> Callable[[int, int], None]:
@@ -56,8 +56,9 @@ def stop_at(lesions: int) -> Callable[[int, int], None]:
 
 
 def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
-    """Pack; SIGKILL comes `pause` seconds after the callback `progress` was called `calls` times. The last call waits
-    for it, while the workers continue.
+    """Pack, and send SIGKILL `pause` seconds after the `calls`th call of the callback `progress`.
+
+    That call waits for the signal, while the workers continue.
     """
     left = iter(range(calls))
 
@@ -70,7 +71,7 @@ def pack_and_die(folder: str, output: str, calls: int, pause: float) -> None:
 
 
 def test_packing_killed_at_random_moments_resumes_bit_identically(make_challenge: Make, tmp_path: Path) -> None:
-    """Packing processes are killed until one finishes; the bytes are those of an uninterrupted run."""
+    """Packing processes are killed until one finishes; its bytes equal those of an uninterrupted run."""
     challenge = make_challenge(lesions=100, size=(300, 220))
     pack_shards(read_challenge(challenge.folder), tmp_path / "reference", short_side=100, shard_samples=4)
     context = multiprocessing.get_context("forkserver")
@@ -96,7 +97,7 @@ def test_packing_killed_at_random_moments_resumes_bit_identically(make_challenge
 
 @pytest.mark.parametrize("lesions", [1, 4, 5, 6, 17, 32, 33])
 def test_interrupted_packing_resumes_and_keeps_finished_shards(dataset: Dataset, tmp_path: Path, lesions: int) -> None:
-    """Finished shards are kept unchanged, whatever the number of workers of either run."""
+    """Finished shards are kept unchanged for any number of workers of either run."""
     packed(dataset, tmp_path / "reference")
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out", progress=stop_at(lesions), workers=3)
@@ -113,7 +114,7 @@ def test_interrupted_packing_resumes_and_keeps_finished_shards(dataset: Dataset,
 
 
 def test_changed_photos_and_damaged_tars_are_repacked(make_challenge: Make, tmp_path: Path) -> None:
-    """A photo replaced by another of the same size and a damaged tar; all other finished shards are kept."""
+    """After a photo is replaced by one of the same size and a tar is damaged, all other finished shards are kept."""
     challenge = make_challenge(lesions=33)
     dataset = read_challenge(challenge.folder)
     with pytest.raises(Stopped):
@@ -123,7 +124,7 @@ def test_changed_photos_and_damaged_tars_are_repacked(make_challenge: Make, tmp_
     first = pack._Packer(dataset, 24, 5, 1, None).slices[0][0]
     photo = Path(str(index_of[first.lesion_id].images["clinical"]))
     data = photo.read_bytes()
-    photo.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # another photo of the same length
+    photo.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])  # a different photo of the same length
     tars[2].write_bytes(tars[2].read_bytes()[:-1] + b"x")
     times = [path.stat().st_mtime_ns for path in tars]
     packed(dataset, tmp_path / "out")
@@ -136,7 +137,7 @@ def test_changed_photos_and_damaged_tars_are_repacked(make_challenge: Make, tmp_
 def test_packing_interrupted_at_the_last_step(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the rename, before OUTPUT.part is removed."""
+    """Interrupted after the rename, before OUTPUT.part is removed."""
     monkeypatch.setattr(pack.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         packed(dataset, tmp_path / "out")
@@ -174,7 +175,7 @@ def fill_disk(folder: str, output: str, answer: Any) -> None:
 
 
 def test_full_disk_is_a_one_line_error(make_challenge: Make, tmp_path: Path) -> None:
-    """Simulated by a limit on the size of a file: the same failing write. Afterwards the same call resumes."""
+    """A limit on the file size simulates a full disk: the same write fails. Afterwards the same call resumes."""
     challenge = make_challenge(lesions=33)
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
@@ -187,7 +188,7 @@ def test_full_disk_is_a_one_line_error(make_challenge: Make, tmp_path: Path) -> 
 
 
 def test_packing_reports_all_problems(make_challenge: Make, tmp_path: Path) -> None:
-    """Problems of tables and photos, each with lesion, kind and location; dropped ones are counted."""
+    """Problems of tables and photos are reported with lesion, kind and location; dropped lesions are counted."""
     challenge = make_challenge()
     challenge.metadata[3].update(site="torso")
     challenge.metadata[8].update(MONET_hair=7)
@@ -199,7 +200,7 @@ def test_packing_reports_all_problems(make_challenge: Make, tmp_path: Path) -> N
     dataset = read_challenge(challenge.folder, invalid="drop")
     assert [problem.lesion_id for problem in dataset.problems] == ["IL_1028", "IL_1042", "IL_1007"]
     with pytest.raises(InvalidLesions, match="3 problems"):
-        packed(dataset, tmp_path / "out")  # packing has a setting of its own
+        packed(dataset, tmp_path / "out")  # packing has a separate setting
     index = packed(dataset, tmp_path / "out", invalid="drop")
     assert [problem.kind for problem in index.problems] == ["cell", "label", "cell", "unreadable photo"]
     assert len(index) == 18 and not {"IL_1007", "IL_1028", "IL_1042", "IL_1070"} & set(index.lesion_ids)
@@ -232,7 +233,7 @@ def test_partly_labeled_and_unlabeled_sets(make_challenge: Make, tmp_path: Path)
 
 
 def test_memory_is_independent_of_the_size_of_the_set(make_challenge: Make, tmp_path: Path) -> None:
-    """A few photos per worker are in memory at a time, not all of the set."""
+    """Only a few photos per worker are in memory at a time."""
     import tracemalloc
 
     challenge = make_challenge(lesions=120, size=(400, 300))

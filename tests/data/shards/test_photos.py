@@ -1,4 +1,4 @@
-"""Photos keep their pixels, lose private metadata, and are refused where a byte is missing."""
+"""Photos keep their pixels, lose private metadata, and are refused if truncated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def loaded(orientation: int = 1, **options: object) -> bytes:
-    """A JPEG with all metadata of a camera and an editor."""
+    """Return a JPEG with the metadata of a camera and an editor."""
     return (
         encode(
             draw_photo(0),
@@ -59,14 +59,14 @@ def test_metadata_is_removed_and_pixels_are_kept(options: dict[str, object]) -> 
     clean = prepare_photo(data, short_side=36)
     assert not any(secret in clean for secret in SECRETS)
     np.testing.assert_array_equal(pixels(clean), pixels(data))
-    # From the quantization tables to the end marker the bytes are those of the file.
+    # The bytes from the quantization tables to the end marker are unchanged.
     start, end = data.index(b"\xff\xdb"), data.index(b"after the end")
     assert clean.endswith(data[start:end])
     assert strip_metadata(clean) == clean
 
 
 def test_adobe_color_transform_is_kept() -> None:
-    """Adobe's segment distinguishes CMYK and RGB JPEGs from YCbCr; without it every color would change."""
+    """The Adobe segment distinguishes CMYK and RGB JPEGs from YCbCr; without it all colors would change."""
     image = draw_photo(1).convert("CMYK")
     data = encode(image)
     assert b"Adobe" in strip_metadata(data)
@@ -102,7 +102,7 @@ def test_short_side_is_resized(width: int, height: int, short_side: int) -> None
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_reduction_is_lanczos(factor: int) -> None:
-    """A detailed photo, also where the decoder halves it first: not further off than encoding it again."""
+    """The error against Lanczos is at most that of re-encoding, also if the decoder halves the photo first."""
     detail = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     image = Image.fromarray(detail).resize((90 * factor, 60 * factor), Image.Resampling.BICUBIC)
     data = encode(image, quality=95, subsampling=0)
@@ -124,7 +124,7 @@ def test_other_color_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
     with Image.open(io.BytesIO(prepare_photo(data, None))) as result:
         assert (result.format, result.mode, result.size) == ("JPEG", "RGB", (48, 36))
         difference = np.asarray(result).astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert np.abs(difference).mean() < 8  # JPEG blurs the steps of a palette
+    assert np.abs(difference).mean() < 8  # JPEG blurs the edges of a palette
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -148,7 +148,7 @@ def test_files_that_are_not_photos_are_refused(data: bytes) -> None:
 
 
 def test_zero_filled_tail_is_detected() -> None:
-    """A preallocated but unfinished download, which decoders show in gray without an error."""
+    """A preallocated but unfinished download, which decoders render gray without an error."""
     data = encode(draw_photo(7, (96, 72)))
     with pytest.raises(PhotoError, match="truncated"):
         prepare_photo(data[: len(data) // 2] + bytes(len(data) - len(data) // 2), 36)

@@ -1,4 +1,4 @@
-"""Verification finds and names every kind of damage to a packed set, all in one run."""
+"""Verification reports every kind of damage to a packed set, all in one run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def photo(row: int, view: int, data: bytes, skip: int = 0) -> Change:
 
 
 def record(old: bytes, new: bytes) -> Change:
-    """Replace text of the first JSON that has it by text of the same length."""
+    """Replace text in the first JSON that contains it by text of the same length."""
 
     def change(index: ShardIndex) -> None:
         path = index.path(0)
@@ -57,7 +57,7 @@ def record(old: bytes, new: bytes) -> Change:
 
 
 def rows(column: str, values: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Replace a column of samples.parquet, and its checksum."""
+    """Replace a column of samples.parquet, and update its checksum."""
 
     def change(index: ShardIndex) -> None:
         path = index.folder / "samples.parquet"
@@ -133,12 +133,12 @@ def test_all_damage_is_reported_in_one_run(index: ShardIndex) -> None:
 
 
 def test_photo_shared_by_two_groups_is_reported(make_challenge: Callable[..., Challenge], tmp_path: Path) -> None:
-    """Both lesions are named when packing and verifying; within a group a shared photo is allowed."""
+    """Packing and verifying name both lesions; within a group a shared photo is allowed."""
     challenge = make_challenge()
     for number, row in enumerate(challenge.metadata):
         row["patient_id"] = f"P{number // 4}"
-    del challenge.truth[20]  # without a label it is in no fold
-    for one, other in ((0, 11), (2, 19), (4, 7), (9, 41)):  # photos; two of each lesion
+    del challenge.truth[20]  # unlabeled lesions are in no fold
+    for one, other in ((0, 11), (2, 19), (4, 7), (9, 41)):  # photos, two per lesion
         challenge.photo(other).write_bytes(challenge.photo(one).read_bytes())
     dataset = read_challenge(challenge.write().folder)
     index = pack_shards(dataset, tmp_path / "out", short_side=None, shard_samples=5)
