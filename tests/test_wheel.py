@@ -85,7 +85,7 @@ def test_every_shipped_file_is_listed_and_can_be_copied(programs, tmp_path):
 @pytest.mark.slow
 def test_doctor_reports_versions_and_finds_shipped_files(programs, tmp_path):
     done = run(programs, tmp_path, "triderm", "doctor", "--config", "demo", "launcher=ddp")
-    assert done.returncode == 2 and done.stderr.startswith("error: missing: "), done.stdout + done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: a run cannot start: "), done.stdout + done.stderr
     assert "not tested with this version" not in done.stdout and "triderm pipeline --config" in done.stdout
 
 

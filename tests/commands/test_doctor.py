@@ -6,7 +6,7 @@ from tests.doctor.conftest import FROZEN, run_doctor
 def test_missing_data_is_the_last_line_and_exits_with_2(tmp_path):
     done = run_doctor(*FROZEN, f"output={tmp_path}", f"data.source={tmp_path / 'nowhere'}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: missing: training (")
+    assert done.stderr.splitlines()[-1].startswith("error: a run cannot start: training (")
     assert "nowhere" in done.stderr and "nowhere" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -16,14 +16,14 @@ from triderm_dist.monitoring.memory_estimate import network_without_weights
 
 def test_packed_shards_are_counted_and_damage_is_reported(make_challenge, tmp_path):
     experiment = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}"])
-    assert finding(experiment, "training").state == "missing"
+    assert finding(experiment, "training").state == "error"
     pack_shards(read_challenge(make_challenge().folder), tmp_path / "shards", short_side=None)
     packed = finding(experiment, "training")
-    assert packed.state == "note" and "22 lesions" in packed.text and "data.folds 5" in packed.advice
+    assert packed.state == "warning" and "22 lesions" in packed.text and "data.folds 5" in packed.advice
     (tmp_path / "shards" / "shard-000000.tar").unlink()
-    assert "missing" in finding(experiment, "training").text and finding(experiment, "training").state == "missing"
+    assert "missing" in finding(experiment, "training").text and finding(experiment, "training").state == "error"
     (tmp_path / "shards" / INDEX).unlink()
-    assert finding(experiment, "training").state == "missing"
+    assert finding(experiment, "training").state == "error"
     unreadable = load(Experiment, None, [*SMALL, f"output={tmp_path / 'run'}", f"data.shards={'x' * 300}"])
     assert finding(unreadable, "training").text.endswith("File name too long")
 
@@ -37,7 +37,7 @@ def test_test_set_and_truth(make_challenge, tmp_path):
     experiment = load(Experiment, None, [*base, f"data.source={folder}"])
     assert finding(experiment, "training").text.endswith("no ground truth")
     experiment = load(Experiment, None, [*base, f"data.test={folder}", "data.test_truth=none.csv"])
-    assert "none.csv" in finding(experiment, "test").text and finding(experiment, "test").state == "missing"
+    assert "none.csv" in finding(experiment, "test").text and finding(experiment, "test").state == "error"
 
 
 def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tmp_path):
@@ -48,14 +48,14 @@ def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tm
     assert "lesions/s read and decoded by 2 thread(s)" in finding(experiment, "reading").text
     (shard,) = folder.glob("*.tar")
     shard.write_bytes(bytes(shard.stat().st_size))
-    assert finding(experiment, "reading").state == "missing" and "decode" in finding(experiment, "reading").text
+    assert finding(experiment, "reading").state == "error" and "decode" in finding(experiment, "reading").text
 
     need = Need("a", 900.0, "assumed")
     assert reading_finding(1000, 2, need, ranks=1, cores=8).state == "ok"
     slow = reading_finding(300, 2, need, ranks=1, cores=8)
-    assert slow.state == "note" and slow.advice == "data.workers=6"
+    assert slow.state == "warning" and slow.advice == "data.workers=6"
     crowded = reading_finding(1000, 2, need, ranks=8, cores=8)
-    assert crowded.state == "note" and "about 500 for each of 8 ranks on 8 cores" in crowded.text
+    assert crowded.state == "warning" and "about 500 for each of 8 ranks on 8 cores" in crowded.text
     assert crowded.advice.startswith("2 cores per GPU")
     assert reading_finding(1000, 8, need, ranks=1, cores=2).state == "ok"
 

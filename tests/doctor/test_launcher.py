@@ -35,10 +35,10 @@ def test_port_in_use_is_reported_with_its_process(tmp_path, monkeypatch):
         for host in ("localhost", "127.0.0.2"):
             file = launcher_file(tmp_path, main_process_port=port, main_process_ip=host)
             found = launcher_finding(file, "port")
-            assert found.state == "missing" and f"{port} is in use by" in found.text, found
+            assert found.state == "error" and f"{port} is in use by" in found.text, found
             assert f"process {os.getpid()}" in found.text and "--main_process_port" in found.advice
         monkeypatch.setenv("MASTER_PORT", str(port))
-        assert launcher_finding(None, "port").state == "missing"
+        assert launcher_finding(None, "port").state == "error"
         done = run_doctor(*FROZEN, f"output={tmp_path}", f"launcher={file}", "ranks=1")
         assert done.returncode == 2 and f"port ({port} is in use" in done.stderr.splitlines()[-1]
     assert launcher_finding(file, "port").text == f"{port} is free"
@@ -49,8 +49,8 @@ def test_port_in_use_is_reported_with_its_process(tmp_path, monkeypatch):
 
 def test_main_node_address_is_checked(tmp_path):
     no_port = launcher_finding(launcher_file(tmp_path, main_process_port=0), "port")
-    assert no_port.state == "note" and "--main_process_ip" in no_port.advice
-    assert launcher_finding(launcher_file(tmp_path, main_process_ip="no-such-host.invalid"), "port").state == "missing"
+    assert no_port.state == "warning" and "--main_process_ip" in no_port.advice
+    assert launcher_finding(launcher_file(tmp_path, main_process_ip="no-such-host.invalid"), "port").state == "error"
     remote = launcher_finding(launcher_file(tmp_path, main_process_ip="192.0.2.77"), "port")
     assert remote.state == "ok" and "another host" in remote.text
 
@@ -59,8 +59,8 @@ def test_more_processes_than_gpus_are_reported(tmp_path):
     file = launcher_file(tmp_path, main_process_port=0)
     assert launcher_finding(file, "processes", gpus=8).text.endswith("16 processes on 2 nodes, 8 on each")
     few = launcher_finding(file, "processes", gpus=4)
-    assert few.state == "missing" and "--num_processes 8" in few.advice
-    assert launcher_finding(file, "processes", gpus=0).state == "note"
+    assert few.state == "error" and "--num_processes 8" in few.advice
+    assert launcher_finding(file, "processes", gpus=0).state == "warning"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_indivisible_batch_is_refused_and_a_divisible_one_suggested(tmp_path):
     experiment = load(Experiment, None, [*SMALL, f"output={tmp_path}"])
     assert finding(experiment, "a: batch", ranks=2).text == "96 = 2 rank(s) x 16 x 3 accumulated"
     uneven = finding(experiment, "a: batch", ranks=4)
-    assert uneven.state == "missing" and uneven.advice == "train.micro_batch=12"
+    assert uneven.state == "error" and uneven.advice == "train.micro_batch=12"
     assert finding(experiment, "a: batch", ranks=5).advice == "train.global_batch=80"
 
 
@@ -42,7 +42,7 @@ def test_hub_weights_are_looked_up_in_the_cache_only(monkeypatch, tmp_path):
     assert description == "hf-hub:unknown/unknown: not cached" and not is_local
     overrides = ["models.a.tower.source=hf-hub:unknown/unknown", f"output={tmp_path}"]
     found = finding(load(Experiment, None, overrides), "a: tower")
-    assert found.state == "missing" and "HF_HUB_OFFLINE" in found.text
+    assert found.state == "error" and "HF_HUB_OFFLINE" in found.text
 
 
 def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
@@ -56,6 +56,6 @@ def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
     assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
     need = estimate_model_memory(experiment.models["a"], half=True)[0]
     tight = memory((need.total(50) / GIB + CONTEXT) / USABLE)
-    assert tight.state == "note" and "more than a GPU" in tight.text
+    assert tight.state == "warning" and "more than a GPU" in tight.text
     assert "train.micro_batch=32" in tight.advice
     assert memory(1.0).advice.startswith("a larger GPU")

@@ -78,7 +78,10 @@ def test_missing_folder_and_version_mismatch_are_reported_once(make_challenge, t
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (0, r"error: missing: answers \(rank 1 on an unknown host did not connect to localhost:\d+ within 1 s"),
+        (
+            0,
+            r"error: a run cannot start: answers \(rank 1 on an unknown host did not connect to localhost:\d+ within",
+        ),
         (1, r"error: rank 1 on \S+ cannot reach rank 0 at localhost:\d+ \("),
     ],
     ids=["rank 1 is absent", "rank 0 is absent"],
@@ -105,23 +108,23 @@ def test_differences_between_ranks_are_reported():
         same = RankReport("a", "22 lesions", True, {"torch": "2.14.1"}, "H100", 4, 0, [])
         reports = {rank: replace(same, host=hosts[rank], local_rank=rank % 4) for rank in hosts}
         reports[5] = replace(reports[5], **of_rank_5)
-        problem = Finding("/dev/shm", "64 MiB", "missing", "more")
+        problem = Finding("/dev/shm", "64 MiB", "error", "more")
         reports[4] = replace(reports[4], problems=[asdict(problem)])
         rendezvous = SimpleNamespace(world=8, address="a:1", seconds=30)
         return {each.name: each for each in compare(rendezvous, hosts, reports, timings)}
 
     good = {rank: {"gloo": 0.1, "NCCL": 0.01, "clock": 100.0 + 0.01 * rank} for rank in range(8)}
     found = compared(good)
-    assert found.pop("b: /dev/shm").state == "missing"
+    assert found.pop("b: /dev/shm").state == "error"
     assert {each.state for each in found.values()} == {"ok"}
     assert found["ranks"].text == "8: ranks 0-3 on a, ranks 4-7 on b" and "10 ms by NCCL" in found["all-reduce"].text
     nodes = {rank: f"n{rank // 2}" for rank in range(20)}
     assert name_ranks(nodes, nodes).endswith("ranks 10-11 on n5 and on 4 more host(s)")
     assert compared(good, software={"torch": "2.13"})["software"].text.endswith("rank 5 on b: 2.13")
-    assert compared(good, gpu="")["GPUs"].state == "missing" and compared(good, gpu="T4")["GPUs"].state == "note"
+    assert compared(good, gpu="")["GPUs"].state == "error" and compared(good, gpu="T4")["GPUs"].state == "warning"
     late = compared({**good, 5: {**good[5], "clock": 140.0}})["clocks"]
-    assert late.state == "note" and late.text.startswith("rank 5 on b: +40.0 s")
+    assert late.state == "warning" and late.text.startswith("rank 5 on b: +40.0 s")
     hangs = {rank: {"gloo": 0.1, "clock": 100.0, "error": "did not end within 30 s"} for rank in range(8)}
     assert compared(hangs)["all-reduce"].text == "ranks 0-3 on a, ranks 4-7 on b: NCCL: did not end within 30 s"
     dead = compared({rank: each for rank, each in hangs.items() if rank != 5})["all-reduce"]
-    assert dead.state == "missing" and dead.text.startswith("rank 5 on b stopped answering")
+    assert dead.state == "error" and dead.text.startswith("rank 5 on b stopped answering")

@@ -7,15 +7,15 @@ import sys
 from tests.doctor.conftest import SMALL
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
-from triderm_dist.doctor.findings import missing
+from triderm_dist.doctor.findings import errors
 from triderm_dist.doctor.software import nccl_finding, versions
 
 
 def test_two_nccl_packages_collide():
     assert nccl_finding(["nvidia-nccl-cu13 2.30.7"], gpu=True).state == "ok"
     both = ["nvidia-nccl-cu12 2.28.9", "nvidia-nccl-cu13 2.30.7"]
-    assert nccl_finding(both, gpu=True).state == "missing" and "xgboost-cu13" in nccl_finding(both, gpu=True).advice
-    assert nccl_finding(both, gpu=False).state == "note"
+    assert nccl_finding(both, gpu=True).state == "error" and "xgboost-cu13" in nccl_finding(both, gpu=True).advice
+    assert nccl_finding(both, gpu=False).state == "warning"
 
 
 def test_outdated_and_missing_packages_are_reported(monkeypatch):
@@ -28,13 +28,13 @@ def test_outdated_and_missing_packages_are_reported(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = {each.name: each for each in versions()}
-    assert found["deepspeed"].state == "note" and "deepspeed" in found["deepspeed"].advice
-    assert found["accelerate"].state == "missing" and "accelerate" in found["accelerate"].advice
-    assert found["ray"].state == "note" and "triderm search" in found["ray"].text
+    assert found["deepspeed"].state == "warning" and "deepspeed" in found["deepspeed"].advice
+    assert found["accelerate"].state == "error" and "accelerate" in found["accelerate"].advice
+    assert found["ray"].state == "warning" and "triderm search" in found["ray"].text
     assert found["packages"].text.startswith("torch 2.14.1")
     del installed["deepspeed"]
-    assert {each.name: each.state for each in versions()}["deepspeed"] == "note"
-    assert {each.name: each.state for each in versions(deepspeed=True)}["deepspeed"] == "missing"
+    assert {each.name: each.state for each in versions()}["deepspeed"] == "warning"
+    assert {each.name: each.state for each in versions(deepspeed=True)}["deepspeed"] == "error"
 
 
 def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path):
@@ -55,6 +55,6 @@ def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib, "import_module", lambda name: without(name) and sys.modules[name])
     experiment = load(Experiment, None, [*SMALL, f"output={tmp_path}", f"data.source={tmp_path}"])
     sections = examine(experiment)
-    assert {each.name for each in missing(sections)} >= {"training"}
+    assert {each.name for each in errors(sections)} >= {"training"}
     assert any("psutil" in each.advice for each in sections["machine"])
     assert any("without torch" in each.text for each in sections["experiment"])

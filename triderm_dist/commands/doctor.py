@@ -5,7 +5,7 @@ triderm doctor --config EXPERIMENT.yaml launcher=ddp_multi_node
 triderm ranks --config_file ddp -m doctor --config EXPERIMENT.yaml
 
 Started on all ranks, as a run is, it also compares the ranks and times an all-reduce between them; rank 0 prints.
-Exit code 0 if a run can start, 2 if not; the last line says what is missing. Downloads and writes nothing.
+Exit code 0 if a run can start, 2 if not; the last line names the problems. Downloads and writes nothing.
 """
 
 import sys
@@ -38,7 +38,7 @@ class DoctorRun(Experiment):
 
 def main(config: DoctorRun) -> None:
     from triderm_dist.doctor import examine
-    from triderm_dist.doctor.findings import missing, print_findings
+    from triderm_dist.doctor.findings import errors, print_findings
     from triderm_dist.doctor.launcher import read_launcher
     from triderm_dist.doctor.ranks import check_ranks, started_on_ranks
 
@@ -49,16 +49,16 @@ def main(config: DoctorRun) -> None:
     ranks = config.ranks or (rendezvous.world if rendezvous else None)
     findings = {**compared, **examine(config, ranks, config.gpu_memory, launcher)}
     print_findings(findings)
-    problems = "; ".join(f"{each.name} ({each.text})" for each in missing(findings))
+    problems = "; ".join(f"{each.name} ({each.text})" for each in errors(findings))
     if not problems:
         print("a run can start")
-    sys.stdout.flush()  # before the error, which is to be the last line
+    sys.stdout.flush()  # so that the error is the last line
     if rendezvous:
         if problems:
-            print(f"error: missing: {problems}", file=sys.stderr)
+            print(f"error: a run cannot start: {problems}", file=sys.stderr)
         rendezvous.exit_all(BAD_INPUT if problems else 0)
     if problems:
-        raise InputError(f"missing: {problems}")
+        raise InputError(f"a run cannot start: {problems}")
 
 
 def start() -> None:

@@ -41,31 +41,31 @@ def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> li
 def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
     data, title = experiment.data, "training"
     if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
-        return Finding(title, packed, "missing", "pack the challenge folder again, or set another data.shards")
+        return Finding(title, packed, "error", "pack the challenge folder again, or set another data.shards")
     if not isinstance(packed, str):
         counts = packed.counts()
         rarest = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
         text = f"{len(packed)} lesions packed in {experiment.train_shards}; the rarest diagnosis has {rarest}"
         if counts["unlabeled"] == len(packed):
-            return Finding(title, f"{text}, none has a label", "missing", "pack the folder with its ground truth")
+            return Finding(title, f"{text}, none has a label", "error", "pack the folder with its ground truth")
         if rarest < data.folds:
-            return Finding(title, text, "note", f"fewer than data.folds {data.folds}: some folds will lack it")
+            return Finding(title, text, "warning", f"fewer than data.folds {data.folds}: some folds will lack it")
         return Finding(title, text)
     if data.source is None:
         advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: triderm synthetic"
-        return Finding(title, "neither data.source nor data.shards is set", "missing", advice)
+        return Finding(title, "neither data.source nor data.shards is set", "error", advice)
     return _folder(title, data.source, data.missing_view, labels=True)
 
 
 def _test_data(experiment: Experiment) -> Finding:
     data, title = experiment.data, "test"
     if data.test_truth and not Path(data.test_truth).is_file():
-        return Finding(title, f"{data.test_truth}: no such file", "missing", "correct data.test_truth or remove it")
+        return Finding(title, f"{data.test_truth}: no such file", "error", "correct data.test_truth or remove it")
     packed = open_shards(experiment.test_shards, data)
     if not isinstance(packed, str):
         return Finding(title, f"{len(packed)} lesions packed in {experiment.test_shards}")
     if data.test_shards:
-        return Finding(title, packed, "missing", "pack the test folder again, or set another data.test_shards")
+        return Finding(title, packed, "error", "pack the test folder again, or set another data.test_shards")
     if data.test is None:
         return Finding(title, "data.test is not set: out-of-fold predictions and report only, no submission")
     return _folder(title, data.test, data.missing_view, labels=False)
@@ -91,13 +91,13 @@ def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], la
         dataset = read_challenge(folder, missing_view)
     except InputError as error:
         advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
-        return Finding(title, str(error), "missing", advice)
+        return Finding(title, str(error), "error", advice)
     text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet; triderm pipeline packs it"
     if labels and not dataset.labeled:
         return Finding(
             title,
             f"{folder}: no ground truth",
-            "missing",
+            "error",
             "put the *_GroundTruth.csv into the folder of the metadata table",
         )
     return Finding(title, text)
@@ -121,7 +121,7 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
     try:
         speed = reading_speed(index, experiment.data.workers, READING_SECONDS)
     except (DataError, OSError) as error:
-        return Finding("reading", str(error), "missing", "copy the shards again, or pack the folder again")
+        return Finding("reading", str(error), "error", "copy the shards again, or pack the folder again")
     except ImportError as error:
         return Finding("reading", f"not measured without {error.name}")
     if all(model.tower.frozen for model in experiment.models.values()):
@@ -171,9 +171,9 @@ def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, c
         return Finding("reading", text)
     wanted = math.ceil(need.lesions_per_s / per_core)
     if wanted <= own:
-        return Finding("reading", f"{text}: the GPU will wait for data", "note", f"data.workers={wanted}")
+        return Finding("reading", f"{text}: the GPU will wait for data", "warning", f"data.workers={wanted}")
     advice = f"{wanted} cores per GPU and data.workers={wanted}, or photos packed with a smaller data.short_side"
-    return Finding("reading", f"{text}: the GPU will wait for data", "note", advice)
+    return Finding("reading", f"{text}: the GPU will wait for data", "warning", advice)
 
 
 def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None:

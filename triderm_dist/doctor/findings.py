@@ -7,14 +7,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-State = Literal["ok", "note", "missing"]
+State = Literal["ok", "warning", "error"]
 GIB = 2**30
-MARKS: dict[State, str] = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[bold red]✗[/]"}
+MARKS: dict[State, str] = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[bold red]✗[/]"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the result. State `missing` stops a run, `note` may impair it; advice: what to do."""
+    """One line of the result. State `error` stops a run, `warning` may impair it; advice: what to do."""
 
     name: str
     text: str
@@ -30,9 +30,9 @@ def imported(name: str) -> Any:
         return None
 
 
-def missing(findings: dict[str, list[Finding]]) -> list[Finding]:
+def errors(findings: dict[str, list[Finding]]) -> list[Finding]:
     """Return the findings that stop a run."""
-    return [finding for section in findings.values() for finding in section if finding.state == "missing"]
+    return [finding for section in findings.values() for finding in section if finding.state == "error"]
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> None:

@@ -64,9 +64,11 @@ def launcher_findings(launcher: Launcher | None, gpus: int, cores: int) -> list[
         text += f" on {launcher.nodes} nodes, {per_node} on each"
     if gpus and per_node > gpus:
         advice = f"--num_processes {gpus * launcher.nodes} after --config_file, or edit the file"
-        found = [Finding("processes", f"{text}; this host has {gpus} GPU(s)", "missing", advice)]
+        found = [Finding("processes", f"{text}; this host has {gpus} GPU(s)", "error", advice)]
     elif not gpus and per_node > cores:
-        found = [Finding("processes", f"{text}; this host has {cores} cores", "note", "--num_processes N starts fewer")]
+        found = [
+            Finding("processes", f"{text}; this host has {cores} cores", "warning", "--num_processes N starts fewer")
+        ]
     else:
         found = [Finding("processes", text)]
     return found if launcher.ranks == 1 else [*found, _rendezvous(launcher)]
@@ -79,12 +81,12 @@ def _rendezvous(launcher: Launcher) -> Finding:
         found = _port(launcher.port, "--main_process_port PORT, the same on all nodes")
         advice = "on each node pass --main_process_ip HOST, the host of --machine_rank 0"
         text = f"{found.text}; main_process_ip is {launcher.host}, each node would wait for its own rank 0"
-        return found if found.state == "missing" else Finding(found.name, text, "note", advice)
+        return found if found.state == "error" else Finding(found.name, text, "warning", advice)
     try:
         local = _is_local(launcher.host)
     except OSError:
         advice = "correct main_process_ip, or make it resolvable on every node"
-        return Finding("port", f"main_process_ip {launcher.host} does not resolve on this host", "missing", advice)
+        return Finding("port", f"main_process_ip {launcher.host} does not resolve on this host", "error", advice)
     if local:
         return _port(launcher.port, "--main_process_port PORT, the same on all nodes")
     return Finding("port", f"{launcher.port} on {launcher.host}, another host: run the doctor there too")
@@ -117,12 +119,12 @@ def _port(port: int, alternative: str) -> Finding:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return Finding(
-                    "port", f"{port} is in use{_holder(port)}", "missing", f"stop that program, or pass {alternative}"
+                    "port", f"{port} is in use{_holder(port)}", "error", f"stop that program, or pass {alternative}"
                 )
             if error.errno == errno.EACCES:
-                return Finding("port", f"{port} needs root", "missing", f"pass {alternative}, 1024 or above")
+                return Finding("port", f"{port} needs root", "error", f"pass {alternative}, 1024 or above")
         except OverflowError:
-            return Finding("port", f"{port} is not a port", "missing", f"pass {alternative}")
+            return Finding("port", f"{port} is not a port", "error", f"pass {alternative}")
     return Finding("port", f"{port} is free")
 
 

@@ -45,7 +45,7 @@ def find_gpus() -> list[Gpu]:
 
 
 def machine_findings(gpus: Sequence[Gpu], output: Path, written: Sequence[Path]) -> list[Finding]:
-    """Describe this host. written: files whose modification times must lie in the past."""
+    """Describe this host. written: files whose modification times must be in the past."""
     shared = shared_memory(len(gpus))
     return [*_devices(gpus), Finding("CPU", f"{available_cores()} cores"), _memory(), *([shared] if shared else []),
             _disk(output), _clock(written)]  # fmt: skip
@@ -61,7 +61,7 @@ def _devices(gpus: Sequence[Gpu]) -> list[Finding]:
         Finding(
             f"GPU {i}",
             f"{gpu.name}, {gpu.free / GIB:.0f} of {gpu.memory / GIB:.0f} GiB free",
-            "note" if gpu.free < gpu.memory / 2 else "ok",
+            "warning" if gpu.free < gpu.memory / 2 else "ok",
             "another process uses it; see nvidia-smi" if gpu.free < gpu.memory / 2 else "",
         )
         for i, gpu in enumerate(gpus)
@@ -87,27 +87,29 @@ def no_gpu(cuda: str | None, driver: bool, device: bool, visible: str | None = N
         return Finding("GPU", "hidden by CUDA_VISIBLE_DEVICES; runs on the CPU")
     if not device:
         advice = "start the container with --gpus all; on Kubernetes request nvidia.com/gpu"
-        return Finding("GPU", "the host has an NVIDIA driver, but no GPU is visible in this container", "note", advice)
+        return Finding(
+            "GPU", "the host has an NVIDIA driver, but no GPU is visible in this container", "warning", advice
+        )
     if cuda is None:
         advice = "install torch for CUDA, see pytorch.org/get-started; CUDA_VISIBLE_DEVICES= selects the CPU"
-        return Finding("GPU", "there is a GPU, but this torch is a CPU build", "missing", advice)
+        return Finding("GPU", "there is a GPU, but this torch is a CPU build", "error", advice)
     advice = (
         "compare with the CUDA version that nvidia-smi prints; update the driver, or install torch for that version"
     )
-    return Finding("GPU", f"there is a GPU, but torch for CUDA {cuda} does not see it", "missing", advice)
+    return Finding("GPU", f"there is a GPU, but torch for CUDA {cuda} does not see it", "error", advice)
 
 
 def _memory() -> Finding:
     psutil = imported("psutil")
     if psutil is None:
-        return Finding("memory", "not known without psutil", "note", "pip install psutil")
+        return Finding("memory", "not known without psutil", "warning", "pip install psutil")
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     if (limit := _cgroup("memory.max")).isdigit() and int(limit) < total:
         used = _cgroup("memory.current")
         total, free = int(limit), min(free, int(limit) - int(used if used.isdigit() else 0))
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    return Finding("memory", text, "note", "close other programs") if free < 2 * GIB else Finding("memory", text)
+    return Finding("memory", text, "warning", "close other programs") if free < 2 * GIB else Finding("memory", text)
 
 
 def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding | None:
@@ -120,9 +122,7 @@ def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding | None:
     advice = (
         "start the container with --shm-size=8g or --ipc=host; on Kubernetes mount an emptyDir of medium Memory there"
     )
-    return Finding(
-        f"{folder}", f"{size / 2**20:.0f} MiB, NCCL between {gpus} GPUs needs about 1 GiB", "missing", advice
-    )
+    return Finding(f"{folder}", f"{size / 2**20:.0f} MiB, NCCL between {gpus} GPUs needs about 1 GiB", "error", advice)
 
 
 def _cgroup(name: str) -> str:
@@ -137,15 +137,15 @@ def _disk(output: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        return Finding("disk", f"{folder} is a file", "missing", "set another output=FOLDER")
+        return Finding("disk", f"{folder} is a file", "error", "set another output=FOLDER")
     if not os.access(folder, os.W_OK):
-        return Finding("disk", f"{folder} is not writable", "missing", "set another output=FOLDER")
+        return Finding("disk", f"{folder} is not writable", "error", "set another output=FOLDER")
     free = shutil.disk_usage(folder).free
     low = free < MIN_FREE_DISK
     return Finding(
         "disk",
         f"{free / GIB:.0f} GiB free at {output}",
-        "note" if low else "ok",
+        "warning" if low else "ok",
         "checkpoints and tokens may need more" if low else "",
     )
 
@@ -162,7 +162,7 @@ def _clock(written: Sequence[Path]) -> Finding:
     if latest is None or times[latest] <= now + CLOCK_SECONDS:
         return Finding("clock", text)
     advice = "set it (timedatectl set-ntp true, chronyc makestep): certificates and buckets reject a wrong clock"
-    return Finding("clock", f"{text}, but {latest} was written at {_utc(times[latest])}", "note", advice)
+    return Finding("clock", f"{text}, but {latest} was written at {_utc(times[latest])}", "warning", advice)
 
 
 def _utc(seconds: float) -> str:

@@ -35,7 +35,7 @@ def _precision(name: str, model: ModelConfig) -> Finding:
     try:
         precision, why = parallel.choose_precision(model.train.precision)
     except InputError as error:
-        return Finding(f"{name}: precision", str(error), "missing", "train.precision=auto")
+        return Finding(f"{name}: precision", str(error), "error", "train.precision=auto")
     return Finding(f"{name}: precision", f"{precision} ({why})")
 
 
@@ -45,7 +45,7 @@ def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
         fitting = largest_micro_batch(batch, ranks, micro)
         advice = f"train.micro_batch={fitting}" if fitting else f"train.global_batch={ranks * micro}"
         text = f"global batch {batch} is not a multiple of {ranks} ranks x micro-batch {micro}"
-        return Finding(f"{name}: batch", text, "missing", advice)
+        return Finding(f"{name}: batch", text, "error", advice)
     return Finding(f"{name}: batch", f"{batch} = {ranks} rank(s) x {micro} x {batch // (ranks * micro)} accumulated")
 
 
@@ -80,7 +80,7 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
         if lean.total(micro) <= usable * GIB:
             remedies.append("train.activation_checkpointing=true")
     advice = " or ".join(remedies) or "a larger GPU, deepspeed_zero3.yaml or fsdp2.yaml on several, or a smaller tower"
-    return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB has", "note", advice)
+    return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB has", "warning", advice)
 
 
 def _size(size: float) -> str:
@@ -102,9 +102,7 @@ def _tower(name: str, model: ModelConfig) -> Finding:
 
         description, is_local = locate_weights(tower.source, tower.pretrained)
     except InputError as error:
-        return Finding(
-            title, str(error), "missing", "put the weights there, or choose another models.NAME.tower.source"
-        )
+        return Finding(title, str(error), "error", "put the weights there, or choose another models.NAME.tower.source")
     except ImportError as error:
         return Finding(title, f"{tower.source}; not checked without {error.name}")
     if is_local:
@@ -113,7 +111,7 @@ def _tower(name: str, model: ModelConfig) -> Finding:
     if problem is None:
         return Finding(title, f"{description}; the first run downloads them")
     advice = "download them elsewhere and use local-dir:PATH or timm:NAME@FILE, or choose tower.pretrained=false"
-    return Finding(title, f"{description}, and {problem}", "missing", advice)
+    return Finding(title, f"{description}, and {problem}", "error", advice)
 
 
 def _hub_problem() -> str | None:

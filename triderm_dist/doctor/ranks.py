@@ -103,28 +103,28 @@ class Rendezvous:
             raise self._unreachable(error) from None
         self.store = PrefixStore("doctor", store)
 
-    def gather(self, what: str, own: Any, ranks: Iterable[int]) -> dict[int, Any]:
+    def gather(self, key: str, own: Any, ranks: Iterable[int]) -> dict[int, Any]:
         """Publish a value of this rank. Rank 0 gets those of the `ranks` that answer in time, the others nothing."""
-        self._set(f"{what} {self.rank}", own)
+        self._set(f"{key} {self.rank}", own)
         if self.rank:
             return {}
-        names = {rank: f"{what} {rank}" for rank in ranks}
+        names = {rank: f"{key} {rank}" for rank in ranks}
         with contextlib.suppress(RuntimeError):  # ranks that did not answer are left out below
             self.store.wait(list(names.values()), timedelta(seconds=self.seconds))
         return {rank: self._get(name) for rank, name in names.items() if self.store.check([name])}
 
-    def broadcast(self, what: str, value: Any, seconds: float) -> Any:
+    def broadcast(self, key: str, value: Any, seconds: float) -> Any:
         """Return rank 0's `value` on all ranks."""
         if self.rank == 0:
-            self._set(what, value)
+            self._set(key, value)
             return value
-        return self.receive(what, seconds)
+        return self.receive(key, seconds)
 
-    def receive(self, what: str, seconds: float) -> Any:
+    def receive(self, key: str, seconds: float) -> Any:
         """Wait for a value that rank 0 sets. Raises InputError where it does not come."""
         try:
-            self.store.wait([what], timedelta(seconds=seconds))
-            return self._get(what)
+            self.store.wait([key], timedelta(seconds=seconds))
+            return self._get(key)
         except RuntimeError as error:
             raise self._unreachable(error) from None
 
@@ -261,7 +261,7 @@ def compare(
     reports: Mapping[int, RankReport],
     timings: Mapping[int, Mapping[str, Any]],
 ) -> list[Finding]:
-    """Return what differs between ranks, from what each published: its host, its report, its timing."""
+    """Return the differences between ranks, given the host, report and timing that each published."""
 
     def named(ranks: Iterable[int]) -> str:
         return name_ranks(ranks, hosts)
@@ -270,11 +270,11 @@ def compare(
     if absent := [rank for rank in range(rendezvous.world) if rank not in hosts]:
         text = f"{named(absent)} did not connect to {rendezvous.address} within {rendezvous.seconds:g} s"
         advice = "see the output of that node; check that it reaches that host and port; answer_seconds=60 waits longer"
-        found.append(Finding("answers", text, "missing", advice))
+        found.append(Finding("answers", text, "error", advice))
     if silent := [rank for rank in hosts if rank not in reports]:
         text = f"{named(silent)} connected, but sent no report within {rendezvous.seconds:g} s"
         advice = "a network mount that does not respond hangs like this: try `ls` of data.shards on that node"
-        found.append(Finding("answers", text, "missing", advice))
+        found.append(Finding("answers", text, "error", advice))
     found += [_shards(reports, named), _same_software(reports, named), _gpus(reports, named)]
     if len(reports) == rendezvous.world:
         found += [_all_reduce_finding(rendezvous, timings, named), *_clocks(timings, named)]
@@ -323,11 +323,11 @@ def _shards(reports: Mapping[int, RankReport], named: Namer) -> Finding:
     values = {rank: report.shards or "nothing packed yet" for rank, report in reports.items()}
     if text := _differing(values, named):
         advice = "data.shards must be a folder that all nodes share, a copy of it on each, or a URL"
-        return Finding("shards", text, "missing", advice)
+        return Finding("shards", text, "error", advice)
     if not reports[0].shards:
         return Finding("shards", "nothing packed yet, so nothing to compare")
     if not reports[0].readable:
-        return Finding("shards", "no rank can read them: see `training`", "note", "")
+        return Finding("shards", "no rank can read them: see `training`", "warning", "")
     return Finding("shards", f"{values[0]}: the same on {named(reports)}")
 
 
@@ -338,7 +338,7 @@ def _same_software(reports: Mapping[int, RankReport], named: Namer) -> Finding:
         for key in keys
     }
     if text := "; ".join(f"{key} {text}" for key, text in texts.items() if text):
-        return Finding("software", text, "missing", "install the same versions on every node")
+        return Finding("software", text, "error", "install the same versions on every node")
     return Finding("software", f"{', '.join(keys)}: the same on {named(reports)}")
 
 
@@ -348,9 +348,9 @@ def _gpus(reports: Mapping[int, RankReport], named: Namer) -> Finding:
         return Finding("GPUs", "none: the ranks run on the CPU")
     if without:
         advice = "set --num_processes to the number of GPUs; each node must have the same number"
-        return Finding("GPUs", f"none for {named(without)}, while others have one", "missing", advice)
+        return Finding("GPUs", f"none for {named(without)}, while others have one", "error", advice)
     if text := _differing({rank: report.gpu for rank, report in reports.items()}, named):
-        return Finding("GPUs", text, "note", "the slowest GPU limits the speed, the smallest the micro-batch")
+        return Finding("GPUs", text, "warning", "the slowest GPU limits the speed, the smallest the micro-batch")
     return Finding("GPUs", f"one {reports[0].gpu} per rank")
 
 
@@ -358,14 +358,14 @@ def _all_reduce_finding(rendezvous: Rendezvous, timings: Mapping[int, Mapping[st
     title = "all-reduce"
     advice = "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME select the network interface; NCCL_DEBUG=INFO logs details"
     if silent := [rank for rank in range(rendezvous.world) if rank not in timings]:
-        return Finding(title, f"{named(silent)} stopped answering during it", "missing", advice)
+        return Finding(title, f"{named(silent)} stopped answering during it", "error", advice)
     if errors := {rank: each["error"] for rank, each in timings.items() if "error" in each}:
         by_error: dict[str, list[int]] = {}
         for rank, error in errors.items():
             done = [name for name in ("gloo", "NCCL") if name in timings[rank]]
             by_error.setdefault(f"{'NCCL' if done else 'gloo'}: {error}", []).append(rank)
         text = "; ".join(f"{named(ranks)}: {error}" for error, ranks in by_error.items())
-        return Finding(title, text, "missing", advice)
+        return Finding(title, text, "error", advice)
     slowest = {name: max(each[name] for each in timings.values()) for name in ("gloo", "NCCL") if name in timings[0]}
     text = ", ".join(f"{elapsed * 1e3:,.0f} ms by {name}" for name, elapsed in slowest.items())
     return Finding(title, f"{BUCKET_MIB} MiB over {rendezvous.world} ranks in {text}")
@@ -381,7 +381,7 @@ def _clocks(timings: Mapping[int, Mapping[str, Any]], named: Namer) -> list[Find
         return [Finding("clocks", f"less than {CLOCK_SECONDS:g} s apart")]
     worst = max(off.values(), key=abs)
     text = f"{named(off)}: {worst:+.1f} s from rank 0; the limit is {CLOCK_SECONDS:g} s"
-    return [Finding("clocks", text, "note", "synchronize them by NTP (timedatectl set-ntp true, chronyc makestep)")]
+    return [Finding("clocks", text, "warning", "synchronize them by NTP (timedatectl set-ntp true, chronyc makestep)")]
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ def versions(deepspeed: bool = False) -> list[Finding]:
     findings = [
         Finding("python", f"{platform.python_version()}  {sys.executable}")
         if sys.version_info >= (3, 11)
-        else Finding("python", platform.python_version(), "missing", "install Python 3.11 or newer")
+        else Finding("python", platform.python_version(), "error", "install Python 3.11 or newer")
     ]
     needed = (*NEEDED, "deepspeed") if deepspeed else NEEDED
     good = []
@@ -30,7 +30,7 @@ def versions(deepspeed: bool = False) -> list[Finding]:
     for name in (*NEEDED, *OPTIONAL):
         found = installed(name)
         if found is None:
-            needed_by, state = ("", "missing") if name in needed else (f"; {OPTIONAL[name]} needs it", "note")
+            needed_by, state = ("", "error") if name in needed else (f"; {OPTIONAL[name]} needs it", "warning")
             findings.append(
                 Finding(name, f"not installed{needed_by}", state, f"pip install '{ranges.get(name, name)}'")
             )
@@ -41,8 +41,8 @@ def versions(deepspeed: bool = False) -> list[Finding]:
             text += f" ({_torch_build()})"
         wanted = ranges.get(name)
         if wanted and not _fits(version, wanted):
-            state = "missing" if name == "deepspeed" and deepspeed else "note"
-            problem = f"the launcher needs {wanted}" if state == "missing" else "not tested with this version"
+            state = "error" if name == "deepspeed" and deepspeed else "warning"
+            problem = f"the launcher needs {wanted}" if state == "error" else "not tested with this version"
             findings.append(Finding(name, f"{text}; {problem}", state, f"pip install '{wanted}'"))
         else:
             good.append(text)
@@ -110,6 +110,6 @@ def nccl_finding(packages: Sequence[str], gpu: bool) -> Finding:
     return Finding(
         "NCCL",
         f"{' and '.join(packages)} install the same libnccl.so.2: xgboost's may replace torch's",
-        "missing" if gpu else "note",
+        "error" if gpu else "warning",
         "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 nvidia-nccl-cu13",
     )
