@@ -20,7 +20,7 @@ from triderm_dist.settings import Section, Tree, describe, flatten, read_overrid
 BAD_INPUT = 2
 INTERRUPTED = 3
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""The signals by which schedulers ask a program to stop: at once, as Ctrl-C does; training finishes its step first."""
+"""The signals by which schedulers stop a program: at once, as Ctrl-C does; training finishes its step first."""
 
 
 class Interrupted(Exception):
@@ -136,7 +136,7 @@ OPTIONS = "options are --config FILE, --print-config, --help and --help-all"
 
 
 def help_text(kind: type[Section], about: str, everything: bool = False) -> str:
-    """The help of a program: its own settings first, then those of the experiment that it uses, by section.
+    """Return the help of a program: its own settings first, then those of the experiment that it uses, by section.
 
     everything: also list the settings that have no effect on it, and those of `models.NAME.train` one by one.
     """
@@ -158,7 +158,7 @@ def help_text(kind: type[Section], about: str, everything: bool = False) -> str:
 
 
 def _help_rows(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    """A setting's key, type and default, then its description; an empty line between sections."""
+    """Format each setting: key, type and default, then its description; with an empty line between sections."""
     lines: list[str] = []
     section = None
     for key, type_name, default, description in rows:

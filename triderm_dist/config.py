@@ -157,7 +157,7 @@ class TowerConfig(Section):
         None, description="open_clip ViT: force QuickGELU on or off; null follows the checkpoint's config"
     )
     shared: bool = Field(False, description="use one tower for both views")
-    frozen: bool = Field(False, description="freeze the whole tower; its tokens are computed once and cached")
+    frozen: bool = Field(False, description="freeze the tower completely; its tokens are computed once and cached")
     freeze_clinical: int = Field(6, ge=0, description="number of leading blocks of the clinical tower to freeze")
     freeze_dermoscopic: int = Field(4, ge=0, description="number of leading blocks of the dermoscopic tower to freeze")
 
@@ -332,7 +332,7 @@ class StackConfig(Section):
     max_depth: int = Field(2, ge=1, description="depth of a tree")
     learning_rate: float = Field(0.2, gt=0, description="shrinkage of a tree")
     max_rounds: int = Field(600, ge=1, description="maximum number of boosting rounds")
-    early_stopping: int = Field(15, ge=1, description="boosting stops after so many rounds without improvement")
+    early_stopping: int = Field(15, ge=1, description="boosting stops after this many rounds without improvement")
     subsample: float = Field(0.8, gt=0, le=1, description="share of the rows sampled for each tree")
     colsample_bytree: float = Field(0.5, gt=0, le=1, description="share of the columns sampled for each tree")
     min_child_weight: float = Field(1.0, ge=0, description="minimum total weight of the rows in a leaf")
@@ -341,7 +341,7 @@ class StackConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device of XGBoost; auto uses a GPU if there is one"
     )
-    memory_gb: float = Field(8.0, gt=0, description="columns larger than so many GiB are streamed from a parquet file")
+    memory_gb: float = Field(8.0, gt=0, description="GiB of columns above which they are streamed from a parquet file")
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
         (),
         description="additional columns, kept only if they improve the nested estimate: embeddings of the untouched "
@@ -539,7 +539,7 @@ SHIPPED = {
     "ray": "launch/ray",
     "benchmarks": "benchmarks/results",
 }
-"""The folders of files that ship with the package, by kind, and where they lie in a clone."""
+"""The folders of files that ship with the package, by kind, with their location in a clone."""
 BY_STEM = ("experiments", "spaces", "accelerate_configs")
 """Kinds whose files a setting names without the ending: `--config rtx4090`, `space=losses`, `launcher=ddp`."""
 
@@ -649,7 +649,7 @@ ADDED_KEYS: dict[str, Any] = {
     "stack.kind": "xgboost",
     "stack.settings": {},
 }
-"""Every setting added since, with the value (as in JSON) that does what the code did before the setting existed. Keep
+"""Every setting added since, with the value (as in JSON) that gives the behavior from before the setting existed. Keep
 the value when a default changes, so that the new default gets another hash than work finished with the former one.
 """
 

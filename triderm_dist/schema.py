@@ -267,7 +267,7 @@ class TaskColumns:
     lesion_id: None takes the photo's name, so that every photo is a lesion.  image: id, file name or path of the photo;
     a mapping of view to column where a row holds a lesion with its photos.  view: the kind of photo, in tables with one
     row per photo.  diagnosis: None where each diagnosis has a column of zeros and ones, or the table has no labels.
-    group: what must not be split over folds, such as the patient; None takes the lesion.
+    group: the unit that must not be split over folds, such as the patient; None takes the lesion.
     """
 
     image: str | Mapping[str, str]
@@ -301,7 +301,7 @@ _NAME = re.compile(r"[^\s,;/\\'\"]{1,60}")
 
 @dataclass(frozen=True)
 class Task:
-    """What a data set is about and how its tables are read: a task.yaml, and the entry `task` of index.json.
+    """The description of a data set and of how its tables are read: a task.yaml, and the entry `task` of index.json.
 
     reader: the module of `data.readers`.  missing_words: in any case; replace `MISSING_WORDS`.  decision: how a
     diagnosis is chosen: the largest probability, each p > 0.5, or thresholds fitted on out-of-fold predictions.
@@ -460,7 +460,7 @@ def _or_null(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     return lambda value, at: None if _is_null(value) else read(value, at)
 
 
-def _each(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
+def _list_of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
     def read_list(value: Any, at: str) -> tuple[Any, ...]:
         if _is_null(value):
             return ()
@@ -471,7 +471,7 @@ def _each(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ..
     return read_list
 
 
-def _by_text(read: Callable[[Any, str], Any]) -> Callable[[Any, str], dict[str, Any]]:
+def _mapping_of(read: Callable[[Any, str], Any]) -> Callable[[Any, str], dict[str, Any]]:
     def read_mapping(value: Any, at: str) -> dict[str, Any]:
         if _is_null(value):
             return {}
@@ -482,28 +482,30 @@ def _by_text(read: Callable[[Any, str], Any]) -> Callable[[Any, str], dict[str, 
     return read_mapping
 
 
-def _of(kind: type[Any]) -> Callable[[Any, str], Any]:
+def _dataclass_of(kind: type[Any]) -> Callable[[Any, str], Any]:
     return lambda value, at: _build(kind, value, at)
 
 
 _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "str": _text,
     "str | None": _or_null(_text),
-    "str | Mapping[str, str]": lambda value, at: (_by_text(_text) if isinstance(value, Mapping) else _text)(value, at),
+    "str | Mapping[str, str]": lambda value, at: (_mapping_of(_text) if isinstance(value, Mapping) else _text)(
+        value, at
+    ),
     "float": _number,
     "float | None": _or_null(_number),
     "bool | None": _or_null(_flag),
-    "tuple[str, ...]": _each(_text),
-    "tuple[float, ...]": _each(_number),
-    "Mapping[str, str]": _by_text(_text),
-    "Mapping[str, float]": _by_text(_number),
+    "tuple[str, ...]": _list_of(_text),
+    "tuple[float, ...]": _list_of(_number),
+    "Mapping[str, str]": _mapping_of(_text),
+    "Mapping[str, float]": _mapping_of(_number),
     "Literal['number', 'category', 'ordinal']": _text,
-    "TaskColumns": _of(TaskColumns),
-    "ConceptColumns": _of(ConceptColumns),
-    "tuple[Diagnosis, ...]": _each(_of(Diagnosis)),
-    "tuple[View, ...]": _each(_of(View)),
-    "tuple[MetadataField, ...]": _each(_of(MetadataField)),
-    "tuple[ReferenceResult, ...]": _each(_of(ReferenceResult)),
+    "TaskColumns": _dataclass_of(TaskColumns),
+    "ConceptColumns": _dataclass_of(ConceptColumns),
+    "tuple[Diagnosis, ...]": _list_of(_dataclass_of(Diagnosis)),
+    "tuple[View, ...]": _list_of(_dataclass_of(View)),
+    "tuple[MetadataField, ...]": _list_of(_dataclass_of(MetadataField)),
+    "tuple[ReferenceResult, ...]": _list_of(_dataclass_of(ReferenceResult)),
 }
 """Functions that parse a value of a mapping, by the annotation of its field."""
 

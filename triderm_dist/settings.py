@@ -1,7 +1,7 @@
 """Typed settings: sections that refuse unknown keys, read from YAML and from `key.subkey=value` on the command line.
 
-An unquoted scalar stays text (`Plain`) until a section knows the type of its setting: `output=2024-11-25` is a folder,
-`explain=00123` a name, `train.optim.lr=1e-4` a number. Quoted scalars are always text.
+An unquoted scalar is kept as text (`Plain`) until a section gives it the type of its setting: `output=2024-11-25` is a
+folder, `explain=00123` a name, `train.optim.lr=1e-4` a number. Quoted scalars are always text.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ ranks() {
         --main_process_ip "$head" --main_process_port "$port" -m "$@"
 }
 
-# finish CODE: end the job with an exit code; where the code says "interrupted", requeue the job first, to resume later.
+# finish CODE: end the job with an exit code; on 3 (interrupted), requeue the job first, to resume later.
 # After scancel nothing is requeued: scancel ends this script too, before the ranks have saved.
 finish() {
     case $1 in

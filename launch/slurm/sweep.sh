@@ -7,7 +7,8 @@
 # `output=` is required. Output and shards are in folders that every node sees. Submitted again, or requeued by Slurm,
 # the search resumes: finished trials are kept, and running ones resume from their last epoch.
 #
-# Add what your site asks for: --partition, --account, --cpus-per-task (all cores of the node: trials share them), --mem.
+# Add the options that your site requires: --partition, --account, --mem, --cpus-per-task (all cores of the node: trials
+# share them).
 #SBATCH --job-name=triderm-sweep
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00

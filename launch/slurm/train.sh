@@ -8,13 +8,14 @@
 #   LAUNCHER=deepspeed_zero2 sbatch ... (the same)
 #
 # Shards and output are in folders that every node sees. train.global_batch is ranks x train.micro_batch x accumulation
-# steps, so more nodes need a smaller micro-batch; the results stay the same.
+# steps, so more nodes need a smaller micro-batch; the results do not change.
 #
 # Before the time limit, on preemption, or on `scancel --signal=USR1 JOB`, the ranks save a checkpoint and the job is
 # requeued; when it starts again it resumes. So --time may be far shorter than the training. A job whose node fails is
 # requeued too, and resumes from the last checkpoint (train.save_every) on other nodes.
 #
-# Add what your site asks for: --partition, --account, --cpus-per-task (4 to 8 per GPU, to decode photos), --mem.
+# Add the options that your site requires: --partition, --account, --mem, --cpus-per-task (4 to 8 per GPU, to decode
+# photos).
 #SBATCH --job-name=triderm
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00

@@ -2,7 +2,7 @@
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.crossval --config EXPERIMENT.yaml
 
-trains fold after fold, each on all ranks. Several folds in parallel, here each on half of a GPU:
+trains fold after fold, each on all ranks. Several folds in parallel, such as each on half of a GPU:
 
 triderm crossval --config EXPERIMENT.yaml parallel_folds=true gpus=0.5
 """

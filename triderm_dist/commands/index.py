@@ -47,7 +47,7 @@ class IndexConfig(Extensible):
 
 def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
-    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.index_foreign import index_shards
     from triderm_dist.tasks import load_task
 
@@ -65,10 +65,10 @@ def main(config: IndexConfig) -> None:
                 note=lambda text: print(f"note: {text}"),
             )
     except InvalidLesions as error:
-        show_problems(error.problems, table)
+        print_problems(error.problems, table)
         raise
-    show_problems(index.problems, table)
-    show_index(index)
+    print_problems(index.problems, table)
+    print_index(index)
 
 
 def start() -> None:

@@ -38,7 +38,7 @@ class PackConfig(Extensible):
 def main(config: PackConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.milk10k import read_challenge
-    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.pack import pack_shards
 
     try:
@@ -56,10 +56,10 @@ def main(config: PackConfig) -> None:
                 progress=progress,
             )
     except InvalidLesions as error:
-        show_problems(error.problems, Path(f"{config.output}.problems.csv"))
+        print_problems(error.problems, Path(f"{config.output}.problems.csv"))
         raise
-    show_problems(index.problems, Path(f"{config.output}.problems.csv"))
-    show_index(index)
+    print_problems(index.problems, Path(f"{config.output}.problems.csv"))
+    print_index(index)
 
 
 def start() -> None:

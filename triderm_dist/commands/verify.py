@@ -21,7 +21,7 @@ class VerifyConfig(Extensible):
 
 
 def main(config: VerifyConfig) -> None:
-    from triderm_dist.data.shards.console import progress_bar, show_index, show_problems
+    from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.data.shards.verify import verify
 
@@ -29,9 +29,9 @@ def main(config: VerifyConfig) -> None:
     with progress_bar("checking lesions") as progress:
         problems = verify(index, config.folds, config.fold_seed, config.workers, progress)
     if problems:
-        show_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
+        print_problems(problems, Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv"))
         raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
-    show_index(index)
+    print_index(index)
     folds = f"{config.folds} folds are possible" if (index.labels >= 0).any() else "no labels, so no folds"
     missing = int((index.sizes == 0).sum())
     print(

@@ -120,7 +120,7 @@ class PhotoTransform:
         self.size, self.config, self.extra = size, config, build_augmentations(config)
 
     def __call__(self, photos: torch.Tensor, view: str, rng: LesionRng | None = None) -> torch.Tensor:
-        """Augment with random numbers of `rng`: crop, rotation, quarter turns, flip, color, then what plugins add.
+        """Augment with random numbers of `rng`: crop, rotation, quarter turns, flip, color, plugins' augmentations.
 
         Without `rng`, return the centered square of the short side.
         """

@@ -338,7 +338,7 @@ def download(
         raise DataError(f"base_url {base_url!r}: not an http or https URL")
     record = folder / "downloads.json"
     done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    shown = progress or (lambda what: contextlib.nullcontext(lambda now, total: None))
+    shown = progress or (lambda title: contextlib.nullcontext(lambda now, total: None))
     for name in names:
         path = folder / name
         target = path.with_suffix("") if path.suffix == ".zip" else path

@@ -99,7 +99,7 @@ class DemoLesion:
 def write_demo(output: Path, lesions: int, test_lesions: int, seed: int) -> bool:
     """Write the demo data into `output` atomically; returns False if `output` holds the same data already.
 
-    Raises DataError where `output` holds anything else.
+    Raises DataError where `output` holds other files.
     """
     settings = f"settings: lesions={lesions} test_lesions={test_lesions} seed={seed}"
     settings += "".join(f" {field!r}" for field in added_fields())

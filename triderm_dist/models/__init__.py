@@ -59,7 +59,7 @@ def network_settings(config: ModelConfig) -> Section:
 def build_towers(config: TowerConfig) -> list[Tower]:
     """Build one tower for both views (`shared`) or one per view in the order of `VIEWS`, leading blocks frozen.
 
-    A shared tower freezes the smaller of the two numbers of blocks. Raises what `build_tower` raises.
+    A shared tower freezes the smaller of the two numbers of blocks. Raises as `build_tower` does.
     """
     from triderm_dist.models.towers import build_tower
 

@@ -3,7 +3,7 @@
 Three stages: view alignment, semantic gating, global pooling. The first two are pre-norm,
     y = x + Attention(norm(x), norm'(context)),    z = y + MLP(norm''(y)),
 with a separate norm for each modality. The idea is from SkinM2Former (2024), which fuses at several encoder levels;
-here the fusion comes once, after the encoders.
+this network fuses once, after the encoders.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _build_visual(model_cfg: dict[str, Any], quick_gelu: bool, config: Path) -> 
 
 
 def _fill(visual: Any, state: dict[str, Tensor], file: Path) -> str:
-    """Load the tensors under `visual.`; returns what was loaded, for the report."""
+    """Load the tensors under `visual.`; returns a summary for the tower's report."""
     is_timm = hasattr(visual, "trunk")
     visual_state = strip_prefix(state, "visual.trunk." if is_timm else "visual.")
     if not visual_state:

@@ -3,7 +3,7 @@
 A pre-norm ViT with layer scale, query and value bias but no key bias, no relative positions, and fixed sine-cosine
 positions that are part of the state dict. Architecture: Yan et al., "A multimodal vision foundation model for clinical
 dermatology", 2025 (CAE v2 pre-training). Upstream loads with `strict=False`, so that a wrong prefix silently gives a
-random encoder; here a file fills the whole tower or is refused.
+random encoder; `load_panderm` refuses a file that does not fill the tower completely.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build_panderm(width: int, depth: int, patch_size: int, image_size: int, mlp_
 
 
 def load_panderm(state: Mapping[str, Tensor], file: Path, pretrained: bool = True) -> tuple[Any, str]:
-    """Build the tower in `state`, with sizes read from its tensors; returns it and a line on what was loaded.
+    """Build the tower in `state`, with sizes read from its tensors; returns it and a one-line report of the loading.
 
     pretrained False: only the sizes are taken. Raises CheckpointError with the file and its first keys.
     """

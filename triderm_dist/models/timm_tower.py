@@ -91,7 +91,7 @@ def _check_name(model_name: str) -> None:
 
 
 def _fill(model: nn.Module, name: str, file: Path) -> str:
-    """Load a file into a timm model without classifier; returns what was loaded, for the report."""
+    """Load a file into a timm model without classifier; returns a summary for the tower's report."""
     import timm
 
     state = read_weights(file)
@@ -152,7 +152,7 @@ def split_model(model: Any, name: str, spec: InputSpec, image_size: int | None, 
 
 
 class _Stem(nn.Module):
-    """What remains of a timm model without its blocks, tail and head."""
+    """A timm model without its blocks, tail and head."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class _Stem(nn.Module):
 
 
 def _take_apart(model: Any) -> tuple[nn.Module, list[nn.Module], nn.Module]:
-    """Move the blocks and what follows them up to the head out of the model; returns stem, blocks and tail."""
+    """Split a model, in place, into stem, blocks and tail (the modules between blocks and head)."""
     children = [child for child, _ in model.named_children()]
     containers = [child for child in children if _CONTAINERS.fullmatch(child)]
     blocks: list[nn.Module] = []

@@ -1,6 +1,6 @@
 """One interface for every image encoder: a stem, a list of blocks, a tail, and patch tokens as output.
 
-A tower is cut into these three parts whatever library it comes from, so that freezing, layer-wise learning rates,
+A tower of any library is split into these three parts, so that freezing, layer-wise learning rates,
 activation checkpointing and compilation work on blocks and depend on no library's parameter names.
 """
 
@@ -47,8 +47,8 @@ class Tower(nn.Module):
     blocks: the units of freezing, learning-rate decay, checkpointing and compilation.  tail: everything after the last
     block (last norm or convolution), without parameters or not.  layout: of the tail's output, NLC tokens of which the
     first `prefix_tokens` (class, registers) are dropped, or an NCHW or NHWC map, which is read row by row.
-    architecture: what the function depends on apart from the tensors, part of `tower_hash`.  report: what was loaded
-    from where, in one line.
+    architecture: text that identifies the function apart from its tensors, part of `tower_hash`.  report: one line on
+    the loaded weights and their source.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Tower(nn.Module):
 
 
 def tower_hash(tower: Tower) -> str:
-    """Hash what a tower's tokens depend on (SHA-256): architecture, input size, normalization, names and tensors."""
+    """Return the SHA-256 of all that a tower's tokens depend on: architecture, input size, normalization, weights."""
     digest = hashlib.sha256(json.dumps([tower.architecture, tower.image_size, tower.mean, tower.std]).encode())
     for name, tensor in tower.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -143,7 +143,7 @@ class TowerOptions(NamedTuple):
 
 
 class WeightsLocation(NamedTuple):
-    """Where a tower's weights are: in words, and whether everything it is built from is on this machine."""
+    """The location of a tower's weights: a description, and whether all files that it needs are on this machine."""
 
     description: str
     is_local: bool
@@ -158,8 +158,8 @@ class TowerSource:
     """One kind of `tower.source`, written PREFIX:NAME.
 
     form: how it is written, for messages.  build: makes the tower from NAME; raises CheckpointError where weights are
-    missing, do not fill the whole tower or belong to another architecture.  locate: finds the weights from NAME and
-    `pretrained` without loading or downloading them; raises InputError where they are nowhere.
+    missing, do not fill the tower or belong to another architecture.  locate: finds the weights from NAME and
+    `pretrained` without loading or downloading them; raises InputError where they cannot be found.
     """
 
     form: str

@@ -1,4 +1,4 @@
-"""The table of tower sources, and the one place where `tower.source` is parsed."""
+"""The table of tower sources, and the parser of `tower.source`."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def build_tower(
     or `timm:NAME@package:PACKAGE`: from the weight file in an installed Python package.
 
     pretrained: False builds the architecture with random weights.  image_size: in pixels; positions are resampled to
-    it.  quick_gelu: overrides an open_clip config, which may leave out what the shapes cannot reveal.
+    it.  quick_gelu: overrides an open_clip config, which may lack this setting; the weights do not show it.
 
-    Raises CheckpointError where weights are missing, do not fill the whole tower or belong to another architecture,
+    Raises CheckpointError where weights are missing, do not fill the tower or belong to another architecture,
     InputError or ConfigError for a source that is unknown or cannot be reached.
     """
     kind, name = parse_source(source)
@@ -86,7 +86,7 @@ def build_tower(
 
 
 def locate_weights(source: str, pretrained: bool = True) -> WeightsLocation:
-    """Find what a tower will be loaded from, without loading or downloading anything.
+    """Find the files that a tower will be loaded from, without loading or downloading anything.
 
     Raises InputError where it is not on this machine and cannot be downloaded either, or the source is unknown.
     """

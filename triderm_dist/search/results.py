@@ -158,7 +158,7 @@ def _fanova(scored: Sequence[tuple[Mapping[str, Any], float]], space: Space) -> 
     distributions = {key: domain.distribution() for key, domain in space.items()}
     study = optuna.create_study(direction="maximize")
     for settings, score in scored:
-        # Rounded to six digits, a setting may lie outside its range.
+        # Rounded to six digits, a setting may be outside its range.
         params = {key: domain.clipped(settings[key]) for key, domain in space.items()}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
     try:

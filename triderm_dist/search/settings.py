@@ -34,7 +34,7 @@ class SearchConfig(Section):
     scheduler: Literal["asha", "pbt", "none"] = Field(
         "asha",
         description="asha stops trials that lag behind at an equal epoch; pbt lets them copy the checkpoint of a "
-        "leading trial and changes their settings (the first settings are random, whatever the searcher); none lets "
+        "leading trial and changes their settings (the first settings are random with any searcher); none lets "
         "all trials end",
     )
     grace_epochs: int = Field(1, ge=1, description="asha: epochs before a trial may be stopped")

@@ -1,4 +1,4 @@
-"""A search from its settings to its results. All settings are checked before Ray starts."""
+"""Run a search: check all settings before Ray starts, run its trials, and summarize them."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class Cache:
                 raise FetchStopped
             if time.monotonic() > deadline:
                 raise DataError(
-                    f"{self.root}: all {self.limit / 1e9:g} GB hold shards that are being read; end other runs, or "
-                    "raise data.remote.cache_gb"
+                    f"{self.root}: all {self.limit / 1e9:g} GB are in use by shards that are being read; "
+                    "end other runs, or raise data.remote.cache_gb"
                 )
         try:
             self.store.fetch(file, part, stop)
@@ -90,7 +90,7 @@ class Cache:
             part.unlink(missing_ok=True)
 
     def _reserve(self, file: ShardFile, part: Path) -> bool:
-        """Evict what a file needs, least recently used first, and reserve its space by an empty file.
+        """Evict shards, least recently used first, until a file fits, and reserve its space by an empty file.
 
         Returns False where too much is being read. Raises DataError where it can never fit, OSError for a full disk.
         """

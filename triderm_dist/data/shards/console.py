@@ -16,7 +16,7 @@ MAX_SHOWN = 10
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on a terminal, elsewhere print a line every 10 seconds.
 
     Yields a function to call with (done, total).
@@ -25,7 +25,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
     if sys.stderr.isatty():
         with Progress(transient=True) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     last = time.monotonic()
@@ -34,12 +34,12 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal last
         if time.monotonic() - last >= 10:
             last = time.monotonic()
-            print(f"{what}: {done} of {total}", flush=True)
+            print(f"{title}: {done} of {total}", flush=True)
 
     yield print_line
 
 
-def show_problems(problems: Sequence[Problem], table: Path) -> None:
+def print_problems(problems: Sequence[Problem], table: Path) -> None:
     """Print the first problems and counts by kind, and write all to the CSV file `table`; without any, remove it."""
     if not problems:
         table.unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def show_problems(problems: Sequence[Problem], table: Path) -> None:
     print(f"{len(problems)} problems: {counts}; all in {table}")
 
 
-def show_index(index: ShardIndex) -> None:
+def print_index(index: ShardIndex) -> None:
     """Print the number of lesions of each diagnosis, notes, and the size of a packed set."""
     for diagnosis, count in index.counts().items():
         if count:

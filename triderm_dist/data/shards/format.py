@@ -16,7 +16,7 @@ VERSION = 2
 INDEX, SAMPLES = "index.json", "samples.parquet"
 ROW_GROUP = 1 << 17
 UNLABELED_KEY = "unlabelled"
-"""Key of lesions without a label in the counts of index.json; part of the format, so its spelling stays."""
+"""Key of lesions without a label in the counts of index.json; its spelling is part of the format."""
 EXTENSIONS: dict[str, tuple[str, ...]] = {view: (f"{view}.jpg",) for view in VIEWS}
 """File extensions of each view's photo in a shard, after the lesion id and a dot."""
 

@@ -71,12 +71,12 @@ class ShardIndex:
     photo_sizes: Mapping[tuple[int, int], int]
     """Number of photos of each (width, height)."""
     shared_photos: tuple[tuple[str, str], ...]
-    """Pairs of labeled lesions of different groups that hold the same photo: their folds may differ."""
+    """Pairs of labeled lesions of different groups that share a photo: their folds may differ."""
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
     label_words: Mapping[str, int] = field(default_factory=lambda: DIAGNOSIS_WORDS)
     """The labels of the samples' own records, in lower case, as indices into `diagnoses`."""
     remote: Cache | None = None
-    """The cache through which shards of a URL are read (see `open.open_index`); None: all tars lie in `folder`."""
+    """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
 
     def __len__(self) -> int:
         return self.rows
@@ -134,7 +134,7 @@ class ShardIndex:
         return max(self.photo_sizes, key=lambda size: (self.photo_sizes[size], size[0] * size[1], size))
 
     def notes(self) -> list[str]:
-        """Return what a user should know before training on this set, one line each."""
+        """Return warnings for training on this set, one line each."""
         return [*_note_on_sizes(self), *_note_on_shared(self), *_note_on_fields(self)]
 
     def path(self, shard: int) -> Path:
@@ -145,11 +145,11 @@ class ShardIndex:
         counts = np.bincount(self.labels - UNLABELED, minlength=len(self.diagnoses) + 1).tolist()
         return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabeled": counts[0]}
 
-    def _view_columns(self, what: str) -> np.ndarray:
-        table = self._columns(*(f"{view}_{what}" for view in VIEWS))
+    def _view_columns(self, name: str) -> np.ndarray:
+        table = self._columns(*(f"{view}_{name}" for view in VIEWS))
         matrix = np.empty((len(self), len(VIEWS)), np.int64)
         for column, view in enumerate(VIEWS):
-            matrix[:, column] = table[f"{view}_{what}"]
+            matrix[:, column] = table[f"{view}_{name}"]
         return matrix
 
     def _columns(self, *names: str) -> pa.Table:

@@ -53,7 +53,7 @@ def index_shards(
     """Write index.json and samples.parquet into a folder of tars and return the index.
 
     Every record is checked and every photo decoded. The K concepts are those of the first sample that has any; where
-    none has, MILK10k's names with all scores missing. `note` is called with what was tolerated, `progress` with
+    none has, MILK10k's names with all scores missing. `note` is called with each tolerated deviation, `progress` with
     (bytes scanned, bytes in all).
 
     task: gives the words of the labels; None takes the names of MILK10k's diagnoses. A number is a word like any other,
@@ -185,7 +185,7 @@ class _Scan:
             self.shards.append(ShardFile(path.name, lesions, path.stat().st_size, file_sha256(path)))
 
     def notes(self) -> Iterator[str]:
-        """Yield what was tolerated."""
+        """Yield a line for each tolerated deviation."""
         if not self.concepts:
             yield "no sample has concept scores; every score is missing"
         if self.rotated:

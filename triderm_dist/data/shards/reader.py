@@ -19,7 +19,7 @@ from triderm_dist.schema import ConfigError, DataError
 
 
 class FolderShards:
-    """Shards of a local folder, opened at the first read; the `MAX_OPEN` used last stay open."""
+    """Shards of a local folder, opened at the first read; the `MAX_OPEN` most recently used are kept open."""
 
     MAX_OPEN = 256
 

@@ -45,7 +45,7 @@ class Store:
             raise ConfigError(f"{url}: write {{}} where the file name belongs, as in pipe:cat folder/{{}}")
 
     def address(self, name: str) -> str:
-        """Return the URL of one file; a query, such as an access token, stays at the end."""
+        """Return the URL of one file; a query, such as an access token, is kept at the end."""
         address, question, query = self.url.partition("?")
         return f"{address.rstrip('/')}/{name}{question}{query}"
 

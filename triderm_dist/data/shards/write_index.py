@@ -107,7 +107,7 @@ def labeled_digests(photos: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -> list[tuple[str, str]]:
-    """Return pairs of lesions of different groups that hold the same photo.
+    """Return pairs of lesions of different groups that have the same photo.
 
     Of many lesions with one photo, each is paired with the first. digests: hashes (N, views) of the photos, 0 where
     there is none. names: reads the lesion ids and groups, if needed.
