@@ -53,6 +53,7 @@ def commands_in(path: Path) -> list[str]:
     lines = [re.sub(r"^[#\s]+", "", line) for line in lines]
     text = re.sub(r"\\\n", "", "\n".join(lines))
     found = [match.strip().rstrip(")") for match in COMMAND.findall(text)]
+    found = [command for command in found if "${" not in command]  # part of a script
     return [command for command in found if "..." not in command or command.endswith("--config ...")]
 
 
