@@ -1,4 +1,4 @@
-"""Quick settings of stacking, and synthetic members and rows."""
+"""Fast settings for stacking, and synthetic members and rows."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ QUICK = EnsembleConfig(bootstrap=100, rounds=10)
 
 
 def experiment(folder: Path, **change) -> Experiment:
-    """An experiment that stacks quickly; `change` are keys of `stack`."""
+    """Return an experiment with fast stacking; `change` sets keys of `stack`."""
     quick = {"max_rounds": 14, "early_stopping": 4, "learning_rate": 0.4, "device": "cpu"}
     return load(Experiment).model_copy(
         update={
@@ -28,7 +28,7 @@ def experiment(folder: Path, **change) -> Experiment:
 
 
 def members_of(labels: np.ndarray, skills: list[float], seed: int = 0) -> list[np.ndarray]:
-    """Probabilities (N, C) of members: logits `skill` at the label, plus normal noise."""
+    """Return probabilities (N, C) per member, from logits of `skill` at the label plus normal noise."""
     generator, C = np.random.default_rng(seed), len(DIAGNOSES)
     tables = []
     for skill in skills:
@@ -46,7 +46,7 @@ def table(tmp_path_factory) -> OofTable:
 
 
 def training_rows(table: OofTable, labels: np.ndarray | None = None, **change) -> TrainingRows:
-    """The labeled rows of the table; `change` replaces fields."""
+    """Return the labeled rows of the table; `change` replaces fields."""
     labels = table.labels if labels is None else labels
     rows = TrainingRows(
         source=base_columns(table),

@@ -24,7 +24,7 @@ from triderm_dist.schema import DataError
 
 
 def write_rotated_run(folder: Path, dims: int = 6) -> np.ndarray:
-    """A run whose networks have the same features of a lesion, each in its own basis; returns the labels.
+    """Write a run whose fold models have the same features up to a rotation; return the labels.
 
     The features depend on the diagnosis, the logits do not.
     """
@@ -62,7 +62,7 @@ def test_aligned_features_agree_between_folds(tmp_path: Path) -> None:
             alignment = alignments[part.model_hash[0]]
             np.testing.assert_allclose(alignment.rotation @ alignment.rotation.T, np.eye(6), atol=1e-5)
             np.testing.assert_allclose(alignment(part.features), first, atol=1e-4)
-    # The order of lesions in a file changes nothing.
+    # Independent of the order of lesions in a file.
     back = replace(parts[1], lesion_ids=parts[1].lesion_ids[::-1], features=parts[1].features[::-1])
     again = fit_alignments([parts[0], back, *parts[2:]])
     weights = parts[1].model_hash[0]
@@ -93,7 +93,7 @@ def test_extra_columns_that_improve_the_score_are_used_on_a_test_set(tmp_path: P
     other = [replace(part, model_hash=np.array("another")) for part in parts]
     with pytest.raises(DataError, match="was fitted on other weights"):
         predict_ensemble(tmp_path, table, other)
-    fit_ensemble(tmp_path, experiment(tmp_path, max_rounds=3))  # without them, nothing of them is left
+    fit_ensemble(tmp_path, experiment(tmp_path, max_rounds=3))  # without extra columns, their old files are removed
     assert not (tmp_path / "turns.safetensors").exists() and not (tmp_path / "stack.safetensors").exists()
 
 

@@ -1,4 +1,4 @@
-"""ensemble.json."""
+"""Round trip of ensemble.json."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ def test_temperature_recovers_a_known_one(true: float, head: str) -> None:
         labels = (calibration.probabilities_of(logits, head).cumsum(axis=1) > generator.random((4000, 1))).argmax(
             axis=1
         )
-    else:  # rows with exactly one positive, drawn from the sigmoids' odds: the conditional law of one-hot truth
+    else:  # exactly one positive per row, drawn from the odds of the sigmoids: their distribution given one-hot labels
         labels = (calibration.probabilities_of(logits, "softmax").cumsum(axis=1) > generator.random((4000, 1))).argmax(
             axis=1
         )

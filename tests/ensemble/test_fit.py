@@ -1,4 +1,4 @@
-"""Stacking end to end: fitted out of fold, used on a test set, refused where something is missing."""
+"""Stacking end to end: fitted out of fold, applied to a test set, refused if input is missing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
     assert [row.name for row in fit.rows] == [*MODELS, "stack", "plain mean", "fitted weights", "ensemble"]
     files = ("stack.ubj", "stack.json", "ensemble.json", "ensemble_oof.parquet", "oof_submission.csv")
     rows, read = {row.name: row for row in fit.rows}, read_oof(tmp_path / "oof.parquet")
-    for model in MODELS:  # nothing fitted, no temperature either
+    for model in MODELS:  # nothing is fitted, including temperatures
         plain = calibration.probabilities_of(read.logits[model], read.heads[model])
         assert rows[model].official == pytest.approx(metrics.official_macro_f1(plain, read.labels))
     assert rows["fitted weights"].official is rows["fitted weights"].argmax is rows["ensemble"].official is None
@@ -48,13 +48,13 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
     tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
     probabilities, thresholds = predict_ensemble(tmp_path, tests)
     on_test = metrics.macro_f1(probabilities > thresholds, tests.labels)
-    assert on_test > score - 0.1  # the mean of three fold models is no worse than one
+    assert on_test > score - 0.1  # the mean of three fold models is at least as good as one
     with pytest.raises(DataError, match="needs predictions of model 'dual_cnn'"):
         predict_ensemble(tmp_path, replace(tests, models=("trimodal",)))
 
 
 def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> None:
-    """Through temperatures, stacker, weights and thresholds: other labels in fold 0 do not change its rows."""
+    """Changed labels in fold 0 do not change its rows through temperatures, stacker, weights or thresholds."""
     write_run(tmp_path)
     table = read_oof(tmp_path / "oof.parquet")
     inside = table.folds == 0
@@ -79,7 +79,9 @@ def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     chance = [metrics.macro_f1(decisions, np.random.default_rng(seed).permutation(labels)) for seed in range(50)]
     assert fit.rows[-1].nested.value < np.mean(chance) + 3 * np.std(chance)
     assert fit.rows[-1].nested.value < 0.16
-    assert fit.rows[-1].fitted > fit.rows[-1].nested.value  # fitted on its own rows, noise looks like skill
+    assert (
+        fit.rows[-1].fitted > fit.rows[-1].nested.value
+    )  # scored on the rows it was fitted on, noise appears better than chance
 
 
 def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is the same for every kind of stacker: its table, files, absent diagnoses, and wide columns."""
+"""Properties of every kind of stacker: registry, files, absent diagnoses and wide columns."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ class PriorSettings(Section):
 
 
 class PriorStacker(Stacker):
-    """Predicts the share of each diagnosis, whatever the columns."""
+    """Predicts the frequency of each diagnosis and ignores the columns."""
 
     title: ClassVar[str] = "prior"
     suffix: ClassVar[str] = ".prior"
@@ -60,7 +60,10 @@ def test_registered_stacker_is_fitted_saved_and_loaded(table: OofTable, tmp_path
     fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json")
     stacker = fit_stacker(training_rows(table), prior)
     stacker.save(tmp_path / "stack.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.json", "stack.prior"]  # no stack.ubj is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "stack.json",
+        "stack.prior",
+    ]  # the former stack.ubj is removed
     loaded = FittedStacker.load(tmp_path / "stack.json")
     root = np.sqrt(np.bincount(table.labels))
     np.testing.assert_allclose(loaded.predict(base_columns(table)), np.tile(root / root.sum(), (len(table), 1)))

@@ -1,4 +1,4 @@
-"""Nested out-of-fold probabilities of the stacker: no label of a fold reaches what is fitted without the fold."""
+"""Nested out-of-fold probabilities of the stacker, without leakage of labels between folds."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def test_nested_stack_learns(table: OofTable) -> None:
 
 
 def test_labels_of_a_fold_do_not_affect_fits_without_it(table: OofTable) -> None:
-    """With other labels in fold 0, everything that is fitted without fold 0 stays bit-identical."""
+    """With changed labels in fold 0, everything fitted without fold 0 is bit-identical."""
     inside = table.folds == 0
     poisoned = table.labels.copy()
     poisoned[inside] = np.roll(poisoned[inside], 1)
@@ -43,7 +43,7 @@ def test_extra_columns_are_kept_only_if_they_improve_the_score() -> None:
     labels, folds = np.tile(np.arange(11), 6), np.repeat(np.arange(3), 22)
 
     def nested(accuracy: float, seed: int) -> NestedStack:
-        """Probabilities that are right for this share of the lesions, and random for the others."""
+        """Return probabilities that are right for a share `accuracy` of the lesions, and random for the others."""
         generator = np.random.default_rng(seed)
         right = generator.random((66, 1)) < accuracy
         table = np.where(right, np.eye(11)[labels], generator.random((66, 11)) / 11)
@@ -56,7 +56,7 @@ def test_extra_columns_are_kept_only_if_they_improve_the_score() -> None:
     np.testing.assert_array_equal(kept.out_of_fold, better.out_of_fold)
     assert kept.stackers == better.stackers
     assert choose_columns({"plain": plain, "twin": plain}, labels, folds)[0] == "plain"
-    # What is better on fold 0 only is not chosen for fold 0, whose labels are not used for that choice.
+    # An improvement on fold 0 only is not selected for fold 0, whose labels are not used for its selection.
     inside = folds == 0
     table = plain.out_of_fold.copy()
     table[inside] = np.eye(11)[labels[inside]]

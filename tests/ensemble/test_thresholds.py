@@ -28,7 +28,7 @@ C = len(DIAGNOSES)
 
 
 def brute_force(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The best F1 of any threshold at or above 0."""
+    """Return the best F1 over all thresholds >= 0."""
     thresholds = np.unique(np.concatenate([[0.0], scores]))
     f1 = [
         2 * (truth & (scores > threshold)).sum() / ((scores > threshold).sum() + truth.sum())
@@ -53,7 +53,9 @@ def test_best_thresholds_equal_brute_force(scores: np.ndarray, labels: np.ndarra
         else:
             assert thresholds[label] == NEVER
     assert ((thresholds >= 0) & (thresholds <= 1)).all()
-    seen = [(scores[labels == label, label] > 0).any() for label in range(3)]  # without one, every threshold has F1 = 0
+    seen = [
+        (scores[labels == label, label] > 0).any() for label in range(3)
+    ]  # without a positive, every threshold has F1 = 0
     weighted = _weighted_thresholds(scores, labels, np.ones((2, 25)))
     np.testing.assert_array_equal(weighted[:, seen], [thresholds[seen], thresholds[seen]])
 
@@ -64,7 +66,7 @@ def test_thresholds_lie_midway_between_two_scores() -> None:
 
 
 def test_regularized_thresholds_generalize_better() -> None:
-    """They score higher on new lesions, and exact thresholds on those that they were fitted on."""
+    """Regularized thresholds score higher on new lesions, exact thresholds on the lesions they were fitted on."""
     gains, fitted = [], []
     for seed in range(12):
         generator = np.random.default_rng(seed)
@@ -93,7 +95,7 @@ def test_shrinkage_is_strongest_for_rare_diagnoses() -> None:
 
     moved = (logit(some) - logit(unshrunk)) / (logit(shrunk) - logit(unshrunk))
     np.testing.assert_allclose(moved, 30 / (np.bincount(labels) + 30), rtol=1e-4)
-    share = np.log(np.bincount(labels) / 800)  # fully shrunk thresholds are linear in the log share
+    share = np.log(np.bincount(labels) / 800)  # fully shrunk thresholds are linear in the log frequency
     slope = np.polyfit(share, logit(shrunk), 1)
     np.testing.assert_allclose(np.polyval(slope, share), logit(shrunk), atol=1e-4)
 
@@ -128,7 +130,7 @@ def test_adjusted_thresholds_equal_logit_adjustment(tau: float) -> None:
 
 
 def test_logit_adjustment_is_chosen_for_a_biased_prior() -> None:
-    """With few lesions, thresholds per diagnosis are noise; a single tau is not."""
+    """With few lesions, thresholds per diagnosis overfit; a single tau does not."""
     generator = np.random.default_rng(1)
     labels = np.repeat(np.arange(C), [400, 60, 12, 12, 12, 12, 12, 12, 12, 12, 12])
     prior = calibration.class_prior(labels, C)

@@ -1,4 +1,4 @@
-"""Weights of the ensemble's members and the nested estimate of their score."""
+"""Weights of ensemble members and the nested estimate of their score."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_fitted_weights_are_on_the_simplex_and_beat_every_member() -> None:
     tables = members_of(labels, [2.0, 2.0, 0.0])
     fitted = fit_weights(tables, labels)
     assert fitted.weights.sum() == pytest.approx(1) and (fitted.weights >= 0).all()
-    assert fitted.weights[2] < 0.15 < min(fitted.weights[:2])  # one knows nothing, two are worth the same
+    assert fitted.weights[2] < 0.15 < min(fitted.weights[:2])  # the third member is random, the others are equally good
     score = metrics.macro_f1(fitted.decide(tables), labels)
     for table in tables:
         assert score > metrics.macro_f1(table > best_thresholds(table, labels), labels)
@@ -73,7 +73,7 @@ def test_labels_of_a_fold_do_not_affect_its_decisions() -> None:
 
 
 def test_nested_estimate_of_noise_is_at_chance() -> None:
-    """Where weights and thresholds are scored on the rows they were fitted on, pure noise looks like skill."""
+    """Scored on the rows that weights and thresholds were fitted on, pure noise would appear better than chance."""
     labels = labels_of(600)
     folds = folds_of(labels, 5)
     tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [0.0] * 10))}

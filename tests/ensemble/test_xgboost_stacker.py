@@ -62,7 +62,7 @@ def test_contributions_add_up_to_the_scores(table: OofTable) -> None:
     stacker = fit_stacker(training_rows(table), FEW_ROUNDS)
     values = stacker.model.contributions(columns)
     assert values is not None and values.shape == (len(table), len(DIAGNOSES), columns.shape[1])
-    # The softmax hides a constant per row, the contributions lack the expected score of a diagnosis.
+    # Equal up to a constant per row (softmax) and per diagnosis (its expected score).
     rest = np.log(stacker.predict(columns)) - values.sum(axis=2)
     rest = rest - rest.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(rest, np.broadcast_to(rest[:1], rest.shape), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Fusion against a slow reference implementation of its formulas, and tokens of concepts and metadata."""
+"""Fusion compared with a slow reference implementation, and tokens of concepts and metadata."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_fusion_equals_the_reference_forward_and_backward(heads: int, dermoscopi
     fast = pooling(block(*inputs))
     slow = reference(block, pooling, *inputs)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    # The key biases have no influence: softmax is the same for scores shifted by a constant.
+    # The key biases have no effect: softmax is invariant to a constant shift of the scores.
     gradients = [torch.autograd.grad((out * probe).sum(), [*parameters, *inputs]) for out in (fast, slow)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -98,7 +98,7 @@ def test_concept_score_changes_its_own_token_only(field: int, a: float, b: float
     assert out.isfinite().all()
     others = [i for i in range(out.shape[1]) if i != field]
     assert torch.equal(out[0, others], out[1, others]) and torch.equal(out[0, others], out[2, others])
-    # A norm may follow, hence directions are compared instead of lengths.
+    # Directions are compared instead of lengths, since a norm may follow.
     direction = nn.functional.normalize(out[:, field], dim=-1)
     if abs(a - b) > 0.05:
         assert (direction[0] - direction[1]).abs().max() > 1e-3

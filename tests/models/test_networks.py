@@ -39,7 +39,7 @@ def network_of(kind: str, tower: str = "test_vit", **settings: Any) -> Network:
 
 
 def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
-    """clinical, dermoscopic, view_present, concepts, metadata; some of each missing."""
+    """Return clinical, dermoscopic, view_present, concepts and metadata, each with missing values."""
     g = torch.Generator().manual_seed(1)
     present = torch.ones(size, 2, dtype=torch.bool)
     present[1, 0] = present[2, 1] = False
@@ -51,7 +51,7 @@ def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
 
 
 def total(outputs: tuple[Tensor, ...]) -> Tensor:
-    """A loss over all heads, as the compound loss is."""
+    """Return a loss over all heads, like the compound loss."""
     return sum((o.square().sum() for o in outputs[:3]), torch.zeros(()))
 
 
@@ -216,7 +216,7 @@ def test_checkpointed_blocks_give_the_same_gradients(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("signal", ["clinical", "dermoscopic", "concepts", "metadata"])
 def test_networks_learn_from_each_modality(kind: str, signal: str) -> None:
-    """Four diagnoses that only one modality separates, on tokens: the network generalizes to held-out lesions."""
+    """A network on tokens generalizes to held-out lesions of four diagnoses that only one modality separates."""
     torch.manual_seed(0)
     shape = TokenShape(4, 8)
     network = build_network(config(kind, dropout=0.0), CONCEPTS, shape)

@@ -63,7 +63,7 @@ def test_wrong_prefix_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def panderm() -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """State dict of a small random tower, an input, and its patch tokens, computed by timm alone."""
+    """State dict of a small random tower, an input, and its patch tokens as computed by timm."""
     torch.manual_seed(0)
     model = build_panderm(width=64, depth=2, patch_size=16, image_size=64).eval()
     for parameter in model.parameters():
@@ -156,7 +156,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def clip_folder(folder: Path, **model_cfg: object) -> tuple[Path, torch.nn.Module]:
-    """A small stock open_clip model, saved as the hub holds it."""
+    """Save a small open_clip model in the layout of the hub."""
     import open_clip
 
     vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
@@ -183,7 +183,7 @@ def test_open_clip_vit_equals_open_clip(quick: bool, tmp_path: Path) -> None:
     assert tower.mean == OPENAI_MEAN and f"QuickGELU {'on' if quick else 'off'} (by the config)" in tower.report
     other = build_tower(f"local-dir:{folder}", quick_gelu=not quick)
     assert (tokens(other, x) - tokens(tower, x)).abs().max() > 1e-3 and "by setting" in other.report
-    assert tower_hash(other) != tower_hash(tower)  # the same weights, another function
+    assert tower_hash(other) != tower_hash(tower)  # the same weights, but a different function
     wide = build_tower(f"local-dir:{folder}", image_size=48)
     assert tokens(wide, torch.randn(1, 3, 48, 48)).shape == (1, 36, 64)
 
@@ -264,7 +264,7 @@ def test_foreign_state_dict_keys_are_mapped_only_if_all_shapes_match(tmp_path: P
     assert "renamed by order" in tower.report
 
     items = list(foreign.items())
-    items[1], items[2] = items[2], items[1]  # a norm's weight and bias: the same shape in another order
+    items[1], items[2] = items[2], items[1]  # weight and bias of a norm have the same shape, in reversed order
     torch.save(dict(items), tmp_path / "swapped.pth")
     torch.save(dict(items[:-1]), tmp_path / "short.pth")
     for file in ("swapped.pth", "short.pth"):
@@ -309,7 +309,7 @@ def test_unknown_sources_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def saved_bytes(tower: Tower, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass."""
+    """Return the number of bytes that autograd saves for the backward pass."""
     total = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def test_frozen_blocks_do_not_change_and_store_no_activations(name: str) -> None
     for frozen in range(1, len(tower.blocks) + 1):
         tower.freeze(frozen)
         stored.append(saved_bytes(tower, x))
-    x.requires_grad_()  # not even then, although every operation is differentiable
+    x.requires_grad_()  # not even if the input requires a gradient
     assert saved_bytes(tower, x) == 0
     x.requires_grad_(False)
     assert stored[-1] == 0 and all(later < earlier for earlier, later in itertools.pairwise(stored))

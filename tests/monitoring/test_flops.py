@@ -1,4 +1,4 @@
-"""FLOPs counted on fake tensors equal those counted by hooks on every layer of a real forward pass."""
+"""FLOPs counted on fake tensors equal those counted by hooks on all layers of a real forward pass."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def network_of(kind: str = "trimodal", tower: TokenShape | None = None, source: 
 
 
 def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
-    """FLOPs a lesion, layer by layer: a product of matrices forward, one more backward for each side that learns."""
+    """Return FLOPs per lesion by layer: one matrix product forward, and one backward per factor with a gradient."""
     total, handles = 0, []
 
-    def count(flops: int, *learns: bool) -> None:
+    def count(flops: int, *needs_grad: bool) -> None:
         nonlocal total
-        total += flops * (1 + sum(learns))
+        total += flops * (1 + sum(needs_grad))
 
     def linear(module, inputs, output):
         count(2 * output.numel() * module.in_features, inputs[0].requires_grad, module.weight.requires_grad)
@@ -40,9 +40,9 @@ def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
     def attention(module, inputs, output):
         query, context = inputs[0], inputs[-1]
         flops = 2 * query.shape[0] * query.shape[1] * context.shape[1] * context.shape[2]
-        learns = output.requires_grad
-        count(flops, learns, learns)  # query times key
-        count(flops, learns, learns)  # weights times value
+        needs_grad = output.requires_grad
+        count(flops, needs_grad, needs_grad)  # query times key
+        count(flops, needs_grad, needs_grad)  # weights times value
 
     def curve(module, inputs, output):
         count(2 * output.numel() * module.curve.shape[1], module.curve.requires_grad)
@@ -61,7 +61,7 @@ def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
         )  # fmt: skip
     for handle in handles:
         handle.remove()
-    # A head is F.linear in fp32, which no hook sees: its features learn, and so does its weight.
+    # A head calls F.linear in fp32, which has no hook; features and weight both have gradients.
     heads = [m.linear.weight for m in network.modules() if type(m).__name__ == "Head"]
     return total / lesions + sum(3 * 2 * weight.numel() for weight in heads)
 
@@ -75,7 +75,7 @@ def test_flops_equal_the_sum_over_layers(clinical, dermoscopic):
 def test_flops_of_a_network_on_tokens_and_of_a_cnn():
     tokens = network_of(tower=TokenShape(9, 24))
     assert training_flops(tokens) == by_hooks(tokens, torch.rand(2, 9, 24))
-    # Depthwise convolutions: PyTorch's own formula would count 8 times as much backward.
+    # Depthwise convolutions: the formula of PyTorch would count 8 times as many FLOPs in the backward pass.
     cnn = network_of("dual_cnn", source="timm:test_efficientnet", freeze_clinical=0, freeze_dermoscopic=0)
     assert training_flops(cnn) == by_hooks(cnn, torch.rand(2, 3, 32, 32))
 

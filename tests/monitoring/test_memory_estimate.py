@@ -1,4 +1,4 @@
-"""The estimated memory of a training step against that of a real one."""
+"""Estimated memory of a training step compared with a real step."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_frozen_tower_is_not_counted() -> None:
     [
         ("gone/panderm_ll_data6.pth", "assuming a ViT-L/16 as tower"),
         ("local-dir:gone", "assuming a ViT-B/16 as tower"),
-        ("hf-hub:nobody/nothing", "assuming a ViT-B/16 as tower"),
+        ("hf-hub:unknown/unknown", "assuming a ViT-B/16 as tower"),
     ],
 )
 def test_remote_tower_is_estimated_as_a_vit(source: str, note: str) -> None:
-    network, said = network_without_weights(model(tower={"source": source}))
-    assert said == note and network.token_shape == TokenShape(16, {"L": 1024, "B": 768}[note[15]])
+    network, found = network_without_weights(model(tower={"source": source}))
+    assert found == note and network.token_shape == TokenShape(16, {"L": 1024, "B": 768}[note[15]])

@@ -1,4 +1,4 @@
-"""The number of steps that the profiler reports is the number in its trace."""
+"""The profiler reports the number of steps in its trace."""
 
 import json
 
@@ -12,12 +12,12 @@ def test_recorded_steps_are_reported(tmp_path, capsys, taken, recorded):
     with profiler(tmp_path, 5, True) as profile:
         for _ in range(taken):
             profile.step()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     if not recorded:
-        assert f"no trace, since the first 3 steps are not recorded and {taken} were taken" in said
+        assert f"no trace, since the first 3 steps are not recorded and {taken} were taken" in output
         assert not (tmp_path / "trace.json").exists()
         return
-    assert f"{recorded} steps are in {tmp_path / 'trace.json'}" in said
+    assert f"{recorded} steps are in {tmp_path / 'trace.json'}" in output
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
-    assert len(steps) == recorded + (recorded < 5)  # what follows the last step, too
+    assert len(steps) == recorded + (recorded < 5)  # plus one for the time after the last step

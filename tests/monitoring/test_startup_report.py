@@ -43,13 +43,13 @@ def test_report_lists_disabled_options():
     model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
     network = build_network(model, ["a"], build_towers(model.tower))
     text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 943), [40, 41], None)
-    for said in (
+    for expected in (
         "NO, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
         "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU unavailable: peak FLOP/s of a CPU is unknown",
         "activation checkpointing (train.activation_checkpointing)", "exact loss sums", "loss scaling",
         "tower, clinical: stem and 1 of 6 blocks are frozen",
     ):  # fmt: skip
-        assert said in text, said
+        assert expected in text, expected
     assert "torch.compile" not in text and "fusion" not in text
 
 
@@ -59,13 +59,13 @@ def test_start_reports_photos_of_a_different_size(tmp_path, capsys):
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
     for each in (index, mixed):
         open_views(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
-    said = capsys.readouterr().out
-    assert said.count("note: ") == 2
-    assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}" in said and "A and B" in said
+    output = capsys.readouterr().out
+    assert output.count("note: ") == 2
+    assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}" in output and "A and B" in output
 
 
 class _Syncs(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers read from tensors."""
+    """Counts synchronizations of the host with a device: numbers read from tensors."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class _Syncs(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 2 epochs with a profile; (folder, FLOPs of a lesion, numbers read from tensors up to each step)."""
+    """A profiled run of 2 epochs: (folder, FLOPs per lesion, cumulative numbers read from tensors at each step)."""
     folder = tmp_path_factory.mktemp("run")
     index = synthetic_shards(folder / "shards", 64, 40)
     model = settings(
@@ -126,7 +126,7 @@ def test_trace_contains_the_requested_steps(run):
 
 def test_host_synchronizes_with_the_device_only_to_log(run):
     _, _, reads = run
-    a_step = [after - before for before, after in pairwise(reads[1:8])]  # the first forward counted FLOPs
-    # The one is a flag of the host's own, which a signal sets.
-    assert [each for number, each in enumerate(a_step, 1) if number != LOG_EVERY] == [1] * 5
-    assert a_step[LOG_EVERY - 1] > 1
+    per_step = [after - before for before, after in pairwise(reads[1:8])]  # the first forward counted FLOPs
+    # The one read per step is the stop flag, which is on the CPU.
+    assert [each for number, each in enumerate(per_step, 1) if number != LOG_EVERY] == [1] * 5
+    assert per_step[LOG_EVERY - 1] > 1

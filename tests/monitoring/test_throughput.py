@@ -16,7 +16,7 @@ def test_speed_covers_the_last_interval_and_eta_the_whole_run(monkeypatch):
     loader = SimpleNamespace(waited=7.0)
     budget = Budget(flops=1e9, peak=1e12, devices=1, source="")
     meter = ThroughputMeter(10, total_steps=30, global_batch=8, device=torch.device("cpu"), budget=budget)
-    clock.now = 102.0  # for what comes before the first step
+    clock.now = 102.0  # time before the first step
     meter.start(loader, 10)
     assert loader.waited == 0
     clock.now, loader.waited = 104.0, 0.5

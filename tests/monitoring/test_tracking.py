@@ -21,8 +21,8 @@ def tracker_in(folder, **settings):
     )
 
 
-def board(folder) -> dict[str, dict[int, float]]:
-    """TensorBoard's scalars as it shows them: name, then step, then value."""
+def scalars_of(folder) -> dict[str, dict[int, float]]:
+    """Return the scalars of TensorBoard: {name: {step: value}}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -42,7 +42,7 @@ def test_record_is_printed_and_written_as_json_and_scalars(tmp_path, capsys):
     assert validation == "tri fold 0  epoch 1/2  validation macro F1 0.250 (argmax)  0.500 (p > 0.5)"
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[0] == {"kind": "train", "epoch": 0.5, "step": 10, **TRAIN, "mfu": 0.456}
-    scalars = board(tmp_path)
+    scalars = scalars_of(tmp_path)
     for name, value in TRAIN.items():
         assert scalars[f"train/{name}"] == {10: pytest.approx(value)}
     assert scalars["validation/macro_f1"] == {20: 0.25}
@@ -53,26 +53,26 @@ def test_resumed_run_replaces_later_records(tmp_path, monkeypatch):
         for step in (10, 20, 30):
             tracker.log("train", 0, step, {**TRAIN, "loss": 1.0})
     now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + 1)  # TensorBoard sorts event files by the second of their start
+    monkeypatch.setattr(time, "time", lambda: now() + 1)  # TensorBoard sorts event files by start time in seconds
     with tracker_in(tmp_path, step=20) as tracker:
         tracker.log("train", 0, 30, {**TRAIN, "loss": 2.0})
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [(record["step"], record["loss"]) for record in records] == [(10, 1.0), (20, 1.0), (30, 2.0)]
-    assert board(tmp_path)["train/loss"][30] == 2.0
+    assert scalars_of(tmp_path)["train/loss"][30] == 2.0
 
 
 def test_unknown_and_missing_trackers_are_refused_on_every_rank(tmp_path):
     with pytest.raises(ConfigError, match=r"'weights_and_biases' is not a tracker; known: aim, .*wandb"):
         Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=["weights_and_biases"])
-    there = [str(kind) for kind in get_available_trackers()]
-    missing = next(name for name in ("aim", "clearml", "dvclive", "swanlab") if name not in there)
+    available = [str(kind) for kind in get_available_trackers()]
+    missing = next(name for name in ("aim", "clearml", "dvclive", "swanlab") if name not in available)
     with pytest.raises(ConfigError, match=f"{missing} is not installed; run `pip install {missing}` or remove it"):
         Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=[missing])
     assert not list(tmp_path.iterdir())
 
 
 class _Flaky(GeneralTracker):
-    """A service that goes away after its first record."""
+    """A tracker that fails after its first record."""
 
     name, requires_logging_directory = "flaky", False
     seen: list[dict] = []  # noqa: RUF012
@@ -108,7 +108,7 @@ def test_failing_tracker_is_dropped(tmp_path, capsys):
         tracker_in(tmp_path, trackers=["flaky"]).__enter__()
 
 
-@pytest.mark.slow  # its database takes half a minute to set up
+@pytest.mark.slow  # creating its database takes half a minute
 def test_mlflow_gets_settings_and_metrics(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")

@@ -1,3 +1,5 @@
+"""The HTML report of a run."""
+
 import json
 import re
 import shutil
@@ -37,15 +39,14 @@ def run(tmp_path_factory) -> Path:
             {"kind": "validation", "epoch": 1, "step": 10, "macro_f1": 0.3, "official": 0.2},
         ]
         text = "\n".join(json.dumps(line) for line in lines)
-        (folder / "trimodal" / f"fold-{fold}" / "metrics.jsonl").write_text(
-            text + '\n{"kind": "tra'
-        )  # killed while writing
+        truncated = '\n{"kind": "tra'  # as left by a process killed while writing
+        (folder / "trimodal" / f"fold-{fold}" / "metrics.jsonl").write_text(text + truncated)
     write_report(folder)
     return folder
 
 
 class Page(HTMLParser):
-    """The tags of a page with their attributes, and its text."""
+    """Parses a page into its tags with attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
 
 def test_slices_with_lower_recall_are_flagged_unless_too_small(run: Path) -> None:
     content = Content(run)
-    # Perfect decisions: with the run's own, one slice in twenty would be flagged by chance.
+    # Perfect decisions: with the decisions of the run, one in twenty slices would be flagged by chance.
     content.rows = replace(content.rows, decisions=np.eye(len(DIAGNOSES), dtype=bool)[content.labels])
     slices = {(part.field, part.value): part for part in content.slices}
     for field in ("sex", "skin_tone", "site", "age"):
@@ -155,7 +156,7 @@ def test_browser_renders_the_page_on_wide_and_narrow_screens(run: Path, tmp_path
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
-    # The page measures itself: every picture decoded, nothing but tables in their scrollers wider than the window.
+    # The script checks that all images are decoded and that the page does not scroll horizontally.
     probe = (
         "<script>addEventListener('load', () => {"
         "const shown = [...document.images].every(i => i.complete && i.naturalWidth > 0);"
@@ -176,16 +177,16 @@ def test_browser_renders_the_page_on_wide_and_narrow_screens(run: Path, tmp_path
 
 
 def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
-    """Lesions with confident predictions get another label: they lead the list, with their true diagnosis."""
+    """Lesions with confident predictions and a wrong label are listed first, with their true diagnosis."""
     content = Content(run)
-    sure = np.flatnonzero((content.rows.labels == DIAGNOSES.index("NV")) & content.rows.decisions[:, 8])[:6]
+    confident = np.flatnonzero((content.rows.labels == DIAGNOSES.index("NV")) & content.rows.decisions[:, 8])[:6]
     for name in content.networks:
-        content.table.logits[name][sure] = 9.0 * np.eye(len(DIAGNOSES))[8]
-    content.rows.probabilities[sure] = 0.9 * np.eye(len(DIAGNOSES))[8] + 0.01
+        content.table.logits[name][confident] = 9.0 * np.eye(len(DIAGNOSES))[8]
+    content.rows.probabilities[confident] = 0.9 * np.eye(len(DIAGNOSES))[8] + 0.01
     labels = content.rows.labels.copy()
-    labels[sure] = DIAGNOSES.index("MEL")
+    labels[confident] = DIAGNOSES.index("MEL")
     content.rows = replace(content.rows, labels=labels)
     found = content.mislabeled
-    assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[sure])
+    assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[confident])
     assert all((lesion.label, lesion.alternative, lesion.agree) == ("MEL", "NV", 2) for lesion in found[:6])
     assert len(found) < len(content.labels) / 4

@@ -1,4 +1,4 @@
-"""A tiny experiment, and files of spaces."""
+"""A tiny experiment, and files of search spaces."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ def space_file(folder: Path, text: str) -> Path:
 
 @pytest.fixture
 def tiny(make_challenge: Callable, tmp_path: Path) -> Path:
-    """An experiment file on 44 packed lesions with a frozen tower, seconds an epoch."""
+    """Experiment file with 44 packed lesions and a frozen tower; takes seconds per epoch."""
     shards = tmp_path / "shards"
     pack_shards(read_challenge(make_challenge(lesions=44).folder), shards, short_side=None)
     import timm

@@ -1,4 +1,4 @@
-"""What a search concludes from its trials."""
+"""Results of a search: repeats over seeds, and importance of settings."""
 
 import random
 
@@ -25,7 +25,7 @@ def test_seed_noise_equals_a_paired_t_test(tmp_path):
     expected = stats.ttest_rel([0.45, 0.44, 0.47], [0.40, 0.42, 0.41]).confidence_interval(0.95)
     assert found.seeds == [1, 2, 3]
     assert (found.gain.low, found.gain.high) == pytest.approx((expected.low, expected.high))
-    assert _read_repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # other settings, of an earlier best
+    assert _read_repeats(tmp_path, baseline, Trial(4, {"a": 3})) is None  # different settings, of an earlier best trial
     assert read_trials(tmp_path) == []
 
 

@@ -1,4 +1,4 @@
-"""Search spaces are checked before a trial starts, and fitted to the experiment."""
+"""Search spaces are validated before a trial starts, and widened to the experiment."""
 
 import random
 
@@ -77,7 +77,7 @@ def test_space_all_is_the_union_of_the_other_two():
 def test_samples_lie_in_their_domain_as_in_optuna(domain, seed):
     value = domain.sample(random.Random(seed))
     distribution = domain.distribution()
-    # exp(log(x)) is off by a rounding at the ends
+    # exp(log(x)) has a rounding error at the bounds
     assert value in domain or value == pytest.approx(domain.values[0]) or value == pytest.approx(domain.values[1])
     assert distribution.to_external_repr(distribution.to_internal_repr(value)) == value
     ends = domain.values if domain.kind == "choice" else (distribution.low, distribution.high)
@@ -87,22 +87,24 @@ def test_samples_lie_in_their_domain_as_in_optuna(domain, seed):
 def test_space_is_widened_to_include_the_experiments_settings():
     experiment = load(Experiment, None, ["train.optim.lr=0.01", "models.a.train.loss.gamma=5"])
     space = {"train.optim.lr": Domain("loguniform", (1e-5, 1e-3)), "train.loss.gamma": Domain("choice", (0.0, 1.0))}
-    fitted, notes = fit_space(space, experiment, "a", "here")
+    fitted, notes = fit_space(space, experiment, "a", "space.yaml")
     assert fitted["train.optim.lr"].values == (1e-5, 0.01)
     assert fitted["train.loss.gamma"].values == (0.0, 1.0, 5.0)
     assert len(notes) == 2 and "0.01" in notes[0]
     experiment = load(Experiment, None, ["models.a.train.loss.gamma=0"])
-    with pytest.raises(ConfigError, match=r"here: train.loss.gamma: the experiment's own value 0.0 cannot be part of"):
-        fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "here")
+    with pytest.raises(
+        ConfigError, match=r"space.yaml: train.loss.gamma: the experiment's own value 0.0 cannot be part of"
+    ):
+        fit_space({"train.loss.gamma": Domain("loguniform", (0.5, 2.0))}, experiment, "a", "space.yaml")
 
 
 def test_plugin_setting_can_be_searched_if_the_experiment_sets_it():
     key = "train.augment.extra.random_erasing.share"
     space = {key: Domain("uniform", (0.05, 0.2))}
-    fitted, _ = fit_space(space, load(Experiment, None, [f"models.a.{key}=0.3"]), "a", "here")
+    fitted, _ = fit_space(space, load(Experiment, None, [f"models.a.{key}=0.3"]), "a", "space.yaml")
     assert fitted[key].values == (0.05, 0.3)
     with pytest.raises(ConfigError, match=f"{key}: the experiment sets no value for it"):
-        fit_space(space, load(Experiment, None, ["models.a.width=64"]), "a", "here")
+        fit_space(space, load(Experiment, None, ["models.a.width=64"]), "a", "space.yaml")
 
 
 def test_settings_of_one_model_override_shared_ones():
@@ -145,5 +147,5 @@ def test_pbt_refuses_settings_fixed_during_a_training(key, message):
     model = load(Experiment, None, ["models.a.tower.frozen=true"]).models["a"]
     space = read_space(ROOT / "tune" / "spaces" / "pbt.yaml")
     check_space(space, model, "pbt.yaml")
-    with pytest.raises(ConfigError, match=rf"here: {key} cannot change during a training \(.*{message}"):
-        check_space({**space, key: Domain("uniform", (0.0, 1.0))}, model, "here")
+    with pytest.raises(ConfigError, match=rf"space.yaml: {key} cannot change during a training \(.*{message}"):
+        check_space({**space, key: Domain("uniform", (0.0, 1.0))}, model, "space.yaml")

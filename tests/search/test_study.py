@@ -1,4 +1,4 @@
-"""Searches as programs on a tiny packed set."""
+"""triderm search and triderm results on a tiny packed set."""
 
 import csv
 import json
@@ -77,7 +77,7 @@ def test_search_of_two_trials_writes_a_best_file_that_trains(tiny, tmp_path):
     assert len(list(run.glob("tokens/*"))) == 1 and not list(run.glob("search/*/tokens"))
 
     with (run / "search" / "trials.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]  # repeats of the best have others
+        rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]  # repeats of the best trial have other seeds
     assert [row["trial"] for row in rows] == ["1", "2"] and float(rows[0]["gain"]) == 0
     complete = [trial for trial in trials if trial.state == "complete"]
     best = max(complete, key=lambda trial: trial.macro_f1)
@@ -87,7 +87,7 @@ def test_search_of_two_trials_writes_a_best_file_that_trains(tiny, tmp_path):
     output_of(program("launch.train", "--config", str(run / "best.yaml")))
     metrics = [json.loads(line) for line in (run / "small" / "fold-0" / "metrics.jsonl").read_text().splitlines()]
     final = [line for line in metrics if line["kind"] == "validation"][-1]
-    assert final["macro_f1"] == best.macro_f1  # launch.train does what the trial did
+    assert final["macro_f1"] == best.macro_f1  # launch.train reproduces the trial
 
     text = output_of(program("tune.results", f"output={run}"))
     assert all((run / "search" / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "settings", "parallel"))
@@ -108,30 +108,32 @@ def test_trials_on_two_workers_equal_one_worker_also_after_a_kill(tiny, tmp_path
     space, run = space_file(tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}"), tmp_path / "run"
     settings = ["train.micro_batch=8", "train.epochs=8"]
     words = ["--config", str(tiny), f"space={space}", f"trials={trials}", "scheduler=none", "seeds=0", *settings]
-    # Room for two trials at once, whatever the machine has.
+    # Two trials at once on any machine.
     process = program("tune.search", *words, "workers=2", environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'})
     wait_for(lambda: any(trial.epochs for trial in read_trials(run / "search")), process)
     wait_for(lambda: len(forks(TRAIN_WORKER)) == 2 * trials, process)
     workers = forks(TRAIN_WORKER)
     os.kill(workers[0], signal.SIGKILL)
-    # The other worker of its trial ends too.
+    # The other worker of the same trial ends as well.
     wait_for(lambda: len(set(workers) & set(forks(TRAIN_WORKER))) <= 2 * trials - 2, process)
     assert "restarts from its last checkpoint" in output_of(process)
 
     experiment = load(Experiment, tiny, settings)
     for trial in read_trials(run / "search"):
-        alone, told = tmp_path / f"alone-{trial.number}", []
-        run_trial(Trial(trial.number, trial.settings), experiment, "small", (0,), alone, told.append)
-        assert trial.state == "complete" and trial.curve == pytest.approx([one["macro_f1"] for one in told], abs=1e-6)
+        single, reported = tmp_path / f"single-{trial.number}", []
+        run_trial(Trial(trial.number, trial.settings), experiment, "small", (0,), single, reported.append)
+        assert trial.state == "complete" and trial.curve == pytest.approx(
+            [scores["macro_f1"] for scores in reported], abs=1e-6
+        )
         folder = Path("small/fold-0")
-        first, second = (load_file(home / folder / "weights.safetensors")
-                         for home in (alone, run / "search" / f"trial-{trial.number:03d}"))  # fmt: skip
+        runs = (single, run / "search" / f"trial-{trial.number:03d}")
+        first, second = (load_file(each / folder / "weights.safetensors") for each in runs)
         for key in first:
             np.testing.assert_allclose(first[key], second[key], rtol=1e-3, atol=2e-5, err_msg=key)
 
 
 def test_pbt_copies_the_best_trial(tiny, tmp_path):
-    # Two of five are last, so that one of them is not the baseline, which follows nobody.
+    # The last two of five trials copy the best; at least one of them is not the baseline, which copies none.
     space = space_file(tmp_path, "train.optim.lr: {loguniform: [1e-6, 1e-5]}\ntrain.loss.gamma: {uniform: [0, 1]}")
     run = tmp_path / "run"
     text = output_of(program(
@@ -142,12 +144,12 @@ def test_pbt_copies_the_best_trial(tiny, tmp_path):
     trials = read_trials(run / "search")
     assert [(trial.state, len(trial.curve)) for trial in trials] == [("complete", 4)] * 5
     assert not trials[0].changes
-    followed = [trial for trial in trials if trial.changes]
-    assert followed and "copies trial" in text
-    for trial in followed:
+    copied = [trial for trial in trials if trial.changes]
+    assert copied and "copies trial" in text
+    for trial in copied:
         change = trial.changes[-1]
-        leading = trials[change["trial"] - 1]
-        assert change["epoch"] == 2 and trial.curve[:2] == leading.curve[:2] and trial.settings != change["settings"]
+        source = trials[change["trial"] - 1]
+        assert change["epoch"] == 2 and trial.curve[:2] == source.curve[:2] and trial.settings != change["settings"]
         assert trial.settings["train.loss.gamma"] <= 2 and trial.settings["train.optim.lr"] <= 0.01
     assert not list(run.glob("search/ray/trial-*/checkpoint_*"))
 
@@ -162,15 +164,17 @@ def test_search_locks_its_folder_fails_fast_and_stops_on_sigterm(tiny, tmp_path)
 
     wait_for(lambda: [trial.state for trial in read_trials(run / "search")] == ["running", "failed"], process)
     before = read_trials(run / "search")[0].epochs
-    wait_for(lambda: read_trials(run / "search")[0].epochs > before + 20, process)  # time to try the other again
+    wait_for(
+        lambda: read_trials(run / "search")[0].epochs > before + 20, process
+    )  # enough time for a second attempt of the failed trial
     with pytest.raises(InputError, match=r"another search is running in this folder"):
         search(load(SearchRun, tiny, [*words, "resume=true"]), log=lambda text: None)
     process.send_signal(signal.SIGTERM)
     text = output_of(process, status=3)
     assert "rerun the same command with resume=true" in text and "*** SIG" not in text
     assert "restarts from" not in text and "nonsense" in text
-    said = verdict(summarize(read_search(run)))
-    assert said == ["2 trials: 0 complete, 0 stopped early, 1 failed, 1 running."]
+    lines = verdict(summarize(read_search(run)))
+    assert lines == ["2 trials: 0 complete, 0 stopped early, 1 failed, 1 running."]
 
 
 @pytest.mark.slow

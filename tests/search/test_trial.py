@@ -1,4 +1,4 @@
-"""One trial: what it reports, and how it resumes."""
+"""One trial: its reports, and how it resumes."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def test_curve_is_the_mean_over_folds_of_the_best_epoch():
     for curve in (best, last):
         for epoch, score in enumerate([0.2, 0.6, 0.4], 1):
             assert curve.add(epoch, {"macro_f1": score, "official": score / 2})
-            assert not curve.add(epoch, {"macro_f1": 9.0, "official": 9.0})  # told again after a resume
+            assert not curve.add(epoch, {"macro_f1": 9.0, "official": 9.0})  # reported again after a resume
         curve.end_fold()
         curve.add(1, {"macro_f1": 0.1, "official": 0.0})
         assert curve.epochs == 4
@@ -43,29 +43,29 @@ def test_trial_reports_every_epoch_and_resumes_after_a_kill(tiny, tmp_path):
         pass
 
     def run(folder: Path, kill_at: int | None) -> list[dict]:
-        told: list[dict] = []
+        reported: list[dict] = []
 
         def report(scores: dict) -> None:
-            told.append(scores)
+            reported.append(scores)
             if scores["epoch"] == kill_at:
                 raise Killed
 
         trial = Trial(2, {"train.loss.gamma": 1.5, "train.optim.lr": 0.004})
         run_trial(trial, experiment, "small", (0, 1), folder, report)
-        return told
+        return reported
 
-    whole = run(tmp_path / "whole", None)
-    assert [scores["epoch"] for scores in whole] == [1, 2, 3, 4, 5, 6]
+    complete = run(tmp_path / "complete", None)
+    assert [scores["epoch"] for scores in complete] == [1, 2, 3, 4, 5, 6]
     for kill_at in (2, 4):
         with pytest.raises(Killed):
-            run(tmp_path / "cut", kill_at)
-    weights = tmp_path / "cut" / "small" / "fold-0" / "weights.safetensors"
+            run(tmp_path / "killed", kill_at)
+    weights = tmp_path / "killed" / "small" / "fold-0" / "weights.safetensors"
     written = weights.stat().st_mtime_ns
-    assert run(tmp_path / "cut", None) == whole  # replayed, then continued
+    assert run(tmp_path / "killed", None) == complete  # replayed, then continued
     assert weights.stat().st_mtime_ns == written  # the finished fold was not trained again
-    assert run(tmp_path / "cut", None) == whole
-    record = read_trial(tmp_path / "cut")
-    assert (record.state, record.epochs, record.macro_f1) == ("complete", 6, whole[-1]["macro_f1"])
+    assert run(tmp_path / "killed", None) == complete
+    record = read_trial(tmp_path / "killed")
+    assert (record.state, record.epochs, record.macro_f1) == ("complete", 6, complete[-1]["macro_f1"])
     metrics = [json.loads(line) for line in (weights.parent / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "validation" for line in metrics) == 3
 
@@ -88,31 +88,33 @@ def test_trial_resumes_from_a_better_one_with_its_own_settings(tiny, tmp_path):
     class Paused(BaseException):
         pass
 
-    def run(number: int, settings: dict, leader: Path | None, pause_at: int | None) -> list[dict]:
-        told: list[dict] = []
+    def run(number: int, settings: dict, source: Path | None, pause_at: int | None) -> list[dict]:
+        reported: list[dict] = []
 
         def report(scores: dict) -> None:
-            told.append(scores)
+            reported.append(scores)
             if scores["epoch"] == pause_at:
                 raise Paused
 
-        run_trial(Trial(number, settings), experiment, "small", (0,), tmp_path / f"{number}", report, leader)
-        return told
+        run_trial(Trial(number, settings), experiment, "small", (0,), tmp_path / f"{number}", report, source)
+        return reported
 
     with pytest.raises(Paused):
         run(2, {"train.optim.lr": 0.004}, None, pause_at=2)
     shutil.copytree(tmp_path / "2", tmp_path / "copy")
-    leading = run(2, {"train.optim.lr": 0.004}, None, None)
+    expected = run(2, {"train.optim.lr": 0.004}, None, None)
     with pytest.raises(Paused):
-        run(3, {"train.optim.lr": 0.002}, None, pause_at=1)  # what it loses by following
+        run(3, {"train.optim.lr": 0.002}, None, pause_at=1)  # replaced by the copied checkpoint
 
-    still = {"train.optim.lr": 1e-12, "train.optim.min_lr": 0.0, "train.optim.weight_decay": 0.0}
-    for _ in range(2):  # a restart does not follow once more
-        assert run(3, still, tmp_path / "copy", None)[:2] == leading[:2]
+    frozen = {"train.optim.lr": 1e-12, "train.optim.min_lr": 0.0, "train.optim.weight_decay": 0.0}
+    for _ in range(2):  # a restart does not copy again
+        assert run(3, frozen, tmp_path / "copy", None)[:2] == expected[:2]
     record = read_trial(tmp_path / "3")
-    assert (record.number, record.state, record.settings) == (3, "complete", still)
+    assert (record.number, record.state, record.settings) == (3, "complete", frozen)
     assert record.changes == [{"epoch": 2, "trial": 2, "settings": {"train.optim.lr": 0.004}}]
     weights = {name: load_file(next(tmp_path.glob(f"{name}/small/fold-0/**/weights.safetensors"))) for name in "23"}
-    led = load_file(next((tmp_path / "copy").glob("small/fold-0/checkpoints/*/weights.safetensors")))
-    assert all(np.allclose(weights["3"][key], led[key], rtol=0, atol=1e-9) for key in led if "num_batches" not in key)
-    assert any(not np.allclose(weights["2"][key], led[key], rtol=0, atol=1e-9) for key in led)
+    copied = load_file(next((tmp_path / "copy").glob("small/fold-0/checkpoints/*/weights.safetensors")))
+    assert all(
+        np.allclose(weights["3"][key], copied[key], rtol=0, atol=1e-9) for key in copied if "num_batches" not in key
+    )
+    assert any(not np.allclose(weights["2"][key], copied[key], rtol=0, atol=1e-9) for key in copied)
