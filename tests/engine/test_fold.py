@@ -26,7 +26,7 @@ from triderm_dist.config import (
     load,
     stable_dump,
 )
-from triderm_dist.engine.fold import is_done, result_hash, resume_hash
+from triderm_dist.engine.fold import is_fold_finished, result_hash, resume_hash
 from triderm_dist.engine.views import augmented_versions
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import Section, describe
@@ -39,7 +39,7 @@ HASHED_SECTIONS = ("data", "models", "stack", "ensemble", "predict")
 
 @pytest.fixture
 def old_run(tmp_path) -> Path:
-    """Copy of the old run with all files that `is_done` reads."""
+    """Copy of the old run with all files that `is_fold_finished` reads."""
     shutil.copytree(OLD_RUN, tmp_path / "run")
     (tmp_path / "run" / "tri" / "fold-0" / "predictions.parquet").touch()
     return tmp_path / "run"
@@ -58,11 +58,11 @@ def stage_hashes(*words: str) -> dict[str, str]:
 
 
 def test_fold_finished_by_the_first_version_is_complete(old_run):
-    assert is_done(settings(old_run), INDEX, "tri", 0)
-    assert is_done(settings(old_run, "models.tri.train.log_every=7"), INDEX, "tri", 0)
-    assert not is_done(settings(old_run, "models.tri.train.optim.lr=3e-3"), INDEX, "tri", 0)
-    assert not is_done(settings(old_run, "token_seed=1"), INDEX, "tri", 0)
-    assert not is_done(settings(old_run), SimpleNamespace(fingerprint="other data"), "tri", 0)
+    assert is_fold_finished(settings(old_run), INDEX, "tri", 0)
+    assert is_fold_finished(settings(old_run, "models.tri.train.log_every=7"), INDEX, "tri", 0)
+    assert not is_fold_finished(settings(old_run, "models.tri.train.optim.lr=3e-3"), INDEX, "tri", 0)
+    assert not is_fold_finished(settings(old_run, "token_seed=1"), INDEX, "tri", 0)
+    assert not is_fold_finished(settings(old_run), SimpleNamespace(fingerprint="other data"), "tri", 0)
 
 
 def test_obsolete_explain_setting_is_accepted_only_if_empty():

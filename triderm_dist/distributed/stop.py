@@ -61,7 +61,7 @@ class Stop:
         self.check()
 
     @contextmanager
-    def saves(self, save: Callable[[], None]) -> Iterator[None]:
+    def save_on_stop(self, save: Callable[[], None]) -> Iterator[None]:
         """Context that calls `save` on all ranks if a check inside of it raises."""
         try:
             yield

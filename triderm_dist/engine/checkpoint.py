@@ -82,7 +82,7 @@ class Training:
             self.ema.update(self.state.step)
 
 
-class Saved:
+class Checkpoint:
     """A complete checkpoint on disk: load the weights before the network is wrapped, the rest after.
 
     Raises CheckpointError if it is damaged or of another version.
@@ -138,12 +138,12 @@ class Saved:
         return _read_tensors(self.folder / f"{name}.safetensors")
 
 
-def readable(folder: Path, verbose: bool = False) -> list[Saved]:
+def readable_checkpoints(folder: Path, verbose: bool = False) -> list[Checkpoint]:
     """Return the checkpoints in a folder, oldest first, without damaged ones; verbose: print which are skipped."""
     found = []
     for path in sorted(path for path in folder.glob("epoch-*") if path.suffix != ".part"):
         try:
-            found.append(Saved(path))
+            found.append(Checkpoint(path))
         except CheckpointError as error:
             if verbose:
                 print(f"{error}; skipping it", flush=True)
@@ -198,13 +198,13 @@ class Checkpoints:
         except OSError:
             shutil.rmtree(part, ignore_errors=True)  # the disk may be full
             raise
-        if final in [saved.folder for saved in readable(self.folder)]:
+        if final in [saved.folder for saved in readable_checkpoints(self.folder)]:
             shutil.rmtree(part)  # stopped during validation, resumed from here and stopped again
         else:
             shutil.rmtree(final, ignore_errors=True)  # damaged
             part.rename(final)
             _flush(self.folder)
-        for old in readable(self.folder)[: -self.keep_last]:
+        for old in readable_checkpoints(self.folder)[: -self.keep_last]:
             shutil.rmtree(old.folder)
 
     def adopt(self) -> None:
@@ -214,16 +214,16 @@ class Checkpoints:
         training.
         """
         (self.folder.parent / "fold.json").unlink(missing_ok=True)
-        for saved in readable(self.folder):
+        for saved in readable_checkpoints(self.folder):
             write_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hash})
 
-    def newest(self, folder: Path) -> Saved | None:
+    def newest(self, folder: Path) -> Checkpoint | None:
         """Return the newest readable checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks."""
 
         def choose() -> str | None:
             found = [
                 saved
-                for saved in readable(folder / "checkpoints", True)
+                for saved in readable_checkpoints(folder / "checkpoints", True)
                 if saved.record["identity"] == self.resume_hash
             ]
             return str(found[-1].folder) if found else None
@@ -231,14 +231,14 @@ class Checkpoints:
         choice = on_main(choose)
         if choice is None:
             return None
-        saved = Saved(Path(choice))
+        saved = Checkpoint(Path(choice))
         before, self.changes = saved.record.get("how", {}), saved.record.get("changes", [])
         now = self.execution
         if changed := {key: [old, now[key]] for key, old in before.items() if now.get(key, old) != old}:
             self.changes = [*self.changes, {"step": saved.state.step, **changed}]
         return saved
 
-    def describe_changes(self, saved: Saved) -> str:
+    def describe_changes(self, saved: Checkpoint) -> str:
         """Describe in one line the settings that changed between a checkpoint and this run; empty if none did."""
         if not self.changes or self.changes[-1]["step"] != saved.state.step:
             return ""

@@ -24,7 +24,7 @@ from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.fold import (
     as_predictions,
     assigned_folds,
-    is_done,
+    is_fold_finished,
     model_config,
     new_network,
     result_hash,
@@ -64,7 +64,7 @@ def run_folds(
     with Stop() as stop:
         for name in models:
             model = experiment.models[name]
-            remaining = [fold for fold in folds if not is_done(experiment, index, name, fold)]
+            remaining = [fold for fold in folds if not is_fold_finished(experiment, index, name, fold)]
             if not remaining:
                 continue
             accelerator = parallel.start_training(model.train, experiment.rank_timeout)
@@ -73,7 +73,7 @@ def run_folds(
             for fold in remaining:
                 stop.check_now()  # a request that arrived while the previous fold ended
                 with exclusive(experiment.fold_folder(name, fold)):
-                    _FoldRun(experiment, name, fold, views, assignment, stop).run(on_start, on_validation)
+                    _FoldRun(experiment, name, fold, views, assignment, stop, on_start, on_validation).run()
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ class _Outcome:
 
 @dataclass(frozen=True)
 class _FoldRun:
-    """One fold of one model. assignment: the fold of each lesion (N,), -1 without a label."""
+    """One fold of one model.
+
+    assignment: the fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.
+    """
 
     experiment: Experiment
     name: str
@@ -95,6 +98,8 @@ class _FoldRun:
     views: Views
     assignment: np.ndarray
     stop: Stop
+    on_start: OnStart
+    on_validation: OnValidation | None
 
     @property
     def index(self) -> ShardIndex:
@@ -109,7 +114,7 @@ class _FoldRun:
         """Index rows of the fold."""
         return np.flatnonzero(self.assignment == self.fold)
 
-    def run(self, on_start: OnStart, on_validation: OnValidation | None) -> None:
+    def run(self) -> None:
         """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
         fold = (self.experiment, self.index, self.name, self.fold)
         digest, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
@@ -118,35 +123,26 @@ class _FoldRun:
             on_main(folder.claim)
             return
         micro_batch = MicroBatch(path, digest, self.model.train.micro_batch, self.model.train.global_batch)
-        while (outcome := self._attempt(micro_batch, folder, on_start, on_validation)) is None:
+        while (outcome := self._attempt(micro_batch, folder)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
         on_main(partial(self._write, path, digest, outcome))
 
-    def _attempt(
-        self, micro_batch: MicroBatch, folder: FoldFolder, on_start: OnStart, on_validation: OnValidation | None
-    ) -> _Outcome | None:
+    def _attempt(self, micro_batch: MicroBatch, folder: FoldFolder) -> _Outcome | None:
         """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
         size = micro_batch.agreed()
         config = self.model.train.model_copy(update={"micro_batch": size})
         # A new Accelerator for each training: DeepSpeed binds it to one engine.
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
-            changes = self._train(config, folder, accelerator, on_start, on_validation)
+            changes = self._train(config, folder, accelerator)
             evaluation, without_view = self._predict(folder.path, accelerator, size)
         if attempt.failed:
             return None
         accelerator.free_memory()
         return _Outcome(evaluation, without_view, changes)
 
-    def _train(
-        self,
-        config: TrainConfig,
-        folder: FoldFolder,
-        accelerator: Accelerator,
-        on_start: OnStart,
-        on_validation: OnValidation | None,
-    ) -> list[dict[str, Any]]:
+    def _train(self, config: TrainConfig, folder: FoldFolder, accelerator: Accelerator) -> list[dict[str, Any]]:
         """Train, or resume, and return the changes of settings (see `Trainer.train`)."""
         train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
         data = TrainingData(self.views.loaders, train_rows, self.validation_rows)
@@ -156,7 +152,7 @@ class _FoldRun:
             name=f"{self.name} fold {self.fold}", network=network, head=self.model.head, config=config, data=data,
             folder=folder, seed=self.experiment.seed, accelerator=accelerator,
         )  # fmt: skip
-        return trainer.train(self.stop, on_start, on_validation)
+        return trainer.train(self.stop, self.on_start, self.on_validation)
 
     def _predict(
         self, path: Path, accelerator: Accelerator, micro_batch: int

@@ -69,7 +69,7 @@ def model_config(experiment: Experiment, name: str) -> ModelConfig:
     return experiment.models[name]
 
 
-def is_done(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
+def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
     """Return whether this fold is trained and predicted with these settings and data."""
     return is_finished(experiment.fold_folder(name, fold), result_hash(experiment, index, name, fold))
 

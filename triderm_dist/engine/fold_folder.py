@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.engine.checkpoint import read_info, readable
+from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import CheckpointError, InputError
 
@@ -89,7 +89,7 @@ def _held_hash(path: Path) -> str | None:
     """
     if result_hash := _finished_hash(path):
         return result_hash
-    saved = readable(path / "checkpoints")
+    saved = readable_checkpoints(path / "checkpoints")
     return saved[-1].record["identity"] if saved else None
 
 

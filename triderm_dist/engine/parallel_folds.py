@@ -14,7 +14,7 @@ from typing import Any
 from triderm_dist.config import Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import capacity, running_ray
-from triderm_dist.engine.fold import is_done
+from triderm_dist.engine.fold import is_fold_finished
 from triderm_dist.schema import ConfigError, InputError, one_line
 
 
@@ -38,7 +38,7 @@ def run_parallel_folds(
     once all others are finished, KeyboardInterrupt after a request to stop, once all folds have saved.
     """
     remaining = [(name, fold) for name in models for fold in range(experiment.data.folds)]
-    remaining = [(name, fold) for name, fold in remaining if not is_done(experiment, index, name, fold)]
+    remaining = [(name, fold) for name, fold in remaining if not is_fold_finished(experiment, index, name, fold)]
     if not remaining:
         return
     with running_ray(address, cpus, setting="address", forward=True):

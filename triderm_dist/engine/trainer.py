@@ -117,7 +117,11 @@ class Trainer:
         """
         on_main(lambda: self._begin(on_start))
         state, active = self.training.state, self.accelerator.is_main_process
-        with self.tracker, profiler(self.folder.path, self.config.profile, active) as profile, stop.saves(self.save):
+        with (
+            self.tracker,
+            profiler(self.folder.path, self.config.profile, active) as profile,
+            stop.save_on_stop(self.save),
+        ):
             while state.epoch < self.config.epochs:
                 loader = self.epochs.loader(state, self.accelerator)
                 self.meter.start(loader, state.step)
