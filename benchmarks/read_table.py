@@ -1,9 +1,9 @@
-"""CPU time and memory of reading a table of many rows and finding its photos.
+"""Measure CPU time and memory of reading a table of many rows and finding its photos.
 
 python -m benchmarks.read_table
 
-Writes a table with one photo a row (7 scores, 3 metadata fields, a diagnosis, a patient; semicolons and decimal commas)
-and as many empty files named like photos, then reads them in a process of its own. The last line is one JSON object.
+Writes a table with one photo per row (7 scores, 3 metadata fields, diagnosis, patient; semicolons and decimal commas)
+and as many empty files named like photos, then reads them in a new process. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOLDER_FILES = 1000
 
 class ReadTableBenchmark(Section):
     rows: int = Field(1_000_000, ge=1, description="rows of the table")
-    scratch: str | None = Field(None, description="folder for what is written; null takes the system's")
+    scratch: str | None = Field(None, description="folder for written files; null takes the system's temporary folder")
 
 
 def main(config: ReadTableBenchmark) -> None:
@@ -46,6 +46,7 @@ def main(config: ReadTableBenchmark) -> None:
 
 
 def write(folder: Path, rows: int) -> None:
+    """Write the table and its photos."""
     rng = np.random.default_rng(0)
     columns = [
         [f"ISIC_{row:07d}" for row in range(rows)],
@@ -67,6 +68,7 @@ def write(folder: Path, rows: int) -> None:
 
 
 def read(folder: str) -> None:
+    """Read the table; print time and peak memory as JSON."""
     from triderm_dist.data.readers.lesions_csv import read_lesions
     from triderm_dist.schema import (
         ConceptColumns,

@@ -139,10 +139,10 @@ def compare(settings: Settings) -> dict[str, float]:
         difference = metrics.paired_difference(
             metrics.argmax_decisions(mine), metrics.argmax_decisions(theirs), truth, resamples=1000
         )
-        guide, own = statistics.median(took["guide"]), statistics.median(took["ours"])
-        speedups.append(guide / own)
+        guide, single = statistics.median(took["guide"]), statistics.median(took["ours"])
+        speedups.append(guide / single)
         differences.append(difference.value)
-        print(f"{width:>8} {guide:>15.1f} s {own:>11.1f} s {guide / own:>8.1f}   "
+        print(f"{width:>8} {guide:>15.1f} s {single:>11.1f} s {guide / single:>8.1f}   "
               f"{metrics.argmax_macro_f1(theirs, truth):.3f} -> {metrics.argmax_macro_f1(mine, truth):.3f} "
               f"({difference.value:+.3f}, {difference.low:+.3f} to {difference.high:+.3f})   "
               f"{metrics.official_macro_f1(theirs, truth):.3f} -> {metrics.official_macro_f1(mine, truth):.3f}",

@@ -199,7 +199,7 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)  # the disk may be full
             raise
         if final in [saved.folder for saved in readable_checkpoints(self.folder)]:
-            shutil.rmtree(part)  # stopped during validation, resumed from here and stopped again
+            shutil.rmtree(part)  # saved twice: stopped during validation, resumed from this step and stopped again
         else:
             shutil.rmtree(final, ignore_errors=True)  # damaged
             part.rename(final)
@@ -318,9 +318,9 @@ def load_weights(path: Path, network: nn.Module) -> None:
     """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError that names what differs."""
     file = path.with_suffix(".safetensors")
     weights = _read_tensors(file)
-    own = network.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
+    expected = network.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    other = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     if missing or extra or other:
         differences = [
             f"{len(names)} {what} ({names[0]}, ...)"
@@ -328,6 +328,6 @@ def load_weights(path: Path, network: nn.Module) -> None:
             if names
         ]
         raise CheckpointError(
-            f"{file}: weights of another architecture: {'; '.join(differences)}; use the settings it was trained with"
+            f"{file}: weights of another architecture: {'; '.join(differences)}; use the settings of their training"
         )
     network.load_state_dict(weights)

@@ -75,9 +75,9 @@ class NonFiniteGuard:
 
     def _all_lesion_ids(self, number: int) -> str:
         """Return the lesions of a step on all ranks, comma-separated."""
-        own = self._lesion_ids[number]
-        parts: list[Any] = [own]
+        local = self._lesion_ids[number]
+        parts: list[Any] = [local]
         if is_distributed():
             parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, own)
+            dist.all_gather_object(parts, local)
         return ", ".join(lesion_id for part in parts for lesion_id in part)

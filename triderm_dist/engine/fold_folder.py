@@ -30,9 +30,9 @@ class FoldFolder:
 
     def locate(self) -> Path:
         """Return the folder that holds this training: the one moved aside, or else `path`, also before it begins."""
-        held = _held_hash(self.path)
+        current = _training_hash(self.path)
         for key in (self.result_hash, self.resume_hash):
-            if held == key:
+            if current == key:
                 return self.path
             if (aside := self._aside(key)).exists():
                 return aside
@@ -44,9 +44,9 @@ class FoldFolder:
 
     def claim(self) -> None:
         """Move this training into `path`, removing partial saves; a different training found there is moved aside."""
-        located, held = self.locate(), _held_hash(self.path)
-        if held not in (None, self.result_hash, self.resume_hash) or (held and located != self.path):
-            aside = self._aside(held)
+        located, current = self.locate(), _training_hash(self.path)
+        if current not in (None, self.result_hash, self.resume_hash) or (current and located != self.path):
+            aside = self._aside(current)
             aside.parent.mkdir(exist_ok=True)
             self.path.rename(aside)
             how = "starting from the beginning" if located == self.path else "resuming the training of these settings"
@@ -82,7 +82,7 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def _held_hash(path: Path) -> str | None:
+def _training_hash(path: Path) -> str | None:
     """Return the hash of the training in a folder.
 
     The result hash of a finished one, the resume hash of the newest checkpoint, or None where neither exists.

@@ -115,7 +115,7 @@ class Stacker(Protocol):
         return 1
 
     def importance(self) -> tuple[str, dict[str, float]] | None:
-        """Return the model's own importance of columns, as (what it measures, value by column name), if it has one.
+        """Return the model's importance of columns, as (name of the measure, value by column name), if it has one.
 
         Otherwise the report shows the mean absolute contribution.
         """

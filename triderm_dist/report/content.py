@@ -236,7 +236,7 @@ class Content:
 
     @cached_property
     def importance(self) -> tuple[str, dict[str, float]] | None:
-        """(what it measures, share by column, largest first) of the stacker's columns."""
+        """(name of the measure, share by column, largest first) of the stacker's columns."""
         if self.stacker is None:
             return None
         if importance := self.stacker.model.importance():

@@ -170,9 +170,9 @@ def _published_results(content: Content) -> str:
     return (
         title
         + data_table(("", "own validation", "official test"), rows, "Published results", long_names=True)
-        + '<p class="note">Macro F1 on MILK10k as published, each on its own split or on the hidden test set: not the '
-        "same lesions as here. Official scores were 0.02 to 0.06 below validation; the sampling error on the 479 test "
-        "lesions is about 0.04.</p>"
+        + '<p class="note">Macro F1 on MILK10k as published, each on its own split or on the hidden test set: other '
+        "lesions than in this report. Official scores were 0.02 to 0.06 below validation; the sampling error on the "
+        "479 test lesions is about 0.04.</p>"
     )
 
 
