@@ -69,7 +69,7 @@ def focal_loss(
 
 
 def _focus(log_q: torch.Tensor, gamma: float) -> torch.Tensor:
-    """(1 - q) ** gamma; gamma 0 is exactly 1, where the power's gradient at q = 1 would be NaN."""
+    """Return (1 - q) ** gamma; gamma 0 gives exactly 1, where the power's gradient at q = 1 would be NaN."""
     if gamma == 0:
         return torch.ones_like(log_q)
     return (-torch.expm1(log_q)).clamp(min=1e-12) ** gamma

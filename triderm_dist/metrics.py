@@ -153,7 +153,7 @@ def interval_of(value: float, draws: np.ndarray, level: float = 0.95) -> Interva
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure in the report: its title, and a function of probabilities (N, C), labels (N,), decisions (N, C) bool."""
+    """A metric of the report: its title, and a function of probabilities (N, C), labels (N,), decisions (N, C) bool."""
 
     title: str
     function: Callable[[np.ndarray, np.ndarray, np.ndarray], float]

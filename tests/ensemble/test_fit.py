@@ -90,7 +90,7 @@ def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Pa
     (tmp_path / "dual_cnn" / "fold-1" / "predictions.parquet").unlink()
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
     fit = fit_ensemble(tmp_path, experiment(tmp_path, enabled=False))
-    assert any(f"{(folds == 1).sum()} of {len(labels)} lesions are left out" in note for note in fit.notes)
+    assert any(f"{(folds == 1).sum()} of {len(labels)} lesions are excluded" in note for note in fit.notes)
     assert not (tmp_path / "stack.ubj").exists()
     (tmp_path / "dual_cnn" / "fold-2" / "predictions.parquet").unlink()
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))

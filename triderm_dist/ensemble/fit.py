@@ -123,7 +123,7 @@ def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ..
     usable = table.complete(models) & labeled(table)
     if not usable.all():
         notes.append(
-            f"{(~usable).sum()} of {len(table)} lesions are left out: not labeled, or not predicted by every model"
+            f"{(~usable).sum()} of {len(table)} lesions are excluded: not labeled, or not predicted by every model"
         )
     table = table.take(usable)
     if (folds := len(np.unique(table.folds))) < 2:
