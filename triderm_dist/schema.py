@@ -526,7 +526,7 @@ def _plain(value: Any) -> Any:
     return given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Lesion:
     """One checked lesion of a challenge folder, before any pixel is read.
 

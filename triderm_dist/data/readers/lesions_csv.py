@@ -147,7 +147,7 @@ class _Reading:
         kept, problem_ids = list[Lesion](), {problem.lesion_id for problem in self.problems}
         names, none = task.view_names, dict[str, str | None].fromkeys(VIEWS)
         label_list = label.tolist()
-        for at, (own, photos) in enumerate(zip(rows.tolist(), images, strict=True)):
+        for at, (own, photos) in enumerate(zip(zip(*rows.T.tolist(), strict=True), images, strict=True)):
             first = own[0] if own[0] >= 0 else own[-1]
             lesion_id = self.ids[first]
             if lesion_id in problem_ids or not self.bad.isdisjoint(own):
@@ -192,7 +192,7 @@ class _Reading:
                 self._problem(row, "row", what, lesion_id)
         return ids
 
-    def _by_lesion(self) -> tuple[np.ndarray, list[list[str | None]]]:
+    def _by_lesion(self) -> tuple[np.ndarray, list[tuple[str | None, ...]]]:
         """Return the rows (L, R) of each lesion, -1 where it has none, and its photos by view."""
         task = self.task
         images = [self._paths(column) for column in image_columns(task)]
@@ -213,7 +213,9 @@ class _Reading:
                 else:
                     rows[at][which] = row
             rows = [own for own in rows if max(own) >= 0]
-            return np.array(rows, np.int64), [[images[0][row] if row >= 0 else None for row in own] for own in rows]
+            return np.array(rows, np.int64), [
+                tuple(images[0][row] if row >= 0 else None for row in own) for own in rows
+            ]
         first: dict[str, int] = {}
         for row, lesion_id in enumerate(self.ids):
             if (other := first.setdefault(lesion_id, row)) != row:
@@ -222,7 +224,7 @@ class _Reading:
                     what += ", or make every photo a lesion by columns: {lesion_id: null, group: "
                     what += f"{task.columns.lesion_id}}} in task.yaml"
                 self._problem(row, "duplicate lesion", what)
-        return np.arange(len(self.table))[:, None], [list(paths) for paths in zip(*images, strict=True)]
+        return np.arange(len(self.table))[:, None], list(zip(*images, strict=True))
 
     def _missing(self, lesion_id: str, photos: Sequence[str | None], missing_view: str) -> str | None:
         if None not in photos:

@@ -92,7 +92,7 @@ def index_shards(
         note(text)
     names = scan.concepts or CONCEPTS
     tables = (_with_scores(table, len(names)) for table in scan.tables)
-    about = {"extensions": {view: list(names) for view, names in extensions.items()}}
+    about: dict[str, Any] = {"extensions": {view: list(names) for view, names in extensions.items()}}
     if task:
         about["labels"] = {word: DIAGNOSES[at] for word, at in words.items()}
     write_index(folder, tables, scan.shards, names, scan.problems, about)
@@ -260,8 +260,10 @@ class _SampleCheck:
                 return file.read(member[1])
 
             try:
-                texts = [read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")]
-                record = parse_record(sample.key, *texts, self.words)
+                json_text, cls_text = [
+                    read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")
+                ]
+                record = parse_record(sample.key, json_text, cls_text, self.words)
             except ValueError as error:
                 where, name = f"{sample.path}, sample {sample.key}", sample.key.rpartition("/")[2]
                 label = error.label if isinstance(error, UnknownLabel) else ""
