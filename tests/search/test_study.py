@@ -187,7 +187,8 @@ def test_killed_search_resumes_without_rerunning_finished_trials(tiny, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     finished = {trial.number: trial for trial in read_trials(folder) if trial.state == "complete"}
-    written = {path: path.stat().st_mtime_ns for n in finished for path in folder.glob(f"trial-{n:03d}/**/weights.*")}
+    weights = [path for n in finished for path in folder.glob(f"trial-{n:03d}/*/fold-*/weights.*")]
+    written = {path: path.stat().st_mtime_ns for path in weights}
     assert BASELINE in finished and written
 
     assert "train.epochs: differs" in output_of(program("tune.search", *words, "train.epochs=7", "resume=true"), 2)
