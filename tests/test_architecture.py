@@ -30,12 +30,12 @@ LAYERS = [
     ("search", "doctor"),
     ("commands",),
 ]
-# What follows training reads files only, so that it runs where the engine does not.
+# These packages read the files of a training, and must work without the engine.
 WITHOUT_ENGINE = ("ensemble", "report")
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports: at its top, inside a function, under TYPE_CHECKING."""
+    """Return all modules that a file imports: at its top, inside functions and under TYPE_CHECKING."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -54,7 +54,7 @@ def module_of(path: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """The part of the library that a module belongs to, such as `data`."""
+    """Return the package or top-level module that a module belongs to, such as `data`."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -79,7 +79,7 @@ def test_no_import_cycles():
     graph = {}
     for module, path in modules.items():
         names = imports_of(path) & set(modules)
-        # `from package import module` runs the package's __init__ too, which need not know the module.
+        # `from package import module` also runs the package's __init__, which may not import the module.
         graph[module] = {name for name in names if not module.startswith(f"{name}.")} - {module}
         graph[module] -= {name for name in names if any(other.startswith(f"{name}.") for other in names)}
     try:
@@ -130,7 +130,7 @@ def test_help_is_complete_without_heavy_imports(module):
     ("words", "seconds"), [(["--help"], 0.3), (["config", "list"], 0.5), (["train", "--help"], 0.5)]
 )
 def test_programs_start_fast(words, seconds):
-    """By CPU time, the least of five starts: another program on the machine must not decide."""
+    """Limit the CPU time, the minimum over five starts, so that other programs on the machine have no effect."""
     command, times = [sys.executable, "-m", "triderm_dist", *words], []
     for _ in range(5):
         before = os.times()

@@ -1,4 +1,4 @@
-"""The command line that all programs share."""
+"""The command line shared by all programs."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ class Small(Section):
 
 
 def run(kind: type[Section], *words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """The exit code, output and errors of a program that prints its settings."""
+    """Run a program that prints its settings; return its exit code, output and errors."""
     code = 0
     try:
         cli.run(kind, print, "A program.", list(words), users=lambda key: ["train", "report"])

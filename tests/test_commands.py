@@ -1,5 +1,5 @@
-"""Every command shown in README, docs, program headers and launcher files parses: programs, options, settings and files
-exist. Nothing is run.
+"""Every command in README, docs, program headers and launcher files parses: its program, options, settings and files
+exist. No command is run.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from triderm_dist.commands.ranks import expand_names
 from triderm_dist.config import find_file, shipped_names
 
 ROOT = Path(__file__).parents[1]
-SHOWN = [
+DOCUMENTED = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *(
@@ -35,8 +35,8 @@ COMMAND = re.compile(
     ((?:[A-Z_]+=\S+\ )*(?:triderm(?=\ [a-z])|python\ -m|accelerate\ launch(?=\ -)|sbatch)\ [^`"\n]+)""",
     re.M | re.X,
 )
-# What people put their own for: a word that begins in capitals, or that another command leaves.
-OWN = re.compile(r"([A-Z]|runs/|\.\.\.$)")
+# Placeholders: a word that starts with a capital, or a path that another command creates.
+PLACEHOLDER = re.compile(r"([A-Z]|runs/|\.\.\.$)")
 NUMBERS = {"RANK": "0", "NODES": "2", "GPUS_IN_ALL": "16", "HOST": "localhost", "$(INDEX)": "0"}
 BATCH_SCRIPTS = {
     "launch/slurm/train.sh": ([], []),
@@ -46,7 +46,7 @@ BATCH_SCRIPTS = {
 
 
 def commands_in(path: Path) -> list[str]:
-    """The commands that a file's text shows, of a shell script its comments; continued lines joined."""
+    """Return the commands in a file, in shell scripts those in comments, with continued lines joined."""
     lines = path.read_text(encoding="utf-8").splitlines()
     if path.suffix == ".sh":
         lines = [line for line in lines if line.startswith("#")]
@@ -58,27 +58,27 @@ def commands_in(path: Path) -> list[str]:
 
 
 def commands_of_pods() -> list[list[str]]:
-    """What the Kubernetes files start."""
+    """Return the commands of the Kubernetes files."""
     found = []
     for path in sorted((ROOT / "launch" / "kubernetes").glob("*.yaml")):
-        for thing in yaml.safe_load_all(path.read_text(encoding="utf-8")):
-            if thing["kind"] == "Job":
-                (container,) = thing["spec"]["template"]["spec"]["containers"]
+        for manifest in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            if manifest["kind"] == "Job":
+                (container,) = manifest["spec"]["template"]["spec"]["containers"]
                 found.append([*container["command"], *container["args"]])
-            elif thing["kind"] == "RayJob":
-                _, _, search = thing["spec"]["entrypoint"].partition("exec ")
+            elif manifest["kind"] == "RayJob":
+                _, _, search = manifest["spec"]["entrypoint"].partition("exec ")
                 found.append(shlex.split(search.replace("$more'", "resume=true")))
     return found
 
 
-def shown() -> list[tuple[str, list[str]]]:
-    typed = [(path, shlex.split(command)) for path in SHOWN for command in commands_in(path)]
+def documented_commands() -> list[tuple[str, list[str]]]:
+    typed = [(path, shlex.split(command)) for path in DOCUMENTED for command in commands_in(path)]
     named = [(str(path.relative_to(ROOT)), words) for path, words in typed]
     return named + [("launch/kubernetes", words) for words in commands_of_pods()]
 
 
 def check_launcher(options: list[str]) -> tuple[str, list[str]]:
-    """The program and arguments that `accelerate launch OPTIONS` starts."""
+    """Parse `accelerate launch OPTIONS`; return the program and its arguments."""
     words = expand_names([NUMBERS.get(word, word) for word in options])
     parsed = launch_command_parser().parse_args(words)
     file = parsed.config_file
@@ -88,14 +88,14 @@ def check_launcher(options: list[str]) -> tuple[str, list[str]]:
 
 
 def program_name(module: str) -> str:
-    """`train` for launch.train and triderm_dist.commands.train."""
+    """Return the name of a program, such as `train` for launch.train and triderm_dist.commands.train."""
     folder, _, name = module.rpartition(".")
     assert (ROOT / folder.replace(".", "/") / f"{name}.py").is_file(), f"{module} is not a program"
     return "synthetic" if module == "shards.demo" else name
 
 
 def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program takes these settings, and the files of the repository that they name exist."""
+    """Check that the program accepts the settings, and that referenced files of the repository exist."""
     name = program_name(module)
     assert module.startswith("benchmarks.") or name in commands.names(), f"{module} is not a program"
     if name == "config":
@@ -106,11 +106,11 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
         assert all(word.startswith(("output=", "task=")) for word in arguments[2:]), arguments
         return
     arguments = list(arguments)
-    for place, word in enumerate(arguments):
-        if word == "--config" and OWN.match(arguments[place + 1]):
-            arguments[place + 1] = "milk10k"
+    for position, word in enumerate(arguments):
+        if word == "--config" and PLACEHOLDER.match(arguments[position + 1]):
+            arguments[position + 1] = "milk10k"
         value = word.partition("=")[2]
-        if value.endswith((".yaml", ".py")) and not OWN.match(value):
+        if value.endswith((".yaml", ".py")) and not PLACEHOLDER.match(value):
             assert (ROOT / value).is_file(), value
     taken = []
 
@@ -120,7 +120,7 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     if module.startswith("benchmarks."):
         monkeypatch.setattr(cli, "run", take)
         monkeypatch.delitem(sys.modules, module, raising=False)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)  # pydantic looks names up in sys.modules
+        runpy.run_module(module, run_name="__main__", alter_sys=True)  # pydantic looks up names in sys.modules
     else:
         program = importlib.import_module(f"triderm_dist.commands.{name}")
         monkeypatch.setattr(program, "run", take)
@@ -128,17 +128,19 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     assert taken, f"{module} reads no settings"
 
 
-@pytest.mark.parametrize(("where", "words"), shown(), ids=lambda value: value if isinstance(value, str) else "-")
+@pytest.mark.parametrize(
+    ("where", "words"), documented_commands(), ids=lambda value: value if isinstance(value, str) else "-"
+)
 def test_documented_command_parses(where, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         assert name == "LAUNCHER" and find_file("accelerate_configs", value).is_file()
-    if len(words) == 2 and words[0] == "triderm":  # a program named in a sentence
+    if len(words) == 2 and words[0] == "triderm":  # a program mentioned in a sentence
         assert words[1] in commands.names()
         return
     if words[0] == "sbatch":
-        script = next(place for place, word in enumerate(words) if place and not word.startswith("--"))
+        script = next(position for position, word in enumerate(words) if position and not word.startswith("--"))
         before, after = BATCH_SCRIPTS[words[script]]
         assert (ROOT / words[script]).is_file()
         program, *arguments = [*before, *words[script + 1 :], *after]
@@ -155,8 +157,8 @@ def test_documented_command_parses(where, words, monkeypatch):
 
 
 def test_commands_are_found_in_every_source():
-    """A change of the texts' form must not hide them from the test above."""
-    counts = Counter(where for where, _ in shown())
+    """Guard against a change of formatting that hides commands from the test above."""
+    counts = Counter(where for where, _ in documented_commands())
     assert counts["README.md"] >= 9 and counts["launch/kubernetes"] == 3
     for name in commands.names():
         assert counts[f"triderm_dist/commands/{name}.py"] >= 1, name

@@ -102,7 +102,7 @@ def test_home_is_expanded_in_paths():
 
 
 def test_every_path_setting_has_the_path_type():
-    """A description of a file, folder or URL without the type makes `~` a folder of that name."""
+    """Without the path type `~` would not be expanded; settings described as folder or URL must have it."""
     rows = {key: type_name for key, type_name, _, text in describe(Experiment) if re.search(r"\b(folder|URL)\b", text)}
     assert {key for key, type_name in rows.items() if "path" not in type_name} <= {
         "data.invalid",

@@ -1,9 +1,9 @@
-"""Every recipe of docs/extending.md, as printed: trained, killed, resumed on two ranks, predicted.
+"""Every recipe of docs/extending.md is trained as printed, killed, resumed on two ranks, and used to predict.
 
-A section of the page that holds `<!-- recipe: NAME -->` has fenced blocks, the first line of which names a file
-(`# my_sgd.py`); `# experiment.yaml` is laid over a tiny experiment. Recipes of one group of `GROUPS` share an
-experiment. To add a recipe put its name into a group, and write a function `@check(NAME)` that shows its effect. A
-recipe that trains nothing is in no group: its function gets the folder with its files.
+A section of the page with `<!-- recipe: NAME -->` has fenced blocks whose first line is a file name (`# my_sgd.py`);
+`# experiment.yaml` overrides a tiny experiment. Recipes of one group of `GROUPS` share an experiment. To add a recipe,
+add its name to a group, and write a function `@check(NAME)` that verifies its effect. A recipe without training is in
+no group: its function gets the folder with its files.
 """
 
 import csv
@@ -45,9 +45,9 @@ GROUPS = (
     ("loss-term", "sgd", "scheduler", "tracker", "metadata-number", "report-metric"),
     ("muon", "augmentation", "metadata-category", "network", "stacker", "tower"),
 )
-"""Recipes that share an experiment: each must have an effect of its own."""
+"""Groups of recipes that share an experiment; each must have a separate effect."""
 STRATEGIES = ("ddp", "fsdp2")
-"""How each group is resumed on two ranks."""
+"""The strategy under which each group is resumed on two ranks."""
 EXPERIMENT = """\
 data: {folds: 2, short_side: null}
 train:
@@ -87,16 +87,16 @@ def count(module, inputs):
 torch.nn.modules.module.register_module_forward_pre_hook(count)
 """
 KILL_AT = 21
-"""Training forwards: in the third step, each of which has 4 micro-batches with a forward for the sums and another."""
+"""Number of training forwards, in step 3: a step has 4 micro-batches with one forward for the sums and one more."""
 COLUMNS: dict[str, Callable[[int], Any]] = {
     "diameter_mm": lambda lesion: "" if lesion % 9 == 0 else 1.5 + lesion % 20,
     "itches": lambda lesion: ("TRUE", "no", "")[lesion % 3],
 }
-"""Columns that recipes add to the metadata table: name, and the cell of lesion i."""
+"""Columns that recipes add to the metadata table: name, and function from lesion number to cell."""
 
 
 def recipes() -> dict[str, dict[str, str]]:
-    """Files by name, by recipe; sections that are not written yet are left out."""
+    """Return {recipe: {file name: content}}; ignores sections without fenced blocks."""
     found = {}
     for section in re.split(r"^## ", PAGE, flags=re.MULTILINE):
         if name := re.search(r"<!-- recipe: (\S+) -->", section):
@@ -111,7 +111,7 @@ RECIPES = recipes()
 
 @dataclass(frozen=True)
 class Run:
-    """A group's experiment: its output folder, merged settings, and what the resumed pipeline printed."""
+    """The experiment of a group: output folder, merged settings, and output of the resumed pipeline."""
 
     folder: Path
     settings: dict[str, Any]
@@ -124,7 +124,7 @@ class Run:
         return [line for line in read_metrics(self.fold(**of) / "metrics.jsonl") if line["kind"] == kind]
 
     def optimizer_state(self, **of: Any) -> dict[str, Any]:
-        """The optimizer's tensors in the newest checkpoint."""
+        """Return the optimizer tensors of the newest checkpoint."""
         return load_file(max((self.fold(**of) / "checkpoints").iterdir()) / "optimizer.safetensors")
 
 
@@ -132,7 +132,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {}
 
 
 def check(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """The function shows that the recipe had its effect on a `Run`, or in the folder of a recipe without a group."""
+    """Register a function that verifies the effect of a recipe on a `Run`, or in the folder if it has no group."""
 
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
         CHECKS[name] = function
@@ -146,7 +146,7 @@ def check(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]
 
 @check("launcher")
 def _(folder: Path) -> None:
-    """By a scheduler of two nodes, whose `triderm` records its options and exits with each code in turn."""
+    """Simulate a scheduler with two nodes; a fake `triderm` records its options and exits with each code in turn."""
     (folder / "nodes").write_text("node-a\nnode-a\nnode-b\n")
     (folder / ".bash_profile").write_text(f"PATH={folder}:$PATH\n")
     environment = {"PBS_O_WORKDIR": str(folder), "PBS_NODEFILE": str(folder / "nodes"), "PBS_JOBID": "1234.server"}
@@ -248,7 +248,7 @@ def network(run: Run) -> None:
 
 @check("stacker")
 def stacker(run: Run) -> None:
-    """Stacked and predicted by the plugin; its file predicts what a new fit on the out-of-fold table predicts."""
+    """The plugin stacks and predicts; its saved file predicts the same as a new fit on the out-of-fold table."""
     config = load(Experiment, run.folder / "config.yaml").stack
     description = json.loads((run.folder / "stack.json").read_text())
     assert description["kind"] == "logistic" and not (run.folder / "stack.ubj").exists()
@@ -279,7 +279,7 @@ def tower(run: Run) -> None:
 
 
 def added_field(run: Run, name: str) -> np.ndarray:
-    """(N,) the values of the field in the out-of-fold table, one for each lesion."""
+    """Return (N,) values of the field in the out-of-fold table."""
     table = read_oof(run.folder / "oof.parquet")
     assert table.metadata_fields[4:] == (name,)
     return table.metadata[:, 4]
@@ -298,7 +298,7 @@ def program(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
 
 
 def write_recipes(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Write the files of recipes into a folder; returns the settings: all fragments over the tiny experiment."""
+    """Write the files of recipes into a folder; return the tiny experiment overridden by all fragments."""
     settings, plugins = yaml.safe_load(EXPERIMENT), ["kill.py"]
     (folder / "kill.py").write_text(KILL)
     for name in names:
@@ -314,7 +314,7 @@ def write_recipes(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write_photos(folder: Path) -> None:
-    """FOLDER/train with 66 lesions and their diagnoses, FOLDER/test with 22."""
+    """Write FOLDER/train with 66 labeled lesions, and FOLDER/test with 22 unlabeled ones."""
     for name, prefix, lesions in (("train", "MILK10k_Training", 66), ("test", "MILK10k_Test", 22)):
         challenge = write_challenge(folder / name, lesions, prefix, labeled=name == "train")
         for number, row in enumerate(challenge.metadata):
@@ -324,7 +324,7 @@ def write_photos(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Callable[[int], Run]:
-    """runs(NUMBER): that group, trained until it is killed, resumed on two ranks to the end; made once."""
+    """Return `runs(number)`: the run of that group, killed in training and resumed on two ranks; cached."""
     made: dict[int, Run] = {}
 
     def run(number: int) -> Run:
@@ -351,7 +351,7 @@ def runs(tmp_path_factory) -> Callable[[int], Run]:
 
 @pytest.fixture(autouse=True)
 def metadata_fields_unchanged() -> Iterator[None]:
-    """A check that loads settings imports plugins into this process."""
+    """Restore METADATA_FIELDS, since checks that load settings import plugins into this process."""
     before = dict(METADATA_FIELDS)
     yield
     METADATA_FIELDS.clear()
@@ -360,7 +360,7 @@ def metadata_fields_unchanged() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name, runs, tmp_path):
-    """Trained, killed, resumed on two ranks and predicted (if it is in a group), with an effect."""
+    """The recipe is trained, killed, resumed and predicted (if in a group), and has its effect."""
     numbers = [number for number, group in enumerate(GROUPS) if name in group]
     if not numbers:
         for file, content in RECIPES[name].items():
@@ -370,17 +370,17 @@ def test_recipe(name, runs, tmp_path):
 
 @pytest.mark.parametrize("number", range(len(GROUPS)))
 def test_resume_on_two_ranks_equals_the_uninterrupted_training(runs, number):
-    """So nothing that a recipe's optimizer, loss or schedule keeps is lost, whatever the batch is split into."""
+    """All state of custom optimizers, losses and schedules is restored, independently of the split of the batch."""
     run = runs(number)
     shards = run.folder / "shards" / "train"
     model = next(iter(run.settings["models"]))
-    alone = program(
-        run.folder.parent, "triderm_dist.commands.train", "--config", "experiment.yaml", "output=undisturbed",
+    uninterrupted = program(
+        run.folder.parent, "triderm_dist.commands.train", "--config", "experiment.yaml", "output=uninterrupted",
         f"data.shards={shards}", f"model={model}",
     )  # fmt: skip
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    undisturbed = Run(run.folder.parent / "undisturbed", run.settings, alone.stdout)
-    got, expected = run.metrics(model=model), undisturbed.metrics(model=model)
+    assert uninterrupted.returncode == 0, uninterrupted.stdout + uninterrupted.stderr
+    expected_run = Run(run.folder.parent / "uninterrupted", run.settings, uninterrupted.stdout)
+    got, expected = run.metrics(model=model), expected_run.metrics(model=model)
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     for line, other in zip(got, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4), line["step"]

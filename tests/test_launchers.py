@@ -1,6 +1,4 @@
-"""The files that hand a run to Slurm, Kubernetes or Ray, against the schemas of those who read them; and the status
-that a launcher leaves with.
-"""
+"""Files for Slurm, Kubernetes and Ray match the schemas of these systems; exit statuses of the launcher."""
 
 import os
 import shutil
@@ -18,35 +16,35 @@ import yaml
 from tests.processes import HANG_SECONDS, ROOT, finish, launch, start, wait_for
 
 KUBERNETES = ROOT / "launch" / "kubernetes"
-# The schemas of releases before 1.35 ask for onPodConditions in every rule, which their servers never did.
+# Schemas of releases before 1.35 require onPodConditions in every rule, which the servers do not.
 RELEASES = ("1.35", "1.37")
 
-WHOLE, TEXT, SWITCH = ({"type": kind} for kind in ("integer", "string", "boolean"))
-WORDS = {"type": "object", "additionalProperties": TEXT}
-GROUP = {"rayStartParams": WORDS, "template": {"type": "object"}}
+INTEGER, STRING, BOOLEAN = ({"type": kind} for kind in ("integer", "string", "boolean"))
+STRINGS = {"type": "object", "additionalProperties": STRING}
+GROUP = {"rayStartParams": STRINGS, "template": {"type": "object"}}
 
 
-def closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+def strict_object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-# Of KubeRay's ray.io/v1 (ray-operator/apis/ray/v1) the keys that one would use; its pod templates are Kubernetes' own.
-RAY_JOB = closed(
+# Common keys of KubeRay's ray.io/v1 (ray-operator/apis/ray/v1); its pod templates are those of Kubernetes.
+RAY_JOB = strict_object(
     {
-        "backoffLimit": WHOLE, "activeDeadlineSeconds": WHOLE, "ttlSecondsAfterFinished": WHOLE,
-        "shutdownAfterJobFinishes": SWITCH, "suspend": SWITCH, "entrypoint": TEXT, "runtimeEnvYAML": TEXT,
+        "backoffLimit": INTEGER, "activeDeadlineSeconds": INTEGER, "ttlSecondsAfterFinished": INTEGER,
+        "shutdownAfterJobFinishes": BOOLEAN, "suspend": BOOLEAN, "entrypoint": STRING, "runtimeEnvYAML": STRING,
         "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode"]},
-        "rayClusterSpec": closed(
+        "rayClusterSpec": strict_object(
             {
-                "rayVersion": TEXT, "authOptions": closed({"mode": {"enum": ["token", "disabled"]}}),
-                "enableInTreeAutoscaling": SWITCH, "autoscalerOptions": {"type": "object"},
-                "headGroupSpec": closed(GROUP | {"serviceType": TEXT}, "rayStartParams", "template"),
+                "rayVersion": STRING, "authOptions": strict_object({"mode": {"enum": ["token", "disabled"]}}),
+                "enableInTreeAutoscaling": BOOLEAN, "autoscalerOptions": {"type": "object"},
+                "headGroupSpec": strict_object(GROUP | {"serviceType": STRING}, "rayStartParams", "template"),
                 "workerGroupSpecs": {
                     "type": "array",
-                    "items": closed(
+                    "items": strict_object(
                         GROUP
-                        | {"groupName": TEXT, "numOfHosts": WHOLE}
-                        | {key: WHOLE for key in ("replicas", "minReplicas", "maxReplicas")},
+                        | {"groupName": STRING, "numOfHosts": INTEGER}
+                        | {key: INTEGER for key in ("replicas", "minReplicas", "maxReplicas")},
                         "groupName", "minReplicas", "maxReplicas", "rayStartParams", "template",
                     ),
                 },
@@ -58,11 +56,11 @@ RAY_JOB = closed(
 )  # fmt: skip
 
 
-def things() -> list[tuple[str, dict[str, Any]]]:
+def manifests() -> list[tuple[str, dict[str, Any]]]:
     return [
-        (f"{path.stem}-{thing['kind']}", thing)
+        (f"{path.stem}-{manifest['kind']}", manifest)
         for path in sorted(KUBERNETES.glob("*.yaml"))
-        for thing in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+        for manifest in yaml.safe_load_all(path.read_text(encoding="utf-8"))
     ]
 
 
@@ -76,15 +74,15 @@ def pod_templates(tree: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize(("name", "thing"), things(), ids=lambda value: value if isinstance(value, str) else "")
-def test_kubernetes_files_match_the_schemas(name, thing, release):
-    if thing["apiVersion"] == "ray.io/v1":
-        jsonschema.validate(thing["spec"], RAY_JOB)
-        for template in pod_templates(thing):
+@pytest.mark.parametrize(("name", "manifest"), manifests(), ids=lambda value: value if isinstance(value, str) else "")
+def test_kubernetes_files_match_the_schemas(name, manifest, release):
+    if manifest["apiVersion"] == "ray.io/v1":
+        jsonschema.validate(manifest["spec"], RAY_JOB)
+        for template in pod_templates(manifest):
             pods = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pods"}, "template": template}
             kubernetes_validate.validate(pods, release, strict=True)
     else:
-        kubernetes_validate.validate(thing, release, strict=True)
+        kubernetes_validate.validate(manifest, release, strict=True)
 
 
 def test_misspelled_key_violates_the_schema():
@@ -95,8 +93,8 @@ def test_misspelled_key_violates_the_schema():
 
 
 def test_kubernetes_files_are_consistent():
-    by_name = dict(things())
-    pods = [template["spec"] for _, thing in things() for template in pod_templates(thing)]
+    by_name = dict(manifests())
+    pods = [template["spec"] for _, manifest in manifests() for template in pod_templates(manifest)]
     volumes = {v["persistentVolumeClaim"]["claimName"] for pod in pods for v in pod["volumes"] if v["name"] == "data"}
     assert volumes == {by_name["storage-PersistentVolumeClaim"]["metadata"]["name"]}
     images = {container["image"] for pod in pods for container in pod["containers"]}
@@ -108,17 +106,21 @@ def test_kubernetes_files_are_consistent():
         actions = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}
         assert actions == {2: "FailJob", 3: "Ignore"}
         assert all(rule["onExitCodes"]["containerName"] == container["name"] for rule in rules if "onExitCodes" in rule)
-        # The ranks save within 30 s of being asked to.
+        # The ranks save within 30 s of the signal.
         assert job["template"]["spec"]["terminationGracePeriodSeconds"] > 30
         words, nodes = container["command"], job.get("completions", 1)
         assert (
             int(words[words.index("--num_processes") + 1]) == nodes * container["resources"]["limits"]["nvidia.com/gpu"]
         )
-    many, service = by_name["nodes-Job"], by_name["nodes-Service"]
-    words = many["spec"]["template"]["spec"]["containers"][0]["command"]
-    name = many["metadata"]["name"]
-    assert many["spec"]["completions"] == many["spec"]["parallelism"] == int(words[words.index("--num_machines") + 1])
-    assert service["metadata"]["name"] == many["spec"]["template"]["spec"]["subdomain"] == name
+    multi_node, service = by_name["nodes-Job"], by_name["nodes-Service"]
+    words = multi_node["spec"]["template"]["spec"]["containers"][0]["command"]
+    name = multi_node["metadata"]["name"]
+    assert (
+        multi_node["spec"]["completions"]
+        == multi_node["spec"]["parallelism"]
+        == int(words[words.index("--num_machines") + 1])
+    )
+    assert service["metadata"]["name"] == multi_node["spec"]["template"]["spec"]["subdomain"] == name
     assert service["spec"]["selector"] == {"job-name": name}
     assert words[words.index("--main_process_ip") + 1] == f"{name}-0.{name}.$(NAMESPACE).svc.cluster.local"
     assert words[words.index("--main_process_port") + 1] == str(service["spec"]["ports"][0]["port"])
@@ -161,10 +163,10 @@ time.sleep(900)
 """
 
 
-def start_ranks(folder: Path, what: str, config: str = "accelerate_configs/ddp.yaml") -> subprocess.Popen:
+def start_ranks(folder: Path, behavior: str, config: str = "accelerate_configs/ddp.yaml") -> subprocess.Popen:
     program = folder / "rank.py"
     program.write_text(RANK)
-    return start(str(program), str(folder), what, ranks=2, config=config, fork=False)
+    return start(str(program), str(folder), behavior, ranks=2, config=config, fork=False)
 
 
 def test_launcher_exits_with_the_status_of_its_ranks(tmp_path):
@@ -184,15 +186,15 @@ def test_launcher_forwards_a_signal_and_waits_for_the_checkpoint(tmp_path):
 def test_signal_before_the_ranks_start_exits_with_3(tmp_path):
     os.mkfifo(tmp_path / "ddp.yaml")
     process = start_ranks(tmp_path, "wait", str(tmp_path / "ddp.yaml"))
-    with (tmp_path / "ddp.yaml").open("w"):  # opens when the launcher does, which reads until this is closed
+    with (tmp_path / "ddp.yaml").open("w"):  # opens once the launcher reads the file, and blocks it until closed
         process.send_signal(signal.SIGUSR1)
         assert finish(process).returncode == 3
     assert not list(tmp_path.glob("ready-*"))
 
 
 def test_missing_launcher_file_gives_one_line():
-    done = launch("launch.train", config="nothere.yaml", check=False)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: launcher: nothere.yaml: no such")
+    done = launch("launch.train", config="missing.yaml", check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: launcher: missing.yaml: no such")
 
 
 # --- a real Slurm -----------------------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ def test_missing_launcher_file_gives_one_line():
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("sbatch") and shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")),
-    reason="no Slurm here: apt-get install slurm-wlm munge",
+    reason="Slurm is not installed: apt-get install slurm-wlm munge",
 )
 def test_slurm_scripts_on_a_real_slurm():
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -1,4 +1,4 @@
-"""Losses against slow references written from the formulas, and their split over parts."""
+"""Losses compared with slow reference formulas, and split over micro-batches and ranks."""
 
 import math
 
@@ -14,13 +14,13 @@ COUNTS = [300, 2500, 40, 500, 50, 50, 9, 450, 700, 470, 47]
 C = 11
 
 
-def some(batch: int, seed: int = 0, classes: int = C) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(batch: int, seed: int = 0, classes: int = C) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     return torch.randn(batch, classes, dtype=torch.float64) * 2, torch.randint(0, classes, (batch,))
 
 
 def slow_focal(logits, labels, head, gamma, alpha, weights, smoothing):
-    """Number by number."""
+    """Return the focal loss of each lesion, computed in Python loops."""
     result = []
     for row, y in zip(logits.tolist(), labels.tolist(), strict=True):
         loss = 0.0
@@ -45,7 +45,7 @@ def slow_focal(logits, labels, head, gamma, alpha, weights, smoothing):
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_loss_equals_the_formula(head, gamma):
-    logits, labels = some(9)
+    logits, labels = random_batch(9)
     alpha = 0.3 if head == "sigmoid" else None
     smoothing = 0.1 if head == "softmax" else 0.0
     weights = torch.rand(C) + 0.5
@@ -56,7 +56,7 @@ def test_focal_loss_equals_the_formula(head, gamma):
 
 
 def test_focal_gamma_zero_is_cross_entropy():
-    logits, labels = some(9)
+    logits, labels = random_batch(9)
     torch.testing.assert_close(
         focal_loss(logits, labels, "softmax", 0.0).double().mean(), torch.nn.functional.cross_entropy(logits, labels)
     )
@@ -72,8 +72,8 @@ def test_focal_gradient_is_finite_for_confident_predictions():
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 def test_soft_f1_equals_the_formula(head):
-    logits, labels = some(40)
-    labels[labels == 4] = 5  # a diagnosis without a positive
+    logits, labels = random_batch(40)
+    labels[labels == 4] = 5  # diagnosis 4 has no positive
     p = (logits.softmax(1) if head == "softmax" else logits.sigmoid()).tolist()
     scores = []
     for c in range(C):
@@ -85,7 +85,7 @@ def test_soft_f1_equals_the_formula(head):
 
 
 def test_absent_diagnosis_gets_no_gradient_from_soft_f1():
-    logits, labels = some(20)
+    logits, labels = random_batch(20)
     labels[labels == 4] = 5
     logits.requires_grad_()
     soft_f1_loss(logits, labels, "sigmoid").backward()
@@ -95,7 +95,7 @@ def test_absent_diagnosis_gets_no_gradient_from_soft_f1():
 
 
 class Recall(LossTerm):
-    """1 - mean soft recall, to a power: not linear in its sums."""
+    """1 - mean soft recall to a power, which is not linear in its sums."""
 
     class Settings(Section):
         power: float = 1.0
@@ -109,7 +109,7 @@ class Recall(LossTerm):
 
 
 class Disagreement(LossTerm):
-    """Squared distance of the views' own logits: a mean, once and not for each head."""
+    """Mean squared distance between the logits of the views; computed once instead of per head."""
 
     each_head = False
 
@@ -130,7 +130,7 @@ def batch_of(labels: torch.Tensor, valid: torch.Tensor) -> Batch:
 
 
 def step_of(loss: CompoundLoss, heads, labels, valid, parts) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Gradients of the heads' logits and the values, as a step over these parts computes them."""
+    """Return the gradients of the logits of all heads and the values, for a step split into `parts`."""
     leaves = [logits.clone().requires_grad_() for logits in heads]
     own = [
         loss.sums(Outputs(*logits, torch.zeros(len(y), 1)), batch_of(y, v))
@@ -152,8 +152,8 @@ MORE = {"recall": {"weight": 0.4, "settings": {"power": 1.5}}, "disagreement": {
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("parts", [[40], [24, 16], [5] * 8, [1] * 40])
 def test_split_and_padded_loss_equals_the_formulas(head, parts, more_terms):
-    heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
-    labels, valid = some(40, 4)[1], torch.arange(40) < 37  # the last three only pad
+    heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    labels, valid = random_batch(40, 4)[1], torch.arange(40) < 37  # the last three rows are padding
     loss = CompoundLoss(LossConfig(**PLAIN, terms=MORE), head, COUNTS)
     got, values = step_of(loss, heads, labels, valid, parts)
 
@@ -211,8 +211,8 @@ def test_loss_without_weights_is_refused():
 def test_class_weights_smoothing_and_logit_adjustment_when_split(parts):
     config = LossConfig(class_weight_power=0.5, logit_adjustment=0.5, label_smoothing=0.1)
     loss = CompoundLoss(config, "softmax", COUNTS)
-    heads = [some(40, seed)[0].float() for seed in (1, 2, 3)]
-    labels, valid = some(40, 4)[1], torch.ones(40, dtype=torch.bool)
+    heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    labels, valid = random_batch(40, 4)[1], torch.ones(40, dtype=torch.bool)
     undivided, undivided_values = step_of(loss, heads, labels, valid, [40])
     split, split_values = step_of(loss, heads, labels, valid, parts)
     for a, b in zip(undivided, split, strict=True):

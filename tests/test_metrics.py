@@ -53,14 +53,14 @@ def test_bootstrap_equals_resampling_lesions_one_by_one() -> None:
     fast = metrics.bootstrap_f1(decisions, labels, 3000, seed=1)
     np.testing.assert_allclose(fast.mean(axis=0), np.mean(slow, axis=0), atol=0.01)
     np.testing.assert_allclose(fast.std(axis=0), np.std(slow, axis=0), rtol=0.1)
-    assert np.isfinite(fast).all()  # stratified: no diagnosis vanishes
+    assert np.isfinite(fast).all()  # stratified: every diagnosis is in each resample
     interval = metrics.bootstrap_interval(decisions, labels, 3000)
     assert interval.low < interval.value < interval.high
 
 
 @pytest.mark.parametrize("recall", [0.3, 0.8, 0.95, 1.0])
 def test_recall_difference_interval_has_nominal_coverage(recall: float) -> None:
-    """A slice of 110 lesions, 60 of one diagnosis and 5 of each other, against 200 of each, with equal recall."""
+    """A slice with 60 lesions of one diagnosis and 5 of each other, compared with 200 of each, at equal recall."""
     generator = np.random.default_rng(0)
     few, many = np.array([60] + 10 * [5]), np.full(11, 200)
     kept, draws, behind, ahead = np.ones(11, bool), 2000, 0, 0
@@ -72,10 +72,10 @@ def test_recall_difference_interval_has_nominal_coverage(recall: float) -> None:
         difference = metrics.recall_difference(counts[0], counts[1], kept)
         assert difference.low <= difference.value <= difference.high
         behind, ahead = behind + (difference.high < 0), ahead + (difference.low > 0)
-    assert behind / draws < 0.04  # 0.025 by intent
-    assert ahead / draws < 0.08  # few lesions with high recall give little evidence
+    assert behind / draws < 0.04  # nominally 0.025
+    assert ahead / draws < 0.08  # few lesions with high recall give wide intervals
     if recall < 1:
-        assert behind + ahead > 0  # the interval is not too wide to find a difference
+        assert behind + ahead > 0  # the interval is narrow enough to detect a difference
 
 
 def test_paired_difference_is_narrower_than_two_intervals() -> None:
@@ -93,7 +93,7 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
 
 
 def test_score_equals_the_official_scorer_on_200_submissions() -> None:
-    """All by the scorer's F1 per category; ten also by the complete scorer, which takes a third of a second each."""
+    """All by the F1 per category of the scorer; ten also by the complete scorer, which takes 0.3 s each."""
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
     if not hasattr(scoring, "ClassificationMetric") or not hasattr(scoring.ClassificationMetric, "DICE"):
         pytest.skip("this isic-challenge-scoring is older than 5.8.0 and has no dice")
@@ -108,7 +108,7 @@ def test_score_equals_the_official_scorer_on_200_submissions() -> None:
         labels = generator.permutation(np.concatenate([np.arange(C), generator.integers(0, C, rows - C)]))
         kind = trial % 4
         table = generator.random((rows, C))
-        if kind == 1:  # ties at 0.5 exactly
+        if kind == 1:  # values of exactly 0.5
             table = generator.choice([0.0, 0.25, 0.5, 0.5000001, 0.75, 1.0], (rows, C))
         elif kind == 2:  # some diagnoses never predicted
             table[:, generator.choice(C, 4, replace=False)] *= 0.5

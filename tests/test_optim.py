@@ -1,4 +1,4 @@
-"""Parameter groups of every kind of tower, and the schedule."""
+"""Parameter groups of every kind of tower, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def network(
 
 
 def rates(net: Network, lr: float = 1.0, decay: float = 0.5) -> dict[str, tuple[float, float]]:
-    """(learning rate, weight decay) of each trained parameter, by name; fails if one is in no group or in two."""
+    """Return {name: (learning rate, weight decay)} of trained parameters; each must be in exactly one group."""
     names = {id(p): name for name, p in net.named_parameters()}
     found: dict[str, tuple[float, float]] = {}
     for group in parameter_groups(net, lr, decay, 0.05):
@@ -59,7 +59,7 @@ def test_learning_rates_of_every_kind_of_tower(kind: str, tower: str, shared: bo
         else:
             assert parts[2] == "tail" and lr == 0.5, name
     first = {"shared": 1} if shared else {"clinical": 2, "dermoscopic": 1}
-    # Both towers count from the top: however many blocks are frozen, the last has the same rate.
+    # Depth counts from the last block, so that its rate is independent of the number of frozen blocks.
     assert seen == {(view, i) for view, start in first.items() for i in range(start, blocks)}
 
 

@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> tuple[Path, list[str], np.ndarray, np.ndarray]:
 
 
 def rewrite(path: Path, **change) -> None:
-    """Write a file again with some fields changed (arrays, or functions of the old array)."""
+    """Rewrite a file with changed fields (arrays, or functions of the old array)."""
     old = read_predictions(path)
     new = {name: value(getattr(old, name).copy()) if callable(value) else value for name, value in change.items()}
     write_predictions(path, replace(old, **new), split=new.get("split", old.split))
@@ -103,7 +103,7 @@ def test_files_of_different_data_are_refused_by_name(run, change: dict, message:
 
 
 def test_prediction_of_a_training_lesion_is_refused(run) -> None:
-    """Weights of fold 0 that also predict a lesion of fold 1 were trained on it."""
+    """A lesion of fold 1 predicted by weights of fold 0 was in their training set."""
     folder, ids, labels, folds = run
     weights = read_predictions(folder / "trimodal" / "fold-0" / "predictions.parquet").model_hash[0]
     rewrite(
@@ -123,7 +123,7 @@ def test_group_in_two_folds_is_refused(run) -> None:
 
 
 def test_edited_table_is_refused(run) -> None:
-    """A duplicate row, or another fold for one model, in oof.parquet."""
+    """oof.parquet with a duplicate row, or with a changed fold for one model."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Metadata fields: one entry of the table reaches the reader, the shards, both networks, the stacker and the report."""
+"""Metadata fields: a new entry is used by the reader, shards, networks, stacker and report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ITCH = MetadataField("type", "itches", "category", ("no", "yes"), synonyms={"TRU
 
 @pytest.fixture
 def added() -> Iterator[None]:
-    """Both fields in the table, until the test ends."""
+    """Add both fields to METADATA_FIELDS for the duration of a test."""
     before = dict(METADATA_FIELDS)
     add_field(DIAMETER)
     add_field(ITCH)
@@ -100,7 +100,7 @@ def test_added_fields_are_packed_and_read_by_name(added: None, make_challenge: A
     np.testing.assert_array_equal(index.metadata[first, 4:], [[1.5, 1], [2.5, 0], [3.5, np.nan], [np.nan, 1]])
     assert verify(index, folds=2, fold_seed=0) == []
 
-    # Shards read without the plugin, and older shards read with it.
+    # New shards are read without the plugin, and older shards with it.
     for name in ("diameter", "type"):
         METADATA_FIELDS.pop(name)
     without = read_index(tmp_path / "shards")
@@ -142,7 +142,7 @@ def test_networks_use_every_field(added: None, kind: str) -> None:
 
 
 def test_network_parameter_names_are_stable() -> None:
-    """Checkpoints of earlier versions have these names."""
+    """Checkpoints of earlier versions use these names."""
     config = ModelConfig.model_validate({"width": 32, "heads": 4})
     names = build_network(config, ("hair",), TokenShape(4, 8)).state_dict()
     assert [name for name in names if name.startswith("semantic.")] == [

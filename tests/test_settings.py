@@ -1,4 +1,4 @@
-"""Settings read from YAML and the command line: by the type of each, strict, helpful."""
+"""Settings from YAML and the command line: parsed by type, strict, with helpful errors."""
 
 import os
 from pathlib import Path
@@ -117,7 +117,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 
 @given(TEXT)
 def test_string_values_are_not_converted(text):
-    """All of it but null, brackets, and text in quotes."""
+    """Except null, brackets, and quoted strings."""
     assume(text.strip() and text[0] not in "[{'\"" and text not in ("null", "Null", "NULL", "~"))
     assert read(f"name={text}").name == text
 
@@ -126,7 +126,7 @@ def test_string_values_are_not_converted(text):
 def test_saved_settings_round_trip(text, names, count, rate):
     config = Outer(name=text, names=tuple(names), count=count, inner=Inner(rate=rate, free={"a": [text, rate, count]}))
     text = yaml.safe_dump(config.model_dump(mode="json"))
-    assert validate(Outer, parse_yaml(text, "here")) == config
+    assert validate(Outer, parse_yaml(text, "test.yaml")) == config
 
 
 @given(st.lists(st.text("abc123_- ", min_size=1).filter(str.strip), min_size=1))
@@ -142,7 +142,7 @@ def test_both_list_syntaxes_are_equal(names):
      ("", None), ("no", "no"), ("010", "010"), ("1:30", "1:30"), ("2024-11-25", "2024-11-25"), ("'1'", "1")],
 )  # fmt: skip
 def test_untyped_values_follow_yaml_1_2(text, value):
-    found = untyped(parse_yaml(f"a: {text}", "here"))["a"]
+    found = untyped(parse_yaml(f"a: {text}", "test.yaml"))["a"]
     assert (found, type(found)) == (value, type(value))
 
 

@@ -1,4 +1,4 @@
-"""Stages run once for the same content, again when it changes, and one run works in a folder at a time."""
+"""Stages run once for the same content and again when it changes; one run at a time per folder."""
 
 import os
 import signal
@@ -44,10 +44,12 @@ def test_stage_reruns_by_content_instead_of_time(tmp_path):
 def test_damaged_record_is_reported_and_all_stages_rerun(tmp_path, capsys):
     (tmp_path / "in").write_text("a")
     run_stages([stage(tmp_path)], tmp_path)
-    whole = (tmp_path / "stages.json").read_text()
-    (tmp_path / "stages.json").write_text(whole[: len(whole) // 2])
+    record = (tmp_path / "stages.json").read_text()
+    (tmp_path / "stages.json").write_text(record[: len(record) // 2])
     run_stages([stage(tmp_path)], tmp_path)
-    assert (tmp_path / "out").read_text() == "aa" and (tmp_path / "stages.json").read_text() != whole[: len(whole) // 2]
+    assert (tmp_path / "out").read_text() == "aa" and (tmp_path / "stages.json").read_text() != record[
+        : len(record) // 2
+    ]
     assert "stages.json: not readable; all stages run again" in capsys.readouterr().out
 
 
@@ -99,7 +101,7 @@ def test_stop_signal_is_forwarded_once_and_the_stage_is_awaited(tmp_path, number
         [sys.executable, "-c", code], cwd=ROOT, process_group=0, stderr=subprocess.PIPE, text=True
     )
     wait_for((tmp_path / "begun").exists, process)
-    os.killpg(process.pid, number)  # as a terminal does
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does
     assert "interrupted: rerun the same command to resume" in process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 3 and (tmp_path / "saved").read_text() == "x"
 
@@ -111,7 +113,7 @@ def test_stopped_program_exits_with_3_also_when_run_by_dash_c(tmp_path):
         f"cli.run(Section, lambda config: exec({waits!r}), None, [])"
     )
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
-    command = [sys.executable, "-m", "waits"]  # by -c Python gives another status
+    command = [sys.executable, "-m", "waits"]  # python -c would set a different status
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 3 and done.stderr.startswith("interrupted: "), done
 
@@ -136,18 +138,18 @@ def test_stages_lock_their_folder(tmp_path):
     assert begun
 
 
-# --- those of the pipeline -------------------------------------------------------------------------------------------
+# --- stages of the pipeline ------------------------------------------------------------------------------------------
 
 
-def of_pipeline(folder: Path, *words: str) -> dict[str, Stage]:
+def pipeline_stages(folder: Path, *words: str) -> dict[str, Stage]:
     config = load(PipelineRun, None, [f"output={folder}/run", *words])
     return {each.name: each for each in stages(config, folder / "config.yaml")}
 
 
 def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
     challenge = make_challenge()
-    plain = of_pipeline(tmp_path, f"data.source={challenge.folder}")
-    one_table = of_pipeline(tmp_path, f"data.source={challenge.metadata_path}")
+    plain = pipeline_stages(tmp_path, f"data.source={challenge.folder}")
+    one_table = pipeline_stages(tmp_path, f"data.source={challenge.metadata_path}")
     read = [challenge.metadata_path, challenge.truth_path, challenge.photo(0).parents[1]]
     assert plain["pack"].inputs == one_table["pack"].inputs == read
     for key, changed in {
@@ -156,9 +158,11 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
         "predict.batch=3": {"predict"},
     }.items():
         words = [f"data.source={challenge.folder}", "data.test_shards=there", "stack.extra=[embeddings]"]
-        before, after = of_pipeline(tmp_path, *words), of_pipeline(tmp_path, *words, key)
+        before, after = pipeline_stages(tmp_path, *words), pipeline_stages(tmp_path, *words, key)
         assert {name for name in before if before[name].settings != after[name].settings} == changed
-    spread = of_pipeline(tmp_path, f"data.source={challenge.folder}", "parallel_folds=true", "gpus=0.5", "retries=0")
+    spread = pipeline_stages(
+        tmp_path, f"data.source={challenge.folder}", "parallel_folds=true", "gpus=0.5", "retries=0"
+    )
     words = {"parallel_folds=true", "cpus=1", "gpus=0.5", "retries=0"}
     assert set(spread["crossval"].command) - set(plain["crossval"].command) == words
     assert spread["crossval"].settings == plain["crossval"].settings
@@ -166,14 +170,14 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
 
 def test_existing_test_shards_are_not_overwritten(make_challenge, tmp_path):
     words = ["data.shards=there", f"data.test={make_challenge().folder}"]
-    assert "pack test" in of_pipeline(tmp_path, *words)
-    assert "pack test" not in of_pipeline(tmp_path, *words, "data.test_shards=elsewhere")
+    assert "pack test" in pipeline_stages(tmp_path, *words)
+    assert "pack test" not in pipeline_stages(tmp_path, *words, "data.test_shards=other")
 
 
 def test_fused_features_are_predicted_before_stacking(tmp_path):
     words = ["data.shards=there", "stack.extra=[features]"]
-    found = of_pipeline(tmp_path, *words, "data.test_shards=elsewhere")
+    found = pipeline_stages(tmp_path, *words, "data.test_shards=other")
     assert list(found) == ["crossval", "predict folds", "stack", "predict", "report"]
     assert set(found["predict folds"].outputs) <= set(found["stack"].inputs)
     with pytest.raises(ConfigError, match=r"stack.extra: features .* test set; name one as data.test"):
-        of_pipeline(tmp_path, *words)
+        pipeline_stages(tmp_path, *words)

@@ -49,7 +49,7 @@ def test_submission_file_format(tmp_path: Path) -> None:
     lines = path.read_bytes().decode().split("\n")
     assert lines[0] == "lesion_id," + ",".join(DIAGNOSES)
     assert lines[1] == "a" + ",1.000000000" * C
-    assert lines[2] == "b" + ",0.000000000" * C  # floats: the scorer refuses a column of integers
+    assert lines[2] == "b" + ",0.000000000" * C  # floats, since the scorer refuses integer columns
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -98,7 +98,7 @@ def test_written_submission_scores_equally_in_the_official_scorer(tmp_path: Path
     labels = np.concatenate([np.arange(C), generator.integers(0, C, 200)])
     probabilities = generator.random((len(labels), C)) ** 2 + 0.3 * np.eye(C)[labels]
     probabilities = np.round(np.minimum(probabilities, 1), 3)
-    thresholds = np.round(generator.uniform(0.05, 0.9, C), 3)  # with rounding some scores lie on their threshold
+    thresholds = np.round(generator.uniform(0.05, 0.9, C), 3)  # rounded, so that some scores equal their threshold
     ids = [f"MILK10k_{row:07d}" for row in range(len(labels))]
     truth = tmp_path / "truth.csv"
     rows = [

@@ -1,4 +1,4 @@
-"""Tasks: those that ship, the round trip through JSON, and every contradiction in one line."""
+"""Shipped tasks, the JSON round trip, and one-line errors for contradictory tasks."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def test_task_json_round_trip(name: str) -> None:
 def test_task_file_of_a_user(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(SMALL))
     task = load_task(tmp_path / "task.yaml")
-    assert task == Task.from_mapping(SMALL, "here")
+    assert task == Task.from_mapping(SMALL, "task.yaml")
     assert task.fields[0].high == 120.0 and task.diagnoses[0].malignant is True and task.columns.lesion_id is None
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("milk10", "did you mean 'milk10k'?"),
         ("nevi", "known are "),
         ("none.yaml", "no such file; triderm task init"),
     ],
 )
-def test_unknown_tasks_are_refused(name: str, says: str) -> None:
+def test_unknown_tasks_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as error:
         load_task(name)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def changed(**keys: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def changed(**keys: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("raw", "message"),
     [
         (changed(diagnosis=[]), "unknown key 'diagnosis'; did you mean 'diagnoses'?"),
         (
@@ -100,7 +100,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         ([], "expected a mapping of keys, got a list"),
     ],
 )
-def test_contradictory_tasks_give_one_line(raw: Any, says: str) -> None:
+def test_contradictory_tasks_give_one_line(raw: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=r"\Atask\.yaml: [^\n]+\Z") as error:
         Task.from_mapping(raw, "task.yaml")
-    assert says in str(error.value)
+    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""An installed wheel does what a clone can, from any folder."""
+"""An installed wheel has the features of a clone, in any folder."""
 
 import os
 import re
@@ -21,7 +21,7 @@ pytest.importorskip("hatchling", reason="builds the wheel: pip install hatchling
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment that holds the wheel, and otherwise the packages of this environment."""
+    """Folder of the programs in a virtual environment with the wheel and the packages of this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=HANG_SECONDS)
@@ -36,7 +36,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(programs: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the environment in a folder outside of the clone."""
+    """Run a program of the environment in a folder outside the clone."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": ""}
     command = [str(programs / words[0]), *words[1:]]
