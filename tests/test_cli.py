@@ -116,7 +116,7 @@ def test_exit_codes(error, code, text, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        cli.guarded(work)
+        cli.run_with_exit_codes(work)
     assert (stop.value.code, capsys.readouterr().err) == (code, text)
 
 

@@ -69,10 +69,10 @@ def run(
         else:
             main(config)
 
-    guarded(work)
+    run_with_exit_codes(work)
 
 
-def guarded(work: Callable[[], None]) -> None:
+def run_with_exit_codes(work: Callable[[], None]) -> None:
     """Call `work`; where it fails or is interrupted, print one line on stderr and exit with the code for it."""
     try:
         with handle_signals(raise_stopped):

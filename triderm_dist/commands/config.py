@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from triderm_dist.cli import guarded
+from triderm_dist.cli import run_with_exit_codes
 from triderm_dist.config import find_file, first_comment, read_yaml, shipped_names
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError
@@ -65,7 +65,7 @@ def start() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    guarded(lambda: main(sys.argv[1:]))
+    run_with_exit_codes(lambda: main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
