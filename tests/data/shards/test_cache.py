@@ -235,7 +235,7 @@ def test_least_recently_used_closed_shards_are_evicted_first(server, packed, tmp
     cache.open(files[3]).close()
     assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 3)]
     still_open = [first, cache.open(files[2]), cache.open(files[3])]
-    with pytest.raises(DataError, match="hold shards that are being read"):
+    with pytest.raises(DataError, match="in use by shards that are being read"):
         hasty.open(files[4])
     still_open.pop().close()
     cache.open(files[4]).close()
