@@ -115,11 +115,8 @@ def test_kubernetes_files_are_consistent():
     multi_node, service = by_name["nodes-Job"], by_name["nodes-Service"]
     words = multi_node["spec"]["template"]["spec"]["containers"][0]["command"]
     name = multi_node["metadata"]["name"]
-    assert (
-        multi_node["spec"]["completions"]
-        == multi_node["spec"]["parallelism"]
-        == int(words[words.index("--num_machines") + 1])
-    )
+    nodes = int(words[words.index("--num_machines") + 1])
+    assert multi_node["spec"]["completions"] == multi_node["spec"]["parallelism"] == nodes
     assert service["metadata"]["name"] == multi_node["spec"]["template"]["spec"]["subdomain"] == name
     assert service["spec"]["selector"] == {"job-name": name}
     assert words[words.index("--main_process_ip") + 1] == f"{name}-0.{name}.$(NAMESPACE).svc.cluster.local"

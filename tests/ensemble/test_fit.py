@@ -79,9 +79,8 @@ def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     chance = [metrics.macro_f1(decisions, np.random.default_rng(seed).permutation(labels)) for seed in range(50)]
     assert fit.rows[-1].nested.value < np.mean(chance) + 3 * np.std(chance)
     assert fit.rows[-1].nested.value < 0.16
-    assert (
-        fit.rows[-1].fitted > fit.rows[-1].nested.value
-    )  # scored on the rows it was fitted on, noise appears better than chance
+    # Scored on the rows it was fitted on, noise appears better than chance.
+    assert fit.rows[-1].fitted > fit.rows[-1].nested.value
 
 
 def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Path) -> None:

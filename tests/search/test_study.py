@@ -164,9 +164,8 @@ def test_search_locks_its_folder_fails_fast_and_stops_on_sigterm(tiny, tmp_path)
 
     wait_for(lambda: [trial.state for trial in read_trials(run / "search")] == ["running", "failed"], process)
     before = read_trials(run / "search")[0].epochs
-    wait_for(
-        lambda: read_trials(run / "search")[0].epochs > before + 20, process
-    )  # enough time for a second attempt of the failed trial
+    # Enough time for a second attempt of the failed trial.
+    wait_for(lambda: read_trials(run / "search")[0].epochs > before + 20, process)
     with pytest.raises(InputError, match=r"another search is running in this folder"):
         search(load(SearchRun, tiny, [*words, "resume=true"]), log=lambda text: None)
     process.send_signal(signal.SIGTERM)
