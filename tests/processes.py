@@ -68,9 +68,14 @@ def start(
     else:
         launcher = []
     return subprocess.Popen(
-        [fork_python() if fork else sys.executable, *launcher, *target, *arguments], cwd=folder, env=environment,
-        stdout=output, stderr=errors, text=True, process_group=0,
-    )  # fmt: skip
+        [fork_python() if fork else sys.executable, *launcher, *target, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=output,
+        stderr=errors,
+        text=True,
+        process_group=0,
+    )
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:

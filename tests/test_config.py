@@ -107,8 +107,10 @@ def test_every_path_setting_has_the_path_type():
     assert {key for key, type_name in rows.items() if "path" not in type_name} <= {
         "data.invalid",
         "data.verify",
-        "data.missing_view", "data.remote.cache_gb", "data.remote.allow_commands"
-    }  # fmt: skip
+        "data.missing_view",
+        "data.remote.cache_gb",
+        "data.remote.allow_commands",
+    }
 
 
 def test_settings_that_affect_a_program():

@@ -292,9 +292,13 @@ def program(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
     """Run `python -m ARGUMENTS` in a folder."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [fork_python(), "-m", *arguments], cwd=folder, env=variables, capture_output=True, text=True,
+        [fork_python(), "-m", *arguments],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
         timeout=HANG_SECONDS,
-    )  # fmt: skip
+    )
 
 
 def write_recipes(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
@@ -375,9 +379,14 @@ def test_resume_on_two_ranks_equals_the_uninterrupted_training(runs, number):
     shards = run.folder / "shards" / "train"
     model = next(iter(run.settings["models"]))
     uninterrupted = program(
-        run.folder.parent, "triderm_dist.commands.train", "--config", "experiment.yaml", "output=uninterrupted",
-        f"data.shards={shards}", f"model={model}",
-    )  # fmt: skip
+        run.folder.parent,
+        "triderm_dist.commands.train",
+        "--config",
+        "experiment.yaml",
+        "output=uninterrupted",
+        f"data.shards={shards}",
+        f"model={model}",
+    )
     assert uninterrupted.returncode == 0, uninterrupted.stdout + uninterrupted.stderr
     expected_run = Run(run.folder.parent / "uninterrupted", run.settings, uninterrupted.stdout)
     got, expected = run.metrics(model=model), expected_run.metrics(model=model)

@@ -31,9 +31,14 @@ def test_fork_has_its_own_arguments_environment_folder_and_files(tmp_path, kind)
     program = {"code": ["-c", ABOUT], "file": [str(tmp_path / "about.py")], "module": ["-m", "about"]}[kind]
     limits = resource.getrlimit(resource.RLIMIT_CORE)
     done = run(
-        *program, "a", "b c", cwd=tmp_path, env={**os.environ, "VALUE": "x=y"}, input="words",
+        *program,
+        "a",
+        "b c",
+        cwd=tmp_path,
+        env={**os.environ, "VALUE": "x=y"},
+        input="words",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, limits[1])),
-    )  # fmt: skip
+    )
     arguments, *others = json.loads(done.stdout)
     assert arguments == [{"code": "-c"}.get(kind, str(tmp_path / "about.py")), "a", "b c"]
     assert others == [str(tmp_path), "x=y", fork_python(), [0, limits[1]]]

@@ -162,11 +162,27 @@ def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path, run) -> N
 def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
     folder, *_ = run
     parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
-    flipped = replace(parts[1], **{
-        name: getattr(parts[1], name)[::-1]
-        for name in ("lesion_ids", "groups", "labels", "fold", "model", "model_hash", "head", "logits", "aux_clinical",
-                     "aux_dermoscopic", "features", "concepts", "metadata")
-    })  # fmt: skip
+    flipped = replace(
+        parts[1],
+        **{
+            name: getattr(parts[1], name)[::-1]
+            for name in (
+                "lesion_ids",
+                "groups",
+                "labels",
+                "fold",
+                "model",
+                "model_hash",
+                "head",
+                "logits",
+                "aux_clinical",
+                "aux_dermoscopic",
+                "features",
+                "concepts",
+                "metadata",
+            )
+        },
+    )
     table = average_test([parts[0], flipped, *parts[2:]])
     for model in MODELS:
         own = [part.logits for part in parts if part.model[0] == model]

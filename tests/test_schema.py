@@ -181,8 +181,13 @@ def test_predictions_of_earlier_versions_have_the_fields_of_milk10k(tmp_path: Pa
 def test_attention_labels_have_values_with_units(added: None) -> None:
     values = semantic_values((), np.empty(0), np.array([50, 1, 3, np.nan, 4.5, 0]))
     assert values == {
-        "age": "50 years", "sex": "male", "skin_tone": "3", "site": "missing", "diameter": "4.5 mm", "type": "no",
-    }  # fmt: skip
+        "age": "50 years",
+        "sex": "male",
+        "skin_tone": "3",
+        "site": "missing",
+        "diameter": "4.5 mm",
+        "type": "no",
+    }
 
 
 def test_slices_of_the_report_cover_every_lesion_once() -> None:

@@ -66,10 +66,13 @@ def test_batch_rows_contain_the_right_lesions(index, workers):
 def test_augmented_batch_is_independent_of_the_split(index):
     source, augment = PhotoSource(index, 24, *HALF), AugmentConfig(clinical_dropout=0.5, concept_dropout=0.5)
     large, small = (
-        [batch for step in steps_of(index, source, micro_batch=m, augment=augment, seed=5, epoch=2)[1]
-         for batch in step.micro_batches]
+        [
+            batch
+            for step in steps_of(index, source, micro_batch=m, augment=augment, seed=5, epoch=2)[1]
+            for batch in step.micro_batches
+        ]
         for m in (8, 2)
-    )  # fmt: skip
+    )
     for name in ("clinical", "dermoscopic", "view_present", "concepts"):
         a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (large, small))
         torch.testing.assert_close(a, b, equal_nan=True)
@@ -83,8 +86,10 @@ def test_canvas_is_the_most_frequent_photo_size(make_challenge, tmp_path):
     ids = pack_shards(dataset, tmp_path / "as-made", short_side=None).lesion_ids.tolist()
     first = next(lesion for lesion in dataset.lesions if lesion.lesion_id == ids[0])
     for path, size in (
-        (first.images["clinical"], (40, 30)), (challenge.photo(7), (90, 90)), (challenge.photo(9), (36, 48)),
-    ):  # fmt: skip
+        (first.images["clinical"], (40, 30)),
+        (challenge.photo(7), (90, 90)),
+        (challenge.photo(9), (36, 48)),
+    ):
         draw_photo(3, size).save(path, quality=95)
     index = pack_shards(dataset, tmp_path / "shards", short_side=None)
     assert index.canvas == (48, 36)

@@ -46,9 +46,14 @@ def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
     environment = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
     with log.open("w") as file:
         return start(
-            "launch.crossval", "--config", str(folder / "tiny.yaml"), *words, environment=environment, output=file,
+            "launch.crossval",
+            "--config",
+            str(folder / "tiny.yaml"),
+            *words,
+            environment=environment,
+            output=file,
             errors=subprocess.STDOUT,
-        )  # fmt: skip
+        )
 
 
 def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_path):

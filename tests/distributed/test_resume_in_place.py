@@ -81,11 +81,14 @@ def test_refused_command_changes_no_files(train, tmp_path):
         train(stop=1)
     before = files(tmp_path)
     unknown = [
-        "train.trackers=[nobody]", "train.optim.name=nobody", "train.optim.schedule=nobody",
-        "train.loss.terms={nobody: {weight: 1}}", "train.optim.settings={momentum: 0.9}",
-    ]  # fmt: skip
+        "train.trackers=[no_such_name]",
+        "train.optim.name=no_such_name",
+        "train.optim.schedule=no_such_name",
+        "train.loss.terms={no_such_name: {weight: 1}}",
+        "train.optim.settings={momentum: 0.9}",
+    ]
     for bad in (*unknown, "train.optim.min_lr=1", "train.micro_batch=3"):
-        with pytest.raises(ConfigError, match=r"nobody|momentum|min_lr|micro_batch"):
+        with pytest.raises(ConfigError, match=r"no_such_name|momentum|min_lr|micro_batch"):
             train(bad, "models.tri.dropout=0.5")
         assert files(tmp_path) == before, bad
 

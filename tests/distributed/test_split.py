@@ -48,9 +48,14 @@ def cases_of(world: int) -> list[dict]:
 def statistics_case(world: int) -> dict:
     """A CNN with trained batch norms, which normalize each micro-batch, so that its size must be equal in all cases."""
     return {
-        "name": f"statistics-{world}", "head": "softmax", "batch": 0, "micro_batch": 4, "dropout": 0.0,
-        "tower": "test_efficientnet", "checkpointing": world == 2,
-    }  # fmt: skip
+        "name": f"statistics-{world}",
+        "head": "softmax",
+        "batch": 0,
+        "micro_batch": 4,
+        "dropout": 0.0,
+        "tower": "test_efficientnet",
+        "checkpointing": world == 2,
+    }
 
 
 def sharded_cases() -> list[dict]:

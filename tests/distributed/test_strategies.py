@@ -124,9 +124,15 @@ def test_optimizer_groups_are_saved(relay):
 )
 def test_unsupported_combinations_are_refused(settings, tmp_path, strategy, override, message):
     done = launch(
-        "launch.train", "--config", settings["config"], *settings["settings"], f"output={tmp_path}", override,
-        config=f"accelerate_configs/{strategy}.yaml", check=False,
-    )  # fmt: skip
+        "launch.train",
+        "--config",
+        settings["config"],
+        *settings["settings"],
+        f"output={tmp_path}",
+        override,
+        config=f"accelerate_configs/{strategy}.yaml",
+        check=False,
+    )
     assert done.returncode == 2
     assert message in done.stderr
 

@@ -40,9 +40,14 @@ def run_on_ranks(folder: Path, *words: str) -> subprocess.CompletedProcess:
     own.mkdir(exist_ok=True)
     arguments = [str(ROOT), *FROZEN, "output=run", f"answer_seconds={HANG_SECONDS}", *words]
     return launch(
-        str(script), *arguments, ranks=2, config=str(ROOT / "accelerate_configs" / "ddp.yaml"), folder=own, check=False,
+        str(script),
+        *arguments,
+        ranks=2,
+        config=str(ROOT / "accelerate_configs" / "ddp.yaml"),
+        folder=own,
+        check=False,
         environment={"ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    )
 
 
 def statuses(folder: Path) -> list[str]:

@@ -12,8 +12,10 @@ from triderm_dist.schema import DataError
 
 SETTINGS = [
     "models.tri={width: 32, heads: 2, tower: {source: 'timm:test_vit', image_size: 32, freeze_clinical: 1}}",
-    "train={global_batch: 16, micro_batch: 8, peak_tflops: 0.1}", "data.short_side=40", "seconds=0.5",
-]  # fmt: skip
+    "train={global_batch: 16, micro_batch: 8, peak_tflops: 0.1}",
+    "data.short_side=40",
+    "seconds=0.5",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
     index = synthetic_shards(tmp_path / "shards", 24, 40)
     tower = "{source: 'timm:test_efficientnet', pretrained: false, image_size: 32, frozen: true}"
     words = [
-        f"output={tmp_path / 'run'}", f"models.cnn={{kind: dual_cnn, width: 16, tower: {tower}}}", "data.folds=2",
+        f"output={tmp_path / 'run'}",
+        f"models.cnn={{kind: dual_cnn, width: 16, tower: {tower}}}",
+        "data.folds=2",
         "train={epochs: 1, global_batch: 8, micro_batch: 8, trackers: []}",
-    ]  # fmt: skip
+    ]
     networks: list[weakref.ref] = []
 
     def out_of_memory(module: torch.nn.Module, inputs: tuple) -> None:

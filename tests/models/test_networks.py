@@ -26,9 +26,13 @@ ALL = ("clinical", "dermoscopic", "concepts", "metadata")
 
 def config(kind: str, tower: str = "test_vit", **settings: Any) -> ModelConfig:
     tower_settings = {
-        "source": f"timm:{tower}", "pretrained": False, "image_size": 64,
-        "freeze_clinical": 2, "freeze_dermoscopic": 1, **settings.pop("tower_settings", {}),
-    }  # fmt: skip
+        "source": f"timm:{tower}",
+        "pretrained": False,
+        "image_size": 64,
+        "freeze_clinical": 2,
+        "freeze_dermoscopic": 1,
+        **settings.pop("tower_settings", {}),
+    }
     return ModelConfig.model_validate({"kind": kind, "tower": tower_settings, "width": 32, "heads": 4, **settings})
 
 

@@ -56,9 +56,12 @@ def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
     with torch.enable_grad():
         network.train()
         network(
-            image, image, torch.ones(lesions, 2, dtype=torch.bool), torch.rand(lesions, len(CONCEPTS)),
+            image,
+            image,
+            torch.ones(lesions, 2, dtype=torch.bool),
+            torch.rand(lesions, len(CONCEPTS)),
             torch.zeros(lesions, len(METADATA_FIELDS)),
-        )  # fmt: skip
+        )
     for handle in handles:
         handle.remove()
     # A head calls F.linear in fp32, which has no hook; features and weight both have gradients.

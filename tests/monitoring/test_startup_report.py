@@ -99,9 +99,15 @@ def run(tmp_path_factory):
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
         Trainer(
-            name="tri", network=network, head=model.head, config=model.train, data=data,
-            folder=FoldFolder(folder, "x", "x"), seed=0, accelerator=accelerator,
-        ).train(Stop())  # fmt: skip
+            name="tri",
+            network=network,
+            head=model.head,
+            config=model.train,
+            data=data,
+            folder=FoldFolder(folder, "x", "x"),
+            seed=0,
+            accelerator=accelerator,
+        ).train(Stop())
     return folder, flops, reads
 
 

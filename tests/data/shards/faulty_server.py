@@ -145,5 +145,13 @@ def forbidden(handler: Handler, data: bytes) -> None:
 
 
 FAULTS: tuple[Fault, ...] = (
-    stall, silence, reset, unavailable, wrong_bytes, short_body, long_body, wrong_length, login_page
-)  # fmt: skip
+    stall,
+    silence,
+    reset,
+    unavailable,
+    wrong_bytes,
+    short_body,
+    long_body,
+    wrong_length,
+    login_page,
+)

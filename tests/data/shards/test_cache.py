@@ -75,7 +75,7 @@ def rows_read(index: ShardIndex, window: int | None = None, batch: int = 6) -> l
     source = PhotoSource(index, 36, *HALF)
     steps = list(Loader(index, source, plan.batches(0, 1, batch), micro_batch=3, device=CPU))
     source.close()
-    return [step.rows[:step.count].tolist() for step in steps]  # fmt: skip
+    return [step.rows[: step.count].tolist() for step in steps]
 
 
 def cached(root: Path) -> list[Path]:
@@ -394,9 +394,11 @@ def test_s3(packed, tmp_path, monkeypatch):
     host, port = running.get_host_and_port()
     try:
         for key, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
             "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setenv(key, value)
         bucket = fsspec.filesystem("s3")
         bucket.mkdir("lesions")
