@@ -1,4 +1,4 @@
-"""`triderm task init` writes a task.yaml that works, and `triderm task check` shows what it reads."""
+"""`triderm task init` writes a task.yaml that works, and `triderm task check` reports the data it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table and its photos are read as a task says, and every broken row is refused by row and column."""
+"""One table and its photos are read as defined by a task; invalid rows are refused with row and column."""
 
 from __future__ import annotations
 
