@@ -179,5 +179,5 @@ def test_fused_features_are_predicted_before_stacking(tmp_path):
     found = pipeline_stages(tmp_path, *words, "data.test_shards=other")
     assert list(found) == ["crossval", "predict folds", "stack", "predict", "report"]
     assert set(found["predict folds"].outputs) <= set(found["stack"].inputs)
-    with pytest.raises(ConfigError, match=r"stack.extra: features .* test set; name one as data.test"):
+    with pytest.raises(ConfigError, match=r"stack.extra: features .* test set; set data.test"):
         pipeline_stages(tmp_path, *words)
