@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import TrainConfig
-from triderm_dist.distributed.parallel import choose_precision, split_batch
+from triderm_dist.distributed.parallel import choose_precision, split_batch, strategy_of
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
 from triderm_dist.monitoring.flops import Budget
@@ -33,7 +33,7 @@ def report(
     precision, why = choose_precision(config.precision, accelerator.device)
     accumulation = split_batch(config.global_batch, config.micro_batch, world)
     lines = {
-        "run": f"{accelerator.distributed_type.value}, {world} rank(s) on {device_name(accelerator.device)}",
+        "run": f"{strategy_of(accelerator)}, {world} rank(s) on {device_name(accelerator.device)}",
         "precision": f"{precision} ({why})",
         "lesions": f"{lesions[0]:,} to train, {lesions[1]:,} to validate",
         "steps": f"{sum(steps):,} in {len(steps)} epoch(s) of {steps[0]:,}",
