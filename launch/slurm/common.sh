@@ -1,5 +1,5 @@
-# shellcheck shell=bash
 # Functions that the scripts in this folder share: port, ranks, requeue.
+# shellcheck shell=bash
 #
 # The scripts are submitted with the Python environment active in which triderm-dist is installed; sbatch passes that
 # environment on. Environment variables that may be set when submitting:
