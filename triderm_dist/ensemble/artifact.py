@@ -93,14 +93,14 @@ class Ensemble:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read all of ensemble.json, scores and notes included. Raises DataError naming the file."""
+def read_json(path: Path, format_name: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
+    """Read a JSON file that triderm stack wrote, by default ensemble.json. Raises DataError naming the file."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
     except ValueError:
         raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
-    if (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path}: not {FORMAT} version {VERSION}; run triderm stack again")
+    if (tree.get("format"), tree.get("version")) != (format_name, version):
+        raise DataError(f"{path}: not {format_name} version {version}; run triderm stack again")
     return tree

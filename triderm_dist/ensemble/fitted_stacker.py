@@ -5,7 +5,6 @@ Shapes: N rows, F columns as given, W of them wide, F' columns after the reducti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from triderm_dist.config import Section, StackConfig, build
+from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
@@ -150,14 +150,7 @@ class FittedStacker:
     @staticmethod
     def load(path: Path) -> FittedStacker:
         """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`."""
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file; run triderm stack first") from None
-        except ValueError:
-            raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
-        if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
-            raise DataError(f"{path}: not {FORMAT} version {VERSION}; run triderm stack again")
+        description = read_json(path, FORMAT, VERSION)
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
         if kind not in STACKERS:
             raise DataError(
