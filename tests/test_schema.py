@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ from triderm_dist.schema import (
     add_field,
     one_line,
 )
+from triderm_dist.tasks import load_task
 
 DIAMETER = MetadataField("diameter", "diameter_mm", "number", low=1.0, high=30.0, unit="mm")
 ITCH = MetadataField("type", "itches", "category", ("no", "yes"), synonyms={"TRUE": "yes", "false": "no"})
@@ -203,7 +205,8 @@ def test_slices_of_the_report_cover_every_lesion_once() -> None:
 
 
 def test_synthetic_data_has_added_fields_and_is_otherwise_unchanged(tmp_path: Path, added: None) -> None:
-    write_demo(tmp_path / "demo", 80, 40, seed=0)
+    task = load_task("milk10k")
+    write_demo(tmp_path / "demo", replace(task, fields=(*task.fields, DIAMETER, ITCH)), 80, 40, seed=0)
     lesions = read_challenge(tmp_path / "demo" / "train").lesions
     values = np.array([lesion.metadata for lesion in lesions])
     assert 1 <= np.nanmin(values[:, 4]) < 5 and 25 < np.nanmax(values[:, 4]) <= 30

@@ -5,14 +5,21 @@ from __future__ import annotations
 import csv
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.processes import launch
+from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS
+from triderm_dist.data.readers.table import read_table
+from triderm_dist.data.synthetic import truth_file
+from triderm_dist.data.synthetic import write_demo as write_set
+from triderm_dist.data.synthetic.table import levels_of, modalities
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS, UNLABELED, ConfigError, Task
+from triderm_dist.tasks import load_task, task_names
 
 
 def write_demo(output: Path, **settings: int) -> subprocess.CompletedProcess[str]:
@@ -117,3 +124,66 @@ def test_existing_data_is_never_overwritten(demo: Path, tmp_path: Path) -> None:
     assert (demo / "README.txt").stat().st_mtime_ns == before
     other = write_demo(demo, lesions=130, test_lesions=60, seed=1)
     assert other.returncode == 2 and other.stderr.count("\n") == 1 and "is not this demo data" in other.stderr
+
+
+# --- any task --------------------------------------------------------------------------------------------------------
+
+PER_PHOTO: dict[str, Any] = {
+    "name": "per_photo",
+    "diagnoses": [{"name": name} for name in ("ONE", "TWO", "THREE")],
+    "views": [{"name": "clinical", "words": ["overview"]}, {"name": "dermoscopic", "words": ["close"]}],
+    "concepts": {"prefix": "score_"},
+    "columns": {"lesion_id": "lesion", "image": "photo", "view": "kind", "group": "person"},
+}
+TASKS = [load_task(name) for name in task_names() if name != "milk10k"] + [Task.from_mapping(PER_PHOTO, "test")]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_set_of_any_task_is_read_without_a_problem(task: Task, tmp_path: Path) -> None:
+    """Photos of each view, every field, concept and group are read from the task's own columns; no column is left."""
+    assert write_set(tmp_path / "set", task, 100, 50, seed=0)
+    train, test = (read_lesions(tmp_path / "set" / part, task) for part in ("train", "test"))
+    assert train.labeled and not test.labeled and not train.problems
+    assert not [note for note in train.notes if "not used" in note or "no row" in note]
+    for data, minimum in ((train, 100), (test, 50)):
+        assert len(data.lesions) >= minimum and len({lesion.group for lesion in data.lesions}) == minimum
+        views = {view for lesion in data.lesions for view, path in lesion.images.items() if path}
+        assert views == set(task.view_names)
+    assert min(np.bincount([lesion.label for lesion in train.lesions])) >= 6
+    assert bool(train.concepts) == (task.concepts.prefix is not None or bool(task.concepts.names))
+    metadata = np.array([lesion.metadata for lesion in train.lesions])
+    assert np.isnan(metadata).any() == bool(task.fields)
+    truth = read_table(truth_file(tmp_path / "set", task))
+    id_column = task.columns.lesion_id or str(task.columns.image)
+    assert [cell.removesuffix(".jpg") for cell in truth.cells[id_column].to_pylist()] == [
+        lesion.lesion_id for lesion in test.lesions
+    ]
+    assert all(lesion.label == UNLABELED for lesion in test.lesions)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_diagnoses_differ_in_their_levels_and_every_modality_says_something(task: Task) -> None:
+    levels = levels_of(task)
+    assert levels.shape == (len(task.diagnoses), len(modalities(task)))
+    assert len(np.unique(levels, axis=0)) == len(levels)
+    assert (levels.min(0) == 0).all() and (levels.max(0) == 1).all()
+
+
+def test_looks_and_fields_follow_the_levels(tmp_path: Path) -> None:
+    """On the smartphone set, redness of the photo and the first field rise with the level of the diagnosis."""
+    task = load_task("pad_ufes_20")
+    write_set(tmp_path / "set", task, 150, 50, seed=0)
+    lesions = read_lesions(tmp_path / "set" / "train", task).lesions
+    levels = levels_of(task)[[lesion.label for lesion in lesions]]
+    red = [np.asarray(Image.open(str(each.images["clinical"])), float)[36:48, 50:62].mean((0, 1)) for each in lesions]
+    redness = np.array([color[0] - color[1] for color in red])
+    age = np.array([lesion.metadata[0] for lesion in lesions])
+    assert redness[levels[:, 0] == 1].mean() > redness[levels[:, 0] == 0].mean() + 40
+    assert np.nanmean(age[levels[:, 1] == 1]) > np.nanmean(age[levels[:, 1] == 0.5]) + 10
+    assert np.nanmean(age[levels[:, 1] == 0.5]) > np.nanmean(age[levels[:, 1] == 0]) + 10
+
+
+def test_too_few_lesions_for_the_diagnoses_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="20 lesions are too few: 6 for each of 7 diagnoses"):
+        write_set(tmp_path / "set", load_task("ham10000"), 20, 50, seed=0)
+    assert not any(tmp_path.iterdir())

@@ -19,7 +19,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "pack": "pack a photo folder into WebDataset shards with an index",
         "index": "write the index of WebDataset shards made elsewhere",
         "verify": "check shards: checksums, index, every photo",
-        "synthetic": "write a small synthetic challenge folder",
+        "synthetic": "write a small synthetic data set of a task",
     },
     "Training": {
         "pipeline": "run every stage: pack, cross-validate, stack, predict, report",

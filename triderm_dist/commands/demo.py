@@ -21,16 +21,17 @@ class DemoRun(Section):
 
 
 def main(config: DemoRun) -> None:
-    from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS, write_demo
+    from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS, truth_file, write_demo
+    from triderm_dist.tasks import load_task
 
-    data = Path(config.output) / "data"
-    write_demo(data, LESIONS, TEST_LESIONS, seed=0)
+    data, task = Path(config.output) / "data", load_task("milk10k")
+    write_demo(data, task, LESIONS, TEST_LESIONS, seed=0)
     print(f"{LESIONS} + {TEST_LESIONS} SYNTHETIC lesions in {data}", flush=True)
     settings = [
         f"output={config.output}",
         f"data.source={data / 'train'}",
         f"data.test={data / 'test'}",
-        f"data.test_truth={data / 'truth' / 'MILK10k_Test_GroundTruth.csv'}",
+        f"data.test_truth={truth_file(data, task)}",
     ]
     # The networks are so small that a second OpenMP thread would slow them down.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}

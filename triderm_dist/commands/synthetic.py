@@ -1,9 +1,10 @@
-"""Write a small SYNTHETIC challenge folder: generated lesions in the official layout, with a labeled test set.
+"""Write a small SYNTHETIC data set of a task: generated lesions with the task's columns and words, and a test set.
 
 triderm synthetic output=demo
+triderm synthetic output=demo7pt task=derm7pt
 
-OUTPUT/train is a training folder, OUTPUT/test a test folder without labels, OUTPUT/truth holds the test labels.
-triderm_dist/data/synthetic.py describes how lesions are drawn.
+OUTPUT/train is a folder with labels, OUTPUT/test one without, OUTPUT/truth holds the labels of the test set.
+triderm_dist/data/synthetic describes how lesions are drawn.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ from triderm_dist.settings import PathText
 
 class SyntheticConfig(Extensible):
     output: PathText = Field(description="folder to write; it appears when it is complete")
+    task: PathText = Field("milk10k", description="name of a task that ships, or a task.yaml")
     lesions: int = Field(LESIONS, ge=100, description="lesions of the training part")
     test_lesions: int = Field(TEST_LESIONS, ge=50, description="lesions of the test part")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
@@ -25,9 +27,10 @@ class SyntheticConfig(Extensible):
 
 def main(config: SyntheticConfig) -> None:
     from triderm_dist.data.synthetic import write_demo
+    from triderm_dist.tasks import load_task
 
     output = Path(config.output)
-    if write_demo(output, config.lesions, config.test_lesions, config.seed):
+    if write_demo(output, load_task(config.task), config.lesions, config.test_lesions, config.seed):
         print(f"{config.lesions} + {config.test_lesions} SYNTHETIC lesions in {output}: train/, test/, truth/")
     else:
         print(f"{output} holds this demo data already")

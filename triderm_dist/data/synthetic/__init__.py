@@ -1,0 +1,67 @@
+"""Write a small SYNTHETIC data set of a task: generated lesions, with a test set and its labels.
+
+OUTPUT/train is a folder with labels, OUTPUT/test one without, OUTPUT/truth holds the labels of the test set. milk10k.py
+writes the official layout of that challenge, table.py a table with the columns of any other task.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from triderm_dist.schema import DataError, Task
+from triderm_dist.tasks import load_task
+
+LESIONS, TEST_LESIONS = 600, 260
+README = """SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.
+
+Every picture, score and label here was generated from random numbers by a program (triderm-dist, data/synthetic).
+It shows no patient and no lesion, and a score on these data says nothing about real skin. The layout is that of
+{title}, so that every program can be tried.
+
+train/   tables and photos with labels
+test/    tables and photos without labels
+truth/   the labels of test/, to score predictions
+"""
+
+
+def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: int) -> bool:
+    """Write the demo data into `output` atomically; returns False if `output` holds the same data already.
+
+    Raises DataError where `output` holds other files, ConfigError where there are too few lesions for the diagnoses.
+    """
+    if task.reader == "milk10k":
+        from triderm_dist.data.synthetic.milk10k import write_part
+    else:
+        from triderm_dist.data.synthetic.table import write_part
+
+    settings = f"settings: lesions={lesions} test_lesions={test_lesions} seed={seed}"
+    if task != load_task("milk10k"):
+        settings += f" task={json.dumps(task.to_mapping())}"
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        readme = output / "README.txt"
+        if readme.is_file() and settings in readme.read_text(encoding="utf-8").splitlines():
+            return False
+        raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
+    temporary = output.with_name(output.name + ".part")
+    if temporary.exists():
+        shutil.rmtree(temporary)  # left by a run that was killed
+    try:
+        train, test, truth = (temporary / name for name in ("train", "test", "truth"))
+        for folder in (train, test, truth):
+            folder.mkdir(parents=True)
+        write_part(train, train, task, "Training", lesions, minimum=6, seed=(seed, 0))
+        write_part(test, truth, task, "Test", test_lesions, minimum=3, seed=(seed, 1))
+        text = README.format(title=task.title or task.name)
+        (temporary / "README.txt").write_text(f"{text}\n{settings}\n", encoding="utf-8")
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return True
+
+
+def truth_file(output: Path, task: Task) -> Path:
+    """The table with the labels of the test set."""
+    return output / "truth" / ("MILK10k_Test_GroundTruth.csv" if task.reader == "milk10k" else "lesions.csv")
