@@ -9,6 +9,7 @@ import pytest
 from tests.data.readers.test_lesions_csv import HAM, rows_of_photos, write
 from triderm_dist.commands.task import main
 from triderm_dist.data.readers.lesions_csv import read_lesions
+from triderm_dist.data.synthetic import write_demo
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.tasks import load_task
 
@@ -42,6 +43,36 @@ def test_init_writes_a_task_that_reads_the_folder(tmp_path: Path, capsys: pytest
     assert "columns that are not used: dx_type, note, empty" in shown
     with pytest.raises(ConfigError, match=r"task\.yaml: exists"):
         main(["init", str(folder)])
+
+
+def test_init_knows_criteria_by_their_words_and_leaves_room_for_larger_numbers(tmp_path: Path) -> None:
+    rows = [
+        {
+            "photo": f"p{number}.jpg",
+            "dx": ("x", "y")[number % 2],
+            "streaks": ("absent", "irregular")[number % 2],
+            "veil": ("Absent", "grey")[number % 2],
+            "width_mm": number,
+            "family_history": ("yes", "no")[number % 2],
+            "histology": "a",
+        }
+        for number in range(1, 31)
+    ]
+    main(["init", str(write(tmp_path / "set", rows, [str(row["photo"]) for row in rows]))])
+    text, task = (tmp_path / "set" / "task.yaml").read_text(), load_task(tmp_path / "set" / "task.yaml")
+    assert task.concepts.names == ("streaks", "veil")
+    assert task.concepts.words == {"absent": 0, "irregular": 1, "grey": 1}
+    assert "    grey: 1 # CHECK" in text and "    irregular: 1\n" in text
+    assert {each.name: each.high for each in task.fields if each.is_number} == {"width_mm": 50}
+    assert "family_history" in [each.name for each in task.fields]
+    assert "#   histology: it may follow from the diagnosis" in text
+
+
+def test_init_names_a_shipped_task_with_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_demo(tmp_path / "set", load_task("derm7pt"), 100, 50, seed=0)
+    main(["init", str(tmp_path / "set" / "train")])
+    shown = capsys.readouterr().out
+    assert "the columns are those of derm7pt, a task that ships" in shown and "pad_ufes" not in shown
 
 
 def test_check_lists_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

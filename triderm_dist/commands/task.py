@@ -15,7 +15,7 @@ from pathlib import Path
 
 from triderm_dist.cli import run_with_exit_codes
 from triderm_dist.files import write_text
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, Task
 
 TASK = "task.yaml"
 
@@ -40,7 +40,6 @@ def main(arguments: list[str]) -> None:
 def init(folder: Path, output: Path) -> None:
     """Write the description of a folder. Raises ConfigError where `output` exists."""
     from triderm_dist.data.readers.describe import describe_folder
-    from triderm_dist.schema import Task
     from triderm_dist.settings import parse_yaml
 
     if output.exists():
@@ -48,9 +47,26 @@ def init(folder: Path, output: Path) -> None:
     text = describe_folder(folder)
     task = Task.from_mapping(parse_yaml(text, str(output)), str(output))
     write_text(output, text)
-    marks = text.count("CHECK") - 1
+    marks, own = text.count("CHECK") - 1, "" if output == folder / TASK else f" task={output}"
     print(f"{output}: {len(task.diagnoses)} diagnoses, {len(task.fields)} fields, views {', '.join(task.view_names)}")
-    print(f"{marks} lines to confirm are marked CHECK; then: triderm task check {folder} task={output}")
+    print(f"confirm the {marks} line(s) marked CHECK; then: triderm task check {folder}{own}")
+    for name in shipped_tasks_of(folder, task):
+        print(f"the columns are those of {name}, a task that ships: triderm task check {folder} task={name}")
+
+
+def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
+    """Return the tasks that ship and name only columns of the folder's table."""
+    from triderm_dist.data.readers.lesions_csv import find_table, task_columns
+    from triderm_dist.data.readers.table import read_header
+    from triderm_dist.tasks import load_task, task_names
+
+    header = {name.lower() for name in read_header(find_table(folder, task))}
+    tasks = [load_task(name) for name in task_names()]
+    return [
+        each.name
+        for each in tasks
+        if each.reader == task.reader and {column.lower() for column in task_columns(each)} <= header
+    ]
 
 
 def check(folder: Path, task_file: str) -> None:

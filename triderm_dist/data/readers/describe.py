@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ _LESION = ("lesion_id", "lesion", "case_num", "case_id", "case")
 _PATIENT = ("patient_id", "patient", "subject_id", "subject", "person_id")
 _DIAGNOSIS = ("dx", "diagnosis", "diagnostic", "diagnosis_1", "label", "class", "target", "category")
 _NOT_INPUTS = re.compile(
-    r"(^|_)(dx|diag\w*|histo\w*|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|score|difficulty|notes?)($|_)",
+    r"(^|_)(dx|diag\w*|histo(log\w*|path\w*)?|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|score|difficulty|notes?)($|_)",
     re.IGNORECASE,
 )
 """Columns that follow from the diagnosis, or that a doctor writes after it."""
@@ -35,6 +36,11 @@ _BENIGN = re.compile(
     r"nv|nev|n(a?)ev(us|i)|.*n(a?)ev(us|i)|bkl|sk|sek|seborr\w*.*|df|dermatofibroma|vasc|vascular.*|benign.*|lentigo",
     re.IGNORECASE,
 )
+
+
+_SCORES = {"absent": 0, "typical": 0, "regular": 0, "present": 1, "atypical": 1, "irregular": 1}
+"""Words of the criteria of dermoscopy, and the score that the seven-point checklist gives them."""
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,17 @@ def describe_folder(folder: Path) -> str:
     left = {name: _column(table, name) for name in table.header if name not in images}
     if len(images) == 1:
         view, views = _views_of_rows(left, f"{table.path.name} {images[0]}")
-        image = json.dumps(images[0])
+        image = _text(images[0])
     else:
         images.sort(key=lambda name: _DERMOSCOPIC.search(name) is not None)
         view, views = None, ["  - {name: clinical, title: close-up}", "  - {name: dermoscopic, title: dermoscopy}"]
-        image = f"{{clinical: {json.dumps(images[0])}, dermoscopic: {json.dumps(images[1])}}} # CHECK"
+        image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
     group, lesion = _take(left, _PATIENT), _take(left, _LESION)
     if lesion and not view and len(images) == 1 and len(set(table.cells[lesion].to_pylist())) < len(table):
         # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
         group, lesion = group or lesion, None
     diagnosis, diagnoses = _diagnoses(table, left)
-    prefix = _concept_prefix(left)
+    concepts = _concept_prefix(left) or _criteria(left)
     fields, not_used = _fields(left)
     name = re.sub(r"[^a-z0-9_]+", "_", folder.resolve().name.lower()).strip("_")
     no_group = "null # CHECK: no column of patients was found; lesions of one patient may be in several folds"
@@ -78,13 +84,13 @@ def describe_folder(folder: Path) -> str:
         f"# Described from {table.path.name} ({len(table)} rows) and {len(photos)} photos. Confirm what says CHECK.",
         f"name: {name or 'task'}",
         "",
-        "# name: in results; title: in reports; words: in the table; malignant: true, false or null",
+        "# name: in results; title: in reports; words: in the table, several to merge; malignant: true, false or null",
         "diagnoses:",
         *diagnoses,
         "",
         "views:",
         *views,
-        *(["", "# Scores from 0 to 1.", f"concepts: {{prefix: {prefix}}}"] if prefix else []),
+        *(["", *concepts] if concepts else []),
         *(["", "fields:", *fields] if fields else []),
         *(
             ["", "# Columns that are left out; add a field for what is known before the diagnosis:", *not_used]
@@ -94,10 +100,10 @@ def describe_folder(folder: Path) -> str:
         "",
         "columns:",
         f"  image: {image}",
-        f"  lesion_id: {json.dumps(lesion)}" + ("" if lesion else " # every photo is a lesion"),
-        *([f"  view: {json.dumps(view)}"] if view else []),
-        f"  diagnosis: {json.dumps(diagnosis)}" + ("" if diagnosis else " # one column of zeros and ones each"),
-        f"  group: {json.dumps(group)} # never split over folds" if group else f"  group: {no_group}",
+        f"  lesion_id: {_text(lesion)}" + ("" if lesion else " # every photo is a lesion"),
+        *([f"  view: {_text(view)}"] if view else []),
+        f"  diagnosis: {_text(diagnosis)}" + ("" if diagnosis else " # one column of zeros and ones each"),
+        f"  group: {_text(group)} # never split over folds" if group else f"  group: {no_group}",
         "",
         "# argmax, threshold (each p > 0.5) or fitted (thresholds fitted on out-of-fold predictions)",
         "decision: argmax",
@@ -153,8 +159,8 @@ def _views_of_rows(left: dict[str, _Column], texts: str) -> tuple[str | None, li
         if len(words) == 2 and len(dermoscopic) == len(clinical) == 1:
             del left[name]
             return name, [
-                f"  - {{name: clinical, title: close-up, words: [{json.dumps(clinical[0])}]}}",
-                f"  - {{name: dermoscopic, title: dermoscopy, words: [{json.dumps(dermoscopic[0])}]}}",
+                f"  - {{name: clinical, title: close-up, words: [{_text(clinical[0])}]}}",
+                f"  - {{name: dermoscopic, title: dermoscopy, words: [{_text(dermoscopic[0])}]}}",
             ]
     if _CLINICAL.search(texts) and not _DERMOSCOPIC.search(texts):
         return None, ["  - {name: clinical, title: close-up} # CHECK: or dermoscopic"]
@@ -194,14 +200,16 @@ def _diagnosis_lines(words: Mapping[str, int]) -> list[str]:
             name += "_2"
         used.add(name)
         malignant = "true" if _MALIGNANT.fullmatch(word) else "false" if _BENIGN.fullmatch(word) else "null"
-        title = "" if name.lower() == word.lower() else f", title: {json.dumps(word)}, words: [{json.dumps(word)}]"
+        keys = {"name": name}
+        if name.lower() != word.lower():
+            keys |= {"title": _text(word), "words": f"[{_text(word)}]"}
         check = " CHECK: malignant?" if malignant == "null" else ""
-        lines.append(f"  - {{name: {json.dumps(name)}{title}, malignant: {malignant}}} # {count} rows{check}")
+        lines += _entry(keys | {"malignant": malignant}, f"{count} rows{check}")
     return lines
 
 
-def _concept_prefix(left: dict[str, _Column]) -> str | None:
-    """Remove columns of scores from 0 to 1 that share the beginning of their name, up to a _; return it."""
+def _concept_prefix(left: dict[str, _Column]) -> list[str]:
+    """Remove columns of scores from 0 to 1 that share the beginning of their name, up to a _; return their lines."""
     groups: dict[str, list[str]] = {}
     for name, column in left.items():
         if "_" in name and len(column.numbers) > 8 and all(0 <= number <= 1 for number in column.numbers):
@@ -212,10 +220,33 @@ def _concept_prefix(left: dict[str, _Column]) -> str | None:
         or len(groups[prefix]) < 2
         or any(name.lower().startswith(prefix.lower()) for name in left if name not in groups[prefix])
     ):
-        return None
+        return []
     for name in groups[prefix]:
         del left[name]
-    return prefix
+    return ["# Scores from 0 to 1.", f"concepts: {{prefix: {prefix}}}"]
+
+
+def _criteria(left: dict[str, _Column]) -> list[str]:
+    """Remove columns whose words say whether a criterion is there, and return the lines of these concepts."""
+    found = {
+        name: {word.lower() for word in column.counts}
+        for name, column in left.items()
+        if len(column.counts) > 1 and {"absent", "present"} & {word.lower() for word in column.counts}
+    }
+    if len(found) < 2:
+        return []
+    for name in found:
+        del left[name]
+    words = sorted(set().union(*found.values()), key=lambda word: (_SCORES.get(word, 1), word))
+    unsure = {word: " # CHECK" for word in words if word not in _SCORES}
+    return [
+        "# Criteria; words: their scores from 0 to 1.",
+        "concepts:",
+        "  names:",
+        *(f"    - {_text(name)}" for name in found),
+        "  words:",
+        *(f"    {_text(word)}: {_SCORES.get(word, 1)}{unsure.get(word, '')}" for word in words),
+    ]
 
 
 def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
@@ -225,7 +256,7 @@ def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
         counts = column.counts
         name = re.sub(r"\W+", "_", column.name.lower()).strip("_")
         name = name if name.isidentifier() and name not in names else f"field_{len(names) + 1}"
-        head = f"  - {{name: {name}, column: {json.dumps(column.name)}, kind: "
+        keys = {"name": name, "column": _text(column.name)}
         if _NOT_INPUTS.search(column.name):
             not_used.append(f"#   {column.name}: it may follow from the diagnosis")
         elif column.name.startswith("(column "):
@@ -233,13 +264,14 @@ def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
         elif len(counts) < 2:
             not_used.append(f"#   {column.name}: {'always the same' if counts else 'empty'}")
         elif len(column.numbers) > 8:
-            low, high = min(0.0, *column.numbers), max(column.numbers)
-            high = 120 if name.startswith("age") and high <= 120 else high
-            unit = ", unit: years" if name.startswith("age") else ""
-            fields.append(f"{head}number, low: {low:g}, high: {high:g}{unit}}} # {counts.total()} rows")
+            low, high = 0.0 - _above(-min(0.0, *column.numbers)), _above(max(column.numbers))
+            high = 120 if name.startswith("age") and max(column.numbers) <= 120 else high
+            keys |= {"kind": "number", "low": f"{low:g}", "high": f"{high:g}"}
+            keys |= {"unit": "years"} if name.startswith("age") else {}
+            seen = f"{min(column.numbers):g} to {max(column.numbers):g} in {counts.total()} rows"
+            fields += _entry(keys, seen)
         elif len(counts) <= MAX_CATEGORIES and 2 * len(counts) <= counts.total():
-            seen = ", ".join(f"{word} {count}" for word, count in counts.most_common())
-            fields.append(f"{head}category, categories: [{_categories(counts)}]}} # {seen}")
+            fields += _entry(keys | {"kind": "category"}, "", _categories(counts))
         else:
             not_used.append(f"#   {column.name}: {len(counts)} different texts")
             continue
@@ -247,7 +279,39 @@ def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
     return fields, not_used
 
 
-def _categories(counts: Counter[str]) -> str:
-    """Return the categories; 1.0 is 1, as pandas writes integers with gaps, and case does not matter."""
-    words = {word.lower().removesuffix(".0"): word.removesuffix(".0") for word in sorted(counts)}
-    return ", ".join(map(json.dumps, words.values()))
+def _above(number: float) -> float:
+    """Return a round number with room above this one; rows to come may exceed those seen."""
+    if number <= 1:
+        return float(number > 0)
+    power = 10.0 ** math.floor(math.log10(1.5 * number))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 1.5 * number)
+
+
+def _categories(counts: Counter[str]) -> dict[str, int]:
+    """Return the categories with their counts; 1.0 is 1, as pandas writes integers with gaps, and case is ignored."""
+    spelling = {word.lower().removesuffix(".0"): word.removesuffix(".0") for word in sorted(counts)}
+    total: Counter[str] = Counter()
+    for word, count in counts.items():
+        total[spelling[word.lower().removesuffix(".0")]] += count
+    return dict(sorted(total.items()))
+
+
+def _entry(keys: Mapping[str, str], comment: str, categories: Mapping[str, int] | None = None) -> list[str]:
+    """Return the lines of an entry of a list: one line if it is short, else one for each key and category."""
+    listed, lines = "", [f"{key}: {value}" for key, value in keys.items()]
+    if categories:
+        listed = f", categories: [{', '.join(map(_text, categories))}]"
+        comment = ", ".join(f"{word} {count}" for word, count in categories.items())
+    short = f"  - {{{', '.join(lines)}{listed}}} # {comment}"
+    if len(short) <= _WIDTH:
+        return [short]
+    if categories:
+        lines += ["categories:", *(f"  - {_text(word)} # {count} rows" for word, count in categories.items())]
+    else:
+        lines[0] += f" # {comment}"
+    return [f"  - {lines[0]}", *(f"    {line}" for line in lines[1:])]
+
+
+def _text(word: str | None) -> str:
+    """Return text as YAML, in quotes only where it needs them."""
+    return word if word and re.fullmatch(r"[\w(][\w .()/+-]*", word) and word.lower() != "null" else json.dumps(word)
