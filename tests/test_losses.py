@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triderm_dist.config import LossConfig
-from triderm_dist.losses import LOSS_TERMS, CompoundLoss, LossTerm, focal_loss, soft_f1_loss
+from triderm_dist.losses import EXCLUDED_LOGIT, LOSS_TERMS, CompoundLoss, LossTerm, focal_loss, soft_f1_loss
 from triderm_dist.schema import Batch, ConfigError, Outputs
 from triderm_dist.settings import Section
 
@@ -123,20 +123,21 @@ def more_terms(monkeypatch):
     monkeypatch.setitem(LOSS_TERMS, "disagreement", Disagreement)
 
 
-def batch_of(labels: torch.Tensor, valid: torch.Tensor) -> Batch:
+def batch_of(labels: torch.Tensor, valid: torch.Tensor, *extra: torch.Tensor) -> Batch:
     nothing = torch.zeros(len(labels), 1)
     names = [str(number) for number in range(len(labels))]
-    return Batch(names, nothing, nothing, nothing, nothing, nothing, labels, valid)
+    return Batch(names, nothing, nothing, nothing, nothing, nothing, labels, valid, *extra)
 
 
-def step_of(loss: CompoundLoss, heads, labels, valid, parts) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Return the gradients of the logits of all heads and the values, for a step split into `parts`."""
+def step_of(loss: CompoundLoss, heads, labels, valid, parts, *extra) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Return the gradients of the logits of all heads and the values, for a step split into `parts`.
+
+    extra: class mask and weights of the lesions.
+    """
     leaves = [logits.clone().requires_grad_() for logits in heads]
     own = [
-        loss.sums(Outputs(*logits, torch.zeros(len(y), 1)), batch_of(y, v))
-        for *logits, y, v in zip(
-            *(leaf.split(parts) for leaf in leaves), labels.split(parts), valid.split(parts), strict=True
-        )
+        loss.sums(Outputs(*each[:3], torch.zeros(len(each[3]), 1)), batch_of(*each[3:]))
+        for each in zip(*(tensor.split(parts) for tensor in (*leaves, labels, valid, *extra)), strict=True)
     ]
     total = {name: sum(sums[name].detach() for sums in own) for name in own[0]}
     count = int(valid.sum())
@@ -225,3 +226,79 @@ def test_class_weights_have_mean_one_and_are_larger_for_rare_classes():
     assert weights.mean().item() == pytest.approx(1)
     assert weights.argmax() == 6 and weights.argmin() == 1
     assert (CompoundLoss(LossConfig(), "softmax", COUNTS).terms["focal"].class_weights == 1).all()
+
+
+MASK = torch.arange(C) % 3 > 0
+"""Diagnoses that the extra set of the tests below distinguishes: 1, 2, 4, 5, 7, 8, 10."""
+
+
+@pytest.fixture
+def union() -> tuple[torch.Tensor, ...]:
+    """Labels, valid, class mask and weights of 40 lesions, every other one of an extra set of weight 0.5."""
+    of_extra = torch.arange(40) % 2 == 1
+    distinguished = torch.arange(C)[MASK]
+    labels = torch.where(of_extra, distinguished[torch.arange(40) % len(distinguished)], random_batch(40, 4)[1])
+    mask = torch.where(of_extra[:, None], MASK, True)
+    return labels, torch.arange(40) < 37, mask, torch.where(of_extra, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_focal_loss_of_an_extra_lesion_is_that_of_its_diagnoses_alone(head):
+    logits, labels = random_batch(9, classes=int(MASK.sum()))
+    full = torch.full((9, C), EXCLUDED_LOGIT, dtype=logits.dtype)
+    full[:, MASK] = logits
+    smoothing = 0.1 if head == "softmax" else 0.0
+    class_weights = torch.rand(C) + 0.5
+    expected = focal_loss(logits, labels, head, 1.5, None, class_weights[MASK], smoothing)
+    if head == "sigmoid":  # the mean over C diagnoses, to which those outside the mask add 0
+        expected = expected * MASK.sum() / C
+    among = torch.arange(C)[MASK][labels]
+    got = focal_loss(full, among, head, 1.5, None, class_weights, smoothing, MASK.expand(9, -1))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("parts", [[40], [24, 16], [1] * 40])
+def test_union_equals_the_formulas_over_masked_and_weighted_lesions(head, parts, union):
+    heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    labels, valid, mask, weights = union
+    loss = CompoundLoss(LossConfig(**PLAIN), head, COUNTS)
+    got, values = step_of(loss, heads, labels, valid, parts, mask, weights)
+
+    leaves = [logits.clone().requires_grad_() for logits in heads]
+    rows = torch.arange(37)
+
+    def terms(z):
+        focal, p = [], torch.zeros(37, C)
+        for i in rows:
+            own = z[i, mask[i]]
+            p[i, mask[i]] = own.softmax(0) if head == "softmax" else own.sigmoid()
+            label = int(mask[i, : labels[i]].sum())
+            share = 1.0 if head == "softmax" else len(own) / C
+            focal.append(weights[i] * share * focal_loss(own[None], torch.tensor([label]), head, gamma=1.5)[0])
+        y, w = torch.nn.functional.one_hot(labels[:37], C).float(), weights[:37, None]
+        predicted, positive = (w * p).sum(0), (w * y).sum(0)
+        present = positive > 0
+        f1 = 2 * (w * p * y).sum(0)[present] / (predicted + positive)[present]
+        return 0.7 * torch.stack(focal).sum() / 37 + 0.2 * (1 - f1.mean())
+
+    parts_of_loss = [terms(z) for z in leaves]
+    expected = parts_of_loss[0] + 0.3 * (parts_of_loss[1] + parts_of_loss[2])
+    expected.backward()
+    for gradient, leaf in zip(got, leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-8)
+        assert (gradient[~mask] == 0).all()
+    assert values["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_full_mask_and_weights_of_one_change_nothing(head, union, more_terms):
+    heads = [random_batch(40, seed)[0].float() for seed in (1, 2, 3)]
+    labels, valid, mask, weights = union
+    config = LossConfig(**PLAIN, terms=MORE, label_smoothing=0.1, class_weight_power=0.5)
+    loss = CompoundLoss(config, head, COUNTS)
+    without = step_of(loss, heads, labels, valid, [24, 16])
+    full = step_of(loss, heads, labels, valid, [24, 16], torch.ones_like(mask), torch.ones_like(weights))
+    assert full[1] == pytest.approx(without[1], rel=1e-6)
+    for one, other in zip(without[0], full[0], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)

@@ -24,6 +24,10 @@ HeadKind = Literal["softmax", "sigmoid"]
 """What turns a head's logits into probabilities: one diagnosis per lesion, or each diagnosis independently."""
 Sums = dict[str, torch.Tensor]
 """Sums over the lesions of a batch, or of a part of it: term name -> (heads, ...) float32."""
+EXCLUDED_LOGIT = -1e4
+"""Logit of a diagnosis outside a lesion's `Batch.class_mask`: in float32 its probability is exactly 0 for both kinds of
+head, and it neither gets a gradient nor adds to a loss.
+"""
 
 
 def probabilities(logits: torch.Tensor, head: HeadKind) -> torch.Tensor:
@@ -44,6 +48,7 @@ def focal_loss(
     alpha: float | None = None,
     class_weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    class_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the focal loss of each lesion, (B,) float32 (Lin et al. 2017); logits (B, C), labels (B,) int64.
 
@@ -51,14 +56,17 @@ def focal_loss(
     others; a = alpha and 1 - alpha if alpha is given. softmax: -(1 - p_y)^gamma log p_y, and with label smoothing e
     the sum over diagnoses of t_c times that term, t = (1 - e) onehot + e / C. A class weight multiplies the terms
     of its diagnosis as target: in the sigmoid form only the positive term, so that a rare diagnosis is not pushed
-    down harder too.
+    down harder too. class_mask (B, C) bool: label smoothing is spread over these diagnoses only; the logits of the
+    others are `EXCLUDED_LOGIT`.
     """
     logits = logits.float()
     classes = logits.shape[1]
     target = _one_hot(labels, classes)
     weights = torch.ones(classes, device=logits.device) if class_weights is None else class_weights
     if head == "softmax":
-        target = target * (1 - label_smoothing) + label_smoothing / classes
+        among = classes if class_mask is None else class_mask.sum(1, keepdim=True)
+        target = target * (1 - label_smoothing) + label_smoothing / among
+        target = target if class_mask is None else target * class_mask
         log_p = logits.log_softmax(1)
         return -(target * weights * _focus(log_p, gamma) * log_p).sum(1)
     log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
@@ -100,8 +108,9 @@ def soft_f1_loss(logits: torch.Tensor, labels: torch.Tensor, head: HeadKind = "s
 class LossInputs:
     """Inputs of a term: the logits of one head, and the lesions that they belong to.
 
-    logits: (B, C) float32, with the logit adjustment of `train.loss`.  batch: the lesions; `batch.labels` (B,) are all
-    known.  outputs: all outputs of the network, for terms that compare views or features.
+    logits: (B, C) float32, with the logit adjustment of `train.loss`, and `EXCLUDED_LOGIT` outside `batch.class_mask`.
+    batch: the lesions; `batch.labels` (B,) are all known.  outputs: all outputs of the network, for terms that compare
+    views or features.
     """
 
     logits: torch.Tensor
@@ -124,7 +133,7 @@ class LossTerm(nn.Module):
     """A term of the loss. By default the mean of `per_lesion` over the lesions of the global batch.
 
     A subclass that overrides `value` may be any differentiable function of sums over lesions, such as a ratio. Padding,
-    ranks and micro-batches are handled by `CompoundLoss`.
+    weights of lesions, ranks and micro-batches are handled by `CompoundLoss`.
     """
 
     each_head: ClassVar[bool] = True
@@ -134,7 +143,7 @@ class LossTerm(nn.Module):
         """Settings of the term, read from train.loss.terms.NAME.settings."""
 
     def __init__(self, settings: Section, class_counts: torch.Tensor) -> None:
-        """class_counts: (C,) lesions of each diagnosis that an epoch draws, at least 1."""
+        """class_counts: (C,) training lesions of each diagnosis, of all sets, at least 1."""
         super().__init__()
         self.settings = settings
 
@@ -166,8 +175,9 @@ class Focal(LossTerm):
     def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
         c = self.settings
         return focal_loss(
-            inputs.logits, inputs.batch.labels, inputs.head, c.gamma, c.alpha, self.class_weights, c.label_smoothing
-        )
+            inputs.logits, inputs.batch.labels, inputs.head, c.gamma, c.alpha, self.class_weights, c.label_smoothing,
+            inputs.batch.class_mask,
+        )  # fmt: skip
 
 
 class SoftF1(LossTerm):
@@ -201,6 +211,11 @@ class CompoundLoss(nn.Module):
 
     For a mean over a known number of lesions f' does not depend on S: without `ratios`, `slopes` needs no sums.
 
+    Lesions of an extra set have a class mask and a weight w. The diagnoses outside the mask, which the set does not
+    distinguish, leave the lesion's softmax, sigmoids and soft F1 sums: its probabilities are p_c = exp z_c / sum of
+    exp z_k over the mask (ER-ACE, Caccia et al. 2022; for sigmoids the masked loss of Cohen et al. 2020). Everything
+    that is summed over lesions is multiplied by w; means still divide by the number of lesions.
+
     Raises ConfigError for an unknown term, wrong settings of a term, or weights that are all 0.
     """
 
@@ -230,9 +245,9 @@ class CompoundLoss(nn.Module):
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
         """Return the sums of each term over the valid lesions of a part, with gradient."""
-        inputs = [LossInputs(self._adjusted(logits), self.head, batch, outputs) for logits in outputs[:3]]
+        inputs = [LossInputs(self._adjusted(logits, batch), self.head, batch, outputs) for logits in outputs[:3]]
         return {
-            name: torch.stack([_masked_sum(term.per_lesion(each), batch.valid) for each in inputs[: _heads(term)]])
+            name: torch.stack([_weighted_sum(term.per_lesion(each), batch) for each in inputs[: _heads(term)]])
             for name, term in self._terms()
         }
 
@@ -274,10 +289,11 @@ class CompoundLoss(nn.Module):
     def _of_heads(self, term: LossTerm, sums: torch.Tensor, count: int) -> list[torch.Tensor]:
         return [term.value(each, count) for each in sums.unbind(0)]
 
-    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply the logit adjustment of training, logits + tau log(prior) (Menon et al. 2021)."""
+    def _adjusted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Apply the logit adjustment of training, logits + tau log(prior) (Menon et al. 2021), and the class mask."""
         tau = self.config.logit_adjustment
-        return logits.float() if tau == 0 else logits.float() + tau * self.log_prior
+        logits = logits.float() if tau == 0 else logits.float() + tau * self.log_prior
+        return logits if batch.class_mask is None else logits.masked_fill(~batch.class_mask, EXCLUDED_LOGIT)
 
 
 def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
@@ -297,7 +313,10 @@ def _heads(term: LossTerm) -> int:
     return 3 if term.each_head else 1
 
 
-def _masked_sum(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sum over lesions, (B, ...) -> (...) float32, excluding rows that pad the batch."""
-    mask = valid.view(-1, *[1] * (rows.ndim - 1))
-    return torch.where(mask, rows.float(), 0.0).sum(0)
+def _weighted_sum(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum over lesions times their weights, (B, ...) -> (...) float32, excluding rows that pad the batch."""
+    shape = (-1, *[1] * (rows.ndim - 1))
+    rows = rows.float()
+    if batch.weights is not None:
+        rows = rows * batch.weights.view(shape)
+    return torch.where(batch.valid.view(shape), rows, 0.0).sum(0)

@@ -551,6 +551,9 @@ class Batch:
     view_present: (B, 2) bool, in the order of `VIEWS`; False where the photo is missing or dropped.
     concepts: (B, K) float, NaN where missing or dropped.  metadata: (B, M) float, NaN where missing.
     labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for padding rows.
+
+    Where lesions of extra sets join a training: class_mask: (B, C) bool, the diagnoses that the lesion's set
+    distinguishes.  weights: (B,) float, of the lesion's loss. None: all diagnoses, and 1.
     """
 
     lesion_ids: list[str]
@@ -561,11 +564,14 @@ class Batch:
     metadata: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
+    class_mask: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device; from pinned memory without blocking the host."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lesion_ids"}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
 
 class Outputs(NamedTuple):
