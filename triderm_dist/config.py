@@ -537,6 +537,7 @@ SHIPPED = {
     "slurm": "launch/slurm",
     "kubernetes": "launch/kubernetes",
     "ray": "launch/ray",
+    "tasks": "triderm_dist/tasks",
     "benchmarks": "benchmarks/results",
 }
 """The folders of files that ship with the package, by kind, with their location in a clone."""
@@ -554,7 +555,9 @@ def shipped_names(kind: str) -> list[str]:
     """Return the names of the files of a kind: `rtx4090` of an experiment, `slurm/train.sh` of a launcher."""
     if kind in BY_STEM:
         return sorted(path.stem for path in shipped(kind).glob("*.yaml"))
-    return sorted(f"{kind}/{path.name}" for path in shipped(kind).iterdir() if path.is_file())
+    return sorted(
+        f"{kind}/{path.name}" for path in shipped(kind).iterdir() if path.is_file() and path.name != "__init__.py"
+    )
 
 
 def find_file(kind: str, name: str | os.PathLike[str]) -> Path:

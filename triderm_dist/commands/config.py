@@ -1,8 +1,9 @@
-"""List, copy and locate the files that ship with the package: experiments, search spaces, accelerate files, launchers.
+"""List, copy and locate the files that ship with the package: experiments, search spaces, launchers, tasks.
 
 triderm config list
 triderm config copy rtx4090 output=my_experiment.yaml
 triderm config copy slurm/train.sh
+triderm config copy tasks/derm7pt.yaml
 triderm config path slurm/common.sh
 
 A program finds the first three by name too: `--config rtx4090`, `space=losses`, `launcher=ddp`. An experiment with a
@@ -20,7 +21,7 @@ from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import parse_yaml, untyped
 
-KINDS = ("experiments", "spaces", "accelerate_configs", "slurm", "kubernetes", "ray")
+KINDS = ("experiments", "spaces", "accelerate_configs", "tasks", "slurm", "kubernetes", "ray")
 
 
 def main(arguments: list[str]) -> None:
