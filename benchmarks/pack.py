@@ -165,7 +165,8 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
 
     from triderm_dist.data.shards.format import ROW_GROUP, ShardFile, rows_schema
     from triderm_dist.data.shards.write_index import write_index
-    from triderm_dist.schema import CONCEPTS
+    from triderm_dist.schema import CONCEPTS, MILK10K_FIELDS
+    from triderm_dist.tasks import load_task
 
     folder.mkdir()
     per_shard, photo = 4096, 30_000
@@ -180,7 +181,7 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
     share = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
 
     def tables():  # type: ignore[no-untyped-def]
-        schema = rows_schema(len(CONCEPTS))
+        schema = rows_schema(len(CONCEPTS), len(MILK10K_FIELDS))
         for start in range(0, lesions, ROW_GROUP):
             rows = np.arange(start, min(start + ROW_GROUP, lesions))
             names = pa.array([f"IL_{row:08d}" for row in rows])
@@ -200,7 +201,7 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
             ]  # fmt: skip
             yield pa.table(columns, schema=schema)
 
-    write_index(folder, tables(), shards, CONCEPTS, [], {})
+    write_index(folder, tables(), shards, load_task("milk10k"), CONCEPTS, [], {})
     return {}
 
 

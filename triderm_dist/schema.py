@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -347,6 +348,19 @@ class Task:
     def view_names(self) -> tuple[str, ...]:
         return tuple(each.name for each in self.views)
 
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.fields)
+
+    @cached_property
+    def label_words(self) -> dict[str, int]:
+        """The index of a diagnosis by each of its spellings, in lower case."""
+        return {word.lower(): label for label, each in enumerate(self.diagnoses) for word in (each.name, *each.words)}
+
+    def signature(self, concepts: Sequence[str]) -> Signature:
+        """Return what a network for this task takes and predicts, with concepts of these names."""
+        return Signature(self.diagnosis_names, self.view_names, tuple(concepts), self.fields)
+
     def _contradictions(self) -> Iterator[str]:
         names, columns = self.diagnosis_names, self.columns
         if not _NAME.fullmatch(self.name):
@@ -393,6 +407,23 @@ class Task:
         ):
             if value not in known:
                 yield f"{key}: unknown value {value!r}; known are {', '.join(filter(None, known))}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a network takes and predicts: the names of C diagnoses, the task's views, K concepts, M metadata fields.
+
+    views: one or both of `VIEWS`. The columns of every tensor with an axis C, K or M are in the order of these names.
+    """
+
+    diagnoses: tuple[str, ...]
+    views: tuple[str, ...]
+    concepts: tuple[str, ...]
+    fields: tuple[MetadataField, ...]
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.fields)
 
 
 def _lower(words: Iterable[str]) -> list[str]:

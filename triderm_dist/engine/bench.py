@@ -35,6 +35,7 @@ from triderm_dist.monitoring.startup_report import device_name
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.optim import build_optimizer
 from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, VIEWS, DataError, InputError, Lesion
+from triderm_dist.tasks import milk10k_task
 
 WARM_UP = 5
 """Steps before the measurement: compilation, autotuning, first allocations."""
@@ -142,7 +143,7 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
         metadata = tuple(field.high / 2 if field.is_number else 0.0 for field in METADATA_FIELDS.values())
         name = f"lesion-{number:05d}"
         made.append(Lesion(name, images, tuple(concepts.tolist()), metadata, number % len(DIAGNOSES), name))
-    return pack_shards(Dataset(made, CONCEPTS, True, []), folder, short_side=None)
+    return pack_shards(Dataset(milk10k_task(), made, CONCEPTS, True, []), folder, short_side=None)
 
 
 def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from triderm_dist.schema import ConfigError, Task
+from triderm_dist.schema import METADATA_FIELDS, ConfigError, Task
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent
@@ -18,6 +19,13 @@ SHIPPED = Path(__file__).parent
 def task_names() -> tuple[str, ...]:
     """The names of the tasks that ship with the package."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def milk10k_task() -> Task:
+    """Return the task of MILK10k, of which all packed sets and runs are that do not name another, with the fields that
+    plugins added.
+    """
+    return replace(load_task("milk10k"), fields=tuple(METADATA_FIELDS.values()))
 
 
 def load_task(name_or_path: str | os.PathLike[str]) -> Task:

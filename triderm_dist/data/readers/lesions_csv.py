@@ -65,7 +65,7 @@ def read_lesions(
     lesions, notes, problems = reading.lesions(missing_view)
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
-    return Dataset(lesions, reading.concepts, reading.labeled, notes, tuple(problems))
+    return Dataset(task, lesions, reading.concepts, reading.labeled, notes, tuple(problems))
 
 
 def image_columns(task: Task) -> list[str]:

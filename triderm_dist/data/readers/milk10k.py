@@ -39,6 +39,7 @@ from triderm_dist.schema import (
     Lesion,
     MetadataField,
 )
+from triderm_dist.tasks import milk10k_task
 
 VIEW_OF_IMAGE_TYPE: dict[str, str] = {"clinical: close-up": "clinical", "dermoscopic": "dermoscopic"}
 CONCEPT_PREFIX = "MONET_"
@@ -129,7 +130,7 @@ def read_challenge(
         notes.append(f"{others} photos are not in {metadata_path.name}")
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(views) + len(labels))
-    return Dataset(lesions, concepts, truth_path is not None, notes, tuple(problems))
+    return Dataset(milk10k_task(), lesions, concepts, truth_path is not None, notes, tuple(problems))
 
 
 def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, grouped: bool) -> Lesion:

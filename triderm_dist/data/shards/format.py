@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from triderm_dist.schema import METADATA_FIELDS, VIEWS
+from triderm_dist.schema import VIEWS
 
 FORMAT = "triderm-shards"
 VERSION = 2
@@ -70,7 +70,7 @@ class Text(Sequence[str]):
 
 
 def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
-    """Return the columns of samples.parquet for K concepts and M metadata fields."""
+    """Return the columns of samples.parquet for K concepts and M metadata fields; where there are none, no column."""
     locations = [
         (f"{view}_{what}", kind) for view in VIEWS for what, kind in (("offset", pa.int64()), ("size", pa.int32()))
     ]
@@ -81,13 +81,17 @@ def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
             ("label", pa.int16()),
             ("shard", pa.int32()),
             *locations,
-            ("concepts", pa.list_(pa.float32(), concepts)),
-            ("metadata", pa.list_(pa.float32(), metadata_fields)),
+            # Parquet cannot hold lists of length 0.
+            *(
+                (name, pa.list_(pa.float32(), n))
+                for name, n in (("concepts", concepts), ("metadata", metadata_fields))
+                if n
+            ),
         ]
     )
 
 
-def rows_schema(concepts: int) -> pa.Schema:
+def rows_schema(concepts: int, metadata_fields: int) -> pa.Schema:
     """Return the columns that `write_index` takes: those of samples.parquet, and `photos`: `size_and_hash` per view."""
     photos = pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS)))
-    return samples_schema(concepts, len(METADATA_FIELDS)).append(photos)
+    return samples_schema(concepts, metadata_fields).append(photos)

@@ -3,8 +3,8 @@
 A packed set is a folder of plain WebDataset tars with an index:
 
     *.tar              LESION.clinical.jpg, LESION.dermoscopic.jpg, LESION.json; any WebDataset reader reads it
-    index.json         format and version, names of concepts and diagnoses, size and checksum of each shard, counts of
-                       photo sizes, lesions that share a photo
+    index.json         format and version, the task, names of concepts and diagnoses, size and checksum of each shard,
+                       counts of photo sizes, lesions that share a photo
     samples.parquet    one row per lesion: ids, label, scores, and the offsets of its photos in the shard
 
 `samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` returns a JPEG. The index
@@ -37,10 +37,10 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
-from triderm_dist.data.shards.record import DIAGNOSIS_WORDS
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, DataError, one_line
+from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task, one_line
+from triderm_dist.tasks import milk10k_task
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.cache import Cache
@@ -59,8 +59,8 @@ class ShardIndex:
     """
 
     folder: Path
+    task: Task
     concepts: tuple[str, ...]
-    diagnoses: tuple[str, ...]
     stored_fields: tuple[str, ...]
     """The metadata fields that samples.parquet holds, in its order."""
     shards: tuple[ShardFile, ...]
@@ -73,13 +73,22 @@ class ShardIndex:
     shared_photos: tuple[tuple[str, str], ...]
     """Pairs of labeled lesions of different groups that share a photo: their folds may differ."""
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
-    label_words: Mapping[str, int] = field(default_factory=lambda: DIAGNOSIS_WORDS)
-    """The labels of the samples' own records, in lower case, as indices into `diagnoses`."""
+    label_words: Mapping[str, int] = field(default_factory=dict)
+    """The labels of the samples' own records, in lower case, as indices into the task's diagnoses."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
 
     def __len__(self) -> int:
         return self.rows
+
+    @property
+    def diagnoses(self) -> tuple[str, ...]:
+        return self.task.diagnosis_names
+
+    @property
+    def signature(self) -> Signature:
+        """What a network for this set takes and predicts."""
+        return self.task.signature(self.concepts)
 
     @cached_property
     def lesion_ids(self) -> Text:
@@ -112,16 +121,16 @@ class ShardIndex:
     @cached_property
     def concept_scores(self) -> np.ndarray:
         """(N, K) float32, NaN where missing."""
-        return _matrix(self._columns("concepts")["concepts"], len(self.concepts))
+        return self._list_column("concepts", len(self.concepts))
 
     @cached_property
     def metadata(self) -> np.ndarray:
-        """(N, M) float32 in the order of `METADATA_FIELDS`, NaN where missing, as are fields that the shards lack."""
-        stored = _matrix(self._columns("metadata")["metadata"], len(self.stored_fields))
-        if self.stored_fields == tuple(METADATA_FIELDS):
+        """(N, M) float32 in the order of the task's fields, NaN where missing, as are fields that the shards lack."""
+        stored = self._list_column("metadata", len(self.stored_fields))
+        if self.stored_fields == self.task.field_names:
             return stored
-        matrix = np.full((len(self), len(METADATA_FIELDS)), np.nan, np.float32)
-        for column, name in enumerate(METADATA_FIELDS):
+        matrix = np.full((len(self), len(self.task.fields)), np.nan, np.float32)
+        for column, name in enumerate(self.task.field_names):
             if name in self.stored_fields:
                 matrix[:, column] = stored[:, self.stored_fields.index(name)]
         return matrix
@@ -151,6 +160,9 @@ class ShardIndex:
         for column, view in enumerate(VIEWS):
             matrix[:, column] = table[f"{view}_{name}"]
         return matrix
+
+    def _list_column(self, name: str, width: int) -> np.ndarray:
+        return _matrix(self._columns(name)[name], width) if width else np.empty((len(self), 0), np.float32)
 
     def _columns(self, *names: str) -> pa.Table:
         path = self.folder / SAMPLES
@@ -186,11 +198,11 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
         )
     try:
         table = ShardFile(SAMPLES, raw["samples"]["rows"], raw["samples"]["bytes"], raw["samples"]["sha256"])
-        content = _parse(raw)
+        content = _parse(raw, path)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         text = one_line(error, with_type=True)
         raise DataError(f"{path}: incomplete ({text}); pack or index the data again") from None
-    _check_vocabulary(path, raw)
+    _check_vocabulary(path, raw, content["task"])
     for shard in content["shards"]:
         _check_name(folder, shard.url)
         if check_tars:
@@ -234,14 +246,20 @@ def read_raw_index(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of `ShardIndex` from an index.json. Raises KeyError, TypeError, AttributeError or ValueError."""
+def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return fields of `ShardIndex` from an index.json. Raises KeyError, TypeError, AttributeError or ValueError
+    for an incomplete one, DataError for a task that this program cannot read.
+    """
+    try:
+        task = Task.from_mapping(raw["task"], f"{path}: task") if "task" in raw else milk10k_task()
+    except ConfigError as error:
+        raise DataError(f"{error}; pack the data again") from None
     sizes = {_size(text): int(count) for text, count in raw["photo_sizes"].items()}
     if not sizes:
         raise ValueError("photo_sizes is empty")
     return {
+        "task": task,
         "concepts": tuple(raw["concepts"]),
-        "diagnoses": tuple(raw["diagnoses"]),
         "stored_fields": tuple(map(str, raw["metadata_fields"])),
         "shards": tuple(ShardFile(**entry) for entry in raw["shards"]),
         "problems": tuple(Problem(**entry) for entry in raw["problems"]),
@@ -249,7 +267,7 @@ def _parse(raw: Mapping[str, Any]) -> dict[str, Any]:
         "shared_photos": tuple((str(one), str(other)) for one, other in raw["shared_photos"]),
         "extensions": {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()},
         "label_words": {word: raw["diagnoses"].index(name) for word, name in raw.get("labels", {}).items()}
-        or DIAGNOSIS_WORDS,
+        or task.label_words,
     }
 
 
@@ -260,15 +278,17 @@ def _size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def _check_vocabulary(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise DataError where labels or categories have another meaning than in this program."""
-    if tuple(raw["diagnoses"]) != DIAGNOSES:
-        raise DataError(f"{path}: diagnoses are not those of this program; pack the data again")
+def _check_vocabulary(path: Path, raw: Mapping[str, Any], task: Task) -> None:
+    """Raise DataError where labels or categories have another meaning than in the task."""
+    if tuple(raw["diagnoses"]) != task.diagnosis_names:
+        raise DataError(f"{path}: its diagnoses are not those of its task {task.name!r}; pack the data again")
+    # Written by earlier versions for the fields of plugins.
     for name, values in raw.get("metadata_categories", {}).items():
-        if name in METADATA_FIELDS and METADATA_FIELDS[name].categories != tuple(values):
+        known = next((field.categories for field in task.fields if field.name == name), tuple(values))
+        if known != tuple(values):
             raise DataError(
-                f"{path}: metadata field {name!r} was packed with categories {', '.join(values)}, this program has "
-                f"{', '.join(METADATA_FIELDS[name].categories)}; pack the data again"
+                f"{path}: metadata field {name!r} was packed with categories {', '.join(values)}, its task has "
+                f"{', '.join(known)}; pack the data again"
             )
 
 
@@ -367,5 +387,5 @@ def _note_on_shared(index: ShardIndex) -> Iterator[str]:
 
 def _note_on_fields(index: ShardIndex) -> Iterator[str]:
     for name in index.stored_fields:
-        if name not in METADATA_FIELDS:
-            yield f"metadata field {name!r} of these shards is not used: no plugin of this run defines it"
+        if name not in index.task.field_names:
+            yield f"metadata field {name!r} of these shards is not used: their task does not describe it"

@@ -23,11 +23,12 @@ from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
-from triderm_dist.data.shards.record import DIAGNOSIS_WORDS, Record, UnknownLabel, parse_record
+from triderm_dist.data.shards.record import Record, UnknownLabel, parse_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, UNLABELED, VIEWS, ConfigError, DataError, Task, one_line
+from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError, Task, one_line
+from triderm_dist.tasks import milk10k_task
 
 Member = tuple[int, int]
 """(offset, size) of a member's data in its tar."""
@@ -56,7 +57,7 @@ def index_shards(
     none has, MILK10k's names with all scores missing. `note` is called with each tolerated deviation, `progress` with
     (bytes scanned, bytes in all).
 
-    task: gives the words of the labels; None takes the names of MILK10k's diagnoses. A number is a word like any other,
+    task: gives the words of the labels; None takes MILK10k's. A number is a word like any other,
     since its meaning is not known.
 
     Raises InvalidLesions with all problems; DataError for labels that name no diagnosis, with their counts, and for a
@@ -64,9 +65,9 @@ def index_shards(
     """
     folder = Path(folder)
     paths = _tars(folder)
-    words = label_words(task) if task else DIAGNOSIS_WORDS
-    check = _SampleCheck(extensions, missing_view, words)
-    scan = _Scan()
+    task = task or milk10k_task()
+    check = _SampleCheck(extensions, missing_view, task)
+    scan = _Scan(task)
     total, scanned = sum(path.stat().st_size for path in paths), 0
     for path in paths:
         scan.start_tar(path)
@@ -82,7 +83,7 @@ def index_shards(
         )
         raise DataError(
             f"{folder}: labels that name no diagnosis: {found}; list them as words of the diagnoses in a task.yaml and "
-            f"give task=FILE (known are {', '.join(words)})"
+            f"give task=FILE (known are {', '.join(task.label_words)})"
         )
     if scan.problems and invalid == "refuse":
         raise InvalidLesions(scan.problems, len(scan.tar_of) + len({problem.lesion_id for problem in scan.problems}))
@@ -90,26 +91,11 @@ def index_shards(
         raise DataError(f"{folder}: no valid lesion; {len(scan.problems)} problems, the first: {scan.problems[0]}")
     for text in scan.notes():
         note(text)
-    names = scan.concepts or CONCEPTS
-    tables = (_with_scores(table, len(names)) for table in scan.tables)
+    names = scan.concepts or task.concepts.names or (CONCEPTS if task.concepts.prefix else ())
+    tables = (_with_scores(table, len(names), len(task.fields)) for table in scan.tables)
     about: dict[str, Any] = {"extensions": {view: list(names) for view, names in extensions.items()}}
-    if task:
-        about["labels"] = {word: DIAGNOSES[at] for word, at in words.items()}
-    write_index(folder, tables, scan.shards, names, scan.problems, about)
+    write_index(folder, tables, scan.shards, task, names, scan.problems, about)
     return read_index(folder)
-
-
-def label_words(task: Task) -> dict[str, int]:
-    """The index into `DIAGNOSES` of each word of a task, in lower case.
-
-    Raises ConfigError for a diagnosis that shards cannot hold.
-    """
-    for name in task.diagnosis_names:
-        if name not in DIAGNOSES:
-            raise ConfigError(
-                f"task {task.name!r}: shards hold the diagnoses {', '.join(DIAGNOSES)}, not {name!r}; name it as one"
-            )
-    return {word.lower(): DIAGNOSES.index(each.name) for each in task.diagnoses for word in (each.name, *each.words)}
 
 
 @dataclass(frozen=True)
@@ -137,6 +123,7 @@ class _Checked:
 class _Scan:
     """The rows, shards and problems found so far, tar after tar."""
 
+    task: Task
     tables: list[pa.Table] = field(default_factory=list)
     shards: list[ShardFile] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -198,7 +185,7 @@ class _Scan:
 
     def _flush(self) -> None:
         if self._rows:
-            self.tables.append(_table(self._rows, self.concepts))
+            self.tables.append(_table(self._rows, self.concepts, len(self.task.fields)))
             self._rows = []
 
 
@@ -250,7 +237,7 @@ class _SampleCheck:
 
     extensions: Mapping[str, tuple[str, ...]]
     missing_view: str
-    words: Mapping[str, int]
+    task: Task
 
     def __call__(self, sample: _Sample) -> _Checked:
         with sample.path.open("rb") as file:
@@ -263,7 +250,7 @@ class _SampleCheck:
                 json_text, cls_text = [
                     read(sample.members[name]) if name in sample.members else None for name in ("json", "cls")
                 ]
-                record = parse_record(sample.key, json_text, cls_text, self.words)
+                record = parse_record(sample.key, json_text, cls_text, self.task)
             except ValueError as error:
                 where, name = f"{sample.path}, sample {sample.key}", sample.key.rpartition("/")[2]
                 label = error.label if isinstance(error, UnknownLabel) else ""
@@ -318,18 +305,18 @@ def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
     return row
 
 
-def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...]) -> pa.Table:
+def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...], metadata_fields: int) -> pa.Table:
     """Return rows as a table, with scores in the order of the concepts, NaN where one is missing."""
     nan = float("nan")
     scored = [{**row, "concepts": [row["concepts"].get(name, nan) for name in concepts]} for row in rows]
-    return pa.Table.from_pylist(scored, rows_schema(len(concepts)))
+    return pa.Table.from_pylist(scored, rows_schema(len(concepts), metadata_fields))
 
 
-def _with_scores(table: pa.Table, concepts: int) -> pa.Table:
+def _with_scores(table: pa.Table, concepts: int, metadata_fields: int) -> pa.Table:
     """Add missing scores to a table that was made before any sample had a concept."""
-    schema = rows_schema(concepts)
+    schema = rows_schema(concepts, metadata_fields)
     if table.schema.equals(schema):
         return table
     column = schema.get_field_index("concepts")
     missing = pa.FixedSizeListArray.from_arrays(np.full(len(table) * concepts, np.nan, np.float32), concepts)
-    return table.set_column(column, schema.field(column), missing)
+    return table.add_column(column, schema.field(column), missing)

@@ -35,6 +35,7 @@ from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import atomic_path, exclusive_lock, file_sha256
 from triderm_dist.schema import VIEWS, DataError, Lesion
+from triderm_dist.tasks import milk10k_task
 
 Progress = Callable[[int, int], None]
 """Called with (lesions done, all lesions)."""
@@ -106,8 +107,11 @@ def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
     if not (folder / INDEX).is_file():
         raise DataError(f"{folder}: exists and is not a packed set; {advice}")
     found = read_raw_index(folder / INDEX)
+    task = packer.task.to_mapping()
     if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():
         raise DataError(f"{folder}: was packed from other data, with other settings or by another version; {advice}")
+    if found.get("task", task) != task:
+        raise DataError(f"{folder}: was packed under another description of task {packer.task.name!r}; {advice}")
     part = folder.with_name(folder.name + ".part")
     if part.is_dir() and not (part / "shards").exists():
         shutil.rmtree(part)  # left by a run that was killed after the rename
@@ -151,7 +155,8 @@ class _Packer:
     ) -> None:
         order = sorted(dataset.lesions, key=lambda lesion: hashlib.sha256(lesion.lesion_id.encode()).digest())
         self.slices = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
-        self.concepts, self.short_side, self.workers, self.progress = dataset.concepts, short_side, workers, progress
+        self.task, self.concepts = dataset.task, dataset.concepts
+        self.short_side, self.workers, self.progress = short_side, workers, progress
         self.settings = {"short_side": short_side, "quality": QUALITY, "shard_samples": shard_samples}
         self.done, self.total = 0, len(order)
 
@@ -185,14 +190,14 @@ class _Packer:
         files = [(number, shard.file) for number, shard in enumerate(shards) if shard.file]
 
         def tables() -> Iterator[pa.Table]:
-            schema = rows_schema(len(self.concepts))
+            schema = rows_schema(len(self.concepts), len(self.task.fields))
             for shard, (number, _) in enumerate(files):
                 rows = pq.read_table(_rows_path(part, number))
                 shard_column = pa.array([shard] * len(rows), pa.int32())
                 yield rows.set_column(schema.get_field_index("shard"), "shard", shard_column).cast(schema)
 
         about = {"packed_with": self.settings, "source": self._joined([shard.source for shard in shards])}
-        write_index(part / "shards", tables(), [file for _, file in files], self.concepts, problems, about)
+        write_index(part / "shards", tables(), [file for _, file in files], self.task, self.concepts, problems, about)
 
     # --- shards of an interrupted run ---
 
@@ -248,7 +253,7 @@ class _Packer:
         for view, data in zip(VIEWS, prepared.photos, strict=True):
             row[f"{view}_offset"] = tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0
             row[f"{view}_size"] = len(data)
-        tar.add(f"{lesion.lesion_id}.json", json.dumps(to_record(lesion, self.concepts)).encode())
+        tar.add(f"{lesion.lesion_id}.json", json.dumps(to_record(lesion, self.task, self.concepts)).encode())
         return row
 
     def _close(self, part: Path, number: int, shard: _OpenShard) -> _FinishedShard:
@@ -263,7 +268,8 @@ class _Packer:
             "file": vars(file) if file else None,
             "problems": [asdict(problem) for problem in shard.problems],
         }
-        schema = rows_schema(len(self.concepts)).with_metadata({_RECORD: json.dumps(record).encode()})
+        schema = rows_schema(len(self.concepts), len(self.task.fields))
+        schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
         with atomic_path(_rows_path(part, number)) as temporary:
             pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
         return finished
@@ -272,7 +278,9 @@ class _Packer:
 
     def _digest(self) -> Any:
         settings = {name: value for name, value in self.settings.items() if name != "shard_samples"}
-        return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts]).encode())
+        # Sets of MILK10k were packed before there were other tasks; their hashes do not change.
+        task = [] if self.task == milk10k_task() else [self.task.to_mapping()]
+        return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts, *task]).encode())
 
     def _source(self, lesions: Sequence[Lesion]) -> str:
         """Return the hash of the input of a shard of these lesions."""

@@ -9,16 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from triderm_dist.data.readers.dataset import LESION_ID
-from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX
 from triderm_dist.data.readers.table import parse_field, parse_score
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, Lesion
+from triderm_dist.schema import UNLABELED, Lesion, Task
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
-
-
-DIAGNOSIS_WORDS: dict[str, int] = {name.lower(): at for at, name in enumerate(DIAGNOSES)}
-"""The index of each diagnosis by its name in lower case."""
 
 
 class UnknownLabel(ValueError):
@@ -40,33 +35,31 @@ class Record:
     metadata: tuple[float, ...]
 
 
-def to_record(lesion: Lesion, concepts: tuple[str, ...]) -> dict[str, Any]:
+def to_record(lesion: Lesion, task: Task, concepts: tuple[str, ...]) -> dict[str, Any]:
     """Return the JSON record of a lesion; `parse_record` reads it back."""
     return {
         "lesion_id": lesion.lesion_id,
-        "label": None if lesion.label == UNLABELED else DIAGNOSES[lesion.label],
+        "label": None if lesion.label == UNLABELED else task.diagnosis_names[lesion.label],
         "group": lesion.group,
         "concepts": {
             name: None if math.isnan(score) else score for name, score in zip(concepts, lesion.concepts, strict=True)
         },
-        "metadata": {
-            name: field.cell(value)
-            for (name, field), value in zip(METADATA_FIELDS.items(), lesion.metadata, strict=True)
-        },
+        "metadata": {field.name: field.cell(value) for field, value in zip(task.fields, lesion.metadata, strict=True)},
     }
 
 
 def parse_record(
-    key: str, record: bytes | None, label: bytes | None, words: Mapping[str, int] = DIAGNOSIS_WORDS
+    key: str, record: bytes | None, label: bytes | None, task: Task, words: Mapping[str, int] | None = None
 ) -> Record:
     """Parse a sample's `.json` and `.cls` members (None where absent), written by triderm pack or another program.
 
-    lesion_id: default the sample's key, without folders.  label or diagnosis: one of `words` in any case; default
-    the content of `.cls`.  group or patient_id: default the lesion itself.  concepts: a mapping of
-    names to scores; default the record's own keys MONET_*.  metadata: a mapping, or keys of the record itself, named as
-    in `METADATA_FIELDS` or as their columns. What is absent or null is missing.
+    lesion_id: default the sample's key, without folders.  label or diagnosis: a spelling of a diagnosis in any case;
+    default the content of `.cls`.  group or patient_id: default the lesion itself.  concepts: a mapping of names to
+    scores; default the record's own keys with the task's prefix of concepts.  metadata: a mapping, or keys of the
+    record itself, named as the task's fields or as their columns. What is absent or null is missing.
 
-    words: the index of a diagnosis by its spelling in lower case. A number is a word like any other.
+    words: the index of a diagnosis by its spelling in lower case; default `Task.label_words`. A number is a word like
+    any other.
 
     Raises UnknownLabel for another label, ValueError for another value that cannot be read.
     """
@@ -78,19 +71,19 @@ def parse_record(
         raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no space, dot or slash")
     diagnosis = next((text for name in LABEL_KEYS if (text := _text(cells.get(name)))), (label or b"").decode().strip())
     metadata = _mapping(cells, "metadata") or cells
+    prefix = task.concepts.prefix
     concepts = _mapping(cells, "concepts") or {
-        name.removeprefix(CONCEPT_PREFIX): value
+        name.removeprefix(prefix): value
         for name, value in {**metadata, **cells}.items()
-        if name.startswith(CONCEPT_PREFIX)
+        if prefix and name.startswith(prefix)
     }
     return Record(
         lesion_id=lesion_id,
         group=next((text for name in GROUP_KEYS if (text := _text(cells.get(name)))), lesion_id),
-        label=_label(diagnosis, words) if diagnosis else UNLABELED,
+        label=_label(diagnosis, words or task.label_words) if diagnosis else UNLABELED,
         concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
         metadata=tuple(
-            parse_field(field, _text(metadata.get(name, metadata.get(field.column))))
-            for name, field in METADATA_FIELDS.items()
+            parse_field(field, _text(metadata.get(field.name, metadata.get(field.column)))) for field in task.fields
         ),
     )
 

@@ -12,7 +12,7 @@ from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
-from triderm_dist.data.shards.record import parse_record
+from triderm_dist.data.shards.record import Record, parse_record
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
@@ -126,9 +126,13 @@ def _webdataset(path: str) -> Iterator[dict[str, Any]]:
     yield from webdataset.WebDataset([path], shardshuffle=False, nodesplitter=None, workersplitter=None)
 
 
+def _record(index: ShardIndex, sample: dict[str, Any]) -> Record:
+    return parse_record(sample["__key__"], sample.get("json"), sample.get("cls"), index.task, index.label_words)
+
+
 def _lesion_id(index: ShardIndex, sample: dict[str, Any]) -> str:
     try:
-        return parse_record(sample["__key__"], sample.get("json"), sample.get("cls"), index.label_words).lesion_id
+        return _record(index, sample).lesion_id
     except ValueError:
         return str(sample["__key__"])
 
@@ -149,7 +153,7 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[t
             except PhotoError as error:
                 raise PhotoError(f"the {view} photo does not decode ({error})") from None
         photos.append(size_and_hash(data))
-    record = parse_record(sample["__key__"], sample.get("json"), sample.get("cls"), index.label_words)
+    record = _record(index, sample)
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
         "label": record.label == index.labels[row],

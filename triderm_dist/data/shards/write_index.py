@@ -25,13 +25,14 @@ from triderm_dist.data.shards.format import (
     samples_schema,
 )
 from triderm_dist.files import atomic_path, file_sha256, write_json
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED, VIEWS, added_fields
+from triderm_dist.schema import UNLABELED, VIEWS, Task
 
 
 def write_index(
     folder: Path,
     tables: Iterable[pa.Table],
     shards: Sequence[ShardFile],
+    task: Task,
     concepts: Sequence[str],
     problems: Sequence[Problem],
     about: Mapping[str, Any],
@@ -45,7 +46,7 @@ def write_index(
     digests: list[np.ndarray] = []
     rows = 0
     with atomic_path(folder / SAMPLES) as temporary:
-        schema = samples_schema(len(concepts), len(METADATA_FIELDS))
+        schema = samples_schema(len(concepts), len(task.fields))
         with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)
@@ -67,29 +68,24 @@ def write_index(
             "bytes": temporary.stat().st_size,
             "sha256": file_sha256(temporary),
         }
+    named = {name: counts[label] for label, name in enumerate(task.diagnosis_names)}
     index = {
         "format": FORMAT,
         "version": VERSION,
+        "task": task.to_mapping(),
         "concepts": list(concepts),
-        "diagnoses": list(DIAGNOSES),
-        "metadata_fields": list(METADATA_FIELDS),
-        **_added_categories(),
+        "diagnoses": list(task.diagnosis_names),
+        "metadata_fields": list(task.field_names),
         **about,
         "shards": [vars(shard) for shard in shards],
         "samples": about_samples,
-        "counts": {**{name: counts[i] for i, name in enumerate(DIAGNOSES)}, UNLABELED_KEY: counts[UNLABELED]},
+        "counts": {**named, UNLABELED_KEY: counts[UNLABELED]},
         "photo_sizes": {f"{width}x{height}": count for (width, height), count in sorted(sizes.items())},
         "shared_photos": shared,
         "dropped": count_by_kind(problems),
         "problems": [asdict(problem) for problem in problems],
     }
     write_json(folder / INDEX, index)
-
-
-def _added_categories() -> dict[str, Any]:
-    """Return the categories of fields that are not MILK10k's, which a reader compares with its own."""
-    added = {field.name: field.categories for field in added_fields() if not field.is_number}
-    return {"metadata_categories": added} if added else {}
 
 
 def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
