@@ -19,7 +19,7 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import LesionRng
-from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.loader import Fetched, Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_index
@@ -32,9 +32,9 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 class HostPhotos(PhotoSource):
     """Photos as copied to the device: uint8, both views, in the ring's buffers."""
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
-        self.release(views, device)
-        return views
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+        self.release(fetched, device)
+        return fetched.views
 
 
 def plan_of(index: ShardIndex) -> EpochPlan:

@@ -31,6 +31,7 @@ def test_random_numbers_are_independent_of_the_order_of_lesions():
     assert abs(a.mean() - 0.5) < 0.15
     order = np.random.default_rng(0).permutation(64)
     assert (LesionRng(1, 2, KEYS[order], COPIES).uniform("scale") == a[order]).all()
+    assert (LesionRng(1, 2, KEYS, COPIES).take(order[:9]).uniform("scale") == a[order[:9]]).all()
     for other in (
         LesionRng(2, 2, KEYS, COPIES).uniform("scale"),
         LesionRng(1, 3, KEYS, COPIES).uniform("scale"),

@@ -1,5 +1,6 @@
 """The loader yields the right lesion in each row, for any number of threads, from photos and from tokens."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -222,3 +223,18 @@ def test_photos_are_transformed_on_the_device(index):
 def test_chunks_cover_every_lesion_once(tmp_path):
     cache = TokenCache(tmp_path, 2 * CHUNK + 3, (1, 1))
     assert np.concatenate([cache.rows(chunk) for chunk in cache.chunks]).tolist() == list(range(2 * CHUNK + 3))
+
+
+def test_smaller_requests_reuse_the_buffers_of_the_largest(index):
+    """Otherwise each size of a set's part of a micro-batch would keep buffers of its own."""
+    source = PhotoSource(index, 24, *HALF)
+    addresses = set()
+    with ThreadPoolExecutor(1) as pool:
+        for number in (8, 3, 5, 8):
+            fetched = source.fetch(pool, np.arange(number), None)
+            for job in fetched.jobs:
+                job.result()
+            assert [len(view) for view in fetched.views] == [number, number]
+            addresses.add(fetched.views[0].data_ptr())
+            source.finish(fetched, CPU, None)
+    assert len(addresses) == 1

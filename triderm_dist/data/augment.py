@@ -52,6 +52,12 @@ class LesionRng:
         state = _mix(self._state ^ np.array([_name_key(self._prefix + name) for name in names], np.uint64))
         return (_mix(state ^ self._copies) >> np.uint64(11)) * 2.0**-53
 
+    def take(self, lesions: np.ndarray) -> LesionRng:
+        """Return the numbers of some lesions of the batch, by their positions (n,)."""
+        taken = copy.copy(self)
+        taken._state, taken._copies = self._state[lesions], self._copies[lesions]
+        return taken
+
     def scoped(self, prefix: str) -> LesionRng:
         """Return the numbers whose names begin with `prefix/`, to be asked for without it."""
         scoped = copy.copy(self)

@@ -12,9 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from triderm_dist.data.augment import (
     normalize,
     to_device,
 )
+from triderm_dist.data.lesions import LesionInputs, Lesions
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
@@ -39,21 +40,31 @@ TASK_LESIONS = 8
 """Lesions per decoding task: enough to make scheduling cheap, few enough that all threads finish together."""
 
 
+@dataclass
+class Fetched:
+    """Host tensors (B, ...) of both views, which are filled when the jobs are done.
+
+    memory: the source's own record of where they are.
+    """
+
+    views: list[torch.Tensor]
+    jobs: list[Future[None]]
+    memory: Any = None
+
+
 class ViewSource(Protocol):
     """The source of the two views of a lesion: photos in shards, or cached tokens of a frozen tower."""
 
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """Prepare for reads of index rows (n,) by all ranks in this order, `batch` rows per step.
+        """Prepare for reads of rows (n,) by all ranks in this order, `batch` rows per step; row -1 is not read here.
 
         Yields a function to call with the number of steps read so far.
         """
 
-    def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None
-    ) -> tuple[list[torch.Tensor], list[Future[None]]]:
-        """Return host tensors of both views, which are filled when the futures are done."""
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
+        """Start to read the views of rows (B,)."""
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
         """Return the network's input on the device, and release the host tensors for reuse."""
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
@@ -79,22 +90,24 @@ class PhotoSource:
         self.index, self.mean, self.std = index, mean, std
         self.transform = PhotoTransform(image_size, augment or AugmentConfig())
         self.shards = RemoteShards(index) if index.remote else FolderShards(index)
-        self._ring: dict[int, list[_Buffers]] = {}
+        self._free: list[_Buffers] = []
+        self._lesions = 0  # that a buffer holds: of the largest request
 
     def close(self) -> None:
         self.shards.close()
-        self._ring.clear()
+        self._free.clear()
 
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return self.shards.read_ahead(self.index.shard[rows], batch)
+        return self.shards.read_ahead(np.where(rows < 0, -1, self.index.shard[rows]), batch)
 
-    def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None
-    ) -> tuple[list[torch.Tensor], list[Future[None]]]:
-        free = self._ring.setdefault(len(rows), [])
-        buffers = free.pop() if free else _Buffers.new(len(rows), self.index.canvas)
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
+        if len(rows) > self._lesions:
+            self._lesions = len(rows)
+            self._free.clear()
+        buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, self.index.canvas)
         buffers.wait()
-        arrays = [view.numpy() for view in buffers.views]
+        views = [view[: len(rows)] for view in buffers.views]
+        arrays = [view.numpy() for view in views]
         index = self.index
         # Converted to Python numbers once for all rows: the decoding threads should do little under the GIL.
         columns = [column[rows].tolist() for column in (index.shard, index.offsets, index.sizes)]
@@ -103,15 +116,15 @@ class PhotoSource:
         for start in range(0, len(rows), TASK_LESIONS):
             part = slice(start, start + TASK_LESIONS)
             jobs.append(pool.submit(self._read, rows[part], locations[part], [array[part] for array in arrays]))
-        return buffers.views, jobs
+        return Fetched(views, jobs, buffers)
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
-        photos = [view.to(device, non_blocking=True) for view in views]
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+        photos = [view.to(device, non_blocking=True) for view in fetched.views]
         pixels = []
         for name, photo in zip(VIEWS, photos, strict=True):
             crops = self.transform(photo, name, rng)
             pixels.append(normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std))
-        self.release(views, device)
+        self.release(fetched, device)
         return pixels
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
@@ -123,10 +136,12 @@ class PhotoSource:
         )
         return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
 
-    def release(self, views: list[torch.Tensor], device: torch.device) -> None:
+    def release(self, fetched: Fetched, device: torch.device) -> None:
         """Reuse the host tensors of `fetch`, as soon as the copies that the device has been asked for are done."""
-        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        self._ring.setdefault(len(views[0]), []).append(_Buffers(views, copied))
+        buffers: _Buffers = fetched.memory
+        buffers.copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        if len(buffers.views[0]) == self._lesions:
+            self._free.append(buffers)
 
     def _read(
         self, rows: np.ndarray, locations: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]
@@ -172,9 +187,7 @@ class TokenSource:
     def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: None
 
-    def fetch(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None
-    ) -> tuple[list[torch.Tensor], list[Future[None]]]:
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
         buffers = [self._buffer(rows) for _ in VIEWS]
         jobs = []
         for v, name in enumerate(VIEWS):
@@ -184,10 +197,10 @@ class TokenSource:
                 pick = np.floor(rng.uniform(f"{name}/variant") * len(self.variants)).astype(int)
                 chosen = [self.variants[i] for i in pick]
             jobs.append(pool.submit(self.cache.read, rows, v, chosen, buffers[v].numpy()))
-        return buffers, jobs
+        return Fetched(buffers, jobs)
 
-    def finish(self, views: list[torch.Tensor], device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
-        return [tokens.to(device, non_blocking=True).float() for tokens in views]
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+        return [tokens.to(device, non_blocking=True).float() for tokens in fetched.views]
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
@@ -195,7 +208,7 @@ class TokenSource:
         views = [self._buffer(rows) for _ in VIEWS]
         for v, tokens in enumerate(views):
             self.cache.read(rows, v, [self.transforms[transform]] * len(rows), tokens.numpy())
-        clinical, dermoscopic = self.finish(views, batch.labels.device, None)
+        clinical, dermoscopic = self.finish(Fetched(views, []), batch.labels.device, None)
         return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
@@ -221,7 +234,7 @@ class Loader:
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: Lesions,
         source: ViewSource,
         batches: Iterable[PlannedBatch],
         *,
@@ -249,7 +262,7 @@ class Loader:
                 steps = 0
                 while True:
                     while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                        part.views, part.jobs = self.source.fetch(pool, part.rows, part.rng)
+                        part.fetched = self.source.fetch(pool, part.rows, part.rng)
                         pending.append(part)
                     if not pending:
                         return
@@ -273,42 +286,49 @@ class Loader:
         for start in range(0, size, self.micro_batch):
             part = slice(start, start + self.micro_batch)
             rows, copies = batch.rows[part], batch.copies[part]
-            names = self.index.lesion_ids[rows].tolist()
-            rng = LesionRng(self.seed, self.epoch, lesion_keys(names), copies) if self.augment else None
-            yield _Pending(batch, rows, names, batch.valid[part], rng, start + self.micro_batch >= size)
+            inputs = self.index.inputs(rows)
+            keys = lesion_keys(inputs.lesion_ids)
+            rng = LesionRng(self.seed, self.epoch, keys, copies) if self.augment else None
+            yield _Pending(batch, rows, inputs, batch.valid[part], rng, start + self.micro_batch >= size)
 
     def _finish(self, part: _Pending) -> Batch:
+        fetched, inputs = part.fetched, part.inputs
+        assert fetched is not None
         started = time.perf_counter()
-        for job in part.jobs:
+        for job in fetched.jobs:
             job.result()
         self.waited += time.perf_counter() - started
-        rows = part.rows
-        present, concepts = self.index.sizes[rows] > 0, self.index.concept_scores[rows]
+        present, concepts = inputs.view_present, inputs.concepts
         if self.augment and part.rng:
             present, concepts = drop_inputs(part.rng, self.augment, present, concepts)
-        clinical, dermoscopic = self.source.finish(part.views, self.device, part.rng)
+        clinical, dermoscopic = self.source.finish(fetched, self.device, part.rng)
 
         move = partial(to_device, device=self.device)
         return Batch(
-            lesion_ids=part.names,
+            lesion_ids=inputs.lesion_ids,
             clinical=clinical,
             dermoscopic=dermoscopic,
             view_present=move(present),
             concepts=move(concepts),
-            metadata=move(self.index.metadata[rows]),
-            labels=move(self.index.labels[rows]),
+            metadata=move(inputs.metadata),
+            labels=move(inputs.labels),
             valid=move(part.valid),
+            class_mask=None if inputs.class_mask is None else move(inputs.class_mask),
+            weights=None if inputs.weights is None else move(inputs.weights),
         )
 
 
+_Lesions = TypeVar("_Lesions", bound=Lesions, covariant=True)
+
+
 @dataclass(frozen=True)
-class LoaderFactory:
-    """Creates the loaders of one packed set for one network.
+class LoaderFactory(Generic[_Lesions]):
+    """Creates the loaders of one packed set, or of a union of several, for one network.
 
     source: photos, or cached tokens. workers: decoder threads per rank. prefetch: micro-batches decoded ahead.
     """
 
-    index: ShardIndex
+    index: _Lesions
     source: ViewSource
     workers: int = 2
     prefetch: int = 4
@@ -341,7 +361,7 @@ class LoaderFactory:
         seed: int = 0,
         epoch: int = 0,
     ) -> Loader:
-        """Return a rank's loader of index rows (N,) in this order, one micro-batch per step; the last one is padded."""
+        """Return a rank's loader of rows (N,) in this order, one micro-batch per step; the last one is padded."""
         plan = EpochPlan(Samples.of(self.index, rows), Sampling("sequential"), 0, 0)
         batches = plan.batches(rank, world_size, micro_batch * world_size)
         return self.create(batches, micro_batch, device, augment=augment, seed=seed, epoch=epoch)
@@ -353,12 +373,11 @@ class _Pending:
 
     batch: PlannedBatch
     rows: np.ndarray
-    names: list[str]
+    inputs: LesionInputs
     valid: np.ndarray
     rng: LesionRng | None
     last: bool
-    views: list[torch.Tensor] = field(default_factory=list)
-    jobs: list[Future[None]] = field(default_factory=list)
+    fetched: Fetched | None = None
 
 
 def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: int) -> None:

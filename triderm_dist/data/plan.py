@@ -17,7 +17,7 @@ import numpy as np
 from triderm_dist.schema import DIAGNOSES, ConfigError
 
 if TYPE_CHECKING:
-    from triderm_dist.data.shards.index import ShardIndex
+    from triderm_dist.data.lesions import Lesions
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Samples:
     shards: np.ndarray
 
     @classmethod
-    def of(cls, index: ShardIndex, rows: np.ndarray) -> Samples:
-        """Return the samples in these rows (N,) of a packed set."""
+    def of(cls, index: Lesions, rows: np.ndarray) -> Samples:
+        """Return the samples in these rows (N,) of a packed set, or of a union of several."""
         return cls(rows, index.labels[rows], index.shard[rows])
 
     def __len__(self) -> int:

@@ -148,10 +148,10 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
         # A small data set is read several times, then from the page cache.
         while (elapsed := time.perf_counter() - started) < seconds:
             part = rows[np.arange(done, done + batch) % len(rows)]
-            views, jobs = source.fetch(pool, part, None)
-            for job in jobs:
+            fetched = source.fetch(pool, part, None)
+            for job in fetched.jobs:
                 job.result()
-            source.release(views, views[0].device)
+            source.release(fetched, fetched.views[0].device)
             done += batch
     source.close()
     return done / elapsed

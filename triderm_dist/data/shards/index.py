@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triderm_dist.data.lesions import LesionInputs
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import (
     EXTENSIONS,
@@ -134,6 +135,13 @@ class ShardIndex:
             if name in self.stored_fields:
                 matrix[:, column] = stored[:, self.stored_fields.index(name)]
         return matrix
+
+    def inputs(self, rows: np.ndarray) -> LesionInputs:
+        """Return the lesions in these rows (B,)."""
+        return LesionInputs(
+            self.lesion_ids[rows].tolist(), self.sizes[rows] > 0, self.concept_scores[rows], self.metadata[rows],
+            self.labels[rows],
+        )  # fmt: skip
 
     @property
     def canvas(self) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class RemoteShards:
     @contextlib.contextmanager
     def read_ahead(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         """Fetch in advance for reads that follow `order` (n,), the shard of each sample of all ranks, `batch` samples
-        per step.
+        per step; -1 for samples of other sets.
 
         Yields a function to call with the number of steps whose reads are done. Raises ConfigError where the shards
         that one step needs do not fit into the cache together.
@@ -102,9 +102,10 @@ class _ReadAhead:
     def __init__(self, cache: Cache, shards: tuple[ShardFile, ...], order: np.ndarray, batch: int) -> None:
         self._cache, self._shards, self._slack, self._batch = cache, shards, 2 * batch, batch
         self._last_use = np.full(len(shards), -1, np.int64)
-        self._last_use[order] = np.arange(len(order))  # where an index repeats, the last assignment wins
+        own = np.flatnonzero(order >= 0)
+        self._last_use[order[own]] = own  # where an index repeats, the last assignment wins
         first_use = np.full(len(shards), len(order), np.int64)
-        first_use[order[::-1]] = np.arange(len(order))[::-1]
+        first_use[order[own[::-1]]] = own[::-1]
         self._queue = np.argsort(first_use, kind="stable")[: int((self._last_use >= 0).sum())]
         self._check_capacity(first_use[self._queue])
         self._next, self._position, self._admitted = 0, 0, dict[int, int]()

@@ -1,0 +1,36 @@
+"""What plans and loaders read of lesions besides their photos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass
+class LesionInputs:
+    """Rows of a packed set, or of several: everything of a `Batch` except the photos, as arrays of B rows."""
+
+    lesion_ids: list[str]
+    view_present: np.ndarray
+    concepts: np.ndarray
+    metadata: np.ndarray
+    labels: np.ndarray
+    class_mask: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+
+class Lesions(Protocol):
+    """N lesions by row number: a packed set (`ShardIndex`), or the union of several (`LesionUnion`)."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, `UNLABELED` where unknown."""
+
+    @property
+    def shard(self) -> np.ndarray:
+        """(N,) integers, equal for lesions whose photos are in the same shard."""
+
+    def inputs(self, rows: np.ndarray) -> LesionInputs:
+        """Return the lesions in these rows (B,)."""
