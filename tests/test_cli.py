@@ -1,6 +1,7 @@
 """The command line shared by all programs."""
 
 import re
+import socket
 import subprocess
 import sys
 
@@ -118,6 +119,16 @@ def test_exit_codes(error, code, text, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run_with_exit_codes(work)
     assert (stop.value.code, capsys.readouterr().err) == (code, text)
+
+
+def test_an_error_is_printed_by_one_write():
+    # The ranks of a machine share its stderr: lines written in two parts would mix.
+    receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with receiver, sender:
+        command = [sys.executable, "-m", "triderm_dist", "train", "output="]
+        subprocess.run(command, cwd=ROOT, stderr=sender, timeout=HANG_SECONDS)
+        packet = receiver.recv(1 << 12).decode()
+    assert packet == "error: output: no value after '='\n"
 
 
 @pytest.mark.parametrize(

@@ -78,15 +78,20 @@ def run_with_exit_codes(work: Callable[[], None]) -> None:
         with handle_signals(raise_stopped):
             work()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(f"error: {error}")
         sys.exit(BAD_INPUT)
     except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)
-        print(f"error: {error.filename}: {text}" if error.filename else f"error: {text}", file=sys.stderr)
+        print_error(f"error: {error.filename}: {text}" if error.filename else f"error: {text}")
         sys.exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"interrupted: {str(stop) or 'rerun the same command to resume'}", file=sys.stderr)
+        print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")
         sys.exit(INTERRUPTED)
+
+
+def print_error(line: str) -> None:
+    """Print a line on stderr by one write: the ranks of a machine share it, and `print` writes the newline apart."""
+    sys.stderr.write(f"{line}\n")
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def test_pbt_copies_the_best_trial(tiny, tmp_path):
         environment={"RAY_OVERRIDE_RESOURCES": '{"CPU": 5}'},
     ))  # fmt: skip
     trials = read_trials(run / "search")
-    assert [(trial.state, len(trial.curve)) for trial in trials] == [("complete", 4)] * 5
+    assert [(trial.state, len(trial.curve)) for trial in trials] == [("complete", 4)] * 5, text
     assert not trials[0].changes
     copied = [trial for trial in trials if trial.changes]
     assert copied and "copies trial" in text

@@ -12,7 +12,7 @@ import sys
 
 from pydantic import Field
 
-from triderm_dist.cli import BAD_INPUT, run
+from triderm_dist.cli import BAD_INPUT, print_error, run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import Experiment
 from triderm_dist.schema import InputError
@@ -55,7 +55,7 @@ def main(config: DoctorRun) -> None:
     sys.stdout.flush()  # so that the error is the last line
     if rendezvous:
         if problems:
-            print(f"error: a run cannot start: {problems}", file=sys.stderr)
+            print_error(f"error: a run cannot start: {problems}")
         rendezvous.exit_all(BAD_INPUT if problems else 0)
     if problems:
         raise InputError(f"a run cannot start: {problems}")
