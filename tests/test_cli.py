@@ -128,7 +128,7 @@ def test_an_error_is_printed_by_one_write():
         command = [sys.executable, "-m", "triderm_dist", "train", "output="]
         subprocess.run(command, cwd=ROOT, stderr=sender, timeout=HANG_SECONDS)
         packet = receiver.recv(1 << 12).decode()
-    assert packet == "error: output: no value after '='\n"
+    assert packet == "error: output: no value after '='; write output=VALUE\n"
 
 
 @pytest.mark.parametrize(
