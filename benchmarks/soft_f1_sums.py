@@ -51,7 +51,7 @@ def main(settings: SumsRun) -> None:
     from triderm_dist.engine.views import open_views
     from triderm_dist.losses import CompoundLoss, Sums, focal_loss, soft_f1_loss
     from triderm_dist.optim import build_optimizer
-    from triderm_dist.schema import DIAGNOSES, ConfigError
+    from triderm_dist.schema import ConfigError
 
     if not Path(settings.shards).exists():
         raise ConfigError(f"shards: {settings.shards} is missing; run make demo, or name other packed shards")
@@ -75,7 +75,7 @@ def main(settings: SumsRun) -> None:
     views = open_views(experiment, model, index, accelerator, train=True)
     torch.manual_seed(0)
     network = new_network(model, views)
-    counts = np.bincount(index.labels, minlength=len(DIAGNOSES))
+    counts = np.bincount(index.labels, minlength=len(index.diagnoses))
     loss = CompoundLoss(model.train.loss, model.head, counts)
     wrapped, prepared, optimizer = parallel.wrap(
         accelerator, network, lambda net: build_optimizer(net, model.train.optim), False, False

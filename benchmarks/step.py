@@ -185,7 +185,6 @@ def sketch(size: Size, device: Any, bf16: bool) -> TakeStep:
     import torch.nn.functional as F
 
     from benchmarks.sketch import SketchNetwork, layer_wise_groups, train_batches
-    from triderm_dist.schema import DIAGNOSES
 
     batch = synthetic_batch(size, device)
     model = SketchNetwork(size.vision, CONCEPTS).to(device)
@@ -195,7 +194,7 @@ def sketch(size: Size, device: Any, bf16: bool) -> TakeStep:
         "dermoscopic_image": batch.dermoscopic,
         "monet_scores": batch.concepts,
         "metadata": batch.metadata,
-        "targets": F.one_hot(batch.labels, len(DIAGNOSES)).float(),
+        "targets": F.one_hot(batch.labels, len(signature().diagnoses)).float(),
     }
     return lambda: train_batches(model, optimizer, [inputs], device, bf16)
 
@@ -220,7 +219,7 @@ def bare_loop(size: Size, device: Any, folder: Path) -> TakeStep:
             outputs = forward(network, batch)
         losses = [
             0.5 * (focal_loss(logits, batch.labels, "sigmoid").mean() + soft_f1_loss(logits, batch.labels, "sigmoid"))
-            for logits in outputs[:3]
+            for logits in outputs.heads
         ]
         (losses[0] + 0.3 * losses[1] + 0.3 * losses[2]).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -243,7 +242,6 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     from triderm_dist.monitoring.throughput import ThroughputMeter
     from triderm_dist.monitoring.tracking import Tracker
     from triderm_dist.optim import build_optimizer, build_scheduler
-    from triderm_dist.schema import DIAGNOSES
 
     batch, model = synthetic_batch(size, device), size.model(folder)
     config = model.train
@@ -255,7 +253,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     )
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
-    loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(device)
+    loss = CompoundLoss(config.loss, model.head, np.ones(len(signature().diagnoses))).to(device)
     guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(waited=0.0)
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, 0, guard)
     meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
@@ -279,6 +277,12 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     return take_step
 
 
+def signature() -> Any:
+    from triderm_dist.tasks import milk10k_task
+
+    return milk10k_task().signature(tuple(f"concept {number}" for number in range(CONCEPTS)))
+
+
 def our_network(size: Size, folder: Path) -> Any:
     import torch
 
@@ -286,13 +290,13 @@ def our_network(size: Size, folder: Path) -> Any:
 
     torch.manual_seed(0)
     model = size.model(folder)
-    return build_network(model, [f"concept {number}" for number in range(CONCEPTS)], build_towers(model.tower))
+    return build_network(model, signature(), build_towers(model.tower))
 
 
 def synthetic_batch(size: Size, device: Any) -> Any:
     import torch
 
-    from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, Batch
+    from triderm_dist.schema import Batch
 
     torch.manual_seed(0)
     lesions = size.batch
@@ -303,8 +307,8 @@ def synthetic_batch(size: Size, device: Any) -> Any:
         dermoscopic=dermoscopic,
         view_present=torch.ones(lesions, 2, dtype=torch.bool),
         concepts=torch.rand(lesions, CONCEPTS),
-        metadata=torch.zeros(lesions, len(METADATA_FIELDS)),
-        labels=torch.arange(lesions) % len(DIAGNOSES),
+        metadata=torch.zeros(lesions, len(signature().fields)),
+        labels=torch.arange(lesions) % len(signature().diagnoses),
         valid=torch.ones(lesions, dtype=torch.bool),
     ).to(device)
 
@@ -371,7 +375,7 @@ def from_shards(size: Size, device_type: str, seconds: float, workers: int) -> d
         accelerator = parallel.start(size.precision, size.batch, size.batch, 1.0)
         towers = build_towers(model.tower)
         source = PhotoSource(index, size.image, towers[0].mean, towers[0].std, model.train.augment)
-        network = build_network(model, index.concepts, towers).to(torch.device(device_type))
+        network = build_network(model, index.signature, towers).to(torch.device(device_type))
         return bench.measure(model, network, LoaderFactory(index, source, workers), accelerator, seconds)
 
 

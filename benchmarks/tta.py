@@ -62,7 +62,7 @@ def main(config: TtaRun) -> None:
         index = packed_demo(Path(folder), config)
         rows = np.arange(len(index))
         source = PhotoSource(index, towers[0].image_size, towers[0].mean, towers[0].std)
-        network = build_network(model, index.concepts, towers).to(accelerator.device).eval()
+        network = build_network(model, index.signature, towers).to(accelerator.device).eval()
         loaders = LoaderFactory(index, source)
         batches = [
             (step.micro_batches[0], step.rows) for step in loaders.sequential(rows, config.batch, accelerator.device)

@@ -15,6 +15,7 @@ from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups, lr_factor, parameter_groups
 from triderm_dist.schema import ConfigError
+from triderm_dist.tasks import milk10k_task
 
 
 def network(
@@ -27,7 +28,7 @@ def network(
             "freeze_clinical": clinical, "freeze_dermoscopic": dermoscopic,
         },
     })  # fmt: skip
-    return build_network(config, ("a", "b"), build_towers(config.tower))
+    return build_network(config, milk10k_task().signature(("a", "b")), build_towers(config.tower))
 
 
 def rates(net: Network, lr: float = 1.0, decay: float = 0.5) -> dict[str, tuple[float, float]]:

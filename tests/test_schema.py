@@ -37,7 +37,7 @@ from triderm_dist.schema import (
     add_field,
     one_line,
 )
-from triderm_dist.tasks import load_task
+from triderm_dist.tasks import load_task, milk10k_task
 
 DIAMETER = MetadataField("diameter", "diameter_mm", "number", low=1.0, high=30.0, unit="mm")
 ITCH = MetadataField("type", "itches", "category", ("no", "yes"), synonyms={"TRUE": "yes", "false": "no"})
@@ -130,7 +130,7 @@ def test_field_without_a_column_is_missing(added: None, make_challenge: Any) -> 
 def test_networks_use_every_field(added: None, kind: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig.model_validate({"kind": kind, "width": 32, "heads": 4})
-    network = build_network(config, ("hair",), TokenShape(4, 8)).eval()
+    network = build_network(config, milk10k_task().signature(("hair",)), TokenShape(4, 8)).eval()
     views, present, concepts = torch.randn(2, 1, 4, 8), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 1)
 
     def logits(**changes: float) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_networks_use_every_field(added: None, kind: str) -> None:
 def test_network_parameter_names_are_stable() -> None:
     """Checkpoints of earlier versions use these names."""
     config = ModelConfig.model_validate({"width": 32, "heads": 4})
-    names = build_network(config, ("hair",), TokenShape(4, 8)).state_dict()
+    names = build_network(config, milk10k_task().signature(("hair",)), TokenShape(4, 8)).state_dict()
     assert [name for name in names if name.startswith("semantic.")] == [
         "semantic.null",
         *(f"semantic.concepts.{part}" for part in ("name", "missing", "curve")),
@@ -181,7 +181,7 @@ def test_predictions_of_earlier_versions_have_the_fields_of_milk10k(tmp_path: Pa
 
 
 def test_attention_labels_have_values_with_units(added: None) -> None:
-    values = semantic_values((), np.empty(0), np.array([50, 1, 3, np.nan, 4.5, 0]))
+    values = semantic_values((), np.empty(0), tuple(METADATA_FIELDS.values()), np.array([50, 1, 3, np.nan, 4.5, 0]))
     assert values == {
         "age": "50 years",
         "sex": "male",

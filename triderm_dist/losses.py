@@ -110,7 +110,7 @@ class LossInputs:
 
     logits: (B, C) float32, with the logit adjustment of `train.loss`, and `EXCLUDED_LOGIT` outside `batch.class_mask`.
     batch: the lesions; `batch.labels` (B,) are all known.  outputs: all outputs of the network, for terms that compare
-    views or features.
+    views or features; the logits of a view that the task lacks are None.
     """
 
     logits: torch.Tensor
@@ -198,7 +198,7 @@ LOSS_TERMS: dict[str, type[LossTerm]] = {}
 
 
 class CompoundLoss(nn.Module):
-    """Weighted sum of terms, of the main head and, times `aux_weight`, of the two auxiliary heads.
+    """Weighted sum of terms, of the main head and, times `aux_weight`, of the auxiliary heads.
 
     Over a split batch it needs no differentiable collective. The loss is L = f(S), S the sums over all lesions of the
     global batch, S = sum of the parts' sums s. By the chain rule a parameter's gradient is the sum over parts of
@@ -221,9 +221,12 @@ class CompoundLoss(nn.Module):
 
     log_prior: torch.Tensor
 
-    def __init__(self, config: LossConfig, head: HeadKind, class_counts: Sequence[int] | np.ndarray) -> None:
+    def __init__(
+        self, config: LossConfig, head: HeadKind, class_counts: Sequence[int] | np.ndarray, heads: int = 3
+    ) -> None:
+        """class_counts: (C,) lesions of each diagnosis.  heads: of the network, the main one and one per view."""
         super().__init__()
-        self.config, self.head = config, head
+        self.config, self.head, self.heads = config, head, heads
         counts = torch.as_tensor(np.asarray(class_counts), dtype=torch.float32).clamp(min=1)
         self.register_buffer("log_prior", (counts / counts.sum()).log(), persistent=False)
         self.weights = {name: float(getattr(config, f"{name}_weight")) for name in BUILT_IN}
@@ -245,9 +248,9 @@ class CompoundLoss(nn.Module):
 
     def sums(self, outputs: Outputs, batch: Batch) -> Sums:
         """Return the sums of each term over the valid lesions of a part, with gradient."""
-        inputs = [LossInputs(self._adjusted(logits, batch), self.head, batch, outputs) for logits in outputs[:3]]
+        inputs = [LossInputs(self._adjusted(logits, batch), self.head, batch, outputs) for logits in outputs.heads]
         return {
-            name: torch.stack([_weighted_sum(term.per_lesion(each), batch) for each in inputs[: _heads(term)]])
+            name: torch.stack([_weighted_sum(term.per_lesion(each), batch) for each in inputs[: self._heads(term)]])
             for name, term in self._terms()
         }
 
@@ -256,7 +259,9 @@ class CompoundLoss(nn.Module):
         """Return df/dS of each term with a weight; sums: over the global batch, count: its valid lesions."""
         at, parts = {}, []
         for name, term in self._active():
-            at[name] = torch.zeros(_heads(term), device=self.log_prior.device) if term.is_mean else sums[name].detach()
+            at[name] = (
+                torch.zeros(self._heads(term), device=self.log_prior.device) if term.is_mean else sums[name].detach()
+            )
             main, *aux = self._of_heads(term, at[name].requires_grad_(), count)
             parts.append(self.weights[name] * (main + self.config.aux_weight * sum(aux)))
         return dict(zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True))
@@ -270,7 +275,7 @@ class CompoundLoss(nn.Module):
 
     @torch.no_grad()
     def values(self, sums: Sums, count: int) -> dict[str, float]:
-        """Return the loss and its parts as numbers: each term of the main head, and as aux the terms of the other two.
+        """Return the loss and its parts as numbers: each term of the main head, and as aux the terms of the others.
 
         sums, count: of the global batch. Waits for the device.
         """
@@ -285,6 +290,9 @@ class CompoundLoss(nn.Module):
 
     def _active(self) -> list[tuple[str, LossTerm]]:
         return [(name, term) for name, term in self._terms() if self.weights[name]]
+
+    def _heads(self, term: LossTerm) -> int:
+        return self.heads if term.each_head else 1
 
     def _of_heads(self, term: LossTerm, sums: torch.Tensor, count: int) -> list[torch.Tensor]:
         return [term.value(each, count) for each in sums.unbind(0)]
@@ -307,10 +315,6 @@ def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tens
         return kind(build(kind.Settings, settings), class_counts)
     except ConfigError as error:
         raise ConfigError(f"train.loss.terms.{name}.settings: {error}") from None
-
-
-def _heads(term: LossTerm) -> int:
-    return 3 if term.each_head else 1
 
 
 def _weighted_sum(rows: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -115,7 +115,7 @@ class MetadataField:
     column: str
     kind: Literal["number", "category", "ordinal"]
     categories: tuple[str, ...] = ()
-    synonyms: Mapping[str, str] = field(default_factory=dict)
+    synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
     low: float = 0.0
     high: float = 1.0
     full_scale: float | None = None
@@ -578,7 +578,8 @@ class Lesion:
 class Batch:
     """The input of a network for B lesions, on one device.
 
-    clinical, dermoscopic: (B, 3, H, W) normalized pixels, or (B, L, D) tokens of a frozen tower.
+    clinical, dermoscopic: (B, 3, H, W) normalized pixels, or (B, L, D) tokens of a frozen tower; (B, 0) where the task
+    lacks the view.
     view_present: (B, 2) bool, in the order of `VIEWS`; False where the photo is missing or dropped.
     concepts: (B, K) float, NaN where missing or dropped.  metadata: (B, M) float, NaN where missing.
     labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for padding rows.
@@ -608,10 +609,16 @@ class Batch:
 class Outputs(NamedTuple):
     """The output of a network: raw logits (B, C) of the main and of each view's head, pooled features (B, D).
 
-    A named tuple, since DDP, FSDP2, DeepSpeed and Accelerate search tuples for tensors.
+    aux_clinical, aux_dermoscopic: None where the task lacks the view. A named tuple, since DDP, FSDP2, DeepSpeed and
+    Accelerate search tuples for tensors.
     """
 
     logits: torch.Tensor
-    aux_clinical: torch.Tensor
-    aux_dermoscopic: torch.Tensor
+    aux_clinical: torch.Tensor | None
+    aux_dermoscopic: torch.Tensor | None
     features: torch.Tensor
+
+    @property
+    def heads(self) -> list[torch.Tensor]:
+        """The logits of all heads, the main one first."""
+        return [logits for logits in self[:3] if logits is not None]

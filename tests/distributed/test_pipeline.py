@@ -98,7 +98,7 @@ def test_hidden_view_equals_missing_photo(done, packed):
     seen, plain = (
         read_predictions(done / "tri" / "fold-0" / f"{name}.parquet") for name in ("without_clinical", "predictions")
     )
-    network = build_network(config.models["tri"], index.concepts, build_towers(config.models["tri"].tower))
+    network = build_network(config.models["tri"], index.signature, build_towers(config.models["tri"].tower))
     load_weights(done / "tri" / "fold-0" / "weights", network)
     names = index.lesion_ids.tolist()
     rows = np.array([names.index(name) for name in seen.lesion_ids])

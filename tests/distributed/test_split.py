@@ -1,23 +1,27 @@
 """An optimizer step is the same on 1, 2 and 4 ranks with 1, 2 and 4 micro-batches, and equals the plain formulas."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.processes import WORKERS, launch
+from tests.small_tasks import TASKS
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-from triderm_dist.data.shards.index import read_index
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.evaluate import forward
-from triderm_dist.losses import focal_loss, soft_f1_loss
+from triderm_dist.losses import HeadKind, focal_loss, soft_f1_loss
 from triderm_dist.models import build_network, build_towers
 
 from .workers.step_worker import EVALUATED, GLOBAL_BATCH, experiment
 
 WORKER = str(WORKERS / "step_worker.py")
+OTHER_TASKS = ("dermoscopic only", "clinical only", "no concepts", "no fields", "dermoscopic photos only")
 LAST = 6  # 100 lesions in batches of 16: the seventh has 4 lesions, so that some ranks have padding only
 
 
@@ -67,55 +71,76 @@ def sharded_cases() -> list[dict]:
     ] + [statistics_case(2) | {"name": "statistics-2-fsdp2"}]
 
 
+def task_cases(folder: Path) -> list[dict]:
+    """Cases for networks of other tasks than MILK10k, packed in FOLDER, on two ranks with accumulation."""
+    shared = {"head": "softmax", "batch": 0, "micro_batch": 4, "dropout": 0.0}
+    return [
+        {"name": f"{task}-{kind}", "shards": str(folder / task), "kind": kind, **shared}
+        for task in OTHER_TASKS
+        for kind in ("trimodal", "dual_cnn")
+    ]
+
+
 @pytest.fixture(scope="module")
-def steps(packed, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+def small_sets(tmp_path_factory) -> Path:
+    """A folder with packed sets of 20 synthetic lesions by the name of their task."""
+    folder = tmp_path_factory.mktemp("sets")
+    for task in OTHER_TASKS:
+        synthetic_shards(folder / task, 20, 40, TASKS[task])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def steps(packed, small_sets, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("steps")
     for world in (1, 2, 4):
-        launch(WORKER, str(packed), str(folder), json.dumps(cases_of(world)), ranks=world)
+        cases = [*(task_cases(small_sets) if world == 2 else []), *cases_of(world)]
+        launch(WORKER, str(packed), str(folder), json.dumps(cases), ranks=world)
     sharded = json.dumps(sharded_cases())
     launch(WORKER, str(packed), str(folder), sharded, ranks=2, config="accelerate_configs/fsdp2.yaml")
     return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
 
+def reference(index: ShardIndex, head: HeadKind, number: int, kind: str = "trimodal") -> dict[str, torch.Tensor]:
+    """Return loss and gradients of a global batch: one process, one batch without splitting or padding, losses from the
+    formulas by autograd.
+    """
+    model = experiment(head, GLOBAL_BATCH, 0.0, "exact", kind=kind).models["tri"]
+    torch.manual_seed(0)
+    network = build_network(model, index.signature, build_towers(model.tower, index.signature.views)).train()
+    tower = build_towers(model.tower)[0]
+    source = PhotoSource(index, tower.image_size, tower.mean, tower.std)
+    plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
+    (step,) = Loader(
+        index,
+        source,
+        [list(plan.batches(0, 1, GLOBAL_BATCH))[number]],
+        micro_batch=GLOBAL_BATCH,
+        device=torch.device("cpu"),
+        augment=AugmentConfig(),
+    )
+    batch, keep = step.micro_batches[0], slice(0, step.count)
+    outputs = network(
+        batch.clinical[keep],
+        batch.dermoscopic[keep],
+        batch.view_present[keep],
+        batch.concepts[keep],
+        batch.metadata[keep],
+    )
+    labels, total = batch.labels[keep], torch.zeros(())
+    for weight, logits in zip((1.0, 0.3, 0.3), outputs.heads, strict=False):
+        part = 0.5 * focal_loss(logits, labels, head).mean() + 0.5 * soft_f1_loss(logits, labels, head)
+        total = total + weight * part
+    total.backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    return {**gradients, "loss": total.detach().double()}
+
+
 @pytest.fixture(scope="module")
 def references(packed) -> dict[str, dict[str, torch.Tensor]]:
-    """Reference results: one process, one batch without splitting or padding, losses from the formulas by autograd."""
     index = read_index(packed)
-    result = {}
-    for head in ("softmax", "sigmoid"):
-        model = experiment(head, GLOBAL_BATCH, 0.0, "exact").models["tri"]
-        torch.manual_seed(0)
-        network = build_network(model, index.concepts, build_towers(model.tower))
-        tower = build_towers(model.tower)[0]
-        source = PhotoSource(index, tower.image_size, tower.mean, tower.std)
-        plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
-        for number in (0, LAST):
-            (step,) = Loader(
-                index,
-                source,
-                [list(plan.batches(0, 1, GLOBAL_BATCH))[number]],
-                micro_batch=GLOBAL_BATCH,
-                device=torch.device("cpu"),
-                augment=AugmentConfig(),
-            )
-            batch, keep = step.micro_batches[0], slice(0, step.count)
-            network.train()
-            network.zero_grad()
-            outputs = network(
-                batch.clinical[keep],
-                batch.dermoscopic[keep],
-                batch.view_present[keep],
-                batch.concepts[keep],
-                batch.metadata[keep],
-            )
-            labels, total = batch.labels[keep], torch.zeros(())
-            for weight, logits in zip((1.0, 0.3, 0.3), outputs[:3], strict=True):
-                part = 0.5 * focal_loss(logits, labels, head).mean() + 0.5 * soft_f1_loss(logits, labels, head)
-                total = total + weight * part
-            total.backward()
-            gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-            result[f"{head}-{number}"] = {**gradients, "loss": total.detach().double()}
-    return result
+    heads: tuple[HeadKind, ...] = ("softmax", "sigmoid")
+    return {f"{head}-{number}": reference(index, head, number) for head in heads for number in (0, LAST)}
 
 
 def assert_same_step(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -139,6 +164,13 @@ def test_split_step_equals_the_reference_step(steps, references, name):
     assert_same_step(steps[name], references[f"{head}-{batch}"])
 
 
+@pytest.mark.parametrize("kind", ["trimodal", "dual_cnn"])
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_split_step_of_a_smaller_network_equals_the_reference_step(steps, small_sets, task, kind):
+    index = read_index(small_sets / task)
+    assert_same_step(steps[f"{task}-{kind}"], reference(index, "softmax", 0, kind))
+
+
 def test_dropout_is_independent_of_the_world_size(steps):
     for world in (2, 4):
         assert_same_step(steps[f"dropout-{world}"], steps["dropout-1"])
@@ -151,7 +183,7 @@ def statistics(packed) -> dict[str, torch.Tensor]:
     index = read_index(packed)
     model = experiment("softmax", 4, 0.0, tower="test_efficientnet").models["tri"]
     torch.manual_seed(0)
-    network = build_network(model, index.concepts, build_towers(model.tower)).train()
+    network = build_network(model, index.signature, build_towers(model.tower)).train()
     tower = build_towers(model.tower)[0]
     source = PhotoSource(index, tower.image_size, tower.mean, tower.std)
     plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)

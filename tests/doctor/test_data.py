@@ -12,6 +12,9 @@ from triderm_dist.doctor.findings import GIB
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.memory_estimate import network_without_weights
+from triderm_dist.tasks import milk10k_task
+
+SIGNATURE = milk10k_task().signature(())
 
 
 def test_packed_shards_are_counted_and_damage_is_reported(make_challenge, tmp_path):
@@ -63,11 +66,11 @@ def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tm
 def test_required_reading_speed_follows_from_counted_flops():
     experiment = load(Experiment, None, [*SMALL, "models.a.tower.image_size=64"])
     gpu = Gpu("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
-    need = _need(experiment, "a", [gpu])
-    flops = training_flops(network_without_weights(experiment.models["a"])[0])
+    need = _need(experiment, SIGNATURE, "a", [gpu])
+    flops = training_flops(network_without_weights(experiment.models["a"], SIGNATURE)[0])
     # Fusion takes most of the FLOPs with this small tower, hence the MFU of a transformer.
     assert need.lesions_per_s == pytest.approx(0.4 * 989e12 / flops)
     assert "an assumed MFU of 40% of 989 TFLOP/s" in need.source
     convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]
-    assert "MFU of 5%" in _need(load(Experiment, None, convolutions), "a", [gpu]).source
-    assert _need(experiment, "a", []) is None
+    assert "MFU of 5%" in _need(load(Experiment, None, convolutions), SIGNATURE, "a", [gpu]).source
+    assert _need(experiment, SIGNATURE, "a", []) is None

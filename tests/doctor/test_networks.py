@@ -10,6 +10,9 @@ from triderm_dist.doctor.networks import CONTEXT, USABLE
 from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 from triderm_dist.schema import InputError
+from triderm_dist.tasks import milk10k_task
+
+SIGNATURE = milk10k_task().signature(())
 
 
 def test_indivisible_batch_is_refused_and_a_divisible_one_suggested(tmp_path):
@@ -54,7 +57,7 @@ def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
         return next(each for each in findings if each.name == "a: memory")
 
     assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
-    need = estimate_model_memory(experiment.models["a"], half=True)[0]
+    need = estimate_model_memory(experiment.models["a"], SIGNATURE, half=True)[0]
     tight = memory((need.total(50) / GIB + CONTEXT) / USABLE)
     assert tight.state == "warning" and "more than a GPU" in tight.text
     assert "train.micro_batch=32" in tight.advice

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -13,13 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, ConfigError
+from triderm_dist.tasks import milk10k_task
 
 CONCEPTS = ("clinical/hair", "dermoscopic/hair", "dermoscopic/veil")
+SIGNATURE = milk10k_task().signature(CONCEPTS)
 KINDS = ("trimodal", "dual_cnn")
 ALL = ("clinical", "dermoscopic", "concepts", "metadata")
 
@@ -39,7 +44,7 @@ def config(kind: str, tower: str = "test_vit", **settings: Any) -> ModelConfig:
 def network_of(kind: str, tower: str = "test_vit", **settings: Any) -> Network:
     torch.manual_seed(0)
     c = config(kind, tower, **settings)
-    return build_network(c, CONCEPTS, build_towers(c.tower))
+    return build_network(c, SIGNATURE, build_towers(c.tower))
 
 
 def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
@@ -56,7 +61,7 @@ def batch(size: int = 4, shape: tuple[int, ...] = (3, 64, 64)) -> list[Tensor]:
 
 def total(outputs: tuple[Tensor, ...]) -> Tensor:
     """Return a loss over all heads, like the compound loss."""
-    return sum((o.square().sum() for o in outputs[:3]), torch.zeros(()))
+    return sum((o.square().sum() for o in outputs.heads), torch.zeros(()))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_networks_are_imported_lazily() -> None:
 def test_shapes_and_a_gradient_for_every_trained_parameter(kind: str, tower: str, shared: bool) -> None:
     network = network_of(kind, tower, tower_settings={"shared": shared}).train()
     outputs = network(*batch())
-    for logits in outputs[:3]:
+    for logits in outputs.heads:
         assert logits.shape == (4, len(DIAGNOSES)) and logits.dtype == torch.float32
     assert outputs.features.shape == (4, 32)
     total(outputs).backward()
@@ -108,6 +113,115 @@ def test_unused_modalities_have_no_effect_and_no_parameters(kind: str, use: tupl
         changed[position] = torch.rand_like(inputs[position]).round()
         same = torch.equal(network(*changed).logits, first.logits)
         assert same == (modality not in use), modality
+
+
+STATE_NAMES = {
+    "trimodal": "d65f9b874b2bf717",
+    "dual_cnn": "b2694a82886138d3",
+    "trimodal without clinical": "1319890b035357e9",
+    "trimodal without photos": "973934e904ce606d",
+    "trimodal without a table": "f7a487c9a3fad7b4",
+    "dual_cnn without dermoscopic": "e1940c77e8187dd3",
+    "dual_cnn without a table": "1a545bcd92635928",
+    "trimodal of two alignments": "00a499fbee18eee6",
+    "trimodal of gating": "97e72eba1d974baa",
+    "trimodal with a shared tower": "c7ddfb1bfc7a9a0c",
+}
+"""SHA-256 of the names and shapes of all tensors at commit 977cc2e, before networks knew tasks."""
+STATE_SETTINGS: dict[str, dict[str, Any]] = {
+    "trimodal without clinical": {"use": ALL[1:]},
+    "trimodal without photos": {"use": ALL[2:]},
+    "trimodal without a table": {"use": ALL[:2]},
+    "dual_cnn without dermoscopic": {"use": (ALL[0], *ALL[2:])},
+    "dual_cnn without a table": {"use": ALL[:2]},
+    "trimodal of two alignments": {"fusion": ["view_alignment"], "depth": 2},
+    "trimodal of gating": {"fusion": ["semantic_gating"]},
+    "trimodal with a shared tower": {"tower_settings": {"shared": True}},
+}
+
+
+@pytest.mark.parametrize("name", STATE_NAMES)
+def test_checkpoints_of_earlier_versions_fit(name: str) -> None:
+    c = config(name.split()[0], **STATE_SETTINGS.get(name, {}))
+    signature = milk10k_task().signature(("clinical/a", "dermoscopic/a"))
+    state = build_network(c, signature, build_towers(c.tower)).state_dict()
+    names = json.dumps([[key, list(tensor.shape)] for key, tensor in state.items()])
+    assert hashlib.sha256(names.encode()).hexdigest()[:16] == STATE_NAMES[name]
+
+
+NOT_BUILT = {
+    "dermoscopic only": r"(towers|views|view_norms|aux_norms|aux_heads)\.clinical\.|.*\.view_alignment\.",
+    "clinical only": r"(towers|views|view_norms|aux_norms|aux_heads)\.dermoscopic\.|.*\.view_alignment\.",
+    "no concepts": r"semantic\.concepts\.",
+    "no fields": r"semantic\.(age|categories)\.",
+    "photos only": r"semantic\.|.*\.semantic_gating\.|table\.",
+    "dermoscopic photos only": r"(towers|views|view_norms|aux_norms|aux_heads)\.clinical\.|fusion\..\.(view|sem)"
+    r"|semantic\.|table\.",
+}
+"""Names of the tensors that a network of both kinds lacks for a task, compared with one for a task with everything."""
+
+
+def small_network(kind: str, task: str, **settings: Any) -> Network:
+    torch.manual_seed(0)
+    c, signature = config(kind, **settings), TASKS[task].signature(TASKS[task].concepts.names)
+    return build_network(c, signature, build_towers(c.tower, signature.views))
+
+
+def small_batch(network: Network, size: int = 4) -> list[Tensor]:
+    """Return the inputs of a network; (B, 0) for a view that the task lacks."""
+    torch.manual_seed(1)
+    signature, photos = network.signature, torch.randn(2, size, 3, 64, 64)
+    views = [
+        pixels if view in signature.views else torch.zeros(size, 0) for view, pixels in zip(VIEWS, photos, strict=True)
+    ]
+    present = torch.tensor([view in signature.views for view in VIEWS]).repeat(size, 1)
+    metadata = torch.tensor([[30.0, 1.0]])[:, : len(signature.fields)].repeat(size, 1)
+    return [*views, present, torch.rand(size, len(signature.concepts)), metadata]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", NOT_BUILT)
+def test_parts_without_input_are_not_built(kind: str, task: str) -> None:
+    complete, network = small_network(kind, "everything"), small_network(kind, task)
+    assert set(network.state_dict()) == {name for name in complete.state_dict() if not re.match(NOT_BUILT[task], name)}
+    smaller, larger = (sum(parameter.numel() for parameter in each.parameters()) for each in (network, complete))
+    assert smaller < larger and network.left_out() and not complete.left_out()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_parameter_of_a_smaller_network_gets_a_gradient(kind: str, task: str, shared: bool) -> None:
+    network = small_network(kind, task, tower_settings={"shared": shared}).train()
+    outputs = network(*small_batch(network))
+    absent = [view for view in VIEWS if view not in network.signature.views]
+    assert [view for view in VIEWS if getattr(outputs, f"aux_{view}") is None] == absent
+    assert len(outputs.heads) == 3 - len(absent) and all(logits.shape == (4, 3) for logits in outputs.heads)
+    total(outputs).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+    if kind == "trimodal":
+        attention = network.eval().attention(*small_batch(network))
+        expected = [
+            "dermoscopic" not in absent,
+            bool(network.signature.views[0] == "clinical"),
+            bool(network.signature.concepts or network.signature.fields),
+        ]
+        assert [part is not None for part in attention] == expected
+        assert all(torch.allclose(part.sum(1), torch.ones(4)) for part in attention if part is not None)
+
+
+def test_tower_of_a_single_view_is_frozen_as_set_for_it() -> None:
+    towers = build_towers(config("trimodal").tower, ("dermoscopic",))
+    assert [tower.frozen_blocks for tower in towers] == [1]
+    assert [tower.frozen_blocks for tower in build_towers(config("trimodal").tower, ("clinical",))] == [2]
+
+
+@pytest.mark.parametrize("use", [("clinical",), ("concepts", "metadata"), ()])
+def test_network_without_input_is_refused(use: tuple[str, ...]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"models.NAME.use: the network would have no input; the task has dermoscopic"
+    ):
+        small_network("trimodal", "dermoscopic photos only", use=use)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,9 +272,9 @@ def test_lesions_of_a_batch_are_independent(kind: str) -> None:
 def test_cached_tokens_give_the_same_outputs_as_pixels(kind: str) -> None:
     c = config(kind, tower_settings={"frozen": True})
     towers = build_towers(c.tower)
-    with_towers = build_network(c, CONCEPTS, towers).eval()
+    with_towers = build_network(c, SIGNATURE, towers).eval()
     shape = TokenShape(towers[0].num_tokens, towers[0].width)
-    on_tokens = build_network(c, CONCEPTS, shape).eval()
+    on_tokens = build_network(c, SIGNATURE, shape).eval()
     assert not any(name.startswith("towers.") for name in on_tokens.state_dict())
     on_tokens.load_state_dict({k: v for k, v in with_towers.state_dict().items() if not k.startswith("towers.")})
     inputs = batch()
@@ -223,7 +337,7 @@ def test_networks_learn_from_each_modality(kind: str, signal: str) -> None:
     """A network on tokens generalizes to held-out lesions of four diagnoses that only one modality separates."""
     torch.manual_seed(0)
     shape = TokenShape(4, 8)
-    network = build_network(config(kind, dropout=0.0), CONCEPTS, shape)
+    network = build_network(config(kind, dropout=0.0), SIGNATURE, shape)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     patterns = torch.randn(4, 4, 8)
 

@@ -10,16 +10,16 @@ from triderm_dist.models.concepts import NumericTokens
 from triderm_dist.models.fusion import CrossAttention
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.monitoring.flops import Budget, budget, named_peak, training_flops
-from triderm_dist.schema import METADATA_FIELDS
+from triderm_dist.tasks import milk10k_task
 
-CONCEPTS = tuple("abcde")
+SIGNATURE = milk10k_task().signature(tuple("abcde"))
 
 
 def network_of(kind: str = "trimodal", tower: TokenShape | None = None, source: str = "timm:test_vit", **settings):
     config = ModelConfig(
         kind=kind, width=32, heads=2, tower=TowerConfig(source=source, pretrained=False, image_size=32, **settings)
     )
-    return build_network(config, CONCEPTS, tower or build_towers(config.tower))
+    return build_network(config, SIGNATURE, tower or build_towers(config.tower))
 
 
 def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
@@ -59,8 +59,8 @@ def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
             image,
             image,
             torch.ones(lesions, 2, dtype=torch.bool),
-            torch.rand(lesions, len(CONCEPTS)),
-            torch.zeros(lesions, len(METADATA_FIELDS)),
+            torch.rand(lesions, len(SIGNATURE.concepts)),
+            torch.zeros(lesions, len(SIGNATURE.fields)),
         )
     for handle in handles:
         handle.remove()

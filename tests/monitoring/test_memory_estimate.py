@@ -18,6 +18,9 @@ from triderm_dist.monitoring.memory_estimate import (
     estimate_model_memory,
     network_without_weights,
 )
+from triderm_dist.tasks import milk10k_task
+
+SIGNATURE = milk10k_task().signature(("a", "b"))
 
 
 def model(**settings: object) -> ModelConfig:
@@ -27,7 +30,7 @@ def model(**settings: object) -> ModelConfig:
 
 
 def network_of(config: ModelConfig) -> Network:
-    return build_network(config, ("a", "b"), build_towers(config.tower))
+    return build_network(config, SIGNATURE, build_towers(config.tower))
 
 
 def test_memory_estimate_equals_a_real_step() -> None:
@@ -36,7 +39,7 @@ def test_memory_estimate_equals_a_real_step() -> None:
     inputs = example_inputs(network, 4)
     with _LiveBytes([*network.parameters(), *network.buffers()]) as live:
         outputs = network(*inputs)
-        torch.stack([logits.float().sum() for logits in outputs[:3]]).sum().backward()
+        torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
     assert expected == pytest.approx(live.peak, rel=0.02)
 
 
@@ -61,7 +64,7 @@ def test_largest_micro_batch_is_the_last_that_fits() -> None:
 
 def test_frozen_tower_is_not_counted() -> None:
     frozen = model(tower={"source": "timm:test_efficientnet", "frozen": True})
-    need, note = estimate_model_memory(frozen, False)
+    need, note = estimate_model_memory(frozen, SIGNATURE, False)
     assert note == "" and need.parameters < 4 * 200_000
 
 
@@ -74,5 +77,5 @@ def test_frozen_tower_is_not_counted() -> None:
     ],
 )
 def test_remote_tower_is_estimated_as_a_vit(source: str, note: str) -> None:
-    network, found = network_without_weights(model(tower={"source": source}))
+    network, found = network_without_weights(model(tower={"source": source}), SIGNATURE)
     assert found == note and network.token_shape == TokenShape(16, {"L": 1024, "B": 768}[note[15]])

@@ -20,9 +20,11 @@ from triderm_dist.models import build_network, build_towers
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.startup_report import parameters_by_part, report
+from triderm_dist.tasks import milk10k_task
 
 TOWER = TowerConfig(source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=1, freeze_dermoscopic=0)
 LOG_EVERY = 4
+SIGNATURE = milk10k_task().signature(("a",))
 
 
 def settings(**train_settings) -> ModelConfig:
@@ -31,7 +33,7 @@ def settings(**train_settings) -> ModelConfig:
 
 def test_parameter_counts_by_part_cover_every_parameter_once():
     model = settings()
-    network = build_network(model, ["a"], build_towers(model.tower))
+    network = build_network(model, SIGNATURE, build_towers(model.tower))
     counts = parameters_by_part(network)
     assert sum(map(sum, counts.values())) == sum(parameter.numel() for parameter in network.parameters())
     frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
@@ -41,7 +43,7 @@ def test_parameter_counts_by_part_cover_every_parameter_once():
 
 def test_report_lists_disabled_options():
     model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
-    network = build_network(model, ["a"], build_towers(model.tower))
+    network = build_network(model, SIGNATURE, build_towers(model.tower))
     text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 943), [40, 41], None)
     for expected in (
         "single, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
@@ -92,7 +94,7 @@ def run(tmp_path_factory):
     )
     accelerator = Accelerator(cpu=True)
     views = open_views(Experiment(), model, index, accelerator, train=True)
-    network = build_network(model, index.concepts, build_towers(model.tower))
+    network = build_network(model, index.signature, build_towers(model.tower))
     flops = training_flops(network)
     rows, reads = np.arange(56), []
     data = TrainingData(views.loaders, rows, np.arange(56, 64))

@@ -42,7 +42,7 @@ TASK_LESIONS = 8
 
 @dataclass
 class Fetched:
-    """Host tensors (B, ...) of both views, which are filled when the jobs are done.
+    """Host tensors (B, ...) of the views, which are filled when the jobs are done.
 
     memory: the source's own record of where they are.
     """
@@ -53,7 +53,7 @@ class Fetched:
 
 
 class ViewSource(Protocol):
-    """The source of the two views of a lesion: photos in shards, or cached tokens of a frozen tower."""
+    """The source of the task's views of a lesion: photos in shards, or cached tokens of a frozen tower."""
 
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Prepare for reads of rows (n,) by all ranks in this order, `batch` rows per step; row -1 is not read here.
@@ -64,8 +64,8 @@ class ViewSource(Protocol):
     def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
         """Start to read the views of rows (B,)."""
 
-    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
-        """Return the network's input on the device, and release the host tensors for reuse."""
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
+        """Return the network's input on the device by view, and release the host tensors for reuse."""
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         """Return the batch of these index rows (B,), loaded without augmentation, under one of the 8 transforms of the
@@ -86,8 +86,10 @@ class PhotoSource:
         mean: Sequence[float],
         std: Sequence[float],
         augment: AugmentConfig | None = None,
+        views: Sequence[str] | None = None,
     ) -> None:
-        self.index, self.mean, self.std = index, mean, std
+        """views: to read, a black photo where the set has none; default those of its task."""
+        self.index, self.views, self.mean, self.std = index, views or index.signature.views, mean, std
         self.transform = PhotoTransform(image_size, augment or AugmentConfig())
         self.shards = RemoteShards(index) if index.remote else FolderShards(index)
         self._free: list[_Buffers] = []
@@ -104,37 +106,38 @@ class PhotoSource:
         if len(rows) > self._lesions:
             self._lesions = len(rows)
             self._free.clear()
-        buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, self.index.canvas)
+        buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, len(self.views), self.index.canvas)
         buffers.wait()
         views = [view[: len(rows)] for view in buffers.views]
         arrays = [view.numpy() for view in views]
         index = self.index
         # Converted to Python numbers once for all rows: the decoding threads should do little under the GIL.
-        columns = [column[rows].tolist() for column in (index.shard, index.offsets, index.sizes)]
-        locations = list(zip(*columns, strict=True))
+        at = [VIEWS.index(view) for view in self.views]
+        columns = (index.shard[rows], index.offsets[rows][:, at], index.sizes[rows][:, at])
+        locations = list(zip(*(column.tolist() for column in columns), strict=True))
         jobs = []
         for start in range(0, len(rows), TASK_LESIONS):
             part = slice(start, start + TASK_LESIONS)
             jobs.append(pool.submit(self._read, rows[part], locations[part], [array[part] for array in arrays]))
         return Fetched(views, jobs, buffers)
 
-    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         photos = [view.to(device, non_blocking=True) for view in fetched.views]
-        pixels = []
-        for name, photo in zip(VIEWS, photos, strict=True):
+        pixels = {}
+        for name, photo in zip(self.views, photos, strict=True):
             crops = self.transform(photo, name, rng)
-            pixels.append(normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std))
+            pixels[name] = normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
         self.release(fetched, device)
         return pixels
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
             return batch
-        clinical, dermoscopic = (
-            dihedral(pixels, transform).contiguous(memory_format=torch.channels_last)
-            for pixels in (batch.clinical, batch.dermoscopic)
-        )
-        return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
+        pixels = {
+            view: dihedral(getattr(batch, view), transform).contiguous(memory_format=torch.channels_last)
+            for view in self.views
+        }
+        return replace(batch, **pixels)
 
     def release(self, fetched: Fetched, device: torch.device) -> None:
         """Reuse the host tensors of `fetch`, as soon as the copies that the device has been asked for are done."""
@@ -146,9 +149,9 @@ class PhotoSource:
     def _read(
         self, rows: np.ndarray, locations: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]
     ) -> None:
-        """Decode the photos of both views into `arrays`; a missing view becomes black."""
+        """Decode the photos of the views into `arrays`; a missing view becomes black."""
         for i, (shard, offsets, sizes) in enumerate(locations):
-            for view, (offset, size, array) in enumerate(zip(offsets, sizes, arrays, strict=True)):
+            for view, offset, size, array in zip(self.views, offsets, sizes, arrays, strict=True):
                 if size:
                     _decode_into(array[i], self.shards.read(shard, offset, size), self.index, int(rows[i]), view)
                 else:
@@ -157,7 +160,7 @@ class PhotoSource:
 
 @dataclass
 class _Buffers:
-    """Host tensors of both views (B, H, W, 3) uint8, pinned if there is a GPU, and the end of the copy that still reads
+    """Host tensors of the views (B, H, W, 3) uint8, pinned if there is a GPU, and the end of the copy that still reads
     them.
     """
 
@@ -165,10 +168,10 @@ class _Buffers:
     copied: torch.cuda.Event | None = None
 
     @classmethod
-    def new(cls, lesions: int, canvas: tuple[int, int]) -> _Buffers:
+    def new(cls, lesions: int, views: int, canvas: tuple[int, int]) -> _Buffers:
         pin = torch.cuda.is_available()
         width, height = canvas
-        return cls([torch.empty((lesions, height, width, 3), dtype=torch.uint8, pin_memory=pin) for _ in VIEWS])
+        return cls([torch.empty((lesions, height, width, 3), dtype=torch.uint8, pin_memory=pin) for _ in range(views)])
 
     def wait(self) -> None:
         if self.copied:
@@ -178,19 +181,23 @@ class _Buffers:
 class TokenSource:
     """Tokens (B, L, D) of a frozen tower. An rng picks one of the cached `variants` for each lesion and view;
     `transforms` are the cached versions under the transforms of the dihedral group, the plain one first.
+
+    views: names of the cache's views, in its order.
     """
 
-    def __init__(self, cache: TokenCache, variants: Sequence[str], transforms: Sequence[str]) -> None:
-        self.cache, self.variants, self.transforms = cache, variants, transforms
+    def __init__(
+        self, cache: TokenCache, variants: Sequence[str], transforms: Sequence[str], views: Sequence[str] = VIEWS
+    ) -> None:
+        self.cache, self.variants, self.transforms, self.views = cache, variants, transforms, views
 
     @contextlib.contextmanager
     def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: None
 
     def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
-        buffers = [self._buffer(rows) for _ in VIEWS]
+        buffers = [self._buffer(rows) for _ in self.views]
         jobs = []
-        for v, name in enumerate(VIEWS):
+        for v, name in enumerate(self.views):
             if rng is None:
                 chosen = [self.transforms[0]] * len(rows)
             else:
@@ -199,17 +206,17 @@ class TokenSource:
             jobs.append(pool.submit(self.cache.read, rows, v, chosen, buffers[v].numpy()))
         return Fetched(buffers, jobs)
 
-    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
-        return [tokens.to(device, non_blocking=True).float() for tokens in fetched.views]
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
+        on_device = [tokens.to(device, non_blocking=True).float() for tokens in fetched.views]
+        return dict(zip(self.views, on_device, strict=True))
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
             return batch
-        views = [self._buffer(rows) for _ in VIEWS]
+        views = [self._buffer(rows) for _ in self.views]
         for v, tokens in enumerate(views):
             self.cache.read(rows, v, [self.transforms[transform]] * len(rows), tokens.numpy())
-        clinical, dermoscopic = self.finish(Fetched(views, []), batch.labels.device, None)
-        return replace(batch, clinical=clinical, dermoscopic=dermoscopic)
+        return replace(batch, **self.finish(Fetched(views, []), batch.labels.device, None))
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
         return torch.empty((len(rows), *self.cache.shape), dtype=torch.float16)
@@ -301,13 +308,11 @@ class Loader:
         present, concepts = inputs.view_present, inputs.concepts
         if self.augment and part.rng:
             present, concepts = drop_inputs(part.rng, self.augment, present, concepts)
-        clinical, dermoscopic = self.source.finish(fetched, self.device, part.rng)
-
+        absent = {view: torch.empty((len(part.rows), 0), device=self.device) for view in VIEWS}
         move = partial(to_device, device=self.device)
         return Batch(
             lesion_ids=inputs.lesion_ids,
-            clinical=clinical,
-            dermoscopic=dermoscopic,
+            **{**absent, **self.source.finish(fetched, self.device, part.rng)},
             view_present=move(present),
             concepts=move(concepts),
             metadata=move(inputs.metadata),
@@ -380,7 +385,7 @@ class _Pending:
     fetched: Fetched | None = None
 
 
-def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: int) -> None:
+def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: str) -> None:
     """Decode a photo into `out` (H, W, 3), without a copy where the photo has that size."""
     import simplejpeg
 
@@ -391,7 +396,7 @@ def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view
             out[:] = fit_to_canvas(simplejpeg.decode_jpeg(data, "RGB"), *out.shape[:2])
     except ValueError as error:
         raise DataError(
-            f"{index.path(int(index.shard[row]))}: the {VIEWS[view]} photo of lesion {index.lesion_ids[row]} does not "
+            f"{index.path(int(index.shard[row]))}: the {view} photo of lesion {index.lesion_ids[row]} does not "
             f"decode ({error}); run triderm verify, then pack again"
         ) from None
 

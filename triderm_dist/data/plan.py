@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from triderm_dist.schema import DIAGNOSES, ConfigError
+from triderm_dist.schema import ConfigError
 
 if TYPE_CHECKING:
     from triderm_dist.data.lesions import Lesions
@@ -235,7 +235,7 @@ def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> np
 
 
 def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:
-    """Return max(1, (threshold / share) ** power) for each diagnosis, (C,) float; 1 for one without samples."""
-    counts = np.bincount(labels[labels >= 0], minlength=len(DIAGNOSES))
+    """Return max(1, (threshold / share) ** power) for each diagnosis up to the largest label; 1 without samples."""
+    counts = np.bincount(labels[labels >= 0])
     share = counts / max(counts.sum(), 1)
     return np.maximum(1.0, (threshold / np.where(counts > 0, share, threshold)) ** power)

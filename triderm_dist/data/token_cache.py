@@ -44,7 +44,7 @@ class TokenCache:
         return [(version, chunk) for version in versions for chunk in self.chunks if not self.has(version, chunk)]
 
     def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
-        """Store the tokens (n, 2 views, L, D) of a chunk as float16."""
+        """Store the tokens (n, views, L, D) of a chunk as float16."""
         with atomic_path(self._path(version, chunk)) as temporary, temporary.open("wb") as file:
             np.save(file, tokens.astype(np.float16, copy=False))
 

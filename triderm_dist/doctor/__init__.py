@@ -18,12 +18,13 @@ from pathlib import Path
 from triderm_dist.config import Experiment
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.advice import suggest
-from triderm_dist.doctor.data import data_findings
+from triderm_dist.doctor.data import data_findings, open_shards
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.launcher import Launcher, launcher_findings
 from triderm_dist.doctor.machine import find_gpus, machine_findings
 from triderm_dist.doctor.networks import network_findings
 from triderm_dist.doctor.software import nccl, versions
+from triderm_dist.tasks import milk10k_task
 
 
 def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
@@ -53,9 +54,12 @@ def examine(
     sections = host_findings(experiment, launcher)
     if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
         sections["launcher"] = found  # under a launcher its port is in use
+    packed = open_shards(experiment.train_shards, experiment.data)
+    # Before packing, the names of the concepts are not known; what they add to the estimates is small.
+    signature = milk10k_task().signature(()) if isinstance(packed, str) else packed.signature
     sections["experiment"] = network_findings(
-        experiment, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
+        experiment, signature, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
     )
-    sections["data"] = data_findings(experiment, gpus, ranks)
+    sections["data"] = data_findings(experiment, packed, gpus, ranks)
     sections["recommended"] = suggest(gpus)
     return sections

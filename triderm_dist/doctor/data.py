@@ -14,7 +14,7 @@ from triderm_dist.config import DataConfig, Experiment
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import Finding, imported
 from triderm_dist.doctor.machine import Gpu
-from triderm_dist.schema import DataError, InputError
+from triderm_dist.schema import DataError, InputError, Signature
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,9 +29,11 @@ mostly convolutions. triderm bench measures it.
 """
 
 
-def data_findings(experiment: Experiment, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
-    """Check the training set, the speed of reading it against what a rank needs, and the test set."""
-    packed = open_shards(experiment.train_shards, experiment.data)
+def data_findings(experiment: Experiment, packed: ShardIndex | str, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
+    """Check the training set, the speed of reading it against what a rank needs, and the test set.
+
+    packed: the training set, as `open_shards` returns it.
+    """
     found = [_training_data(experiment, packed)]
     if not isinstance(packed, str) and len(packed):
         found.append(_reading(experiment, packed, gpus, ranks))
@@ -126,7 +128,7 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
         return Finding("reading", f"not measured without {error.name}")
     if all(model.tower.frozen for model in experiment.models.values()):
         return Finding("reading", f"{speed:,.0f} lesions/s; frozen towers read each photo once, then cached tokens")
-    needs = [need for name in experiment.models if (need := _need(experiment, name, gpus))]
+    needs = [need for name in experiment.models if (need := _need(experiment, index.signature, name, gpus))]
     largest = max(needs, key=lambda need: need.lesions_per_s, default=None)
     return reading_finding(speed, experiment.data.workers, largest, max(1, min(ranks, len(gpus))), available_cores())
 
@@ -176,7 +178,7 @@ def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, c
     return Finding("reading", f"{text}: the GPU will wait for data", "warning", advice)
 
 
-def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None:
+def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequence[Gpu]) -> Need | None:
     """Estimate the need of a model; None with a frozen tower, and where no peak FLOP/s is known."""
     model = experiment.models[name]
     if model.tower.frozen or imported("torch") is None or imported("timm") is None:
@@ -189,7 +191,7 @@ def _need(experiment: Experiment, name: str, gpus: Sequence[Gpu]) -> Need | None
     if peak is None:
         return None
     try:
-        network, _ = network_without_weights(model)
+        network, _ = network_without_weights(model, signature)
     except InputError:
         return None
     flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU

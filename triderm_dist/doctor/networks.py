@@ -8,13 +8,15 @@ from urllib.parse import urlsplit
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.doctor.findings import GIB, Finding, imported
-from triderm_dist.schema import InputError
+from triderm_dist.schema import InputError, Signature
 
 USABLE, CONTEXT = 0.92, 1.0
 """Share of a GPU's memory that the allocator can use despite fragmentation, and GiB of the CUDA context."""
 
 
-def network_findings(experiment: Experiment, ranks: int, gpu_memory: float | None) -> list[Finding]:
+def network_findings(
+    experiment: Experiment, signature: Signature, ranks: int, gpu_memory: float | None
+) -> list[Finding]:
     """Examine every model of an experiment on `ranks` ranks, each with a GPU of `gpu_memory` GiB (None: on the CPU)."""
     return [
         finding
@@ -23,7 +25,7 @@ def network_findings(experiment: Experiment, ranks: int, gpu_memory: float | Non
             _precision(name, model),
             _split(name, model, ranks),
             _tower(name, model),
-            _step_memory(name, model, ranks, gpu_memory),
+            _step_memory(name, model, signature, ranks, gpu_memory),
         )
     ]
 
@@ -49,7 +51,7 @@ def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
     return Finding(f"{name}: batch", f"{batch} = {ranks} rank(s) x {micro} x {batch // (ranks * micro)} accumulated")
 
 
-def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | None) -> Finding:
+def _step_memory(name: str, model: ModelConfig, signature: Signature, ranks: int, gpu_memory: float | None) -> Finding:
     """Compare the memory of a training step per rank under DDP with `gpu_memory` GiB; None: no GPU to compare with."""
     title = f"{name}: memory"
     if imported("torch") is None or imported("timm") is None:
@@ -59,7 +61,7 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
     micro, train = model.train.micro_batch, model.train
     half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and gpu_memory is not None)
     try:
-        need, note = estimate_model_memory(model, half)
+        need, note = estimate_model_memory(model, signature, half)
     except InputError as error:
         return Finding(title, f"not estimated: {error}")
     text = (
@@ -75,7 +77,9 @@ def _step_memory(name: str, model: ModelConfig, ranks: int, gpu_memory: float | 
     remedies = [f"train.micro_batch={fitting}"] if fitting else []
     if not train.activation_checkpointing:
         lean = estimate_model_memory(
-            model.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": True})}), half
+            model.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": True})}),
+            signature,
+            half,
         )[0]
         if lean.total(micro) <= usable * GIB:
             remedies.append("train.activation_checkpointing=true")

@@ -34,13 +34,15 @@ from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.startup_report import device_name
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.optim import build_optimizer
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, VIEWS, DataError, InputError, Lesion
+from triderm_dist.schema import VIEWS, DataError, InputError, Lesion, Task
 from triderm_dist.tasks import milk10k_task
 
 WARM_UP = 5
 """Steps before the measurement: compilation, autotuning, first allocations."""
 PROBE = 3
 """Steps that estimate how many fit into the time."""
+CONCEPTS_PER_VIEW = 7
+"""Concepts of synthetic photos, where a task names them by a prefix only: as many as MILK10k has."""
 MAX_STEPS = 10_000
 """Upper limit of the steps of a measurement."""
 
@@ -69,7 +71,9 @@ def measure(
     flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
     build = partial(build_optimizer, config=config.optim)
     wrapped, prepared, optimizer = wrap(accelerator, network, build, config.activation_checkpointing, config.compile)
-    loss = CompoundLoss(config.loss, model.head, np.ones(len(DIAGNOSES))).to(accelerator.device)
+    signature = loaders.index.signature
+    counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
+    loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)
     guard = NonFiniteGuard(accelerator, optimizer)
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, seed, guard)
     rows = np.resize(np.arange(len(loaders.index)), MAX_STEPS * config.global_batch)
@@ -114,11 +118,12 @@ def _all_reduce_max(steps: int, device: torch.device) -> int:
     return int(number)
 
 
-def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
-    """Pack synthetic photos into FOLDER, or read its index where they are packed already.
+def synthetic_shards(folder: Path, lesions: int, short_side: int, task: Task | None = None) -> ShardIndex:
+    """Pack synthetic photos of a task into FOLDER, or read its index where they are packed already.
 
-    The photos are 4:3, with enough detail that a JPEG is as large as that of a real photo.
+    The photos are 4:3, with enough detail that a JPEG is as large as that of a real photo. task: default MILK10k's.
     """
+    task = task or milk10k_task()
     if (folder / "index.json").exists():
         return read_index(folder)
     from PIL import Image
@@ -126,10 +131,13 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
     generator, photos = np.random.default_rng(0), folder.with_name(folder.name + "-photos")
     photos.mkdir(parents=True, exist_ok=True)
     size = (short_side * 4 // 3, short_side)
+    names = task.concepts.names or (tuple(map(str, range(CONCEPTS_PER_VIEW))) if task.concepts.prefix else ())
+    concepts = tuple(f"{view}/{name}" for view in task.view_names for name in names)
+    metadata = tuple(field.high / 2 if field.is_number else 0.0 for field in task.fields)
     made = []
     for number in range(lesions):
-        images: dict[str, str | None] = {}
-        for view in VIEWS:
+        images = dict[str, str | None].fromkeys(VIEWS)
+        for view in task.view_names:
             path = photos / f"lesion-{number:05d}-{view}.jpg"
             if not path.exists():
                 coarse = generator.integers(60, 200, (6, 8, 3), np.uint8)
@@ -139,11 +147,10 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int) -> ShardIndex:
                 Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(part, "JPEG", quality=90)
                 part.rename(path)
             images[view] = str(path)
-        concepts = generator.random(len(CONCEPTS))
-        metadata = tuple(field.high / 2 if field.is_number else 0.0 for field in METADATA_FIELDS.values())
+        scores = tuple(generator.random(len(concepts)).tolist())
         name = f"lesion-{number:05d}"
-        made.append(Lesion(name, images, tuple(concepts.tolist()), metadata, number % len(DIAGNOSES), name))
-    return pack_shards(Dataset(milk10k_task(), made, CONCEPTS, True, []), folder, short_side=None)
+        made.append(Lesion(name, images, scores, metadata, number % len(task.diagnoses), name))
+    return pack_shards(Dataset(task, made, concepts, True, []), folder, short_side=None)
 
 
 def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, Any]:

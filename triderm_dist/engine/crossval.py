@@ -167,7 +167,7 @@ class _FoldRun:
             micro_batch=micro_batch, after_batch=self.stop.check,
         )  # fmt: skip
         # What a missing view costs can be measured only where the model uses both.
-        hidden = VIEWS if set(VIEWS) <= set(self.model.use) else ()
+        hidden = VIEWS if set(VIEWS) <= {*self.model.use} & {*self.index.signature.views} else ()
         return predict(), {view: predict(hide=view) for view in hidden}
 
     def _write(self, path: Path, digest: str, outcome: _Outcome) -> None:

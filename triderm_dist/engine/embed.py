@@ -1,4 +1,4 @@
-"""Embeddings of an untouched pretrained tower: the mean token of each photo, both views concatenated."""
+"""Embeddings of an untouched pretrained tower: the mean token of each photo, the task's views concatenated."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.fold import model_config
 from triderm_dist.engine.views import PLAIN, open_views
-from triderm_dist.schema import VIEWS
 
 
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
-    """Return (N, 2 D) float32 from the pretrained tower of model NAME, through the token cache. Call on all ranks."""
+    """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
+
+    Call on all ranks.
+    """
     model = model_config(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
     source = open_views(experiment, frozen, index, accelerator, train=False).loaders.source
     assert isinstance(source, TokenSource)
-    cache = source.cache
-    result = np.empty((len(index), len(VIEWS), cache.shape[1]), np.float32)
+    cache, views = source.cache, len(source.views)
+    result = np.empty((len(index), views, cache.shape[1]), np.float32)
     for chunk in cache.chunks:
         rows = cache.rows(chunk)
         tokens = np.empty((len(rows), *cache.shape), np.float16)
-        for view in range(len(VIEWS)):
+        for view in range(views):
             cache.read(rows, view, [PLAIN] * len(rows), tokens)
             result[rows, view] = tokens.mean(axis=1, dtype=np.float32)
     return result.reshape(len(index), -1)

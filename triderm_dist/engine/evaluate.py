@@ -17,7 +17,7 @@ from triderm_dist.schema import VIEWS, Batch, Outputs
 @dataclass
 class Evaluation:
     """Network outputs in the order of `rows` (N,): logits, aux_clinical, aux_dermoscopic (N, C), features (N, D),
-    float32.
+    float32; NaN for the auxiliary logits of a view that the task lacks.
     """
 
     rows: np.ndarray
@@ -70,7 +70,11 @@ def evaluate(
         if hide:
             batch = hide_view(batch, hide, index.concepts)
         outputs = [forward(network, loaders.source.transformed(batch, step.rows, k)) for k in range(transforms)]
-        means = [torch.stack([part.float() for part in parts]).mean(0) for parts in zip(*outputs, strict=True)]
+        absent = torch.full_like(outputs[0].logits, torch.nan)
+        means = [
+            absent if parts[0] is None else torch.stack([part.float() for part in parts]).mean(0)
+            for parts in zip(*outputs, strict=True)
+        ]
         row_numbers = torch.from_numpy(step.rows).to(device)
         gathered = accelerator.gather((row_numbers, batch.valid, *means))
         seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]

@@ -79,9 +79,10 @@ def _attention_maps(
             photos={view: getattr(pixels, view)[0].permute(1, 2, 0).cpu().numpy() for view in present},
             attention={view: mean[view] for view in present if view in mean},
             semantic=dict(zip(semantic.names, mean["semantic"].tolist(), strict=True)) if semantic else {},
-            values=semantic_values(index.concepts, index.concept_scores[row], index.metadata[row]),
+            values=semantic_values(index.concepts, index.concept_scores[row], index.task.fields, index.metadata[row]),
             probabilities=mean["probabilities"],
             models=len(outputs),
+            diagnoses=index.diagnoses,
         )
 
 

@@ -31,11 +31,11 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
 
     pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards.
     """
-    concepts = views.loaders.index.concepts
+    signature = views.loaders.index.signature
     if views.token_shape is not None:
-        return build_network(model, concepts, views.token_shape)
+        return build_network(model, signature, views.token_shape)
     tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
-    return build_network(model, concepts, build_towers(tower))
+    return build_network(model, signature, build_towers(tower, signature.views))
 
 
 def as_predictions(
@@ -58,6 +58,8 @@ def as_predictions(
         concepts=index.concept_scores[rows],
         metadata=index.metadata[rows],
         concept_names=index.concepts,
+        metadata_fields=index.task.field_names,
+        diagnoses=index.diagnoses,
     )
 
 

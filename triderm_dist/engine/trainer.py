@@ -34,7 +34,6 @@ from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, tracker_class
-from triderm_dist.schema import DIAGNOSES
 from triderm_dist.settings import flatten
 
 
@@ -72,7 +71,8 @@ class Trainer:
         self.name, self.head, self.config, self.data = name, head, config, data
         self.folder, self.accelerator = folder, accelerator
         self.epochs = _Epochs(config, data, seed)
-        self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts).to(accelerator.device)
+        heads = 1 + len(data.loaders.index.signature.views)
+        self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
         self.checkpoints = Checkpoints(
             folder.path, folder.resume_hash, config.keep_last, execution_settings(config, accelerator)
         )
@@ -193,7 +193,7 @@ class Trainer:
 
 def check_names(config: TrainConfig) -> None:
     """Raise ConfigError for an unknown loss term, optimizer, schedule or tracker, or wrong settings of one."""
-    CompoundLoss(config.loss, "softmax", np.ones(len(DIAGNOSES)))
+    CompoundLoss(config.loss, "softmax", np.ones(2))
     optim.check_names(config.optim)
     for name in config.trackers:
         tracker_class(name)
@@ -217,7 +217,7 @@ class _Epochs:
         self.config, self.data, self.seed = config, data, seed
         self._samples = Samples.of(data.loaders.index, data.train_rows)
         self._sampling = Sampling(**config.sampling.model_dump())
-        self.class_counts = np.bincount(self._samples.labels, minlength=len(DIAGNOSES))
+        self.class_counts = np.bincount(self._samples.labels, minlength=len(data.loaders.index.diagnoses))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
         self.total_steps = sum(self.steps)
 

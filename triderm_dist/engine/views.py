@@ -70,7 +70,8 @@ def open_views(
     extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
     extractor.fill(cache, list(dict.fromkeys([*variants, *transformed])), model.train.compile, after_chunk)
     photos.close()
-    return Views(LoaderFactory(index, TokenSource(cache, variants, transformed), data.workers, data.prefetch), shape)
+    source = TokenSource(cache, variants, transformed, index.signature.views)
+    return Views(LoaderFactory(index, source, data.workers, data.prefetch), shape)
 
 
 def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str) -> None:
@@ -125,7 +126,8 @@ class _TokenExtractor:
         accelerator.wait_for_everyone()
 
     def extract(self, rows: np.ndarray, version: str) -> np.ndarray:
-        """Return the tokens (n, 2 views, L, D) float16 of index rows (n,) in one version."""
+        """Return the tokens (n, views, L, D) float16 of index rows (n,) in one version."""
+        views = self.loaders.index.signature.views
         kind, _, number = version.rpartition("-")
         augmented, device = kind.startswith("augmented"), self.accelerator.device
         loader = self.loaders.sequential(
@@ -136,6 +138,6 @@ class _TokenExtractor:
         for step in loader:
             batch = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                both = [self.tower(pixels)[: step.count] for pixels in (batch.clinical, batch.dermoscopic)]
-            parts.append(torch.stack(both, 1).half().cpu().numpy())
+                tokens = [self.tower(getattr(batch, view))[: step.count] for view in views]
+            parts.append(torch.stack(tokens, 1).half().cpu().numpy())
         return np.concatenate(parts)

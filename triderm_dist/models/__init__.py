@@ -12,12 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from triderm_dist.config import build
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import VIEWS, ConfigError
 
 if TYPE_CHECKING:
     from triderm_dist.config import ModelConfig, TowerConfig
     from triderm_dist.models.network import Network
     from triderm_dist.models.towers import TokenShape, Tower
+    from triderm_dist.schema import Signature
     from triderm_dist.settings import Section
 
 NETWORKS: dict[str, str | type[Network]] = {
@@ -56,28 +57,29 @@ def network_settings(config: ModelConfig) -> Section:
         raise ConfigError(f"models.NAME.settings of kind {config.kind!r}: {error}") from None
 
 
-def build_towers(config: TowerConfig) -> list[Tower]:
-    """Build one tower for both views (`shared`) or one per view in the order of `VIEWS`, leading blocks frozen.
+def build_towers(config: TowerConfig, views: Sequence[str] = VIEWS) -> list[Tower]:
+    """Build one tower for all `views` (`shared`) or one per view in this order, leading blocks frozen.
 
-    A shared tower freezes the smaller of the two numbers of blocks. Raises as `build_tower` does.
+    A shared tower freezes the smallest number of blocks of its views. Raises as `build_tower` does.
     """
     from triderm_dist.models.towers import build_tower
 
     tower = build_tower(config.source, config.pretrained, config.image_size, config.quick_gelu)
-    frozen_blocks = [len(tower.blocks)] * 2 if config.frozen else [config.freeze_clinical, config.freeze_dermoscopic]
+    to_freeze = dict(zip(VIEWS, (config.freeze_clinical, config.freeze_dermoscopic), strict=True))
+    frozen_blocks = [len(tower.blocks) if config.frozen else to_freeze[view] for view in views]
     if config.shared:
-        towers, frozen_blocks = [tower], [min(frozen_blocks)]
-    else:
-        towers = [tower, copy.deepcopy(tower)]
+        frozen_blocks = [min(frozen_blocks)]
+    towers = [tower, *(copy.deepcopy(tower) for _ in frozen_blocks[1:])]
     for tower, num_blocks in zip(towers, frozen_blocks, strict=True):
         tower.freeze(num_blocks)
     return towers
 
 
-def build_network(config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> Network:
-    """Build the network of `config.kind` over K named concepts, on towers (pixels in) or on tokens of a given shape.
+def build_network(config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> Network:
+    """Build the network of `config.kind` for a task, on towers (pixels in) or on tokens of a given shape.
 
-    Raises ConfigError as `check_network` does.
+    towers: as `build_towers` returns them for `signature.views`. Raises ConfigError as `check_network` does, and where
+    the task has nothing of what the network is to use (`config.use`).
     """
     check_network(config)
-    return network_class(config.kind)(config, concepts, towers)
+    return network_class(config.kind)(config, signature, towers)

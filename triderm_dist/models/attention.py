@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, UNLABELED
+from triderm_dist.schema import UNLABELED, MetadataField
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class AttentionMaps:
     photos: by view, the crop that is the network's input, (S, S, 3) float in [0, 1]; without missing views.
     attention: by view, weights (L,) over its patches, row by row, sum 1; without views that nothing attends to.
     semantic: by token name, weights with sum 1; empty without semantic gating.
-    values: by token name, the score or category as text.  probabilities: (C,).  models: number of models averaged.
+    values: by token name, the score or category as text.  probabilities: (C,), of `diagnoses`.  models: number of
+    models averaged.
     """
 
     lesion_id: str
@@ -30,7 +31,7 @@ class AttentionMaps:
     values: Mapping[str, str]
     probabilities: np.ndarray
     models: int
-    diagnoses: Sequence[str] = DIAGNOSES
+    diagnoses: Sequence[str]
 
     def json(self) -> dict[str, Any]:
         """Return the numbers behind the picture."""
@@ -44,11 +45,13 @@ class AttentionMaps:
         }
 
 
-def semantic_values(concepts: Sequence[str], scores: np.ndarray, metadata: np.ndarray) -> dict[str, str]:
+def semantic_values(
+    concepts: Sequence[str], scores: np.ndarray, fields: Sequence[MetadataField], metadata: np.ndarray
+) -> dict[str, str]:
     """Format the value of each semantic token of a lesion by name: scores (K,) and metadata (M,), NaN where missing."""
     values = {
         name: "missing" if math.isnan(score) else f"{score:.2f}" for name, score in zip(concepts, scores, strict=True)
     }
-    for (name, field), value in zip(METADATA_FIELDS.items(), metadata.tolist(), strict=True):
-        values[name] = field.show(value)
+    for field, value in zip(fields, metadata.tolist(), strict=True):
+        values[field.name] = field.show(value)
     return values

@@ -11,21 +11,23 @@ from torch import Tensor, nn
 from triderm_dist.config import ModelConfig
 from triderm_dist.models.network import Head, Network, ViewTokens
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import VIEWS, MetadataField, Outputs
+from triderm_dist.schema import MetadataField, Outputs, Signature
 
 
 class DualCnn(Network):
-    """Average each view's tokens, as in a CNN's global pooling, and classify both means, concepts and metadata.
+    """Average each view's tokens, as in a CNN's global pooling, and classify the means, concepts and metadata.
 
     See `Network` for the inputs. A missing view is one learned vector.
     """
 
-    def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
-        super().__init__(config, concepts, towers)
-        width, dropout = config.width, config.dropout
+    def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
+        super().__init__(config, signature, towers)
+        width, dropout, classes = config.width, config.dropout, len(signature.diagnoses)
         pooled = TokenShape(1, self.token_shape.width)
-        self.views = nn.ModuleDict({view: ViewTokens(pooled, width, view in self.used_views) for view in VIEWS})
-        self.view_norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in VIEWS})
+        self.views = nn.ModuleDict(
+            {view: ViewTokens(pooled, width, view in self.used_views) for view in signature.views}
+        )
+        self.view_norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in signature.views})
         self.tabular = TabularFeatures(len(self.used_concepts), self.used_fields)
         self.table = (
             nn.Sequential(
@@ -38,26 +40,27 @@ class DualCnn(Network):
             if self.tabular.width
             else None
         )
-        parts = len(VIEWS) + (self.table is not None)
+        parts = len(signature.views) + (self.table is not None)
         self.fusion = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(parts * width, width), nn.GELU(), nn.LayerNorm(width)
         )
-        self.head = Head(width, config.head, dropout)
-        self.aux_heads = nn.ModuleDict({view: Head(width, config.head, dropout) for view in VIEWS})
+        self.head = Head(width, classes, config.head, dropout)
+        self.aux_heads = nn.ModuleDict({view: Head(width, classes, config.head, dropout) for view in signature.views})
 
     def fuse(
         self, tokens: dict[str, Tensor], present: dict[str, Tensor], concepts: Tensor, metadata: Tensor
     ) -> Outputs:
         pooled = {view: value.mean(1, keepdim=True) for view, value in tokens.items()}
         views = {
-            view: self.view_norms[view](self.views[view](pooled.get(view), present[view]).squeeze(1)) for view in VIEWS
+            view: self.view_norms[view](self.views[view](pooled.get(view), present[view]).squeeze(1))
+            for view in self.signature.views
         }
         parts = list(views.values())
         if self.table is not None:
             parts.append(self.table(self.tabular(concepts, metadata).to(parts[0].dtype)))
         features = self.fusion(torch.cat(parts, 1)).float()
-        aux = {view: self.aux_heads[view](views[view]) for view in VIEWS}
-        return Outputs(self.head(features), aux["clinical"], aux["dermoscopic"], features)
+        aux = {view: self.aux_heads[view](views[view]) for view in views}
+        return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
 
     def fusion_stages(self) -> list[nn.Module]:
         return []

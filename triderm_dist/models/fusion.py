@@ -79,9 +79,10 @@ class SemanticGating(_Stage):
 
 
 class FusionBlock(nn.Module):
-    """Apply view alignment, then semantic gating: dermoscopic and clinical (B, L, D), semantic (B, S, D) to (B, L, D).
+    """Apply view alignment, then semantic gating: x and clinical (B, L, D), semantic (B, S, D) to (B, L, D).
 
-    stages: those that the block has; the context of the other one is ignored.
+    x: tokens of the dermoscopic view, or of a task's only one.  stages: those that the block has; the context of the
+    other one is ignored.
     """
 
     def __init__(
@@ -93,12 +94,12 @@ class FusionBlock(nn.Module):
         if "semantic_gating" in stages:
             self.semantic_gating = SemanticGating(width, heads, mlp_ratio, dropout)
 
-    def forward(self, dermoscopic: Tensor, clinical: Tensor, semantic: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, clinical: Tensor | None, semantic: Tensor | None) -> Tensor:
         for _, stage, context in self.stages(clinical, semantic):
-            dermoscopic = stage(dermoscopic, context)
-        return dermoscopic
+            x = stage(x, context)
+        return x
 
-    def stages(self, clinical: Tensor, semantic: Tensor | None) -> list[tuple[str, _Stage, Any]]:
+    def stages(self, clinical: Tensor | None, semantic: Tensor | None) -> list[tuple[str, _Stage, Any]]:
         """Return the block's stages in order: name, module, and the tokens that it attends to."""
         contexts = zip(STAGES, (clinical, semantic), strict=True)
         return [(name, getattr(self, name), context) for name, context in contexts if hasattr(self, name)]

@@ -4,9 +4,9 @@ A network is a subclass of `Network` in the table `triderm_dist.models.NETWORKS`
 
     Settings           a `Section` with the network's own settings, `models.NAME.settings`; an instance of it is
                        `self.settings`
-    __init__           calls `super().__init__(config, concepts, towers)`, which registers the towers
-    fuse()             tokens of the used views, concepts and metadata to `Outputs`: logits and both auxiliary logits
-                       (B, C), raw; features (B, D) with D of the network's choice; all float32
+    __init__           calls `super().__init__(config, signature, towers)`, which registers the towers
+    fuse()             tokens of the used views, concepts and metadata to `Outputs`: logits and the auxiliary logits of
+                       each view of the task (B, C), raw; features (B, D) with D of the network's choice; all float32
     fusion_stages()    modules after the towers that are checkpointed, compiled and sharded (FSDP2) one by one; `fuse`
                        must call them, not their parts; [] for none
 
@@ -18,8 +18,9 @@ and on this of every forward:
     - Every trainable parameter takes part in every forward, as DDP requires.
     - Random numbers come from dropout modules only, which are off in evaluation mode.
 
-Modalities outside `config.use` have no tower and no projection, and count as missing. `triderm predict explain=LESION`
-draws attention maps of `TriModal` and its subclasses.
+What the task lacks (`Signature`: a view, concepts, fields) has no part in the network. What the task has and
+`config.use` leaves out, for ablations, has no tower and no projection, and counts as missing.
+`triderm predict explain=LESION` draws attention maps of `TriModal` and its subclasses.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, MetadataField, Outputs
+from triderm_dist.schema import VIEWS, ConfigError, Outputs, Signature
 from triderm_dist.settings import Section
 
 SHARED = "shared"
@@ -50,41 +51,46 @@ class Network(nn.Module, ABC):
     tokens (B, L, width) that a tower computed before. Pixels of a missing view must be finite. They pass the tower, so
     that hiding a photo in training does not change the batch that its batch norms see.
 
-    concept_names: K names.  fields: the M metadata fields.  used_concepts, used_fields, used_views: the same and the
-    views, but empty where `config.use` leaves them out.  token_shape: of the tokens that `fuse` gets.  settings: an
-    instance of `Settings`.
+    signature: the diagnoses, views, concepts and fields of the task.  used_views, used_concepts, used_fields: those of
+    the task that `config.use` does not leave out.  token_shape: of the tokens that `fuse` gets.  settings: an instance
+    of `Settings`.
+
+    Raises ConfigError where the task has nothing of what the network is to use.
     """
 
     Settings: ClassVar[type[Section]] = Section
 
-    def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
+    def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()
         self.settings = network_settings(config)
-        self.concept_names = tuple(concepts)
-        self.fields: tuple[MetadataField, ...] = tuple(METADATA_FIELDS.values())
-        self.used_concepts = self.concept_names if "concepts" in config.use else ()
-        self.used_fields = self.fields if "metadata" in config.use else ()
-        self.used_views: tuple[str, ...] = tuple(view for view in VIEWS if view in config.use)
+        self.signature = signature
+        self.used_concepts = signature.concepts if "concepts" in config.use else ()
+        self.used_fields = signature.fields if "metadata" in config.use else ()
+        self.used_views: tuple[str, ...] = tuple(view for view in signature.views if view in config.use)
+        if not (self.used_views or self.used_concepts or self.used_fields):
+            raise ConfigError(
+                f"models.NAME.use: the network would have no input; the task has {', '.join(self._modalities())}"
+            )
         self.towers = nn.ModuleDict()
         self.holds_towers = not isinstance(towers, TokenShape)
         if isinstance(towers, TokenShape):
             self.token_shape = towers
             return
         self.token_shape = TokenShape(towers[0].num_tokens, towers[0].width)
-        if len(towers) == 1 and self.used_views:
-            self.towers[SHARED] = towers[0]
-        elif len(towers) > 1:
-            for view, tower in zip(VIEWS, towers, strict=True):
+        if not config.tower.shared:
+            for view, tower in zip(signature.views, towers, strict=True):
                 if view in self.used_views:
                     self.towers[view] = tower
+        elif self.used_views:
+            self.towers[SHARED] = towers[0]
 
     def forward(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor, concepts: Tensor, metadata: Tensor
     ) -> Outputs:
         """Encode the used views and fuse them.
 
-        clinical, dermoscopic: pixels (B, 3, H, W) or tokens (B, L, width).  view_present: (B, 2) bool, in the order of
-        `VIEWS`.  concepts: (B, K), metadata: (B, M), NaN where missing.
+        clinical, dermoscopic: pixels (B, 3, H, W) or tokens (B, L, width); not read where the task lacks the view.
+        view_present: (B, 2) bool, in the order of `VIEWS`.  concepts: (B, K), metadata: (B, M), NaN where missing.
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
         return self.fuse(tokens, present, concepts, metadata)
@@ -95,13 +101,21 @@ class Network(nn.Module, ABC):
     ) -> Outputs:
         """Compute the outputs.
 
-        tokens: (B, L, width) by view, used views only.  present: (B,) bool by view, all views.  concepts: (B, K),
-        metadata: (B, M), NaN where missing.
+        tokens: (B, L, width) by view, used views only.  present: (B,) bool by view.  concepts: (B, K), metadata:
+        (B, M), NaN where missing.
         """
 
     @abstractmethod
     def fusion_stages(self) -> list[nn.Module]:
         """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
+
+    def left_out(self) -> list[str]:
+        """Name the parts that are not built because the task lacks their input."""
+        has = self._modalities()
+        return [
+            *(f"tower, tokens and auxiliary head of the {view} view" for view in VIEWS if view not in has),
+            *(f"input of {name}" for name in ("concepts", "metadata") if name not in has),
+        ]
 
     def blocks(self) -> list[nn.Module]:
         """Return the units of activation checkpointing and compilation: trained tower blocks and fusion stages."""
@@ -128,6 +142,13 @@ class Network(nn.Module, ABC):
         images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
         return self._tokens({view: images[view] for view in self.used_views}), present
+
+    def _modalities(self) -> list[str]:
+        """Return what the task has, as `config.use` names it."""
+        signature = self.signature
+        return [
+            *signature.views, *(["concepts"] if signature.concepts else []), *(["metadata"] if signature.fields else [])
+        ]  # fmt: skip
 
     def _towers(self) -> list[Tower]:
         return list(self.towers.values())  # type: ignore[arg-type]
@@ -163,16 +184,16 @@ class ViewTokens(nn.Module):
 class Head(nn.Module):
     """Classify features, (B, D) to logits (B, C), in float32 also under autocast.
 
-    kind: softmax or sigmoid. The bias of a sigmoid head starts at the prior of one diagnosis in C, -log(C - 1);
-    otherwise the negatives, C - 1 of C, dominate the first steps (RetinaNet, Lin et al. 2017).
+    classes: C.  kind: softmax or sigmoid. The bias of a sigmoid head starts at the prior of one diagnosis in C,
+    -log(C - 1); otherwise the negatives, C - 1 of C, dominate the first steps (RetinaNet, Lin et al. 2017).
     """
 
-    def __init__(self, width: int, kind: str, dropout: float) -> None:
+    def __init__(self, width: int, classes: int, kind: str, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(width, len(DIAGNOSES))
+        self.linear = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.constant_(self.linear.bias, -math.log(len(DIAGNOSES) - 1) if kind == "sigmoid" else 0.0)
+        nn.init.constant_(self.linear.bias, -math.log(classes - 1) if kind == "sigmoid" else 0.0)
 
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):

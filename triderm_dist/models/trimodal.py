@@ -1,4 +1,8 @@
-"""The tri-modal network: dermoscopic tokens attend to clinical ones, then to concepts and metadata, then are pooled."""
+"""The tri-modal network: dermoscopic tokens attend to clinical ones, then to concepts and metadata, then are pooled.
+
+A task with one view has no view alignment: that view's tokens attend to concepts and metadata. One without concepts and
+metadata has no semantic gating.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,18 @@ from triderm_dist.models.concepts import SemanticTokens
 from triderm_dist.models.fusion import STAGES, FusionBlock, GlobalPooling
 from triderm_dist.models.network import Head, Network, ViewTokens
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import VIEWS, Outputs
+from triderm_dist.schema import Outputs, Signature
 
 
 class Attention(NamedTuple):
     """Attention weights behind the pooled features of B lesions, (B, L) or (B, S); they sum to 1 for each lesion.
 
     dermoscopic: of the pooling query over the fused tokens, one for each dermoscopic patch.  clinical: over the
-    clinical patches, through view alignment.  semantic: over `SemanticTokens.names`, through semantic gating. None
-    where the network does not have the stage.
+    clinical patches, through view alignment; of the pooling query where the task has no dermoscopic view.  semantic:
+    over `SemanticTokens.names`, through semantic gating. None where the network does not have the stage or the view.
     """
 
-    dermoscopic: Tensor
+    dermoscopic: Tensor | None
     clinical: Tensor | None
     semantic: Tensor | None
 
@@ -36,33 +40,44 @@ class TriModal(Network):
     See `Network` for the inputs. The auxiliary heads classify each view by the mean of its tokens before fusion.
     """
 
-    def __init__(self, config: ModelConfig, concepts: Sequence[str], towers: Sequence[Tower] | TokenShape) -> None:
-        super().__init__(config, concepts, towers)
-        width, dropout = config.width, config.dropout
+    def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
+        super().__init__(config, signature, towers)
+        width, dropout, classes = config.width, config.dropout, len(signature.diagnoses)
+        stages = [stage for stage in _possible_stages(signature) if stage in config.fusion]
         self.views = nn.ModuleDict(
-            {view: ViewTokens(self.token_shape, width, view in self.used_views) for view in VIEWS}
+            {view: ViewTokens(self.token_shape, width, view in self.used_views) for view in signature.views}
         )
         self.semantic = (
-            SemanticTokens(self.used_concepts, self.used_fields, width) if "semantic_gating" in config.fusion else None
+            SemanticTokens(self.used_concepts, self.used_fields, width) if "semantic_gating" in stages else None
         )
         self.fusion = nn.ModuleList(
-            FusionBlock(width, config.heads, config.mlp_ratio, dropout, config.fusion) for _ in range(config.depth)
+            FusionBlock(width, config.heads, config.mlp_ratio, dropout, stages)
+            for _ in range(config.depth if stages else 0)
         )
         self.pooling = GlobalPooling(width, config.heads, dropout)
-        self.head = Head(width, config.head, dropout)
-        self.aux_norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in VIEWS})
-        self.aux_heads = nn.ModuleDict({view: Head(width, config.head, dropout) for view in VIEWS})
+        self.head = Head(width, classes, config.head, dropout)
+        self.aux_norms = nn.ModuleDict({view: nn.LayerNorm(width) for view in signature.views})
+        self.aux_heads = nn.ModuleDict({view: Head(width, classes, config.head, dropout) for view in signature.views})
 
     def fuse(
         self, tokens: dict[str, Tensor], present: dict[str, Tensor], concepts: Tensor, metadata: Tensor
     ) -> Outputs:
         views, semantic = self._inputs(tokens, present, concepts, metadata)
-        fused = views["dermoscopic"]
+        fused = views[self.pooled_view]
         for block in self.fusion:
-            fused = block(fused, views["clinical"], semantic)
+            fused = block(fused, views.get("clinical"), semantic)
         features = self.pooling(fused).float()
-        aux = {view: self.aux_heads[view](self.aux_norms[view](views[view].mean(1))) for view in VIEWS}
-        return Outputs(self.head(features), aux["clinical"], aux["dermoscopic"], features)
+        aux = {view: self.aux_heads[view](self.aux_norms[view](tokens.mean(1))) for view, tokens in views.items()}
+        return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
+
+    @property
+    def pooled_view(self) -> str:
+        """The view whose tokens attend to the others and are pooled: the dermoscopic one where the task has it."""
+        return self.signature.views[-1]
+
+    def left_out(self) -> list[str]:
+        possible = _possible_stages(self.signature)
+        return [*super().left_out(), *(stage.replace("_", " ") for stage in STAGES if stage not in possible)]
 
     @torch.no_grad()
     def attention(
@@ -76,9 +91,9 @@ class TriModal(Network):
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
         views, semantic = self._inputs(tokens, present, concepts, metadata)
-        fused, weights = views["dermoscopic"], defaultdict(list)
+        fused, weights = views[self.pooled_view], defaultdict(list)
         for block in self.fusion:
-            for name, stage, context in block.stages(views["clinical"], semantic):  # type: ignore[operator]
+            for name, stage, context in block.stages(views.get("clinical"), semantic):  # type: ignore[operator]
                 weights[name].append(stage.weights(fused, context))
                 fused = stage(fused, context)
         pooled = self.pooling.weights(fused)
@@ -86,14 +101,20 @@ class TriModal(Network):
             torch.einsum("bq,bql->bl", pooled, torch.stack(weights[name]).mean(0)) if name in weights else None
             for name in STAGES
         )
-        return Attention(pooled, aligned, gated)
+        return Attention(pooled, aligned, gated) if "dermoscopic" in views else Attention(None, pooled, gated)
 
     def _inputs(
         self, tokens: dict[str, Tensor], present: dict[str, Tensor], concepts: Tensor, metadata: Tensor
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return tokens (B, L, D) of each view, and semantic tokens (B, S, D) or None without semantic gating."""
-        views = {view: self.views[view](tokens.get(view), present[view]) for view in VIEWS}
+        views = {view: self.views[view](tokens.get(view), present[view]) for view in self.signature.views}
         return views, self.semantic(concepts, metadata) if self.semantic else None
 
     def fusion_stages(self) -> list[nn.Module]:
         return [stage for block in self.fusion for stage in block.children()]
+
+
+def _possible_stages(signature: Signature) -> list[str]:
+    """Return the stages of a fusion block for which the task has the tokens to attend to."""
+    has_context = (len(signature.views) > 1, bool(signature.concepts or signature.fields))
+    return [stage for stage, possible in zip(STAGES, has_context, strict=True) if possible]

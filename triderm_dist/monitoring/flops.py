@@ -99,7 +99,7 @@ def training_flops(network: Network) -> float:
         state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
         inputs = example_inputs(network, lesions)
         outputs = torch.func.functional_call(network, state, inputs)
-        torch.stack([logits.float().sum() for logits in outputs[:3]]).sum().backward()
+        torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
     network.train(training)
     return counter.get_total_flops() / lesions
 
@@ -113,10 +113,14 @@ def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
         shape: tuple[int, ...] = (3, tower.image_size, tower.image_size)
     else:
         shape = tuple(network.token_shape)
-    view = torch.zeros(lesions, *shape, device=device)
-    present = torch.ones(lesions, len(VIEWS), dtype=torch.bool, device=device)
-    concepts = torch.zeros(lesions, len(network.concept_names), device=device)
-    return view, view, present, concepts, torch.zeros(lesions, len(network.fields), device=device)
+    signature = network.signature
+    photos, absent = torch.zeros(lesions, *shape, device=device), torch.zeros(lesions, 0, device=device)
+    clinical, dermoscopic = (photos if view in signature.views else absent for view in VIEWS)
+    present = torch.tensor([view in signature.views for view in VIEWS], device=device).expand(lesions, -1)
+    concepts, metadata = (
+        torch.zeros(lesions, len(columns), device=device) for columns in (signature.concepts, signature.fields)
+    )
+    return clinical, dermoscopic, present, concepts, metadata
 
 
 def _convolution_backward_flops(

@@ -23,7 +23,7 @@ from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape, locate_weights
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.optim import state_size
-from triderm_dist.schema import CONCEPTS, InputError
+from triderm_dist.schema import InputError, Signature
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def estimate_memory(
 
 
 @functools.lru_cache
-def estimate_model_memory(model: ModelConfig, half: bool) -> tuple[MemoryEstimate, str]:
+def estimate_model_memory(model: ModelConfig, signature: Signature, half: bool) -> tuple[MemoryEstimate, str]:
     """Estimate the memory of a model of the settings; returns a note too where `network_without_weights` has one."""
-    network, note = network_without_weights(model)
+    network, note = network_without_weights(model, signature)
     train = model.train
     estimate = estimate_memory(
         network, half, train.activation_checkpointing, train.ema_decay > 0, state_size(train.optim)
@@ -87,7 +87,7 @@ def estimate_model_memory(model: ModelConfig, half: bool) -> tuple[MemoryEstimat
     return estimate, note
 
 
-def network_without_weights(model: ModelConfig) -> tuple[Network, str]:
+def network_without_weights(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
     """Build a model of the settings with random weights, without downloading anything.
 
     A tower whose architecture is not on this machine is replaced by a ViT-B/16, or by a ViT-L/16 if its source
@@ -98,9 +98,9 @@ def network_without_weights(model: ModelConfig) -> tuple[Network, str]:
         size = "large" if re.search(r"large|_ll_|vit-l", tower.source, re.IGNORECASE) else "base"
         tower = tower.model_copy(update={"source": f"timm:vit_{size}_patch16_224", "quick_gelu": None})
         note = f"assuming a ViT-{size[0].upper()}/16 as tower"
-    built = build_towers(tower)
+    built = build_towers(tower, signature.views)
     towers = TokenShape(built[0].num_tokens, built[0].width) if tower.frozen else built
-    return build_network(model, CONCEPTS, towers), note
+    return build_network(model, signature, towers), note
 
 
 def _is_local(source: str) -> bool:
@@ -120,7 +120,7 @@ def _peak(network: Network, lesions: int, half: bool, activation_checkpointing: 
         live = _LiveBytes([*fake.parameters(), *fake.buffers()])
         with live, torch.autocast("cpu", torch.bfloat16, enabled=half):
             outputs = fake(*inputs)
-            torch.stack([logits.float().sum() for logits in outputs[:3]]).sum().backward()
+            torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
     return live.peak
 
 

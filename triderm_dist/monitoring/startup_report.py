@@ -25,7 +25,8 @@ def report(
     steps: Sequence[int],
     budget: Budget | None,
 ) -> str:
-    """Return the report as text: strategy, precision, batch, steps, options that are off, and parameters by part.
+    """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
+    task leaves out, and parameters by part.
 
     network: before it is wrapped.  lesions: to train and to validate.  steps: of each epoch.
     """
@@ -41,6 +42,7 @@ def report(
         "(ranks, micro-batch, accumulation)",
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
         "off": "; ".join(_off(accelerator, config, accumulation)),
+        "left out": _left_out(network),
     }
     table = "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
     return f"{name}\n{table}\n{_parameter_table(network)}"
@@ -95,6 +97,11 @@ def _parameter_table(network: Network) -> str:
                 "without autograd"
             )
     return "\n".join(lines)
+
+
+def _left_out(network: Network) -> str:
+    parts = "; ".join(network.left_out())
+    return f"{parts} (the task has no such data)" if parts else ""
 
 
 def _no_peak(device: torch.device) -> str:

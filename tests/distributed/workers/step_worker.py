@@ -21,19 +21,21 @@ from triderm_dist.engine.fold import new_network
 from triderm_dist.engine.step import TrainStep
 from triderm_dist.engine.views import open_views
 from triderm_dist.losses import CompoundLoss
-from triderm_dist.schema import DIAGNOSES
 
 GLOBAL_BATCH = 16
 EVALUATED = 33
 """Number of lesions: with micro-batches of 4 the last round has one lesion, for any world size."""
 
 
-def experiment(head: str, micro_batch: int, dropout: float, sums: str = "exact", tower: str = "test_vit") -> Experiment:
+def experiment(
+    head: str, micro_batch: int, dropout: float, sums: str = "exact", tower: str = "test_vit", kind: str = "trimodal"
+) -> Experiment:
     return load(
         Experiment,
         None,
         [
-            "models.tri.width=32", "models.tri.heads=2", f"models.tri.dropout={dropout}", f"models.tri.head={head}",
+            f"models.tri.kind={kind}", "models.tri.width=32",
+            "models.tri.heads=2", f"models.tri.dropout={dropout}", f"models.tri.head={head}",
             f"models.tri.tower={{source: 'timm:{tower}', pretrained: false, image_size: 32}}",
             "models.tri.tower.freeze_clinical=1", "models.tri.tower.freeze_dermoscopic=0",
             f"train.global_batch={GLOBAL_BATCH}", f"train.micro_batch={micro_batch}", f"train.loss.soft_f1_sums={sums}",
@@ -49,9 +51,9 @@ def assert_same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def main(shards: str, output: str, cases: str) -> None:
-    index = read_index(shards)
     for case in json.loads(cases):
-        more = {key: case[key] for key in ("sums", "tower") if key in case}
+        index = read_index(case.get("shards", shards))
+        more = {key: case[key] for key in ("sums", "tower", "kind") if key in case}
         config = experiment(case["head"], case["micro_batch"], case["dropout"], **more)
         model = config.models["tri"]
         accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9)
@@ -72,7 +74,8 @@ def main(shards: str, output: str, cases: str) -> None:
         wrapped, prepared, optimizer = parallel.wrap(
             accelerator, network, watched, case.get("checkpointing", False), False
         )
-        loss = CompoundLoss(model.train.loss, model.head, list(range(1, len(DIAGNOSES) + 1)))
+        counts, heads = list(range(1, len(index.diagnoses) + 1)), 1 + len(index.signature.views)
+        loss = CompoundLoss(model.train.loss, model.head, counts, heads)
         plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
         batches = plan.batches(accelerator.process_index, accelerator.num_processes, GLOBAL_BATCH, case["batch"])
         first = next(iter(batches))
