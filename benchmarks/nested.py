@@ -20,6 +20,6 @@ def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experim
         lambda fold: inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),
         config.ensemble,
         config.seed,
-        table.diagnoses,
+        table.task.decision,
     )
     return estimate.decisions[CHOSEN]

@@ -38,6 +38,7 @@ from triderm_dist.ensemble.xgboost_stacker import device_of, threads_for
 from triderm_dist.predictions import OofTable, write_oof
 from triderm_dist.schema import CONCEPTS, DIAGNOSES
 from triderm_dist.settings import Section
+from triderm_dist.tasks import milk10k_task
 
 C = len(DIAGNOSES)
 
@@ -248,7 +249,7 @@ def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]
         aux_clinical={name: logits(0.9) for name in models}, aux_dermoscopic={name: logits(1.2) for name in models},
         features={name: generator.normal(size=(lesions, 64)).astype(np.float32) for name in models},
         hashes={name: np.array([f"{name}-{fold}" for fold in folds], object) for name in models},
-        concept_names=CONCEPTS,
+        task=milk10k_task(), concept_names=CONCEPTS,
     )  # fmt: skip
 
 

@@ -7,19 +7,42 @@ from pathlib import Path
 import numpy as np
 
 from triderm_dist.predictions import NO_FOLD, TEST, Predictions, gather, write_oof, write_predictions
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, added_fields
+from triderm_dist.schema import Diagnosis, MetadataField, ReferenceResult, Task, TaskColumns, View
+from triderm_dist.tasks import milk10k_task
 
 MODELS = {"trimodal": ("softmax", 2.5), "dual_cnn": ("sigmoid", 1.8)}
 FOLDS = 3
 RARE = 9
+CONCEPTS = tuple(f"{view}/concept_{number}" for view in ("clinical", "dermoscopic") for number in range(7))
+
+CLINIC = Task(
+    name="clinic",
+    title="Lesions of a <clinic> & $practice$",
+    diagnoses=(
+        Diagnosis("MEL<1mm", "thin [melanoma]", malignant=True),
+        Diagnosis("Nävus", "nevus", malignant=False),
+        Diagnosis("$x$", "in dollars"),
+        Diagnosis("[wart]", "wart & co", malignant=False),
+    ),
+    views=(View("clinical", "phone photo"),),
+    fields=(
+        MetadataField("fototyp", "Fototyp (1-6)", "ordinal", ("I", "II<", "III&")),
+        MetadataField("n_lesions", "Anzahl", "number", low=-5, high=500, unit="per m$^2$ <b>"),
+        MetadataField("smoker", "raucht", "category", ("yes", "no"), title="smokes & drinks"),
+    ),
+    columns=TaskColumns(image="datei", diagnosis="befund", group="patient"),
+    decision="argmax",
+    reference_results=(ReferenceResult("an expert <b>", validation="0.9", test="0.8", source="a & b"),),
+)
+"""A task of four diagnoses and one view, without concepts, whose names need escaping in HTML, figures and XGBoost."""
 
 
-def labels_of(lesions: int, seed: int = 0) -> np.ndarray:
+def labels_of(lesions: int, seed: int = 0, classes: int = 11) -> np.ndarray:
     """Return labels with at least `RARE` of each diagnosis, and an imbalance like that of the real data."""
     generator = np.random.default_rng(seed)
-    share = np.array([6, 45, 2, 11, 2, 2, 1, 9, 15, 6, 1], float)
-    drawn = generator.choice(len(DIAGNOSES), lesions - RARE * len(DIAGNOSES), p=share / share.sum())
-    return generator.permutation(np.concatenate([np.repeat(np.arange(len(DIAGNOSES)), RARE), drawn]))
+    share = np.array([6, 45, 2, 11, 2, 2, 1, 9, 15, 6, 1], float)[:classes]
+    drawn = generator.choice(classes, lesions - RARE * classes, p=share / share.sum())
+    return generator.permutation(np.concatenate([np.repeat(np.arange(classes), RARE), drawn]))
 
 
 def folds_of(labels: np.ndarray, folds: int = FOLDS) -> np.ndarray:
@@ -31,27 +54,27 @@ def folds_of(labels: np.ndarray, folds: int = FOLDS) -> np.ndarray:
 
 
 def predictions_of(
-    model: str, labels: np.ndarray, fold: int, lesion_ids: list[str], seed: int, informed: bool = True
+    model: str,
+    labels: np.ndarray,
+    fold: int,
+    lesion_ids: list[str],
+    seed: int,
+    informed: bool = True,
+    task: Task | None = None,
 ) -> Predictions:
     """Return predictions of a model that is better than chance, or at chance if not `informed`."""
+    task = task or milk10k_task()
     head, skill = MODELS.get(model, ("softmax", 2.0))
     generator = np.random.default_rng(seed)
-    rows, classes = len(labels), len(DIAGNOSES)
+    rows, classes = len(labels), len(task.diagnoses)
+    concepts = CONCEPTS if task.concepts.prefix else task.concepts.names
     truth = np.eye(classes)[labels] * (skill if informed else 0.0)
 
-    def logits(noise: float) -> np.ndarray:
-        return truth + generator.normal(scale=noise, size=(rows, classes)) - (2.0 if head == "sigmoid" else 0.0)
+    def logits(noise: float, view: str = "") -> np.ndarray:
+        noisy = truth + generator.normal(scale=noise, size=(rows, classes)) - (2.0 if head == "sigmoid" else 0.0)
+        return np.full_like(noisy, np.nan) if view and view not in task.view_names else noisy
 
-    metadata = np.stack(
-        [
-            generator.integers(1, 18, rows) * 5.0,
-            generator.integers(0, 2, rows).astype(float),
-            generator.choice([2.0, 3.0, 4.0, np.nan], rows, p=[0.1, 0.6, 0.25, 0.05]),
-            generator.integers(0, 7, rows).astype(float),
-            *(np.full(rows, np.nan) for _ in added_fields()),
-        ],
-        axis=1,
-    )
+    metadata = [_values(field, rows, generator) for field in task.fields]
     return Predictions(
         lesion_ids=np.array(lesion_ids, object),
         groups=np.array(lesion_ids, object),
@@ -61,33 +84,50 @@ def predictions_of(
         model_hash=np.array(f"{model}-{fold}".ljust(64, "0")),
         head=np.array(head),
         logits=logits(1.0),
-        aux_clinical=logits(1.6),
-        aux_dermoscopic=logits(1.3),
+        aux_clinical=logits(1.6, "clinical"),
+        aux_dermoscopic=logits(1.3, "dermoscopic"),
         features=generator.normal(size=(rows, 8 if model == "trimodal" else 5)),
         concepts=np.where(
-            generator.random((rows, len(CONCEPTS))) < 0.02, np.nan, generator.random((rows, len(CONCEPTS)))
+            generator.random((rows, len(concepts))) < 0.02, np.nan, generator.random((rows, len(concepts)))
         ),
-        metadata=metadata,
-        concept_names=CONCEPTS,
+        metadata=np.stack(metadata, axis=1) if metadata else np.empty((rows, 0)),
+        task=task,
+        concept_names=concepts,
     )
 
 
 def write_run(
-    folder: Path, lesions: int = 360, informed: bool = True, models: tuple[str, ...] = tuple(MODELS)
+    folder: Path,
+    lesions: int = 360,
+    informed: bool = True,
+    models: tuple[str, ...] = tuple(MODELS),
+    task: Task | None = None,
 ) -> np.ndarray:
-    """Write predictions.parquet and test.parquet of every fold and the gathered oof.parquet; return the labels."""
-    labels = labels_of(lesions)
+    """Write predictions.parquet and test.parquet of every fold and the gathered oof.parquet; return the labels.
+
+    task: by default MILK10k.
+    """
+    classes = len((task or milk10k_task()).diagnoses)
+    labels = labels_of(lesions, classes=classes)
     folds = folds_of(labels)
     ids = [f"lesion-{row:04d}" for row in range(lesions)]
-    test_labels = labels_of(150, seed=7)
+    test_labels = labels_of(150, seed=7, classes=classes)
     test_ids = [f"test-{row:04d}" for row in range(150)]
     for number, model in enumerate(models):
         for fold in range(FOLDS):
-            rows = np.flatnonzero(folds == fold)
-            own = predictions_of(model, labels[rows], fold, [ids[row] for row in rows], 100 * number + fold, informed)
+            rows, seed = np.flatnonzero(folds == fold), 100 * number + fold
+            own = predictions_of(model, labels[rows], fold, [ids[row] for row in rows], seed, informed, task)
             write_predictions(folder / model / f"fold-{fold}" / "predictions.parquet", own)
-            test = predictions_of(model, test_labels, NO_FOLD, test_ids, 1000 + 100 * number + fold, informed)
+            test = predictions_of(model, test_labels, NO_FOLD, test_ids, 1000 + seed, informed, task)
             test.model_hash[:] = own.model_hash[0]
             write_predictions(folder / model / f"fold-{fold}" / "test.parquet", test, split=TEST, transforms=8)
     write_oof(folder / "oof.parquet", gather(folder, models, ids, labels, folds))
     return labels
+
+
+def _values(field: MetadataField, rows: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw values of a field; about one in twenty of an ordinal field is missing."""
+    if field.is_number:
+        return generator.uniform(field.low, field.high, rows).round()
+    values = generator.integers(0, len(field.categories), rows).astype(float)
+    return np.where(generator.random(rows) < 0.05, np.nan, values) if field.kind == "ordinal" else values

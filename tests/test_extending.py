@@ -281,7 +281,7 @@ def tower(run: Run) -> None:
 def added_field(run: Run, name: str) -> np.ndarray:
     """Return (N,) values of the field in the out-of-fold table."""
     table = read_oof(run.folder / "oof.parquet")
-    assert table.metadata_fields[4:] == (name,)
+    assert table.task.field_names[4:] == (name,)
     return table.metadata[:, 4]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.synthetic_run import FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
+from tests.synthetic_run import CONCEPTS, FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
 from triderm_dist.predictions import (
     NO_FOLD,
     TEST,
@@ -17,7 +17,8 @@ from triderm_dist.predictions import (
     write_oof,
     write_predictions,
 )
-from triderm_dist.schema import CONCEPTS, DataError
+from triderm_dist.schema import DataError
+from triderm_dist.tasks import milk10k_task
 
 LESIONS = 120
 
@@ -89,7 +90,8 @@ def test_missing_fold_is_nan(run) -> None:
         ({"lesion_ids": lambda x: np.array([x[0], x[0], *x[2:]], object)}, r"occurs twice|has label"),
         ({"split": "test"}, "holds test predictions"),
         ({"head": "sigmoid"}, "head"),
-        ({"concept_names": tuple(f"c{i}" for i in range(14))}, "other diagnoses, concepts or metadata fields"),
+        ({"concept_names": tuple(f"c{i}" for i in range(14))}, "is for other concepts than"),
+        ({"task": replace(milk10k_task(), name="other")}, "is for another task than"),
         ({"model": "dual_cnn"}, "already predicted by model dual_cnn|head in another file"),
     ],
 )

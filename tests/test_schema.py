@@ -158,26 +158,23 @@ def test_network_parameter_names_are_stable() -> None:
 def test_prediction_files_name_their_fields(added: None, tmp_path: Path) -> None:
     labels = np.arange(3)
     made = predictions_of("trimodal", labels, 0, ["a", "b", "c"], 0)
-    assert made.metadata_fields == tuple(METADATA_FIELDS) and made.metadata.shape == (3, 6)
+    assert made.task.field_names == tuple(METADATA_FIELDS) and made.metadata.shape == (3, 6)
     write_predictions(tmp_path / "predictions.parquet", made)
     METADATA_FIELDS.pop("type")
     read = read_predictions(tmp_path / "predictions.parquet")
-    assert read.metadata_fields == made.metadata_fields
+    assert read.task == made.task
     np.testing.assert_array_equal(read.metadata, made.metadata)
 
 
-def test_predictions_of_earlier_versions_have_the_fields_of_milk10k(tmp_path: Path) -> None:
+def test_predictions_of_earlier_versions_are_of_milk10k(tmp_path: Path) -> None:
     path = tmp_path / "predictions.parquet"
     write_predictions(path, predictions_of("trimodal", np.arange(3), 0, ["a", "b", "c"], 0))
     table = pq.read_table(path)
     head = json.loads(table.schema.metadata[b"triderm"])
-    assert head.pop("metadata_fields") == ["age", "sex", "skin_tone", "site"]
-    pq.write_table(table.replace_schema_metadata({b"triderm": json.dumps(head)}), path)
-    add_field(DIAMETER)
-    try:
-        assert read_predictions(path).metadata_fields == ("age", "sex", "skin_tone", "site")
-    finally:
-        METADATA_FIELDS.pop("diameter")
+    for key in ("task", "metadata_fields"):  # of the previous, and of the first version
+        assert head.pop(key)
+        pq.write_table(table.replace_schema_metadata({b"triderm": json.dumps(head)}), path)
+        assert read_predictions(path).task == milk10k_task()
 
 
 def test_attention_labels_have_values_with_units(added: None) -> None:

@@ -6,7 +6,7 @@ NumPy only. Shapes: N lesions, C diagnoses, R resamples. `labels` (N,) int64 ind
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -178,25 +178,69 @@ METRICS: dict[str, Metric] = {
 """Metrics that the report shows in addition to macro F1. Plugins may add others."""
 
 
+def malignancy_metrics(malignant: np.ndarray) -> dict[str, Metric]:
+    """Return metrics of malignant against benign lesions, all of whose labels are of a known kind.
+
+    malignant: (C,) float, 1 for malignant, 0 for benign, NaN for unknown. A lesion is called malignant where a
+    malignant diagnosis is decided; its score for the area under the ROC curve is the share of the malignant diagnoses
+    in the probability of those of a known kind.
+    """
+    is_malignant, is_known = malignant == 1, ~np.isnan(malignant)
+
+    def sensitivity(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+        return float(decisions[is_malignant[labels]][:, is_malignant].any(axis=1).mean())
+
+    def specificity(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+        return float(1 - decisions[~is_malignant[labels]][:, is_malignant].any(axis=1).mean())
+
+    def auc(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+        known = probabilities[:, is_known].sum(axis=1)
+        score = np.divide(probabilities[:, is_malignant].sum(axis=1), known, out=np.zeros_like(known), where=known > 0)
+        return area_under_roc(score, is_malignant[labels])
+
+    return {
+        "sensitivity": Metric("Sensitivity: malignant lesions with a malignant decision", sensitivity),
+        "specificity": Metric("Specificity: benign lesions without a malignant decision", specificity),
+        "auc": Metric("Area under the ROC curve of the malignant share of the probability", auc),
+    }
+
+
+def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Return the area under the ROC curve of scores (N,) for `positive` (N,) bool; NaN without both kinds.
+
+    It is the share of pairs of a positive and a negative in which the positive has the larger score; ties count half.
+    """
+    negatives, positives = np.sort(scores[~positive]), scores[positive]
+    if not (len(negatives) and len(positives)):
+        return float("nan")
+    below = np.searchsorted(negatives, positives, "left") + np.searchsorted(negatives, positives, "right")
+    return float(below.mean() / (2 * len(negatives)))
+
+
 def bootstrap_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray, resamples: int = 1000, seed: int = 0
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    decisions: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 0,
+    metrics: Mapping[str, Metric] = METRICS,
 ) -> dict[str, Interval]:
-    """Return each of `METRICS` on labeled lesions, with its percentile interval over shared resamples of the lesions.
+    """Return each metric on labeled lesions, with its percentile interval over shared resamples of the lesions.
 
     Resamples are stratified by diagnosis, as in `bootstrap_f1`, but drawn lesion by lesion: a metric may depend on more
     than the decisions.
     """
     generator = np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    draws: dict[str, list[float]] = {name: [] for name in METRICS}
+    draws: dict[str, list[float]] = {name: [] for name in metrics}
     for _ in range(resamples):
         rows = np.concatenate([generator.choice(stratum, len(stratum)) for stratum in strata])
         resample = probabilities[rows], labels[rows], decisions[rows]
-        for name, metric in METRICS.items():
+        for name, metric in metrics.items():
             draws[name].append(metric.function(*resample))
     return {
         name: interval_of(metric.function(probabilities, labels, decisions), np.array(draws[name]))
-        for name, metric in METRICS.items()
+        for name, metric in metrics.items()
     }
 
 

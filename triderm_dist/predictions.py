@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.files import atomic_path
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MILK10K_FIELDS, UNLABELED, DataError
+from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
+from triderm_dist.tasks import recorded_task
 
 FORMAT = "triderm-predictions"
 VERSION = 1
@@ -29,7 +30,6 @@ NO_FOLD = -1
 
 _KEY = b"triderm"
 _SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
-_NAMES = ("diagnoses", "concepts", "metadata_fields")
 _LISTS = ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata")
 
 
@@ -39,7 +39,8 @@ class Predictions:
 
     lesion_ids, groups, model, model_hash, head: (N,) text.  labels, fold: (N,) int64.  logits, aux_clinical,
     aux_dermoscopic: (N, C).  features: (N, D).  concepts: (N, K) and metadata: (N, M), NaN where missing.
-    head: "softmax" or "sigmoid".  model_hash: SHA-256 of the weights.  extra: further values of the file's header.
+    head: "softmax" or "sigmoid".  model_hash: SHA-256 of the weights.  task: what labels, C and M mean.
+    concept_names: of the K concepts.  extra: further values of the file's header.
     """
 
     lesion_ids: np.ndarray
@@ -55,9 +56,8 @@ class Predictions:
     features: np.ndarray
     concepts: np.ndarray
     metadata: np.ndarray
+    task: Task
     concept_names: tuple[str, ...]
-    metadata_fields: tuple[str, ...] = field(default_factory=lambda: tuple(METADATA_FIELDS))
-    diagnoses: tuple[str, ...] = DIAGNOSES
     split: str = OUT_OF_FOLD
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -68,17 +68,18 @@ class Predictions:
         for name in ("labels", "fold"):
             object.__setattr__(self, name, _column(getattr(self, name), rows, np.int64))
         widths = {
-            "logits": len(self.diagnoses),
-            "aux_clinical": len(self.diagnoses),
-            "aux_dermoscopic": len(self.diagnoses),
+            "logits": len(self.task.diagnoses),
+            "aux_clinical": len(self.task.diagnoses),
+            "aux_dermoscopic": len(self.task.diagnoses),
             "features": None,
             "concepts": len(self.concept_names),
-            "metadata": len(self.metadata_fields),
+            "metadata": len(self.task.fields),
         }
         for name, width in widths.items():
             value = np.asarray(getattr(self, name), np.float32)
             if value.ndim != 2 or len(value) != rows or (width is not None and value.shape[1] != width):
-                raise DataError(f"{name} has shape {value.shape}, expected ({rows}, {width or 'D'})")
+                expected = "D" if width is None else width
+                raise DataError(f"{name} has shape {value.shape}, expected ({rows}, {expected})")
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -91,8 +92,8 @@ class OofTable:
 
     lesion_ids, groups: (N,) text.  labels, folds: (N,) int64.  concepts (N, K), metadata (N, M).  Of each model by
     name: heads text; logits, aux_clinical, aux_dermoscopic (N, C); features (N, D); hashes (N,) text, of
-    the weights that predicted the row, "" without a prediction. The same type holds the test set (`average_test`):
-    there all folds are `NO_FOLD`.
+    the weights that predicted the row, "" without a prediction.  task: what labels, C and M mean. The same type holds
+    the test set (`average_test`): there all folds are `NO_FOLD`.
     """
 
     lesion_ids: np.ndarray
@@ -108,12 +109,15 @@ class OofTable:
     aux_dermoscopic: dict[str, np.ndarray]
     features: dict[str, np.ndarray]
     hashes: dict[str, np.ndarray]
+    task: Task
     concept_names: tuple[str, ...]
-    metadata_fields: tuple[str, ...] = field(default_factory=lambda: tuple(METADATA_FIELDS))
-    diagnoses: tuple[str, ...] = DIAGNOSES
 
     def __len__(self) -> int:
         return len(self.lesion_ids)
+
+    @property
+    def diagnoses(self) -> tuple[str, ...]:
+        return self.task.diagnosis_names
 
     def complete(self, models: Sequence[str] | None = None) -> np.ndarray:
         """Return (N,) bool: lesions that every one of the models has a prediction for."""
@@ -170,11 +174,11 @@ def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_
 def read_predictions(path: Path) -> Predictions:
     """Read what `write_predictions` wrote. Raises DataError naming the file for anything else."""
     path = Path(path)
-    table, header = _read(path)
-    names = [tuple(header.pop(key)) for key in _NAMES]
+    table, task, header = _read(path)
+    concepts = tuple(header.pop("concepts"))
     split = header.pop("split")
     try:
-        return replace(_from_rows(table, path, *names), split=split, extra=header)
+        return replace(_from_rows(table, path, task, concepts), split=split, extra=header)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -249,7 +253,8 @@ def read_oof(path: Path, features: bool = False) -> OofTable:
     import pyarrow.compute as pc
 
     path = Path(path)
-    table, header = _read(path, None if features else [*_SCALARS, *(name for name in _LISTS if name != "features")])
+    wanted = None if features else [*_SCALARS, *(name for name in _LISTS if name != "features")]
+    table, task, header = _read(path, wanted)
     if not features:
         table = table.append_column("features", _as_lists(np.empty((len(table), 0))))
     names = tuple(dict.fromkeys(_text(table, "model")))
@@ -257,10 +262,8 @@ def read_oof(path: Path, features: bool = False) -> OofTable:
         raise DataError(f"{path}: holds {header['split']} predictions, expected the out-of-fold table")
     if not names:
         raise DataError(f"{path}: has no rows; run triderm crossval first")
-    parts = [
-        (path, _from_rows(table.filter(pc.equal(table["model"], name)), path, *(tuple(header[key]) for key in _NAMES)))
-        for name in names
-    ]
+    concepts = tuple(header["concepts"])
+    parts = [(path, _from_rows(table.filter(pc.equal(table["model"], name)), path, task, concepts)) for name in names]
     first = parts[0][1]
     data = _DataSplit(first.lesion_ids.tolist(), first.labels, first.fold)
     for _, part in parts:
@@ -286,10 +289,8 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         if key in seen:
             raise DataError(f"test predictions of {key[0]} with weights {key[1][:12]} were given twice")
         seen.add(key)
-        if _names(part) != _names(first):
-            raise DataError(
-                f"test predictions of {key[0]} name other diagnoses, concepts or metadata fields than the first file"
-            )
+        if difference := _difference(part, first):
+            raise DataError(f"test predictions of {key[0]} are for {difference} than the first file's")
         row_of = {lesion: row for row, lesion in enumerate(part.lesion_ids)}
         if len(row_of) != len(part) or set(row_of) != set(ids):
             raise DataError(
@@ -317,9 +318,8 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         # The features of different fold models have different axes: their mean would be meaningless.
         features={model: np.full((len(ids), 0), np.nan, np.float32) for model in models},
         hashes={model: np.full(len(ids), "", object) for model in models},
+        task=first.task,
         concept_names=first.concept_names,
-        metadata_fields=first.metadata_fields,
-        diagnoses=first.diagnoses,
     )
 
 
@@ -381,14 +381,14 @@ def _merge(parts: list[tuple[Path, Predictions]], data: _DataSplit, models: Sequ
     names = found if models is None else tuple(models)
     groups = data.lesion_ids.copy()
     concepts = np.full((rows, len(first.concept_names)), np.nan, np.float32)
-    metadata = np.full((rows, len(first.metadata_fields)), np.nan, np.float32)
+    metadata = np.full((rows, len(first.task.fields)), np.nan, np.float32)
     heads: dict[str, str] = {}
     hashes = {name: np.full(rows, "", object) for name in names}
     arrays: dict[str, dict[str, np.ndarray]] = {key: {} for key in _LISTS[:4]}
     predicted = {name: np.zeros(rows, bool) for name in names}
     for path, part in parts:
-        if _names(part) != _names(first):
-            raise DataError(f"{path}: names other diagnoses, concepts or metadata fields than {first_path}")
+        if difference := _difference(part, first):
+            raise DataError(f"{path}: is for {difference} than {first_path}")
         for name in dict.fromkeys(part.model):
             mask = part.model == name
             positions = data.rows(part)[mask]
@@ -421,14 +421,16 @@ def _merge(parts: list[tuple[Path, Predictions]], data: _DataSplit, models: Sequ
         heads=heads,
         **arrays,
         hashes=hashes,
+        task=first.task,
         concept_names=first.concept_names,
-        metadata_fields=first.metadata_fields,
-        diagnoses=first.diagnoses,
     )
 
 
-def _names(part: Predictions) -> tuple[tuple[str, ...], ...]:
-    return part.diagnoses, part.concept_names, part.metadata_fields
+def _difference(part: Predictions, other: Predictions) -> str:
+    """Name what keeps two files from being combined, "" if nothing does."""
+    if not part.task.matches(other.task):
+        return "another task"
+    return "" if part.concept_names == other.concept_names else "other concepts"
 
 
 def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -438,9 +440,10 @@ def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any])
         "format": FORMAT,
         "version": VERSION,
         "split": split,
-        "diagnoses": list(names.diagnoses),
+        "diagnoses": list(names.task.diagnosis_names),
         "concepts": list(names.concept_names),
-        "metadata_fields": list(names.metadata_fields),
+        "metadata_fields": list(names.task.field_names),
+        "task": names.task.to_mapping(),
         **extra,
     }
 
@@ -452,7 +455,8 @@ def _write(path: Path, table: Any, header: dict[str, Any]) -> None:
         pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(header)}), temporary, compression="zstd")
 
 
-def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict[str, Any]]:
+    """Return the rows of a prediction file, its task, and the other values of its header."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -468,16 +472,24 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, dict[str, 
         raise DataError(f"{path}: not a prediction file of this toolkit") from None
     if (header.pop("format", None), header.pop("version", None)) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; write it again with this version of the toolkit")
-    # Files of earlier versions hold MILK10k's fields and do not name them.
-    header.setdefault("metadata_fields", [field.name for field in MILK10K_FIELDS])
+    try:
+        task = recorded_task(header, str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}; run triderm crossval again") from None
+    header.pop("task", None)
+    if tuple(header.pop("diagnoses")) != task.diagnosis_names or (
+        # Files of the first version do not name their fields.
+        tuple(header.pop("metadata_fields", task.field_names)) != task.field_names
+    ):
+        raise DataError(
+            f"{path}: its diagnoses or metadata fields are not those of task {task.name!r}; run triderm crossval again"
+        )
     if absent := [name for name in columns or (*_SCALARS, *_LISTS) if name not in table.column_names]:
         raise DataError(f"{path}: column {absent[0]!r} is missing")
-    return table, header
+    return table, task, header
 
 
-def _from_rows(
-    table: Any, path: Path, diagnoses: tuple[str, ...], concepts: tuple[str, ...], metadata_fields: tuple[str, ...]
-) -> Predictions:
+def _from_rows(table: Any, path: Path, task: Task, concepts: tuple[str, ...]) -> Predictions:
     return Predictions(
         lesion_ids=_text(table, "lesion_id"),
         groups=_text(table, "group"),
@@ -492,9 +504,8 @@ def _from_rows(
         features=_as_array(table, "features", path),
         concepts=_as_array(table, "concepts", path),
         metadata=_as_array(table, "metadata", path),
+        task=task,
         concept_names=concepts,
-        metadata_fields=metadata_fields,
-        diagnoses=diagnoses,
     )
 
 

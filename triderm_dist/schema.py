@@ -306,7 +306,8 @@ class Task:
 
     reader: the module of `data.readers`.  missing_words: in any case; replace `MISSING_WORDS`.  decision: how a
     diagnosis is chosen: the largest probability, each p > 0.5, or thresholds fitted on out-of-fold predictions.
-    submission: the format of a challenge's file, None for none.
+    reference_note: what to know when comparing with the reference results.  submission: the format of a challenge's
+    file, None for none.
 
     Raises ConfigError for a task that contradicts itself.
     """
@@ -322,6 +323,7 @@ class Task:
     missing_words: tuple[str, ...] = MISSING_WORDS
     decision: str = "fitted"
     reference_results: tuple[ReferenceResult, ...] = ()
+    reference_note: str = ""
     submission: str | None = None
 
     def __post_init__(self) -> None:
@@ -360,6 +362,17 @@ class Task:
     def signature(self, concepts: Sequence[str]) -> Signature:
         """Return what a network for this task takes and predicts, with concepts of these names."""
         return Signature(self.diagnosis_names, self.view_names, tuple(concepts), self.fields)
+
+    def matches(self, other: Task) -> bool:
+        """Return whether labels, views and metadata values mean the same in both tasks.
+
+        Titles, columns, words, the decision and reference results may differ.
+        """
+        return self._meaning() == other._meaning()
+
+    def _meaning(self) -> tuple[Any, ...]:
+        values = [(each.name, each.kind, each.categories, each.low, each.high, each.full_scale) for each in self.fields]
+        return self.name, self.diagnosis_names, self.view_names, values
 
     def _contradictions(self) -> Iterator[str]:
         names, columns = self.diagnosis_names, self.columns

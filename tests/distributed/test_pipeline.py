@@ -107,7 +107,7 @@ def test_hidden_view_equals_missing_photo(done, packed):
     expected = evaluate(network, LoaderFactory(taken, source), rows, Accelerator(cpu=True), micro_batch=16)
     np.testing.assert_allclose(seen.logits, expected.logits, atol=1e-5)
     assert np.abs(seen.logits - plain.logits).max() > 1e-3
-    assert "tri without the clinical photo" in (done / "report.html").read_text(encoding="utf-8")
+    assert "tri without the close-up photo" in (done / "report.html").read_text(encoding="utf-8")
 
 
 def test_second_run_skips_all_stages(done, arguments):

@@ -88,8 +88,8 @@ def test_extra_columns_that_improve_the_score_are_used_on_a_test_set(tmp_path: P
     assert scores["stack"] > 0.6 > 0.25 > scores["trimodal"]
     parts = parts_of(tmp_path)
     table = average_test(parts)
-    probabilities, thresholds = predict_ensemble(tmp_path, table, parts)
-    assert metrics.macro_f1(probabilities > thresholds, table.labels) > scores["ensemble"] - 0.1
+    decisions = predict_ensemble(tmp_path, table, parts).decisions
+    assert metrics.macro_f1(decisions, table.labels) > scores["ensemble"] - 0.1
     other = [replace(part, model_hash=np.array("another")) for part in parts]
     with pytest.raises(DataError, match="was fitted on other weights"):
         predict_ensemble(tmp_path, table, other)

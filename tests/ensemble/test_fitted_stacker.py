@@ -14,6 +14,7 @@ from triderm_dist.ensemble.stack_inputs import base_columns
 from triderm_dist.ensemble.stacker import Stacker
 from triderm_dist.predictions import OofTable
 from triderm_dist.schema import DIAGNOSES, ConfigError, DataError
+from triderm_dist.tasks import milk10k_task
 
 QUICK = StackConfig(max_rounds=2, learning_rate=0.4, device="cpu")
 
@@ -57,9 +58,9 @@ def prior(monkeypatch) -> StackConfig:
 
 
 def test_registered_stacker_is_fitted_saved_and_loaded(table: OofTable, tmp_path: Path, prior: StackConfig) -> None:
-    fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json")
+    fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json", milk10k_task())
     stacker = fit_stacker(training_rows(table), prior)
-    stacker.save(tmp_path / "stack.json")
+    stacker.save(tmp_path / "stack.json", milk10k_task())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "stack.json",
         "stack.prior",
@@ -74,7 +75,7 @@ def test_stacker_without_its_plugin_or_file_is_refused(table: OofTable, tmp_path
     with pytest.raises(DataError, match=r"stack\.json: no such file; run triderm stack first"):
         FittedStacker.load(tmp_path / "stack.json")
     monkeypatch.setitem(STACKERS, "prior", PriorStacker)
-    fit_stacker(training_rows(table), StackConfig(kind="prior")).save(tmp_path / "stack.json")
+    fit_stacker(training_rows(table), StackConfig(kind="prior")).save(tmp_path / "stack.json", milk10k_task())
     (tmp_path / "stack.prior").unlink()
     with pytest.raises(DataError, match=r"stack\.prior: no such file"):
         FittedStacker.load(tmp_path / "stack.json")
@@ -85,7 +86,7 @@ def test_stacker_without_its_plugin_or_file_is_refused(table: OofTable, tmp_path
 
 def test_runs_from_before_stack_kinds_are_read(table: OofTable, tmp_path: Path) -> None:
     stacker = fit_stacker(training_rows(table), QUICK)
-    stacker.save(tmp_path / "stack.json")
+    stacker.save(tmp_path / "stack.json", milk10k_task())
     description = json.loads((tmp_path / "stack.json").read_text())
     del description["kind"]
     (tmp_path / "stack.json").write_text(json.dumps(description))
@@ -140,8 +141,8 @@ def test_wide_columns_are_reduced_by_training_rows_only(table: OofTable, tmp_pat
     changed = columns.copy()
     changed[~train, -40:] = 99.0
     assert fit(changed).model == stacker.model
-    stacker.save(tmp_path / "stack.json")
+    stacker.save(tmp_path / "stack.json", milk10k_task())
     loaded = FittedStacker.load(tmp_path / "stack.json")
     np.testing.assert_array_equal(loaded.predict(columns), stacker.predict(columns))
-    fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json")
+    fit_stacker(training_rows(table), QUICK).save(tmp_path / "stack.json", milk10k_task())
     assert not (tmp_path / "stack.safetensors").exists()

@@ -15,7 +15,7 @@ from triderm_dist.schema import DataError
 def test_columns_are_log_probabilities_concepts_and_metadata(table: OofTable) -> None:
     columns, names = base_columns(table), column_names(table)
     assert columns.shape == (len(table), len(names))
-    assert len(set(names)) == len(names) == 2 * 3 * 11 + 14 + len(table.metadata_fields)
+    assert len(set(names)) == len(names) == 2 * 3 * 11 + 14 + len(table.task.fields)
     logits = table.logits["trimodal"].astype(float)
     log_p = logits[:, 7] - np.log(np.exp(logits).sum(axis=1))
     np.testing.assert_allclose(columns[:, names.index("trimodal/logit/MEL")], log_p, rtol=1e-4)

@@ -14,6 +14,7 @@ from triderm_dist.ensemble.stack_inputs import base_columns
 from triderm_dist.ensemble.xgboost_stacker import count_gpus, device_of, threads_for
 from triderm_dist.predictions import OofTable
 from triderm_dist.schema import DIAGNOSES, DataError
+from triderm_dist.tasks import milk10k_task
 
 QUICK = StackConfig(max_rounds=20, early_stopping=5, learning_rate=0.4, device="cpu")
 FEW_ROUNDS = QUICK.model_copy(update={"max_rounds": 6})
@@ -24,7 +25,7 @@ def test_fits_are_bit_identical_and_round_trip_through_files(table: OofTable, tm
     config = QUICK.model_copy(update={"booster": booster, "max_rounds": 12})
     first, second = (fit_stacker(training_rows(table), config) for _ in range(2))
     assert first == second
-    first.save(tmp_path / "stack.json")
+    first.save(tmp_path / "stack.json", milk10k_task())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.json", "stack.ubj"]
     loaded = FittedStacker.load(tmp_path / "stack.json")
     assert loaded == first

@@ -1,4 +1,6 @@
-"""Predict a test set with every fold's model and test-time augmentation, and write submission.csv.
+"""Predict a test set with every fold's model and test-time augmentation, and write the results as CSV.
+
+The results are submission.csv for the task of a challenge, else probabilities.csv and decisions.csv.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.predict --config RUN/config.yaml
 
@@ -7,13 +9,19 @@ With lesion ids it draws the attention maps of the tri-modal networks instead, O
 triderm predict --config RUN/config.yaml explain=[IL_0000652,IL_0003176]
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Experiment
+
+if TYPE_CHECKING:
+    from triderm_dist.data.shards.index import ShardIndex
 
 
 class PredictRun(Experiment):
@@ -23,41 +31,64 @@ class PredictRun(Experiment):
         (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
     )
     submit: bool = Field(
-        True, description="write the submission; false only writes each fold's test.parquet, for stack.extra=[features]"
+        True, description="write the results; false only writes each fold's test.parquet, for stack.extra=[features]"
     )
 
 
 def main(config: PredictRun) -> None:
-    from triderm_dist.data.readers.milk10k import read_labels
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.predict_test import predict_test
     from triderm_dist.ensemble.artifact import Ensemble
-    from triderm_dist.ensemble.predict import score, submit
+    from triderm_dist.ensemble.predict import check_task, score, submit
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 
     if config.explain:
         draw(config)
         return
-    truth = read_labels(Path(config.data.test_truth)) if config.data.test_truth else None
     ensemble = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
+    if ensemble:
+        check_task(config.folder, index.task)
+    truth = read_truth(config, index) if ensemble else None
     predict_test(config, index, members)
     if ensemble is None or not is_main():
         return
     files = [config.fold_folder(name, fold) / "test.parquet" for name in members for fold in range(config.data.folds)]
-    path = submit(config.folder, files)
-    print(f"wrote {path}: {ensemble.weighting} of {', '.join(ensemble.members)}; {config.data.folds} folds averaged")
+    paths = submit(config.folder, files)
+    print(
+        f"wrote {', '.join(map(str, paths))}: {ensemble.weighting} of {', '.join(ensemble.members)}; "
+        f"{config.data.folds} folds averaged"
+    )
     if truth is not None:
-        result = score(path, truth, config.ensemble.bootstrap, config.seed)
+        partial = config.data.test_truth is None
+        result = score(config.folder, truth, config.ensemble.bootstrap, config.seed, partial)
         low, high = result["interval"]
         if result["absent"]:
             print(f"no test lesion has {', '.join(result['absent'])}: excluded from the score")
         print(
-            f"held-out macro F1 (official metric) {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
+            f"held-out macro F1{' (official metric)' if index.task.submission else ''} {result['macro_f1']:.3f} "
+            f"[{low:.3f}, {high:.3f}], "
             f"argmax {result['argmax']:.3f}, {result['n']} lesions"
         )
+
+
+def read_truth(config: PredictRun, index: ShardIndex) -> dict[str, int] | None:
+    """Return the label of each test lesion: of `data.test_truth`, else those packed with the test set, if it has any.
+
+    Unlabeled lesions of a packed set are left out; None without any label.
+    """
+    from triderm_dist.data.readers import lesions_csv, milk10k
+    from triderm_dist.schema import UNLABELED
+
+    if config.data.test_truth:
+        path = Path(config.data.test_truth)
+        if index.task.reader == "milk10k":
+            return milk10k.read_labels(path)
+        return lesions_csv.read_labels(path, index.task)
+    labels = zip(index.lesion_ids, index.labels.tolist(), strict=True)
+    return {str(lesion): label for lesion, label in labels if label != UNLABELED} or None
 
 
 def draw(config: PredictRun) -> None:
@@ -66,9 +97,9 @@ def draw(config: PredictRun) -> None:
     from triderm_dist.files import write_json
     from triderm_dist.report.attention import draw_attention
 
-    for name, maps in attention_maps(config, config.explain):
+    for name, task, maps in attention_maps(config, config.explain):
         picture = config.folder / "explain" / name / f"{maps.lesion_id}.png"
-        draw_attention(maps, picture)
+        draw_attention(maps, picture, task)
         write_json(picture.with_suffix(".json"), maps.json())
         print(picture)
 

@@ -2,8 +2,9 @@
 
 triderm stack --config RUN/config.yaml
 
-Writes stack.json with the stacker's model (stack.ubj for XGBoost), ensemble.json, ensemble_oof.parquet and
-oof_submission.csv into OUTPUT. Running it again writes the same files.
+Writes stack.json with the stacker's model (stack.ubj for XGBoost), ensemble.json, ensemble_oof.parquet, and the results
+of the out-of-fold lesions as CSV (oof_submission.csv, or oof_probabilities.csv and oof_decisions.csv) into OUTPUT.
+Running it again writes the same files.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ def main(config: StackRun) -> None:
 
     from triderm_dist.ensemble.fit import fit_ensemble
     from triderm_dist.ensemble.run_files import ENSEMBLE, ENSEMBLE_FILE
-    from triderm_dist.ensemble.score_table import COLUMNS
+    from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
 
     fit = fit_ensemble(config.folder, config)
     table = Table(title=f"Macro F1 over {fit.lesions} out-of-fold lesions", title_justify="left")
     table.add_column("")
-    for name in IN_TERMINAL:
+    shown = [name for name in SHOWN[fit.decision] if name in IN_TERMINAL]
+    for name in shown:
         table.add_column(COLUMNS[name], justify="right", no_wrap=True)
     for row in fit.rows:
         cells = row.cells()
-        table.add_row(row.name, *(cells[name] for name in IN_TERMINAL), style="bold" if row.name == ENSEMBLE else None)
+        table.add_row(row.name, *(cells[name] for name in shown), style="bold" if row.name == ENSEMBLE else None)
     console = Console()
     console.print(table)
     for note in fit.notes:

@@ -22,11 +22,11 @@ from triderm_dist.models import build_towers, network_class
 from triderm_dist.models.attention import AttentionMaps, semantic_values
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD
-from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError
+from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError, Task
 
 
-def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple[str, AttentionMaps]]:
-    """Yield (model, its attention maps) for each tri-modal model and each lesion of the test and training shards.
+def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterator[tuple[str, Task, AttentionMaps]]:
+    """Yield (model, task, attention maps) for each tri-modal model and each lesion of the test and training shards.
 
     The maps of a test lesion are the mean over the models of all folds; the maps of a training lesion come from the
     model of its own fold, which was not trained on it. Call in one process. Raises DataError for a lesion that neither
@@ -47,7 +47,7 @@ def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterato
         remaining = [lesion for lesion in remaining if lesion not in row_of]
         for name in names if rows else ():
             for maps in _attention_maps(experiment, index, name, rows, test):
-                yield name, maps
+                yield name, index.task, maps
     if remaining:
         raise DataError(f"explain={remaining[0]}: no lesion of the packed sets has this id; samples.parquet lists them")
 

@@ -57,9 +57,8 @@ def as_predictions(
         features=evaluation.features,
         concepts=index.concept_scores[rows],
         metadata=index.metadata[rows],
+        task=index.task,
         concept_names=index.concepts,
-        metadata_fields=index.task.field_names,
-        diagnoses=index.diagnoses,
     )
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from triderm_dist.ensemble.run_files import FITTED
 from triderm_dist.ensemble.thresholds import Rule, decide, encode_rule
 from triderm_dist.files import write_json
-from triderm_dist.schema import DIAGNOSES, DataError
+from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.tasks import recorded_task
 
 FORMAT = "triderm-ensemble"
 VERSION = 3
@@ -35,7 +36,6 @@ class Ensemble:
     tau: float | None = None
     weighting: str = FITTED
     temperatures: np.ndarray = field(default_factory=lambda: np.empty(0))
-    diagnoses: tuple[str, ...] = DIAGNOSES
 
     def combine(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
         """Return the (N, C) weighted mean of the members' (N, C), given in the order of `members`."""
@@ -58,8 +58,8 @@ class Ensemble:
         """Return the ensemble with temperatures of the members; 1 for members that are not named."""
         return replace(self, temperatures=np.array([temperatures.get(name, 1.0) for name in self.members]))
 
-    def save(self, path: Path, **extra: Any) -> None:
-        """Write as JSON, with the keys of `extra` (scores, notes), atomically."""
+    def save(self, path: Path, task: Task, **extra: Any) -> None:
+        """Write as JSON, with the task and the keys of `extra` (scores, notes), atomically."""
         tree = {
             "format": FORMAT,
             "version": VERSION,
@@ -67,11 +67,12 @@ class Ensemble:
             "weights": self.weights.tolist(),
             "temperatures": self.temperatures.tolist(),
             "weighting": self.weighting,
-            "diagnoses": self.diagnoses,
+            "diagnoses": task.diagnosis_names,
             "thresholds": self.thresholds.tolist(),
             "shrinkage": self.shrinkage,
             "tau": self.tau,
             "rule": self.rule,
+            "task": task.to_mapping(),
             **extra,
         }
         write_json(path, tree)
@@ -89,7 +90,6 @@ class Ensemble:
             tau=tree["tau"],
             weighting=tree["weighting"],
             temperatures=np.array(tree["temperatures"]),
-            diagnoses=tuple(tree["diagnoses"]),
         )
 
 
@@ -104,3 +104,11 @@ def read_json(path: Path, format_name: str = FORMAT, version: int = VERSION) -> 
     if (tree.get("format"), tree.get("version")) != (format_name, version):
         raise DataError(f"{path}: not {format_name} version {version}; run triderm stack again")
     return tree
+
+
+def read_task(path: Path, format_name: str = FORMAT, version: int = VERSION) -> Task:
+    """Return the task of a JSON file that triderm stack wrote, by default ensemble.json; MILK10k's if it names none."""
+    try:
+        return recorded_task(read_json(path, format_name, version), str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}; run triderm stack again") from None

@@ -2,8 +2,8 @@
 
 Files written into the run folder: stack.json and the stacker's model (stack.ubj for XGBoost; with wide columns also
 stack.safetensors, and turns.safetensors for fused features), ensemble.json (members, weights, thresholds,
-rule and all scores), ensemble_oof.parquet (nested probabilities and decisions for each lesion), oof_submission.csv
-(the nested decisions in the official format).
+rule and all scores), ensemble_oof.parquet (nested probabilities and decisions for each lesion), and the nested results
+as CSV: oof_submission.csv in the format of the task's challenge, else oof_probabilities.csv and oof_decisions.csv.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from triderm_dist import metrics, submission
+from triderm_dist import metrics
 from triderm_dist.config import Experiment, import_plugins
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
@@ -38,7 +38,7 @@ from triderm_dist.ensemble.run_files import (
     MEAN,
     NESTED_FILE,
     OOF_FILE,
-    OOF_SUBMISSION_FILE,
+    OOF_PREFIX,
     RESERVED,
     STACK_FILE,
     STACKER,
@@ -51,14 +51,19 @@ from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.weights import NestedEstimate, choose_weighting, fit_candidates, nested_estimate
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
+from triderm_dist.submission import Results, write_results
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The result of `fit_ensemble`, for a program to print. chosen: the weighting.  notes: one sentence each."""
+    """The result of `fit_ensemble`, for a program to print.
+
+    chosen: the weighting.  decision: that of the task.  notes: one sentence each.
+    """
 
     rows: list[Row]
     chosen: str
+    decision: str
     notes: list[str]
     lesions: int
 
@@ -85,7 +90,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         members[STACKER] = uncalibrated[STACKER] = stack.out_of_fold
 
     nested = _nested_estimate(table, models, stack, config)
-    candidates = fit_candidates(members, table.labels, table.folds, config.ensemble, config.seed, table.diagnoses)
+    candidates = fit_candidates(members, table.labels, table.folds, config.ensemble, config.seed, table.task.decision)
     nested_scores = {name: metrics.macro_f1(nested.decisions[name], table.labels) for name in candidates}
     ensemble = candidates[choose_weighting(nested_scores)].ensemble.with_temperatures(temperatures)
     notes.append(_explain_choice(nested_scores, ensemble.weighting))
@@ -96,12 +101,13 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     scores = ScoreTable(table, members, uncalibrated, candidates, nested, config.ensemble.bootstrap, config.seed)
     rows = scores.rows(ensemble)
     if stacker:
-        stacker.save(run_folder / STACK_FILE)
+        stacker.save(run_folder / STACK_FILE, table.task)
     else:
         remove_stacker(run_folder / STACK_FILE)  # of an earlier fit
     _write_nested(run_folder, table, nested, stack)
     ensemble.save(
         run_folder / ENSEMBLE_FILE,
+        table.task,
         lesions=len(table),
         folds=len(np.unique(table.folds)),
         scores={row.name: row.json() for row in rows},
@@ -112,7 +118,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         bootstrap=config.ensemble.bootstrap,
         notes=notes,
     )
-    return Fit(rows, ensemble.weighting, notes, len(table))
+    return Fit(rows, ensemble.weighting, table.task.decision, notes, len(table))
 
 
 def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ...], list[str]]:
@@ -168,11 +174,13 @@ def _nested_estimate(
     def parts_without(fold: int) -> np.ndarray:
         return inner_folds(labels, table.groups, folds, folds != fold, config.seed)
 
-    return nested_estimate(members_without, labels, folds, parts_without, config.ensemble, config.seed, table.diagnoses)
+    return nested_estimate(
+        members_without, labels, folds, parts_without, config.ensemble, config.seed, table.task.decision
+    )
 
 
 def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:
-    """Write the nested probabilities and decisions of every lesion, and the decisions in the official format."""
+    """Write the nested probabilities and decisions of every lesion as parquet and as CSV."""
     rows = NestedRows(
         lesion_ids=table.lesion_ids,
         labels=table.labels,
@@ -182,13 +190,8 @@ def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, sta
         stack=stack.out_of_fold if stack else np.full(nested.probabilities.shape, np.nan),
     )
     write_nested(run_folder / NESTED_FILE, rows)
-    submission.write_submission(
-        run_folder / OOF_SUBMISSION_FILE,
-        table.lesion_ids.tolist(),
-        nested.decidable,
-        nested.thresholds,
-        diagnoses=table.diagnoses,
-    )
+    results = Results(table.lesion_ids.tolist(), nested.probabilities, nested.decidable, nested.thresholds)
+    write_results(run_folder, table.task, results, prefix=OOF_PREFIX)
 
 
 def _fit_stacker(

@@ -17,7 +17,7 @@ from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
 from triderm_dist.files import atomic_path, write_json
-from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.schema import ConfigError, DataError, Task
 
 FORMAT = "triderm-stacker"
 VERSION = 2
@@ -127,8 +127,11 @@ class FittedStacker:
         columns = np.asarray(columns, np.float32)
         return columns if self.reduction is None else self.reduction(columns)
 
-    def save(self, path: Path) -> None:
-        """Write stack.json to `path`, and next to it the model and the reduction of wide columns, each atomically."""
+    def save(self, path: Path, task: Task) -> None:
+        """Write stack.json to `path`, and next to it the model and the reduction of wide columns, each atomically.
+
+        task: what the columns and diagnoses mean.
+        """
         remove_stacker(path)  # of an earlier fit
         description = self.model.save(model_path(path, type(self.model)))
         if self.reduction is not None:
@@ -144,6 +147,7 @@ class FittedStacker:
             "diagnoses": self.diagnoses,
             "absent": self.absent,
             "extra": self.extra,
+            "task": task.to_mapping(),
         }
         write_json(path, {**description, **shared})
 

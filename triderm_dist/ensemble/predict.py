@@ -1,4 +1,4 @@
-"""Predict a test set with the fitted stacker and ensemble, write the submission, and score it."""
+"""Predict a test set with the fitted stacker and ensemble, write the results, and score them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import metrics
-from triderm_dist.ensemble.artifact import Ensemble, read_json
+from triderm_dist.ensemble import fitted_stacker
+from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import (
@@ -18,7 +19,6 @@ from triderm_dist.ensemble.run_files import (
     PREDICTIONS_FILE,
     STACK_FILE,
     STACKER,
-    SUBMISSION_FILE,
 )
 from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
 from triderm_dist.files import write_json
@@ -30,61 +30,62 @@ from triderm_dist.predictions import (
     read_predictions,
     write_predictions,
 )
-from triderm_dist.schema import DIAGNOSES, UNLABELED, DataError
-from triderm_dist.submission import read_submission, write_submission
+from triderm_dist.schema import UNLABELED, DataError, Task
+from triderm_dist.submission import Results, read_results, result_files, write_results
 
 
-def submit(run_folder: Path, test_files: Sequence[Path]) -> Path:
-    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble, write RUN/submission.csv.
+def submit(run_folder: Path, test_files: Sequence[Path]) -> list[Path]:
+    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble, write `result_files` into RUN.
 
-    Also writes RUN/predictions.parquet: one row per lesion and model, the mean over folds and transforms. Raises
-    DataError where the files hold different lesions or the ensemble needs another model.
+    Also writes RUN/predictions.parquet: one row per lesion and model, the mean over folds and transforms. Returns the
+    paths of the results. Raises DataError where the files hold different lesions or the ensemble needs another model.
     """
     parts = [read_predictions(path) for path in test_files]
     table = average_test(parts)
-    probabilities, thresholds = predict_ensemble(run_folder, table, parts)
+    results = predict_ensemble(run_folder, table, parts)
     write_predictions(run_folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
-    path = run_folder / SUBMISSION_FILE
-    (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of an earlier submission
-    ids = [str(name) for name in table.lesion_ids]
-    write_submission(path, ids, probabilities, thresholds, template=sorted(ids))
-    return path
+    (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
+    return write_results(run_folder, table.task, results, template=sorted(results.lesion_ids))
 
 
-def score(submission: Path, truth: Mapping[str, int], resamples: int, seed: int) -> dict[str, Any]:
-    """Score a submission by the official macro F1 against {lesion id: label}, and write heldout.json next to it.
+def score(
+    run_folder: Path, truth: Mapping[str, int], resamples: int, seed: int, partial: bool = False
+) -> dict[str, Any]:
+    """Score the results in RUN by macro F1 of their decisions against {lesion id: label}, and write RUN/heldout.json.
 
-    macro_f1 is over the diagnoses in the truth. `absent` names the others: the official scorer has no score then.
-    Raises DataError where a lesion of the submission has no truth.
+    macro_f1 is over the diagnoses in the truth. `absent` names the others: a challenge's scorer has no score then.
+    partial: score the lesions with a truth only. Raises DataError where a lesion of the results has no truth.
     """
-    ids, probabilities = read_submission(submission)
-    if missing := [name for name in ids if truth.get(name, UNLABELED) == UNLABELED]:
-        raise DataError(f"{submission}: {len(missing)} lesions are not in the ground truth, the first is {missing[0]}")
-    labels = np.array([truth[name] for name in ids], np.int64)
-    decisions = probabilities > metrics.OFFICIAL_THRESHOLD
+    task = read_task(run_folder / ENSEMBLE_FILE)
+    ids, probabilities, decisions = read_results(run_folder, task)
+    labels = np.array([truth.get(name, UNLABELED) for name in ids], np.int64)
+    known = labels != UNLABELED
+    if not (known.any() if partial else known.all()):
+        path = run_folder / result_files(task)[0]
+        first = ids[int(np.argmin(known))]
+        raise DataError(f"{path}: {(~known).sum()} lesions are not in the ground truth, the first is {first}")
+    labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
     interval = metrics.bootstrap_interval(decisions, labels, resamples, seed)
     result = {
         "macro_f1": interval.value,
         "interval": [interval.low, interval.high],
         "argmax": metrics.argmax_macro_f1(probabilities, labels),
-        "n": len(ids),
-        "absent": [name for label, name in enumerate(DIAGNOSES) if not (labels == label).any()],
+        "n": len(labels),
+        "absent": [name for label, name in enumerate(task.diagnosis_names) if not (labels == label).any()],
     }
-    write_json(submission.with_name(HELD_OUT_FILE), result)
+    write_json(run_folder / HELD_OUT_FILE, result)
     return result
 
 
-def predict_ensemble(
-    run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ((N, C) probabilities, (C,) thresholds) of a test set, in the order of `table.lesion_ids`.
+def predict_ensemble(run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()) -> Results:
+    """Return the results for a test set, in the order of `table.lesion_ids`.
 
-    A diagnosis is predicted where its probability is strictly above its threshold; both go to
-    `submission.write_submission`.  table: `predictions.average_test` of `parts`, the predictions of every fold model.
-    Raises DataError where stack.json or ensemble.json is missing, or was fitted on other models, weights or columns.
+    table: `predictions.average_test` of `parts`, the predictions of every fold model. Raises DataError where stack.json
+    or ensemble.json is missing, or was fitted for another task or on other models, weights or columns.
     """
     run_folder = Path(run_folder)
     ensemble = Ensemble.load(run_folder / ENSEMBLE_FILE)
+    check_task(run_folder, table.task)
     models = [name for name in ensemble.members if name != STACKER]
     check_weights(
         run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
@@ -95,8 +96,6 @@ def predict_ensemble(
                 f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; "
                 f"got predictions of {', '.join(table.models)}"
             )
-    if table.diagnoses != ensemble.diagnoses:
-        raise DataError(f"{run_folder / ENSEMBLE_FILE}: was fitted for other diagnoses than the test set's")
     members = []
     for name, temperature in zip(ensemble.members, ensemble.temperatures, strict=True):
         if name == STACKER:
@@ -107,7 +106,22 @@ def predict_ensemble(
             members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
         else:
             members.append(member_probabilities(table, name, temperature))
-    return ensemble.decidable(members), ensemble.thresholds
+    ids = [str(lesion) for lesion in table.lesion_ids]
+    return Results(ids, ensemble.combine(members), ensemble.decidable(members), ensemble.thresholds)
+
+
+def check_task(run_folder: Path, task: Task) -> None:
+    """Check that ensemble.json, and stack.json if there is one, were fitted for this task; raise DataError if not."""
+    fitted = {ENSEMBLE_FILE: read_task(run_folder / ENSEMBLE_FILE)}
+    if (run_folder / STACK_FILE).exists():
+        fitted[STACK_FILE] = read_task(run_folder / STACK_FILE, fitted_stacker.FORMAT, fitted_stacker.VERSION)
+    for name, other in fitted.items():
+        if not other.matches(task):
+            raise DataError(
+                f"{run_folder / name}: was fitted for task {other.name!r}, the predictions are for {task.name!r}"
+                + (", described differently" if other.name == task.name else "")
+                + "; run triderm stack again"
+            )
 
 
 def check_weights(run_folder: Path, used: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -148,7 +162,6 @@ def _to_rows(table: OofTable) -> Predictions:
         features=concatenate(table.features),
         concepts=repeat(table.concepts),
         metadata=repeat(table.metadata),
+        task=table.task,
         concept_names=table.concept_names,
-        metadata_fields=table.metadata_fields,
-        diagnoses=table.diagnoses,
     )

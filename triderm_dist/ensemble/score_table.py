@@ -34,6 +34,13 @@ COLUMNS = {
 }
 """Columns of the score table in order, with their titles; `cells` fills them."""
 
+SHOWN: dict[str, tuple[str, ...]] = {
+    "threshold": tuple(COLUMNS),
+    "fitted": ("argmax", "argmax_tau", "nested", "interval", "ensemble_minus_this"),
+    "argmax": ("nested", "interval", "argmax_tau", "ensemble_minus_this"),
+}
+"""The columns of `COLUMNS` that say something about a decision of `schema.DECISIONS`."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -21,7 +21,6 @@ from triderm_dist.schema import DataError
 
 MIN_LOG_PROBABILITY = -20.0
 """Lower bound of log-probabilities, so that columns stay finite; a stacker cannot use smaller ones."""
-_OUTPUTS = ("logits", "aux_clinical", "aux_dermoscopic")
 
 
 def stacker_columns(
@@ -61,7 +60,7 @@ def base_columns(table: OofTable, models: Sequence[str] | None = None) -> np.nda
     columns = [
         np.maximum(log_probabilities(getattr(table, output)[model], table.heads[model]), MIN_LOG_PROBABILITY)
         for model in (table.models if models is None else models)
-        for output in _OUTPUTS
+        for output in _outputs(table)
     ]
     return np.concatenate([*columns, table.concepts, table.metadata], axis=1).astype(np.float32)
 
@@ -71,12 +70,21 @@ def column_names(table: OofTable, models: Sequence[str] | None = None) -> tuple[
     names = [
         f"{model}/{output.removesuffix('s')}/{diagnosis}"
         for model in (table.models if models is None else models)
-        for output in _OUTPUTS
+        for output in _outputs(table)
         for diagnosis in table.diagnoses
     ]
     names += [f"concept/{name}" for name in table.concept_names]
-    names += [f"metadata/{name}" for name in table.metadata_fields]
+    names += [f"metadata/{name}" for name in table.task.field_names]
     return tuple(names)
+
+
+def _outputs(table: OofTable) -> tuple[str, ...]:
+    """Return the outputs of a network that the stacker reads: those of the main head, and of the head of each view.
+
+    With one view, its head sees nothing that the main head does not see.
+    """
+    views = table.task.view_names
+    return ("logits", *(f"aux_{view}" for view in views if len(views) > 1))
 
 
 def embeddings_path(run_folder: Path, split: str) -> Path:

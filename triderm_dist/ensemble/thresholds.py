@@ -10,7 +10,7 @@ Shapes: N lesions, C diagnoses, R resamples. A diagnosis is predicted where its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -119,12 +119,26 @@ def encode_rule(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -
     return encoded
 
 
+def thresholdings(decision: str, config: EnsembleConfig) -> list[Thresholding]:
+    """Return the thresholdings that are possible under a decision of `schema.DECISIONS`.
+
+    argmax: only the most probable diagnosis. fitted: exactly one diagnosis, by fitted thresholds. threshold: each
+    diagnosis whose probability is above 0.5 once fitted thresholds are mapped onto 0.5, hence also several or none.
+    """
+    adjusted = [Thresholding("nearest", None, tau) for tau in calibration.TAUS]
+    if decision == "argmax":
+        return [choice for choice in adjusted if choice.tau == 0]
+    shrinkages = SHRINKAGES if config.shrinkage == "auto" else (float(config.shrinkage),)
+    rules = RULES[:2] if decision == "threshold" else RULES[2:]
+    return [Thresholding(rule, shrinkage) for shrinkage in shrinkages for rule in rules] + adjusted
+
+
 def choose_thresholding(
     members: np.ndarray,
     fit_weights: Callable[[np.ndarray], np.ndarray],
     labels: np.ndarray,
     parts: np.ndarray,
-    config: EnsembleConfig,
+    choices: Sequence[Thresholding],
     seed: int,
 ) -> tuple[Thresholding, float]:
     """Choose among thresholdings by macro F1 over held-out parts; the first wins ties. Returns its score as well.
@@ -132,15 +146,13 @@ def choose_thresholding(
     members: (M, N, C).  fit_weights: rows (N,) bool -> (M,) weights fitted on them.  parts: (N,); weights and
     thresholds are fitted without a part and judged on it.
     """
-    shrinkages = SHRINKAGES if config.shrinkage == "auto" else (float(config.shrinkage),)
-    choices = [Thresholding(rule, shrinkage) for shrinkage in shrinkages for rule in RULES[:2]]
-    choices += [Thresholding("nearest", None, tau) for tau in calibration.TAUS]
     classes = members.shape[2]
     decisions = {choice: np.zeros((len(labels), classes), bool) for choice in choices}
     for part in np.unique(parts):
         held_out = parts == part
         combined = np.tensordot(fit_weights(~held_out), members, axes=1)
-        averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], seed)  # once for all shrinkages
+        if any(choice.tau is None for choice in choices):  # once for all shrinkages
+            averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], seed)
         for choice, table in decisions.items():
             if choice.tau is not None:
                 thresholds = adjusted_thresholds(labels[~held_out], classes, choice.tau)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from triderm_dist import metrics
 from triderm_dist.config import EnsembleConfig
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.run_files import CHOSEN, FITTED, MEAN
-from triderm_dist.ensemble.thresholds import best_thresholds, choose_thresholding
-from triderm_dist.schema import DIAGNOSES
+from triderm_dist.ensemble.thresholds import best_thresholds, choose_thresholding, thresholdings
 
 
 def fit_weights(
@@ -23,17 +23,16 @@ def fit_weights(
     labels: np.ndarray,
     members: Sequence[str] | None = None,
     rounds: int = 30,
-    diagnoses: Sequence[str] = DIAGNOSES,
 ) -> Ensemble:
     """Fit weights for the largest macro F1 that thresholds can reach on these rows, with those exact thresholds.
 
     Greedy selection with replacement (Caruana et al. 2004), then steps along each weight. The score on these rows is
     biased upward, since weights and thresholds are fitted on them: judge on others (`fit_candidates`).
     """
-    weights = _fit_weights(probabilities, labels, rounds)
+    weights = _fit_weights(MacroF1Objective(probabilities, labels), rounds)
     names = tuple(members) if members is not None else tuple(f"member-{i}" for i in range(len(probabilities)))
     thresholds = best_thresholds(np.tensordot(weights, np.stack(list(probabilities)), axes=1), labels)
-    return Ensemble(names, weights, thresholds, temperatures=np.ones(len(names)), diagnoses=tuple(diagnoses))
+    return Ensemble(names, weights, thresholds, temperatures=np.ones(len(names)))
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ def fit_candidates(
     parts: np.ndarray,
     config: EnsembleConfig,
     seed: int = 0,
-    diagnoses: Sequence[str] = DIAGNOSES,
+    decision: str = "threshold",
 ) -> dict[str, Candidate]:
     """Fit one candidate per weighting: each member by its name, and with two members or more `mean` and `fitted`.
 
-    The thresholding of each is the one with the best macro F1 over `parts` (N,): weights and thresholds are fitted
-    without a part, and judged on it.
+    decision: one of `schema.DECISIONS`. The thresholding of each candidate is the one of `thresholdings(decision)` with
+    the best macro F1 over `parts` (N,): weights and thresholds are fitted without a part, and judged on it.
     """
     names = tuple(members)
     stacked = np.stack(list(members.values()))
@@ -64,11 +63,15 @@ def fit_candidates(
         weightings[name] = lambda rows, weights=weights: weights  # type: ignore[misc]
     if len(names) > 1:
         weightings[MEAN] = lambda rows: np.full(len(names), 1 / len(names))
-        weightings[FITTED] = lambda rows: _fit_weights([table[rows] for table in stacked], labels[rows], config.rounds)
+        objective = ArgmaxObjective if decision == "argmax" else MacroF1Objective
+        weightings[FITTED] = lambda rows: _fit_weights(
+            objective([table[rows] for table in stacked], labels[rows]), config.rounds
+        )
     all_rows = np.ones(len(labels), bool)
+    choices = thresholdings(decision, config)
     candidates = {}
     for weighting, fit in weightings.items():
-        thresholding, score = choose_thresholding(stacked, fit, labels, parts, config, seed)
+        thresholding, score = choose_thresholding(stacked, fit, labels, parts, choices, seed)
         weights = fit(all_rows)
         ensemble = Ensemble(
             members=names,
@@ -79,7 +82,6 @@ def fit_candidates(
             tau=thresholding.tau,
             weighting=weighting,
             temperatures=np.ones(len(names)),
-            diagnoses=tuple(diagnoses),
         )
         candidates[weighting] = Candidate(ensemble, score)
     return candidates
@@ -119,16 +121,15 @@ def nested_estimate(
     parts_without: Callable[[int], np.ndarray],
     config: EnsembleConfig,
     seed: int = 0,
-    diagnoses: Sequence[str] = DIAGNOSES,
+    decision: str = "threshold",
 ) -> NestedEstimate:
     """Fit weights and thresholds, and choose among them, on the other folds of each fold; apply them to the fold.
 
     members_without(k): the members' (N, C), which no label of fold k has influenced.  parts_without(k): (N,) parts for
-    the inner choice, used on the rows outside k.
+    the inner choice, used on the rows outside k.  decision: one of `schema.DECISIONS`.
     """
-    shape = (len(labels), len(diagnoses))
     decisions: dict[str, np.ndarray] = {}
-    probabilities, decidable, thresholds = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
+    probabilities = decidable = thresholds = np.empty(0)
     picks = {}
     for fold in np.unique(folds).tolist():
         inside, outside = folds == fold, folds != fold
@@ -139,10 +140,13 @@ def nested_estimate(
             parts_without(fold)[outside],
             config,
             seed,
-            diagnoses,
+            decision,
         )
         held_out = [table[inside] for table in members.values()]
         best = candidates[choose_weighting({name: candidate.score for name, candidate in candidates.items()})]
+        shape = (len(labels), held_out[0].shape[1])
+        if not picks:
+            probabilities, decidable, thresholds = np.full((3, *shape), np.nan)
         for weighting, candidate in [*candidates.items(), (CHOSEN, best)]:
             decisions.setdefault(weighting, np.zeros(shape, bool))[inside] = candidate.ensemble.decide(held_out)
         probabilities[inside] = best.ensemble.combine(held_out)
@@ -177,10 +181,20 @@ class MacroF1Objective:
         return float((2 * true_positives / self.denominators).max(axis=1)[self.occurs].mean())
 
 
-def _fit_weights(probabilities: Sequence[np.ndarray], labels: np.ndarray, rounds: int) -> np.ndarray:
+class ArgmaxObjective(MacroF1Objective):
+    """Macro F1 where the most probable diagnosis is predicted, as a function of weights."""
+
+    def __init__(self, probabilities: Sequence[np.ndarray], labels: np.ndarray) -> None:
+        super().__init__(probabilities, labels)
+        self.labels = labels
+
+    def __call__(self, mixed: np.ndarray) -> float:
+        return metrics.argmax_macro_f1(mixed.T, self.labels)
+
+
+def _fit_weights(objective: MacroF1Objective, rounds: int) -> np.ndarray:
     """Fit (M,) weights on the simplex: greedy selection with replacement, then refinement."""
-    objective = MacroF1Objective(probabilities, labels)
-    members = len(probabilities)
+    members = len(objective.tables)
     counts, total = np.zeros(members), np.zeros_like(objective.tables[0])
     weights, best, rounds_without_gain = np.full(members, 1 / members), -1.0, 0
     for size in range(1, rounds + 1):

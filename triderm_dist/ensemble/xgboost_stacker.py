@@ -98,7 +98,8 @@ class XGBoostStacker(Stacker):
             model = bytes(booster.save_raw("ubj"))
             gain = booster.get_score(importance_type="total_gain")
             del booster
-        return cls(model, rounds, device, {name: float(value) for name, value in gain.items()})
+        column_of = dict(zip(_names(rows), rows.names, strict=True))
+        return cls(model, rounds, device, {column_of[name]: float(value) for name, value in gain.items()})
 
     def predict(self, columns: np.ndarray) -> np.ndarray:
         scores = self._booster().inplace_predict(columns, validate_features=False)
@@ -207,7 +208,7 @@ def _matrix(rows: TrainingRows, weights: np.ndarray, threads: int, cache: Path, 
     reference: a matrix whose bins are used.
     """
     xgboost = import_xgboost()
-    names = list(rows.names)
+    names = _names(rows)
     shared = {"missing": np.nan, "max_bin": MAX_BIN, "nthread": threads, "ref": reference}
     if rows.in_memory:
         return xgboost.QuantileDMatrix(rows.columns(), label=rows.labels, weight=weights, feature_names=names, **shared)
@@ -231,6 +232,11 @@ def _matrix(rows: TrainingRows, weights: np.ndarray, threads: int, cache: Path, 
             self.batches = rows.batches()
 
     return xgboost.ExtMemQuantileDMatrix(Batches(), **shared)
+
+
+def _names(rows: TrainingRows) -> list[str]:
+    """Return names of the columns that XGBoost accepts: those with a character that it refuses get a number instead."""
+    return [f"column {number}" if set(name) & set("[]<") else name for number, name in enumerate(rows.names)]
 
 
 def _row_weights(labels: np.ndarray, classes: int, power: float) -> np.ndarray:

@@ -10,11 +10,11 @@ import numpy as np
 
 from triderm_dist.files import atomic_path
 from triderm_dist.models.attention import AttentionMaps
-from triderm_dist.schema import UNLABELED, VIEWS
+from triderm_dist.schema import UNLABELED, Task
 
 
-def draw_attention(maps: AttentionMaps, path: Path) -> None:
-    """Draw both photos with and without their attention, and the gating weights as bars; write a PNG, atomically."""
+def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
+    """Draw each photo with and without its attention, and the gating weights as bars; write a PNG, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,15 +24,17 @@ def draw_attention(maps: AttentionMaps, path: Path) -> None:
 
     with pyplot.rc_context({**STYLE, "axes.grid": False}):
         rows = len(maps.semantic)
-        figure = pyplot.figure(figsize=(11.5, max(5.4, 0.24 * rows + 1.2)), layout="constrained")
+        views = len(task.views)
+        height = max(0.6 + 2.4 * views, 0.24 * rows + 1.2)
+        figure = pyplot.figure(figsize=(11.5, height), layout="constrained")
         figure.suptitle(_title(maps), x=0.01, ha="left", fontsize=11)
-        grid = figure.add_gridspec(2, 3 if rows else 2, width_ratios=(1, 1, 1.25) if rows else (1, 1))
-        for row, view in enumerate(VIEWS):
+        grid = figure.add_gridspec(views, 3 if rows else 2, width_ratios=(1, 1, 1.25) if rows else (1, 1))
+        for row, (view, title) in enumerate((view.name, view.title or view.name) for view in task.views):
             photo_axes, overlay_axes = figure.add_subplot(grid[row, 0]), figure.add_subplot(grid[row, 1])
             for axes in (photo_axes, overlay_axes):
                 axes.set_xticks([]), axes.set_yticks([])
                 axes.spines[:].set_visible(False)
-            photo_axes.set_title(f"{view} photo")
+            photo_axes.set_title(f"{title} photo")
             if view not in maps.photos:
                 photo_axes.text(0.5, 0.5, "no photo", ha="center", va="center", color=GRAY)
                 overlay_axes.text(0.5, 0.5, "replaced by learned tokens", ha="center", va="center", color=GRAY)
@@ -42,7 +44,8 @@ def draw_attention(maps: AttentionMaps, path: Path) -> None:
             if view not in maps.attention:
                 overlay_axes.text(0.5, 0.5, "not attended to", ha="center", va="center", color=GRAY)
                 continue
-            overlay_axes.set_title("attention of view alignment" if row == 0 else "attention of the pooling query")
+            aligned = row == 0 and views > 1  # the first view is attended to by the tokens of the second
+            overlay_axes.set_title("attention of view alignment" if aligned else "attention of the pooling query")
             _overlay(overlay_axes, photo, maps.attention[view])
         if rows:
             axes = figure.add_subplot(grid[:, 2])

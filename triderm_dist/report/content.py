@@ -18,7 +18,7 @@ import yaml
 from triderm_dist import metrics
 from triderm_dist.ensemble.artifact import Ensemble, read_json
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
-from triderm_dist.ensemble.predict import check_weights
+from triderm_dist.ensemble.predict import check_task, check_weights
 from triderm_dist.ensemble.run_files import (
     ALIGNMENTS_FILE,
     ENSEMBLE,
@@ -34,13 +34,16 @@ from triderm_dist.ensemble.score_table import Row
 from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
-from triderm_dist.schema import METADATA_FIELDS, VIEWS, DataError, MetadataField
+from triderm_dist.schema import VIEWS, DataError, MetadataField
 
 MIN_SLICE_LESIONS = 100
 """A slice with fewer lesions gets no verdict."""
 
 MIN_SLICE_POSITIVES = 5
 """A diagnosis counts if at least this many lesions inside and outside the slice have it."""
+
+GROUP = "lesions in a group"
+"""In the place of a field's name (which has no space): whether a lesion's group, such as a patient, has others."""
 
 LOWER_RECALL = "lower recall"
 TOO_SMALL = "too few lesions"
@@ -49,22 +52,10 @@ HARDEST_LESIONS = 20
 CONTRIBUTION_LESIONS = 1000
 """Largest number of lesions for which contributions of the stacker's columns are computed."""
 
-PUBLISHED_RESULTS: tuple[tuple[str, str, str], ...] = (
-    ("leaderboard top, method unknown (164 entries, median 0.471)", "", "0.705"),
-    ("best without external data", "", "0.609"),
-    ("two-model ensemble, ConvNeXt-Tiny, 5 folds", "0.544 nested (0.580 pooled)", ""),
-    ("ConvNeXt-Tiny at 384, dermoscopy only, 5 folds", "0.533 nested (0.564 tuned)", ""),
-    ("tri-modal PanDerm/DermLIP, one split", "0.539", "0.486"),
-    ("PanDerm ViT-L with graph attention, 5 folds", "0.541", "0.478"),
-    ("EfficientNetV2-S, MONET, test-time augmentation", "0.443", "0.422"),
-    ("baseline: logistic regression on frozen ImageNet features, metadata and MONET scores", "0.409 nested", ""),
-)
-"""Published macro F1 on MILK10k: method, on its own validation set, on the official test set."""
-
 
 @dataclass(frozen=True)
 class Slice:
-    """Performance on the lesions with one value of a metadata field.
+    """Performance on the lesions with one value of a metadata field, or of `GROUP`.
 
     Only diagnoses with at least `MIN_SLICE_POSITIVES` lesions inside and outside are used.  recall_difference: mean
     recall inside minus outside (recall, because F1 also depends on how common a diagnosis is); None where fewer than
@@ -86,8 +77,24 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Malignancy:
+    """Malignant against benign lesions, by the diagnoses whose kind the task states.
+
+    values: of `metrics.malignancy_metrics`, by title.  lesions: (2, 2), benign and malignant lesions (rows) without and
+    with a malignant decision.  unknown: lesions with a diagnosis of unknown kind, which are left out.
+    """
+
+    values: dict[str, metrics.Interval]
+    lesions: np.ndarray
+    unknown: int
+
+
+@dataclass(frozen=True)
 class MissingView:
-    """Argmax macro F1 of a network with the photo of one view hidden.  difference: minus with both photos."""
+    """Argmax macro F1 of a network with the photo of one view hidden.  difference: minus with both photos.
+
+    view: its title.
+    """
 
     model: str
     view: str
@@ -134,6 +141,7 @@ class Content:
         self.fit = read_json(self.folder / ENSEMBLE_FILE)
         self.rows = read_nested(self.folder / NESTED_FILE)
         table = read_oof(self.folder / OOF_FILE, features=(self.folder / ALIGNMENTS_FILE).exists())
+        check_task(self.folder, table.task)
         check_weights(self.folder, table.hashes.items())
         row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
         if any(lesion not in row_of for lesion in self.rows.lesion_ids):
@@ -141,7 +149,8 @@ class Content:
                 f"{self.folder / NESTED_FILE}: holds lesions that {OOF_FILE} lacks; run triderm stack again"
             )
         self.table = table.take(np.array([row_of[lesion] for lesion in self.rows.lesion_ids]))
-        self.diagnoses = self.ensemble.diagnoses
+        self.task = self.table.task
+        self.diagnoses = self.task.diagnosis_names
         self.resamples = int(self.fit["bootstrap"])
 
     @property
@@ -151,6 +160,11 @@ class Content:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def title(self) -> str:
+        """The title of the task."""
+        return self.task.title or self.task.name
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -203,6 +217,24 @@ class Content:
         """Every metric of `metrics.METRICS`, by name."""
         rows = self.rows
         return metrics.bootstrap_metrics(rows.probabilities, rows.labels, rows.decisions, self.resamples)
+
+    @cached_property
+    def malignancy(self) -> Malignancy | None:
+        """Malignant against benign; None unless the labels hold both kinds."""
+        kinds = np.array([np.nan if each.malignant is None else float(each.malignant) for each in self.task.diagnoses])
+        of_label = kinds[self.labels]
+        if not {0.0, 1.0} <= set(of_label):
+            return None
+        known = ~np.isnan(of_label)
+        known_metrics = metrics.malignancy_metrics(kinds)
+        probabilities, decisions = self.rows.probabilities[known], self.rows.decisions[known]
+        found = metrics.bootstrap_metrics(
+            probabilities, self.labels[known], decisions, self.resamples, metrics=known_metrics
+        )
+        lesions = np.zeros((2, 2), np.int64)
+        np.add.at(lesions, (of_label[known].astype(int), decisions[:, kinds == 1].any(axis=1).astype(int)), 1)
+        values = {known_metrics[name].title: interval for name, interval in found.items()}
+        return Malignancy(values, lesions, int((~known).sum()))
 
     @cached_property
     def confusion(self) -> np.ndarray:
@@ -262,7 +294,7 @@ class Content:
 
     @cached_property
     def slices(self) -> list[Slice]:
-        """A slice for each value of each metadata field that some lesion has."""
+        """A slice for each value of each metadata field that some lesion has, and for each value of `GROUP`."""
         return [
             self._slice(field, value, mask)
             for field, masks in self._slice_masks().items()
@@ -274,6 +306,7 @@ class Content:
     def missing_views(self) -> list[MissingView]:
         """The scores of each network without the photo of a view, for networks that use both views."""
         result = []
+        titles = {view.name: view.title or view.name for view in self.task.views}
         for model in self.networks:
             full = metrics.argmax_decisions(self.table.logits[model])
             for view in VIEWS:
@@ -282,7 +315,7 @@ class Content:
                     continue
                 decisions = metrics.argmax_decisions(logits)
                 difference = metrics.paired_difference(decisions, full, self.labels, self.resamples)
-                result.append(MissingView(model, view, metrics.macro_f1(decisions, self.labels), difference))
+                result.append(MissingView(model, titles[view], metrics.macro_f1(decisions, self.labels), difference))
         return result
 
     @cached_property
@@ -345,11 +378,18 @@ class Content:
         )
 
     def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
-        """Return by metadata field, ordinal ones first and numbers last, the lesions (N,) bool of each value."""
-        values = dict(zip(self.table.metadata_fields, self.table.metadata.T, strict=True))
-        fields = [METADATA_FIELDS[name] for name in values if name in METADATA_FIELDS]
-        fields.sort(key=lambda field: ("ordinal", "category", "number").index(field.kind))
-        return {field.name: slice_masks(field, values[field.name]) for field in fields}
+        """Return by metadata field the lesions (N,) bool of each value: ordinal fields first, numbers last.
+
+        The last entry is `GROUP`, where a group has several lesions.
+        """
+        values = dict(zip(self.task.field_names, self.table.metadata.T, strict=True))
+        fields = sorted(self.task.fields, key=lambda field: ("ordinal", "category", "number").index(field.kind))
+        masks = {field.name: slice_masks(field, values[field.name]) for field in fields}
+        _, group, sizes = np.unique(self.table.groups.astype(str), return_inverse=True, return_counts=True)
+        if sizes.max() > 1:
+            single = sizes[group] == 1
+            masks[GROUP] = {"one": single, "several": ~single}
+        return masks
 
     def _slice(self, field: str, value: str, mask: np.ndarray) -> Slice:
         size = len(self.diagnoses)

@@ -40,12 +40,15 @@ STYLE: Any = {
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names of tasks may hold dollar signs
 }
 
 Draw = Callable[[Any, Content], str]
 
 MIN_BIN_LESIONS = 5
 """A bin of the reliability diagram with fewer lesions is not drawn."""
+PLOTS_IN_ROW = 4
+"""Plots of diagnoses side by side."""
 TOP_COLUMNS = 20
 TOP_PAIRS = 14
 """Columns of the stacker, and pairs of column and diagnosis, that a figure shows."""
@@ -59,9 +62,10 @@ def draw(content: Content, folder: Path) -> dict[str, str]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
+    size = len(content.diagnoses)
     figures: dict[str, tuple[Draw, tuple[float, float], bool]] = {
-        "confusion": (_confusion, (7.2, 6.0), True),
-        "precision_recall": (_precision_recall, (9.0, 6.6), True),
+        "confusion": (_confusion, (max(4.2, 0.9 + 0.57 * size), max(3.2, 0.5 + 0.5 * size)), True),
+        "precision_recall": (_precision_recall, (9.0, 0.3 + 2.1 * -(-size // PLOTS_IN_ROW)), True),
         "reliability": (_reliability, (4.6, 4.2), True),
         "learning_curves": (_learning_curves, (9.0, 2.9 * max(1, len(content.curves))), bool(content.curves)),
         "weights": (_weights, (4.6, 0.9 + 0.42 * len(content.ensemble.members)), len(content.ensemble.members) > 1),
@@ -88,18 +92,22 @@ def _confusion(figure: Any, content: Content) -> str:
     axes = figure.subplots()
     names = content.diagnoses
     lesions = np.bincount(content.labels, minlength=len(names))
-    share = content.confusion / np.maximum(lesions, 1)[:, None]
+    may_be_none = content.task.decision == "threshold"
+    confusion = content.confusion if may_be_none else content.confusion[:, :-1]
+    share = confusion / np.maximum(lesions, 1)[:, None]
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.grid(False)
-    axes.set_xticks(range(len(names) + 1), [*names, "none"], rotation=45, ha="right", rotation_mode="anchor")
+    predicted = [*names, "none"] if may_be_none else names
+    axes.set_xticks(range(len(predicted)), predicted, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), [f"{name}  ({count})" for name, count in zip(names, lesions, strict=True)])
     axes.set_xlabel("predicted")
     axes.set_ylabel("diagnosis (lesions)")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.axvline(len(names) - 0.5, color="white", linewidth=4)
+    if may_be_none:
+        axes.axvline(len(names) - 0.5, color="white", linewidth=4)
     for (row, column), value in np.ndenumerate(share):
-        if content.confusion[row, column]:
+        if confusion[row, column]:
             color = "white" if value > 0.55 else INK
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=color)
     recalls = ", ".join(f"{name} {100 * share[i, i]:.0f}%" for i, name in enumerate(names) if lesions[i])
@@ -107,8 +115,7 @@ def _confusion(figure: Any, content: Content) -> str:
 
 
 def _precision_recall(figure: Any, content: Content) -> str:
-    columns = 4
-    rows = -(-len(content.diagnoses) // columns)
+    rows, columns = -(-len(content.diagnoses) // PLOTS_IN_ROW), min(len(content.diagnoses), PLOTS_IN_ROW)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True).ravel()
     areas = []
     for index, (axes, name) in enumerate(zip(grid, content.diagnoses, strict=False)):

@@ -9,20 +9,42 @@ from pathlib import Path
 import numpy as np
 
 from triderm_dist.ensemble.run_files import ENSEMBLE
-from triderm_dist.ensemble.score_table import COLUMNS
+from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
 from triderm_dist.files import write_text
 from triderm_dist.metrics import METRICS, Interval
 from triderm_dist.report.content import (
+    GROUP,
     LOWER_RECALL,
     MIN_SLICE_LESIONS,
     MIN_SLICE_POSITIVES,
-    PUBLISHED_RESULTS,
     Content,
     DoubtfulLesion,
 )
 from triderm_dist.report.figures import draw
 from triderm_dist.report.html import card, data_table, document, figure
-from triderm_dist.schema import DIAGNOSIS_NAMES, METADATA_FIELDS
+
+RULES = {
+    "argmax": "The most probable diagnosis of each lesion is predicted.",
+    "fitted": "One diagnosis is predicted for each lesion: the one whose probability is largest relative to its fitted "
+    "threshold.",
+    "threshold": "A diagnosis is predicted where its probability exceeds its threshold.",
+}
+"""The decisions of `schema.DECISIONS` in words."""
+
+MEASURES = {
+    "argmax": "most probable diagnosis",
+    "fitted": "one diagnosis by fitted thresholds",
+    "threshold": "each diagnosis with p &gt; 0.5",
+}
+"""What the macro F1 of a decision counts as predicted; a challenge's metric is called official instead."""
+
+COLUMN_NOTES = {
+    "official": "p &gt; 0.5: nothing fitted.",
+    "argmax": "Argmax: only the most probable diagnosis is predicted.",
+    "argmax_tau": "Argmax, tau: the same after logit adjustment with tau fitted on the other folds.",
+    "fitted": "Fitted: thresholds fitted on the same lesions, which biases the score upward; for comparison only.",
+}
+"""Notes under the score table, by column."""
 
 MISLABELED_LESIONS = 30
 """Lesions in the list of probable label errors, at most."""
@@ -53,16 +75,22 @@ def _page(content: Content, alt_texts: dict[str, str], folder: Path) -> str:
         _metrics(content),
         _published_results(content),
         _diagnoses(content),
+        _malignancy(content),
         "<h2>Confusion matrix</h2>"
         + picture(
             "confusion",
-            "Percent of the lesions of each diagnosis. Diagnoses are predicted independently, as the challenge scores "
-            "them, so a row can add up to more than 100; “none”: no diagnosis was predicted.",
+            "Percent of the lesions of each diagnosis."
+            + (
+                " Diagnoses are predicted independently, so a row can add up to more than 100; “none”: no diagnosis "
+                "was predicted."
+                if content.task.decision == "threshold"
+                else ""
+            ),
         ),
         "<h2>Precision, recall, calibration</h2>"
         + picture(
             "precision_recall",
-            "Number after the name: average precision. Dot: at the thresholds. Dashed: random predictions.",
+            "Number after the name: average precision. Dot: the decisions. Dashed: random predictions.",
         )
         + picture(
             "reliability",
@@ -84,7 +112,7 @@ def _header(content: Content) -> str:
     folds, models = content.fit["folds"], len(content.table.models)
     cards = [
         card(
-            "Macro F1, out of fold, nested, official metric",
+            f"Macro F1, out of fold, nested, {_measure(content)}",
             f"{content.score.value:.3f}",
             f"95% interval {_range(content.score)} · {len(content.labels):,} lesions",
         )
@@ -93,7 +121,7 @@ def _header(content: Content) -> str:
         low, high = held["interval"]
         cards.append(
             card(
-                "Macro F1 on the held-out test set, official metric",
+                f"Macro F1 on the held-out test set, {_measure(content)}",
                 f"{held['macro_f1']:.3f}",
                 f"95% interval {low:.3f} to {high:.3f} · {held['n']:,} lesions"
                 + (f" · without {', '.join(held['absent'])}, absent from the test set" if held["absent"] else ""),
@@ -106,40 +134,42 @@ def _header(content: Content) -> str:
         else ""
     )
     return (
-        f"<header><h1>Skin-lesion diagnosis: {escape(content.name)}</h1>"
+        f"<header><h1>{escape(content.title)}: {escape(content.name)}</h1>"
         f"<p class=quiet>{models} {_plural('model', models)} · {folds} folds · "
         f"{len(content.diagnoses)} diagnoses · triderm-dist</p></header>{banner}"
         f'<div class="cards">{"".join(cards)}</div>'
-        "<p>Macro F1 is the unweighted mean of F1 over all diagnoses. A diagnosis is predicted where its probability "
-        "exceeds its threshold. Every lesion was predicted by networks that were not trained on it, with thresholds, "
-        "weights and stacker fitted on the other folds.</p>"
+        f"<p>Macro F1 is the unweighted mean of F1 over all diagnoses. {RULES[content.task.decision]} Every lesion was "
+        f"predicted by networks that were not trained on it, with {_fitted_parts(content)} fitted on the other folds."
+        "</p>"
     )
 
 
 def _score_table(content: Content) -> str:
     rows: list[tuple[str, Sequence[str], str]] = []
+    shown = SHOWN[content.task.decision]
     for row in content.scores:
         cells = {key: text or "–" for key, text in row.cells().items()}
         cells["nested"] = f"<strong>{cells['nested']}</strong>"
-        rows.append((row.name, [cells[key] for key in COLUMNS], "lead" if row.name == ENSEMBLE else ""))
+        rows.append((row.name, [cells[key] for key in shown], "lead" if row.name == ENSEMBLE else ""))
     notes = "".join(f"<li>{escape(note[0].upper() + note[1:])}.</li>" for note in content.fit["notes"])
+    column_notes = COLUMN_NOTES | {
+        "nested": f"Nested: the main figure ({_measure(content)}), {_fitted_parts(content)} fitted on the other folds."
+    }
+    explained = " ".join(column_notes[key] for key in shown if key in column_notes)
     return (
         "<h2>Score of each stage</h2>"
-        + data_table(("", *COLUMNS.values()), rows, "Scores of members and ensemble")
-        + '<p class="note">Macro F1. p &gt; 0.5: nothing fitted. Argmax: only the most probable diagnosis is '
-        "predicted; with tau, after logit adjustment fitted on the other folds. Nested: thresholds, weights and "
-        "stacker fitted on the other folds. Fitted: thresholds fitted on the same lesions, which biases the score "
-        f"upward; shown for comparison only.</p><ul>{notes}</ul>{_pairs(content)}"
+        + data_table(("", *(COLUMNS[key] for key in shown)), rows, "Scores of members and ensemble")
+        + f'<p class="note">Macro F1. {explained}</p><ul>{notes}</ul>{_pairs(content)}'
     )
 
 
 def _metrics(content: Content) -> str:
-    rows = [("Macro F1, official metric", [f"{content.score.value:.3f}", _range(content.score)], "lead")]
+    rows = [(f"Macro F1, {_measure(content)}", [f"{content.score.value:.3f}", _range(content.score)], "lead")]
     for name, interval in content.metric_values.items():
-        rows.append((METRICS[name].title, [_number(interval.value), _range(interval)], ""))
+        rows.append((escape(METRICS[name].title), [_number(interval.value), _range(interval)], ""))
     return (
         "<h2>Metrics</h2>"
-        + data_table(("", "nested", "95% interval"), rows, "Metrics of the ensemble", long_names=True)
+        + data_table(("", "nested", "95% interval"), rows, "Metrics of the ensemble", escaped=True, long_names=True)
         + '<p class="note">Of the ensemble on out-of-fold lesions, everything fitted on the other folds.</p>'
     )
 
@@ -162,23 +192,31 @@ def _pairs(content: Content) -> str:
 
 
 def _published_results(content: Content) -> str:
+    results = content.task.reference_results
+    if not results:
+        return ""
     title = "<h2>Published results</h2>"
     if content.synthetic:
         return f"{title}<p>No comparison: the data are synthetic, and published results are on real lesions.</p>"
-    rows = [("this run", [f"{content.score.value:.3f} nested", "not submitted"], "lead")]
-    rows += [(method, [own, official], "") for method, own, official in PUBLISHED_RESULTS]
+    held_out = f"{content.held_out['macro_f1']:.3f}" if content.held_out else "–"
+    rows = [("this run", [f"{content.score.value:.3f} nested", held_out, ""], "lead")]
+    rows += [(each.who, [escape(cell) for cell in (each.validation, each.test, each.source)], "") for each in results]
+    if not any(each.source for each in results):
+        rows = [(who, cells[:2], kind) for who, cells, kind in rows]
+    header = ("", "own validation", "test", "source")[: 1 + len(rows[0][1])]
+    note = f" {escape(content.task.reference_note)}" if content.task.reference_note else ""
     return (
         title
-        + data_table(("", "own validation", "official test"), rows, "Published results", long_names=True)
-        + '<p class="note">Macro F1 on MILK10k as published, each on its own split or on the hidden test set: other '
-        "lesions than in this report. Official scores were 0.02 to 0.06 below validation; the sampling error on the "
-        "479 test lesions is about 0.04.</p>"
+        + data_table(header, rows, "Published results", long_names=True)
+        + f'<p class="note">As published, each on its own split or test set: other lesions than in this report.{note}'
+        "</p>"
     )
 
 
 def _diagnoses(content: Content) -> str:
     counts, rows = content.counts, []
-    for index, name in enumerate(content.diagnoses):
+    has_thresholds = content.task.decision != "argmax"
+    for index, diagnosis in enumerate(content.task.diagnoses):
         f1 = content.class_intervals[index]
         bar = f'<span class="bar" aria-hidden="true"><i style="width:{100 * np.nan_to_num(f1.value):.0f}%"></i></span>'
         cells = [
@@ -188,16 +226,49 @@ def _diagnoses(content: Content) -> str:
             _number(counts.precision[index]),
             _number(counts.recall[index]),
             f"{counts.predicted[index]:,}",
-            f"{content.ensemble.thresholds[index]:.3f}",
+            *([f"{content.ensemble.thresholds[index]:.3f}"] if has_thresholds else []),
         ]
-        label = f"{name} <span class='quiet'>{escape(DIAGNOSIS_NAMES.get(name, ''))}</span>"
+        label = f"{escape(diagnosis.name)} <span class='quiet'>{escape(diagnosis.title)}</span>"
         rows.append((label, cells, ""))
-    header = ("", "lesions", "F1", "95% interval", "precision", "recall", "predicted", "threshold")
+    header = ["", "lesions", "F1", "95% interval", "precision", "recall", "predicted"]
+    thresholds = ""
+    if has_thresholds:
+        header.append("threshold")
+        mapped = ", mapped onto 0.5 in the files of results" if content.task.decision == "threshold" else ""
+        thresholds = f" Thresholds: from the fit on all lesions{mapped}."
     return (
         "<h2>Scores per diagnosis</h2>"
         + data_table(header, rows, "Scores per diagnosis", escaped=True, long_names=True)
-        + '<p class="note">Out of fold, nested. Thresholds: from the fit on all lesions, mapped onto 0.5 in the '
-        "submission. With few lesions, read the interval rather than the value.</p>"
+        + f'<p class="note">Out of fold, nested.{thresholds} With few lesions, read the interval rather than the value.'
+        "</p>"
+    )
+
+
+def _malignancy(content: Content) -> str:
+    if content.malignancy is None:
+        return ""
+    malignancy = content.malignancy
+    names = {
+        kind: escape(", ".join(each.name for each in content.task.diagnoses if each.malignant is kind))
+        for kind in (True, False)
+    }
+    rows = [(title, [_number(value.value), _range(value)], "") for title, value in malignancy.values.items()]
+    (benign, false_alarms), (missed, found) = malignancy.lesions.tolist()
+    counts = [
+        ("malignant lesions", [f"{found:,}", f"{missed:,}"], ""),
+        ("benign lesions", [f"{false_alarms:,}", f"{benign:,}"], ""),
+    ]
+    unknown = (
+        f" {malignancy.unknown:,} {_plural('lesion', malignancy.unknown)} with another diagnosis left out."
+        if malignancy.unknown
+        else ""
+    )
+    return (
+        "<h2>Malignant against benign</h2>"
+        + data_table(("", "nested", "95% interval"), rows, "Malignant against benign", long_names=True)
+        + data_table(("", "malignant decision", "no malignant decision"), counts, "Lesions by decision")
+        + f'<p class="note">Out of fold, nested. Malignant: {names[True]}; benign: {names[False]}.{unknown} The '
+        "decisions are those for macro F1; they weigh a missed malignant lesion no more than a false alarm.</p>"
     )
 
 
@@ -207,8 +278,7 @@ def _slices(content: Content) -> str:
     for part in content.slices:
         if part.field != field:
             field = part.field
-            info = METADATA_FIELDS[field]
-            rows.append((escape(f"{info.label} ({info.unit})" if info.unit else info.label), [], "group"))
+            rows.append((escape(_slice_title(content, field, with_unit=True)), [], "group"))
         kind = "flag" if part.warning == LOWER_RECALL else "quiet"
         cells = [
             f"{part.lesions:,}",
@@ -221,7 +291,7 @@ def _slices(content: Content) -> str:
         rows.append((escape(part.value.replace("_", " ")), cells, ""))
     header = ("", "lesions", "", "mean recall minus other lesions", "95% interval", "macro F1", "95% interval")
     worse = [
-        f"{METADATA_FIELDS[part.field].label} {part.value}".replace("_", " ")
+        f"{_slice_title(content, part.field)} {part.value}".replace("_", " ")
         for part in content.slices
         if part.warning == LOWER_RECALL
     ]
@@ -231,6 +301,8 @@ def _slices(content: Content) -> str:
         if worse
         else "<p>No slice that is large enough has significantly lower recall than the other lesions.</p>"
     )
+    if not content.slices:
+        return ""
     return (
         "<h2>Subgroups</h2>"
         + summary
@@ -240,6 +312,14 @@ def _slices(content: Content) -> str:
         f"both sides). Slices with fewer than {MIN_SLICE_LESIONS} lesions are not judged. About one difference in "
         "twenty lies outside its interval by chance.</p>"
     )
+
+
+def _slice_title(content: Content, field: str, with_unit: bool = False) -> str:
+    """Return the title of the slices of a metadata field, or of `GROUP`."""
+    if field == GROUP:
+        return f"lesions of the same {content.task.columns.group or 'group'}"
+    info = next(each for each in content.task.fields if each.name == field)
+    return f"{info.label} ({info.unit})" if with_unit and info.unit else info.label
 
 
 def _missing_views(content: Content) -> str:
@@ -311,7 +391,9 @@ def _ensemble(content: Content, picture: Callable[[str, str], str]) -> str:
         "with the largest ratio of probability to threshold.",
         "nearest": "Only the diagnosis with the largest ratio of probability to threshold is predicted.",
     }[ensemble.rule]
-    if ensemble.tau is not None:
+    if content.task.decision == "argmax":
+        rule, thresholds = RULES["argmax"], ""
+    elif ensemble.tau is not None:
         thresholds = (
             f"Thresholds are the share of each diagnosis to the power {ensemble.tau:g}: logit adjustment, "
             "logits − tau · log(prior)."
@@ -366,6 +448,20 @@ def _settings(content: Content) -> str:
     return (
         "<h2>Settings</h2><details><summary>Resolved config.yaml</summary>"
         f"<pre>{escape(content.settings)}</pre></details>"
+    )
+
+
+def _measure(content: Content) -> str:
+    """Return what the run's macro F1 counts as predicted, as HTML."""
+    return "official metric" if content.task.submission else MEASURES[content.task.decision]
+
+
+def _fitted_parts(content: Content) -> str:
+    """Name what is fitted on the out-of-fold lesions."""
+    return (
+        "temperatures, weights and stacker"
+        if content.task.decision == "argmax"
+        else ("thresholds, weights and stacker")
     )
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from triderm_dist.schema import METADATA_FIELDS, ConfigError, Task
 from triderm_dist.settings import read_mapping
@@ -40,3 +42,11 @@ def load_task(name_or_path: str | os.PathLike[str]) -> Task:
         raise ConfigError(f"unknown task {name!r}; {hint}")
     path = Path(name).expanduser()
     return Task.from_mapping(read_mapping(path, "triderm task init FOLDER writes one"), str(path))
+
+
+def recorded_task(record: Mapping[str, Any], where: str) -> Task:
+    """Return the task in the record of a file, MILK10k's for files from before other tasks were possible.
+
+    Raises ConfigError, with `where` in front, for a task that this version cannot read.
+    """
+    return Task.from_mapping(record["task"], f"{where}: task") if "task" in record else milk10k_task()

@@ -68,6 +68,24 @@ def read_lesions(
     return Dataset(task, lesions, reading.concepts, reading.labeled, notes, tuple(problems))
 
 
+def read_labels(path: Path, task: Task) -> dict[str, int]:
+    """Read the label of each lesion from a table with the task's columns of ids and diagnoses; no photo is looked for.
+
+    Raises DataError naming the row of an invalid label, or of one that differs from another of the lesion.
+    """
+    table = read_table(path).named(task_columns(task))
+    table.require([task.columns.lesion_id or image_columns(task)[0], *filter(None, [task.columns.diagnosis])])
+    reading = _Reading(table, task, photos=None)  # type: ignore[arg-type] # labels need no photo
+    reading.ids = reading._ids()
+    labels: dict[str, int] = {}
+    for row, (lesion_id, label) in enumerate(zip(reading.ids, reading._labels().tolist(), strict=True)):
+        if labels.setdefault(lesion_id, label) != label:
+            reading._problem(row, "label", f"lesion {lesion_id} has another diagnosis than in an earlier row")
+    if reading.problems:
+        raise DataError(str(reading.problems[0]))
+    return labels
+
+
 def image_columns(task: Task) -> list[str]:
     """The columns that name photos."""
     image = task.columns.image
