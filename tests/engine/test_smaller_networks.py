@@ -1,0 +1,75 @@
+"""Training of networks whose task lacks a view, concepts or fields: what is written, computed and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.small_tasks import TASKS
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.engine.bench import synthetic_shards
+from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.embed import embeddings
+from triderm_dist.engine.predict_test import predict_test
+from triderm_dist.predictions import read_predictions
+from triderm_dist.schema import VIEWS
+
+MODELS = """
+models.trained={width: 16, heads: 2, tower: {source: 'timm:test_vit', pretrained: false, image_size: 32}}
+models.frozen={kind: dual_cnn, width: 16, tower: {source: 'timm:test_efficientnet', pretrained: false,
+ image_size: 32, frozen: true}}
+"""
+LEFT_OUT = {
+    "dermoscopic only": "tower, tokens and auxiliary head of the clinical view; view alignment",
+    "clinical only": "tower, tokens and auxiliary head of the dermoscopic view; view alignment",
+    "no concepts": "input of concepts",
+    "no fields": "input of metadata",
+    "photos only": "input of concepts; input of metadata; semantic gating",
+}
+
+
+@pytest.fixture(scope="module", params=LEFT_OUT)
+def trained(request, tmp_path_factory) -> tuple[str, Experiment, ShardIndex]:
+    """The name of a task, and one fold of both models trained and predicted on 24 synthetic lesions of it."""
+    folder = tmp_path_factory.mktemp("run")
+    index = synthetic_shards(folder / "shards", 24, 40, TASKS[request.param])
+    trained, frozen = MODELS.strip().replace(",\n", ",").splitlines()
+    shared = ["data.folds=2", "train={epochs: 1, global_batch: 8, micro_batch: 4, trackers: [], precision: fp32}"]
+    experiment = load(Experiment, None, [trained, frozen, *shared, f"output={folder / 'run'}", "predict.transforms=2"])
+    run_folds(experiment, index, ["trained", "frozen"], [0])
+    return request.param, experiment, index
+
+
+def test_predictions_have_no_auxiliary_logits_of_an_absent_view(trained):
+    _, experiment, index = trained
+    for name in ("trained", "frozen"):
+        folder = experiment.fold_folder(name, 0)
+        predictions = read_predictions(folder / "predictions.parquet")
+        assert predictions.diagnoses == index.diagnoses and predictions.metadata_fields == index.task.field_names
+        assert np.isfinite(predictions.logits).all() and len(predictions) == 12
+        for view in VIEWS:
+            auxiliary = getattr(predictions, f"aux_{view}")
+            expected = view in index.signature.views
+            assert auxiliary.shape == (12, 3) and np.isfinite(auxiliary).all() == expected
+            assert np.isnan(auxiliary).all() != expected
+        # What a missing view costs is a question only where there are two.
+        hidden = [view for view in VIEWS if (folder / f"without_{view}.parquet").exists()]
+        assert hidden == (list(VIEWS) if len(index.signature.views) == 2 else [])
+
+
+def test_frozen_tower_encodes_the_views_of_the_task_only(trained):
+    _, experiment, index = trained
+    (plain,) = Path(experiment.token_folder).glob("*/plain/000000.npy")
+    assert np.load(plain, mmap_mode="r").shape[:2] == (24, len(index.signature.views))
+    assert embeddings(experiment, index, "frozen").shape == (24, len(index.signature.views) * 256)
+
+
+def test_start_up_report_names_what_was_left_out(trained, capsys):
+    task, experiment, index = trained
+    run_folds(experiment, index, ["trained"], [1])
+    said = capsys.readouterr().out
+    assert f"  left out   {LEFT_OUT[task]} (the task has no such data)" in said
