@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.small_tasks import TASKS
 from triderm_dist import config as settings_module
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import (
@@ -26,10 +27,12 @@ from triderm_dist.config import (
     load,
     stable_dump,
 )
-from triderm_dist.engine.fold import is_fold_finished, result_hash, resume_hash
+from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.fold import check_task, is_fold_finished, result_hash, resume_hash
 from triderm_dist.engine.views import augmented_versions
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.settings import Section, describe
+from triderm_dist.tasks import milk10k_task
 
 OLD_RUN = Path(__file__).parent / "run_754ad2d"
 RECORDS = json.loads((OLD_RUN / "hashes.json").read_text())
@@ -63,6 +66,15 @@ def test_fold_finished_by_the_first_version_is_complete(old_run):
     assert not is_fold_finished(settings(old_run, "models.tri.train.optim.lr=3e-3"), INDEX, "tri", 0)
     assert not is_fold_finished(settings(old_run, "token_seed=1"), INDEX, "tri", 0)
     assert not is_fold_finished(settings(old_run), SimpleNamespace(fingerprint="other data"), "tri", 0)
+
+
+def test_run_with_folds_of_another_task_is_refused(old_run):
+    index = SimpleNamespace(task=TASKS["photos only"], folder="SHARDS", fingerprint="other")
+    message = f"{old_run}/tri/fold-0: trained for task 'milk10k', and SHARDS is packed for task 'small'; set another"
+    with pytest.raises(DataError, match=re.escape(message)):
+        run_folds(settings(old_run), index, ["frozen"], [1])  # also where this fold is not trained yet
+    assert [path.name for path in (old_run / "tri").iterdir()] == ["fold-0"]
+    check_task(settings(old_run), SimpleNamespace(task=milk10k_task()))
 
 
 def test_obsolete_explain_setting_is_accepted_only_if_empty():

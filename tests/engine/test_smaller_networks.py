@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.embed import embeddings
-from triderm_dist.engine.predict_test import predict_test
+from triderm_dist.engine.fold import trained_fold
 from triderm_dist.predictions import read_predictions
-from triderm_dist.schema import VIEWS
+from triderm_dist.schema import VIEWS, DataError, Diagnosis, Task
 
 MODELS = """
 models.trained={width: 16, heads: 2, tower: {source: 'timm:test_vit', pretrained: false, image_size: 32}}
@@ -49,7 +51,7 @@ def test_predictions_have_no_auxiliary_logits_of_an_absent_view(trained):
     for name in ("trained", "frozen"):
         folder = experiment.fold_folder(name, 0)
         predictions = read_predictions(folder / "predictions.parquet")
-        assert predictions.diagnoses == index.diagnoses and predictions.metadata_fields == index.task.field_names
+        assert predictions.task == index.task
         assert np.isfinite(predictions.logits).all() and len(predictions) == 12
         for view in VIEWS:
             auxiliary = getattr(predictions, f"aux_{view}")
@@ -66,6 +68,28 @@ def test_frozen_tower_encodes_the_views_of_the_task_only(trained):
     (plain,) = Path(experiment.token_folder).glob("*/plain/000000.npy")
     assert np.load(plain, mmap_mode="r").shape[:2] == (24, len(index.signature.views))
     assert embeddings(experiment, index, "frozen").shape == (24, len(index.signature.views) * 256)
+
+
+def test_fold_records_its_task_and_refuses_sets_of_another(trained):
+    _, experiment, index = trained
+    folder = experiment.fold_folder("trained", 0)
+    assert Task.from_mapping(trained_fold(folder, index)["task"], "fold.json") == index.task
+    cosmetic = replace(index.task, title="A title", decision="argmax")
+    trained_fold(folder, SimpleNamespace(task=cosmetic, concepts=index.concepts))
+    diagnoses = (*index.task.diagnoses[:2], Diagnosis("scar"))
+    others = {
+        "another description of it": replace(index.task, diagnoses=diagnoses),
+        "task 'other'": replace(index.task, name="other"),
+    }
+    for other, task in others.items():
+        message = f"{folder}: trained for task 'small', and SHARDS is packed for {other}; "
+        shards = SimpleNamespace(task=task, folder="SHARDS", concepts=index.concepts)
+        with pytest.raises(DataError, match=re.escape(message + "pack both sets with the same task.yaml")):
+            trained_fold(folder, shards)
+        with pytest.raises(DataError, match=re.escape(message + "set another output")):
+            run_folds(experiment, shards, ["frozen"], [1])
+    with pytest.raises(DataError, match="SHARDS: other concepts than in the training set"):
+        trained_fold(folder, SimpleNamespace(task=index.task, folder="SHARDS", concepts=("hair",)))
 
 
 def test_start_up_report_names_what_was_left_out(trained, capsys):

@@ -24,6 +24,7 @@ from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.fold import (
     as_predictions,
     assigned_folds,
+    check_task,
     is_fold_finished,
     model_config,
     new_network,
@@ -55,9 +56,10 @@ def run_folds(
     without_VIEW.parquet: predictions for the same lesions with one view treated as missing. `on_start` is called on
     rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
     is called with (epoch, scores). Raises Interrupted after a request to stop or where another rank was lost,
-    InputError where another run trains the same fold.
+    InputError where another run trains the same fold, DataError where the run has folds of another task.
     """
     models, folds = list(models), list(folds)
+    check_task(experiment, index)
     assignment = assigned_folds(index, experiment.data)
     for name in models:
         check_names(model_config(experiment, name).train)
@@ -181,6 +183,7 @@ class _FoldRun:
             path / "fold",
             identity=digest,
             model=self.model.model_dump(mode="json"),
+            task=self.index.task.to_mapping(),
             concepts=self.index.concepts,
             fold=self.fold,
             weights=weights,

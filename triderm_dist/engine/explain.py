@@ -15,7 +15,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.checkpoint import load_weights
-from triderm_dist.engine.fold import assigned_folds, check_trained, model_config, new_network
+from triderm_dist.engine.fold import assigned_folds, model_config, new_network, trained_fold
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.losses import HeadKind, probabilities
 from triderm_dist.models import build_towers, network_class
@@ -94,7 +94,7 @@ def _photos(index: ShardIndex, model: ModelConfig) -> LoaderFactory:
 
 def _network(model: ModelConfig, views: Views, folder: Path) -> TriModal:
     """Load the trained network of a fold."""
-    check_trained(folder)
+    trained_fold(folder, views.loaders.index)
     network = new_network(model, views, pretrained=False)
     load_weights(folder / "weights", network)
     return network.eval()  # type: ignore[return-value]

@@ -6,19 +6,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.engine.views import Views
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions
-from triderm_dist.schema import ConfigError, DataError, added_fields
+from triderm_dist.schema import ConfigError, DataError, Task, added_fields
+from triderm_dist.tasks import recorded_task
 
 
 def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
@@ -75,10 +78,38 @@ def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold:
     return is_finished(experiment.fold_folder(name, fold), result_hash(experiment, index, name, fold))
 
 
-def check_trained(folder: Path) -> None:
-    """Raise DataError where no fold was trained in this folder."""
+def check_task(experiment: Experiment, index: ShardIndex) -> None:
+    """Raise DataError where the run has a finished fold of another task than that of `index`."""
+    for name in experiment.models:
+        for fold in range(experiment.data.folds):
+            folder = experiment.fold_folder(name, fold)
+            if (folder / "fold.json").exists():
+                task = recorded_task(read_info(folder / "fold"), str(folder / "fold.json"))
+                if not task.matches(index.task):
+                    raise DataError(f"{_other_task(folder, task, index)}; set another output")
+
+
+def trained_fold(folder: Path, index: ShardIndex) -> dict[str, Any]:
+    """Return the fold.json of the fold trained in a folder, with which the lesions of `index` are to be predicted.
+
+    Raises DataError where no fold is trained there, or `index` is of another task or has other concepts.
+    """
     if not (folder / "fold.json").exists():
         raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
+    info = read_info(folder / "fold")
+    task = recorded_task(info, str(folder / "fold.json"))
+    if not task.matches(index.task):
+        raise DataError(f"{_other_task(folder, task, index)}; pack both sets with the same task.yaml")
+    if tuple(info["concepts"]) != index.concepts:
+        raise DataError(
+            f"{index.folder}: other concepts than in the training set; pack the test set from matching metadata"
+        )
+    return info
+
+
+def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
+    other = "another description of it" if task.name == index.task.name else f"task {index.task.name!r}"
+    return f"{folder}: trained for task {task.name!r}, and {index.folder} is packed for {other}"
 
 
 def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, exclude: Iterable[str] = ()) -> str:

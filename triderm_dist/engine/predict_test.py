@@ -15,10 +15,10 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.fold import as_predictions, check_trained, model_config, new_network
+from triderm_dist.engine.fold import as_predictions, model_config, new_network, trained_fold
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
-from triderm_dist.schema import CheckpointError, DataError
+from triderm_dist.schema import CheckpointError
 
 
 @collectives.interrupt_on_lost_rank()
@@ -26,19 +26,14 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
     """Predict every lesion of `index` with the model of every fold, averaged over the test-time transforms.
 
     Call on all ranks. Writes OUTPUT/MODEL/fold-K/test.parquet, and skips folds whose file is up to date. Raises
-    DataError where a fold is not trained, or where the test set has other concepts.
+    DataError where a fold is not trained, or where the test set is of another task or has other concepts.
     """
     for name in models:
         model = model_config(experiment, name)
         views: Views | None = None
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
-            check_trained(folder)
-            info = read_info(folder / "fold")
-            if tuple(info["concepts"]) != index.concepts:
-                raise DataError(
-                    f"{index.folder}: other concepts than in the training set; pack the test set from matching metadata"
-                )
+            info = trained_fold(folder, index)
             transforms = experiment.predict.transforms
             inputs = hashlib.sha256(f"{info['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():
