@@ -82,8 +82,7 @@ def main(settings: SumsRun) -> None:
     )
     guard = NonFiniteGuard(accelerator, optimizer)
     train_steps = {
-        method: TrainStep(accelerator, wrapped, prepared, loss, settings, 0, guard)
-        for method, settings in config.items()
+        method: TrainStep(accelerator, wrapped, prepared, loss, settings, guard) for method, settings in config.items()
     }
     trained = [p for p in network.parameters() if p.requires_grad]
 

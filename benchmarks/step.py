@@ -255,7 +255,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(signature().diagnoses))).to(device)
     guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(waited=0.0)
-    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, 0, guard)
+    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
     meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000, loss_names=loss.names).__enter__()
@@ -294,8 +294,10 @@ def our_network(size: Size, folder: Path) -> Any:
 
 
 def synthetic_batch(size: Size, device: Any) -> Any:
+    import numpy as np
     import torch
 
+    from triderm_dist.data.augment import LesionRng, lesion_keys
     from triderm_dist.schema import Batch
 
     torch.manual_seed(0)
@@ -310,6 +312,7 @@ def synthetic_batch(size: Size, device: Any) -> Any:
         metadata=torch.zeros(lesions, len(signature().fields)),
         labels=torch.arange(lesions) % len(signature().diagnoses),
         valid=torch.ones(lesions, dtype=torch.bool),
+        draws=LesionRng(0, 0, lesion_keys(map(str, range(lesions))), np.zeros(lesions, np.int64)).bits,
     ).to(device)
 
 

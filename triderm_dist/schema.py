@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 DIAGNOSES: tuple[str, ...] = (
@@ -596,6 +597,8 @@ class Batch:
     view_present: (B, 2) bool, in the order of `VIEWS`; False where the photo is missing or dropped.
     concepts: (B, K) float, NaN where missing or dropped.  metadata: (B, M) float, NaN where missing.
     labels: (B,) int64, `UNLABELED` where unknown.  valid: (B,) bool, False for padding rows.
+    draws: in training, a function that returns 64 random bits for each lesion and name, (B, names) uint64 on the host,
+    the same ones whenever it is called.
 
     Where lesions of extra sets join a training: class_mask: (B, C) bool, the diagnoses that the lesion's set
     distinguishes.  weights: (B,) float, of the lesion's loss. None: all diagnoses, and 1.
@@ -611,10 +614,11 @@ class Batch:
     valid: torch.Tensor
     class_mask: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    draws: Callable[[Sequence[str]], np.ndarray] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device; from pinned memory without blocking the host."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lesion_ids"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("lesion_ids", "draws")}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **moved)
 

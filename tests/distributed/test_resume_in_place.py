@@ -108,6 +108,19 @@ def test_different_training_is_moved_aside_and_can_be_resumed(train, uninterrupt
     assert weights_of(train()) == weights_of(uninterrupted)
 
 
+def test_unfinished_training_with_dropout_by_micro_batch_resumes_and_says_so(train, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        train(stop=1)
+    for file in tmp_path.rglob("state.json"):
+        record = json.loads(file.read_text())
+        del record["how"]["dropout"]  # as 0.1.0 wrote it
+        file.write_text(json.dumps(record))
+    fold = train()
+    assert "changed settings (dropout: by micro-batch -> by lesion)" in capsys.readouterr().out
+    changes = json.loads((fold / "fold.json").read_text())["changes"]
+    assert changes == [{"step": 5, "dropout": ["by micro-batch", "by lesion"]}]
+
+
 def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     with pytest.raises(Interrupted):
         train(stop=1)

@@ -49,8 +49,12 @@ class LesionRng:
 
     def uniform_table(self, names: Sequence[str]) -> np.ndarray:
         """Return one number in [0, 1) for each lesion and name, (B, len(names)) float64."""
+        return (self.bits(names) >> np.uint64(11)) * 2.0**-53
+
+    def bits(self, names: Sequence[str]) -> np.ndarray:
+        """Return 64 random bits for each lesion and name, (B, len(names)) uint64."""
         state = _mix(self._state ^ np.array([_name_key(self._prefix + name) for name in names], np.uint64))
-        return (_mix(state ^ self._copies) >> np.uint64(11)) * 2.0**-53
+        return _mix(state ^ self._copies)
 
     def take(self, lesions: np.ndarray) -> LesionRng:
         """Return the numbers of some lesions of the batch, by their positions (n,)."""

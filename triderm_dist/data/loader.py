@@ -320,6 +320,7 @@ class Loader:
             valid=move(part.valid),
             class_mask=None if inputs.class_mask is None else move(inputs.class_mask),
             weights=None if inputs.weights is None else move(inputs.weights),
+            draws=part.rng.scoped("dropout").bits if part.rng else None,
         )
 
 

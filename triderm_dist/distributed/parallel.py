@@ -2,13 +2,14 @@
 
 `wrap` is the one place that wraps a network, in this order:
 
-1. activation checkpointing of each trained block (a tower block or a fusion stage);
-2. torch.compile of each trained block. Checkpointing is inside, so that the compiler sees it; per block, so that
+1. dropout by lesion (`models.dropout`): a block that is recomputed repeats its masks without random state;
+2. activation checkpointing of each trained block (a tower block or a fusion stage);
+3. torch.compile of each trained block. Checkpointing is inside, so that the compiler sees it; per block, so that
    compile time does not grow with depth and no key of the state dict changes;
-3. autocast around the network (DeepSpeed does its own casting);
-4. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
+4. autocast around the network (DeepSpeed does its own casting);
+5. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
    silently shards nothing), or the DeepSpeed engine;
-5. the optimizer, over the parameters as they are after step 4 (FSDP2 replaces them by shards).
+6. the optimizer, over the parameters as they are after step 5 (FSDP2 replaces them by shards).
 
 Raises if Accelerate silently falls back to another strategy; `check_supported` rejects combinations that cannot work.
 """
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import world_size
+from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
 
@@ -234,13 +236,12 @@ def wrap(
     Step the prepared one; the schedule sets the rates of the plain one. Raises ConfigError if the result is not what
     the launcher asked for.
     """
+    use_lesion_masks(network)
     for block in network.blocks():
         if activation_checkpointing:
             block.forward = checkpointed(block.forward)
         if compile_blocks:
-            # Shapes never change, since the last batch is padded. Compiled blocks draw dropout as eager ones do: the
-            # first pass for the loss sums, a resumed run and other ranks must repeat it.
-            block.compile(dynamic=False, options={"fallback_random": True})
+            block.compile(dynamic=False)  # shapes never change, since the last batch is padded
     chosen = strategy_of(accelerator)
     wrapped: Any
     if chosen == "fsdp2":
@@ -292,7 +293,7 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return `forward` with activation checkpointing. A plain function: the compiler silently skips a partial."""
 
     def recomputed(*inputs: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     return recomputed
 

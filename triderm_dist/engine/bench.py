@@ -75,7 +75,7 @@ def measure(
     counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
     loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)
     guard = NonFiniteGuard(accelerator, optimizer)
-    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, seed, guard)
+    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
     rows = np.resize(np.arange(len(loaders.index)), MAX_STEPS * config.global_batch)
     plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)

@@ -6,7 +6,7 @@ A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written as *.part, f
 sums, best epoch, non-tensor optimizer state). Tensors are full and under the network's own names: a checkpoint
 resumes on another number of ranks and under another strategy (see the table in `distributed/full_state.py`), and every
 file loads with safetensors only. It holds no random state: order, augmentation and dropout are functions of
-(seed, step).
+(seed, epoch, lesion).
 
 The newest `keep_last` are kept; the selected weights are FOLDER/weights.safetensors. A damaged checkpoint is skipped,
 and written again when the training reaches its step.
@@ -44,6 +44,8 @@ from triderm_dist.schema import CheckpointError, one_line
 
 FORMAT, VERSION = "triderm-model", 1
 CHECKPOINT_VERSION = 2
+BEFORE = {"dropout": "by micro-batch"}
+"""How the code of checkpoints that do not say it computed a step; a training resumes from them with today's code."""
 
 
 @dataclass
@@ -232,7 +234,7 @@ class Checkpoints:
         if choice is None:
             return None
         saved = Checkpoint(Path(choice))
-        before, self.changes = saved.record.get("how", {}), saved.record.get("changes", [])
+        before, self.changes = {**BEFORE, **saved.record.get("how", {})}, saved.record.get("changes", [])
         now = self.execution
         if changed := {key: [old, now[key]] for key, old in before.items() if now.get(key, old) != old}:
             self.changes = [*self.changes, {"step": saved.state.step, **changed}]

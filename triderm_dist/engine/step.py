@@ -11,11 +11,12 @@ from torch import nn
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.collectives import all_reduce_sum
-from triderm_dist.distributed.parallel import accumulate, backward, clip_grad_norm
+from triderm_dist.distributed.parallel import accumulate, backward, clip_grad_norm, unwrap
 from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.losses import CompoundLoss, Sums
+from triderm_dist.models.dropout import LesionMasks
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,30 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         loss: CompoundLoss,
         config: TrainConfig,
-        seed: int,
         guard: NonFiniteGuard,
     ) -> None:
         """wrapped, optimizer: as `parallel.wrap` prepared them."""
         self.accelerator, self.wrapped, self.optimizer, self.loss = accelerator, wrapped, optimizer, loss
-        self.config, self.seed, self.guard = config, seed, guard
+        self.config, self.guard = config, guard
+        self.masks = LesionMasks(unwrap(wrapped), accelerator.device)
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
         """Take optimizer step `number`, counted from 0. Call on all ranks.
 
         The loss sums of the global batch must be known before the first backward pass. A single micro-batch takes them
-        from its own forward pass. Several take them from a first pass without gradients and with the same dropout, or
-        use the sums of the step before (`previous`) if train.loss.soft_f1_sums=previous.
+        from its own forward pass, several from a first pass without gradients and with the same dropout. With
+        train.loss.soft_f1_sums=previous both use the sums of the step before (`previous`), where there was one.
         """
         micro_batches, loss = step.micro_batches, self.loss
-        first = self.accelerator.process_index * len(micro_batches)
         statistics = RunningStatistics(self.wrapped)
-        single, local = len(micro_batches) == 1, Sums()
-        slopes = None if single else loss.slopes(self._sums_ahead(step, number, first, previous), step.count)
+        local = Sums()
+        ahead = self._known_ahead(previous)
+        if ahead is None and len(micro_batches) > 1:
+            ahead = self._first_pass(step)
+        slopes = None if ahead is None else loss.slopes(ahead, step.count)
         for i, batch in enumerate(micro_batches):
-            with accumulate(self.accelerator, self.wrapped, last=i + 1 == len(micro_batches)):
-                seed_dropout(self.seed, number, first + i)
+            last = i + 1 == len(micro_batches)
+            with accumulate(self.accelerator, self.wrapped, last), self.masks.of(batch):
                 statistics.rewind()
                 outputs = forward(self.wrapped, batch)
                 statistics.add()
@@ -76,7 +79,7 @@ class TrainStep:
                 backward(self.accelerator, loss.surrogate(sums, slopes))
         statistics.finish(self.accelerator, len(micro_batches))
         result = StepResult(
-            local if single else _all_reduced(local), step.count,
+            local if ahead is None else _all_reduced(local), step.count,
             clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm),
         )  # fmt: skip
         self.guard.before_step(number + 1, step, result.grad_norm, result.sums)
@@ -84,27 +87,22 @@ class TrainStep:
         self.optimizer.zero_grad()
         return result
 
-    @torch.no_grad()
-    def _sums_ahead(self, step: Step, number: int, first: int, previous: Sums | None) -> Sums:
-        """Compute the loss sums of the global batch before any backward pass; empty if the loss does not need them."""
+    def _known_ahead(self, previous: Sums | None) -> Sums | None:
+        """Return the loss sums to use if no forward pass is needed for them; empty if the loss uses none."""
         if not self.loss.ratios:
             return {}
         if self.config.loss.soft_f1_sums == "previous" and previous and set(self.loss.ratios) <= set(previous):
             return previous
+        return None
+
+    @torch.no_grad()
+    def _first_pass(self, step: Step) -> Sums:
+        """Compute the loss sums of the global batch."""
         local = Sums()
-        for i, batch in enumerate(step.micro_batches):
-            seed_dropout(self.seed, number, first + i)
-            local = _added(local, self.loss.sums(forward(self.wrapped, batch), batch))
+        for batch in step.micro_batches:
+            with self.masks.of(batch):
+                local = _added(local, self.loss.sums(forward(self.wrapped, batch), batch))
         return _all_reduced(local)
-
-
-def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Make dropout a function of (seed, step, number of the micro-batch in the global batch).
-
-    So a resumed run needs no saved random state, a second forward repeats the first, and ranks that share a global
-    batch draw what one process with accumulation would draw.
-    """
-    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + micro_batch) % 2**63)
 
 
 def _added(total: Sums, part: Sums) -> Sums:

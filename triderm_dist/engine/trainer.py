@@ -28,6 +28,7 @@ from triderm_dist.engine.step import StepResult, TrainStep
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
+from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
@@ -49,9 +50,10 @@ class TrainingData:
 class Trainer:
     """Trains one network; create it and call `train` once, on all ranks.
 
-    Two trainings with the same settings, data, seed, micro-batch and global batch give the same numbers, on any number
-    of ranks up to the order of floating-point sums. Creating it checks all settings, restores the newest checkpoint
-    and wraps the network; nothing is written before `train`. Raises ConfigError for settings that cannot work together.
+    Two trainings with the same settings, data, seed and global batch give the same numbers, up to the order of
+    floating-point sums, with any micro-batch (unless batch norms are trained), ranks and strategy. Creating it checks
+    all settings, restores the newest checkpoint and wraps the network; nothing is written before `train`. Raises
+    ConfigError for settings that cannot work together.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Trainer:
         heads = 1 + len(data.loaders.index.signature.views)
         self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
         self.checkpoints = Checkpoints(
-            folder.path, folder.resume_hash, config.keep_last, execution_settings(config, accelerator)
+            folder.path, folder.resume_hash, config.keep_last, execution_settings(config, accelerator, network)
         )
         saved = self.checkpoints.newest(on_main(folder.locate))
         if saved:
@@ -93,7 +95,7 @@ class Trainer:
             if changes := self.checkpoints.describe_changes(saved):
                 accelerator.print(f"{name} {changes}")
         self.guard = NonFiniteGuard(accelerator, optimizer)
-        self.step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, seed, self.guard)
+        self.step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, self.guard)
         state, steps = self.training.state, self.epochs.total_steps
         self.meter = ThroughputMeter(state.step, steps, config.global_batch, accelerator.device, flops)
         self.tracker = Tracker(
@@ -199,9 +201,12 @@ def check_names(config: TrainConfig) -> None:
         tracker_class(name)
 
 
-def execution_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the settings that change the numbers of a training and yet may change when it resumes."""
+def execution_settings(config: TrainConfig, accelerator: Accelerator, network: Network) -> dict[str, Any]:
+    """Return what changes the numbers of a training and yet may change when it resumes: settings, and the version of
+    the code where `checkpoint.BEFORE` has an older one.
+    """
     return {
+        **({"dropout": "by lesion"} if has_dropout(network) else {}),
         "train.precision": choose_precision(config.precision, accelerator.device)[0],
         "train.micro_batch": config.micro_batch,
         "train.compile": config.compile,

@@ -16,17 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triderm_dist.models.concepts import learned_token
+from triderm_dist.models.dropout import LesionVectorDropout
 
 STAGES = ("view_alignment", "semantic_gating")
 """The stages of a fusion block, in order."""
 
 
 class CrossAttention(nn.Module):
-    """Attend from queries (B, Q, D) to a context (B, L, D): softmax(q k' / sqrt(D / heads)) v, then a linear map."""
+    """Attend from queries (B, Q, D) to a context (B, L, D): softmax(q k' / sqrt(D / heads)) v, then a linear map.
+
+    Dropout hides a context token from a head, for all queries. That is the dropout of attention weights with one mask
+    for all queries of a lesion and head, and leaves the attention to fused kernels.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, LesionVectorDropout(dropout)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -34,7 +39,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         q, k, v = (self._split(linear) for linear in (self.query(query), self.key(context), self.value(context)))
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        attended = F.scaled_dot_product_attention(q, k, self.dropout(v))
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def weights(self, query: Tensor, context: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ and on this of every forward:
     - Nothing of a view whose `present` is False reaches the outputs, and the NaN of a missing concept or metadata value
       is replaced before anything is computed with it. `ViewTokens`, `SemanticTokens` and `TabularFeatures` do both.
     - Every trainable parameter takes part in every forward, as DDP requires.
-    - Random numbers come from dropout modules only, which are off in evaluation mode.
+    - Random numbers come from `nn.Dropout`, timm's `DropPath` and the modules of `models.dropout` only. They are off in
+      evaluation mode, and draw by lesion in training (`use_lesion_masks`).
 
 What the task lacks (`Signature`: a view, concepts, fields) has no part in the network. What the task has and
 `config.use` leaves out, for ablations, has no tower and no projection, and counts as missing.

@@ -41,7 +41,7 @@ def report(
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
-        "off": "; ".join(_off(accelerator, config, accumulation)),
+        "off": "; ".join(_off(accelerator, config)),
         "left out": _left_out(network),
     }
     table = "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
@@ -110,7 +110,7 @@ def _no_peak(device: torch.device) -> str:
     return f"peak FLOP/s of {device_name(device)} is unknown; set train.peak_tflops from its data sheet"
 
 
-def _off(accelerator: Accelerator, config: TrainConfig, accumulation: int) -> list[str]:
+def _off(accelerator: Accelerator, config: TrainConfig) -> list[str]:
     """List the options that are turned off, each with its reason or setting."""
     off = []
     if not config.compile:
@@ -121,6 +121,6 @@ def _off(accelerator: Accelerator, config: TrainConfig, accumulation: int) -> li
         off.append("pinned memory (no GPU)")
     if accelerator.mixed_precision != "fp16":
         off.append(f"loss scaling (only fp16 needs it, not {accelerator.mixed_precision.replace('no', 'fp32')})")
-    if accumulation > 1 and config.loss.soft_f1_sums == "previous":
+    if config.loss.soft_f1_sums == "previous":
         off.append("exact loss sums over the global batch (train.loss.soft_f1_sums=previous)")
     return off

@@ -82,7 +82,7 @@ def main(shards: str, output: str, cases: str) -> None:
         (step,) = views.loaders.create([first], case["micro_batch"], accelerator.device, augment=model.train.augment)
         wrapped.train()
         guard = NonFiniteGuard(accelerator, optimizer)
-        result = TrainStep(accelerator, wrapped, prepared, loss, model.train, 0, guard)(step, 0)
+        result = TrainStep(accelerator, wrapped, prepared, loss, model.train, guard)(step, 0)
         value = loss.values(result.sums, result.count)["loss"]
         buffers = {name: buffer for name, buffer in parallel.unwrap(wrapped).named_buffers() if "running" in name}
         assert_same_on_all_ranks(buffers)

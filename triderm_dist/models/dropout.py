@@ -1,0 +1,164 @@
+"""Dropout with a mask for each lesion, a function of (seed, epoch, lesion, copy, layer).
+
+So a mask depends on no micro-batch, rank, strategy or order, and a second forward of the same lesions repeats it, as
+the first pass for the loss sums, activation checkpointing and a resumed training need. No random state is kept.
+
+`use_lesion_masks` replaces the dropout modules of a network once; `LesionMasks.of` gives them the lesions of a batch.
+Element (r, c) of a lesion's activations, r a position and c a channel, is dropped where the 32-bit number h_r * m_c
+(modulo 2^32) is below p * 2^32. h_r = (k * n_r) >> 32 is a multiply-shift hash (Dietzfelbinger et al. 1997) of the
+position under the lesion's 64-bit key k of this layer; m_c and n_r are odd numbers from fixed tables. One integer
+multiplication and one comparison per element cost less than the generators of PyTorch, and compile into one kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from triderm_dist.models.network import SHARED, Network
+from triderm_dist.schema import Batch, ConfigError
+
+TABLE = 2**17
+"""Most positions, and most channels, of one lesion's activations that a mask can have."""
+
+
+class LesionDropout(nn.Module):
+    """Drop single elements of x (B, ..., D) in training, as `nn.Dropout`.
+
+    keys: (B,) int64 of the batch's lesions, see `LesionMasks`; without them masks come from PyTorch's generator.
+    B may also be a multiple of their number, with the parts of a lesion one after the other, as windows of an image.
+    """
+
+    keys: Tensor | None = None
+    positions: Tensor
+    channels: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        dropped = self._plain(x) if self.keys is None else self._dropped(x)
+        return x.masked_fill(dropped, 0.0).mul_(1 / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Return a mask from PyTorch's generator, which `x` is broadcast with."""
+        return torch.rand_like(x) < self.p
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        channels = x.shape[-1]
+        numbers = self._numbers(x.numel() // channels)[..., None] * self.channels[:channels]
+        return (numbers < self._threshold).view(x.shape)
+
+    def _numbers(self, positions: int) -> Tensor:
+        """Return a uniform number for each of `positions` positions of the batch, (lesions, per lesion) int32."""
+        assert self.keys is not None
+        per_lesion = positions // len(self.keys)
+        return ((self.keys[:, None] * self.positions[:per_lesion]) >> 32).to(torch.int32)
+
+    @property
+    def _threshold(self) -> int:
+        return int(self.p * 2**32) - 2**31
+
+
+class LesionVectorDropout(LesionDropout):
+    """Drop whole vectors x[b, ..., :] in training. On the values of an attention: its dropout, with one mask for all
+    queries.
+    """
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return torch.rand_like(x[..., :1]) < self.p
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return (self._numbers(x.numel() // x.shape[-1]) < self._threshold).view(*x.shape[:-1], 1)
+
+
+class LesionDropPath(LesionDropout):
+    """Drop x[b] as a whole in training, as timm's `DropPath` (stochastic depth, Huang et al. 2016)."""
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return torch.rand_like(x[(slice(None), *[slice(1)] * (x.ndim - 1))]) < self.p
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return (self._numbers(len(x)) < self._threshold).view(-1, *[1] * (x.ndim - 1))
+
+
+def use_lesion_masks(network: nn.Module) -> None:
+    """Replace the `nn.Dropout` and timm `DropPath` modules of a network by those of this module, in place.
+
+    Raises ConfigError for another module that draws random numbers.
+    """
+    for name, module in [*network.named_modules()]:
+        kind, p = type(module), getattr(module, "p", 0.0)
+        if kind.__name__ == "DropPath":  # by name, since importing timm takes seconds
+            replacement = LesionDropPath(module.drop_prob or 0.0)  # type: ignore[arg-type]
+        elif kind is nn.Dropout:
+            replacement = LesionDropout(p)
+        elif (isinstance(module, _DropoutNd) and p) or (isinstance(module, nn.MultiheadAttention) and module.dropout):
+            raise ConfigError(
+                f"{type(network).__name__}: {name} is a {kind.__name__}, whose mask cannot be drawn for each lesion; "
+                "use nn.Dropout, or set its dropout to 0"
+            )
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, replacement.train(module.training))
+
+
+def has_dropout(network: nn.Module) -> bool:
+    """Return whether a network drops anything in training, before or after `use_lesion_masks`."""
+    return any(isinstance(module, nn.Dropout | LesionDropout) and module.p for module in network.modules())
+
+
+class LesionMasks:
+    """Gives the dropout modules of a network the lesions of a batch."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        """network: the bare one, after `use_lesion_masks`."""
+        self.modules: list[LesionDropout] = []
+        self._names: list[list[str]] = []
+        self._device = device
+        for name, module in network.named_modules():
+            if not isinstance(module, LesionDropout) or not module.p:
+                continue
+            self.modules.append(module)
+            # A shared tower gets the photos of all used views one after the other, in one batch.
+            shared = isinstance(network, Network) and name.startswith(f"towers.{SHARED}.")
+            self._names.append([f"{name}/{view}" for view in network.used_views] if shared else [name])
+            module.positions, module.channels = _tables(device)
+
+    @contextmanager
+    def of(self, batch: Batch) -> Iterator[None]:
+        """Draw the masks of the lesions of `batch`, for forward and backward passes in this context."""
+        if batch.draws is None or not self.modules:
+            yield
+            return
+        drawn = batch.draws([name for names in self._names for name in names]).T.view(np.int64).ravel()
+        keys = torch.from_numpy(drawn).to(self._device, non_blocking=True)
+        sizes = [len(names) * len(batch.lesion_ids) for names in self._names]
+        for module, own in zip(self.modules, keys.split(sizes), strict=True):
+            module.keys = own
+        try:
+            yield
+        finally:
+            for module in self.modules:
+                module.keys = None
+
+
+@functools.lru_cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return TABLE odd numbers for positions, int64, and for channels, int32."""
+    random = np.random.Generator(np.random.Philox(key=0)).integers(0, 2**64, (2, TABLE), np.uint64) | np.uint64(1)
+    positions, channels = random.view(np.int64)
+    return torch.from_numpy(positions).to(device), torch.from_numpy(channels.astype(np.int32)).to(device)
