@@ -12,6 +12,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from triderm_dist.config import AugmentConfig, ModelConfig
 from triderm_dist.schema import ConfigError
 from triderm_dist.search.results import format_settings
@@ -69,12 +71,28 @@ def scheduler(settings: SearchConfig, space: Space, epochs: int, number_of: Call
             lower, upper = super()._quantiles()
             return [trial for trial in lower if number_of(trial) != BASELINE], upper
 
+        def _checkpoint_or_exploit(self, trial: Any, *others: Any) -> None:
+            # Ray draws from both global generators, of which other code draws as well.
+            seed = [settings.seed, number_of(trial), self._trial_state[trial].last_train_time]
+            random.seed(str(seed))
+            np.random.seed(seed)
+            super()._checkpoint_or_exploit(trial, *others)
+
+        def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            for _ in range(100):  # at an end of its range, a setting may be clipped to the value that it had
+                config, operations = super()._get_new_config(trial, trial_to_clone)
+                if config != trial_to_clone.config:
+                    break
+            return config, operations
+
         def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
+            # Ray remembers a stop for a trial whose own checkpoint is still being saved, and would stop it as soon as
+            # it has resumed. That checkpoint is not needed.
+            trial.temporary_state.saving_to = None
             super()._exploit(tune_controller, trial, trial_to_clone)
             copied = f"trial {number_of(trial)} copies trial {number_of(trial_to_clone)}"
             print(copied, format_settings(trial.config), sep="  ", flush=True)
 
-    random.seed(settings.seed)  # Ray draws from it which trial copies which, and how settings change
     return Population(
         time_attr="epoch",
         perturbation_interval=settings.exploit_epochs,
