@@ -57,6 +57,20 @@ class RemoteConfig(Section):
     )
 
 
+class ExtraSetConfig(Section):
+    """A packed set whose lesions join training; docs/training.md explains what is matched and how."""
+
+    shards: PathText = Field(description="packed shards of an extra set, a folder or a URL")
+    map: dict[str, str | None] = Field(
+        description="diagnosis of the training set's task by diagnosis of the extra set's; null leaves lesions out"
+    )
+    weight: float = Field(1.0, ge=0, description="weight of the loss of an extra lesion; 0 leaves the set out")
+    overlap: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="lesions of an extra set with a photo of the training set: refuse the set, or leave them out",
+    )
+
+
 class DataConfig(Section):
     source: PathText | None = Field(None, description="challenge folder with photos, metadata and ground truth")
     test: PathText | None = Field(
@@ -92,6 +106,14 @@ class DataConfig(Section):
     workers: int = Field(2, ge=1, description="decoder threads per rank")
     prefetch: int = Field(4, ge=1, description="micro-batches to decode ahead")
     remote: RemoteConfig = RemoteConfig()
+    extra: tuple[ExtraSetConfig, ...] = Field(
+        (), description="other packed sets whose lesions join training, and training only"
+    )
+
+    @property
+    def extra_sets(self) -> dict[str, ExtraSetConfig]:
+        """The extra sets with a weight, by the name of their setting."""
+        return {f"data.extra.{number}": each for number, each in enumerate(self.extra) if each.weight}
 
 
 class SamplingConfig(Section):
@@ -380,7 +402,7 @@ class PredictConfig(Section):
 
 TRAINING = (
     *("plugins", "output", "seed", "token_seed", "tokens", "rank_timeout", "train", "models"),
-    *(f"data.{key}" for key in ("shards", "folds", "fold_seed", "verify", "workers", "prefetch", "remote")),
+    *(f"data.{key}" for key in ("shards", "folds", "fold_seed", "verify", "workers", "prefetch", "remote", "extra")),
 )
 """The settings that have an effect on training, as `Experiment.uses` lists them."""
 
@@ -643,6 +665,7 @@ FIRST_KEYS = frozenset(
 """The settings that the first finished runs were hashed with (commit 754ad2d). Never add to this."""
 
 ADDED_KEYS: dict[str, Any] = {
+    "data.extra": [],
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.loss.terms": {},
     "models.NAME.train.optim.name": "adamw",

@@ -119,7 +119,7 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    """Return the section that a setting holds, itself or as the values of a mapping; None for other settings."""
+    """Return the section that a setting holds, itself or as values of a mapping or a list; None for other settings."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and not get_args(kind) and issubclass(kind, Section):
             return kind
@@ -279,7 +279,7 @@ def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
         if section is None:
             yield name, type_name(field.annotation, field.metadata), _default(field), field.description or ""
             continue
-        prefix = f"{name}.NAME" if get_origin(field.annotation) is dict else name
+        prefix = {dict: f"{name}.NAME", tuple: f"{name}[]"}.get(get_origin(field.annotation), name)
         for key, *rest in describe(section):
             yield (f"{prefix}.{key}", *rest)  # type: ignore[misc]
 

@@ -97,7 +97,7 @@ def run(tmp_path_factory):
     network = build_network(model, index.signature, build_towers(model.tower))
     flops = training_flops(network)
     rows, reads = np.arange(56), []
-    data = TrainingData(views.loaders, rows, np.arange(56, 64))
+    data = TrainingData(views.training, rows, views.loaders, np.arange(56, 64))
     with _Syncs() as syncs:
         network.register_forward_pre_hook(lambda *_: reads.append(syncs.count))
         Trainer(

@@ -27,6 +27,7 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import assigned_folds, model_config
     from triderm_dist.engine.parallel_folds import run_parallel_folds
     from triderm_dist.predictions import find_predictions, gather, write_oof
@@ -37,7 +38,9 @@ def main(config: CrossvalRun) -> None:
     names = config.only or tuple(config.models)
     for name in names:
         model_config(config, name)
-    index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
+    verify = config.data.verify and is_main()
+    index = open_index(config.train_shards, config.data.remote, verify=verify)
+    open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
     experiment = config.experiment
     if config.parallel_folds:
         run_parallel_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})

@@ -68,6 +68,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     training = [models, packing, config.seed, config.token_seed]
     predicting = [stable_dump(config.predict, "predict"), packing]
     train_index = index_file(config.train_shards, data.remote)
+    extra_indices = [index_file(each.shards, data.remote) for each in data.extra_sets.values()]
     test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
     if "features" in extra and not test_index:
         raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
@@ -81,7 +82,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
     crossval = [*program("crossval", launcher), *with_config, *parallel]
-    result.append(Stage("crossval", crossval, training, [train_index], predictions))
+    result.append(Stage("crossval", crossval, training, [train_index, *extra_indices], predictions))
     extra_files = []
     if "embeddings" in extra:
         indices = [train_index, *test_index]

@@ -27,6 +27,7 @@ def main(config: TrainRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import model_config
     from triderm_dist.schema import ConfigError
 
@@ -34,7 +35,9 @@ def main(config: TrainRun) -> None:
         raise ConfigError(f"fold={config.fold}: data.folds is {config.data.folds}, folds count from 0")
     name = config.model or next(iter(config.models))
     model_config(config, name)
-    index = open_index(config.train_shards, config.data.remote, verify=config.data.verify and is_main())
+    verify = config.data.verify and is_main()
+    index = open_index(config.train_shards, config.data.remote, verify=verify)
+    open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
     folder = config.fold_folder(name, config.fold)
     run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / "config.yaml"))
     if is_main():

@@ -21,6 +21,7 @@ from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.fold import (
     as_predictions,
     assigned_folds,
@@ -63,6 +64,7 @@ def run_folds(
     assignment = assigned_folds(index, experiment.data)
     for name in models:
         check_names(model_config(experiment, name).train)
+    matched, extra = open_extra_sets(experiment, index), None
     with Stop() as stop:
         for name in models:
             model = experiment.models[name]
@@ -71,7 +73,9 @@ def run_folds(
                 continue
             accelerator = parallel.start_training(model.train, experiment.rank_timeout)
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
-            views = open_views(experiment, model, index, accelerator, train=True, after_chunk=stop.check)
+            if extra is None:
+                extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
+            views = open_views(experiment, model, index, accelerator, train=True, after_chunk=stop.check, extra=extra)
             for fold in remaining:
                 stop.check_now()  # a request that arrived while the previous fold ended
                 with exclusive(experiment.fold_folder(name, fold)):
@@ -147,7 +151,8 @@ class _FoldRun:
     def _train(self, config: TrainConfig, folder: FoldFolder, accelerator: Accelerator) -> list[dict[str, Any]]:
         """Train, or resume, and return the changes of settings (see `Trainer.train`)."""
         train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
-        data = TrainingData(self.views.loaders, train_rows, self.validation_rows)
+        train_rows = np.concatenate([train_rows, self.views.extra_rows])
+        data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
         torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
         network = new_network(self.model, self.views).to(accelerator.device)
         trainer = Trainer(

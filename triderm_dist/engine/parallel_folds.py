@@ -53,7 +53,7 @@ def run_parallel_folds(
 def _schedule(
     experiment: Experiment, folds: Sequence[tuple[str, int]], cpus: int, gpus: float | None, retries: int
 ) -> None:
-    """Compute the tokens of frozen towers, which several folds share, then train the folds; Ray is running."""
+    """Compute what several folds share, tokens and thumbnails, then train the folds; Ray is running."""
     import ray
 
     if gpus is None:
@@ -68,9 +68,11 @@ def _schedule(
 
     shared = os.getcwd(), cpus, experiment
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    if frozen := [name for name in experiment.models if name in dict(folds) and experiment.models[name].tower.frozen]:
-        task, prepare = "tokens of " + ", ".join(frozen), remote(_prepare_tokens)
-        _run_tasks({task: partial(prepare.options(name=task).remote, *shared, frozen)}, retries)
+    names = [name for name in experiment.models if name in dict(folds)]
+    frozen = [name for name in names if experiment.models[name].tower.frozen]
+    if frozen or experiment.data.extra_sets:
+        task, prepare = "tokens of " + ", ".join(frozen) if frozen else "photos of extra sets", remote(_prepare)
+        _run_tasks({task: partial(prepare.options(name=task).remote, *shared, names)}, retries)
     train = remote(_train)
     tasks = {f"{name} fold {fold}": (name, fold) for name, fold in folds}
     _run_tasks(
@@ -138,15 +140,13 @@ def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: i
         run_folds(experiment, index, [name], [fold], on_start=save_settings)
 
 
-def _prepare_tokens(directory: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
-    """Compute the tokens of the frozen towers of some models."""
+def _prepare(directory: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
+    """Compute what the folds of some models share."""
     from triderm_dist.data.shards.open import open_index
-    from triderm_dist.engine.views import prepare_tokens
+    from triderm_dist.engine.extra_sets import prepare
 
     with _worker(directory, cpus, experiment):
-        index = open_index(experiment.train_shards, experiment.data.remote)
-        for name in names:
-            prepare_tokens(experiment, index, name)
+        prepare(experiment, open_index(experiment.train_shards, experiment.data.remote), names)
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from accelerate import Accelerator
 
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
+from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.loader import Loader, LoaderFactory
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import full_weights
 from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
@@ -40,10 +42,15 @@ from triderm_dist.settings import flatten
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The loaders of a packed set, and its rows (N,) to train on and to validate on."""
+    """What a training reads.
 
-    loaders: LoaderFactory
+    training: loaders of a packed set, or of its union with extra sets.  train_rows: (n,) of it.  loaders: of the packed
+    set.  validation_rows: (n,) of it.
+    """
+
+    training: LoaderFactory[Lesions]
     train_rows: np.ndarray
+    loaders: LoaderFactory[ShardIndex]
     validation_rows: np.ndarray
 
 
@@ -220,7 +227,7 @@ class _Epochs:
 
     def __init__(self, config: TrainConfig, data: TrainingData, seed: int) -> None:
         self.config, self.data, self.seed = config, data, seed
-        self._samples = Samples.of(data.loaders.index, data.train_rows)
+        self._samples = Samples.of(data.training.index, data.train_rows)
         self._sampling = Sampling(**config.sampling.model_dump())
         self.class_counts = np.bincount(self._samples.labels, minlength=len(data.loaders.index.diagnoses))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
@@ -232,7 +239,7 @@ class _Epochs:
         batches = self._plan(state.epoch).batches(
             accelerator.process_index, accelerator.num_processes, config.global_batch, start=state.batch
         )
-        return data.loaders.create(
+        return data.training.create(
             batches, config.micro_batch, accelerator.device, augment=config.augment, seed=self.seed, epoch=state.epoch
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from accelerate import Accelerator
 
 from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.augment import build_augmentations
+from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.loader import LoaderFactory, PhotoSource, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
+from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.parallel import start_training
 from triderm_dist.models import build_towers
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
@@ -28,12 +30,17 @@ EXTRACT_BATCH = 32
 
 @dataclass(frozen=True)
 class Views:
-    """Loaders of a packed set for one network, and the shape of its frozen tower's tokens; None where the loaders give
-    photos and the network holds the towers.
+    """Loaders of a packed set for one network.
+
+    token_shape: of the tokens of its frozen tower; None where the loaders give photos and the network holds the towers.
+    training: the loaders for training, of the union with the extra sets where there are any.  extra_rows: the rows (n,)
+    of that union that join from extra sets.
     """
 
-    loaders: LoaderFactory
+    loaders: LoaderFactory[ShardIndex]
     token_shape: TokenShape | None
+    training: LoaderFactory[Lesions]
+    extra_rows: np.ndarray
 
 
 def open_views(
@@ -45,11 +52,13 @@ def open_views(
     train: bool,
     transforms: int = 1,
     after_chunk: Callable[[], None] = lambda: None,
+    extra: Sequence[ExtraSet] = (),
 ) -> Views:
     """Open photos for towers that train, or tokens of a frozen tower, computing those that the cache lacks.
 
     Call on all ranks. train: also open the augmented versions. transforms: how many transforms of the dihedral group
-    prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise.
+    prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise. extra: sets whose
+    lesions join training.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
@@ -57,28 +66,39 @@ def open_views(
         accelerator.print(f"note: {note}")
     torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
     tower = build_towers(model.tower)[0]
-    photos = PhotoSource(index, tower.image_size, tower.mean, tower.std, augment)
-    loaders = LoaderFactory(index, photos, data.workers, data.prefetch)
-    if not model.tower.frozen:
-        return Views(loaders, None)
-    accelerator.print(tower.report)
-    shape = TokenShape(tower.num_tokens, tower.width)
-    key = cache_key(tower=tower_hash(tower), index=index.fingerprint, size=tower.image_size)
-    cache = TokenCache(experiment.token_folder / key, len(index), (shape.num_tokens, shape.width))
-    variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
-    transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
-    extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
-    extractor.fill(cache, list(dict.fromkeys([*variants, *transformed])), model.train.compile, after_chunk)
-    photos.close()
-    source = TokenSource(cache, variants, transformed, index.signature.views)
-    return Views(LoaderFactory(index, source, data.workers, data.prefetch), shape)
+    shape = TokenShape(tower.num_tokens, tower.width) if model.tower.frozen else None
+    if shape:
+        accelerator.print(tower.report)
+
+    def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
+        views = None if shape else index.signature.views
+        photos = PhotoSource(each, tower.image_size, tower.mean, tower.std, augment, views)
+        loaders = LoaderFactory(each, photos, data.workers, data.prefetch)
+        if shape is None:
+            return loaders
+        key = cache_key(tower=tower_hash(tower), index=each.fingerprint, size=tower.image_size)
+        cache = TokenCache(experiment.token_folder / key, len(each), (shape.num_tokens, shape.width))
+        variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
+        transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
+        extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
+        extractor.fill(cache, list(dict.fromkeys([*variants, *transformed])), model.train.compile, after_chunk)
+        photos.close()
+        return replace(loaders, source=TokenSource(cache, variants, transformed, each.signature.views))
+
+    loaders = open_set(index, transforms)
+    if not extra:
+        return Views(loaders, shape, loaders, np.empty(0, np.int64))
+    union, views = LesionUnion(index, extra), index.signature.views
+    source = UnionSource(union, [loaders.source, *(open_set(each.index, 1).source for each in extra)], views)
+    training = LoaderFactory(union, source, data.workers, data.prefetch)
+    return Views(loaders, shape, training, union.extra_rows([view for view in views if view in model.use]))
 
 
-def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str) -> None:
+def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str, extra: Sequence[ExtraSet] = ()) -> None:
     """Compute the tokens that the cache lacks for training a model; does nothing where its towers train."""
     model = experiment.models[name]
     if model.tower.frozen:
-        open_views(experiment, model, index, start_training(model.train), train=True)
+        open_views(experiment, model, index, start_training(model.train), train=True, extra=extra)
 
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:

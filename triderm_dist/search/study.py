@@ -49,16 +49,17 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
 
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.parallel import split_batch
-    from triderm_dist.engine.views import prepare_tokens
+    from triderm_dist.engine.extra_sets import open_extra_sets, prepare
 
     index = open_index(experiment.train_shards, experiment.data.remote, verify=experiment.data.verify)
+    open_extra_sets(experiment, index, verify=experiment.data.verify)  # refuses a wrong map before anything is done
     own = own_settings(experiment.models[model], BATCH_SETTINGS)
     for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH_SETTINGS)):
         split_batch(total, micro, settings.workers)
     refusal = InputError(f"{run.search_folder}: another search is running in this folder; wait for it or stop it")
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
-        prepare_tokens(experiment, index, model)  # once, for all trials
+        prepare(experiment, index, [model])  # once, for all trials
         with ray_session(settings):
             if not settings.resume or _ended(run) < settings.trials or _failed(run):
                 run_trials(run, space, log)

@@ -45,6 +45,14 @@ def index_file(where: str, remote: RemoteConfig) -> Path:
     return _fetch_index(Store(where, remote), cache_root(remote)) if is_url(where) else Path(where) / INDEX
 
 
+def set_fingerprint(where: str, remote: RemoteConfig) -> str:
+    """Return the `ShardIndex.fingerprint` of a packed set without opening it. Raises DataError where there is none."""
+    path = index_file(where, remote)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; create it by triderm pack")
+    return file_sha256(path)
+
+
 def cache_root(remote: RemoteConfig) -> Path:
     """Return the folder that caches remote shards on this node."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")

@@ -1,0 +1,116 @@
+"""Photos that two packed sets share are found by the bytes of the file and by thumbnails."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from tests.conftest import draw_photo
+from tests.union_sets import main_set, other_set, row_of
+from triderm_dist.data.overlap import SIMILAR, Shared, Thumbnails, edges, find_shared, thumbnail
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.schema import VIEWS, DataError, Lesion
+
+CPU = torch.device("cpu")
+
+
+def jpeg(photo: Image.Image, quality: int = 90) -> bytes:
+    file = io.BytesIO()
+    photo.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def computed(index: ShardIndex, folder) -> Thumbnails:
+    thumbnails = Thumbnails(index, folder)
+    for number in thumbnails.missing():
+        thumbnails.compute(number, 2)
+    assert not thumbnails.missing()
+    return thumbnails
+
+
+def similarity(one: bytes, other: bytes) -> float:
+    first, second = (edges(thumbnail(data)[None]) for data in (one, other))
+    return float((first * second).sum())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda photo: jpeg(photo, 50),
+        lambda photo: jpeg(photo.resize((224, 224))),
+        lambda photo: jpeg(photo.resize((200, 150))),
+        lambda photo: jpeg(photo.resize((768, 576))),
+        lambda photo: jpeg(ImageEnhance.Brightness(photo).enhance(1.1)),
+    ],
+)
+def test_copies_are_similar_and_other_photos_are_not(change):
+    photos = [draw_photo(seed, (384, 288)) for seed in range(12)]
+    for number, photo in enumerate(photos):
+        assert similarity(change(photo), jpeg(photo)) >= SIMILAR
+        assert similarity(change(photo), jpeg(photos[number - 1])) < 0.9
+
+
+def test_photo_of_one_color_is_similar_to_nothing():
+    black = np.zeros((2, 16, 16, 3), np.uint8)
+    assert (edges(black) @ edges(black).T == 0).all()
+
+
+@pytest.fixture
+def copied(tmp_path) -> tuple[ShardIndex, ShardIndex]:
+    """A set, and one of the other task: lesion A has its file, B a smaller copy, C another photo."""
+    main = main_set(tmp_path / "main")
+    paths = [tmp_path / f"{name}.jpg" for name in "ABC"]
+    source = tmp_path / "main-photos"
+    paths[0].write_bytes((source / "5-dermoscopic.jpg").read_bytes())
+    with Image.open(source / "3-clinical.jpg") as photo:
+        photo.resize((40, 30)).save(paths[1], quality=85)
+    draw_photo(77_777).save(paths[2])
+    task = other_set(tmp_path / "other").task
+    lesions = [
+        Lesion(path.stem, dict(zip(VIEWS, (None, str(path)), strict=True)), (0.5, 0.5), (0.0, 1.0, 40.0), 0, path.stem)
+        for path in paths
+    ]
+    concepts = ("dermoscopic/dots", "dermoscopic/streaks")
+    return main, pack_shards(Dataset(task, lesions, concepts, True, []), tmp_path / "copied", short_side=None)
+
+
+def test_shared_photos_are_found_among_all_views(copied, tmp_path):
+    main, extra = copied
+    thumbnails = [computed(index, tmp_path / "cache") for index in (extra, main)]
+    found = {extra.lesion_ids[shared.row]: shared for shared in find_shared(*thumbnails, np.arange(len(extra)), CPU)}
+    assert found.keys() == {"A", "B"}
+    assert found["A"] == Shared(row_of(extra, "A"), row_of(main, "L005"), None)
+    assert main.lesion_ids[found["B"].main_row] == "L003" and SIMILAR <= found["B"].similarity < 1
+    only = find_shared(*thumbnails, np.array([row_of(extra, "B"), row_of(extra, "C")]), CPU)
+    assert [extra.lesion_ids[shared.row] for shared in only] == ["B"]
+
+
+def test_a_set_shares_all_photos_with_itself_and_none_with_another(tmp_path):
+    main, other = main_set(tmp_path / "main"), other_set(tmp_path / "other")
+    own, others = (computed(index, tmp_path) for index in (main, other))
+    assert [shared.main_row for shared in find_shared(own, own, np.arange(len(main)), CPU)] == list(range(len(main)))
+    assert find_shared(others, own, np.arange(len(other)), CPU) == []
+
+
+def test_thumbnails_are_computed_once_for_a_set(tmp_path):
+    main = main_set(tmp_path / "main")
+    assert computed(main, tmp_path).missing() == []
+    assert Thumbnails(replace(main, fingerprint="f" * 64), tmp_path).missing() == [0]
+
+
+def test_damaged_photo_is_named(tmp_path):
+    main = main_set(tmp_path / "main")
+    row = row_of(main, "L002")
+    path, start = main.path(int(main.shard[row])), int(main.offsets[row, 0])
+    data = bytearray(path.read_bytes())
+    data[start : start + int(main.sizes[row, 0])] = bytes(int(main.sizes[row, 0]))
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=r"the clinical photo of lesion L002 does not decode .*; run triderm verify"):
+        Thumbnails(main, tmp_path).compute(0, 1)

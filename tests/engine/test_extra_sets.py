@@ -1,0 +1,169 @@
+"""Lesions of extra sets join the training of a fold, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.union_sets import MAP, OTHER, main_set, other_set, pack_set
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.engine import crossval
+from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.extra_sets import open_extra_sets
+from triderm_dist.engine.fold import assigned_folds, is_fold_finished, result_hash, resume_hash
+from triderm_dist.engine.trainer import Trainer, TrainingData
+from triderm_dist.files import file_sha256
+from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.predictions import read_predictions
+from triderm_dist.schema import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[ShardIndex, ShardIndex]:
+    folder = tmp_path_factory.mktemp("sets")
+    return main_set(folder / "main"), other_set(folder / "other")
+
+
+def experiment(output: Path, *extra: dict, frozen: bool = False, words: tuple[str, ...] = ()) -> Experiment:
+    tower = f"{{source: 'timm:test_vit', pretrained: false, image_size: 32, frozen: {str(frozen).lower()}}}"
+    settings = [
+        f"output={output}",
+        "data.folds=3",
+        f"models.tri={{width: 16, heads: 2, tower: {tower}}}",
+        "train={epochs: 2, global_batch: 8, micro_batch: 4, log_every: 1, trackers: []}",
+        *([f"data.extra={json.dumps(extra)}"] if extra else []),
+        *words,
+    ]
+    return load(Experiment, None, settings)
+
+
+def entry(index: ShardIndex, **changes: object) -> dict:
+    return {"shards": str(index.folder), "map": MAP, "weight": 0.5, **changes}
+
+
+@pytest.fixture
+def data(monkeypatch) -> list[TrainingData]:
+    """The data of every training that begins."""
+    seen: list[TrainingData] = []
+
+    class Recording(Trainer):
+        def __init__(self, **options) -> None:
+            seen.append(options["data"])
+            super().__init__(**options)
+
+    monkeypatch.setattr(crossval, "Trainer", Recording)
+    return seen
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_extra_lesions_are_trained_on_and_never_predicted(sets, tmp_path, data, capsys, frozen):
+    main, other = sets
+    run = experiment(tmp_path / "run", entry(other), frozen=frozen)
+    run_folds(run, main, ["tri"], [1])
+    held_out = np.flatnonzero(assigned_folds(main, run.data) == 1)
+    (training,) = data
+    assert training.validation_rows.tolist() == held_out.tolist()
+    assert training.loaders.index is main
+    names = training.training.index.inputs(training.train_rows).lesion_ids
+    assert sum(name.startswith("other/") for name in names) == 12  # 4 scars and 2 without a label are left out
+    assert sorted(name for name in names if "/" not in name) == sorted(
+        np.delete(main.lesion_ids[np.arange(len(main))], held_out)
+    )
+    fold = run.fold_folder("tri", 1)
+    for name in ("predictions", "without_clinical", "without_dermoscopic"):
+        assert sorted(read_predictions(fold / f"{name}.parquet").lesion_ids) == sorted(main.lesion_ids[held_out])
+    steps = [line["step"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(steps) == 2 * -(-_drawn(training) // 8)
+    output = capsys.readouterr().out
+    assert "data.extra.0: 12 lesions of other join the training with weight 0.5 as MEL 8, NV 4; 4 lab" in output
+    assert is_fold_finished(run, main, "tri", 1)
+
+
+def _drawn(training: TrainingData) -> int:
+    """Lesions of an epoch: each one max(1, sqrt(0.1 / share)) times; here no diagnosis is so rare."""
+    labels = training.training.index.labels[training.train_rows]
+    assert (np.bincount(labels) / len(labels)).min() > 0.1
+    return len(labels)
+
+
+def test_training_without_extra_sets_is_unchanged_bit_for_bit(sets, tmp_path, data):
+    main, other = sets
+    runs = [experiment(tmp_path / "without"), experiment(tmp_path / "zero", entry(other, weight=0))]
+    for run in runs:
+        run_folds(run, main, ["tri"], [0])
+    weights = [file_sha256(run.fold_folder("tri", 0) / "weights.safetensors") for run in runs]
+    assert weights[0] == weights[1]
+    assert result_hash(runs[0], main, "tri", 0) == result_hash(runs[1], main, "tri", 0)
+    assert all(each.training is each.loaders for each in data)
+
+
+def test_hashes_hold_the_content_of_extra_sets(sets, tmp_path):
+    main, other = sets
+    moved = other_set(tmp_path / "moved")
+    assert moved.fingerprint == other.fingerprint
+    larger = other_set(tmp_path / "larger", lesions=19)
+    cases = {
+        "none": experiment(tmp_path),
+        "set": experiment(tmp_path, entry(other)),
+        "weight": experiment(tmp_path, entry(other, weight=0.25)),
+        "map": experiment(tmp_path, entry(other, map={**MAP, "scar": "WART"})),
+        "overlap": experiment(tmp_path, entry(other, overlap="drop")),
+        "content": experiment(tmp_path, entry(larger)),
+        "two": experiment(tmp_path, entry(other), entry(larger)),
+    }
+    for formula in (result_hash, resume_hash):
+        hashes = {name: formula(each, main, "tri", 0) for name, each in cases.items()}
+        assert len(set(hashes.values())) == len(cases)
+        assert formula(experiment(tmp_path, entry(moved)), main, "tri", 0) == hashes["set"]
+
+
+def test_set_that_is_missing_or_mapped_wrongly_is_refused_before_anything_is_written(sets, tmp_path):
+    main, other = sets
+    for wrong, error, message in (
+        (entry(other, map={"naevus": "NV"}), ConfigError, r"data\.extra\.0\.map: lacks"),
+        (entry(other, shards=str(tmp_path / "absent")), DataError, "absent: no such folder; create it by triderm pack"),
+        (entry(main, map={name: name for name in main.diagnoses}), ConfigError, "is the training set itself"),
+    ):
+        with pytest.raises(error, match=message):
+            run_folds(experiment(tmp_path / "run", wrong), main, ["tri"], [0])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def copies(tmp_path) -> ShardIndex:
+    """A set with photos of the training set among its own."""
+    return pack_set(tmp_path / "copies", OTHER, 8, 39)  # its lesion 0 has the dermoscopic photo of lesion 19
+
+
+def test_lesions_with_a_photo_of_the_training_set_are_refused_by_name(sets, copies, tmp_path):
+    main, _ = sets
+    with pytest.raises(DataError) as refusal:
+        run_folds(experiment(tmp_path / "run", entry(copies)), main, ["tri"], [0])
+    assert str(refusal.value).startswith(
+        "data.extra.0: 4 lesions of other share a photo with the training set: L000 and L019 (same file), L001 and L02"
+    )
+    assert "\n" not in str(refusal.value) and "set its overlap to drop" in str(refusal.value)
+    assert not (tmp_path / "run" / "tri").exists()
+
+
+def test_lesions_with_a_photo_of_the_training_set_are_dropped(sets, copies, tmp_path, data, capsys):
+    main, other = sets
+    run = experiment(tmp_path / "run", entry(other), entry(copies, overlap="drop"))
+    run_folds(run, main, ["tri"], [0])
+    assert "note: data.extra.1: left out, 4 lesions of other share a photo with the" in capsys.readouterr().out
+    union = data[0].training.index
+    kept = [each.rows.tolist() for each in union.extra]
+    assert kept[0] == open_extra_sets(run, main)[0].rows.tolist()
+    names = copies.lesion_ids[np.array(kept[1])].tolist()
+    assert sorted(names) == ["L005", "L007"]  # L006 is a scar
+
+
+def test_set_of_copies_only_is_refused(sets, tmp_path):
+    main, _ = sets
+    copies = pack_set(tmp_path / "copies", OTHER, 5, 39)
+    with pytest.raises(DataError, match="every lesion of it shares a photo with the training set; remove the set"):
+        run_folds(experiment(tmp_path / "run", entry(copies, overlap="drop")), main, ["tri"], [0])

@@ -1,0 +1,154 @@
+"""Find lesions of two packed sets that share a photo: by the bytes of its JPEG, and by thumbnails.
+
+Two photos are similar where the edges of their thumbnails correlate by at least `SIMILAR`: the differences between
+neighboring pixels of 16 x 16 thumbnails, which dHash (Krawetz 2013) reduces to bits. It finds copies that were encoded
+again, resized, squashed or brightened, but none that was turned, mirrored or cropped by more than some percent.
+docs/benchmarks.md has the measurement behind the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.photos import size_and_hash
+from triderm_dist.data.shards.reader import FolderShards, RemoteShards
+from triderm_dist.files import atomic_path
+from triderm_dist.schema import VIEWS, DataError, one_line
+
+SIDE = 16
+"""Pixels of a side of a thumbnail."""
+SIMILAR = 0.955
+"""Correlation of the edges of two thumbnails from which on they show the same photo."""
+CHUNK = 1024
+"""Lesions per file."""
+BLOCK = 4096
+"""Photos of one set that are compared at a time."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Two lesions with the same photo. similarity: of the thumbnails; None where the files are equal."""
+
+    row: int
+    main_row: int
+    similarity: float | None
+
+
+class Thumbnails:
+    """Digests and thumbnails of the photos of a packed set, cached in a folder in files of `CHUNK` lesions.
+
+    A file is written atomically, so that an interrupted run resumes at the next one and ranks share the work.
+    """
+
+    def __init__(self, index: ShardIndex, folder: Path) -> None:
+        self.index = index
+        self.folder = folder / f"thumbnails-{index.fingerprint[:16]}"
+
+    def missing(self) -> list[int]:
+        """List the files that are not on disk yet, by number."""
+        return [number for number in range(-(-len(self.index) // CHUNK)) if not self._path(number).exists()]
+
+    def compute(self, number: int, workers: int) -> None:
+        """Write one file, decoding in threads. Raises DataError for a photo that does not decode."""
+        rows = np.arange(number * CHUNK, min((number + 1) * CHUNK, len(self.index)))
+        shards = RemoteShards(self.index) if self.index.remote else FolderShards(self.index)
+        shard, offsets, sizes = (column[rows] for column in (self.index.shard, self.index.offsets, self.index.sizes))
+        digests = np.zeros((len(rows), len(VIEWS)), np.uint64)
+        thumbnails = np.zeros((len(rows), len(VIEWS), SIDE, SIDE, 3), np.uint8)
+
+        def read(i: int) -> None:
+            for view in np.flatnonzero(sizes[i]):
+                data = shards.read(int(shard[i]), int(offsets[i, view]), int(sizes[i, view]))
+                try:
+                    digests[i, view] = size_and_hash(data)[2]
+                    thumbnails[i, view] = thumbnail(data)
+                except ValueError as error:
+                    raise DataError(
+                        f"{self.index.path(int(shard[i]))}: the {VIEWS[view]} photo of lesion "
+                        f"{self.index.lesion_ids[int(rows[i])]} does not decode ({one_line(error)}); run triderm verify"
+                    ) from None
+
+        with ThreadPoolExecutor(workers) as pool:
+            for job in [pool.submit(read, i) for i in range(len(rows))]:
+                job.result()
+        shards.close()
+        with atomic_path(self._path(number)) as temporary, temporary.open("wb") as file:
+            np.savez(file, digests=digests, thumbnails=thumbnails)
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return digests (N, 2) uint64, 0 where a view is missing, and thumbnails (N, 2, SIDE, SIDE, 3) uint8."""
+        parts = [np.load(self._path(number)) for number in range(-(-len(self.index) // CHUNK))]
+        return tuple(np.concatenate([part[name] for part in parts]) for name in ("digests", "thumbnails"))  # type: ignore[return-value]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.npz"
+
+
+def thumbnail(data: bytes) -> np.ndarray:
+    """Return the thumbnail (SIDE, SIDE, 3) uint8 of a JPEG, squashed to a square. Raises ValueError for other bytes."""
+    photo = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_height=4 * SIDE, min_width=4 * SIDE))
+    return np.array(photo.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def edges(thumbnails: np.ndarray) -> torch.Tensor:
+    """Return the differences of neighboring pixels of (n, SIDE, SIDE, 3), scaled to length 1: (n, D) float32.
+
+    Those of a photo of one color, or of none, are zeros, which correlate with nothing.
+    """
+    pixels = torch.from_numpy(thumbnails).float()
+    differences = torch.cat([pixels.diff(dim=1).flatten(1), pixels.diff(dim=2).flatten(1)], 1)
+    return torch.nn.functional.normalize(differences)
+
+
+def find_shared(extra: Thumbnails, main: Thumbnails, rows: np.ndarray, device: torch.device) -> list[Shared]:
+    """Return the lesions among `rows` (n,) of `extra` that share a photo with `main`, each with the nearest."""
+    main_digests, main_thumbnails = main.read()
+    digests, thumbnails = (array[rows] for array in extra.read())
+    found = {row: Shared(row, main_row, None) for row, main_row in _same_files(digests, rows, main_digests)}
+    main_rows, main_views = np.nonzero(main_digests)
+    for i, main_at, similarity in _similar(thumbnails, digests > 0, main_thumbnails[main_rows, main_views], device):
+        shared = Shared(int(rows[i]), int(main_rows[main_at]), similarity)
+        known = found.get(shared.row)
+        if known is None or (known.similarity is not None and known.similarity < similarity):
+            found[shared.row] = shared
+    return [found[row] for row in sorted(found)]
+
+
+def _same_files(digests: np.ndarray, rows: np.ndarray, main: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield (row, main row) of lesions that have a photo with the same digest."""
+    flat = main.ravel()
+    order = np.argsort(flat, kind="stable")
+    at = np.searchsorted(flat, digests, sorter=order).clip(max=len(flat) - 1)
+    same = (flat[order[at]] == digests) & (digests > 0)
+    for i, view in zip(*np.nonzero(same), strict=True):
+        yield int(rows[i]), int(order[at[i, view]]) // main.shape[1]
+
+
+def _similar(
+    thumbnails: np.ndarray, present: np.ndarray, main: np.ndarray, device: torch.device
+) -> Iterator[tuple[int, int, float]]:
+    """Yield (lesion, photo of `main`, similarity) of similar photos, of each photo the most similar one.
+
+    thumbnails: (n, views, ...), present: (n, views), main: (m, ...).
+    """
+    lesions, views = np.nonzero(present)
+    photos = thumbnails[lesions, views]
+    for start in range(0, len(photos), BLOCK):
+        own = edges(photos[start : start + BLOCK]).to(device)
+        best = torch.full((len(own),), -1.0, device=device)
+        at = torch.zeros(len(own), dtype=torch.int64, device=device)
+        for first in range(0, len(main), BLOCK):
+            most, where = (own @ edges(main[first : first + BLOCK]).to(device).T).max(1)
+            at = torch.where(most > best, where + first, at)
+            best = torch.maximum(best, most)
+        for i in torch.nonzero(best >= SIMILAR).flatten().tolist():
+            yield int(lesions[start + i]), int(at[i]), float(best[i])

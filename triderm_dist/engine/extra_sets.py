@@ -1,0 +1,122 @@
+"""The extra sets of a training: opened, matched with the training set, and without lesions that both have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from accelerate import Accelerator
+
+from triderm_dist.config import Experiment
+from triderm_dist.data.overlap import Shared, Thumbnails, find_shared
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.open import open_index
+from triderm_dist.data.union import ExtraSet, match_extra_set
+from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.parallel import start_training
+from triderm_dist.engine.views import prepare_tokens
+from triderm_dist.schema import UNLABELED, DataError
+
+MAX_NAMED = 10
+"""Pairs of lesions that a message lists by name."""
+
+
+def open_extra_sets(experiment: Experiment, index: ShardIndex, verify: bool = False) -> tuple[ExtraSet, ...]:
+    """Open the extra sets that have a weight, and match them with the training set. verify: hash their shards first.
+
+    Raises DataError as `open_index` does, ConfigError as `match_extra_set` does.
+    """
+    return tuple(
+        match_extra_set(config, open_index(config.shards, experiment.data.remote, verify), index, where)
+        for where, config in experiment.data.extra_sets.items()
+    )
+
+
+def without_shared_photos(
+    extra: Sequence[ExtraSet],
+    index: ShardIndex,
+    experiment: Experiment,
+    accelerator: Accelerator,
+    after_file: Callable[[], None] = lambda: None,
+) -> tuple[ExtraSet, ...]:
+    """Return the extra sets without lesions that share a photo with the training set, where `overlap` is drop.
+
+    Call on all ranks, which share the work through the folder of the token cache. after_file: called on all ranks after
+    every file of thumbnails, and may raise. Raises DataError that names such lesions where `overlap` is refuse.
+    """
+    if not extra:
+        return ()
+    for where, each in zip(experiment.data.extra_sets, extra, strict=True):
+        for line in [*describe_extra_set(where, each, index), *(f"{where}: {note}" for note in each.index.notes())]:
+            accelerator.print(line, flush=True)
+    main, *others = (Thumbnails(each, experiment.token_folder) for each in (index, *(each.index for each in extra)))
+    _compute([main, *others], experiment.data.workers, accelerator, after_file)
+    result = []
+    for (where, config), each, thumbnails in zip(experiment.data.extra_sets.items(), extra, others, strict=True):
+        shared = on_main(partial(find_shared, thumbnails, main, each.rows, accelerator.device))
+        if shared and config.overlap == "refuse":
+            raise DataError(
+                f"{where}: {_named(shared, each, index)}; set its overlap to drop to leave them out, or pack the set "
+                "without them"
+            )
+        if shared:
+            each = each.without(np.array([pair.row for pair in shared]))
+            accelerator.print(f"note: {where}: left out, {_named(shared, each, index)}")
+            if not len(each.rows):
+                raise DataError(f"{where}: every lesion of it shares a photo with the training set; remove the set")
+        result.append(each)
+    return tuple(result)
+
+
+def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> None:
+    """Compute what several trainings of these models share: thumbnails for extra sets, and tokens of frozen towers."""
+    extra = open_extra_sets(experiment, index)
+    if extra:
+        accelerator = start_training(experiment.models[names[0]].train)
+        extra = without_shared_photos(extra, index, experiment, accelerator)
+    for name in names:
+        prepare_tokens(experiment, index, name, extra)
+
+
+def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:
+    """Return what joins of an extra set, and how it was matched with the training set, one line each."""
+    labels = extra.labels[extra.rows]
+    counts = [f"{name} {(labels == label).sum():,}" for label, name in enumerate(index.diagnoses)
+              if extra.class_mask[label]]  # fmt: skip
+    unused = int((extra.index.labels != UNLABELED).sum()) - len(labels)
+    left_out = f"; {unused:,} labeled ones do not" if unused else ""
+    found = int((extra.concepts >= 0).sum())
+    return [
+        f"{where}: {len(labels):,} lesions of {extra.name} join the training with weight {extra.weight:g} as "
+        f"{', '.join(counts)}{left_out}; {found} of {len(index.concepts)} concepts match by name",
+        *(f"{where}: {note}" for note in extra.notes),
+    ]
+
+
+def _compute(
+    sets: Sequence[Thumbnails], workers: int, accelerator: Accelerator, after_file: Callable[[], None]
+) -> None:
+    """Compute the missing files of thumbnails, distributed over the ranks."""
+    missing = [(thumbnails, number) for thumbnails in sets for number in thumbnails.missing()]
+    accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
+    if missing:
+        accelerator.print("comparing the photos of the training set and its extra sets", flush=True)
+    for position, (thumbnails, number) in enumerate(missing):
+        if position % accelerator.num_processes == accelerator.process_index:
+            thumbnails.compute(number, workers)
+        after_file()
+    accelerator.wait_for_everyone()
+
+
+def _named(shared: Sequence[Shared], extra: ExtraSet, index: ShardIndex) -> str:
+    pairs = sorted(
+        (extra.index.lesion_ids[pair.row], index.lesion_ids[pair.main_row], pair.similarity) for pair in shared
+    )
+    named = [
+        f"{own} and {main} " + ("(same file)" if similarity is None else f"(similarity {similarity:.3f})")
+        for own, main, similarity in pairs[:MAX_NAMED]
+    ]
+    more = f", and {len(pairs) - MAX_NAMED:,} more" if len(pairs) > MAX_NAMED else ""
+    verb = "lesion of {} shares" if len(pairs) == 1 else "lesions of {} share"
+    return f"{len(pairs):,} {verb.format(extra.name)} a photo with the training set: {', '.join(named)}{more}"
