@@ -280,6 +280,16 @@ class TaskColumns:
 
 
 @dataclass(frozen=True)
+class TableFormat:
+    """How a table is stored, where that cannot be seen. encoding: as Python names it, such as `cp1252` for Excel's
+    plain CSV; None for UTF-8 or UTF-16.  sheet: of an Excel workbook with several.
+    """
+
+    encoding: str | None = None
+    sheet: str | None = None
+
+
+@dataclass(frozen=True)
 class ReferenceResult:
     """A published result on a task's data, as text. source: where it was published."""
 
@@ -321,6 +331,7 @@ class Task:
     concepts: ConceptColumns = ConceptColumns()
     fields: tuple[MetadataField, ...] = ()
     reader: str = "lesions_csv"
+    table: TableFormat = TableFormat()
     missing_words: tuple[str, ...] = MISSING_WORDS
     decision: str = "fitted"
     reference_results: tuple[ReferenceResult, ...] = ()
@@ -547,6 +558,7 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "Literal['number', 'category', 'ordinal']": _text,
     "TaskColumns": _dataclass_of(TaskColumns),
     "ConceptColumns": _dataclass_of(ConceptColumns),
+    "TableFormat": _dataclass_of(TableFormat),
     "tuple[Diagnosis, ...]": _list_of(_dataclass_of(Diagnosis)),
     "tuple[View, ...]": _list_of(_dataclass_of(View)),
     "tuple[MetadataField, ...]": _list_of(_dataclass_of(MetadataField)),

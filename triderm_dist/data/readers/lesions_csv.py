@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,11 +34,15 @@ from triderm_dist.data.readers.table import (
     parse_score,
     read_header,
     read_table,
+    without_garbage_collection,
 )
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task
 
+CHUNK = 1 << 14
+"""Lesions whose values are Python objects at a time; they take ten times the memory of arrays."""
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 OTHER_SUFFIXES = (".heic", ".webp", ".tif", ".tiff", ".bmp", ".jfif", ".jpe", ".gif", ".dcm")
+_SUFFIXES = frozenset((*PHOTO_SUFFIXES, *OTHER_SUFFIXES))
 
 
 def read_lesions(
@@ -54,15 +59,16 @@ def read_lesions(
     """
     path = find_table(Path(source), task)
     columns = task.columns
-    table = read_table(path).named(task_columns(task))
+    table = read_table(path, task.table).named(task_columns(task))
     table.require(image_columns(task), "; name it by columns.image in task.yaml")
     for key in ("lesion_id", "view"):
         if name := getattr(columns, key):
             table.require([name], f"; name it by columns.{key} in task.yaml")
     if not len(table):
         raise DataError(f"{path}: the table has no rows")
-    reading = _Reading(table, task, PhotoFinder(path.parent if path == Path(source) else Path(source)))
-    lesions, notes, problems = reading.lesions(missing_view)
+    with without_garbage_collection():
+        reading = _Reading(table, task, PhotoFinder(path.parent if path == Path(source) else Path(source)))
+        lesions, notes, problems = reading.lesions(missing_view)
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
     return Dataset(task, lesions, reading.concepts, reading.labeled, notes, tuple(problems))
@@ -113,7 +119,7 @@ def find_table(source: Path, task: Task) -> Path:
     if not tables:
         raise DataError(f"{source}: no table (.csv, .tsv, .txt or .xlsx) in this folder")
     wanted = {name.lower() for name in image_columns(task)}
-    found = [path for path in tables if wanted <= {name.lower() for name in read_header(path)}]
+    found = [path for path in tables if wanted <= {name.lower() for name in read_header(path, task.table)}]
     if len(found) > 1:
         names = " and ".join(str(path.relative_to(source)) for path in found)
         raise DataError(f"{source}: {names} have the columns of photos; give the one to read, such as {found[0]}")
@@ -159,30 +165,31 @@ class _Reading:
             concepts = [np.where(rows[:, at] >= 0, each[rows[:, at]], np.nan) for at in range(2) for each in scores]
         else:
             concepts = [each[rows[:, 0]] for each in scores]
-        concept_rows = list(map(tuple, np.stack(concepts, 1).tolist())) if concepts else [()] * len(rows)
-        field_rows = list(map(tuple, fields.tolist()))
-
+        scores_of = np.stack(concepts, 1) if concepts else np.empty((len(rows), 0))
         kept, problem_ids = list[Lesion](), {problem.lesion_id for problem in self.problems}
         names, none = task.view_names, dict[str, str | None].fromkeys(VIEWS)
-        label_list = label.tolist()
-        for at, (own, photos) in enumerate(zip(zip(*rows.T.tolist(), strict=True), images, strict=True)):
-            first = own[0] if own[0] >= 0 else own[-1]
-            lesion_id = self.ids[first]
-            if lesion_id in problem_ids or not self.bad.isdisjoint(own):
-                continue
-            if what := self._missing(lesion_id, photos, missing_view):
-                self._problem(first, "missing photo", what)
-                continue
-            kept.append(
-                Lesion(
-                    lesion_id,
-                    none | dict(zip(names, photos, strict=True)),
-                    concept_rows[at],
-                    field_rows[at],
-                    label_list[at],
-                    group[at] or lesion_id,
+        shared: dict[bytes, tuple[float, ...]] = {}
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            columns = [array[part].tolist() for array in (rows, scores_of, fields, label)]
+            for own, score, values, which, name, photos in zip(*columns, group[part], images[part], strict=True):
+                first = own[0] if own[0] >= 0 else own[-1]
+                lesion_id = self.ids[first]
+                if lesion_id in problem_ids or not self.bad.isdisjoint(own):
+                    continue
+                if what := self._missing(lesion_id, photos, missing_view):
+                    self._problem(first, "missing photo", what)
+                    continue
+                kept.append(
+                    Lesion(
+                        lesion_id,
+                        none | dict(zip(names, photos, strict=True)),
+                        tuple(score),
+                        _shared(shared, values),
+                        which,
+                        name or lesion_id,
+                    )
                 )
-            )
         return kept, self._all_notes(kept), self.problems
 
     @property
@@ -214,6 +221,7 @@ class _Reading:
         """Return the rows (L, R) of each lesion, -1 where it has none, and its photos by view."""
         task = self.task
         images = [self._paths(column) for column in image_columns(task)]
+        self.photos.clear()
         views = len(task.views)
         if self.per_photo and views > 1:
             view = self._views()
@@ -451,8 +459,10 @@ class _Reading:
         if column not in self.table.cells:
             self.notes.append(f"no column {column!r}: each lesion is a group of its own")
             return None
-        cells = zip(self._cells(column), self._is_missing(column), strict=True)
-        return ["" if missing else cell for cell, missing in cells]
+        encoded = self.table.cells[column].dictionary_encode()
+        names = ["" if is_missing(name, self.task.missing_words) else name for name in encoded.dictionary.to_pylist()]
+        self.used.add(column)
+        return [names[code] for code in encoded.indices.to_pylist()]
 
     def _problem(self, row: int, kind: str, what: str, lesion_id: str | None = None) -> None:
         self.bad.add(row)
@@ -476,7 +486,7 @@ class _Reading:
             notes.append(f"no lesion has the diagnosis {', '.join(none)}")
         if unused := [name for name in self.table.header if name not in self.used]:
             notes.append(f"{self.table.path.name}: columns that are not used: {', '.join(unused)}")
-        if others := self.photos.unused():
+        if others := self.photos.unused:
             notes.append(f"{others} photos are not in {self.table.path.name}")
         return notes + self.notes
 
@@ -503,14 +513,25 @@ def _as_words(key: str) -> str:
     return f" Correct it, or add it to the words of one of the {key} in task.yaml"
 
 
+def _shared(known: dict[bytes, tuple[float, ...]], values: list[float]) -> tuple[float, ...]:
+    """Return the values as a tuple, the same object for rows with equal values."""
+    key = array("d", values).tobytes()
+    found = known.get(key)
+    if found is None:
+        found = tuple(values)
+        if len(known) < CHUNK:
+            known[key] = found
+    return found
+
+
 # --- photos ----------------------------------------------------------------------------------------------------------
 
 
 def photo_name(cell: str) -> str:
     """The id of a photo, given its id, file name or path."""
     name = cell.replace("\\", "/").rpartition("/")[2]
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in (*PHOTO_SUFFIXES, *OTHER_SUFFIXES) else name
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in _SUFFIXES else name
 
 
 def _normal(text: str) -> str:
@@ -540,11 +561,13 @@ class PhotoFinder:
         self.folder = folder
         self._paths: dict[str, str | list[str]] = {}
         self._others: dict[str, str] = {}
-        self._used = 0
+        self.unused = 0
+        """The number of photos that no call returned."""
         for parent, name, suffix in walk_files(folder):
             stem = _normal(name[: -len(suffix)] if suffix else name)
             if suffix in PHOTO_SUFFIXES:
-                path = os.path.join(parent, name)
+                path = f"{parent}/{name}"
+                self.unused += 1
                 known = self._paths.get(stem)
                 self._paths[stem] = path if known is None else [*([known] if isinstance(known, str) else known), path]
             elif suffix in OTHER_SUFFIXES:
@@ -564,7 +587,7 @@ class PhotoFinder:
                 raise ValueError(f"{self._others[stem]} is not a JPEG or PNG; convert it")
             raise ValueError(f"no photo {stem}.jpg or .png below {self.folder}; put it there")
         if isinstance(found, str):
-            self._used += 1
+            self.unused -= 1
             return found
         tail = os.path.splitext(cell.replace("\\", "/"))[0].lstrip("./")
         near = [path for path in found if os.path.splitext(path)[0].endswith(f"/{tail}")] if "/" in tail else []
@@ -574,9 +597,10 @@ class PhotoFinder:
             raise ValueError(
                 f"several photos are named {stem}: {names}; write the path below {self.folder} in the table"
             )
-        self._used += 1
+        self.unused -= 1
         return near[0]
 
-    def unused(self) -> int:
-        """The number of photos that no call returned."""
-        return sum(1 if isinstance(paths, str) else len(paths) for paths in self._paths.values()) - self._used
+    def clear(self) -> None:
+        """Forget all paths, which take much memory."""
+        self._paths.clear()
+        self._others.clear()

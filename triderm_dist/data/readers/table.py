@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import codecs
 import csv
-import itertools
+import gc
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from triderm_dist.schema import MISSING_WORDS, DataError, MetadataField, one_line
+from triderm_dist.schema import MISSING_WORDS, DataError, MetadataField, TableFormat, one_line
 
+DEFAULT_FORMAT = TableFormat()
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _NOT_A_TABLE = re.compile(r"(~\$|\.|copy of ).*|.* - copy( \(\d+\))?\.[^.]+", re.IGNORECASE)
@@ -95,22 +97,50 @@ def find_tables(folder: Path) -> list[Path]:
     return sorted(path for path in found if not _NOT_A_TABLE.fullmatch(path.name))
 
 
-def read_table(path: Path) -> Table:
+class NotUtf8(DataError):
+    """A text file that is in neither UTF-8 nor UTF-16."""
+
+
+class SeveralSheets(DataError):
+    """A workbook in which several sheets hold something."""
+
+    def __init__(self, path: Path, sheets: Sequence[str]) -> None:
+        names = ", ".join(map(repr, sheets))
+        super().__init__(f"{path}: has the sheets {names}; name one by table: {{sheet: NAME}} in task.yaml")
+        self.sheets = tuple(sheets)
+
+
+def read_table(path: Path, form: TableFormat = DEFAULT_FORMAT) -> Table:
     """Read a table; wholly blank rows and columns are left out. Raises DataError for what is not a table."""
     try:
-        lines = _sheet(path) if path.suffix.lower() == ".xlsx" else _lines(path)
-        return _columns(path, lines)
+        with without_garbage_collection():
+            return _columns(path, _rows(path, form))
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f"{path}: not a readable table ({one_line(error)})") from None
 
 
-def read_header(path: Path) -> list[str]:
-    """The first line of a table that is not blank; empty for what is not a table."""
+def read_header(path: Path, form: TableFormat = DEFAULT_FORMAT) -> list[str]:
+    """Return the first line of a table that is not blank; empty for what is not a table."""
     try:
-        lines = _sheet(path) if path.suffix.lower() == ".xlsx" else _lines(path)
-        return next(([name.strip() for name in line] for _, line in lines if not _blank(line)), [])
+        return next(([name.strip() for name in line] for _, line in _rows(path, form) if not _blank(line)), [])
     except (DataError, OSError, UnicodeError, csv.Error):
         return []
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Collect no reference cycles inside the block: millions of rows have none, and each search visits all of them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _rows(path: Path, form: TableFormat) -> Iterator[tuple[int, list[str]]]:
+    return _sheet(path, form.sheet) if path.suffix.lower() == ".xlsx" else _lines(path, form.encoding)
 
 
 def _columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
@@ -125,44 +155,55 @@ def _columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
     if duplicates := [name for name, count in Counter(map(str.lower, names)).items() if count > 1]:
         name = next(name for name in names if name.lower() == duplicates[0])
         raise DataError(f"{path}: column {name!r} appears twice in the header; remove one")
-    width, parts, numbers = len(names), list[list[pa.Array]](), list[int]()
-    while chunk := list(itertools.islice(lines, _CHUNK)):
-        kept = []
-        for number, line in chunk:
-            if len(line) == width:
-                if "".join(line).strip():
-                    kept.append(line)
-                    numbers.append(number)
-            elif not _blank(line):
-                if len(line) < width or not _blank(line[width:]):
-                    raise DataError(f"{path}, row {number}: {len(line)} cells, the header has {width}")
-                kept.append(line[:width])
-                numbers.append(number)
-        if kept:
-            parts.append([pc.utf8_trim_whitespace(pa.array(column, pa.string())) for column in zip(*kept, strict=True)])
-    cells = {
-        name: pa.concat_arrays([part[at] for part in parts]) if parts else pa.array([], pa.string())
-        for at, name in enumerate(names)
-    }
-    blank = {
-        name for at, name in enumerate(names) if not header[at] and not pc.any(pc.not_equal(cells[name], "")).as_py()
-    }
-    return Table(
-        path, {name: column for name, column in cells.items() if name not in blank}, np.array(numbers, np.int64)
-    )
+    width, numbers = len(names), [np.empty(0, np.int64)]
+    parts: list[list[pa.Array]] = [[pa.array([], pa.string())] for _ in names]
+    kept: list[list[str]] = []
+    kept_numbers: list[int] = []
+
+    def flush() -> None:
+        for part, column in zip(parts, zip(*kept, strict=True), strict=True):
+            part.append(pc.utf8_trim_whitespace(pa.array(column, pa.string())))
+        numbers.append(np.array(kept_numbers, np.int64))
+        kept.clear()
+        kept_numbers.clear()
+
+    for number, line in lines:
+        if len(line) == width:
+            if "".join(line).strip():
+                kept.append(line)
+                kept_numbers.append(number)
+        elif not _blank(line):
+            if len(line) < width or not _blank(line[width:]):
+                raise DataError(f"{path}, row {number}: {len(line)} cells, the header has {width}")
+            kept.append(line[:width])
+            kept_numbers.append(number)
+        if len(kept) == _CHUNK:
+            flush()
+    if kept:
+        flush()
+    cells = {}
+    for at, name in enumerate(names):
+        column = pa.concat_arrays(parts[at])
+        parts[at].clear()
+        if header[at] or pc.any(pc.not_equal(column, "")).as_py():
+            cells[name] = column
+    pa.default_memory_pool().release_unused()
+    return Table(path, cells, np.concatenate(numbers))
 
 
 def _blank(line: Sequence[str]) -> bool:
     return not any(map(str.strip, line))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _lines(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
     """Yield (number, cells) of the lines of a CSV. Raises DataError for a file of another kind."""
+    if encoding is not None and not _is_encoding(encoding):
+        raise DataError(f"{path}: unknown encoding {encoding!r} (table in task.yaml); write cp1252, utf-8 or another")
     with path.open("rb") as file:
         start = file.read(4096)
     if kind := next((what for magic, what in _OTHER_FILES if start.lower().startswith(magic.lower())), None):
         raise DataError(f"{path}: is {kind}")
-    encoding = _encoding(start)
+    given, encoding = encoding, encoding or _encoding(start)
     with path.open(encoding=encoding, newline="") as file:
         try:
             text = file.readline()
@@ -178,16 +219,26 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                     file.readline()
             yield from enumerate(csv.reader(file, delimiter=delimiter, strict=True), start=skipped + 1)
         except UnicodeDecodeError as error:
+            if given:
+                raise DataError(f"{path}: is not in {given} ({error.reason}); correct table.encoding") from None
             if encoding.startswith("utf-16"):
                 raise DataError(f"{path}: begins as UTF-16 and is cut off or damaged ({error.reason})") from None
             byte = error.object[error.start]
-            raise DataError(
+            raise NotUtf8(
                 f"{path}: is not in UTF-8 (byte 0x{byte:02x}), so probably in Windows-1252, as Excel's plain CSV; "
-                "save it as 'CSV UTF-8'"
+                "write table: {encoding: cp1252} in task.yaml, or save it as 'CSV UTF-8'"
             ) from None
         except csv.Error as error:
             name = DELIMITERS.get(delimiter, repr(delimiter))
             raise DataError(f"{path}: not a readable CSV with the delimiter {name} ({one_line(error)})") from None
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        return False
+    return True
 
 
 def _encoding(start: bytes) -> str:
@@ -203,8 +254,8 @@ def _delimiter(header: str) -> str:
     return max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
 
 
-def _sheet(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number, cells) of the rows of an Excel workbook's only sheet with content."""
+def _sheet(path: Path, name: str | None) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number, cells) of the rows of a workbook's sheet of that name; None for the only one with content."""
     try:
         import openpyxl
     except ImportError:
@@ -216,9 +267,13 @@ def _sheet(path: Path) -> Iterator[tuple[int, list[str]]]:
     except Exception as error:  # of zipfile, the XML parser or openpyxl
         raise DataError(f"{path}: not a readable Excel workbook ({one_line(error)})") from None
     full = [sheet for sheet in book.worksheets if any(any(cell is not None for cell in row) for row in sheet.values)]
+    if name is not None:
+        if not (chosen := [sheet for sheet in full if sheet.title == name]):
+            names = ", ".join(repr(sheet.title) for sheet in full)
+            raise DataError(f"{path}: has no sheet {name!r} (table.sheet in task.yaml) with content; it has {names}")
+        full = chosen
     if len(full) > 1:
-        names = ", ".join(repr(sheet.title) for sheet in full)
-        raise DataError(f"{path}: has the sheets {names}; keep one, or save the one to read as CSV")
+        raise SeveralSheets(path, [sheet.title for sheet in full])
     for sheet in full:
         width = 0
         for number, row in enumerate(sheet.values, start=1):
