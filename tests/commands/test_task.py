@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.data.readers.test_lesions_csv import HAM, rows_of_photos, write
 from triderm_dist.commands.task import main
 from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.synthetic import write_demo
-from triderm_dist.schema import ConfigError, DataError
+from triderm_dist.schema import ConfigError, DataError, TableFormat
 from triderm_dist.tasks import load_task
 
 
@@ -104,6 +105,37 @@ def test_folders_that_cannot_be_described(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column looks like the diagnosis"):
         main(["init", str(tmp_path)])
     assert not (tmp_path / "task.yaml").exists()
+
+
+def test_init_writes_the_encoding_and_the_sheet(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="reads .xlsx: pip install 'triderm-dist[excel]'")
+    rows = [{"photo": f"p{at}", "dx": ["nävus", "mel"][at % 2]} for at in range(8)]
+    folder = write(tmp_path / "text", rows, [f"{row['photo']}.jpg" for row in rows])
+    table = folder / "table.csv"
+    table.write_bytes(table.read_text("utf-8").encode("cp1252"))
+    main(["init", str(folder)])
+    task = load_task(folder / "task.yaml")
+    assert task.table.encoding == "cp1252" and len(read_lesions(folder, task).lesions) == 8
+    book = openpyxl.Workbook()
+    book.active.append(["about this study"])
+    sheet = book.create_sheet("lesions")
+    for row in (["photo", "dx"], *(list(row.values()) for row in rows)):
+        sheet.append(row)
+    (folder / "task.yaml").unlink()
+    table.unlink()
+    book.save(folder / "table.xlsx")
+    with pytest.raises(DataError, match="has the sheets 'Sheet', 'lesions'; name one by table"):
+        read_lesions(folder, replace(task, table=TableFormat()))
+    main(["init", str(folder)])
+    task = load_task(folder / "task.yaml")
+    assert task.table.sheet == "lesions" and len(read_lesions(folder, task).lesions) == 8
+
+
+def test_init_tells_why_no_table_is_readable(tmp_path: Path) -> None:
+    write(tmp_path, [{"a": 1}], ["x.jpg"])
+    (tmp_path / "table.csv").write_text("<html>")
+    with pytest.raises(DataError, match=r"table\.csv: is a web page"):
+        main(["init", str(tmp_path)])
 
 
 @pytest.mark.skipif(not HAM.is_dir(), reason="the HAM10000 photos are not on this machine")

@@ -60,7 +60,7 @@ def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
     from triderm_dist.data.readers.table import read_header
     from triderm_dist.tasks import load_task, task_names
 
-    header = {name.lower() for name in read_header(find_table(folder, task))}
+    header = {name.lower() for name in read_header(find_table(folder, task), task.table)}
     tasks = [load_task(name) for name in task_names()]
     return [
         each.name

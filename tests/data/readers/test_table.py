@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from triderm_dist.data.readers.table import find_tables, is_missing, parse_field, parse_number, read_table
-from triderm_dist.schema import DataError, MetadataField
+from triderm_dist.data.readers.table import (
+    NotUtf8,
+    SeveralSheets,
+    find_tables,
+    is_missing,
+    parse_field,
+    parse_number,
+    read_header,
+    read_table,
+)
+from triderm_dist.schema import DataError, MetadataField, TableFormat
 
 AGE = MetadataField("age", "age", "number", high=120)
 
@@ -70,6 +79,17 @@ def test_file_that_is_not_a_table_is_identified(tmp_path: Path, content: bytes, 
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_text_is_read_in_the_encoding_of_the_task(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "id;größe\na;5\n", "cp1252")
+    assert read_table(path, TableFormat(encoding="cp1252")).header == ["id", "größe"]
+    with pytest.raises(NotUtf8, match=r"write table: \{encoding: cp1252\} in task.yaml, or save it as 'CSV UTF-8'"):
+        read_table(path)
+    with pytest.raises(DataError, match="unknown encoding 'windows'"):
+        read_table(path, TableFormat(encoding="windows"))
+    with pytest.raises(DataError, match="is not in utf-8 "):
+        read_table(path, TableFormat(encoding="utf-8"))
+
+
 def test_missing_column_is_named_with_the_closest_one(tmp_path: Path) -> None:
     table = read_table(write(tmp_path / "a.csv", "Lesion,age\na,1\n"))
     with pytest.raises(DataError, match="column 'lesion_id' is missing from the header; is 'Lesion' meant"):
@@ -85,9 +105,13 @@ def test_workbooks_with_several_sheets_or_without_openpyxl(tmp_path: Path, monke
     book.save(path)
     assert next(cells for _, cells in read_table(path).rows()) == {"id": "a", "age": "3", "itch": "TRUE"}
     book.create_sheet("other").append(["x"])
+    book.create_sheet("empty")
     book.save(path)
-    with pytest.raises(DataError, match="has the sheets 'Sheet', 'other'; keep one"):
+    with pytest.raises(SeveralSheets, match=r"has the sheets 'Sheet', 'other'; name one by table: \{sheet: NAME\}"):
         read_table(path)
+    assert read_table(path, TableFormat(sheet="other")).header == read_header(path, TableFormat(sheet="other")) == ["x"]
+    with pytest.raises(DataError, match=r"has no sheet 'third' .* it has 'Sheet', 'other'"):
+        read_table(path, TableFormat(sheet="third"))
     with pytest.raises(DataError, match="not a readable Excel workbook"):
         read_table(write(tmp_path / "b.xlsx", "id,age\n"))
     monkeypatch.setitem(sys.modules, "openpyxl", None)

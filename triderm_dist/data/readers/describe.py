@@ -6,13 +6,21 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from triderm_dist.data.readers.lesions_csv import PhotoFinder, photo_name
-from triderm_dist.data.readers.table import Table, find_tables, is_missing, parse_number, read_table
-from triderm_dist.schema import DataError
+from triderm_dist.data.readers.table import (
+    NotUtf8,
+    SeveralSheets,
+    Table,
+    find_tables,
+    is_missing,
+    parse_number,
+    read_table,
+)
+from triderm_dist.schema import DataError, TableFormat
 
 MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100
@@ -98,6 +106,7 @@ def describe_folder(folder: Path) -> str:
             else []
         ),
         "",
+        *_format_lines(table.form),
         "columns:",
         f"  image: {image}",
         f"  lesion_id: {_text(lesion)}" + ("" if lesion else " # every photo is a lesion"),
@@ -114,12 +123,8 @@ def describe_folder(folder: Path) -> str:
 def _find_images(folder: Path, photos: set[str]) -> tuple[Table, list[str]]:
     """Return the table with the most cells that name photos, and its one or two columns of them."""
     best: tuple[int, Table, list[str]] | None = None
-    tables = find_tables(folder)
-    for path in tables:
-        try:
-            table = read_table(path)
-        except DataError:
-            continue  # a text file that is not a table
+    tables, errors = find_tables(folder), list[DataError]()
+    for table in (table for path in tables for table in _read_tables(path, errors.append)):
         found = {
             name: sum(photo_name(cell) in photos for cell in cells.to_pylist()) for name, cells in table.cells.items()
         }
@@ -128,11 +133,37 @@ def _find_images(folder: Path, photos: set[str]) -> tuple[Table, list[str]]:
         if likely and (best is None or total > best[0]):
             best = total, table, likely
     if best is None:
+        if errors and len(errors) == len(tables):
+            raise errors[0]
         names = ", ".join(str(path.relative_to(folder)) for path in tables) or "no table"
         raise DataError(
             f"{folder}: no column names the photos ({names}); a column needs their ids, file names or paths"
         )
     return best[1], best[2]
+
+
+def _read_tables(path: Path, on_error: Callable[[DataError], object]) -> Iterator[Table]:
+    """Yield the table in a file, or that of each sheet of a workbook; `on_error` gets why there is none."""
+    others: list[TableFormat] = []
+    try:
+        yield read_table(path)
+    except NotUtf8:
+        others = [TableFormat(encoding="cp1252")]
+    except SeveralSheets as error:
+        others = [TableFormat(sheet=sheet) for sheet in error.sheets]
+    except DataError as error:
+        on_error(error)
+    for form in others:
+        try:
+            yield read_table(path, form)
+        except DataError as error:
+            on_error(error)
+
+
+def _format_lines(form: TableFormat) -> list[str]:
+    if form.encoding:
+        return [f"table: {{encoding: {form.encoding}}} # CHECK: umlauts and accents in the words above", ""]
+    return [f"table: {{sheet: {_text(form.sheet)}}} # CHECK: the sheet to read", ""] if form.sheet else []
 
 
 def _column(table: Table, name: str) -> _Column:

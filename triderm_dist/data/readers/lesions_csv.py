@@ -25,6 +25,8 @@ import pyarrow.compute as pc
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import LESION_ID, Dataset
 from triderm_dist.data.readers.table import (
+    NotUtf8,
+    SeveralSheets,
     Table,
     find_tables,
     is_missing,
@@ -93,13 +95,13 @@ def read_labels(path: Path, task: Task) -> dict[str, int]:
 
 
 def image_columns(task: Task) -> list[str]:
-    """The columns that name photos."""
+    """Return the columns that name photos."""
     image = task.columns.image
     return [image] if isinstance(image, str) else list(image.values())
 
 
 def task_columns(task: Task) -> list[str]:
-    """Every column that a task names."""
+    """Return every column that a task names."""
     columns = task.columns
     named = [columns.lesion_id, columns.view, columns.diagnosis, columns.group]
     named += [*image_columns(task), *task.concepts.names, *(each.column for each in task.fields)]
@@ -107,7 +109,7 @@ def task_columns(task: Task) -> list[str]:
 
 
 def find_table(source: Path, task: Task) -> Path:
-    """The table to read: `source` itself, or the one in the folder that has the columns of the photos.
+    """Return the table to read: `source` itself, or the one in the folder that has the columns of the photos.
 
     Raises DataError where there is none, or several to choose from.
     """
@@ -119,10 +121,20 @@ def find_table(source: Path, task: Task) -> Path:
     if not tables:
         raise DataError(f"{source}: no table (.csv, .tsv, .txt or .xlsx) in this folder")
     wanted = {name.lower() for name in image_columns(task)}
-    found = [path for path in tables if wanted <= {name.lower() for name in read_header(path, task.table)}]
+    found, errors = list[Path](), list[DataError]()
+    for path in tables:
+        try:
+            if wanted <= {name.lower() for name in read_header(path, task.table)}:
+                found.append(path)
+        except (NotUtf8, SeveralSheets) as error:
+            errors.append(error)
+        except DataError:
+            pass  # not a table
     if len(found) > 1:
         names = " and ".join(str(path.relative_to(source)) for path in found)
         raise DataError(f"{source}: {names} have the columns of photos; give the one to read, such as {found[0]}")
+    if not found and errors:
+        raise errors[0]
     if not found and len(tables) > 1:
         names = ", ".join(str(path.relative_to(source)) for path in tables)
         raise DataError(
@@ -198,7 +210,7 @@ class _Reading:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """The names of the scores: once a view where each photo has its own."""
+        """Return the names of the scores: once a view where each photo has its own."""
         prefix = self.task.concepts.prefix or ""
         names = [column[len(prefix) :] for column in self._concept_columns()]
         if self.per_photo and len(self.task.views) > 1:
@@ -277,7 +289,7 @@ class _Reading:
         return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(int).tolist()
 
     def _paths(self, column: str) -> list[str | None]:
-        """The path of each row's photo, None where its cell is empty; a photo that is not there is a problem."""
+        """Return the path of each row's photo, None where its cell is empty; a photo that is not there is a problem."""
         paths: list[str | None] = []
         owner: dict[str, int] = {}
         cells = zip(self._cells(column), self.ids, self._is_missing(column), strict=True)
@@ -388,7 +400,7 @@ class _Reading:
         return found
 
     def _concept_columns(self) -> list[str]:
-        """The columns of scores, in an order that does not depend on the table's."""
+        """Return the columns of scores, in an order that does not depend on the table's."""
         concepts = self.task.concepts
         if concepts.prefix:
             prefix = concepts.prefix.lower()
@@ -410,7 +422,7 @@ class _Reading:
         return self._parsed(column, parse, "cell", (0.0, 1.0), known)
 
     def _labels(self) -> np.ndarray:
-        """(N,) index of each row's diagnosis, `UNLABELED` where it has none."""
+        """Return the (N,) index of each row's diagnosis, `UNLABELED` where it has none."""
         task, column = self.task, self.task.columns.diagnosis
         if column is None:
             return self._one_hot()
@@ -492,14 +504,14 @@ class _Reading:
 
 
 def diagnosis_words(task: Task) -> dict[str, int]:
-    """The index of each diagnosis by its name and its words, in lower case."""
+    """Return the index of each diagnosis by its name and its words, in lower case."""
     return {
         word.lower(): at for at, diagnosis in enumerate(task.diagnoses) for word in (diagnosis.name, *diagnosis.words)
     }
 
 
 def parse_diagnosis(text: str, words: dict[str, int], column: str) -> int:
-    """The index of the diagnosis that a text names. Raises ValueError."""
+    """Return the index of the diagnosis that a text names. Raises ValueError."""
     # pandas writes a column of integers with gaps as 3.0.
     for spelling in (text.lower(), text.lower().removesuffix(".0")):
         if spelling in words:
@@ -528,14 +540,14 @@ def _shared(known: dict[bytes, tuple[float, ...]], values: list[float]) -> tuple
 
 
 def photo_name(cell: str) -> str:
-    """The id of a photo, given its id, file name or path."""
+    """Return the id of a photo, given its id, file name or path."""
     name = cell.replace("\\", "/").rpartition("/")[2]
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and f".{suffix.lower()}" in _SUFFIXES else name
 
 
 def _normal(text: str) -> str:
-    """macOS stores accents as characters of their own."""
+    """Compose accents, which macOS stores as characters of their own."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -46,10 +46,12 @@ _OTHER_FILES: tuple[tuple[bytes, str], ...] = (
 class Table:
     """A table's cells by column.
 
-    cells: {name in the header: N strings}.  numbers: (N,) row of each in the spreadsheet.
+    form: how the file was read.  cells: {name in the header: N strings}.  numbers: (N,) row of each in the
+    spreadsheet.
     """
 
     path: Path
+    form: TableFormat
     cells: dict[str, pa.Array]
     numbers: np.ndarray
 
@@ -64,15 +66,13 @@ class Table:
         return f"{self.path}, row {self.numbers[row]}"
 
     def find(self, name: str) -> str | None:
-        """The column of that name as the header spells it, in any case."""
+        """Return the column of that name as the header spells it, in any case."""
         return next((column for column in self.cells if column.lower() == name.lower()), None)
 
     def named(self, known: Iterable[str]) -> Table:
-        """The same table, with the spelling of `known` for columns that differ from it in case."""
+        """Return the same table, with the spelling of `known` for columns that differ from it in case."""
         spelling = {name.lower(): name for name in known}
-        return Table(
-            self.path, {spelling.get(name.lower(), name): cells for name, cells in self.cells.items()}, self.numbers
-        )
+        return replace(self, cells={spelling.get(name.lower(), name): column for name, column in self.cells.items()})
 
     def require(self, names: Iterable[str], advice: str = "") -> None:
         """Raise DataError for the first of these columns that the table lacks."""
@@ -92,7 +92,7 @@ class Table:
 
 
 def find_tables(folder: Path) -> list[Path]:
-    """The tables of a folder and of the folders in it, sorted, without lock files, hidden files and copies."""
+    """Return the tables of a folder and of the folders in it, sorted, without lock files, hidden files and copies."""
     found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES]
     return sorted(path for path in found if not _NOT_A_TABLE.fullmatch(path.name))
 
@@ -114,17 +114,17 @@ def read_table(path: Path, form: TableFormat = DEFAULT_FORMAT) -> Table:
     """Read a table; wholly blank rows and columns are left out. Raises DataError for what is not a table."""
     try:
         with without_garbage_collection():
-            return _columns(path, _rows(path, form))
+            return _columns(path, form)
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f"{path}: not a readable table ({one_line(error)})") from None
 
 
 def read_header(path: Path, form: TableFormat = DEFAULT_FORMAT) -> list[str]:
-    """Return the first line of a table that is not blank; empty for what is not a table."""
+    """Return the first line of a table that is not blank, without the rest. Raises DataError as `read_table`."""
     try:
         return next(([name.strip() for name in line] for _, line in _rows(path, form) if not _blank(line)), [])
-    except (DataError, OSError, UnicodeError, csv.Error):
-        return []
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable table ({one_line(error)})") from None
 
 
 @contextmanager
@@ -143,8 +143,9 @@ def _rows(path: Path, form: TableFormat) -> Iterator[tuple[int, list[str]]]:
     return _sheet(path, form.sheet) if path.suffix.lower() == ".xlsx" else _lines(path, form.encoding)
 
 
-def _columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
-    """Gather lines with their numbers into columns; the first one that is not blank is the header."""
+def _columns(path: Path, form: TableFormat) -> Table:
+    """Gather the rows into columns; the first one that is not blank is the header."""
+    lines = _rows(path, form)
     first = next(((number, line) for number, line in lines if not _blank(line)), None)
     if first is None:
         raise DataError(f"{path}: the file is empty")
@@ -188,7 +189,7 @@ def _columns(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
         if header[at] or pc.any(pc.not_equal(column, "")).as_py():
             cells[name] = column
     pa.default_memory_pool().release_unused()
-    return Table(path, cells, np.concatenate(numbers))
+    return Table(path, form, cells, np.concatenate(numbers))
 
 
 def _blank(line: Sequence[str]) -> bool:
@@ -250,7 +251,7 @@ def _encoding(start: bytes) -> str:
 
 
 def _delimiter(header: str) -> str:
-    """The delimiter that cuts the header into most cells; a comma where none does."""
+    """Return the delimiter that cuts the header into most cells; a comma where none does."""
     return max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
 
 
@@ -297,7 +298,7 @@ def _excel_text(cell: object) -> str:
 
 
 def is_missing(text: str, words: Sequence[str] = MISSING_WORDS) -> bool:
-    """Whether a cell is empty or one of the words that mean a missing value, in any case."""
+    """Return whether a cell is empty or one of the words that mean a missing value, in any case."""
     return not text or text.lower() in map(str.lower, words)
 
 
