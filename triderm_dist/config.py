@@ -71,11 +71,29 @@ class ExtraSetConfig(Section):
     )
 
 
+MissingView = Annotated[
+    Literal["refuse", "mark"],
+    Field(description="lesions with one of two photos: refuse the folder, or mark the other view as missing"),
+]
+Invalid = Annotated[
+    Literal["refuse", "drop"],
+    Field(
+        description="lesions with an invalid row or an unreadable photo: refuse the folder, or drop and count them",
+    ),
+]
+Threads = Annotated[int | None, Field(ge=1, description="threads; null takes one per core")]
+
+
 class DataConfig(Section):
-    source: PathText | None = Field(None, description="challenge folder with photos, metadata and ground truth")
+    source: PathText | None = Field(None, description="folder with photos and a table, or that table")
     test: PathText | None = Field(
         None,
-        description="challenge folder of the test set, which triderm pipeline packs and predicts; labels are optional",
+        description="folder of the test set, which triderm pipeline packs and predicts; labels are optional",
+    )
+    task: PathText | None = Field(
+        None,
+        description="task.yaml, or the name of a shipped task, by which both folders are read; default task.yaml in "
+        "data.source, else milk10k where it has that layout",
     )
     shards: PathText | None = Field(
         None, description="packed training shards, a folder or a URL; default OUTPUT/shards/train"
@@ -91,13 +109,8 @@ class DataConfig(Section):
     short_side: int | None = Field(
         288, ge=32, description="short side in pixels that packing reduces photos to; null keeps their size"
     )
-    missing_view: Literal["refuse", "mark"] = Field(
-        "refuse", description="lesions with one photo: refuse the folder, or mark the other view as missing"
-    )
-    invalid: Literal["refuse", "drop"] = Field(
-        "refuse",
-        description="lesions with an invalid row or an unreadable photo: refuse the folder, or drop and count them",
-    )
+    missing_view: MissingView = "refuse"
+    invalid: Invalid = "refuse"
     verify: bool = Field(
         True,
         description="check the checksums of the shards before work starts; those of a URL are checked after "
@@ -666,6 +679,7 @@ FIRST_KEYS = frozenset(
 
 ADDED_KEYS: dict[str, Any] = {
     "data.extra": [],
+    "data.task": None,
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.loss.terms": {},
     "models.NAME.train.optim.name": "adamw",

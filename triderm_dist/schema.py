@@ -305,7 +305,6 @@ MISSING_WORDS: tuple[str, ...] = (
 )
 """Words that mean a missing value, in any case, unless a task lists its own. An empty cell always does."""
 
-READERS: tuple[str, ...] = ("milk10k", "lesions_csv")
 DECISIONS: tuple[str, ...] = ("argmax", "threshold", "fitted")
 SUBMISSIONS: tuple[str, ...] = ("milk10k",)
 _NAME = re.compile(r"[^\s,;/\\'\"]{1,60}")
@@ -315,10 +314,10 @@ _NAME = re.compile(r"[^\s,;/\\'\"]{1,60}")
 class Task:
     """The description of a data set and of how its tables are read: a task.yaml, and the entry `task` of index.json.
 
-    reader: the module of `data.readers`.  missing_words: in any case; replace `MISSING_WORDS`.  decision: how a
-    diagnosis is chosen: the largest probability, each p > 0.5, or thresholds fitted on out-of-fold predictions.
-    reference_note: what to know when comparing with the reference results.  submission: the format of a challenge's
-    file, None for none.
+    reader: a name in `data.readers.source.READERS`.  table: how the table is stored.  missing_words: in any case;
+    replace `MISSING_WORDS`.  decision: how a diagnosis is chosen: the largest probability, each p > 0.5, or thresholds
+    fitted on out-of-fold predictions.  reference_note: what to know when comparing with the reference results.
+    submission: the format of a challenge's file, None for none.
 
     Raises ConfigError for a task that contradicts itself.
     """
@@ -370,6 +369,11 @@ class Task:
     def label_words(self) -> dict[str, int]:
         """The index of a diagnosis by each of its spellings, in lower case."""
         return {word.lower(): label for label, each in enumerate(self.diagnoses) for word in (each.name, *each.words)}
+
+    def label_of(self, text: str) -> int | None:
+        """Return the index of the diagnosis that a text names in any case, None where it names none."""
+        # pandas writes a column of integers with gaps as 3.0.
+        return self.label_words.get(text.lower(), self.label_words.get(text.lower().removesuffix(".0")))
 
     def signature(self, concepts: Sequence[str]) -> Signature:
         """Return what a network for this task takes and predicts, with concepts of these names."""
@@ -426,7 +430,6 @@ class Task:
         elif len(self.views) > 1 and not columns.view:
             yield "columns.view: name the column with the kind of photo, or give columns.image a column for each view"
         for key, value, known in (
-            ("reader", self.reader, READERS),
             ("decision", self.decision, DECISIONS),
             ("submission", self.submission, (None, *SUBMISSIONS)),
         ):

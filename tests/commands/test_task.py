@@ -46,7 +46,7 @@ def test_init_writes_a_task_that_reads_the_folder(tmp_path: Path, capsys: pytest
         main(["init", str(folder)])
 
 
-def test_init_knows_criteria_by_their_words_and_leaves_room_for_larger_numbers(tmp_path: Path) -> None:
+def test_init_describes_criteria_as_concepts_and_rounds_ranges_up(tmp_path: Path) -> None:
     rows = [
         {
             "photo": f"p{number}.jpg",
@@ -76,7 +76,7 @@ def test_init_names_a_shipped_task_with_the_columns(tmp_path: Path, capsys: pyte
     assert "the columns are those of derm7pt, a task that ships" in shown and "pad_ufes" not in shown
 
 
-def test_check_lists_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = clinic(tmp_path)
     main(["init", str(folder), f"output={tmp_path / 'own.yaml'}"])
     table = folder / "table.csv"
@@ -88,12 +88,12 @@ def test_check_lists_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("words", [["init"], ["check", "a", "b"], ["describe", "a"], []])
-def test_other_words_are_refused(words: list[str]) -> None:
+def test_unknown_subcommand_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="write triderm task init FOLDER"):
         main(words)
 
 
-def test_folders_that_cannot_be_described(tmp_path: Path) -> None:
+def test_init_refuses_a_folder_without_photos_labels_or_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         main(["init", str(tmp_path / "none")])
     with pytest.raises(DataError, match="no photo"):
@@ -139,7 +139,7 @@ def test_init_tells_why_no_table_is_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAM.is_dir(), reason="the HAM10000 photos are not on this machine")
-def test_ham10000(tmp_path: Path) -> None:
+def test_init_describes_ham10000_as_the_shipped_task_does(tmp_path: Path) -> None:
     main(["init", str(HAM), f"output={tmp_path / 'task.yaml'}"])
     own, shipped = (load_task(name) for name in (tmp_path / "task.yaml", "ham10000"))
     assert {each.name: each.malignant for each in own.diagnoses} == {

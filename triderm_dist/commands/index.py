@@ -11,19 +11,20 @@ is missing. The tars are not changed.
 """
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible
+from triderm_dist.config import Extensible, Invalid, MissingView, Threads
 from triderm_dist.settings import PathText
 
 
 class IndexConfig(Extensible):
     folder: PathText = Field(description="folder of the tars; index.json and samples.parquet are written into it")
     task: PathText | None = Field(
-        None, description="task.yaml, or the name of a shipped task, whose diagnoses list the words of the labels"
+        None,
+        description="task.yaml, or the name of a shipped task, whose diagnoses list the words of the labels; default "
+        "task.yaml in the folder, else milk10k",
     )
     clinical: tuple[str, ...] = Field(
         ("clinical.jpg", "clinical.jpeg", "closeup.jpg", "closeup.jpeg"),
@@ -35,28 +36,24 @@ class IndexConfig(Extensible):
         min_length=1,
         description="extensions of the dermoscopic photo",
     )
-    missing_view: Literal["refuse", "mark"] = Field(
-        "refuse", description="lesions with one photo: refuse them, or mark the other view as missing"
-    )
-    invalid: Literal["refuse", "drop"] = Field(
-        "refuse",
-        description="invalid lesions: refuse the folder, or drop and count them",
-    )
-    workers: int | None = Field(None, ge=1, description="threads; null takes one per core")
+    missing_view: MissingView = "refuse"
+    invalid: Invalid = "refuse"
+    workers: Threads = None
 
 
 def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.index_foreign import index_shards
-    from triderm_dist.tasks import load_task
+    from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
 
+    own = Path(config.folder) / TASK_FILE
     table = Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv")
     try:
         with progress_bar("scanning shards") as progress:
             index = index_shards(
                 config.folder,
-                task=load_task(config.task) if config.task else None,
+                task=load_task(config.task or own) if config.task or own.is_file() else milk10k_task(),
                 extensions={"clinical": config.clinical, "dermoscopic": config.dermoscopic},
                 missing_view=config.missing_view,
                 invalid=config.invalid,

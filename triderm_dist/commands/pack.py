@@ -1,22 +1,24 @@
-"""Pack a challenge folder into WebDataset shards with an index.
+"""Pack a folder of photos with a table into WebDataset shards with an index.
 
 triderm pack source=MILK10k output=runs/milk10k/shards/train
+triderm pack source=CLINIC output=runs/clinic/shards/train
+triderm pack source=HAM10000 output=runs/ham/shards/train task=ham10000
 
+The folder is read as CLINIC/task.yaml says, which `triderm task init CLINIC` writes, or as the MILK10k challenge's.
 After an interruption, the same command resumes from the finished shards.
 """
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible
+from triderm_dist.config import Extensible, Invalid, MissingView, Threads
 from triderm_dist.settings import PathText
 
 
 class PackConfig(Extensible):
-    source: PathText = Field(description="challenge folder, or its metadata table where the folder holds several")
+    source: PathText = Field(description="folder with photos and a table, or that table where the folder holds several")
     output: PathText = Field(description="folder of the shards; it appears when it is complete")
     short_side: int | None = Field(
         288,
@@ -25,24 +27,25 @@ class PackConfig(Extensible):
         "EXIF, GPS, XMP and comments are always removed",
     )
     shard_samples: int = Field(512, ge=1, description="lesions per shard")
-    missing_view: Literal["refuse", "mark"] = Field(
-        "refuse", description="lesions with one photo: refuse them, or mark the other view as missing"
+    task: PathText | None = Field(
+        None,
+        description="what the table holds: a task.yaml, the name of a shipped task, or the index.json of a packed set; "
+        "default task.yaml in the folder, else milk10k where it has that layout",
     )
-    invalid: Literal["refuse", "drop"] = Field(
-        "refuse",
-        description="lesions with an invalid row or an unreadable photo: refuse the folder, or drop and count them",
-    )
-    workers: int | None = Field(None, ge=1, description="threads; null takes one per core")
+    missing_view: MissingView = "refuse"
+    invalid: Invalid = "refuse"
+    workers: Threads = None
 
 
 def main(config: PackConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
-    from triderm_dist.data.readers.milk10k import read_challenge
+    from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.pack import pack_shards
 
     try:
-        dataset = read_challenge(config.source, config.missing_view, config.invalid)
+        task = find_task(config.source, config.task)
+        dataset = read_source(config.source, task, config.missing_view, config.invalid)
         for note in dataset.notes:
             print(f"note: {note}")
         with progress_bar("packing lesions") as progress:

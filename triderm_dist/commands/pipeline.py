@@ -19,6 +19,7 @@ from triderm_dist.models import check_network
 from triderm_dist.schema import ConfigError, added_fields
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
+from triderm_dist.tasks import milk10k_task
 
 
 class PipelineRun(ParallelFoldsRun):
@@ -33,7 +34,9 @@ class PipelineRun(ParallelFoldsRun):
 
 def main(config: PipelineRun) -> None:
     if config.data.source is None and config.data.shards is None:
-        raise ConfigError("data.source is missing: name a challenge folder, or packed shards as data.shards")
+        raise ConfigError(
+            "data.source is missing: name a folder of photos with a table, or packed shards as data.shards"
+        )
     for model in config.models.values():
         check_network(model)
     if config.stack.enabled:
@@ -55,13 +58,14 @@ def main(config: PipelineRun) -> None:
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """Return all stages in order; `run_stages` decides which are skipped."""
+    from triderm_dist.data.readers.source import task_setting
     from triderm_dist.data.shards.open import index_file
 
     folder, with_config = config.folder, ["--config", str(settings)]
     data, extra = config.data, config.stack.extra if config.stack.enabled else ()
     packing = stable_dump(data, "data")
-    for key in ("workers", "prefetch", "verify", "remote"):
-        del packing[key]
+    for key in ("workers", "prefetch", "verify", "remote", "task"):  # the task is in the index
+        packing.pop(key, None)
     launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
     models = {name: stable_dump(model, "models.NAME") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
@@ -73,10 +77,11 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if "features" in extra and not test_index:
         raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
     result = []
+    task = data.task or (str(train_index) if data.shards else task_setting(str(data.source)))
     if data.shards is None:
-        result.append(_pack("pack", config, str(data.source), config.train_shards))
+        result.append(_pack("pack", config, str(data.source), task, config.train_shards))
     if data.test and data.test_shards is None:
-        result.append(_pack("pack test", config, data.test, config.test_shards))
+        result.append(_pack("pack test", config, data.test, task, config.test_shards))
     oof = folder / "oof.parquet"
     parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
@@ -118,8 +123,8 @@ def program(name: str, launcher: Path | None = None) -> list[str]:
     return ["python", "-m", *ranks, f"triderm_dist.commands.{name}"]
 
 
-def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
-    from triderm_dist.data.readers.milk10k import find_parts
+def _pack(name: str, config: Experiment, source: str, task_name: str, output: str) -> Stage:
+    from triderm_dist.data.readers.source import find_task, reader_of
 
     data = config.data
     keys: dict[str, Any] = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
@@ -128,9 +133,12 @@ def _pack(name: str, config: Experiment, source: str, output: str) -> Stage:
         overrides.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
     if added := [repr(field) for field in added_fields()]:
         keys["metadata_fields"] = added
+    task = find_task(source, task_name)
+    if task != milk10k_task():  # stages of MILK10k were recorded before there were other tasks
+        keys["task"] = task.to_mapping()
+    overrides.append(f"task={task_name}")
     command = [*program("pack"), f"source={source}", f"output={output}", *overrides]
-    metadata, truth, photos = find_parts(Path(source))
-    return Stage(name, command, keys, [metadata, *filter(None, [truth]), *photos], [Path(output) / "index.json"])
+    return Stage(name, command, keys, reader_of(task).inputs(Path(source), task), [Path(output) / "index.json"])
 
 
 def start() -> None:

@@ -16,18 +16,17 @@ from pathlib import Path
 from triderm_dist.cli import run_with_exit_codes
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, Task
-
-TASK = "task.yaml"
+from triderm_dist.tasks import TASK_FILE, load_task, task_names
 
 
 def main(arguments: list[str]) -> None:
     match arguments:
         case ["init", folder]:
-            init(Path(folder).expanduser(), Path(folder).expanduser() / TASK)
+            init(Path(folder).expanduser(), Path(folder).expanduser() / TASK_FILE)
         case ["init", folder, output] if output.startswith("output="):
             init(Path(folder).expanduser(), Path(output.removeprefix("output=")).expanduser())
         case ["check", folder]:
-            check(Path(folder).expanduser(), str(Path(folder).expanduser() / TASK))
+            check(Path(folder).expanduser(), str(Path(folder).expanduser() / TASK_FILE))
         case ["check", folder, task] if task.startswith("task="):
             check(Path(folder).expanduser(), task.removeprefix("task="))
         case _:
@@ -47,7 +46,7 @@ def init(folder: Path, output: Path) -> None:
     text = describe_folder(folder)
     task = Task.from_mapping(parse_yaml(text, str(output)), str(output))
     write_text(output, text)
-    marks, own = text.count("CHECK") - 1, "" if output == folder / TASK else f" task={output}"
+    marks, own = text.count("CHECK") - 1, "" if output == folder / TASK_FILE else f" task={output}"
     print(f"{output}: {len(task.diagnoses)} diagnoses, {len(task.fields)} fields, views {', '.join(task.view_names)}")
     print(f"confirm the {marks} line(s) marked CHECK; then: triderm task check {folder}{own}")
     for name in shipped_tasks_of(folder, task):
@@ -58,7 +57,6 @@ def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
     """Return the tasks that ship and name only columns of the folder's table."""
     from triderm_dist.data.readers.lesions_csv import find_table, task_columns
     from triderm_dist.data.readers.table import read_header
-    from triderm_dist.tasks import load_task, task_names
 
     header = {name.lower() for name in read_header(find_table(folder, task), task.table)}
     tasks = [load_task(name) for name in task_names()]
@@ -78,7 +76,6 @@ def check(folder: Path, task_file: str) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.lesions_csv import read_lesions
     from triderm_dist.schema import UNLABELED
-    from triderm_dist.tasks import load_task
 
     task = load_task(task_file)
     if task.reader != "lesions_csv":

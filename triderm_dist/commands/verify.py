@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible
+from triderm_dist.config import Extensible, Threads
 from triderm_dist.schema import DataError
 from triderm_dist.settings import PathText
 
@@ -17,7 +17,7 @@ class VerifyConfig(Extensible):
     folder: PathText = Field(description="folder of shards")
     folds: int = Field(5, ge=2, description="number of folds that must be possible")
     fold_seed: int = Field(0, description="seed of the fold assignment")
-    workers: int | None = Field(None, ge=1, description="threads; null takes one per core")
+    workers: Threads = None
 
 
 def main(config: VerifyConfig) -> None:
@@ -33,10 +33,10 @@ def main(config: VerifyConfig) -> None:
         raise DataError(f"{problems[0]} (problem 1 of {len(problems)})")
     print_index(index)
     folds = f"{config.folds} folds are possible" if (index.labels >= 0).any() else "no labels, so no folds"
-    missing = int((index.sizes == 0).sum())
+    photos = int((index.sizes > 0).sum())
+    missing = len(index.task.views) * len(index) - photos
     print(
-        f"valid: checksums, counts, {2 * len(index) - missing} photos ({missing} views missing), samples as read by "
-        f"webdataset, {folds}"
+        f"valid: checksums, counts, {photos} photos ({missing} views missing), samples as read by webdataset, {folds}"
     )
 
 

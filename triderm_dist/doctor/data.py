@@ -56,7 +56,7 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
     if data.source is None:
         advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: triderm synthetic"
         return Finding(title, "neither data.source nor data.shards is set", "error", advice)
-    return _folder(title, data.source, data.missing_view, labels=True)
+    return _folder(title, data.source, data.task, data.missing_view, labels=True)
 
 
 def _test_data(experiment: Experiment) -> Finding:
@@ -70,7 +70,17 @@ def _test_data(experiment: Experiment) -> Finding:
         return Finding(title, packed, "error", "pack the test folder again, or set another data.test_shards")
     if data.test is None:
         return Finding(title, "data.test is not set: out-of-fold predictions and report only, no submission")
-    return _folder(title, data.test, data.missing_view, labels=False)
+    return _folder(title, data.test, _task(data), data.missing_view, labels=False)
+
+
+def _task(data: DataConfig) -> str | None:
+    """Return the task of the training set, under which the test set is packed too."""
+    from triderm_dist.data.readers.source import task_setting
+
+    try:
+        return task_setting(data.source, data.task) if data.source else data.task
+    except InputError:  # a finding of the training set
+        return data.task
 
 
 def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
@@ -86,13 +96,15 @@ def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
         return f"{where}: {error.strerror}"
 
 
-def _folder(title: str, folder: str, missing_view: Literal["refuse", "mark"], labels: bool) -> Finding:
-    from triderm_dist.data.readers.milk10k import read_challenge
+def _folder(
+    title: str, folder: str, task: str | None, missing_view: Literal["refuse", "mark"], labels: bool
+) -> Finding:
+    from triderm_dist.data.readers.source import find_task, read_source
 
     try:
-        dataset = read_challenge(folder, missing_view)
+        dataset = read_source(folder, find_task(folder, task), missing_view)
     except InputError as error:
-        advice = f"correct data.{'source' if labels else 'test'}; the official layout is expected"
+        advice = f"correct data.{'source' if labels else 'test'}, the task, or the rows; triderm task check shows all"
         return Finding(title, str(error), "error", advice)
     text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet; triderm pipeline packs it"
     if labels and not dataset.labeled:

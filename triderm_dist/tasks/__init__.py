@@ -6,20 +6,23 @@ A task is a YAML file with the keys of `schema.Task`; docs/your-own-data.md expl
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.schema import METADATA_FIELDS, ConfigError, Task
+from triderm_dist.schema import METADATA_FIELDS, ConfigError, Task, one_line
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent
+TASK_FILE = "task.yaml"
+"""The task of a folder of photos, in the folder."""
 
 
 def task_names() -> tuple[str, ...]:
-    """The names of the tasks that ship with the package."""
+    """Return the names of the tasks that ship with the package."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
@@ -31,11 +34,16 @@ def milk10k_task() -> Task:
 
 
 def load_task(name_or_path: str | os.PathLike[str]) -> Task:
-    """Read a task that ships with the package, or a task.yaml. Raises ConfigError for an unknown name or a bad file."""
+    """Read a task that ships with the package, a task.yaml, or that in the index.json of a packed set.
+
+    Raises ConfigError for an unknown name or a bad file.
+    """
     name = os.fspath(name_or_path)
     if name in task_names():
         path = SHIPPED / f"{name}.yaml"
         return Task.from_mapping(read_mapping(path, ""), str(path))
+    if os.path.basename(name) == "index.json":
+        return _of_index(Path(name).expanduser())
     if not name.endswith((".yaml", ".yml")):
         near = difflib.get_close_matches(name, task_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(task_names())}, or give a task.yaml"
@@ -50,3 +58,10 @@ def recorded_task(record: Mapping[str, Any], where: str) -> Task:
     Raises ConfigError, with `where` in front, for a task that this version cannot read.
     """
     return Task.from_mapping(record["task"], f"{where}: task") if "task" in record else milk10k_task()
+
+
+def _of_index(path: Path) -> Task:
+    try:
+        return recorded_task(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not the index of a packed set ({one_line(error)})") from None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import random
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -77,7 +78,7 @@ def labels(dataset: Dataset) -> list[int]:
     return [lesion.label for lesion in dataset.lesions]
 
 
-def test_one_row_per_photo_in_any_order(tmp_path: Path) -> None:
+def test_table_with_a_row_per_photo_in_any_order(tmp_path: Path) -> None:
     rows = rows_of_photos()
     dataset = read_lesions(write(tmp_path, rows), task_of())
     assert dataset.concepts == ("clinical/A", "clinical/b", "dermoscopic/A", "dermoscopic/b")
@@ -97,7 +98,7 @@ def test_one_row_per_photo_in_any_order(tmp_path: Path) -> None:
     assert repr(sorted(again.lesions, key=lambda each: each.lesion_id)) == repr(dataset.lesions)
 
 
-def test_values_of_one_photo_hold_for_the_lesion(tmp_path: Path) -> None:
+def test_value_in_one_row_holds_for_the_lesion(tmp_path: Path) -> None:
     rows = rows_of_photos()
     for row in rows[1::2]:
         row.update(AGE="", sex="", dx="", patient="")
@@ -106,7 +107,7 @@ def test_values_of_one_photo_hold_for_the_lesion(tmp_path: Path) -> None:
     assert dataset.lesions[3].group == "P1"
 
 
-def test_one_row_per_lesion_with_paths(tmp_path: Path) -> None:
+def test_table_with_a_row_per_lesion_and_paths(tmp_path: Path) -> None:
     rows = [
         {"case_num": at, "clinic": f"x/{at}.jpg", "derm": f"y\\{at}.jpg", "diagnosis": word, "pigment_network": network}
         for at, (word, network) in enumerate([("clark nevus", "atypical"), ("melanoma (in situ)", "absent")])
@@ -125,7 +126,7 @@ def test_one_row_per_lesion_with_paths(tmp_path: Path) -> None:
     assert [lesion.lesion_id for lesion in dataset.lesions] == ["0", "1"]
 
 
-def test_close_ups_only_with_truth_of_zeros_and_ones(tmp_path: Path) -> None:
+def test_task_with_close_ups_only_and_one_hot_labels(tmp_path: Path) -> None:
     rows = [{"photo": f"P_{at}.png", "ACK": int(at == 0), "NEV": "TRUE" if at else "FALSE"} for at in range(3)]
     task = Task.from_mapping(
         {
@@ -144,7 +145,7 @@ def test_close_ups_only_with_truth_of_zeros_and_ones(tmp_path: Path) -> None:
         read_lesions(write(tmp_path, rows, []), task)
 
 
-def test_what_was_tolerated_is_noted(tmp_path: Path) -> None:
+def test_tolerated_gaps_are_noted(tmp_path: Path) -> None:
     rows = [{**row, "itch": "yes"} for row in rows_of_photos()]
     del rows[7]["patient"], rows[0]["patient"]
     rows = [{name: cell for name, cell in row.items() if name not in ("patient", "sex")} for row in rows[:-1]]
@@ -191,7 +192,7 @@ BROKEN: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_rows_are_refused_or_dropped(tmp_path: Path, name: str) -> None:
+def test_invalid_row_is_refused_or_its_lesion_dropped(tmp_path: Path, name: str) -> None:
     rows = rows_of_photos()
     photos = [f"{row['photo']}.jpg" for row in rows]
     change, says = BROKEN[name]
@@ -204,24 +205,47 @@ def test_broken_rows_are_refused_or_dropped(tmp_path: Path, name: str) -> None:
     assert "L1" not in {lesion.lesion_id for lesion in dropped.lesions} and len(dropped.lesions) == 3
 
 
-def test_photos_of_one_name(tmp_path: Path) -> None:
+def test_photo_name_that_several_files_have(tmp_path: Path) -> None:
     rows = rows_of_photos()
-    photos = [f"{row['photo']}.jpg" for row in rows] + ["old/p0c.png"]
-    with pytest.raises(InvalidLesions, match=r"several photos are named p0c: .*old/p0c.png; write the path"):
-        read_lesions(write(tmp_path, rows, photos), task_of())
+    write(tmp_path, rows, [f"{row['photo']}.jpg" for row in rows] + ["old/p0c.png"])
+    assert read_lesions(tmp_path, task_of()).lesions[0].images["clinical"] == str(tmp_path / "p0c.jpg")
+    (tmp_path / "old" / "p0c.png").write_bytes(b"another photo")
+    with pytest.raises(InvalidLesions, match=r"several photos are named p0c: .*p0c.jpg and .*old/p0c.png"):
+        read_lesions(tmp_path, task_of())
     rows[0]["photo"] = "old/p0c.png"
     assert read_lesions(write(tmp_path, rows, []), task_of()).lesions[0].images["clinical"] == str(
         tmp_path / "old/p0c.png"
     )
 
 
-def test_photos_of_another_kind_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing_view", ["refuse", "mark"])
+def test_photo_in_another_format_is_refused_by_name(tmp_path: Path, missing_view: Literal["refuse", "mark"]) -> None:
     rows = rows_of_photos()
+    write(tmp_path, rows, [*(f"{row['photo']}.jpg" for row in rows[1:]), f"{rows[0]['photo']}.webp"])
     with pytest.raises(InvalidLesions, match=r"row 2: photo: p0c.webp is not a JPEG or PNG; convert it"):
-        read_lesions(write(tmp_path, rows, [f"{row['photo']}.webp" for row in rows]), task_of())
+        read_lesions(tmp_path, task_of(), missing_view)
 
 
-def test_several_photos_of_one_view(tmp_path: Path) -> None:
+def test_photo_names_with_accents_are_found_in_either_spelling(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    rows[0]["photo"] = unicodedata.normalize("NFC", "nävus")
+    write(
+        tmp_path, rows, [*(f"{row['photo']}.jpg" for row in rows[1:]), unicodedata.normalize("NFD", "nävus") + ".jpg"]
+    )
+    assert len(read_lesions(tmp_path, task_of()).lesions) == 4
+
+
+def test_missing_photo_can_be_marked(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    write(tmp_path, rows, [f"{row['photo']}.jpg" for row in rows[1:]])
+    with pytest.raises(InvalidLesions, match=r"row 2: photo: no photo p0c.jpg or .png below"):
+        read_lesions(tmp_path, task_of())
+    dataset = read_lesions(tmp_path, task_of(), missing_view="mark")
+    assert dataset.lesions[0].images["clinical"] is None and len(dataset.lesions) == 4
+    assert "1 of 4 lesions with one photo, the other view marked missing" in dataset.notes
+
+
+def test_several_photos_of_a_lesion_in_one_view(tmp_path: Path) -> None:
     rows = [row for row in rows_of_photos() if row["kind"] == "close-up"]
     rows[1]["lesion"] = "L0"
     columns = {**PER_PHOTO["columns"]}
@@ -234,7 +258,7 @@ def test_several_photos_of_one_view(tmp_path: Path) -> None:
     assert [lesion.group for lesion in dataset.lesions] == ["L0", "L0", "L2", "L3"]
 
 
-def test_tables_that_do_not_fit(tmp_path: Path) -> None:
+def test_table_is_chosen_by_its_columns(tmp_path: Path) -> None:
     write(tmp_path, [{"x": 1}], [])
     with pytest.raises(DataError, match=r"column 'photo' is missing from the header; name it by columns.image"):
         read_lesions(tmp_path, task_of())
@@ -255,7 +279,7 @@ HAM = ROOT.parent / "shared" / "ham10000"
 
 
 @pytest.mark.skipif(not HAM.is_dir(), reason="the HAM10000 photos are not on this machine")
-def test_ham10000() -> None:
+def test_ham10000_is_read_by_the_shipped_task() -> None:
     dataset = read_lesions(HAM, load_task("ham10000"))
     assert len(dataset.lesions) == 3028 and not dataset.problems
     assert [labels(dataset).count(at) for at in range(7)] == [146, 211, 466, 48, 393, 1700, 64]

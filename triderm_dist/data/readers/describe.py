@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from triderm_dist.data.readers.lesions_csv import PhotoFinder, photo_name
+from triderm_dist.data.readers.find_photos import PhotoFinder, photo_name
 from triderm_dist.data.readers.table import (
     NotUtf8,
     SeveralSheets,
@@ -67,7 +67,7 @@ def describe_folder(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the table and the photos")
-    photos = PhotoFinder(folder).names
+    photos = PhotoFinder([folder]).names
     if not photos:
         raise DataError(f"{folder}: no photo (.jpg, .jpeg or .png) in this folder")
     table, images = _find_images(folder, photos)

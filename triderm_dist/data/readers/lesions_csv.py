@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import LESION_ID, Dataset
+from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name
 from triderm_dist.data.readers.table import (
     NotUtf8,
     SeveralSheets,
@@ -42,9 +42,6 @@ from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task
 
 CHUNK = 1 << 14
 """Lesions whose values are Python objects at a time; they take ten times the memory of arrays."""
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
-OTHER_SUFFIXES = (".heic", ".webp", ".tif", ".tiff", ".bmp", ".jfif", ".jpe", ".gif", ".dcm")
-_SUFFIXES = frozenset((*PHOTO_SUFFIXES, *OTHER_SUFFIXES))
 
 
 def read_lesions(
@@ -69,8 +66,9 @@ def read_lesions(
     if not len(table):
         raise DataError(f"{path}: the table has no rows")
     with without_garbage_collection():
-        reading = _Reading(table, task, PhotoFinder(path.parent if path == Path(source) else Path(source)))
-        lesions, notes, problems = reading.lesions(missing_view)
+        photos = PhotoFinder([path.parent if path == Path(source) else Path(source)])
+        reading = _Reading(table, task, photos, mark_missing=missing_view == "mark" and len(task.views) > 1)
+        lesions, notes, problems = reading.lesions()
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
     return Dataset(task, lesions, reading.concepts, reading.labeled, notes, tuple(problems))
@@ -81,17 +79,25 @@ def read_labels(path: Path, task: Task) -> dict[str, int]:
 
     Raises DataError naming the row of an invalid label, or of one that differs from another of the lesion.
     """
-    table = read_table(path).named(task_columns(task))
+    table = read_table(path, task.table).named(task_columns(task))
     table.require([task.columns.lesion_id or image_columns(task)[0], *filter(None, [task.columns.diagnosis])])
-    reading = _Reading(table, task, photos=None)  # type: ignore[arg-type] # labels need no photo
+    reading = _Reading(table, task, PhotoFinder([]))
     reading.ids = reading._ids()
     labels: dict[str, int] = {}
     for row, (lesion_id, label) in enumerate(zip(reading.ids, reading._labels().tolist(), strict=True)):
-        if labels.setdefault(lesion_id, label) != label:
+        known = labels.get(lesion_id, UNLABELED)
+        labels[lesion_id] = label if known == UNLABELED else known
+        if UNLABELED != label != labels[lesion_id]:
             reading._problem(row, "label", f"lesion {lesion_id} has another diagnosis than in an earlier row")
     if reading.problems:
         raise DataError(str(reading.problems[0]))
     return labels
+
+
+def inputs(source: Path, task: Task) -> list[Path]:
+    """Return the table and the folder of photos."""
+    table = find_table(source, task)
+    return [table, table.parent if table == source else source]
 
 
 def image_columns(task: Task) -> list[str]:
@@ -150,6 +156,8 @@ class _Reading:
     table: Table
     task: Task
     photos: PhotoFinder
+    mark_missing: bool = False
+    """Whether a lesion needs only one of its photos."""
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -159,7 +167,7 @@ class _Reading:
     ids: list[str] = field(default_factory=list)
     """The lesion of each row."""
 
-    def lesions(self, missing_view: str) -> tuple[list[Lesion], list[str], list[Problem]]:
+    def lesions(self) -> tuple[list[Lesion], list[str], list[Problem]]:
         """Return the lesions, the notes, and the problems that exclude others."""
         task = self.task
         self.ids = self._ids()
@@ -189,7 +197,7 @@ class _Reading:
                 lesion_id = self.ids[first]
                 if lesion_id in problem_ids or not self.bad.isdisjoint(own):
                     continue
-                if what := self._missing(lesion_id, photos, missing_view):
+                if what := self._missing(lesion_id, photos):
                     self._problem(first, "missing photo", what)
                     continue
                 kept.append(
@@ -264,13 +272,13 @@ class _Reading:
                 self._problem(row, "duplicate lesion", what)
         return np.arange(len(self.table))[:, None], list(zip(*images, strict=True))
 
-    def _missing(self, lesion_id: str, photos: Sequence[str | None], missing_view: str) -> str | None:
+    def _missing(self, lesion_id: str, photos: Sequence[str | None]) -> str | None:
         if None not in photos:
             return None
         absent = [view for view, path in zip(self.task.view_names, photos, strict=True) if path is None]
         if len(absent) == len(photos):
             return f"lesion {lesion_id} has no photo; add one or remove its rows"
-        if absent and missing_view == "refuse":
+        if not self.mark_missing:
             return (
                 f"lesion {lesion_id} has no {absent[0]} photo; add it, or allow lesions with one photo by "
                 "missing_view=mark"
@@ -289,7 +297,7 @@ class _Reading:
         return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(int).tolist()
 
     def _paths(self, column: str) -> list[str | None]:
-        """Return the path of each row's photo, None where its cell is empty; a photo that is not there is a problem."""
+        """Return the path of each row's photo, None where its cell is empty or a file that may be missing is."""
         paths: list[str | None] = []
         owner: dict[str, int] = {}
         cells = zip(self._cells(column), self.ids, self._is_missing(column), strict=True)
@@ -297,11 +305,14 @@ class _Reading:
             if missing:
                 paths.append(None)
                 continue
+            path = None
             try:
                 path = self.photos(cell, lesion_id)
+            except MissingPhoto as error:
+                if not self.mark_missing:
+                    self._problem(row, "missing photo", f"{column}: {error}")
             except ValueError as error:
-                self._problem(row, "missing photo", f"{column}: {error}")
-                path = None
+                self._problem(row, "unreadable photo", f"{column}: {error}")
             if path and (other := owner.setdefault(path, row)) != row:
                 what = f"photo {cell} occurs twice, first in row {self.table.numbers[other]}; remove one"
                 self._problem(row, "duplicate photo", what)
@@ -405,10 +416,12 @@ class _Reading:
         if concepts.prefix:
             prefix = concepts.prefix.lower()
             return sorted((each for each in self.table.cells if each.lower().startswith(prefix)), key=str.lower)
-        self.table.require(concepts.names, "; name it under concepts in task.yaml")
         return list(concepts.names)
 
     def _scores(self, column: str) -> np.ndarray:
+        if column not in self.table.cells:
+            self.notes.append(f"no column {column!r}: this concept is missing for every lesion")
+            return np.full(len(self.table), np.nan)
         known = {word.lower(): score for word, score in self.task.concepts.words.items()}
 
         def parse(text: str) -> float:
@@ -430,12 +443,11 @@ class _Reading:
         if not self.labeled:
             self.notes.append(f"no column {column!r}: no lesion has a diagnosis")
             return np.full(len(self.table), UNLABELED)
-        words = diagnosis_words(task)
 
         def parse(text: str) -> float:
             if is_missing(text, task.missing_words):
                 return UNLABELED
-            return parse_diagnosis(text, words, column)
+            return parse_diagnosis(text, task, column)
 
         return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(int)
 
@@ -503,21 +515,13 @@ class _Reading:
         return notes + self.notes
 
 
-def diagnosis_words(task: Task) -> dict[str, int]:
-    """Return the index of each diagnosis by its name and its words, in lower case."""
-    return {
-        word.lower(): at for at, diagnosis in enumerate(task.diagnoses) for word in (diagnosis.name, *diagnosis.words)
-    }
-
-
-def parse_diagnosis(text: str, words: dict[str, int], column: str) -> int:
-    """Return the index of the diagnosis that a text names. Raises ValueError."""
-    # pandas writes a column of integers with gaps as 3.0.
-    for spelling in (text.lower(), text.lower().removesuffix(".0")):
-        if spelling in words:
-            return words[spelling]
-    near = get_close_matches(text.lower(), words, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(words)}"
+def parse_diagnosis(text: str, task: Task, column: str) -> int:
+    """Return the index of the diagnosis that a text names. Raises ValueError, with the nearest word."""
+    label = task.label_of(text)
+    if label is not None:
+        return label
+    near = get_close_matches(text.lower(), task.label_words, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(task.label_words)}"
     raise ValueError(f"unknown {column} {text!r}; {hint}{_as_words('diagnoses')}")
 
 
@@ -534,85 +538,3 @@ def _shared(known: dict[bytes, tuple[float, ...]], values: list[float]) -> tuple
         if len(known) < CHUNK:
             known[key] = found
     return found
-
-
-# --- photos ----------------------------------------------------------------------------------------------------------
-
-
-def photo_name(cell: str) -> str:
-    """Return the id of a photo, given its id, file name or path."""
-    name = cell.replace("\\", "/").rpartition("/")[2]
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix.lower()}" in _SUFFIXES else name
-
-
-def _normal(text: str) -> str:
-    """Compose accents, which macOS stores as characters of their own."""
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
-
-
-def walk_files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (folder, name, suffix in lower case) of every file that is not hidden; a ring of links ends."""
-    seen = set[tuple[int, int]]()
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if name != "__MACOSX")
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield parent, name, os.path.splitext(name)[1].lower()
-
-
-class PhotoFinder:
-    """Finds the path of a photo by its id, file name or path, after walking the folder once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._paths: dict[str, str | list[str]] = {}
-        self._others: dict[str, str] = {}
-        self.unused = 0
-        """The number of photos that no call returned."""
-        for parent, name, suffix in walk_files(folder):
-            stem = _normal(name[: -len(suffix)] if suffix else name)
-            if suffix in PHOTO_SUFFIXES:
-                path = f"{parent}/{name}"
-                self.unused += 1
-                known = self._paths.get(stem)
-                self._paths[stem] = path if known is None else [*([known] if isinstance(known, str) else known), path]
-            elif suffix in OTHER_SUFFIXES:
-                self._others[stem] = name
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._paths)
-
-    def __call__(self, cell: str, lesion_id: str = "") -> str:
-        """Return the path. Raises ValueError where there is no photo, or several."""
-        cell = _normal(cell)
-        stem = photo_name(cell)
-        found = self._paths.get(stem)
-        if found is None:
-            if stem in self._others:
-                raise ValueError(f"{self._others[stem]} is not a JPEG or PNG; convert it")
-            raise ValueError(f"no photo {stem}.jpg or .png below {self.folder}; put it there")
-        if isinstance(found, str):
-            self.unused -= 1
-            return found
-        tail = os.path.splitext(cell.replace("\\", "/"))[0].lstrip("./")
-        near = [path for path in found if os.path.splitext(path)[0].endswith(f"/{tail}")] if "/" in tail else []
-        near = near or [path for path in found if os.path.basename(os.path.dirname(path)) == lesion_id]
-        if len(near) != 1:
-            names = " and ".join(os.path.relpath(path, self.folder) for path in found[:2])
-            raise ValueError(
-                f"several photos are named {stem}: {names}; write the path below {self.folder} in the table"
-            )
-        self.unused -= 1
-        return near[0]
-
-    def clear(self) -> None:
-        """Forget all paths, which take much memory."""
-        self._paths.clear()
-        self._others.clear()

@@ -10,8 +10,11 @@ Supported layouts, by the names of their tables (any case; in the folder itself,
     supplements/training_input.csv, supplements/training_gt.csv, images/PHOTO.jpg      (zip of the ISIC Archive)
     metadata.csv, images/PHOTO.jpg
 
-Photos are found by name at any depth below `*_Input` or `images`, so a folder may be nested twice. Tables may have a
-any delimiter and encoding that `table` reads. The supplement holds label information and is never read.
+Photos are found by name at any depth below `*_Input` or `images`, so a folder may be nested twice. Tables may have any
+delimiter and encoding that `table` reads. The supplement holds label information and is never read.
+
+Diagnoses, fields, and the words of views and missing values are those of the task; the names of the other columns are
+the challenge's.
 """
 
 from __future__ import annotations
@@ -27,27 +30,24 @@ from typing import Literal
 
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import LESION_ID, Dataset
-from triderm_dist.data.readers.table import find_tables, is_missing, parse_field, parse_number, parse_score, read_table
-from triderm_dist.schema import (
-    DIAGNOSES,
-    METADATA_FIELDS,
-    MILK10K_FIELDS,
-    MONET_COLUMNS,
-    UNLABELED,
-    VIEWS,
-    DataError,
-    Lesion,
-    MetadataField,
+from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder
+from triderm_dist.data.readers.table import (
+    find_tables,
+    is_missing,
+    parse_field,
+    parse_number,
+    parse_score,
+    read_header,
+    read_table,
 )
-from triderm_dist.tasks import milk10k_task
+from triderm_dist.schema import MONET_COLUMNS, UNLABELED, VIEWS, DataError, Lesion, MetadataField, Task
+from triderm_dist.tasks import load_task, milk10k_task
 
-VIEW_OF_IMAGE_TYPE: dict[str, str] = {"clinical: close-up": "clinical", "dermoscopic": "dermoscopic"}
 CONCEPT_PREFIX = "MONET_"
 GROUP_COLUMN = "patient_id"
 
 _UNUSED_COLUMNS = {"attribution", "copyright_license", "image_manipulation"}
 """Columns of the official metadata that are left out without a note."""
-_PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
 _TABLE_NAME = re.compile(
     r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.(csv|tsv|txt|xlsx)$", re.IGNORECASE
 )
@@ -81,6 +81,7 @@ class _Photo:
 
 def read_challenge(
     folder: str | os.PathLike[str],
+    task: Task | None = None,
     missing_view: Literal["refuse", "mark"] = "refuse",
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Dataset:
@@ -91,10 +92,12 @@ def read_challenge(
     Raises InvalidLesions with all problems, its text naming file and row of the first one; DataError for a folder or
     table that cannot be read at all.
     """
+    task = task or milk10k_task()
     metadata_path, truth_path, photo_roots = find_parts(Path(folder))
-    required = ("lesion_id", "isic_id", "image_type", *(field.column for field in MILK10K_FIELDS))
-    known = (*required, GROUP_COLUMN, *(field.column for field in METADATA_FIELDS.values()))
-    columns, rows = _read_table(metadata_path, required, known)
+    # Fields that a plugin or another task adds may be missing.
+    required = ("lesion_id", "isic_id", "image_type", *(field.column for field in load_task("milk10k").fields))
+    known = (*required, GROUP_COLUMN, *(field.column for field in task.fields))
+    columns, rows = _read_table(metadata_path, task, required, known)
     scores = [column for column in columns if column.startswith(CONCEPT_PREFIX)]
     # A network takes concepts by position: one order, whatever the order in the table.
     scores.sort(key=lambda column: MONET_COLUMNS.index(column) if column in MONET_COLUMNS else len(MONET_COLUMNS))
@@ -104,9 +107,9 @@ def read_challenge(
         raise DataError(f"{metadata_path}: the table has no rows")
 
     problems: list[Problem] = []
-    find_photo = _PhotoFinder(photo_roots)
-    views = _group_views(rows, scores, find_photo, missing_view, problems.append)
-    labels, truth_rows = _read_labels(truth_path, problems.append) if truth_path else ({}, {})
+    find_photo = PhotoFinder(photo_roots)
+    views = _group_views(rows, scores, find_photo, task, missing_view, problems.append)
+    labels, truth_rows = _read_labels(truth_path, task, problems.append) if truth_path else ({}, {})
     grouped = GROUP_COLUMN in columns
 
     lesions = []
@@ -117,47 +120,69 @@ def read_challenge(
             continue
         try:
             _check_views(lesion_id, photos, missing_view)
-            lesions.append(_lesion(lesion_id, photos, label, len(scores), grouped))
+            lesions.append(_lesion(lesion_id, photos, label, len(scores), task, grouped))
         except _Invalid as error:
             problems.append(error.problem)
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
-    notes = _notes(lesions, labeled=truth_path is not None)
+    notes = _notes(lesions, task, labeled=truth_path is not None)
     if unused := [name for name in columns if name not in {*known, *scores} and name.lower() not in _UNUSED_COLUMNS]:
         notes.append(f"{metadata_path.name}: columns that are not used: {', '.join(unused)}")
     if truth_path and labels:
         problems += _unmatched(labels, truth_rows, views, metadata_path.name)
-    if others := find_photo.count_others(row["isic_id"] for row in rows):
+    if others := find_photo.unused:
         notes.append(f"{others} photos are not in {metadata_path.name}")
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(views) + len(labels))
-    return Dataset(milk10k_task(), lesions, concepts, truth_path is not None, notes, tuple(problems))
+    return Dataset(task, lesions, concepts, truth_path is not None, notes, tuple(problems))
 
 
-def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, grouped: bool) -> Lesion:
+def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, task: Task, grouped: bool) -> Lesion:
     rows = [photo.row for photo in photos.values()]
     missing = (math.nan,) * scores
     return Lesion(
         lesion_id=lesion_id,
         images={view: photos[view].path if view in photos else None for view in VIEWS},
         concepts=tuple(score for view in VIEWS for score in (photos[view].scores if view in photos else missing)),
-        metadata=tuple(_agreed(lesion_id, field, rows) for field in METADATA_FIELDS.values()),
+        metadata=tuple(_agreed(lesion_id, field, rows, task.missing_words) for field in task.fields),
         label=label,
-        group=_group(lesion_id, rows) if grouped else lesion_id,
+        group=_group(lesion_id, rows, task.missing_words) if grouped else lesion_id,
     )
 
 
-def _notes(lesions: Sequence[Lesion], labeled: bool) -> list[str]:
+def _notes(lesions: Sequence[Lesion], task: Task, labeled: bool) -> list[str]:
     """Return what was tolerated, with counts."""
     tolerated: Counter[str] = Counter()
     for lesion in lesions:
         tolerated["with one photo, the other view marked missing"] += None in lesion.images.values()
-        for field, value in zip(METADATA_FIELDS.values(), lesion.metadata, strict=True):
+        for field, value in zip(task.fields, lesion.metadata, strict=True):
             tolerated[f"without {field.label}"] += math.isnan(value)
         tolerated["without a diagnosis"] += labeled and lesion.label == UNLABELED
     return [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def has_layout(folder: Path) -> bool:
+    """Return whether a folder has a metadata table of the challenge, known by its name or its columns."""
+    named = [(path, match) for path in find_tables(folder) if (match := _TABLE_NAME.match(path.name))]
+    return any(_is_metadata(path) for path, match in named if match["kind"].lower() in ("metadata", "input"))
+
+
+def _is_metadata(path: Path) -> bool:
+    if path.name.lower().startswith("milk10k"):
+        return True
+    try:
+        header = [name.lower() for name in read_header(path)]
+    except DataError:
+        return False
+    return "isic_id" in header and any(name.startswith(CONCEPT_PREFIX.lower()) for name in header)
+
+
+def inputs(source: Path, task: Task) -> list[Path]:
+    """Return the tables and the folders of photos."""
+    metadata, truth, photos = find_parts(source)
+    return [metadata, *filter(None, [truth]), *photos]
 
 
 def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
@@ -202,30 +227,35 @@ def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
     return chosen, partners[0] if partners else None, _photo_roots(folder, chosen.parent, f"{prefix}_input")
 
 
-def _read_table(path: Path, required: Sequence[str], known: Iterable[str] = ()) -> tuple[list[str], list[_Row]]:
+def _read_table(
+    path: Path, task: Task, required: Sequence[str], known: Iterable[str] = ()
+) -> tuple[list[str], list[_Row]]:
     """Read header and rows; columns that differ from a required, known or MONET one in case get its spelling."""
-    table = read_table(path).named((*required, *known, *MONET_COLUMNS))
+    table = read_table(path, task.table).named((*required, *known, *MONET_COLUMNS))
     table.require(required)
     return table.header, [_Row(where, cells) for where, cells in table.rows()]
 
 
-def read_labels(path: Path) -> dict[str, int]:
+def read_labels(path: Path, task: Task | None = None) -> dict[str, int]:
     """Read the label of each lesion from a one-hot table; a row whose cells are all empty is unlabeled.
 
     Raises DataError for an invalid row.
     """
     problems: list[Problem] = []
-    labels, _ = _read_labels(path, problems.append)
+    labels, _ = _read_labels(path, task or milk10k_task(), problems.append)
     if problems:
         raise DataError(str(problems[0]))
     return labels
 
 
-def _read_labels(path: Path, on_problem: Callable[[Problem], object]) -> tuple[dict[str, int], dict[str, str]]:
+def _read_labels(
+    path: Path, task: Task, on_problem: Callable[[Problem], object]
+) -> tuple[dict[str, int], dict[str, str]]:
     """Return ({lesion: label}, {lesion: file and row}); `on_problem` gets the problem of an invalid row."""
-    header, rows = _read_table(path, required=("lesion_id", *DIAGNOSES))
-    if unknown := [name for name in header if name not in DIAGNOSES and name != "lesion_id"]:
-        raise DataError(f"{path}: unknown diagnosis {unknown[0]!r} in the header; known are {', '.join(DIAGNOSES)}")
+    known = task.diagnosis_names
+    header, rows = _read_table(path, task, required=("lesion_id", *known))
+    if unknown := [name for name in header if name not in known and name != "lesion_id"]:
+        raise DataError(f"{path}: unknown diagnosis {unknown[0]!r} in the header; known are {', '.join(known)}")
     labels: dict[str, int] = {}
     first: dict[str, str] = {}
     for row in rows:
@@ -235,7 +265,7 @@ def _read_labels(path: Path, on_problem: Callable[[Problem], object]) -> tuple[d
                 what = f"lesion {lesion_id} occurs twice, first in {first[lesion_id]}; remove one"
                 raise _Invalid(lesion_id, "duplicate label", row.where, what)
             first[lesion_id] = row.where
-            labels[lesion_id] = _label(lesion_id, row)
+            labels[lesion_id] = _label(lesion_id, row, task)
         except _Invalid as error:
             on_problem(error.problem)
     return labels, first
@@ -257,12 +287,12 @@ def _folded(lesion_id: str) -> str:
     return re.sub(r"0*(\d+)", r"\1", lesion_id.lower())
 
 
-def _label(lesion_id: str, row: _Row) -> int:
-    cells = [row[name] for name in DIAGNOSES]
-    if all(map(is_missing, cells)):
+def _label(lesion_id: str, row: _Row, task: Task) -> int:
+    cells = [row[name] for name in task.diagnosis_names]
+    if all(is_missing(cell, task.missing_words) for cell in cells):
         return UNLABELED
     values = [{"true": 1.0, "false": 0.0}.get(cell.lower(), parse_number(cell)) for cell in cells]
-    if values.count(1.0) != 1 or values.count(0.0) != len(DIAGNOSES) - 1:
+    if values.count(1.0) != 1 or values.count(0.0) != len(cells) - 1:
         what = (
             f"lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
             f"not {','.join(cells)}; leave all empty if it is unlabeled"
@@ -277,18 +307,20 @@ def _label(lesion_id: str, row: _Row) -> int:
 def _group_views(
     rows: list[_Row],
     scores: list[str],
-    find_photo: _PhotoFinder,
+    find_photo: PhotoFinder,
+    task: Task,
     missing_view: str,
     on_problem: Callable[[Problem], object],
 ) -> dict[str, dict[str, _Photo]]:
     """Return {lesion id: {view: photo}}. Checks each row separately and calls `on_problem` with what is wrong."""
     views: dict[str, dict[str, _Photo]] = defaultdict(dict)
     owner: dict[str, str] = {}
+    words = {word.lower(): view.name for view in task.views for word in view.words}
     for row in rows:
         try:
             lesion_id = _lesion_id(row)
             photos = views[lesion_id]
-            view = _view(lesion_id, row, photos)
+            view = _view(lesion_id, row, photos, words)
             # Registered before its checks, so that the row of the other photo is not blamed for a missing view.
             photos[view] = _Photo(row, None, ())
             isic_id = row["isic_id"]
@@ -298,24 +330,36 @@ def _group_views(
                 what = f"photo {isic_id} occurs twice, first in {owner[isic_id]}; remove one"
                 raise _Invalid(lesion_id, "duplicate photo", row.where, what)
             owner[isic_id] = row.where
-            path = find_photo(lesion_id, isic_id)
-            if path is None and missing_view == "refuse":
-                what = (
-                    f"no photo {isic_id}.jpg of lesion {lesion_id} below {find_photo.where}; "
-                    "put it there, or allow lesions with one photo by missing_view=mark"
-                )
-                raise _Invalid(lesion_id, "missing photo", row.where, what)
-            photos[view] = _Photo(row, path, tuple(_score(lesion_id, row, column) for column in scores))
+            path = _find_photo(lesion_id, row, find_photo, missing_view)
+            score = tuple(_score(lesion_id, row, column, task.missing_words) for column in scores)
+            photos[view] = _Photo(row, path, score)
         except _Invalid as error:
             on_problem(error.problem)
     return views
 
 
-def _view(lesion_id: str, row: _Row, photos: dict[str, _Photo]) -> str:
+def _find_photo(lesion_id: str, row: _Row, find_photo: PhotoFinder, missing_view: str) -> str | None:
+    """Return the path of a row's photo, None where it is missing and that is allowed."""
+    isic_id = row["isic_id"]
+    try:
+        return find_photo(isic_id, lesion_id)
+    except MissingPhoto:
+        if missing_view == "mark":
+            return None
+        what = (
+            f"no photo {isic_id}.jpg of lesion {lesion_id} below {find_photo.where}; "
+            "put it there, or allow lesions with one photo by missing_view=mark"
+        )
+        raise _Invalid(lesion_id, "missing photo", row.where, what) from None
+    except ValueError as error:
+        raise _Invalid(lesion_id, "unreadable photo", row.where, str(error)) from None
+
+
+def _view(lesion_id: str, row: _Row, photos: dict[str, _Photo], words: Mapping[str, str]) -> str:
     kind = row["image_type"]
-    view = VIEW_OF_IMAGE_TYPE.get(kind.lower())
+    view = words.get(kind.lower())
     if view is None:
-        what = f"unknown image_type {kind!r}; known are {', '.join(VIEW_OF_IMAGE_TYPE)}"
+        what = f"unknown image_type {kind!r}; known are {', '.join(words)}"
         raise _Invalid(lesion_id, "row", row.where, what)
     if view in photos:
         what = f"lesion {lesion_id} has two {view} photos, the first in {photos[view].row.where}; keep one"
@@ -337,9 +381,9 @@ def _check_views(lesion_id: str, photos: dict[str, _Photo], missing_view: str) -
         raise _Invalid(lesion_id, "missing photo", where, what)
 
 
-def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row]) -> float:
+def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row], missing_words: Sequence[str]) -> float:
     """Return the value of a metadata field, on which all rows of a lesion that have it must agree."""
-    values = {value for row in rows if not math.isnan(value := _field(lesion_id, row, field))}
+    values = {value for row in rows if not math.isnan(value := _field(lesion_id, row, field, missing_words))}
     if len(values) > 1:
         what = (
             f"the photos of lesion {lesion_id} differ in {field.column} "
@@ -349,8 +393,8 @@ def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row]) -> float:
     return values.pop() if values else math.nan
 
 
-def _group(lesion_id: str, rows: list[_Row]) -> str:
-    groups = {row[GROUP_COLUMN] for row in rows if not is_missing(row[GROUP_COLUMN])}
+def _group(lesion_id: str, rows: list[_Row], missing_words: Sequence[str]) -> str:
+    groups = {row[GROUP_COLUMN] for row in rows if not is_missing(row[GROUP_COLUMN], missing_words)}
     if len(groups) > 1:
         what = f"lesion {lesion_id} belongs to two patients ({', '.join(sorted(groups))})"
         raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
@@ -368,41 +412,21 @@ def _lesion_id(row: _Row) -> str:
     return lesion_id
 
 
-def _field(lesion_id: str, row: _Row, field: MetadataField) -> float:
+def _field(lesion_id: str, row: _Row, field: MetadataField, missing_words: Sequence[str]) -> float:
     try:
-        return parse_field(field, row.cells.get(field.column, ""))
+        return parse_field(field, row.cells.get(field.column, ""), missing_words)
     except ValueError as error:
         raise _Invalid(lesion_id, "cell", row.where, f"{error}; correct it, or leave it empty if unknown") from None
 
 
-def _score(lesion_id: str, row: _Row, column: str) -> float:
+def _score(lesion_id: str, row: _Row, column: str, missing_words: Sequence[str]) -> float:
     try:
-        return parse_score(column, row[column])
+        return parse_score(column, row[column], missing_words)
     except ValueError as error:
         raise _Invalid(lesion_id, "cell", row.where, f"{error}; leave it empty if unknown") from None
 
 
 # --- photos ----------------------------------------------------------------------------------------------------------
-
-
-class _PhotoFinder:
-    """Finds the path of a photo by lesion and name, after walking the folders once."""
-
-    def __init__(self, roots: list[Path]) -> None:
-        self.where = " and ".join(map(str, roots))
-        self._by_lesion: dict[tuple[str, str], str] = {}
-        self._by_name: dict[str, str] = {}
-        for path in _walk_photos(roots):
-            folder, file = os.path.split(path)
-            name = os.path.splitext(file)[0]
-            self._by_lesion.setdefault((os.path.basename(folder), name), path)
-            self._by_name.setdefault(name, path)
-
-    def __call__(self, lesion_id: str, isic_id: str) -> str | None:
-        return self._by_lesion.get((lesion_id, isic_id)) or self._by_name.get(isic_id)
-
-    def count_others(self, names: Iterable[str]) -> int:
-        return len(self._by_name.keys() - set(names))
 
 
 def _photo_roots(folder: Path, tables: Path, own_name: str) -> list[Path]:
@@ -413,13 +437,3 @@ def _photo_roots(folder: Path, tables: Path, own_name: str) -> list[Path]:
     own = [path for path in candidates if path.name.lower() == own_name]
     known = [path for path in candidates if path.name.lower().endswith(("_input", "images"))]
     return own or known or [tables]
-
-
-def _walk_photos(roots: list[Path]) -> Iterator[str]:
-    for root in roots:
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if name != "__MACOSX")
-            for name in sorted(files):
-                # macOS leaves files whose names start with a dot.
-                if os.path.splitext(name)[1].lower() in _PHOTO_SUFFIXES and not name.startswith("."):
-                    yield os.path.join(folder, name)

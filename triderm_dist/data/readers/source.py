@@ -1,0 +1,85 @@
+"""Find the task of a folder, and read the folder with the reader that its task names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from triderm_dist.data.readers import lesions_csv, milk10k
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layout of folders.
+
+    read: the lesions of (source, task, missing_view, invalid), as `read_source`.  inputs: the tables and folders of
+    photos of (source, task), on which the result of `read` depends.
+    """
+
+    read: Callable[[Path, Task, Literal["refuse", "mark"], Literal["refuse", "drop"]], Dataset]
+    inputs: Callable[[Path, Task], list[Path]]
+
+
+READERS: dict[str, Reader] = {
+    "milk10k": Reader(milk10k.read_challenge, milk10k.inputs),
+    "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs),
+}
+"""The readers by the name that a task gives; plugins may add others."""
+
+
+def reader_of(task: Task) -> Reader:
+    """Return the reader of a task. Raises ConfigError for an unknown one."""
+    if task.reader not in READERS:
+        near = get_close_matches(task.reader, READERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(READERS)}; plugins may add others"
+        raise ConfigError(f"task {task.name!r}: reader {task.reader!r} is unknown; {hint}")
+    return READERS[task.reader]
+
+
+def read_source(
+    source: str | os.PathLike[str],
+    task: Task,
+    missing_view: Literal["refuse", "mark"] = "refuse",
+    invalid: Literal["refuse", "drop"] = "refuse",
+) -> Dataset:
+    """Read the lesions of a folder, or of its table where it holds several, as the task says.
+
+    missing_view="mark" keeps lesions with one of two photos. invalid="drop" drops lesions with an invalid row.
+    Raises InvalidLesions with all problems; DataError for a folder or table that cannot be read at all.
+    """
+    return reader_of(task).read(Path(source), task, missing_view, invalid)
+
+
+def find_task(source: str | os.PathLike[str], setting: str | None = None) -> Task:
+    """Return the task by which a folder, or a table in it, is read; see `task_setting`."""
+    found = task_setting(source, setting)
+    return milk10k_task() if found == "milk10k" else load_task(found)
+
+
+def task_setting(source: str | os.PathLike[str], setting: str | None = None) -> str:
+    """Return the name or file of the task by which a folder, or a table in it, is read.
+
+    That is `setting`, else the task.yaml in the folder, else milk10k where the folder has that layout.
+    Raises DataError where there is none.
+    """
+    if setting:
+        return setting
+    source = Path(source)
+    folder = source.parent if source.is_file() else source
+    if not folder.is_dir():
+        raise DataError(f"{source}: no such folder; give the folder that holds the table and the photos")
+    if (folder / TASK_FILE).is_file():
+        return str(folder / TASK_FILE)
+    if milk10k.has_layout(folder):
+        return "milk10k"
+    raise DataError(
+        f"{folder}: no {TASK_FILE} says what the table holds, and the layout is not MILK10k's; triderm task init "
+        f"{folder} writes one, or name a task"
+    )
