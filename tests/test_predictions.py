@@ -1,11 +1,13 @@
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from tests.synthetic_run import CONCEPTS, FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
+from tests.synthetic_run import CLINIC, CONCEPTS, FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
 from triderm_dist.predictions import (
     NO_FOLD,
     TEST,
@@ -194,3 +196,34 @@ def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
         average_test([*parts, parts[0]])
     with pytest.raises(DataError, match="other lesions"):
         average_test([parts[0], replace(parts[1], lesion_ids=np.array([f"x{i}" for i in range(150)], object))])
+
+
+def test_files_of_a_task_with_one_view_and_no_concepts_round_trip(tmp_path: Path) -> None:
+    labels = write_run(tmp_path, LESIONS, task=CLINIC)
+    ids = [f"lesion-{row:04d}" for row in range(LESIONS)]
+    gathered = gather(tmp_path, None, ids, labels, folds_of(labels))
+    for table in (gathered, read_oof(tmp_path / "oof.parquet")):
+        assert table.task == CLINIC and table.concepts.shape == (LESIONS, 0) and table.metadata.shape == (LESIONS, 3)
+        assert table.diagnoses == CLINIC.diagnosis_names and table.complete().all()
+        assert np.isnan(table.aux_dermoscopic["trimodal"]).all() and np.isfinite(table.aux_clinical["trimodal"]).all()
+    tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
+    assert tests.task == CLINIC
+
+
+def test_a_header_that_contradicts_its_task_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    write_predictions(
+        path, predictions_of("trimodal", labels_of(40, classes=4), 0, list(map(str, range(40))), 0, task=CLINIC)
+    )
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"triderm"])
+    for change, message in (
+        ({"diagnoses": ["a", "b", "c", "d"]}, "its diagnoses or metadata fields are not those of task 'clinic'"),
+        (
+            {"task": {**header["task"], "decision": "vote"}},
+            r"p.parquet: task: decision: unknown value 'vote'.*crossval",
+        ),
+    ):
+        pq.write_table(table.replace_schema_metadata({b"triderm": json.dumps(header | change)}), path)
+        with pytest.raises(DataError, match=message):
+            read_predictions(path)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests.synthetic_run import CLINIC
 from triderm_dist import metrics
 from triderm_dist.schema import DIAGNOSES, DataError
-from triderm_dist.submission import map_to_half, read_submission, write_submission
+from triderm_dist.submission import (
+    Results,
+    map_to_half,
+    read_decisions,
+    read_results,
+    read_submission,
+    write_results,
+    write_submission,
+)
 
 C = len(DIAGNOSES)
 UNIT = st.floats(0, 1)
@@ -110,3 +120,60 @@ def test_written_submission_scores_equally_in_the_official_scorer(tmp_path: Path
     with truth.open() as truth_file, path.open() as prediction_file:
         score = scoring.ClassificationScore.from_stream(truth_file, prediction_file, scoring.ClassificationMetric.DICE)
     assert score.overall == pytest.approx(metrics.macro_f1(probabilities > thresholds, labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("decision", ["argmax", "fitted", "threshold"])
+def test_results_of_a_task_without_a_challenge(tmp_path: Path, decision: str) -> None:
+    task = replace(CLINIC, decision=decision)
+    names = task.diagnosis_names
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet(np.ones(4), 30)
+    thresholds = np.array([0.4, 0.3, 0.2, 0.6])
+    one = np.eye(4)[probabilities.argmax(axis=1)]
+    results = Results([f"id-{row}" for row in range(30)][::-1], probabilities, probabilities, thresholds)
+    if decision != "threshold":
+        results = replace(results, decidable=one, thresholds=np.full(4, 0.5))
+    template = sorted(results.lesion_ids)
+    paths = write_results(tmp_path, task, results, template, prefix="oof_")
+    assert (
+        [path.name for path in paths]
+        == ["oof_probabilities.csv", "oof_decisions.csv"]
+        == sorted((path.name for path in tmp_path.iterdir()), reverse=True)
+    )
+    order = [results.lesion_ids.index(lesion) for lesion in template]
+    ids, written = read_submission(paths[0], names)
+    assert ids == template and paths[0].read_text("utf-8").startswith("lesion_id,MEL<1mm,Nävus,$x$,[wart]\n")
+    ids, decisions = read_decisions(paths[1], names)
+    assert ids == template
+    np.testing.assert_array_equal(decisions, results.decisions[order])
+    if decision == "threshold":
+        np.testing.assert_array_equal(written > 0.5, decisions)
+        assert set(decisions.sum(axis=1)) >= {0, 1, 2}
+        lines = paths[1].read_text("utf-8").splitlines()[1:]
+        assert any(line.endswith(",") for line in lines) and any(line.count(";") == 1 for line in lines)
+    else:
+        np.testing.assert_allclose(written, probabilities[order], atol=1e-9)
+        np.testing.assert_array_equal(metrics.argmax_decisions(written), decisions)
+
+
+def test_results_are_read_back_together(tmp_path: Path) -> None:
+    table = np.eye(4)[[0, 2]]
+    write_results(tmp_path, CLINIC, Results(["a", "b"], table, table, np.full(4, 0.5)))
+    ids, probabilities, decisions = read_results(tmp_path, CLINIC)
+    assert ids == ["a", "b"]
+    np.testing.assert_array_equal(probabilities, table)
+    np.testing.assert_array_equal(decisions, table > 0.5)
+    for text, message in (
+        ("lesion_id,decision\na,MEL<1mm\n", "decisions.csv: holds other lesions than probabilities.csv"),
+        ("lesion_id,decision\na,MEL<1mm\nb,MEL\n", "decisions.csv: line 3: 'MEL' is not a diagnosis of the task"),
+    ):
+        (tmp_path / "decisions.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_results(tmp_path, CLINIC)
+
+
+def test_results_with_invalid_numbers_are_refused_without_a_file(tmp_path: Path) -> None:
+    table = np.full((2, 4), np.nan)
+    with pytest.raises(DataError, match="lesion a has nan for MEL<1mm"):
+        write_results(tmp_path, CLINIC, Results(["a", "b"], table, np.zeros((2, 4)), np.full(4, 0.5)))
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """Stacking end to end: fitted out of fold, applied to a test set, refused if input is missing."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,14 +9,14 @@ import numpy as np
 import pytest
 
 from tests.ensemble.conftest import experiment
-from tests.synthetic_run import MODELS, folds_of, write_run
+from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.ensemble import calibration
-from triderm_dist.ensemble.fit import fit_ensemble
-from triderm_dist.ensemble.predict import predict_ensemble
+from triderm_dist.ensemble.fit import Fit, fit_ensemble
+from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof
-from triderm_dist.schema import DIAGNOSES, DataError
+from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
 
 C = len(DIAGNOSES)
 
@@ -94,3 +96,62 @@ def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Pa
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
     with pytest.raises(DataError, match="lie in 1 fold, two are needed"):
         fit_ensemble(tmp_path, experiment(tmp_path))
+
+
+@pytest.fixture(scope="module", params=["argmax", "fitted", "threshold"])
+def clinic(request, tmp_path_factory) -> tuple[Path, Fit]:
+    """A fitted run of a task with four diagnoses, one view, no concepts, under each decision."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_run(folder, 250, task=replace(CLINIC, decision=request.param))
+    return folder, fit_ensemble(folder, experiment(folder))
+
+
+def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
+    folder, fit = clinic
+    nested, table = read_nested(folder / "ensemble_oof.parquet"), read_oof(folder / "oof.parquet")
+    assert fit.decision == table.task.decision
+    assert fit.rows[-1].nested.value > 0.8
+    assert fit.rows[-1].nested.value == pytest.approx(metrics.macro_f1(nested.decisions, nested.labels))
+    if fit.decision != "threshold":
+        assert (nested.decisions.sum(axis=1) == 1).all()
+    if fit.decision == "argmax":  # the main figure and the one by argmax are the same
+        np.testing.assert_array_equal(nested.decisions, metrics.argmax_decisions(nested.probabilities))
+        assert fit.rows[-1].argmax == fit.rows[-1].nested.value
+    ids, decisions = submission.read_decisions(folder / "oof_decisions.csv", table.diagnoses)
+    assert ids == nested.lesion_ids.tolist()
+    np.testing.assert_array_equal(decisions, nested.decisions)
+
+    paths = submit(folder, sorted(folder.glob("*/fold-*/test.parquet")))
+    assert [path.name for path in paths] == ["probabilities.csv", "decisions.csv"]
+    truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7, classes=4))}
+    result = score(folder, truth, 50, 0)
+    assert result["macro_f1"] > 0.9 and result["n"] == 150 and result["absent"] == []
+    assert json.loads((folder / "heldout.json").read_text()) == result
+    del truth["test-0003"], truth["test-0007"]
+    with pytest.raises(DataError, match=r"probabilities.csv: 2 lesions are not in the ground truth, .* is test-0003"):
+        score(folder, truth, 50, 0)
+    assert score(folder, truth, 50, 0, partial=True)["n"] == 148
+    assert not list(folder.glob("*submission*"))
+
+
+def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fit], tmp_path: Path) -> None:
+    folder, _ = clinic
+    tests = average_test(read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet")))
+    for name in ("ensemble.json", "stack.json"):
+        assert json.loads((folder / name).read_text())["task"] == tests.task.to_mapping()
+    # A test folder may be described with other columns, and a report with other titles.
+    renamed = replace(tests.task, title="", columns=TaskColumns(image="photo"), reference_results=())
+    predict_ensemble(folder, replace(tests, task=renamed))
+    smoker = replace(tests.task.fields[2], categories=("no", "yes"))
+    for other, message in (
+        (replace(tests.task, name="other"), "was fitted for task 'clinic', the predictions are for 'other'"),
+        (replace(tests.task, fields=(*tests.task.fields[:2], smoker)), "are for 'clinic', described differently"),
+    ):
+        with pytest.raises(DataError, match=rf"ensemble\.json: .*{message}; run triderm stack again"):
+            predict_ensemble(folder, replace(tests, task=other))
+    shutil.copy(folder / "ensemble.json", tmp_path)
+    stack = json.loads((folder / "stack.json").read_text())
+    del stack["task"]  # of a run from before there were other tasks
+    (tmp_path / "stack.json").write_text(json.dumps(stack))
+    with pytest.raises(DataError, match=r"stack\.json: was fitted for task 'milk10k'"):
+        predict_ensemble(tmp_path, tests)

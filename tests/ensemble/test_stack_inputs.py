@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.synthetic_run import CLINIC, write_run
 from triderm_dist.ensemble.columns import ColumnFile, batches_of
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, read_embeddings, write_embeddings
-from triderm_dist.predictions import OofTable
+from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import DataError
 
 
@@ -47,3 +48,18 @@ def test_embeddings_round_trip(tmp_path: Path) -> None:
     assert tower == "tower"
     with pytest.raises(DataError, match="has no lesion c"):
         read_embeddings(path, np.array(["c"], object))
+
+
+def test_columns_of_a_task_with_one_view_and_no_concepts(tmp_path: Path) -> None:
+    write_run(tmp_path, 80, task=CLINIC)
+    table = read_oof(tmp_path / "oof.parquet")
+    names = column_names(table, ["dual_cnn"])
+    assert names == (
+        *(f"dual_cnn/logit/{name}" for name in CLINIC.diagnosis_names),
+        *("metadata/fototyp", "metadata/n_lesions", "metadata/smoker"),
+    )
+    columns = base_columns(table, ["dual_cnn"])
+    assert columns.shape == (80, 7) and np.isfinite(columns[:, :4]).all()
+    np.testing.assert_array_equal(columns[:, 4:], table.metadata)
+    bare = replace(table, task=replace(CLINIC, fields=()), metadata=np.empty((80, 0), np.float32))
+    assert base_columns(bare).shape == (80, len(column_names(bare))) == (80, 8)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tests.ensemble.conftest import QUICK
+from tests.ensemble.conftest import QUICK, members_of
 from tests.synthetic_run import labels_of
 from triderm_dist import metrics, submission
 from triderm_dist.ensemble import calibration
@@ -14,12 +14,14 @@ from triderm_dist.ensemble.thresholds import (
     NEVER,
     RULES,
     Rule,
+    Thresholding,
     _weighted_thresholds,
     adjusted_thresholds,
     best_thresholds,
     decide,
     encode_rule,
     regularized_thresholds,
+    thresholdings,
 )
 from triderm_dist.ensemble.weights import fit_candidates
 from triderm_dist.schema import DIAGNOSES
@@ -140,3 +142,23 @@ def test_logit_adjustment_is_chosen_for_a_biased_prior() -> None:
     fitted = candidates["m"].ensemble
     assert fitted.rule == "nearest" and fitted.tau is not None and fitted.shrinkage is None
     np.testing.assert_array_equal(fitted.decidable([table]) > fitted.thresholds, fitted.decide([table]))
+
+
+def test_thresholdings_of_a_decision() -> None:
+    assert thresholdings("argmax", QUICK) == [Thresholding("nearest", None, 0.0)]
+    fitted, any_number = thresholdings("fitted", QUICK), thresholdings("threshold", QUICK)
+    assert {choice.rule for choice in fitted} == {"nearest"} and Thresholding("nearest", None, 0.0) in fitted
+    assert {choice.rule for choice in any_number} == set(RULES)
+    assert len(any_number) == 2 * 4 + 7 and len(fitted) == 4 + 7
+
+
+@pytest.mark.parametrize("decision", ["argmax", "fitted"])
+def test_decisions_for_one_diagnosis_per_lesion(decision: str) -> None:
+    labels = labels_of(300)
+    tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.0]))}
+    for candidate in fit_candidates(tables, labels, np.arange(300) % 3, QUICK, decision=decision).values():
+        decided = candidate.ensemble.decide(list(tables.values()))
+        assert (decided.sum(axis=1) == 1).all()
+        if decision == "argmax":
+            combined = candidate.ensemble.combine(list(tables.values()))
+            np.testing.assert_array_equal(decided, metrics.argmax_decisions(combined))

@@ -9,6 +9,7 @@ from triderm_dist import metrics
 from triderm_dist.ensemble.run_files import CHOSEN
 from triderm_dist.ensemble.thresholds import best_thresholds
 from triderm_dist.ensemble.weights import (
+    ArgmaxObjective,
     MacroF1Objective,
     NestedEstimate,
     choose_weighting,
@@ -86,3 +87,17 @@ def test_nested_estimate_of_noise_is_at_chance() -> None:
     honest = metrics.macro_f1(nested.decisions[CHOSEN], labels)
     assert metrics.macro_f1(fitted.decide(list(tables.values())), labels) > np.mean(chance) + 0.04
     assert honest < np.mean(chance) + 0.02
+
+
+def test_weights_under_argmax_are_fitted_for_argmax_macro_f1() -> None:
+    labels = labels_of(400)
+    tables = {f"m{i}": table for i, table in enumerate(members_of(labels, [1.5, 1.2, 0.0]))}
+    objective = ArgmaxObjective(list(tables.values()), labels)
+    weights = np.array([0.5, 0.3, 0.2])
+    mixed = np.tensordot(weights, np.stack(list(tables.values())), axes=1)
+    assert objective(objective.mix(weights)) == pytest.approx(metrics.argmax_macro_f1(mixed, labels), abs=0.01)
+    fitted = fit_candidates(tables, labels, folds_of(labels), QUICK, decision="argmax")["fitted"].ensemble
+    reached = metrics.argmax_macro_f1(fitted.combine(list(tables.values())), labels)
+    assert reached >= max(metrics.argmax_macro_f1(table, labels) for table in tables.values())
+    by_thresholds = fit_candidates(tables, labels, folds_of(labels), QUICK)["fitted"].ensemble
+    assert reached > metrics.argmax_macro_f1(by_thresholds.combine(list(tables.values())), labels)

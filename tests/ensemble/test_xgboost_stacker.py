@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from tests.ensemble.conftest import training_rows
+from tests.synthetic_run import CLINIC, write_run
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
 from triderm_dist.ensemble.columns import ColumnFile
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
 from triderm_dist.ensemble.stack_inputs import base_columns
 from triderm_dist.ensemble.xgboost_stacker import count_gpus, device_of, threads_for
-from triderm_dist.predictions import OofTable
+from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import DIAGNOSES, DataError
 from triderm_dist.tasks import milk10k_task
 
@@ -87,3 +88,12 @@ def test_threads_follow_the_size_of_the_fit() -> None:
     assert threads_for(5_000, 1_600, cores=16) == 2
     assert threads_for(1_000_000, 60, cores=16) == 15
     assert threads_for(1_000_000, 60, cores=2) == 2
+
+
+def test_importance_has_the_names_of_columns_that_xgboost_refuses(tmp_path: Path) -> None:
+    write_run(tmp_path, 120, task=CLINIC)
+    table = read_oof(tmp_path / "oof.parquet")
+    stacker = fit_stacker(training_rows(table), FEW_ROUNDS)
+    assert stacker.predict(base_columns(table)).shape == (120, 4)
+    _, importance = stacker.model.importance()
+    assert set(importance) <= set(stacker.feature_names) and "trimodal/logit/MEL<1mm" in importance

@@ -13,13 +13,14 @@ import pytest
 
 from tests.ensemble.conftest import experiment
 from tests.processes import HANG_SECONDS
-from tests.synthetic_run import write_run
+from tests.synthetic_run import CLINIC, write_run
 from triderm_dist import metrics
 from triderm_dist.config import save
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
-from triderm_dist.report.content import LOWER_RECALL, TOO_SMALL, Content
+from triderm_dist.report.content import GROUP, LOWER_RECALL, TOO_SMALL, Content
+from triderm_dist.report.page import _page
 from triderm_dist.schema import DIAGNOSES, DataError
 
 
@@ -190,3 +191,84 @@ def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
     assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[confident])
     assert all((lesion.label, lesion.alternative, lesion.agree) == ("MEL", "NV", 2) for lesion in found[:6])
     assert len(found) < len(content.labels) / 4
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory) -> Path:
+    """A run of a task with one view and no concepts, whose names need escaping; some lesions share a group."""
+    folder = tmp_path_factory.mktemp("clinic")
+    write_run(folder, 260, task=CLINIC)
+    fit_ensemble(folder, experiment(folder))
+    table = read_oof(folder / "oof.parquet")
+    groups = np.where(table.folds == 0, "patient-0", table.groups)
+    write_oof(folder / "oof.parquet", replace(table, groups=groups))
+    write_report(folder)
+    return folder
+
+
+def test_report_of_any_task(clinic: Path) -> None:
+    html = (clinic / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "Lesions of a <clinic> & $practice$: clinic" in page.text
+    for name in (*CLINIC.diagnosis_names, "thin [melanoma]", "wart & co", "smokes & drinks", "II<", "III&"):
+        assert name in page.text, name
+    assert "n lesions (per m$^2$ <b>)" in page.text and "lesions of the same patient" in page.text
+    for word in ("milk", "monet", "isic", "leaderboard", "challenge", "official", "melanoma [", "dermoscop", "site"):
+        assert word not in page.text.lower(), word
+    assert "an expert <b>" in page.text and "a & b" in page.text
+    assert not {"b", "clinic", "1mm"} & {tag for tag, _ in page.tags}
+    assert "Lesions with one photo" not in page.text  # there is one view
+
+
+@pytest.mark.parametrize("decision", ["argmax", "fitted", "threshold"])
+def test_report_says_what_its_main_figure_counts(clinic: Path, tmp_path: Path, decision: str) -> None:
+    shutil.copytree(clinic, tmp_path / "run")
+    table = read_oof(clinic / "oof.parquet")
+    write_oof(tmp_path / "run" / "oof.parquet", replace(table, task=replace(CLINIC, decision=decision)))
+    text = Page(_page(Content(tmp_path / "run"), {}, tmp_path)).text
+    label = {"argmax": "most probable diagnosis", "fitted": "one diagnosis by fitted thresholds",
+             "threshold": "each diagnosis with p > 0.5"}[decision]  # fmt: skip
+    assert f"Macro F1, out of fold, nested, {label}" in text and f"Macro F1, {label}" in text
+    assert ("fitted (too high)" in text) == (decision == "threshold")
+    assert ("Thresholds: from the fit on all lesions" in text) == (decision != "argmax")
+
+
+def test_report_without_reference_results_kinds_and_fields(clinic: Path, tmp_path: Path) -> None:
+    shutil.copytree(clinic, tmp_path / "run")
+    table = read_oof(clinic / "oof.parquet")
+    unknown = tuple(replace(each, malignant=None) for each in CLINIC.diagnoses)
+    bare = replace(CLINIC, title="", diagnoses=unknown, reference_results=())
+    write_oof(tmp_path / "run" / "oof.parquet", replace(table, groups=table.lesion_ids, task=bare))
+    text = Page(_page(Content(tmp_path / "run"), {}, tmp_path)).text
+    assert "clinic: run" in text
+    for heading in ("Published results", "Malignant against benign", "lesions of the same"):
+        assert heading not in text
+
+
+def test_malignant_against_benign_counts_the_kinds_that_the_task_states(clinic: Path) -> None:
+    content = Content(clinic)
+    labels, decisions = content.labels, content.rows.decisions
+    malignancy = content.malignancy
+    assert malignancy is not None and malignancy.unknown == (labels == 2).sum() > 0
+    found = (decisions[:, 0] & (labels == 0)).sum()
+    assert malignancy.lesions[1].tolist() == [(labels == 0).sum() - found, found]
+    assert malignancy.lesions[0].sum() == np.isin(labels, [1, 3]).sum()
+    sensitivity = next(value for title, value in malignancy.values.items() if title.startswith("Sensitivity"))
+    assert sensitivity.value == pytest.approx(found / (labels == 0).sum())
+
+
+def test_slices_of_groups(clinic: Path) -> None:
+    content = Content(clinic)
+    slices = {part.value: part.lesions for part in content.slices if part.field == GROUP}
+    assert slices == {"one": (content.table.folds != 0).sum(), "several": (content.table.folds == 0).sum()}
+    assert {part.field for part in content.slices} == {*CLINIC.field_names, GROUP}
+
+
+def test_report_of_another_task_than_the_ensembles_is_refused(clinic: Path, tmp_path: Path) -> None:
+    shutil.copytree(clinic, tmp_path / "run")
+    table = read_oof(clinic / "oof.parquet")
+    write_oof(tmp_path / "run" / "oof.parquet", replace(table, task=replace(CLINIC, name="other")))
+    with pytest.raises(
+        DataError, match=r"ensemble\.json: was fitted for task 'clinic', .* for 'other'; run triderm stack"
+    ):
+        write_report(tmp_path / "run")

@@ -15,7 +15,7 @@ import pytest
 from tests.processes import ROOT
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Dataset
-from triderm_dist.data.readers.lesions_csv import read_lesions
+from triderm_dist.data.readers.lesions_csv import read_labels, read_lesions
 from triderm_dist.schema import UNLABELED, DataError, Task
 from triderm_dist.tasks import load_task
 
@@ -283,3 +283,18 @@ def test_ham10000_is_read_by_the_shipped_task() -> None:
     dataset = read_lesions(HAM, load_task("ham10000"))
     assert len(dataset.lesions) == 3028 and not dataset.problems
     assert [labels(dataset).count(at) for at in range(7)] == [146, 211, 466, 48, 393, 1700, 64]
+
+
+def test_labels_alone_are_read_without_photos(tmp_path: Path) -> None:
+    task = Task.from_mapping(PER_PHOTO, "task.yaml")
+    path = tmp_path / "truth.csv"
+    path.write_text("LESION;dx\nL1;melanoma\nL1;MEL\nL2;2\nL3;\n")
+    assert read_labels(path, task) == {"L1": 0, "L2": 1, "L3": UNLABELED}
+    for text, message in (
+        ("lesion,dx\nL1,melanoma\nL1,mole\n", "row 3: lesion L1 has another diagnosis than in an earlier row"),
+        ("lesion,dx\nL1,melanom\n", "row 2: unknown dx 'melanom'; did you mean 'melanoma'"),
+        ("id,dx\nL1,melanoma\n", "column 'lesion' is missing"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_labels(path, task)
