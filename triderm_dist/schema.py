@@ -384,11 +384,12 @@ class Task:
 
         Titles, columns, words, the decision and reference results may differ.
         """
-        return self._meaning() == other._meaning()
+        return self.meaning() == other.meaning()
 
-    def _meaning(self) -> tuple[Any, ...]:
-        values = [(each.name, each.kind, each.categories, each.low, each.high, each.full_scale) for each in self.fields]
-        return self.name, self.diagnosis_names, self.view_names, values
+    def meaning(self) -> list[Any]:
+        """Return, as JSON types, what labels, views and metadata values mean: what networks depend on."""
+        fields = [[it.name, it.kind, [*it.categories], it.low, it.high, it.full_scale] for it in self.fields]
+        return [self.name, [*self.diagnosis_names], [*self.view_names], fields]
 
     def _contradictions(self) -> Iterator[str]:
         names, columns = self.diagnosis_names, self.columns

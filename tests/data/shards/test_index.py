@@ -25,7 +25,8 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
 from triderm_dist.data.shards.pack import TarWriter, pack_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import DIAGNOSES, VIEWS, DataError
+from triderm_dist.files import file_sha256, write_json
+from triderm_dist.schema import DIAGNOSES, VIEWS, DataError, Diagnosis, TaskColumns
 
 Make = Callable[..., Challenge]
 
@@ -62,7 +63,6 @@ def test_index_has_the_content_of_the_data_set(dataset: Dataset, tmp_path: Path)
     assert raw["counts"] == {**dict.fromkeys(DIAGNOSES, 2), DIAGNOSES[7]: 1, "unlabelled": 1}
     missing = np.argwhere(index.sizes == 0)
     assert [(index.lesion_ids[row], VIEWS[view]) for row, view in missing] == [("IL_1028", "dermoscopic")]
-    assert index.fingerprint == hashlib.sha256((tmp_path / "out" / "index.json").read_bytes()).hexdigest()
     assert not (tmp_path / "out.part").exists()
 
 
@@ -154,6 +154,37 @@ def test_packing_twice_skips_or_refuses(dataset: Dataset, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="exists and is not a packed set"):
         pack(dataset, tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_fingerprint_depends_on_the_meaning_of_the_task_alone(dataset: Dataset, tmp_path: Path) -> None:
+    index = pack(dataset, tmp_path / "shards")
+    path = tmp_path / "shards" / "index.json"
+    raw = json.loads(path.read_text())
+    # MILK10k: as when index.json had no task, so that folds finished then stay finished.
+    write_json(path, {key: value for key, value in raw.items() if key != "task"})
+    assert index.fingerprint == read_index(tmp_path / "shards").fingerprint == file_sha256(path)
+
+    def fingerprint(**changes: Any) -> str:
+        write_json(path, {**raw, "task": dataclasses.replace(index.task, **changes).to_mapping()})
+        return read_index(tmp_path / "shards").fingerprint
+
+    assert fingerprint(title="A title", decision="argmax") == index.fingerprint
+    others = {fingerprint(name="other"), fingerprint(views=index.task.views[:1], columns=TaskColumns("photo"))}
+    assert len({*others, index.fingerprint}) == 3
+
+
+def test_packing_again_updates_titles_of_the_task_and_refuses_other_meanings(dataset: Dataset, tmp_path: Path) -> None:
+    def packed_for(**changes: Any) -> ShardIndex:
+        task = dataclasses.replace(dataset.task, name="clinic", **changes)
+        return pack(dataclasses.replace(dataset, task=task), tmp_path / "shards")
+
+    before, after = packed_for(), packed_for(title="A title")
+    assert (before.task.title, after.task.title) == ("MILK10k", "A title") and after.fingerprint == before.fingerprint
+    with pytest.raises(DataError, match=r"was packed for task 'clinic', not for another description of it; choose"):
+        packed_for(diagnoses=(*dataset.task.diagnoses[:-1], Diagnosis("SCAR")))
+    with pytest.raises(DataError, match=r"was packed for task 'clinic', not for task 'milk10k'; choose"):
+        pack(dataset, tmp_path / "shards")
+    assert read_index(tmp_path / "shards").task == after.task
 
 
 def test_unreadable_photos_are_reported_or_dropped(make_challenge: Make, tmp_path: Path) -> None:

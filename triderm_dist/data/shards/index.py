@@ -13,6 +13,7 @@ scales to 10 million lesions: a column is read at its first use, and no Python o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ from triderm_dist.data.shards.format import (
     samples_schema,
 )
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import file_sha256
+from triderm_dist.files import file_sha256, json_text
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task, one_line
 from triderm_dist.tasks import milk10k_task
 
@@ -55,7 +56,8 @@ class ShardIndex:
     """The index of a packed set: N lesions in the order of the tars, K concepts, M metadata fields.
 
     problems: why lesions were left out.  extensions: file extensions of a view's photo in the tars.  fingerprint:
-    SHA-256 of index.json, which holds the checksums of all other files.  Columns are read at their first use from
+    SHA-256 of what results depend on: index.json, which holds the checksums of all other files, and of its task the
+    meaning (`Task.meaning`).  Columns are read at their first use from
     `samples`, the open samples.parquet, so that they do not change if the folder is replaced or removed.
     """
 
@@ -222,7 +224,8 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
         samples = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:
         raise _unreadable(folder / SAMPLES, error) from None
-    index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=file_sha256(path), **content)
+    fingerprint = _fingerprint(path, raw, content["task"])
+    index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=fingerprint, **content)
     _check_rows(index)
     if verify:
         verify_shards(index)
@@ -252,6 +255,18 @@ def read_raw_index(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise DataError(f"{path}: not an index of shards; pack the data again")
     return raw
+
+
+def _fingerprint(path: Path, raw: Mapping[str, Any], task: Task) -> str:
+    """Return `ShardIndex.fingerprint`: for MILK10k the hash of the index.json that earlier versions wrote, without a
+    task, so that their finished work stays finished.
+    """
+    if "task" not in raw:
+        return file_sha256(path)
+    content = {key: value for key, value in raw.items() if key != "task"}
+    if not task.matches(milk10k_task()):
+        content["task"] = task.meaning()
+    return hashlib.sha256(json_text(content).encode()).hexdigest()
 
 
 def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -33,9 +33,9 @@ from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, 
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import atomic_path, exclusive_lock, file_sha256
+from triderm_dist.files import atomic_path, exclusive_lock, file_sha256, write_json
 from triderm_dist.schema import VIEWS, DataError, Lesion
-from triderm_dist.tasks import milk10k_task
+from triderm_dist.tasks import milk10k_task, recorded_task
 
 Progress = Callable[[int, int], None]
 """Called with (lesions done, all lesions)."""
@@ -106,12 +106,14 @@ def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
     advice = "choose another output folder or delete this one"
     if not (folder / INDEX).is_file():
         raise DataError(f"{folder}: exists and is not a packed set; {advice}")
-    found = read_raw_index(folder / INDEX)
-    task = packer.task.to_mapping()
+    found, task = read_raw_index(folder / INDEX), packer.task
+    if not (of := recorded_task(found, str(folder / INDEX))).matches(task):
+        how = "another description of it" if of.name == task.name else f"task {task.name!r}"
+        raise DataError(f"{folder}: was packed for task {of.name!r}, not for {how}; {advice}")
     if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():
         raise DataError(f"{folder}: was packed from other data, with other settings or by another version; {advice}")
-    if found.get("task", task) != task:
-        raise DataError(f"{folder}: was packed under another description of task {packer.task.name!r}; {advice}")
+    if of != task:  # in titles, for example
+        write_json(folder / INDEX, {**found, "task": task.to_mapping()})
     part = folder.with_name(folder.name + ".part")
     if part.is_dir() and not (part / "shards").exists():
         shutil.rmtree(part)  # left by a run that was killed after the rename
@@ -279,7 +281,7 @@ class _Packer:
     def _digest(self) -> Any:
         settings = {name: value for name, value in self.settings.items() if name != "shard_samples"}
         # Sets of MILK10k were packed before there were other tasks; their hashes do not change.
-        task = [] if self.task == milk10k_task() else [self.task.to_mapping()]
+        task = [] if self.task.matches(milk10k_task()) else [self.task.meaning()]
         return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts, *task]).encode())
 
     def _source(self, lesions: Sequence[Lesion]) -> str:
