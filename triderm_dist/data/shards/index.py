@@ -42,7 +42,7 @@ from triderm_dist.data.shards.format import (
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256, json_text
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task, one_line
-from triderm_dist.tasks import milk10k_task
+from triderm_dist.tasks import milk10k_task, recorded_task
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.cache import Cache
@@ -224,7 +224,7 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
         samples = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:
         raise _unreadable(folder / SAMPLES, error) from None
-    fingerprint = _fingerprint(path, raw, content["task"])
+    fingerprint = index_fingerprint(path, raw)
     index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=fingerprint, **content)
     _check_rows(index)
     if verify:
@@ -257,13 +257,13 @@ def read_raw_index(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _fingerprint(path: Path, raw: Mapping[str, Any], task: Task) -> str:
-    """Return `ShardIndex.fingerprint`: for MILK10k the hash of the index.json that earlier versions wrote, without a
-    task, so that their finished work stays finished.
+def index_fingerprint(path: Path, raw: Mapping[str, Any]) -> str:
+    """Return the `ShardIndex.fingerprint` of an index.json and its content: for MILK10k the hash of the file that
+    earlier versions wrote, without a task, so that their finished work stays finished.
     """
     if "task" not in raw:
         return file_sha256(path)
-    content = {key: value for key, value in raw.items() if key != "task"}
+    task, content = recorded_task(raw, str(path)), {key: value for key, value in raw.items() if key != "task"}
     if not task.matches(milk10k_task()):
         content["task"] = task.meaning()
     return hashlib.sha256(json_text(content).encode()).hexdigest()
@@ -274,7 +274,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for an incomplete one, DataError for a task that this program cannot read.
     """
     try:
-        task = Task.from_mapping(raw["task"], f"{path}: task") if "task" in raw else milk10k_task()
+        task = recorded_task(raw, str(path))
     except ConfigError as error:
         raise DataError(f"{error}; pack the data again") from None
     sizes = {_size(text): int(count) for text, count in raw["photo_sizes"].items()}

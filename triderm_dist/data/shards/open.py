@@ -13,7 +13,7 @@ from pathlib import Path
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.cache import Cache
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
-from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index, read_raw_index
 from triderm_dist.data.shards.remote import Store, disk_error
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import DataError
@@ -50,7 +50,7 @@ def set_fingerprint(where: str, remote: RemoteConfig) -> str:
     path = index_file(where, remote)
     if not path.is_file():
         raise DataError(f"{path}: no such file; create it by triderm pack")
-    return file_sha256(path)
+    return index_fingerprint(path, read_raw_index(path))
 
 
 def cache_root(remote: RemoteConfig) -> Path:
