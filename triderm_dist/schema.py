@@ -365,6 +365,21 @@ class Task:
     def field_names(self) -> tuple[str, ...]:
         return tuple(each.name for each in self.fields)
 
+    @property
+    def row_per_photo(self) -> bool:
+        """Whether a row of the table is one of several photos of a lesion."""
+        return isinstance(self.columns.image, str) and len(self.views) > 1
+
+    @property
+    def concept_names(self) -> tuple[str, ...]:
+        """The concepts of a lesion that the task names; none where the table does, by a prefix."""
+        return self.per_lesion(self.concepts.names)
+
+    def per_lesion(self, scores: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of a lesion's concepts, given those in a row: `view/name` where a row is a photo."""
+        names = tuple(scores)
+        return tuple(f"{view}/{name}" for view in self.view_names for name in names) if self.row_per_photo else names
+
     @cached_property
     def label_words(self) -> dict[str, int]:
         """The index of a diagnosis by each of its spellings, in lower case."""

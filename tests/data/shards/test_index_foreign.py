@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from triderm_dist.data.shards import index_foreign
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
 from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, VIEWS, DataError, Task
+from triderm_dist.schema import CONCEPTS, DIAGNOSES, UNLABELED, VIEWS, DataError, Task, View
 from triderm_dist.tasks import load_task
 
 Change = Callable[[dict[str, Any], int], Any]
@@ -198,6 +199,45 @@ def test_one_unknown_label_is_refused_or_dropped(tmp_path: Path) -> None:
     index = index_shards(tmp_path / "theirs", invalid="drop")
     assert [(problem.lesion_id, problem.kind) for problem in index.problems] == [("L4", "label")]
     assert len(index) == 7 and verify(index, 2, 0) == []
+
+
+CLINIC = Task.from_mapping(
+    {
+        "name": "clinic",
+        "diagnoses": [{"name": "MEL", "words": ["1"]}, {"name": "NV", "words": ["2", "mole"]}],
+        "views": [{"name": "dermoscopic"}],
+        "concepts": {"names": ["streaks", "veil"], "words": {"absent": 0, "present": 1}},
+        "fields": [{"name": "sex", "column": "Geschlecht", "kind": "category", "categories": ["w", "m"]}],
+        "columns": {"image": "photo", "diagnosis": "dx", "group": "Patient"},
+        "missing_words": ["k.A."],
+    },
+    "task.yaml",
+)
+
+
+def clinic_record(sample: dict[str, Any], number: int) -> None:
+    """Use one view, numbers as labels, and the words and columns of a task; the last lesion says that none is known."""
+    del sample["clinical.jpg"]
+    cells = {"label": 1.0 + number % 2, "veil": "present", "streaks": "k.A.", "Geschlecht": "M", "Patient": number // 2}
+    sample["json"] = cells if number < 7 else {"label": "k.A.", "Geschlecht": "K.A."}
+
+
+def test_records_are_read_by_the_words_of_the_task(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=clinic_record)
+    index = index_shards(tmp_path / "theirs", task=CLINIC)
+    assert index.task == CLINIC and index.labels.tolist() == [0, 1, 0, 1, 0, 1, 0, UNLABELED]
+    assert index.concepts == ("streaks", "veil") and index.groups.tolist() == ["0", "0", "1", "1", "2", "2", "3", "L7"]
+    np.testing.assert_array_equal(index.concept_scores, np.float32([[np.nan, 1]] * 7 + [[np.nan, np.nan]]))
+    np.testing.assert_array_equal(index.metadata[:, 0], np.float32([1] * 7 + [np.nan]))
+    assert not index.sizes[:, 0].any() and index.sizes[:, 1].all()
+    assert verify(index, 2, 0) == []
+
+
+def test_one_view_is_required_and_enough_where_the_task_has_one(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "theirs", change=clinic_record)
+    closeups = replace(CLINIC, views=(View("clinical"),))
+    with pytest.raises(InvalidLesions, match=r"lesion L0: no clinical photo named .*name its extension by [^,]*\(8"):
+        index_shards(tmp_path / "theirs", task=closeups, missing_view="mark")
 
 
 def test_labels_of_another_task_are_refused(tmp_path: Path) -> None:

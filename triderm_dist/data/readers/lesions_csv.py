@@ -176,12 +176,11 @@ class _Reading:
         groups = self._groups()
         metadata = np.stack([self._field(number) for number in range(len(task.fields))], 1) if task.fields else None
         scores = [self._scores(column) for column in self._concept_columns()]
-        per_view = self.per_photo and len(task.views) > 1
 
         fields = self._agreed(rows, metadata, [each.column for each in task.fields])
         (label,) = self._agreed(rows, labels[:, None], [task.columns.diagnosis or "diagnosis"], UNLABELED).T
         group = self._agreed_groups(rows, groups)
-        if per_view:
+        if task.row_per_photo:
             concepts = [np.where(rows[:, at] >= 0, each[rows[:, at]], np.nan) for at in range(2) for each in scores]
         else:
             concepts = [each[rows[:, 0]] for each in scores]
@@ -213,17 +212,10 @@ class _Reading:
         return kept, self._all_notes(kept), self.problems
 
     @property
-    def per_photo(self) -> bool:
-        return isinstance(self.task.columns.image, str)
-
-    @property
     def concepts(self) -> tuple[str, ...]:
-        """Return the names of the scores: once a view where each photo has its own."""
+        """The names of the scores of a lesion."""
         prefix = self.task.concepts.prefix or ""
-        names = [column[len(prefix) :] for column in self._concept_columns()]
-        if self.per_photo and len(self.task.views) > 1:
-            return tuple(f"{view}/{name}" for view in self.task.view_names for name in names)
-        return tuple(names)
+        return self.task.per_lesion(column[len(prefix) :] for column in self._concept_columns())
 
     # --- lesions ---
 
@@ -243,7 +235,7 @@ class _Reading:
         images = [self._paths(column) for column in image_columns(task)]
         self.photos.clear()
         views = len(task.views)
-        if self.per_photo and views > 1:
+        if task.row_per_photo:
             view = self._views()
             place: dict[str, int] = {}
             rows: list[list[int]] = []
@@ -266,7 +258,7 @@ class _Reading:
         for row, lesion_id in enumerate(self.ids):
             if (other := first.setdefault(lesion_id, row)) != row:
                 what = f"lesion {lesion_id} occurs twice, first in row {self.table.numbers[other]}; keep one"
-                if self.per_photo and task.columns.lesion_id:
+                if isinstance(task.columns.image, str) and task.columns.lesion_id:
                     what += ", or make every photo a lesion by columns: {lesion_id: null, group: "
                     what += f"{task.columns.lesion_id}}} in task.yaml"
                 self._problem(row, "duplicate lesion", what)
@@ -422,17 +414,15 @@ class _Reading:
         if column not in self.table.cells:
             self.notes.append(f"no column {column!r}: this concept is missing for every lesion")
             return np.full(len(self.table), np.nan)
-        known = {word.lower(): score for word, score in self.task.concepts.words.items()}
+        scores = self.task.concepts.words
 
         def parse(text: str) -> float:
-            if text.lower() in known:
-                return known[text.lower()]
             try:
-                return parse_score(column, text, self.task.missing_words)
+                return parse_score(column, text, self.task.missing_words, scores)
             except ValueError as error:
                 raise ValueError(f"{error}; correct it, or list it under concepts.words in task.yaml") from None
 
-        return self._parsed(column, parse, "cell", (0.0, 1.0), known)
+        return self._parsed(column, parse, "cell", (0.0, 1.0), scores)
 
     def _labels(self) -> np.ndarray:
         """Return the (N,) index of each row's diagnosis, `UNLABELED` where it has none."""

@@ -11,11 +11,12 @@ import gc
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -330,8 +331,16 @@ def parse_field(field: MetadataField, text: str, words: Sequence[str] = MISSING_
     return field.parse(_with_point(text.removesuffix("+")) if field.is_number else text)
 
 
-def parse_score(name: str, text: str, words: Sequence[str] = MISSING_WORDS) -> float:
-    """Return a concept score from 0 to 1, NaN where missing. Raises ValueError otherwise."""
+def parse_score(
+    name: str, text: str, words: Sequence[str] = MISSING_WORDS, scores: Mapping[str, float] = MappingProxyType({})
+) -> float:
+    """Return a concept score from 0 to 1, NaN where missing. Raises ValueError otherwise.
+
+    scores: the score of a word, in any case; it precedes `words`, those that mean a missing value.
+    """
+    for word, number in scores.items():
+        if word.lower() == text.lower():
+            return number
     if is_missing(text, words):
         return math.nan
     score = parse_number(text)

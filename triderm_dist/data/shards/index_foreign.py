@@ -54,10 +54,10 @@ def index_shards(
     """Write index.json and samples.parquet into a folder of tars and return the index.
 
     Every record is checked and every photo decoded. The K concepts are those of the first sample that has any; where
-    none has, MILK10k's names with all scores missing. `note` is called with each tolerated deviation, `progress` with
-    (bytes scanned, bytes in all).
+    none has, those that the task names, with all scores missing. `note` is called with each tolerated deviation,
+    `progress` with (bytes scanned, bytes in all).
 
-    task: gives the words of the labels; None takes MILK10k's. A number is a word like any other,
+    task: gives labels, fields and views their meaning; None takes MILK10k's. A number is a label like any other word,
     since its meaning is not known.
 
     Raises InvalidLesions with all problems; DataError for labels that name no diagnosis, with their counts, and for a
@@ -91,7 +91,7 @@ def index_shards(
         raise DataError(f"{folder}: no valid lesion; {len(scan.problems)} problems, the first: {scan.problems[0]}")
     for text in scan.notes():
         note(text)
-    names = scan.concepts or task.concepts.names or (CONCEPTS if task.concepts.prefix else ())
+    names = scan.concepts or (CONCEPTS if task.reader == "milk10k" else ())
     tables = (_with_scores(table, len(names), len(task.fields)) for table in scan.tables)
     about: dict[str, Any] = {"extensions": {view: list(names) for view, names in extensions.items()}}
     write_index(folder, tables, scan.shards, task, names, scan.problems, about)
@@ -130,6 +130,8 @@ class _Scan:
     tar_of: dict[str, Path] = field(default_factory=dict)
     """The tar of each valid lesion."""
     concepts: tuple[str, ...] = ()
+    """Those of the task, else of the first sample that has any."""
+    scored: bool = False
     rotated: int = 0
     labeled: int = 0
     unknown_labels: Counter[str] = field(default_factory=Counter)
@@ -153,9 +155,11 @@ class _Scan:
             what = f"lesion {record.lesion_id} occurs twice, first in {self.tar_of[record.lesion_id]}"
             self.problems.append(Problem(record.lesion_id, "duplicate lesion", str(self._path), what))
             return
-        self.concepts = self.concepts or tuple(record.concepts)
+        self.concepts = self.concepts or self.task.concept_names or tuple(record.concepts)
+        self.scored |= bool(record.concepts)
         if unknown := next((name for name in record.concepts if name not in self.concepts), None):
-            what = f"lesion {record.lesion_id} has a concept {unknown!r} that the first lesion lacks"
+            of = "the task" if self.task.concept_names else "the first lesion"
+            what = f"lesion {record.lesion_id} has a concept {unknown!r} that {of} lacks"
             self.problems.append(Problem(record.lesion_id, "record", str(self._path), what))
             return
         self.tar_of[record.lesion_id] = self._path
@@ -173,7 +177,7 @@ class _Scan:
 
     def notes(self) -> Iterator[str]:
         """Yield a line for each tolerated deviation."""
-        if not self.concepts:
+        if not self.scored and (self.concepts or self.task.concepts.prefix):
             yield "no sample has concept scores; every score is missing"
         if self.rotated:
             yield (
@@ -263,10 +267,11 @@ class _SampleCheck:
         where, problems = f"{sample.path}, lesion {record.lesion_id}", list[Problem]()
         locations, photos = dict.fromkeys(VIEWS, (0, 0)), dict.fromkeys(VIEWS, (0, 0, 0))
         rotated = 0
-        for view in VIEWS:
+        views = self.task.view_names
+        for view in views:
             name = next((name for name in self.extensions[view] if name in sample.members), None)
             if name is None:
-                if self.missing_view == "refuse":
+                if self.missing_view == "refuse" or len(views) == 1:
                     problems.append(Problem(record.lesion_id, "missing photo", where, self._missing(view, sample)))
                 continue
             locations[view] = sample.members[name]
@@ -277,17 +282,15 @@ class _SampleCheck:
                 rotated += not is_upright(data)
             except PhotoError as error:
                 problems.append(Problem(record.lesion_id, "unreadable photo", where, f"{name}: {error}"))
-        if not any(size for _, size in locations.values()) and self.missing_view == "mark":
+        if not problems and not any(size for _, size in locations.values()):
             problems.append(Problem(record.lesion_id, "missing photo", where, "no photo at all"))
         numbers = [number for view in VIEWS for number in photos[view]]
         return _Checked(None if problems else record, locations, numbers, rotated, problems)
 
     def _missing(self, view: str, sample: _Sample) -> str:
         wanted, found = " or .".join(self.extensions[view]), ", .".join(sorted(sample.members))
-        return (
-            f"no {view} photo named .{wanted} among .{found}; "
-            f"name its extension by {view}=EXTENSION, or allow lesions with one photo by missing_view=mark"
-        )
+        allow = ", or allow lesions with one photo by missing_view=mark" if len(self.task.views) > 1 else ""
+        return f"no {view} photo named .{wanted} among .{found}; name its extension by {view}=EXTENSION{allow}"
 
 
 def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:

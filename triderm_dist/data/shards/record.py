@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from triderm_dist.data.readers.dataset import LESION_ID
-from triderm_dist.data.readers.table import parse_field, parse_score
+from triderm_dist.data.readers.table import is_missing, parse_field, parse_score
 from triderm_dist.schema import UNLABELED, Lesion, Task
 
 LABEL_KEYS = ("label", "diagnosis")
@@ -54,9 +54,10 @@ def parse_record(
     """Parse a sample's `.json` and `.cls` members (None where absent), written by triderm pack or another program.
 
     lesion_id: default the sample's key, without folders.  label or diagnosis: a spelling of a diagnosis in any case;
-    default the content of `.cls`.  group or patient_id: default the lesion itself.  concepts: a mapping of names to
-    scores; default the record's own keys with the task's prefix of concepts.  metadata: a mapping, or keys of the
-    record itself, named as the task's fields or as their columns. What is absent or null is missing.
+    default the content of `.cls`.  group, patient_id or the task's column of groups: default the lesion itself.
+    concepts: a mapping of names to scores; default the record's own keys that the task lists or that have its prefix.
+    metadata: a mapping, or keys of the record itself, named as the task's fields or as their columns. What is absent,
+    null or a missing word of the task is missing.
 
     words: the index of a diagnosis by its spelling in lower case; default `Task.label_words`. A number is a word like
     any other.
@@ -71,21 +72,29 @@ def parse_record(
         raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no space, dot or slash")
     diagnosis = next((text for name in LABEL_KEYS if (text := _text(cells.get(name)))), (label or b"").decode().strip())
     metadata = _mapping(cells, "metadata") or cells
-    prefix = task.concepts.prefix
-    concepts = _mapping(cells, "concepts") or {
-        name.removeprefix(prefix): value
-        for name, value in {**metadata, **cells}.items()
-        if prefix and name.startswith(prefix)
-    }
+    concepts = _mapping(cells, "concepts") or _own_concepts({**metadata, **cells}, task)
+    group_keys = (*GROUP_KEYS, task.columns.group or "")
     return Record(
         lesion_id=lesion_id,
-        group=next((text for name in GROUP_KEYS if (text := _text(cells.get(name)))), lesion_id),
-        label=_label(diagnosis, words or task.label_words) if diagnosis else UNLABELED,
-        concepts={name: parse_score(name, _text(score)) for name, score in concepts.items()},
+        group=next((text for name in group_keys if (text := _text(cells.get(name)))), lesion_id),
+        label=_label(diagnosis, task, words or task.label_words),
+        concepts={
+            name: parse_score(name, _text(score), task.missing_words, task.concepts.words)
+            for name, score in concepts.items()
+        },
         metadata=tuple(
-            parse_field(field, _text(metadata.get(field.name, metadata.get(field.column)))) for field in task.fields
+            parse_field(field, _text(metadata.get(field.name, metadata.get(field.column))), task.missing_words)
+            for field in task.fields
         ),
     )
+
+
+def _own_concepts(cells: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Return the scores among a record's own keys, by their names without the task's prefix."""
+    prefix = task.concepts.prefix
+    if prefix:
+        return {name.removeprefix(prefix): value for name, value in cells.items() if name.startswith(prefix)}
+    return {name: cells[name] for name in task.concepts.names if name in cells}
 
 
 def _text(value: Any) -> str:
@@ -101,7 +110,11 @@ def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _label(text: str, words: Mapping[str, int]) -> int:
-    if text.lower() not in words:
-        raise UnknownLabel(text)
-    return words[text.lower()]
+def _label(text: str, task: Task, words: Mapping[str, int]) -> int:
+    # JSON holds an integer that was a float as 3.0.
+    for spelling in (text.lower(), text.lower().removesuffix(".0")):
+        if spelling in words:
+            return words[spelling]
+    if is_missing(text, task.missing_words):
+        return UNLABELED
+    raise UnknownLabel(text)

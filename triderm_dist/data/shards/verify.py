@@ -144,7 +144,8 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[t
     """
     photos = []
     for view in VIEWS:
-        data = next((sample[name] for name in index.extensions[view] if name in sample), b"")
+        names = index.extensions[view] if view in index.task.view_names else ()
+        data = next((sample[name] for name in names if name in sample), b"")
         if data != read_photo_bytes(index, row, view):
             raise ValueError(f"the {view} photo is not at the offset of {SAMPLES}")
         if data:
