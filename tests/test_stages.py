@@ -1,19 +1,24 @@
 """Stages run once for the same content and again when it changes; one run at a time per folder."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.data.readers.test_lesions_csv import PER_PHOTO, rows_of_photos, task_of, write
 from tests.processes import HANG_SECONDS, ROOT, is_free, wait_for
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import load
-from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.schema import ConfigError, DataError, InputError
 from triderm_dist.stages import Stage, run_stages
+from triderm_dist.tasks import load_task
 
 
 def stage(folder: Path, settings: object = 0, name: str = "copy") -> Stage:
@@ -146,8 +151,15 @@ def pipeline_stages(folder: Path, *words: str) -> dict[str, Stage]:
     return {each.name: each for each in stages(config, folder / "config.yaml")}
 
 
+def packed(folder: Path, task: str = "milk10k") -> Path:
+    """Write an index.json of a packed set that names its task only."""
+    folder.mkdir()
+    (folder / "index.json").write_text(json.dumps({"task": load_task(task).to_mapping()}))
+    return folder
+
+
 def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
-    challenge = make_challenge()
+    challenge, test = make_challenge(), packed(tmp_path / "test")
     plain = pipeline_stages(tmp_path, f"data.source={challenge.folder}")
     one_table = pipeline_stages(tmp_path, f"data.source={challenge.metadata_path}")
     read = [challenge.metadata_path, challenge.truth_path, challenge.photo(0).parents[1]]
@@ -157,7 +169,7 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
         "token_seed=1": {"crossval", "embed"},
         "predict.batch=3": {"predict"},
     }.items():
-        words = [f"data.source={challenge.folder}", "data.test_shards=there", "stack.extra=[embeddings]"]
+        words = [f"data.source={challenge.folder}", f"data.test_shards={test}", "stack.extra=[embeddings]"]
         before, after = pipeline_stages(tmp_path, *words), pipeline_stages(tmp_path, *words, key)
         assert {name for name in before if before[name].settings != after[name].settings} == changed
     spread = pipeline_stages(
@@ -169,15 +181,56 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
 
 
 def test_existing_test_shards_are_not_overwritten(make_challenge, tmp_path):
-    words = ["data.shards=there", f"data.test={make_challenge().folder}"]
+    words = [f"data.shards={packed(tmp_path / 'train')}", f"data.test={make_challenge().folder}"]
     assert "pack test" in pipeline_stages(tmp_path, *words)
-    assert "pack test" not in pipeline_stages(tmp_path, *words, "data.test_shards=other")
+    assert "pack test" not in pipeline_stages(tmp_path, *words, f"data.test_shards={packed(tmp_path / 'test')}")
 
 
 def test_fused_features_are_predicted_before_stacking(tmp_path):
-    words = ["data.shards=there", "stack.extra=[features]"]
-    found = pipeline_stages(tmp_path, *words, "data.test_shards=other")
+    words = [f"data.shards={packed(tmp_path / 'train')}", "stack.extra=[features]"]
+    found = pipeline_stages(tmp_path, *words, f"data.test_shards={packed(tmp_path / 'test')}")
     assert list(found) == ["crossval", "predict folds", "stack", "predict", "report"]
     assert set(found["predict folds"].outputs) <= set(found["stack"].inputs)
     with pytest.raises(ConfigError, match=r"stack.extra: features .* test set; set data.test"):
         pipeline_stages(tmp_path, *words)
+
+
+def test_both_folders_are_packed_for_one_task(tmp_path):
+    train, test = (write(tmp_path / name, rows_of_photos()) for name in ("train", "test"))
+    (train / "task.yaml").write_text(yaml.safe_dump(PER_PHOTO))
+    (test / "task.yaml").write_text("of another study")
+    found = pipeline_stages(tmp_path, f"data.source={train}", f"data.test={test}")
+    for name, folder in (("pack", train), ("pack test", test)):
+        assert f"task={train / 'task.yaml'}" in found[name].command
+        assert found[name].settings["task"] == task_of().to_mapping()
+        assert found[name].inputs == [folder / "table.csv", folder]
+    assert [path.name for path in found["predict"].outputs] == ["probabilities.csv", "decisions.csv"]
+    assert [path.name for path in found["stack"].outputs[1:]] == ["oof_probabilities.csv", "oof_decisions.csv"]
+    one_key = replace(task_of(), title="Our clinic")
+    (train / "task.yaml").write_text(yaml.safe_dump(one_key.to_mapping()))
+    changed = pipeline_stages(tmp_path, f"data.source={train}", f"data.test={test}")
+    assert {name for name in found if found[name].settings != changed[name].settings} == {"pack", "pack test"}
+    (train / "task.yaml").unlink()
+    with pytest.raises(DataError, match=r"no task.yaml .* triderm task init"):
+        pipeline_stages(tmp_path, f"data.source={train}")
+
+
+def test_stages_of_milk10k_name_no_task_in_their_settings(make_challenge, tmp_path):
+    challenge = make_challenge()
+    found = pipeline_stages(tmp_path, f"data.source={challenge.folder}", f"data.test={challenge.folder}")
+    for name in ("pack", "pack test"):
+        assert found[name].settings == {"short_side": 288, "missing_view": "refuse", "invalid": "refuse"}
+    assert [path.name for path in found["predict"].outputs] == ["submission.csv"]
+
+
+def test_packed_sets_of_different_tasks_are_refused(tmp_path):
+    train, test = packed(tmp_path / "train", "derm7pt"), packed(tmp_path / "test", "ham10000")
+    with pytest.raises(DataError, match=r"test: was packed for task 'ham10000', not for task 'derm7pt'; pack the test"):
+        pipeline_stages(tmp_path, f"data.shards={train}", f"data.test_shards={test}")
+    with pytest.raises(
+        DataError, match=r"train: was packed for task 'derm7pt', not for task 'ham10000'; remove data.t"
+    ):
+        pipeline_stages(tmp_path, f"data.shards={train}", "data.task=ham10000")
+    assert "pack" not in pipeline_stages(tmp_path, f"data.shards={train}", "data.task=derm7pt")
+    with pytest.raises(ConfigError, match=r"none/index.json: not the index of a packed set \(.*No such file"):
+        pipeline_stages(tmp_path, f"data.shards={tmp_path / 'none'}")

@@ -16,10 +16,10 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
 from triderm_dist.models import check_network
-from triderm_dist.schema import ConfigError, added_fields
+from triderm_dist.schema import ConfigError, Task, added_fields
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
-from triderm_dist.tasks import milk10k_task
+from triderm_dist.tasks import check_packed_for, load_task, milk10k_task
 
 
 class PipelineRun(ParallelFoldsRun):
@@ -50,16 +50,18 @@ def main(config: PipelineRun) -> None:
         )
     if config.launcher and config.parallel_folds:
         raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
-    run_stages(stages(config, settings), folder, begin=lambda: save(config.experiment, settings))
-    for name in ("submission.csv", "oof_submission.csv", "report.html"):
-        if (folder / name).exists():
-            print(f"{folder / name}")
+    found = stages(config, settings)
+    run_stages(found, folder, begin=lambda: save(config.experiment, settings))
+    for path in (path for stage in found for path in stage.outputs):
+        if path.parent == folder and path.suffix in (".csv", ".html"):
+            print(path)
 
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """Return all stages in order; `run_stages` decides which are skipped."""
-    from triderm_dist.data.readers.source import task_setting
     from triderm_dist.data.shards.open import index_file
+    from triderm_dist.ensemble.run_files import OOF_PREFIX
+    from triderm_dist.submission import result_files
 
     folder, with_config = config.folder, ["--config", str(settings)]
     data, extra = config.data, config.stack.extra if config.stack.enabled else ()
@@ -77,11 +79,11 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if "features" in extra and not test_index:
         raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
     result = []
-    task = data.task or (str(train_index) if data.shards else task_setting(str(data.source)))
+    setting, task = run_task(config)
     if data.shards is None:
-        result.append(_pack("pack", config, str(data.source), task, config.train_shards))
+        result.append(_pack("pack", config, str(data.source), setting, config.train_shards))
     if data.test and data.test_shards is None:
-        result.append(_pack("pack test", config, data.test, task, config.test_shards))
+        result.append(_pack("pack test", config, data.test, setting, config.test_shards))
     oof = folder / "oof.parquet"
     parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
@@ -103,18 +105,41 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         )
         extra_files += predicted
     stacking = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
-    ensemble, oof_submission = folder / "ensemble.json", folder / "oof_submission.csv"
-    result.append(
-        Stage("stack", [*program("stack"), *with_config], stacking, [oof, *extra_files], [ensemble, oof_submission])
-    )
+    ensemble = folder / "ensemble.json"
+    stacked = [ensemble, *(folder / name for name in result_files(task, OOF_PREFIX))]
+    result.append(Stage("stack", [*program("stack"), *with_config], stacking, [oof, *extra_files], stacked))
     reported = [ensemble, oof, settings]
     if test_index:
         truth = [Path(data.test_truth)] if data.test_truth else []
-        submission = folder / "submission.csv"
-        result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], [submission]))
-        reported += [submission, *truth]
+        results = [folder / name for name in result_files(task)]
+        result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], results))
+        reported += [*results, *truth]
     result.append(Stage("report", [*program("report"), *with_config], [], reported, [folder / "report.html"]))
     return result
+
+
+def run_task(config: PipelineRun) -> tuple[str, Task]:
+    """Return the task of the training set, and the name or file that gives it to `triderm pack`.
+
+    Raises DataError for a packed set of another task.
+    """
+    from triderm_dist.data.readers.source import find_task, task_setting
+    from triderm_dist.data.shards.open import index_file
+
+    data = config.data
+    if data.shards is None:
+        setting = task_setting(str(data.source), data.task)
+        task = find_task(str(data.source), setting)
+    else:
+        setting = str(index_file(data.shards, data.remote))
+        task = load_task(setting)
+        if data.task:
+            advice = "remove data.task, or pack the training set again"
+            check_packed_for(task, load_task(data.task), data.shards, advice)
+    if data.test_shards:
+        packed = load_task(index_file(data.test_shards, data.remote))
+        check_packed_for(packed, task, data.test_shards, "pack the test set for the task of the training set")
+    return setting, task
 
 
 def program(name: str, launcher: Path | None = None) -> list[str]:

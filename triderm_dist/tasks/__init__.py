@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.schema import METADATA_FIELDS, ConfigError, Task, one_line
+from triderm_dist.schema import METADATA_FIELDS, ConfigError, DataError, Task, one_line
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent
@@ -58,6 +58,13 @@ def recorded_task(record: Mapping[str, Any], where: str) -> Task:
     Raises ConfigError, with `where` in front, for a task that this version cannot read.
     """
     return Task.from_mapping(record["task"], f"{where}: task") if "task" in record else milk10k_task()
+
+
+def check_packed_for(packed: Task, task: Task, where: str, advice: str) -> None:
+    """Check that a set at `where`, packed for one task, can be used for another. Raises DataError, with the advice."""
+    if not packed.matches(task):
+        other = "another description of it" if packed.name == task.name else f"task {task.name!r}"
+        raise DataError(f"{where}: was packed for task {packed.name!r}, not for {other}; {advice}")
 
 
 def _of_index(path: Path) -> Task:

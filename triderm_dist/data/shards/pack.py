@@ -35,7 +35,7 @@ from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import atomic_path, exclusive_lock, file_sha256, write_json
 from triderm_dist.schema import VIEWS, DataError, Lesion
-from triderm_dist.tasks import milk10k_task, recorded_task
+from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
 Progress = Callable[[int, int], None]
 """Called with (lesions done, all lesions)."""
@@ -107,12 +107,11 @@ def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
     if not (folder / INDEX).is_file():
         raise DataError(f"{folder}: exists and is not a packed set; {advice}")
     found, task = read_raw_index(folder / INDEX), packer.task
-    if not (of := recorded_task(found, str(folder / INDEX))).matches(task):
-        how = "another description of it" if of.name == task.name else f"task {task.name!r}"
-        raise DataError(f"{folder}: was packed for task {of.name!r}, not for {how}; {advice}")
+    packed_for = recorded_task(found, str(folder / INDEX))
+    check_packed_for(packed_for, task, str(folder), advice)
     if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():
         raise DataError(f"{folder}: was packed from other data, with other settings or by another version; {advice}")
-    if of != task:  # in titles, for example
+    if packed_for != task:  # in titles, for example
         write_json(folder / INDEX, {**found, "task": task.to_mapping()})
     part = folder.with_name(folder.name + ".part")
     if part.is_dir() and not (part / "shards").exists():
