@@ -25,7 +25,7 @@ from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.ensemble.run_files import NESTED_FILE, OOF_FILE, read_nested
 from triderm_dist.ensemble.thresholds import best_thresholds, decide
 from triderm_dist.predictions import OofTable, read_oof
-from triderm_dist.schema import METADATA_FIELDS, ConfigError
+from triderm_dist.schema import ConfigError
 
 COMPONENTS = 64
 STRENGTHS = (1e-3, 1e-2)
@@ -59,7 +59,7 @@ def tabular_columns(table: OofTable) -> np.ndarray:
     """Return (N, F) concepts, numbers, one-hot categories; a missing number is NaN, a missing category all zeros."""
     fields = [
         values[:, None] if field.is_number else values[:, None] == np.arange(len(field.categories))[None]
-        for field, values in zip(METADATA_FIELDS.values(), table.metadata.T, strict=True)
+        for field, values in zip(table.task.fields, table.metadata.T, strict=True)
     ]
     return np.concatenate([table.concepts, *fields], axis=1).astype(np.float32)
 

@@ -163,13 +163,13 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
     import numpy as np
     import pyarrow as pa
 
+    from triderm_dist.data.readers.milk10k import CONCEPTS
     from triderm_dist.data.shards.format import ROW_GROUP, ShardFile, rows_schema
     from triderm_dist.data.shards.write_index import write_index
-    from triderm_dist.schema import CONCEPTS, MILK10K_FIELDS
-    from triderm_dist.tasks import load_task
+    from triderm_dist.tasks import milk10k_task
 
     folder.mkdir()
-    per_shard, photo = 4096, 30_000
+    task, per_shard, photo = milk10k_task(), 4096, 30_000
     shards = []
     for number, start in enumerate(range(0, lesions, per_shard)):
         samples = min(per_shard, lesions - start)
@@ -181,7 +181,7 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
     share = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
 
     def tables():  # type: ignore[no-untyped-def]
-        schema = rows_schema(len(CONCEPTS), len(MILK10K_FIELDS))
+        schema = rows_schema(len(CONCEPTS), len(task.fields))
         for start in range(0, lesions, ROW_GROUP):
             rows = np.arange(start, min(start + ROW_GROUP, lesions))
             names = pa.array([f"IL_{row:08d}" for row in rows])
@@ -201,7 +201,7 @@ def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
             ]  # fmt: skip
             yield pa.table(columns, schema=schema)
 
-    write_index(folder, tables(), shards, load_task("milk10k"), CONCEPTS, [], {})
+    write_index(folder, tables(), shards, task, CONCEPTS, [], {})
     return {}
 
 

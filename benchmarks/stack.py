@@ -36,11 +36,12 @@ from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import device_of, threads_for
 from triderm_dist.predictions import OofTable, write_oof
-from triderm_dist.schema import CONCEPTS, DIAGNOSES
+from triderm_dist.schema import DIAGNOSES
 from triderm_dist.settings import Section
 from triderm_dist.tasks import milk10k_task
 
 C = len(DIAGNOSES)
+CONCEPTS = tuple(f"{view}/{number}" for view in ("clinical", "dermoscopic") for number in range(7))
 
 
 class Settings(Section):

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, MONET_COLUMNS
+from triderm_dist.data.readers.milk10k import MONET_COLUMNS
+from triderm_dist.schema import DIAGNOSES
+from triderm_dist.tasks import milk10k_task
 
 # Deterministic examples, and no deadline: other tests share the cores.
 settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -85,7 +87,7 @@ def write_challenge(
     size: tuple[int, int] = (48, 36),
 ) -> Challenge:
     """Write a challenge: lesion i has diagnosis i % 11, two photos and 14 scores; some have no age or site."""
-    challenge, sites = Challenge(folder, prefix), METADATA_FIELDS["site"].categories
+    challenge, sites = Challenge(folder, prefix), milk10k_task().fields[3].categories
     scores = np.random.default_rng(0).random((lesions, 2, len(MONET_COLUMNS))).round(6)
     for i in range(lesions):
         lesion_id = f"IL_{1000 + 7 * i}"

@@ -1,9 +1,9 @@
 """Every recipe of docs/extending.md is trained as printed, killed, resumed on two ranks, and used to predict.
 
 A section of the page with `<!-- recipe: NAME -->` has fenced blocks whose first line is a file name (`# my_sgd.py`);
-`# experiment.yaml` overrides a tiny experiment. Recipes of one group of `GROUPS` share an experiment. To add a recipe,
-add its name to a group, and write a function `@check(NAME)` that verifies its effect. A recipe without training is in
-no group: its function gets the folder with its files.
+`# experiment.yaml` overrides a tiny experiment, and `# my_task.yaml` adds fields to the task of MILK10k. Recipes of one
+group of `GROUPS` share an experiment. To add a recipe, add its name to a group, and write a function `@check(NAME)`
+that verifies its effect. A recipe without training is in no group: its function gets the folder with its files.
 """
 
 import csv
@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from triderm_dist.ensemble.stack_inputs import base_columns, column_names
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
-from triderm_dist.schema import METADATA_FIELDS
 from triderm_dist.settings import merge
+from triderm_dist.tasks import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -307,7 +307,11 @@ def write_recipes(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     (folder / "kill.py").write_text(KILL)
     for name in names:
         for file, content in RECIPES[name].items():
-            if file != "experiment.yaml":
+            if file == "my_task.yaml":
+                shipped = yaml.safe_load((SHIPPED / "milk10k.yaml").read_text(encoding="utf-8"))
+                shipped["fields"] += yaml.load(content, yaml.BaseLoader)["fields"]
+                (folder / file).write_text(yaml.safe_dump(shipped))
+            elif file != "experiment.yaml":
                 (folder / file).write_text(content)
         fragment = yaml.safe_load(RECIPES[name].get("experiment.yaml", "{}"))
         plugins += fragment.pop("plugins", [])
@@ -351,15 +355,6 @@ def runs(tmp_path_factory) -> Callable[[int], Run]:
         return made[number]
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def metadata_fields_unchanged() -> Iterator[None]:
-    """Restore METADATA_FIELDS, since checks that load settings import plugins into this process."""
-    before = dict(METADATA_FIELDS)
-    yield
-    METADATA_FIELDS.clear()
-    METADATA_FIELDS.update(before)
 
 
 @pytest.mark.parametrize("name", RECIPES)

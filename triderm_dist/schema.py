@@ -33,38 +33,8 @@ DIAGNOSES: tuple[str, ...] = (
 )
 """The 11 diagnoses of MILK10k, in the order of the official ground truth and of the submission."""
 
-DIAGNOSIS_NAMES: dict[str, str] = {
-    "AKIEC": "actinic keratosis / intraepidermal carcinoma",
-    "BCC": "basal cell carcinoma",
-    "BEN_OTH": "other benign proliferation",
-    "BKL": "benign keratinocytic lesion",
-    "DF": "dermatofibroma",
-    "INF": "inflammatory or infectious condition",
-    "MAL_OTH": "other malignant proliferation",
-    "MEL": "melanoma",
-    "NV": "melanocytic nevus",
-    "SCCKA": "squamous cell carcinoma / keratoacanthoma",
-    "VASC": "vascular lesion or hemorrhage",
-}
-
 VIEWS: tuple[str, str] = ("clinical", "dermoscopic")
 """The two photos of a lesion. Every tensor with a view axis uses this order."""
-
-MONET_COLUMNS: tuple[str, ...] = (
-    "MONET_ulceration_crust",
-    "MONET_hair",
-    "MONET_vasculature_vessels",
-    "MONET_erythema",
-    "MONET_pigmented",
-    "MONET_gel_water_drop_fluid_dermoscopy_liquid",
-    "MONET_skin_markings_pen_ink_purple_pen",
-)
-"""Concept scores that the challenge publishes for each photo, hence once per view of a lesion."""
-
-CONCEPTS: tuple[str, ...] = tuple(
-    f"{view}/{column.removeprefix('MONET_')}" for view in VIEWS for column in MONET_COLUMNS
-)
-"""Names of MILK10k's 14 concepts. Networks take K and the names from the index of the shards instead."""
 
 UNLABELED = -1
 """The label of a lesion whose diagnosis is not known."""
@@ -187,45 +157,6 @@ class MetadataField:
     def scaled(self, numbers: Any) -> Any:
         """Scale numbers (an array or a tensor): `low` to 0, `full_scale` to 1."""
         return (numbers - self.low) / ((self.high if self.full_scale is None else self.full_scale) - self.low)
-
-
-MILK10K_FIELDS: tuple[MetadataField, ...] = (
-    MetadataField("age", "age_approx", "number", high=120.0, full_scale=100.0, unit="years", cuts=(40, 60, 75)),
-    MetadataField("sex", "sex", "category", ("female", "male"), synonyms={"f": "female", "m": "male"}),
-    # Not the Fitzpatrick scale, whose 1 is the lightest.
-    MetadataField(
-        "skin_tone", "skin_tone_class", "ordinal", ("0", "1", "2", "3", "4", "5"), unit="0 very dark, 5 very light"
-    ),
-    MetadataField(
-        "site",
-        "site",
-        "category",
-        ("trunk", "head_neck_face", "lower_extremity", "upper_extremity", "hand", "foot", "genital"),
-    ),
-)
-"""The metadata of MILK10k."""
-
-METADATA_FIELDS: dict[str, MetadataField] = {each.name: each for each in MILK10K_FIELDS}
-"""The metadata fields by name, in the order of the axis M. `add_field` adds one; read the table when you need it."""
-
-
-def add_field(new: MetadataField) -> None:
-    """Add a field to `METADATA_FIELDS`; call it before any data are read. Adding the same field again does nothing.
-
-    Readers, networks, stacker, report and the synthetic data walk that table. Raises ConfigError where another field
-    has the same name or column.
-    """
-    for known in METADATA_FIELDS.values():
-        if known != new and (known.name == new.name or known.column == new.column):
-            raise ConfigError(
-                f"metadata field {new.name!r} (column {new.column!r}): field {known.name!r} has this name or column"
-            )
-    METADATA_FIELDS.setdefault(new.name, new)
-
-
-def added_fields() -> list[MetadataField]:
-    """Return the fields that are not in `MILK10K_FIELDS`."""
-    return [each for each in METADATA_FIELDS.values() if each not in MILK10K_FIELDS]
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -604,10 +535,10 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Lesion:
-    """One checked lesion of a challenge folder, before any pixel is read.
+    """One checked lesion of a data set, before any pixel is read.
 
     images: path of each view, None where the photo is missing.  concepts: K floats, NaN where missing.  metadata: M
-    floats in the order of `METADATA_FIELDS`, NaN where missing.  label: index in `DIAGNOSES`, or `UNLABELED`.  group:
+    floats in the order of the task's fields, NaN where missing.  label: of its diagnoses, or `UNLABELED`.  group:
     the patient, or the lesion itself; all lesions of a group are in the same fold.
     """
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from tests.processes import launch
 from triderm_dist.data.readers.lesions_csv import read_lesions
-from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.readers.milk10k import CONCEPTS, MONET_COLUMNS, read_challenge
 from triderm_dist.data.readers.table import read_table
 from triderm_dist.data.synthetic import truth_file
 from triderm_dist.data.synthetic import write_demo as write_set
 from triderm_dist.data.synthetic.table import levels_of, modalities
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, MONET_COLUMNS, UNLABELED, ConfigError, Task
+from triderm_dist.schema import DIAGNOSES, UNLABELED, ConfigError, Task
 from triderm_dist.tasks import load_task, task_names
 
 

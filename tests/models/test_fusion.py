@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from triderm_dist.models.concepts import SemanticTokens
 from triderm_dist.models.fusion import STAGES, CrossAttention, FusionBlock, GlobalPooling
-from triderm_dist.schema import CONCEPTS, METADATA_FIELDS
+from triderm_dist.tasks import milk10k_task
 
-FIELDS = tuple(METADATA_FIELDS.values())
+CONCEPTS = tuple("abcdef")
+FIELDS = milk10k_task().fields
 
 
 def attend(m: CrossAttention, query: Tensor, context: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def test_fusion_uses_dropout_in_training_only() -> None:
 
 def lesion(**changes: float) -> Tensor:
     values = {"age": 50.0, "sex": 0.0, "skin_tone": 2.0, "site": 3.0, **changes}
-    return torch.tensor([[values[field] for field in METADATA_FIELDS]])
+    return torch.tensor([[values[field.name] for field in FIELDS]])
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,7 +95,7 @@ def test_concept_score_changes_its_own_token_only(field: int, a: float, b: float
     scores = torch.full((3, len(CONCEPTS)), 0.5)
     scores[0, field], scores[1, field], scores[2, field] = a, b, float("nan")
     out = tokens(scores, lesion().expand(3, -1))
-    assert out.shape == (3, len(CONCEPTS) + len(METADATA_FIELDS) + 1, 8) == (3, len(tokens.names), 8)
+    assert out.shape == (3, len(CONCEPTS) + len(FIELDS) + 1, 8) == (3, len(tokens.names), 8)
     assert out.isfinite().all()
     others = [i for i in range(out.shape[1]) if i != field]
     assert torch.equal(out[0, others], out[1, others]) and torch.equal(out[0, others], out[2, others])
@@ -109,7 +110,7 @@ def test_every_field_has_a_distinct_token_for_present_and_missing() -> None:
     torch.manual_seed(0)
     tokens = SemanticTokens(("a",), FIELDS, 8)
     plain = tokens(torch.tensor([[0.5]]), lesion())
-    for position, field in enumerate(METADATA_FIELDS, start=1):
+    for position, field in enumerate(milk10k_task().field_names, start=1):
         seen = [plain[0, position]]
         for value in (1.0, float("nan")):
             out = tokens(torch.tensor([[0.5]]), lesion(**{field: value}))

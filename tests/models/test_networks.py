@@ -20,7 +20,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
-from triderm_dist.schema import DIAGNOSES, METADATA_FIELDS, VIEWS, ConfigError
+from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError
 from triderm_dist.tasks import milk10k_task
 
 CONCEPTS = ("clinical/hair", "dermoscopic/hair", "dermoscopic/veil")
@@ -348,9 +348,9 @@ def test_networks_learn_from_each_modality(kind: str, signal: str) -> None:
         concepts = torch.rand(size, len(CONCEPTS))
         if signal == "concepts":
             concepts[:, 1] = labels / 3
-        metadata = torch.full((size, len(METADATA_FIELDS)), float("nan"))
+        metadata = torch.full((size, len(SIGNATURE.fields)), float("nan"))
         if signal == "metadata":
-            metadata[:, list(METADATA_FIELDS).index("site")] = labels.float()
+            metadata[:, SIGNATURE.field_names.index("site")] = labels.float()
         return [*views, present, concepts, metadata], labels
 
     for _, (inputs, labels) in zip(range(100), (draw(32) for _ in itertools.count()), strict=False):

@@ -16,7 +16,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
 from triderm_dist.models import check_network
-from triderm_dist.schema import ConfigError, Task, added_fields
+from triderm_dist.schema import ConfigError, Task
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
 from triderm_dist.tasks import check_packed_for, load_task, milk10k_task
@@ -156,8 +156,6 @@ def _pack(name: str, config: Experiment, source: str, task_name: str, output: st
     overrides = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
     if config.plugins:
         overrides.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
-    if added := [repr(field) for field in added_fields()]:
-        keys["metadata_fields"] = added
     task = find_task(source, task_name)
     if task != milk10k_task():  # stages of MILK10k were recorded before there were other tasks
         keys["task"] = task.to_mapping()

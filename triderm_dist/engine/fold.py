@@ -21,7 +21,7 @@ from triderm_dist.engine.views import Views
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import Predictions
-from triderm_dist.schema import ConfigError, DataError, Task, added_fields
+from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
 
@@ -125,8 +125,6 @@ def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int,
     if extra := experiment.data.extra_sets.values():
         sets = [set_fingerprint(each.shards, experiment.data.remote) for each in extra]
         content.append([[one, each.map, each.weight, each.overlap] for one, each in zip(sets, extra, strict=True)])
-    if added := [repr(field) for field in added_fields()]:
-        content.append(added)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

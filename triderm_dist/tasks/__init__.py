@@ -6,14 +6,14 @@ A task is a YAML file with the keys of `schema.Task`; docs/your-own-data.md expl
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.schema import METADATA_FIELDS, ConfigError, DataError, Task, one_line
+from triderm_dist.schema import ConfigError, DataError, Task, one_line
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent
@@ -26,11 +26,10 @@ def task_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
+@functools.cache
 def milk10k_task() -> Task:
-    """Return the task of MILK10k, of which all packed sets and runs are that do not name another, with the fields that
-    plugins added.
-    """
-    return replace(load_task("milk10k"), fields=tuple(METADATA_FIELDS.values()))
+    """Return the task of MILK10k, of which all packed sets and runs are that do not name another."""
+    return load_task("milk10k")
 
 
 def load_task(name_or_path: str | os.PathLike[str]) -> Task:

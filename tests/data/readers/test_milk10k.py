@@ -13,8 +13,9 @@ import pytest
 from tests.conftest import Challenge, write_table
 from tests.processes import ROOT
 from triderm_dist.data.readers.dataset import Dataset
-from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, METADATA_FIELDS, UNLABELED, DataError
+from triderm_dist.data.readers.milk10k import CONCEPTS, read_challenge
+from triderm_dist.schema import DIAGNOSES, UNLABELED, DataError
+from triderm_dist.tasks import milk10k_task
 
 Make = Callable[..., Challenge]
 
@@ -43,7 +44,7 @@ def test_official_layout_is_read(make_challenge: Make) -> None:
     assert lesion.images == {"clinical": str(challenge.photo(6)), "dermoscopic": str(challenge.photo(7))}
     monet = [name for name in clinical if name.startswith("MONET_")]
     assert lesion.concepts == tuple([clinical[name] for name in monet] + [dermoscopic[name] for name in monet])
-    assert lesion.metadata == (20.0, 0.0, 3.0, METADATA_FIELDS["site"].parse("upper_extremity"))
+    assert lesion.metadata == (20.0, 0.0, 3.0, milk10k_task().fields[3].parse("upper_extremity"))
     assert math.isnan(dataset.lesions[4].metadata[0]) and math.isnan(dataset.lesions[6].metadata[3])
     assert dataset.notes == ["2 of 22 lesions without age", "2 of 22 lesions without site"]
 

@@ -16,11 +16,12 @@ import webdataset
 
 from tests.conftest import draw_photo
 from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards import index_foreign
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
 from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import CONCEPTS, DIAGNOSES, UNLABELED, VIEWS, DataError, Task, View
+from triderm_dist.schema import DIAGNOSES, UNLABELED, VIEWS, DataError, Task, View
 from triderm_dist.tasks import load_task
 
 Change = Callable[[dict[str, Any], int], Any]

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
@@ -27,7 +28,7 @@ from triderm_dist.data.shards.record import Record, UnknownLabel, parse_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import CONCEPTS, UNLABELED, VIEWS, DataError, Task, one_line
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Task, one_line
 from triderm_dist.tasks import milk10k_task
 
 Member = tuple[int, int]
