@@ -1,4 +1,4 @@
-"""Run all stages: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
+"""Run all stages: pack, train all folds of all models, stack, predict with test-time augmentation, report.
 
 The program is triderm_dist/commands/pipeline.py; from any folder: triderm pipeline
 """

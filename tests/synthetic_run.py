@@ -24,7 +24,7 @@ CLINIC = Task(
         Diagnosis("$x$", "in dollars"),
         Diagnosis("[wart]", "wart & co", malignant=False),
     ),
-    views=(View("clinical", "phone photo"),),
+    views=(View("clinical", "phone"),),
     fields=(
         MetadataField("fototyp", "Fototyp (1-6)", "ordinal", ("I", "II<", "III&")),
         MetadataField("n_lesions", "Anzahl", "number", low=-5, high=500, unit="per m$^2$ <b>"),

@@ -70,7 +70,8 @@ def main(config: PredictRun) -> None:
         print(
             f"held-out macro F1{' (official metric)' if index.task.submission else ''} {result['macro_f1']:.3f} "
             f"[{low:.3f}, {high:.3f}], "
-            f"argmax {result['argmax']:.3f}, {result['n']} lesions"
+            + (f"argmax {result['argmax']:.3f}, " if index.task.decision != "argmax" else "")
+            + f"{result['n']} lesions"
         )
 
 
@@ -79,14 +80,11 @@ def read_truth(config: PredictRun, index: ShardIndex) -> dict[str, int] | None:
 
     Unlabeled lesions of a packed set are left out; None without any label.
     """
-    from triderm_dist.data.readers import lesions_csv, milk10k
+    from triderm_dist.data.readers.source import reader_of
     from triderm_dist.schema import UNLABELED
 
     if config.data.test_truth:
-        path = Path(config.data.test_truth)
-        if index.task.reader == "milk10k":
-            return milk10k.read_labels(path)
-        return lesions_csv.read_labels(path, index.task)
+        return reader_of(index.task).labels(Path(config.data.test_truth), index.task)
     labels = zip(index.lesion_ids, index.labels.tolist(), strict=True)
     return {str(lesion): label for lesion, label in labels if label != UNLABELED} or None
 

@@ -51,12 +51,14 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
             axes = figure.add_subplot(grid[:, 2])
             names = list(maps.semantic)[::-1]
             axes.barh(range(rows), [maps.semantic[name] for name in names], color=BLUE, height=0.7)
+            titles = [_token_title(name, task) for name in names]
             axes.set_yticks(
                 range(rows),
-                [f"{_words(n)} = {maps.values[n]}" if n in maps.values else _words(n) for n in names],
-            )
+                [f"{title} = {maps.values[n]}" if n in maps.values else title
+                 for n, title in zip(names, titles, strict=True)],
+            )  # fmt: skip
             axes.set_xlabel("share of the attention")
-            axes.set_title("semantic gating: weights of concepts and metadata")
+            axes.set_title("semantic gating: weights of the inputs")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
         pyplot.close(figure)
@@ -87,6 +89,11 @@ def _title(maps: AttentionMaps) -> str:
     return f"{maps.lesion_id}{truth}   predicted {top}   ({models})"
 
 
-def _words(name: str) -> str:
-    """Return a name such as clinical/hair as text."""
-    return name.replace("_", " ").replace("/", ": ")
+def _token_title(name: str, task: Task) -> str:
+    """Return the title of a metadata field, or the name of a concept such as clinical/hair as text."""
+    for field in task.fields:
+        if field.name == name:
+            return field.label
+    view, slash, concept = name.partition("/")
+    titles = {each.name: each.title or each.name for each in task.views}
+    return f"{titles.get(view, view)}{': ' if slash else ''}{concept}".replace("_", " ")

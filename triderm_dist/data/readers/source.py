@@ -20,16 +20,18 @@ class Reader:
     """A layout of folders.
 
     read: the lesions of (source, task, missing_view, invalid), as `read_source`.  inputs: the tables and folders of
-    photos of (source, task), on which the result of `read` depends.
+    photos of (source, task), on which the result of `read` depends.  labels: the label of each lesion of a table with
+    the ground truth of a test set, of (path, task).
     """
 
     read: Callable[[Path, Task, Literal["refuse", "mark"], Literal["refuse", "drop"]], Dataset]
     inputs: Callable[[Path, Task], list[Path]]
+    labels: Callable[[Path, Task], dict[str, int]]
 
 
 READERS: dict[str, Reader] = {
-    "milk10k": Reader(milk10k.read_challenge, milk10k.inputs),
-    "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs),
+    "milk10k": Reader(milk10k.read_challenge, milk10k.inputs, lambda path, task: milk10k.read_labels(path)),
+    "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs, lesions_csv.read_labels),
 }
 """The readers by the name that a task gives; plugins may add others."""
 
