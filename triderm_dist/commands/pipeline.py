@@ -1,8 +1,8 @@
-"""Run all stages: pack, train all folds of all models, stack, predict with test-time augmentation, submission, report.
+"""Run all stages: pack, train all folds of all models, stack, predict with test-time augmentation, report.
 
 triderm pipeline --config milk10k_cpu data.source=MILK10k output=runs/milk10k
 
-With data.test=FOLDER it also predicts a test set and writes the submission. A second run skips finished stages; an
+With data.test=FOLDER it also predicts a test set and writes the results. A second run skips finished stages; an
 interrupted run resumes.
 """
 
