@@ -134,6 +134,10 @@ def test_edited_table_is_refused(run) -> None:
     folder, *_ = run
     path = folder / "oof.parquet"
     table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    with pytest.raises(DataError, match="does not match its checksums; delete it"):
+        read_oof(path)
+    table = table.replace_schema_metadata({b"triderm": table.schema.metadata[b"triderm"]})
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), path)
     with pytest.raises(DataError, match="occurs twice"):
         read_oof(path)

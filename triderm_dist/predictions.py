@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -449,23 +449,17 @@ def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any])
 
 
 def _write(path: Path, table: Any, header: dict[str, Any]) -> None:
-    import pyarrow.parquet as pq
-
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(header)}), temporary, compression="zstd")
+    write_checked_parquet(path, table, {_KEY: json.dumps(header).encode()})
 
 
 def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict[str, Any]]:
     """Return the rows of a prediction file, its task, and the other values of its header."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(path, columns=columns)
+        table = read_checked_parquet(path, columns)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm crossval first") from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; delete it and run triderm crossval or triderm predict again") from None
     try:
         header = json.loads((table.schema.metadata or {})[_KEY])
     except (KeyError, ValueError):

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.processes import WORKERS, launch
 from triderm_dist import cli
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load, save
 from triderm_dist.data.shards.index import read_index
+from triderm_dist.engine.checkpoint import Checkpoint
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.files import atomic_path, exclusive_lock
 from triderm_dist.monitoring.metrics_log import read_metrics
@@ -113,7 +115,7 @@ def test_unfinished_training_with_dropout_by_micro_batch_resumes_and_says_so(tra
         train(stop=1)
     for file in tmp_path.rglob("state.json"):
         record = json.loads(file.read_text())
-        del record["how"]["dropout"]  # as 0.1.0 wrote it
+        del record["how"]["dropout"], record["files"], record["checksum"]  # as 0.1.0 wrote it
         file.write_text(json.dumps(record))
     fold = train()
     assert "changed settings (dropout: by micro-batch -> by lesion)" in capsys.readouterr().out
@@ -139,6 +141,41 @@ def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     rates = [line["lr"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
     assert max(rates[5:]) < 5e-4 < rates[4]
     assert json.loads((fold / "fold.json").read_text())["changes"][0]["train.precision"] == ["fp32", "bf16"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
+def test_checkpoint_with_changed_bytes_is_skipped(train, uninterrupted, tmp_path, capsys, file):
+    with pytest.raises(Interrupted):
+        train(stop=2)
+    fold = tmp_path / "tri" / "fold-0"
+    _, newest = sorted((fold / "checkpoints").iterdir())
+    content = (newest / file).read_bytes()
+    (newest / file).write_bytes(content[:-2000] + bytes(2000))  # of the right length: a copy with a hole
+    capsys.readouterr()
+    train()
+    skipped = f"{newest}: damaged checkpoint ({file} does not match its checksum); skipping it"
+    assert skipped in capsys.readouterr().out
+    assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)
+    kept = sorted((fold / "checkpoints").iterdir())
+    assert len(kept) == 2 and newest not in kept
+    for checkpoint in kept:
+        Checkpoint(checkpoint).verify()
+
+
+def test_checkpoint_without_checksums_must_hold_weights_that_a_training_reaches(train, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        train(stop=2)
+    _, newest = sorted((tmp_path / "tri" / "fold-0" / "checkpoints").iterdir())
+    record = json.loads((newest / "state.json").read_text())
+    del record["files"], record["checksum"]  # as 0.1.0 wrote it
+    (newest / "state.json").write_text(json.dumps(record))
+    Checkpoint(newest).verify()
+    weights = load_file(newest / "weights.safetensors")
+    weights["head.linear.bias"][3] = 2.8e37
+    save_file(weights, newest / "weights.safetensors")
+    capsys.readouterr()
+    train()
+    assert f"{newest}: damaged checkpoint (weights.safetensors: head.linear.bias holds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.json"])

@@ -8,14 +8,14 @@ resumes on another number of ranks and under another strategy (see the table in 
 file loads with safetensors only. It holds no random state: order, augmentation and dropout are functions of
 (seed, epoch, lesion).
 
-The newest `keep_last` are kept; the selected weights are FOLDER/weights.safetensors. A damaged checkpoint is skipped,
-and written again when the training reaches its step.
+The newest `keep_last` are kept; the selected weights are FOLDER/weights.safetensors. `state.json`, written last, holds
+the SHA-256 of every file and of itself. A damaged checkpoint is skipped for the one before it, and written again when
+the training reaches its step.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import (
     OptimizerState,
@@ -38,7 +39,8 @@ from triderm_dist.distributed.full_state import (
     participates,
 )
 from triderm_dist.engine.ema import Ema
-from triderm_dist.files import atomic_path, file_sha256, naming_file, write_json
+from triderm_dist.engine.finite import damaged_weight
+from triderm_dist.files import atomic_path, file_sha256, naming_file
 from triderm_dist.losses import Sums
 from triderm_dist.schema import CheckpointError, one_line
 
@@ -87,20 +89,35 @@ class Training:
 class Checkpoint:
     """A complete checkpoint on disk: load the weights before the network is wrapped, the rest after.
 
-    Raises CheckpointError if it is damaged or of another version.
+    Raises CheckpointError if state.json is damaged or of another version, or a file is missing or cut. `verify`
+    compares the content of all files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.record: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            self.record: dict[str, Any] = read_checked_json(folder / "state.json")
             version = self.record["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: damaged checkpoint (state.json: {type(error).__name__})") from None
+        except (OSError, ValueError, KeyError, TypeError, DamagedFile) as error:
+            reason = str(error) if isinstance(error, DamagedFile) else type(error).__name__
+            raise CheckpointError(f"{folder}: damaged checkpoint (state.json: {reason})") from None
         if version != CHECKPOINT_VERSION:
             raise CheckpointError(f"{folder}: checkpoint of version {version}, not {CHECKPOINT_VERSION}")
-        for name in ("weights", "optimizer", *(["average"] if (folder / "average.safetensors").exists() else [])):
-            _read_tensors(folder / f"{name}.safetensors", header_only=True)
+        self.checksums: dict[str, str] = self.record.get("files", {})
+        average = ["average.safetensors"] if (folder / "average.safetensors").exists() else []
+        for name in self.checksums or ("weights.safetensors", "optimizer.safetensors", *average):
+            _read_tensors(folder / name, header_only=True)
+
+    def verify(self) -> None:
+        """Compare every file with its SHA-256 in state.json. Raises CheckpointError for a damaged one.
+
+        A checkpoint of version 0.1.0 has none: its weights must be numbers that a training reaches.
+        """
+        if not self.checksums and (damaged := damaged_weight(self._tensors("weights").items())):
+            raise CheckpointError(f"{self.folder}: damaged checkpoint (weights.safetensors: {damaged})")
+        for name, expected in self.checksums.items():
+            if file_sha256(self.folder / name) != expected:
+                raise CheckpointError(f"{self.folder}: damaged checkpoint ({name} does not match its checksum)")
 
     @property
     def state(self) -> TrainState:
@@ -152,6 +169,17 @@ def readable_checkpoints(folder: Path, verbose: bool = False) -> list[Checkpoint
     return found
 
 
+def _is_intact(folder: Path, verbose: bool = False) -> bool:
+    """Return whether a folder holds a checkpoint whose files match their checksums; verbose: print if they do not."""
+    try:
+        Checkpoint(folder).verify()
+    except CheckpointError as error:
+        if verbose:
+            print(f"{error}; skipping it", flush=True)
+        return False
+    return True
+
+
 class Checkpoints:
     """The checkpoints of one training, which is identified by its resume hash.
 
@@ -164,6 +192,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.resume_hash, self.keep_last = folder / "checkpoints", resume_hash, keep_last
         self.execution, self.changes = dict(execution or {}), list[dict[str, Any]]()
+        self._damaged: list[str] = []
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
         """Write a checkpoint. Call on all ranks, between two steps."""
@@ -193,19 +222,26 @@ class Checkpoints:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
+            checksums = {}
             for name, tensors in parts.items():
-                _write_tensors(part / f"{name}.safetensors", tensors)
-            write_json(part / "state.json", record)
+                file = part / f"{name}.safetensors"
+                _write_tensors(file, tensors)
+                checksums[file.name] = file_sha256(file)
+            write_checked_json(part / "state.json", {**record, "files": checksums})
             _flush(part)
         except OSError:
             shutil.rmtree(part, ignore_errors=True)  # the disk may be full
             raise
-        if final in [saved.folder for saved in readable_checkpoints(self.folder)]:
+        if _is_intact(final):
             shutil.rmtree(part)  # saved twice: stopped during validation, resumed from this step and stopped again
         else:
             shutil.rmtree(final, ignore_errors=True)  # damaged
             part.rename(final)
             _flush(self.folder)
+        for name in self._damaged:  # they must not take the place of an intact one
+            if name != final.name:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._damaged.clear()
         for old in readable_checkpoints(self.folder)[: -self.keep_last]:
             shutil.rmtree(old.folder)
 
@@ -217,18 +253,22 @@ class Checkpoints:
         """
         (self.folder.parent / "fold.json").unlink(missing_ok=True)
         for saved in readable_checkpoints(self.folder):
-            write_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hash})
+            write_checked_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hash})
 
     def newest(self, folder: Path) -> Checkpoint | None:
-        """Return the newest readable checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks."""
+        """Return the newest intact checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks.
+
+        Prints which are skipped because they are damaged.
+        """
 
         def choose() -> str | None:
-            found = [
-                saved
-                for saved in readable_checkpoints(folder / "checkpoints", True)
-                if saved.record["identity"] == self.resume_hash
-            ]
-            return str(found[-1].folder) if found else None
+            for saved in reversed(readable_checkpoints(folder / "checkpoints", True)):
+                if saved.record["identity"] != self.resume_hash:
+                    continue
+                if _is_intact(saved.folder, True):
+                    return str(saved.folder)
+                self._damaged.append(saved.folder.name)
+            return None
 
         choice = on_main(choose)
         if choice is None:
@@ -301,25 +341,35 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **info: Any) -
 
 def write_info(path: Path, **info: Any) -> None:
     """Write PATH.json: format, version and `info`."""
-    write_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **info})
+    write_checked_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **info})
 
 
 def read_info(path: Path) -> dict[str, Any]:
     """Read what `write_info` wrote. Raises CheckpointError if it is missing or of another format."""
     file = path.with_suffix(".json")
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        info = read_checked_json(file)
+    except (OSError, ValueError):
         raise CheckpointError(f"{file}: missing or not JSON; train this fold again") from None
+    except DamagedFile as error:
+        raise CheckpointError(f"{file}: {error}; delete {file.parent} and train this fold again") from None
     if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{file}: not a {FORMAT} file of version {VERSION}; train this fold again")
     return info
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
-    """Load PATH.safetensors into a network of the same architecture. Raises CheckpointError that names what differs."""
+    """Load PATH.safetensors into a network of the same architecture.
+
+    Raises CheckpointError that names what differs, also where PATH.json has another SHA-256.
+    """
     file = path.with_suffix(".safetensors")
     weights = _read_tensors(file)
+    if file_sha256(file) != read_info(path)["sha256"]:
+        raise CheckpointError(
+            f"{file}: changed or damaged: its SHA-256 is not that of {path.name}.json; delete {file.parent} and train "
+            "this fold again"
+        )
     expected = network.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     other = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)

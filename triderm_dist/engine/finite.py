@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from triderm_dist.distributed.collectives import is_distributed
 from triderm_dist.distributed.parallel import strategy_of
 from triderm_dist.losses import Sums
 from triderm_dist.schema import InputError
+
+LARGEST_WEIGHT = 1e8
+"""A larger weight is not one that training has reached, but comes from a damaged file."""
+
+
+def damaged_weight(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the first of named tensors that holds a number which no training reaches, and the number; "" if none."""
+    for name, tensor in weights:
+        if tensor.is_floating_point() and tensor.numel():
+            largest = tensor.detach().abs().max().item()
+            if not largest <= LARGEST_WEIGHT:
+                return f"{name} holds {largest:.3g}"
+    return ""
 
 
 class NonFiniteGuard:
@@ -63,7 +77,7 @@ class NonFiniteGuard:
             hint = "" if self.accelerator.mixed_precision == "no" else " or train.precision=fp32"
             raise InputError(
                 f"step {number}: loss or gradient is not finite; the step was not taken. Rerun the command with a "
-                f"lower train.optim.lr{hint} to resume from the last checkpoint, which is good. Lesions of the "
+                f"lower train.optim.lr{hint} to resume from the last checkpoint, which is intact. Lesions of the "
                 f"batch: {self._all_lesion_ids(number)}"
             )
         if scaler and scaler.get_scale() < 1:

@@ -24,7 +24,7 @@ from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
 from triderm_dist.engine.ema import Ema
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.finite import NonFiniteGuard
+from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
 from triderm_dist.engine.fold_folder import FoldFolder
 from triderm_dist.engine.step import StepResult, TrainStep
 from triderm_dist.files import write_text
@@ -37,6 +37,7 @@ from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, tracker_class
+from triderm_dist.schema import CheckpointError
 from triderm_dist.settings import flatten
 
 
@@ -88,6 +89,8 @@ class Trainer:
         saved = self.checkpoints.newest(on_main(folder.locate))
         if saved:
             saved.load_network(network)
+        elif damaged := damaged_weight(network.named_parameters()):
+            raise CheckpointError(f"{name}: the pretrained weights are damaged: {damaged}; fetch their file again")
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         lesions = len(data.train_rows), len(data.validation_rows)
         accelerator.print(report(name, accelerator, config, network, lesions, self.epochs.steps, flops))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_tensors
 from triderm_dist.predictions import OofTable, Predictions
 from triderm_dist.schema import DataError
 
@@ -97,24 +97,18 @@ def aligned_mean(
 
 def save_alignments(path: Path, alignments: Mapping[str, Alignment]) -> None:
     """Write as safetensors, atomically."""
-    from safetensors.numpy import save_file
-
     tensors = {}
     for weights, alignment in alignments.items():
         tensors[f"{weights}.center"] = alignment.center
         tensors[f"{weights}.rotation"] = alignment.rotation
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+    write_checked_tensors(path, tensors)
 
 
 def load_alignments(path: Path) -> dict[str, Alignment]:
     """Read what `save_alignments` wrote. Raises DataError naming the file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError):
-        raise DataError(f"{path}: missing or not readable; run triderm stack again") from None
+        tensors = read_checked_tensors(path)
+    except (OSError, DamagedFile):
+        raise DataError(f"{path}: missing, changed or damaged; run triderm stack again") from None
     hashes = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     return {weights: Alignment(tensors[f"{weights}.center"], tensors[f"{weights}.rotation"]) for weights in hashes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
 from triderm_dist.ensemble.run_files import FITTED
 from triderm_dist.ensemble.thresholds import Rule, decide, encode_rule
-from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -75,7 +74,7 @@ class Ensemble:
             "task": task.to_mapping(),
             **extra,
         }
-        write_json(path, tree)
+        write_checked_json(path, tree)
 
     @staticmethod
     def load(path: Path) -> Ensemble:
@@ -96,9 +95,11 @@ class Ensemble:
 def read_json(path: Path, format_name: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
     """Read a JSON file that triderm stack wrote, by default ensemble.json. Raises DataError naming the file."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_checked_json(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; run triderm stack again") from None
     except ValueError:
         raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
     if (tree.get("format"), tree.get("version")) != (format_name, version):

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_json, write_checked_tensors
 from triderm_dist.config import Section, StackConfig, build
 from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
-from triderm_dist.files import atomic_path, write_json
+from triderm_dist.files import file_sha256
 from triderm_dist.schema import ConfigError, DataError, Task
 
 FORMAT = "triderm-stacker"
@@ -133,12 +134,11 @@ class FittedStacker:
         task: what the columns and diagnoses mean.
         """
         remove_stacker(path)  # of an earlier fit
-        description = self.model.save(model_path(path, type(self.model)))
+        model_file = model_path(path, type(self.model))
+        description = self.model.save(model_file)
         if self.reduction is not None:
-            from safetensors.numpy import save_file
-
-            with atomic_path(path.with_suffix(".safetensors")) as temporary:
-                save_file({"mean": self.reduction.mean, "axes": self.reduction.axes}, temporary)
+            tensors = {"mean": self.reduction.mean, "axes": self.reduction.axes}
+            write_checked_tensors(path.with_suffix(".safetensors"), tensors)
         shared = {
             "format": FORMAT,
             "version": VERSION,
@@ -148,8 +148,9 @@ class FittedStacker:
             "absent": self.absent,
             "extra": self.extra,
             "task": task.to_mapping(),
+            "model_sha256": file_sha256(model_file) if model_file.is_file() else None,
         }
-        write_json(path, {**description, **shared})
+        write_checked_json(path, {**description, **shared})
 
     @staticmethod
     def load(path: Path) -> FittedStacker:
@@ -160,8 +161,11 @@ class FittedStacker:
             raise DataError(
                 f"{path}: {kind!r} is not a stacker; known: {', '.join(STACKERS)}; name its file in `plugins`"
             )
+        model_file, expected = model_path(path, STACKERS[kind]), description.get("model_sha256")
         try:
-            model = STACKERS[kind].load(model_path(path, STACKERS[kind]), description)
+            if expected and file_sha256(model_file) != expected:
+                raise DataError(f"{model_file}: changed or damaged: not that of {path.name}; run triderm stack again")
+            model = STACKERS[kind].load(model_file, description)
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
         return FittedStacker(
@@ -221,10 +225,7 @@ def remove_stacker(path: Path) -> None:
 
 
 def _load_reduction(path: Path) -> Reduction:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
-        return Reduction(**load_file(path))
-    except (OSError, SafetensorError, TypeError):
-        raise DataError(f"{path}: missing or not readable; run triderm stack again") from None
+        return Reduction(**read_checked_tensors(path))
+    except (OSError, DamagedFile, TypeError):
+        raise DataError(f"{path}: missing, changed or damaged; run triderm stack again") from None

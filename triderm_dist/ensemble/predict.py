@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import metrics
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.ensemble import fitted_stacker
 from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
@@ -21,7 +22,6 @@ from triderm_dist.ensemble.run_files import (
     STACKER,
 )
 from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
-from triderm_dist.files import write_json
 from triderm_dist.predictions import (
     TEST,
     OofTable,
@@ -73,7 +73,7 @@ def score(
         "n": len(labels),
         "absent": [name for label, name in enumerate(task.diagnosis_names) if not (labels == label).any()],
     }
-    write_json(run_folder / HELD_OUT_FILE, result)
+    write_checked_json(run_folder / HELD_OUT_FILE, result)
     return result
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
 from triderm_dist.schema import DataError
 
 OOF_FILE = "oof.parquet"
@@ -52,7 +52,6 @@ class NestedRows:
 def write_nested(path: Path, rows: NestedRows) -> None:
     """Write the rows as parquet, atomically."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = {
         "lesion_id": pa.array(rows.lesion_ids, pa.string()),
@@ -62,18 +61,17 @@ def write_nested(path: Path, rows: NestedRows) -> None:
         "decisions": pa.array(list(rows.decisions)),
         "stack": pa.array(list(rows.stack)),
     }
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+    write_checked_parquet(path, pa.table(columns))
 
 
 def read_nested(path: Path) -> NestedRows:
     """Read what `write_nested` wrote. Raises DataError naming the file."""
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(path)
+        table = read_checked_parquet(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; run triderm stack again") from None
     return NestedRows(
         lesion_ids=np.array(table["lesion_id"].to_pylist(), object),
         labels=table["label"].to_numpy(),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
 from triderm_dist.ensemble.alignment import aligned_mean, aligned_rows, load_alignments
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE
-from triderm_dist.files import atomic_path
 from triderm_dist.predictions import NO_FOLD, OofTable, Predictions
 from triderm_dist.schema import DataError
 
@@ -95,13 +95,11 @@ def embeddings_path(run_folder: Path, split: str) -> Path:
 def write_embeddings(path: Path, lesion_ids: Sequence[str], values: np.ndarray, source: str) -> None:
     """Write (N, E) embeddings of lesions by the tower `source`, atomically."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
     lists = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     table = pa.table({"lesion_id": pa.array(list(lesion_ids), pa.string()), "columns": lists})
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({b"tower": source}), temporary, compression="zstd")
+    write_checked_parquet(path, table, {b"tower": source.encode()})
 
 
 def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str]:
@@ -109,17 +107,16 @@ def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str
 
     Raises DataError naming the file, or a lesion that it lacks.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(path)
+        table = read_checked_parquet(path)
         row_of = {lesion: row for row, lesion in enumerate(table["lesion_id"].to_pylist())}
         values = table["columns"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         source = (table.schema.metadata or {})[b"tower"].decode()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm embed first") from None
-    except (OSError, pa.ArrowException, KeyError):
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; delete it and run triderm embed again") from None
+    except KeyError:
         raise DataError(f"{path}: not a file of embeddings; run triderm embed again") from None
     if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
         raise DataError(f"{path}: has no lesion {absent[0]}; run triderm embed again")

@@ -5,7 +5,6 @@ Shapes: N lesions, C diagnoses, F columns of the stacker.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +15,7 @@ import numpy as np
 import yaml
 
 from triderm_dist import metrics
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.ensemble.artifact import Ensemble, read_json
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_task, check_weights
@@ -185,7 +185,10 @@ class Content:
     def held_out(self) -> dict[str, Any] | None:
         """heldout.json, if the test set was scored."""
         path = self.folder / HELD_OUT_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return read_checked_json(path) if path.exists() else None
+        except (DamagedFile, ValueError) as error:
+            raise DataError(f"{path}: {error}; run triderm predict again") from None
 
     @cached_property
     def settings(self) -> str:

@@ -1,0 +1,142 @@
+"""JSON and parquet files that hold a checksum of their own content, compared when they are read.
+
+A file that was written before it had one is read without the comparison. Weights and checkpoints have their SHA-256 in
+a JSON file next to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triderm_dist.files import atomic_path, write_json
+
+KEY = "checksum"
+_PARQUET_KEY = b"triderm.checksums"
+
+
+class DamagedFile(Exception):
+    """The content of a file is not what was written. The text says so, without the file's name."""
+
+
+def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically, with the SHA-256 of its content as the last key."""
+    write_json(path, {**content, KEY: _json_sha256(json.loads(json.dumps(content)))})
+
+
+def read_checked_json(path: Path) -> Any:
+    """Read a JSON file. Raises DamagedFile, ValueError if it is not JSON, OSError."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(tree, dict) and (expected := tree.pop(KEY, None)) not in (None, _json_sha256(tree)):
+        raise DamagedFile(f"changed or damaged: its content has another checksum than {str(expected)[:16]}...")
+    return tree
+
+
+def _json_sha256(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def write_checked_parquet(path: Path, table: Any, metadata: Mapping[bytes, bytes] | None = None) -> None:
+    """Write a parquet file atomically, with checksums of its pages, columns and metadata."""
+    import pyarrow.parquet as pq
+
+    metadata = dict(metadata or {})
+    checksums = {
+        "metadata": _metadata_sha256(metadata),
+        "columns": {name: _column_sha256(table[name]) for name in table.column_names},
+    }
+    table = table.replace_schema_metadata({**metadata, _PARQUET_KEY: json.dumps(checksums)})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read_checked_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """Read the columns of a parquet file as a table, with the metadata that it was written with.
+
+    Raises DamagedFile, also for a file that is not readable as parquet, and FileNotFoundError.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        metadata = dict(table.schema.metadata or {})
+        if (found := metadata.pop(_PARQUET_KEY, None)) is not None:
+            expected = json.loads(found)
+            actual = {name: _column_sha256(table[name]) for name in table.column_names}
+            wanted = set(expected["columns"] if columns is None else columns)
+            if (
+                wanted != set(actual)
+                or any(expected["columns"].get(name) != digest for name, digest in actual.items())
+                or expected["metadata"] != _metadata_sha256(metadata)
+            ):
+                raise DamagedFile("changed or damaged: its content does not match its checksums")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DamagedFile(f"not a readable parquet file ({reason})") from None
+    return table.replace_schema_metadata(metadata)
+
+
+def _metadata_sha256(metadata: Mapping[bytes, bytes]) -> str:
+    pairs = sorted((key.hex(), value.hex()) for key, value in metadata.items() if key != b"ARROW:schema")
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def _column_sha256(column: Any) -> str:
+    """Hash the values of a chunked array of numbers, booleans, text or lists of numbers, however it is chunked."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values, lengths, nulls = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    for chunk in column.chunks:
+        nulls.update(chunk.is_null().to_numpy(zero_copy_only=False).tobytes())
+        if pa.types.is_string(chunk.type):
+            encoded = [(text or "").encode() for text in chunk.to_pylist()]
+            lengths.update(np.array([len(text) for text in encoded], np.int64).tobytes())
+            values.update(b"".join(encoded))
+            continue
+        if hasattr(chunk.type, "value_type"):
+            lengths.update(pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+            chunk = chunk.flatten()
+        values.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)).data)
+    return hashlib.sha256(b"".join(each.digest() for each in (values, lengths, nulls))).hexdigest()
+
+
+def write_checked_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file atomically, with a checksum of its tensors in its metadata."""
+    from safetensors.numpy import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(dict(tensors), temporary, {KEY: _tensors_sha256(tensors)})
+
+
+def read_checked_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file. Raises DamagedFile, also for a file of another format, and FileNotFoundError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            expected = (file.metadata() or {}).get(KEY)
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise DamagedFile(f"not a readable safetensors file ({error})") from None
+    if expected not in (None, _tensors_sha256(tensors)):
+        raise DamagedFile("changed or damaged: its tensors do not match its checksum")
+    return tensors
+
+
+def _tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()
