@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from tests.processes import ROOT
 from tests.union_sets import MAP, OTHER, main_set, other_set, pack_set
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import ShardIndex
@@ -20,6 +23,7 @@ from triderm_dist.files import file_sha256
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import ConfigError, DataError, InputError
+from triderm_dist.tasks import load_task, milk10k_task
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +187,12 @@ def test_interrupted_training_resumes_bit_for_bit(sets, tmp_path):
         run_folds(run, main, ["tri"], [2])
     weights = [file_sha256(run.fold_folder("tri", 2) / "weights.safetensors") for run in runs]
     assert weights[0] == weights[1]
+
+
+def test_documented_and_shipped_examples_map_ham10000_to_milk10k():
+    page = (ROOT / "docs" / "several-sets.md").read_text(encoding="utf-8")
+    documented = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
+    shipped = load(Experiment, "milk10k_cpu_ham10000").data.extra
+    assert load(Experiment, None, [f"data.extra={json.dumps(documented['data']['extra'])}"]).data.extra == shipped
+    known, own = milk10k_task().diagnosis_names, load_task("ham10000").diagnosis_names
+    assert tuple(shipped[0].map) == own and set(shipped[0].map.values()) <= set(known)

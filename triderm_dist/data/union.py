@@ -272,7 +272,7 @@ def _convert(values: np.ndarray, own: MetadataField, target: MetadataField) -> t
     codes = np.where(np.isnan(values), len(own.categories), values).astype(np.int64)
     unknown = [name for at, name in enumerate(own.categories) if np.isnan(table[at]) and (codes == at).any()]
     lost = int((np.isnan(table[codes]) & ~np.isnan(values)).sum())
-    note = f"{target.name}: {', '.join(unknown)} are no categories of the training set, so missing ({lost:,} lesions)"
+    note = f"{target.name}: no such category as {', '.join(unknown)} in the training set, so missing ({lost:,} lesions)"
     return table[codes], note if lost else None
 
 
