@@ -60,6 +60,21 @@ def test_invalid_record_file_is_refused_before_measuring(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_only_records_of_the_same_task_are_compared(record, tmp_path):
+    assert record["task"] == "milk10k"
+    without = {key: value for key, value in record.items() if key != "task"}
+    (tmp_path / "records.json").write_text(json.dumps([without]))  # as before there were other tasks
+    assert read_records(tmp_path / "records.json") == [record]
+    assert find_comparable([record], {**record, "task": "ham10000"}) is None
+
+
+def test_any_task_is_measured(tmp_path, capsys):
+    path = tmp_path / "records.json"
+    main(load(BenchRun, None, [*SETTINGS, "data.task=ham10000", f"output={tmp_path}", f"record={path}"]))
+    assert read_records(path)[0]["task"] == "ham10000"
+    assert "no committed record" in capsys.readouterr().out
+
+
 def test_synthetic_photos_are_created_once(tmp_path):
     index = synthetic_shards(tmp_path / "shards", 12, 40)
     before = (tmp_path / "shards" / "index.json").stat().st_mtime_ns

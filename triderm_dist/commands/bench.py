@@ -3,8 +3,9 @@
 triderm bench --config EXPERIMENT.yaml
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.bench --config EXPERIMENT.yaml
 
-Uses the training's own step and loader, random weights, and data.shards or, without them, synthetic photos. Compares
-with the record in benchmarks/results/bench.json of the same model, batch and device.
+Uses the training's own step and loader, random weights, and data.shards or, without them, synthetic photos of data.task
+(MILK10k's by default). Compares with the record in benchmarks/results/bench.json of the same task, model, batch and
+device.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ COMMITTED = shipped("benchmarks") / "bench.json"
 
 
 class BenchRun(Experiment):
-    uses = (*TRAINING, "data.short_side")
+    uses = (*TRAINING, "data.short_side", "data.task")
 
     model: str | None = Field(None, description="the model of `models` to train; null takes the first")
     seconds: float = Field(60.0, gt=0, description="seconds to measure, after warming up")
@@ -36,6 +37,7 @@ def main(config: BenchRun) -> None:
     from triderm_dist.engine import bench
     from triderm_dist.engine.fold import model_config, new_network
     from triderm_dist.engine.views import open_views
+    from triderm_dist.tasks import load_task, milk10k_task
 
     if config.record:
         bench.read_records(Path(config.record))  # refuse a bad file before measuring, not after
@@ -47,9 +49,10 @@ def main(config: BenchRun) -> None:
         index = open_index(config.train_shards, config.data.remote)
     else:
         lesions, side = max(128, 2 * train.global_batch), config.data.short_side or 288
-        shards = folder / f"photos-{lesions}x{side}"
+        task = load_task(config.data.task) if config.data.task else milk10k_task()
+        shards = folder / f"{task.name}-{lesions}x{side}"
         if accelerator.is_main_process:
-            bench.synthetic_shards(shards, lesions, side)
+            bench.synthetic_shards(shards, lesions, side, task)
         accelerator.wait_for_everyone()
         index = read_index(shards)
     experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
@@ -57,7 +60,7 @@ def main(config: BenchRun) -> None:
     network = new_network(model, views).to(accelerator.device)
     values = bench.measure(model, network, views.loaders, accelerator, config.seconds, seed=config.seed)
     if accelerator.is_main_process:
-        record = bench.record_of(model, accelerator, values)
+        record = bench.record_of(model, index.task, accelerator, values)
         print(bench.comparison(record, bench.find_comparable(bench.read_records(COMMITTED), record)))
         if config.record:
             bench.add_record(Path(config.record), record)

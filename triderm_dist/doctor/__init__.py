@@ -13,9 +13,12 @@ Nothing is downloaded, started or written. A check whose package is missing repo
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from triderm_dist.config import Experiment
+from triderm_dist.data.readers.source import find_task
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.advice import suggest
 from triderm_dist.doctor.data import data_findings, open_shards
@@ -24,7 +27,11 @@ from triderm_dist.doctor.launcher import Launcher, launcher_findings
 from triderm_dist.doctor.machine import find_gpus, machine_findings
 from triderm_dist.doctor.networks import network_findings
 from triderm_dist.doctor.software import nccl, versions
+from triderm_dist.schema import InputError, Signature
 from triderm_dist.tasks import milk10k_task
+
+if TYPE_CHECKING:
+    from triderm_dist.data.shards.index import ShardIndex
 
 
 def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
@@ -55,11 +62,26 @@ def examine(
     if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
         sections["launcher"] = found  # under a launcher its port is in use
     packed = open_shards(experiment.train_shards, experiment.data)
-    # Before packing, the names of the concepts are not known; what they add to the estimates is small.
-    signature = milk10k_task().signature(()) if isinstance(packed, str) else packed.signature
     sections["experiment"] = network_findings(
-        experiment, signature, ranks, gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
+        experiment,
+        _signature(experiment, packed),
+        ranks,
+        gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None),
     )
     sections["data"] = data_findings(experiment, packed, gpus, ranks)
     sections["recommended"] = suggest(gpus)
     return sections
+
+
+def _signature(experiment: Experiment, packed: ShardIndex | str) -> Signature:
+    """Return that of the packed set, else of the task that it will be packed for, by default MILK10k's.
+
+    Before packing, concepts that the task names by a prefix only are left out; what they add to the estimates is small.
+    """
+    if not isinstance(packed, str):
+        return packed.signature
+    task, data = milk10k_task(), experiment.data
+    if data.source or data.task:
+        with suppress(InputError):  # reported by `data_findings`
+            task = find_task(data.source or "", data.task)
+    return task.signature(task.concepts.names)

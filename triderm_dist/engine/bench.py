@@ -47,7 +47,7 @@ MAX_STEPS = 10_000
 """Upper limit of the steps of a measurement."""
 
 COMPARED_KEYS = (
-    "device", "ranks", "strategy", "precision", "kind", "tower", "image_size", "frozen", "width", "depth",
+    "task", "device", "ranks", "strategy", "precision", "kind", "tower", "image_size", "frozen", "width", "depth",
     "micro_batch", "global_batch", "compile", "activation_checkpointing",
 )  # fmt: skip
 """Keys of a record that must be equal for two records to be compared."""
@@ -121,7 +121,7 @@ def _all_reduce_max(steps: int, device: torch.device) -> int:
 def synthetic_shards(folder: Path, lesions: int, short_side: int, task: Task | None = None) -> ShardIndex:
     """Pack synthetic photos of a task into FOLDER, or read its index where they are packed already.
 
-    The photos are 4:3, with enough detail that a JPEG is as large as that of a real photo. task: default MILK10k's.
+    The photos are 4:3, with enough detail that a JPEG is as large as that of a real photo. task: MILK10k's by default.
     """
     task = task or milk10k_task()
     if (folder / "index.json").exists():
@@ -153,13 +153,14 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int, task: Task | N
     return pack_shards(Dataset(task, made, concepts, True, []), folder, short_side=None)
 
 
-def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, Any]:
-    """Return the measured values with the device, model settings, versions, commit and date, ready for JSON."""
+def record_of(model: ModelConfig, task: Task, accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, Any]:
+    """Return the measured values with task, device, model settings, versions, commit and date, ready for JSON."""
     import timm
 
     config, tower = model.train, model.tower
     frozen = "all" if tower.frozen else f"{tower.freeze_clinical}+{tower.freeze_dermoscopic}"
     return {
+        "task": task.name,
         "device": device_name(accelerator.device),
         "ranks": accelerator.num_processes,
         "strategy": strategy_of(accelerator),
@@ -182,11 +183,14 @@ def record_of(model: ModelConfig, accelerator: Accelerator, values: Mapping[str,
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a file of records; an empty list where there is no file. Raises DataError for any other content."""
+    """Read a file of records; an empty list where there is no file. Raises DataError for any other content.
+
+    Records without a task are from before there were other tasks than MILK10k.
+    """
     if not path.exists():
         return []
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = [{"task": milk10k_task().name, **record} for record in json.loads(path.read_text(encoding="utf-8"))]
         if all({*COMPARED_KEYS, "lesions_per_s"} <= set(record) for record in records):
             return records
     except (OSError, ValueError, TypeError):
