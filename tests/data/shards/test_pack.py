@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import Challenge
@@ -253,3 +256,36 @@ def test_open_index_remains_readable_after_its_folder_is_removed(dataset: Datase
     os.rename(tmp_path / "out" / "samples.parquet", tmp_path / "moved")
     os.remove(tmp_path / "moved")
     assert len(index.lesion_ids) == len(index.concept_scores) == 33
+
+
+# Two photos of 32 x 24 pixels, and the hash of what commit 977cc2e packed from them, before there were tasks.
+PHOTOS = [
+    base64.b64decode(text)
+    for text in (
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wAARCAAYACADASIAAhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAP/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QA"
+        "FQEBAQAAAAAAAAAAAAAAAAAAAAT/xAAUEQEAAAAAAAAAAAAAAAAAAAAA/9oADAMBAAIRAxEAPwCgCdYAAAAAA//Z",
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wAARCAAYACADASIAAhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAX/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QA"
+        "FgEBAQEAAAAAAAAAAAAAAAAAAAID/8QAFBEBAAAAAAAAAAAAAAAAAAAAAP/aAAwDAQACEQMRAD8AmgIagAAAAAP/2Q==",
+    )
+]
+PACKED_BEFORE_TASKS = "e3d99c80c2dc88d4bd01da56c911e827aa142192bbfe57d5fed1f2f19d21a80e"
+
+
+def test_milk10k_is_packed_to_the_bytes_from_before_there_were_tasks(make_challenge: Make, tmp_path: Path) -> None:
+    """The index of MILK10k differs by its entry `task` only; rows are compared by value, since pyarrow writes them."""
+    challenge = make_challenge(lesions=22)
+    for row in range(44):
+        challenge.photo(row).write_bytes(PHOTOS[row % 2])
+    index = pack_shards(read_challenge(challenge.folder), tmp_path / "out", short_side=None, shard_samples=8)
+    content = json.loads((index.folder / "index.json").read_text())
+    content.pop("task", None)
+    del content["samples"]["sha256"], content["samples"]["bytes"]
+    rows = pq.read_table(index.folder / "samples.parquet")
+    digest = hashlib.sha256(json.dumps(content).encode())
+    digest.update(repr([(str(field.type), field.name) for field in rows.schema]).encode())
+    digest.update(repr(rows.to_pylist()).encode())
+    assert digest.hexdigest() == PACKED_BEFORE_TASKS
