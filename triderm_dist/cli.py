@@ -72,6 +72,18 @@ def run(
     run_with_exit_codes(work)
 
 
+def run_words(main: Callable[[list[str]], None], about: str | None) -> None:
+    """Call `main` with the words of the command line, for programs that take no settings, and exit.
+
+    about: text of --help.
+    """
+    words = sys.argv[1:]
+    if {"--help", "-h"} & set(words):
+        print(about)
+        return
+    run_with_exit_codes(lambda: main(words))
+
+
 def run_with_exit_codes(work: Callable[[], None]) -> None:
     """Call `work`; where it fails or is interrupted, print one line on stderr and exit with the code for it."""
     try:

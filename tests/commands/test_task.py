@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.readers.test_lesions_csv import HAM, rows_of_photos, write
+from tests.data.readers.test_milk10k import Make
 from triderm_dist.commands.task import main
 from triderm_dist.data.readers.lesions_csv import read_lesions
 from triderm_dist.data.synthetic import write_demo
@@ -85,6 +86,16 @@ def test_check_lists_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture
         main(["check", str(folder), f"task={tmp_path / 'own.yaml'}"])
     shown = capsys.readouterr().out
     assert "59 lesions in 30 groups" in shown and "problem: " in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["age", "AGE", "number", "0", "0"] in [row[:5] for row in rows]
+    assert ["sex", "sex", "category", "0", "1"] in [row[:5] for row in rows]
+
+
+def test_check_reads_a_folder_of_milk10k(make_challenge: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(make_challenge(lesions=11).folder)])
+    shown = capsys.readouterr().out
+    assert "11 lesions in 11 groups" in shown and "photos: 11 clinical, 11 dermoscopic" in shown
+    assert "age_approx" in shown and "malignant" in shown
 
 
 @pytest.mark.parametrize("words", [["init"], ["check", "a", "b"], ["describe", "a"], []])

@@ -10,12 +10,11 @@ A program finds the first three by name too: `--config rtx4090`, `space=losses`,
 `base` is copied with the settings that it takes from there.
 """
 
-import sys
 from pathlib import Path
 
 import yaml
 
-from triderm_dist.cli import run_with_exit_codes
+from triderm_dist.cli import run_words
 from triderm_dist.config import find_file, first_comment, read_yaml, shipped_names
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError
@@ -63,10 +62,7 @@ def copy(name: str, output: Path) -> None:
 
 
 def start() -> None:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    run_with_exit_codes(lambda: main(sys.argv[1:]))
+    run_words(main, __doc__)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ triderm task init FOLDER output=my_task.yaml
 triderm task check FOLDER
 triderm task check FOLDER task=my_task.yaml
 
-`init` looks at the tables and photos and writes FOLDER/task.yaml. `check` reads the folder as a task says and shows
-every field, the diagnoses, views and groups.
+`init` looks at the tables and photos and writes FOLDER/task.yaml. `check` reads the folder as triderm pack would and
+shows every field, the diagnoses, views and groups, and all problems.
 """
 
 import sys
 from collections import Counter
 from pathlib import Path
 
-from triderm_dist.cli import run_with_exit_codes
+from triderm_dist.cli import run_words
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, task_names
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
         case ["init", folder, output] if output.startswith("output="):
             init(Path(folder).expanduser(), Path(output.removeprefix("output=")).expanduser())
         case ["check", folder]:
-            check(Path(folder).expanduser(), str(Path(folder).expanduser() / TASK_FILE))
+            check(Path(folder).expanduser(), None)
         case ["check", folder, task] if task.startswith("task="):
             check(Path(folder).expanduser(), task.removeprefix("task="))
         case _:
@@ -67,24 +67,24 @@ def shipped_tasks_of(folder: Path, task: Task) -> list[str]:
     ]
 
 
-def check(folder: Path, task_file: str) -> None:
-    """Show what a task reads from a folder. Raises InvalidLesions where a lesion is invalid."""
+def check(folder: Path, setting: str | None) -> None:
+    """Show what a task reads from a folder; None: the task by which `triderm pack` reads it.
+
+    Raises InvalidLesions where a lesion is invalid.
+    """
     import numpy as np
     from rich.console import Console
     from rich.table import Table
 
     from triderm_dist.data.problems import InvalidLesions
-    from triderm_dist.data.readers.lesions_csv import read_lesions
+    from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.schema import UNLABELED
 
-    task = load_task(task_file)
-    if task.reader != "lesions_csv":
-        raise ConfigError(f"task {task.name!r} has a reader of its own; triderm pack checks such a folder")
-    dataset = read_lesions(folder, task, "mark", "drop")
+    task = find_task(folder, setting)
+    dataset = read_source(folder, task, "mark", "drop")
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
     values = np.array([lesion.metadata for lesion in dataset.lesions]).reshape(len(dataset.lesions), len(task.fields))
-    outside = Counter(problem.what.partition(" ")[0] for problem in dataset.problems if problem.kind == "cell")
     fields = Table("field", "column", "kind", "missing", "outside", "values", box=None, pad_edge=False)
     for about, column in zip(task.fields, values.T, strict=True):
         known = column[~np.isnan(column)]
@@ -93,8 +93,10 @@ def check(folder: Path, task_file: str) -> None:
         else:
             counts = Counter(known.astype(int).tolist())
             seen = ", ".join(f"{name} {counts[at]}" for at, name in enumerate(about.categories))
-        missing = str(len(column) - len(known))
-        fields.add_row(about.name, about.column, about.kind, missing, str(outside[about.column]), seen)
+        begins = (f"{about.column} '", f"unknown {about.column} '")
+        outside = sum(problem.kind == "cell" and problem.what.startswith(begins) for problem in dataset.problems)
+        missing = len(column) - len(known)
+        fields.add_row(about.name, about.column, about.kind, str(missing), str(outside), seen)
     if task.fields:
         console.print(fields, markup=False)
         print()
@@ -123,10 +125,7 @@ def check(folder: Path, task_file: str) -> None:
 
 
 def start() -> None:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    run_with_exit_codes(lambda: main(sys.argv[1:]))
+    run_words(main, __doc__)
 
 
 if __name__ == "__main__":
