@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.conftest import Challenge
+from tests.conftest import Challenge, draw_photo, write_table
 from tests.processes import launch
+from triderm_dist.data.shards.index import read_index
+from triderm_dist.tasks import load_task
 
 Make = Callable[..., Challenge]
 
@@ -39,7 +42,10 @@ def rename_diagnosis(challenge: Challenge) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Challenge], Any], str]] = {
     "missing folder": (forget_folder, "absent: no such folder"),
-    "missing table": (lambda c: c.metadata_path.rename(c.folder / "tables.csv"), "no *_Metadata.csv"),
+    "missing table": (
+        lambda c: c.metadata_path.rename(c.folder / "tables.csv"),
+        "no task.yaml says what the table holds, and the layout is not MILK10k's; triderm task init",
+    ),
     "missing column": (cut_column, "MILK10k_Training_Metadata.csv: column 'sex' is missing"),
     "one photo only": (lambda c: c.metadata.pop(5), "row 6: lesion IL_1014 has one photo only"),
     "missing photo": (lambda c: c.photo(5).unlink(), "row 7: no photo ISIC_5005.jpg of lesion IL_1014"),
@@ -71,6 +77,86 @@ def test_pack_refuses_invalid_data(make_challenge: Make, tmp_path: Path, name: s
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
     assert message in result.stderr
     assert not output.exists() and not list(tmp_path.glob("*.part"))
+
+
+CLINIC: dict[str, Any] = {
+    "name": "clinic",
+    "diagnoses": [{"name": "MEL", "malignant": True}, {"name": "NV", "words": ["mole"]}],
+    "views": [{"name": "dermoscopic"}],
+    "fields": [{"name": "sex", "column": "sex", "kind": "category", "categories": ["female", "male"]}],
+    "columns": {"image": "photo", "diagnosis": "dx", "group": "patient"},
+}
+
+
+def write_clinic(folder: Path, task: Any = None, lesions: int = 6, **cells: Any) -> Path:
+    """Write photos, their table and a task.yaml; cells: of the third row, which is row 4 of the spreadsheet."""
+    rows = [
+        {"photo": f"p{at}.jpg", "dx": ("MEL", "mole")[at % 2], "sex": "Male", "patient": at // 2, "hair": "dark"}
+        for at in range(lesions)
+    ]
+    rows[2].update(cells)
+    write_table(folder / "lesions.csv", rows)
+    for at in range(lesions):
+        draw_photo(at).save(folder / f"p{at}.jpg")
+    (folder / "task.yaml").write_text(yaml.safe_dump(CLINIC if task is None else task))
+    return folder
+
+
+BROKEN_CLINIC: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "unknown key": ({"concept": {}}, {}, "task.yaml: unknown key 'concept'; did you mean 'concepts'?"),
+    "one diagnosis": ({"diagnoses": [{"name": "MEL"}]}, {}, "task.yaml: diagnoses: a task needs at least 2, got 1"),
+    "a diagnosis twice": (
+        {"diagnoses": [{"name": "MEL"}, {"name": "mel"}]},
+        {},
+        "task.yaml: diagnoses: 'mel' is written twice",
+    ),
+    "unknown reader": ({"reader": "excel"}, {}, "reader 'excel' is unknown; known are milk10k, lesions_csv"),
+    "value outside the categories": (
+        {},
+        {"sex": "mael"},
+        "lesions.csv, row 4: unknown sex 'mael'; did you mean 'male'? Known are female, male; correct it, list it "
+        "under synonyms of sex or under missing_words in task.yaml (1 problem in 1 of 6 lesions;",
+    ),
+    "unknown diagnosis": ({}, {"dx": "moles"}, "lesions.csv, row 4: unknown dx 'moles'; did you mean 'mole'?"),
+    "missing photo": ({}, {"photo": "p9.jpg"}, "lesions.csv, row 4: photo: no photo p9.jpg or .png below"),
+    "photo name that is no lesion id": (
+        {},
+        {"photo": "p 2.jpg"},
+        "row 4: photo 'p 2' must have 1 to 80 characters, no space, dot or slash; name another column by "
+        "columns.lesion_id in task.yaml, or rename the photo",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CLINIC)
+def test_pack_refuses_invalid_data_of_any_task(tmp_path: Path, name: str) -> None:
+    keys, cells, message = BROKEN_CLINIC[name]
+    folder = write_clinic(tmp_path / "clinic", {**CLINIC, **keys}, **cells)
+    result = run("triderm_dist.commands.pack", f"source={folder}", f"output={tmp_path / 'shards'}")
+    assert result.returncode == 2 and message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "shards").exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_folder_of_any_task_is_packed_and_verified(tmp_path: Path) -> None:
+    """A test folder without labels is packed for the task of the training set, also from its index.json."""
+    train = write_clinic(tmp_path / "clinic", sex="")
+    packed = run("triderm_dist.commands.pack", f"source={train}", f"output={tmp_path / 'train'}")
+    assert packed.returncode == 0 and packed.stderr == ""
+    assert packed.stdout.count("columns that are not used: hair") == 1
+    assert "note: 1 of 6 lesions without sex" in packed.stdout and "note: sex: no row has female" in packed.stdout
+    test = write_clinic(tmp_path / "test", task={"name": "of another study"})
+    rows = (test / "lesions.csv").read_text().splitlines()
+    (test / "lesions.csv").write_text("\n".join(row.split(",")[0] for row in rows))
+    task = f"task={tmp_path / 'train' / 'index.json'}"
+    packed = run("triderm_dist.commands.pack", f"source={test}", f"output={tmp_path / 'test_shards'}", task)
+    assert packed.returncode == 0 and "note: no column 'dx': no lesion has a diagnosis" in packed.stdout
+    train_index, test_index = read_index(tmp_path / "train"), read_index(tmp_path / "test_shards")
+    assert train_index.task == test_index.task == load_task(train / "task.yaml")
+    assert train_index.counts() == {"MEL": 3, "NV": 3, "unlabeled": 0} and test_index.counts()["unlabeled"] == 6
+    assert train_index.concepts == () and set(train_index.groups) == {"0", "1", "2"}
+    verified = run("triderm_dist.commands.verify", f"folder={tmp_path / 'train'}", "folds=2")
+    assert verified.returncode == 0 and "6 photos (0 views missing)" in verified.stdout
 
 
 def test_incomplete_lesions_can_be_allowed(make_challenge: Make, tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ class _Reading:
         for row, lesion_id in enumerate(ids):
             if not LESION_ID.fullmatch(lesion_id):
                 what = f"{name} {lesion_id!r} must have 1 to 80 characters, no space, dot or slash"
+                what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
                 self._problem(row, "row", what, lesion_id)
         return ids
 

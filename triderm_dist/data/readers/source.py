@@ -30,7 +30,7 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {
-    "milk10k": Reader(milk10k.read_challenge, milk10k.inputs, lambda path, task: milk10k.read_labels(path)),
+    "milk10k": Reader(milk10k.read_challenge, milk10k.inputs, milk10k.read_labels),
     "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs, lesions_csv.read_labels),
 }
 """The readers by the name that a task gives; plugins may add others."""
