@@ -24,12 +24,13 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
-from tests.conftest import write_challenge
+from tests.conftest import draw_photo, write_challenge
 from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
 from triderm_dist.commands.ranks import expand_names
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names
@@ -236,6 +237,24 @@ def metadata_category(run: Run) -> None:
     values = added_field(run, "itch")
     assert [(values == value).sum() for value in (0, 1)] == [22, 22] and np.isnan(values).sum() == 22
     assert "semantic.categories.itch.embedding.weight" in load_file(run.fold() / "weights.safetensors")
+
+
+@check("source-reader")
+def source_reader(folder: Path) -> None:
+    """Folders of photos are packed with their names as labels, and a folder of another name is refused."""
+    for at, name in enumerate(("melanomas", "nevi", "Moles")):
+        (folder / "photos" / name).mkdir(parents=True)
+        draw_photo(at).save(folder / "photos" / name / f"photo_{at}.jpg")
+    pack = ["triderm_dist.commands.pack", "source=photos", "output=packed", "task=my_task.yaml"]
+    done = program(folder, *pack, "plugins=[my_reader.py]")
+    assert done.returncode == 0, done.stderr
+    index = read_index(folder / "packed")
+    assert dict(zip(index.lesion_ids, index.labels.tolist(), strict=True)) == {"photo_0": 0, "photo_1": 1, "photo_2": 1}
+    (folder / "photos" / "nevi").rename(folder / "photos" / "warts")
+    refused = program(folder, *pack, "plugins=[my_reader.py]")
+    assert refused.returncode == 2 and "warts: names no diagnosis" in refused.stderr
+    unknown = program(folder, *pack)
+    assert unknown.returncode == 2 and "reader 'folders' is unknown; known are" in unknown.stderr
 
 
 @check("network")

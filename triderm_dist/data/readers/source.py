@@ -26,12 +26,12 @@ class Reader:
 
     read: Callable[[Path, Task, Literal["refuse", "mark"], Literal["refuse", "drop"]], Dataset]
     inputs: Callable[[Path, Task], list[Path]]
-    labels: Callable[[Path, Task], dict[str, int]]
+    labels: Callable[[Path, Task], dict[str, int]] = lesions_csv.read_labels
 
 
 READERS: dict[str, Reader] = {
     "milk10k": Reader(milk10k.read_challenge, milk10k.inputs, milk10k.read_labels),
-    "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs, lesions_csv.read_labels),
+    "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs),
 }
 """The readers by the name that a task gives; plugins may add others."""
 
