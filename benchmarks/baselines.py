@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.nested import nested_decisions
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.calibration import probabilities_of
@@ -122,14 +122,14 @@ def print_scores(
     """Print the scores of every method and the gains over the baselines, and as the last line the JSON object."""
     labels, resamples = table.labels, config.ensemble.bootstrap
 
-    def gain(name: str, over: str) -> metrics.Interval:
-        return metrics.paired_difference(nested[name], nested[over], labels, resamples, config.seed)
+    def gain(name: str, over: str) -> intervals.Interval:
+        return intervals.paired_difference(nested[name], nested[over], labels, table.groups, resamples, config.seed)
 
     print(f"{len(table)} lesions, {len(np.unique(table.folds))} folds; macro F1, 95% intervals over lesions")
     print(f"{'':<36} p > 0.5  argmax   tuned  nested                 ensemble minus this")
     for name, p in probabilities.items():
         tuned = metrics.macro_f1(decide(p, best_thresholds(p, labels), "any"), labels)
-        interval = metrics.bootstrap_interval(nested[name], labels, resamples, config.seed)
+        interval = intervals.macro_f1(nested[name], labels, table.groups)
         print(
             f"{name:<36} {metrics.official_macro_f1(p, labels):7.3f} {metrics.argmax_macro_f1(p, labels):7.3f} "
             f"{tuned:7.3f}  {interval!s:<22} {gain('(e) ensemble', name)}"

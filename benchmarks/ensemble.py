@@ -26,6 +26,7 @@ from triderm_dist.cli import run
 from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.thresholds import best_thresholds, decide, regularized_thresholds
 from triderm_dist.ensemble.weights import fit_weights
+from triderm_dist.intervals import Interval, percentiles
 from triderm_dist.predictions import OofTable, labeled, read_oof
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.settings import Section
@@ -98,7 +99,7 @@ def main(settings: Settings) -> None:
             cells += f"{np.mean(np.array(scores[name])[rows]):>14.4f} {took:>6.0f} ms"
         print(f"{name:<34}{cells}")
     ours, guide = (np.array(scores[name]) for name in (OURS, GUIDE))
-    gain = metrics.interval_of(float((ours - guide).mean()), resampled_mean(ours - guide))
+    gain = Interval(float((ours - guide).mean()), *percentiles(resampled_mean(ours - guide)))
     times = {name: np.array(seconds[name]) for name in (OURS, GUIDE)}
     speedup = float(np.median(times[GUIDE] / times[OURS]))
     print(f"\n{OURS} minus {GUIDE}: {gain}; {speedup:.1f} times faster, "

@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks.ensemble import SHARE
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import EnsembleConfig, Experiment, StackConfig, save
 from triderm_dist.data.threads import openmp_threads
@@ -138,7 +138,7 @@ def compare(settings: Settings) -> dict[str, float]:
             took["ours"].append(time.perf_counter() - started)
         theirs = np.stack([each[:, 1] for each in eleven.predict_proba(judged)], axis=1)  # type: ignore[attr-defined]
         mine = one.predict(judged)
-        difference = metrics.paired_difference(
+        difference = intervals.paired_difference(
             metrics.argmax_decisions(mine), metrics.argmax_decisions(theirs), truth, resamples=1000
         )
         guide, single = statistics.median(took["guide"]), statistics.median(took["ours"])

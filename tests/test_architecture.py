@@ -21,7 +21,7 @@ LAYERS = [
     ("settings", "config", "tasks", "cli", "stages"),
     ("data",),
     ("models",),
-    ("losses", "optim", "metrics", "submission", "predictions"),
+    ("losses", "optim", "metrics", "intervals", "submission", "predictions"),
     ("distributed",),
     ("monitoring",),
     ("engine",),

@@ -42,56 +42,6 @@ def test_mismatched_shapes_are_refused() -> None:
         metrics.macro_f1(np.ones((3, 2), bool), np.zeros(4, int))
 
 
-def test_bootstrap_equals_resampling_lesions_one_by_one() -> None:
-    generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(3), [200, 40, 9])
-    decisions = generator.random((len(labels), 3)) < np.where(np.eye(3)[labels] > 0, 0.7, 0.15)
-    slow = []
-    for _ in range(3000):
-        rows = np.concatenate([generator.choice(np.flatnonzero(labels == c), (labels == c).sum()) for c in range(3)])
-        slow.append(metrics.f1_per_class(decisions[rows], labels[rows]))
-    fast = metrics.bootstrap_f1(decisions, labels, 3000, seed=1)
-    np.testing.assert_allclose(fast.mean(axis=0), np.mean(slow, axis=0), atol=0.01)
-    np.testing.assert_allclose(fast.std(axis=0), np.std(slow, axis=0), rtol=0.1)
-    assert np.isfinite(fast).all()  # stratified: every diagnosis is in each resample
-    interval = metrics.bootstrap_interval(decisions, labels, 3000)
-    assert interval.low < interval.value < interval.high
-
-
-@pytest.mark.parametrize("recall", [0.3, 0.8, 0.95, 1.0])
-def test_recall_difference_interval_has_nominal_coverage(recall: float) -> None:
-    """A slice with 60 lesions of one diagnosis and 5 of each other, compared with 200 of each, at equal recall."""
-    generator = np.random.default_rng(0)
-    few, many = np.array([60] + 10 * [5]), np.full(11, 200)
-    kept, draws, behind, ahead = np.ones(11, bool), 2000, 0, 0
-    for _ in range(draws):
-        counts = [
-            metrics.ClassCounts(generator.binomial(positives, recall), positives, positives)
-            for positives in (few, many)
-        ]
-        difference = metrics.recall_difference(counts[0], counts[1], kept)
-        assert difference.low <= difference.value <= difference.high
-        behind, ahead = behind + (difference.high < 0), ahead + (difference.low > 0)
-    assert behind / draws < 0.04  # nominally 0.025
-    assert ahead / draws < 0.08  # few lesions with high recall give wide intervals
-    if recall < 1:
-        assert behind + ahead > 0  # the interval is narrow enough to detect a difference
-
-
-def test_paired_difference_is_narrower_than_two_intervals() -> None:
-    generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(3), 100)
-    first = metrics.argmax_decisions(np.eye(3)[labels] + generator.normal(scale=0.6, size=(300, 3)))
-    second = first.copy()
-    second[np.flatnonzero(first.any(axis=1))[::15]] = False
-    assert metrics.paired_difference(first, first, labels) == metrics.Interval(0.0, 0.0, 0.0)
-    difference = metrics.paired_difference(first, second, labels)
-    assert 0 < difference.low < difference.value < difference.high
-    separate = [metrics.bootstrap_interval(table, labels) for table in (first, second)]
-    assert separate[0].low < separate[1].high
-    assert difference.high - difference.low < separate[0].high - separate[0].low
-
-
 def test_score_equals_the_official_scorer_on_200_submissions() -> None:
     """All by the F1 per category of the scorer; ten also by the complete scorer, which takes 0.3 s each."""
     scoring = pytest.importorskip("isic_challenge_scoring", reason="isic-challenge-scoring 5.8.0 is not installed")
@@ -137,23 +87,54 @@ def test_score_equals_the_official_scorer_on_200_submissions() -> None:
             assert score.overall == pytest.approx(ours, abs=1e-12)
 
 
-def test_metrics_of_the_report_and_their_intervals(monkeypatch) -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_metrics_of_the_report_equal_those_of_scikit_learn(ties: bool) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    calibration_curve = pytest.importorskip("sklearn.calibration").calibration_curve
     generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(3), [200, 40, 9])
-    probabilities = 0.5 * np.eye(3)[labels] + generator.random((len(labels), 3))
-    decisions = probabilities > 0.6
-    positives = metrics.Metric("positives", lambda probabilities, labels, decisions: float((labels == 2).sum()))
-    monkeypatch.setitem(metrics.METRICS, "positives", positives)
-    monkeypatch.setitem(metrics.METRICS, "macro_f1", metrics.Metric("", lambda p, y, d: metrics.macro_f1(d, y)))
-    values = metrics.bootstrap_metrics(probabilities, labels, decisions, 400)
-    assert list(values) == list(metrics.METRICS)
-    assert values["mean_recall"].value == pytest.approx(np.mean(metrics.class_counts(decisions, labels).recall))
-    assert values["accuracy"].value == (probabilities.argmax(axis=1) == labels).mean()
-    assert values["positives"] == metrics.Interval(9.0, 9.0, 9.0)  # stratified
-    expected = metrics.bootstrap_interval(decisions, labels, 4000)
-    assert values["macro_f1"].value == expected.value
-    assert values["macro_f1"].low == pytest.approx(expected.low, abs=0.02)
-    assert values["macro_f1"].high == pytest.approx(expected.high, abs=0.02)
+    labels = generator.permutation(np.repeat(np.arange(4), [200, 40, 9, 60]))
+    probabilities = 0.5 * np.eye(4)[labels] + generator.random((len(labels), 4))
+    if ties:
+        probabilities = probabilities.round(1) + 0.05
+    decisions, p, truth = (
+        probabilities > 0.6,
+        probabilities / probabilities.sum(axis=1, keepdims=True),
+        np.eye(4)[labels],
+    )
+    found = {name: metric.function(probabilities, labels, decisions) for name, metric in metrics.METRICS.items()}
+    areas = [sklearn.roc_auc_score(truth[:, c], probabilities[:, c]) for c in range(4)]
+    precisions = [sklearn.average_precision_score(truth[:, c], probabilities[:, c]) for c in range(4)]
+    np.testing.assert_allclose(metrics.areas_under_roc(probabilities, labels), areas, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(metrics.average_precisions(probabilities, labels), precisions, rtol=0, atol=1e-12)
+    largest, correct = p.max(axis=1), p.argmax(axis=1) == labels
+    accuracy, confidence = calibration_curve(correct, largest, n_bins=metrics.CALIBRATION_BINS)
+    counts = np.histogram(largest, np.linspace(0, 1, metrics.CALIBRATION_BINS + 1))[0]
+    assert found == pytest.approx(
+        {
+            "mean_recall": sklearn.recall_score(truth, decisions, average="macro"),
+            "accuracy": sklearn.accuracy_score(labels, p.argmax(axis=1)),
+            "balanced_accuracy": sklearn.balanced_accuracy_score(labels, p.argmax(axis=1)),
+            "auc": np.mean(areas),
+            "average_precision": np.mean(precisions),
+            "nll": sklearn.log_loss(labels, p),
+            "brier": 4 * sklearn.mean_squared_error(truth, p),
+            "calibration_error": np.abs(accuracy - confidence) @ counts[counts > 0] / len(labels),
+        },
+        abs=1e-12,
+    )
+    assert metrics.macro_f1(decisions, labels) == pytest.approx(
+        sklearn.f1_score(truth, decisions, average="macro"), abs=1e-12
+    )
+
+
+def test_metrics_leave_out_a_diagnosis_without_a_lesion() -> None:
+    generator = np.random.default_rng(0)
+    labels, probabilities = np.repeat([0, 2], 20), generator.random((40, 3))
+    areas = metrics.areas_under_roc(probabilities, labels)
+    assert np.isnan(areas[1]) and np.isnan(metrics.average_precisions(probabilities, labels)[1])
+    for metric in metrics.METRICS.values():
+        assert np.isfinite(metric.function(probabilities, labels, probabilities > 0.5))
+    assert metrics.negative_log_likelihood(np.eye(3)[[0, 1]], np.array([0, 0]), np.eye(3)[[0, 1]] > 0) < 20
 
 
 def test_malignant_against_benign() -> None:

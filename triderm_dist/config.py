@@ -396,7 +396,11 @@ class EnsembleConfig(Section):
     shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="shrinkage of thresholds toward the pooled one, in positives; auto: by inner folds"
     )
-    bootstrap: int = Field(1000, ge=10, description="bootstrap resamples of the lesions for each interval")
+    bootstrap: int = Field(
+        1000,
+        ge=10,
+        description="bootstrap resamples of the lesions for intervals of differences and of other metrics than F1",
+    )
 
     @field_validator("members")
     @classmethod

@@ -1,35 +1,23 @@
-"""Metrics: F1 per diagnosis, macro F1 by the official rule and by argmax, and bootstrap intervals over lesions.
+"""Metrics: F1 per diagnosis, macro F1 by the official rule and by argmax, and the metrics of the report.
 
-NumPy only. Shapes: N lesions, C diagnoses, R resamples. `labels` (N,) int64 index the C diagnoses; rows with
-`UNLABELED` are excluded from every metric. Decisions are a (N, C) bool table: True where a diagnosis is predicted.
+NumPy only; intervals are in `triderm_dist.intervals`. Shapes: N lesions, C diagnoses. `labels` (N,) int64 index the C
+diagnoses; rows with `UNLABELED` are excluded from F1. Decisions are a (N, C) bool table: True where a diagnosis is
+predicted. The metrics of the report take labeled lesions only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from triderm_dist.schema import UNLABELED, DataError
 
+CALIBRATION_BINS = 15
+
 OFFICIAL_THRESHOLD = 0.5
 """The challenge counts a diagnosis as predicted where its probability is strictly above this."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -48,12 +36,12 @@ class ClassCounts:
     @property
     def precision(self) -> np.ndarray:
         """(C,) share of the predictions that are correct; NaN where nothing is predicted."""
-        return _ratio(self.true_positives, self.predicted)
+        return ratio(self.true_positives, self.predicted)
 
     @property
     def recall(self) -> np.ndarray:
         """(C,) share of the lesions that are predicted correctly; NaN for a diagnosis without a lesion."""
-        return _ratio(self.true_positives, self.positives)
+        return ratio(self.true_positives, self.positives)
 
 
 def class_counts(decisions: np.ndarray, labels: np.ndarray) -> ClassCounts:
@@ -97,60 +85,6 @@ def argmax_decisions(scores: np.ndarray) -> np.ndarray:
     return np.argmax(scores, axis=1)[:, None] == np.arange(scores.shape[1])
 
 
-def bootstrap_f1(decisions: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Return (R, C) F1 under a bootstrap over lesions, stratified by diagnosis so that none vanishes.
-
-    Lesions of one diagnosis with the same decisions are exchangeable: a resample is a multinomial draw over the
-    distinct rows of each diagnosis, which is exact and needs no pass over the N lesions.
-    """
-    return _bootstrap([np.asarray(decisions, bool)], labels, resamples, seed)[0]
-
-
-def bootstrap_interval(
-    decisions: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Return macro F1 with its percentile interval under `bootstrap_f1`."""
-    return interval_of(macro_f1(decisions, labels), _macro(bootstrap_f1(decisions, labels, resamples, seed)), level)
-
-
-def paired_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    labels: np.ndarray,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Return macro F1 of `first` minus macro F1 of `second`, (N, C) bool, with an interval over shared resamples."""
-    draws = _bootstrap([np.asarray(first, bool), np.asarray(second, bool)], labels, resamples, seed)
-    return interval_of(macro_f1(first, labels) - macro_f1(second, labels), _macro(draws[0]) - _macro(draws[1]), level)
-
-
-def recall_difference(first: ClassCounts, second: ClassCounts, kept: np.ndarray) -> Interval:
-    """Return mean recall of `first` minus mean recall of `second`, on different lesions, with a 95% interval.
-
-    kept: (C,) bool, the diagnoses to average over. The interval is normal. The variance of each recall is taken after
-    adding four lesions with the recall of both sides together (Agresti and Caffo 2000 add them with a recall of a
-    half). So five correct of five do not count as certain, and a small side is not pulled away from a large one.
-    """
-    positives, correct = first.positives + second.positives, first.true_positives + second.true_positives
-    common = (correct + 0.5) / (positives + 1)
-    variance = np.zeros(len(kept))
-    for counts in (first, second):
-        recall = (counts.true_positives + 4 * common) / (counts.positives + 4)
-        variance += recall * (1 - recall) / np.maximum(counts.positives, 1)
-    value = float((first.recall[kept] - second.recall[kept]).mean())
-    width = float(1.959964 * np.sqrt(variance[kept].sum()) / np.count_nonzero(kept))
-    return Interval(value, value - width, value + width)
-
-
-def interval_of(value: float, draws: np.ndarray, level: float = 0.95) -> Interval:
-    """Return `value` with the percentiles of its bootstrap draws (R,) as interval; NaN where a draw is not finite."""
-    tail = (1 - level) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail]) if np.isfinite(draws).all() else (np.nan, np.nan)
-    return Interval(float(value), float(low), float(high))
-
-
 @dataclass(frozen=True)
 class Metric:
     """A metric of the report: its title, and a function of probabilities (N, C), labels (N,), decisions (N, C) bool."""
@@ -171,9 +105,55 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarra
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
+def balanced_accuracy(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return mean recall where only the most probable diagnosis of each lesion is predicted."""
+    return mean_recall(probabilities, labels, argmax_decisions(probabilities))
+
+
+def mean_area_under_roc(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the mean over diagnoses of `areas_under_roc`."""
+    return _mean(areas_under_roc(probabilities, labels))
+
+
+def mean_average_precision(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the mean over diagnoses of `average_precisions`."""
+    return _mean(average_precisions(probabilities, labels))
+
+
+def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the mean of -log p of the label. p: shares of a lesion's sum, at least 2.2e-16."""
+    of_label = shares(probabilities)[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(of_label, np.finfo(np.float64).eps)).mean())
+
+
+def brier_score(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the mean over lesions of the squared distance between shares (C,) and the label's unit vector: 0 to 2."""
+    p = shares(probabilities)
+    of_label = p[np.arange(len(labels)), labels]
+    return float(((p**2).sum(axis=1) - 2 * of_label + 1).mean())
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Return the expected calibration error of the most probable diagnosis, in equal bins (Guo et al. 2017).
+
+    The mean over lesions of the distance between the mean largest share and the accuracy in the lesion's bin.
+    """
+    p = shares(probabilities)
+    largest, correct = p.max(axis=1), p.argmax(axis=1) == labels
+    bins = np.searchsorted(np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1], largest)
+    gaps = np.bincount(bins, largest - correct, CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
 METRICS: dict[str, Metric] = {
     "mean_recall": Metric("Mean recall over diagnoses", mean_recall),
     "accuracy": Metric("Accuracy of the most probable diagnosis", accuracy),
+    "balanced_accuracy": Metric("Balanced accuracy of the most probable diagnosis", balanced_accuracy),
+    "auc": Metric("Area under the ROC curve, mean over diagnoses", mean_area_under_roc),
+    "average_precision": Metric("Average precision, mean over diagnoses", mean_average_precision),
+    "nll": Metric("Negative log-likelihood", negative_log_likelihood),
+    "brier": Metric("Brier score, sum over diagnoses", brier_score),
+    "calibration_error": Metric("Calibration error of the most probable diagnosis", calibration_error),
 }
 """Metrics that the report shows in addition to macro F1. Plugins may add others."""
 
@@ -205,6 +185,33 @@ def malignancy_metrics(malignant: np.ndarray) -> dict[str, Metric]:
     }
 
 
+def areas_under_roc(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return (C,) `area_under_roc` of each diagnosis against all others."""
+    return np.array([area_under_roc(scores, labels == label) for label, scores in enumerate(probabilities.T)])
+
+
+def average_precisions(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return (C,) average precision of each diagnosis; NaN without a lesion.
+
+    The mean over its lesions of the precision where all lesions with at least their probability are predicted.
+    """
+    result = np.full(probabilities.shape[1], np.nan)
+    for label, scores in enumerate(probabilities.T):
+        positives = np.sort(scores[labels == label])
+        if len(positives):
+            true_positives = len(positives) - np.searchsorted(positives, positives)
+            result[label] = (true_positives / (len(scores) - np.searchsorted(np.sort(scores), positives))).mean()
+    return result
+
+
+def shares(probabilities: np.ndarray) -> np.ndarray:
+    """Return (N, C) probabilities divided by their sum; equal shares where the sum is 0."""
+    total = probabilities.sum(axis=1, keepdims=True)
+    return np.divide(
+        probabilities, total, out=np.full(probabilities.shape, 1 / probabilities.shape[1]), where=total > 0
+    )
+
+
 def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Return the area under the ROC curve of scores (N,) for `positive` (N,) bool; NaN without both kinds.
 
@@ -217,58 +224,10 @@ def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(below.mean() / (2 * len(negatives)))
 
 
-def bootstrap_metrics(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    decisions: np.ndarray,
-    resamples: int = 1000,
-    seed: int = 0,
-    metrics: Mapping[str, Metric] = METRICS,
-) -> dict[str, Interval]:
-    """Return each metric on labeled lesions, with its percentile interval over shared resamples of the lesions.
-
-    Resamples are stratified by diagnosis, as in `bootstrap_f1`, but drawn lesion by lesion: a metric may depend on more
-    than the decisions.
-    """
-    generator = np.random.default_rng(seed)
-    strata = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    draws: dict[str, list[float]] = {name: [] for name in metrics}
-    for _ in range(resamples):
-        rows = np.concatenate([generator.choice(stratum, len(stratum)) for stratum in strata])
-        resample = probabilities[rows], labels[rows], decisions[rows]
-        for name, metric in metrics.items():
-            draws[name].append(metric.function(*resample))
-    return {
-        name: interval_of(metric.function(probabilities, labels, decisions), np.array(draws[name]))
-        for name, metric in metrics.items()
-    }
-
-
-def _bootstrap(tables: list[np.ndarray], labels: np.ndarray, resamples: int, seed: int) -> list[np.ndarray]:
-    """Return F1 (R, C) of several decision tables under the same resamples."""
-    decisions, labels = _labeled(np.concatenate(tables, axis=1), labels)
-    classes = tables[0].shape[1]
-    generator = np.random.default_rng(seed)
-    predicted = np.zeros((resamples, decisions.shape[1]), np.int64)
-    true_positives = np.zeros_like(predicted)
-    for label in range(classes):
-        rows = decisions[labels == label]
-        if len(rows):
-            patterns, frequency = np.unique(rows, axis=0, return_counts=True)
-            counts = generator.multinomial(len(rows), frequency / len(rows), size=resamples) @ patterns.astype(np.int64)
-            predicted += counts
-            true_positives[:, label::classes] = counts[:, label::classes]
-    positives = np.bincount(labels, minlength=classes)
-    return [
-        _f1(true_positives[:, start : start + classes], predicted[:, start : start + classes], positives)
-        for start in range(0, decisions.shape[1], classes)
-    ]
-
-
-def _macro(f1: np.ndarray) -> np.ndarray:
-    """Return the (R,) mean over the diagnoses that occur."""
-    occurs = np.isfinite(f1).all(axis=0)
-    return f1[:, occurs].mean(axis=1) if occurs.any() else np.full(len(f1), np.nan)
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of the finite values, NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,8 +240,9 @@ def _labeled(decisions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _f1(true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    return np.where(positives > 0, _ratio(2 * true_positives, predicted + positives), np.nan)
+    return np.where(positives > 0, ratio(2 * true_positives, predicted + positives), np.nan)
 
 
-def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Return part / total, NaN where total is 0."""
     return np.divide(part, total, out=np.full(np.broadcast(part, total).shape, np.nan), where=total > 0)

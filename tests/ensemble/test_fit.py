@@ -124,13 +124,13 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     paths = submit(folder, sorted(folder.glob("*/fold-*/test.parquet")))
     assert [path.name for path in paths] == ["probabilities.csv", "decisions.csv"]
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7, classes=4))}
-    result = score(folder, truth, 50, 0)
+    result = score(folder, truth)
     assert result["macro_f1"] > 0.9 and result["n"] == 150 and result["absent"] == []
     assert json.loads((folder / "heldout.json").read_text()) == result
     del truth["test-0003"], truth["test-0007"]
     with pytest.raises(DataError, match=r"probabilities.csv: 2 lesions are not in the ground truth, .* is test-0003"):
-        score(folder, truth, 50, 0)
-    assert score(folder, truth, 50, 0, partial=True)["n"] == 148
+        score(folder, truth)
+    assert score(folder, truth, partial=True)["n"] == 148
     assert not list(folder.glob("*submission*"))
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PredictRun(Experiment):
-    uses = (*TRAINING, "data.test_shards", "data.test_truth", "ensemble.members", "ensemble.bootstrap", "predict")
+    uses = (*TRAINING, "data.test_shards", "data.test_truth", "ensemble.members", "predict")
 
     explain: tuple[str, ...] = Field(
         (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
@@ -63,7 +63,7 @@ def main(config: PredictRun) -> None:
     )
     if truth is not None:
         partial = config.data.test_truth is None
-        result = score(config.folder, truth, config.ensemble.bootstrap, config.seed, partial)
+        result = score(config.folder, truth, partial)
         low, high = result["interval"]
         if result["absent"]:
             print(f"no test lesion has {', '.join(result['absent'])}: excluded from the score")

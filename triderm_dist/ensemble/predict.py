@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.ensemble import fitted_stacker
 from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
@@ -48,9 +48,7 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> list[Path]:
     return write_results(run_folder, table.task, results, template=sorted(results.lesion_ids))
 
 
-def score(
-    run_folder: Path, truth: Mapping[str, int], resamples: int, seed: int, partial: bool = False
-) -> dict[str, Any]:
+def score(run_folder: Path, truth: Mapping[str, int], partial: bool = False) -> dict[str, Any]:
     """Score the results in RUN by macro F1 of their decisions against {lesion id: label}, and write RUN/heldout.json.
 
     macro_f1 is over the diagnoses in the truth. `absent` names the others: a challenge's scorer has no score then.
@@ -64,8 +62,11 @@ def score(
         path = run_folder / result_files(task)[0]
         first = ids[int(np.argmin(known))]
         raise DataError(f"{path}: {(~known).sum()} lesions are not in the ground truth, the first is {first}")
+    predicted = read_predictions(run_folder / PREDICTIONS_FILE)
+    group_of = dict(zip(predicted.lesion_ids, predicted.groups, strict=True))
+    groups = np.array([group_of[name] for name in ids], object)[known]
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
-    interval = metrics.bootstrap_interval(decisions, labels, resamples, seed)
+    interval = intervals.macro_f1(decisions, labels, groups)
     result = {
         "macro_f1": interval.value,
         "interval": [interval.low, interval.high],

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.run_files import CHOSEN, ENSEMBLE, FITTED, MEAN
@@ -57,8 +57,8 @@ class Row:
     argmax: float | None
     argmax_tau: float | None
     fitted: float
-    nested: metrics.Interval
-    ensemble_minus_this: metrics.Interval
+    nested: intervals.Interval
+    ensemble_minus_this: intervals.Interval
 
     def json(self) -> dict[str, Any]:
         """Return what ensemble.json stores under scores.NAME."""
@@ -74,8 +74,8 @@ class Row:
         return Row(
             name=name,
             **{key: scores[key] for key in ("official", "argmax", "argmax_tau", "fitted")},
-            nested=metrics.Interval(**scores["nested"]),
-            ensemble_minus_this=metrics.Interval(**scores["chosen_minus_this"]),
+            nested=intervals.Interval(**scores["nested"]),
+            ensemble_minus_this=intervals.Interval(**scores["chosen_minus_this"]),
         )
 
     def cells(self) -> dict[str, str]:
@@ -95,7 +95,7 @@ class ScoreTable:
     """The inputs of the score table, and its rows.
 
     members: calibrated (N, C) by name; uncalibrated: the same with temperature 1.  candidates: fitted on all lesions.
-    resamples, seed: of the bootstrap behind each interval.
+    resamples, seed: of the bootstrap behind the intervals of differences.
     """
 
     table: OofTable
@@ -131,14 +131,14 @@ class ScoreTable:
             argmax=None if unseen is None else metrics.argmax_macro_f1(unseen, labels),
             argmax_tau=nested_tau_macro_f1(self.table, weighting) if weighting in self.table.models else None,
             fitted=metrics.macro_f1(fitted, labels),
-            nested=metrics.bootstrap_interval(self.nested.decisions[weighting], labels, self.resamples, self.seed),
+            nested=intervals.macro_f1(self.nested.decisions[weighting], labels, self.table.groups),
             ensemble_minus_this=self._difference(CHOSEN, weighting),
         )
 
-    def _difference(self, first: str, second: str) -> metrics.Interval:
+    def _difference(self, first: str, second: str) -> intervals.Interval:
         decisions = self.nested.decisions
-        return metrics.paired_difference(
-            decisions[first], decisions[second], self.table.labels, self.resamples, self.seed
+        return intervals.paired_difference(
+            decisions[first], decisions[second], self.table.labels, self.table.groups, self.resamples, self.seed
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.ensemble.artifact import Ensemble, read_json
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
@@ -65,8 +65,8 @@ class Slice:
     field: str
     value: str
     lesions: int
-    macro_f1: metrics.Interval | None
-    recall_difference: metrics.Interval | None
+    macro_f1: intervals.Interval | None
+    recall_difference: intervals.Interval | None
 
     @property
     def warning(self) -> str:
@@ -84,7 +84,7 @@ class Malignancy:
     with a malignant decision.  unknown: lesions with a diagnosis of unknown kind, which are left out.
     """
 
-    values: dict[str, metrics.Interval]
+    values: dict[str, intervals.Interval]
     lesions: np.ndarray
     unknown: int
 
@@ -99,7 +99,7 @@ class MissingView:
     model: str
     view: str
     macro_f1: float
-    difference: metrics.Interval
+    difference: intervals.Interval
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Content:
         return [Row.from_json(name, scores) for name, scores in self.fit["scores"].items()]
 
     @cached_property
-    def score(self) -> metrics.Interval:
+    def score(self) -> intervals.Interval:
         """Nested macro F1 of the ensemble."""
         return next(row.nested for row in self.scores if row.name == ENSEMBLE)
 
@@ -210,16 +210,17 @@ class Content:
         return metrics.class_counts(self.rows.decisions, self.labels)
 
     @cached_property
-    def class_intervals(self) -> list[metrics.Interval]:
+    def class_intervals(self) -> list[intervals.Interval]:
         """F1 of each diagnosis."""
-        draws = metrics.bootstrap_f1(self.rows.decisions, self.labels, self.resamples)
-        return [metrics.interval_of(value, draws[:, column]) for column, value in enumerate(self.counts.f1)]
+        return intervals.f1_per_class(self.rows.decisions, self.labels, self.table.groups)
 
     @cached_property
-    def metric_values(self) -> dict[str, metrics.Interval]:
+    def metric_values(self) -> dict[str, intervals.Interval]:
         """Every metric of `metrics.METRICS`, by name."""
         rows = self.rows
-        return metrics.bootstrap_metrics(rows.probabilities, rows.labels, rows.decisions, self.resamples)
+        return intervals.of_metrics(
+            metrics.METRICS, rows.probabilities, rows.labels, rows.decisions, self.table.groups, self.resamples
+        )
 
     @cached_property
     def malignancy(self) -> Malignancy | None:
@@ -231,8 +232,8 @@ class Content:
         known = ~np.isnan(of_label)
         known_metrics = metrics.malignancy_metrics(kinds)
         probabilities, decisions = self.rows.probabilities[known], self.rows.decisions[known]
-        found = metrics.bootstrap_metrics(
-            probabilities, self.labels[known], decisions, self.resamples, metrics=known_metrics
+        found = intervals.of_metrics(
+            known_metrics, probabilities, self.labels[known], decisions, self.table.groups[known], self.resamples
         )
         lesions = np.zeros((2, 2), np.int64)
         np.add.at(lesions, (of_label[known].astype(int), decisions[:, kinds == 1].any(axis=1).astype(int)), 1)
@@ -317,7 +318,9 @@ class Content:
                 if np.isnan(logits).any():
                     continue
                 decisions = metrics.argmax_decisions(logits)
-                difference = metrics.paired_difference(decisions, full, self.labels, self.resamples)
+                difference = intervals.paired_difference(
+                    decisions, full, self.labels, self.table.groups, self.resamples
+                )
                 result.append(MissingView(model, titles[view], metrics.macro_f1(decisions, self.labels), difference))
         return result
 
@@ -401,15 +404,13 @@ class Content:
         kept = (inside >= MIN_SLICE_POSITIVES) & (outside >= MIN_SLICE_POSITIVES)
         if kept.sum() < 2:
             return Slice(field, value, int(mask.sum()), None, None)
-        f1 = metrics.bootstrap_f1(self.rows.decisions[mask], self.labels[mask], self.resamples)[:, kept].mean(axis=1)
-        counts = metrics.class_counts(self.rows.decisions[mask], self.labels[mask])
-        other_counts = metrics.class_counts(self.rows.decisions[~mask], self.labels[~mask])
+        decisions, groups = self.rows.decisions, self.table.groups
         return Slice(
             field=field,
             value=value,
             lesions=int(mask.sum()),
-            macro_f1=metrics.interval_of(float(counts.f1[kept].mean()), f1),
-            recall_difference=metrics.recall_difference(counts, other_counts, kept),
+            macro_f1=intervals.macro_f1(decisions[mask], self.labels[mask], groups[mask], kept),
+            recall_difference=intervals.recall_difference(decisions, self.labels, mask, kept, groups),
         )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from triderm_dist.ensemble.run_files import ENSEMBLE
 from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
 from triderm_dist.files import write_text
-from triderm_dist.metrics import METRICS, Interval
+from triderm_dist.intervals import Interval
+from triderm_dist.metrics import METRICS
 from triderm_dist.report.content import (
     GROUP,
     LOWER_RECALL,
@@ -179,9 +180,10 @@ def _pairs(content: Content) -> str:
     rows = []
     for pair in content.fit["pairs"]:
         difference = Interval(**pair["difference"])
-        significant = difference.low > 0 or difference.high < 0
         verdict = (
-            '<span class="flag">significant</span>' if significant else '<span class="quiet">not significant</span>'
+            '<span class="flag">significant</span>'
+            if difference.excludes_zero
+            else '<span class="quiet">not significant</span>'
         )
         cells = [f"{difference.value:+.3f}", _signed(difference), verdict]
         rows.append((f"{pair['first']} minus {pair['second']}", cells, ""))
@@ -431,8 +433,10 @@ def _ensemble(content: Content, picture: Callable[[str, str], str]) -> str:
 def _method(content: Content) -> str:
     return (
         "<h2>Method and limits</h2><ul>"
-        f"<li>Intervals are 95% percentiles over {content.resamples:,} bootstrap resamples of the lesions, stratified "
-        "by diagnosis. The trained networks are fixed: training with another seed changes the score as well.</li>"
+        "<li>Intervals are 95% intervals over lesions, or over groups where lesions share one. F1: Beta quantiles of "
+        "each diagnosis, combined for macro F1; differences and other metrics: percentiles over "
+        f"{content.resamples:,} bootstrap resamples. The trained networks are fixed: training with another seed "
+        "changes the score as well.</li>"
         "<li>The stacker of a fold was fitted without that fold’s labels, but on outputs of networks that were "
         "trained on them: the usual second-order leak of stacking.</li>"
         "<li>Test lesions are predicted by the mean of the networks of all folds, each averaged over test-time "

@@ -19,7 +19,7 @@ from triderm_dist.search.space import Space, read_space, with_settings
 from triderm_dist.search.trial import Trial, read_trials
 
 if TYPE_CHECKING:
-    from triderm_dist.metrics import Interval
+    from triderm_dist.intervals import Interval
 
 MIN_TRIALS = 8
 """Importance is estimated from at least this many trials."""
@@ -91,7 +91,8 @@ def baseline_and_best(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | No
 
 def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
     """Return the difference in macro F1 over the validation lesions of all folds, and the number of lesions."""
-    from triderm_dist.metrics import argmax_decisions, paired_difference
+    from triderm_dist.intervals import paired_difference
+    from triderm_dist.metrics import argmax_decisions
     from triderm_dist.predictions import read_predictions
 
     logits, labels = [], []
@@ -100,13 +101,12 @@ def _gain(run: SearchRun, baseline: Trial, best: Trial) -> tuple[Interval, int]:
         parts = [read_predictions(folder / f"fold-{fold}" / "predictions.parquet") for fold in run.search.folds]
         logits.append(argmax_decisions(np.concatenate([part.logits for part in parts])))
         labels.append(np.concatenate([part.labels for part in parts]))
-    return paired_difference(logits[0], logits[1], labels[1]), len(labels[1])
+    groups = np.concatenate([part.groups for part in parts])
+    return paired_difference(logits[0], logits[1], labels[1], groups), len(labels[1])
 
 
 def _read_repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
-    from scipy import stats
-
-    from triderm_dist.metrics import Interval
+    from triderm_dist.intervals import of_mean
 
     done = {
         (trial.number, trial.seed): trial.macro_f1
@@ -119,11 +119,7 @@ def _read_repeats(folder: Path, baseline: Trial, best: Trial) -> Repeats | None:
     if best.number == baseline.number or not seeds:
         return None
     first, second = ([done[trial.number, seed] for seed in seeds] for trial in (baseline, best))
-    differences = np.subtract(second, first)
-    mean, half = float(differences.mean()), float("nan")
-    if len(seeds) > 1:
-        half = float(stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds)))
-    return Repeats(seeds, first, second, Interval(mean, mean - half, mean + half))
+    return Repeats(seeds, first, second, of_mean(np.subtract(second, first)))
 
 
 def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
@@ -137,7 +133,7 @@ def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
     scored = [(trial.settings, float(trial.macro_f1)) for trial in trials if trial.macro_f1 is not None]
     if len(scored) < MIN_TRIALS or len(space) < 2 or any(trial.changes for trial in trials):
         return {}
-    from triderm_dist.metrics import Interval
+    from triderm_dist.intervals import Interval
 
     estimate = _fanova(scored, space)
     generator = np.random.default_rng(0)
@@ -247,7 +243,7 @@ def verdict(summary: Summary) -> list[str]:
 
 
 def _noise(gain: Interval) -> str:
-    return "beyond" if gain.low > 0 or gain.high < 0 else "within"
+    return "beyond" if gain.excludes_zero else "within"
 
 
 def print_summary(summary: Summary) -> None:

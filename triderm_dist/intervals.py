@@ -1,0 +1,345 @@
+"""95% intervals of macro F1, of paired differences, of one diagnosis, of a slice, and of any other metric.
+
+Every interval is over lesions; where lesions share a group (a patient), it is over groups. The methods were chosen by
+their measured coverage: `python -m benchmarks.coverage`. What they have in common: a diagnosis of which none or all of
+a few lesions were found still has an interval.
+
+Shapes: N lesions, C diagnoses, U units (distinct rows of the counts of a lesion or group), R resamples. Labels are
+(N,) int64, rows with `UNLABELED` are left out; decisions (N, C) bool; groups (N,) of any type, None where each lesion
+is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from triderm_dist import metrics
+from triderm_dist.schema import UNLABELED, DataError
+
+RESAMPLES = 1000
+_NORMAL = 1.959963984540054
+_PRIOR_LESIONS = 0.5
+"""Lesions per diagnosis, with the mean outcome over diagnoses, that `paired_difference` adds to a resample."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether both ends are on one side of 0: a difference beyond the noise."""
+        return self.low > 0 or self.high < 0
+
+    def json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+UNKNOWN = Interval(float("nan"), float("nan"), float("nan"))
+
+
+def f1_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> list[Interval]:
+    """Return F1 of each diagnosis with its interval; NaN for a diagnosis without a lesion.
+
+    F1 = 2 J / (1 + J) rises with J = TP / (TP + FP + FN), and TP is binomial given TP + FP + FN. So the interval is
+    that of a proportion: the quantiles of Beta(TP + 1/2, FP + FN + 1/2) (Jeffreys; Brown, Cai and DasGupta 2001), with
+    the end 0 where TP = 0, and 1 where FP + FN = 0.
+    """
+    (units,), frequency = _units([decisions], labels, groups)
+    estimate = _F1.of(units, frequency, groups is not None)
+    return [
+        Interval(*(float(end) for end in ends)) if np.isfinite(ends[0]) else UNKNOWN
+        for ends in zip(estimate.f1, estimate.low, estimate.high, strict=True)
+    ]
+
+
+def macro_f1(
+    decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None, kept: np.ndarray | None = None
+) -> Interval:
+    """Return macro F1 over the diagnoses that occur with its interval. kept: (C,) bool, the diagnoses to average over.
+
+    Intervals of the diagnoses, as in `f1_per_class`, are combined by the method of variance estimates recovery (Zou
+    and Donner 2008): each end is as far from the mean as the root of d' R d, where d are the distances of the ends of
+    the diagnoses and R the correlations of their F1 to first order. The upper end also adds the bias of F1: it is
+    concave in J, so few lesions give too small an F1 on average.
+    """
+    (units,), frequency = _units([decisions], labels, groups)
+    estimate = _F1.of(units, frequency, groups is not None)
+    used = np.isfinite(estimate.f1) & (True if kept is None else np.asarray(kept, bool))
+    if not used.any():
+        return UNKNOWN
+    f1, low, high = estimate.f1[used], estimate.low[used], estimate.high[used]
+    influence = estimate.influence(units)[:, used]
+    covariance = (influence * frequency[:, None]).T @ influence
+    deviation = np.sqrt(np.diag(covariance))
+    product = np.outer(deviation, deviation)
+    correlation = np.divide(covariance, product, out=np.zeros_like(covariance), where=product > 0)
+    np.fill_diagonal(correlation, 1.0)
+    unbiased = np.minimum(f1 + estimate.bias[used], high)
+    below, above = f1 - low, high - unbiased
+    return Interval(
+        float(f1.mean()),
+        float(max(f1.mean() - np.sqrt(max(below @ correlation @ below, 0.0)) / len(f1), 0.0)),
+        float(min(unbiased.mean() + np.sqrt(max(above @ correlation @ above, 0.0)) / len(f1), 1.0)),
+    )
+
+
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return macro F1 of `first` minus macro F1 of `second` on the same lesions, with its interval.
+
+    Percentiles of an unstratified bootstrap. A diagnosis with few lesions often has no lesion in a resample, or none
+    that only one of the two finds: half a lesion is added to each diagnosis, found by both, one or none in the mean
+    proportions over the diagnoses (its counts are gamma distributed). Decisions that are equal differ by exactly 0.
+    """
+    (one, two), frequency = _units([first, second], labels, groups)
+    value = metrics.macro_f1(first, labels) - metrics.macro_f1(second, labels)
+    return Interval(float(value), *percentiles(_differences(one, two, frequency, resamples, seed)))
+
+
+def _differences(one: _Counts, two: _Counts, frequency: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the (R,) differences in macro F1 of `paired_difference`."""
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(int(frequency.sum()), frequency / frequency.sum(), size=resamples).astype(float)
+    positives = frequency @ one.positives
+    occurs = positives > 0
+    both = frequency @ one.both
+    outcomes = np.stack([both, frequency @ one.found - both, frequency @ two.found - both])[:, occurs]
+    shares = (outcomes / positives[occurs]).mean(axis=1)
+    shape = _PRIOR_LESIONS * np.append(shares, max(1 - shares.sum(), 0.0))
+    added = generator.standard_gamma(np.broadcast_to(shape[:, None, None], (4, resamples, len(occurs))))
+
+    def f1(part: _Counts, found: np.ndarray, missed: np.ndarray) -> np.ndarray:
+        return metrics.ratio(2 * (counts @ part.found + found), counts @ part.total + 2 * found + missed)[:, occurs]
+
+    draws = f1(one, added[0] + added[1], added[2] + added[3]) - f1(two, added[0] + added[2], added[1] + added[3])
+    return np.asarray(np.nanmean(draws, axis=1))
+
+
+def recall_difference(
+    decisions: np.ndarray, labels: np.ndarray, inside: np.ndarray, kept: np.ndarray, groups: np.ndarray | None = None
+) -> Interval:
+    """Return mean recall of the lesions `inside` (N,) bool minus that of the others, with its interval.
+
+    kept: (C,) bool, the diagnoses to average over. The interval is normal. The variance of each recall is taken after
+    adding four lesions with the recall of both sides together (Agresti and Caffo 2000 add them with a recall of a
+    half). So five correct of five do not count as certain, and a small side is not pulled away from a large one. With
+    groups, it is multiplied by the design effect of each side.
+    """
+    sides = [
+        _units([decisions[part]], labels[part], None if groups is None else groups[part]) for part in (inside, ~inside)
+    ]
+    positives = [frequency @ counts.positives for (counts,), frequency in sides]
+    correct = [frequency @ counts.found for (counts,), frequency in sides]
+    common = (sum(correct) + 0.5) / (sum(positives) + 1)
+    variance = np.zeros(len(kept))
+    for ((counts,), frequency), lesions, found in zip(sides, positives, correct, strict=True):
+        recall = (found + 4 * common) / (lesions + 4)
+        effect = 1.0 if groups is None else _design_effect(counts.found, counts.positives, frequency)
+        variance += effect * recall * (1 - recall) / np.maximum(lesions, 1)
+    recalls = [metrics.ratio(found, lesions)[kept] for found, lesions in zip(correct, positives, strict=True)]
+    value = float((recalls[0] - recalls[1]).mean())
+    width = float(_NORMAL * np.sqrt(variance[kept].sum()) / np.count_nonzero(kept))
+    return Interval(value, value - width, value + width)
+
+
+def of_metrics(
+    functions: Mapping[str, metrics.Metric],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    decisions: np.ndarray,
+    groups: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return metrics of labeled lesions with the percentiles of an unstratified bootstrap over lesions or groups."""
+    generator = np.random.default_rng(seed)
+    codes = np.arange(len(labels)) if groups is None else _codes(groups)
+    order = np.argsort(codes, kind="stable")
+    sizes = np.bincount(codes)
+    starts = np.cumsum(sizes) - sizes
+    draws: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(resamples):
+        drawn = generator.integers(0, len(sizes), len(sizes))
+        within = np.arange(sizes[drawn].sum()) - np.repeat(np.cumsum(sizes[drawn]) - sizes[drawn], sizes[drawn])
+        rows = order[np.repeat(starts[drawn], sizes[drawn]) + within]
+        resample = probabilities[rows], labels[rows], decisions[rows]
+        for name, metric in functions.items():
+            draws[name].append(metric.function(*resample))
+    return {
+        name: Interval(metric.function(probabilities, labels, decisions), *percentiles(np.array(draws[name])))
+        for name, metric in functions.items()
+    }
+
+
+def spread(
+    decisions: np.ndarray,
+    labels: np.ndarray,
+    lesions: int,
+    groups: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return the median and the range that 95% of test sets of about `lesions` such lesions would show as macro F1.
+
+    Test sets are drawn from these lesions with replacement, group by group; macro F1 is over the diagnoses that occur.
+    """
+    (counts,), frequency = _units([decisions], labels, groups)
+    drawn = max(1, round(lesions * frequency.sum() / (frequency @ counts.positives.sum(axis=1))))
+    generator = np.random.default_rng(seed)
+    sets = generator.multinomial(drawn, frequency / frequency.sum(), size=resamples).astype(float)
+    f1 = metrics.ratio(2 * sets @ counts.found, sets @ counts.total)
+    f1[sets @ counts.positives == 0] = np.nan
+    scores = np.nanmean(f1, axis=1)
+    return Interval(float(np.median(scores)), *percentiles(scores))
+
+
+def of_mean(values: Sequence[float] | np.ndarray) -> Interval:
+    """Return the mean of independent values with Student's interval, NaN ends for fewer than two."""
+    from scipy import stats
+
+    mean, half = float(np.mean(values)), float("nan")
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def percentiles(draws: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5% and 97.5% quantiles of bootstrap draws (R,); NaN where more than one in twenty is not finite."""
+    finite = draws[np.isfinite(draws)]
+    if not len(finite) or len(finite) < 0.95 * len(draws):
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Lesions per unit and diagnosis, all (U, C): found (true positives), predicted + positives, positives, and found
+    by this table and the other of a pair."""
+
+    found: np.ndarray
+    total: np.ndarray
+    positives: np.ndarray
+    both: np.ndarray
+
+
+@dataclass(frozen=True)
+class _F1:
+    """F1 of each diagnosis, all (C,): value, its interval's ends, bias to second order, and predicted + positives."""
+
+    f1: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    bias: np.ndarray
+    total: np.ndarray
+
+    @staticmethod
+    def of(units: _Counts, frequency: np.ndarray, grouped: bool) -> _F1:
+        from scipy.special import betaincinv
+
+        found, total = frequency @ units.found, frequency @ units.total
+        occurs = frequency @ units.positives > 0
+        union = np.where(occurs, total - found, 1.0)  # TP + FP + FN
+        found = np.where(occurs, found, 0.0)
+        if grouped:  # as many independent lesions as tell as much
+            effect = _design_effect(units.found, units.total - units.found, frequency)
+            found, union = found / effect, union / effect
+        errors = union - found
+        low = np.where(found > 0, betaincinv(found + 0.5, errors + 0.5, 0.025), 0.0)
+        high = np.where(errors > 0, betaincinv(found + 0.5, errors + 0.5, 0.975), 1.0)
+        smooth = (found + 0.5) / (union + 1)
+        bias = 2 * smooth * (1 - smooth) / (1 + smooth) ** 3 / union  # minus half of F1'' times the variance of J
+        share = found / union
+        values = [2 * j / (1 + j) for j in (share, np.minimum(low, share), np.maximum(high, share))]
+        f1, low, high = (np.where(occurs, value, np.nan) for value in values)
+        return _F1(f1, low, high, bias, np.where(occurs, total, 1.0))
+
+    def influence(self, units: _Counts) -> np.ndarray:
+        """Return (U, C), the change of F1 by a unit, to first order."""
+        return np.asarray((2 * units.found - self.f1 * units.total) / self.total)
+
+
+def _design_effect(part: np.ndarray, whole: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """Return (C,) variance of part / whole over groups (U, C), divided by the variance over independent lesions; >= 1.
+
+    Where the share is 0 or 1 it is unknown, and the largest possible is taken: that of groups which agree throughout.
+    """
+    parts, wholes = frequency @ part, frequency @ whole
+    share = metrics.ratio(parts, wholes)
+    units = frequency.sum()
+    residuals = frequency @ (part - share * whole) ** 2 * units / max(units - 1, 1)
+    effect = metrics.ratio(residuals, wholes * share * (1 - share))
+    agreeing = metrics.ratio(frequency @ whole**2, wholes)
+    certain = (parts == 0) | (parts == wholes)
+    return np.maximum(np.nan_to_num(np.where(certain, agreeing, effect), nan=1.0), 1.0)
+
+
+def _units(tables: list[np.ndarray], labels: np.ndarray, groups: np.ndarray | None) -> tuple[list[_Counts], np.ndarray]:
+    """Return the counts of each decision table by distinct unit, and the frequency (U,) of the units.
+
+    A unit is a lesion or a group. Units with equal counts are exchangeable, so a resample is a multinomial draw over
+    the distinct ones: exact, without a pass over the N lesions. Raises DataError where shapes do not match.
+    """
+    labels = np.asarray(labels)
+    for table in tables:
+        if np.ndim(table) != 2 or labels.shape != np.shape(table)[:1]:
+            raise DataError(
+                f"decisions {np.shape(table)} and labels {labels.shape} do not match: expected (N, C) and (N,)"
+            )
+    known = labels != UNLABELED
+    if not known.any():
+        raise DataError("no lesion is labeled: there is nothing to score")
+    decisions = np.concatenate([np.asarray(table, bool) for table in tables], axis=1)[known]
+    classes = len(tables[0][0])
+    labels = labels[known]
+    first, pattern_of, frequency = _distinct(labels, decisions)
+    truth = labels[first, None] == np.arange(classes)
+    decided = [decisions[first, start : start + classes] for start in range(0, decisions.shape[1], classes)]
+    both = truth & np.logical_and.reduce(decided)
+    columns = [np.stack([truth & each, each.astype(int) + truth, truth, both]) for each in decided]
+    counts = np.concatenate(columns).astype(np.int64)  # (4 tables, U, C)
+    if groups is not None:
+        codes = _codes(np.asarray(groups)[known])
+        order = np.argsort(codes, kind="stable")
+        rows = counts.transpose(1, 0, 2).reshape(len(first), -1)[pattern_of[order]]
+        summed = np.add.reduceat(rows, np.flatnonzero(np.diff(codes[order], prepend=-1)), axis=0)
+        smallest = summed.astype(np.min_scalar_type(summed.max()))  # rows of fewer bytes sort faster
+        distinct, frequency = np.unique(smallest, axis=0, return_counts=True)
+        counts = distinct.reshape(len(distinct), -1, classes).transpose(1, 0, 2)
+    return [_Counts(*counts[start : start + 4].astype(float)) for start in range(0, len(counts), 4)], frequency
+
+
+def _distinct(labels: np.ndarray, decisions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return of the distinct rows of labels and decisions: the first of each, the number of each row, and counts."""
+    packed = np.packbits(decisions, axis=1)
+    keys = np.zeros((len(labels), -(-(4 + packed.shape[1]) // 8) * 8), np.uint8)
+    keys[:, :4] = labels.astype(np.uint32)[:, None].view(np.uint8)
+    keys[:, 4 : 4 + packed.shape[1]] = packed
+    words = keys.view(np.uint64)  # one integer up to 32 decisions: sorted fast
+    if words.shape[1] == 1:
+        _, first, inverse, counts = np.unique(words[:, 0], return_index=True, return_inverse=True, return_counts=True)
+    else:
+        _, first, inverse, counts = np.unique(words, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    return first, inverse.ravel(), counts
+
+
+def _codes(groups: np.ndarray) -> np.ndarray:
+    """Return (N,) numbers of the groups."""
+    return np.unique(groups, return_inverse=True)[1].ravel()
