@@ -11,7 +11,7 @@ from triderm_dist.doctor.machine import Gpu
 @pytest.mark.parametrize(
     ("gpus", "experiment", "launcher", "override"),
     [
-        ([], "milk10k_cpu", "single", ""),
+        ([], "cpu", "single", ""),
         ([Gpu("A100", 79 * GIB, 78 * GIB, (8, 0))], "a100", "single", ""),
         ([Gpu("3090", 24 * GIB, 23 * GIB, (8, 6))], "rtx3090", "single", ""),
         ([Gpu("4090", 24 * GIB, 23 * GIB, (8, 9))], "rtx4090", "single", ""),

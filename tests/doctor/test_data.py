@@ -7,12 +7,13 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.synthetic import write_demo
 from triderm_dist.doctor.data import Need, _need, reading_finding, reading_speed
 from triderm_dist.doctor.findings import GIB
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.monitoring.flops import training_flops
 from triderm_dist.monitoring.memory_estimate import network_without_weights
-from triderm_dist.tasks import milk10k_task
+from triderm_dist.tasks import load_task, milk10k_task
 
 SIGNATURE = milk10k_task().signature(())
 
@@ -38,9 +39,23 @@ def test_test_set_and_truth(make_challenge, tmp_path):
     experiment = load(Experiment, None, [*base, f"data.test={folder}"])
     assert "22 lesions" in finding(experiment, "test").text
     experiment = load(Experiment, None, [*base, f"data.source={folder}"])
-    assert finding(experiment, "training").text.endswith("no ground truth")
+    assert finding(experiment, "training").text.endswith("no lesion has a diagnosis")
     experiment = load(Experiment, None, [*base, f"data.test={folder}", "data.test_truth=none.csv"])
     assert "none.csv" in finding(experiment, "test").text and finding(experiment, "test").state == "error"
+
+
+def test_folder_of_another_task(tmp_path):
+    """The folder is read by its own task, whose rarest diagnosis fills no fold; networks are those for its one view."""
+    write_demo(tmp_path / "set", load_task("ham10000"), 100, 50, seed=0)
+    base = [*SMALL, f"output={tmp_path / 'run'}", "data.task=ham10000", "data.folds=20"]
+    experiment = load(Experiment, None, [*base, f"data.source={tmp_path / 'set' / 'train'}"])
+    training = finding(experiment, "training")
+    assert training.state == "warning" and "lesions of ham10000" in training.text
+    one_view = finding(experiment, "a: memory").text
+    assert one_view != finding(load(Experiment, None, base), "a: memory").text
+    experiment = load(Experiment, None, [*base, f"data.source={tmp_path / 'set' / 'test'}"])
+    unlabeled = finding(experiment, "training")
+    assert unlabeled.state == "error" and "columns.diagnosis of the task names 'dx'" in unlabeled.advice
 
 
 def test_reading_speed_is_measured_and_compared_with_the_need(make_challenge, tmp_path):

@@ -1,6 +1,7 @@
 """Make synthetic lesions and run the whole pipeline on them: two networks, two folds, submission, report.
 
 triderm demo
+triderm demo task=derm7pt output=runs/demo7pt
 
 Takes about 90 seconds on two cores. Equal to `triderm synthetic output=runs/demo/data`, then
 `triderm pipeline --config demo`.
@@ -18,13 +19,14 @@ from triderm_dist.settings import PathText, Section
 
 class DemoRun(Section):
     output: PathText = Field("runs/demo", description="folder of the run; the lesions go into its folder `data`")
+    task: PathText = Field("milk10k", description="name of a task that ships, or a task.yaml")
 
 
 def main(config: DemoRun) -> None:
     from triderm_dist.data.synthetic import LESIONS, TEST_LESIONS, truth_file, write_demo
     from triderm_dist.tasks import load_task
 
-    data, task = Path(config.output) / "data", load_task("milk10k")
+    data, task = Path(config.output) / "data", load_task(config.task)
     write_demo(data, task, LESIONS, TEST_LESIONS, seed=0)
     print(f"{LESIONS} + {TEST_LESIONS} SYNTHETIC lesions in {data}", flush=True)
     settings = [
@@ -33,6 +35,8 @@ def main(config: DemoRun) -> None:
         f"data.test={data / 'test'}",
         f"data.test_truth={truth_file(data, task)}",
     ]
+    if config.task != "milk10k":
+        settings.append(f"data.task={config.task}")
     # The networks are so small that a second OpenMP thread would slow them down.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command = [sys.executable, "-m", "triderm_dist.commands.pipeline", "--config", "demo", *settings]

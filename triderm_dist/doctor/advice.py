@@ -15,7 +15,7 @@ def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
     count, memory = len(gpus), min((gpu.memory for gpu in gpus), default=0)
     overrides: list[str] = []
     if not gpus:
-        experiment = "milk10k_cpu"
+        experiment = "cpu"
     elif count == 1:
         # Cards sold as 80 and 24 GB have a little less, of which the driver takes a share.
         large, old = memory > 70 * GIB, gpus[0].capability < (8, 9)

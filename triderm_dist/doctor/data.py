@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from triderm_dist.config import DataConfig, Experiment
 from triderm_dist.data.threads import available_cores
@@ -43,7 +44,7 @@ def data_findings(experiment: Experiment, packed: ShardIndex | str, gpus: Sequen
 def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
     data, title = experiment.data, "training"
     if isinstance(packed, str) and (data.shards or Path(experiment.train_shards).exists()):
-        return Finding(title, packed, "error", "pack the challenge folder again, or set another data.shards")
+        return Finding(title, packed, "error", "pack the folder again, or set another data.shards")
     if not isinstance(packed, str):
         counts = packed.counts()
         rarest = min((count for name, count in counts.items() if name != "unlabeled"), default=0)
@@ -54,9 +55,9 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
             return Finding(title, text, "warning", f"fewer than data.folds {data.folds}: some folds will lack it")
         return Finding(title, text)
     if data.source is None:
-        advice = "data.source=CHALLENGE_FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: triderm synthetic"
+        advice = "data.source=FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: triderm synthetic"
         return Finding(title, "neither data.source nor data.shards is set", "error", advice)
-    return _folder(title, data.source, data.task, data.missing_view, labels=True)
+    return _folder(title, data.source, data.task, data, labels=True)
 
 
 def _test_data(experiment: Experiment) -> Finding:
@@ -69,8 +70,8 @@ def _test_data(experiment: Experiment) -> Finding:
     if data.test_shards:
         return Finding(title, packed, "error", "pack the test folder again, or set another data.test_shards")
     if data.test is None:
-        return Finding(title, "data.test is not set: out-of-fold predictions and report only, no submission")
-    return _folder(title, data.test, _task(data), data.missing_view, labels=False)
+        return Finding(title, "data.test is not set: out-of-fold predictions and report only")
+    return _folder(title, data.test, _task(data), data, labels=False)
 
 
 def _task(data: DataConfig) -> str | None:
@@ -96,24 +97,25 @@ def open_shards(where: str, data: DataConfig) -> ShardIndex | str:
         return f"{where}: {error.strerror}"
 
 
-def _folder(
-    title: str, folder: str, task: str | None, missing_view: Literal["refuse", "mark"], labels: bool
-) -> Finding:
+def _folder(title: str, folder: str, task_name: str | None, data: DataConfig, labels: bool) -> Finding:
     from triderm_dist.data.readers.source import find_task, read_source
 
     try:
-        dataset = read_source(folder, find_task(folder, task), missing_view)
+        task = find_task(folder, task_name)
+        dataset = read_source(folder, task, data.missing_view)
     except InputError as error:
         advice = f"correct data.{'source' if labels else 'test'}, the task, or the rows; triderm task check shows all"
         return Finding(title, str(error), "error", advice)
-    text = f"{len(dataset.lesions)} lesions in {folder}, not packed yet; triderm pipeline packs it"
+    text = f"{len(dataset.lesions)} lesions of {task.name} in {folder}, not packed yet; triderm pipeline packs it"
     if labels and not dataset.labeled:
-        return Finding(
-            title,
-            f"{folder}: no ground truth",
-            "error",
-            "put the *_GroundTruth.csv into the folder of the metadata table",
-        )
+        where = task.columns.diagnosis and f"columns.diagnosis of the task names {task.columns.diagnosis!r}"
+        advice = where or "put the table with a column of zeros and ones per diagnosis there"
+        return Finding(title, f"{folder}: no lesion has a diagnosis", "error", advice)
+    counts = Counter(lesion.label for lesion in dataset.lesions)
+    rarest = min(counts[label] for label in range(len(task.diagnoses)))
+    if labels and rarest < data.folds:
+        text += f"; the rarest diagnosis has {rarest}"
+        return Finding(title, text, "warning", f"fewer than data.folds {data.folds}: some folds will lack it")
     return Finding(title, text)
 
 
