@@ -66,7 +66,7 @@ def base_columns(table: OofTable, models: Sequence[str] | None = None) -> np.nda
 
 
 def column_names(table: OofTable, models: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the F names of `base_columns`, such as trimodal/logit/MEL, concept/clinical/hair, metadata/age."""
+    """Return the F names of `base_columns`, such as MODEL/logit/DIAGNOSIS, concept/CONCEPT, metadata/FIELD."""
     names = [
         f"{model}/{output.removesuffix('s')}/{diagnosis}"
         for model in (table.models if models is None else models)
