@@ -339,7 +339,8 @@ class ModelConfig(Section):
     )
     use: tuple[Literal["clinical", "dermoscopic", "concepts", "metadata"], ...] = Field(
         ("clinical", "dermoscopic", "concepts", "metadata"),
-        description="modalities that the network uses; the others are treated as missing, in training and prediction",
+        description="modalities that the network uses, if the task has them; the others are treated as missing, in "
+        "training and prediction",
     )
     train: TrainConfig = TrainConfig()
 

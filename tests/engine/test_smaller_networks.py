@@ -16,6 +16,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.embed import embeddings
+from triderm_dist.engine.explain import attention_maps
 from triderm_dist.engine.fold import trained_fold
 from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import VIEWS, DataError, Diagnosis, Task
@@ -41,7 +42,9 @@ def trained(request, tmp_path_factory) -> tuple[str, Experiment, ShardIndex]:
     index = synthetic_shards(folder / "shards", 24, 40, TASKS[request.param])
     trained, frozen = MODELS.strip().replace(",\n", ",").splitlines()
     shared = ["data.folds=2", "train={epochs: 1, global_batch: 8, micro_batch: 4, trackers: [], precision: fp32}"]
-    experiment = load(Experiment, None, [trained, frozen, *shared, f"output={folder / 'run'}", "predict.transforms=2"])
+    experiment = load(
+        Experiment, None, [trained, frozen, *shared, f"output={folder / 'run'}", f"data.shards={index.folder}"]
+    )
     run_folds(experiment, index, ["trained", "frozen"], [0])
     return request.param, experiment, index
 
@@ -68,6 +71,17 @@ def test_frozen_tower_encodes_the_views_of_the_task_only(trained):
     (plain,) = Path(experiment.token_folder).glob("*/plain/000000.npy")
     assert np.load(plain, mmap_mode="r").shape[:2] == (24, len(index.signature.views))
     assert embeddings(experiment, index, "frozen").shape == (24, len(index.signature.views) * 256)
+
+
+def test_attention_is_that_of_the_views_and_tokens_of_the_task(trained):
+    _, experiment, index = trained
+    lesion = str(read_predictions(experiment.fold_folder("trained", 0) / "predictions.parquet").lesion_ids[0])
+    ((name, task, maps),) = attention_maps(experiment, [lesion])
+    assert (name, task, maps.diagnoses) == ("trained", index.task, index.diagnoses)
+    assert list(maps.photos) == list(maps.attention) == list(index.signature.views)
+    inputs = (*index.concepts, *index.task.field_names)
+    assert list(maps.semantic) == ([*inputs, "null"] if inputs else []) and set(maps.values) == set(inputs)
+    assert all(weights.sum() == pytest.approx(1, abs=1e-4) for weights in maps.attention.values())
 
 
 def test_fold_records_its_task_and_refuses_sets_of_another(trained):

@@ -133,7 +133,7 @@ class PhotoSource:
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
             return batch
-        pixels = {
+        pixels: dict[str, Any] = {
             view: dihedral(getattr(batch, view), transform).contiguous(memory_format=torch.channels_last)
             for view in self.views
         }
@@ -216,7 +216,8 @@ class TokenSource:
         views = [self._buffer(rows) for _ in self.views]
         for v, tokens in enumerate(views):
             self.cache.read(rows, v, [self.transforms[transform]] * len(rows), tokens.numpy())
-        return replace(batch, **self.finish(Fetched(views, []), batch.labels.device, None))
+        tokens_of: dict[str, Any] = self.finish(Fetched(views, []), batch.labels.device, None)
+        return replace(batch, **tokens_of)
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
         return torch.empty((len(rows), *self.cache.shape), dtype=torch.float16)
