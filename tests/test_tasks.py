@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.processes import ROOT
 from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX, GROUP_COLUMN
-from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError, Task
+from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError, Task, TaskColumns
 from triderm_dist.tasks import load_task, task_names
 
 SMALL: dict[str, Any] = {
@@ -100,3 +103,10 @@ def test_contradictory_tasks_give_one_line(raw: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=r"\Atask\.yaml: [^\n]+\Z") as error:
         Task.from_mapping(raw, "task.yaml")
     assert message in str(error.value)
+
+
+def test_page_lists_every_key() -> None:
+    page = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")
+    listed = {key for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for key in re.findall(r"`([\w.]+)`", row)}
+    keys = {each.name for each in fields(Task)} - {"columns"} | {f"columns.{each.name}" for each in fields(TaskColumns)}
+    assert listed == keys
