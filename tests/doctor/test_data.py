@@ -52,7 +52,7 @@ def test_folder_of_another_task(tmp_path):
     training = finding(experiment, "training")
     assert training.state == "warning" and "lesions of ham10000" in training.text
     one_view = finding(experiment, "a: memory").text
-    assert one_view != finding(load(Experiment, None, base), "a: memory").text
+    assert one_view != finding(load(Experiment, None, [*SMALL]), "a: memory").text
     experiment = load(Experiment, None, [*base, f"data.source={tmp_path / 'set' / 'test'}"])
     unlabeled = finding(experiment, "training")
     assert unlabeled.state == "error" and "columns.diagnosis of the task names 'dx'" in unlabeled.advice
