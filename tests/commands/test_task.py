@@ -98,6 +98,38 @@ def test_check_reads_a_folder_of_milk10k(make_challenge: Make, capsys: pytest.Ca
     assert "age_approx" in shown and "malignant" in shown
 
 
+def test_init_takes_columns_that_it_does_not_recognize(tmp_path: Path) -> None:
+    rows = [
+        {"Foto": f"{at}{view}", "Fall-Nr": f"c{at}", "PNr": f"p{at // 2}", "Befund": "xyz"[at % 3], "Art": view}
+        for at in range(12)
+        for view in ("Uebersicht", "Lupe-derm")
+    ]
+    folder = write(tmp_path / "own", rows, [f"{row['Foto']}.jpg" for row in rows])
+    with pytest.raises(DataError, match=r"name it by diagnosis=COLUMN \(columns of 2 to 100 words: .*Befund, Art\)"):
+        main(["init", str(folder)])
+    with pytest.raises(DataError, match=r"no column 'Befunde' \(diagnosis=\); did you mean 'Befund'\?"):
+        main(["init", str(folder), "diagnosis=Befunde"])
+    with pytest.raises(ConfigError, match=r"unknown setting 'patient'; .* group"):
+        main(["init", str(folder), "patient=PNr"])
+    assert not (folder / "task.yaml").exists()
+    main(["init", str(folder), "diagnosis=befund", "lesion_id=Fall-Nr", "group=PNr", "view=Art"])
+    dataset = read_lesions(folder, load_task(folder / "task.yaml"))
+    assert len(dataset.lesions) == 12 and len({lesion.group for lesion in dataset.lesions}) == 6
+    assert all("derm" in str(lesion.images["dermoscopic"]) for lesion in dataset.lesions)
+    assert not dataset.task.fields
+
+
+def test_init_recognizes_columns_of_other_languages(tmp_path: Path) -> None:
+    rows = [
+        {"foto": f"{at}.jpg", "Läsion": f"c{at}", "Paciente": f"p{at // 2}", "Diagnose": "xyz"[at % 3]}
+        for at in range(12)
+    ]
+    folder = write(tmp_path / "own", rows, [row["foto"] for row in rows])
+    main(["init", str(folder)])
+    columns = load_task(folder / "task.yaml").columns
+    assert (columns.lesion_id, columns.group, columns.diagnosis) == ("Läsion", "Paciente", "Diagnose")
+
+
 @pytest.mark.parametrize("words", [["init"], ["check", "a", "b"], ["describe", "a"], []])
 def test_unknown_subcommand_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="write triderm task init FOLDER"):

@@ -2,15 +2,18 @@
 
 triderm task init FOLDER
 triderm task init FOLDER output=my_task.yaml
+triderm task init FOLDER diagnosis=COLUMN lesion_id=COLUMN group=COLUMN view=COLUMN
 triderm task check FOLDER
 triderm task check FOLDER task=my_task.yaml
 
-`init` looks at the tables and photos and writes FOLDER/task.yaml. `check` reads the folder as triderm pack would and
+`init` looks at the tables and photos and writes FOLDER/task.yaml; columns need to be named only where it does not
+recognize them. `check` reads the folder as triderm pack would and
 shows every field, the diagnoses, views and groups, and all problems.
 """
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from triderm_dist.cli import run_words
@@ -18,32 +21,37 @@ from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, Task
 from triderm_dist.tasks import TASK_FILE, load_task, task_names
 
+ROLES = ("diagnosis", "lesion_id", "group", "view")
+"""What the user may name a column for, where its own name does not say it."""
+
 
 def main(arguments: list[str]) -> None:
     match arguments:
-        case ["init", folder]:
-            init(Path(folder).expanduser(), Path(folder).expanduser() / TASK_FILE)
-        case ["init", folder, output] if output.startswith("output="):
-            init(Path(folder).expanduser(), Path(output.removeprefix("output=")).expanduser())
+        case ["init", folder, *words] if all("=" in word for word in words):
+            given = dict(word.split("=", 1) for word in words)
+            output = given.pop("output", str(Path(folder) / TASK_FILE))
+            if unknown := next((key for key in given if key not in ROLES), None):
+                raise ConfigError(f"unknown setting {unknown!r}; triderm task init takes output, {', '.join(ROLES)}")
+            init(Path(folder).expanduser(), Path(output).expanduser(), given)
         case ["check", folder]:
             check(Path(folder).expanduser(), None)
         case ["check", folder, task] if task.startswith("task="):
             check(Path(folder).expanduser(), task.removeprefix("task="))
         case _:
             raise ConfigError(
-                "write triderm task init FOLDER and optionally output=FILE, or triderm task check FOLDER and "
-                "optionally task=FILE or the name of a task that ships"
+                "write triderm task init FOLDER and optionally output=FILE or diagnosis=COLUMN, or triderm task check "
+                "FOLDER and optionally task=FILE or the name of a task that ships"
             )
 
 
-def init(folder: Path, output: Path) -> None:
-    """Write the description of a folder. Raises ConfigError where `output` exists."""
+def init(folder: Path, output: Path, roles: Mapping[str, str]) -> None:
+    """Write the description of a folder; `roles`: see `describe_folder`. Raises ConfigError where `output` exists."""
     from triderm_dist.data.readers.describe import describe_folder
     from triderm_dist.settings import parse_yaml
 
     if output.exists():
         raise ConfigError(f"{output}: exists; delete it, or choose another output=FILE")
-    text = describe_folder(folder)
+    text = describe_folder(folder, roles)
     task = Task.from_mapping(parse_yaml(text, str(output)), str(output))
     write_text(output, text)
     marks, own = text.count("CHECK") - 1, "" if output == folder / TASK_FILE else f" task={output}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +25,12 @@ from triderm_dist.schema import DataError, TableFormat
 
 MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100
-_LESION = ("lesion_id", "lesion", "case_num", "case_id", "case")
-_PATIENT = ("patient_id", "patient", "subject_id", "subject", "person_id")
-_DIAGNOSIS = ("dx", "diagnosis", "diagnostic", "diagnosis_1", "label", "class", "target", "category")
+_LIKELY = {
+    "diagnosis": (r"dx", r"diagnos(is|tic|is_1)", r"diagn\w*", r"label|class|target|category"),
+    "lesion_id": (r"lesion_id|lesion", r"l(e|é|ä|ae)si(o|ó)n\w*", r"case_num|case_id|case"),
+    "group": (r"patient_id|patient", r"pa[tc]ient\w*", r"subject_id|subject|person_id"),
+}
+"""Patterns of the names of columns, in any case, the likeliest first."""
 _NOT_INPUTS = re.compile(
     r"(^|_)(dx|diag\w*|histo(log\w*|path\w*)?|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|score|difficulty|notes?)($|_)",
     re.IGNORECASE,
@@ -34,7 +38,7 @@ _NOT_INPUTS = re.compile(
 """Columns that follow from the diagnosis, or that a doctor writes after it."""
 _DERMOSCOPIC, _CLINICAL = (
     re.compile("derm", re.IGNORECASE),
-    re.compile("clin|close|macro|phone|overview", re.IGNORECASE),
+    re.compile("clin|klin|close|nah|ma[ck]ro|phone|camera|kamera|overview", re.IGNORECASE),
 )
 _MALIGNANT = re.compile(
     r"mel|melanoma.*|bcc|basal.?cell.*|scc|sccka|squamous.*|akiec|ack?|actinic.?keratosis|.*malignan.*|.*carcinoma.*",
@@ -60,10 +64,14 @@ class _Column:
     numbers: tuple[float, ...]
 
 
-def describe_folder(folder: Path) -> str:
+def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str:
     """Return the text of a task.yaml that reads this folder.
 
-    Raises DataError for a folder without photos or without a table of them, or where nothing looks like a diagnosis.
+    roles: columns whose names do not say what they are, by the keys diagnosis, lesion_id, group and view of
+    `TaskColumns`.
+
+    Raises DataError for a folder without photos or without a table of them, for a column in `roles` that the table
+    lacks, or where nothing looks like a diagnosis.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the table and the photos")
@@ -72,18 +80,19 @@ def describe_folder(folder: Path) -> str:
         raise DataError(f"{folder}: no photo (.jpg, .jpeg or .png) in this folder")
     table, images = _find_images(folder, photos)
     left = {name: _column(table, name) for name in table.header if name not in images}
+    given = {role: _spelled(table, left, role, name) for role, name in (roles or {}).items()}
     if len(images) == 1:
-        view, views = _views_of_rows(left, f"{table.path.name} {images[0]}")
+        view, views = _views_of_rows(left, f"{table.path.name} {images[0]}", given.get("view"))
         image = _text(images[0])
     else:
         images.sort(key=lambda name: _DERMOSCOPIC.search(name) is not None)
         view, views = None, ["  - {name: clinical, title: close-up}", "  - {name: dermoscopic, title: dermoscopy}"]
         image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
-    group, lesion = _take(left, _PATIENT), _take(left, _LESION)
+    group, lesion = _take(left, "group", given), _take(left, "lesion_id", given)
     if lesion and not view and len(images) == 1 and len(set(table.cells[lesion].to_pylist())) < len(table):
         # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
         group, lesion = group or lesion, None
-    diagnosis, diagnoses = _diagnoses(table, left)
+    diagnosis, diagnoses = _diagnoses(table, left, given)
     concepts = _concept_prefix(left) or _criteria(left)
     fields, not_used = _fields(left)
     name = re.sub(r"[^a-z0-9_]+", "_", folder.resolve().name.lower()).strip("_")
@@ -173,16 +182,38 @@ def _column(table: Table, name: str) -> _Column:
     return _Column(name, counts, known if len(known) == len(numbers) else ())
 
 
-def _take(left: dict[str, _Column], names: Sequence[str]) -> str | None:
-    """Remove and return the first of these columns that there is, in any case."""
-    spelled = {name.lower(): name for name in left}
-    found = next((spelled[name] for name in names if name in spelled), None)
+def _spelled(table: Table, left: Mapping[str, _Column], role: str, name: str) -> str:
+    """Return a column's name as the table spells it. Raises DataError if the table has no such column."""
+    spelled = {column.lower(): column for column in left}
+    if name.lower() not in spelled:
+        near = difflib.get_close_matches(name.lower(), spelled, n=1)
+        hint = f"did you mean {spelled[near[0]]!r}?" if near else f"its columns are {', '.join(left)}"
+        raise DataError(f"{table.path}: no column {name!r} ({role}=); {hint}")
+    return spelled[name.lower()]
+
+
+def _take(left: dict[str, _Column], role: str, given: Mapping[str, str]) -> str | None:
+    """Remove and return the column of a role: the given one, or the likeliest."""
+    taken = {name for other, name in given.items() if other != role}
+    found = given.get(role) or next((name for name in _likely(left, role) if name not in taken), None)
     left.pop(found or "", None)
     return found
 
 
-def _views_of_rows(left: dict[str, _Column], texts: str) -> tuple[str | None, list[str]]:
+def _likely(left: Mapping[str, _Column], role: str) -> list[str]:
+    """Return the columns whose names say this role, the likeliest first."""
+    return [name for pattern in _LIKELY[role] for name in left if re.fullmatch(pattern, name, re.IGNORECASE)]
+
+
+def _views_of_rows(left: dict[str, _Column], texts: str, given: str | None) -> tuple[str | None, list[str]]:
     """Return the column that says the view of a photo, removed from `left`, or None; and the lines of the views."""
+    if given:
+        words = sorted(left.pop(given).counts, key=lambda word: _DERMOSCOPIC.search(word) is not None)
+        titles = (("clinical", "close-up"), ("dermoscopic", "dermoscopy"))
+        return given, [
+            f"  - {{name: {view}, title: {title}, words: [{', '.join(map(_text, part))}]}} # CHECK"
+            for (view, title), part in zip(titles, (words[:1], words[1:]), strict=True)
+        ]
     for name, column in left.items():
         words = list(column.counts)
         dermoscopic = [word for word in words if _DERMOSCOPIC.search(word)]
@@ -198,10 +229,9 @@ def _views_of_rows(left: dict[str, _Column], texts: str) -> tuple[str | None, li
     return None, ["  - {name: dermoscopic, title: dermoscopy} # CHECK: or clinical"]
 
 
-def _diagnoses(table: Table, left: dict[str, _Column]) -> tuple[str | None, list[str]]:
+def _diagnoses(table: Table, left: dict[str, _Column], given: Mapping[str, str]) -> tuple[str | None, list[str]]:
     """Return the column of diagnoses, removed from `left`, or None for columns of zeros and ones; and their lines."""
-    spelled = {name.lower(): name for name in left}
-    for name in (spelled[name] for name in _DIAGNOSIS if name in spelled):
+    for name in [given["diagnosis"]] if "diagnosis" in given else _likely(left, "diagnosis"):
         words = left[name].counts
         if 2 <= len(words) <= MAX_DIAGNOSES:
             del left[name]
@@ -217,9 +247,10 @@ def _diagnoses(table: Table, left: dict[str, _Column]) -> tuple[str | None, list
             for name in binary:
                 del left[name]
             return None, _diagnosis_lines(counts)
+    likely = [name for name, column in left.items() if 2 <= len(column.counts) <= MAX_DIAGNOSES and not column.numbers]
     raise DataError(
-        f"{table.path}: no column looks like the diagnosis; name it {_DIAGNOSIS[0]!r}, or give one column of zeros and "
-        "ones per diagnosis"
+        f"{table.path}: no column looks like the diagnosis; name it by diagnosis=COLUMN (columns of 2 to "
+        f"{MAX_DIAGNOSES} words: {', '.join(likely) or 'none'}), or give one column of zeros and ones per diagnosis"
     )
 
 
