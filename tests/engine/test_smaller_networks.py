@@ -102,6 +102,8 @@ def test_fold_records_its_task_and_refuses_sets_of_another(trained):
             trained_fold(folder, shards)
         with pytest.raises(DataError, match=re.escape(message + "set another output")):
             run_folds(experiment, shards, ["frozen"], [1])
+        with pytest.raises(DataError, match=re.escape(message + "set another output")):
+            embeddings(experiment, shards, "frozen")
     with pytest.raises(DataError, match="SHARDS: other concepts than in the training set"):
         trained_fold(folder, SimpleNamespace(task=index.task, folder="SHARDS", concepts=("hair",)))
 

@@ -8,15 +8,16 @@ from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import parallel
-from triderm_dist.engine.fold import model_config
+from triderm_dist.engine.fold import check_task, model_config
 from triderm_dist.engine.views import PLAIN, open_views
 
 
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
     """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
 
-    Call on all ranks.
+    Call on all ranks. Raises DataError where the run has folds of another task than that of `index`.
     """
+    check_task(experiment, index)
     model = model_config(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
