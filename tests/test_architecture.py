@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -11,6 +12,7 @@ import pytest
 
 from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import commands
+from triderm_dist.tasks import load_task
 
 LIBRARY = ROOT / "triderm_dist"
 ENTRY_POINTS = ("shards", "launch", "tune")
@@ -101,6 +103,28 @@ def test_inference_does_not_import_the_trainer(name):
 def test_no_module_imports_a_program():
     for path in [*library(), *PROGRAMS]:
         assert not any(name.split(".")[0] in ENTRY_POINTS for name in imports_of(path)), path
+
+
+# The reader of MILK10k's tables, and the writer of synthetic ones.
+MILK10K_MODULES = ("data/readers/milk10k.py", "data/synthetic/milk10k.py")
+
+
+def test_only_its_task_and_reader_name_what_milk10k_holds():
+    """Any other module takes diagnoses, columns and categories from the task."""
+    task = load_task("milk10k")
+    columns = [task.columns.image, task.columns.view, *(each.column for each in task.fields), "skin_tone"]
+    sites = next(each.categories for each in task.fields if each.name == "site")
+    # `site`, `hand` and others are words of any text.
+    words = {*task.diagnosis_names, "MONET", *(word for word in (*columns, *sites) if "_" in word)}
+    named = re.compile(rf"(?<![A-Za-z])({'|'.join(sorted(words))})(?![A-Za-z])")
+    for path in library():
+        if path.relative_to(LIBRARY).as_posix() in MILK10K_MODULES or path.parent.name == "tasks":
+            continue
+        text = path.read_text(encoding="utf-8")
+        if path.name == "schema.py":  # other programs import the default task's diagnoses from there
+            text = re.sub(r"^DIAGNOSES: .*?^\)$", "", text, flags=re.M | re.S)
+        found = [f"{path.relative_to(ROOT)}: {line.strip()}" for line in text.splitlines() if named.search(line)]
+        assert not found, "\n".join(found)
 
 
 MODULES = [
