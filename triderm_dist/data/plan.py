@@ -46,6 +46,9 @@ class Sampling:
     of LVIS (Gupta et al. 2019): floor(r) or floor(r) + 1 times in one epoch, and exactly r times on average, since the
     additional repeats rotate through the class over the epochs. Samples without a label are taken once.
 
+    Between two repeats of one sample there are at least s / (2 r) - 1 others in the order, s being the samples of the
+    windows that its shard is read in (all samples without a window), r its repeats in the epoch.
+
     window: number of samples shuffled together, after the shards were shuffled. A window is read from complete shards
     and at most two partial ones, so that reads stay near-sequential; None shuffles all samples together.
 
@@ -124,44 +127,57 @@ class EpochPlan:
         if self.sampling.kind == "sequential":
             return np.arange(number), np.zeros(number, np.int64)
         random = _generator(self.seed, self.epoch)
-        # Each lesion gets a random position on a circle of 2^64, and its copies follow at equal distances, so that they
-        # are never adjacent.
-        positions = random.integers(0, 2**64, number, np.uint64)
-        shards = self.samples.shards
-        if self.sampling.kind == "shuffle":
-            return self._sorted(positions, shards, random), np.zeros(number, np.int32)
-        # The first copy of every lesion, then the few additional ones.
-        repeated = np.flatnonzero(self._repeats > 1)
-        additional = self._repeats[repeated] - 1
-        source = np.repeat(repeated, additional)
-        copies = np.arange(1, len(source) + 1) - np.repeat(np.cumsum(additional) - additional, additional)
-        distance = np.repeat(np.uint64(2**64 - 1) // (additional + 1).astype(np.uint64), additional)
-        positions = np.concatenate([positions, positions[source] + copies.astype(np.uint64) * distance])
-        order = self._sorted(positions, np.concatenate([shards, shards[source]]), random)
-        numbers = np.concatenate([np.zeros(number, np.int32), copies.astype(np.int32)])[order]
-        return np.concatenate([np.arange(number), source])[order], numbers
-
-    def _sorted(self, positions: np.ndarray, shards: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Return the order (T,) int64 by window, then position; sorts in place.
-
-        Window, leading bits of the position and index share one 64-bit key: sorting keys is ten times faster than an
-        argsort, and no two keys are equal, so the order is the same on every machine.
-        """
-        if not len(positions):
-            return np.zeros(0, np.int64)
-        number_bits = np.uint64(int(len(positions) - 1).bit_length())
-        keys = positions
-        if self.sampling.window is not None:
-            windows = _windows(shards, self.sampling.window, random)
-            window_bits = np.uint64(int(windows.max()).bit_length())
+        keys = random.integers(0, 2**64, number, np.uint64)
+        window = self.sampling.window
+        if window is not None and self.sampling.kind == "balanced":
+            window = max(1, window * number // len(self))  # so many samples, and their repeats, are a window
+        # Where the reading of each shard begins and ends, in samples; without windows, that of the epoch.
+        begin, end = np.zeros(1, np.int64), np.full(1, number, np.int64)
+        if window is not None:
+            begin, end, windows = _windows(self.samples.shards, window, random)
+            window_bits = np.uint64(int(windows.max(initial=0)).bit_length())
             keys >>= window_bits
             keys |= windows << (np.uint64(64) - window_bits) if window_bits else np.uint64(0)
-        keys >>= number_bits
-        keys <<= number_bits
-        keys |= np.arange(len(keys), dtype=np.uint64)
-        keys.sort()
-        keys &= (np.uint64(1) << number_bits) - np.uint64(1)
-        return keys.view(np.int64)
+            begin, end = begin // window * window, np.minimum(-(-end // window) * window, number)
+        order = _sorted(keys)
+        if self.sampling.kind == "shuffle":
+            return order, np.zeros(number, np.int32)
+        return self._with_repeats(order, begin, end, random)
+
+    def _with_repeats(
+        self, order: np.ndarray, begin: np.ndarray, end: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add the repeats of samples to `order` (N,), which has each once; return samples and copy numbers, (T,).
+
+        The places begin to end (exclusive) of each shard, or of all, are a circle for its samples. A sample with r
+        repeats cuts it into r stretches of equal length, which begin at its own place. Each further repeat is at a
+        random place in the first half of its stretch. So two repeats are at least half a stretch apart, and samples
+        that share a batch once do not share the next one too.
+        """
+        repeated = np.flatnonzero(self._repeats > 1)
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        repeats = self._repeats[repeated]
+        shard = np.zeros_like(repeated) if self.sampling.window is None else self.samples.shards[repeated]
+        first, length = begin[shard], (end - begin)[shard]
+        additional = repeats - 1
+        copies = np.arange(1, additional.sum() + 1) - np.repeat(np.cumsum(additional) - additional, additional)
+        at = copies + 0.5 * random.random(len(copies))
+        at *= np.repeat(length / repeats, additional)
+        at += np.repeat(place[repeated] - first, additional)
+        np.mod(at, np.repeat(length, additional), out=at)
+        at += np.repeat(first, additional)
+        # Sort keys: the place, as a fixed-point number in the bits that the index leaves.
+        index_bits = _index_bits(len(at))
+        fraction_bits = min(24, 64 - int(_index_bits(len(order) + 1) + index_bits))
+        by_place = _sorted((at * 2.0**fraction_bits).astype(np.uint64) << index_bits)
+        into = np.minimum(at.astype(np.int64), len(order) - 1)[by_place] + np.arange(1, len(at) + 1)
+        result, numbers = np.empty(len(order) + len(at), np.int64), np.zeros(len(order) + len(at), np.int32)
+        once = np.ones(len(result), bool)
+        once[into] = False
+        result[once], result[into] = order, np.repeat(repeated, additional)[by_place]
+        numbers[into] = copies[by_place]
+        return result, numbers
 
     @functools.cached_property
     def _repeats(self) -> np.ndarray:
@@ -176,7 +192,7 @@ class EpochPlan:
             # The additional repeats rotate through the class, in one sequence that is cut into epochs.
             extra = (factors[diagnosis] - integer) * len(members)
             chosen = np.arange(int(self.epoch * extra), int((self.epoch + 1) * extra)) % len(members)
-            random = _generator(self.seed, int(diagnosis))
+            random = _generator(self.seed, 2**63 + int(diagnosis))  # the epochs have the streams from 0
             repeats[random.permutation(members)[chosen]] += 1
         return repeats
 
@@ -221,8 +237,32 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)))
 
 
-def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:
-    """Return the window of each sample, (T,) uint64: the shards in shuffled order, cut every `window` samples."""
+def _index_bits(number: int) -> np.uint64:
+    """Return the bits of the largest index below `number`."""
+    return np.uint64(int(max(number - 1, 0)).bit_length())
+
+
+def _sorted(keys: np.ndarray) -> np.ndarray:
+    """Return the order (T,) int64 by the leading bits of the keys (T,) uint64, then by index; sorts in place.
+
+    The index takes the place of the last bits: sorting keys is ten times faster than an argsort, and no two keys are
+    equal, so the order is the same on every machine.
+    """
+    bits = _index_bits(len(keys))
+    keys >>= bits
+    keys <<= bits
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << bits) - np.uint64(1)
+    return keys.view(np.int64)
+
+
+def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read the shards in shuffled order, cut every `window` samples.
+
+    Returns begin and end of each shard in the order of reading, in samples, int64, and the window of each sample, (T,)
+    uint64.
+    """
     sizes = np.bincount(shards)
     shuffled = random.permutation(len(sizes))
     begin = np.empty_like(sizes)
@@ -231,7 +271,7 @@ def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> np
     read_order = np.empty(len(shards), np.int64)
     read_order[by_shard] = np.arange(len(shards))
     read_order += (begin - (np.cumsum(sizes) - sizes))[shards]
-    return (read_order // window).astype(np.uint64)
+    return begin, begin + sizes, (read_order // window).astype(np.uint64)
 
 
 def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:

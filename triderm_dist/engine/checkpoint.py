@@ -46,7 +46,7 @@ from triderm_dist.schema import CheckpointError, one_line
 
 FORMAT, VERSION = "triderm-model", 1
 CHECKPOINT_VERSION = 2
-BEFORE = {"dropout": "by micro-batch"}
+BEFORE = {"dropout": "by micro-batch", "order of repeats": "at equal distances"}
 """How the code of checkpoints that do not say it computed a step; a training resumes from them with today's code."""
 
 

@@ -217,6 +217,7 @@ def execution_settings(config: TrainConfig, accelerator: Accelerator, network: N
     """
     return {
         **({"dropout": "by lesion"} if has_dropout(network) else {}),
+        **({"order of repeats": "random"} if config.sampling.kind == "balanced" else {}),
         "train.precision": choose_precision(config.precision, accelerator.device)[0],
         "train.micro_batch": config.micro_batch,
         "train.compile": config.compile,
