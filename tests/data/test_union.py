@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.shards.faulty_server import serve
 from tests.union_sets import AGE, MAIN, MAP, OTHER, extra_config, main_set, other_set, pack_set, row_of
-from triderm_dist.config import AugmentConfig
+from triderm_dist.config import AugmentConfig, RemoteConfig
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards.open import open_index
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource, match_extra_set
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, TaskColumns, View
@@ -215,3 +217,33 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
 def test_union_is_never_predicted(union):
     with pytest.raises(TypeError, match="never predicted"):
         sources(union).transformed(None, np.arange(2), 0)  # type: ignore[arg-type]
+
+
+def test_remote_sets_share_one_cache(sets, union, tmp_path):
+    """Each reads ahead within its share of the cache: otherwise one could wait for space that the other one fills."""
+    # Both sets shard by shard, in turns: two shards of each are needed at a time.
+    rows = np.stack([np.arange(18), len(union.main) + np.arange(18)], 1).ravel()
+    plan = EpochPlan(Samples.of(union, rows), Sampling("sequential"), 0, 0)
+    total = sum(index.bytes for index in sets)
+    limits = RemoteConfig(cache=str(tmp_path), cache_gb=0.67 * total / 1e9, total_seconds=20)
+    with serve(sets[0].folder) as first, serve(sets[1].folder) as second:
+        remote = [open_index(server.url, limits) for server in (first, second)]
+        via_url = LesionUnion(remote[0], [replace(union.extra[0], index=remote[1])])
+        shares = [index.bytes / total for index in remote]
+        read = UnionSource(
+            via_url,
+            [
+                PhotoSource(each, 24, *HALF, views=VIEWS, cache_share=share)
+                for each, share in zip(remote, shares, strict=True)
+            ],
+            VIEWS,
+        )
+        pairs = zip(
+            *(loaded(each, source, plan) for each, source in ((union, sources(union)), (via_url, read))), strict=True
+        )
+        assert all(torch.equal(local, fetched) for local, fetched in pairs)
+
+
+def loaded(union: LesionUnion, source: UnionSource, plan: EpochPlan) -> list[torch.Tensor]:
+    steps = Loader(union, source, plan.batches(0, 1, 2), micro_batch=2, device=CPU)
+    return [getattr(batch, view) for step in steps for batch in step.micro_batches for view in VIEWS]

@@ -87,11 +87,14 @@ class PhotoSource:
         std: Sequence[float],
         augment: AugmentConfig | None = None,
         views: Sequence[str] | None = None,
+        cache_share: float = 1.0,
     ) -> None:
-        """views: to read, a black photo where the set has none; default those of its task."""
+        """views: to read, a black photo where the set has none; default those of its task.  cache_share: see
+        `RemoteShards`.
+        """
         self.index, self.views, self.mean, self.std = index, views or index.signature.views, mean, std
         self.transform = PhotoTransform(image_size, augment or AugmentConfig())
-        self.shards = RemoteShards(index) if index.remote else FolderShards(index)
+        self.shards = RemoteShards(index, cache_share) if index.remote else FolderShards(index)
         self._free: list[_Buffers] = []
         self._lesions = 0  # that a buffer holds: of the largest request
 

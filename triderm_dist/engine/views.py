@@ -70,9 +70,12 @@ def open_views(
     if shape:
         accelerator.print(tower.report)
 
+    sets = [index, *(each.index for each in extra)]
+
     def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
         views = None if shape else index.signature.views
-        photos = PhotoSource(each, tower.image_size, tower.mean, tower.std, augment, views)
+        share = 1.0 if shape or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
+        photos = PhotoSource(each, tower.image_size, tower.mean, tower.std, augment, views, share)
         loaders = LoaderFactory(each, photos, data.workers, data.prefetch)
         if shape is None:
             return loaders
@@ -89,7 +92,7 @@ def open_views(
     if not extra:
         return Views(loaders, shape, loaders, np.empty(0, np.int64))
     union, views = LesionUnion(index, extra), index.signature.views
-    source = UnionSource(union, [loaders.source, *(open_set(each.index, 1).source for each in extra)], views)
+    source = UnionSource(union, [loaders.source, *(open_set(each, 1).source for each in sets[1:])], views)
     training = LoaderFactory(union, source, data.workers, data.prefetch)
     return Views(loaders, shape, training, union.extra_rows([view for view in views if view in model.use]))
 

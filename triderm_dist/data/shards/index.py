@@ -152,6 +152,11 @@ class ShardIndex:
         """
         return max(self.photo_sizes, key=lambda size: (self.photo_sizes[size], size[0] * size[1], size))
 
+    @property
+    def bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
     def notes(self) -> list[str]:
         """Return warnings for training on this set, one line each."""
         return [*_note_on_sizes(self), *_note_on_shared(self), *_note_on_fields(self)]

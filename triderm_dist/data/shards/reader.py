@@ -51,11 +51,14 @@ class FolderShards:
 
 
 class RemoteShards:
-    """Shards of a remote set, fetched when they are read, or in advance inside `read_ahead`."""
+    """Shards of a remote set, fetched when they are read, or in advance inside `read_ahead`.
 
-    def __init__(self, index: ShardIndex) -> None:
+    cache_share: the part of the cache that reading in advance may fill, where several sets are read at the same time.
+    """
+
+    def __init__(self, index: ShardIndex, cache_share: float = 1.0) -> None:
         assert index.remote
-        self._cache, self._shards = index.remote, index.shards
+        self._cache, self._shards, self._share = index.remote, index.shards, cache_share
         self._ahead: _ReadAhead | None = None
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -78,7 +81,7 @@ class RemoteShards:
         that one step needs do not fit into the cache together.
         """
         self.close()
-        self._ahead = current = _ReadAhead(self._cache, self._shards, order, batch)
+        self._ahead = current = _ReadAhead(self._cache, self._shards, order, batch, self._share)
         try:
             yield current.mark_read
         finally:
@@ -99,8 +102,11 @@ class _ReadAhead:
     that another one needs to continue.
     """
 
-    def __init__(self, cache: Cache, shards: tuple[ShardFile, ...], order: np.ndarray, batch: int) -> None:
+    def __init__(
+        self, cache: Cache, shards: tuple[ShardFile, ...], order: np.ndarray, batch: int, share: float
+    ) -> None:
         self._cache, self._shards, self._slack, self._batch = cache, shards, 2 * batch, batch
+        self._share, self._limit = share, cache.limit * share
         self._last_use = np.full(len(shards), -1, np.int64)
         own = np.flatnonzero(order >= 0)
         self._last_use[order[own]] = own  # where an index repeats, the last assignment wins
@@ -173,7 +179,7 @@ class _ReadAhead:
         with self._changed:
             while not self._stop.is_set() and self._next < len(self._queue):
                 shard = int(self._queue[self._next])
-                if sum(self._admitted.values()) + self._shards[shard].bytes <= self._cache.limit:
+                if sum(self._admitted.values()) + self._shards[shard].bytes <= self._limit:
                     self._next += 1
                     self._admitted[shard] = self._shards[shard].bytes
                     return shard
@@ -189,10 +195,10 @@ class _ReadAhead:
         begin, end = np.maximum(first_use - self._batch, 0), self._last_use[self._queue] + self._slack + 1
         change = np.argsort(np.concatenate([begin, end]), kind="stable")
         need = int(np.cumsum(np.concatenate([size, -size])[change]).max(initial=0))
-        if need > self._cache.limit:
+        if need > self._limit:
             raise ConfigError(
-                f"data.remote.cache_gb={self._cache.limit / 1e9:g}: this order needs {need / 1e9:.3g} GB of shards at "
-                "a time; raise it, or lower train.sampling.window (samples that are shuffled together)"
+                f"data.remote.cache_gb={self._cache.limit / 1e9:g}: this order needs {need / self._share / 1e9:.3g} GB "
+                "of shards at a time; raise it, or lower train.sampling.window (samples that are shuffled together)"
             )
 
 
