@@ -42,6 +42,7 @@ class Outer(Section):
     power: Literal[1, 2, 4] = Field(4, description="power")
     inner: Inner = Inner()
     many: dict[str, Inner] = Field(default_factory=dict)
+    several: tuple[Inner, ...] = ()
 
 
 def read(override: str) -> Outer:
@@ -83,6 +84,7 @@ def read(override: str) -> Outer:
         ("inner={rate: 1e-4}", "inner", Inner(rate=1e-4)),
         ("inner.free={a: 1e-4, b: [x, 2], c: no}", "inner", Inner(free={"a": 1e-4, "b": ["x", 2], "c": "no"})),
         ("many.a.rate=0.1", "many", {"a": Inner(rate=0.1)}),
+        ("several=[{rate: 1e-4, free: {a: no}}]", "several", (Inner(rate=1e-4, free={"a": "no"}),)),
     ],
 )
 def test_value_is_parsed_by_the_type_of_its_setting(override, key, value):
@@ -103,6 +105,8 @@ def test_value_is_parsed_by_the_type_of_its_setting(override, key, value):
         ("inner={rate: 1, rate: 1}", "inner: .*'rate' is written twice, in lines 1 and 1"),
         ("inner=3", "inner: a section of settings; write inner.NAME=VALUE"),
         ("many=3", "many: a section of settings; write many.NAME=VALUE"),
+        ("several=3", r"several.0: a mapping of settings; write several=\[\{NAME: VALUE\}\]"),
+        ("several=[{raet: 0.1}]", r"unknown setting 'several.0.raet'; did you mean 'several\[\].rate'\?"),
         ("many.a.raet=0.1", r"unknown setting 'many.a.raet'; did you mean 'many.NAME.rate'\?"),
     ],
 )
@@ -187,6 +191,8 @@ def test_types_are_described_in_yaml_terms():
         "inner.free": ("mapping", "{}"),
         "many.NAME.rate": ("number > 0, <= 1", "0.5"),
         "many.NAME.free": ("mapping", "{}"),
+        "several[].rate": ("number > 0, <= 1", "0.5"),
+        "several[].free": ("mapping", "{}"),
     }
 
 

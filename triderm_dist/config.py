@@ -67,7 +67,8 @@ class ExtraSetConfig(Section):
     weight: float = Field(1.0, ge=0, description="weight of the loss of an extra lesion; 0 leaves the set out")
     overlap: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="lesions of an extra set with a photo of the training set: refuse the set, or leave them out",
+        description="lesions of an extra set with a photo of the training or test set: refuse the set, or leave them "
+        "out",
     )
 
 
@@ -420,7 +421,8 @@ class PredictConfig(Section):
 
 TRAINING = (
     *("plugins", "output", "seed", "token_seed", "tokens", "rank_timeout", "train", "models"),
-    *(f"data.{key}" for key in ("shards", "folds", "fold_seed", "verify", "workers", "prefetch", "remote", "extra")),
+    *("data.shards", "data.test_shards", "data.extra", "data.folds", "data.fold_seed", "data.verify", "data.workers"),
+    *("data.prefetch", "data.remote"),
 )
 """The settings that have an effect on training, as `Experiment.uses` lists them."""
 

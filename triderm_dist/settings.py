@@ -217,6 +217,8 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
         near = _nearest(kind, key)
         return f"unknown setting {key!r}; " + (f"did you mean {near!r}?" if near else "--help-all lists them")
     if first["type"] in ("model_type", "dict_type"):
+        if first["loc"] and isinstance(first["loc"][-1], int):
+            return f"{key}: a mapping of settings; write {key.rpartition('.')[0]}=[{{NAME: VALUE}}]"
         return f"{key or 'settings'}: a section of settings; write {key}.NAME=VALUE"
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first.get("input"), dict) else f" (got {_shown(first.get('input'))})"

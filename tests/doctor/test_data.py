@@ -1,8 +1,11 @@
 """Findings of the doctor on data sets and reading speed."""
 
+import json
+
 import pytest
 
 from tests.doctor.conftest import SMALL, finding
+from tests.union_sets import MAP, main_set, other_set
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.format import INDEX
@@ -89,3 +92,16 @@ def test_required_reading_speed_follows_from_counted_flops():
     convolutions = [*SMALL, "models.a.tower.source=timm:test_resnet", "models.a.width=8"]
     assert "MFU of 5%" in _need(load(Experiment, None, convolutions), SIGNATURE, "a", [gpu]).source
     assert _need(experiment, SIGNATURE, "a", []) is None
+
+
+def test_extra_sets_are_matched(tmp_path):
+    main, other = main_set(tmp_path / "main"), other_set(tmp_path / "other")
+    for changed, state, text in (
+        ({}, "ok", "12 of 18 lesions of other join the training; site: no such category as scalp in"),
+        ({"map": {"naevus": "NV"}}, "error", "data.extra.0.map: lacks melanoma (4 lesions)"),
+        ({"shards": str(tmp_path / "absent")}, "error", "no such folder"),
+    ):
+        entry = {"shards": str(other.folder), "map": MAP, **changed}
+        words = [f"output={tmp_path / 'run'}", f"data.shards={main.folder}", f"data.extra={json.dumps([entry])}"]
+        found = finding(load(Experiment, None, [*SMALL, *words]), "data.extra.0")
+        assert found.state == state and text in found.text

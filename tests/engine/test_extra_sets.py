@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.processes import ROOT
-from tests.union_sets import MAP, OTHER, main_set, other_set, pack_set
+from tests.union_sets import MAIN, MAP, OTHER, main_set, other_set, pack_set
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine import crossval
@@ -82,7 +82,10 @@ def test_extra_lesions_are_trained_on_and_never_predicted(sets, tmp_path, data, 
         assert sorted(read_predictions(fold / f"{name}.parquet").lesion_ids) == sorted(main.lesion_ids[held_out])
     steps = [line["step"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
     assert len(steps) == -(-_drawn(training) // 8)
+    about = {"task": "other", "fingerprint": other.fingerprint, "lesions": 12, "weight": 0.5}
+    assert json.loads((fold / "fold.json").read_text())["extra"] == [about]
     output = capsys.readouterr().out
+    assert "lesions    28 to train (12 of extra sets), 8 to validate" in output
     assert "data.extra.0: 12 lesions of other join the training with weight 0.5 as MEL 8, NV 4; 4 lab" in output
     assert is_fold_finished(run, main, "tri", 1)
 
@@ -148,7 +151,7 @@ def test_lesions_with_a_photo_of_the_training_set_are_refused_by_name(sets, copi
     with pytest.raises(DataError) as refusal:
         run_folds(experiment(tmp_path / "run", entry(copies)), main, ["tri"], [0])
     assert str(refusal.value).startswith(
-        "data.extra.0: 4 lesions of other share a photo with the training set: L000 and L019 (same file), L001 and L02"
+        "data.extra.0: 4 of 6 lesions of other share a photo with the training set: L000 and L019 (same file), L001 an"
     )
     assert "\n" not in str(refusal.value) and "set its overlap to drop" in str(refusal.value)
     assert not (tmp_path / "run" / "tri").exists()
@@ -158,12 +161,28 @@ def test_lesions_with_a_photo_of_the_training_set_are_dropped(sets, copies, tmp_
     main, other = sets
     run = experiment(tmp_path / "run", entry(other), entry(copies, overlap="drop"))
     run_folds(run, main, ["tri"], [0])
-    assert "note: data.extra.1: left out, 4 lesions of other share a photo with the" in capsys.readouterr().out
+    assert "note: data.extra.1: left out, 4 of 6 lesions of other share a photo with " in capsys.readouterr().out
     union = data[0].training.index
     kept = [each.rows.tolist() for each in union.extra]
     assert kept[0] == open_extra_sets(run, main)[0].rows.tolist()
     names = copies.lesion_ids[np.array(kept[1])].tolist()
     assert sorted(names) == ["L005", "L007"]  # L006 is a scar
+
+
+def test_lesions_with_a_photo_of_the_test_set_are_left_out_too(sets, tmp_path, data):
+    main, other = sets
+    test = pack_set(tmp_path / "test", MAIN, 4, 10_000 - 1)  # its lesion i has the photo of the other set's lesion i
+    word = f"data.test_shards={test.folder}"
+    with pytest.raises(DataError, match="3 of 12 lesions of other share a photo with the test set: L000 and L000 "):
+        run_folds(experiment(tmp_path / "run", entry(other), words=(word,)), main, ["tri"], [0])
+    dropping = [experiment(tmp_path / "run", entry(other, overlap="drop"), words=words) for words in ((word,), ())]
+    run_folds(dropping[0], main, ["tri"], [0])
+    (extra,) = data[0].training.index.extra
+    assert sorted(other.lesion_ids[extra.rows])[:2] == ["L004", "L005"]
+    # What is left out depends on the test set, so the result does too.
+    assert is_fold_finished(dropping[0], main, "tri", 0) and not is_fold_finished(dropping[1], main, "tri", 0)
+    refusing = [experiment(tmp_path, entry(other), words=words) for words in ((word,), ())]
+    assert len({result_hash(each, main, "tri", 0) for each in refusing}) == 1
 
 
 def test_set_of_copies_only_is_refused(sets, tmp_path):

@@ -44,7 +44,7 @@ def test_parameter_counts_by_part_cover_every_parameter_once():
 def test_report_lists_disabled_options():
     model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
     network = build_network(model, SIGNATURE, build_towers(model.tower))
-    text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 943), [40, 41], None)
+    text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 0, 943), [40, 41], None)
     for expected in (
         "single, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
         "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU unavailable: peak FLOP/s of a CPU is unknown",

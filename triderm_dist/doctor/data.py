@@ -38,6 +38,7 @@ def data_findings(experiment: Experiment, packed: ShardIndex | str, gpus: Sequen
     found = [_training_data(experiment, packed)]
     if not isinstance(packed, str) and len(packed):
         found.append(_reading(experiment, packed, gpus, ranks))
+        found += [_extra_set(where, experiment.data, packed) for where in experiment.data.extra_sets]
     return [*found, _test_data(experiment)]
 
 
@@ -58,6 +59,21 @@ def _training_data(experiment: Experiment, packed: ShardIndex | str) -> Finding:
         advice = "data.source=FOLDER, data.shards=PACKED_FOLDER, or make a synthetic one: triderm synthetic"
         return Finding(title, "neither data.source nor data.shards is set", "error", advice)
     return _folder(title, data.source, data.task, data, labels=True)
+
+
+def _extra_set(where: str, data: DataConfig, packed: ShardIndex) -> Finding:
+    config, union = data.extra_sets[where], imported("triderm_dist.data.union")
+    index = open_shards(config.shards, data)
+    if isinstance(index, str):
+        return Finding(where, index, "error", f"correct {where}.shards, or pack the set")
+    if union is None:
+        return Finding(where, f"{len(index):,} lesions packed in {config.shards}; not matched without PyTorch")
+    try:
+        extra = union.match_extra_set(config, index, packed, where)
+    except InputError as error:
+        return Finding(where, str(error), "error", "docs/several-sets.md explains the settings")
+    notes = "".join(f"; {note}" for note in extra.notes)
+    return Finding(where, f"{len(extra.rows):,} of {len(index):,} lesions of {extra.name} join the training{notes}")
 
 
 def _test_data(experiment: Experiment) -> Finding:

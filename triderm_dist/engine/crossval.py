@@ -193,4 +193,5 @@ class _FoldRun:
             fold=self.fold,
             weights=weights,
             changes=outcome.changes,
+            **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
         )

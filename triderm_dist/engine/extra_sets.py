@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from triderm_dist.config import Experiment
 from triderm_dist.data.overlap import Shared, Thumbnails, find_shared
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.data.shards.open import open_index
+from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.data.union import ExtraSet, match_extra_set
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
@@ -40,7 +40,8 @@ def without_shared_photos(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> tuple[ExtraSet, ...]:
-    """Return the extra sets without lesions that share a photo with the training set, where `overlap` is drop.
+    """Return the extra sets without lesions that share a photo with the training set, or with the test set if that is
+    packed, where `overlap` is drop.
 
     Call on all ranks, which share the work through the folder of the token cache. after_file: called on all ranks after
     every file of thumbnails, and may raise. Raises DataError that names such lesions where `overlap` is refuse.
@@ -50,21 +51,26 @@ def without_shared_photos(
     for where, each in zip(experiment.data.extra_sets, extra, strict=True):
         for line in [*describe_extra_set(where, each, index), *(f"{where}: {note}" for note in each.index.notes())]:
             accelerator.print(line, flush=True)
-    main, *others = (Thumbnails(each, experiment.token_folder) for each in (index, *(each.index for each in extra)))
-    _compute([main, *others], experiment.data.workers, accelerator, after_file)
+    known = {"training set": index}
+    if is_packed(experiment.test_shards):
+        known["test set"] = open_index(experiment.test_shards, experiment.data.remote)
+    prints = [Thumbnails(each, experiment.token_folder) for each in (*known.values(), *(each.index for each in extra))]
+    _compute(prints, experiment.data.workers, accelerator, after_file)
     result = []
-    for (where, config), each, thumbnails in zip(experiment.data.extra_sets.items(), extra, others, strict=True):
-        shared = on_main(partial(find_shared, thumbnails, main, each.rows, accelerator.device))
-        if shared and config.overlap == "refuse":
-            raise DataError(
-                f"{where}: {_named(shared, each, index)}; set its overlap to drop to leave them out, or pack the set "
-                "without them"
-            )
-        if shared:
+    for (where, config), each, own in zip(experiment.data.extra_sets.items(), extra, prints[len(known) :], strict=True):
+        for (name, other), thumbnails in zip(known.items(), prints, strict=False):
+            shared = on_main(partial(find_shared, own, thumbnails, each.rows, accelerator.device))
+            if not shared:
+                continue
+            text = _named(shared, each, name, other)
+            if config.overlap == "refuse":
+                raise DataError(
+                    f"{where}: {text}; set its overlap to drop to leave them out, or pack the set without them"
+                )
             each = each.without(np.array([pair.row for pair in shared]))
-            accelerator.print(f"note: {where}: left out, {_named(shared, each, index)}")
+            accelerator.print(f"note: {where}: left out, {text}", flush=True)
             if not len(each.rows):
-                raise DataError(f"{where}: every lesion of it shares a photo with the training set; remove the set")
+                raise DataError(f"{where}: every lesion of it shares a photo with the {name}; remove the set")
         result.append(each)
     return tuple(result)
 
@@ -109,14 +115,14 @@ def _compute(
     accelerator.wait_for_everyone()
 
 
-def _named(shared: Sequence[Shared], extra: ExtraSet, index: ShardIndex) -> str:
+def _named(shared: Sequence[Shared], extra: ExtraSet, name: str, other: ShardIndex) -> str:
     pairs = sorted(
-        (extra.index.lesion_ids[pair.row], index.lesion_ids[pair.main_row], pair.similarity) for pair in shared
+        (extra.index.lesion_ids[pair.row], other.lesion_ids[pair.main_row], pair.similarity) for pair in shared
     )
     named = [
         f"{own} and {main} " + ("(same file)" if similarity is None else f"(similarity {similarity:.3f})")
         for own, main, similarity in pairs[:MAX_NAMED]
     ]
     more = f", and {len(pairs) - MAX_NAMED:,} more" if len(pairs) > MAX_NAMED else ""
-    verb = "lesion of {} shares" if len(pairs) == 1 else "lesions of {} share"
-    return f"{len(pairs):,} {verb.format(extra.name)} a photo with the training set: {', '.join(named)}{more}"
+    of = f"{len(pairs):,} of {len(extra.rows):,} lesions of {extra.name}"
+    return f"{of} share a photo with the {name}: {', '.join(named)}{more}"

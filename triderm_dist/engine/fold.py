@@ -13,7 +13,7 @@ import numpy as np
 from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.data.shards.open import set_fingerprint
+from triderm_dist.data.shards.open import is_packed, set_fingerprint
 from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
@@ -125,6 +125,8 @@ def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int,
     if extra := experiment.data.extra_sets.values():
         sets = [set_fingerprint(each.shards, experiment.data.remote) for each in extra]
         content.append([[one, each.map, each.weight, each.overlap] for one, each in zip(sets, extra, strict=True)])
+        if any(each.overlap == "drop" for each in extra) and is_packed(experiment.test_shards):
+            content.append(set_fingerprint(experiment.test_shards, experiment.data.remote))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

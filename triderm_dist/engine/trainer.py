@@ -92,7 +92,8 @@ class Trainer:
         elif damaged := damaged_weight(network.named_parameters()):
             raise CheckpointError(f"{name}: the pretrained weights are damaged: {damaged}; fetch their file again")
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
-        lesions = len(data.train_rows), len(data.validation_rows)
+        extra = int((data.train_rows >= len(data.loaders.index)).sum())
+        lesions = len(data.train_rows), extra, len(data.validation_rows)
         accelerator.print(report(name, accelerator, config, network, lesions, self.epochs.steps, flops))
         self.wrapped, prepared, optimizer = wrap(
             accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile

@@ -34,13 +34,14 @@ class Views:
 
     token_shape: of the tokens of its frozen tower; None where the loaders give photos and the network holds the towers.
     training: the loaders for training, of the union with the extra sets where there are any.  extra_rows: the rows (n,)
-    of that union that join from extra sets.
+    of that union that join from extra sets.  extra: those sets.
     """
 
     loaders: LoaderFactory[ShardIndex]
     token_shape: TokenShape | None
     training: LoaderFactory[Lesions]
     extra_rows: np.ndarray
+    extra: tuple[ExtraSet, ...] = ()
 
 
 def open_views(
@@ -94,7 +95,8 @@ def open_views(
     union, views = LesionUnion(index, extra), index.signature.views
     source = UnionSource(union, [loaders.source, *(open_set(each, 1).source for each in sets[1:])], views)
     training = LoaderFactory(union, source, data.workers, data.prefetch)
-    return Views(loaders, shape, training, union.extra_rows([view for view in views if view in model.use]))
+    rows = union.extra_rows([view for view in views if view in model.use])
+    return Views(loaders, shape, training, rows, union.extra)
 
 
 def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str, extra: Sequence[ExtraSet] = ()) -> None:

@@ -21,22 +21,23 @@ def report(
     accelerator: Accelerator,
     config: TrainConfig,
     network: Network,
-    lesions: tuple[int, int],
+    lesions: tuple[int, int, int],
     steps: Sequence[int],
     budget: Budget | None,
 ) -> str:
     """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
     task leaves out, and parameters by part.
 
-    network: before it is wrapped.  lesions: to train and to validate.  steps: of each epoch.
+    network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
     """
     world = accelerator.num_processes
+    extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""
     precision, why = choose_precision(config.precision, accelerator.device)
     accumulation = split_batch(config.global_batch, config.micro_batch, world)
     lines = {
         "run": f"{strategy_of(accelerator)}, {world} rank(s) on {device_name(accelerator.device)}",
         "precision": f"{precision} ({why})",
-        "lesions": f"{lesions[0]:,} to train, {lesions[1]:,} to validate",
+        "lesions": f"{lesions[0]:,} to train{extra}, {lesions[2]:,} to validate",
         "steps": f"{sum(steps):,} in {len(steps)} epoch(s) of {steps[0]:,}",
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",

@@ -45,6 +45,11 @@ def index_file(where: str, remote: RemoteConfig) -> Path:
     return _fetch_index(Store(where, remote), cache_root(remote)) if is_url(where) else Path(where) / INDEX
 
 
+def is_packed(where: str) -> bool:
+    """Return whether this is a URL, or a folder with an index."""
+    return is_url(where) or (Path(where) / INDEX).is_file()
+
+
 def set_fingerprint(where: str, remote: RemoteConfig) -> str:
     """Return the `ShardIndex.fingerprint` of a packed set without opening it. Raises DataError where there is none."""
     path = index_file(where, remote)
