@@ -213,6 +213,11 @@ def test_files_of_a_task_with_one_view_and_no_concepts_round_trip(tmp_path: Path
     tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("*/fold-*/test.parquet")))
     assert tests.task == CLINIC
 
+    titled = replace(CLINIC, title="a new title", decision="fitted")
+    assert gather(tmp_path, None, ids, labels, folds_of(labels), titled).task == titled
+    with pytest.raises(DataError, match=r"predictions\.parquet: is for task 'clinic', the data are of 'other'"):
+        gather(tmp_path, None, ids, labels, folds_of(labels), replace(CLINIC, name="other"))
+
 
 def test_a_header_that_contradicts_its_task_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"

@@ -195,11 +195,13 @@ def gather(
     lesion_ids: Sequence[str],
     labels: np.ndarray,
     folds: np.ndarray,
+    task: Task | None = None,
 ) -> OofTable:
     """Merge the prediction files of a run folder (or of a list of files, in any order) into the out-of-fold table.
 
     lesion_ids (N,), labels (N,) int64 and folds (N,) int64 are those of the data, and the table has their order. A
-    missing file leaves NaN. `models` None takes all models that are found.
+    missing file leaves NaN. `models` None takes all models that are found. task: that of the data, whose titles or
+    decision may have changed since the files were written; None takes the first file's.
 
     Raises DataError for a wrong format or version, a test file, an unexpected lesion or model, a lesion predicted twice
     by a model, a label or a fold that differs from the data's, a group in two folds, and weights that predict two folds
@@ -219,7 +221,12 @@ def gather(
         data.check(path, part)
         if models is not None and (unknown := sorted(set(part.model) - set(models))):
             raise DataError(f"{path}: holds unexpected model {unknown[0]!r}; expected {', '.join(models)}")
-    return _merge(parts, data, models)
+    table = _merge(parts, data, models)
+    if task is None:
+        return table
+    if not table.task.matches(task):
+        raise DataError(f"{parts[0][0]}: is for task {table.task.name!r}, the data are of {task.name!r}; train again")
+    return replace(table, task=task)
 
 
 def write_oof(path: Path, table: OofTable) -> None:

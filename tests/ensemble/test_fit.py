@@ -11,11 +11,12 @@ import pytest
 from tests.ensemble.conftest import experiment
 from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
+from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
-from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof
+from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
 from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
 
 C = len(DIAGNOSES)
@@ -121,12 +122,16 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     assert ids == nested.lesion_ids.tolist()
     np.testing.assert_array_equal(decisions, nested.decisions)
 
+    for path in folder.glob("*/fold-*/test.parquet"):  # the decision is that of the ensemble, not of the test set
+        part = read_predictions(path)
+        write_predictions(path, replace(part, task=replace(part.task, decision="threshold")), split="test")
     paths = submit(folder, sorted(folder.glob("*/fold-*/test.parquet")))
     assert [path.name for path in paths] == ["probabilities.csv", "decisions.csv"]
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7, classes=4))}
+    assert (";" in paths[1].read_text("utf-8")) <= (fit.decision == "threshold")
     result = score(folder, truth)
     assert result["macro_f1"] > 0.9 and result["n"] == 150 and result["absent"] == []
-    assert json.loads((folder / "heldout.json").read_text()) == result
+    assert read_checked_json(folder / "heldout.json") == result
     del truth["test-0003"], truth["test-0007"]
     with pytest.raises(DataError, match=r"probabilities.csv: 2 lesions are not in the ground truth, .* is test-0003"):
         score(folder, truth)
@@ -135,10 +140,10 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
 
 
 def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fit], tmp_path: Path) -> None:
-    folder, _ = clinic
+    folder, fit = clinic
     tests = average_test(read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet")))
     for name in ("ensemble.json", "stack.json"):
-        assert json.loads((folder / name).read_text())["task"] == tests.task.to_mapping()
+        assert json.loads((folder / name).read_text())["task"] == replace(CLINIC, decision=fit.decision).to_mapping()
     # A test folder may be described with other columns, and a report with other titles.
     renamed = replace(tests.task, title="", columns=TaskColumns(image="photo"), reference_results=())
     predict_ensemble(folder, replace(tests, task=renamed))
@@ -150,8 +155,8 @@ def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fi
         with pytest.raises(DataError, match=rf"ensemble\.json: .*{message}; run triderm stack again"):
             predict_ensemble(folder, replace(tests, task=other))
     shutil.copy(folder / "ensemble.json", tmp_path)
-    stack = json.loads((folder / "stack.json").read_text())
+    stack = read_checked_json(folder / "stack.json")
     del stack["task"]  # of a run from before there were other tasks
-    (tmp_path / "stack.json").write_text(json.dumps(stack))
+    write_checked_json(tmp_path / "stack.json", stack)
     with pytest.raises(DataError, match=r"stack\.json: was fitted for task 'milk10k'"):
         predict_ensemble(tmp_path, tests)

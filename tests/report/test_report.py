@@ -15,13 +15,14 @@ from tests.ensemble.conftest import experiment
 from tests.processes import HANG_SECONDS
 from tests.synthetic_run import CLINIC, write_run
 from triderm_dist import metrics
+from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.config import save
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import GROUP, LOWER_RECALL, TOO_SMALL, Content
 from triderm_dist.report.page import _page
-from triderm_dist.schema import DIAGNOSES, DataError
+from triderm_dist.schema import DIAGNOSES, DataError, Task
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,13 @@ def clinic(tmp_path_factory) -> Path:
     return folder
 
 
+def copy_run(run: Path, folder: Path, task: Task) -> None:
+    """Copy the run, as if the ensemble had been fitted for another description of its task."""
+    shutil.copytree(run, folder)
+    path = folder / "ensemble.json"
+    write_checked_json(path, read_checked_json(path) | {"task": task.to_mapping()})
+
+
 def test_report_of_any_task(clinic: Path) -> None:
     html = (clinic / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -222,9 +230,7 @@ def test_report_of_any_task(clinic: Path) -> None:
 
 @pytest.mark.parametrize("decision", ["argmax", "fitted", "threshold"])
 def test_report_says_what_its_main_figure_counts(clinic: Path, tmp_path: Path, decision: str) -> None:
-    shutil.copytree(clinic, tmp_path / "run")
-    table = read_oof(clinic / "oof.parquet")
-    write_oof(tmp_path / "run" / "oof.parquet", replace(table, task=replace(CLINIC, decision=decision)))
+    copy_run(clinic, tmp_path / "run", replace(CLINIC, decision=decision))
     text = Page(_page(Content(tmp_path / "run"), {}, tmp_path)).text
     label = {"argmax": "most probable diagnosis", "fitted": "one diagnosis by fitted thresholds",
              "threshold": "each diagnosis with p > 0.5"}[decision]  # fmt: skip
@@ -234,11 +240,10 @@ def test_report_says_what_its_main_figure_counts(clinic: Path, tmp_path: Path, d
 
 
 def test_report_without_reference_results_kinds_and_fields(clinic: Path, tmp_path: Path) -> None:
-    shutil.copytree(clinic, tmp_path / "run")
-    table = read_oof(clinic / "oof.parquet")
     unknown = tuple(replace(each, malignant=None) for each in CLINIC.diagnoses)
-    bare = replace(CLINIC, title="", diagnoses=unknown, reference_results=())
-    write_oof(tmp_path / "run" / "oof.parquet", replace(table, groups=table.lesion_ids, task=bare))
+    copy_run(clinic, tmp_path / "run", replace(CLINIC, title="", diagnoses=unknown, reference_results=()))
+    table = read_oof(clinic / "oof.parquet")
+    write_oof(tmp_path / "run" / "oof.parquet", replace(table, groups=table.lesion_ids))
     text = Page(_page(Content(tmp_path / "run"), {}, tmp_path)).text
     assert "clinic: run" in text
     for heading in ("Published results", "Malignant against benign", "lesions of the same"):

@@ -58,6 +58,7 @@ def main(config: CrossvalRun) -> None:
             index.lesion_ids.tolist(),
             index.labels,
             assigned_folds(index, config.data),
+            index.task,
         )
         write_oof(config.folder / "oof.parquet", table)
         print(f"{len(table)} lesions by {len(table.models)} models in {config.folder / 'oof.parquet'}")

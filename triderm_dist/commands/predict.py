@@ -39,7 +39,7 @@ def main(config: PredictRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.predict_test import predict_test
-    from triderm_dist.ensemble.artifact import Ensemble
+    from triderm_dist.ensemble.artifact import Ensemble, read_task
     from triderm_dist.ensemble.predict import check_task, score, submit
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 
@@ -64,13 +64,14 @@ def main(config: PredictRun) -> None:
     if truth is not None:
         partial = config.data.test_truth is None
         result = score(config.folder, truth, partial)
+        task = read_task(config.folder / ENSEMBLE_FILE)
         low, high = result["interval"]
         if result["absent"]:
             print(f"no test lesion has {', '.join(result['absent'])}: excluded from the score")
         print(
-            f"held-out macro F1{' (official metric)' if index.task.submission else ''} {result['macro_f1']:.3f} "
+            f"held-out macro F1{' (official metric)' if task.submission else ''} {result['macro_f1']:.3f} "
             f"[{low:.3f}, {high:.3f}], "
-            + (f"argmax {result['argmax']:.3f}, " if index.task.decision != "argmax" else "")
+            + (f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else "")
             + f"{result['n']} lesions"
         )
 

@@ -43,9 +43,10 @@ def submit(run_folder: Path, test_files: Sequence[Path]) -> list[Path]:
     parts = [read_predictions(path) for path in test_files]
     table = average_test(parts)
     results = predict_ensemble(run_folder, table, parts)
+    task = read_task(run_folder / ENSEMBLE_FILE)  # a test set may be described with another decision
     write_predictions(run_folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
     (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
-    return write_results(run_folder, table.task, results, template=sorted(results.lesion_ids))
+    return write_results(run_folder, task, results, template=sorted(results.lesion_ids))
 
 
 def score(run_folder: Path, truth: Mapping[str, int], partial: bool = False) -> dict[str, Any]:

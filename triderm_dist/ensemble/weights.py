@@ -130,7 +130,7 @@ def nested_estimate(
     """
     decisions: dict[str, np.ndarray] = {}
     probabilities = decidable = thresholds = np.empty(0)
-    picks = {}
+    picks: dict[int, str] = {}
     for fold in np.unique(folds).tolist():
         inside, outside = folds == fold, folds != fold
         members = members_without(fold)

@@ -16,7 +16,7 @@ import yaml
 
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
-from triderm_dist.ensemble.artifact import Ensemble, read_json
+from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_task, check_weights
 from triderm_dist.ensemble.run_files import (
@@ -149,7 +149,7 @@ class Content:
                 f"{self.folder / NESTED_FILE}: holds lesions that {OOF_FILE} lacks; run triderm stack again"
             )
         self.table = table.take(np.array([row_of[lesion] for lesion in self.rows.lesion_ids]))
-        self.task = self.table.task
+        self.task = read_task(self.folder / ENSEMBLE_FILE)
         self.diagnoses = self.task.diagnosis_names
         self.resamples = int(self.fit["bootstrap"])
 

@@ -62,10 +62,10 @@ def draw(content: Content, folder: Path) -> dict[str, str]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    size = len(content.diagnoses)
+    classes = len(content.diagnoses)
     figures: dict[str, tuple[Draw, tuple[float, float], bool]] = {
-        "confusion": (_confusion, (max(4.2, 0.9 + 0.57 * size), max(3.2, 0.5 + 0.5 * size)), True),
-        "precision_recall": (_precision_recall, (9.0, 0.3 + 2.1 * -(-size // PLOTS_IN_ROW)), True),
+        "confusion": (_confusion, (max(4.2, 0.9 + 0.57 * classes), max(3.2, 0.5 + 0.5 * classes)), True),
+        "precision_recall": (_precision_recall, (9.0, 0.3 + 2.1 * -(-classes // PLOTS_IN_ROW)), True),
         "reliability": (_reliability, (4.6, 4.2), True),
         "learning_curves": (_learning_curves, (9.0, 2.9 * max(1, len(content.curves))), bool(content.curves)),
         "weights": (_weights, (4.6, 0.9 + 0.42 * len(content.ensemble.members)), len(content.ensemble.members) > 1),
