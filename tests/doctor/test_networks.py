@@ -6,11 +6,11 @@ from tests.doctor.conftest import SMALL, finding
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import GIB, Finding
-from triderm_dist.doctor.networks import CONTEXT, USABLE
+from triderm_dist.doctor.networks import CONTEXT, USABLE, _size
 from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 from triderm_dist.schema import InputError
-from triderm_dist.tasks import milk10k_task
+from triderm_dist.tasks import load_task, milk10k_task
 
 SIGNATURE = milk10k_task().signature(())
 
@@ -46,6 +46,18 @@ def test_hub_weights_are_looked_up_in_the_cache_only(monkeypatch, tmp_path):
     overrides = ["models.a.tower.source=hf-hub:unknown/unknown", f"output={tmp_path}"]
     found = finding(load(Experiment, None, overrides), "a: tower")
     assert found.state == "error" and "HF_HUB_OFFLINE" in found.text
+
+
+def test_memory_is_estimated_for_the_task_before_packing(tmp_path):
+    small = [*SMALL, "models.a.tower.image_size=64", f"output={tmp_path}"]
+    tasks = {name: load(Experiment, None, [*small, f"data.task={name}"]) for name in ("milk10k", "ham10000")}
+    needs = {}
+    for name, experiment in tasks.items():
+        task = load_task(name)
+        need, _ = estimate_model_memory(experiment.models["a"], task.signature(task.concepts.names), half=False)
+        assert f"{_size(need.per_lesion)} per lesion" in finding(experiment, "a: memory").text
+        needs[name] = need
+    assert needs["ham10000"].total(16) < 0.6 * needs["milk10k"].total(16)  # one view
 
 
 def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
