@@ -214,6 +214,17 @@ def copy_run(run: Path, folder: Path, task: Task) -> None:
     write_checked_json(path, read_checked_json(path) | {"task": task.to_mapping()})
 
 
+def test_extra_sets_of_the_training_are_named(clinic: Path, tmp_path: Path) -> None:
+    shutil.copytree(clinic, tmp_path / "run")
+    assert "joined the training" not in (clinic / "report.html").read_text(encoding="utf-8")
+    for fold, lesions in enumerate((3028, 3028, 3000)):
+        path = tmp_path / "run" / Content(clinic).networks[0] / f"fold-{fold}" / "fold.json"
+        info = read_checked_json(path) if path.exists() else {}
+        write_checked_json(path, {**info, "extra": [{"task": "ham10000", "lesions": lesions, "weight": 0.5}]})
+    page = _page(Content(tmp_path / "run"), {}, tmp_path)
+    assert "Lesions of other sets joined the training: ham10000 (3,028 lesions, weight 0.5), ham10000 (3,000" in page
+
+
 def test_report_of_any_task(clinic: Path) -> None:
     html = (clinic / "report.html").read_text(encoding="utf-8")
     page = Page(html)

@@ -5,6 +5,7 @@ Shapes: N lesions, C diagnoses, F columns of the stacker.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -412,6 +413,16 @@ class Content:
             macro_f1=intervals.macro_f1(decisions[mask], self.labels[mask], groups[mask], kept),
             recall_difference=intervals.recall_difference(decisions, self.labels, mask, kept, groups),
         )
+
+
+def extra_sets(folder: Path, networks: Sequence[str]) -> list[str]:
+    """Name the extra sets whose lesions joined the training of a run's networks, as their fold.json record them."""
+    found = {}
+    for name in networks:
+        for path in sorted((folder / name).glob("fold-*/fold.json")):
+            for each in read_checked_json(path).get("extra", []):
+                found[f"{each['task']} ({each['lesions']:,} lesions, weight {each['weight']:g})"] = None
+    return list(found)
 
 
 def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarray]:

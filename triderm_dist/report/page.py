@@ -20,6 +20,7 @@ from triderm_dist.report.content import (
     MIN_SLICE_POSITIVES,
     Content,
     DoubtfulLesion,
+    extra_sets,
 )
 from triderm_dist.report.figures import draw
 from triderm_dist.report.html import card, data_table, document, figure
@@ -431,6 +432,8 @@ def _ensemble(content: Content, picture: Callable[[str, str], str]) -> str:
 
 
 def _method(content: Content) -> str:
+    sets = escape(", ".join(extra_sets(content.folder, content.networks)))
+    joined = f"<li>Lesions of other sets joined the training: {sets}. No figure counts them.</li>" if sets else ""
     return (
         "<h2>Method and limits</h2><ul>"
         "<li>Intervals are 95% intervals over lesions, or over groups where lesions share one. F1: Beta quantiles of "
@@ -442,7 +445,7 @@ def _method(content: Content) -> str:
         "<li>Test lesions are predicted by the mean of the networks of all folds, each averaged over test-time "
         "transforms; out-of-fold lesions by one network, untransformed. Temperatures and thresholds were fitted on "
         "the latter.</li>"
-        "<li>Not a medical device.</li></ul>"
+        f"{joined}<li>Not a medical device.</li></ul>"
     )
 
 
