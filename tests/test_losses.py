@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -221,9 +222,13 @@ def test_class_weights_smoothing_and_logit_adjustment_when_split(parts):
     assert split_values == pytest.approx(undivided_values, rel=1e-5)
 
 
-def test_class_weights_have_mean_one_and_are_larger_for_rare_classes():
-    weights = CompoundLoss(LossConfig(class_weight_power=0.5), "softmax", COUNTS).terms["focal"].class_weights
-    assert weights.mean().item() == pytest.approx(1)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_class_weights_have_mean_one_over_lesions_and_are_larger_for_rare_classes(power):
+    config = LossConfig(class_weight_power=power)
+    weights = CompoundLoss(config, "softmax", COUNTS).terms["focal"].class_weights
+    assert np.average(weights, weights=COUNTS) == pytest.approx(1)
+    absent = CompoundLoss(config, "softmax", [0, *COUNTS[1:]]).terms["focal"].class_weights
+    assert np.average(absent[1:], weights=COUNTS[1:]) == pytest.approx(1)  # of a diagnosis without a lesion: no part
     assert weights.argmax() == 6 and weights.argmin() == 1
     assert (CompoundLoss(LossConfig(), "softmax", COUNTS).terms["focal"].class_weights == 1).all()
 

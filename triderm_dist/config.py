@@ -221,7 +221,8 @@ class LossConfig(Section):
         0.0,
         ge=0,
         le=1,
-        description="the weight of a diagnosis is share ** -power, scaled to mean 1; 0 weights all equally",
+        description="the weight of a lesion is share of its diagnosis ** -power, scaled to mean 1 over the training "
+        "lesions, so the weight of the term stays; 0 weights all equally",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="softmax head: share of the target spread over all diagnoses"

@@ -143,7 +143,7 @@ class LossTerm(nn.Module):
         """Settings of the term, read from train.loss.terms.NAME.settings."""
 
     def __init__(self, settings: Section, class_counts: torch.Tensor) -> None:
-        """class_counts: (C,) training lesions of each diagnosis, of all sets, at least 1."""
+        """class_counts: (C,) float training lesions of each diagnosis, of all sets; 0 for one that none has."""
         super().__init__()
         self.settings = settings
 
@@ -169,8 +169,10 @@ class Focal(LossTerm):
 
     def __init__(self, settings: LossConfig, class_counts: torch.Tensor) -> None:
         super().__init__(settings, class_counts)
-        weights = (class_counts / class_counts.sum()) ** -settings.class_weight_power
-        self.register_buffer("class_weights", weights / weights.mean(), persistent=False)
+        weights = (class_counts.clamp(min=1) / class_counts.sum()) ** -settings.class_weight_power
+        # Mean 1 over the training lesions: the power does not change the weight of the term as a whole.
+        mean = (class_counts * weights).sum() / class_counts.sum()
+        self.register_buffer("class_weights", weights / mean, persistent=False)
 
     def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
         c = self.settings
@@ -227,8 +229,9 @@ class CompoundLoss(nn.Module):
         """class_counts: (C,) lesions of each diagnosis.  heads: of the network, the main one and one per view."""
         super().__init__()
         self.config, self.head, self.heads = config, head, heads
-        counts = torch.as_tensor(np.asarray(class_counts), dtype=torch.float32).clamp(min=1)
-        self.register_buffer("log_prior", (counts / counts.sum()).log(), persistent=False)
+        counts = torch.as_tensor(np.asarray(class_counts), dtype=torch.float32)
+        at_least_one = counts.clamp(min=1)
+        self.register_buffer("log_prior", (at_least_one / at_least_one.sum()).log(), persistent=False)
         self.weights = {name: float(getattr(config, f"{name}_weight")) for name in BUILT_IN}
         self.terms = nn.ModuleDict({name: kind(config, counts) for name, kind in BUILT_IN.items()})
         for name, term in config.terms.items():
