@@ -18,7 +18,7 @@ from pydantic import Field
 
 from benchmarks.nested import nested_decisions
 from triderm_dist import config as settings
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.calibration import probabilities_of
@@ -86,8 +86,10 @@ def print_scores(config: AblationRun, name: str, tables: dict[str, OofTable]) ->
     for part, table in tables.items():
         probabilities = probabilities_of(table.logits[name], table.heads[name])
         decisions[part] = nested_decisions(probabilities, table, config)
-        score = metrics.bootstrap_interval(decisions[part], labels, resamples, config.seed)
-        adds = metrics.paired_difference(decisions[FULL], decisions[part], labels, resamples, config.seed)
+        score = intervals.macro_f1(decisions[part], labels, tables[FULL].groups)
+        adds = intervals.paired_difference(
+            decisions[FULL], decisions[part], labels, tables[FULL].groups, resamples, config.seed
+        )
         argmax = metrics.argmax_macro_f1(probabilities, labels)
         label = part if part == FULL else f"without {part.replace('_', ' ')}"
         print(f"{label:<26} {score!s:<22} argmax {argmax:.3f}   {'' if part == FULL else adds}")

@@ -20,7 +20,7 @@ from triderm_dist.config import save
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
-from triderm_dist.report.content import GROUP, LOWER_RECALL, TOO_SMALL, Content
+from triderm_dist.report.content import GROUP, LOWER_RECALL, MIN_COMMON_LESIONS, TOO_SMALL, Content
 from triderm_dist.report.page import _page
 from triderm_dist.schema import DIAGNOSES, DataError, Task
 
@@ -111,6 +111,35 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
     share = content.rows.probabilities / content.rows.probabilities.sum(axis=1, keepdims=True)
     least = np.sort(share[np.arange(len(labels)), labels])[:20]
     np.testing.assert_allclose([lesion.label_probability for lesion in content.hardest], least)
+
+
+def test_yardsticks_beside_macro_f1(run: Path) -> None:
+    content = Content(run)
+    decisions, labels = content.rows.decisions, content.labels
+    content.rows = replace(content.rows, decisions=np.where(labels[:, None] == 0, False, decisions))  # AKIEC: F1 of 0
+    assert content.class_intervals[0].low == 0 and 0 < content.class_intervals[0].high < 0.5
+    f1 = metrics.f1_per_class(content.rows.decisions, labels)
+    common = content.counts.positives >= MIN_COMMON_LESIONS
+    assert 0 < common.sum() < len(common)
+    assert content.common_score is not None and content.common_score.value == pytest.approx(f1[common].mean())
+    lesions, spread = content.test_set
+    assert lesions == 479 and spread.low < f1.mean() < spread.high
+    assert len(content.fold_scores) == 3
+    text = Page(_page(content, {}, run)).text
+    for figure in (content.common_score.value, spread.low, spread.high, *content.metric_values["auc"].json().values()):
+        assert f"{figure:.3f}" in text
+    assert f"{content.areas[0][0]:.3f}{content.areas[1][0]:.3f}" in re.sub(r"\s", "", text)
+
+
+def test_a_row_better_than_the_figure_is_explained(run: Path) -> None:
+    content = Content(run)
+    best = max(content.scores, key=lambda row: row.nested.value)
+    explained = f"best row ({best.name}, {best.nested.value:.3f})"
+    assert (explained in Page(_page(content, {}, run)).text) == (best.nested.value > content.score.value)
+    content.score = replace(content.score, value=best.nested.value + 0.01)
+    assert "includes the choice" not in Page(_page(content, {}, run)).text
+    content.score = replace(content.score, value=0.0)
+    assert "includes the choice" in Page(_page(content, {}, run)).text
 
 
 def test_slices_with_lower_recall_are_flagged_unless_too_small(run: Path) -> None:

@@ -264,7 +264,10 @@ def _explain_choice(scores: Mapping[str, float], chosen: str) -> str:
     other = f"{'the plain mean' if best == MEAN else best} ({others[best]:.3f})"
     fitted = f"{scores[FITTED]:.3f}"
     if chosen == FITTED:
-        return f"fitted weights are used: they beat {other} with {fitted} nested"
+        return (
+            f"fitted weights are used: they beat {other} with {fitted} nested, on these lesions; the row "
+            "ensemble counts the choice too, made in each fold on the other folds"
+        )
     return f"the plain mean is used: fitted weights ({fitted}) do not beat {other} nested"
 
 

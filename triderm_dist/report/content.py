@@ -46,6 +46,12 @@ MIN_SLICE_POSITIVES = 5
 GROUP = "lesions in a group"
 """In the place of a field's name (which has no space): whether a lesion's group, such as a patient, has others."""
 
+MIN_COMMON_LESIONS = 20
+"""A diagnosis with fewer lesions is left out of the macro F1 of common diagnoses."""
+
+TEST_SET_LESIONS = 479
+"""The size of test set whose spread is shown where no test set was scored: that of the MILK10k challenge."""
+
 LOWER_RECALL = "lower recall"
 TOO_SMALL = "too few lesions"
 
@@ -222,6 +228,36 @@ class Content:
         return intervals.of_metrics(
             metrics.METRICS, rows.probabilities, rows.labels, rows.decisions, self.table.groups, self.resamples
         )
+
+    @cached_property
+    def areas(self) -> tuple[np.ndarray, np.ndarray]:
+        """Area under the ROC curve and average precision of each diagnosis, (C,) each."""
+        probabilities = self.rows.probabilities
+        return metrics.areas_under_roc(probabilities, self.labels), metrics.average_precisions(
+            probabilities, self.labels
+        )
+
+    @cached_property
+    def common_score(self) -> intervals.Interval | None:
+        """Macro F1 of the diagnoses with `MIN_COMMON_LESIONS` lesions; None if these are all, or none."""
+        positives = self.counts.positives
+        common = positives >= MIN_COMMON_LESIONS
+        if not common.any() or common[positives > 0].all():
+            return None
+        return intervals.macro_f1(self.rows.decisions, self.labels, self.table.groups, common)
+
+    @cached_property
+    def test_set(self) -> tuple[int, intervals.Interval]:
+        """The size of a test set, and the spread of macro F1 that test sets of this size would show."""
+        lesions = int(self.held_out["n"]) if self.held_out else TEST_SET_LESIONS
+        spread = intervals.spread(self.rows.decisions, self.labels, lesions, self.table.groups, self.resamples)
+        return lesions, spread
+
+    @cached_property
+    def fold_scores(self) -> list[float]:
+        """Nested macro F1 of the lesions of each fold."""
+        folds = self.rows.folds
+        return [metrics.macro_f1(self.rows.decisions[folds == k], self.labels[folds == k]) for k in np.unique(folds)]
 
     @cached_property
     def malignancy(self) -> Malignancy | None:

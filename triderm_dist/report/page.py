@@ -16,6 +16,7 @@ from triderm_dist.metrics import METRICS
 from triderm_dist.report.content import (
     GROUP,
     LOWER_RECALL,
+    MIN_COMMON_LESIONS,
     MIN_SLICE_LESIONS,
     MIN_SLICE_POSITIVES,
     Content,
@@ -142,7 +143,19 @@ def _header(content: Content) -> str:
         f'<div class="cards">{"".join(cards)}</div>'
         f"<p>Macro F1 is the unweighted mean of F1 over all diagnoses. {RULES[content.task.decision]} Every lesion was "
         f"predicted by networks that were not trained on it, with {_fitted_parts(content)} fitted on the other folds."
-        "</p>"
+        f"{_best_row(content)}</p>"
+    )
+
+
+def _best_row(content: Content) -> str:
+    """Explain why a row of the score table can be better than the ensemble's figure; "" where none is."""
+    best = max((row for row in content.scores if row.name != ENSEMBLE), key=lambda row: row.nested.value)
+    if best.nested.value <= content.score.value:
+        return ""
+    return (
+        f" The figure {content.score.value:.3f} includes the choice among the rows below: in each fold it was made on "
+        f"the other folds. So it can be lower than the best row ({escape(best.name)}, {best.nested.value:.3f}), which "
+        "is known to be the best from these lesions only and is too high by that choice."
     )
 
 
@@ -167,12 +180,26 @@ def _score_table(content: Content) -> str:
 
 def _metrics(content: Content) -> str:
     rows = [(f"Macro F1, {_measure(content)}", [f"{content.score.value:.3f}", _range(content.score)], "lead")]
+    if content.common_score:
+        title = f"Macro F1, diagnoses with at least {MIN_COMMON_LESIONS} lesions"
+        rows.append((title, [f"{content.common_score.value:.3f}", _range(content.common_score)], ""))
     for name, interval in content.metric_values.items():
         rows.append((escape(METRICS[name].title), [_number(interval.value), _range(interval)], ""))
     return (
         "<h2>Metrics</h2>"
         + data_table(("", "nested", "95% interval"), rows, "Metrics of the ensemble", escaped=True, long_names=True)
         + '<p class="note">Of the ensemble on out-of-fold lesions, everything fitted on the other folds.</p>'
+        + f"<p>{_spread(content)}</p>"
+    )
+
+
+def _spread(content: Content) -> str:
+    """Describe how far macro F1 differs between test sets and between folds."""
+    (lesions, spread), scores = content.test_set, content.fold_scores
+    return (
+        f"What a test set of {lesions:,} lesions like these would show: macro F1 from {_number(spread.low)} to "
+        f"{_number(spread.high)} in 95% of test sets. The single folds here: {_number(min(scores))} to "
+        f"{_number(max(scores))}, standard deviation {_number(float(np.std(scores, ddof=1)))}."
     )
 
 
@@ -228,12 +255,14 @@ def _diagnoses(content: Content) -> str:
             _range(f1),
             _number(counts.precision[index]),
             _number(counts.recall[index]),
+            _number(content.areas[0][index]),
+            _number(content.areas[1][index]),
             f"{counts.predicted[index]:,}",
             *([f"{content.ensemble.thresholds[index]:.3f}"] if has_thresholds else []),
         ]
         label = f"{escape(diagnosis.name)} <span class='quiet'>{escape(diagnosis.title)}</span>"
         rows.append((label, cells, ""))
-    header = ["", "lesions", "F1", "95% interval", "precision", "recall", "predicted"]
+    header = ["", "lesions", "F1", "95% interval", "precision", "recall", "AUC", "AP", "predicted"]
     thresholds = ""
     if has_thresholds:
         header.append("threshold")
@@ -242,7 +271,9 @@ def _diagnoses(content: Content) -> str:
     return (
         "<h2>Scores per diagnosis</h2>"
         + data_table(header, rows, "Scores per diagnosis", escaped=True, long_names=True)
-        + f'<p class="note">Out of fold, nested.{thresholds} With few lesions, read the interval rather than the value.'
+        + f'<p class="note">Out of fold, nested.{thresholds} With few lesions, read the interval, not the value. '
+        "AUC: area under the ROC curve; AP: average precision, which is the share of the diagnosis for random "
+        "probabilities."
         "</p>"
     )
 
