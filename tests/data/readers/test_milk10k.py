@@ -242,6 +242,33 @@ def test_missing_view_can_be_marked(make_challenge: Make) -> None:
     assert "2 of 22 lesions with one photo, the other view marked missing" in dataset.notes
 
 
+@pytest.mark.parametrize("missing_view", ["refuse", "mark"])
+def test_photo_in_another_format_is_refused_by_name(make_challenge: Make, missing_view: Any) -> None:
+    challenge = make_challenge(lesions=3)
+    challenge.photo(2).rename(challenge.photo(2).with_suffix(".HEIC"))
+    with pytest.raises(DataError, match=r"row 4: ISIC_5002.HEIC is not a JPEG or PNG; convert it"):
+        read_challenge(challenge.folder, missing_view=missing_view)
+
+
+def test_of_several_photos_of_one_name_that_of_the_lesion_is_taken(make_challenge: Make) -> None:
+    challenge = make_challenge(lesions=3)
+    small = challenge.folder / "MILK10k_Training_Input" / "small" / "ISIC_5002.jpg"
+    small.parent.mkdir()
+    small.write_bytes(b"a thumbnail")
+    assert read_challenge(challenge.folder).lesions[1].images["clinical"] == str(challenge.photo(2))
+    challenge.photo(2).rename(challenge.photo(0).with_name("ISIC_5002.jpg"))
+    with pytest.raises(DataError, match=r"row 4: several photos are named ISIC_5002: \S+ and \S+small/ISIC_5002.jpg"):
+        read_challenge(challenge.folder)
+
+
+def test_linked_folders_are_searched_once(make_challenge: Make) -> None:
+    challenge = make_challenge(lesions=3)
+    photos = challenge.folder / "MILK10k_Training_Input"
+    for name in ("ring", "second"):
+        (photos / name).symlink_to(photos)
+    assert len(read_challenge(challenge.folder).lesions) == 3
+
+
 def test_labels_of_unknown_lesions_are_refused_or_dropped(make_challenge: Make) -> None:
     challenge = make_challenge()
     challenge.metadata = challenge.metadata[:-4]

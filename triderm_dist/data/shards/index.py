@@ -409,7 +409,7 @@ def _note_on_shared(index: ShardIndex) -> Iterator[str]:
         more = f", and {len(pairs) - MAX_NAMED_PAIRS} more pairs in {INDEX}" if len(pairs) > MAX_NAMED_PAIRS else ""
         yield (
             f"lesions of different groups share a photo, so it may be in two folds: {named}{more}; give them one "
-            "patient_id, or remove one"
+            f"{index.task.columns.group or 'group'}, or remove one"
         )
 
 
