@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import random
 import unicodedata
 from collections.abc import Callable
@@ -96,6 +97,12 @@ def test_table_with_a_row_per_photo_in_any_order(tmp_path: Path) -> None:
     random.Random(1).shuffle(shuffled)
     again = read_lesions(write(tmp_path, shuffled), task_of())
     assert repr(sorted(again.lesions, key=lambda each: each.lesion_id)) == repr(dataset.lesions)
+
+
+def test_lesions_with_the_same_age_keep_their_own_other_values(tmp_path: Path) -> None:
+    rows = [{**row, "AGE": "40", "sex": "W" if row["lesion"] == "L0" else "male"} for row in rows_of_photos()]
+    dataset = read_lesions(write(tmp_path, rows), task_of())
+    assert [lesion.metadata for lesion in dataset.lesions] == [(40.0, 0.0), *[(40.0, 1.0)] * 3]
 
 
 def test_value_in_one_row_holds_for_the_lesion(tmp_path: Path) -> None:
@@ -209,7 +216,9 @@ def test_photo_name_that_several_files_have(tmp_path: Path) -> None:
     rows = rows_of_photos()
     write(tmp_path, rows, [f"{row['photo']}.jpg" for row in rows] + ["old/p0c.png"])
     assert read_lesions(tmp_path, task_of()).lesions[0].images["clinical"] == str(tmp_path / "p0c.jpg")
-    (tmp_path / "old" / "p0c.png").write_bytes(b"another photo")
+    for path, content in ((tmp_path / "p0c.jpg", b"one"), (tmp_path / "old" / "p0c.png", b"two")):
+        path.write_bytes(content)
+        os.utime(path, (0, 0))
     with pytest.raises(InvalidLesions, match=r"several photos are named p0c: .*p0c.jpg and .*old/p0c.png"):
         read_lesions(tmp_path, task_of())
     rows[0]["photo"] = "old/p0c.png"
