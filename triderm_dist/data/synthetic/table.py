@@ -179,7 +179,7 @@ def draw_cell(generator: np.random.Generator, field: MetadataField, level: float
 def draw_scores(generator: np.random.Generator, task: Task, level: float) -> dict[str, str]:
     """Draw the concept scores of one row: numbers, or the first words for 0 and 1."""
     names = task.concepts.names or tuple(f"{task.concepts.prefix}{name}" for name in PREFIXED if task.concepts.prefix)
-    by_score = {score: word for word, score in reversed(task.concepts.words.items())}
+    by_score = {score: word for word, score in reversed(list(task.concepts.words.items()))}
     cells = {}
     for at, name in enumerate(names):
         mean = 0.25 + 0.5 * level if at % 2 == 0 else 0.5
