@@ -128,7 +128,14 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     paths = submit(folder, sorted(folder.glob("*/fold-*/test.parquet")))
     assert [path.name for path in paths] == ["probabilities.csv", "decisions.csv"]
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7, classes=4))}
-    assert (";" in paths[1].read_text("utf-8")) <= (fit.decision == "threshold")
+    tests = average_test(read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet")))
+    results = predict_ensemble(folder, tests)
+    ids, written = submission.read_submission(paths[0], table.diagnoses)
+    order = [results.lesion_ids.index(lesion) for lesion in ids]
+    if fit.decision == "threshold":
+        np.testing.assert_array_equal(written > 0.5, results.decisions[order])
+    else:
+        np.testing.assert_allclose(written, results.probabilities[order], atol=1e-9)
     result = score(folder, truth)
     assert result["macro_f1"] > 0.9 and result["n"] == 150 and result["absent"] == []
     assert read_checked_json(folder / "heldout.json") == result
