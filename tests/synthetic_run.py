@@ -19,7 +19,7 @@ CLINIC = Task(
     name="clinic",
     title="Lesions of a <clinic> & $practice$",
     diagnoses=(
-        Diagnosis("MEL<1mm", "thin [melanoma]", malignant=True),
+        Diagnosis("MEL<em>1", "thin [melanoma]", malignant=True),
         Diagnosis("Nävus", "nevus", malignant=False),
         Diagnosis("$x$", "in dollars"),
         Diagnosis("[wart]", "wart & co", malignant=False),

@@ -142,7 +142,7 @@ def test_results_of_a_task_without_a_challenge(tmp_path: Path, decision: str) ->
     )
     order = [results.lesion_ids.index(lesion) for lesion in template]
     ids, written = read_submission(paths[0], names)
-    assert ids == template and paths[0].read_text("utf-8").startswith("lesion_id,MEL<1mm,Nävus,$x$,[wart]\n")
+    assert ids == template and paths[0].read_text("utf-8").startswith("lesion_id,MEL<em>1,Nävus,$x$,[wart]\n")
     ids, decisions = read_decisions(paths[1], names)
     assert ids == template
     np.testing.assert_array_equal(decisions, results.decisions[order])
@@ -164,8 +164,8 @@ def test_results_are_read_back_together(tmp_path: Path) -> None:
     np.testing.assert_array_equal(probabilities, table)
     np.testing.assert_array_equal(decisions, table > 0.5)
     for text, message in (
-        ("lesion_id,decision\na,MEL<1mm\n", "decisions.csv: holds other lesions than probabilities.csv"),
-        ("lesion_id,decision\na,MEL<1mm\nb,MEL\n", "decisions.csv: line 3: 'MEL' is not a diagnosis of the task"),
+        ("lesion_id,decision\na,MEL<em>1\n", "decisions.csv: holds other lesions than probabilities.csv"),
+        ("lesion_id,decision\na,MEL<em>1\nb,MEL\n", "decisions.csv: line 3: 'MEL' is not a diagnosis of the task"),
     ):
         (tmp_path / "decisions.csv").write_text(text)
         with pytest.raises(DataError, match=message):
@@ -174,6 +174,6 @@ def test_results_are_read_back_together(tmp_path: Path) -> None:
 
 def test_results_with_invalid_numbers_are_refused_without_a_file(tmp_path: Path) -> None:
     table = np.full((2, 4), np.nan)
-    with pytest.raises(DataError, match="lesion a has nan for MEL<1mm"):
+    with pytest.raises(DataError, match="lesion a has nan for MEL<em>1"):
         write_results(tmp_path, CLINIC, Results(["a", "b"], table, np.zeros((2, 4)), np.full(4, 0.5)))
     assert list(tmp_path.iterdir()) == []

@@ -96,4 +96,4 @@ def test_importance_has_the_names_of_columns_that_xgboost_refuses(tmp_path: Path
     stacker = fit_stacker(training_rows(table), FEW_ROUNDS)
     assert stacker.predict(base_columns(table)).shape == (120, 4)
     _, importance = stacker.model.importance()
-    assert set(importance) <= set(stacker.feature_names) and "trimodal/logit/MEL<1mm" in importance
+    assert set(importance) <= set(stacker.feature_names) and "trimodal/logit/MEL<em>1" in importance
