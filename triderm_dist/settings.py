@@ -281,7 +281,8 @@ def describe(kind: type[Section]) -> Iterator[tuple[str, str, str, str]]:
         if section is None:
             yield name, type_name(field.annotation, field.metadata), _default(field), field.description or ""
             continue
-        prefix = {dict: f"{name}.NAME", tuple: f"{name}[]"}.get(get_origin(field.annotation), name)
+        outer = get_origin(field.annotation)
+        prefix = f"{name}.NAME" if outer is dict else f"{name}[]" if outer is tuple else name
         for key, *rest in describe(section):
             yield (f"{prefix}.{key}", *rest)  # type: ignore[misc]
 

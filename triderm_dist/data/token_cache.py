@@ -15,6 +15,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def _open_checked(path: Path) -> np.ndarray:
     A chunk of version 0.1.0 has no checksum: only its numbers are checked to be finite.
     """
     try:
-        content = np.memmap(path, np.uint8, "r")
+        content: Any = np.memmap(path, np.uint8, "r")
         end = len(content) - len(_TRAILER) - 4
         has_checksum = end > 0 and content[end : end + len(_TRAILER)].tobytes() == _TRAILER
         intact = not has_checksum or zlib.crc32(content[:end]) == int.from_bytes(content[-4:].tobytes(), "little")

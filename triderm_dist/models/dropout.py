@@ -102,7 +102,7 @@ def use_lesion_masks(network: nn.Module) -> None:
     for name, module in [*network.named_modules()]:
         kind, p = type(module), getattr(module, "p", 0.0)
         if kind.__name__ == "DropPath":  # by name, since importing timm takes seconds
-            replacement = LesionDropPath(module.drop_prob or 0.0)  # type: ignore[arg-type]
+            replacement: LesionDropout = LesionDropPath(module.drop_prob or 0.0)
         elif kind is nn.Dropout:
             replacement = LesionDropout(p)
         elif (isinstance(module, _DropoutNd) and p) or (isinstance(module, nn.MultiheadAttention) and module.dropout):
@@ -129,13 +129,14 @@ class LesionMasks:
         self.modules: list[LesionDropout] = []
         self._names: list[list[str]] = []
         self._device = device
+        views = network.used_views if isinstance(network, Network) else ()
         for name, module in network.named_modules():
             if not isinstance(module, LesionDropout) or not module.p:
                 continue
             self.modules.append(module)
             # A shared tower gets the photos of all used views one after the other, in one batch.
-            shared = isinstance(network, Network) and name.startswith(f"towers.{SHARED}.")
-            self._names.append([f"{name}/{view}" for view in network.used_views] if shared else [name])
+            shared = views and name.startswith(f"towers.{SHARED}.")
+            self._names.append([f"{name}/{view}" for view in views] if shared else [name])
             module.positions, module.channels = _tables(device)
 
     @contextmanager

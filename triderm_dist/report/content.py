@@ -453,7 +453,7 @@ class Content:
 
 def extra_sets(folder: Path, networks: Sequence[str]) -> list[str]:
     """Name the extra sets whose lesions joined the training of a run's networks, as their fold.json record them."""
-    found = {}
+    found: dict[str, None] = {}
     for name in networks:
         for path in sorted((folder / name).glob("fold-*/fold.json")):
             for each in read_checked_json(path).get("extra", []):
