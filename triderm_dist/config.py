@@ -413,6 +413,14 @@ class EnsembleConfig(Section):
         return members
 
 
+class OofConfig(Section):
+    tta: Literal[1, 2, 4, 8] = Field(
+        1,
+        description="number of transforms of the dihedral group to average out-of-fold predictions over; with that of "
+        "predict.transforms, stacker, thresholds and estimate are fitted on the kind of prediction they are used on",
+    )
+
+
 class PredictConfig(Section):
     transforms: Literal[1, 2, 4, 8] = Field(
         8, description="number of test-time transforms of the dihedral group to average over"
@@ -421,7 +429,7 @@ class PredictConfig(Section):
 
 
 TRAINING = (
-    *("plugins", "output", "seed", "token_seed", "tokens", "rank_timeout", "train", "models"),
+    *("plugins", "output", "seed", "token_seed", "tokens", "rank_timeout", "train", "models", "oof"),
     *("data.shards", "data.test_shards", "data.extra", "data.folds", "data.fold_seed", "data.verify", "data.workers"),
     *("data.prefetch", "data.remote"),
 )
@@ -469,6 +477,7 @@ class Experiment(Extensible):
     models: dict[str, ModelConfig] = Field(
         default_factory=lambda: {"trimodal": ModelConfig()}, min_length=1, description="the networks, by name"
     )
+    oof: OofConfig = OofConfig()
     stack: StackConfig = StackConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     predict: PredictConfig = PredictConfig()
@@ -694,6 +703,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
     "models.NAME.settings": {},
+    "oof.tta": 1,
     "stack.kind": "xgboost",
     "stack.settings": {},
 }

@@ -183,6 +183,17 @@ def read_predictions(path: Path) -> Predictions:
         raise DataError(f"{path}: {error}") from None
 
 
+def read_transforms(path: Path) -> int:
+    """Return the number of transforms that the predictions in a file are the mean over; 0 if it is not readable."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(json.loads((pq.read_schema(path).metadata or {})[_KEY]).get("transforms", 1))
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return 0
+
+
 def find_predictions(run_folder: Path, models: Sequence[str] | None = None) -> list[Path]:
     """Return the files MODEL/fold-K/predictions.parquet of a run, sorted; `models` None takes all models."""
     found = sorted(Path(run_folder).glob("*/fold-*/predictions.parquet"))

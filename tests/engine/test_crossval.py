@@ -1,15 +1,20 @@
-"""Retry of a fold after an out-of-memory error."""
+"""Retry of a fold after an out-of-memory error; out-of-fold predictions averaged over transforms."""
 
 import gc
 import json
 import weakref
 
+import numpy as np
+import pytest
 import torch
 
 from triderm_dist.config import Experiment, load
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.fold import is_fold_finished
+from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.models.network import Network
+from triderm_dist.predictions import read_predictions
 
 
 def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
@@ -43,3 +48,34 @@ def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
     fold = tmp_path / "run" / "cnn" / "fold-0"
     assert json.loads((fold / "micro_batch.json").read_text())["micro_batch"] == 2
     assert (fold / "predictions.parquet").exists()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_out_of_fold_predictions_over_more_transforms_need_no_training(tmp_path, frozen, capsys):
+    index = synthetic_shards(tmp_path / "shards", 24, 40)
+    tower = f"{{source: 'timm:test_efficientnet', pretrained: false, image_size: 32, frozen: {str(frozen).lower()}}}"
+    words = [
+        f"output={tmp_path / 'run'}",
+        f"models.cnn={{kind: dual_cnn, width: 16, tower: {tower}}}",
+        "data.folds=2",
+        "train={epochs: 1, global_batch: 8, micro_batch: 8, trackers: [], augment: {token_variants: 1}}",
+    ]
+    one, eight = (load(Experiment, None, [*words, f"oof.tta={transforms}"]) for transforms in (1, 8))
+    fold = tmp_path / "run" / "cnn" / "fold-0"
+    files = ("predictions.parquet", "without_clinical.parquet")
+    run_folds(one, index, ["cnn"], [0, 1])
+    assert is_fold_finished(one, index, "cnn", 0) and not is_fold_finished(eight, index, "cnn", 0)
+    trained = (fold / "weights.safetensors").stat().st_mtime_ns
+    plain = [read_predictions(fold / name).logits for name in files]
+
+    run_folds(eight, index, ["cnn"], [0])
+    assert is_fold_finished(eight, index, "cnn", 0) and not is_fold_finished(one, index, "cnn", 0)
+    assert "cnn fold 0: 12 held-out lesions predicted again, mean of 8 transforms" in capsys.readouterr().out
+    assert (fold / "weights.safetensors").stat().st_mtime_ns == trained
+    averaged = [read_predictions(fold / name) for name in files]
+    assert min(np.abs(after.logits - before).max() for after, before in zip(averaged, plain, strict=True)) > 1e-4
+    predict_test(one, index, ["cnn"])  # all lesions, averaged over 8 transforms
+    test = read_predictions(fold / "test.parquet")
+    row_of = {lesion: row for row, lesion in enumerate(test.lesion_ids)}
+    rows = [row_of[lesion] for lesion in averaged[0].lesion_ids]
+    np.testing.assert_allclose(averaged[0].logits, test.logits[rows], atol=1e-5)

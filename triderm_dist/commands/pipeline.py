@@ -72,6 +72,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     models = {name: stable_dump(model, "models.NAME") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
     training = [models, packing, config.seed, config.token_seed]
+    out_of_fold = stable_dump(config.oof, "oof")
+    held_out = [*training, out_of_fold] if out_of_fold else training
     predicting = [stable_dump(config.predict, "predict"), packing]
     train_index = index_file(config.train_shards, data.remote)
     extra_indices = [index_file(each.shards, data.remote) for each in data.extra_sets.values()]
@@ -89,7 +91,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
     crossval = [*program("crossval", launcher), *with_config, *parallel]
-    result.append(Stage("crossval", crossval, training, [train_index, *extra_indices], predictions))
+    result.append(Stage("crossval", crossval, held_out, [train_index, *extra_indices], predictions))
     extra_files = []
     if "embeddings" in extra:
         indices = [train_index, *test_index]

@@ -35,7 +35,7 @@ from triderm_dist.engine.fold import (
 from triderm_dist.engine.fold_folder import FoldFolder, exclusive
 from triderm_dist.engine.trainer import Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, open_views
-from triderm_dist.predictions import write_predictions
+from triderm_dist.predictions import read_transforms, write_predictions
 from triderm_dist.schema import VIEWS
 
 OnStart = Callable[[], None]
@@ -75,7 +75,10 @@ def run_folds(
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             if extra is None:
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
-            views = open_views(experiment, model, index, accelerator, train=True, after_chunk=stop.check, extra=extra)
+            views = open_views(
+                experiment, model, index, accelerator,
+                train=True, transforms=experiment.oof.tta, after_chunk=stop.check, extra=extra,
+            )  # fmt: skip
             for fold in remaining:
                 stop.check_now()  # a request that arrived while the previous fold ended
                 with exclusive(experiment.fold_folder(name, fold)):
@@ -125,14 +128,28 @@ class _FoldRun:
         fold = (self.experiment, self.index, self.name, self.fold)
         digest, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
         folder = FoldFolder(path, digest, resume_hash(*fold))
-        if on_main(folder.is_finished):  # in a folder that was set aside
+        if on_main(folder.is_finished):  # in a folder that was set aside, or predicted with other transforms
             on_main(folder.claim)
+            if on_main(lambda: read_transforms(path / "predictions.parquet")) != self.experiment.oof.tta:
+                self._predict_again(path)
             return
         micro_batch = MicroBatch(path, digest, self.model.train.micro_batch, self.model.train.global_batch)
         while (outcome := self._attempt(micro_batch, folder)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
         on_main(partial(self._write, path, digest, outcome))
+
+    def _predict_again(self, path: Path) -> None:
+        """Replace the predictions of a trained fold by those with the transforms of the settings."""
+        accelerator = parallel.start_inference(self.model.train.precision, self.experiment.rank_timeout)
+        evaluation, without_view = self._predict(path, accelerator, self.experiment.predict.batch)
+        on_main(partial(self._write_predictions, path, evaluation, without_view))
+        rows = len(self.validation_rows)
+        transforms = self.experiment.oof.tta
+        accelerator.print(
+            f"{self.name} fold {self.fold}: {rows} held-out lesions predicted again, mean of {transforms} transforms",
+            flush=True,
+        )
 
     def _attempt(self, micro_batch: MicroBatch, folder: FoldFolder) -> _Outcome | None:
         """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
@@ -171,7 +188,7 @@ class _FoldRun:
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
         predict = partial(
             evaluate, network, self.views.loaders, self.validation_rows, accelerator,
-            micro_batch=micro_batch, after_batch=self.stop.check,
+            micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
         )  # fmt: skip
         # What a missing view costs can be measured only where the model uses both.
         hidden = VIEWS if set(VIEWS) <= {*self.model.use} & {*self.index.signature.views} else ()
@@ -179,11 +196,7 @@ class _FoldRun:
 
     def _write(self, path: Path, digest: str, outcome: _Outcome) -> None:
         """Write the predictions, then fold.json, which marks the fold as finished."""
-        weights = read_info(path / "weights")["sha256"]
-        shared = (self.index, self.name, self.model.head, self.fold, weights)
-        for view, hidden in outcome.without_view.items():
-            write_predictions(path / f"without_{view}.parquet", as_predictions(hidden, *shared), hidden=view)
-        write_predictions(path / "predictions.parquet", as_predictions(outcome.evaluation, *shared))
+        weights = self._write_predictions(path, outcome.evaluation, outcome.without_view)
         write_info(
             path / "fold",
             identity=digest,
@@ -195,3 +208,14 @@ class _FoldRun:
             changes=outcome.changes,
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
         )
+
+    def _write_predictions(self, path: Path, evaluation: Evaluation, without_view: dict[str, Evaluation]) -> str:
+        """Write the predictions; return the hash of the weights that made them."""
+        weights: str = read_info(path / "weights")["sha256"]
+        shared, transforms = (self.index, self.name, self.model.head, self.fold, weights), self.experiment.oof.tta
+        for view, hidden in without_view.items():
+            write_predictions(
+                path / f"without_{view}.parquet", as_predictions(hidden, *shared), hidden=view, transforms=transforms
+            )
+        write_predictions(path / "predictions.parquet", as_predictions(evaluation, *shared), transforms=transforms)
+        return weights

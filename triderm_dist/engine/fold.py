@@ -20,7 +20,7 @@ from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.engine.views import Views
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
-from triderm_dist.predictions import Predictions
+from triderm_dist.predictions import Predictions, read_transforms
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -76,7 +76,9 @@ def model_config(experiment: Experiment, name: str) -> ModelConfig:
 
 def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:
     """Return whether this fold is trained and predicted with these settings and data."""
-    return is_finished(experiment.fold_folder(name, fold), result_hash(experiment, index, name, fold))
+    folder = experiment.fold_folder(name, fold)
+    finished = is_finished(folder, result_hash(experiment, index, name, fold))
+    return finished and read_transforms(folder / "predictions.parquet") == experiment.oof.tta
 
 
 def check_task(experiment: Experiment, index: ShardIndex) -> None:

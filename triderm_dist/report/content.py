@@ -204,6 +204,12 @@ class Content:
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @cached_property
+    def transforms(self) -> tuple[int, int]:
+        """Over how many transforms out-of-fold and test predictions are averaged, by config.yaml."""
+        settings = yaml.safe_load(self.settings) or {}
+        return (settings.get("oof") or {}).get("tta", 1), (settings.get("predict") or {}).get("transforms", 8)
+
+    @cached_property
     def synthetic(self) -> bool:
         """Whether a notice in the data folder declares the photos synthetic."""
         source = ((yaml.safe_load(self.settings) or {}).get("data") or {}).get("source") if self.settings else None

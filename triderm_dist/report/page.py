@@ -465,6 +465,7 @@ def _ensemble(content: Content, picture: Callable[[str, str], str]) -> str:
 def _method(content: Content) -> str:
     sets = escape(", ".join(extra_sets(content.folder, content.networks)))
     joined = f"<li>Lesions of other sets joined the training: {sets}. No figure counts them.</li>" if sets else ""
+    held_out, tested = content.transforms
     return (
         "<h2>Method and limits</h2><ul>"
         "<li>Intervals are 95% intervals over lesions, or over groups where lesions share one. F1: Beta quantiles of "
@@ -473,9 +474,9 @@ def _method(content: Content) -> str:
         "changes the score as well.</li>"
         "<li>The stacker of a fold was fitted without that fold’s labels, but on outputs of networks that were "
         "trained on them: the usual second-order leak of stacking.</li>"
-        "<li>Test lesions are predicted by the mean of the networks of all folds, each averaged over test-time "
-        "transforms; out-of-fold lesions by one network, untransformed. Temperatures and thresholds were fitted on "
-        "the latter.</li>"
+        "<li>Test lesions are predicted by the mean of the networks of all folds, each averaged over "
+        f"{tested} test-time {_plural('transform', tested)}; out-of-fold lesions by one network, averaged over "
+        f"{held_out}. Temperatures, stacker, thresholds and the estimate are from the latter.</li>"
         f"{joined}<li>Not a medical device.</li></ul>"
     )
 
