@@ -104,8 +104,11 @@ def test_fold_records_its_task_and_refuses_sets_of_another(trained):
             run_folds(experiment, shards, ["frozen"], [1])
         with pytest.raises(DataError, match=re.escape(message + "set another output")):
             embeddings(experiment, shards, "frozen")
-    with pytest.raises(DataError, match="SHARDS: other concepts than in the training set"):
-        trained_fold(folder, SimpleNamespace(task=index.task, folder="SHARDS", concepts=("hair",)))
+    for concepts in ((*index.concepts, "hair"), ("hair",)):
+        without = f"without {', '.join(index.concepts)}; " if concepts == ("hair",) and index.concepts else ""
+        message = f"SHARDS: its concepts are not those of the training set ({without}also hair); pack the test set"
+        with pytest.raises(DataError, match=re.escape(message)):
+            trained_fold(folder, SimpleNamespace(task=index.task, folder="SHARDS", concepts=concepts))
 
 
 def test_start_up_report_names_what_was_left_out(trained, capsys):

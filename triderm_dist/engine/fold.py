@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,18 @@ def trained_fold(folder: Path, index: ShardIndex) -> dict[str, Any]:
         raise DataError(f"{_other_task(folder, task, index)}; pack both sets with the same task.yaml")
     if tuple(info["concepts"]) != index.concepts:
         raise DataError(
-            f"{index.folder}: other concepts than in the training set; pack the test set from matching metadata"
+            f"{index.folder}: its concepts are not those of the training set ({_difference(info['concepts'], index)}); "
+            "pack the test set from matching metadata"
         )
     return info
+
+
+def _difference(concepts: Sequence[str], index: ShardIndex) -> str:
+    """Say which concepts a set lacks or adds, or that they are in another order."""
+    lacks = [name for name in concepts if name not in index.concepts]
+    adds = [name for name in index.concepts if name not in concepts]
+    parts = [f"{what} {', '.join(names)}" for what, names in (("without", lacks), ("also", adds)) if names]
+    return "; ".join(parts) or "in another order"
 
 
 def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
