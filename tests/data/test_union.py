@@ -22,6 +22,8 @@ from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, TaskColumns, View
 
 CPU = torch.device("cpu")
 HALF = ((0.5,) * 3, (0.5,) * 3)
+COLUMNS = TaskColumns(image="photo", lesion_id="lesion", diagnosis="dx")
+CLINICAL = replace(MAIN, views=(View("clinical"),), columns=COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,9 @@ def test_fields_concepts_and_categories_are_matched_by_name(sets, extra):
     assert extra.metadata[row_of(other, "L003"), 1] == 0.0  # `Belly` is a synonym of trunk
     assert np.isnan(tone).all()
     assert (inputs.weights == 0.5).all() and inputs.class_mask.tolist() == [[True, True, False, False]] * 2
-    assert [note.partition(":")[0] for note in extra.notes] == ["site", "tone"]
+    assert [note.partition(":")[0] for note in extra.notes[:2]] == ["site", "tone"]
+    groups = "12 groups have the id of a group of the training set (P000, P001, P003, P004, P005, ...); if they are"
+    assert len(extra.notes) == 3 and extra.notes[2].startswith(groups)
 
 
 def test_numbers_outside_the_range_and_other_units_are_missing(sets, tmp_path):
@@ -115,10 +119,17 @@ def test_training_set_itself_and_a_set_without_a_common_view_are_refused(sets, t
     same = {name: name for name in main.diagnoses}
     with pytest.raises(ConfigError, match=r"data.extra.0.shards: .*main is the training set itself"):
         match_extra_set(extra_config(main, map=same), main, main, "data.extra.0")
-    columns = TaskColumns(image="photo", lesion_id="lesion", diagnosis="dx")
-    clinical = pack_set(tmp_path / "c", replace(MAIN, views=(View("clinical"),), columns=columns), 8, 0)
+    clinical = pack_set(tmp_path / "c", CLINICAL, 8, 0)
     with pytest.raises(ConfigError, match=r"none of its 18 lesions can join the training: no photo of them shows a vi"):
         match_extra_set(extra_config(other), other, clinical, "data.extra.0")
+
+
+def test_view_that_the_training_set_lacks_counts_as_missing(sets, tmp_path):
+    clinical = pack_set(tmp_path / "c", CLINICAL, 8, 500)
+    same = {name: name for name in MAIN.diagnosis_names}
+    extra = match_extra_set(extra_config(sets[0], map=same), sets[0], clinical, "data.extra.0")
+    assert extra.inputs(np.arange(5)).view_present.tolist() == [[True, False]] * 5
+    assert len(extra.rows) == len(sets[0])
 
 
 def test_union_has_the_rows_of_all_sets(sets, union, extra):
@@ -202,7 +213,8 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
         tokens = np.zeros((len(index), len(views), 3, 2), np.float16)
         tokens[:] = np.arange(len(index))[:, None, None, None] + 100 * number + 1
         cache.write("plain", 0, tokens)
-        caches.append(TokenSource(cache, ["plain"], ["plain"], views))
+        cache.write("augmented", 0, -tokens)
+        caches.append(TokenSource(cache, ["plain", "augmented"], ["plain"], views))
     source = UnionSource(union, caches, VIEWS)
     rows = np.array([2, 30, 5, 24])
     with ThreadPoolExecutor(1) as pool:
@@ -212,6 +224,18 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
         views = source.finish(fetched, CPU, None)
     assert views["dermoscopic"][:, 0, 0].tolist() == [3.0, 107.0, 6.0, 101.0]
     assert views["clinical"][:, 2, 1].tolist() == [3.0, 0.0, 6.0, 0.0]
+
+    # The version of a lesion does not depend on its position in the batch.
+    rows = np.arange(len(union.labels))
+    chosen = []
+    for order in (rows, rows[::-1]):
+        rng = LesionRng(0, 1, lesion_keys(union.inputs(order).lesion_ids), np.zeros(len(rows), np.int64))
+        with ThreadPoolExecutor(1) as pool:
+            fetched = source.fetch(pool, order, rng)
+            for job in fetched.jobs:
+                job.result()
+            chosen.append(source.finish(fetched, CPU, rng)["dermoscopic"][:, 0, 0])
+    assert torch.equal(chosen[0], chosen[1].flip(0)) and 10 < (chosen[0] < 0).sum() < 32
 
 
 def test_union_is_never_predicted(union):

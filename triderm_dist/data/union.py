@@ -25,6 +25,9 @@ from triderm_dist.data.loader import Fetched, ViewSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField
 
+MAX_NAMED_GROUPS = 5
+"""Groups that a note lists by name."""
+
 
 @dataclass(frozen=True, eq=False)
 class ExtraSet:
@@ -95,7 +98,7 @@ def match_extra_set(config: ExtraSetConfig, index: ShardIndex, main: ShardIndex,
     if not len(extra.rows):
         why = "no photo of them shows a view of the training set's task" if mapped else "the map leaves none of them"
         raise ConfigError(f"{where}: none of its {len(index):,} lesions can join the training: {why}")
-    return extra
+    return replace(extra, notes=(*extra.notes, *_note_on_groups(extra, main)))
 
 
 class LesionUnion:
@@ -279,6 +282,16 @@ def _convert(values: np.ndarray, own: MetadataField, target: MetadataField) -> t
     lost = int((np.isnan(table[codes]) & ~np.isnan(values)).sum())
     note = f"{target.name}: no such category as {', '.join(unknown)} in the training set, so missing ({lost:,} lesions)"
     return table[codes], note if lost else None
+
+
+def _note_on_groups(extra: ExtraSet, main: ShardIndex) -> Iterator[str]:
+    """Yield a note if a group has an id of the main set: the sets may have patients in common."""
+    if shared := sorted(set(extra.index.groups[extra.rows].tolist()).intersection(main.groups)):
+        named = ", ".join(shared[:MAX_NAMED_GROUPS]) + (", ..." if len(shared) > MAX_NAMED_GROUPS else "")
+        yield (
+            f"{len(shared):,} groups have the id of a group of the training set ({named}); if they are the same "
+            "patients, pack the set without them"
+        )
 
 
 def _plain(name: str) -> str:
