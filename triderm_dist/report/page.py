@@ -127,7 +127,11 @@ def _header(content: Content) -> str:
                 f"Macro F1 on the held-out test set, {_measure(content)}",
                 f"{held['macro_f1']:.3f}",
                 f"95% interval {low:.3f} to {high:.3f} · {held['n']:,} lesions"
-                + (f" · without {', '.join(held['absent'])}, absent from the test set" if held["absent"] else ""),
+                + (
+                    f" · without {escape(', '.join(held['absent']))}, absent from the test set"
+                    if held["absent"]
+                    else ""
+                ),
             )
         )
     banner = (
@@ -385,12 +389,12 @@ def _doubtful(content: Content) -> str:
             (
                 lesion.lesion_id,
                 [
-                    lesion.label,
+                    escape(lesion.label),
                     f"{100 * lesion.label_probability:.2f}%",
-                    lesion.alternative,
+                    escape(lesion.alternative),
                     f"{100 * lesion.alternative_probability:.0f}%",
                     f"{lesion.agree} of {networks}",
-                    lesion.predicted,
+                    escape(lesion.predicted),
                 ],
                 "",
             )
