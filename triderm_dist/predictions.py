@@ -184,14 +184,17 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def read_transforms(path: Path) -> int:
-    """Return the number of transforms that the predictions in a file are the mean over; 0 if it is not readable."""
+    """Return the number of transforms that the predictions in a file are the mean over.
+
+    1 for a file from before there was a choice, and for one that is not readable: `read_predictions` says why.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return int(json.loads((pq.read_schema(path).metadata or {})[_KEY]).get("transforms", 1))
     except (OSError, pa.ArrowException, KeyError, ValueError):
-        return 0
+        return 1
 
 
 def find_predictions(run_folder: Path, models: Sequence[str] | None = None) -> list[Path]:
