@@ -102,8 +102,11 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
         assert arguments == ["list"] or any(arguments[1] in shipped_names(kind) for kind in KINDS), arguments
         return
     if name == "task":
-        assert arguments[0] in ("init", "check") and len(arguments) in (2, 3), arguments
-        assert all(word.startswith(("output=", "task=")) for word in arguments[2:]), arguments
+        program = importlib.import_module("triderm_dist.commands.task")
+        for verb in ("init", "check"):
+            monkeypatch.setattr(program, verb, lambda *arguments: None)
+        if arguments not in (["init"], ["check"]):  # named in a sentence
+            program.main(arguments)
         return
     arguments = list(arguments)
     for position, word in enumerate(arguments):

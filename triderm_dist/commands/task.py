@@ -7,8 +7,8 @@ triderm task check FOLDER
 triderm task check FOLDER task=my_task.yaml
 
 `init` looks at the tables and photos and writes FOLDER/task.yaml; columns need to be named only where it does not
-recognize them. `check` reads the folder as triderm pack would and
-shows every field, the diagnoses, views and groups, and all problems.
+recognize them. `check` reads the folder as triderm pack would and shows every field, the diagnoses, views and groups,
+and all problems.
 """
 
 import sys
