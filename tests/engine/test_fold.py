@@ -37,7 +37,7 @@ from triderm_dist.tasks import milk10k_task
 OLD_RUN = Path(__file__).parent / "run_754ad2d"
 RECORDS = json.loads((OLD_RUN / "hashes.json").read_text())
 INDEX = SimpleNamespace(fingerprint=RECORDS["fingerprint"])
-HASHED_SECTIONS = ("data", "models", "stack", "ensemble", "predict")
+HASHED_SECTIONS = ("data", "models", "oof", "stack", "ensemble", "predict")
 
 
 @pytest.fixture
@@ -91,7 +91,11 @@ def test_checkpoint_of_the_first_version_is_resumed():
     assert resume_hash(other, INDEX, "tri", 0) != RECORDS["checkpoint_with_40_epochs"]
 
 
-def test_stages_and_tokens_of_the_first_version_are_reused():
+def test_stages_and_tokens_of_the_first_version_are_reused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text("{}")  # the first version wrote no task
     assert stage_hashes() == RECORDS["stages"]
     changed = stage_hashes("stack.max_depth=3")
     assert {name for name in changed if changed[name] != RECORDS["stages"][name]} == {"stack"}
