@@ -6,6 +6,8 @@ import importlib
 import re
 import runpy
 import shlex
+import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -167,3 +169,21 @@ def test_commands_are_found_in_every_source():
         assert counts[f"triderm_dist/commands/{name}.py"] >= 1, name
     for script in BATCH_SCRIPTS:
         assert counts[script] >= 1
+
+
+@pytest.mark.parametrize("program", ["triderm_dist", "launch.train"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_during_imports_exits_with_3(program, number):
+    """The signal arrives at the first import of pydantic, before the settings are read."""
+    code = (
+        "import builtins, os, runpy, sys\n"
+        "plain = builtins.__import__\n"
+        "def hook(name, *rest, **more):\n"
+        f"    name == 'pydantic' and os.kill(os.getpid(), {int(number)})\n"
+        "    return plain(name, *rest, **more)\n"
+        "builtins.__import__ = hook\n"
+        "sys.argv = ['program', 'train', 'fold=0']\n"
+        f"runpy.run_module({program!r}, run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "interrupted: rerun the same command to resume\n")

@@ -61,7 +61,7 @@ def test_run_killed_many_times_equals_uninterrupted_run(packed, tmp_path, kills)
     assert records(killed) == records(uninterrupted)
     weights = [json.loads((folder / "fold.json").read_text())["weights"] for folder in (uninterrupted, killed)]
     assert weights[0] == weights[1]
-    assert not list(tmp_path.rglob("checkpoints/*.part"))
+    assert not list((tmp_path / "killed" / "tri").rglob("*.part"))
 
 
 def test_golden_losses(packed, tmp_path):

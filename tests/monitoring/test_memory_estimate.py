@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,16 @@ def test_memory_estimate_equals_a_real_step() -> None:
         outputs = network(*inputs)
         torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
     assert expected == pytest.approx(live.peak, rel=0.02)
+
+
+def test_estimate_of_small_micro_batches_of_a_checkpointed_cnn() -> None:
+    """The peak of a CNN with batch norms is then at another moment than with large micro-batches."""
+    network = network_of(model(kind="dual_cnn", tower={"source": "timm:resnet10t"}))
+    need = estimate_memory(network, half=False, activation_checkpointing=True)
+    for lesions in (6, 20):
+        peak = _peak(network, lesions, half=False, activation_checkpointing=True)
+        assert need.total(lesions) - need.parameters - need.optimizer == pytest.approx(peak, rel=0.05)
+    assert replace(need, small=(0.0, 0.0)).total(6) < 0.95 * need.total(6)
 
 
 def test_checkpointing_half_precision_and_freezing_save_memory() -> None:

@@ -6,6 +6,10 @@ names for `python -m` and for accelerate. A program is a module of this package 
 """
 
 import importlib
+import os
+import signal
+import threading
+from types import FrameType
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "Start here": {
@@ -56,3 +60,22 @@ def programs_using(key: str) -> list[str]:
         if any("uses" in vars(kind) and has_effect(kind, key) for kind in kinds if kind is not Experiment):
             found.append(name)
     return found
+
+
+def _exit_interrupted(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted: rerun the same command to resume\n")
+    os._exit(3)
+
+
+def _exit_on_signals() -> None:
+    """Exit with 3 on the signals of `cli.SIGNALS` while the modules of a program are imported; `cli` then takes over.
+
+    This package is the first that a program imports. Other handlers are left as they are.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _exit_interrupted)
+
+
+_exit_on_signals()

@@ -56,8 +56,10 @@ class FoldFolder:
         if located != self.path:
             located.rename(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for partial_save in (self.path / "checkpoints").glob("*.part"):
-            shutil.rmtree(partial_save)
+        for killed_save in (*self.path.glob("*.part"), *self.path.glob("checkpoints/*/*.part")):
+            killed_save.unlink()
+        for killed_save in self.path.glob("checkpoints/*.part"):
+            shutil.rmtree(killed_save)
 
     def _aside(self, key: str) -> Path:
         return self.path.parent / ASIDE / f"{self.path.name}-{key[:12]}"

@@ -32,7 +32,8 @@ class MemoryEstimate:
 
     parameters: fp32, with the EMA copy if there is one.  optimizer: its states.  gradients: all of them.  base,
     per_lesion: the peak of a forward and backward pass over one micro-batch (activations, gradients so far,
-    temporaries) is base + lesions x per_lesion, and at least `gradients`.
+    temporaries) is base + lesions x per_lesion, and at least `gradients`.  small: base and per_lesion of small
+    micro-batches, where the peak is at another moment of the step; the larger line counts.
     """
 
     parameters: int
@@ -40,16 +41,22 @@ class MemoryEstimate:
     gradients: int
     base: float
     per_lesion: float
+    small: tuple[float, float] = (0.0, 0.0)
 
     def total(self, micro_batch: int) -> float:
         """Return the bytes at a micro-batch, without the device's context and the allocator's overhead."""
-        return self.parameters + self.optimizer + max(self.gradients, self.base + micro_batch * self.per_lesion)
+        peaks = [base + micro_batch * per_lesion for base, per_lesion in self._lines()]
+        return self.parameters + self.optimizer + max(self.gradients, *peaks)
 
     def largest(self, memory: float) -> int:
         """Return the largest micro-batch that fits into `memory` bytes; 0 if none does."""
         if self.total(1) > memory:
             return 0
-        return int((memory - self.parameters - self.optimizer - self.base) // self.per_lesion)
+        left = memory - self.parameters - self.optimizer
+        return int(min((left - base) // per_lesion for base, per_lesion in self._lines() if per_lesion > 0))
+
+    def _lines(self) -> tuple[tuple[float, float], ...]:
+        return (self.base, self.per_lesion), self.small
 
 
 def estimate_memory(
@@ -58,22 +65,30 @@ def estimate_memory(
     """Estimate the memory of training a network under DDP; ZeRO and FSDP2 take less.
 
     half: under autocast to bf16 or fp16.  ema: with an averaged copy of the weights.  optimizer_state: fp32 numbers
-    that the optimizer keeps per trained parameter (`optim.state_size`). The peak is linear in the micro-batch where
-    activations outweigh gradients, so two micro-batches of that size give the line. Counts eager execution; compiled
+    that the optimizer keeps per trained parameter (`optim.state_size`). The peak is the largest of several linear
+    functions of the micro-batch, one for each moment of a step. Two large micro-batches give the one of activations;
+    with checkpointing, gradients outweigh these at first, which two small ones give. Counts eager execution; compiled
     blocks need less.
     """
-    few, many = 64, 128
-    low, high = (_peak(network, lesions, half, activation_checkpointing) for lesions in (few, many))
-    per_lesion = (high - low) / (many - few)
+    base, per_lesion = _line(network, (64, 128), half, activation_checkpointing)
+    small = _line(network, (4, 8), half, activation_checkpointing) if activation_checkpointing else (0.0, 0.0)
     total = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return MemoryEstimate(
         parameters=4 * total * (1 + ema),
         optimizer=round(4 * optimizer_state * trained),
         gradients=4 * trained,
-        base=low - few * per_lesion,
+        base=base,
         per_lesion=per_lesion,
+        small=small,
     )
+
+
+def _line(network: Network, lesions: tuple[int, int], half: bool, checkpointing: bool) -> tuple[float, float]:
+    """Return base and per_lesion of the line through the peaks of two micro-batches."""
+    low, high = (_peak(network, number, half, checkpointing) for number in lesions)
+    per_lesion = (high - low) / (lesions[1] - lesions[0])
+    return low - lesions[0] * per_lesion, per_lesion
 
 
 @functools.lru_cache
