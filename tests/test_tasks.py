@@ -14,7 +14,7 @@ import yaml
 from tests.processes import ROOT
 from triderm_dist.data.readers.milk10k import CONCEPT_PREFIX, GROUP_COLUMN
 from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError, Task, TaskColumns
-from triderm_dist.tasks import load_task, task_names
+from triderm_dist.tasks import load_task, milk10k_task, task_names
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -110,3 +110,20 @@ def test_page_lists_every_key() -> None:
     listed = {key for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for key in re.findall(r"`([\w.]+)`", row)}
     keys = {each.name for each in fields(Task)} - {"columns"} | {f"columns.{each.name}" for each in fields(TaskColumns)}
     assert listed == keys
+
+
+def test_task_of_a_packed_set_is_read_from_its_index(tmp_path: Path) -> None:
+    path = tmp_path / "index.json"
+    for content, task in (("{}", milk10k_task()), (json.dumps({"task": SMALL}), Task.from_mapping(SMALL, ""))):
+        path.write_text(content)
+        assert load_task(path) == task
+    for content, message in (
+        ("{", "not the index of a packed set"),
+        ("[]", "not the index"),
+        ('{"task": 1}', "task: "),
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=rf"index.json: {message}"):
+            load_task(path)
+    with pytest.raises(ConfigError, match=r"none/index.json: No such file or directory; give a packed set"):
+        load_task(tmp_path / "none" / "index.json")

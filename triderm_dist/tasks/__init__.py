@@ -68,6 +68,11 @@ def check_packed_for(packed: Task, task: Task, where: str, advice: str) -> None:
 
 def _of_index(path: Path) -> Task:
     try:
-        return recorded_task(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("a list or a number, not a mapping")
+        return recorded_task(record, str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a packed set, which has it") from None
+    except ValueError as error:
         raise ConfigError(f"{path}: not the index of a packed set ({one_line(error)})") from None
