@@ -9,8 +9,9 @@ thresholds fitted on the other folds of the same set (nested). A cell is the cov
 `triderm_dist.intervals` for one rule and size. candidates=true prints other methods for macro F1 and for the paired
 difference, instead.
 
-A rule that never finds the rare diagnoses is printed apart: a true F1 of 0 can be missed on one side only, so 97.5% is
-the nominal coverage. The last line is one JSON object: the lowest and the highest coverage of all other cells.
+A true F1 of 0 is printed apart: it can be missed on one side only, so that 97.5% or more is the nominal coverage. That
+is any diagnosis which a rule never finds, and all of a fifth rule that never finds the rare ones. The last line is one
+JSON object: the lowest and the highest coverage of all other cells.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ def measure(settings: CoverageRun, lesions: Lesions) -> tuple[Cells, Cells]:
                 each = intervals.f1_per_class(first, part.labels)
                 for label in range(CLASSES):
                     kind = "one diagnosis, rare" if RARE[label] else "one diagnosis, common"
-                    target.add(kind, name, size, each[label], f1[label])
+                    where = cells if f1[label] > 0 else one_sided
+                    where.add(kind, name, size, each[label], f1[label])
         for name in ("argmax", "fitted elsewhere"):
             for _ in range(settings.sets):
                 slice_cells(cells, name, size, lesions, rules[name][0], draw(lesions, size, generator))
@@ -299,7 +301,9 @@ def main(settings: CoverageRun) -> None:
         return
     cells, one_sided = measure(settings, lesions)
     cells.print()
-    print("\ntrue F1 of 0 for the rare diagnoses, which can be missed on one side only (nominal: 0.975)")
+    print(
+        "\ntrue F1 of 0, of one diagnosis or of all rare ones: can be missed on one side only (nominal: 0.975 or more)"
+    )
     one_sided.print()
     coverage = cells.coverage().values()
     print(json.dumps({"lowest": round(min(coverage), 3), "highest": round(max(coverage), 3)}))

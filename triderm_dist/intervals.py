@@ -21,6 +21,8 @@ from triderm_dist.schema import UNLABELED, DataError
 
 RESAMPLES = 1000
 _NORMAL = 1.959963984540054
+_PRIOR = 2 / 3
+"""Added to both counts of a proportion."""
 _PRIOR_LESIONS = 0.5
 """Lesions per diagnosis, with the mean outcome over diagnoses, that `paired_difference` adds to a resample."""
 
@@ -52,8 +54,9 @@ def f1_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray |
     """Return F1 of each diagnosis with its interval; NaN for a diagnosis without a lesion.
 
     F1 = 2 J / (1 + J) rises with J = TP / (TP + FP + FN), and TP is binomial given TP + FP + FN. So the interval is
-    that of a proportion: the quantiles of Beta(TP + 1/2, FP + FN + 1/2) (Jeffreys; Brown, Cai and DasGupta 2001), with
-    the end 0 where TP = 0, and 1 where FP + FN = 0.
+    that of a proportion: quantiles of Beta(TP + 2/3, FP + FN + 2/3), with the end 0 where TP = 0 and the end 1 where
+    FP + FN = 0. Jeffreys' prior has 1/2 (Brown, Cai and DasGupta 2001) and covers more than 97% for rarely found
+    diagnoses; 2/3 covers nearer to 95% there.
     """
     (units,), frequency = _units([decisions], labels, groups)
     estimate = _F1.of(units, frequency, groups is not None)
@@ -262,8 +265,8 @@ class _F1:
             effect = _design_effect(units.found, units.total - units.found, frequency)
             found, union = found / effect, union / effect
         errors = union - found
-        low = np.where(found > 0, betaincinv(found + 0.5, errors + 0.5, 0.025), 0.0)
-        high = np.where(errors > 0, betaincinv(found + 0.5, errors + 0.5, 0.975), 1.0)
+        low = np.where(found > 0, betaincinv(found + _PRIOR, errors + _PRIOR, 0.025), 0.0)
+        high = np.where(errors > 0, betaincinv(found + _PRIOR, errors + _PRIOR, 0.975), 1.0)
         smooth = (found + 0.5) / (union + 1)
         bias = 2 * smooth * (1 - smooth) / (1 + smooth) ** 3 / union  # minus half of F1'' times the variance of J
         share = found / union
