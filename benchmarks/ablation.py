@@ -1,11 +1,11 @@
 """Ablation of the tri-modal network and its training: all folds again without each part, paired differences.
 
-python -m benchmarks.ablation --config RUN/config.yaml [parts=[view_alignment, soft_f1]]
+python -m benchmarks.ablation --config RUN/config.yaml [parts=[view_alignment, soft_f1]] [seeds=3]
 
-Trains the first tri-modal network of the settings unchanged, and once without each part, on the same folds, seed and
-frozen tokens, into RUN/ablation; finished folds are skipped. The score is the out-of-fold macro F1 by the official
-rule with thresholds fitted on the other folds; the difference is full minus without, paired over the lesions. One seed:
-differences within the interval are noise. The last line is one JSON object.
+Trains the first tri-modal network of the settings unchanged, and once without each part, with each of several seeds on
+the same folds and frozen tokens, into RUN/ablation; finished folds are skipped. The score is the out-of-fold macro F1
+by the official rule with thresholds fitted on the other folds. The difference is full minus without, with the same
+seed; its interval is over lesions and seeds (`intervals.over_seeds`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class AblationRun(Experiment):
     parts: tuple[str, ...] = Field(
         tuple(WITHOUT), description=f"parts to leave out, one at a time: {', '.join(WITHOUT)}"
     )
+    seeds: int = Field(3, ge=1, description="trainings of each variant, with the seeds `seed`, `seed` + 1, ...")
 
 
 def main(config: AblationRun) -> None:
@@ -50,24 +51,38 @@ def main(config: AblationRun) -> None:
     name = next((name for name, model in config.models.items() if model.kind == "trimodal"), None)
     if name is None:
         raise ConfigError("models: none has kind=trimodal; add one to ablate")
-    tables = {FULL: train_without(config, name, FULL, {})}
-    for part in config.parts:
-        tables[part] = train_without(config, name, part, WITHOUT[part])
-    print_scores(config, name, tables)
+    changes = {FULL: {}, **{part: WITHOUT[part] for part in config.parts}}
+    print_scores(
+        config,
+        name,
+        {
+            part: [train_without(config, name, part, change, number) for number in range(config.seeds)]
+            for part, change in changes.items()
+        },
+    )
 
 
-def train_without(config: AblationRun, name: str, part: str, change: dict[str, Any]) -> OofTable:
-    """Train the folds of the network without a part that are not trained yet; return its out-of-fold table."""
+def train_without(config: AblationRun, name: str, part: str, change: dict[str, Any], number: int) -> OofTable:
+    """Train the folds of the network without a part that are not trained yet; return its out-of-fold table.
+
+    number: of the seed, from 0.
+    """
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.fold import assigned_folds
 
-    raw = config.model_dump(mode="json", exclude={"parts"})
+    raw = config.model_dump(mode="json", exclude={"parts", "seeds"})
     raw |= {
         "output": str(config.folder / "ablation" / part),
         "models": {name: settings.merge(raw["models"][name], change)},
     }
     raw |= {"tokens": str(config.token_folder)}
+    if number:
+        raw |= {
+            "output": f"{raw['output']}-seed-{config.seed + number}",
+            "seed": config.seed + number,
+            "token_seed": config.seed_of_tokens,
+        }
     experiment = settings.build(Experiment, raw)
     index = open_index(config.train_shards, config.data.remote)
     run_folds(experiment, index, [name], range(experiment.data.folds))
@@ -77,24 +92,37 @@ def train_without(config: AblationRun, name: str, part: str, change: dict[str, A
     return table.take(labeled(table))
 
 
-def print_scores(config: AblationRun, name: str, tables: dict[str, OofTable]) -> None:
-    """Print the nested score of each variant, and as the last line the JSON object."""
-    labels, resamples = tables[FULL].labels, config.ensemble.bootstrap
-    scores: dict[str, Any] = {}
-    decisions: dict[str, np.ndarray] = {}
-    print(f"{len(labels)} lesions; nested macro F1 and gain of the part (full minus without), 95% intervals")
-    for part, table in tables.items():
-        probabilities = probabilities_of(table.logits[name], table.heads[name])
-        decisions[part] = nested_decisions(probabilities, table, config)
-        score = intervals.macro_f1(decisions[part], labels, tables[FULL].groups)
-        adds = intervals.paired_difference(
-            decisions[FULL], decisions[part], labels, tables[FULL].groups, resamples, config.seed
+def print_scores(config: AblationRun, name: str, tables: dict[str, list[OofTable]]) -> None:
+    """Print the nested score of each variant, and as the last line the JSON object. tables: of each seed."""
+    first = tables[FULL][0]
+    labels, groups, resamples = first.labels, first.groups, config.ensemble.bootstrap
+    result: dict[str, Any] = {}
+    decisions: dict[str, list[np.ndarray]] = {}
+    print(
+        f"{len(labels)} lesions, {config.seeds} seeds; mean and standard deviation of nested macro F1 over seeds, gain "
+        "of the part (full minus without) with its 95% interval over lesions and seeds"
+    )
+    for part, each in tables.items():
+        probabilities = [probabilities_of(table.logits[name], table.heads[name]) for table in each]
+        decisions[part] = [nested_decisions(p, table, config) for p, table in zip(probabilities, each, strict=True)]
+        scores = [metrics.macro_f1(table, labels) for table in decisions[part]]
+        argmax = np.mean([metrics.argmax_macro_f1(p, labels) for p in probabilities])
+        adds = intervals.over_seeds(
+            [
+                intervals.paired_difference(full, without, labels, groups, resamples, config.seed)
+                for full, without in zip(decisions[FULL], decisions[part], strict=True)
+            ]
         )
-        argmax = metrics.argmax_macro_f1(probabilities, labels)
         label = part if part == FULL else f"without {part.replace('_', ' ')}"
-        print(f"{label:<26} {score!s:<22} argmax {argmax:.3f}   {'' if part == FULL else adds}")
-        scores[part] = {"nested": round(score.value, 4), "adds": round(adds.value, 4), "low": round(adds.low, 4)}
-    print(json.dumps(scores))
+        deviation = np.std(scores, ddof=1) if config.seeds > 1 else np.nan
+        print(
+            f"{label:<26} {np.mean(scores):.3f} \u00b1 {deviation:.3f}   argmax {argmax:.3f}   "
+            f"{'' if part == FULL else adds}"
+        )
+        result[part] = {"nested": round(float(np.mean(scores)), 4), "adds": round(adds.value, 4)}
+        if config.seeds > 1:
+            result[part]["low"] = round(adds.low, 4)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Held-out macro F1 of the tri-modal network with all modalities, and without each.
 
-python -m benchmarks.modalities --config demo [key.subkey=value ...]
+python -m benchmarks.modalities --config demo [seeds=3] [key.subkey=value ...]
 
 Needs data.test_truth; demo.yaml's comes with make demo. The networks go into the folder `modalities` next to `output`.
-Every network is trained from the same seed on the same folds; the score is the held-out macro F1 by the official rule,
-thresholds fitted out of fold. The last line is one JSON object.
+Each is trained with several seeds on the same folds; the score is the held-out macro F1 by the official rule,
+thresholds fitted out of fold. The difference is all modalities minus the others, with the same seed; its interval is
+over lesions and seeds (`intervals.over_seeds`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -12,48 +13,93 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+from pydantic import Field
+
+from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment, save
-from triderm_dist.ensemble.run_files import HELD_OUT_FILE
+from triderm_dist.config import Experiment, build, save
 from triderm_dist.schema import ConfigError
 
 MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")
+ALL = "all"
 
 
-def main(config: Experiment) -> None:
+class ModalitiesRun(Experiment):
+    seeds: int = Field(3, ge=1, description="trainings of each network, with the seeds `seed`, `seed` + 1, ...")
+
+
+def main(config: ModalitiesRun) -> None:
     if not config.data.test_truth:
         raise ConfigError("data.test_truth: needed to score; run make demo, then use --config demo")
-    name = next(iter(config.models))
-    results = {}
+    folders: dict[str, list[Path]] = {}
     for left_out in (None, *MODALITIES):
-        label = f"without {left_out}" if left_out else "all"
-        output = config.folder.with_name("modalities") / label.replace(" ", "-")
+        label = f"without {left_out}" if left_out else ALL
         kept = tuple(modality for modality in MODALITIES if modality != left_out)
-        experiment = config.model_copy(
-            update={
-                "output": str(output),
-                "data": config.data.model_copy(
-                    update={"shards": config.train_shards, "test_shards": config.test_shards, "test": None}
-                ),
-                "models": {name: config.models[name].model_copy(update={"use": kept})},
-                "stack": config.stack.model_copy(update={"enabled": False}),
-            }
+        folders[label] = [trained(config, label, kept, number) for number in range(config.seeds)]
+    print_scores(config, folders)
+
+
+def trained(config: ModalitiesRun, label: str, kept: tuple[str, ...], number: int) -> Path:
+    """Train, stack and predict a network that uses the modalities `kept`; return its run. number: of the seed."""
+    name = next(iter(config.models))
+    output = config.folder.with_name("modalities") / label.replace(" ", "-")
+    seeds = {}
+    if number:
+        seeds = {"seed": config.seed + number, "token_seed": config.seed_of_tokens}
+        output = output.with_name(f"{output.name}-seed-{config.seed + number}")
+    experiment = config.model_copy(
+        update={
+            "output": str(output),
+            "data": config.data.model_copy(
+                update={"shards": config.train_shards, "test_shards": config.test_shards, "test": None}
+            ),
+            "models": {name: config.models[name].model_copy(update={"use": kept})},
+            "stack": config.stack.model_copy(update={"enabled": False}),
+            **seeds,
+        }
+    )
+    settings = output / "benchmark.yaml"
+    save(build(Experiment, experiment.model_dump(mode="json", exclude={"seeds"})), settings)
+    command = [sys.executable, "-m", "triderm_dist.commands.pipeline", "--config", str(settings)]
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)
+    return output
+
+
+def print_scores(config: ModalitiesRun, folders: dict[str, list[Path]]) -> None:
+    """Print the scores of each network, and as the last line the JSON object."""
+    from triderm_dist.data.readers.source import reader_of
+    from triderm_dist.ensemble.artifact import read_task
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+    from triderm_dist.submission import read_results
+
+    task = read_task(folders[ALL][0] / ENSEMBLE_FILE)
+    truth = reader_of(task).labels(Path(str(config.data.test_truth)), task)
+    decisions: dict[str, list[np.ndarray]] = {}
+    result: dict[str, dict[str, float]] = {}
+    print(f"\n{'modalities':<22} macro F1 over seeds   all minus these, 95% interval over lesions and seeds")
+    for label, runs in folders.items():
+        found = [read_results(folder, task) for folder in runs]
+        labels = np.array([truth[lesion] for lesion in found[0][0]])
+        decisions[label] = [each[2] for each in found]
+        scores = [metrics.macro_f1(table, labels) for table in decisions[label]]
+        difference = intervals.over_seeds(
+            [
+                intervals.paired_difference(full, without, labels, None, config.ensemble.bootstrap, config.seed)
+                for full, without in zip(decisions[ALL], decisions[label], strict=True)
+            ]
         )
-        settings = output / "benchmark.yaml"
-        save(experiment, settings)
-        status = subprocess.run(
-            [sys.executable, "-m", "triderm_dist.commands.pipeline", "--config", str(settings)]
-        ).returncode
-        if status:
-            sys.exit(status)
-        results[label] = json.loads((output / HELD_OUT_FILE).read_text(encoding="utf-8"))
-    print(f"\n{'modalities':<22} {'macro F1':>9}  95% interval     argmax")
-    for label, result in results.items():
-        low, high = result["interval"]
-        print(f"{label:<22} {result['macro_f1']:>9.3f}  [{low:.3f}, {high:.3f}]   {result['argmax']:.3f}")
-    print(json.dumps({label: round(result["macro_f1"], 4) for label, result in results.items()}))
+        deviation = np.std(scores, ddof=1) if len(scores) > 1 else np.nan
+        mean = float(np.mean(scores))
+        print(f"{label:<22} {mean:.3f} ± {deviation:.3f}         {'' if label == ALL else difference}")
+        result[label] = {"macro_f1": round(mean, 4)}
+        if len(scores) > 1:
+            result[label] |= {"minus": round(difference.value, 4), "low": round(difference.low, 4)}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    run(Experiment, main, __doc__)
+    run(ModalitiesRun, main, __doc__)

@@ -164,3 +164,13 @@ def test_invalid_tables_are_refused_and_absent_diagnoses_are_unknown() -> None:
     assert first == intervals.f1_per_class(decisions, labels)[0]
     assert all(np.isnan(interval.value) for interval in absent)
     assert intervals.macro_f1(wide, labels) == intervals.macro_f1(decisions, labels)
+
+
+def test_interval_over_lesions_and_seeds() -> None:
+    same = intervals.over_seeds([Interval(0.02, 0.01, 0.04)] * 3)
+    np.testing.assert_allclose([same.value, same.low, same.high], [0.02, 0.01, 0.04])
+    differing = [Interval(value, value - 0.01, value + 0.02) for value in (0.0, 0.02, 0.04)]
+    half = stats.t.ppf(0.975, 2) * 0.02 / np.sqrt(3)
+    found = intervals.over_seeds(differing)
+    np.testing.assert_allclose([found.low, found.high], [0.02 - np.hypot(0.01, half), 0.02 + np.hypot(0.02, half)])
+    assert np.isnan(intervals.over_seeds(differing[:1]).low)
