@@ -34,8 +34,7 @@ def cases_of(world: int) -> list[dict]:
                     micro = GLOBAL_BATCH // (world * accumulation)
                     name = f"{head}-{batch}-{world}-{accumulation}"
                     result.append({"name": name, "head": head, "batch": batch, "micro_batch": micro, "dropout": 0.0})
-    # Dropout is seeded per micro-batch: with micro-batches of 4 it is the same for any world size, with and without
-    # activation checkpointing.
+    # Dropout is drawn by lesion: it is the same for any world size, with and without activation checkpointing.
     result.append(
         {
             "name": f"dropout-{world}",
