@@ -87,9 +87,12 @@ def test_attention_is_that_of_the_views_and_tokens_of_the_task(trained):
 def test_fold_records_its_task_and_refuses_sets_of_another(trained):
     _, experiment, index = trained
     folder = experiment.fold_folder("trained", 0)
-    assert Task.from_mapping(trained_fold(folder, index)["task"], "fold.json") == index.task
-    cosmetic = replace(index.task, title="A title", decision="argmax")
-    trained_fold(folder, SimpleNamespace(task=cosmetic, concepts=index.concepts))
+    assert Task.from_mapping(trained_fold(folder, index)[0]["task"], "fold.json") == index.task
+    trained_fold(folder, replace(index, task=replace(index.task, title="A title", decision="argmax")))
+    turned = replace(index, concepts=index.concepts[::-1], stored_concepts=index.concepts[::-1])
+    matched = trained_fold(folder, turned)[1]
+    assert matched.concepts == index.concepts
+    assert np.array_equal(matched.concept_scores, index.concept_scores[:, ::-1], equal_nan=True)
     diagnoses = (*index.task.diagnoses[:2], Diagnosis("scar"))
     others = {
         "another description of it": replace(index.task, diagnoses=diagnoses),

@@ -59,13 +59,16 @@ def _attention_maps(
     model = experiment.models[name]
     accelerator = parallel.start_inference("fp32")
     device = accelerator.device
+    own_fold = np.full(len(index), NO_FOLD) if test else assigned_folds(index, experiment.data)
+    all_folds = range(experiment.data.folds)
+    folds_of = {row: all_folds if own_fold[row] == NO_FOLD else [int(own_fold[row])] for row in rows}
+    for fold in sorted({fold for folds in folds_of.values() for fold in folds}):
+        _, index = trained_fold(experiment.fold_folder(name, fold), index)
     views = open_views(experiment, model, index, accelerator, train=False)
     photos = _photos(index, model)
     networks: dict[int, TriModal] = {}
-    own_fold = np.full(len(index), NO_FOLD) if test else assigned_folds(index, experiment.data)
-    for row in rows:
+    for row, folds in folds_of.items():
         batch, pixels = _batch(views.loaders, row, device), _batch(photos, row, device)
-        folds = range(experiment.data.folds) if own_fold[row] == NO_FOLD else [int(own_fold[row])]
         for fold in folds:
             if fold not in networks:
                 networks[fold] = _network(model, views, experiment.fold_folder(name, fold)).to(device)
@@ -94,7 +97,6 @@ def _photos(index: ShardIndex, model: ModelConfig) -> LoaderFactory:
 
 def _network(model: ModelConfig, views: Views, folder: Path) -> TriModal:
     """Load the trained network of a fold."""
-    trained_fold(folder, views.loaders.index)
     network = new_network(model, views, pretrained=False)
     load_weights(folder / "weights", network)
     return network.eval()  # type: ignore[return-value]

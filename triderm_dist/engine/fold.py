@@ -92,8 +92,9 @@ def check_task(experiment: Experiment, index: ShardIndex) -> None:
                     raise DataError(f"{_other_task(folder, task, index)}; set another output")
 
 
-def trained_fold(folder: Path, index: ShardIndex) -> dict[str, Any]:
-    """Return the fold.json of the fold trained in a folder, with which the lesions of `index` are to be predicted.
+def trained_fold(folder: Path, index: ShardIndex) -> tuple[dict[str, Any], ShardIndex]:
+    """Return the fold.json of the fold trained in a folder, with which the lesions of `index` are to be predicted, and
+    `index` with its concepts in the order in which the network takes them.
 
     Raises DataError where no fold is trained there, or `index` is of another task or has other concepts.
     """
@@ -103,20 +104,19 @@ def trained_fold(folder: Path, index: ShardIndex) -> dict[str, Any]:
     task = recorded_task(info, str(folder / "fold.json"))
     if not task.matches(index.task):
         raise DataError(f"{_other_task(folder, task, index)}; pack both sets with the same task.yaml")
-    if tuple(info["concepts"]) != index.concepts:
+    if sorted(info["concepts"]) != sorted(index.concepts):
         raise DataError(
             f"{index.folder}: its concepts are not those of the training set ({_difference(info['concepts'], index)}); "
             "pack the test set from matching metadata"
         )
-    return info
+    return info, index.with_concepts(info["concepts"])
 
 
 def _difference(concepts: Sequence[str], index: ShardIndex) -> str:
-    """Say which concepts a set lacks or adds, or that they are in another order."""
+    """Say which concepts a set lacks or adds."""
     lacks = [name for name in concepts if name not in index.concepts]
     adds = [name for name in index.concepts if name not in concepts]
-    parts = [f"{what} {', '.join(names)}" for what, names in (("without", lacks), ("also", adds)) if names]
-    return "; ".join(parts) or "in another order"
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in (("without", lacks), ("also", adds)) if names)
 
 
 def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:

@@ -33,7 +33,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
         views: Views | None = None
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
-            info = trained_fold(folder, index)
+            info, index = trained_fold(folder, index)
             transforms = experiment.predict.transforms
             inputs = hashlib.sha256(f"{info['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
             if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():

@@ -16,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,8 @@ class ShardIndex:
     folder: Path
     task: Task
     concepts: tuple[str, ...]
+    stored_concepts: tuple[str, ...]
+    """The same concepts in the order of samples.parquet."""
     stored_fields: tuple[str, ...]
     """The metadata fields that samples.parquet holds, in its order."""
     shards: tuple[ShardFile, ...]
@@ -92,6 +94,10 @@ class ShardIndex:
     def signature(self) -> Signature:
         """What a network for this set takes and predicts."""
         return self.task.signature(self.concepts)
+
+    def with_concepts(self, names: Sequence[str]) -> ShardIndex:
+        """Return this index with its concepts in another order, such as that of the set of a training."""
+        return self if tuple(names) == self.concepts else replace(self, concepts=tuple(names))
 
     @cached_property
     def lesion_ids(self) -> Text:
@@ -124,7 +130,10 @@ class ShardIndex:
     @cached_property
     def concept_scores(self) -> np.ndarray:
         """(N, K) float32, NaN where missing."""
-        return self._list_column("concepts", len(self.concepts))
+        stored = self._list_column("concepts", len(self.stored_concepts))
+        if self.concepts == self.stored_concepts:
+            return stored
+        return np.ascontiguousarray(stored[:, [self.stored_concepts.index(name) for name in self.concepts]])
 
     @cached_property
     def metadata(self) -> np.ndarray:
@@ -288,6 +297,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {
         "task": task,
         "concepts": tuple(raw["concepts"]),
+        "stored_concepts": tuple(raw["concepts"]),
         "stored_fields": tuple(map(str, raw["metadata_fields"])),
         "shards": tuple(ShardFile(**entry) for entry in raw["shards"]),
         "problems": tuple(Problem(**entry) for entry in raw["problems"]),
@@ -374,7 +384,7 @@ def _check_rows(index: ShardIndex) -> None:
     outside = f"{path}: a shard number, an offset or a label is out of range; pack the data again"
     try:
         file = pq.ParquetFile(index.samples)
-        if not file.schema_arrow.equals(samples_schema(len(index.concepts), len(index.stored_fields))):
+        if not file.schema_arrow.equals(samples_schema(len(index.stored_concepts), len(index.stored_fields))):
             raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
         locations = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
         for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *locations]):
