@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import load_file
 
 from tests.conftest import draw_photo, write_challenge
@@ -29,13 +30,19 @@ from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS
 from triderm_dist.commands.ranks import expand_names
 from triderm_dist.config import Experiment, load
-from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys
+from triderm_dist.data.augment import AUGMENTATIONS, LesionRng, PhotoTransform, lesion_keys
+from triderm_dist.data.readers.source import READERS
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
+from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names
 from triderm_dist.ensemble.stacker import TrainingRows
+from triderm_dist.losses import LOSS_TERMS
+from triderm_dist.metrics import METRICS
+from triderm_dist.models import NETWORKS
+from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.optim import OPTIMIZERS, SCHEDULES
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.settings import merge
 from triderm_dist.tasks import SHIPPED
@@ -347,6 +354,20 @@ def write_photos(folder: Path) -> None:
         for number, row in enumerate(challenge.metadata):
             row.update({column: cell(number // 2) for column, cell in COLUMNS.items()})
         challenge.write()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def restore_tables():
+    """Restore the tables of the library, since checks that load settings import plugins into this process."""
+    tables = (
+        *(AUGMENTATIONS, LOGGER_TYPE_TO_CLASS, LOSS_TERMS, METRICS, NETWORKS, OPTIMIZERS, READERS, SCHEDULES),
+        *(STACKERS, TOWER_SOURCES),
+    )
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture(scope="module")

@@ -188,14 +188,19 @@ def test_cache_stays_below_its_limit_and_fetches_each_shard_once(server, packed,
     most = 0
     stop = threading.Event()
 
+    def scan() -> dict[Path, int]:
+        sizes = {}
+        for path in root.glob("*/*.tar*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path] = path.stat().st_size
+        return sizes
+
     def watch() -> None:
         nonlocal most
         while not stop.wait(0.001):
-            sizes = []
-            for path in root.glob("*/*.tar*"):
-                with contextlib.suppress(FileNotFoundError):
-                    sizes.append(path.stat().st_size)
-            most = max(most, sum(sizes))
+            # Files seen by two scans were there at the same time; one scan could count a file that is gone by its end.
+            first, second = scan(), scan()
+            most = max(most, sum(min(first[path], second[path]) for path in first.keys() & second.keys()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
