@@ -11,7 +11,7 @@ litData and mosaicml-streaming the photos as their own readers decode them.
 litData comes with the `bench` extra. mosaicml-streaming pins older numpy and transformers and needs a separate
 environment: `python -m venv E; E/bin/pip install mosaicml-streaming torch torchvision`, then
 streaming_python=E/bin/python.
-The last line is one JSON object. Its worker_mb is the memory of a rank above its imports (index, plan, ring of
+The last line is one JSON object. Its worker_mb is the memory per rank above its imports (index, plan, ring of
 buffers) for the larger of the packed and the simulated index, divided by the worker threads that share it; resume_s is
 of the packed set.
 """

@@ -66,6 +66,13 @@ def one_line(error: object, limit: int | None = None, with_type: bool = False) -
     return text if limit is None or len(text) <= limit else text[: limit - 4] + " ..."
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a hint at the nearest of the known words, or `otherwise` where none is near: by default all of them."""
+    words = [*known]
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise or f"known are {', '.join(words)}"
+
+
 @dataclass(frozen=True)
 class MetadataField:
     """One field of the patient metadata: its column, its values, and how it is shown.
@@ -332,6 +339,10 @@ class Task:
         """
         return self.meaning() == other.meaning()
 
+    def named_other(self, other: Task) -> str:
+        """Return how a message about this task names one that does not match it."""
+        return "another description of it" if self.name == other.name else f"task {other.name!r}"
+
     def meaning(self) -> list[Any]:
         """Return, as JSON types, what labels, views and metadata values mean: what networks depend on."""
         fields = [[it.name, it.kind, [*it.categories], it.low, it.high, it.full_scale] for it in self.fields]
@@ -418,9 +429,7 @@ def _build(kind: type[Any], raw: Any, at: str) -> Any:
     known = {each.name: each for each in fields(kind)}
     for key in raw:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"unknown key {f'{at}.{key}' if at else key!r}; {hint}")
+            raise ConfigError(f"unknown key {f'{at}.{key}' if at else key!r}; {did_you_mean(str(key), known)}")
     for name, each in known.items():
         if name not in raw and each.default is MISSING and each.default_factory is MISSING:
             raise ConfigError(f"{f'{at}.' if at else ''}{name}: is missing")

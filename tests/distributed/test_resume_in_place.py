@@ -143,12 +143,17 @@ def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     assert json.loads((fold / "fold.json").read_text())["changes"][0]["train.precision"] == ["fp32", "bf16"]
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
-def test_checkpoint_with_changed_bytes_is_skipped(train, uninterrupted, tmp_path, capsys, file):
+def newest_checkpoint(train, tmp_path) -> Path:
+    """Interrupt a training after it has written two checkpoints and return the newer one."""
     with pytest.raises(Interrupted):
         train(stop=2)
-    fold = tmp_path / "tri" / "fold-0"
-    _, newest = sorted((fold / "checkpoints").iterdir())
+    _, newest = sorted((tmp_path / "tri" / "fold-0" / "checkpoints").iterdir())
+    return newest
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
+def test_checkpoint_with_changed_bytes_is_skipped(train, uninterrupted, tmp_path, capsys, file):
+    fold, newest = tmp_path / "tri" / "fold-0", newest_checkpoint(train, tmp_path)
     content = (newest / file).read_bytes()
     (newest / file).write_bytes(content[:-2000] + bytes(2000))  # of the right length: a copy with a hole
     capsys.readouterr()
@@ -163,9 +168,7 @@ def test_checkpoint_with_changed_bytes_is_skipped(train, uninterrupted, tmp_path
 
 
 def test_checkpoint_without_checksums_must_hold_weights_that_a_training_reaches(train, tmp_path, capsys):
-    with pytest.raises(Interrupted):
-        train(stop=2)
-    _, newest = sorted((tmp_path / "tri" / "fold-0" / "checkpoints").iterdir())
+    newest = newest_checkpoint(train, tmp_path)
     record = json.loads((newest / "state.json").read_text())
     del record["files"], record["checksum"]  # as 0.1.0 wrote it
     (newest / "state.json").write_text(json.dumps(record))
@@ -180,10 +183,7 @@ def test_checkpoint_without_checksums_must_hold_weights_that_a_training_reaches(
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.json"])
 def test_damaged_checkpoint_is_skipped(train, uninterrupted, tmp_path, capsys, file):
-    with pytest.raises(Interrupted):
-        train(stop=2)
-    fold = tmp_path / "tri" / "fold-0"
-    _, newest = sorted((fold / "checkpoints").iterdir())
+    fold, newest = tmp_path / "tri" / "fold-0", newest_checkpoint(train, tmp_path)
     content = (newest / file).read_bytes()
     (newest / file).write_bytes(content[: len(content) // 2])
     capsys.readouterr()

@@ -83,9 +83,9 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     result = []
     setting, task = run_task(config)
     if data.shards is None:
-        result.append(_pack("pack", config, str(data.source), setting, config.train_shards))
+        result.append(_pack("pack", config, str(data.source), setting, task, config.train_shards))
     if data.test and data.test_shards is None:
-        result.append(_pack("pack test", config, data.test, setting, config.test_shards))
+        result.append(_pack("pack test", config, data.test, setting, task, config.test_shards))
     oof = folder / "oof.parquet"
     parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
@@ -150,18 +150,18 @@ def program(name: str, launcher: Path | None = None) -> list[str]:
     return ["python", "-m", *ranks, f"triderm_dist.commands.{name}"]
 
 
-def _pack(name: str, config: Experiment, source: str, task_name: str, output: str) -> Stage:
-    from triderm_dist.data.readers.source import find_task, reader_of
+def _pack(name: str, config: Experiment, source: str, setting: str, task: Task, output: str) -> Stage:
+    """Return the stage that packs a folder. setting, task: see `run_task`."""
+    from triderm_dist.data.readers.source import reader_of
 
     data = config.data
     keys: dict[str, Any] = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
     overrides = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
     if config.plugins:
         overrides.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
-    task = find_task(source, task_name)
     if task != milk10k_task():  # stages of MILK10k were recorded before there were other tasks
         keys["task"] = task.to_mapping()
-    overrides.append(f"task={task_name}")
+    overrides.append(f"task={setting}")
     command = [*program("pack"), f"source={source}", f"output={output}", *overrides]
     return Stage(name, command, keys, reader_of(task).inputs(Path(source), task), [Path(output) / "index.json"])
 

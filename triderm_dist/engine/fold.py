@@ -120,8 +120,7 @@ def _difference(concepts: Sequence[str], index: ShardIndex) -> str:
 
 
 def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
-    other = "another description of it" if task.name == index.task.name else f"task {index.task.name!r}"
-    return f"{folder}: trained for task {task.name!r}, and {index.folder} is packed for {other}"
+    return f"{folder}: trained for task {task.name!r}, and {index.folder} is packed for {task.named_other(index.task)}"
 
 
 def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, exclude: Iterable[str] = ()) -> str:

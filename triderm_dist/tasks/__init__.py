@@ -5,7 +5,6 @@ A task is a YAML file with the keys of `schema.Task`; docs/your-own-data.md expl
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import os
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.schema import ConfigError, DataError, Task, one_line
+from triderm_dist.schema import ConfigError, DataError, Task, did_you_mean, one_line
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent
@@ -44,9 +43,8 @@ def load_task(name_or_path: str | os.PathLike[str]) -> Task:
     if os.path.basename(name) == "index.json":
         return _of_index(Path(name).expanduser())
     if not name.endswith((".yaml", ".yml")):
-        near = difflib.get_close_matches(name, task_names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(task_names())}, or give a task.yaml"
-        raise ConfigError(f"unknown task {name!r}; {hint}")
+        every = f"known are {', '.join(task_names())}, or give a task.yaml"
+        raise ConfigError(f"unknown task {name!r}; {did_you_mean(name, task_names(), every)}")
     path = Path(name).expanduser()
     return Task.from_mapping(read_mapping(path, "triderm task init FOLDER writes one"), str(path))
 
@@ -62,8 +60,7 @@ def recorded_task(record: Mapping[str, Any], where: str) -> Task:
 def check_packed_for(packed: Task, task: Task, where: str, advice: str) -> None:
     """Check that a set at `where`, packed for one task, can be used for another. Raises DataError, with the advice."""
     if not packed.matches(task):
-        other = "another description of it" if packed.name == task.name else f"task {task.name!r}"
-        raise DataError(f"{where}: was packed for task {packed.name!r}, not for {other}; {advice}")
+        raise DataError(f"{where}: was packed for task {packed.name!r}, not for {packed.named_other(task)}; {advice}")
 
 
 def _of_index(path: Path) -> Task:

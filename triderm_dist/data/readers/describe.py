@@ -342,7 +342,7 @@ def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
 
 
 def _above(number: float) -> float:
-    """Return a round number with room above this one; rows to come may exceed those seen."""
+    """Return a round number larger than this one; rows to come may exceed those seen."""
     if number <= 1:
         return float(number > 0)
     power = 10.0 ** math.floor(math.log10(1.5 * number))

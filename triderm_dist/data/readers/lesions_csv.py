@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +37,7 @@ from triderm_dist.data.readers.table import (
     read_table,
     without_garbage_collection,
 )
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task, did_you_mean
 
 CHUNK = 1 << 14
 """Lesions whose values are Python objects at a time; they take ten times the memory of arrays."""
@@ -511,8 +510,7 @@ def parse_diagnosis(text: str, task: Task, column: str) -> int:
     label = task.label_of(text)
     if label is not None:
         return label
-    near = get_close_matches(text.lower(), task.label_words, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(task.label_words)}"
+    hint = did_you_mean(text.lower(), task.label_words)
     raise ValueError(f"unknown {column} {text!r}; {hint}{_as_words('diagnoses')}")
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from triderm_dist.data.readers import lesions_csv, milk10k
 from triderm_dist.data.readers.dataset import Dataset
-from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.schema import ConfigError, DataError, Task, did_you_mean
 from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
 
 
@@ -39,8 +38,8 @@ READERS: dict[str, Reader] = {
 def reader_of(task: Task) -> Reader:
     """Return the reader of a task. Raises ConfigError for an unknown one."""
     if task.reader not in READERS:
-        near = get_close_matches(task.reader, READERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(READERS)}; plugins may add others"
+        every = f"known are {', '.join(READERS)}; plugins may add others"
+        hint = did_you_mean(task.reader, READERS, every)
         raise ConfigError(f"task {task.name!r}: reader {task.reader!r} is unknown; {hint}")
     return READERS[task.reader]
 
