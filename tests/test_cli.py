@@ -146,3 +146,27 @@ def test_programs_reject_invalid_settings_in_one_line(words, message):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.search(message, done.stderr), done.stderr
+
+
+RANK = """
+import atexit, sys, torch, torch.distributed as dist
+from triderm_dist import cli
+
+def work():
+    atexit.register(print, "exit handler")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for _ in range(100):
+        dist.all_reduce(torch.ones(1_000_000), async_op=True)
+    if sys.argv[1:]:
+        raise cli.Interrupted("saved")
+
+cli.run_with_exit_codes(work)
+"""
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["stop"], 3)])
+def test_a_rank_exits_while_gloo_releases_tensors(words, status):
+    # Finalizing Python then aborts the process, in most tries.
+    command = [sys.executable, "-c", RANK, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert (done.returncode, done.stdout) == (status, "exit handler\n"), done.stderr

@@ -5,6 +5,8 @@ Exit codes: 0 success, 2 invalid input (one line tells how to fix it), 3 interru
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 import textwrap
@@ -12,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from triderm_dist.config import Experiment, as_yaml, has_effect, load
 from triderm_dist.schema import ConfigError, InputError, one_line
@@ -89,16 +92,38 @@ def run_with_exit_codes(work: Callable[[], None]) -> None:
     try:
         with handle_signals(raise_stopped):
             work()
+        _exit_rank(0)
     except InputError as error:
         print_error(f"error: {error}")
-        sys.exit(BAD_INPUT)
+        _exit(BAD_INPUT)
     except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)
         print_error(f"error: {error.filename}: {text}" if error.filename else f"error: {text}")
-        sys.exit(BAD_INPUT)
+        _exit(BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as stop:
         print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")
-        sys.exit(INTERRUPTED)
+        _exit(INTERRUPTED)
+
+
+def _exit(status: int) -> NoReturn:
+    _exit_rank(status)
+    sys.exit(status)
+
+
+def _exit_rank(status: int) -> None:
+    """Wait for the threads, run the exit handlers and exit, if this process is a rank of a process group.
+
+    Python is not finalized: where a thread of gloo still releases the tensors of a finished collective it would abort
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def print_error(line: str) -> None:
