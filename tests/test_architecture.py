@@ -29,6 +29,7 @@ LAYERS = [
     ("engine",),
     ("ensemble",),
     ("report",),
+    ("inference",),
     ("search", "doctor"),
     ("commands",),
 ]
