@@ -391,3 +391,15 @@ def test_attention_of_each_fusion_stage(fusion: tuple[str, ...], depth: int) -> 
         if part is not None:
             assert part.shape == (4, tokens)
             torch.testing.assert_close(part.sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_exported_network_takes_any_batch_size(kind: str, shared: bool) -> None:
+    network = network_of(kind, tower_settings={"shared": shared}).eval()
+    inputs = batch(4)
+    size = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(network, tuple(inputs), dynamic_shapes=tuple({0: size} for _ in inputs)).module()
+    for n in (1, 2, 7):
+        part = [torch.cat([each, each])[:n] for each in inputs]
+        torch.testing.assert_close(exported(*part).logits, network(*part).logits)

@@ -92,7 +92,7 @@ class SemanticTokens(nn.Module):
                 tokens.append(getattr(self, _module_name(self, field))(field.scaled(values)[:, None]))
             else:
                 tokens.append(self.categories[_module_name(self.categories, field)](values))
-        return torch.cat([*tokens, self.null.expand(len(concepts), -1, -1)], 1)
+        return torch.cat([*tokens, self.null.expand(concepts.shape[0], -1, -1)], 1)
 
 
 def _module_name(parent: nn.Module, field: MetadataField) -> str:

@@ -120,8 +120,8 @@ class GlobalPooling(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.attention(self.query.expand(len(x), -1, -1), x)).squeeze(1)
+        return self.norm(self.attention(self.query.expand(x.shape[0], -1, -1), x)).squeeze(1)
 
     def weights(self, x: Tensor) -> Tensor:
         """Return how much the query attends to each token, (B, L)."""
-        return self.attention.weights(self.query.expand(len(x), -1, -1), x).squeeze(1)
+        return self.attention.weights(self.query.expand(x.shape[0], -1, -1), x).squeeze(1)

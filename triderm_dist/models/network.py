@@ -159,8 +159,9 @@ class Network(nn.Module, ABC):
             return images
         if SHARED in self.towers:
             # One pass over both views, so that batch norms take their statistics over both.
+            sizes = [pixels.shape[0] for pixels in images.values()]
             tokens = self.towers[SHARED](torch.cat(list(images.values())))
-            return dict(zip(images, tokens.chunk(len(images)), strict=True))
+            return dict(zip(images, tokens.split(sizes), strict=True))
         return {view: self.towers[view](pixels) for view, pixels in images.items()}
 
 
@@ -177,7 +178,7 @@ class ViewTokens(nn.Module):
 
     def forward(self, tokens: Tensor | None, present: Tensor) -> Tensor:
         if self.project is None or tokens is None:
-            return self.missing.expand(len(present), -1, -1)
+            return self.missing.expand(present.shape[0], -1, -1)
         projected = self.project(tokens.to(self.missing.dtype))
         return torch.where(present[:, None, None], projected, self.missing)
 

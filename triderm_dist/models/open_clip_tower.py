@@ -169,7 +169,7 @@ class _VitStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.conv1(x).flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(len(x), 1, -1).to(patches.dtype)
+        class_token = self.class_embedding.expand(x.shape[0], 1, -1).to(patches.dtype)
         return self.ln_pre(torch.cat([class_token, patches], 1) + self.positional_embedding.to(patches.dtype))
 
 
