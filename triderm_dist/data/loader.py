@@ -73,51 +73,51 @@ class ViewSource(Protocol):
         """
 
 
-class PhotoSource:
-    """Photos (B, 3, size, size) of a packed set, normalized for a tower, and augmented where there is an rng.
+class CanvasSource:
+    """Photos (B, 3, size, size), normalized for a tower, and augmented where there is an rng.
 
-    Every photo is fitted to the canvas of the set (`ShardIndex.canvas`) by `fit_to_canvas`.
+    Every photo is fitted to `canvas` (width, height) by `fit_to_canvas`. A subclass tells where photos are and decodes
+    them.
     """
 
     def __init__(
         self,
-        index: ShardIndex,
+        canvas: tuple[int, int],
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        views: Sequence[str],
         augment: AugmentConfig | None = None,
-        views: Sequence[str] | None = None,
-        cache_share: float = 1.0,
     ) -> None:
-        """views: to read, a black photo where the set has none; default those of its task.  cache_share: see
-        `RemoteShards`.
-        """
-        self.index, self.views, self.mean, self.std = index, views or index.signature.views, mean, std
+        """views: to read, a black photo where a lesion has none."""
+        self.canvas, self.views, self.mean, self.std = canvas, views, mean, std
         self.transform = PhotoTransform(image_size, augment or AugmentConfig())
-        self.shards = RemoteShards(index, cache_share) if index.remote else FolderShards(index)
         self._free: list[_Buffers] = []
         self._lesions = 0  # that a buffer holds: of the largest request
 
+    def locate(self, rows: np.ndarray) -> list[Any]:
+        """Return what `decode` needs to find the photos of each of these rows (B,)."""
+        raise NotImplementedError
+
+    def decode(self, out: np.ndarray, row: int, location: Any, number: int) -> None:
+        """Decode a row's photo of the view of that number in `views` into `out` (H, W, 3); black where missing."""
+        raise NotImplementedError
+
     def close(self) -> None:
-        self.shards.close()
         self._free.clear()
 
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        return self.shards.read_ahead(np.where(rows < 0, -1, self.index.shard[rows]), batch)
+        return contextlib.nullcontext(lambda steps: None)
 
     def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
         if len(rows) > self._lesions:
             self._lesions = len(rows)
             self._free.clear()
-        buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, len(self.views), self.index.canvas)
+        buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, len(self.views), self.canvas)
         buffers.wait()
         views = [view[: len(rows)] for view in buffers.views]
         arrays = [view.numpy() for view in views]
-        index = self.index
-        # Converted to Python numbers once for all rows: the decoding threads should do little under the GIL.
-        at = [VIEWS.index(view) for view in self.views]
-        columns = (index.shard[rows], index.offsets[rows][:, at], index.sizes[rows][:, at])
-        locations = list(zip(*(column.tolist() for column in columns), strict=True))
+        locations = self.locate(rows)
         jobs = []
         for start in range(0, len(rows), TASK_LESIONS):
             part = slice(start, start + TASK_LESIONS)
@@ -149,16 +149,59 @@ class PhotoSource:
         if len(buffers.views[0]) == self._lesions:
             self._free.append(buffers)
 
-    def _read(
-        self, rows: np.ndarray, locations: list[tuple[int, list[int], list[int]]], arrays: list[np.ndarray]
+    def _read(self, rows: np.ndarray, locations: list[Any], arrays: list[np.ndarray]) -> None:
+        """Decode the photos of the views into `arrays`."""
+        for i, (row, location) in enumerate(zip(rows.tolist(), locations, strict=True)):
+            for number, array in enumerate(arrays):
+                self.decode(array[i], row, location, number)
+
+
+class PhotoSource(CanvasSource):
+    """Photos of a packed set, fitted to its canvas (`ShardIndex.canvas`)."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: AugmentConfig | None = None,
+        views: Sequence[str] | None = None,
+        cache_share: float = 1.0,
     ) -> None:
-        """Decode the photos of the views into `arrays`; a missing view becomes black."""
-        for i, (shard, offsets, sizes) in enumerate(locations):
-            for view, offset, size, array in zip(self.views, offsets, sizes, arrays, strict=True):
-                if size:
-                    _decode_into(array[i], self.shards.read(shard, offset, size), self.index, int(rows[i]), view)
-                else:
-                    array[i] = 0
+        """views: to read, a black photo where the set has none; default those of its task.  cache_share: see
+        `RemoteShards`.
+        """
+        super().__init__(index.canvas, image_size, mean, std, views or index.signature.views, augment)
+        self.index = index
+        self.shards = RemoteShards(index, cache_share) if index.remote else FolderShards(index)
+
+    def close(self) -> None:
+        self.shards.close()
+        super().close()
+
+    def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return self.shards.read_ahead(np.where(rows < 0, -1, self.index.shard[rows]), batch)
+
+    def locate(self, rows: np.ndarray) -> list[tuple[int, list[int], list[int]]]:
+        """Return (shard, offsets, sizes) of each row, as Python numbers: threads should do little under the GIL."""
+        index, at = self.index, [VIEWS.index(view) for view in self.views]
+        columns = (index.shard[rows], index.offsets[rows][:, at], index.sizes[rows][:, at])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def decode(self, out: np.ndarray, row: int, location: tuple[int, list[int], list[int]], number: int) -> None:
+        shard, offsets, sizes = location
+        if not sizes[number]:
+            out[:] = 0
+            return
+        try:
+            decode_into(out, self.shards.read(shard, offsets[number], sizes[number]))
+        except ValueError as error:
+            index = self.index
+            raise DataError(
+                f"{index.path(shard)}: the {self.views[number]} photo of lesion {index.lesion_ids[row]} does not "
+                f"decode ({error}); run triderm verify, then pack again"
+            ) from None
 
 
 @dataclass
@@ -390,20 +433,14 @@ class _Pending:
     fetched: Fetched | None = None
 
 
-def _decode_into(out: np.ndarray, data: bytes, index: ShardIndex, row: int, view: str) -> None:
-    """Decode a photo into `out` (H, W, 3), without a copy where the photo has that size."""
+def decode_into(out: np.ndarray, data: bytes) -> None:
+    """Decode a JPEG into `out` (H, W, 3), without a copy where it has that size. Raises ValueError where it fails."""
     import simplejpeg
 
-    try:
-        if simplejpeg.decode_jpeg_header(data)[:2] == out.shape[:2]:
-            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
-        else:
-            out[:] = fit_to_canvas(simplejpeg.decode_jpeg(data, "RGB"), *out.shape[:2])
-    except ValueError as error:
-        raise DataError(
-            f"{index.path(int(index.shard[row]))}: the {view} photo of lesion {index.lesion_ids[row]} does not "
-            f"decode ({error}); run triderm verify, then pack again"
-        ) from None
+    if simplejpeg.decode_jpeg_header(data)[:2] == out.shape[:2]:
+        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    else:
+        out[:] = fit_to_canvas(simplejpeg.decode_jpeg(data, "RGB"), *out.shape[:2])
 
 
 def fit_to_canvas(photo: np.ndarray, height: int, width: int) -> np.ndarray:

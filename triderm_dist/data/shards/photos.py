@@ -34,20 +34,43 @@ def prepare_photo(data: bytes, short_side: int | None) -> bytes:
     that is small enough keeps the bytes of its pixels; only its metadata segments are removed.
     Raises PhotoError for a file that is not a photo, is truncated or damaged.
     """
+    return _prepare(data, short_side)[0]
+
+
+def prepare_pixels(photo: bytes | Image.Image, short_side: int | None) -> np.ndarray:
+    """Return the pixels (H, W, 3) uint8 that the loader decodes of a photo after `prepare_photo`.
+
+    An image is prepared as a PNG of it would be. Raises PhotoError as `prepare_photo`.
+    """
+    if isinstance(photo, bytes):
+        data, pixels = _prepare(photo, short_side)
+        return simplejpeg.decode_jpeg(data) if pixels is None else pixels
+    try:
+        return simplejpeg.decode_jpeg(_prepare_image(photo, short_side))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise PhotoError(one_line(error)) from None
+
+
+def _prepare(data: bytes, short_side: int | None) -> tuple[bytes, np.ndarray | None]:
+    """Return the JPEG bytes of a photo, and its decoded pixels where those of `data` were kept."""
     # Before decoding: a JPEG truncated in its last rows may decode to gray there without an error.
     clean = strip_metadata(data) if data[:2] == bytes((0xFF, _SOI)) else None
     try:
         if clean is None or _colors(data) == "CMYK":
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                return _encode(image.convert("RGB"), _reduced(image.size, short_side), _exif_orientation(image))
+                return _prepare_image(image, short_side), None
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
         size, orientation = _reduced((width, height), short_side), _orientation(data)
         pixels = _decode(data, size)
         if size == (width, height) and orientation == 1 and _colors(data) == "RGB":
-            return clean
-        return _encode(Image.fromarray(pixels), size, orientation)
+            return clean, pixels
+        return _encode(Image.fromarray(pixels), size, orientation), None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise PhotoError(one_line(error)) from None
+
+
+def _prepare_image(image: Image.Image, short_side: int | None) -> bytes:
+    return _encode(image.convert("RGB"), _reduced(image.size, short_side), _exif_orientation(image))
 
 
 def check_photo(data: bytes) -> None:
