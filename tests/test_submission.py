@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +20,75 @@ from triderm_dist.submission import (
     write_results,
     write_submission,
 )
+from triderm_dist.tasks import load_task
 
+MILK10K = load_task("milk10k")
 C = len(DIAGNOSES)
 UNIT = st.floats(0, 1)
 
 
+def groups_of(values: np.ndarray, decisions: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the indices of the decided and of the other values of each row and of each column."""
+    number = np.arange(values.size).reshape(values.shape)
+    for line, decided in [*zip(number, decisions, strict=True), *zip(number.T, decisions.T, strict=True)]:
+        yield from (line[decided], line[~decided])
+
+
+def assert_same_order(values: np.ndarray, probabilities: np.ndarray, decisions: np.ndarray, resolution: float) -> None:
+    """Assert that values are ordered and tied as probabilities; differences below `resolution` may become ties."""
+    values, flat = values.ravel(), probabilities.ravel()
+    for group in groups_of(probabilities, decisions):
+        difference = np.subtract.outer(flat[group], flat[group])
+        mapped = np.subtract.outer(values[group], values[group])
+        assert (mapped * difference >= 0).all()
+        assert (mapped[difference == 0] == 0).all()
+        assert (mapped[np.abs(difference) > resolution] != 0).all()
+
+
+NEAR = st.sampled_from([0.0, 1e-9, 0.25, 0.25 + 1e-8, 0.5, 0.5 + 3e-9, 1.0])
+"""Values that tie, or nearly."""
+
+
 @settings(deadline=None)
-@given(arrays(np.float64, (12, 3), elements=UNIT), arrays(np.float64, 3, elements=UNIT))
-def test_rescaling_to_threshold_one_half_keeps_decisions_and_order(
-    probabilities: np.ndarray, thresholds: np.ndarray
-) -> None:
-    mapped = map_to_half(probabilities, thresholds)
+@given(arrays(np.float64, (12, 3), elements=UNIT | NEAR), arrays(bool, (12, 3)))
+def test_map_to_half_keeps_decisions_and_order(probabilities: np.ndarray, decisions: np.ndarray) -> None:
+    mapped = map_to_half(probabilities, decisions)
     assert ((mapped >= 0) & (mapped <= 1)).all()
-    np.testing.assert_array_equal(mapped > 0.5, probabilities > thresholds)
-    for column in range(3):
-        order = np.argsort(probabilities[:, column], kind="stable")
-        assert (np.diff(mapped[order, column]) >= 0).all()
+    np.testing.assert_array_equal(mapped > 0.5, decisions)
+    assert_same_order(mapped, probabilities, decisions, 1e-15)
+
+
+@settings(deadline=None)
+@given(arrays(np.float64, (6, C), elements=UNIT | NEAR), arrays(bool, (6, C)))
+def test_submission_file_keeps_decisions_and_order(tmp_path_factory, probabilities, decisions) -> None:
+    folder = tmp_path_factory.mktemp("submission")
+    write_results(folder, MILK10K, Results(list("abcdef"), probabilities, decisions))
+    ids, read, read_decisions = read_results(folder, MILK10K)
+    assert ids == list("abcdef")
+    np.testing.assert_array_equal(read_decisions, decisions)
+    assert_same_order(read, probabilities, decisions, 2.1e-9)  # half of it is one step of 9 digits
+
+
+def test_submission_ranks_as_the_probabilities_of_the_ensemble(tmp_path: Path) -> None:
+    """State both losses by the scorer's formulas on a set like the demo's: 260 lesions, one diagnosis by argmax."""
+    generator = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(C), generator.integers(0, C, 249)])
+    logits = 3.2 * np.eye(C)[labels] + generator.normal(scale=1.2, size=(260, C))
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    decisions = metrics.argmax_decisions(probabilities)
+    ids = [f"IL_{row:07d}" for row in range(260)]
+    write_results(tmp_path, MILK10K, Results(ids, probabilities, decisions))
+    read = read_results(tmp_path, MILK10K)[1]
+    assert metrics.official_macro_f1(read, labels) == metrics.macro_f1(decisions, labels)
+
+    def auc_and_precision(table: np.ndarray) -> np.ndarray:
+        measures = (metrics.mean_area_under_roc, metrics.mean_average_precision)
+        return np.array([measure(table, labels, decisions) for measure in measures])
+
+    losses = auc_and_precision(probabilities) - auc_and_precision(read)
+    assert losses == pytest.approx([-0.0002, -0.0019], abs=5e-5)  # AUC, average precision: the decisions rank better
+    # The decided values first, each part in the order of the probabilities: no other order has these decisions.
+    np.testing.assert_array_equal(auc_and_precision(read), auc_and_precision(probabilities + decisions))
 
 
 @settings(deadline=None)
@@ -129,10 +183,8 @@ def test_results_of_a_task_without_a_challenge(tmp_path: Path, decision: str) ->
     generator = np.random.default_rng(0)
     probabilities = generator.dirichlet(np.ones(4), 30)
     thresholds = np.array([0.4, 0.3, 0.2, 0.6])
-    one = np.eye(4)[probabilities.argmax(axis=1)]
-    results = Results([f"id-{row}" for row in range(30)][::-1], probabilities, probabilities, thresholds)
-    if decision != "threshold":
-        results = replace(results, decidable=one, thresholds=np.full(4, 0.5))
+    decisions = probabilities > thresholds if decision == "threshold" else metrics.argmax_decisions(probabilities)
+    results = Results([f"id-{row}" for row in range(30)][::-1], probabilities, decisions)
     template = sorted(results.lesion_ids)
     paths = write_results(tmp_path, task, results, template, prefix="oof_")
     assert (
@@ -158,7 +210,7 @@ def test_results_of_a_task_without_a_challenge(tmp_path: Path, decision: str) ->
 
 def test_results_are_read_back_together(tmp_path: Path) -> None:
     table = np.eye(4)[[0, 2]]
-    write_results(tmp_path, CLINIC, Results(["a", "b"], table, table, np.full(4, 0.5)))
+    write_results(tmp_path, CLINIC, Results(["a", "b"], table, table > 0.5))
     ids, probabilities, decisions = read_results(tmp_path, CLINIC)
     assert ids == ["a", "b"]
     np.testing.assert_array_equal(probabilities, table)
@@ -175,5 +227,5 @@ def test_results_are_read_back_together(tmp_path: Path) -> None:
 def test_results_with_invalid_numbers_are_refused_without_a_file(tmp_path: Path) -> None:
     table = np.full((2, 4), np.nan)
     with pytest.raises(DataError, match="lesion a has nan for MEL<em>1"):
-        write_results(tmp_path, CLINIC, Results(["a", "b"], table, np.zeros((2, 4)), np.full(4, 0.5)))
+        write_results(tmp_path, CLINIC, Results(["a", "b"], table, np.zeros((2, 4), bool)))
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """Write the results of a set: the submission of a challenge, or probabilities.csv and decisions.csv.
 
-A submission maps thresholds onto the official 0.5. Every file is read back and compared. Shapes: N lesions, C
-diagnoses.
+A submission has the decisions as values above 0.5, and the order of the probabilities. Every file is read back and
+compared. Shapes: N lesions, C diagnoses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triderm_dist.tasks import load_task
 
 _DIGITS = 9
 _STEP = 1e-6
-"""Smallest distance of a positive prediction from 0.5, so that no reader of decimals rounds it to 0.5."""
+"""Smallest distance of a predicted diagnosis from 0.5, so that no reader of decimals rounds it to 0.5."""
 
 SUBMISSION_FILE = "submission.csv"
 PROBABILITIES_FILE, DECISIONS_FILE = "probabilities.csv", "decisions.csv"
@@ -34,19 +34,13 @@ _BUG = "the file does not reproduce the decisions; this is a bug in triderm-dist
 class Results:
     """Results for N lesions.
 
-    probabilities: (N, C).  decidable: (N, C) the same with the rule of the decision encoded, so that the decision is
-    `decidable > thresholds`, with thresholds (C,) or (N, C).
+    probabilities: (N, C).  decisions: (N, C) bool, the predicted diagnoses, which may depend on more than a row's
+    probabilities.
     """
 
     lesion_ids: Sequence[str]
     probabilities: np.ndarray
-    decidable: np.ndarray
-    thresholds: np.ndarray
-
-    @property
-    def decisions(self) -> np.ndarray:
-        """(N, C) bool."""
-        return self.decidable > self.thresholds
+    decisions: np.ndarray
 
 
 def result_files(task: Task, prefix: str = "") -> tuple[str, ...]:
@@ -63,21 +57,17 @@ def write_results(
     template: ids in the order of the rows, by default that of the results. A challenge's submission is that of
     `write_submission`. Otherwise probabilities.csv has `lesion_id` and a column per diagnosis, and decisions.csv
     `lesion_id` and `decision`: the predicted diagnosis; under task.decision=threshold several, joined by `SEPARATOR`,
-    or none, and then the probabilities are mapped such that a diagnosis is predicted where they exceed 0.5. Raises
-    DataError as `write_submission` does.
+    or none, and then probabilities.csv has the values of a submission (`map_to_half`), above 0.5 where a diagnosis is
+    predicted. Raises DataError as `write_submission` does.
     """
     paths = [Path(folder) / name for name in result_files(task, prefix)]
     names = task.diagnosis_names
+    ids, probabilities, decisions = _checked(paths[0], results, names, template)
     if task.submission:
-        write_submission(paths[0], results.lesion_ids, results.decidable, results.thresholds, template, names)
+        _write_submission(paths[0], ids, probabilities, decisions, names)
         return paths
-    probabilities = results.probabilities
     if task.decision == "threshold":
-        probabilities = map_to_half(results.decidable, results.thresholds)
-    ids = [str(lesion) for lesion in results.lesion_ids]
-    _check(paths[0], ids, probabilities, np.zeros(len(names)), names)
-    order = list(range(len(ids))) if template is None else _order(paths[0], ids, [str(each) for each in template])
-    ids, probabilities, decisions = [ids[row] for row in order], probabilities[order], results.decisions[order]
+        probabilities = map_to_half(probabilities, decisions)
     with atomic_path(paths[0]) as temporary:
         _write_numbers(temporary, ids, probabilities, names)
     with atomic_path(paths[1]) as temporary:
@@ -105,24 +95,17 @@ def default_diagnoses() -> tuple[str, ...]:
     return load_task("milk10k").diagnosis_names
 
 
-def map_to_half(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Map probabilities (N, C) monotonically onto [0, 1] such that the threshold t becomes 0.5.
+def map_to_half(probabilities: np.ndarray, decisions: np.ndarray) -> np.ndarray:
+    """Map probabilities (N, C) such that a value is above 0.5 exactly where the diagnosis is decided, (N, C) bool.
 
-    0.5 p/t up to t, 0.5 + 0.5 (p - t)/(1 - t) above. thresholds: (C,) or (N, C) in [0, 1]. A probability strictly above
-    its threshold becomes at least 0.5 + 1e-6.
+    p/2 where it is not decided, in [0, 0.5], else 0.5 + 1e-6 + p (0.5 - 1e-6). Both are strictly increasing and the
+    same for all rows and columns, so the decided values keep their order and their ties, within a row and within a
+    column, and so do the others. No values with these decisions rank a column closer to its probabilities, as AUC and
+    average precision see it.
     """
     probabilities = np.asarray(probabilities, np.float64)
-    thresholds = np.broadcast_to(np.asarray(thresholds, np.float64), probabilities.shape)
-    above_threshold = probabilities > thresholds
-    lower = 0.5 * np.divide(
-        probabilities, thresholds, out=np.zeros_like(probabilities), where=~above_threshold & (thresholds > 0)
-    )
-    upper = 0.5 + 0.5 * np.divide(
-        probabilities - thresholds, 1 - thresholds, out=np.zeros_like(probabilities), where=above_threshold
-    )
-    return np.where(
-        above_threshold, np.maximum(upper, OFFICIAL_THRESHOLD + _STEP), np.minimum(lower, OFFICIAL_THRESHOLD)
-    )
+    lowest = OFFICIAL_THRESHOLD + _STEP
+    return np.where(decisions, lowest + probabilities * (1 - lowest), probabilities * OFFICIAL_THRESHOLD)
 
 
 def write_submission(
@@ -136,24 +119,31 @@ def write_submission(
     """Write `lesion_id` and a column per diagnosis, in the order of the ids of `template` if given.
 
     diagnoses: the C names, by default those of MILK10k.  probabilities: (N, C) in [0, 1].  thresholds: (C,) or (N, C);
-    a diagnosis is predicted where p > threshold. The file gives the same decisions under the official p > 0.5: it is
-    read back and compared before it is renamed into place. Raises DataError for what the scorer would refuse: NaN,
-    values outside [0, 1], a wrong shape, duplicate ids, ids that differ from those of the template.
+    a diagnosis is predicted where p > threshold. The file gives the same decisions under the official p > 0.5 and keeps
+    the order of the probabilities (`map_to_half`): it is read back and compared before it is renamed into place.
+    Raises DataError for what the scorer would refuse: NaN, values outside [0, 1], a wrong shape, duplicate ids, ids
+    that differ from those of the template.
     """
     path = Path(path)
     diagnoses = diagnoses or default_diagnoses()
-    ids = [str(lesion) for lesion in lesion_ids]
-    table = np.asarray(probabilities, np.float64)
-    thresholds = np.asarray(thresholds, np.float64)
-    _check(path, ids, table, thresholds, diagnoses)
-    if template is not None:
-        order = _order(path, ids, [str(lesion) for lesion in template])
-        ids, table = [ids[row] for row in order], table[order]
-        thresholds = thresholds[order] if thresholds.ndim == 2 else thresholds
+    table, thresholds = np.asarray(probabilities, np.float64), np.asarray(thresholds, np.float64)
+    columns = (len(diagnoses),)
+    if thresholds.shape not in (columns, (len(lesion_ids), *columns)):
+        raise DataError(f"{path}: thresholds have shape {thresholds.shape}, expected {columns}")
+    if not ((thresholds >= 0) & (thresholds <= 1)).all():
+        raise DataError(f"{path}: thresholds must lie in [0, 1]")
+    _check_shape(path, table, (len(lesion_ids), *columns))
+    results = Results(lesion_ids, table, table > thresholds)
+    _write_submission(path, *_checked(path, results, diagnoses, template), diagnoses)
+
+
+def _write_submission(
+    path: Path, ids: list[str], probabilities: np.ndarray, decisions: np.ndarray, diagnoses: Sequence[str]
+) -> None:
     with atomic_path(path) as temporary:
-        _write_numbers(temporary, ids, map_to_half(table, thresholds), diagnoses)
+        _write_numbers(temporary, ids, map_to_half(probabilities, decisions), diagnoses)
         read_ids, read = read_submission(temporary, diagnoses)
-        if read_ids != ids or not np.array_equal(read > OFFICIAL_THRESHOLD, table > thresholds):
+        if read_ids != ids or not np.array_equal(read > OFFICIAL_THRESHOLD, decisions):
             raise DataError(f"{path}: {_BUG}")
 
 
@@ -210,16 +200,14 @@ def _read_rows(path: Path, header: list[str]) -> tuple[list[str], list[list[str]
     return [row[0] for row in rows[1:]], [row[1:] for row in rows[1:]]
 
 
-def _check(path: Path, ids: list[str], table: np.ndarray, thresholds: np.ndarray, diagnoses: Sequence[str]) -> None:
-    shape = (len(ids), len(diagnoses))
+def _checked(
+    path: Path, results: Results, diagnoses: Sequence[str], template: Sequence[str] | None
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return (lesion ids, (N, C) probabilities, (N, C) decisions) in the order of the template, after checking them."""
+    ids, table = [str(lesion) for lesion in results.lesion_ids], np.asarray(results.probabilities, np.float64)
     if not ids:
         raise DataError(f"{path}: there are no lesions to write")
-    if table.shape != shape:
-        raise DataError(f"{path}: probabilities have shape {table.shape}, expected {shape}")
-    if thresholds.shape not in (shape, shape[1:]):
-        raise DataError(f"{path}: thresholds have shape {thresholds.shape}, expected {shape[1:]}")
-    if not ((thresholds >= 0) & (thresholds <= 1)).all():
-        raise DataError(f"{path}: thresholds must lie in [0, 1]")
+    _check_shape(path, table, (len(ids), len(diagnoses)))
     seen: set[str] = set()
     for lesion in ids:
         if lesion in seen:
@@ -231,6 +219,13 @@ def _check(path: Path, ids: list[str], table: np.ndarray, thresholds: np.ndarray
         raise DataError(
             f"{path}: lesion {ids[row]} has {table[row, column]} for {diagnoses[column]}, expected a number in [0, 1]"
         )
+    order = list(range(len(ids))) if template is None else _order(path, ids, [str(lesion) for lesion in template])
+    return [ids[row] for row in order], table[order], np.asarray(results.decisions, bool)[order]
+
+
+def _check_shape(path: Path, table: np.ndarray, shape: tuple[int, int]) -> None:
+    if table.shape != shape:
+        raise DataError(f"{path}: probabilities have shape {table.shape}, expected {shape}")
 
 
 def _order(path: Path, ids: list[str], template: list[str]) -> list[int]:

@@ -70,7 +70,6 @@ def test_labels_of_a_fold_do_not_affect_its_decisions() -> None:
     before, after = nested(labels), nested(poisoned)
     for weighting in before.decisions:
         np.testing.assert_array_equal(before.decisions[weighting][folds == 1], after.decisions[weighting][folds == 1])
-    np.testing.assert_array_equal(before.decidable > before.thresholds, before.decisions[CHOSEN])
 
 
 def test_nested_estimate_of_noise_is_at_chance() -> None:

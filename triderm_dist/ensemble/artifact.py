@@ -11,7 +11,7 @@ import numpy as np
 
 from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
 from triderm_dist.ensemble.run_files import FITTED
-from triderm_dist.ensemble.thresholds import Rule, decide, encode_rule
+from triderm_dist.ensemble.thresholds import Rule, decide
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -43,11 +43,8 @@ class Ensemble:
                 f"the ensemble has {len(self.members)} members ({', '.join(self.members)}), got {len(probabilities)} "
                 "tables"
             )
-        return np.tensordot(self.weights, np.stack(list(probabilities)), axes=1)
-
-    def decidable(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """Return (N, C) combined probabilities that encode the rule: the decision is `decidable > thresholds`."""
-        return encode_rule(self.combine(probabilities), self.thresholds, self.rule)
+        combined = np.tensordot(self.weights, np.stack(list(probabilities)), axes=1)
+        return np.minimum(combined, 1.0)  # rounded weights may add up to a bit more
 
     def decide(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
         """Return (N, C) bool decisions."""

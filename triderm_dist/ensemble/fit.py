@@ -190,7 +190,7 @@ def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, sta
         stack=stack.out_of_fold if stack else np.full(nested.probabilities.shape, np.nan),
     )
     write_nested(run_folder / NESTED_FILE, rows)
-    results = Results(table.lesion_ids.tolist(), nested.probabilities, nested.decidable, nested.thresholds)
+    results = Results(table.lesion_ids.tolist(), nested.probabilities, nested.decisions[CHOSEN])
     write_results(run_folder, table.task, results, prefix=OOF_PREFIX)
 
 

@@ -109,7 +109,7 @@ def predict_ensemble(run_folder: Path, table: OofTable, parts: Sequence[Predicti
         else:
             members.append(member_probabilities(table, name, temperature))
     ids = [str(lesion) for lesion in table.lesion_ids]
-    return Results(ids, ensemble.combine(members), ensemble.decidable(members), ensemble.thresholds)
+    return Results(ids, ensemble.combine(members), ensemble.decide(members))
 
 
 def check_task(run_folder: Path, task: Task) -> None:

@@ -99,31 +99,11 @@ def decide(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.
     return above | (_nearest(probabilities, thresholds) & ~above.any(axis=1, keepdims=True))
 
 
-def encode_rule(probabilities: np.ndarray, thresholds: np.ndarray, rule: Rule) -> np.ndarray:
-    """Return (N, C) probabilities such that `result > thresholds` is `decide(probabilities, thresholds, rule)`.
-
-    Under at_least_one a row without a decision, and under nearest every row, is scaled until the diagnosis with the
-    largest p / threshold just exceeds its threshold.
-    """
-    if rule == "any":
-        return probabilities
-    encoded = np.array(probabilities, np.float64)
-    largest = _ratio(encoded, thresholds).max(axis=1, keepdims=True)
-    scaled_rows = largest[:, 0] > 0
-    if rule == "at_least_one":
-        scaled_rows &= ~(encoded > thresholds).any(axis=1)
-    with np.errstate(over="ignore"):  # a row of denormal numbers
-        scaled = np.minimum(encoded[scaled_rows] / largest[scaled_rows], thresholds)
-    just_above = np.maximum(thresholds + _EPSILON * (1 - thresholds), np.nextafter(thresholds, 2))
-    encoded[scaled_rows] = np.where(_nearest(encoded[scaled_rows], thresholds), just_above, scaled)
-    return encoded
-
-
 def thresholdings(decision: str, config: EnsembleConfig) -> list[Thresholding]:
     """Return the thresholdings that are possible under a decision of `schema.DECISIONS`.
 
     argmax: only the most probable diagnosis. fitted: exactly one diagnosis, by fitted thresholds. threshold: each
-    diagnosis whose probability is above 0.5 once fitted thresholds are mapped onto 0.5, hence also several or none.
+    diagnosis whose probability is above its fitted threshold, hence also several or none.
     """
     adjusted = [Thresholding("nearest", None, tau) for tau in calibration.TAUS]
     if decision == "argmax":

@@ -103,14 +103,11 @@ class NestedEstimate:
     """Decisions on every lesion by weights and thresholds fitted on the other folds.
 
     decisions: (N, C) bool by weighting (a member's name, `mean`, `fitted`, and `chosen`).  probabilities: (N, C) of
-    the chosen weighting.  decidable: (N, C) the same with the rule encoded, so that the decision is
-    `decidable > thresholds`, with (N, C) thresholds.  picks: the weighting chosen for each fold.
+    the chosen weighting.  picks: the weighting chosen for each fold.
     """
 
     decisions: dict[str, np.ndarray]
     probabilities: np.ndarray
-    decidable: np.ndarray
-    thresholds: np.ndarray
     picks: dict[int, str]
 
 
@@ -129,7 +126,7 @@ def nested_estimate(
     the inner choice, used on the rows outside k.  decision: one of `schema.DECISIONS`.
     """
     decisions: dict[str, np.ndarray] = {}
-    probabilities = decidable = thresholds = np.empty(0)
+    probabilities = np.empty(0)
     picks: dict[int, str] = {}
     for fold in np.unique(folds).tolist():
         inside, outside = folds == fold, folds != fold
@@ -146,14 +143,12 @@ def nested_estimate(
         best = candidates[choose_weighting({name: candidate.score for name, candidate in candidates.items()})]
         shape = (len(labels), held_out[0].shape[1])
         if not picks:
-            probabilities, decidable, thresholds = np.full((3, *shape), np.nan)
+            probabilities = np.full(shape, np.nan)
         for weighting, candidate in [*candidates.items(), (CHOSEN, best)]:
             decisions.setdefault(weighting, np.zeros(shape, bool))[inside] = candidate.ensemble.decide(held_out)
         probabilities[inside] = best.ensemble.combine(held_out)
-        decidable[inside] = best.ensemble.decidable(held_out)
-        thresholds[inside] = best.ensemble.thresholds
         picks[fold] = best.ensemble.weighting
-    return NestedEstimate(decisions, probabilities, decidable, thresholds, picks)
+    return NestedEstimate(decisions, probabilities, picks)
 
 
 class MacroF1Objective:

@@ -270,7 +270,7 @@ def _diagnoses(content: Content) -> str:
     thresholds = ""
     if has_thresholds:
         header.append("threshold")
-        mapped = ", mapped onto 0.5 in the files of results" if content.task.decision == "threshold" else ""
+        mapped = ", encoded as p &gt; 0.5 in the files of results" if content.task.decision == "threshold" else ""
         thresholds = f" Thresholds: from the fit on all lesions{mapped}."
     return (
         "<h2>Scores per diagnosis</h2>"
