@@ -26,6 +26,7 @@ from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task, on
 
 Photo = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A photo: path of a JPEG or PNG, its bytes, a Pillow image, or pixels (H, W, 3) or (H, W) uint8."""
+_Held = str | os.PathLike[str] | bytes | Image.Image
 
 
 class PhotoSet:
@@ -44,8 +45,8 @@ class PhotoSet:
         *,
         canvas: tuple[int, int],
         short_side: int | None,
-        lesion_ids: Sequence[str] | None = None,
-        groups: Sequence[str] | None = None,
+        lesion_ids: Sequence[str] | np.ndarray | None = None,
+        groups: Sequence[str] | np.ndarray | None = None,
         labels: np.ndarray | None = None,
         concept_scores: np.ndarray | None = None,
         metadata: np.ndarray | None = None,
@@ -66,13 +67,13 @@ class PhotoSet:
         self.labels = np.full(number, UNLABELED) if labels is None else labels
         self.concept_scores = _floats(concept_scores, number, len(self.concepts))
         self.metadata = _floats(metadata, number, len(task.fields))
-        self.photos = {view: [*photos.get(view, [None] * number)] for view in task.view_names}
+        self.photos: dict[str, list[_Held | None]] = {view: [] for view in task.view_names}
         for view, column in self.photos.items():
-            for row, photo in enumerate(column):
+            for lesion, photo in zip(self.lesion_ids, photos.get(view, [None] * number), strict=True):
                 try:
-                    column[row] = _as_photo(photo)
+                    column.append(_held(photo))
                 except (OSError, SyntaxError, ValueError) as error:
-                    raise DataError(f"{_whose(view, self.lesion_ids[row])}: {one_line(error)}") from None
+                    raise DataError(f"{_whose(view, lesion)}: {one_line(error)}") from None
 
     def __len__(self) -> int:
         return len(self.lesion_ids)
@@ -104,7 +105,7 @@ class PhotoSet:
         about = [self.task.meaning(), self.concepts, self.canvas, self.short_side, [*self.lesion_ids], [*self.groups]]
         digest.update(json.dumps(about).encode())
         for array in (self.labels, self.concept_scores, self.metadata):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
         for column in self.photos.values():
             for photo in column:
                 digest.update(hashlib.sha256(_content(photo)).digest())
@@ -134,11 +135,13 @@ class PhotoSet:
     def pixels(self, row: int, view: str) -> np.ndarray:
         """Return the prepared pixels (H, W, 3) uint8 of a photo, of its own size. Raises PhotoError."""
         photo = self.photos[view][row]
+        assert photo is not None
+        if isinstance(photo, bytes | Image.Image):
+            return prepare_pixels(photo, self.short_side)
         try:
-            data = Path(photo).read_bytes() if isinstance(photo, str | os.PathLike) else photo
+            return prepare_pixels(Path(photo).read_bytes(), self.short_side)
         except OSError as error:
             raise PhotoError(error.strerror or str(error)) from None
-        return prepare_pixels(data, self.short_side)
 
 
 class PhotoSetSource(CanvasSource):
@@ -184,7 +187,7 @@ class PhotoSetSource(CanvasSource):
         out[:] = pixels if pixels.shape == out.shape else fit_to_canvas(pixels, *out.shape[:2])
 
 
-def _as_photo(photo: Photo | None) -> str | os.PathLike[str] | bytes | Image.Image | None:
+def _held(photo: Photo | None) -> _Held | None:
     """Return a photo as a type that threads can read. Raises OSError, SyntaxError or ValueError where it is none."""
     if isinstance(photo, Image.Image):
         photo.load()  # here, since one image must not be loaded by two threads
@@ -200,7 +203,7 @@ def _as_photo(photo: Photo | None) -> str | os.PathLike[str] | bytes | Image.Ima
     raise ValueError(f"a photo is a path, bytes, an image or an array, not {type(photo).__name__}")
 
 
-def _content(photo: Photo | None) -> bytes:
+def _content(photo: _Held | None) -> bytes:
     """Return what identifies a photo."""
     if isinstance(photo, bytes):
         return photo
