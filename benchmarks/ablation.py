@@ -1,6 +1,6 @@
 """Ablation of the tri-modal network and its training: all folds again without each part, paired differences.
 
-python -m benchmarks.ablation --config RUN/config.yaml [parts=[view_alignment, soft_f1]] [seeds=3]
+python -m benchmarks.ablation run=RUN [parts=[view_alignment, soft_f1]] [seeds=3]
 
 Trains the first tri-modal network of the settings unchanged, and once without each part, with each of several seeds on
 the same folds and frozen tokens, into RUN/ablation; finished folds are skipped. The score is the out-of-fold macro F1

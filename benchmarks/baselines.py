@@ -1,6 +1,6 @@
 """Compare the networks and their ensemble with simple baselines: same lesions, same folds, paired differences.
 
-python -m benchmarks.baselines --config RUN/config.yaml
+python -m benchmarks.baselines run=RUN
 
 RUN is a finished cross-validation (`triderm crossval`, `triderm stack`) with a frozen tower. The baselines are (a)
 XGBoost on metadata and concepts; (b) logistic regression on pooled embeddings of the frozen tower plus metadata and

@@ -19,7 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 from triderm_dist import cli, commands
 from triderm_dist.commands.config import KINDS
 from triderm_dist.commands.ranks import expand_names
-from triderm_dist.config import find_file, shipped_names
+from triderm_dist.config import Experiment, find_file, shipped_names
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = [
@@ -120,7 +120,9 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     taken = []
 
     def take(kind, main, about, argv=None, users=None):
-        taken.append(cli.read_settings(kind, arguments))
+        of_run = issubclass(kind, Experiment) and any(re.match(r"run=([A-Z]|runs/)", word) for word in arguments)
+        words = [word for word in arguments if not (of_run and word.startswith("run="))]
+        taken.append(cli.read_settings(kind, ["--config", "milk10k", *words] if of_run else words))
 
     if module.startswith("benchmarks."):
         monkeypatch.setattr(cli, "run", take)

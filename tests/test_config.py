@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from tests.processes import ROOT
-from triderm_dist.config import Experiment, has_effect, load, save
+from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, load, load_run, save
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import describe
 
@@ -55,6 +55,107 @@ def test_saved_settings_round_trip_and_can_be_overridden(tmp_path):
     assert load(Experiment, tmp_path / "config.yaml") == config
     changed = load(Experiment, tmp_path / "config.yaml", ["train.epochs=5"])
     assert (changed.models["a"].train.epochs, changed.models["b"].train.epochs) == (3, 5)
+
+
+# --- run=FOLDER and saved settings ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_run(tmp_path, monkeypatch) -> Path:
+    """A run of relative paths, in and outside its folder, saved from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    words = ["output=runs/one", "data.source=runs/one/data/train", "data.test=test", "data.shards=s3://bucket/train"]
+    config = load(Experiment, None, [*words, "data.task=derm7pt", "tokens=runs/one/cache", "seed=3"])
+    save(config, Path("runs/one/config.yaml"))
+    save(config, Path("runs/one/trimodal/fold-0/config.yaml"))
+    return tmp_path / "runs" / "one"
+
+
+def paths_of(config: Experiment) -> dict[str, str | None]:
+    data = {key: getattr(config.data, key) for key in ("source", "test", "shards", "task", "test_truth")}
+    return {"output": config.output, "tokens": config.tokens, **data}
+
+
+def test_run_means_its_folder_from_any_working_directory(saved_run, tmp_path, monkeypatch):
+    outside = {"test": f"{tmp_path}/test", "shards": "s3://bucket/train", "task": "derm7pt", "test_truth": None}
+    relative = {"output": "runs/one", "source": "runs/one/data/train", "tokens": "runs/one/cache"}
+    for config in (
+        load(Experiment, None, ["run=runs/one"]),
+        load(Experiment, None, ["run=runs/one/"]),
+        load_run(Experiment, "runs/one"),
+        load(Experiment, "runs/one/config.yaml"),
+        load(Experiment, "runs/one/trimodal/fold-0/config.yaml"),
+    ):
+        assert paths_of(config) == outside | relative and config.seed == 3
+    moved = saved_run.rename(tmp_path / "two")
+    monkeypatch.chdir("/")
+    for file in (moved / "config.yaml", moved / "trimodal" / "fold-0" / "config.yaml"):
+        expected = {"output": str(moved), "source": f"{moved}/data/train", "tokens": f"{moved}/cache"}
+        assert paths_of(load(Experiment, file)) == outside | expected
+    assert load(Experiment, None, [f"run={moved}", "seed=4"]).seed == 4
+    monkeypatch.chdir(moved)
+    assert paths_of(load(Experiment, "config.yaml"))["source"] == "data/train"
+
+
+def test_stale_output_of_a_former_version_means_the_folder_of_the_file(tmp_path):
+    text = as_yaml(load(Experiment, None, ["output=runs/x", "data.source=runs/x/data", "data.test=runs/xy"]))
+    for file in ("trimodal/fold-0/config.yaml", "config.yaml"):
+        path = tmp_path / "moved" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        config = load(Experiment, path)
+        expected = (str(tmp_path / "moved"), f"{tmp_path}/moved/data", "runs/xy")
+        assert (config.output, config.data.source, config.data.test) == expected
+    assert load(Experiment, None, [f"run={tmp_path}/moved"]).output == str(tmp_path / "moved")
+    other = tmp_path / "mine" / "config.yaml"  # a copy outside any run is an experiment like any other
+    other.parent.mkdir()
+    other.write_text(text)
+    assert load(Experiment, other).output == "runs/x"
+
+
+def test_saved_settings_start_another_run(saved_run):
+    config = load(Experiment, "runs/one/config.yaml", ["output=runs/two"])
+    assert (config.output, config.data.source) == ("runs/two", "runs/one/data/train")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run=none"], "run: none: no such folder"),
+        (["run=runs"], "run: runs: holds no config.yaml; name a folder that a run wrote"),
+        (["run=runs/one/trimodal/fold-0"], "is the folder of a fold; name the run, runs/one"),
+        (
+            ["run=runs/one", "output=runs/two"],
+            "start another run with the same settings: --config runs/one/config.yaml",
+        ),
+    ],
+)
+def test_run_that_cannot_be_worked_on_gives_one_line(saved_run, words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        load(Experiment, None, words)
+    assert "\n" not in str(raised.value)
+
+
+def test_fold_trained_by_itself_is_named_where_the_run_has_no_settings(saved_run):
+    (saved_run / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"--config runs/one/trimodal/fold-0/config\.yaml"):
+        load(Experiment, None, ["run=runs/one"])
+
+
+def test_run_and_config_exclude_each_other(saved_run):
+    with pytest.raises(ConfigError, match="run: takes the settings of that run; remove --config"):
+        load(Experiment, "milk10k", ["run=runs/one"])
+
+
+def test_reader_of_a_run_writes_where_output_says(saved_run):
+    config = load(RunReader, None, ["run=runs/one", "output=elsewhere"])
+    assert (config.folder, config.results, config.experiment.output) == (
+        Path("runs/one"),
+        Path("elsewhere"),
+        "runs/one",
+    )
+    assert load_run(RunReader, "runs/one").results == Path("runs/one")
+    assert load(RunReader, "runs/one/config.yaml").folder == Path("runs/one")
 
 
 def test_every_setting_has_a_description():

@@ -164,6 +164,8 @@ def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lam
             overrides.append(word)
     config = load(kind, file, overrides)
     for key in (key for override in overrides for key in flatten(read_override(override))):
+        if key == "run" and issubclass(kind, Experiment):
+            continue
         if not has_effect(kind, key):
             programs = users(key)
             hint = f"; programs that use it: {', '.join(programs)}" if programs else ""
@@ -173,6 +175,7 @@ def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lam
 
 FORM = """Settings are written key.subkey=value, or in the YAML file of --config (`base: FILE` names one to build on).
 A list is a,b or [a, b]. --print-config prints the resolved settings as YAML and ends."""
+OF_RUN = "run=FOLDER takes the settings of the run in that folder, and works on it."
 EXIT_CODES = "Exit codes: 0 success, 2 invalid input (one line tells how to fix it), 3 interrupted; rerun to resume."
 OPTIONS = "options are --config FILE, --print-config, --help and --help-all"
 
@@ -187,6 +190,8 @@ def help_text(kind: type[Section], about: str, everything: bool = False) -> str:
     own = [row for row in rows if row[0].split(".")[0] not in shared]
     used = [row for row in rows if row not in own and (everything or has_effect(kind, row[0]))]
     lines = [about.strip(), "", FORM]
+    if issubclass(kind, Experiment):
+        lines.append(OF_RUN)
     if own and used:
         lines += ["", "Settings of this program:"]
     lines += _help_rows(own)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -20,10 +22,12 @@ from pydantic_core import to_jsonable_python
 from triderm_dist.files import write_text
 from triderm_dist.schema import ConfigError, one_line
 from triderm_dist.settings import (
+    NULL,
     PathText,
     Section,
     SourceText,
     Tree,
+    describe,
     merge,
     read_mapping,
     read_override,
@@ -537,6 +541,27 @@ class Experiment(Extensible):
         return self.folder / model / f"fold-{fold}"
 
 
+class RunReader(Experiment):
+    """Settings of a program that reads a run and may write its results elsewhere: `run=RUN output=FOLDER`."""
+
+    run: PathText | None = Field(None, description="folder of the run to read; null: OUTPUT")
+    output: PathText = Field("runs/default", description="folder for the results; with run=RUN, RUN by default")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run or self.output)
+
+    @property
+    def results(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def experiment(self) -> Experiment:
+        return super().experiment.model_copy(update={"output": str(self.folder)})
+
+
+RunTree = TypeVar("RunTree", bound=Experiment)
+
 PARALLEL_FOLDS_KEYS = ("cpus", "gpus", "retries", "address")
 """Settings that have effect with parallel_folds=true only."""
 
@@ -612,6 +637,70 @@ def shipped_names(kind: str) -> list[str]:
     )
 
 
+CONFIG_DIR = "${config_dir}"
+"""At the start of a path in a YAML file: the folder of that file."""
+CONFIG_FILE = "config.yaml"
+"""The resolved settings of a run, in its folder; of a fold trained by itself also in the fold's folder."""
+
+
+def _settings_of_run(kind: type[Experiment], top: dict[str, Any]) -> dict[str, Any]:
+    """Take `run` out of the settings of a command line, and return the settings of that run.
+
+    Raises ConfigError where the folder holds none, and where `output` names another folder than `run` for a program
+    that writes into its run.
+    """
+    folder = str(Path(str(top.pop("run"))).expanduser())
+    file = Path(folder, CONFIG_FILE)
+    if not file.is_file():
+        raise ConfigError(f"run: {_why_no_run(Path(folder))}")
+    raw = read_yaml(file)
+    if (owner := _run_folder(file, raw)) not in (None, Path(folder)):
+        raise ConfigError(f"run: {folder}: is the folder of a fold; name the run, {owner}")
+    output = top.get("output")
+    if issubclass(kind, RunReader):
+        top["run"] = folder
+    elif output is not None and os.path.abspath(os.path.expanduser(str(output))) != os.path.abspath(folder):
+        raise ConfigError(
+            f"output: run={folder} is worked on in its own folder; remove output, or start another run with the same "
+            f"settings: --config {file} output={output}"
+        )
+    return _moved(raw, folder)
+
+
+def _why_no_run(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    folds = sorted(folder.glob(f"*/fold-*/{CONFIG_FILE}"))
+    advice = f"name a fold's settings instead: --config {folds[0]}" if folds else "name a folder that a run wrote"
+    return f"{folder}: holds no {CONFIG_FILE}; {advice}"
+
+
+def _run_folder(file: Path, raw: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the run whose saved settings a file holds, None for a file that is not of a run."""
+    models = raw.get("models")
+    if file.name != CONFIG_FILE or not isinstance(models, Mapping) or "token_seed" not in raw:
+        return None  # a saved file holds every setting
+    folder = file.parent
+    if folder.absolute().parent.name in models and re.fullmatch(r"fold-\d+", folder.absolute().name):
+        return Path(os.path.normpath(folder / ".." / ".."))
+    of_a_run = (".lock", "stages.json", "oof.parquet", "ensemble.json", *map(str, models))
+    return folder if any(folder.joinpath(name).exists() for name in of_a_run) else None
+
+
+def _moved(raw: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Set `output` to a folder, and move the paths inside the former output there.
+
+    Saved settings hold their own folder as `${config_dir}`; those of earlier versions hold what was typed.
+    """
+    former = str(raw.get("output", ""))
+
+    def move(key: str, path: str) -> str:
+        inside = former and path.startswith(f"{former.rstrip('/')}/")
+        return os.path.join(folder, path[len(former.rstrip("/")) + 1 :]) if inside else path
+
+    return {**map_paths(raw, move), "output": folder}
+
+
 def find_file(kind: str, name: str | os.PathLike[str]) -> Path:
     """Return the file at a path, or where there is none the shipped one of that name."""
     path = Path(name).expanduser()
@@ -633,10 +722,25 @@ def load(kind: type[Tree], file: str | os.PathLike[str] | None = None, overrides
     missing or not a mapping, a key written twice, an unknown key (with the nearest known one), or a value of the wrong
     type.
     """
-    raw = {} if file is None else read_yaml(find_file("experiments", file))
+    top: dict[str, Any] = {}
     for override in overrides:
-        raw = merge(raw, read_override(override))
-    return build(kind, raw)
+        top = merge(top, read_override(override))
+    raw: dict[str, Any] = {}
+    if issubclass(kind, Experiment) and "run" in top:
+        if file is not None:
+            raise ConfigError("run: takes the settings of that run; remove --config")
+        raw = _settings_of_run(kind, top)
+    elif file is not None:
+        raw = read_yaml(path := find_file("experiments", file))
+        if issubclass(kind, Experiment) and (folder := _run_folder(path, raw)):
+            raw = _moved(raw, str(folder))
+    return build(kind, merge(raw, top))
+
+
+def load_run(kind: type[RunTree], folder: str | os.PathLike[str]) -> RunTree:
+    """Read the settings of the run in a folder, as `run=FOLDER` does. Raises ConfigError."""
+    top = {"run": os.fspath(folder)}
+    return build(kind, merge(_settings_of_run(kind, top), top))
 
 
 def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
@@ -735,22 +839,65 @@ def stable_dump(section: Section, path: str) -> dict[str, Any]:
 
 def as_yaml(config: Section) -> str:
     """Return the resolved settings as YAML that `load` reads back to an equal tree."""
+    return yaml.safe_dump(_tree(config), sort_keys=False)
+
+
+def _tree(config: Section) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     if isinstance(config, Experiment):
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
         for model in tree["models"].values():
             model["train"] = _difference(model["train"], tree["train"])
-    return yaml.safe_dump(tree, sort_keys=False)
+    return tree
 
 
 def save(config: Section, path: Path) -> None:
-    """Write the resolved settings as YAML."""
-    write_text(path, as_yaml(config))
+    """Write the resolved settings as YAML.
+
+    In a file inside the run's own folder, a path into that folder is written relative to the file, and any other one
+    absolute, so that the folder may be moved and used from any working directory.
+    """
+    tree = _tree(config)
+    if isinstance(config, Experiment) and _inside(path, config.folder):
+        tree = map_paths({**tree, "output": str(config.folder)}, partial(_portable, path, config.folder))
+    write_text(path, yaml.safe_dump(tree, sort_keys=False))
+
+
+def absolute(key: str, value: str) -> str:
+    """Return the absolute form of a path setting; URLs and the names of shipped tasks stay as they are."""
+    shipped_task = key == "data.task" and not Path(value).exists()
+    return value if "://" in value or value.startswith("pipe:") or shipped_task else os.path.abspath(value)
+
+
+def _portable(file: Path, run: Path, key: str, value: str) -> str:
+    path = absolute(key, value)
+    if not Path(path).is_absolute() or not _inside(Path(path), run):
+        return path
+    relative = os.path.relpath(path, os.path.abspath(file.parent))
+    return CONFIG_DIR if relative == "." else f"{CONFIG_DIR}/{relative}"
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def map_paths(tree: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """Apply `change(dotted key, path)` to every path among the settings of an experiment."""
+    keys = {key for key, kind, *_ in describe(Experiment) if kind.split()[0] == "path"}
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: walk(each, f"{key}.{name}" if key else str(name)) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(each, f"{key}[]") for each in value]
+        return change(key, str(value)) if key in keys and isinstance(value, str) and value not in NULL else value
+
+    return {str(name): walk(each, str(name)) for name, each in tree.items()}
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the mapping in a file, laid over that of the file or shipped experiment that it names as `base`. A path is
-    relative to the file's own folder.
+    """Read the mapping in a file, laid over that of the file or shipped experiment that it names as `base`. That path
+    is relative to the file's own folder, as is one that starts with `${config_dir}`.
 
     above: the files whose `base` led to this one, to detect a cycle.
     """
@@ -758,11 +905,23 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         cycle = " -> ".join(each.name for each in (*above[above.index(path.resolve()) :], path))
         raise ConfigError(f"{path}: `base` forms a cycle ({cycle}); remove one of them")
     raw = read_mapping(path, "--config takes a YAML file, or a name that `triderm config list` shows")
+    raw = _with_config_dir(raw, path.parent)
     base = untyped(raw.pop("base", None))
     if base is None:
         return raw
     below = path.parent / Path(str(base)).expanduser()
     return merge(read_yaml(below if below.is_file() else find_file("experiments", base), (*above, path.resolve())), raw)
+
+
+def _with_config_dir(value: Any, folder: Path) -> Any:
+    """Replace `${config_dir}` at the start of texts by the folder of their file."""
+    if isinstance(value, Mapping):
+        return {key: _with_config_dir(each, folder) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_config_dir(each, folder) for each in value]
+    if not isinstance(value, str) or not f"{value}/".startswith(f"{CONFIG_DIR}/"):
+        return value
+    return os.path.normpath(os.path.join(folder, value.removeprefix(CONFIG_DIR).lstrip("/")))
 
 
 def _difference(tree: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Plain(str):
     """An unquoted scalar of YAML or the command line; its type is that of the setting it is for."""
 
 
-_NULL = {"", "~", "null", "Null", "NULL"}
+NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=e))(e[-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I)
@@ -72,7 +72,7 @@ def untyped(value: Any) -> Any:
         return [untyped(item) for item in value]
     if not isinstance(value, Plain):
         return value
-    if value in _NULL:
+    if value in NULL:
         return None
     if value in _BOOL:
         return _BOOL[value]
@@ -91,7 +91,7 @@ def typed(value: Any, annotation: Any) -> Any:
     kinds = _alternatives(annotation)
     item = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (tuple, list)), None)
     if isinstance(value, Plain):
-        if value in _NULL:
+        if value in NULL:
             return None
         if item is not None:
             return [typed(Plain(part.strip()), item) for part in value.split(",")]

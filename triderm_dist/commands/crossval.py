@@ -14,7 +14,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
+from triderm_dist.config import CONFIG_FILE, PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
 
 
 class CrossvalRun(ParallelFoldsRun):
@@ -45,10 +45,10 @@ def main(config: CrossvalRun) -> None:
     if config.parallel_folds:
         run_parallel_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})
     else:
-        save_config = partial(save, experiment, config.folder / "config.yaml")
+        save_config = partial(save, experiment, config.folder / CONFIG_FILE)
         run_folds(experiment, index, names, range(config.data.folds), on_start=save_config)
     if is_main():
-        save(experiment, config.folder / "config.yaml")
+        save(experiment, config.folder / CONFIG_FILE)
         if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
             print(f"oof.parquet is written when {', '.join(missing)} is trained too")
             return

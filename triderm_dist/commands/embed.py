@@ -1,10 +1,10 @@
 """Extract embeddings of a model's pretrained tower, without fine-tuning, as additional columns for triderm stack.
 
-triderm embed --config RUN/config.yaml
-triderm ranks --config_file ddp -m embed --config RUN/config.yaml
+triderm embed run=RUN
+triderm ranks --config_file ddp -m embed run=RUN
 
 Writes OUTPUT/embeddings.train.parquet and, with a test set, OUTPUT/embeddings.test.parquet. Then
-`triderm stack --config RUN/config.yaml stack.extra=embeddings` keeps them if they improve the nested estimate.
+`triderm stack run=RUN stack.extra=embeddings` keeps them if they improve the nested estimate.
 """
 
 from pydantic import Field

@@ -14,7 +14,15 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import PARALLEL_FOLDS_KEYS, Experiment, ParallelFoldsRun, find_file, save, stable_dump
+from triderm_dist.config import (
+    CONFIG_FILE,
+    PARALLEL_FOLDS_KEYS,
+    Experiment,
+    ParallelFoldsRun,
+    find_file,
+    save,
+    stable_dump,
+)
 from triderm_dist.models import check_network
 from triderm_dist.schema import ConfigError, Task
 from triderm_dist.settings import PathText
@@ -43,7 +51,7 @@ def main(config: PipelineRun) -> None:
         from triderm_dist.ensemble.fitted_stacker import stacker_kind
 
         stacker_kind(config.stack)  # refuses unknown kinds and settings before anything is trained
-    folder, settings = config.folder, config.folder / "config.yaml"
+    folder, settings = config.folder, config.folder / CONFIG_FILE
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
         raise ConfigError(
             f"launcher: {config.launcher}: no such file, nor a shipped one of that name; triderm config list names them"
@@ -63,7 +71,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     from triderm_dist.ensemble.run_files import OOF_PREFIX
     from triderm_dist.submission import result_files
 
-    folder, with_config = config.folder, ["--config", str(settings)]
+    folder, of_run = config.folder, [f"run={config.folder}"]
     data, extra = config.data, config.stack.extra if config.stack.enabled else ()
     packing = stable_dump(data, "data")
     for key in ("workers", "prefetch", "verify", "remote", "task"):  # the task is in the index
@@ -90,16 +98,16 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
-    crossval = [*program("crossval", launcher), *with_config, *parallel]
+    crossval = [*program("crossval", launcher), *of_run, *parallel]
     result.append(Stage("crossval", crossval, held_out, [train_index, *extra_indices], predictions))
     extra_files = []
     if "embeddings" in extra:
         indices = [train_index, *test_index]
         embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
-        result.append(Stage("embed", [*program("embed", launcher), *with_config], training, indices, embedded))
+        result.append(Stage("embed", [*program("embed", launcher), *of_run], training, indices, embedded))
         extra_files += embedded
     trained = [fold / "fold.json" for fold in folds]
-    predict = [*program("predict", launcher), *with_config]
+    predict = [*program("predict", launcher), *of_run]
     if "features" in extra:
         predicted = [fold / "test.parquet" for fold in folds]
         result.append(
@@ -109,14 +117,14 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     stacking = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
     ensemble = folder / "ensemble.json"
     stacked = [ensemble, *(folder / name for name in result_files(task, OOF_PREFIX))]
-    result.append(Stage("stack", [*program("stack"), *with_config], stacking, [oof, *extra_files], stacked))
+    result.append(Stage("stack", [*program("stack"), *of_run], stacking, [oof, *extra_files], stacked))
     reported = [ensemble, oof, settings]
     if test_index:
         truth = [Path(data.test_truth)] if data.test_truth else []
         results = [folder / name for name in result_files(task)]
         result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], results))
         reported += [*results, *truth]
-    result.append(Stage("report", [*program("report"), *with_config], [], reported, [folder / "report.html"]))
+    result.append(Stage("report", [*program("report"), *of_run], [], reported, [folder / "report.html"]))
     return result
 
 

@@ -2,11 +2,11 @@
 
 The results are submission.csv for the task of a challenge, else probabilities.csv and decisions.csv.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.predict --config RUN/config.yaml
+accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.predict run=RUN
 
 With lesion ids it draws the attention maps of the tri-modal networks instead, OUTPUT/explain/MODEL/ID.png and .json:
 
-triderm predict --config RUN/config.yaml explain=[IL_0000652,IL_0003176]
+triderm predict run=RUN explain=[IL_0000652,IL_0003176]
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Experiment
+from triderm_dist.config import TRAINING, RunReader
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
 
 
-class PredictRun(Experiment):
+class PredictRun(RunReader):
     uses = (*TRAINING, "data.test_shards", "data.test_truth", "ensemble.members", "predict")
 
     explain: tuple[str, ...] = Field(
@@ -97,7 +97,7 @@ def draw(config: PredictRun) -> None:
     from triderm_dist.report.attention import draw_attention
 
     for name, task, maps in attention_maps(config, config.explain):
-        picture = config.folder / "explain" / name / f"{maps.lesion_id}.png"
+        picture = config.results / "explain" / name / f"{maps.lesion_id}.png"
         draw_attention(maps, picture, task)
         write_json(picture.with_suffix(".json"), maps.json())
         print(picture)

@@ -1,21 +1,24 @@
-"""Write OUTPUT/report.html, a self-contained page, and its figures, from the files that triderm stack wrote.
+"""Write RUN/report.html, a self-contained page, and its figures, from the files that triderm stack wrote.
 
-triderm report --config RUN/config.yaml
+triderm report run=RUN
+triderm report run=RUN output=FOLDER
+
+The second writes into FOLDER, and nothing into the run.
 """
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import Experiment
+from triderm_dist.config import RunReader
 
 
-class ReportRun(Experiment):
+class ReportRun(RunReader):
     uses = ("output",)
 
 
 def main(config: ReportRun) -> None:
     from triderm_dist.report import write_report
 
-    print(write_report(config.folder))
+    print(write_report(config.folder, config.results))
 
 
 def start() -> None:

@@ -1,20 +1,27 @@
 """Summarize a search, also an unfinished one: its trials as a table, the best settings, and a page with figures.
 
-triderm results output=RUN
+triderm results run=RUN
 
 Writes RUN/search/{trials.csv, report.html, curves.png, importance.png, settings.png, parallel.png} and RUN/best.yaml.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from triderm_dist.cli import run
 from triderm_dist.settings import PathText, Section
 
 
 class ResultsRun(Section):
-    output: PathText = Field("runs/default", description="folder of the run that was searched")
+    run: PathText = Field("runs/default", description="folder of the run that was searched")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_name(cls, raw: Any) -> Any:
+        return {"run": raw["output"]} if isinstance(raw, Mapping) and set(raw) == {"output"} else raw
 
 
 def main(config: ResultsRun) -> None:
@@ -22,7 +29,7 @@ def main(config: ResultsRun) -> None:
     from triderm_dist.search.results import print_summary, summarize
     from triderm_dist.search.settings import read_search
 
-    summary = summarize(read_search(Path(config.output)))
+    summary = summarize(read_search(Path(config.run)))
     print_summary(summary)
     page, figures = write_page(summary)
     for path in (*figures, page):

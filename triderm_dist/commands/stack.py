@@ -1,6 +1,6 @@
 """Fit the stacker and the ensemble on OUTPUT/oof.parquet, and estimate them on lesions they were not fitted on.
 
-triderm stack --config RUN/config.yaml
+triderm stack run=RUN
 
 Writes stack.json with the stacker's model (stack.ubj for XGBoost), ensemble.json, ensemble_oof.parquet, and the results
 of the out-of-fold lesions as CSV (oof_submission.csv, or oof_probabilities.csv and oof_decisions.csv) into OUTPUT.

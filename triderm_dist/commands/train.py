@@ -13,7 +13,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Experiment, save
+from triderm_dist.config import CONFIG_FILE, TRAINING, Experiment, save
 
 
 class TrainRun(Experiment):
@@ -39,7 +39,7 @@ def main(config: TrainRun) -> None:
     index = open_index(config.train_shards, config.data.remote, verify=verify)
     open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
     folder = config.fold_folder(name, config.fold)
-    run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / "config.yaml"))
+    run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / CONFIG_FILE))
     if is_main():
         print(f"weights and predictions are in {folder}")
 

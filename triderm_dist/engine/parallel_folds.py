@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from triderm_dist.config import Experiment, import_plugins, save
+from triderm_dist.config import CONFIG_FILE, Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.fold import check_task, is_fold_finished
@@ -136,7 +136,7 @@ def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: i
 
     with _worker(directory, cpus, experiment):
         index = open_index(experiment.train_shards, experiment.data.remote)
-        save_settings = partial(save, experiment, experiment.folder / "config.yaml")
+        save_settings = partial(save, experiment, experiment.folder / CONFIG_FILE)
         run_folds(experiment, index, [name], [fold], on_start=save_settings)
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
+from triderm_dist.config import CONFIG_FILE, read_yaml
 from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_task, check_weights
@@ -36,6 +37,7 @@ from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import VIEWS, DataError, MetadataField
+from triderm_dist.settings import NULL
 
 MIN_SLICE_LESIONS = 100
 """A slice with fewer lesions gets no verdict."""
@@ -200,7 +202,7 @@ class Content:
     @cached_property
     def settings(self) -> str:
         """The text of config.yaml, "" if there is none."""
-        path = self.folder / "config.yaml"
+        path = self.folder / CONFIG_FILE
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @cached_property
@@ -212,8 +214,9 @@ class Content:
     @cached_property
     def synthetic(self) -> bool:
         """Whether a notice in the data folder declares the photos synthetic."""
-        source = ((yaml.safe_load(self.settings) or {}).get("data") or {}).get("source") if self.settings else None
-        if not source:
+        file = self.folder / CONFIG_FILE
+        source = (read_yaml(file).get("data") or {}).get("source") if file.exists() else None
+        if not source or source in NULL:
             return False
         notices = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
         return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in notices)

@@ -53,16 +53,17 @@ MISLABELED_LESIONS = 30
 """Lesions in the list of probable label errors, at most."""
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write RUN/report.html, atomically, and its figures RUN/report/*.png from the files that triderm stack wrote.
+def write_report(run_folder: Path, output: Path | None = None) -> Path:
+    """Write report.html, atomically, and its figures report/*.png from the files that triderm stack wrote.
 
-    Returns the path of the page. Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing.
+    output: folder for them; None writes into the run. Returns the path of the page. Raises DataError where
+    ensemble.json, ensemble_oof.parquet or oof.parquet is missing.
     """
-    run_folder = Path(run_folder)
+    folder = Path(output or run_folder)
     content = Content(run_folder)
-    alt_texts = draw(content, run_folder / "report")
-    path = run_folder / "report.html"
-    write_text(path, _page(content, alt_texts, run_folder / "report"))
+    alt_texts = draw(content, folder / "report")
+    path = folder / "report.html"
+    write_text(path, _page(content, alt_texts, folder / "report"))
     return path
 
 
