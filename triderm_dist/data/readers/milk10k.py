@@ -60,7 +60,7 @@ CONCEPTS: tuple[str, ...] = tuple(
 """Names of the challenge's concepts."""
 GROUP_COLUMN = "patient_id"
 
-_UNUSED_COLUMNS = {"attribution", "copyright_license", "image_manipulation"}
+UNUSED_COLUMNS = {"attribution", "copyright_license", "image_manipulation"}
 """Columns of the official metadata that are left out without a note."""
 _TABLE_NAME = re.compile(
     r"^(?:(?P<prefix>.*)_)?(?P<kind>metadata|input|groundtruth|gt)\.(csv|tsv|txt|xlsx)$", re.IGNORECASE
@@ -139,7 +139,7 @@ def read_challenge(
             problems.append(error.problem)
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
     notes = _notes(lesions, task, labeled=truth_path is not None)
-    if unused := [name for name in columns if name not in {*known, *scores} and name.lower() not in _UNUSED_COLUMNS]:
+    if unused := [name for name in columns if name not in {*known, *scores} and name.lower() not in UNUSED_COLUMNS]:
         notes.append(f"{metadata_path.name}: columns that are not used: {', '.join(unused)}")
     if truth_path and labels:
         problems += _unmatched(labels, truth_rows, views, metadata_path.name)
