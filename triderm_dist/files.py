@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # of Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -67,10 +71,26 @@ def exclusive_lock(lock: Path, refusal: Exception) -> Iterator[int]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
         except BlockingIOError:
             raise refusal from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
                 raise
         yield file.fileno()
+
+
+def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None:
+    """Lock an open file, exclusively or shared with other readers, until it is closed or unlocked.
+
+    wait: until no other process holds a lock that excludes this one; otherwise raises BlockingIOError where one does.
+    Does nothing where Python has no `fcntl`: there, two programs in one folder do not notice each other.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+
+def unlock_file(file: IO[Any]) -> None:
+    """Release a lock of `lock_file`."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -62,6 +62,10 @@ def programs_using(key: str) -> list[str]:
     return found
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
+"""As in triderm_dist.cli, which takes so long to import that a signal could arrive before."""
+
+
 def _exit_interrupted(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted: rerun the same command to resume\n")
     os._exit(3)
@@ -73,7 +77,7 @@ def _exit_on_signals() -> None:
     This package is the first that a program imports. Other handlers are left as they are.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, _exit_interrupted)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 
 import torch
@@ -54,4 +54,11 @@ def peak_memory(device: torch.device) -> float:
     """Return the peak memory of this process in GiB: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    try:
+        import resource
+    except ImportError:  # of Windows: the memory in use now
+        import psutil
+
+        return psutil.Process().memory_info().rss / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import IO
 
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.remote import POLL_SECONDS, FetchStopped, Store, disk_error
+from triderm_dist.files import lock_file, unlock_file
 from triderm_dist.schema import DataError
 
 _FETCHING = re.compile(r"(?P<name>.+)\.(?P<bytes>\d+)\.fetch(?P<attempt>\.\d+)?")
@@ -35,7 +35,7 @@ class CachedFile:
 
     def close(self) -> None:
         # Unlocked, not closed: a thread that is still reading keeps the file object and its descriptor.
-        fcntl.flock(self.file, fcntl.LOCK_UN)
+        unlock_file(self.file)
 
 
 class Cache:
@@ -148,7 +148,7 @@ def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold an exclusive lock on a lock file. Yields False where another process has it, unless `wait`."""
     with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock_file(file, wait=wait)
         except BlockingIOError:
             yield False
         else:
@@ -163,7 +163,7 @@ def _open_shared(path: Path, size: int) -> CachedFile | None:
     """Open a file under a shared lock; None where it does not exist or is about to be evicted."""
     try:
         file = path.open("rb", buffering=0)
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock_file(file, shared=True, wait=False)
     except (FileNotFoundError, BlockingIOError):
         return None
     status = os.fstat(file.fileno())
@@ -178,7 +178,7 @@ def _evict(path: Path) -> bool:
     """Remove a file unless a process reads it; return whether it was removed."""
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
             path.unlink()
     except (FileNotFoundError, BlockingIOError):
         return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -212,7 +211,11 @@ def _pread(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def _raise_open_files_limit(number: int) -> None:
-    """Allow this process to open `number` shards: the usual soft limit is 1,024 files."""
+    """Allow this process to open `number` shards: the usual soft limit is 1,024 files, and on macOS 256."""
+    try:
+        import resource
+    except ImportError:  # of Windows
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:
