@@ -6,7 +6,7 @@ import difflib
 import importlib
 import sys
 
-from triderm_dist import __version__
+from triderm_dist import __version__, extras
 from triderm_dist.commands import PROGRAMS, names
 
 
@@ -27,7 +27,14 @@ def main() -> None:
         print(f"triderm-dist {__version__}")
     elif name in names():
         sys.argv[:2] = [f"triderm {name}"]
-        importlib.import_module(f"triderm_dist.commands.{name}").start()
+        try:
+            program = importlib.import_module(f"triderm_dist.commands.{name}")
+        except ModuleNotFoundError as error:
+            if (line := extras.explain(error)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
+        program.start()
     else:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "triderm --help lists them"

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from triderm_dist import extras
 from triderm_dist.config import Experiment, as_yaml, has_effect, load
 from triderm_dist.schema import ConfigError, InputError, one_line
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
 BAD_INPUT = 2
 INTERRUPTED = 3
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
 """The signals by which schedulers stop a program: at once, as Ctrl-C does; training finishes its step first."""
 
 
@@ -95,6 +96,11 @@ def run_with_exit_codes(work: Callable[[], None]) -> None:
         _exit_rank(0)
     except InputError as error:
         print_error(f"error: {error}")
+        _exit(BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if (line := extras.explain(error)) is None:
+            raise
+        print_error(f"error: {line}")
         _exit(BAD_INPUT)
     except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)

@@ -7,7 +7,7 @@ import sys
 from tests.doctor.conftest import SMALL
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
-from triderm_dist.doctor.findings import errors
+from triderm_dist.doctor.findings import errors, print_findings
 from triderm_dist.doctor.software import nccl_finding, versions
 
 
@@ -29,19 +29,21 @@ def test_outdated_and_missing_packages_are_reported(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = {each.name: each for each in versions()}
     assert found["deepspeed"].state == "warning" and "deepspeed" in found["deepspeed"].advice
+    assert found["xgboost"].state == "ok" and found["xgboost"].advice == "pip install 'triderm-dist[stack]'"
     assert found["accelerate"].state == "error" and "accelerate" in found["accelerate"].advice
-    assert found["ray"].state == "warning" and "triderm search" in found["ray"].text
+    assert found["ray"].state == "ok" and "triderm search" in found["ray"].text
     assert found["packages"].text.startswith("torch 2.14.1")
     del installed["deepspeed"]
-    assert {each.name: each.state for each in versions()}["deepspeed"] == "warning"
-    assert {each.name: each.state for each in versions(deepspeed=True)}["deepspeed"] == "error"
+    assert {each.name: each.state for each in versions()}["deepspeed"] == "ok"
+    states = {each.name: each.state for each in versions({"deepspeed", "xgboost"})}
+    assert (states["deepspeed"], states["xgboost"], states["ray"]) == ("error", "error", "ok")
 
 
-def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path):
+def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path, capsys):
     for name in [name for name in sys.modules if name.startswith("triderm_dist.")]:
         if name.split(".")[1] in ("engine", "models"):
             monkeypatch.delitem(sys.modules, name)
-    absent = ("torch", "accelerate", "timm", "open_clip", "psutil", "huggingface_hub")
+    absent = ("torch", "accelerate", "timm", "open_clip", "psutil", "huggingface_hub", "rich")
     for name in [name for name in sys.modules if name.split(".")[0] in absent]:
         monkeypatch.delitem(sys.modules, name)
     real = builtins.__import__
@@ -58,3 +60,5 @@ def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path):
     assert {each.name for each in errors(sections)} >= {"training"}
     assert any("psutil" in each.advice for each in sections["machine"])
     assert any("without torch" in each.text for each in sections["experiment"])
+    print_findings(sections)
+    assert "error    training: " in capsys.readouterr().out

@@ -1,10 +1,13 @@
 """The log of a run: printed lines, metrics.jsonl, TensorBoard, other trackers."""
 
+import re
 import time
 
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
+from triderm_dist.extras import install_command
+from triderm_dist.monitoring import tracking
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.tracking import Tracker
 from triderm_dist.schema import ConfigError
@@ -66,9 +69,21 @@ def test_unknown_and_missing_trackers_are_refused_on_every_rank(tmp_path):
         Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=["weights_and_biases"])
     available = [str(kind) for kind in get_available_trackers()]
     missing = next(name for name in ("aim", "clearml", "dvclive", "swanlab") if name not in available)
-    with pytest.raises(ConfigError, match=f"{missing} is not installed; run `pip install {missing}` or remove it"):
+    with pytest.raises(
+        ConfigError, match=f"{missing} is not installed; {re.escape(install_command(missing))}, or remove it"
+    ):
         Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=[missing])
     assert not list(tmp_path.iterdir())
+
+
+def test_without_tensorboard_a_line_is_printed_and_the_run_is_logged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "is_installed", lambda name: False)
+    with tracker_in(tmp_path) as tracker:
+        tracker.log("train", 0.5, 10, TRAIN)
+    assert capsys.readouterr().out.startswith(
+        "tri fold 0  no TensorBoard files: pip install 'triderm-dist[track]'\ntri fold 0  epoch 0.5/2"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 class _Flaky(GeneralTracker):

@@ -23,6 +23,7 @@ from triderm_dist.config import (
     save,
     stable_dump,
 )
+from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models import check_network
 from triderm_dist.schema import ConfigError, Task
 from triderm_dist.settings import PathText
@@ -56,6 +57,13 @@ def main(config: PipelineRun) -> None:
         raise ConfigError(
             f"launcher: {config.launcher}: no such file, nor a shipped one of that name; triderm config list names them"
         )
+    if config.launcher:
+        from triderm_dist.doctor.launcher import read_launcher
+
+        if read_launcher(config.launcher).deepspeed:
+            require("DeepSpeed ZeRO", *DEEPSPEED)
+    if config.parallel_folds:
+        require("parallel_folds", "ray")
     if config.launcher and config.parallel_folds:
         raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
     found = stages(config, settings)

@@ -40,8 +40,9 @@ def main(config: PredictRun) -> None:
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.predict_test import predict_test
     from triderm_dist.ensemble.artifact import Ensemble, read_task
+    from triderm_dist.ensemble.fitted_stacker import FittedStacker
     from triderm_dist.ensemble.predict import check_task, score, submit
-    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
 
     if config.explain:
         draw(config)
@@ -51,6 +52,8 @@ def main(config: PredictRun) -> None:
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     if ensemble:
         check_task(config.folder, index.task)
+        if STACKER in ensemble.members:
+            FittedStacker.load(config.folder / STACK_FILE)  # refused before the networks predict for hours
     truth = read_truth(config, index) if ensemble else None
     predict_test(config, index, members)
     if ensemble is None or not is_main():

@@ -65,14 +65,15 @@ def start() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from triderm_dist.doctor.launcher import read_launcher
-    from triderm_dist.schema import ConfigError
+    from triderm_dist.extras import DEEPSPEED, require
+    from triderm_dist.schema import InputError
 
     options = launch_command_parser().parse_args()
     try:
-        if options.config_file:
-            read_launcher(options.config_file)
+        if options.use_deepspeed or (options.config_file and read_launcher(options.config_file).deepspeed):
+            require("DeepSpeed ZeRO", *DEEPSPEED)
         launch_command(options)
-    except ConfigError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except SignalException:

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import world_size
+from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.schema import ConfigError
@@ -68,8 +69,11 @@ def start(
     """Return the Accelerator of this process, with the precision and the batch split set for every strategy.
 
     rank_timeout: seconds that ranks wait for one another; the value of the first call in a process holds.
-    Raises ConfigError if the global batch does not split evenly into ranks times micro-batches.
+    Raises ConfigError if the global batch does not split evenly into ranks times micro-batches, MissingPackage without
+    DeepSpeed where the launcher asks for it.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        require("DeepSpeed ZeRO", *DEEPSPEED)
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
     _hide_fsdp_from_accelerate()

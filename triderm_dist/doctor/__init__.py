@@ -38,9 +38,12 @@ def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> d
     """Return the findings that may differ between the hosts of a run, by section."""
     gpus = find_gpus()
     deepspeed = launcher.deepspeed if launcher else os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    required = {"deepspeed"} if deepspeed else set()
+    if experiment.stack.enabled and experiment.stack.kind == "xgboost":
+        required.add("xgboost")
     written_before = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
     return {
-        "software": [*versions(deepspeed), nccl(bool(gpus))],
+        "software": [*versions(required), nccl(bool(gpus))],
         "machine": machine_findings(gpus, experiment.folder, written_before),
     }
 

@@ -36,7 +36,13 @@ def errors(findings: dict[str, list[Finding]]) -> list[Finding]:
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> None:
-    """Print one table per section."""
+    """Print one table per section; plain lines where rich is not installed."""
+    if imported("rich") is None:
+        for section, rows in findings.items():
+            print(f"\n{section}")
+            for row in rows:
+                print(f"  {row.state:<8} {row.name}: {row.text}" + (f" -> {row.advice}" if row.advice else ""))
+        return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

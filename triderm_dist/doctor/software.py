@@ -5,35 +5,41 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from triderm_dist.doctor.findings import Finding, State, imported
+from triderm_dist.extras import EXTRA_OF, install_command
 
-NEEDED = ("torch", "torchvision", "accelerate", "timm", "open_clip_torch", "xgboost", "pyarrow", "simplejpeg")
-OPTIONAL = {"deepspeed": "ZeRO runs", "ray": "triderm search", "optuna": "triderm search"}
+NEEDED = ("torch", "accelerate", "timm", "open_clip_torch", "pyarrow", "simplejpeg")
+OPTIONAL = {
+    "xgboost": "the stacker",
+    "deepspeed": "ZeRO",
+    "ray": "triderm search and parallel_folds",
+    "optuna": "triderm search",
+}
+"""What needs an optional package, by the package's name."""
 
 
-def versions(deepspeed: bool = False) -> list[Finding]:
+def versions(required: Collection[str] = ()) -> list[Finding]:
     """Check Python and the packages against the version ranges that triderm-dist declares.
 
-    deepspeed: whether the run is started with DeepSpeed, so that a version outside its range stops the run.
+    required: names of `OPTIONAL` that the run needs, so that it cannot start without them.
     """
-    ranges = _required()
+    ranges = _declared()
     findings = [
         Finding("python", f"{platform.python_version()}  {sys.executable}")
         if sys.version_info >= (3, 11)
         else Finding("python", platform.python_version(), "error", "install Python 3.11 or newer")
     ]
-    needed = (*NEEDED, "deepspeed") if deepspeed else NEEDED
     good = []
     state: State
     for name in (*NEEDED, *OPTIONAL):
         found = installed(name)
         if found is None:
-            needed_by, state = ("", "error") if name in needed else (f"; {OPTIONAL[name]} needs it", "warning")
-            findings.append(
-                Finding(name, f"not installed{needed_by}", state, f"pip install '{ranges.get(name, name)}'")
-            )
+            needed_by = f"; {OPTIONAL[name]} needs it" if name in OPTIONAL else ""
+            state = "error" if name in NEEDED or name in required else "ok"
+            advice = install_command(name) if name in OPTIONAL else f"pip install '{ranges.get(name, name)}'"
+            findings.append(Finding(name, f"not installed{needed_by}", state, advice))
             continue
         distribution, version = found
         text = f"{distribution} {version}"
@@ -41,7 +47,7 @@ def versions(deepspeed: bool = False) -> list[Finding]:
             text += f" ({_torch_build()})"
         wanted = ranges.get(name)
         if wanted and not _fits(version, wanted):
-            state = "error" if name == "deepspeed" and deepspeed else "warning"
+            state = "error" if name == "deepspeed" and name in required else "warning"
             problem = f"the launcher needs {wanted}" if state == "error" else "not tested with this version"
             findings.append(Finding(name, f"{text}; {problem}", state, f"pip install '{wanted}'"))
         else:
@@ -60,8 +66,8 @@ def installed(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _required() -> dict[str, str]:
-    """Return the ranges that the installed package declares, by name; empty for a clone that is not installed."""
+def _declared() -> dict[str, str]:
+    """Return the ranges that the installed package and its extras declare, by name; empty if it is not installed."""
     try:
         from packaging.requirements import Requirement
 
@@ -69,8 +75,9 @@ def _required() -> dict[str, str]:
     except (ImportError, importlib.metadata.PackageNotFoundError):
         return {}
     wanted = {}
+    extras = ("", *EXTRA_OF.values())
     for requirement in map(Requirement, lines):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             wanted[requirement.name.removesuffix("-cu13")] = f"{requirement.name}{requirement.specifier}"
     return wanted
 

@@ -15,6 +15,7 @@ from triderm_dist.config import CONFIG_FILE, Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.fold import check_task, is_fold_finished
+from triderm_dist.extras import require
 from triderm_dist.schema import ConfigError, InputError, one_line
 
 
@@ -34,15 +35,16 @@ def run_parallel_folds(
     how often a fold whose process died or failed is restarted from its last checkpoint; invalid input is not retried.
     address: of a Ray cluster; None starts Ray on this machine.
 
-    Raises ConfigError where no machine has the resources of one fold, InputError with the folds that failed finally,
-    once all others are finished, KeyboardInterrupt after a request to stop, once all folds have saved. DataError where
-    the run has folds of another task.
+    Raises MissingPackage without Ray, ConfigError where no machine has the resources of one fold, InputError with the
+    folds that failed finally, once all others are finished, KeyboardInterrupt after a request to stop, once all folds
+    have saved. DataError where the run has folds of another task.
     """
     check_task(experiment, index)
     remaining = [(name, fold) for name in models for fold in range(experiment.data.folds)]
     remaining = [(name, fold) for name, fold in remaining if not is_fold_finished(experiment, index, name, fold)]
     if not remaining:
         return
+    require("parallel_folds", "ray")
     with running_ray(address, cpus, setting="address", forward=True):
         try:
             _schedule(experiment, remaining, cpus, gpus, retries)

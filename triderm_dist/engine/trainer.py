@@ -36,7 +36,7 @@ from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
-from triderm_dist.monitoring.tracking import Tracker, tracker_class
+from triderm_dist.monitoring.tracking import Tracker, tracker_classes
 from triderm_dist.schema import CheckpointError
 from triderm_dist.settings import flatten
 
@@ -208,8 +208,7 @@ def check_names(config: TrainConfig) -> None:
     """Raise ConfigError for an unknown loss term, optimizer, schedule or tracker, or wrong settings of one."""
     CompoundLoss(config.loss, "softmax", np.ones(2))
     optim.check_names(config.optim)
-    for name in config.trackers:
-        tracker_class(name)
+    tracker_classes(config.trackers)
 
 
 def execution_settings(config: TrainConfig, accelerator: Accelerator, network: Network) -> dict[str, Any]:

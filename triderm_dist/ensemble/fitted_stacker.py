@@ -17,6 +17,7 @@ from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
+from triderm_dist.extras import require
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import ConfigError, DataError, Task
 
@@ -33,13 +34,17 @@ SHARED_SETTINGS = ("enabled", "kind", "settings", "memory_gb", "extra", "compone
 def stacker_kind(config: StackConfig) -> tuple[type[Stacker], Section]:
     """Return the class that `stack.kind` names and its settings.
 
-    Raises ConfigError for an unknown kind, for settings that it does not have, and for settings of another kind.
+    Raises ConfigError for an unknown kind, for settings that it does not have, and for settings of another kind;
+    MissingPackage where it is enabled and a package that it needs is not installed.
     """
     if config.kind not in STACKERS:
         raise ConfigError(
             f"stack.kind: {config.kind!r} is not a stacker; known: {', '.join(STACKERS)} (plugins may add others)"
         )
     stacker = STACKERS[config.kind]
+    if config.enabled:
+        packages = (*stacker.packages, "sklearn") if config.extra else stacker.packages
+        require(f"stack.kind={config.kind}", *packages, instead="set stack.enabled=false")
     if stacker.Settings is StackConfig:
         if config.settings:
             raise ConfigError(
@@ -154,13 +159,16 @@ class FittedStacker:
 
     @staticmethod
     def load(path: Path) -> FittedStacker:
-        """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`."""
+        """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`;
+        MissingPackage where a package that the kind needs is not installed.
+        """
         description = read_json(path, FORMAT, VERSION)
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
         if kind not in STACKERS:
             raise DataError(
                 f"{path}: {kind!r} is not a stacker; known: {', '.join(STACKERS)}; name its file in `plugins`"
             )
+        require(f"{path}: the stacker ({kind})", *STACKERS[kind].packages)
         model_file, expected = model_path(path, STACKERS[kind]), description.get("model_sha256")
         try:
             if expected and file_sha256(model_file) != expected:

@@ -77,6 +77,8 @@ class Stacker(Protocol):
     """Suffix of its file, RUN/stack + suffix; not .json or .safetensors, which are in use."""
     Settings: ClassVar[type[Section]]
     """Its own settings, `stack.settings` in YAML."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Import names of the optional packages that it needs, to fit and to predict."""
 
     @classmethod
     @abstractmethod

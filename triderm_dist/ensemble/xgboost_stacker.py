@@ -44,6 +44,7 @@ class XGBoostStacker(Stacker):
     title: ClassVar[str] = "XGBoost"
     suffix: ClassVar[str] = ".ubj"
     Settings: ClassVar[type[StackConfig]] = StackConfig
+    packages: ClassVar[tuple[str, ...]] = ("xgboost",)
 
     model: bytes
     rounds: int

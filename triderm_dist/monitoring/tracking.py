@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from triderm_dist.distributed.collectives import on_main
+from triderm_dist.extras import install_command, is_installed
 from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.schema import ConfigError, one_line
@@ -30,8 +31,9 @@ class Tracker:
     registered by plugins.  settings: configuration that trackers show, by dotted key.  loss_names: parts of the loss,
     in the order of the printed line.
 
-    Raises ConfigError, on all ranks, for an unknown tracker or a missing package; opening raises it for a tracker that
-    does not start. A tracker that fails later is dropped with a message and does not end the training.
+    Raises ConfigError, on all ranks, for an unknown tracker or a missing package (without TensorBoard, the default, a
+    line is printed instead); opening raises it for a tracker that does not start. A tracker that fails later is
+    dropped with a message and does not end the training.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Tracker:
     ) -> None:
         self.name, self.active, self.epochs, self.total_steps = name, active, epochs, total_steps
         self._loss_names = loss_names
-        self._kinds = {kind: tracker_class(kind) for kind in dict.fromkeys(trackers)}
+        self._kinds = tracker_classes(trackers)
+        if "tensorboard" in trackers and "tensorboard" not in self._kinds:
+            on_main(lambda: print(f"{name}  no TensorBoard files: {install_command('tensorboard')}", flush=True))
         self._path, self._step, self._epoch, self._settings = folder / "metrics.jsonl", step, epoch, settings or {}
 
     def __enter__(self) -> Tracker:
@@ -103,6 +107,14 @@ class Tracker:
                 )
 
 
+def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
+    """Return the class of each tracker, as `tracker_class` does, but leave out TensorBoard where it is not installed:
+    it is the default, which must not stop a training.
+    """
+    found = any(map(is_installed, ("tensorboard", "tensorboardX")))
+    return {name: tracker_class(name) for name in dict.fromkeys(names) if found or name != "tensorboard"}
+
+
 def tracker_class(name: str) -> Any:
     """Return Accelerate's class of a tracker, built in or registered by a plugin. Raises ConfigError if the name is
     unknown or its package is missing.
@@ -114,7 +126,7 @@ def tracker_class(name: str) -> Any:
         known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
         raise ConfigError(f"train.trackers: {name!r} is not a tracker; known: {known} (plugins may add others)")
     if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
-        raise ConfigError(f"train.trackers: {name} is not installed; run `pip install {name}` or remove it")
+        raise ConfigError(f"train.trackers: {name} is not installed; {install_command(name)}, or remove it")
     return LOGGER_TYPE_TO_CLASS[name]
 
 

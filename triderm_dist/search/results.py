@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triderm_dist.config import save
+from triderm_dist.extras import require
 from triderm_dist.files import atomic_path
 from triderm_dist.search.settings import BASELINE, SearchRun
 from triderm_dist.search.space import Space, read_space, with_settings
@@ -147,6 +148,7 @@ def importance(trials: Sequence[Trial], space: Space) -> dict[str, Interval]:
 
 
 def _fanova(scored: Sequence[tuple[Mapping[str, Any], float]], space: Space) -> dict[str, float]:
+    require("the importance of settings", "optuna", "sklearn")
     import optuna
     from optuna.importance import FanovaImportanceEvaluator
 

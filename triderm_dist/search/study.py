@@ -12,6 +12,7 @@ import yaml
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import absolute, find_file, load, map_paths, save
+from triderm_dist.extras import require
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search import pbt
@@ -29,9 +30,11 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
 
     log: is called with each line of progress.
 
-    Raises ConfigError for unusable settings or spaces, before any trial; Interrupted where the search was stopped.
+    Raises MissingPackage without Ray or Optuna, and ConfigError for unusable settings or spaces, before any trial;
+    Interrupted where the search was stopped.
     """
     settings, experiment, model = run.search, run.experiment, run.model
+    require("triderm search", "ray", "optuna", "sklearn")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("triderm search starts its own processes; run it without a launcher")
     if model not in experiment.models:

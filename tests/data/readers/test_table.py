@@ -18,6 +18,7 @@ from triderm_dist.data.readers.table import (
     read_header,
     read_table,
 )
+from triderm_dist.extras import MissingPackage
 from triderm_dist.schema import DataError, MetadataField, TableFormat
 
 AGE = MetadataField("age", "age", "number", high=120)
@@ -115,7 +116,7 @@ def test_workbooks_with_several_sheets_or_without_openpyxl(tmp_path: Path, monke
     with pytest.raises(DataError, match="not a readable Excel workbook"):
         read_table(write(tmp_path / "b.xlsx", "id,age\n"))
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(DataError, match=r"pip install 'triderm-dist\[excel\]'"):
+    with pytest.raises(MissingPackage, match=r"needs openpyxl; pip install 'triderm-dist\[excel\]', or save it as CSV"):
         read_table(path)
 
 

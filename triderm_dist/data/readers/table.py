@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from triderm_dist.extras import require
 from triderm_dist.schema import MISSING_WORDS, DataError, MetadataField, TableFormat, one_line
 
 DEFAULT_FORMAT = TableFormat()
@@ -258,12 +259,9 @@ def _delimiter(header: str) -> str:
 
 def _sheet(path: Path, name: str | None) -> Iterator[tuple[int, list[str]]]:
     """Yield (number, cells) of the rows of a workbook's sheet of that name; None for the only one with content."""
-    try:
-        import openpyxl
-    except ImportError:
-        raise DataError(
-            f"{path}: reading .xlsx needs openpyxl: pip install 'triderm-dist[excel]', or save it as CSV"
-        ) from None
+    require(f"{path}: reading .xlsx", "openpyxl", instead="save it as CSV")
+    import openpyxl
+
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:  # of zipfile, the XML parser or openpyxl

@@ -166,7 +166,7 @@ class Store:
         if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
             return f"refused by the server ({text})"
         if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
-            return f"{text}; pip install 'triderm-dist[remote]' brings s3:// and gs://"
+            return f"{text}; https://, s3:// and gs:// need pip install 'triderm-dist[remote]'"
         return None
 
 
