@@ -45,7 +45,8 @@ class NumericTokens(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         missing = values.isnan()
         features = smooth_features(values.float().masked_fill(missing, 0.0)).to(self.curve.dtype)
-        value = torch.einsum("bnf,nfd->bnd", features, self.curve)
+        # Not einsum: for n = 1 its gradient has other strides than the parameter, which DDP warns of on every rank.
+        value = torch.bmm(features.transpose(0, 1), self.curve).transpose(0, 1)
         return self.name + torch.where(missing[..., None], self.missing, value)
 
 
