@@ -60,6 +60,7 @@ EXPERIMENT = """\
 data: {folds: 2, short_side: null}
 train:
   epochs: 3
+  keep_checkpoints: true
   global_batch: 16
   micro_batch: 4
   log_every: 1

@@ -286,7 +286,12 @@ class TrainConfig(Section):
         ge=1,
         description="optimizer steps between checkpoints within an epoch; null saves at the end of each epoch only",
     )
-    keep_last: int = Field(2, ge=1, description="number of resumable checkpoints to keep")
+    keep_last: int = Field(2, ge=1, description="number of resumable checkpoints to keep during a training")
+    keep_checkpoints: bool = Field(
+        False,
+        description="keep the checkpoints, with the state of the optimizer, of finished folds too; predicting needs "
+        "only their weights",
+    )
     ema_decay: float = Field(
         0.0,
         ge=0,
@@ -320,7 +325,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
 
 
-COSMETIC = ("log_every", "save_every", "keep_last", "trackers", "profile", "peak_tflops")
+COSMETIC = ("log_every", "save_every", "keep_last", "keep_checkpoints", "trackers", "profile", "peak_tflops")
 """Settings of `train` that change no result."""
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 """Settings of `train` that change how a step is computed; a training may resume with other values."""
@@ -802,6 +807,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.extra": [],
     "data.task": None,
     "models.NAME.train.augment.extra": {},
+    "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.terms": {},
     "models.NAME.train.optim.name": "adamw",
     "models.NAME.train.optim.settings": {},

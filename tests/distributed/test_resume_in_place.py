@@ -143,6 +143,31 @@ def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     assert json.loads((fold / "fold.json").read_text())["changes"][0]["train.precision"] == ["fp32", "bf16"]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("change", ["train.optim.lr=5e-4", "train.epochs=4"])
+def test_finished_training_starts_from_the_beginning_with_other_settings(train, tmp_path, capsys, keep, change):
+    fold = train(f"train.keep_checkpoints={str(keep).lower()}")
+    assert len(list(fold.glob("checkpoints/*"))) == (2 if keep else 0)
+    finished = weights_of(fold)
+    train(change)
+    aside, *_ = (tmp_path / "tri" / "other-settings").iterdir()
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"{fold}: holds a training of other settings or data, moved to {aside}; starting from the beg" in output
+    assert "resum" not in output
+    assert losses(fold)[0][0] == 1 and weights_of(fold) != finished == weights_of(aside)
+    train()  # as before
+    assert weights_of(fold) == finished
+
+
+def test_finished_training_without_predictions_is_predicted_again(train, tmp_path):
+    fold = train()
+    (fold / "predictions.parquet").unlink()
+    before = files(fold)
+    train()
+    assert (fold / "predictions.parquet").exists()
+    assert {path: content for path, content in files(fold).items() if path in before} == before
+
+
 def newest_checkpoint(train, tmp_path) -> Path:
     """Interrupt a training after it has written two checkpoints and return the newer one."""
     with pytest.raises(Interrupted):
@@ -157,7 +182,7 @@ def test_checkpoint_with_changed_bytes_is_skipped(train, uninterrupted, tmp_path
     content = (newest / file).read_bytes()
     (newest / file).write_bytes(content[:-2000] + bytes(2000))  # of the right length: a copy with a hole
     capsys.readouterr()
-    train()
+    train("train.keep_checkpoints=true")
     skipped = f"{newest}: damaged checkpoint ({file} does not match its checksum); skipping it"
     assert skipped in capsys.readouterr().out
     assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)

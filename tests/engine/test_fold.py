@@ -118,7 +118,7 @@ def first_formula(experiment: Experiment, name: str, fold: int, exclude: tuple[s
 
     model = known(experiment.models[name].model_dump(mode="json"), "models.NAME")
     for key in (*COSMETIC, *exclude):
-        del model["train"][key]
+        model["train"].pop(key, None)
     content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, INDEX.fingerprint]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

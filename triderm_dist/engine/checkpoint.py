@@ -8,9 +8,10 @@ resumes on another number of ranks and under another strategy (see the table in 
 file loads with safetensors only. It holds no random state: order, augmentation and dropout are functions of
 (seed, epoch, lesion).
 
-The newest `keep_last` are kept; the selected weights are FOLDER/weights.safetensors. `state.json`, written last, holds
-the SHA-256 of every file and of itself. A damaged checkpoint is skipped for the one before it, and written again when
-the training reaches its step.
+The newest `keep_last` are kept, and none of a finished fold (but with `train.keep_checkpoints`): a training with more
+epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
+selected weights are FOLDER/weights.safetensors. `state.json`, written last, holds the SHA-256 of every file and of
+itself. A damaged checkpoint is skipped for the one before it, and written again when the training reaches its step.
 """
 
 from __future__ import annotations
@@ -255,11 +256,13 @@ class Checkpoints:
         for saved in readable_checkpoints(self.folder):
             write_checked_json(saved.folder / "state.json", {**saved.record, "identity": self.resume_hash})
 
-    def newest(self, folder: Path) -> Checkpoint | None:
+    def newest(self, folder: Path | None) -> Checkpoint | None:
         """Return the newest intact checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks.
 
         Prints which are skipped because they are damaged.
         """
+        if folder is None:
+            return None
 
         def choose() -> str | None:
             for saved in reversed(readable_checkpoints(folder / "checkpoints", True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ from triderm_dist.engine.fold import (
 from triderm_dist.engine.fold_folder import FoldFolder, exclusive
 from triderm_dist.engine.trainer import Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, open_views
-from triderm_dist.predictions import read_transforms, write_predictions
+from triderm_dist.predictions import write_predictions
 from triderm_dist.schema import VIEWS
 
 OnStart = Callable[[], None]
@@ -128,9 +129,9 @@ class _FoldRun:
         fold = (self.experiment, self.index, self.name, self.fold)
         digest, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
         folder = FoldFolder(path, digest, resume_hash(*fold))
-        if on_main(folder.is_finished):  # in a folder that was set aside, or predicted with other transforms
+        if on_main(folder.is_trained):  # in a folder that was set aside, or predicted with other transforms
             on_main(folder.claim)
-            if on_main(lambda: read_transforms(path / "predictions.parquet")) != self.experiment.oof.tta:
+            if not on_main(lambda: is_fold_finished(self.experiment, self.index, self.name, self.fold)):
                 self._predict_again(path)
             return
         micro_batch = MicroBatch(path, digest, self.model.train.micro_batch, self.model.train.global_batch)
@@ -138,6 +139,8 @@ class _FoldRun:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
         on_main(partial(self._write, path, digest, outcome))
+        if not self.model.train.keep_checkpoints:
+            on_main(lambda: shutil.rmtree(path / "checkpoints", ignore_errors=True))
 
     def _predict_again(self, path: Path) -> None:
         """Replace the predictions of a trained fold by those with the transforms of the settings."""

@@ -38,9 +38,17 @@ class FoldFolder:
                 return aside
         return self.path
 
-    def is_finished(self) -> bool:
-        """Return whether this training is finished, in whichever folder holds it."""
-        return is_finished(self.locate(), self.result_hash)
+    def is_trained(self) -> bool:
+        """Return whether this training is finished, in whichever folder holds it; its predictions may be missing."""
+        return _finished_hash(self.locate()) == self.result_hash
+
+    def resumed(self) -> Path | None:
+        """Return the folder whose checkpoints this training may resume from; None where it starts from the beginning.
+
+        A finished training of other settings, such as another learning rate, is not resumed.
+        """
+        located = self.locate()
+        return located if _training_hash(located) in (self.result_hash, self.resume_hash) else None
 
     def claim(self) -> None:
         """Move this training into `path`, removing partial saves; a different training found there is moved aside."""

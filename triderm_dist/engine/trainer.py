@@ -86,7 +86,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             folder.path, folder.resume_hash, config.keep_last, execution_settings(config, accelerator, network)
         )
-        saved = self.checkpoints.newest(on_main(folder.locate))
+        saved = self.checkpoints.newest(on_main(folder.resumed))
         if saved:
             saved.load_network(network)
         elif damaged := damaged_weight(network.named_parameters()):
