@@ -40,6 +40,17 @@ def hide_view(batch: Batch, view: str, concepts: Sequence[str]) -> Batch:
     return replace(batch, view_present=present, concepts=scores)
 
 
+def mean_outputs(outputs: Sequence[Outputs]) -> list[torch.Tensor]:
+    """Average a network's outputs for a batch over the transforms, in float32: logits, aux_clinical, aux_dermoscopic
+    (B, C), NaN for the auxiliary logits of a view that the task lacks, and features (B, D).
+    """
+    absent = torch.full_like(outputs[0].logits, torch.nan)
+    return [
+        absent if parts[0] is None else torch.stack([part.float() for part in parts]).mean(0)
+        for parts in zip(*outputs, strict=True)
+    ]
+
+
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
@@ -69,12 +80,9 @@ def evaluate(
         batch = step.micro_batches[0]
         if hide:
             batch = hide_view(batch, hide, index.concepts)
-        outputs = [forward(network, loaders.source.transformed(batch, step.rows, k)) for k in range(transforms)]
-        absent = torch.full_like(outputs[0].logits, torch.nan)
-        means = [
-            absent if parts[0] is None else torch.stack([part.float() for part in parts]).mean(0)
-            for parts in zip(*outputs, strict=True)
-        ]
+        means = mean_outputs(
+            [forward(network, loaders.source.transformed(batch, step.rows, k)) for k in range(transforms)]
+        )
         row_numbers = torch.from_numpy(step.rows).to(device)
         gathered = accelerator.gather((row_numbers, batch.valid, *means))
         seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]

@@ -12,6 +12,7 @@ import numpy as np
 
 from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, set_fingerprint
 from triderm_dist.engine.checkpoint import read_info
@@ -43,7 +44,7 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
 
 
 def as_predictions(
-    evaluation: Evaluation, index: ShardIndex, name: str, head: str, fold: int, model_hash: str
+    evaluation: Evaluation, index: ShardIndex | PhotoSet, name: str, head: str, fold: int, model_hash: str
 ) -> Predictions:
     """Build the table of one model's predictions for `evaluation.rows`."""
     rows = evaluation.rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,37 +81,69 @@ def score(run_folder: Path, truth: Mapping[str, int], partial: bool = False) -> 
     return result
 
 
-def predict_ensemble(run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()) -> Results:
-    """Return the results for a test set, in the order of `table.lesion_ids`.
+@dataclass(frozen=True)
+class FittedEnsemble:
+    """The ensemble of a run and its stacker, read once."""
 
-    table: `predictions.average_test` of `parts`, the predictions of every fold model. Raises DataError where stack.json
-    or ensemble.json is missing, or was fitted for another task or on other models, weights or columns.
-    """
-    run_folder = Path(run_folder)
-    ensemble = Ensemble.load(run_folder / ENSEMBLE_FILE)
-    check_task(run_folder, table.task)
-    models = [name for name in ensemble.members if name != STACKER]
-    check_weights(
-        run_folder, ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
-    )
-    for model in models:
-        if model not in table.models:
-            raise DataError(
-                f"{run_folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; "
-                f"got predictions of {', '.join(table.models)}"
-            )
-    members = []
-    for name, temperature in zip(ensemble.members, ensemble.temperatures, strict=True):
-        if name == STACKER:
-            stacker = FittedStacker.load(run_folder / STACK_FILE)
-            names = column_names(table, models)
-            if names != stacker.feature_names[: len(names)]:
-                raise DataError(f"{run_folder / STACK_FILE}: was fitted on other columns than the test set's")
-            members.append(stacker.predict(stacker_columns(run_folder, stacker.extra, table, models, parts)))
-        else:
-            members.append(member_probabilities(table, name, temperature))
-    ids = [str(lesion) for lesion in table.lesion_ids]
-    return Results(ids, ensemble.combine(members), ensemble.decide(members))
+    folder: Path
+    ensemble: Ensemble
+
+    @classmethod
+    def load(cls, run_folder: Path) -> FittedEnsemble:
+        """Read ensemble.json. Raises DataError where it is missing."""
+        return cls(run_folder, Ensemble.load(run_folder / ENSEMBLE_FILE))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.ensemble.members
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The networks among the members, whose predictions the stacker reads too."""
+        return tuple(name for name in self.members if name != STACKER)
+
+    @cached_property
+    def stacker(self) -> FittedStacker | None:
+        """None where it is not a member. Raises DataError where stack.json is missing."""
+        return FittedStacker.load(self.folder / STACK_FILE) if STACKER in self.members else None
+
+    def predict(
+        self, table: OofTable, parts: Sequence[Predictions] = (), embeddings: np.ndarray | None = None
+    ) -> tuple[Results, np.ndarray]:
+        """Return the results for a test set in the order of `table.lesion_ids`, and the members' probabilities
+        (M, N, C).
+
+        table: `predictions.average_test` of `parts`, the predictions of every fold model.  embeddings: see
+        `stacker_columns`. Raises DataError where this was fitted for another task or on other models, weights or
+        columns.
+        """
+        check_task(self.folder, table.task)
+        used = ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
+        check_weights(self.folder, used)
+        for model in self.models:
+            if model not in table.models:
+                raise DataError(
+                    f"{self.folder / ENSEMBLE_FILE}: needs predictions of model {model!r}; "
+                    f"got predictions of {', '.join(table.models)}"
+                )
+        members = []
+        for name, temperature in zip(self.members, self.ensemble.temperatures, strict=True):
+            if name != STACKER:
+                members.append(member_probabilities(table, name, temperature))
+                continue
+            assert self.stacker is not None
+            names = column_names(table, self.models)
+            if names != self.stacker.feature_names[: len(names)]:
+                raise DataError(f"{self.folder / STACK_FILE}: was fitted on other columns than the test set's")
+            columns = stacker_columns(self.folder, self.stacker.extra, table, self.models, parts, embeddings)
+            members.append(self.stacker.predict(columns))
+        ids = [str(lesion) for lesion in table.lesion_ids]
+        return Results(ids, self.ensemble.combine(members), self.ensemble.decide(members)), np.stack(members)
+
+
+def predict_ensemble(run_folder: Path, table: OofTable, parts: Sequence[Predictions] = ()) -> Results:
+    """Return the results for a test set by the ensemble of a run (see `FittedEnsemble`)."""
+    return FittedEnsemble.load(Path(run_folder)).predict(table, parts)[0]
 
 
 def check_task(run_folder: Path, task: Task) -> None:

@@ -24,16 +24,23 @@ MIN_LOG_PROBABILITY = -20.0
 
 
 def stacker_columns(
-    run_folder: Path, extra: str, table: OofTable, models: Sequence[str], parts: Sequence[Predictions] = ()
+    run_folder: Path,
+    extra: str,
+    table: OofTable,
+    models: Sequence[str],
+    parts: Sequence[Predictions] = (),
+    embeddings: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the (N, F) columns of the lesions of an out-of-fold table, or of a test set with its `parts`.
 
-    extra: the wide block at the end of each row, one of `stack.extra`, or "" for none. Raises DataError where the
-    block's file is missing or belongs to other data.
+    extra: the wide block at the end of each row, one of `stack.extra`, or "" for none.  embeddings: (N, E) of the
+    lesions; None reads them from the run. Raises DataError where the block's file is missing or belongs to other data.
     """
     columns = base_columns(table, models)
     is_test = bool((table.folds == NO_FOLD).all())
-    if extra == "embeddings":
+    if extra == "embeddings" and embeddings is not None:
+        block = embeddings
+    elif extra == "embeddings":
         block, tower = read_embeddings(embeddings_path(run_folder, "test" if is_test else "train"), table.lesion_ids)
         if is_test:
             _, train_tower = read_embeddings(embeddings_path(run_folder, "train"), np.empty(0))

@@ -107,7 +107,8 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         modules = [self.stem, *self.blocks, self.tail]
         num_frozen = len(self._frozen())
-        x = x.to(next(self.stem.parameters()).dtype)
+        if (parameter := next(self.stem.parameters(), None)) is not None:
+            x = x.to(parameter.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not num_frozen):
             for module in modules[:num_frozen]:
                 x = module(x)
@@ -116,6 +117,16 @@ class Tower(nn.Module):
         if self._layout == "NLC":
             return x[:, self._prefix_tokens :]
         return x.flatten(1, 2) if self._layout == "NHWC" else x.flatten(2).transpose(1, 2)
+
+    def frozen_modules(self) -> nn.Sequential:
+        """Return the frozen modules at the input, in their order."""
+        return nn.Sequential(*self._frozen())
+
+    def detach_frozen(self) -> None:
+        """Remove the frozen modules: the tower then takes the output of `frozen_modules` instead of pixels."""
+        if self.frozen_blocks:
+            self.tail = nn.Identity() if self.frozen_blocks == len(self.blocks) else self.tail
+            self.stem, self.blocks, self.frozen_blocks = nn.Identity(), nn.ModuleList(self.trained_blocks), 0
 
     def _frozen(self) -> list[nn.Module]:
         if not self.frozen_blocks:

@@ -1,0 +1,195 @@
+"""The networks of a run in memory, with what those of all folds share split off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from triderm_dist.config import AugmentConfig, ModelConfig, TowerConfig
+from triderm_dist.data.augment import PhotoTransform, normalize
+from triderm_dist.distributed.parallel import choose_precision
+from triderm_dist.engine.checkpoint import load_weights
+from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings
+from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
+from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.network import SHARED, Network
+from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.schema import DataError
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+Device = str | torch.device
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Preprocessing(NamedTuple):
+    """How photos become the input of a tower: their centered square at `size` pixels, normalized."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, photos: Tensor, view: str = "") -> Tensor:
+        """Map photos (B, H, W, 3) uint8 of one canvas to pixels (B, 3, size, size) float32."""
+        crops = PhotoTransform(self.size, AugmentConfig())(photos, view)
+        return normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
+
+    @classmethod
+    def of(cls, tower: Tower) -> Preprocessing:
+        return cls(tower.image_size, tuple(tower.mean), tuple(tower.std))
+
+
+class FrozenTower(nn.Module):
+    """Tokens of a frozen tower as training reads them from the token cache: pixels (B, 3, H, W) to (B, L, width).
+
+    They pass float16, and on a GPU the tower computes in bf16, as when the cache was filled.
+    """
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        device = pixels.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            tokens = self.tower(pixels)
+        return tokens.half().float()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The networks of one model, one a fold, in evaluation mode.
+
+    encoders: by view, what the networks of all folds have in common at the input: a frozen tower, or the frozen blocks
+    of a tower; empty where nothing is. The networks take its output instead of pixels.  dtype: of autocast, None
+    for none.
+    """
+
+    name: str
+    config: ModelConfig
+    trained: list[TrainedNetwork]
+    preprocessing: Preprocessing
+    networks: list[Network]
+    encoders: dict[str, nn.Module]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The mean token of a photo by a frozen tower, as `triderm embed` computes it."""
+
+    tower: FrozenTower
+    preprocessing: Preprocessing
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Map pixels (B, 3, H, W) to (B, width) float32."""
+        mean: Tensor = self.tower(pixels).mean(1)
+        return mean
+
+
+@dataclass
+class NetworkLoader:
+    """Loads the networks of a run onto a device; a frozen tower is loaded once for all models that use it."""
+
+    run: RunFolder
+    device: torch.device
+    precision: Precision | None = None
+    _towers: dict[str, Tower] = field(default_factory=dict)
+    _frozen: dict[int, FrozenTower] = field(default_factory=dict)
+
+    def load(self, name: str, share: bool = True) -> LoadedModel:
+        """Load the networks of a model. share: split off what all folds have in common, at the input of each view.
+
+        Raises InputError where weights are missing, damaged or of another architecture.
+        """
+        run, views = self.run, self.run.signature.views
+        config, trained = run.experiment.models[name], run.networks[name]
+        tower, frozen = self.tower(config.tower), config.tower.frozen
+        with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced
+            inputs = (
+                TokenShape(tower.num_tokens, tower.width) if frozen else build_towers(_untrained(config.tower), views)
+            )
+            network = build_network(config, run.signature, inputs)
+        networks = [network, *(copy.deepcopy(network) for _ in trained[1:])]
+        for each, network in zip(trained, networks, strict=True):
+            load_weights(each.folder / "weights", network)
+        encoders: dict[str, nn.Module] = {}
+        if frozen:
+            encoders = dict.fromkeys(views, self.frozen_tower(config.tower))
+        elif share and len(networks) > 1:
+            encoders = split_common(networks, views)
+        for module in (*networks, *encoders.values()):
+            self._prepare(module)
+        dtype = DTYPES[choose_precision(self.precision or config.train.precision, self.device)[0]]
+        return LoadedModel(name, config, trained, Preprocessing.of(tower), networks, encoders, dtype)
+
+    def load_embedding(self) -> Embedding | None:
+        """Return the tower whose embeddings the stacker reads, None where it reads none.
+
+        Raises DataError where no model of the run has it.
+        """
+        stacker = self.run.fitted.stacker
+        if stacker is None or stacker.extra != "embeddings":
+            return None
+        path = embeddings_path(self.run.path, "train")
+        source = read_embeddings(path, np.empty(0))[1]
+        configs = [model.tower for model in self.run.experiment.models.values() if model.tower.source == source]
+        if not configs:
+            raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
+        frozen = self.frozen_tower(configs[0].model_copy(update={"frozen": True}))
+        return Embedding(self._prepare(frozen), Preprocessing.of(frozen.tower))
+
+    def frozen_tower(self, config: TowerConfig) -> FrozenTower:
+        tower = self.tower(config)
+        return self._frozen.setdefault(id(tower), FrozenTower(tower))
+
+    def tower(self, config: TowerConfig) -> Tower:
+        """Return a tower of this architecture, with its weights where it is frozen."""
+        config = config if config.frozen else _untrained(config)
+        key = config.model_dump_json()
+        if key not in self._towers:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.run.experiment.seed_of_tokens)  # as when its tokens were cached
+                self._towers[key] = build_towers(config)[0]
+        return self._towers[key]
+
+    def _prepare(self, module: ModuleType) -> ModuleType:
+        module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.eval().requires_grad_(False)
+
+
+def _untrained(config: TowerConfig) -> TowerConfig:
+    return config.model_copy(update={"pretrained": False})
+
+
+def split_common(networks: Sequence[Network], views: Sequence[str]) -> dict[str, nn.Module]:
+    """Remove the frozen modules at the input of the networks' towers where they are equal in all, and return them.
+
+    Returns a module by view. Frozen blocks keep their pretrained weights, so that those of all folds are equal.
+    """
+    common: dict[str, nn.Module] = {}
+    for key in networks[0].towers:
+        towers: list[Tower] = [network.towers[key] for network in networks]  # type: ignore[misc]
+        frozen = [tower.frozen_modules() for tower in towers]
+        if not len(frozen[0]) or not all(_equal(frozen[0], other) for other in frozen[1:]):
+            continue
+        for tower in towers:
+            tower.detach_frozen()
+        common |= dict.fromkeys(views if key == SHARED else [key], frozen[0])
+    return common
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+def choose_device(device: Device | None) -> torch.device:
+    """Return the device, by default the GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

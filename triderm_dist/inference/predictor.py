@@ -1,0 +1,213 @@
+"""Predict photos by all networks of a run at once.
+
+Every photo is read and decoded once. What networks have in common is computed once: pixels at a tower's size, tokens of
+a frozen tower, and the frozen blocks of the towers of all folds.
+
+Shapes: N lesions, B of a batch, V views, M members of the ensemble, C diagnoses, E width of embeddings.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triderm_dist.data.augment import LesionRng, dihedral
+from triderm_dist.data.loader import Fetched, LoaderFactory
+from triderm_dist.data.photo_set import PhotoSet, PhotoSetSource
+from triderm_dist.data.problems import Problem
+from triderm_dist.engine.evaluate import Evaluation, mean_outputs
+from triderm_dist.engine.fold import as_predictions
+from triderm_dist.inference.networks import (
+    Device,
+    LoadedModel,
+    NetworkLoader,
+    Precision,
+    Preprocessing,
+    choose_device,
+)
+from triderm_dist.inference.run_folder import RunFolder, open_run_folder
+from triderm_dist.predictions import NO_FOLD, Predictions, average_test
+from triderm_dist.schema import Batch, Outputs
+from triderm_dist.submission import Results
+
+
+class Answer(NamedTuple):
+    """What the ensemble says of N lesions.
+
+    members: (M, N, C) probabilities.  parts: the outputs of every network.  problems: by row, photos that could not be
+    read and count as black.
+    """
+
+    results: Results
+    members: np.ndarray
+    parts: list[Predictions]
+    problems: dict[int, Problem]
+
+
+class Predictor:
+    """The networks and the ensemble of a run, loaded once; safe to use from several threads.
+
+    device: such as `cpu` or `cuda:1`; None takes the GPU if there is one.  precision: None takes that of each model's
+    settings.  batch: lesions in a forward pass; None takes `predict.batch` of the run.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder | Path,
+        *,
+        device: Device | None = None,
+        precision: Precision | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """Load all networks. Raises InputError where the run is incomplete, damaged or of another version."""
+        self.run = run if isinstance(run, RunFolder) else open_run_folder(run)
+        self.device = choose_device(device)
+        self.batch = batch or self.run.experiment.predict.batch
+        loader = NetworkLoader(self.run, self.device, precision)
+        self.models = [loader.load(name) for name in self.run.networks]
+        self.embedding = loader.load_embedding()
+        self._combining = threading.Lock()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.run.fitted.members
+
+    def predict(self, photos: PhotoSet, transforms: int, drop: bool = False) -> Answer:
+        """Predict lesions of different ids by every network, averaged over transforms of the dihedral group, and
+        combine them by stacker and ensemble.
+
+        transforms: 1, 2, 4 or 8, the first of the 8.  drop: see `PhotoSetSource`. Raises DataError for a photo that
+        cannot be read.
+        """
+        source = _Canvases(photos, drop)
+        outputs, embeddings = self._outputs(photos, source, transforms)
+        parts = []
+        for model in self.models:
+            for number, trained in enumerate(model.trained):
+                evaluation = Evaluation(np.arange(len(photos)), *outputs[model.name, number])
+                head = model.config.head
+                parts.append(as_predictions(evaluation, photos, model.name, head, NO_FOLD, trained.weights))
+        with self._combining:
+            results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
+        return Answer(results, members, parts, dict(source.problems))
+
+    @torch.no_grad()
+    def _outputs(
+        self, photos: PhotoSet, source: _Canvases, transforms: int
+    ) -> tuple[dict[tuple[str, int], list[np.ndarray]], np.ndarray | None]:
+        """Return the mean outputs by model and fold, as `mean_outputs` has them, and the embeddings (N, E)."""
+        steps = max(1, -(-len(photos) // self.batch))  # of equal size, so that little is padded
+        settings = self.run.experiment.data
+        loaders = LoaderFactory(photos, source, settings.workers, settings.prefetch)
+        gathered: dict[tuple[str, int], list[list[np.ndarray]]] = defaultdict(list)
+        embeddings = []
+        for step in loaders.sequential(np.arange(len(photos)), -(-len(photos) // steps), self.device):
+            canvases, count = step.micro_batches[0], step.count
+            views = {view: getattr(canvases, view) for view in source.views}
+            pixels = _Pixels(views)
+            for key, means in self._means(canvases, pixels, transforms).items():
+                gathered[key].append([mean[:count].cpu().numpy() for mean in means])
+            if embed := self.embedding:
+                parts = [embed(pixels.upright(embed.preprocessing, view)) for view in views]
+                embeddings.append(torch.cat(parts, 1)[:count].cpu().numpy())
+        outputs = {
+            key: [np.concatenate(part) for part in zip(*batches, strict=True)] for key, batches in gathered.items()
+        }
+        return outputs, np.concatenate(embeddings) if self.embedding else None
+
+    def _means(self, batch: Batch, pixels: _Pixels, transforms: int) -> dict[tuple[str, int], list[Tensor]]:
+        """Return the outputs of all networks for a batch by model and fold, averaged over the transforms.
+
+        Several transforms of a small batch pass a network at once.
+        """
+        at_once = max(1, min(transforms, self.batch // len(batch.lesion_ids)))
+        outputs: dict[tuple[str, int], list[Outputs]] = defaultdict(list)
+        for first in range(0, transforms, at_once):
+            chosen = range(first, min(first + at_once, transforms))
+            shared = [tensor.repeat(len(chosen), 1) for tensor in (batch.view_present, batch.concepts, batch.metadata)]
+            encoded: dict[tuple[int, str], Tensor] = {}
+            for model in self.models:
+                device = self.device.type
+                with torch.autocast(device, model.dtype or torch.bfloat16, enabled=model.dtype is not None):
+                    inputs = self._inputs(model, batch, pixels, chosen, encoded)
+                    for number, network in enumerate(model.networks):
+                        outputs[model.name, number] += _split(network(*inputs, *shared), len(chosen))
+        return {key: mean_outputs(each) for key, each in outputs.items()}
+
+    def _inputs(
+        self,
+        model: LoadedModel,
+        batch: Batch,
+        pixels: _Pixels,
+        transforms: Sequence[int],
+        encoded: dict[tuple[int, str], Tensor],
+    ) -> list[Tensor]:
+        """Return the clinical and dermoscopic input of a model's networks, B lesions for each of the transforms.
+
+        encoded: outputs of encoders so far, which models may share.
+        """
+        inputs = []
+        for view in ("clinical", "dermoscopic"):
+            if view not in pixels.canvases:
+                inputs.append(getattr(batch, view).repeat(len(transforms), 1))
+                continue
+            encoder = model.encoders.get(view)
+            if encoder is None:
+                inputs.append(pixels.turned(model.preprocessing, view, transforms))
+                continue
+            if (id(encoder), view) not in encoded:
+                encoded[id(encoder), view] = encoder(pixels.turned(model.preprocessing, view, transforms))
+            inputs.append(encoded[id(encoder), view])
+        return inputs
+
+
+class _Canvases(PhotoSetSource):
+    """The photos of a set on its canvas, (B, H, W, 3) uint8, for networks of any preprocessing."""
+
+    def __init__(self, photos: PhotoSet, drop: bool) -> None:
+        super().__init__(photos, 1, (0.0,) * 3, (1.0,) * 3, drop=drop)
+
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, Tensor]:
+        views = {
+            view: photo.to(device, non_blocking=True, copy=True)
+            for view, photo in zip(self.views, fetched.views, strict=True)
+        }
+        self.release(fetched, device)
+        return views
+
+
+class _Pixels:
+    """The pixels of a batch's canvases, by view, for each preprocessing and transform; computed when first needed."""
+
+    def __init__(self, canvases: dict[str, Tensor]) -> None:
+        self.canvases = canvases
+        self._upright: dict[tuple[Preprocessing, str], Tensor] = {}
+        self._turned: dict[tuple[Preprocessing, str], tuple[Sequence[int], Tensor]] = {}
+
+    def upright(self, preprocessing: Preprocessing, view: str) -> Tensor:
+        key = preprocessing, view
+        if key not in self._upright:
+            self._upright[key] = preprocessing(self.canvases[view], view)
+        return self._upright[key]
+
+    def turned(self, preprocessing: Preprocessing, view: str, transforms: Sequence[int]) -> Tensor:
+        """Return the pixels under each transform, one after the other, (len(transforms) * B, 3, size, size)."""
+        key = preprocessing, view
+        if key not in self._turned or self._turned[key][0] != transforms:
+            upright = self.upright(preprocessing, view)
+            turned = torch.cat([dihedral(upright, each) for each in transforms])
+            self._turned[key] = transforms, turned.contiguous(memory_format=torch.channels_last)
+        return self._turned[key][1]
+
+
+def _split(outputs: Outputs, parts: int) -> list[Outputs]:
+    """Cut the outputs of `parts` batches that passed a network at once."""
+    columns = [[None] * parts if tensor is None else tensor.chunk(parts) for tensor in outputs]
+    return [Outputs(*part) for part in zip(*columns, strict=True)]

@@ -1,0 +1,106 @@
+"""What the folder of a trained run says about its networks and ensemble."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from triderm_dist.config import CONFIG_FILE, Experiment, load_run
+from triderm_dist.data.shards.open import is_packed, open_index
+from triderm_dist.engine.checkpoint import read_info
+from triderm_dist.engine.fold import model_config
+from triderm_dist.ensemble.artifact import read_task
+from triderm_dist.ensemble.predict import FittedEnsemble
+from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+from triderm_dist.schema import DataError, Signature, Task
+from triderm_dist.tasks import recorded_task
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """One network of a run: the folder of its weights, and its fold.json."""
+
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the weights."""
+        return str(self.info["weights"])
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The content of a run's folder, without the networks themselves.
+
+    task, concepts: those that the networks were trained for.  networks: of each model of the ensemble, one a fold.
+    canvas: (width, height) of the photos that they were trained on, short_side: to which packing reduced larger ones.
+    """
+
+    path: Path
+    experiment: Experiment
+    fitted: FittedEnsemble
+    task: Task
+    concepts: tuple[str, ...]
+    networks: dict[str, list[TrainedNetwork]]
+    canvas: tuple[int, int]
+    short_side: int | None
+
+    @property
+    def signature(self) -> Signature:
+        return self.task.signature(self.concepts)
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """Read the settings, the ensemble and every fold.json of a run.
+
+    Raises ConfigError for settings that this version cannot read, DataError for a folder that is no run or whose
+    ensemble is not fitted, CheckpointError for a fold.json that is damaged.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; give the folder of a run, a zip of it, or hf-hub:USER/NAME")
+    if not (path / CONFIG_FILE).is_file():
+        raise DataError(f"{path}: has no {CONFIG_FILE}; give the folder of a run, such as runs/demo")
+    experiment = load_run(Experiment, path)
+    fitted = FittedEnsemble.load(path)
+    task = read_task(path / ENSEMBLE_FILE)
+    networks = {name: _trained(experiment, name) for name in fitted.models}
+    infos = [each.info for trained in networks.values() for each in trained]
+    for each in (each for trained in networks.values() for each in trained):
+        where = str(each.folder / "fold.json")
+        if not (other := recorded_task(each.info, where)).matches(task):
+            raise DataError(
+                f"{where}: trained for task {other.name!r}, and {ENSEMBLE_FILE} is for {other.named_other(task)}; "
+                "run triderm stack again"
+            )
+    concepts = tuple(infos[0]["concepts"])
+    if any(tuple(info["concepts"]) != concepts for info in infos):
+        raise DataError(f"{path}: its networks were trained with different concepts; train them again on one set")
+    return RunFolder(path, experiment, fitted, task, concepts, networks, *_preparation(experiment, infos[0]))
+
+
+def _trained(experiment: Experiment, name: str) -> list[TrainedNetwork]:
+    model_config(experiment, name)
+    folders = [experiment.fold_folder(name, fold) for fold in range(experiment.data.folds)]
+    for folder in folders:
+        if not (folder / "fold.json").exists():
+            raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
+    return [TrainedNetwork(folder, read_info(folder / "fold")) for folder in folders]
+
+
+def _preparation(experiment: Experiment, info: dict[str, Any]) -> tuple[tuple[int, int], int | None]:
+    """Return the canvas and the short side of the photos that a fold was trained on.
+
+    Folds trained before fold.json recorded them need a packed set of the run.
+    """
+    if recorded := info.get("photos"):
+        width, height = recorded["canvas"]
+        return (width, height), recorded["short_side"]
+    for shards in (experiment.train_shards, experiment.test_shards):
+        if is_packed(shards):
+            return open_index(shards, experiment.data.remote).canvas, experiment.data.short_side
+    raise DataError(
+        f"{experiment.train_shards}: no packed set, and this run does not record the size of its photos; put the set "
+        "back, or train again"
+    )
