@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import yaml
 from tests.data.readers.test_lesions_csv import PER_PHOTO, rows_of_photos, task_of, write
 from tests.processes import HANG_SECONDS, ROOT, is_free, wait_for
 from triderm_dist.commands.pipeline import PipelineRun, stages
-from triderm_dist.config import load
+from triderm_dist.config import Experiment, load, save
 from triderm_dist.schema import ConfigError, DataError, InputError
-from triderm_dist.stages import Stage, run_stages
+from triderm_dist.stages import Stage, _digest, run_stages
 from triderm_dist.tasks import load_task
 
 
@@ -56,6 +57,33 @@ def test_damaged_record_is_reported_and_all_stages_rerun(tmp_path, capsys):
         : len(record) // 2
     ]
     assert "stages.json: not readable; all stages run again" in capsys.readouterr().out
+
+
+def test_moved_run_skips_its_stages(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "in").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    run_stages([stage(Path("run"))], Path("run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    run_stages([stage(tmp_path / "moved")], tmp_path / "moved")
+    assert "skipped, inputs unchanged" in capsys.readouterr().out
+
+
+def test_record_of_a_former_version_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").write_text("a")
+    (tmp_path / "out").write_text("b")
+    one = replace(stage(Path(".")), former_settings=["typed/path"])
+    digests = [_digest([["typed/path"], Path("in")]), _digest([Path("out")])]
+    (tmp_path / "stages.json").write_text(json.dumps({one.name: digests}))
+    run_stages([one], Path("."))
+    assert "skipped, inputs unchanged" in capsys.readouterr().out
+    assert json.loads((tmp_path / "stages.json").read_text()) != {one.name: digests}
+    (tmp_path / "stages.json").write_text(json.dumps({one.name: digests}))
+    run_stages([replace(one, former_settings=["other/path"])], Path("."))
+    assert "skipped, inputs unchanged" not in capsys.readouterr().out
 
 
 def test_folder_hash_covers_names_sizes_and_tables(tmp_path):
@@ -98,7 +126,7 @@ def test_stop_signal_is_forwarded_once_and_the_stage_is_awaited(tmp_path, number
     )
     code = (
         "from pathlib import Path; from triderm_dist import cli; from triderm_dist.settings import Section\n"
-        "from triderm_dist.stages import Stage, run_stages\n"
+        "from triderm_dist.stages import Stage, _digest, run_stages\n"
         f"stages = [Stage('save', ['python', '-c', {saves!r}], 0, [], []), Stage('next', ['false'], 0, [], [])]\n"
         f"cli.run(Section, lambda config: run_stages(stages, Path(r'{tmp_path}')), None, [])"
     )
@@ -126,7 +154,7 @@ def test_stopped_program_exits_with_3_also_when_run_by_dash_c(tmp_path):
 def test_stages_lock_their_folder(tmp_path):
     waits = f"import time; from pathlib import Path; Path(r'{tmp_path}/begun').touch(); time.sleep({HANG_SECONDS})"
     code = (
-        "from pathlib import Path; from triderm_dist.stages import Stage, run_stages\n"
+        "from pathlib import Path; from triderm_dist.stages import Stage, _digest, run_stages\n"
         f"run_stages([Stage('wait', ['python', '-c', {waits!r}], 0, [], [])], Path(r'{tmp_path}'))"
     )
     begun: list[bool] = []
@@ -153,7 +181,7 @@ def pipeline_stages(folder: Path, *words: str) -> dict[str, Stage]:
 
 def packed(folder: Path, task: str = "milk10k") -> Path:
     """Write an index.json of a packed set that names its task only."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "index.json").write_text(json.dumps({"task": load_task(task).to_mapping()}))
     return folder
 
@@ -178,6 +206,21 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
     words = {"parallel_folds=true", "cpus=1", "gpus=0.5", "retries=0"}
     assert set(spread["crossval"].command) - set(plain["crossval"].command) == words
     assert spread["crossval"].settings == plain["crossval"].settings
+
+
+def test_photos_may_be_deleted_once_they_are_packed(make_challenge, tmp_path):
+    words = [f"data.source={make_challenge().folder}", f"data.test={make_challenge('test').folder}"]
+    full = pipeline_stages(tmp_path, *words)
+    for split in ("train", "test"):
+        packed(tmp_path / "run" / "shards" / split)
+    save(load(Experiment, None, [f"output={tmp_path}/run", *words]), tmp_path / "run" / "config.yaml")
+    for name in ("challenge", "test"):
+        shutil.rmtree(tmp_path / name)
+    left = pipeline_stages(tmp_path, *words)
+    assert set(full) - set(left) == {"pack", "pack test"}
+    assert left["crossval"].settings == full["crossval"].settings
+    with pytest.raises(DataError, match="no such folder"):  # not the folder that was packed
+        pipeline_stages(tmp_path, f"data.source={tmp_path}/other")
 
 
 def test_existing_test_shards_are_not_overwritten(make_challenge, tmp_path):

@@ -13,11 +13,12 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from triderm_dist import extras
-from triderm_dist.config import Experiment, as_yaml, has_effect, load
+from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.schema import ConfigError, InputError, one_line
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
@@ -71,9 +72,21 @@ def run(
         if print_config:
             print(as_yaml(config), end="")
         else:
+            check_writable(config)
             main(config)
 
     run_with_exit_codes(work)
+
+
+def check_writable(config: Section) -> None:
+    """Raise InputError where a program writes into a folder that this user may not write."""
+    if not isinstance(config, Experiment) or not config.writes or is_writable(folder := Path(config.output)):
+        return
+    if isinstance(config, RunReader):
+        advice = f"write the results elsewhere: run={config.folder} output=FOLDER"
+    else:
+        advice = "copy the run and name the copy, or choose another output"
+    raise InputError(f"{folder}: this program writes into it, and it is read-only for this user; {advice}")
 
 
 def run_words(main: Callable[[list[str]], None], about: str | None) -> None:

@@ -466,6 +466,8 @@ class Experiment(Extensible):
 
     uses: ClassVar[tuple[str, ...] | None] = None
     """Keys and sections of the experiment that have an effect on a program; None stands for all."""
+    writes: ClassVar[bool] = True
+    """Whether the program writes into OUTPUT."""
 
     output: PathText = Field("runs/default", description="folder of the run")
     seed: int = Field(0, description="seed of initial weights, order of lesions and augmentation")
@@ -520,7 +522,9 @@ class Experiment(Extensible):
 
     @property
     def token_folder(self) -> Path:
-        return Path(self.tokens or self.folder / "tokens")
+        """The folder of the token cache; that of the user where the run is read-only."""
+        own = Path(self.tokens or self.folder / "tokens")
+        return own if is_writable(own) else cache_folder() / "tokens"
 
     @property
     def seed_of_tokens(self) -> int:
@@ -602,6 +606,17 @@ class ParallelFoldsRun(Experiment):
         if not self.parallel_folds and (unused := sorted(self.model_fields_set.intersection(PARALLEL_FOLDS_KEYS))):
             raise ValueError(f"{unused[0]}: has effect with parallel_folds=true only")
         return self
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be written into a folder, which may not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return os.access(existing, os.W_OK | os.X_OK)
+
+
+def cache_folder() -> Path:
+    """Return the folder of this user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "triderm-dist"
 
 
 def has_effect(kind: type[Section], key: str) -> bool:

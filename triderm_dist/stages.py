@@ -30,7 +30,8 @@ from triderm_dist.schema import InputError
 class Stage:
     """A command, the settings and files that its result depends on, and the files that it writes.
 
-    How the command is run (launcher, parallel folds) changes no result and is not part of the settings.
+    How the command is run (launcher, parallel folds) changes no result and is not part of the settings, nor is where
+    the inputs lie. former_settings: the settings as earlier versions hashed them, where they were others.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     settings: Any
     inputs: Sequence[Path]
     outputs: Sequence[Path]
+    former_settings: Any = None
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] = lambda: None) -> None:
@@ -53,15 +55,18 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
         done = _read(record)
         for number, stage in enumerate(stages, 1):
             title = f"[{number}/{len(stages)}] {stage.name}"
-            inputs = _digest([stage.settings, *stage.inputs])
-            if done.get(stage.name) == [inputs, _digest(stage.outputs)]:
+            current = [_digest([stage.settings, *stage.inputs], folder), _digest(stage.outputs, folder)]
+            recorded = done.get(stage.name)
+            if recorded == current or (recorded is not None and recorded == _former_digests(stage)):
                 print(f"{title}: skipped, inputs unchanged", flush=True)
+                if recorded != current:
+                    write_json(record, done := {**done, stage.name: current})
                 continue
             print(f"{title}: {' '.join(stage.command)}", flush=True)
             started = time.perf_counter()
             if status := run(stage.command):
                 sys.exit(status if status > 0 else 128 - status)
-            done[stage.name] = [inputs, _digest(stage.outputs)]
+            done[stage.name] = [current[0], _digest(stage.outputs, folder)]
             write_json(record, done)
             print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -113,13 +118,32 @@ def _read(record: Path) -> dict[str, Any]:
     return {}
 
 
-def _digest(parts: Sequence[Any]) -> str:
-    """Hash settings by value, files and folders by path and content."""
+def _former_digests(stage: Stage) -> list[str]:
+    """Return what earlier versions recorded, which hashed paths as they were typed."""
+    settings = stage.settings if stage.former_settings is None else stage.former_settings
+    return [_digest([settings, *stage.inputs]), _digest(stage.outputs)]
+
+
+def _digest(parts: Sequence[Any], folder: Path | None = None) -> str:
+    """Hash settings by value, files and folders by name and content.
+
+    The name of a path in `folder`, that of the run, is relative to it, and that of any other path is absolute, so that
+    a run may be moved. None: paths as they are spelled, as earlier versions hashed them.
+    """
     digest = hashlib.sha256()
     for part in parts:
-        text = f"{part}\n{_content(part)}" if isinstance(part, Path) else json.dumps(part, sort_keys=True)
+        text = (
+            f"{_name(part, folder)}\n{_content(part)}" if isinstance(part, Path) else json.dumps(part, sort_keys=True)
+        )
         digest.update(f"{text}\n".encode())
     return digest.hexdigest()
+
+
+def _name(path: Path, folder: Path | None) -> str:
+    if folder is None:
+        return str(path)
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return f"RUN/{path.relative_to(folder).as_posix()}" if path.is_relative_to(folder) else str(path)
 
 
 def _content(path: Path) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 from functools import partial
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from tests.processes import finish, is_free, launch, start, wait_for
-from triderm_dist.config import Experiment, load
+from tests.processes import finish, is_free, launch, start, wait_for, without_root
+from tests.test_run_folder import hashes
+from triderm_dist.config import Experiment, load, load_run
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import load_weights
@@ -116,6 +118,23 @@ def test_second_run_skips_all_stages(done, arguments):
     result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
     assert result.stdout.count("skipped, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_moved_run_skips_all_stages_and_explains_equally_from_anywhere(done, tmp_path):
+    lesion = read_submission(done / "submission.csv")[0][0]
+    launch("launch.predict", f"run={done}", f"output={tmp_path}/before", f"explain={lesion}")
+    moved = shutil.copytree(done, tmp_path / "moved")
+    for path in moved.rglob("*"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    moved.chmod(0o555)
+    done_without_root = without_root("predict", "run=moved", "output=after", f"explain={lesion}", folder=tmp_path)
+    assert done_without_root.returncode == 0, done_without_root.stderr
+    assert hashes(tmp_path / "after") == hashes(tmp_path / "before")
+    for path in (moved, *moved.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
+    result = launch("launch.pipeline", f"run={moved}", folder=tmp_path)
+    assert result.stdout.count("skipped, inputs unchanged") == 7
+    assert load_run(Experiment, moved).output == str(moved)
 
 
 def test_killed_pipeline_resumes(done, arguments, tmp_path):

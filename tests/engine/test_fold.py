@@ -56,7 +56,10 @@ def stage_hashes(*words: str) -> dict[str, str]:
     words = ("data.shards=train", "data.test_shards=test", *words)
     run = stages(load(PipelineRun, OLD_RUN / "config.yaml", words), Path("config.yaml"))
     return {
-        stage.name: hashlib.sha256(json.dumps(stage.settings, sort_keys=True).encode()).hexdigest() for stage in run
+        stage.name: hashlib.sha256(
+            json.dumps(stage.former_settings or stage.settings, sort_keys=True).encode()
+        ).hexdigest()
+        for stage in run
     }
 
 

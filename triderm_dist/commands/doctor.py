@@ -21,6 +21,7 @@ from triderm_dist.settings import PathText
 
 class DoctorRun(Experiment):
     uses = None
+    writes = False
 
     launcher: PathText | None = Field(None, description="accelerate config file that the run will be started with")
     ranks: int | None = Field(

@@ -7,8 +7,9 @@ interrupted run resumes.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +21,7 @@ from triderm_dist.config import (
     Experiment,
     ParallelFoldsRun,
     find_file,
+    load_run,
     save,
     stable_dump,
 )
@@ -87,10 +89,26 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
     models = {name: stable_dump(model, "models.NAME") for name, model in config.models.items()}
     folds = [config.fold_folder(name, fold) for name in models for fold in range(data.folds)]
-    training = [models, packing, config.seed, config.token_seed]
     out_of_fold = stable_dump(config.oof, "oof")
-    held_out = [*training, out_of_fold] if out_of_fold else training
-    predicting = [stable_dump(config.predict, "predict"), packing]
+
+    def training(data: dict[str, Any]) -> list[Any]:
+        return [models, data, config.seed, config.token_seed]
+
+    def held_out(data: dict[str, Any]) -> list[Any]:
+        return [*training(data), out_of_fold] if out_of_fold else training(data)
+
+    def predicting(data: dict[str, Any]) -> list[Any]:
+        return [stable_dump(config.predict, "predict"), data]
+
+    def stage(
+        name: str,
+        command: list[str],
+        settings: Callable[[dict[str, Any]], list[Any]],
+        inputs: list[Path],
+        outputs: list[Path],
+    ) -> Stage:
+        return Stage(name, command, settings(_without_paths(packing)), inputs, outputs, settings(packing))
+
     train_index = index_file(config.train_shards, data.remote)
     extra_indices = [index_file(each.shards, data.remote) for each in data.extra_sets.values()]
     test_index = [index_file(config.test_shards, data.remote)] if data.test or data.test_shards else []
@@ -98,28 +116,28 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         raise ConfigError("stack.extra: features are aligned on a test set; set data.test")
     result = []
     setting, task = run_task(config)
-    if data.shards is None:
+    if data.shards is None and not _is_gone(config, "source", config.train_shards):
         result.append(_pack("pack", config, str(data.source), setting, task, config.train_shards))
-    if data.test and data.test_shards is None:
+    if data.test and data.test_shards is None and not _is_gone(config, "test", config.test_shards):
         result.append(_pack("pack test", config, data.test, setting, task, config.test_shards))
     oof = folder / "oof.parquet"
     parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
     crossval = [*program("crossval", launcher), *of_run, *parallel]
-    result.append(Stage("crossval", crossval, held_out, [train_index, *extra_indices], predictions))
+    result.append(stage("crossval", crossval, held_out, [train_index, *extra_indices], predictions))
     extra_files = []
     if "embeddings" in extra:
         indices = [train_index, *test_index]
         embedded = [folder / f"embeddings.{split}.parquet" for split in ("train", "test")[: len(indices)]]
-        result.append(Stage("embed", [*program("embed", launcher), *of_run], training, indices, embedded))
+        result.append(stage("embed", [*program("embed", launcher), *of_run], training, indices, embedded))
         extra_files += embedded
     trained = [fold / "fold.json" for fold in folds]
     predict = [*program("predict", launcher), *of_run]
     if "features" in extra:
         predicted = [fold / "test.parquet" for fold in folds]
         result.append(
-            Stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
+            stage("predict folds", [*predict, "submit=false"], predicting, [*test_index, *trained], predicted)
         )
         extra_files += predicted
     stacking = [stable_dump(config.stack, "stack"), stable_dump(config.ensemble, "ensemble"), config.seed]
@@ -130,10 +148,28 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if test_index:
         truth = [Path(data.test_truth)] if data.test_truth else []
         results = [folder / name for name in result_files(task)]
-        result.append(Stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], results))
+        result.append(stage("predict", predict, predicting, [ensemble, *test_index, *trained, *truth], results))
         reported += [*results, *truth]
     result.append(Stage("report", [*program("report"), *of_run], [], reported, [folder / "report.html"]))
     return result
+
+
+def _without_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where the data lie: the inputs of the stages are compared by content."""
+    paths = ("source", "test", "shards", "test_shards", "test_truth")
+    kept = {key: value for key, value in data.items() if key not in paths}
+    return {key: [_without_paths(each) for each in value] if key == "extra" else value for key, value in kept.items()}
+
+
+def _is_gone(config: Experiment, key: Literal["source", "test"], shards: str) -> bool:
+    """Return whether a folder was packed into this run and has been deleted, or the run was moved away from it."""
+    from triderm_dist.data.shards.open import is_packed
+
+    folder = getattr(config.data, key)
+    if folder is None or Path(folder).exists() or not is_packed(shards) or not (config.folder / CONFIG_FILE).exists():
+        return False
+    before = getattr(load_run(Experiment, config.folder).data, key)
+    return before is not None and Path(before).absolute() == Path(folder).absolute()
 
 
 def run_task(config: PipelineRun) -> tuple[str, Task]:
@@ -145,13 +181,13 @@ def run_task(config: PipelineRun) -> tuple[str, Task]:
     from triderm_dist.data.shards.open import index_file
 
     data = config.data
-    if data.shards is None:
+    if data.shards is None and not _is_gone(config, "source", config.train_shards):
         setting = task_setting(str(data.source), data.task)
         task = find_task(str(data.source), setting)
     else:
-        setting = str(index_file(data.shards, data.remote))
+        setting = str(index_file(config.train_shards, data.remote))
         task = load_task(setting)
-        if data.task:
+        if data.task and data.shards:
             advice = "remove data.task, or pack the training set again"
             check_packed_for(task, load_task(data.task), data.shards, advice)
     if data.test_shards:

@@ -7,8 +7,6 @@ accelerate launch --config_file ddp.yaml -m triderm_dist.commands.train --config
 On one device, on all GPUs of a node, and the same with Accelerate's own launcher.
 """
 
-from functools import partial
-
 from pydantic import Field
 
 from triderm_dist.cli import run
@@ -39,7 +37,13 @@ def main(config: TrainRun) -> None:
     index = open_index(config.train_shards, config.data.remote, verify=verify)
     open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
     folder = config.fold_folder(name, config.fold)
-    run_folds(config, index, [name], [config.fold], on_start=partial(save, config, folder / CONFIG_FILE))
+
+    def save_settings() -> None:
+        save(config, folder / CONFIG_FILE)
+        if not (config.folder / CONFIG_FILE).exists():  # else those of the whole run
+            save(config.experiment, config.folder / CONFIG_FILE)
+
+    run_folds(config, index, [name], [config.fold], on_start=save_settings)
     if is_main():
         print(f"weights and predictions are in {folder}")
 

@@ -10,7 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from triderm_dist.config import RemoteConfig
+from triderm_dist.config import RemoteConfig, cache_folder
 from triderm_dist.data.shards.cache import Cache
 from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index, read_raw_index
@@ -60,8 +60,7 @@ def set_fingerprint(where: str, remote: RemoteConfig) -> str:
 
 def cache_root(remote: RemoteConfig) -> Path:
     """Return the folder that caches remote shards on this node."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(remote.cache or home / "triderm-dist" / "shards").expanduser()
+    return Path(remote.cache or cache_folder() / "shards").expanduser()
 
 
 def _fetch_index(store: Store, root: Path) -> Path:
