@@ -79,6 +79,7 @@ def run_folds(
             views = open_views(
                 experiment, model, index, accelerator,
                 train=True, transforms=experiment.oof.tta, after_chunk=stop.check, extra=extra,
+                record=True,
             )  # fmt: skip
             for fold in remaining:
                 stop.check_now()  # a request that arrived while the previous fold ended
@@ -208,6 +209,8 @@ class _FoldRun:
             concepts=self.index.concepts,
             fold=self.fold,
             weights=weights,
+            tower=self.views.tower.name,
+            photos={"canvas": self.index.canvas, "short_side": self.index.short_side},
             changes=outcome.changes,
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
         )

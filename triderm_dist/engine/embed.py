@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import parallel
+from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.fold import check_task, model_config
 from triderm_dist.engine.views import PLAIN, open_views
+from triderm_dist.models.tower_record import FOLDER, find_frozen
 
 
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
     """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
 
-    Call on all ranks. Raises DataError where the run has folds of another task than that of `index`.
+    The tower is that of OUTPUT/towers if one with weights and these settings is there; else it is built from its source
+    and kept there. Call on all ranks. Raises DataError where the run has folds of another task than that of `index`.
     """
     check_task(experiment, index)
     model = model_config(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
-    source = open_views(experiment, frozen, index, accelerator, train=False).loaders.source
+    recorded = on_main(partial(find_frozen, experiment.folder / FOLDER, model.tower))
+    views = open_views(experiment, frozen, index, accelerator, train=False, recorded=recorded, record=True)
+    source = views.loaders.source
     assert isinstance(source, TokenSource)
-    cache, views = source.cache, len(source.views)
-    result = np.empty((len(index), views, cache.shape[1]), np.float32)
+    cache, num_views = source.cache, len(source.views)
+    result = np.empty((len(index), num_views, cache.shape[1]), np.float32)
     for chunk in cache.chunks:
         rows = cache.rows(chunk)
         tokens = np.empty((len(rows), *cache.shape), np.float16)
-        for view in range(views):
+        for view in range(num_views):
             cache.read(rows, view, [PLAIN] * len(rows), tokens)
             result[rows, view] = tokens.mean(axis=1, dtype=np.float32)
     return result.reshape(len(index), -1)

@@ -15,11 +15,12 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.checkpoint import load_weights
-from triderm_dist.engine.fold import assigned_folds, model_config, new_network, trained_fold
+from triderm_dist.engine.fold import assigned_folds, fold_tower, model_config, new_network, trained_fold
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.losses import HeadKind, probabilities
-from triderm_dist.models import build_towers, network_class
+from triderm_dist.models import network_class
 from triderm_dist.models.attention import AttentionMaps, semantic_values
+from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import VIEWS, Batch, ConfigError, DataError, Task
@@ -62,17 +63,24 @@ def _attention_maps(
     own_fold = np.full(len(index), NO_FOLD) if test else assigned_folds(index, experiment.data)
     all_folds = range(experiment.data.folds)
     folds_of = {row: all_folds if own_fold[row] == NO_FOLD else [int(own_fold[row])] for row in rows}
+    recorded: dict[int, TowerRecord | None] = {}
     for fold in sorted({fold for folds in folds_of.values() for fold in folds}):
-        _, index = trained_fold(experiment.fold_folder(name, fold), index)
-    views = open_views(experiment, model, index, accelerator, train=False)
-    photos = _photos(index, model)
+        folder = experiment.fold_folder(name, fold)
+        info, index = trained_fold(folder, index)
+        recorded[fold] = fold_tower(folder, info)
+    views: dict[TowerRecord | None, Views] = {}
+    for tower in recorded.values():
+        if tower not in views:
+            views[tower] = open_views(experiment, model, index, accelerator, train=False, recorded=tower)
     networks: dict[int, TriModal] = {}
     for row, folds in folds_of.items():
-        batch, pixels = _batch(views.loaders, row, device), _batch(photos, row, device)
+        batches = {tower: _batch(views[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}}
         for fold in folds:
             if fold not in networks:
-                networks[fold] = _network(model, views, experiment.fold_folder(name, fold)).to(device)
-        outputs = [_attend(networks[fold], batch, model.head) for fold in folds]
+                networks[fold] = _network(model, views[recorded[fold]], experiment.fold_folder(name, fold)).to(device)
+        outputs = [_attend(networks[fold], batches[recorded[fold]], model.head) for fold in folds]
+        batch, tower = batches[recorded[folds[0]]], views[recorded[folds[0]]].tower
+        pixels = _batch(_photos(index, tower), row, device)
         mean = {part: torch.stack([output[part] for output in outputs]).mean(0).cpu().numpy() for part in outputs[0]}
         semantic = networks[folds[0]].semantic
         present = [view for view, has in zip(VIEWS, batch.view_present[0].tolist(), strict=True) if has]
@@ -89,9 +97,8 @@ def _attention_maps(
         )
 
 
-def _photos(index: ShardIndex, model: ModelConfig) -> LoaderFactory:
+def _photos(index: ShardIndex, tower: TowerRecord) -> LoaderFactory:
     """Return loaders of the photos at the size of the model's tower, with pixels in [0, 1]."""
-    tower = build_towers(model.tower.model_copy(update={"pretrained": False}))[0]
     return LoaderFactory(index, PhotoSource(index, tower.image_size, (0.0,) * 3, (1.0,) * 3))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.engine.views import Views
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, read_tower
 from triderm_dist.predictions import Predictions, read_transforms
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
@@ -34,13 +35,13 @@ def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
 def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:
     """Build a network that takes the views' tokens, or that holds towers and takes photos.
 
-    pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards.
+    pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards, and needs no file.
     """
     signature = views.loaders.index.signature
     if views.token_shape is not None:
         return build_network(model, signature, views.token_shape)
-    tower = model.tower if pretrained else model.tower.model_copy(update={"pretrained": False})
-    return build_network(model, signature, build_towers(tower, signature.views))
+    tower = None if pretrained else views.tower.build()
+    return build_network(model, signature, build_towers(model.tower, signature.views, tower))
 
 
 def as_predictions(
@@ -111,6 +112,16 @@ def trained_fold(folder: Path, index: ShardIndex) -> tuple[dict[str, Any], Shard
             "pack the test set from matching metadata"
         )
     return info, index.with_concepts(info["concepts"])
+
+
+def fold_tower(folder: Path, info: Mapping[str, Any] | None = None) -> TowerRecord | None:
+    """Return the tower on which the fold trained in RUN/MODEL/fold-K is built, from RUN/towers.
+
+    info: its fold.json, if it is read already. None for a fold trained before towers were recorded. Raises
+    CheckpointError where the fold is not trained, or the record is missing or damaged.
+    """
+    name = (info or read_info(folder / "fold")).get("tower")
+    return read_tower(folder.parents[1] / FOLDER, name) if name else None
 
 
 def _difference(concepts: Sequence[str], index: ShardIndex) -> str:

@@ -15,8 +15,9 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.fold import as_predictions, model_config, new_network, trained_fold
+from triderm_dist.engine.fold import as_predictions, fold_tower, model_config, new_network, trained_fold
 from triderm_dist.engine.views import Views, open_views
+from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
 from triderm_dist.schema import CheckpointError
 
@@ -30,7 +31,7 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
     """
     for name in models:
         model = model_config(experiment, name)
-        views: Views | None = None
+        opened: dict[TowerRecord | None, Views] = {}
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
             info, index = trained_fold(folder, index)
@@ -39,8 +40,12 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
             if _inputs_hash(folder) == inputs and (folder / "test.parquet").exists():
                 continue
             accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
-            if views is None:
-                views = open_views(experiment, model, index, accelerator, train=False, transforms=transforms)
+            tower = fold_tower(folder, info)
+            if tower not in opened:
+                opened[tower] = open_views(
+                    experiment, model, index, accelerator, train=False, transforms=transforms, recorded=tower
+                )
+            views = opened[tower]
             network = new_network(model, views, pretrained=False)
             load_weights(folder / "weights", network)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)

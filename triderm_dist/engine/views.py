@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from triderm_dist.data.loader import LoaderFactory, PhotoSource, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
+from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
 from triderm_dist.models import build_towers
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 
 PLAIN = "plain"
@@ -32,12 +35,14 @@ EXTRACT_BATCH = 32
 class Views:
     """Loaders of a packed set for one network.
 
-    token_shape: of the tokens of its frozen tower; None where the loaders give photos and the network holds the towers.
+    tower: the record of the tower that the network is built on.  token_shape: of the tokens of its frozen tower; None
+    where the loaders give photos and the network holds the towers.
     training: the loaders for training, of the union with the extra sets where there are any.  extra_rows: the rows (n,)
     of that union that join from extra sets.  extra: those sets.
     """
 
     loaders: LoaderFactory[ShardIndex]
+    tower: TowerRecord
     token_shape: TokenShape | None
     training: LoaderFactory[Lesions]
     extra_rows: np.ndarray
@@ -54,33 +59,36 @@ def open_views(
     transforms: int = 1,
     after_chunk: Callable[[], None] = lambda: None,
     extra: Sequence[ExtraSet] = (),
+    recorded: TowerRecord | None = None,
+    record: bool = False,
 ) -> Views:
     """Open photos for towers that train, or tokens of a frozen tower, computing those that the cache lacks.
 
     Call on all ranks. train: also open the augmented versions. transforms: how many transforms of the dihedral group
     prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise. extra: sets whose
-    lesions join training.
+    lesions join training. recorded: the tower, see `open_tower`. record: write it to OUTPUT/towers.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(f"note: {note}")
-    torch.manual_seed(seed)  # a frozen tower with random weights is the same in every process
-    tower = build_towers(model.tower)[0]
-    shape = TokenShape(tower.num_tokens, tower.width) if model.tower.frozen else None
-    if shape:
+    about, tower = open_tower(experiment, model, recorded, pretrained=train)
+    shape = about.token_shape if tower else None
+    if tower:
         accelerator.print(tower.report)
+    if record:
+        on_main(partial(save_tower, experiment.folder / FOLDER, about, tower))
 
     sets = [index, *(each.index for each in extra)]
 
     def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
         views = None if shape else index.signature.views
         share = 1.0 if shape or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
-        photos = PhotoSource(each, tower.image_size, tower.mean, tower.std, augment, views, share)
+        photos = PhotoSource(each, about.image_size, about.mean, about.std, augment, views, share)
         loaders = LoaderFactory(each, photos, data.workers, data.prefetch)
-        if shape is None:
+        if tower is None or shape is None:
             return loaders
-        key = cache_key(tower=tower_hash(tower), index=each.fingerprint, size=tower.image_size)
+        key = cache_key(tower=about.weights, index=each.fingerprint, size=about.image_size)
         cache = TokenCache(experiment.token_folder / key, len(each), (shape.num_tokens, shape.width))
         variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
         transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
@@ -91,19 +99,37 @@ def open_views(
 
     loaders = open_set(index, transforms)
     if not extra:
-        return Views(loaders, shape, loaders, np.empty(0, np.int64))
+        return Views(loaders, about, shape, loaders, np.empty(0, np.int64))
     union, views = LesionUnion(index, extra), index.signature.views
     source = UnionSource(union, [loaders.source, *(open_set(each, 1).source for each in sets[1:])], views)
     training = LoaderFactory(union, source, data.workers, data.prefetch)
     rows = union.extra_rows([view for view in views if view in model.use])
-    return Views(loaders, shape, training, rows, union.extra)
+    return Views(loaders, about, shape, training, rows, union.extra)
 
 
 def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str, extra: Sequence[ExtraSet] = ()) -> None:
     """Compute the tokens that the cache lacks for training a model; does nothing where its towers train."""
     model = experiment.models[name]
     if model.tower.frozen:
-        open_views(experiment, model, index, start_training(model.train), train=True, extra=extra)
+        open_views(experiment, model, index, start_training(model.train), train=True, extra=extra, record=True)
+
+
+def open_tower(
+    experiment: Experiment, model: ModelConfig, recorded: TowerRecord | None = None, pretrained: bool = False
+) -> tuple[TowerRecord, Tower | None]:
+    """Return the record of a model's tower, and the tower itself with its weights where it is frozen.
+
+    recorded: the tower that the run recorded, read without its pretrained file; None builds the one of the settings,
+    with its pretrained weights if it is frozen. pretrained: load those of one that trains too, to check that they are
+    there. Raises as `build_towers` and `load_tower` do.
+    """
+    frozen = model.tower.frozen
+    if recorded:
+        return recorded, load_tower(experiment.folder / FOLDER, recorded) if frozen else None
+    torch.manual_seed(experiment.seed_of_tokens)  # a frozen tower with random weights is the same in every process
+    weights = {} if pretrained or frozen else {"pretrained": False}
+    tower = build_towers(model.tower.model_copy(update=weights))[0]
+    return TowerRecord.of(tower, model.tower, tower_hash(tower) if frozen else None), tower if frozen else None
 
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:

@@ -57,14 +57,16 @@ def network_settings(config: ModelConfig) -> Section:
         raise ConfigError(f"models.NAME.settings of kind {config.kind!r}: {error}") from None
 
 
-def build_towers(config: TowerConfig, views: Sequence[str] = VIEWS) -> list[Tower]:
+def build_towers(config: TowerConfig, views: Sequence[str] = VIEWS, tower: Tower | None = None) -> list[Tower]:
     """Build one tower for all `views` (`shared`) or one per view in this order, leading blocks frozen.
+
+    tower: used instead of that of `config.source`.
 
     A shared tower freezes the smallest number of blocks of its views. Raises as `build_tower` does.
     """
     from triderm_dist.models.towers import build_tower
 
-    tower = build_tower(config.source, config.pretrained, config.image_size, config.quick_gelu)
+    tower = tower or build_tower(config.source, config.pretrained, config.image_size, config.quick_gelu)
     to_freeze = dict(zip(VIEWS, (config.freeze_clinical, config.freeze_dermoscopic), strict=True))
     frozen_blocks = [len(tower.blocks) if config.frozen else to_freeze[view] for view in views]
     if config.shared:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.models.panderm import build_panderm, is_panderm, load_panderm
+from triderm_dist.models.panderm import build_panderm, is_panderm, load_panderm, rebuild_panderm, split_panderm
 from triderm_dist.models.timm_tower import HEADS, split_model
 from triderm_dist.models.tower import (
     OPENAI_MEAN,
@@ -18,6 +18,7 @@ from triderm_dist.models.tower import (
     InputSpec,
     Tower,
     TowerOptions,
+    Triple,
     WeightsLocation,
     checked_size,
     refuse_quick_gelu,
@@ -93,27 +94,54 @@ def _build(source: str, config: Path, find_weights: Callable[[], Path], options:
             weights = "random weights"
         spec = InputSpec(model.patch_embed.img_size[0], mean, std)
         report = f"{source}: PanDerm in an open_clip checkpoint, {weights}"
-        return split_model(model, "PanDerm", spec, options.image_size, report)
+        return split_panderm(model, spec, options.image_size, report)
 
     quick_gelu = bool(model_cfg.get("quick_gelu", False)) if options.quick_gelu is None else options.quick_gelu
     visual = _build_visual(model_cfg, quick_gelu, config)
     weights = _fill(visual, state, file) if options.pretrained else "random weights"
     if hasattr(visual, "trunk"):
         refuse_quick_gelu(options, source)
-        name = vision["timm_model_name"]
-        spec = InputSpec(visual.trunk.pretrained_cfg["input_size"][-1], mean, std)
-        report = f"{source}: open_clip around timm {name}, {weights}"
-        return split_model(visual.trunk, name, spec, options.image_size, report)
+        report = f"{source}: open_clip around timm {vision['timm_model_name']}, {weights}"
+        return _split(visual, model_cfg, quick_gelu, mean, std, options.image_size, report)
     if options.quick_gelu is not None:
         origin = "by setting"
     elif "quick_gelu" in model_cfg:
         origin = "by the config"
     else:
         origin = "not in the config; towers trained from OpenAI's weights need tower.quick_gelu=true"
-    architecture = f"open_clip ViT, QuickGELU {'on' if quick_gelu else 'off'}"
     report = f"{source}: open_clip ViT, {weights}; QuickGELU {'on' if quick_gelu else 'off'} ({origin})"
-    spec = InputSpec(visual.image_size[0], mean, std)
-    return _split_vit(visual, spec, options.image_size, architecture, report)
+    return _split(visual, model_cfg, quick_gelu, mean, std, options.image_size, report)
+
+
+def rebuild_open_clip(description: Mapping[str, Any], image_size: int) -> Tower:
+    """Build a tower with random weights from the description of one of an open_clip repository or folder."""
+    if "panderm" in description:
+        return rebuild_panderm(description, image_size)
+    model_cfg, quick_gelu = description["model_cfg"], description["quick_gelu"]
+    visual = _build_visual(model_cfg, quick_gelu, "the recorded open_clip config")
+    return _split(visual, model_cfg, quick_gelu, OPENAI_MEAN, OPENAI_STD, image_size, "open_clip, random weights")
+
+
+def _split(
+    visual: Any,
+    model_cfg: Mapping[str, Any],
+    quick_gelu: bool,
+    mean: Triple,
+    std: Triple,
+    image_size: int | None,
+    report: str,
+) -> Tower:
+    """Make a tower of a visual tower of open_clip: of its timm model, or of its own ViT."""
+    if hasattr(visual, "trunk"):
+        spec = InputSpec(visual.trunk.pretrained_cfg["input_size"][-1], mean, std)
+        tower = split_model(visual.trunk, model_cfg["vision_cfg"]["timm_model_name"], spec, image_size, report)
+    else:
+        spec = InputSpec(visual.image_size[0], mean, std)
+        architecture = f"open_clip ViT, QuickGELU {'on' if quick_gelu else 'off'}"
+        tower = _split_vit(visual, spec, image_size, architecture, report)
+    vision_only = {key: model_cfg[key] for key in ("embed_dim", "vision_cfg") if key in model_cfg}
+    tower.description = {"model_cfg": vision_only, "quick_gelu": quick_gelu}
+    return tower
 
 
 def _read_config(source: str, config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,7 +157,7 @@ def _read_config(source: str, config: Path) -> tuple[dict[str, Any], dict[str, A
         raise InputError(f"{config}: not an open_clip config ({one_line(error, with_type=True)})") from None
 
 
-def _build_visual(model_cfg: dict[str, Any], quick_gelu: bool, config: Path) -> Any:
+def _build_visual(model_cfg: Mapping[str, Any], quick_gelu: bool, config: Path | str) -> Any:
     """Build open_clip's visual tower only: its public builders also build the text tower, which may ask the hub."""
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 

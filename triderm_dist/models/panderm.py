@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from triderm_dist.models.timm_tower import split_model
+from triderm_dist.models.tower import IMAGENET_MEAN, IMAGENET_STD, InputSpec, Tower
 from triderm_dist.models.weights import State, fill, listing, strip_prefix
 from triderm_dist.schema import CheckpointError
 
@@ -73,6 +75,27 @@ def load_panderm(state: Mapping[str, Tensor], file: Path, pretrained: bool = Tru
     under = f" under {prefix!r}" if prefix else ""
     left_out = f", left out: {', '.join(other)}" if other else ""
     return model, f"{len(tower_state) - len(unused)} tensors{under}{left_out}"
+
+
+def split_panderm(model: Any, spec: InputSpec, image_size: int | None, report: str) -> Tower:
+    """Make a tower of a model, at an input side of `image_size` (None: the model's own)."""
+    description = {
+        "width": model.embed_dim,
+        "depth": len(model.blocks),
+        "patch_size": model.patch_embed.patch_size[0],
+        "image_size": model.patch_embed.img_size[0],
+        "mlp_ratio": model.blocks[0].mlp.fc1.out_features / model.embed_dim,
+    }
+    tower = split_model(model, "PanDerm", spec, image_size, report)
+    tower.description = {"panderm": description}
+    return tower
+
+
+def rebuild_panderm(description: Mapping[str, Any], image_size: int) -> Tower:
+    """Build a tower with random weights from the description of one that `split_panderm` made."""
+    model = build_panderm(**description["panderm"])
+    spec = InputSpec(model.patch_embed.img_size[0], IMAGENET_MEAN, IMAGENET_STD)
+    return split_panderm(model, spec, image_size, "PanDerm, random weights")
 
 
 def _has_tower(state: Mapping[str, Tensor], prefix: str) -> bool:

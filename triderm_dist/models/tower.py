@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,9 @@ class Tower(nn.Module):
     blocks: the units of freezing, learning-rate decay, checkpointing and compilation.  tail: everything after the last
     block (last norm or convolution), without parameters or not.  layout: of the tail's output, NLC tokens of which the
     first `prefix_tokens` (class, registers) are dropped, or an NCHW or NHWC map, which is read row by row.
-    architecture: text that identifies the function apart from its tensors, part of `tower_hash`.  report: one line on
-    the loaded weights and their source.
+    architecture: text that identifies the function apart from its tensors, part of `tower_hash`.  description: what
+    `TowerSource.rebuild` builds the same architecture from, as JSON has it.  report: one line on the loaded weights and
+    their source.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Tower(nn.Module):
         layout: str = "NLC",
         prefix_tokens: int = 0,
         architecture: str = "",
+        description: Mapping[str, Any] | None = None,
         report: str = "",
     ) -> None:
         super().__init__()
@@ -77,10 +79,15 @@ class Tower(nn.Module):
         self.mean = mean
         self.std = std
         self.architecture = architecture
+        self.description = description
         self.report = report
         self.frozen_blocks = 0
         self._layout = layout
         self._prefix_tokens = prefix_tokens
+
+    @property
+    def token_shape(self) -> TokenShape:
+        return TokenShape(self.num_tokens, self.width)
 
     def freeze(self, num_blocks: int) -> None:
         """Freeze the stem and the first `num_blocks` blocks, with all blocks the tail too; 0 freezes nothing.
@@ -170,12 +177,15 @@ class TowerSource:
 
     form: how it is written, for messages.  build: makes the tower from NAME; raises CheckpointError where weights are
     missing, do not fill the tower or belong to another architecture.  locate: finds the weights from NAME and
-    `pretrained` without loading or downloading them; raises InputError where they cannot be found.
+    `pretrained` without loading or downloading them; raises InputError where they cannot be found.  rebuild: makes the
+    architecture with random weights from a tower's `description` and an image size, without any file or network, for
+    trained networks; None where `build` without `pretrained` needs neither.
     """
 
     form: str
     build: Callable[[str, TowerOptions], Tower]
     locate: Callable[[str, bool], WeightsLocation] = _built_in_code
+    rebuild: Callable[[Mapping[str, Any], int], Tower] | None = None
 
 
 def checked_size(image_size: int | None, own_size: int, patch: int) -> int:

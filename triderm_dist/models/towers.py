@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from triderm_dist.models.open_clip_tower import build_from_folder, build_from_hub, locate_in_folder, locate_on_hub
-from triderm_dist.models.panderm import load_panderm
-from triderm_dist.models.timm_tower import build_timm, locate_timm, split_model
+from triderm_dist.models.open_clip_tower import (
+    build_from_folder,
+    build_from_hub,
+    locate_in_folder,
+    locate_on_hub,
+    rebuild_open_clip,
+)
+from triderm_dist.models.panderm import load_panderm, rebuild_panderm, split_panderm
+from triderm_dist.models.timm_tower import build_timm, locate_timm
 from triderm_dist.models.tower import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -46,7 +52,7 @@ def _build_panderm(name: str, options: TowerOptions) -> Tower:
     refuse_quick_gelu(options, name)
     model, weights = load_panderm(read_weights(file), file, options.pretrained)
     spec = InputSpec(model.patch_embed.img_size[0], IMAGENET_MEAN, IMAGENET_STD)
-    return split_model(model, "PanDerm", spec, options.image_size, f"{name}: PanDerm, {weights}")
+    return split_panderm(model, spec, options.image_size, f"{name}: PanDerm, {weights}")
 
 
 def _locate_panderm(name: str, pretrained: bool) -> WeightsLocation:
@@ -57,10 +63,12 @@ def _locate_panderm(name: str, pretrained: bool) -> WeightsLocation:
 PANDERM = "panderm"
 
 TOWER_SOURCES: dict[str, TowerSource] = {
-    "hf-hub": TowerSource("hf-hub:OWNER/NAME", build_from_hub, locate_on_hub),
-    "local-dir": TowerSource("local-dir:PATH", build_from_folder, locate_in_folder),
+    "hf-hub": TowerSource("hf-hub:OWNER/NAME", build_from_hub, locate_on_hub, rebuild_open_clip),
+    "local-dir": TowerSource("local-dir:PATH", build_from_folder, locate_in_folder, rebuild_open_clip),
     "timm": TowerSource("timm:NAME[@FILE]", build_timm, locate_timm),
-    PANDERM: TowerSource("a PanDerm checkpoint file (.pth, .pt, .bin, .safetensors)", _build_panderm, _locate_panderm),
+    PANDERM: TowerSource(
+        "a PanDerm checkpoint file (.pth, .pt, .bin, .safetensors)", _build_panderm, _locate_panderm, rebuild_panderm
+    ),
 }
 """Kinds of `tower.source` by prefix. Plugins add to this table."""
 

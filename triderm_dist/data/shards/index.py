@@ -80,6 +80,8 @@ class ShardIndex:
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
     label_words: Mapping[str, int] = field(default_factory=dict)
     """The labels of the samples' own records, in lower case, as indices into the task's diagnoses."""
+    short_side: int | None = None
+    """The short side in pixels to which packing reduced larger photos; None: none were, as far as is known."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
 
@@ -306,6 +308,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "extensions": {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()},
         "label_words": {word: raw["diagnoses"].index(name) for word, name in raw.get("labels", {}).items()}
         or task.label_words,
+        "short_side": raw.get("packed_with", {}).get("short_side"),
     }
 
 

@@ -1,0 +1,162 @@
+"""Towers as a run keeps them, so that its networks are rebuilt without a pretrained file, the hub or a cache.
+
+    RUN/towers/NAME.json           settings, architecture, size and normalization of the input, shape of the tokens
+    RUN/towers/NAME.safetensors    weights of a frozen tower, once for all models and folds that use it
+
+NAME is a hash of the JSON's content, which includes `tower_hash` of a frozen tower. The weights of a tower that trains
+are in those of each fold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
+from triderm_dist.files import atomic_path
+from triderm_dist.models.tower import TokenShape, Tower, TowerOptions, Triple, tower_hash
+from triderm_dist.models.towers import parse_source
+from triderm_dist.schema import CheckpointError, one_line
+
+if TYPE_CHECKING:
+    from triderm_dist.config import TowerConfig
+
+FORMAT, VERSION = "triderm-tower", 1
+FOLDER = "towers"
+"""Folder of the records in that of a run."""
+
+
+@dataclass(frozen=True)
+class TowerRecord:
+    """A tower's architecture and the preprocessing of its photos.
+
+    source, pretrained, quick_gelu: the settings that the tower was built with.  architecture, description: those of
+    `Tower`.  weights: `tower_hash` of a frozen tower, None for one that trains.
+    """
+
+    source: str
+    pretrained: bool
+    quick_gelu: bool | None
+    image_size: int
+    mean: Triple
+    std: Triple
+    num_tokens: int
+    width: int
+    architecture: str
+    description: Mapping[str, Any] | None
+    weights: str | None = None
+
+    @classmethod
+    def of(cls, tower: Tower, config: TowerConfig, weights: str | None = None) -> TowerRecord:
+        """Describe a tower that was built with these settings."""
+        return cls(
+            config.source, config.pretrained, config.quick_gelu, tower.image_size, tower.mean, tower.std,
+            tower.num_tokens, tower.width, tower.architecture, tower.description, weights,
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def token_shape(self) -> TokenShape:
+        return TokenShape(self.num_tokens, self.width)
+
+    @property
+    def name(self) -> str:
+        """The name of the tower's files: a hash of this record."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_of(self, config: TowerConfig) -> bool:
+        """Return whether a tower with these settings is this one, as far as settings tell."""
+        same = (self.source, self.pretrained, self.quick_gelu) == (config.source, config.pretrained, config.quick_gelu)
+        return same and config.image_size in (None, self.image_size)
+
+    def build(self) -> Tower:
+        """Build the tower with random weights. Needs no file and no network.
+
+        Raises CheckpointError where the installed libraries build another architecture, ConfigError where a plugin's
+        source is unknown.
+        """
+        source, name = parse_source(self.source)
+        if source.rebuild and self.description is not None:
+            tower = source.rebuild(self.description, self.image_size)
+        else:
+            tower = source.build(name, TowerOptions(False, self.image_size, self.quick_gelu))
+        recorded = (self.architecture, self.image_size, self.token_shape)
+        if (tower.architecture, tower.image_size, tower.token_shape) != recorded:
+            raise CheckpointError(
+                f"{self.source}: the installed libraries build {tower.architecture!r} with tokens "
+                f"{tuple(tower.token_shape)} instead of {self.architecture!r} with {tuple(self.token_shape)}; install "
+                "the versions of timm and open_clip of the training"
+            )
+        tower.mean, tower.std = self.mean, self.std
+        return tower
+
+
+def save_tower(folder: Path, record: TowerRecord, tower: Tower | None) -> None:
+    """Write FOLDER/NAME.json, and before it the weights of a frozen tower, unless they exist. Call on rank 0."""
+    path, weights = folder / f"{record.name}.json", _weights(folder, record)
+    if weights and tower and not weights.exists():
+        from safetensors.torch import save_file
+
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
+        with atomic_path(weights) as part:
+            save_file(state, part)
+    if not path.exists():
+        write_checked_json(path, {"format": FORMAT, "version": VERSION, **asdict(record)})
+
+
+def read_tower(folder: Path, name: str) -> TowerRecord:
+    """Read FOLDER/NAME.json. Raises CheckpointError where it is missing, damaged or of another version."""
+    path = folder / f"{name}.json"
+    try:
+        content = read_checked_json(path)
+        if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
+            raise CheckpointError(f"{path}: not a {FORMAT} file of version {VERSION}; use the version that wrote it")
+        content["mean"], content["std"] = tuple(content["mean"]), tuple(content["std"])
+        return TowerRecord(**content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; restore it from a copy of this run") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile) as error:
+        raise CheckpointError(f"{path}: not readable ({one_line(error)}); restore it from a copy of this run") from None
+
+
+def find_frozen(folder: Path, config: TowerConfig) -> TowerRecord | None:
+    """Return the only record in FOLDER of a frozen tower with these settings; None where there is none or several."""
+    records = [read_tower(folder, path.stem) for path in sorted(folder.glob("*.json"))]
+    found = [record for record in records if record.weights and record.is_of(config)]
+    return found[0] if len(found) == 1 else None
+
+
+def load_tower(folder: Path, record: TowerRecord) -> Tower:
+    """Build a frozen tower with the weights in FOLDER/NAME.safetensors, in evaluation mode.
+
+    Raises CheckpointError where they are missing, damaged or not those of the record, and as `TowerRecord.build` does.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tower, file = record.build(), _weights(folder, record)
+    if file is None:
+        raise CheckpointError(f"{folder / record.name}.json: the record of a tower that trains; each fold has its own")
+    try:
+        tower.load_state_dict(load_file(file))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; restore it from a copy of this run") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: not the weights of {record.source} ({one_line(error, 160)}); restore it from a copy of this run"
+        ) from None
+    if tower_hash(tower) != record.weights:
+        raise CheckpointError(f"{file}: changed or damaged; restore it from a copy of this run")
+    tower.report = f"{record.source}: weights of {file}"
+    tower.freeze(len(tower.blocks))
+    return tower.eval()
+
+
+def _weights(folder: Path, record: TowerRecord) -> Path | None:
+    return folder / f"{record.name}.safetensors" if record.weights else None
