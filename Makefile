@@ -9,7 +9,7 @@ SCORER := $(VENV)/scorer
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: install demo test test-all lint docs clean
+.PHONY: install demo test test-all lint docs lock oldest clean
 
 install: $(INSTALLED)
 
@@ -48,6 +48,15 @@ lint: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
+
+# requirements.lock: the package with all extras and what else the image needs. uv keeps the versions that are already in
+# the file where it can, here those of .venv, with which the tests ran.
+lock: install
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
+	$(RUN) -m pip list --disable-pip-version-check --format freeze --exclude-editable > requirements.lock
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra all --no-annotate \
+		--custom-compile-command 'make lock' --output-file requirements.lock \
+		pyproject.toml launch/kubernetes/requirements.in
 
 clean:
 	rm -rf $(VENV) runs/demo site

@@ -1,11 +1,14 @@
-"""An installed wheel has the features of a clone, in any folder."""
+"""The wheel and the source distribution are complete; an installed wheel has the features of a clone, in any folder."""
 
+import email
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,18 +17,29 @@ from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import __version__
 from triderm_dist.commands.config import KINDS
 from triderm_dist.config import shipped_names
+from triderm_dist.extras import EXTRA_OF
 from triderm_dist.tasks import task_names
 
 pytest.importorskip("hatchling", reason="builds the wheel: pip install hatchling")
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the programs in a virtual environment with the wheel and the packages of this environment."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+def build_wheel(source: Path, folder: Path) -> Path:
+    """Build the wheel of a source tree or source distribution, without the network."""
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=HANG_SECONDS)
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def programs(wheel: Path) -> Path:
+    """Folder of the programs in a virtual environment with the wheel and the packages of this environment."""
+    folder = wheel.parent
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
     install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
@@ -47,6 +61,43 @@ def output(programs: Path, folder: Path, *words: str) -> str:
     done = run(programs, folder, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_wheel_holds_all_files_of_the_package(wheel):
+    files = zipfile.ZipFile(wheel).namelist()
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "triderm_dist").rglob("*") if path.is_file()}
+    wanted = {name for name in package if name.endswith((".py", ".yaml", "py.typed"))}
+    assert {"triderm_dist/py.typed", "triderm_dist/tasks/milk10k.yaml"} < wanted and wanted <= set(files)
+    assert not [name for name in files if name.startswith(("tests/", "launch/", "benchmarks/"))]
+
+
+def test_metadata_is_complete(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Requires-Python"] == ">=3.11" and metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Keywords"] and metadata["Author"] and metadata.get_all("Project-URL")
+    assert {"Typing :: Typed", "Operating System :: POSIX :: Linux", "Operating System :: MacOS"} <= set(
+        metadata.get_all("Classifier")
+    )
+    assert set(metadata.get_all("Provides-Extra")) >= {*EXTRA_OF.values(), "all", "dev", "docs"}
+    assert metadata["Description-Content-Type"] == "text/markdown" and "## Install" in metadata.get_payload()
+
+
+def test_source_distribution_holds_all_files_and_builds_the_same_wheel(wheel, tmp_path):
+    words = ["hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=True, timeout=HANG_SECONDS, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    assert {"PKG-INFO", "tests/conftest.py", "launch/train.py", "benchmarks/loader.py", "requirements.lock"} <= files
+    assert {name for name in tracked if name and (ROOT / name).is_file()} <= files
+    (tmp_path / "built").mkdir()
+    built = build_wheel(path, tmp_path / "built")
+    assert set(zipfile.ZipFile(built).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_installed_package_is_the_wheel(programs, tmp_path):
