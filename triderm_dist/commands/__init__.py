@@ -39,6 +39,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "stack": "fit the stacker and the ensemble on the out-of-fold predictions",
         "predict": "predict the test set and write the submission",
         "report": "write report.html",
+        "export": "write a run as a zip file, as a folder for the hub, or its networks as ONNX",
     },
 }
 """Every program by group, with one line of help."""

@@ -1,0 +1,207 @@
+"""A zip and a hub folder hold what predicting needs and nothing else; a network's file holds what was trained."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.inference.small_run import train
+from tests.inference.small_tower import SIZE, SMALL_TOWER
+from tests.test_commands import commands_in
+from triderm_dist.cli import read_settings
+from triderm_dist.commands.export import ExportRun, main
+from triderm_dist.config import CONFIG_DIR, Experiment, load_run
+from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.shards.index import read_index
+from triderm_dist.engine.checkpoint import read_info, save_weights
+from triderm_dist.ensemble.artifact import Ensemble
+from triderm_dist.files import file_sha256
+from triderm_dist.inference.export import export_run
+from triderm_dist.inference.exported_network import load_exported
+from triderm_dist.inference.slim_run import safe_name
+from triderm_dist.models.towers import TOWER_SOURCES
+from triderm_dist.predictions import read_predictions
+from triderm_dist.schema import InputError
+
+DOCS = Path(__file__).parents[2] / "docs" / "exporting.md"
+FOLDS = [f"{model}/fold-{fold}" for model in ("dual_cnn", "trimodal") for fold in (0, 1)]
+FILES = {
+    *("config.yaml", "ensemble.json", "stack.json", "stack.ubj"),
+    *(f"{fold}/{file}" for fold in FOLDS for file in ("fold.json", "weights.json", "weights.safetensors")),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tower():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TOWER_SOURCES, "small", SMALL_TOWER)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(small_tower, tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def copied(run, tmp_path) -> Path:
+    """A copy of the run, to change."""
+    return Path(shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints", "tokens")))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_zip_has_the_files_that_predicting_needs(run, tmp_path):
+    export_run(run, tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert set(archive.namelist()) == FILES and archive.namelist() == sorted(archive.namelist())
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    assert contents["trimodal/fold-1/weights.safetensors"] == (run / "trimodal/fold-1/weights.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+    for name, content in contents.items():
+        assert str(run.parent).encode() not in content, name  # no path of this machine
+        assert b"lesion-000" not in content, name  # no id of a lesion
+
+
+def test_zip_of_a_copy_has_the_same_bytes(run, copied, tmp_path):
+    export_run(run, tmp_path / "a.zip")
+    export_run(copied, tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_settings_of_an_export_are_those_of_the_run_in_its_own_folder(run, tmp_path):
+    export_run(run, tmp_path / "hub", "hub")
+    before, after = load_run(Experiment, run), load_run(Experiment, tmp_path / "hub")
+    assert yaml.safe_load((tmp_path / "hub/config.yaml").read_text())["output"] == CONFIG_DIR
+    assert after.folder == tmp_path / "hub" and before.data.shards and not after.data.shards
+    for name in ("models", "stack", "predict", "seed"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.data.folds == before.data.folds
+
+
+def test_hub_folder_has_a_card_with_metadata(run, copied, tmp_path):
+    export_run(run, tmp_path / "hub", "hub", license_name="cc-by-4.0")
+    assert names_in(tmp_path / "hub") == {*FILES, "README.md"}
+    _, head, body = (tmp_path / "hub/README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(head)
+    assert card["license"] == "cc-by-4.0" and card["library_name"] == "triderm-dist"
+    assert card["pipeline_tag"] == "image-classification" and "small" in card["tags"] and "base_model" not in card
+    assert "Nested macro F1" in body
+    (copied / "README.md").write_text("# My run\n")
+    export_run(copied, tmp_path / "other", "hub")
+    assert (tmp_path / "other/README.md").read_text().endswith("---\n\n# My run\n")
+
+
+def test_incomplete_or_changed_run_is_refused(copied, tmp_path):
+    def refused(message: str, **options) -> None:
+        with pytest.raises(InputError, match=message):
+            export_run(copied, tmp_path / "a.zip", **options)
+        assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+    fold = copied / "dual_cnn/fold-1"
+    content = (fold / "weights.safetensors").read_bytes()
+    (fold / "weights.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused("dual_cnn/fold-1/weights.safetensors: changed or damaged")
+    save_weights(fold / "weights", {"other": torch.zeros(1)})
+    refused("was fitted on other weights of dual_cnn")
+    (fold / "fold.json").unlink()
+    refused(r"fold-1/fold.json: no such file; run triderm crossval first")
+    refused("dual_cnn/fold-1: this fold is not trained", kind="torch_export", models=["dual_cnn"], folds=[1])
+    refused("models=late: .* has the models trimodal, dual_cnn", kind="onnx", models=["late"])
+    refused("folds=2: .* has the folds 0 to 1", kind="onnx", folds=[2])
+    refused("models, folds: format=zip has all networks", models=["trimodal"])
+    (copied / "ensemble.json").unlink()
+    refused("ensemble.json: no such file; run triderm stack first")
+
+
+def test_output_that_exists_is_refused_and_kept(run, tmp_path):
+    (tmp_path / "a.zip").write_text("mine")
+    with pytest.raises(InputError, match=r"a.zip: exists; remove it, or set another output"):
+        export_run(run, tmp_path / "a.zip")
+    with pytest.raises(InputError, match=r"output=.*/a: the name of a zip file must end with .zip"):
+        export_run(run, tmp_path / "a")
+    assert (tmp_path / "a.zip").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/../b", "a\\b", "c:a", ".a", "a.", "a ", "a?", "a\n", "", "a//b"])
+def test_unsafe_name_is_refused(name):
+    with pytest.raises(InputError, match="rename the model"):
+        safe_name(name)
+
+
+def test_safe_name_is_kept():
+    for name in ("trimodal/fold-0/weights.safetensors", "a b", "Netz_2.0", "été"):
+        assert str(safe_name(name)) == name
+
+
+@pytest.mark.parametrize("model", ["trimodal", "dual_cnn"])
+def test_exported_network_predicts_what_the_fold_predicted(run, model):
+    """Map the pixels of held-out lesions to the logits in predictions.parquet; the tower of trimodal is frozen."""
+    experiment = load_run(Experiment, run)
+    for fold in (0, 1):
+        network = load_exported(experiment, model, fold)
+        assert (network.frozen is not None) == (model == "trimodal")
+        predicted = read_predictions(run / model / f"fold-{fold}/predictions.parquet")
+        index = read_index(experiment.train_shards)
+        row_of = {lesion: row for row, lesion in enumerate(index.lesion_ids)}
+        rows = np.array([row_of[lesion] for lesion in predicted.lesion_ids])
+        loaders = LoaderFactory(index, PhotoSource(index, SIZE, network.tower.mean, network.tower.std))
+        (step,) = loaders.sequential(rows, len(rows), torch.device("cpu"))
+        batch = step.micro_batches[0]
+        with torch.no_grad():
+            outputs = network(*(getattr(batch, name) for name in network.inputs))
+        named = dict(zip(network.outputs, outputs, strict=True))
+        for name in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
+            np.testing.assert_allclose(named[name].numpy(), getattr(predicted, name), atol=1e-5)
+
+
+def test_description_of_a_network_is_that_of_its_run(run, tmp_path):
+    lines: list[str] = []
+    export_run(run, tmp_path / "out", "torch_export", models=["dual_cnn"], folds=[1], report=lines.append)
+    assert names_in(tmp_path / "out") == {"dual_cnn.fold-1.pt2", "dual_cnn.fold-1.json"}
+    about = json.loads((tmp_path / "out/dual_cnn.fold-1.json").read_text())
+    ensemble = Ensemble.load(run / "ensemble.json")
+    assert about["sha256"] == file_sha256(tmp_path / "out/dual_cnn.fold-1.pt2")
+    assert (about["model"], about["fold"], about["head"]) == ("dual_cnn", 1, "sigmoid")
+    assert about["weights"] == read_info(run / "dual_cnn/fold-1/weights")["sha256"]
+    assert about["temperature"] == ensemble.temperatures[ensemble.members.index("dual_cnn")]
+    assert [each["name"] for each in about["diagnoses"]] == ["mole", "melanoma", "wart"]
+    assert about["preprocessing"]["size"] == SIZE and about["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
+    assert about["ensemble"]["weights"].keys() == set(ensemble.members)
+    assert about["ensemble"]["folds"] == 2 and about["ensemble"]["transforms"] == 2
+    assert about["checked"]["largest_difference"] <= 1e-4
+    assert lines[0].startswith("dual_cnn.fold-1.pt2: outputs differ from PyTorch's by at most")
+    module = torch.export.load(tmp_path / "out/dual_cnn.fold-1.pt2").module()
+    network = load_exported(load_run(Experiment, run), "dual_cnn", 1, about["temperature"])
+    for one, other in zip(module(*network.example(5)), network(*network.example(5)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_documented_commands_work(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in commands_in(DOCS) if line.startswith("triderm export ")]
+    assert {"zip", "hub", "onnx", "torch_export"} == {
+        dict(word.split("=") for word in words[2:]).get("format", "zip") for words in commands
+    }
+    for words in commands:
+        main(read_settings(ExportRun, [word.replace("=RUN", f"={run}") for word in words[2:]]))
+    script = re.search(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
+    from PIL import Image
+
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (80, 60), (200, 120, 90)).save(name)
+    printed: list[dict[str, float]] = []
+    exec(script[1], {"print": printed.append})
+    assert printed[0].keys() == {"mole", "melanoma", "wart"} and sum(printed[0].values()) == pytest.approx(1)
