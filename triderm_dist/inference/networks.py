@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.config import AugmentConfig, ModelConfig, TowerConfig
+from triderm_dist.config import AugmentConfig, ModelConfig
 from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
 from triderm_dist.engine.checkpoint import load_weights
+from triderm_dist.engine.fold import fold_tower
+from triderm_dist.engine.views import open_tower
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings
 from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import SHARED, Network
-from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_frozen
+from triderm_dist.models.towers import Tower
 from triderm_dist.schema import DataError
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -41,8 +44,8 @@ class Preprocessing(NamedTuple):
         return normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
 
     @classmethod
-    def of(cls, tower: Tower) -> Preprocessing:
-        return cls(tower.image_size, tuple(tower.mean), tuple(tower.std))
+    def of(cls, tower: TowerRecord) -> Preprocessing:
+        return cls(tower.image_size, tower.mean, tower.std)
 
 
 class FrozenTower(nn.Module):
@@ -95,13 +98,15 @@ class Embedding:
 
 @dataclass
 class NetworkLoader:
-    """Loads the networks of a run onto a device; a frozen tower is loaded once for all models that use it."""
+    """Loads the networks of a run onto a device, on the towers that the run keeps (see `models.tower_record`).
+
+    A frozen tower is loaded once for all models that use it.
+    """
 
     run: RunFolder
     device: torch.device
     precision: Precision | None = None
-    _towers: dict[str, Tower] = field(default_factory=dict)
-    _frozen: dict[int, FrozenTower] = field(default_factory=dict)
+    _frozen: dict[str, FrozenTower] = field(default_factory=dict)
 
     def load(self, name: str, share: bool = True) -> LoadedModel:
         """Load the networks of a model. share: split off what all folds have in common, at the input of each view.
@@ -110,18 +115,16 @@ class NetworkLoader:
         """
         run, views = self.run, self.run.signature.views
         config, trained = run.experiment.models[name], run.networks[name]
-        tower, frozen = self.tower(config.tower), config.tower.frozen
+        tower, frozen = self.tower(config, self.recorded(name))
         with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced
-            inputs = (
-                TokenShape(tower.num_tokens, tower.width) if frozen else build_towers(_untrained(config.tower), views)
-            )
+            inputs = tower.token_shape if frozen else build_towers(config.tower, views, tower.build())
             network = build_network(config, run.signature, inputs)
         networks = [network, *(copy.deepcopy(network) for _ in trained[1:])]
         for each, network in zip(trained, networks, strict=True):
             load_weights(each.folder / "weights", network)
         encoders: dict[str, nn.Module] = {}
         if frozen:
-            encoders = dict.fromkeys(views, self.frozen_tower(config.tower))
+            encoders = dict.fromkeys(views, frozen)
         elif share and len(networks) > 1:
             encoders = split_common(networks, views)
         for module in (*networks, *encoders.values()):
@@ -139,33 +142,35 @@ class NetworkLoader:
             return None
         path = embeddings_path(self.run.path, "train")
         source = read_embeddings(path, np.empty(0))[1]
-        configs = [model.tower for model in self.run.experiment.models.values() if model.tower.source == source]
-        if not configs:
+        models = [model for model in self.run.experiment.models.values() if model.tower.source == source]
+        if not models:
             raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
-        frozen = self.frozen_tower(configs[0].model_copy(update={"frozen": True}))
-        return Embedding(self._prepare(frozen), Preprocessing.of(frozen.tower))
+        config = models[0].model_copy(update={"tower": models[0].tower.model_copy(update={"frozen": True})})
+        tower, frozen = self.tower(config, find_frozen(self.run.path / FOLDER, config.tower))
+        assert frozen is not None
+        return Embedding(self._prepare(frozen), Preprocessing.of(tower))
 
-    def frozen_tower(self, config: TowerConfig) -> FrozenTower:
-        tower = self.tower(config)
-        return self._frozen.setdefault(id(tower), FrozenTower(tower))
+    def recorded(self, name: str) -> TowerRecord | None:
+        """Return the tower of a model's folds, None where they were trained before towers were recorded.
 
-    def tower(self, config: TowerConfig) -> Tower:
-        """Return a tower of this architecture, with its weights where it is frozen."""
-        config = config if config.frozen else _untrained(config)
-        key = config.model_dump_json()
-        if key not in self._towers:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.run.experiment.seed_of_tokens)  # as when its tokens were cached
-                self._towers[key] = build_towers(config)[0]
-        return self._towers[key]
+        Raises DataError where they were trained on different ones.
+        """
+        towers = {fold_tower(each.folder, each.info) for each in self.run.networks[name]} - {None}
+        if len(towers) > 1:
+            raise DataError(f"{self.run.path / name}: its folds were trained on different towers; train them again")
+        return towers.pop() if towers else None
+
+    def tower(self, config: ModelConfig, recorded: TowerRecord | None) -> tuple[TowerRecord, FrozenTower | None]:
+        """Return the record of a model's tower, and the tower with its weights where it is frozen."""
+        if recorded and config.tower.frozen and recorded.name in self._frozen:
+            return recorded, self._frozen[recorded.name]
+        with torch.random.fork_rng(devices=[]):
+            record, tower = open_tower(self.run.experiment, config, recorded)
+        return record, self._frozen.setdefault(record.name, FrozenTower(tower)) if tower else None
 
     def _prepare(self, module: ModuleType) -> ModuleType:
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.eval().requires_grad_(False)
-
-
-def _untrained(config: TowerConfig) -> TowerConfig:
-    return config.model_copy(update={"pretrained": False})
 
 
 def split_common(networks: Sequence[Network], views: Sequence[str]) -> dict[str, nn.Module]:
