@@ -549,6 +549,10 @@ class Experiment(Extensible):
         """Return OUTPUT/MODEL/fold-K."""
         return self.folder / model / f"fold-{fold}"
 
+    def refit_folder(self, model: str) -> Path:
+        """Return OUTPUT/refit/MODEL."""
+        return self.folder / "refit" / model
+
 
 class RunReader(Experiment):
     """Settings of a program that reads a run and may write its results elsewhere: `run=RUN output=FOLDER`."""

@@ -32,6 +32,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "search": "search settings with Ray Tune",
         "results": "summarize a search: table, best settings, page with plots",
         "bench": "measure the training throughput of this machine",
+        "refit": "train one network per model on all labeled lesions, for cheap prediction",
         "ranks": "`accelerate launch` with this toolkit's exit codes and signal handling",
     },
     "After training": {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,37 @@ def run_folds(
     is called with (epoch, scores). Raises Interrupted after a request to stop or where another rank was lost,
     InputError where another run trains the same fold, DataError where the run has folds of another task.
     """
-    models, folds = list(models), list(folds)
     check_task(experiment, index)
-    assignment = assigned_folds(index, experiment.data)
+    folds, assignment = list(folds), assigned_folds(index, experiment.data)
+
+    def remaining(name: str) -> list[Callable[[Views, Stop], FoldRun]]:
+        return [
+            partial(FoldRun, experiment, name, fold, assignment, on_start, on_validation)
+            for fold in folds
+            if not is_fold_finished(experiment, index, name, fold)
+        ]
+
+    run_trainings(experiment, index, list(models), remaining, transforms=experiment.oof.tta)
+
+
+def run_trainings(
+    experiment: Experiment,
+    index: ShardIndex,
+    models: Sequence[str],
+    remaining: Callable[[str], Sequence[Callable[[Views, Stop], FoldRun]]],
+    transforms: int = 1,
+) -> None:
+    """Run the remaining trainings of every model one after the other. Call on all ranks.
+
+    transforms: how many transforms of the dihedral group the predictions afterwards use.
+    """
     for name in models:
         check_names(model_config(experiment, name).train)
     matched, extra = open_extra_sets(experiment, index), None
     with Stop() as stop:
         for name in models:
-            model = experiment.models[name]
-            remaining = [fold for fold in folds if not is_fold_finished(experiment, index, name, fold)]
-            if not remaining:
+            model, trainings = experiment.models[name], remaining(name)
+            if not trainings:
                 continue
             accelerator = parallel.start_training(model.train, experiment.rank_timeout)
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
@@ -78,26 +98,34 @@ def run_folds(
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
             views = open_views(
                 experiment, model, index, accelerator,
-                train=True, transforms=experiment.oof.tta, after_chunk=stop.check, extra=extra,
+                train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
                 record=True,
             )  # fmt: skip
-            for fold in remaining:
-                stop.check_now()  # a request that arrived while the previous fold ended
-                with exclusive(experiment.fold_folder(name, fold)):
-                    _FoldRun(experiment, name, fold, views, assignment, stop, on_start, on_validation).run()
+            for create in trainings:
+                stop.check_now()  # a request that arrived while the previous training ended
+                training = create(views, stop)
+                with exclusive(training.path):
+                    training.run()
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Outputs for the validation rows, and by view the outputs without that view."""
+
+    evaluation: Evaluation
+    without_view: dict[str, Evaluation]
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Outputs for the validation rows, by view the outputs without that view, and the changed settings."""
+    """Outputs for the validation rows, if there are any, and the changed settings."""
 
-    evaluation: Evaluation
-    without_view: dict[str, Evaluation]
+    held_out: _HeldOut | None
     changes: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class _FoldRun:
+class FoldRun:
     """One fold of one model.
 
     assignment: the fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.
@@ -106,11 +134,39 @@ class _FoldRun:
     experiment: Experiment
     name: str
     fold: int
-    views: Views
     assignment: np.ndarray
-    stop: Stop
     on_start: OnStart
     on_validation: OnValidation | None
+    views: Views
+    stop: Stop
+
+    @property
+    def path(self) -> Path:
+        return self.experiment.fold_folder(self.name, self.fold)
+
+    @property
+    def title(self) -> str:
+        """The name of the training in logs."""
+        return f"{self.name} fold {self.fold}"
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.model.train
+
+    @property
+    def epochs(self) -> int:
+        """The epochs to train, of `train.epochs` in the schedule."""
+        return self.train.epochs
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """More values of fold.json."""
+        return {}
+
+    @cached_property
+    def folder(self) -> FoldFolder:
+        fold = (self.experiment, self.index, self.name, self.fold)
+        return FoldFolder(self.path, result_hash(*fold), resume_hash(*fold))
 
     @property
     def index(self) -> ShardIndex:
@@ -127,49 +183,46 @@ class _FoldRun:
 
     def run(self) -> None:
         """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
-        fold = (self.experiment, self.index, self.name, self.fold)
-        digest, path = result_hash(*fold), self.experiment.fold_folder(self.name, self.fold)
-        folder = FoldFolder(path, digest, resume_hash(*fold))
-        if on_main(folder.is_trained):  # in a folder that was set aside, or predicted with other transforms
-            on_main(folder.claim)
-            if not on_main(lambda: is_fold_finished(self.experiment, self.index, self.name, self.fold)):
-                self._predict_again(path)
+        if on_main(self.folder.is_trained):  # in a folder that was set aside, or predicted with other transforms
+            on_main(self.folder.claim)
+            self.update()
             return
-        micro_batch = MicroBatch(path, digest, self.model.train.micro_batch, self.model.train.global_batch)
-        while (outcome := self._attempt(micro_batch, folder)) is None:
+        micro_batch = MicroBatch(self.path, self.folder.result_hash, self.train.micro_batch, self.train.global_batch)
+        while (outcome := self._attempt(micro_batch)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
-        on_main(partial(self._write, path, digest, outcome))
-        if not self.model.train.keep_checkpoints:
-            on_main(lambda: shutil.rmtree(path / "checkpoints", ignore_errors=True))
+        on_main(partial(self._write, outcome))
+        if not self.train.keep_checkpoints:
+            on_main(lambda: shutil.rmtree(self.path / "checkpoints", ignore_errors=True))
 
-    def _predict_again(self, path: Path) -> None:
-        """Replace the predictions of a trained fold by those with the transforms of the settings."""
-        accelerator = parallel.start_inference(self.model.train.precision, self.experiment.rank_timeout)
-        evaluation, without_view = self._predict(path, accelerator, self.experiment.predict.batch)
-        on_main(partial(self._write_predictions, path, evaluation, without_view))
-        rows = len(self.validation_rows)
-        transforms = self.experiment.oof.tta
+    def update(self) -> None:
+        """Bring the files of a finished training up to date: here missing predictions, or by other transforms."""
+        if on_main(lambda: is_fold_finished(self.experiment, self.index, self.name, self.fold)):
+            return
+        accelerator = parallel.start_inference(self.train.precision, self.experiment.rank_timeout)
+        held_out = self._predict(accelerator, self.experiment.predict.batch)
+        on_main(partial(self._write_predictions, held_out, read_info(self.path / "weights")["sha256"]))
+        rows, transforms = len(self.validation_rows), self.experiment.oof.tta
         accelerator.print(
-            f"{self.name} fold {self.fold}: {rows} held-out lesions predicted again, mean of {transforms} transforms",
+            f"{self.title}: {rows} held-out lesions predicted again, mean of {transforms} transforms",
             flush=True,
         )
 
-    def _attempt(self, micro_batch: MicroBatch, folder: FoldFolder) -> _Outcome | None:
+    def _attempt(self, micro_batch: MicroBatch) -> _Outcome | None:
         """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
         size = micro_batch.agreed()
-        config = self.model.train.model_copy(update={"micro_batch": size})
+        config = self.train.model_copy(update={"micro_batch": size})
         # A new Accelerator for each training: DeepSpeed binds it to one engine.
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
-            changes = self._train(config, folder, accelerator)
-            evaluation, without_view = self._predict(folder.path, accelerator, size)
+            changes = self._train(config, accelerator)
+            held_out = self._predict(accelerator, size) if len(self.validation_rows) else None
         if attempt.failed:
             return None
         accelerator.free_memory()
-        return _Outcome(evaluation, without_view, changes)
+        return _Outcome(held_out, changes)
 
-    def _train(self, config: TrainConfig, folder: FoldFolder, accelerator: Accelerator) -> list[dict[str, Any]]:
+    def _train(self, config: TrainConfig, accelerator: Accelerator) -> list[dict[str, Any]]:
         """Train, or resume, and return the changes of settings (see `Trainer.train`)."""
         train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
         train_rows = np.concatenate([train_rows, self.views.extra_rows])
@@ -177,18 +230,16 @@ class _FoldRun:
         torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
         network = new_network(self.model, self.views).to(accelerator.device)
         trainer = Trainer(
-            name=f"{self.name} fold {self.fold}", network=network, head=self.model.head, config=config, data=data,
-            folder=folder, seed=self.experiment.seed, accelerator=accelerator,
+            name=self.title, network=network, head=self.model.head, config=config, data=data,
+            folder=self.folder, seed=self.experiment.seed, accelerator=accelerator, epochs=self.epochs,
         )  # fmt: skip
         return trainer.train(self.stop, self.on_start, self.on_validation)
 
-    def _predict(
-        self, path: Path, accelerator: Accelerator, micro_batch: int
-    ) -> tuple[Evaluation, dict[str, Evaluation]]:
+    def _predict(self, accelerator: Accelerator, micro_batch: int) -> _HeldOut:
         """Predict the validation rows, with all views and with each view treated as missing."""
         # Not the network that was trained: it may be sharded, or hold other weights than the selected ones.
         network = new_network(self.model, self.views, pretrained=False)
-        load_weights(path / "weights", network)
+        load_weights(self.path / "weights", network)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
         predict = partial(
             evaluate, network, self.views.loaders, self.validation_rows, accelerator,
@@ -196,14 +247,16 @@ class _FoldRun:
         )  # fmt: skip
         # What a missing view costs can be measured only where the model uses both.
         hidden = VIEWS if set(VIEWS) <= {*self.model.use} & {*self.index.signature.views} else ()
-        return predict(), {view: predict(hide=view) for view in hidden}
+        return _HeldOut(predict(), {view: predict(hide=view) for view in hidden})
 
-    def _write(self, path: Path, digest: str, outcome: _Outcome) -> None:
-        """Write the predictions, then fold.json, which marks the fold as finished."""
-        weights = self._write_predictions(path, outcome.evaluation, outcome.without_view)
+    def _write(self, outcome: _Outcome) -> None:
+        """Write the predictions, then fold.json, which marks the training as finished."""
+        weights = read_info(self.path / "weights")["sha256"]
+        if outcome.held_out:
+            self._write_predictions(outcome.held_out, weights)
         write_info(
-            path / "fold",
-            identity=digest,
+            self.path / "fold",
+            identity=self.folder.result_hash,
             model=self.model.model_dump(mode="json"),
             task=self.index.task.to_mapping(),
             concepts=self.index.concepts,
@@ -213,15 +266,14 @@ class _FoldRun:
             photos={"canvas": self.index.canvas, "short_side": self.index.short_side},
             changes=outcome.changes,
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
+            **self.about,
         )
 
-    def _write_predictions(self, path: Path, evaluation: Evaluation, without_view: dict[str, Evaluation]) -> str:
-        """Write the predictions; return the hash of the weights that made them."""
-        weights: str = read_info(path / "weights")["sha256"]
+    def _write_predictions(self, held_out: _HeldOut, weights: str) -> None:
+        """Write the predictions. weights: the hash of those that made them."""
         shared, transforms = (self.index, self.name, self.model.head, self.fold, weights), self.experiment.oof.tta
-        for view, hidden in without_view.items():
-            write_predictions(
-                path / f"without_{view}.parquet", as_predictions(hidden, *shared), hidden=view, transforms=transforms
-            )
-        write_predictions(path / "predictions.parquet", as_predictions(evaluation, *shared), transforms=transforms)
-        return weights
+        for view, hidden in held_out.without_view.items():
+            path = self.path / f"without_{view}.parquet"
+            write_predictions(path, as_predictions(hidden, *shared), hidden=view, transforms=transforms)
+        path = self.path / "predictions.parquet"
+        write_predictions(path, as_predictions(held_out.evaluation, *shared), transforms=transforms)

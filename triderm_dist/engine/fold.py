@@ -135,8 +135,13 @@ def _other_task(folder: Path, task: Task, index: ShardIndex) -> str:
     return f"{folder}: trained for task {task.name!r}, and {index.folder} is packed for {task.named_other(index.task)}"
 
 
-def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int, *, exclude: Iterable[str] = ()) -> str:
-    """Hash all that the fold's result depends on, without the dotted keys of `train` to exclude."""
+def result_hash(
+    experiment: Experiment, index: ShardIndex, name: str, fold: int | str, *, exclude: Iterable[str] = ()
+) -> str:
+    """Hash all that the fold's result depends on, without the dotted keys of `train` to exclude.
+
+    fold: its number; text where nothing is held out, that says what else the result depends on.
+    """
     model = stable_dump(experiment.models[name], "models.NAME")
     for key in (*COSMETIC, *exclude):
         section, _, key = key.rpartition(".")
@@ -152,7 +157,7 @@ def result_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int,
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> str:
+def resume_hash(experiment: Experiment, index: ShardIndex, name: str, fold: int | str) -> str:
     """Hash all that a training must share with a checkpoint to resume from it.
 
     Excludes how a step is executed, so that a training may resume on another GPU, and the learning rate, so that a

@@ -40,7 +40,7 @@ class FoldFolder:
 
     def is_trained(self) -> bool:
         """Return whether this training is finished, in whichever folder holds it; its predictions may be missing."""
-        return _finished_hash(self.locate()) == self.result_hash
+        return is_trained(self.locate(), self.result_hash)
 
     def resumed(self) -> Path | None:
         """Return the folder whose checkpoints this training may resume from; None where it starts from the beginning.
@@ -75,7 +75,12 @@ class FoldFolder:
 
 def is_finished(path: Path, result_hash: str) -> bool:
     """Return whether the fold in this folder is trained and predicted, with this result hash."""
-    return (path / "predictions.parquet").exists() and _finished_hash(path) == result_hash
+    return (path / "predictions.parquet").exists() and is_trained(path, result_hash)
+
+
+def is_trained(path: Path, result_hash: str) -> bool:
+    """Return whether the training in this folder is finished, with this result hash."""
+    return _finished_hash(path) == result_hash
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Training of one network on one fold: the loop."""
+"""Training of one network, on the lesions outside a fold or on all of them: the loop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TrainingData:
     """What a training reads.
 
     training: loaders of a packed set, or of its union with extra sets.  train_rows: (n,) of it.  loaders: of the packed
-    set.  validation_rows: (n,) of it.
+    set.  validation_rows: (n,) of it; without any, nothing is validated.
     """
 
     training: LoaderFactory[Lesions]
@@ -75,12 +75,16 @@ class Trainer:
         folder: FoldFolder,
         seed: int,
         accelerator: Accelerator,
+        epochs: int | None = None,
     ) -> None:
-        """name: of the training in logs.  folder: gets the weights, checkpoints and logs."""
+        """name: of the training in logs.  folder: gets the weights, checkpoints and logs.  epochs: how many of the
+        config.epochs of the schedule to train, None all.
+        """
         check_supported(accelerator, config)
         self.name, self.head, self.config, self.data = name, head, config, data
         self.folder, self.accelerator = folder, accelerator
-        self.epochs = _Epochs(config, data, seed)
+        self.epochs, self.last_epoch = _Epochs(config, data, seed), epochs or config.epochs
+        epoch_steps = self.epochs.steps[: self.last_epoch]
         heads = 1 + len(data.loaders.index.signature.views)
         self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
         self.checkpoints = Checkpoints(
@@ -94,7 +98,7 @@ class Trainer:
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         extra = int((data.train_rows >= len(data.loaders.index)).sum())
         lesions = len(data.train_rows), extra, len(data.validation_rows)
-        accelerator.print(report(name, accelerator, config, network, lesions, self.epochs.steps, flops))
+        accelerator.print(report(name, accelerator, config, network, lesions, epoch_steps, flops))
         self.wrapped, prepared, optimizer = wrap(
             accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
         )
@@ -107,10 +111,10 @@ class Trainer:
                 accelerator.print(f"{name} {changes}")
         self.guard = NonFiniteGuard(accelerator, optimizer)
         self.step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, self.guard)
-        state, steps = self.training.state, self.epochs.total_steps
+        state, steps = self.training.state, sum(epoch_steps)
         self.meter = ThroughputMeter(state.step, steps, config.global_batch, accelerator.device, flops)
         self.tracker = Tracker(
-            name, folder.path, accelerator.is_main_process, epochs=config.epochs, total_steps=steps, step=state.step,
+            name, folder.path, accelerator.is_main_process, epochs=self.last_epoch, total_steps=steps, step=state.step,
             epoch=state.epoch, trackers=config.trackers, settings=flatten(config.model_dump(mode="json")),
             loss_names=self.loss.names,
         )  # fmt: skip
@@ -135,7 +139,7 @@ class Trainer:
             profiler(self.folder.path, self.config.profile, active) as profile,
             stop.save_on_stop(self.save),
         ):
-            while state.epoch < self.config.epochs:
+            while state.epoch < self.last_epoch:
                 loader = self.epochs.loader(state, self.accelerator)
                 self.meter.start(loader, state.step)
                 self.wrapped.train()
@@ -148,8 +152,8 @@ class Trainer:
                     if self.config.save_every and state.step % self.config.save_every == 0:
                         self.save()
                     stop.check()
-                scores = self._validate(stop)
-                self.tracker.log("validation", state.epoch, state.step, scores)
+                if scores := self._end_epoch(stop):
+                    self.tracker.log("validation", state.epoch, state.step, scores)
                 self.save()
                 if on_validation:
                     on_validation(state.epoch, scores)
@@ -179,28 +183,35 @@ class Trainer:
         values |= self.meter.read(loader, state.step)
         self.tracker.log("train", self.epochs.done(state), state.step, values)
 
-    def _validate(self, stop: Stop) -> dict[str, float]:
-        """End the epoch: score the validation rows, and keep the weights if they are to be selected."""
+    def _end_epoch(self, stop: Stop) -> dict[str, float]:
+        """Score the validation rows, if there are any, and keep the weights if they are to be selected."""
         self.guard.check()
-        data, state, config = self.data, self.training.state, self.config
+        state = self.training.state
         with self.training.ema.swapped_in() if self.training.ema else nullcontext():
-            validation = evaluate(
-                self.wrapped, data.loaders, data.validation_rows, self.accelerator,
-                micro_batch=config.micro_batch, after_batch=stop.check,
-            )  # fmt: skip
-            labels = data.loaders.index.labels[data.validation_rows]
-            p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
-            scores = {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
+            scores = self._validate(stop) if len(self.data.validation_rows) else {}
             state.epoch, state.batch = state.epoch + 1, 0
-            if config.select == "last" or scores["macro_f1"] > state.best_score:
-                state.best_score, state.best_epoch = scores["macro_f1"], state.epoch
+            score = scores.get("macro_f1", TrainState.best_score)
+            if self.config.select == "last" or score > state.best_score:
+                state.best_score, state.best_epoch = score, state.epoch
                 self._keep_weights()
         return scores
+
+    def _validate(self, stop: Stop) -> dict[str, float]:
+        data = self.data
+        validation = evaluate(
+            self.wrapped, data.loaders, data.validation_rows, self.accelerator,
+            micro_batch=self.config.micro_batch, after_batch=stop.check,
+        )  # fmt: skip
+        labels = data.loaders.index.labels[data.validation_rows]
+        p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
+        return {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
 
     def _keep_weights(self) -> None:
         """Write the full weights under canonical names, for prediction."""
         weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
-        info = {"epoch": state.best_epoch, "validation_macro_f1": state.best_score}
+        info: dict[str, float] = {"epoch": state.best_epoch}
+        if len(self.data.validation_rows):
+            info["validation_macro_f1"] = state.best_score
         on_main(lambda: save_weights(self.folder.path / "weights", weights, **info))
 
 

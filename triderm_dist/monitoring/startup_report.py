@@ -37,7 +37,7 @@ def report(
     lines = {
         "run": f"{strategy_of(accelerator)}, {world} rank(s) on {device_name(accelerator.device)}",
         "precision": f"{precision} ({why})",
-        "lesions": f"{lesions[0]:,} to train{extra}, {lesions[2]:,} to validate",
+        "lesions": f"{lesions[0]:,} to train{extra}, {f'{lesions[2]:,}' if lesions[2] else 'none'} to validate",
         "steps": f"{sum(steps):,} in {len(steps)} epoch(s) of {steps[0]:,}",
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",

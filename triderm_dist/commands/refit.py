@@ -1,0 +1,46 @@
+"""Train each model once more on all labeled lesions, so that one network per model predicts instead of one per fold.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.refit --config RUN/config.yaml
+
+It ends after the median epoch of the folds' weights. Then `triderm predict networks=refit` predicts with these networks
+and the stacker and ensemble that were fitted on the folds: a fraction of the time, but no score of them is measured.
+"""
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.commands import programs_using
+from triderm_dist.config import TRAINING, Experiment
+
+
+class RefitRun(Experiment):
+    uses = (*TRAINING, "ensemble.members")
+
+    only: tuple[str, ...] | None = Field(
+        None, description="refit these models only; null refits those that the ensemble needs"
+    )
+
+
+def main(config: RefitRun) -> None:
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.engine.extra_sets import open_extra_sets
+    from triderm_dist.engine.refit import refit
+
+    names = config.only or config.ensemble.members or tuple(config.models)
+    verify = config.data.verify and is_main()
+    index = open_index(config.train_shards, config.data.remote, verify=verify)
+    open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
+    refit(config.experiment, index, names)
+    if is_main():
+        folders = ", ".join(str(config.refit_folder(name)) for name in names)
+        print(f"networks of all labeled lesions are in {folders}; predict with networks=refit")
+        print("they were not measured: no lesion is left to do so, and the estimate is that of the folds")
+
+
+def start() -> None:
+    run(RefitRun, main, __doc__, users=programs_using)
+
+
+if __name__ == "__main__":
+    start()

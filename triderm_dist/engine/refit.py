@@ -1,0 +1,132 @@
+"""Refit: train each model once more, on all labeled lesions, so that one network per model predicts instead of one per
+fold.
+
+Nothing is held out, so nothing is validated and no score is measured: the estimate remains that of the folds. The
+training stops after the epoch whose weights the folds kept (their median), in the midst of the schedule where
+train.select=best kept earlier ones. OUTPUT/refit/MODEL holds the files of a fold without predictions; its fold.json
+also has `refit_of`, the hashes of the folds' weights, by which the stacker and the ensemble that were fitted on them
+accept the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median_high
+from typing import Any
+
+import numpy as np
+
+from triderm_dist.config import Experiment, TrainConfig
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.distributed import collectives
+from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.stop import Stop
+from triderm_dist.engine.checkpoint import read_info, write_info
+from triderm_dist.engine.crossval import FoldRun, run_trainings
+from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hash, resume_hash
+from triderm_dist.engine.fold_folder import FoldFolder, is_trained
+from triderm_dist.engine.views import Views
+from triderm_dist.predictions import NO_FOLD
+from triderm_dist.schema import DataError
+
+
+@collectives.interrupt_on_lost_rank()
+def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> None:
+    """Train every model on all labeled lesions, one after the other on all ranks, skipping finished ones.
+
+    Call on all ranks. Raises what `run_folds` raises, and DataError where a fold is not trained with these settings and
+    data.
+    """
+    assignment = assigned_folds(index, experiment.data)
+    folds = {name: _TrainedFolds.read(experiment, index, name) for name in models}
+
+    def remaining(name: str) -> list[Callable[[Views, Stop], FoldRun]]:
+        path, trained = experiment.refit_folder(name), folds[name]
+        if is_trained(path, result_hash(experiment, index, name, trained.key)):
+            on_main(partial(_record_folds, path, trained))
+            return []
+        create = partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None)
+        return [lambda views, stop: create(views, stop, trained)]
+
+    run_trainings(experiment, index, models, remaining)
+
+
+@dataclass(frozen=True)
+class _TrainedFolds:
+    """What a refit takes from the folds: the median epoch of their weights (the higher one of two), and the weights'
+    hashes.
+    """
+
+    epochs: int
+    weights: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """What the hashes of a refit have in place of the number of the fold."""
+        return f"refit, {self.epochs} epochs"
+
+    @staticmethod
+    def read(experiment: Experiment, index: ShardIndex, name: str) -> _TrainedFolds:
+        """Read both from the files of all folds. Raises DataError where one is not trained."""
+        model_config(experiment, name)
+        epochs, weights = [], []
+        for fold in range(experiment.data.folds):
+            folder = experiment.fold_folder(name, fold)
+            if not is_fold_finished(experiment, index, name, fold):
+                raise DataError(
+                    f"{folder}: not trained with these settings and data, and a refit takes its epochs from all folds; "
+                    "run triderm crossval first"
+                )
+            info = read_info(folder / "weights")
+            epochs.append(info["epoch"])
+            weights.append(info["sha256"])
+        return _TrainedFolds(median_high(epochs), tuple(sorted(weights)))
+
+
+@dataclass(frozen=True)
+class _Refit(FoldRun):
+    """A training that holds nothing out."""
+
+    folds: _TrainedFolds
+
+    @property
+    def path(self) -> Path:
+        return self.experiment.refit_folder(self.name)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} refit"
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.model.train.model_copy(update={"select": "last"})  # no score to select by
+
+    @property
+    def epochs(self) -> int:
+        return self.folds.epochs
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"refit_of": self.folds.weights}
+
+    @cached_property
+    def folder(self) -> FoldFolder:
+        training = (self.experiment, self.index, self.name, self.folds.key)
+        return FoldFolder(self.path, result_hash(*training), resume_hash(*training))
+
+    @property
+    def validation_rows(self) -> np.ndarray:
+        return np.empty(0, np.int64)
+
+    def update(self) -> None:
+        on_main(partial(_record_folds, self.path, self.folds))
+
+
+def _record_folds(path: Path, folds: _TrainedFolds) -> None:
+    """Record the weights of folds that were trained again after the refit, with equal settings."""
+    info = read_info(path / "fold")
+    if tuple(info["refit_of"]) != folds.weights:
+        write_info(path / "fold", **{**info, "refit_of": folds.weights})
