@@ -573,6 +573,11 @@ class RunReader(Experiment):
         return super().experiment.model_copy(update={"output": str(self.folder)})
 
 
+Networks = Literal["folds", "refit"]
+"""The networks of a model that predict other lesions than those of training: those of all folds, whose outputs are
+averaged, or the one that was refitted on all labeled lesions.
+"""
+
 RunTree = TypeVar("RunTree", bound=Experiment)
 
 PARALLEL_FOLDS_KEYS = ("cpus", "gpus", "retries", "address")

@@ -40,7 +40,8 @@ class Predictions:
     lesion_ids, groups, model, model_hash, head: (N,) text.  labels, fold: (N,) int64.  logits, aux_clinical,
     aux_dermoscopic: (N, C).  features: (N, D).  concepts: (N, K) and metadata: (N, M), NaN where missing.
     head: "softmax" or "sigmoid".  model_hash: SHA-256 of the weights.  task: what labels, C and M mean.
-    concept_names: of the K concepts.  extra: further values of the file's header.
+    concept_names: of the K concepts.  refit_of: SHA-256 of the weights of the folds, where a network predicted that was
+    trained on all of them.  extra: further values of the file's header.
     """
 
     lesion_ids: np.ndarray
@@ -59,6 +60,7 @@ class Predictions:
     task: Task
     concept_names: tuple[str, ...]
     split: str = OUT_OF_FOLD
+    refit_of: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,6 +170,8 @@ def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_
         name: pa.array(scalars[name], pa.int64() if name in ("fold", "label") else pa.string()) for name in _SCALARS
     }
     columns |= {name: _as_lists(getattr(predictions, name)) for name in _LISTS}
+    if predictions.refit_of:
+        extra["refit_of"] = predictions.refit_of
     _write(Path(path), pa.table(columns), _header(predictions, split, extra))
 
 
@@ -176,9 +180,9 @@ def read_predictions(path: Path) -> Predictions:
     path = Path(path)
     table, task, header = _read(path)
     concepts = tuple(header.pop("concepts"))
-    split = header.pop("split")
+    split, refit_of = header.pop("split"), tuple(header.pop("refit_of", ()))
     try:
-        return replace(_from_rows(table, path, task, concepts), split=split, extra=header)
+        return replace(_from_rows(table, path, task, concepts), split=split, refit_of=refit_of, extra=header)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 

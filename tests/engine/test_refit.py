@@ -7,8 +7,10 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.crossval import run_folds
+from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.refit import refit
 from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.predictions import read_predictions
 from triderm_dist.schema import DataError
 
 LESIONS, EPOCHS = 24, 4
@@ -89,6 +91,18 @@ def test_weights_of_folds_that_were_trained_again_are_recorded(run):
         assert (folder / "weights.safetensors").stat().st_mtime_ns == trained
     finally:
         write_info(path, **info)
+
+
+def test_refitted_networks_predict_a_test_set(run):
+    experiment, index = run
+    refit(experiment, index, ["cnn"])
+    predict_test(experiment, index, ["cnn"], "refit")
+    predictions = read_predictions(experiment.refit_folder("cnn") / "test.parquet")
+    assert list(predictions.refit_of) == weights_of_folds(experiment) and len(predictions) == LESIONS
+    assert not list(experiment.folder.glob("cnn/*/test.parquet"))
+    missing = experiment.model_copy(update={"output": str(experiment.folder.parent / "other")})
+    with pytest.raises(DataError, match=r"other/refit/cnn: not trained; run triderm refit first"):
+        predict_test(missing, index, ["cnn"], "refit")
 
 
 def test_refit_needs_all_folds_with_these_settings(run):

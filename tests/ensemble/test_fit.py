@@ -16,6 +16,7 @@ from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
+from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
 from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
 
@@ -97,6 +98,30 @@ def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Pa
     write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
     with pytest.raises(DataError, match="lie in 1 fold, two are needed"):
         fit_ensemble(tmp_path, experiment(tmp_path))
+
+
+def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    fit_ensemble(tmp_path, experiment(tmp_path))
+    paths = []
+    for model in MODELS:
+        folds = [read_predictions(path) for path in sorted(tmp_path.glob(f"{model}/fold-*/test.parquet"))]
+        part = replace(
+            folds[0], model_hash=np.array("refit"), refit_of=tuple(str(each.model_hash[0]) for each in folds)
+        )
+        paths.append(tmp_path / "refit" / model / "test.parquet")
+        write_predictions(paths[-1], part, split="test")
+        assert read_predictions(paths[-1]).refit_of == part.refit_of
+    written = submit(tmp_path, paths, tmp_path / "refit")
+    assert written == [tmp_path / "refit" / "submission.csv"] and not (tmp_path / "submission.csv").exists()
+    truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7))}
+    assert score(tmp_path, truth, folder=tmp_path / "refit")["macro_f1"] > 0.6
+    assert (tmp_path / "refit" / "heldout.json").exists() and not (tmp_path / "heldout.json").exists()
+    write_predictions(paths[0], replace(read_predictions(paths[0]), refit_of=("other",)), split="test")
+    with pytest.raises(DataError, match=r"ensemble.json: was fitted on other weights of trimodal"):
+        submit(tmp_path, paths, tmp_path / "refit")
+    with pytest.raises(DataError, match="networks=refit: the stacker takes fused features"):
+        check_refit("features")
 
 
 @pytest.fixture(scope="module", params=["argmax", "fitted", "threshold"])

@@ -7,6 +7,9 @@ accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.comm
 With lesion ids it draws the attention maps of the tri-modal networks instead, OUTPUT/explain/MODEL/ID.png and .json:
 
 triderm predict run=RUN explain=[IL_0000652,IL_0003176]
+
+With `networks=refit` the networks of `triderm refit` predict instead of those of the folds, and the results go into
+RUN/refit.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, RunReader
+from triderm_dist.config import TRAINING, Networks, RunReader
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
@@ -30,6 +33,11 @@ class PredictRun(RunReader):
     explain: tuple[str, ...] = Field(
         (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
     )
+    networks: Networks = Field(
+        "folds",
+        description="networks that predict: those of all folds, averaged, or the one per model of triderm refit, whose "
+        "results go into the folder refit of the run",
+    )
     submit: bool = Field(
         True, description="write the results; false only writes each fold's test.parquet, for stack.extra=[features]"
     )
@@ -38,11 +46,13 @@ class PredictRun(RunReader):
 def main(config: PredictRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.engine.fold import network_folders
     from triderm_dist.engine.predict_test import predict_test
     from triderm_dist.ensemble.artifact import Ensemble, read_task
     from triderm_dist.ensemble.fitted_stacker import FittedStacker
     from triderm_dist.ensemble.predict import check_task, score, submit
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
+    from triderm_dist.ensemble.stack_inputs import check_refit
 
     if config.explain:
         draw(config)
@@ -52,21 +62,27 @@ def main(config: PredictRun) -> None:
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     if ensemble:
         check_task(config.folder, index.task)
-        if STACKER in ensemble.members:
-            FittedStacker.load(config.folder / STACK_FILE)  # refused before the networks predict for hours
+        if STACKER in ensemble.members:  # refused before the networks predict for hours
+            stacker = FittedStacker.load(config.folder / STACK_FILE)
+            if config.networks == "refit":
+                check_refit(stacker.extra)
     truth = read_truth(config, index) if ensemble else None
-    predict_test(config, index, members)
+    predict_test(config, index, members, config.networks)
     if ensemble is None or not is_main():
         return
-    files = [config.fold_folder(name, fold) / "test.parquet" for name in members for fold in range(config.data.folds)]
-    paths = submit(config.folder, files)
+    files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]
+    refitted = config.networks == "refit"
+    folder = config.folder / "refit" if refitted else config.folder
+    paths = submit(config.folder, files, folder)
     print(
         f"wrote {', '.join(map(str, paths))}: {ensemble.weighting} of {', '.join(ensemble.members)}; "
-        f"{config.data.folds} folds averaged"
+        + ("refitted networks" if refitted else f"{config.data.folds} folds averaged")
     )
+    if refitted:
+        print("stacker, weights and thresholds are those fitted on the folds, and so is the estimate in ensemble.json")
     if truth is not None:
         partial = config.data.test_truth is None
-        result = score(config.folder, truth, partial)
+        result = score(config.folder, truth, partial, folder)
         task = read_task(config.folder / ENSEMBLE_FILE)
         low, high = result["interval"]
         if result["absent"]:

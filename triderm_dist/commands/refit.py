@@ -1,9 +1,11 @@
 """Train each model once more on all labeled lesions, so that one network per model predicts instead of one per fold.
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.refit --config RUN/config.yaml
+triderm refit run=RUN
+triderm ranks --config_file ddp -m refit run=RUN
 
 It ends after the median epoch of the folds' weights. Then `triderm predict networks=refit` predicts with these networks
-and the stacker and ensemble that were fitted on the folds: a fraction of the time, but no score of them is measured.
+and the stacker and ensemble that were fitted on the folds, in a fraction of the time. No lesion is held out, so the
+estimate remains that of the folds.
 """
 
 from pydantic import Field
@@ -35,7 +37,7 @@ def main(config: RefitRun) -> None:
     if is_main():
         folders = ", ".join(str(config.refit_folder(name)) for name in names)
         print(f"networks of all labeled lesions are in {folders}; predict with networks=refit")
-        print("they were not measured: no lesion is left to do so, and the estimate is that of the folds")
+        print("no lesion was held out to measure them on: the estimate is that of the folds")
 
 
 def start() -> None:

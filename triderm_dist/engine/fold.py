@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, stable_dump
+from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, Networks, stable_dump
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.index import ShardIndex
@@ -45,9 +45,15 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
 
 
 def as_predictions(
-    evaluation: Evaluation, index: ShardIndex | PhotoSet, name: str, head: str, fold: int, model_hash: str
+    evaluation: Evaluation,
+    index: ShardIndex | PhotoSet,
+    name: str,
+    head: str,
+    fold: int,
+    model_hash: str,
+    refit_of: Sequence[str] = (),
 ) -> Predictions:
-    """Build the table of one model's predictions for `evaluation.rows`."""
+    """Build the table of one model's predictions for `evaluation.rows`. refit_of: see `Predictions`."""
     rows = evaluation.rows
     return Predictions(
         lesion_ids=index.lesion_ids[rows],
@@ -65,6 +71,7 @@ def as_predictions(
         metadata=index.metadata[rows],
         task=index.task,
         concept_names=index.concepts,
+        refit_of=tuple(refit_of),
     )
 
 
@@ -92,6 +99,20 @@ def check_task(experiment: Experiment, index: ShardIndex) -> None:
                 task = recorded_task(read_info(folder / "fold"), str(folder / "fold.json"))
                 if not task.matches(index.task):
                     raise DataError(f"{_other_task(folder, task, index)}; set another output")
+
+
+def network_folders(experiment: Experiment, name: str, networks: Networks = "folds") -> list[Path]:
+    """Return the folders of the networks of a model that predict other lesions than those of training: one a fold, or
+    that of the refit. Raises DataError where one is not trained.
+    """
+    folders = [experiment.fold_folder(name, fold) for fold in range(experiment.data.folds)]
+    program = "crossval"
+    if networks == "refit":
+        folders, program = [experiment.refit_folder(name)], "refit"
+    for folder in folders:
+        if not (folder / "fold.json").exists():
+            raise DataError(f"{folder}: not trained; run triderm {program} first")
+    return folders
 
 
 def trained_fold(folder: Path, index: ShardIndex) -> tuple[dict[str, Any], ShardIndex]:

@@ -1,4 +1,4 @@
-"""Predict a test set with the model of every fold."""
+"""Predict a test set with the networks of all folds, or with refitted ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, Networks
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.fold import as_predictions, fold_tower, model_config, new_network, trained_fold
+from triderm_dist.engine.fold import (
+    as_predictions,
+    fold_tower,
+    model_config,
+    network_folders,
+    new_network,
+    trained_fold,
+)
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
@@ -23,17 +30,21 @@ from triderm_dist.schema import CheckpointError
 
 
 @collectives.interrupt_on_lost_rank()
-def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str]) -> None:
-    """Predict every lesion of `index` with the model of every fold, averaged over the test-time transforms.
+def predict_test(
+    experiment: Experiment, index: ShardIndex, models: Iterable[str], networks: Networks = "folds"
+) -> None:
+    """Predict every lesion of `index` with each of the networks, averaged over the test-time transforms.
 
-    Call on all ranks. Writes OUTPUT/MODEL/fold-K/test.parquet, and skips folds whose file is up to date. Raises
-    DataError where a fold is not trained, or where the test set is of another task or has other concepts.
+    Call on all ranks. Writes test.parquet into the folder of each network, MODEL/fold-K or refit/MODEL, and skips those
+    whose file is up to date. Raises DataError where a network is not trained, or where the test set is of another task
+    or has other concepts.
     """
+    models = list(models)
+    folders = {name: network_folders(experiment, name, networks) for name in models}
     for name in models:
         model = model_config(experiment, name)
         opened: dict[TowerRecord | None, Views] = {}
-        for fold in range(experiment.data.folds):
-            folder = experiment.fold_folder(name, fold)
+        for folder in folders[name]:
             info, index = trained_fold(folder, index)
             transforms = experiment.predict.transforms
             inputs = hashlib.sha256(f"{info['weights']} {index.fingerprint} {transforms}".encode()).hexdigest()
@@ -53,10 +64,13 @@ def predict_test(experiment: Experiment, index: ShardIndex, models: Iterable[str
                 network, views.loaders, np.arange(len(index)), accelerator,
                 micro_batch=experiment.predict.batch, transforms=transforms,
             )  # fmt: skip
-            predictions = as_predictions(evaluation, index, name, model.head, NO_FOLD, info["weights"])
+            predictions = as_predictions(
+                evaluation, index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
+            )
             on_main(partial(_write, folder, predictions, transforms, inputs))
+            title = f"{name} {'refit' if networks == 'refit' else folder.name.replace('-', ' ')}"
             accelerator.print(
-                f"{name} fold {fold}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
+                f"{title}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
             )
 
 

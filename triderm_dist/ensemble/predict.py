@@ -36,36 +36,42 @@ from triderm_dist.schema import UNLABELED, DataError, Task
 from triderm_dist.submission import Results, read_results, result_files, write_results
 
 
-def submit(run_folder: Path, test_files: Sequence[Path]) -> list[Path]:
-    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble, write `result_files` into RUN.
+def submit(run_folder: Path, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
+    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble of RUN, write `result_files`.
 
-    Also writes RUN/predictions.parquet: one row per lesion and model, the mean over folds and transforms. Returns the
-    paths of the results. Raises DataError where the files hold different lesions or the ensemble needs another model.
+    folder: for the files, by default RUN. Also writes predictions.parquet: one row per lesion and model, the mean over
+    folds and transforms. Returns the paths of the results. Raises DataError where the files hold different lesions or
+    the ensemble needs another model.
     """
+    folder = folder or run_folder
     parts = [read_predictions(path) for path in test_files]
     table = average_test(parts)
     results = predict_ensemble(run_folder, table, parts)
     task = read_task(run_folder / ENSEMBLE_FILE)  # a test set may be described with another decision
-    write_predictions(run_folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
-    (run_folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
-    return write_results(run_folder, task, results, template=sorted(results.lesion_ids))
+    write_predictions(folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
+    (folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
+    return write_results(folder, task, results, template=sorted(results.lesion_ids))
 
 
-def score(run_folder: Path, truth: Mapping[str, int], partial: bool = False) -> dict[str, Any]:
-    """Score the results in RUN by macro F1 of their decisions against {lesion id: label}, and write RUN/heldout.json.
+def score(
+    run_folder: Path, truth: Mapping[str, int], partial: bool = False, folder: Path | None = None
+) -> dict[str, Any]:
+    """Score results by macro F1 of their decisions against {lesion id: label}, and write heldout.json beside them.
 
     macro_f1 is over the diagnoses in the truth. `absent` names the others: a challenge's scorer has no score then.
-    partial: score the lesions with a truth only. Raises DataError where a lesion of the results has no truth.
+    partial: score the lesions with a truth only. folder: of the results, by default RUN. Raises DataError where a
+    lesion of the results has no truth.
     """
+    folder = folder or run_folder
     task = read_task(run_folder / ENSEMBLE_FILE)
-    ids, probabilities, decisions = read_results(run_folder, task)
+    ids, probabilities, decisions = read_results(folder, task)
     labels = np.array([truth.get(name, UNLABELED) for name in ids], np.int64)
     known = labels != UNLABELED
     if not (known.any() if partial else known.all()):
-        path = run_folder / result_files(task)[0]
+        path = folder / result_files(task)[0]
         first = ids[int(np.argmin(known))]
         raise DataError(f"{path}: {(~known).sum()} lesions are not in the ground truth, the first is {first}")
-    predicted = read_predictions(run_folder / PREDICTIONS_FILE)
+    predicted = read_predictions(folder / PREDICTIONS_FILE)
     group_of = dict(zip(predicted.lesion_ids, predicted.groups, strict=True))
     groups = np.array([group_of[name] for name in ids], object)[known]
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
@@ -77,7 +83,7 @@ def score(run_folder: Path, truth: Mapping[str, int], partial: bool = False) -> 
         "n": len(labels),
         "absent": [name for label, name in enumerate(task.diagnosis_names) if not (labels == label).any()],
     }
-    write_checked_json(run_folder / HELD_OUT_FILE, result)
+    write_checked_json(folder / HELD_OUT_FILE, result)
     return result
 
 
@@ -118,7 +124,11 @@ class FittedEnsemble:
         columns.
         """
         check_task(self.folder, table.task)
-        used = ((name, part.model_hash[part.model == name]) for part in parts for name in sorted(set(part.model)))
+        used = (
+            (name, part.refit_of or part.model_hash[part.model == name])
+            for part in parts
+            for name in sorted(set(part.model))
+        )
         check_weights(self.folder, used)
         for model in self.models:
             if model not in table.models:
@@ -160,10 +170,11 @@ def check_task(run_folder: Path, task: Task) -> None:
             )
 
 
-def check_weights(run_folder: Path, used: Iterable[tuple[str, np.ndarray]]) -> None:
+def check_weights(run_folder: Path, used: Iterable[tuple[str, Iterable[str]]]) -> None:
     """Check that predictions are by the network weights that ensemble.json was fitted on.
 
-    used: models with the hashes of their weights. Raises DataError for other weights.
+    used: models with the hashes of their weights, or of the folds' weights whose refit they are. Raises DataError for
+    other weights.
     """
     fitted_on = read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
     for model, hashes in used:

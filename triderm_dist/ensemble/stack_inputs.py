@@ -60,6 +60,15 @@ def stacker_columns(
     return np.concatenate([columns, block], axis=1)
 
 
+def check_refit(extra: str) -> None:
+    """Raise DataError where refitted networks cannot replace those of the folds for a stacker with this wide block."""
+    if extra == "features":
+        raise DataError(
+            "networks=refit: the stacker takes fused features (stack.extra), and those of a refitted network are "
+            "aligned to no fold's; predict with networks=folds, or run triderm stack without features"
+        )
+
+
 def base_columns(table: OofTable, models: Sequence[str] | None = None) -> np.ndarray:
     """Return (N, F) float32 columns without a wide block: log-probabilities of every output of every model, concepts,
     metadata. Their names are `column_names`.
