@@ -23,6 +23,7 @@ from triderm_dist.config import CONFIG_DIR, Experiment, load_run
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import read_info, save_weights
+from triderm_dist.engine.fold import fold_tower
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.files import file_sha256
 from triderm_dist.inference.export import export_run
@@ -62,10 +63,16 @@ def names_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def towers_of(run: Path) -> set[str]:
+    """Name the files of both towers: a record of each, and the weights of the frozen one."""
+    frozen, trained = (fold_tower(run / model / "fold-0").name for model in ("trimodal", "dual_cnn"))
+    return {f"towers/{frozen}.json", f"towers/{frozen}.safetensors", f"towers/{trained}.json"}
+
+
 def test_zip_has_the_files_that_predicting_needs(run, tmp_path):
     export_run(run, tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        assert set(archive.namelist()) == FILES and archive.namelist() == sorted(archive.namelist())
+        assert set(archive.namelist()) == FILES | towers_of(run) and archive.namelist() == sorted(archive.namelist())
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         contents = {name: archive.read(name) for name in archive.namelist()}
     assert contents["trimodal/fold-1/weights.safetensors"] == (run / "trimodal/fold-1/weights.safetensors").read_bytes()
@@ -93,7 +100,7 @@ def test_settings_of_an_export_are_those_of_the_run_in_its_own_folder(run, tmp_p
 
 def test_hub_folder_has_a_card_with_metadata(run, copied, tmp_path):
     export_run(run, tmp_path / "hub", "hub", license_name="cc-by-4.0")
-    assert names_in(tmp_path / "hub") == {*FILES, "README.md"}
+    assert names_in(tmp_path / "hub") == {*FILES, *towers_of(run), "README.md"}
     _, head, body = (tmp_path / "hub/README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(head)
     assert card["license"] == "cc-by-4.0" and card["library_name"] == "triderm-dist"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 
 from triderm_dist.config import Experiment
 from triderm_dist.engine.checkpoint import load_weights, read_info
-from triderm_dist.engine.fold import model_config
+from triderm_dist.engine.fold import fold_tower, model_config
+from triderm_dist.engine.views import open_tower
 from triderm_dist.losses import HeadKind, probabilities
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
-from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.models.towers import Tower
 from triderm_dist.schema import VIEWS, DataError
 from triderm_dist.tasks import recorded_task
 
@@ -109,14 +109,8 @@ def load_exported(experiment: Experiment, name: str, fold: int, temperature: flo
         raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
     info = read_info(folder / "fold")
     signature = recorded_task(info, str(folder / "fold.json")).signature(info["concepts"])
-    towers: Sequence[Tower] | TokenShape
-    frozen = None
-    if model.tower.frozen:
-        torch.manual_seed(experiment.seed_of_tokens)
-        frozen = build_towers(model.tower)[0]
-        towers = TokenShape(frozen.num_tokens, frozen.width)
-    else:
-        towers = build_towers(model.tower.model_copy(update={"pretrained": False}), signature.views)
+    tower, frozen = open_tower(experiment, model, fold_tower(folder, info))
+    towers = tower.token_shape if frozen else build_towers(model.tower, signature.views, tower.build())
     network = build_network(model, signature, towers)
     load_weights(folder / "weights", network)
     return ExportedNetwork(network, model.head, temperature, frozen)
