@@ -122,3 +122,11 @@ def write_challenge(
 def make_challenge(tmp_path: Path) -> Callable[..., Challenge]:
     """Return `make_challenge(name="challenge", **options)`, which writes a challenge into tmp_path / name."""
     return lambda name="challenge", **options: write_challenge(tmp_path / name, **options)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the `TrainedRun` that all tests share, which do not write to it."""
+    from tests.trained_run import train_run
+
+    return train_run(tmp_path_factory.mktemp("trained"))
