@@ -132,7 +132,7 @@ def test_unreadable_photo_is_named(tmp_path, content):
 
 
 def test_photo_in_memory_is_named_by_its_lesion():
-    for photo in (np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), 3):
+    for photo in (np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), 3):
         with pytest.raises(DataError, match=r"^the clinical photo of lesion L1: "):
             PhotoSet(milk10k_task(), (), {"clinical": [photo]}, lesion_ids=["L1"], canvas=CANVAS, short_side=None)
 

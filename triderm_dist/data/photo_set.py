@@ -25,7 +25,8 @@ from triderm_dist.data.shards.photos import PhotoError, prepare_pixels
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task, one_line
 
 Photo = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""A photo: path of a JPEG or PNG, its bytes, a Pillow image, or pixels (H, W, 3) or (H, W) uint8."""
+"""A photo: path of a JPEG or PNG, its bytes, a Pillow image, or pixels (H, W, 3) or (H, W) uint8; a fourth channel,
+alpha, is ignored."""
 _Held = str | os.PathLike[str] | bytes | Image.Image
 
 
@@ -193,9 +194,9 @@ def _held(photo: Photo | None) -> _Held | None:
         photo.load()  # here, since one image must not be loaded by two threads
         return photo
     if isinstance(photo, np.ndarray):
-        if photo.dtype != np.uint8 or photo.ndim not in (2, 3) or (photo.ndim == 3 and photo.shape[2] != 3):
-            raise ValueError(f"pixels must be (H, W, 3) or (H, W) uint8, got {photo.shape} {photo.dtype}")
-        return Image.fromarray(photo)
+        if photo.dtype != np.uint8 or photo.ndim not in (2, 3) or photo.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError(f"pixels must be (H, W), (H, W, 3) or (H, W, 4) uint8, got {photo.shape} {photo.dtype}")
+        return Image.fromarray(photo[..., 0] if photo.shape[2:] == (1,) else photo)
     if photo is None or isinstance(photo, str | os.PathLike | bytes):
         return photo
     if isinstance(photo, bytearray | memoryview):

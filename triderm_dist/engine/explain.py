@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_url, open_index
@@ -78,23 +79,44 @@ def _attention_maps(
         for fold in folds:
             if fold not in networks:
                 networks[fold] = _network(model, views[recorded[fold]], experiment.fold_folder(name, fold)).to(device)
-        outputs = [_attend(networks[fold], batches[recorded[fold]], model.head) for fold in folds]
-        batch, tower = batches[recorded[folds[0]]], views[recorded[folds[0]]].tower
-        pixels = _batch(_photos(index, tower), row, device)
-        mean = {part: torch.stack([output[part] for output in outputs]).mean(0).cpu().numpy() for part in outputs[0]}
-        semantic = networks[folds[0]].semantic
-        present = [view for view, has in zip(VIEWS, batch.view_present[0].tolist(), strict=True) if has]
-        yield AttentionMaps(
-            lesion_id=str(index.lesion_ids[row]),
-            label=int(index.labels[row]),
-            photos={view: getattr(pixels, view)[0].permute(1, 2, 0).cpu().numpy() for view in present},
-            attention={view: mean[view] for view in present if view in mean},
-            semantic=dict(zip(semantic.names, mean["semantic"].tolist(), strict=True)) if semantic else {},
-            values=semantic_values(index.concepts, index.concept_scores[row], index.task.fields, index.metadata[row]),
-            probabilities=mean["probabilities"],
-            models=len(outputs),
-            diagnoses=index.diagnoses,
-        )
+        pixels = _batch(_photos(index, views[recorded[folds[0]]].tower), row, device)
+        inputs = [(networks[fold], inputs_of(batches[recorded[fold]])) for fold in folds]
+        yield maps_of(inputs, model.head, index, row, {view: getattr(pixels, view)[0] for view in VIEWS})
+
+
+def maps_of(
+    networks: Sequence[tuple[TriModal, Sequence[torch.Tensor]]],
+    head: HeadKind,
+    index: ShardIndex | PhotoSet,
+    row: int,
+    pixels: Mapping[str, torch.Tensor],
+) -> AttentionMaps:
+    """Return the mean attention of networks for the lesion in an index row.
+
+    networks: each with the five inputs of its `forward` for a batch of that lesion.  pixels: (3, S, S) in [0, 1] by
+    view, the crops that the networks see; missing views are not read.
+    """
+    outputs = [_attend(network, inputs, head) for network, inputs in networks]
+    mean = {part: torch.stack([output[part] for output in outputs]).mean(0).cpu().numpy() for part in outputs[0]}
+    semantic = networks[0][0].semantic
+    rows = np.array([row])
+    present = [view for view, has in zip(VIEWS, index.inputs(rows).view_present[0].tolist(), strict=True) if has]
+    return AttentionMaps(
+        lesion_id=str(index.lesion_ids[row]),
+        label=int(index.labels[row]),
+        photos={view: pixels[view].permute(1, 2, 0).cpu().numpy() for view in present},
+        attention={view: mean[view] for view in present if view in mean},
+        semantic=dict(zip(semantic.names, mean["semantic"].tolist(), strict=True)) if semantic else {},
+        values=semantic_values(index.concepts, index.concept_scores[row], index.task.fields, index.metadata[row]),
+        probabilities=mean["probabilities"],
+        models=len(outputs),
+        diagnoses=index.diagnoses,
+    )
+
+
+def inputs_of(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Return the inputs of a network's `forward`."""
+    return batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata
 
 
 def _photos(index: ShardIndex, tower: TowerRecord) -> LoaderFactory:
@@ -115,10 +137,9 @@ def _batch(loaders: LoaderFactory, row: int, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def _attend(network: TriModal, batch: Batch, head: HeadKind) -> dict[str, torch.Tensor]:
-    """Return the probabilities (C,) and the attention maps of a batch of one lesion; parts without attention are
+def _attend(network: TriModal, inputs: Sequence[torch.Tensor], head: HeadKind) -> dict[str, torch.Tensor]:
+    """Return the probabilities (C,) and the attention maps for the inputs of one lesion; parts without attention are
     absent.
     """
-    inputs = (batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata)
     parts = {name: part[0] for name, part in network.attention(*inputs)._asdict().items() if part is not None}
     return {**parts, "probabilities": probabilities(network(*inputs).logits, head)[0]}

@@ -109,8 +109,9 @@ class NetworkLoader:
     _frozen: dict[str, FrozenTower] = field(default_factory=dict)
 
     def load(self, name: str, share: bool = True) -> LoadedModel:
-        """Load the networks of a model. share: split off what all folds have in common, at the input of each view.
+        """Load the networks of a model.
 
+        share: split off what all folds have in common, at the input of each view; else every network takes pixels.
         Raises InputError where weights are missing, damaged or of another architecture.
         """
         run, views = self.run, self.run.signature.views
@@ -123,8 +124,11 @@ class NetworkLoader:
         for each, network in zip(trained, networks, strict=True):
             load_weights(each.folder / "weights", network)
         encoders: dict[str, nn.Module] = {}
-        if frozen:
+        if frozen and share:
             encoders = dict.fromkeys(views, frozen)
+        elif frozen:
+            for network in networks:
+                network.add_tower(frozen)
         elif share and len(networks) > 1:
             encoders = split_common(networks, views)
         for module in (*networks, *encoders.values()):

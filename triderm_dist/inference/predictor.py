@@ -23,6 +23,7 @@ from triderm_dist.data.loader import Fetched, LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet, PhotoSetSource
 from triderm_dist.data.problems import Problem
 from triderm_dist.engine.evaluate import Evaluation, mean_outputs
+from triderm_dist.engine.explain import maps_of
 from triderm_dist.engine.fold import as_predictions
 from triderm_dist.inference.networks import (
     Device,
@@ -33,6 +34,8 @@ from triderm_dist.inference.networks import (
     choose_device,
 )
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
+from triderm_dist.models.attention import AttentionMaps
+from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD, Predictions, average_test
 from triderm_dist.schema import Batch, Outputs
 from triderm_dist.submission import Results
@@ -93,10 +96,29 @@ class Predictor:
             for number, trained in enumerate(model.trained):
                 evaluation = Evaluation(np.arange(len(photos)), *outputs[model.name, number])
                 head = model.config.head
-                parts.append(as_predictions(evaluation, photos, model.name, head, NO_FOLD, trained.weights))
+                hashes = trained.weights, trained.refit_of
+                parts.append(as_predictions(evaluation, photos, model.name, head, NO_FOLD, *hashes))
         with self._combining:
             results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
         return Answer(results, members, parts, dict(source.problems))
+
+    @torch.no_grad()
+    def attention(self, photos: PhotoSet) -> dict[str, AttentionMaps]:
+        """Return the attention maps of one lesion by tri-modal model, the mean over its networks."""
+        source = _Canvases(photos, drop=False)
+        step = next(iter(LoaderFactory(photos, source, 1, 1).sequential(np.arange(1), 1, self.device)))
+        batch = step.micro_batches[0]
+        pixels, maps = _Pixels({view: getattr(batch, view) for view in source.views}), {}
+        for model in self.models:
+            networks = [network for network in model.networks if isinstance(network, TriModal)]
+            if networks:
+                images = self._inputs(model, batch, pixels, (0,), {})
+                inputs = (*images, batch.view_present, batch.concepts, batch.metadata)
+                shown = Preprocessing(model.preprocessing.size, (0.0,) * 3, (1.0,) * 3)
+                crops = {view: pixels.upright(shown, view)[0] for view in source.views}
+                pairs = [(network, inputs) for network in networks]
+                maps[model.name] = maps_of(pairs, model.config.head, photos, 0, crops)
+        return maps
 
     @torch.no_grad()
     def _outputs(

@@ -110,6 +110,12 @@ class Network(nn.Module, ABC):
     def fusion_stages(self) -> list[nn.Module]:
         """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
 
+    def add_tower(self, tower: nn.Module) -> None:
+        """Put a frozen tower, pixels to tokens, into a network that was built on tokens: it then takes pixels."""
+        self.holds_towers = True
+        if self.used_views:
+            self.towers[SHARED] = tower
+
     def left_out(self) -> list[str]:
         """Name the parts that are not built because the task lacks their input."""
         has = self._modalities()

@@ -1,0 +1,351 @@
+"""A trained run as a Python object: `triderm_dist.load(...)`."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from triderm_dist.config import Networks
+from triderm_dist.data.loader import fit_to_canvas
+from triderm_dist.data.photo_set import Photo, PhotoSet
+from triderm_dist.data.readers.table import parse_field, parse_score
+from triderm_dist.data.shards.photos import PhotoError
+from triderm_dist.ensemble.run_files import OOF_FILE
+from triderm_dist.inference.locate import locate_run
+from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
+from triderm_dist.inference.prediction import Prediction
+from triderm_dist.inference.predictor import Answer, Predictor
+from triderm_dist.inference.run_folder import RunFolder, open_run_folder
+from triderm_dist.models.attention import AttentionMaps
+from triderm_dist.models.network import Network
+from triderm_dist.schema import InputError, MetadataField, Signature, Task, did_you_mean
+
+ID = "new"
+"""The lesion id of a prediction that got none."""
+
+
+class Run:
+    """A trained run: its networks, stacker and ensemble. `triderm_dist.load` opens it.
+
+    The networks are loaded at the first prediction, and kept. Several threads may use one run.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        device: Device | None = None,
+        precision: Precision | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """See `triderm_dist.load`."""
+        self._run, self._device, self._precision, self._batch = folder, device, precision, batch
+        self._loading = threading.Lock()
+
+    def __repr__(self) -> str:
+        networks = f"{sum(map(len, self._run.networks.values()))} networks"
+        if self._run.refitted:
+            networks += " of the refit (scores of the run are those of the folds)"
+        return f"<Run {self.folder}: task {self.task.name}, {len(self.diagnoses)} diagnoses, {networks}>"
+
+    @property
+    def folder(self) -> Path:
+        return self._run.path
+
+    @property
+    def task(self) -> Task:
+        return self._run.task
+
+    @property
+    def diagnoses(self) -> tuple[str, ...]:
+        return self.task.diagnosis_names
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The photos that `predict` takes."""
+        return self.task.view_names
+
+    @property
+    def fields(self) -> tuple[MetadataField, ...]:
+        """The metadata that `predict` takes, with their ranges and categories."""
+        return self.task.fields
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The names of the concept scores that `predict` takes."""
+        return self._run.concepts
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The networks of the ensemble, and `stack` where the stacker is a member."""
+        return self._run.fitted.members
+
+    @property
+    def predictor(self) -> Predictor:
+        """The loaded networks."""
+        with self._loading:
+            return self._predictor
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        return Predictor(self._run, device=self._device, precision=self._precision, batch=self._batch)
+
+    def predict(
+        self,
+        clinical: Photo | None = None,
+        dermoscopic: Photo | None = None,
+        *,
+        concepts: Mapping[str, float | str | None] | None = None,
+        lesion_id: str = ID,
+        tta: int | None = None,
+        **fields: Any,
+    ) -> Prediction:
+        """Predict one lesion; anything may be left out.
+
+        clinical, dermoscopic: the photos, each a path, the bytes of a JPEG or PNG, a Pillow image or a NumPy array
+        (H, W), (H, W, 3) or (H, W, 4) of uint8.  concepts: scores from 0 to 1 by name (`concepts` of the run).
+        fields: metadata by name, such as age=60; numbers and categories are written as in a table of the task.
+        tta: number of transforms of the dihedral group to average over, 1, 2, 4 or 8; None takes that of the run.
+
+        Raises InputError, in one line, for an unknown name, a value that the task does not have, and a photo that
+        cannot be read.
+        """
+        photos = self._one_lesion({"clinical": clinical, "dermoscopic": dermoscopic}, concepts, lesion_id, fields)
+        return self._prediction(self.predictor.predict(photos, self._transforms(tta)), self._warnings(photos))
+
+    def explain(
+        self,
+        clinical: Photo | None = None,
+        dermoscopic: Photo | None = None,
+        *,
+        concepts: Mapping[str, float | str | None] | None = None,
+        lesion_id: str = ID,
+        **fields: Any,
+    ) -> dict[str, AttentionMaps]:
+        """Return the attention maps of one lesion by tri-modal model, the mean over its networks.
+
+        The arguments are those of `predict`. `triderm_dist.report.attention.draw_attention` draws them. Raises
+        InputError as `predict` does, and where no network of the run is tri-modal.
+        """
+        photos = self._one_lesion({"clinical": clinical, "dermoscopic": dermoscopic}, concepts, lesion_id, fields)
+        maps = self.predictor.attention(photos)
+        if not maps:
+            raise InputError(f"{self.folder}: only trimodal networks have attention maps, and this run has none")
+        return maps
+
+    def networks(self, model: str | None = None, fold: int | None = None) -> list[PixelNetwork]:
+        """Load networks of the run as plain modules, with their preprocessing; None takes all models, or all folds.
+
+        fold: its number; a refit has one network per model, number 0. Raises InputError for an unknown model or fold,
+        and for damaged weights.
+        """
+        known = self._run.networks
+        if model is not None and model not in known:
+            raise InputError(f"model={model}: {did_you_mean(model, known)}")
+        loader = NetworkLoader(self._run, choose_device(self._device))
+        found = []
+        for name in known if model is None else [model]:
+            if fold is not None and fold not in range(len(known[name])):
+                raise InputError(f"fold={fold}: {name} has the folds 0 to {len(known[name]) - 1}")
+            loaded = loader.load(name, share=False)
+            folds = range(len(loaded.networks)) if fold is None else [fold]
+            found += [
+                PixelNetwork(name, each, loaded.networks[each], loaded.preprocessing, self._run) for each in folds
+            ]
+        return found
+
+    def _transforms(self, tta: int | None) -> int:
+        if tta not in (None, 1, 2, 4, 8):
+            raise InputError(f"tta={tta}: must be 1, 2, 4 or 8 transforms")
+        return tta or self._run.experiment.predict.transforms
+
+    def _prediction(self, answer: Answer, notes: Iterable[str]) -> Prediction:
+        """Return the answer for one lesion."""
+        names = self.diagnoses
+
+        def by_name(values: np.ndarray) -> dict[str, Any]:
+            return dict(zip(names, values.tolist(), strict=True))
+
+        decisions = by_name(answer.results.decisions[0])
+        decided = tuple(name for name in names if decisions[name])
+        return Prediction(
+            lesion_id=answer.results.lesion_ids[0],
+            probabilities=by_name(answer.results.probabilities[0]),
+            diagnosis=decided[0] if self._run.fitted.ensemble.rule == "nearest" else decided,
+            decisions=decisions,
+            members={name: by_name(values[0]) for name, values in zip(self.members, answer.members, strict=True)},
+            warnings=tuple(notes),
+        )
+
+    # --- one lesion ---
+
+    def _one_lesion(
+        self,
+        photos: Mapping[str, Photo | None],
+        concepts: Mapping[str, float | str | None] | None,
+        lesion_id: str,
+        fields: Mapping[str, Any],
+    ) -> PhotoSet:
+        task = self.task
+        given = {view: photo for view, photo in photos.items() if photo is not None}
+        for view, photo in given.items():
+            if view not in self.views:
+                raise InputError(f"{view}: task {task.name!r} has no such photo; it has {', '.join(self.views)}")
+            if isinstance(photo, str | os.PathLike) and not Path(photo).is_file():
+                raise InputError(f"{view}: {os.fspath(photo)}: no such file")
+        return PhotoSet(
+            task,
+            self.concepts,
+            {view: [given.get(view)] for view in self.views},
+            canvas=self._run.canvas,
+            short_side=self._run.short_side,
+            lesion_ids=[lesion_id],
+            metadata=np.array([self._metadata(fields)], np.float32),
+            concept_scores=np.array([self._scores(concepts or {})], np.float32),
+        )
+
+    def _metadata(self, given: Mapping[str, Any]) -> list[float]:
+        """Parse metadata by the names of fields or of their columns, in any case."""
+        spelled = {spelling.lower(): each for each in self.fields for spelling in (each.column, each.name)}
+        values = dict.fromkeys(spelled.values(), float("nan"))
+        seen: dict[MetadataField, str] = {}
+        for name, value in given.items():
+            if (field := spelled.get(name.lower())) is None:
+                known = [*(each.name for each in self.fields), *self.views, "concepts", "lesion_id", "tta"]
+                raise InputError(f"{name}: no field of task {self.task.name!r}; {did_you_mean(name, known)}")
+            if seen.setdefault(field, name) != name:
+                raise InputError(f"{name}: given twice, also as {seen[field]}; remove one")
+            try:
+                values[field] = parse_field(field, _text(value), self.task.missing_words)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}; leave it out if unknown") from None
+        return [values[each] for each in self.fields]
+
+    def _scores(self, given: Mapping[str, float | str | None]) -> list[float]:
+        prefix = self.task.concepts.prefix or ""
+        spelled = {name.lower(): name for name in self.concepts}
+        scores = dict.fromkeys(self.concepts, float("nan"))
+        for key, value in given.items():
+            name = spelled.get(key.lower()) or spelled.get(key.lower().removeprefix(prefix.lower()))
+            if name is None:
+                hint = did_you_mean(key, self.concepts) if self.concepts else "the task has none"
+                raise InputError(f"concepts: unknown concept {key!r}; {hint}")
+            try:
+                scores[name] = parse_score(key, _text(value), self.task.missing_words, self.task.concepts.words)
+            except ValueError as error:
+                raise InputError(f"concepts: {error}; leave it out if unknown") from None
+        return list(scores.values())
+
+    def _warnings(self, photos: PhotoSet) -> Iterator[str]:
+        """Yield what makes a prediction less certain than those that the run was measured on."""
+        for view, (photo,) in photos.photos.items():
+            if photo is None:
+                yield f"no {view} photo"
+                continue
+            size, least = _size(photo), min(self._run.canvas) // 2
+            if size and min(size) < least:
+                yield f"the {view} photo is only {size[0]} x {size[1]} pixels; the run was trained on larger ones"
+        if not photos.view_present.any():
+            yield "no photo at all: no network was trained on such lesions"
+        missing = np.isnan(photos.metadata[0])
+        if missing.any():
+            yield f"missing: {', '.join(each.label for each, gap in zip(self.fields, missing, strict=True) if gap)}"
+        if gaps := int(np.isnan(photos.concept_scores).sum()):
+            yield f"missing: {gaps} of {len(self.concepts)} concept scores"
+        for field, value, seen in zip(self.fields, photos.metadata[0].tolist(), self._seen, strict=True):
+            if seen is None or math.isnan(value):
+                continue
+            if field.is_number and not seen.min() <= value <= seen.max():
+                within = f"{field.show(seen.min())} to {field.show(seen.max())}"
+                yield f"{field.label} {field.show(value)} is outside of what the run was trained on, {within}"
+            elif not field.is_number and value not in seen:
+                yield f"{field.label} {field.show(value)} is in no lesion that the run was trained on"
+
+    @cached_property
+    def _seen(self) -> list[np.ndarray | None]:
+        """The different values of each field in the out-of-fold table; None where the run has no table or no value."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            column = pq.read_table(self.folder / OOF_FILE, columns=["metadata"])["metadata"].combine_chunks()
+            values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            return [None] * len(self.fields)
+        known = [np.unique(each[~np.isnan(each)]) for each in values.T]
+        return [each if len(each) else None for each in known]
+
+
+@dataclass(frozen=True)
+class PixelNetwork:
+    """One trained network as a plain module.
+
+    network: `network(clinical, dermoscopic, view_present, concepts, metadata)` takes pixels (B, 3, S, S) of both views
+    as `preprocess` gives them ((B, 0) for a view that the task lacks), view_present (B, 2) bool, and concepts (B, K)
+    and metadata (B, M) in the order of `signature`, NaN where missing; it returns `Outputs`, whose logits (B, C) are
+    not calibrated. In evaluation mode, on the device of the run.
+    """
+
+    model: str
+    fold: int
+    network: Network
+    preprocessing: Preprocessing
+    run: RunFolder
+
+    @property
+    def signature(self) -> Signature:
+        """Names of the diagnoses, views and concepts, and the fields."""
+        return self.run.signature
+
+    def preprocess(self, photo: Photo) -> Tensor:
+        """Return the pixels (3, S, S) of a photo, prepared as those of the training. Raises InputError."""
+        view = self.signature.views[0]
+        photos = PhotoSet(
+            self.run.task, self.run.concepts, {view: [photo]}, canvas=self.run.canvas, short_side=self.run.short_side
+        )
+        try:
+            pixels = photos.pixels(0, view)
+        except PhotoError as error:
+            raise InputError(f"the photo cannot be read ({error})") from None
+        width, height = self.run.canvas
+        return self.preprocessing(torch.from_numpy(fit_to_canvas(pixels, height, width).copy())[None])[0]
+
+
+def load(
+    run: str | os.PathLike[str],
+    device: Device | None = None,
+    precision: Precision | None = None,
+    batch: int | None = None,
+    networks: Networks = "folds",
+) -> Run:
+    """See `triderm_dist.load`."""
+    return Run(open_run_folder(locate_run(run), networks), device, precision, batch)
+
+
+def _text(value: Any) -> str:
+    """Return a value as a cell of a table holds it."""
+    if value is None or value != value:
+        return ""
+    return str(value).strip()
+
+
+def _size(photo: Photo) -> tuple[int, int] | None:
+    """Return (width, height) of a photo from its header, None where it has none that can be read."""
+    if isinstance(photo, Image.Image):
+        return photo.size
+    try:
+        with Image.open(io.BytesIO(photo) if isinstance(photo, bytes) else photo) as image:  # type: ignore[arg-type]
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # reading it refuses it
