@@ -21,6 +21,7 @@ MODELS = (
 )
 QUICK = (
     "data.folds=2",
+    "data.short_side=null",
     "train={epochs: 1, global_batch: 8, micro_batch: 4, trackers: [], precision: fp32}",
     "stack={max_rounds: 2, device: cpu}",
     "ensemble={rounds: 1, bootstrap: 10}",

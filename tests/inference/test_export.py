@@ -22,12 +22,14 @@ from triderm_dist.commands.export import ExportRun, main
 from triderm_dist.config import CONFIG_DIR, Experiment, load_run
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.engine.checkpoint import read_info, save_weights
+from triderm_dist.engine.checkpoint import read_info, save_weights, write_info
 from triderm_dist.engine.fold import fold_tower
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.files import file_sha256
 from triderm_dist.inference.export import export_run
-from triderm_dist.inference.exported_network import load_exported
+from triderm_dist.inference.exported_network import ExportedNetwork
+from triderm_dist.inference.networks import NetworkLoader
+from triderm_dist.inference.run_folder import open_run_folder
 from triderm_dist.inference.slim_run import safe_name
 from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.predictions import read_predictions
@@ -35,6 +37,7 @@ from triderm_dist.schema import InputError
 
 DOCS = Path(__file__).parents[2] / "docs" / "exporting.md"
 FOLDS = [f"{model}/fold-{fold}" for model in ("dual_cnn", "trimodal") for fold in (0, 1)]
+HEAD = ("format", "version")
 FILES = {
     *("config.yaml", "ensemble.json", "stack.json", "stack.ubj"),
     *(f"{fold}/{file}" for fold in FOLDS for file in ("fold.json", "weights.json", "weights.safetensors")),
@@ -75,7 +78,8 @@ def test_zip_has_the_files_that_predicting_needs(run, tmp_path):
         assert set(archive.namelist()) == FILES | towers_of(run) and archive.namelist() == sorted(archive.namelist())
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         contents = {name: archive.read(name) for name in archive.namelist()}
-    assert contents["trimodal/fold-1/weights.safetensors"] == (run / "trimodal/fold-1/weights.safetensors").read_bytes()
+    for name in contents.keys() - {"config.yaml"}:
+        assert contents[name] == (run / name).read_bytes(), name
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
     for name, content in contents.items():
         assert str(run.parent).encode() not in content, name  # no path of this machine
@@ -111,6 +115,32 @@ def test_hub_folder_has_a_card_with_metadata(run, copied, tmp_path):
     assert (tmp_path / "other/README.md").read_text().endswith("---\n\n# My run\n")
 
 
+def test_export_of_an_earlier_version_adds_what_its_run_did_not_record(run, copied, tmp_path):
+    for fold in FOLDS:
+        info = read_info(copied / fold / "fold")
+        write_info(copied / fold / "fold", **{key: info[key] for key in info.keys() - {"tower", "photos", *HEAD}})
+    shutil.rmtree(copied / "towers")
+    export_run(copied, tmp_path / "hub", "hub")
+    for fold in FOLDS:
+        assert read_info(tmp_path / "hub" / fold / "fold") == read_info(run / fold / "fold")
+    for path in (run / "towers").iterdir():
+        assert (tmp_path / "hub/towers" / path.name).read_bytes() == path.read_bytes()
+    assert open_run_folder(tmp_path / "hub").canvas == open_run_folder(run).canvas
+
+
+def test_refitted_networks_are_exported_too(copied, tmp_path):
+    shutil.copytree(copied / "dual_cnn/fold-0", copied / "refit/dual_cnn")
+    info = read_info(copied / "refit/dual_cnn/fold")
+    weights = [read_info(copied / f"dual_cnn/fold-{fold}/weights")["sha256"] for fold in (0, 1)]
+    write_info(copied / "refit/dual_cnn/fold", **{key: info[key] for key in info.keys() - {*HEAD}}, refit_of=weights)
+    export_run(copied, tmp_path / "hub", "hub")
+    files = names_in(tmp_path / "hub/refit")
+    assert files == {f"dual_cnn/{file}" for file in ("fold.json", "weights.json", "weights.safetensors")}
+    write_info(copied / "refit/dual_cnn/fold", **{key: info[key] for key in info.keys() - {*HEAD}}, refit_of=["0" * 64])
+    with pytest.raises(InputError, match="was fitted on other weights of dual_cnn"):
+        export_run(copied, tmp_path / "other", "hub")
+
+
 def test_incomplete_or_changed_run_is_refused(copied, tmp_path):
     def refused(message: str, **options) -> None:
         with pytest.raises(InputError, match=message):
@@ -121,16 +151,26 @@ def test_incomplete_or_changed_run_is_refused(copied, tmp_path):
     content = (fold / "weights.safetensors").read_bytes()
     (fold / "weights.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refused("dual_cnn/fold-1/weights.safetensors: changed or damaged")
-    save_weights(fold / "weights", {"other": torch.zeros(1)})
+    other = save_weights(fold / "weights", {"other": torch.zeros(1)})
+    refused("dual_cnn/fold-1/weights.safetensors: changed or damaged")
+    info = read_info(fold / "fold")
+    write_info(fold / "fold", **{**{key: info[key] for key in info.keys() - {*HEAD}}, "weights": other})
     refused("was fitted on other weights of dual_cnn")
     (fold / "fold.json").unlink()
-    refused(r"fold-1/fold.json: no such file; run triderm crossval first")
-    refused("dual_cnn/fold-1: this fold is not trained", kind="torch_export", models=["dual_cnn"], folds=[1])
-    refused("models=late: .* has the models trimodal, dual_cnn", kind="onnx", models=["late"])
-    refused("folds=2: .* has the folds 0 to 1", kind="onnx", folds=[2])
-    refused("models, folds: format=zip has all networks", models=["trimodal"])
+    refused("dual_cnn/fold-1: this fold is not trained")
     (copied / "ensemble.json").unlink()
     refused("ensemble.json: no such file; run triderm stack first")
+
+
+def test_unknown_network_is_refused(run, tmp_path):
+    for options, message in (
+        ({"kind": "onnx", "models": ["late"]}, "models=late: the ensemble has the networks trimodal, dual_cnn"),
+        ({"kind": "torch_export", "folds": [2]}, "folds=2: trimodal has the folds 0 to 1"),
+        ({"models": ["trimodal"]}, "models, folds: format=zip has all networks"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_run(run, tmp_path / "a.zip", **options)
+        assert not list(tmp_path.iterdir())
 
 
 def test_output_that_exists_is_refused_and_kept(run, tmp_path):
@@ -156,15 +196,15 @@ def test_safe_name_is_kept():
 @pytest.mark.parametrize("model", ["trimodal", "dual_cnn"])
 def test_exported_network_predicts_what_the_fold_predicted(run, model):
     """Map the pixels of held-out lesions to the logits in predictions.parquet; the tower of trimodal is frozen."""
-    experiment = load_run(Experiment, run)
+    opened = open_run_folder(run)
+    loaded = NetworkLoader(opened, torch.device("cpu"), "fp32").load(model, share=False)
+    index = read_index(opened.experiment.train_shards)
+    row_of = {lesion: row for row, lesion in enumerate(index.lesion_ids)}
     for fold in (0, 1):
-        network = load_exported(experiment, model, fold)
-        assert (network.frozen is not None) == (model == "trimodal")
+        network = ExportedNetwork.of(loaded, fold)
         predicted = read_predictions(run / model / f"fold-{fold}/predictions.parquet")
-        index = read_index(experiment.train_shards)
-        row_of = {lesion: row for row, lesion in enumerate(index.lesion_ids)}
         rows = np.array([row_of[lesion] for lesion in predicted.lesion_ids])
-        loaders = LoaderFactory(index, PhotoSource(index, SIZE, network.tower.mean, network.tower.std))
+        loaders = LoaderFactory(index, PhotoSource(index, *loaded.preprocessing))
         (step,) = loaders.sequential(rows, len(rows), torch.device("cpu"))
         batch = step.micro_batches[0]
         with torch.no_grad():
@@ -186,12 +226,15 @@ def test_description_of_a_network_is_that_of_its_run(run, tmp_path):
     assert about["temperature"] == ensemble.temperatures[ensemble.members.index("dual_cnn")]
     assert [each["name"] for each in about["diagnoses"]] == ["mole", "melanoma", "wart"]
     assert about["preprocessing"]["size"] == SIZE and about["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
+    canvas = read_index(load_run(Experiment, run).train_shards).canvas
+    assert about["preprocessing"]["canvas"] == [*canvas] and len(about["preprocessing"]["steps"]) == 5
     assert about["ensemble"]["weights"].keys() == set(ensemble.members)
     assert about["ensemble"]["folds"] == 2 and about["ensemble"]["transforms"] == 2
     assert about["checked"]["largest_difference"] <= 1e-4
     assert lines[0].startswith("dual_cnn.fold-1.pt2: outputs differ from PyTorch's by at most")
     module = torch.export.load(tmp_path / "out/dual_cnn.fold-1.pt2").module()
-    network = load_exported(load_run(Experiment, run), "dual_cnn", 1, about["temperature"])
+    loaded = NetworkLoader(open_run_folder(run), torch.device("cpu"), "fp32").load("dual_cnn", share=False)
+    network = ExportedNetwork.of(loaded, 1, about["temperature"])
     for one, other in zip(module(*network.example(5)), network(*network.example(5)), strict=True):
         torch.testing.assert_close(one, other)
 

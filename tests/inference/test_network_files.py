@@ -14,8 +14,9 @@ from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
 from triderm_dist.inference.exported_network import CONCEPTS, METADATA, PRESENT, ExportedNetwork, describe
 from triderm_dist.inference.network_files import SUFFIXES, check_installed, largest_difference, write_network
+from triderm_dist.inference.networks import FrozenTower
 from triderm_dist.models import build_network, build_towers
-from triderm_dist.models.towers import TOWER_SOURCES, TokenShape
+from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.schema import VIEWS, InputError
 
 KINDS = ("trimodal", "dual_cnn")
@@ -43,10 +44,12 @@ def exported(kind: str, task: str = "everything", temperature: float = 0.5, **se
     config = ModelConfig.model_validate({"kind": kind, "tower": tower, "width": 16, "heads": 2, **settings})
     signature = TASKS[task].signature(TASKS[task].concept_names)
     towers = build_towers(config.tower, signature.views)
+    size = towers[0].image_size
     if not config.tower.frozen:
-        return ExportedNetwork(build_network(config, signature, towers), config.head, temperature)
-    shape = TokenShape(towers[0].num_tokens, towers[0].width)
-    return ExportedNetwork(build_network(config, signature, shape), config.head, temperature, towers[0])
+        return ExportedNetwork(build_network(config, signature, towers), config.head, size, temperature)
+    network = build_network(config, signature, towers[0].token_shape)
+    encoders = dict.fromkeys(signature.views, FrozenTower(towers[0]))
+    return ExportedNetwork(network, config.head, size, temperature, encoders)
 
 
 def lesions(number: int) -> dict[str, torch.Tensor]:
@@ -175,14 +178,14 @@ def test_inputs_are_those_that_the_network_uses(kind, task):
 
 def test_network_that_uses_no_view_has_no_pixels():
     network = exported("trimodal", use=["concepts", "metadata"])
-    assert network.inputs == (CONCEPTS, METADATA) and network.tower is None
+    assert network.inputs == (CONCEPTS, METADATA)
     assert all(torch.isfinite(each).all() for each in network(*network.example(3)))
 
 
 def test_tokens_of_a_frozen_tower_are_those_of_the_token_cache():
     network = exported("trimodal", tower={"frozen": True})
     inputs = lesions(2)
-    tokens = [network.frozen(inputs[view]).half().float() for view in VIEWS]
+    tokens = [network.encoders[view].tower(inputs[view]).half().float() for view in VIEWS]
     with torch.no_grad():
         expected = network.network(*tokens, *(inputs[name] for name in (PRESENT, CONCEPTS, METADATA)))
     np.testing.assert_array_equal(outputs_of(network, inputs)["logits"], expected.logits.numpy())

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.config import Experiment
-from triderm_dist.engine.checkpoint import load_weights, read_info
-from triderm_dist.engine.fold import fold_tower, model_config
-from triderm_dist.engine.views import open_tower
+from triderm_dist.inference.networks import LoadedModel
 from triderm_dist.losses import HeadKind, probabilities
-from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
-from triderm_dist.models.towers import Tower
-from triderm_dist.schema import VIEWS, DataError
-from triderm_dist.tasks import recorded_task
+from triderm_dist.schema import VIEWS
 
 PRESENT, CONCEPTS, METADATA = "view_present", "concepts", "metadata"
 """Names of the inputs besides the views."""
@@ -25,8 +20,8 @@ PRESENT, CONCEPTS, METADATA = "view_present", "concepts", "metadata"
 class ExportedNetwork(nn.Module):
     """Map the inputs that a network uses to its outputs, all of them tensors with the lesions in the first axis.
 
-    network: in evaluation mode, on the CPU.  temperature: divides the logits before they become probabilities.
-    frozen: the tower whose tokens the network takes, None where it holds its towers.
+    network: in evaluation mode, on the CPU.  size: S.  temperature: divides the logits before they become
+    probabilities.  encoders: by view, what maps pixels to the network's input; without one it takes pixels.
 
     inputs, in this order, as far as the network uses them: the pixels of each view (B, 3, S, S) float32, normalized;
     `view_present` (B, V) bool of these views; `concepts` (B, K) and `metadata` (B, M) float32, NaN where missing.
@@ -34,9 +29,17 @@ class ExportedNetwork(nn.Module):
     outputs: `probabilities` and `logits` (B, C), `aux_VIEW` (B, C) of each view of the task, `features` (B, D).
     """
 
-    def __init__(self, network: Network, head: HeadKind, temperature: float = 1.0, frozen: Tower | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        head: HeadKind,
+        size: int,
+        temperature: float = 1.0,
+        encoders: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        self.network, self.frozen, self.head, self.temperature = network, frozen, head, temperature
+        self.network, self.head, self.size, self.temperature = network, head, size, temperature
+        self.encoders = nn.ModuleDict(encoders or {})
         self.signature, self.views = network.signature, network.used_views
         self.inputs = (
             *self.views,
@@ -47,16 +50,17 @@ class ExportedNetwork(nn.Module):
         self.outputs = ("probabilities", "logits", *(f"aux_{view}" for view in self.signature.views), "features")
         self.eval()
 
-    @property
-    def tower(self) -> Tower | None:
-        """One of the network's towers, for its input size and normalization; None where it uses no view."""
-        return self.frozen or next(iter(self.network._towers()), None)
+    @classmethod
+    def of(cls, loaded: LoadedModel, fold: int, temperature: float = 1.0) -> ExportedNetwork:
+        """Take the network of a fold, loaded without what is shared (`share=False`)."""
+        size, head = loaded.preprocessing.size, loaded.config.head
+        return cls(loaded.networks[fold], head, size, temperature, loaded.encoders)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, inputs, strict=True))
         lesions, like = inputs[0].shape[0], inputs[-1]
         none = torch.zeros(lesions, 0, device=like.device)
-        images = {view: self._tokens(given[view]) for view in self.views}
+        images = {view: self.encoders[view](given[view]) if self.encoders else given[view] for view in self.views}
         absent = torch.zeros(lesions, dtype=torch.bool, device=like.device)
         present = dict(zip(self.views, given[PRESENT].unbind(1), strict=True)) if self.views else {}
         result = self.network(
@@ -67,13 +71,6 @@ class ExportedNetwork(nn.Module):
         )
         aux = [logits for logits in (result.aux_clinical, result.aux_dermoscopic) if logits is not None]
         return probabilities(result.logits / self.temperature, self.head), result.logits, *aux, result.features
-
-    def _tokens(self, pixels: Tensor) -> Tensor:
-        """Return what the network takes of a view: its pixels, or the tokens of the frozen tower.
-
-        Tokens are rounded to float16, as the token cache holds them.
-        """
-        return pixels if self.frozen is None else self.frozen(pixels).half().float()
 
     def example(self, lesions: int, seed: int = 0) -> tuple[Tensor, ...]:
         """Draw random inputs of B lesions, about a third of the views, concepts and metadata values missing."""
@@ -91,34 +88,16 @@ class ExportedNetwork(nn.Module):
             else (uniform(lesions) * len(field.categories)).floor()
             for field in self.signature.fields
         ]
-        size = self.tower.image_size if self.tower else 0
-        drawn = {view: 4 * uniform(lesions, 3, size, size) - 2 for view in self.views}
+        drawn = {view: 4 * uniform(lesions, 3, self.size, self.size) - 2 for view in self.views}
         drawn[PRESENT] = uniform(lesions, len(self.views)) > 1 / 3
         drawn[CONCEPTS] = with_gaps(uniform(lesions, len(self.signature.concepts)))
         drawn[METADATA] = with_gaps(torch.stack(fields, 1) if fields else uniform(lesions, 0))
         return tuple(drawn[name] for name in self.inputs)
 
 
-def load_exported(experiment: Experiment, name: str, fold: int, temperature: float = 1.0) -> ExportedNetwork:
-    """Load the network of one fold of one model, with its frozen tower if it has one.
-
-    Raises DataError where the fold is not trained, CheckpointError for damaged weights.
-    """
-    folder, model = experiment.fold_folder(name, fold), model_config(experiment, name)
-    if not (folder / "fold.json").exists():
-        raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
-    info = read_info(folder / "fold")
-    signature = recorded_task(info, str(folder / "fold.json")).signature(info["concepts"])
-    tower, frozen = open_tower(experiment, model, fold_tower(folder, info))
-    towers = tower.token_shape if frozen else build_towers(model.tower, signature.views, tower.build())
-    network = build_network(model, signature, towers)
-    load_weights(folder / "weights", network)
-    return ExportedNetwork(network, model.head, temperature, frozen)
-
-
 def describe(network: ExportedNetwork) -> dict[str, Any]:
     """Return, as JSON types, the inputs and outputs of a network in their order."""
-    signature, size = network.signature, network.tower.image_size if network.tower else 0
+    signature, size = network.signature, network.size
     fields = [
         {"name": field.name, "kind": field.kind, "low": field.low, "high": field.high, "unit": field.unit}
         if field.is_number

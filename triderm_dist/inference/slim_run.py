@@ -9,98 +9,111 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from triderm_dist.config import CONFIG_FILE, Experiment, RemoteConfig, save
-from triderm_dist.engine.checkpoint import read_info
-from triderm_dist.ensemble.artifact import Ensemble, read_json
-from triderm_dist.ensemble.fitted_stacker import FittedStacker, model_path
+from triderm_dist.engine.checkpoint import read_info, write_info
+from triderm_dist.engine.fold import fold_tower
+from triderm_dist.engine.views import open_tower
+from triderm_dist.ensemble.artifact import read_json
+from triderm_dist.ensemble.fitted_stacker import model_path
 from triderm_dist.ensemble.predict import check_weights
-from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, STACK_FILE, STACKER
+from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.files import atomic_path, file_sha256, write_text
+from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
+from triderm_dist.models import tower_record
+from triderm_dist.models.tower_record import save_tower
 from triderm_dist.schema import ConfigError, DataError
 
 CARD_FILE = "README.md"
-AS_THEY_ARE = (CARD_FILE, "environment.json", ENSEMBLE_FILE)
-"""Files of a run that are copied, if they exist."""
+ENVIRONMENT_FILE = "environment.json"
 _PART = re.compile(r'[^\x00-\x1f\\/:*?"<>|.][^\x00-\x1f\\/:*?"<>|]*(?<![. ])')
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a zip, so that its bytes depend on the run alone."""
 
 
-def write_slim_run(run: Experiment, folder: Path) -> None:
+def write_slim_run(run: RunFolder, folder: Path) -> None:
     """Write the slim run into an empty folder, and check that its networks are those that the ensemble was fitted on.
 
-    Raises DataError where a file is missing or does not belong to the others.
+    What a run of an earlier version does not record (towers, sizes of photos) is added. Raises DataError where a file
+    is missing or does not belong to the others.
     """
-    members = [name for name in Ensemble.load(run.folder / ENSEMBLE_FILE).members if name != STACKER]
-    for name in members:
-        if name not in run.models:
-            raise DataError(f"{run.folder / CONFIG_FILE}: has no model {name!r}, a member of {ENSEMBLE_FILE}")
-    for source, target in _files(run, members):
-        (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / target)
-    for name in members:
-        for fold in range(run.data.folds):
-            _check_fold(run, folder, name, fold)
-    _write_settings(run, folder, members)
-    if (folder / STACK_FILE).exists() and FittedStacker.load(folder / STACK_FILE).extra == "embeddings":
-        # Only the name of the tower and the width of its embeddings are needed, not those of the training lesions.
-        path = embeddings_path(run.folder, "train")
-        values, tower = read_embeddings(path, np.empty(0))
-        write_embeddings(embeddings_path(folder, "train"), [], values, tower)
+    for name in _shared_files(run):
+        (folder / safe_name(name)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.path / name, folder / name)
+    for name, trained in run.networks.items():
+        refitted = run.experiment.refit_folder(name)
+        refit = [TrainedNetwork(refitted, read_info(refitted / "fold"))] if (refitted / "fold.json").exists() else []
+        for network in (*trained, *refit):
+            _write_network(run, folder, name, network)
+    if run.fitted.stacker and run.fitted.stacker.extra == "embeddings":
+        _write_embedding(run, folder)
+    _write_settings(run.experiment, folder)
 
 
-def _files(run: Experiment, members: Iterable[str]) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Yield the files to copy, with their names in the slim run."""
-    names = [name for name in AS_THEY_ARE if (run.folder / name).is_file()]
-    stack = run.folder / STACK_FILE
-    if STACKER in Ensemble.load(run.folder / ENSEMBLE_FILE).members:
-        stacker = FittedStacker.load(stack)
+def _shared_files(run: RunFolder) -> list[str]:
+    """Return the names of the files to copy that belong to no network."""
+    names = [name for name in (CARD_FILE, ENVIRONMENT_FILE) if (run.path / name).is_file()]
+    names.append(ENSEMBLE_FILE)
+    if stacker := run.fitted.stacker:
+        stack = run.path / STACK_FILE
         parts = [stack, model_path(stack, type(stacker.model)), stack.with_suffix(".safetensors")]
-        parts += [run.folder / ALIGNMENTS_FILE] if stacker.extra == "features" else []
         names += [path.name for path in parts if path.is_file()]
-    names += [
-        path.relative_to(run.folder).as_posix()
-        for path in sorted(run.folder.glob("towers/*"))
-        if path.suffix in (".json", ".safetensors")
-    ]
-    for name in members:
-        for fold in range(run.data.folds):
-            for file in ("fold.json", "weights.json", "weights.safetensors"):
-                path = run.fold_folder(name, fold) / file
-                if not path.is_file():
-                    raise DataError(f"{path}: no such file; run triderm crossval first")
-                names.append(path.relative_to(run.folder).as_posix())
-    for name in names:
-        yield run.folder / name, safe_name(name)
+        names += [ALIGNMENTS_FILE] if stacker.extra == "features" else []
+    return names
 
 
-def _check_fold(run: Experiment, folder: Path, name: str, fold: int) -> None:
-    path = folder / name / f"fold-{fold}"
-    expected = read_info(path / "weights")["sha256"]
-    if file_sha256(path / "weights.safetensors") != expected:
+def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetwork) -> None:
+    """Copy the weights of a network, its fold.json and its tower."""
+    target = folder / safe_name(network.folder.relative_to(run.path).as_posix())
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("weights.json", "weights.safetensors", "fold.json"):
+        if not (network.folder / file).is_file():
+            raise DataError(f"{network.folder / file}: no such file; run triderm crossval first")
+        shutil.copyfile(network.folder / file, target / file)
+    if file_sha256(target / "weights.safetensors") != network.weights:
         raise DataError(
-            f"{run.fold_folder(name, fold) / 'weights.safetensors'}: changed or damaged: its SHA-256 is not that of "
-            "weights.json; train this fold again"
+            f"{network.folder / 'weights.safetensors'}: changed or damaged: its SHA-256 is not that of fold.json; "
+            "train this fold again"
         )
-    check_weights(run.folder, [(name, np.array([expected], object))])
+    fitted_on = network.info.get("refit_of") or [network.weights]
+    check_weights(run.path, [(name, np.array(fitted_on, object))])
+    towers, record = folder / tower_record.FOLDER, fold_tower(network.folder, network.info)
+    if record is None or not (towers / f"{record.name}.json").exists():
+        with torch.random.fork_rng(devices=[]):
+            record, tower = open_tower(run.experiment, run.experiment.models[name], record)
+        save_tower(towers, record, tower)
+    if not network.info.keys() >= {"tower", "photos"}:
+        photos = {"canvas": run.canvas, "short_side": run.short_side}
+        info = {key: value for key, value in network.info.items() if key not in ("format", "version")}
+        write_info(target / "fold", **{"tower": record.name, "photos": photos, **info})
 
 
-def _write_settings(run: Experiment, folder: Path, members: list[str]) -> None:
-    """Write the settings without paths of this machine, and without models that are not in the ensemble."""
+def _write_embedding(run: RunFolder, folder: Path) -> None:
+    """Write the tower whose embeddings the stacker reads, and its name in a table of no lesions."""
+    path, models = embeddings_path(run.path, "train"), run.experiment.models
+    values, source = read_embeddings(path, np.empty(0))
+    write_embeddings(embeddings_path(folder, "train"), [], values, source)
+    model = next((model for model in models.values() if model.tower.source == source), None)
+    if model is None:
+        raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
+    frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
+    with torch.random.fork_rng(devices=[]):
+        recorded = tower_record.find_frozen(run.path / tower_record.FOLDER, model.tower)
+        save_tower(folder / tower_record.FOLDER, *open_tower(run.experiment, frozen, recorded))
+
+
+def _write_settings(run: Experiment, folder: Path) -> None:
+    """Write the settings without paths of this machine."""
     nothing: dict[str, Any] = dict.fromkeys(("source", "test", "task", "shards", "test_shards", "test_truth"))
     data = run.data.model_copy(update={**nothing, "extra": (), "remote": RemoteConfig()})
-    models = {name: run.models[name] for name in members}
-    ensemble = run.ensemble.model_copy(update={"members": None})
-    changed = {"output": str(folder), "tokens": None, "data": data, "models": models, "ensemble": ensemble}
-    save(run.model_copy(update=changed), folder / CONFIG_FILE)
+    save(run.model_copy(update={"output": str(folder), "tokens": None, "data": data}), folder / CONFIG_FILE)
 
 
 def safe_name(name: str) -> PurePosixPath:
@@ -127,36 +140,33 @@ def write_zip(folder: Path, path: Path) -> None:
                 shutil.copyfileobj(source, target, 2**20)
 
 
-def write_hub_card(run: Experiment, folder: Path, license_name: str) -> None:
+def write_hub_card(run: RunFolder, folder: Path, license_name: str) -> None:
     """Put the metadata that the hub reads in front of the model card of a slim run."""
     card = folder / CARD_FILE
     body = card.read_text(encoding="utf-8") if card.exists() else _short_card(run)
     write_text(card, f"---\n{yaml.safe_dump(hub_metadata(run, license_name), sort_keys=False)}---\n\n{body}")
 
 
-def hub_metadata(run: Experiment, license_name: str) -> dict[str, Any]:
+def hub_metadata(run: RunFolder, license_name: str) -> dict[str, Any]:
     """Return the model card's metadata: https://huggingface.co/docs/hub/model-cards."""
-    tree = read_json(run.folder / ENSEMBLE_FILE)
-    members = [name for name in tree["members"] if name != STACKER]
-    sources = [run.models[name].tower.source for name in members if run.models[name].tower.pretrained]
-    bases = sorted({source.removeprefix("hf-hub:") for source in sources if source.startswith("hf-hub:")})
-    task = str(tree["task"]["name"])
+    towers = [run.experiment.models[name].tower for name in run.networks]
+    hub = [tower.source.removeprefix("hf-hub:") for tower in towers if tower.source.startswith("hf-hub:")]
     return {
         "license": license_name,
         "library_name": "triderm-dist",
         "pipeline_tag": "image-classification",
-        "tags": ["dermatology", "skin-lesion", "dermoscopy", "ensemble", task.lower()],
-        **({"base_model": bases} if bases else {}),
+        "tags": ["dermatology", "skin-lesion", "dermoscopy", "ensemble", run.task.name.lower()],
+        **({"base_model": sorted(set(hub))} if hub else {}),
     }
 
 
-def _short_card(run: Experiment) -> str:
-    """Return a model card for a run of a version that wrote none."""
-    tree = read_json(run.folder / ENSEMBLE_FILE)
+def _short_card(run: RunFolder) -> str:
+    """Return a model card for a run that has none."""
+    tree = read_json(run.path / ENSEMBLE_FILE)
     score = tree["scores"]["ensemble"]["nested"]
-    return f"""# {tree["task"].get("title") or tree["task"]["name"]}
+    return f"""# {run.task.title or run.task.name}
 
-An ensemble of {", ".join(tree["members"])}, trained with triderm-dist on {tree["lesions"]} lesions in {tree["folds"]}
-folds. Nested macro F1 {score["value"]:.3f} (95% interval {score["low"]:.3f} to {score["high"]:.3f}).
+An ensemble of {", ".join(run.fitted.members)}, trained with triderm-dist on {tree["lesions"]} lesions in
+{tree["folds"]} folds. Nested macro F1 {score["value"]:.3f} (95% interval {score["low"]:.3f} to {score["high"]:.3f}).
 Not a medical device.
 """
