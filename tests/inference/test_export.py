@@ -157,7 +157,7 @@ def test_incomplete_or_changed_run_is_refused(copied, tmp_path):
     write_info(fold / "fold", **{**{key: info[key] for key in info.keys() - {*HEAD}}, "weights": other})
     refused("was fitted on other weights of dual_cnn")
     (fold / "fold.json").unlink()
-    refused("dual_cnn/fold-1: this fold is not trained")
+    refused("dual_cnn/fold-1: not trained; run triderm crossval first")
     (copied / "ensemble.json").unlink()
     refused("ensemble.json: no such file; run triderm stack first")
 
