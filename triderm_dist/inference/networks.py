@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,8 +60,9 @@ class FrozenTower(nn.Module):
         self.tower = tower
 
     def forward(self, pixels: Tensor) -> Tensor:
-        device = pixels.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        on_gpu = pixels.device.type == "cuda"
+        # A disabled autocast would do as well, but `torch.export` cannot save one around a frozen tower.
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
             tokens = self.tower(pixels)
         return tokens.half().float()
 
