@@ -1,8 +1,17 @@
-"""Predict a test set with every fold's model and test-time augmentation, and write the results as CSV.
+"""Predict lesions with every fold's model, the stacker and the ensemble of a run, and test-time augmentation.
 
-The results are submission.csv for the task of a challenge, else probabilities.csv and decisions.csv.
+triderm predict run=RUN input=PHOTOS output=FOLDER
+triderm predict run=RUN input=lesions.csv output=predictions.csv
+triderm predict run=RUN input=mole.dermoscopic.jpg
+triderm ranks --config_file ddp -m predict run=RUN input=PHOTOS output=FOLDER
 
-accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.predict run=RUN
+The input is a folder of photos (`X.clinical.jpg` and `X.dermoscopic.jpg` are lesion X), a table that names them, or
+photos; what is absent is missing. The output is a .csv or .parquet file, or a folder with both and, for a challenge,
+its submission.csv; without it the answers are printed. Nothing is written into RUN, and the same command resumes.
+
+Without input, the packed test set of the run is predicted and scored, and the results are written into RUN:
+
+triderm predict run=RUN
 
 With lesion ids it draws the attention maps of the tri-modal networks instead, OUTPUT/explain/MODEL/ID.png and .json:
 
@@ -14,22 +23,41 @@ RUN/refit.
 
 from __future__ import annotations
 
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import TRAINING, Networks, RunReader
+from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
+from triderm_dist.schema import ConfigError
+from triderm_dist.settings import PathText
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
+    from triderm_dist.inference.chunks import PredictionJob
+    from triderm_dist.inference.table import ReadInput
+
+MAX_PRINTED = 20
+"""Lesions whose predictions are printed where there is no output."""
 
 
 class PredictRun(RunReader):
     uses = (*TRAINING, "data.test_shards", "data.test_truth", "ensemble.members", "predict")
 
+    input: tuple[PathText, ...] = Field(
+        (), description="folder of photos, table or photos to predict; by default the packed test set of the run"
+    )
+    photos: PathText | None = Field(None, description="folder of the photos of a table; default that of the table")
+    view: str | None = Field(None, description="view of the photos whose names do not tell it, such as dermoscopic")
+    tta: Literal[1, 2, 4, 8] | None = Field(
+        None, description="number of test-time transforms to average over; default predict.transforms"
+    )
+    invalid: Invalid = "refuse"
+    device: str | None = Field(None, description="such as cpu or cuda:1; default the GPU if there is one")
     explain: tuple[str, ...] = Field(
         (), description="ids of lesions to draw attention maps of, instead of predicting the test set"
     )
@@ -44,6 +72,16 @@ class PredictRun(RunReader):
 
 
 def main(config: PredictRun) -> None:
+    if config.explain:
+        draw(config)
+    elif config.input:
+        predict_input(config)
+    else:
+        predict_test_set(config)
+
+
+def predict_test_set(config: PredictRun) -> None:
+    """Predict the packed test set of the run, and write the results and their score into it."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.fold import network_folders
@@ -54,9 +92,10 @@ def main(config: PredictRun) -> None:
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
 
-    if config.explain:
-        draw(config)
-        return
+    if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
+        raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
+    if config.results != config.folder:
+        raise ConfigError("output: without input the test set of the run is predicted, into its own folder; remove it")
     ensemble = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
     members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
@@ -93,6 +132,104 @@ def main(config: PredictRun) -> None:
             + (f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else "")
             + f"{result['n']} lesions"
         )
+
+
+def predict_input(config: PredictRun) -> None:
+    """Predict `config.input`, and write `config.results`, or print the predictions where it is the run's folder."""
+    from triderm_dist.data.problems import InvalidLesions
+    from triderm_dist.data.shards.console import print_problems
+    from triderm_dist.distributed.collectives import is_main, world_size
+    from triderm_dist.inference.chunks import PredictionJob
+    from triderm_dist.inference.output import check_output, part_of
+    from triderm_dist.inference.predictor import Predictor
+    from triderm_dist.inference.run_folder import open_run_folder
+    from triderm_dist.inference.table import read_input
+
+    inputs, output = [Path(path) for path in config.input], config.results
+    printed = output == config.folder
+    if not printed:
+        check_output(output, config.folder, inputs)
+    if config.networks != "folds":
+        raise ConfigError("networks: with input the networks of the folds predict; remove it")
+    run = open_run_folder(config.folder)
+    photos = Path(config.photos) if config.photos else None
+    try:
+        read = read_input(inputs, run, photos=photos, view=config.view, invalid=config.invalid)
+    except InvalidLesions as error:
+        if is_main() and not printed:
+            print_problems(error.problems, Path(f"{output}.problems.csv"))
+        raise
+    if printed and (len(read.lesions) > MAX_PRINTED or world_size() > 1):
+        raise ConfigError(f"output: name a file or folder for the predictions of {len(read.lesions):,} lesions")
+    for note in read.notes if is_main() else ():
+        print(f"note: {note}")
+    if world_size() > 1:
+        from triderm_dist.distributed.parallel import start_inference
+
+        start_inference("fp32", config.rank_timeout)
+    predictor = Predictor(run, device=config.device, batch=config.predict.batch)
+    transforms = config.tta or config.predict.transforms
+    job = PredictionJob(predictor, read.lesions, transforms, config.invalid == "drop", part_of(output))
+    if printed:
+        print_predictions(job, read)
+    else:
+        write_output(config, job, read)
+
+
+def print_predictions(job: PredictionJob, read: ReadInput) -> None:
+    """Print the decision for each lesion, and its most probable diagnoses."""
+    from triderm_dist.inference.chunks import prediction_table
+
+    task = job.predictor.run.task
+    answer = job.predictor.predict(job.lesions, job.transforms, job.drop)
+    for row in prediction_table(answer, task, job.predictor.members).to_pylist():
+        ranked = sorted(task.diagnosis_names, key=lambda name: -row[name])[:3]
+        values = ", ".join(f"{name} {row[name]:.3f}" for name in ranked)
+        print(f"{row['lesion_id']}: {row['decision'] or 'no diagnosis'} ({values})")
+    for problem in (*read.problems, *answer.problems.values()):
+        print(f"left out: {problem}")
+
+
+def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> None:
+    """Predict in chunks on all ranks, and write the output on rank 0."""
+    from triderm_dist.data.shards.console import print_problems, progress_bar
+    from triderm_dist.distributed.collectives import is_main, on_main, rank, world_size
+    from triderm_dist.files import exclusive_lock
+    from triderm_dist.inference.chunks import identity
+    from triderm_dist.inference.output import is_written, write_predictions
+    from triderm_dist.schema import DataError
+
+    output, run = config.results, job.predictor.run
+    with ExitStack() as stack:
+
+        def prepare() -> bool:
+            """Return whether the output is already there; else lock the folder of the chunks."""
+            if is_written(output, job.key):
+                return True
+            refusal = DataError(f"{job.part}: another process predicts into it; wait for it or end it")
+            stack.enter_context(exclusive_lock(job.part / "lock", refusal))
+            return False
+
+        if on_main(prepare):
+            if is_main():
+                print(f"{output}: holds these predictions already")
+            return
+        if not is_main():
+            job.run(rank(), world_size())
+            return
+        with progress_bar("lesions") as progress:
+            job.run(rank(), world_size(), progress)
+        table, problems = job.result()
+        print_problems([*read.problems, *problems], Path(f"{output}.problems.csv"))
+        about = {
+            "key": job.key, "run": identity(run), "task": run.task.to_mapping(), "members": [*job.predictor.members],
+            "transforms": job.transforms,
+        }  # fmt: skip
+        paths = write_predictions(output, table, run.task, about)
+        shutil.rmtree(job.part, ignore_errors=True)
+    print(f"{len(table):,} lesions, mean of {job.transforms} transforms, {len(run.networks)} models")
+    for path in paths:
+        print(path)
 
 
 def read_truth(config: PredictRun, index: ShardIndex) -> dict[str, int] | None:

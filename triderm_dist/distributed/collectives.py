@@ -21,9 +21,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Return the number of this process among all ranks, also before `start`."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Return whether this process is rank 0, also before `start`."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 @contextmanager
@@ -37,10 +42,9 @@ def interrupt_on_lost_rank() -> Iterator[None]:
         # gloo raises plain RuntimeErrors. NCCL's watchdog ends the process itself, with the same meaning.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
         raise Interrupted(
-            f"rank {rank} lost contact with another rank ({reason}). When all hosts are back, rerun the same command "
-            "to resume from the last checkpoint"
+            f"rank {rank()} lost contact with another rank ({str(error).splitlines()[0]}). When all hosts are back, "
+            "rerun the same command to resume from the last checkpoint"
         ) from None
 
 

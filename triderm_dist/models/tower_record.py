@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
 from triderm_dist.files import atomic_path
+from triderm_dist.models.light_imports import import_timm
 from triderm_dist.models.tower import TokenShape, Tower, TowerOptions, Triple, tower_hash
 from triderm_dist.models.towers import parse_source
 from triderm_dist.schema import CheckpointError, one_line
@@ -82,6 +83,7 @@ class TowerRecord:
         source is unknown.
         """
         source, name = parse_source(self.source)
+        import_timm()
         if source.rebuild and self.description is not None:
             tower = source.rebuild(self.description, self.image_size)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from triderm_dist.models.light_imports import import_timm
 from triderm_dist.models.open_clip_tower import (
     build_from_folder,
     build_from_hub,
@@ -90,6 +91,7 @@ def build_tower(
     InputError or ConfigError for a source that is unknown or cannot be reached.
     """
     kind, name = parse_source(source)
+    import_timm()
     return kind.build(name, TowerOptions(pretrained, image_size, quick_gelu))
 
 

@@ -1,0 +1,139 @@
+"""`triderm predict run= input= output=`."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import write_table
+from tests.trained_run import TrainedRun
+from triderm_dist.commands.predict import PredictRun, main
+from triderm_dist.config import load
+from triderm_dist.schema import ConfigError, DataError, InputError
+from triderm_dist.submission import read_submission
+
+
+def predict(run: TrainedRun, *words: str) -> None:
+    main(load(PredictRun, None, [f"run={run.folder}", *words]))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_folder_of_results(trained_run, tmp_path, capsys):
+    before = hashes(trained_run.folder)
+    output = tmp_path / "new" / "out"
+    predict(trained_run, f"input={trained_run.test.folder}", f"output={output}", "tta=2")
+    assert sorted(path.name for path in output.iterdir()) == [
+        "probabilities.csv", "probabilities.parquet", "submission.csv",
+    ]  # fmt: skip
+    assert not Path(f"{output}.part").exists() and hashes(trained_run.folder) == before
+    ids = list(dict.fromkeys(row["lesion_id"] for row in trained_run.test.metadata))
+    table, parquet = pd.read_csv(output / "probabilities.csv"), pd.read_parquet(output / "probabilities.parquet")
+    assert table["lesion_id"].tolist() == parquet["lesion_id"].tolist() == ids
+    diagnoses = list(table.columns[1:-1])
+    np.testing.assert_allclose(table[diagnoses].sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(table[diagnoses], parquet[diagnoses], atol=1e-9)
+    np.testing.assert_allclose(
+        parquet["MEL"], sum(parquet[f"{member}/MEL"] for member in ("tri", "cnn", "stack")) / 3, atol=0.2
+    )
+    submitted, probabilities = read_submission(output / "submission.csv")
+    assert submitted == sorted(ids)
+    rows = table.set_index("lesion_id").loc[submitted]
+    assert [
+        ";".join(name for name, own in zip(diagnoses, row, strict=True) if own > 0.5) for row in probabilities
+    ] == rows["decision"].fillna("").tolist()
+    assert "10 lesions, mean of 2 transforms, 2 models" in capsys.readouterr().out
+    predict(trained_run, f"input={trained_run.test.folder}", f"output={output}", "tta=2")
+    assert capsys.readouterr().out == f"{output}: holds these predictions already\n"
+    with pytest.raises(DataError, match="exists and is not the result of this command; name another output"):
+        predict(trained_run, f"input={trained_run.test.folder}", f"output={output}", "tta=1")
+
+
+def test_equal_to_the_packed_test_set(trained_run, tmp_path):
+    """The run's own test set, predicted from shards, has the same results."""
+    from triderm_dist.data.readers.milk10k import read_challenge
+    from triderm_dist.data.shards.pack import pack_shards
+
+    shutil.copytree(trained_run.folder, tmp_path / "run")
+    pack_shards(read_challenge(trained_run.test.folder), tmp_path / "run" / "shards" / "test", short_side=None)
+    copy = TrainedRun(tmp_path / "run", trained_run.test)
+    predict(copy)
+    predict(copy, f"input={copy.test.folder}", f"output={tmp_path / 'out'}")
+    expected, found = (read_submission(folder / "submission.csv") for folder in (tmp_path / "run", tmp_path / "out"))
+    assert expected[0] == found[0]
+    np.testing.assert_allclose(expected[1], found[1], atol=2e-6)
+
+
+def test_photos_alone_without_an_output(trained_run, capsys):
+    photo = trained_run.test.photo(0)
+    predict(trained_run, f"input={photo}", "view=clinical", "tta=1")
+    *notes, line = capsys.readouterr().out.splitlines()
+    assert notes[0] == "note: 1 of 1 lesions with one photo; the other view is missing"
+    assert line.startswith(f"{photo.stem}: ") and line.count(",") == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_table_to_one_file(trained_run, tmp_path, kind, capsys):
+    photo = trained_run.test.photo(1)
+    table = tmp_path / "lesions.csv"
+    write_table(table, [{"id": name, "dermoscopic": str(photo), "Age": age} for name, age in (("a", 30), ("b", ""))])
+    output = tmp_path / f"out.{kind}"
+    predict(trained_run, f"input={table}", f"output={output}", "tta=1")
+    frame = pd.read_csv(output) if kind == "csv" else pd.read_parquet(output)
+    assert frame["lesion_id"].tolist() == ["a", "b"] and (frame["MEL"].iloc[0] != frame["MEL"].iloc[1])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["lesions.csv", output.name]
+    out = capsys.readouterr().out
+    assert "note: lesions.csv: no column for sex, skin tone, site, concept scores: missing for every lesion" in out
+    if kind == "parquet":
+        assert b"triderm-predictions" in pq.read_schema(output).metadata[b"triderm"]
+        predict(trained_run, f"input={table}", f"output={output}", "tta=1")
+        assert "holds these predictions already" in capsys.readouterr().out
+    else:
+        with pytest.raises(DataError, match=r"out\.csv: exists and is not"):
+            predict(trained_run, f"input={table}", f"output={output}", "tta=1")
+
+
+def test_lesions_that_cannot_be_used(trained_run, tmp_path, capsys):
+    shutil.copytree(trained_run.test.folder, tmp_path / "in")
+    photo = next((tmp_path / "in").rglob("*.jpg"))
+    photo.write_bytes(b"no photo")
+    words = (f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "tta=1")
+    with pytest.raises(DataError, match=rf"^{photo}: unreadable photo .*; replace it, or .* invalid=drop$"):
+        predict(trained_run, *words)
+    assert not (tmp_path / "out").exists()
+    predict(trained_run, *words, "invalid=drop")
+    problems = pd.read_csv(tmp_path / "out.problems.csv")
+    assert problems["where"].tolist() == [str(photo)]
+    assert len(pd.read_csv(tmp_path / "out" / "probabilities.csv")) == 9
+    assert "1 problems: 1 unreadable photo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["output={run}/new"], "is inside the run, which predictions do not change"),
+        (["output={input}/new"], "is inside the input"),
+        (["output={tmp}/new.xlsx"], "name a file that ends in .csv or .parquet, or a folder"),
+        (["output={tmp}/new", "view=front"], "view=front: known are clinical, dermoscopic"),
+        (["output={tmp}/new", "photos={tmp}/none"], "no photo"),
+    ],
+)
+def test_what_is_refused(trained_run, tmp_path, words, message):
+    paths = {"run": trained_run.folder, "input": trained_run.test.folder, "tmp": tmp_path}
+    with pytest.raises(InputError) as error:
+        predict(trained_run, f"input={trained_run.test.folder}", *(word.format(**paths) for word in words))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_that_need_an_input(trained_run, tmp_path):
+    with pytest.raises(ConfigError, match="tta: has an effect with input only"):
+        predict(trained_run, "tta=1")
+    with pytest.raises(ConfigError, match="output: without input the test set of the run is predicted"):
+        predict(trained_run, f"output={tmp_path}")
