@@ -20,7 +20,7 @@ PROGRAMS = [path for name in ENTRY_POINTS for path in sorted((ROOT / name).glob(
 # A module imports only from its own row and the rows above it; docs/architecture.md prints this list.
 LAYERS = [
     ("schema", "extras", "files", "checksums"),
-    ("settings", "config", "tasks", "cli", "stages"),
+    ("settings", "config", "environment", "tasks", "cli", "stages"),
     ("data",),
     ("models",),
     ("losses", "optim", "metrics", "intervals", "submission", "predictions"),

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from triderm_dist import extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
+from triderm_dist.environment import recorded
 from triderm_dist.schema import ConfigError, InputError, one_line
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
@@ -73,9 +74,28 @@ def run(
             print(as_yaml(config), end="")
         else:
             check_writable(config)
-            main(config)
+            if isinstance(config, Experiment) and config.is_stage:
+                with recorded(config.folder, program_of(main), exit_code):
+                    main(config)
+            else:
+                main(config)
 
     run_with_exit_codes(work)
+
+
+def program_of(main: Callable[[Tree], None]) -> str:
+    """Return the name of a program, also where Python runs its module by -m."""
+    spec = sys.modules["__main__"].__spec__ if main.__module__ == "__main__" else None
+    return (spec.name if spec else main.__module__).rpartition(".")[2]
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a program that an exception ends."""
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return BAD_INPUT if isinstance(error, InputError | OSError) else 1
 
 
 def check_writable(config: Section) -> None:

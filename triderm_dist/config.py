@@ -466,8 +466,6 @@ class Experiment(Extensible):
 
     uses: ClassVar[tuple[str, ...] | None] = None
     """Keys and sections of the experiment that have an effect on a program; None stands for all."""
-    writes: ClassVar[bool] = True
-    """Whether the program writes into OUTPUT."""
 
     output: PathText = Field("runs/default", description="folder of the run")
     seed: int = Field(0, description="seed of initial weights, order of lesions and augmentation")
@@ -515,6 +513,16 @@ class Experiment(Extensible):
             for name, model in raw["models"].items()
         }
         return {**raw, "models": models}
+
+    @property
+    def writes(self) -> bool:
+        """Whether the program writes into OUTPUT."""
+        return True
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether environment.json of the run records the program."""
+        return False
 
     @property
     def folder(self) -> Path:
@@ -618,8 +626,8 @@ class ParallelFoldsRun(Experiment):
 
 
 def is_writable(folder: Path) -> bool:
-    """Return whether files can be written into a folder, which may not exist yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    """Return whether files can be written into a folder, which may not exist yet, or into that of a file."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     return os.access(existing, os.W_OK | os.X_OK)
 
 

@@ -40,7 +40,17 @@ ensemble: {bootstrap: 20, rounds: 2}
     + TINY_TRIMODAL
 )
 FLIPS = 200
-NOT_READ = {"log.txt", "metrics.jsonl", "optimizer.txt", "config.yaml", "README.md", ".lock", ".fold-0.lock"}
+NOT_READ = {
+    "log.txt",
+    "metrics.jsonl",
+    "optimizer.txt",
+    "config.yaml",
+    "README.md",
+    "environment.json",
+    ".environment.lock",
+    ".lock",
+    ".fold-0.lock",
+}
 """Files for people, and of locks: no result is computed from them."""
 
 

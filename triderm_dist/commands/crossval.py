@@ -15,6 +15,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
+from triderm_dist.environment import record_data
 
 
 class CrossvalRun(ParallelFoldsRun):
@@ -22,13 +23,17 @@ class CrossvalRun(ParallelFoldsRun):
 
     only: tuple[str, ...] | None = Field(None, description="train these models only; null trains all of `models`")
 
+    @property
+    def is_stage(self) -> bool:
+        return True
+
 
 def main(config: CrossvalRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
-    from triderm_dist.engine.fold import assigned_folds, model_config
+    from triderm_dist.engine.fold import assigned_folds, data_facts, model_config
     from triderm_dist.engine.parallel_folds import run_parallel_folds
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
@@ -49,6 +54,7 @@ def main(config: CrossvalRun) -> None:
         run_folds(experiment, index, names, range(config.data.folds), on_start=save_config)
     if is_main():
         save(experiment, config.folder / CONFIG_FILE)
+        record_data(config.folder, "train", data_facts(experiment, index))
         if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
             print(f"oof.parquet is written when {', '.join(missing)} is trained too")
             return

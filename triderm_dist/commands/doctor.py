@@ -21,8 +21,6 @@ from triderm_dist.settings import PathText
 
 class DoctorRun(Experiment):
     uses = None
-    writes = False
-
     launcher: PathText | None = Field(None, description="accelerate config file that the run will be started with")
     ranks: int | None = Field(
         None,
@@ -35,6 +33,10 @@ class DoctorRun(Experiment):
     answer_seconds: float = Field(
         30.0, gt=0, description="on several ranks: seconds within which each must answer and the all-reduce must end"
     )
+
+    @property
+    def writes(self) -> bool:
+        return False
 
 
 def main(config: DoctorRun) -> None:

@@ -19,6 +19,10 @@ class EmbedRun(Experiment):
 
     model: str | None = Field(None, description="the model of `models` whose tower to use; null takes the first")
 
+    @property
+    def is_stage(self) -> bool:
+        return True
+
 
 def main(config: EmbedRun) -> None:
     from triderm_dist.data.shards.open import open_index

@@ -70,6 +70,10 @@ class PredictRun(RunReader):
         True, description="write the results; false only writes each fold's test.parquet, for stack.extra=[features]"
     )
 
+    @property
+    def is_stage(self) -> bool:
+        return not self.explain and self.results == self.folder
+
 
 def main(config: PredictRun) -> None:
     if config.explain:

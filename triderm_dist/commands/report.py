@@ -14,11 +14,18 @@ from triderm_dist.config import RunReader
 class ReportRun(RunReader):
     uses = ("output",)
 
+    @property
+    def is_stage(self) -> bool:
+        return self.results == self.folder
+
 
 def main(config: ReportRun) -> None:
+    from triderm_dist.ensemble.model_card import write_card
     from triderm_dist.report import write_report
 
     print(write_report(config.folder, config.results))
+    if config.results == config.folder:
+        write_card(config)
 
 
 def start() -> None:

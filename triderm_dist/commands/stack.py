@@ -4,7 +4,7 @@ triderm stack run=RUN
 
 Writes stack.json with the stacker's model (stack.ubj for XGBoost), ensemble.json, ensemble_oof.parquet, and the results
 of the out-of-fold lesions as CSV (oof_submission.csv, or oof_probabilities.csv and oof_decisions.csv) into OUTPUT.
-Running it again writes the same files.
+Running it again writes the same files. README.md is the model card of the run.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ IN_TERMINAL = ("official", "argmax", "argmax_tau", "nested", "interval")
 class StackRun(Experiment):
     uses = ("plugins", "output", "seed", "stack", "ensemble")
 
+    @property
+    def is_stage(self) -> bool:
+        return True
+
 
 def main(config: StackRun) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from triderm_dist.ensemble.fit import fit_ensemble
+    from triderm_dist.ensemble.model_card import write_card
     from triderm_dist.ensemble.run_files import ENSEMBLE, ENSEMBLE_FILE
     from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
 
     fit = fit_ensemble(config.folder, config)
+    write_card(config)
     table = Table(title=f"Macro F1 over {fit.lesions} out-of-fold lesions", title_justify="left")
     table.add_column("")
     shown = [name for name in SHOWN[fit.decision] if name in IN_TERMINAL]

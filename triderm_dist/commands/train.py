@@ -12,6 +12,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, TRAINING, Experiment, save
+from triderm_dist.environment import record_data
 
 
 class TrainRun(Experiment):
@@ -20,13 +21,17 @@ class TrainRun(Experiment):
     model: str | None = Field(None, description="the model of `models` to train; null takes the first")
     fold: int = Field(0, ge=0, description="the held-out fold, which is validated on and predicted")
 
+    @property
+    def is_stage(self) -> bool:
+        return True
+
 
 def main(config: TrainRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
-    from triderm_dist.engine.fold import model_config
+    from triderm_dist.engine.fold import data_facts, model_config
     from triderm_dist.schema import ConfigError
 
     if config.fold >= config.data.folds:
@@ -42,6 +47,7 @@ def main(config: TrainRun) -> None:
         save(config, folder / CONFIG_FILE)
         if not (config.folder / CONFIG_FILE).exists():  # else those of the whole run
             save(config.experiment, config.folder / CONFIG_FILE)
+        record_data(config.folder, "train", data_facts(config, index))
 
     run_folds(config, index, [name], [config.fold], on_start=save_settings)
     if is_main():

@@ -15,15 +15,17 @@ from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, set_fingerprint
+from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.engine.views import Views
+from triderm_dist.environment import read_environment
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, read_tower
 from triderm_dist.predictions import Predictions, read_transforms
-from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
 
@@ -81,6 +83,22 @@ def model_config(experiment: Experiment, name: str) -> ModelConfig:
         raise ConfigError(f"model={name}: the settings have the models {', '.join(experiment.models)}")
     check_network(experiment.models[name])
     return experiment.models[name]
+
+
+def data_facts(experiment: Experiment, index: ShardIndex) -> dict[str, Any]:
+    """Return what environment.json records of the training set."""
+    earlier = read_environment(experiment.folder)["data"].get("train", {})
+    known = earlier.get("fingerprint") == index.fingerprint and bool(earlier.get("synthetic"))  # photos may be gone
+    facts = {
+        "task": index.task.name,
+        "fingerprint": index.fingerprint,
+        "lesions": len(index),
+        "labeled": int((index.labels != UNLABELED).sum()),
+        "synthetic": known or (experiment.data.source is not None and is_synthetic(experiment.data.source)),
+    }
+    if extra := experiment.data.extra_sets:
+        facts["extra"] = {key: set_fingerprint(each.shards, experiment.data.remote) for key, each in extra.items()}
+    return facts
 
 
 def is_fold_finished(experiment: Experiment, index: ShardIndex, name: str, fold: int) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.parallel import choose_precision, split_batch, strategy_of
+from triderm_dist.environment import cpu_model
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
 from triderm_dist.monitoring.flops import Budget
@@ -53,15 +52,7 @@ def device_name(device: torch.device) -> str:
     """Return the model of the GPU, or of the CPU with the threads per process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} thread(s) per rank"
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{cpu_model()}, {torch.get_num_threads()} thread(s) per rank"
 
 
 def parameters_by_part(network: Network) -> dict[str, tuple[int, int]]:

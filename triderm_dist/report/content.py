@@ -18,6 +18,7 @@ import yaml
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE, read_yaml
+from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_task, check_weights
@@ -34,6 +35,7 @@ from triderm_dist.ensemble.run_files import (
 )
 from triderm_dist.ensemble.score_table import Row
 from triderm_dist.ensemble.stack_inputs import stacker_columns
+from triderm_dist.environment import read_environment
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.schema import VIEWS, DataError, MetadataField
@@ -213,13 +215,13 @@ class Content:
 
     @cached_property
     def synthetic(self) -> bool:
-        """Whether a notice in the data folder declares the photos synthetic."""
+        """Whether the photos were declared synthetic when the run was trained, or a notice in their folder says so."""
+        recorded = read_environment(self.folder)["data"].get("train", {}).get("synthetic")
+        if recorded is not None:
+            return bool(recorded)
         file = self.folder / CONFIG_FILE
         source = (read_yaml(file).get("data") or {}).get("source") if file.exists() else None
-        if not source or source in NULL:
-            return False
-        notices = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
-        return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in notices)
+        return bool(source) and source not in NULL and is_synthetic(source)
 
     @cached_property
     def counts(self) -> metrics.ClassCounts:

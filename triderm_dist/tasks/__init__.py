@@ -16,6 +16,13 @@ from triderm_dist.schema import ConfigError, DataError, Task, did_you_mean, one_
 from triderm_dist.settings import read_mapping
 
 SHIPPED = Path(__file__).parent
+DATA_LICENSES = {
+    "milk10k": "CC BY-NC 4.0",
+    "ham10000": "CC BY-NC 4.0",
+    "derm7pt": "terms for research that its authors grant",
+    "pad_ufes_20": "CC BY 4.0",
+}
+"""The license of the published photos of each shipped task."""
 TASK_FILE = "task.yaml"
 """The task of a folder of photos, in the folder."""
 

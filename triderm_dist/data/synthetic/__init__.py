@@ -7,6 +7,7 @@ writes the official layout of that challenge, table.py a table with the columns 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,12 @@ train/   tables and photos with labels
 test/    tables and photos without labels
 truth/   the labels of test/, to score predictions
 """
+
+
+def is_synthetic(source: str | os.PathLike[str]) -> bool:
+    """Return whether a notice in a folder of photos, or next to it, declares them synthetic."""
+    notices = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
+    return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in notices)
 
 
 def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: int) -> bool:

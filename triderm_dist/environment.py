@@ -1,0 +1,144 @@
+"""RUN/environment.json: what a run was made with, and when its stages ran.
+
+Versions, commit and hardware of every start of a stage, its duration and exit code, and the fingerprints of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from triderm_dist import __version__
+from triderm_dist.config import CONFIG_FILE
+from triderm_dist.files import lock_file, write_json
+
+ENVIRONMENT_FILE = "environment.json"
+FORMAT, VERSION = "triderm-environment", 1
+PACKAGES = (
+    *("torch", "accelerate", "timm", "open_clip_torch", "numpy", "pyarrow", "safetensors", "xgboost-cu13"),
+    *("xgboost-cpu", "xgboost", "deepspeed", "ray"),
+)
+_LOCK = ".environment.lock"
+
+
+@contextmanager
+def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
+    """Add the start, duration and exit code of a program to the environment.json of a run; on rank 0 only.
+
+    exit_code: the exit code of an exception, as a function of it. Adds nothing where the folder is not a run's, and
+    never makes a program fail.
+    """
+    started, clock, code = datetime.now(UTC), time.perf_counter(), 0
+    try:
+        yield
+    except BaseException as error:
+        code = exit_code(error)
+        raise
+    finally:
+        if os.environ.get("RANK", "0") == "0" and (folder / CONFIG_FILE).exists():
+            start = {
+                "program": program,
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - clock, 1),
+                "exit": code,
+            }
+            with contextlib.suppress(OSError, ValueError):
+                _add_start(folder, start)
+
+
+def record_data(folder: Path, split: str, facts: Mapping[str, Any]) -> None:
+    """Record the packed set of a split (train, test): its fingerprint, number of lesions, and the like."""
+    with _changed(folder) as record:
+        record["data"][split] = dict(facts)
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return the content of environment.json; without starts and data where there is none, or it is not readable."""
+    empty: dict[str, Any] = {"format": FORMAT, "version": VERSION, "data": {}, "environments": [], "starts": []}
+    try:
+        record = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return empty
+    known = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
+    return record if known else empty
+
+
+def this_environment() -> dict[str, Any]:
+    """Return versions, commit and hardware of this process."""
+    return {
+        "triderm-dist": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "system": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "gpus": _gpus(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def cpu_model() -> str:
+    """Return the model name of the CPU, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _add_start(folder: Path, start: dict[str, Any]) -> None:
+    environment = this_environment()
+    with _changed(folder) as record:
+        known = record["environments"]
+        if environment not in known:
+            known.append(environment)
+        record["starts"].append({**start, "environment": known.index(environment)})
+
+
+@contextmanager
+def _changed(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the record of a run, and write it at the end. Folds that train in parallel write it one at a time."""
+    with (folder / _LOCK).open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock_file(lock)
+        record = read_environment(folder)
+        yield record
+        write_json(folder / ENVIRONMENT_FILE, record)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the clone that this package lies in, with `-dirty` where files differ from it."""
+    clone = Path(__file__).parents[1]
+    if not (clone / ".git").exists():
+        return None
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    return None
+
+
+def _gpus() -> list[str]:
+    """Return the GPUs that this process may use, if it used one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    return [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
