@@ -58,5 +58,9 @@ lock: install
 		--custom-compile-command 'make lock' --output-file requirements.lock \
 		pyproject.toml launch/kubernetes/requirements.in
 
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+oldest:
+	PYTHON=$(PYTHON) .ci/oldest
+
 clean:
-	rm -rf $(VENV) runs/demo site
+	rm -rf $(VENV) .venv-oldest runs/demo site

@@ -16,6 +16,7 @@ def test_two_nccl_packages_collide():
     both = ["nvidia-nccl-cu12 2.28.9", "nvidia-nccl-cu13 2.30.7"]
     assert nccl_finding(both, gpu=True).state == "error" and "xgboost-cu13" in nccl_finding(both, gpu=True).advice
     assert nccl_finding(both, gpu=False).state == "warning"
+    assert "pip uninstall xgboost-cu13" in nccl_finding(both, gpu=True, cuda="12").advice
 
 
 def test_outdated_and_missing_packages_are_reported(monkeypatch):

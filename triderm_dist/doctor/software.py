@@ -107,16 +107,20 @@ def nccl(gpu: bool) -> Finding:
             if (distribution.name or "").startswith("nvidia-nccl")
         ),
         gpu,
+        str(getattr(imported("torch.version"), "cuda", None)).partition(".")[0],
     )
 
 
-def nccl_finding(packages: Sequence[str], gpu: bool) -> Finding:
-    """Judge the installed NCCL packages, each as `name version`."""
+def nccl_finding(packages: Sequence[str], gpu: bool, cuda: str = "13") -> Finding:
+    """Judge the installed NCCL packages, each as `name version`. cuda: major version that torch is built for."""
     if len(packages) < 2:
         return Finding("NCCL", packages[0] if packages else "not installed; only several GPUs need it")
     return Finding(
         "NCCL",
         f"{' and '.join(packages)} install the same libnccl.so.2: xgboost's may replace torch's",
         "error" if gpu else "warning",
-        "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 nvidia-nccl-cu13",
+        "pip uninstall xgboost-cu13 nvidia-nccl-cu13; pip install --force-reinstall --no-deps xgboost nvidia-nccl-cu12"
+        if cuda == "12"
+        else "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 "
+        "nvidia-nccl-cu13",
     )
