@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import write_table
 from tests.trained_run import TrainedRun
 from triderm_dist.commands.predict import PredictRun, main
+from triderm_dist.commands.refit import RefitRun
+from triderm_dist.commands.refit import main as refit
 from triderm_dist.config import load
 from triderm_dist.schema import ConfigError, DataError, InputError
 from triderm_dist.submission import read_submission
@@ -56,7 +58,8 @@ def test_folder_of_results(trained_run, tmp_path, capsys):
         predict(trained_run, f"input={trained_run.test.folder}", f"output={output}", "tta=1")
 
 
-def test_equal_to_the_packed_test_set(trained_run, tmp_path):
+@pytest.mark.parametrize("networks", ["folds", "refit"])
+def test_equal_to_the_packed_test_set(trained_run, tmp_path, networks, capsys):
     """The run's own test set, predicted from shards, has the same results."""
     from triderm_dist.data.readers.milk10k import read_challenge
     from triderm_dist.data.shards.pack import pack_shards
@@ -64,9 +67,17 @@ def test_equal_to_the_packed_test_set(trained_run, tmp_path):
     shutil.copytree(trained_run.folder, tmp_path / "run")
     pack_shards(read_challenge(trained_run.test.folder), tmp_path / "run" / "shards" / "test", short_side=None)
     copy = TrainedRun(tmp_path / "run", trained_run.test)
-    predict(copy)
-    predict(copy, f"input={copy.test.folder}", f"output={tmp_path / 'out'}")
-    expected, found = (read_submission(folder / "submission.csv") for folder in (tmp_path / "run", tmp_path / "out"))
+    input_output = [f"input={copy.test.folder}", f"output={tmp_path / 'out'}"]
+    if networks == "refit":
+        with pytest.raises(DataError, match="run/refit/tri: not trained; run triderm refit first"):
+            predict(copy, "networks=refit", *input_output)
+        refit(load(RefitRun, None, [f"run={copy.folder}"]))
+    predict(copy, f"networks={networks}")
+    predict(copy, f"networks={networks}", *input_output)
+    packed = copy.folder / "refit" if networks == "refit" else copy.folder
+    assert f"wrote {packed / 'submission.csv'}" in capsys.readouterr().out
+    assert (copy.folder / "submission.csv").exists() == (networks == "folds")
+    expected, found = (read_submission(folder / "submission.csv") for folder in (packed, tmp_path / "out"))
     assert expected[0] == found[0]
     np.testing.assert_allclose(expected[1], found[1], atol=2e-6)
 

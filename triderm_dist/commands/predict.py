@@ -17,8 +17,8 @@ With lesion ids it draws the attention maps of the tri-modal networks instead, O
 
 triderm predict run=RUN explain=[IL_0000652,IL_0003176]
 
-With `networks=refit` the networks of `triderm refit` predict instead of those of the folds, and the results go into
-RUN/refit.
+With `networks=refit` the networks of `triderm refit` predict instead of those of the folds; results for the test set of
+the run then go into RUN/refit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PredictRun(RunReader):
     networks: Networks = Field(
         "folds",
         description="networks that predict: those of all folds, averaged, or the one per model of triderm refit, whose "
-        "results go into the folder refit of the run",
+        "results for the test set of the run go into its folder refit",
     )
     submit: bool = Field(
         True, description="write the results; false only writes each fold's test.parquet, for stack.extra=[features]"
@@ -153,9 +153,7 @@ def predict_input(config: PredictRun) -> None:
     printed = output == config.folder
     if not printed:
         check_output(output, config.folder, inputs)
-    if config.networks != "folds":
-        raise ConfigError("networks: with input the networks of the folds predict; remove it")
-    run = open_run_folder(config.folder)
+    run = open_run_folder(config.folder, config.networks)
     photos = Path(config.photos) if config.photos else None
     try:
         read = read_input(inputs, run, photos=photos, view=config.view, invalid=config.invalid)
