@@ -96,7 +96,8 @@ class Predictor:
             for number, trained in enumerate(model.trained):
                 evaluation = Evaluation(np.arange(len(photos)), *outputs[model.name, number])
                 head = model.config.head
-                parts.append(as_predictions(evaluation, photos, model.name, head, NO_FOLD, trained.weights))
+                hashes = trained.weights, trained.refit_of
+                parts.append(as_predictions(evaluation, photos, model.name, head, NO_FOLD, *hashes))
         with self._combining:
             results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
         return Answer(results, members, parts, dict(source.problems))

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triderm_dist.config import CONFIG_FILE, Experiment, load_run
+from triderm_dist.config import CONFIG_FILE, Experiment, Networks, load_run
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.engine.checkpoint import read_info
-from triderm_dist.engine.fold import model_config
+from triderm_dist.engine.fold import model_config, network_folders
 from triderm_dist.ensemble.artifact import read_task
 from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.schema import DataError, Signature, Task
 from triderm_dist.tasks import recorded_task
 
@@ -29,12 +30,18 @@ class TrainedNetwork:
         """SHA-256 of the weights."""
         return str(self.info["weights"])
 
+    @property
+    def refit_of(self) -> tuple[str, ...]:
+        """Of a refitted network, the SHA-256 of the folds' weights; else empty."""
+        return tuple(self.info.get("refit_of", ()))
+
 
 @dataclass(frozen=True)
 class RunFolder:
     """The content of a run's folder, without the networks themselves.
 
-    task, concepts: those that the networks were trained for.  networks: of each model of the ensemble, one a fold.
+    task, concepts: those that the networks were trained for.  networks: of each model of the ensemble, one a fold,
+    or the refitted one.
     canvas: (width, height) of the photos that they were trained on, short_side: to which packing reduced larger ones.
     """
 
@@ -57,11 +64,11 @@ class RunFolder:
         return self.task.signature(self.concepts)
 
 
-def open_run_folder(path: Path) -> RunFolder:
-    """Read the settings, the ensemble and every fold.json of a run.
+def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
+    """Read the settings, the ensemble and the fold.json of every network of a run.
 
-    Raises ConfigError for settings that this version cannot read, DataError for a folder that is no run or whose
-    ensemble is not fitted, CheckpointError for a fold.json that is damaged.
+    Raises ConfigError for settings that this version cannot read, DataError for a folder that is no run, whose ensemble
+    is not fitted or does not take these networks, CheckpointError for a fold.json that is damaged.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give the folder of a run, a zip of it, or hf-hub:USER/NAME")
@@ -70,9 +77,11 @@ def open_run_folder(path: Path) -> RunFolder:
     experiment = load_run(Experiment, path)
     fitted = FittedEnsemble.load(path)
     task = read_task(path / ENSEMBLE_FILE)
-    networks = {name: _trained(experiment, name) for name in fitted.models}
-    infos = [each.info for trained in networks.values() for each in trained]
-    for each in (each for trained in networks.values() for each in trained):
+    if networks == "refit" and fitted.stacker:
+        check_refit(fitted.stacker.extra)
+    found = {name: _trained(experiment, name, networks) for name in fitted.models}
+    infos = [each.info for trained in found.values() for each in trained]
+    for each in (each for trained in found.values() for each in trained):
         where = str(each.folder / "fold.json")
         if not (other := recorded_task(each.info, where)).matches(task):
             raise DataError(
@@ -82,15 +91,12 @@ def open_run_folder(path: Path) -> RunFolder:
     concepts = tuple(infos[0]["concepts"])
     if any(tuple(info["concepts"]) != concepts for info in infos):
         raise DataError(f"{path}: its networks were trained with different concepts; train them again on one set")
-    return RunFolder(path, experiment, fitted, task, concepts, networks, *_preparation(experiment, infos[0]))
+    return RunFolder(path, experiment, fitted, task, concepts, found, *_preparation(experiment, infos[0]))
 
 
-def _trained(experiment: Experiment, name: str) -> list[TrainedNetwork]:
+def _trained(experiment: Experiment, name: str, networks: Networks) -> list[TrainedNetwork]:
     model_config(experiment, name)
-    folders = [experiment.fold_folder(name, fold) for fold in range(experiment.data.folds)]
-    for folder in folders:
-        if not (folder / "fold.json").exists():
-            raise DataError(f"{folder}: this fold is not trained; run triderm crossval first")
+    folders = network_folders(experiment, name, networks)
     return [TrainedNetwork(folder, read_info(folder / "fold")) for folder in folders]
 
 
