@@ -29,12 +29,14 @@ QUICK = (
 )
 
 
-def train(folder: Path, models: Sequence[str] = MODELS, task: Task = TASKS["everything"]) -> Path:
-    """Train a run in FOLDER/run on FOLDER/shards and return its folder.
+def train(
+    folder: Path, models: Sequence[str] = MODELS, task: Task = TASKS["everything"], shards: str = "shards"
+) -> Path:
+    """Train a run in FOLDER/run on FOLDER/SHARDS and return its folder.
 
     `TOWER_SOURCES` must have `SMALL_TOWER` as `small`.
     """
-    index = synthetic_shards(folder / "shards", 24, 2 * SIZE, task)
+    index = synthetic_shards(folder / shards, 24, 2 * SIZE, task)
     words = [*models, *QUICK, f"output={folder / 'run'}", f"data.shards={index.folder}"]
     run = load(Experiment, None, words)
     run_folds(run, index, list(run.models), range(2))
