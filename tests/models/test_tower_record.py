@@ -152,7 +152,8 @@ def test_frozen_tower_is_found_by_its_settings(tmp_path: Path) -> None:
     frozen(tmp_path, image_size=64)
     save_tower(tmp_path, TowerRecord.of(tower, config), tower)
     assert find_frozen(tmp_path, config) == record
-    assert find_frozen(tmp_path, config.model_copy(update={"pretrained": True})) is None
+    for other in ({"pretrained": True}, {"image_size": None}):
+        assert find_frozen(tmp_path, config.model_copy(update=other)) is None
     frozen(tmp_path)  # the same settings, and other random weights
     assert find_frozen(tmp_path, config) is None
 

@@ -35,13 +35,11 @@ FOLDER = "towers"
 class TowerRecord:
     """A tower's architecture and the preprocessing of its photos.
 
-    source, pretrained, quick_gelu: the settings that the tower was built with.  architecture, description: those of
-    `Tower`.  weights: `tower_hash` of a frozen tower, None for one that trains.
+    settings: those of `TowerConfig` that the tower was built with.  architecture, description: those of `Tower`.
+    weights: `tower_hash` of a frozen tower, None for one that trains.
     """
 
-    source: str
-    pretrained: bool
-    quick_gelu: bool | None
+    settings: Mapping[str, Any]
     image_size: int
     mean: Triple
     std: Triple
@@ -55,12 +53,16 @@ class TowerRecord:
     def of(cls, tower: Tower, config: TowerConfig, weights: str | None = None) -> TowerRecord:
         """Describe a tower that was built with these settings."""
         return cls(
-            config.source, config.pretrained, config.quick_gelu, tower.image_size, tower.mean, tower.std,
-            tower.num_tokens, tower.width, tower.architecture, tower.description, weights,
+            _settings(config), tower.image_size, tower.mean, tower.std, tower.num_tokens, tower.width,
+            tower.architecture, tower.description, weights,
         )  # fmt: skip
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    @property
+    def source(self) -> str:
+        return str(self.settings["source"])
 
     @property
     def token_shape(self) -> TokenShape:
@@ -72,9 +74,8 @@ class TowerRecord:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def is_of(self, config: TowerConfig) -> bool:
-        """Return whether a tower with these settings is this one, as far as settings tell."""
-        same = (self.source, self.pretrained, self.quick_gelu) == (config.source, config.pretrained, config.quick_gelu)
-        return same and config.image_size in (None, self.image_size)
+        """Return whether the tower was built with these settings."""
+        return self.settings == _settings(config)
 
     def build(self) -> Tower:
         """Build the tower with random weights. Needs no file and no network.
@@ -87,7 +88,7 @@ class TowerRecord:
         if source.rebuild and self.description is not None:
             tower = source.rebuild(self.description, self.image_size)
         else:
-            tower = source.build(name, TowerOptions(False, self.image_size, self.quick_gelu))
+            tower = source.build(name, TowerOptions(False, self.image_size, self.settings["quick_gelu"]))
         recorded = (self.architecture, self.image_size, self.token_shape)
         if (tower.architecture, tower.image_size, tower.token_shape) != recorded:
             raise CheckpointError(
@@ -158,6 +159,11 @@ def load_tower(folder: Path, record: TowerRecord) -> Tower:
     tower.report = f"{record.source}: weights of {file}"
     tower.freeze(len(tower.blocks))
     return tower.eval()
+
+
+def _settings(config: TowerConfig) -> dict[str, Any]:
+    """Return the settings that decide which tower is built."""
+    return config.model_dump(include={"source", "pretrained", "image_size", "quick_gelu"})
 
 
 def _weights(folder: Path, record: TowerRecord) -> Path | None:
