@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
+@pytest.mark.slow  # `tests/engine/test_run_towers.py` and `tests/test_run_folder.py` test parts of it
 def test_moved_run_gives_the_same_bytes_without_its_pretrained_file(tmp_path: Path) -> None:
     """Also in another process, working directory and home, and for a user who may not write the run."""
     torch.manual_seed(0)
