@@ -56,10 +56,12 @@ def run(
     about: str | None,
     argv: Sequence[str] | None = None,
     users: Users = lambda key: (),
+    locate: Callable[[str], object] = str,
 ) -> None:
     """Read the settings of `kind` from the command line, call `main`, and exit.
 
     about: text of --help. users: names other programs in the error for a setting that has no effect on this one.
+    locate: returns the folder of the run that `run=` names.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "-h", "--help-all"} & set(arguments):
@@ -69,7 +71,7 @@ def run(
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
     def work() -> None:
-        config = read_settings(kind, arguments, users)
+        config = read_settings(kind, arguments, users, locate)
         if print_config:
             print(as_yaml(config), end="")
         else:
@@ -182,9 +184,16 @@ def handle_signals(handler: Callable[..., object], numbers: Sequence[signal.Sign
             signal.signal(number, previous)
 
 
-def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lambda key: ()) -> Tree:
+def read_settings(
+    kind: type[Tree],
+    arguments: Sequence[str],
+    users: Users = lambda key: (),
+    locate: Callable[[str], object] = str,
+) -> Tree:
     """Read the settings of `kind` from the words of a command line. Raises InputError for an unknown option, and
     ConfigError as `load` does and for a setting that has no effect; those in the file are shared by all programs.
+
+    users, locate: see `run`.
     """
     file: str | None = None
     overrides: list[str] = []
@@ -199,6 +208,8 @@ def read_settings(kind: type[Tree], arguments: Sequence[str], users: Users = lam
             file = word.removeprefix("--config=")
         elif word.startswith("-"):
             raise InputError(f"unknown option {word}; {OPTIONS}, and settings are written key.subkey=value")
+        elif word.startswith("run="):
+            overrides.append(f"run={locate(word.removeprefix('run='))}")
         else:
             overrides.append(word)
     config = load(kind, file, overrides)

@@ -17,8 +17,11 @@ import yaml
 from tests.inference.small_run import train
 from tests.inference.small_tower import SIZE, SMALL_TOWER
 from tests.test_commands import commands_in
+from triderm_dist import load
 from triderm_dist.cli import read_settings
 from triderm_dist.commands.export import ExportRun, main
+from triderm_dist.commands.predict import PredictRun
+from triderm_dist.commands.predict import main as predict
 from triderm_dist.config import CONFIG_DIR, Experiment, load_run
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
@@ -28,6 +31,7 @@ from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.files import file_sha256
 from triderm_dist.inference.export import export_run
 from triderm_dist.inference.exported_network import ExportedNetwork
+from triderm_dist.inference.locate import locate_run
 from triderm_dist.inference.networks import NetworkLoader
 from triderm_dist.inference.run_folder import open_run_folder
 from triderm_dist.inference.slim_run import safe_name
@@ -166,7 +170,9 @@ def test_unknown_network_is_refused(run, tmp_path):
     for options, message in (
         ({"kind": "onnx", "models": ["late"]}, "models=late: the ensemble has the networks trimodal, dual_cnn"),
         ({"kind": "torch_export", "folds": [2]}, "folds=2: trimodal has the folds 0 to 1"),
-        ({"models": ["trimodal"]}, "models, folds: format=zip has all networks"),
+        ({"kind": "onnx", "folds": [0], "networks": "refit"}, "folds: a refit has one network per model"),
+        ({"kind": "onnx", "networks": "refit"}, "refit/trimodal: not trained; run triderm refit first"),
+        ({"models": ["trimodal"]}, "models, folds, networks: format=zip has all networks"),
     ):
         with pytest.raises(InputError, match=message):
             export_run(run, tmp_path / "a.zip", **options)
@@ -229,7 +235,7 @@ def test_description_of_a_network_is_that_of_its_run(run, tmp_path):
     canvas = read_index(load_run(Experiment, run).train_shards).canvas
     assert about["preprocessing"]["canvas"] == [*canvas] and len(about["preprocessing"]["steps"]) == 5
     assert about["ensemble"]["weights"].keys() == set(ensemble.members)
-    assert about["ensemble"]["folds"] == 2 and about["ensemble"]["transforms"] == 2
+    assert about["ensemble"]["networks"] == 2 and about["ensemble"]["transforms"] == 2
     assert about["checked"]["largest_difference"] <= 1e-4
     assert lines[0].startswith("dual_cnn.fold-1.pt2: outputs differ from PyTorch's by at most")
     module = torch.export.load(tmp_path / "out/dual_cnn.fold-1.pt2").module()
@@ -237,6 +243,31 @@ def test_description_of_a_network_is_that_of_its_run(run, tmp_path):
     network = ExportedNetwork.of(loaded, 1, about["temperature"])
     for one, other in zip(module(*network.example(5)), network(*network.example(5)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_zip_and_hub_folder_predict_as_the_run(trained_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, photos = load(trained_run.folder), sorted(trained_run.test.folder.rglob("*.jpg"))[:2]
+    run.export(tmp_path / "a.zip")
+    run.export(tmp_path / "hub", "hub")
+    expected = run.predict(*photos, age=60)
+    for exported in ("a.zip", "hub"):
+        found = load(tmp_path / exported).predict(*photos, age=60)
+        assert found.probabilities == expected.probabilities and found.members == expected.members
+        assert found.diagnosis == expected.diagnosis
+
+
+def test_predict_takes_a_zip(trained_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export_run(trained_run.folder, tmp_path / "a.zip")
+    contents = []
+    for number, run in enumerate((trained_run.folder, tmp_path / "a.zip")):
+        words = [f"run={run}", f"input={trained_run.test.folder}", f"output={tmp_path / str(number)}", "tta=1"]
+        predict(read_settings(PredictRun, words, locate=locate_run))
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir()})
+    assert contents[0] == contents[1] and contents[0].keys() >= {"probabilities.parquet", "submission.csv"}
+    export_run(locate_run(tmp_path / "a.zip"), tmp_path / "b.zip")
+    assert (tmp_path / "b.zip").read_bytes() == (tmp_path / "a.zip").read_bytes()
 
 
 def test_documented_commands_work(run, tmp_path, monkeypatch):

@@ -44,12 +44,11 @@ def exported(kind: str, task: str = "everything", temperature: float = 0.5, **se
     config = ModelConfig.model_validate({"kind": kind, "tower": tower, "width": 16, "heads": 2, **settings})
     signature = TASKS[task].signature(TASKS[task].concept_names)
     towers = build_towers(config.tower, signature.views)
-    size = towers[0].image_size
-    if not config.tower.frozen:
-        return ExportedNetwork(build_network(config, signature, towers), config.head, size, temperature)
-    network = build_network(config, signature, towers[0].token_shape)
-    encoders = dict.fromkeys(signature.views, FrozenTower(towers[0]))
-    return ExportedNetwork(network, config.head, size, temperature, encoders)
+    frozen = config.tower.frozen
+    network = build_network(config, signature, towers[0].token_shape if frozen else towers)
+    if frozen:
+        network.add_tower(FrozenTower(towers[0]))
+    return ExportedNetwork(network, config.head, towers[0].image_size, temperature)
 
 
 def lesions(number: int) -> dict[str, torch.Tensor]:
@@ -180,15 +179,6 @@ def test_network_that_uses_no_view_has_no_pixels():
     network = exported("trimodal", use=["concepts", "metadata"])
     assert network.inputs == (CONCEPTS, METADATA)
     assert all(torch.isfinite(each).all() for each in network(*network.example(3)))
-
-
-def test_tokens_of_a_frozen_tower_are_those_of_the_token_cache():
-    network = exported("trimodal", tower={"frozen": True})
-    inputs = lesions(2)
-    tokens = [network.encoders[view].tower(inputs[view]).half().float() for view in VIEWS]
-    with torch.no_grad():
-        expected = network.network(*tokens, *(inputs[name] for name in (PRESENT, CONCEPTS, METADATA)))
-    np.testing.assert_array_equal(outputs_of(network, inputs)["logits"], expected.logits.numpy())
 
 
 def test_example_has_missing_values_and_values_of_each_field():

@@ -16,11 +16,12 @@ from typing import Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
+from triderm_dist.config import Networks
 from triderm_dist.settings import PathText, Section
 
 
 class ExportRun(Section):
-    run: PathText = Field(description="folder of the run")
+    run: PathText = Field(description="folder of the run, a zip file of it, or hf-hub:USER/NAME")
     output: PathText = Field(description="file (zip) or folder to write; must not exist")
     format: Literal["zip", "hub", "onnx", "torch_export"] = Field(
         "zip",
@@ -33,15 +34,19 @@ class ExportRun(Section):
     folds: tuple[int, ...] | None = Field(
         None, min_length=1, description="onnx, torch_export: the folds to write; null writes all"
     )
+    networks: Networks = Field(
+        "folds", description="onnx, torch_export: the networks of the folds, or the one per model of triderm refit"
+    )
     license: str = Field("other", description="hub: identifier of the license, which the hub shows")
 
 
 def main(config: ExportRun) -> None:
     from triderm_dist.inference.export import export_run
+    from triderm_dist.inference.locate import locate_run
 
     export_run(
-        Path(config.run), Path(config.output), config.format, models=config.models, folds=config.folds,
-        license_name=config.license,
+        locate_run(config.run), Path(config.output), config.format, networks=config.networks, models=config.models,
+        folds=config.folds, license_name=config.license,
     )  # fmt: skip
 
 

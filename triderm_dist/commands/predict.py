@@ -8,6 +8,7 @@ triderm ranks --config_file ddp -m predict run=RUN input=PHOTOS output=FOLDER
 The input is a folder of photos (`X.clinical.jpg` and `X.dermoscopic.jpg` are lesion X), a table that names them, or
 photos; what is absent is missing. The output is a .csv or .parquet file, or a folder with both and, for a challenge,
 its submission.csv; without it the answers are printed. Nothing is written into RUN, and the same command resumes.
+RUN may be a zip file that `triderm export` wrote, or `hf-hub:USER/NAME`.
 
 Without input, the packed test set of the run is predicted and scored, and the results are written into RUN:
 
@@ -262,7 +263,9 @@ def draw(config: PredictRun) -> None:
 
 
 def start() -> None:
-    run(PredictRun, main, __doc__, users=programs_using)
+    from triderm_dist.inference.locate import locate_run
+
+    run(PredictRun, main, __doc__, users=programs_using, locate=locate_run)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from triderm_dist.config import Networks
 from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
 from triderm_dist.files import file_sha256, write_json
@@ -30,6 +31,7 @@ def export_run(
     output: Path,
     kind: Format = "zip",
     *,
+    networks: Networks = "folds",
     models: Sequence[str] | None = None,
     folds: Sequence[int] | None = None,
     license_name: str = "other",
@@ -37,9 +39,9 @@ def export_run(
 ) -> None:
     """Write a run to `output`, which must not exist: a file for `zip`, else a folder. It is complete or not there.
 
-    models, folds: of the networks to write as `onnx` or `torch_export`; None for all members of the ensemble, and all
-    folds.  license_name: the hub's identifier of the license, in the metadata of `hub`.  report: gets lines on what was
-    written.
+    networks, models, folds: the networks to write as `onnx` or `torch_export`: of the folds or of the refit; None for
+    all members of the ensemble, and all folds.  license_name: the hub's identifier of the license, in the metadata of
+    `hub`.  report: gets lines on what was written.
 
     Raises InputError where the run is incomplete, the output exists, or a network's file does not compute what the
     network computes.
@@ -48,9 +50,11 @@ def export_run(
         raise ConfigError(f"output={output}: exists; remove it, or set another output")
     if kind == "zip" and output.suffix != ".zip":
         raise ConfigError(f"output={output}: the name of a zip file must end with .zip")
-    if kind in ("zip", "hub") and not (models is None and folds is None):
-        raise ConfigError(f"models, folds: format={kind} has all networks of the ensemble; remove these settings")
-    run = open_run_folder(run_folder)
+    if kind in ("zip", "hub") and (models, folds, networks) != (None, None, "folds"):
+        raise ConfigError(f"models, folds, networks: format={kind} has all networks of a run; remove these settings")
+    if folds is not None and networks == "refit":
+        raise ConfigError("folds: a refit has one network per model; remove the setting")
+    run = open_run_folder(run_folder, networks)
     part = output.with_name(f"{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     part.mkdir(parents=True)
@@ -79,7 +83,7 @@ def _write_networks(
     folds: Sequence[int] | None,
     report: Callable[[str], None],
 ) -> None:
-    """Write MODEL.fold-K.onnx or .pt2 of each network, and its description MODEL.fold-K.json."""
+    """Write each network as NAME.onnx or NAME.pt2, described in NAME.json; NAME is MODEL.fold-K or MODEL.refit."""
     check_installed(kind)
     ensemble = run.fitted.ensemble
     temperatures = dict(zip(ensemble.members, ensemble.temperatures.tolist(), strict=True))
@@ -92,7 +96,8 @@ def _write_networks(
             if not 0 <= fold < len(loaded.networks):
                 raise ConfigError(f"folds={fold}: {name} has the folds 0 to {len(loaded.networks) - 1}")
             network = ExportedNetwork.of(loaded, fold, temperatures[name])
-            file = folder / f"{safe_name(name)}.fold-{fold}{SUFFIXES[kind]}"
+            which = "refit" if run.refitted else f"fold-{fold}"
+            file = folder / f"{safe_name(name)}.{which}{SUFFIXES[kind]}"
             difference = write_network(file, network, kind)
             description = {
                 "format": FORMAT,
@@ -100,7 +105,7 @@ def _write_networks(
                 "file": file.name,
                 "sha256": file_sha256(file),
                 "model": name,
-                "fold": fold,
+                "fold": None if run.refitted else fold,
                 "weights": loaded.trained[fold].weights,
                 "task": run.task.name,
                 "diagnoses": [
@@ -139,10 +144,10 @@ def _preprocessing(run: RunFolder, preprocessing: Preprocessing) -> dict[str, An
 
 def _ensemble(run: RunFolder) -> dict[str, Any]:
     """Describe how the run itself makes probabilities and decisions of the networks' outputs."""
-    folds, transforms = run.experiment.data.folds, run.experiment.predict.transforms
+    networks, transforms = max(map(len, run.networks.values())), run.experiment.predict.transforms
     steps = [
-        f"average the logits over the {folds} folds of the model and the first {transforms} transforms of the pixels: "
-        "k % 4 quarter turns, then a left-right flip where k is 4 or more",
+        f"average the logits over the {networks} network(s) of the model and the first {transforms} transforms of the "
+        "pixels: k % 4 quarter turns, then a left-right flip where k is 4 or more",
         "divide by the temperature, then softmax or sigmoid (head)",
         "average the probabilities of the members with their weights",
     ]
@@ -150,7 +155,7 @@ def _ensemble(run: RunFolder) -> dict[str, Any]:
         steps.append(f"the member {STACKER!r} is not a network: the run has it as {STACK_FILE}")
     ensemble = run.fitted.ensemble
     return {
-        "folds": folds,
+        "networks": networks,
         "transforms": transforms,
         "weights": dict(zip(ensemble.members, ensemble.weights.tolist(), strict=True)),
         "thresholds": ensemble.thresholds.tolist(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ PRESENT, CONCEPTS, METADATA = "view_present", "concepts", "metadata"
 class ExportedNetwork(nn.Module):
     """Map the inputs that a network uses to its outputs, all of them tensors with the lesions in the first axis.
 
-    network: in evaluation mode, on the CPU.  size: S.  temperature: divides the logits before they become
-    probabilities.  encoders: by view, what maps pixels to the network's input; without one it takes pixels.
+    network: takes pixels; in evaluation mode, on the CPU.  size: S.  temperature: divides the logits before they become
+    probabilities.
 
     inputs, in this order, as far as the network uses them: the pixels of each view (B, 3, S, S) float32, normalized;
     `view_present` (B, V) bool of these views; `concepts` (B, K) and `metadata` (B, M) float32, NaN where missing.
@@ -29,17 +28,9 @@ class ExportedNetwork(nn.Module):
     outputs: `probabilities` and `logits` (B, C), `aux_VIEW` (B, C) of each view of the task, `features` (B, D).
     """
 
-    def __init__(
-        self,
-        network: Network,
-        head: HeadKind,
-        size: int,
-        temperature: float = 1.0,
-        encoders: Mapping[str, nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, network: Network, head: HeadKind, size: int, temperature: float = 1.0) -> None:
         super().__init__()
         self.network, self.head, self.size, self.temperature = network, head, size, temperature
-        self.encoders = nn.ModuleDict(encoders or {})
         self.signature, self.views = network.signature, network.used_views
         self.inputs = (
             *self.views,
@@ -51,20 +42,18 @@ class ExportedNetwork(nn.Module):
         self.eval()
 
     @classmethod
-    def of(cls, loaded: LoadedModel, fold: int, temperature: float = 1.0) -> ExportedNetwork:
-        """Take the network of a fold, loaded without what is shared (`share=False`)."""
-        size, head = loaded.preprocessing.size, loaded.config.head
-        return cls(loaded.networks[fold], head, size, temperature, loaded.encoders)
+    def of(cls, loaded: LoadedModel, number: int, temperature: float = 1.0) -> ExportedNetwork:
+        """Take one network of a model that was loaded by `share=False`."""
+        return cls(loaded.networks[number], loaded.config.head, loaded.preprocessing.size, temperature)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, inputs, strict=True))
         lesions, like = inputs[0].shape[0], inputs[-1]
         none = torch.zeros(lesions, 0, device=like.device)
-        images = {view: self.encoders[view](given[view]) if self.encoders else given[view] for view in self.views}
         absent = torch.zeros(lesions, dtype=torch.bool, device=like.device)
         present = dict(zip(self.views, given[PRESENT].unbind(1), strict=True)) if self.views else {}
         result = self.network(
-            *(images.get(view, none) for view in VIEWS),
+            *(given.get(view, none) for view in VIEWS),
             torch.stack([present.get(view, absent) for view in VIEWS], 1),
             given.get(CONCEPTS, none),
             given.get(METADATA, none),

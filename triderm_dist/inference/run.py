@@ -6,7 +6,7 @@ import io
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.table import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError
 from triderm_dist.ensemble.run_files import OOF_FILE
+from triderm_dist.inference.export import Format
 from triderm_dist.inference.locate import locate_run
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
 from triderm_dist.inference.prediction import Prediction
@@ -164,6 +165,27 @@ class Run:
                 PixelNetwork(name, each, loaded.networks[each], loaded.preprocessing, self._run) for each in folds
             ]
         return found
+
+    def export(
+        self,
+        output: str | os.PathLike[str],
+        format: Format = "zip",
+        *,
+        models: Sequence[str] | None = None,
+        folds: Sequence[int] | None = None,
+        license: str = "other",
+    ) -> None:
+        """Write the run as a zip file or a folder for the hub, or its networks as ONNX or torch.export files.
+
+        See `triderm export --help`. Raises InputError where the output exists, or a file would not be exact.
+        """
+        from triderm_dist.inference.export import export_run
+
+        networks: Networks = "refit" if self._run.refitted and format in ("onnx", "torch_export") else "folds"
+        export_run(
+            self.folder, Path(output), format, networks=networks, models=models, folds=folds, license_name=license,
+            report=lambda line: None,
+        )  # fmt: skip
 
     def _transforms(self, tta: int | None) -> int:
         if tta not in (None, 1, 2, 4, 8):

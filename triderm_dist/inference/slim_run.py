@@ -82,8 +82,8 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
             f"{network.folder / 'weights.safetensors'}: changed or damaged: its SHA-256 is not that of fold.json; "
             "train this fold again"
         )
-    fitted_on = network.info.get("refit_of") or [network.weights]
-    check_weights(run.path, [(name, np.array(fitted_on, object))])
+    fitted_on = network.refit_of or [network.weights]
+    check_weights(run.path, [(name, fitted_on)])
     towers, record = folder / tower_record.FOLDER, fold_tower(network.folder, network.info)
     if record is None or not (towers / f"{record.name}.json").exists():
         with torch.random.fork_rng(devices=[]):
