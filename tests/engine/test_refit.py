@@ -105,6 +105,18 @@ def test_refitted_networks_predict_a_test_set(run):
         predict_test(missing, index, ["cnn"], "refit")
 
 
+def test_refit_may_be_computed_in_other_micro_batches(run):
+    experiment, index = run
+    refit(experiment, index, ["cnn"])
+    folder = experiment.refit_folder("cnn")
+    model = experiment.models["cnn"]
+    train = model.train.model_copy(update={"micro_batch": 4})
+    other = experiment.model_copy(update={"models": {"cnn": model.model_copy(update={"train": train})}})
+    refit(other, index, ["cnn"])
+    assert read_info(folder / "fold")["model"]["train"]["micro_batch"] == 4
+    assert list((folder.parent / "other-settings").iterdir())
+
+
 def test_refit_needs_all_folds_with_these_settings(run):
     experiment, index = run
     with pytest.raises(DataError, match=r"fold-0: not trained with these settings and data.*run triderm crossval"):

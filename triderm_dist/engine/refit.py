@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.config import Experiment, TrainConfig
+from triderm_dist.config import EXECUTION, Experiment, TrainConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.crossval import FoldRun, run_trainings
-from triderm_dist.engine.fold import assigned_folds, is_fold_finished, model_config, result_hash, resume_hash
+from triderm_dist.engine.fold import assigned_folds, model_config, result_hash, resume_hash
 from triderm_dist.engine.fold_folder import FoldFolder, is_trained
 from triderm_dist.engine.views import Views
 from triderm_dist.predictions import NO_FOLD
@@ -75,7 +75,7 @@ class _TrainedFolds:
         epochs, weights = [], []
         for fold in range(experiment.data.folds):
             folder = experiment.fold_folder(name, fold)
-            if not is_fold_finished(experiment, index, name, fold):
+            if not is_trained(folder, result_hash(_executed_as(experiment, name, folder), index, name, fold)):
                 raise DataError(
                     f"{folder}: not trained with these settings and data, and a refit takes its epochs from all folds; "
                     "run triderm crossval first"
@@ -84,6 +84,19 @@ class _TrainedFolds:
             epochs.append(info["epoch"])
             weights.append(info["sha256"])
         return _TrainedFolds(median_high(epochs), tuple(sorted(weights)))
+
+
+def _executed_as(experiment: Experiment, name: str, folder: Path) -> Experiment:
+    """Return the settings with those of a finished fold that say only how a step is computed, such as the micro-batch,
+    which may be others for a refit, on other devices.
+    """
+    if not (folder / "fold.json").exists():
+        return experiment
+    trained, model = read_info(folder / "fold")["model"]["train"], experiment.models[name]
+    train = model.train.model_copy(update={key: trained[key] for key in EXECUTION})
+    return experiment.model_copy(
+        update={"models": {**experiment.models, name: model.model_copy(update={"train": train})}}
+    )
 
 
 @dataclass(frozen=True)
