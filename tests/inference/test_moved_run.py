@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,7 +18,14 @@ from safetensors.torch import save_file
 from tests.inference.small_run import train
 from tests.inference.use_run import use
 from tests.processes import HANG_SECONDS, ROOT, drop_root
+from triderm_dist.cli import read_settings
+from triderm_dist.commands import embed
+from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.shards.index import read_index
+from triderm_dist.ensemble.stack_inputs import read_embeddings
 from triderm_dist.files import file_sha256
+from triderm_dist.inference.networks import NetworkLoader
+from triderm_dist.inference.run_folder import open_run_folder
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -39,6 +48,7 @@ def test_moved_run_gives_the_same_bytes_without_its_pretrained_file(tmp_path: Pa
     for path in photos.iterdir():
         lesion, _, view = path.stem.rpartition("-")
         path.rename(photos / f"{lesion}.{view}.jpg")
+    embed.main(read_settings(embed.EmbedRun, [f"run={run}", "model=trained"]))
     use(str(run), str(photos), str(tmp_path / "before"))
 
     moved, home = tmp_path / "elsewhere" / "run", tmp_path / "home"
@@ -62,3 +72,14 @@ def test_moved_run_gives_the_same_bytes_without_its_pretrained_file(tmp_path: Pa
     assert {"run.zip", "predicted/probabilities.csv", "reported/report.html"} <= set(after)
     assert {Path(name).parts[1] for name in after if name.startswith("explained/")} == {"explain"}
     assert hashes(moved) == contents
+
+    # A stacker that reads embeddings has the tower of triderm embed.
+    found = open_run_folder(moved)
+    found.fitted.__dict__["stacker"] = replace(found.fitted.stacker, extra="embeddings")
+    embedding = NetworkLoader(found, torch.device("cpu")).load_embedding()
+    index = read_index(moved / "shards" / "train")
+    source = PhotoSource(index, embedding.preprocessing.size, embedding.preprocessing.mean, embedding.preprocessing.std)
+    (step,) = LoaderFactory(index, source).sequential(np.arange(24), 24, torch.device("cpu"))
+    views = [embedding(getattr(step.micro_batches[0], view)) for view in index.signature.views]
+    expected = read_embeddings(moved / "embeddings.train.parquet", index.lesion_ids)[0]
+    np.testing.assert_allclose(torch.cat(views, 1), expected, atol=1e-5)
