@@ -57,13 +57,17 @@ def run(
     argv: Sequence[str] | None = None,
     users: Users = lambda key: (),
     locate: Callable[[str], object] = str,
+    first: str | None = None,
 ) -> None:
     """Read the settings of `kind` from the command line, call `main`, and exit.
 
     about: text of --help. users: names other programs in the error for a setting that has no effect on this one.
     locate: returns the folder of the run that `run=` names.
+    first: the setting that a first word without `=` is the value of.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if first and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        arguments[0] = f"{first}={arguments[0]}"
     if {"--help", "-h", "--help-all"} & set(arguments):
         print(help_text(kind, about or "", everything="--help-all" in arguments))
         sys.exit(0)

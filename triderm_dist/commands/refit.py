@@ -22,6 +22,10 @@ class RefitRun(Experiment):
         None, description="refit these models only; null refits those that the ensemble needs"
     )
 
+    @property
+    def is_stage(self) -> bool:
+        return True
+
 
 def main(config: RefitRun) -> None:
     from triderm_dist.data.shards.open import open_index

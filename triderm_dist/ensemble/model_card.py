@@ -110,7 +110,8 @@ class _Card:
         inputs = [f"{each.title or each.name} photo" for each in self.task.views]
         inputs += ["concept scores"] if self.task.concepts.prefix or self.task.concepts.names else []
         inputs += [each.title or each.name.replace("_", " ") for each in self.task.fields]
-        stacker = f" and a stacker ({self.fit['stacker']})" if STACKER in self.fit["members"] else ""
+        kind = f" ({self.fit['stacker']})" if self.fit.get("stacker") else ""  # files of the first version name none
+        stacker = f" and a stacker{kind}" if STACKER in self.fit["members"] else ""
         kinds = ", ".join(f"{name} ({self.config.models[name].kind})" for name in self.members if self._has(name))
         yield from _paragraph(
             f"An ensemble of {self.fit['folds']} networks each of {kinds or ', '.join(self.members)}{stacker}, made "

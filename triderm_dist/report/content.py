@@ -221,7 +221,7 @@ class Content:
             return bool(recorded)
         file = self.folder / CONFIG_FILE
         source = (read_yaml(file).get("data") or {}).get("source") if file.exists() else None
-        return bool(source) and source not in NULL and is_synthetic(source)
+        return source is not None and source not in NULL and is_synthetic(str(source))
 
     @cached_property
     def counts(self) -> metrics.ClassCounts:
