@@ -70,7 +70,7 @@ def test_read_only_run_is_reported_elsewhere_and_refused_where_it_is_written(run
     done = without_root("report", f"run={run}", f"output={tmp_path}/out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.html").read_bytes() == page
-    for name, advice in (("report", "write the results elsewhere: run="), ("stack", "copy the run and name the copy")):
+    for name, advice in (("report", "write the results elsewhere (run="), ("stack", "copy the run and name the copy")):
         done = without_root(name, f"run={run}", folder=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: {run}: this program writes into it, and it is read-only"), done.stderr

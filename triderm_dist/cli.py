@@ -109,7 +109,7 @@ def check_writable(config: Section) -> None:
     if not isinstance(config, Experiment) or not config.writes or is_writable(folder := Path(config.output)):
         return
     if isinstance(config, RunReader):
-        advice = f"write the results elsewhere: run={config.folder} output=FOLDER"
+        advice = f"write the results elsewhere (run={config.folder} output=FOLDER), or copy the run"
     else:
         advice = "copy the run and name the copy, or choose another output"
     raise InputError(f"{folder}: this program writes into it, and it is read-only for this user; {advice}")

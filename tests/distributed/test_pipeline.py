@@ -120,7 +120,7 @@ def test_second_run_skips_all_stages(done, arguments):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_moved_run_skips_all_stages_and_explains_equally_from_anywhere(done, tmp_path):
+def test_moved_run_skips_all_stages_and_explains_equally_from_anywhere(done, packed, tmp_path):
     lesion = read_submission(done / "submission.csv")[0][0]
     launch("launch.predict", f"run={done}", f"output={tmp_path}/before", f"explain={lesion}")
     moved = shutil.copytree(done, tmp_path / "moved")
@@ -130,6 +130,13 @@ def test_moved_run_skips_all_stages_and_explains_equally_from_anywhere(done, tmp
     done_without_root = without_root("predict", "run=moved", "output=after", f"explain={lesion}", folder=tmp_path)
     assert done_without_root.returncode == 0, done_without_root.stderr
     assert hashes(tmp_path / "after") == hashes(tmp_path / "before")
+    photo = next((packed.parent / "demo" / "test").glob("*_Input/*/*.jpg"))
+    before = hashes(moved)
+    words = ["predict", "run=moved", f"input={photo}", "view=dermoscopic"]
+    printed, written = (without_root(*words, *more, folder=tmp_path) for more in ((), ("output=one.csv",)))
+    assert (printed.returncode, written.returncode) == (0, 0), printed.stderr + written.stderr
+    assert f"\n{photo.stem}: " in printed.stdout and (tmp_path / "one.csv").read_text().count("\n") == 2
+    assert hashes(moved) == before
     for path in (moved, *moved.rglob("*")):
         path.chmod(path.stat().st_mode | 0o200)
     result = launch("launch.pipeline", f"run={moved}", folder=tmp_path)

@@ -72,8 +72,12 @@ class PredictRun(RunReader):
     )
 
     @property
+    def writes(self) -> bool:
+        return not self.input or self.results != self.folder  # else it prints
+
+    @property
     def is_stage(self) -> bool:
-        return not self.explain and self.results == self.folder
+        return not self.explain and not self.input and self.results == self.folder
 
 
 def main(config: PredictRun) -> None:
