@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 import triderm_dist
+from tests.conftest import Challenge
 from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist.commands.predict import PredictRun
 from triderm_dist.commands.predict import main as predict
@@ -305,3 +307,56 @@ def test_a_zip_file_runs_no_code(trained_run, tmp_path, monkeypatch, before, aft
         archive.writestr("config.yaml", config.replace(before, after))
     with pytest.raises(InputError, match=rf"may run code of others \(.*{key}\)"):
         triderm_dist.load(tmp_path / "run.zip")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def frame_of(run: Run, test: Challenge, lesions: int) -> pd.DataFrame:
+    """Return a DataFrame with a row per lesion: its id, photos, age and sex."""
+    clinical, dermoscopic = test.metadata[: 2 * lesions : 2], range(1, 2 * lesions, 2)
+    return pd.DataFrame(
+        {
+            "lesion_id": [row["lesion_id"] for row in clinical],
+            "clinical": [str(test.photo(row - 1)) for row in dermoscopic],
+            "dermoscopic": [str(test.photo(row)) for row in dermoscopic],
+            "age": [None if row["age_approx"] == "" else float(row["age_approx"]) for row in clinical],
+            "sex": [row["sex"] for row in clinical],
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["frame", "csv"])
+def test_a_table_is_predicted_as_its_lesions_are(trained_run, run, tmp_path, kind):
+    table: pd.DataFrame | Path
+    table = frame = frame_of(run, trained_run.test, 9)
+    if kind == "csv":
+        table = tmp_path / "lesions.csv"
+        frame.to_csv(table, index=False)
+    with pytest.warns(UserWarning, match="no column for skin tone, site, concept scores"):
+        found = run.predict_table(table, tta=2)
+    members = [f"{member}/{name}" for member in run.members for name in run.diagnoses]
+    assert list(found.columns) == ["lesion_id", *run.diagnoses, "decision", *members]
+    assert found["lesion_id"].tolist() == frame["lesion_id"].tolist()
+    for row, lesion in enumerate(frame.itertuples()):
+        one = run.predict(lesion.clinical, lesion.dermoscopic, age=lesion.age, sex=lesion.sex, tta=2)
+        assert found.loc[row, list(run.diagnoses)].tolist() == pytest.approx([*one.probabilities.values()], abs=1e-6)
+        assert found.loc[row, "stack/MEL"] == pytest.approx(one.members["stack"]["MEL"], abs=1e-6)
+        assert found.loc[row, "decision"].split(";") == [name for name, yes in one.decisions.items() if yes]
+
+
+def test_paths_of_a_table_and_rows_that_cannot_be_used(trained_run, run, tmp_path):
+    frame = frame_of(run, trained_run.test, 4)
+    frame["clinical"] = [Path(path).name for path in frame["clinical"]]
+    frame.loc[1, "age"] = 600
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    frame.loc[2, "dermoscopic"] = str(tmp_path / "broken.jpg")
+    folder = trained_run.test.folder
+    with pytest.raises(InputError, match=r"DataFrame, row 1: .*'600' is not a number"):
+        run.predict_table(frame, photos=folder)
+    with pytest.warns(UserWarning) as warned:
+        found = run.predict_table(frame, photos=folder, invalid="drop", tta=1)
+    assert found["lesion_id"].tolist() == frame["lesion_id"][[0, 3]].tolist()
+    assert sum("left out: " in str(each.message) for each in warned) == 2
+    one = run.predict(trained_run.test.photo(0), trained_run.test.photo(1), age=frame.age[0], sex=frame.sex[0], tta=1)
+    assert found.loc[0, list(run.diagnoses)].tolist() == pytest.approx([*one.probabilities.values()], abs=1e-6)

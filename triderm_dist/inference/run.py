@@ -6,13 +6,15 @@ import io
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,15 +25,21 @@ from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.table import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError
 from triderm_dist.ensemble.run_files import OOF_FILE
+from triderm_dist.extras import require
+from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
 from triderm_dist.inference.locate import locate_run
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
 from triderm_dist.inference.prediction import Prediction
 from triderm_dist.inference.predictor import Answer, Predictor
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
+from triderm_dist.inference.table import read_input, read_lesions, table_of_frame
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
 from triderm_dist.schema import InputError, MetadataField, Signature, Task, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ID = "new"
 """The lesion id of a prediction that got none."""
@@ -124,6 +132,45 @@ class Run:
         """
         photos = self._one_lesion({"clinical": clinical, "dermoscopic": dermoscopic}, concepts, lesion_id, fields)
         return self._prediction(self.predictor.predict(photos, self._transforms(tta)), self._warnings(photos))
+
+    def predict_table(
+        self,
+        table: str | os.PathLike[str] | pd.DataFrame,
+        *,
+        photos: str | os.PathLike[str] | None = None,
+        tta: int | None = None,
+        invalid: Literal["refuse", "drop"] = "refuse",
+    ) -> pd.DataFrame:
+        """Predict the lesions of a table, or of a folder of photos, in their order.
+
+        table: a DataFrame, or the path of a CSV file, a workbook, a folder or a photo, as `triderm predict input=`
+        takes it. A column per view (`clinical`, `dermoscopic`) holds paths of photos, others the id, metadata and
+        concept scores; what is absent is missing.  photos: the folder that these paths are relative to, by default
+        that of the table, and of a DataFrame the working directory.  tta: see `predict`.  invalid: "drop" leaves out
+        lesions with an invalid row or an unreadable photo.
+
+        Returns the columns lesion_id, one per diagnosis, decision, and MEMBER/DIAGNOSIS of every member. Warns of what
+        is missing for all lesions, of columns that are not used, and of lesions that were left out. Raises InputError
+        for a table, row or photo that cannot be used, and where pandas is not installed.
+        """
+        require("predict_table", "pandas")
+        folder = None if photos is None else Path(photos).expanduser()
+        if isinstance(table, str | os.PathLike):
+            given = read_input([Path(table).expanduser()], self._run, photos=folder, invalid=invalid)
+        else:
+            given = read_lesions(table_of_frame(table), [folder or Path()], self._run, invalid)
+        predictor, transforms, lesions = self.predictor, self._transforms(tta), given.lesions
+        tables, left_out = [], [*given.problems]
+        size = BATCHES * predictor.batch  # so that the features of all networks fit into memory
+        for start in range(0, len(lesions), size):
+            part = lesions.take(slice(start, start + size))
+            answer = predictor.predict(part, transforms, drop=invalid == "drop")
+            kept = np.isin(np.arange(len(part)), list(answer.problems), invert=True)
+            tables.append(prediction_table(answer, self.task, self.members).filter(kept))
+            left_out += answer.problems.values()
+        for note in (*given.notes, *(f"left out: {problem}" for problem in left_out)):
+            warnings.warn(note, stacklevel=2)
+        return pa.concat_tables(tables).to_pandas()
 
     def explain(
         self,
@@ -297,7 +344,6 @@ class Run:
     @cached_property
     def _seen(self) -> list[np.ndarray | None]:
         """The different values of each field in the out-of-fold table; None where the run has no table or no value."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
