@@ -241,6 +241,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     from triderm_dist.losses import CompoundLoss
     from triderm_dist.monitoring.throughput import ThroughputMeter
     from triderm_dist.monitoring.tracking import Tracker
+    from triderm_dist.monitoring.train_lines import TrainLines
     from triderm_dist.optim import build_optimizer, build_scheduler
 
     batch, model = synthetic_batch(size, device), size.model(folder)
@@ -258,7 +259,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
     meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
-    tracker = Tracker("ours", folder, True, epochs=1, total_steps=100_000, loss_names=loss.names).__enter__()
+    tracker = Tracker("ours", folder, True, lines=TrainLines(100_000, 1, loss.names)).__enter__()
     step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
 
     def take_step() -> None:

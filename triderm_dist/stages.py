@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, handle_signals
 from triderm_dist.files import exclusive_lock, file_sha256, write_json
 from triderm_dist.schema import InputError
+from triderm_dist.terminal import clock, wrapped
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,21 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
                 if recorded != current:
                     write_json(record, done := {**done, stage.name: current})
                 continue
-            print(f"{title}: {' '.join(stage.command)}", flush=True)
+            print(f"{title}\n{_shown(stage.command)}", flush=True)
             started = time.perf_counter()
             if status := run(stage.command):
                 sys.exit(status if status > 0 else 128 - status)
             done[stage.name] = [current[0], _digest(stage.outputs, folder)]
             write_json(record, done)
-            print(f"{title}: {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"{title}: done in {clock(time.perf_counter() - started)}", flush=True)
+
+
+def _shown(command: Sequence[str]) -> str:
+    """Return a command as `triderm PROGRAM ...`, wrapped as a shell reads it."""
+    words, program = list(command), "triderm_dist.commands."
+    if words[:2] == ["python", "-m"] and words[2].startswith(program):
+        words = ["triderm", words[2].removeprefix(program), *words[3:]]
+    return wrapped(shlex.join(words), "    ", "  ").replace("\n", " \\\n")
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_pa
     assert finish(sequential).returncode == 0, log.read_text()
     logs = first.read_text() + second.read_text()
     for name in ("tri fold 0", "tri fold 1", "cnn fold 0", "cnn fold 1"):
-        assert len(re.findall(rf"{name}  epoch \S+  step 1/", logs)) == 1, f"{name} did not resume\n{logs}"
+        assert len(re.findall(rf"{name} +1/", logs)) == 1, f"{name} did not resume\n{logs}"
     for name in FOLDS:
         one, other = tmp_path / "sequential" / name, tmp_path / "parallel" / name
         assert records(one) == records(other) and records(one)

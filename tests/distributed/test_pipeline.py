@@ -67,7 +67,7 @@ def arguments(packed, tmp_path_factory) -> list[str]:
 def done(arguments, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     result = launch("launch.pipeline", *arguments, f"output={folder}")
-    assert "held-out macro F1 (official metric)" in result.stdout
+    assert "held-out macro F1 (official)" in result.stdout
     return folder
 
 

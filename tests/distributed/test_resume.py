@@ -37,7 +37,7 @@ MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 4}
 
 def records(folder: Path) -> list[dict]:
     """Return the logged metrics of a run, without speed and memory."""
-    varying = {"lesions_per_s", "data_wait", "memory_gib", "seconds_left"}
+    varying = {"lesions_per_s", "data_wait", "memory_gib", "seconds", "seconds_left"}
     lines = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in varying} for line in lines]
 

@@ -103,7 +103,7 @@ def test_different_training_is_moved_aside_and_can_be_resumed(train, uninterrupt
     assert found != weights_of(uninterrupted)
     capsys.readouterr()
     fold = train()
-    assert "resuming the training of these settings" in capsys.readouterr().out
+    assert "resuming the training of these settings" in " ".join(capsys.readouterr().out.split())
     assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)
     assert weights_of(train("models.tri.dropout=0.5")) == found
     assert "epoch" not in capsys.readouterr().out  # a finished training is not repeated
@@ -118,7 +118,7 @@ def test_unfinished_training_with_dropout_by_micro_batch_resumes_and_says_so(tra
         del record["how"]["dropout"], record["files"], record["checksum"]  # as 0.1.0 wrote it
         file.write_text(json.dumps(record))
     fold = train()
-    assert "changed settings (dropout: by micro-batch -> by lesion)" in capsys.readouterr().out
+    assert "changed settings (dropout: by micro-batch -> by lesion)" in " ".join(capsys.readouterr().out.split())
     changes = json.loads((fold / "fold.json").read_text())["changes"]
     assert changes == [{"step": 5, "dropout": ["by micro-batch", "by lesion"]}]
 
@@ -133,10 +133,12 @@ def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
         "train.optim.lr=5e-4",
     ]
     fold = train(*changed)
+    output = " ".join(capsys.readouterr().out.split())
     assert (
-        "tri fold 0 resuming from step 5 with changed settings (train.precision: fp32 -> bf16, train.micro_batch: 8 -> "
-        "4, train.optim.lr: 0.001 -> 0.0005); results will differ from an uninterrupted run"
-    ) in capsys.readouterr().out
+        "tri fold 0: resuming from step 5 with changed settings (train.precision: fp32 -> bf16, train.micro_batch: 8 "
+        "-> 4, train.optim.lr: 0.001 -> 0.0005); results will differ from an uninterrupted run"
+    ) in output
+    assert "start resumed at step 5 of 12" in output
     assert losses(fold)[:5] == losses(uninterrupted)[:5] and len(losses(fold)) == 12
     rates = [line["lr"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "train"]
     assert max(rates[5:]) < 5e-4 < rates[4]

@@ -122,7 +122,7 @@ def test_checkpoints_of_different_settings_are_not_resumed(uninterrupted, settin
 def test_two_ranks_equal_one_rank(uninterrupted, settings, tmp_path, fork):
     ddp = "accelerate_configs/ddp.yaml"
     done = launch("launch.train", *settings, f"output={tmp_path}", ranks=2, config=ddp, fork=fork)
-    assert "2 rank(s)" in done.stdout
+    assert "2 ranks on " in done.stdout
     assert "global batch 16 = 2 x 8 x 1" in done.stdout
     folder = tmp_path / "tri" / "fold-0"
     assert np.allclose(losses(folder), losses(uninterrupted), atol=1e-4)

@@ -44,15 +44,24 @@ def test_parameter_counts_by_part_cover_every_parameter_once():
 def test_report_lists_disabled_options():
     model = settings(global_batch=16, micro_batch=4, compile=True, loss={"soft_f1_sums": "previous"})
     network = build_network(model, SIGNATURE, build_towers(model.tower))
-    text = report("tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 0, 943), [40, 41], None)
+    about = "tri fold 0", Accelerator(cpu=True), model.train, network, (3774, 0, 943), [40, 41], None
+    lines = report(*about, start=7)
+    assert all(len(line) <= 80 for line in lines.splitlines())
+    text = " ".join(lines.split())
     for expected in (
-        "single, 1 rank(s) on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
-        "81 in 2 epoch(s) of 40", "global batch 16 = 1 x 4 x 4", "MFU unavailable: peak FLOP/s of a CPU is unknown",
+        "single, 1 rank on ", "fp32 (no GPU: bf16 is slower than fp32 on a CPU)", "3,774 to train, 943 to validate",
+        "81 in 2 epochs of 40", "global batch 16 = 1 x 4 x 4", "MFU unavailable: peak FLOP/s of a CPU is unknown",
         "activation checkpointing (train.activation_checkpointing)", "exact loss sums", "loss scaling",
-        "tower, clinical: stem and 1 of 6 blocks are frozen",
+        "tower, clinical: stem and 1 of 6 blocks are frozen (no autograd)", "start resumed at step 7 of 81",
     ):  # fmt: skip
         assert expected in text, expected
     assert "torch.compile" not in text and "fusion" not in text
+    assert report(*about, start=7, brief=True).splitlines() == [
+        "tri fold 0",
+        "  lesions    3,774 to train, 943 to validate",
+        "  steps      81 in 2 epochs of 40",
+        "  start      resumed at step 7 of 81",
+    ]
 
 
 def test_start_reports_photos_of_a_different_size(tmp_path, capsys):
@@ -61,7 +70,7 @@ def test_start_reports_photos_of_a_different_size(tmp_path, capsys):
     mixed = replace(index, photo_sizes={size: 20, (9, 12): 2}, shared_photos=(("A", "B"),))
     for each in (index, mixed):
         open_views(Experiment(), settings(), each, Accelerator(cpu=True), train=True)
-    output = capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
     assert output.count("note: ") == 2
     assert f"note: 2 of 22 photos are not {size[0]}x{size[1]}" in output and "A and B" in output
 
@@ -119,7 +128,7 @@ def test_metrics_records_have_the_documented_keys(run):
     assert [each["step"] for each in records] == list(range(LOG_EVERY, records[-1]["step"] + 1, LOG_EVERY))
     assert set(first) == {
         "kind", "epoch", "step", "loss", "focal", "soft_f1", "aux", "lr", "grad_norm", "lesions_per_s", "data_wait",
-        "memory_gib", "seconds_left", "mfu",
+        "memory_gib", "seconds", "seconds_left", "mfu",
     }  # fmt: skip
     assert first["mfu"] == pytest.approx(first["lesions_per_s"] * flops / 0.5e12)
 

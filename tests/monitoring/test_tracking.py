@@ -7,9 +7,11 @@ import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
 from triderm_dist.extras import install_command
+from triderm_dist.files import write_text
 from triderm_dist.monitoring import tracking
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.tracking import Tracker
+from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.schema import ConfigError
 
 TRAIN = {
@@ -19,9 +21,8 @@ TRAIN = {
 
 
 def tracker_in(folder, **settings):
-    return Tracker(
-        "tri fold 0", folder, True, epochs=2, total_steps=40, loss_names=("focal", "soft_f1", "aux"), **settings
-    )
+    lines = TrainLines(40, 2, ("focal", "soft_f1", "aux"), mfu=True)
+    return Tracker("tri fold 0", folder, True, lines=lines, **settings)
 
 
 def scalars_of(folder) -> dict[str, dict[int, float]]:
@@ -37,18 +38,25 @@ def test_record_is_printed_and_written_as_json_and_scalars(tmp_path, capsys):
     with tracker_in(tmp_path) as tracker:
         tracker.log("train", 0.5, 10, {**TRAIN, "mfu": 0.456})
         tracker.log("validation", 1, 20, {"macro_f1": 0.25, "official": 0.5})
-    train, validation = capsys.readouterr().out.splitlines()
-    assert train == (
-        "tri fold 0  epoch 0.5/2  step 10/40  loss 1.5000 (focal 1.0000 soft_f1 0.9000 aux 0.4000)  lr 1.00e-04  "
-        "grad 2.00  96 lesions/s  data wait 1%  MFU 45.6%  2.5 GiB  ETA 1:02:05"
-    )
-    assert validation == "tri fold 0  epoch 1/2  validation macro F1 0.250 (argmax)  0.500 (p > 0.5)"
+    header, train, validation = capsys.readouterr().out.splitlines()
+    assert " ".join(header.split()) == "step loss focal soft_f1 aux lr grad les/s wait MFU GiB left"
+    assert " ".join(train.split()) == "10/40 1.5000 1.000 0.900 0.400 1.0e-04 2.00 96.0 1% 46% 2.5 1:02:05"
+    assert validation == "epoch 1/2  macro F1 0.250 (argmax)  0.500 (p > 0.5)"
     records = read_metrics(tmp_path / "metrics.jsonl")
+    assert 0 <= records[0].pop("seconds") <= records[1].pop("seconds")
     assert records[0] == {"kind": "train", "epoch": 0.5, "step": 10, **TRAIN, "mfu": 0.456}
     scalars = scalars_of(tmp_path)
     for name, value in TRAIN.items():
         assert scalars[f"train/{name}"] == {10: pytest.approx(value)}
     assert scalars["validation/macro_f1"] == {20: 0.25}
+
+
+def test_time_left_includes_later_trainings_and_time_before_a_resume(tmp_path, capsys):
+    write_text(tmp_path / "metrics.jsonl", '{"kind": "train", "epoch": 0.5, "step": 10, "seconds": 400.0}\n')
+    with tracker_in(tmp_path, step=10, trackers=[], later_seconds=lambda seconds: 2 * seconds) as tracker:
+        tracker.log("train", 1, 20, {**TRAIN, "seconds_left": 200.0, "mfu": 0.5})
+    assert capsys.readouterr().out.splitlines()[1].endswith(" 0:23:20")  # 200 + 2 x (400 + 200) seconds
+    assert read_metrics(tmp_path / "metrics.jsonl")[1]["seconds"] == pytest.approx(400, abs=5)
 
 
 def test_resumed_run_replaces_later_records(tmp_path, monkeypatch):
@@ -66,13 +74,13 @@ def test_resumed_run_replaces_later_records(tmp_path, monkeypatch):
 
 def test_unknown_and_missing_trackers_are_refused_on_every_rank(tmp_path):
     with pytest.raises(ConfigError, match=r"'weights_and_biases' is not a tracker; known: aim, .*wandb"):
-        Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=["weights_and_biases"])
+        Tracker("x", tmp_path, False, lines=TrainLines(1, 1), trackers=["weights_and_biases"])
     available = [str(kind) for kind in get_available_trackers()]
     missing = next(name for name in ("aim", "clearml", "dvclive", "swanlab") if name not in available)
     with pytest.raises(
         ConfigError, match=f"{missing} is not installed; {re.escape(install_command(missing))}, or remove it"
     ):
-        Tracker("x", tmp_path, False, epochs=1, total_steps=1, trackers=[missing])
+        Tracker("x", tmp_path, False, lines=TrainLines(1, 1), trackers=[missing])
     assert not list(tmp_path.iterdir())
 
 
@@ -81,7 +89,7 @@ def test_without_tensorboard_a_line_is_printed_and_the_run_is_logged(tmp_path, c
     with tracker_in(tmp_path) as tracker:
         tracker.log("train", 0.5, 10, TRAIN)
     assert capsys.readouterr().out.startswith(
-        "tri fold 0  no TensorBoard files: pip install 'triderm-dist[track]'\ntri fold 0  epoch 0.5/2"
+        "tri fold 0: no TensorBoard files: pip install 'triderm-dist[track]'\n step   loss"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 

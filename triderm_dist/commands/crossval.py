@@ -16,6 +16,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
 from triderm_dist.environment import record_data
+from triderm_dist.terminal import counted, wrapped
 
 
 class CrossvalRun(ParallelFoldsRun):
@@ -34,6 +35,7 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import assigned_folds, data_facts, model_config
+    from triderm_dist.engine.fold_results import fold_results, results_table
     from triderm_dist.engine.parallel_folds import run_parallel_folds
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
@@ -55,8 +57,9 @@ def main(config: CrossvalRun) -> None:
     if is_main():
         save(experiment, config.folder / CONFIG_FILE)
         record_data(config.folder, "train", data_facts(experiment, index))
+        print(results_table(fold_results(experiment, names, range(config.data.folds))))
         if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
-            print(f"oof.parquet is written when {', '.join(missing)} is trained too")
+            print(wrapped(f"oof.parquet is written when {', '.join(missing)} is trained too"))
             return
         table = gather(
             config.folder,
@@ -67,7 +70,8 @@ def main(config: CrossvalRun) -> None:
             index.task,
         )
         write_oof(config.folder / "oof.parquet", table)
-        print(f"{len(table)} lesions by {len(table.models)} models in {config.folder / 'oof.parquet'}")
+        size = f"{counted(len(table), 'lesion')} by {counted(len(table.models), 'model')}"
+        print(wrapped(f"{size} in {config.folder / 'oof.parquet'}"))
 
 
 def start() -> None:

@@ -36,6 +36,7 @@ from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
+from triderm_dist.terminal import counted, wrapped
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex
@@ -98,7 +99,7 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.ensemble.artifact import Ensemble, read_task
     from triderm_dist.ensemble.fitted_stacker import FittedStacker
     from triderm_dist.ensemble.predict import check_task, score, submit
-    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, STACK_FILE, STACKER
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
 
     if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
@@ -121,26 +122,24 @@ def predict_test_set(config: PredictRun) -> None:
     files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]
     refitted = config.networks == "refit"
     folder = config.folder / "refit" if refitted else config.folder
-    paths = submit(config.folder, files, folder)
-    print(
-        f"wrote {', '.join(map(str, paths))}: {ensemble.weighting} of {', '.join(ensemble.members)}; "
-        + ("refitted networks" if refitted else f"{config.data.folds} folds averaged")
-    )
+    for path in submit(config.folder, files, folder):
+        print(wrapped(f"wrote {path}"))
+    weights = "fitted weights" if ensemble.weighting == FITTED else ensemble.weighting
+    networks = "refitted networks" if refitted else f"{config.data.folds} folds averaged"
+    print(wrapped(f"{weights} of {', '.join(ensemble.members)}; {networks}"))
     if refitted:
-        print("stacker, weights and thresholds are those fitted on the folds, and so is the estimate in ensemble.json")
+        fitted = "stacker, weights and thresholds are those fitted on the folds"
+        print(wrapped(f"{fitted}, and so is the estimate in ensemble.json"))
     if truth is not None:
         partial = config.data.test_truth is None
         result = score(config.folder, truth, partial, folder)
         task = read_task(config.folder / ENSEMBLE_FILE)
         low, high = result["interval"]
         if result["absent"]:
-            print(f"no test lesion has {', '.join(result['absent'])}: excluded from the score")
-        print(
-            f"held-out macro F1{' (official metric)' if task.submission else ''} {result['macro_f1']:.3f} "
-            f"[{low:.3f}, {high:.3f}], "
-            + (f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else "")
-            + f"{result['n']} lesions"
-        )
+            print(wrapped(f"no test lesion has {', '.join(result['absent'])}: excluded from the score"))
+        metric = f"held-out macro F1{' (official)' if task.submission else ''}"
+        argmax = f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else ""
+        print(wrapped(f"{metric} {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], {argmax}{result['n']} lesions"))
 
 
 def predict_input(config: PredictRun) -> None:
@@ -169,7 +168,7 @@ def predict_input(config: PredictRun) -> None:
     if printed and (len(read.lesions) > MAX_PRINTED or world_size() > 1):
         raise ConfigError(f"output: name a file or folder for the predictions of {len(read.lesions):,} lesions")
     for note in read.notes if is_main() else ():
-        print(f"note: {note}")
+        print(wrapped(f"note: {note}"))
     if world_size() > 1:
         from triderm_dist.distributed.parallel import start_inference
 
@@ -192,9 +191,9 @@ def print_predictions(job: PredictionJob, read: ReadInput) -> None:
     for row in prediction_table(answer, task, job.predictor.members).to_pylist():
         ranked = sorted(task.diagnosis_names, key=lambda name: -row[name])[:3]
         values = ", ".join(f"{name} {row[name]:.3f}" for name in ranked)
-        print(f"{row['lesion_id']}: {row['decision'] or 'no diagnosis'} ({values})")
+        print(wrapped(f"{row['lesion_id']}: {row['decision'] or 'no diagnosis'} ({values})"))
     for problem in (*read.problems, *answer.problems.values()):
-        print(f"left out: {problem}")
+        print(wrapped(f"left out: {problem}"))
 
 
 def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> None:
@@ -219,7 +218,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
 
         if on_main(prepare):
             if is_main():
-                print(f"{output}: holds these predictions already")
+                print(wrapped(f"{output}: holds these predictions already"))
             return
         if not is_main():
             job.run(rank(), world_size())
@@ -234,7 +233,8 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
         }  # fmt: skip
         paths = write_predictions(output, table, run.task, about)
         shutil.rmtree(job.part, ignore_errors=True)
-    print(f"{len(table):,} lesions, mean of {job.transforms} transforms, {len(run.networks)} models")
+    transforms, models = counted(job.transforms, "transform"), counted(len(run.networks), "model")
+    print(wrapped(f"{counted(len(table), 'lesion')}, mean of {transforms}, {models}"))
     for path in paths:
         print(path)
 

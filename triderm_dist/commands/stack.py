@@ -12,6 +12,7 @@ from __future__ import annotations
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import Experiment
+from triderm_dist.terminal import wrapped
 
 IN_TERMINAL = ("official", "argmax", "argmax_tau", "nested", "interval")
 """Columns of the score table that fit 80 characters; the report shows all."""
@@ -44,11 +45,10 @@ def main(config: StackRun) -> None:
     for row in fit.rows:
         cells = row.cells()
         table.add_row(row.name, *(cells[name] for name in shown), style="bold" if row.name == ENSEMBLE else None)
-    console = Console()
-    console.print(table)
+    Console(highlight=False).print(table)
     for note in fit.notes:
-        console.print(f"- {note}")
-    console.print(f"wrote {config.folder / ENSEMBLE_FILE}")
+        print(wrapped(note, first="- "))
+    print(wrapped(f"wrote {config.folder / ENSEMBLE_FILE}"))
 
 
 def start() -> None:

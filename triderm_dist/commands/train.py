@@ -13,6 +13,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, TRAINING, Experiment, save
 from triderm_dist.environment import record_data
+from triderm_dist.terminal import wrapped
 
 
 class TrainRun(Experiment):
@@ -32,6 +33,7 @@ def main(config: TrainRun) -> None:
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import data_facts, model_config
+    from triderm_dist.engine.fold_results import fold_results, results_table
     from triderm_dist.schema import ConfigError
 
     if config.fold >= config.data.folds:
@@ -51,7 +53,8 @@ def main(config: TrainRun) -> None:
 
     run_folds(config, index, [name], [config.fold], on_start=save_settings)
     if is_main():
-        print(f"weights and predictions are in {folder}")
+        print(results_table(fold_results(config, [name], [config.fold])))
+        print(wrapped(f"weights and predictions are in {folder}"))
 
 
 def start() -> None:

@@ -25,6 +25,7 @@ from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
 from triderm_dist.schema import ConfigError
+from triderm_dist.terminal import wrapped
 
 POLL_SECONDS = 1.0
 """Seconds between two reads of the file."""
@@ -76,7 +77,7 @@ class MicroBatch:
                 raise
             smaller = next_smaller(size, self.global_batch // world_size())
             write_json(self.path, {"micro_batch": smaller, "identity": self.result_hash})
-            print(f"{_message(size, smaller)} ({str(error).splitlines()[0]})", flush=True)
+            print(wrapped(f"{_message(size, smaller)} ({str(error).splitlines()[0]})"), flush=True)
             if world_size() > 1:
                 restart()
             attempt.failed = True
@@ -86,7 +87,7 @@ class MicroBatch:
     def _watch(self, size: int, done: threading.Event) -> None:
         while not done.wait(POLL_SECONDS):
             if (smaller := self.size()) < size:
-                print(_message(size, smaller), flush=True)
+                print(wrapped(_message(size, smaller)), flush=True)
                 restart()
 
 

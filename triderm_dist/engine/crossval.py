@@ -34,13 +34,17 @@ from triderm_dist.engine.fold import (
     resume_hash,
 )
 from triderm_dist.engine.fold_folder import FoldFolder, exclusive
-from triderm_dist.engine.trainer import Trainer, TrainingData, check_names
+from triderm_dist.engine.fold_results import later_seconds
+from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import write_predictions
 from triderm_dist.schema import VIEWS
+from triderm_dist.terminal import counted, wrapped
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]
+Create = Callable[[Views, Stop, Output], "FoldRun"]
+"""Creates a training from what `run_trainings` opens."""
 
 
 @collectives.interrupt_on_lost_rank()
@@ -51,47 +55,50 @@ def run_folds(
     folds: Iterable[int],
     on_validation: OnValidation | None = None,
     on_start: OnStart = lambda: None,
+    in_parallel: bool = False,
 ) -> None:
     """Train every fold of every model one after the other on all ranks, skipping finished ones. Call on all ranks.
 
     Writes OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet} and
     without_VIEW.parquet: predictions for the same lesions with one view treated as missing. `on_start` is called on
     rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
-    is called with (epoch, scores). Raises Interrupted after a request to stop or where another rank was lost,
-    InputError where another run trains the same fold, DataError where the run has folds of another task.
+    is called with (epoch, scores). in_parallel: other processes train at the same time and print on the same terminal.
+    Raises Interrupted after a request to stop or where another rank was lost, InputError where another run trains the
+    same fold, DataError where the run has folds of another task.
     """
     check_task(experiment, index)
     folds, assignment = list(folds), assigned_folds(index, experiment.data)
 
-    def remaining(name: str) -> list[Callable[[Views, Stop], FoldRun]]:
+    def remaining(name: str) -> list[Create]:
         return [
             partial(FoldRun, experiment, name, fold, assignment, on_start, on_validation)
             for fold in folds
             if not is_fold_finished(experiment, index, name, fold)
         ]
 
-    run_trainings(experiment, index, list(models), remaining, transforms=experiment.oof.tta)
+    run_trainings(experiment, index, list(models), remaining, experiment.oof.tta, in_parallel)
 
 
 def run_trainings(
     experiment: Experiment,
     index: ShardIndex,
     models: Sequence[str],
-    remaining: Callable[[str], Sequence[Callable[[Views, Stop], FoldRun]]],
+    remaining: Callable[[str], Sequence[Create]],
     transforms: int = 1,
+    in_parallel: bool = False,
 ) -> None:
     """Run the remaining trainings of every model one after the other. Call on all ranks.
 
-    transforms: how many transforms of the dihedral group the predictions afterwards use.
+    transforms: how many transforms of the dihedral group the predictions afterwards use.  in_parallel: see `run_folds`.
     """
     for name in models:
         check_names(model_config(experiment, name).train)
     matched, extra = open_extra_sets(experiment, index), None
+    trainings = {name: remaining(name) for name in models}
+    order = [name for name in models for _ in trainings[name]]
     with Stop() as stop:
-        for name in models:
-            model, trainings = experiment.models[name], remaining(name)
-            if not trainings:
-                continue
+        for name in dict.fromkeys(order):
+            model = experiment.models[name]
             accelerator = parallel.start_training(model.train, experiment.rank_timeout)
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             if extra is None:
@@ -101,9 +108,12 @@ def run_trainings(
                 train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
                 record=True,
             )  # fmt: skip
-            for create in trainings:
+            for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended
-                training = create(views, stop)
+                number = order.index(name) + position
+                later = later_seconds(experiment, order, number)
+                output = Output(number + 1, len(order), position > 0, in_parallel, later)
+                training = create(views, stop, output)
                 with exclusive(training.path):
                     training.run()
 
@@ -128,7 +138,8 @@ class _Outcome:
 class FoldRun:
     """One fold of one model.
 
-    assignment: the fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.
+    assignment: the fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.  output:
+    how it is printed.
     """
 
     experiment: Experiment
@@ -139,6 +150,7 @@ class FoldRun:
     on_validation: OnValidation | None
     views: Views
     stop: Stop
+    output: Output
 
     @property
     def path(self) -> Path:
@@ -202,11 +214,9 @@ class FoldRun:
         accelerator = parallel.start_inference(self.train.precision, self.experiment.rank_timeout)
         held_out = self._predict(accelerator, self.experiment.predict.batch)
         on_main(partial(self._write_predictions, held_out, read_info(self.path / "weights")["sha256"]))
-        rows, transforms = len(self.validation_rows), self.experiment.oof.tta
-        accelerator.print(
-            f"{self.title}: {rows} held-out lesions predicted again, mean of {transforms} transforms",
-            flush=True,
-        )
+        transforms = counted(self.experiment.oof.tta, "transform")
+        done = f"{len(self.validation_rows):,} held-out lesions predicted again, mean of {transforms}"
+        accelerator.print(wrapped(f"{self.title}: {done}"), flush=True)
 
     def _attempt(self, micro_batch: MicroBatch) -> _Outcome | None:
         """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
@@ -232,6 +242,7 @@ class FoldRun:
         trainer = Trainer(
             name=self.title, network=network, head=self.model.head, config=config, data=data,
             folder=self.folder, seed=self.experiment.seed, accelerator=accelerator, epochs=self.epochs,
+            output=self.output,
         )  # fmt: skip
         return trainer.train(self.stop, self.on_start, self.on_validation)
 

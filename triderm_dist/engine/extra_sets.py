@@ -17,6 +17,7 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
 from triderm_dist.engine.views import prepare_tokens
 from triderm_dist.schema import UNLABELED, DataError
+from triderm_dist.terminal import wrapped
 
 MAX_NAMED = 10
 """Pairs of lesions that a message lists by name."""
@@ -50,7 +51,7 @@ def without_shared_photos(
         return ()
     for where, each in zip(experiment.data.extra_sets, extra, strict=True):
         for line in [*describe_extra_set(where, each, index), *(f"{where}: {note}" for note in each.index.notes())]:
-            accelerator.print(line, flush=True)
+            accelerator.print(wrapped(line), flush=True)
     known = {"training set": index}
     if is_packed(experiment.test_shards):
         known["test set"] = open_index(experiment.test_shards, experiment.data.remote)
@@ -68,7 +69,7 @@ def without_shared_photos(
                     f"{where}: {text}; set its overlap to drop to leave them out, or pack the set without them"
                 )
             each = each.without(np.array([pair.row for pair in shared]))
-            accelerator.print(f"note: {where}: left out, {text}", flush=True)
+            accelerator.print(wrapped(f"note: {where}: left out, {text}"), flush=True)
             if not len(each.rows):
                 raise DataError(f"{where}: every lesion of it shares a photo with the {name}; remove the set")
         result.append(each)

@@ -14,6 +14,7 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import CheckpointError, InputError
+from triderm_dist.terminal import wrapped
 
 ASIDE = "other-settings"
 
@@ -58,7 +59,8 @@ class FoldFolder:
             aside.parent.mkdir(exist_ok=True)
             self.path.rename(aside)
             how = "starting from the beginning" if located == self.path else "resuming the training of these settings"
-            print(f"{self.path}: holds a training of other settings or data, moved to {aside}; {how}", flush=True)
+            text = f"{self.path}: holds a training of other settings or data, moved to {aside}; {how}"
+            print(wrapped(text), flush=True)
         elif located != self.path:
             shutil.rmtree(self.path, ignore_errors=True)  # a training that ended before its first save
         if located != self.path:

@@ -17,6 +17,7 @@ from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.fold import check_task, is_fold_finished
 from triderm_dist.extras import require
 from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.terminal import clock, counted, wrapped
 
 
 def run_parallel_folds(
@@ -66,7 +67,8 @@ def _schedule(
             f"cpus={cpus}, gpus={gpus:g}: no machine has the resources of one fold; the largest has {largest}"
         )
     resources = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
-    print(f"{len(folds)} folds, {min(fitting, len(folds))} at once, each on {resources}", flush=True)
+    at_once = min(fitting, len(folds))
+    print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {resources}"), flush=True)
 
     shared = os.getcwd(), cpus, experiment
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
@@ -88,6 +90,7 @@ def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
 
     running = {start(): name for name, start in tasks.items()}
     attempts, failed = Counter[str](), dict[str, str]()
+    started, ended_folds = time.monotonic(), 0
     try:
         while running:
             ended, _ = ray.wait(list(running), timeout=1.0)  # Python handles signals between two waits
@@ -95,6 +98,8 @@ def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
                 name = running.pop(reference)
                 try:
                     ray.get(reference)
+                    ended_folds += 1
+                    _print_progress(ended_folds, len(tasks), time.monotonic() - started)
                 except ray.exceptions.RayError as error:
                     attempts[name] += 1
                     reason, is_final = _failure(error)
@@ -114,6 +119,13 @@ def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         done = len(tasks) - len(failed)
         raise InputError(f"{reasons} ({done} of {len(tasks)} finished; rerun the same command to retry the others)")
+
+
+def _print_progress(finished: int, total: int, seconds: float) -> None:
+    """Print how many tasks are finished, and the time left if the others finish at the same rate."""
+    if total > 1:
+        left = f", about {clock(seconds / finished * (total - finished))} left" if finished < total else ""
+        print(f"{finished} of {total} finished in {clock(seconds)}{left}", flush=True)
 
 
 def _failure(error: Exception) -> tuple[str, bool]:
@@ -139,7 +151,7 @@ def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: i
     with _worker(directory, cpus, experiment):
         index = open_index(experiment.train_shards, experiment.data.remote)
         save_settings = partial(save, experiment, experiment.folder / CONFIG_FILE)
-        run_folds(experiment, index, [name], [fold], on_start=save_settings)
+        run_folds(experiment, index, [name], [fold], on_start=save_settings, in_parallel=True)
 
 
 def _prepare(directory: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
 from triderm_dist.schema import CheckpointError
+from triderm_dist.terminal import counted, wrapped
 
 
 @collectives.interrupt_on_lost_rank()
@@ -69,9 +70,8 @@ def predict_test(
             )
             on_main(partial(_write, folder, predictions, transforms, inputs))
             title = f"{name} {'refit' if networks == 'refit' else folder.name.replace('-', ' ')}"
-            accelerator.print(
-                f"{title}: {len(index)} test lesions predicted, mean of {transforms} transforms", flush=True
-            )
+            done = f"{len(index):,} test lesions predicted, mean of {counted(transforms, 'transform')}"
+            accelerator.print(wrapped(f"{title}: {done}"), flush=True)
 
 
 def _write(folder: Path, predictions: Predictions, transforms: int, inputs: str) -> None:

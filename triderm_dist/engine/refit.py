@@ -10,7 +10,7 @@ accept the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,12 +23,10 @@ from triderm_dist.config import EXECUTION, Experiment, TrainConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import read_info, write_info
-from triderm_dist.engine.crossval import FoldRun, run_trainings
+from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
 from triderm_dist.engine.fold import assigned_folds, model_config, result_hash, resume_hash
 from triderm_dist.engine.fold_folder import FoldFolder, is_trained
-from triderm_dist.engine.views import Views
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import DataError
 
@@ -43,13 +41,13 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
     assignment = assigned_folds(index, experiment.data)
     folds = {name: _TrainedFolds.read(experiment, index, name) for name in models}
 
-    def remaining(name: str) -> list[Callable[[Views, Stop], FoldRun]]:
+    def remaining(name: str) -> list[Create]:
         path, trained = experiment.refit_folder(name), folds[name]
         if is_trained(path, result_hash(experiment, index, name, trained.key)):
             on_main(partial(_record_folds, path, trained))
             return []
         create = partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None)
-        return [lambda views, stop: create(views, stop, trained)]
+        return [lambda views, stop, output: create(views, stop, output, trained)]
 
     run_trainings(experiment, index, models, remaining)
 

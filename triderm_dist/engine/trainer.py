@@ -37,8 +37,10 @@ from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, tracker_classes
+from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.schema import CheckpointError
 from triderm_dist.settings import flatten
+from triderm_dist.terminal import wrapped
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,28 @@ class TrainingData:
     train_rows: np.ndarray
     loaders: LoaderFactory[ShardIndex]
     validation_rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a training is printed: as the `number`-th of `total` that follow one another.
+
+    brief: with a start-up report that lacks what all folds of a model share.  in_parallel: with its name before every
+    line, since others print at the same time.  later_seconds: the time of the trainings that follow, given that of this
+    one.
+    """
+
+    number: int = 1
+    total: int = 1
+    brief: bool = False
+    in_parallel: bool = False
+    later_seconds: Callable[[float], float] = lambda seconds: 0.0
+
+    def title(self, name: str) -> str:
+        return name if self.total == 1 else f"{name} ({self.number} of {self.total})"
+
+    def prefix(self, name: str) -> str:
+        return f"{name} " if self.in_parallel else ""
 
 
 class Trainer:
@@ -76,10 +100,12 @@ class Trainer:
         seed: int,
         accelerator: Accelerator,
         epochs: int | None = None,
+        output: Output | None = None,
     ) -> None:
         """name: of the training in logs.  folder: gets the weights, checkpoints and logs.  epochs: how many of the
         config.epochs of the schedule to train, None all.
         """
+        output = output or Output()
         check_supported(accelerator, config)
         self.name, self.head, self.config, self.data = name, head, config, data
         self.folder, self.accelerator = folder, accelerator
@@ -98,7 +124,10 @@ class Trainer:
         flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
         extra = int((data.train_rows >= len(data.loaders.index)).sum())
         lesions = len(data.train_rows), extra, len(data.validation_rows)
-        accelerator.print(report(name, accelerator, config, network, lesions, epoch_steps, flops))
+        start = saved.state.step if saved else 0
+        title = output.title(name)
+        text = report(title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief)
+        accelerator.print(text, flush=True)
         self.wrapped, prepared, optimizer = wrap(
             accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
         )
@@ -108,15 +137,16 @@ class Trainer:
         if saved:
             saved.load_training(accelerator, self.training)
             if changes := self.checkpoints.describe_changes(saved):
-                accelerator.print(f"{name} {changes}")
+                accelerator.print(wrapped(f"{name}: {changes}"), flush=True)
         self.guard = NonFiniteGuard(accelerator, optimizer)
         self.step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, self.guard)
-        state, steps = self.training.state, sum(epoch_steps)
-        self.meter = ThroughputMeter(state.step, steps, config.global_batch, accelerator.device, flops)
+        state, total = self.training.state, sum(epoch_steps)
+        self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, flops)
+        lines = TrainLines(total, self.last_epoch, self.loss.names, flops is not None, output.prefix(name))
         self.tracker = Tracker(
-            name, folder.path, accelerator.is_main_process, epochs=self.last_epoch, total_steps=steps, step=state.step,
-            epoch=state.epoch, trackers=config.trackers, settings=flatten(config.model_dump(mode="json")),
-            loss_names=self.loss.names,
+            name, folder.path, accelerator.is_main_process, lines=lines, step=state.step, epoch=state.epoch,
+            trackers=config.trackers, settings=flatten(config.model_dump(mode="json")),
+            later_seconds=output.later_seconds,
         )  # fmt: skip
 
     def train(

@@ -24,6 +24,7 @@ from triderm_dist.distributed.parallel import start_training
 from triderm_dist.models import build_towers
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
+from triderm_dist.terminal import wrapped
 
 PLAIN = "plain"
 """Version of the tokens of photos that are not augmented."""
@@ -71,11 +72,11 @@ def open_views(
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
     for note in index.notes():
-        accelerator.print(f"note: {note}")
+        accelerator.print(wrapped(f"note: {note}"), flush=True)
     about, tower = open_tower(experiment, model, recorded, pretrained=train)
     shape = about.token_shape if tower else None
     if tower:
-        accelerator.print(tower.report)
+        accelerator.print(wrapped(tower.report), flush=True)
     if record:
         on_main(partial(save_tower, experiment.folder / FOLDER, about, tower))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from triderm_dist.terminal import wrapped
+
 WARM_UP = 3
 """Steps before the first recorded one: compilation, autotuning, first allocations."""
 
@@ -33,7 +35,8 @@ def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
         recorded = profile.step_num - WARM_UP
         if recorded:
             profile.export_chrome_trace(str(folder / "trace.json"))
-            print(f"{recorded} steps are in {folder / 'trace.json'}: open it in https://ui.perfetto.dev", flush=True)
+            text = f"{recorded} steps are in {folder / 'trace.json'}: open it in https://ui.perfetto.dev"
+            print(wrapped(text), flush=True)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(
@@ -46,7 +49,9 @@ def profiler(folder: Path, steps: int | None, active: bool) -> Iterator[Any]:
         yield running
     if not recorded:
         print(
-            f"train.profile: no trace, since the first {WARM_UP} steps are not recorded and {running.step_num} were "
-            "taken",
+            wrapped(
+                f"train.profile: no trace, since the first {WARM_UP} steps are not recorded and {running.step_num} "
+                "were taken"
+            ),
             flush=True,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from triderm_dist.environment import cpu_model
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
 from triderm_dist.monitoring.flops import Budget
+from triderm_dist.terminal import counted, wrapped
 
 
 def report(
@@ -23,36 +24,48 @@ def report(
     lesions: tuple[int, int, int],
     steps: Sequence[int],
     budget: Budget | None,
+    start: int = 0,
+    brief: bool = False,
 ) -> str:
     """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
     task leaves out, and parameters by part.
 
     network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
+    start: the step that the training resumes from.  brief: only what differs between the folds of a model.
     """
     world = accelerator.num_processes
     extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""
     precision, why = choose_precision(config.precision, accelerator.device)
     accumulation = split_batch(config.global_batch, config.micro_batch, world)
-    lines = {
-        "run": f"{strategy_of(accelerator)}, {world} rank(s) on {device_name(accelerator.device)}",
-        "precision": f"{precision} ({why})",
+    differing = {
         "lesions": f"{lesions[0]:,} to train{extra}, {f'{lesions[2]:,}' if lesions[2] else 'none'} to validate",
-        "steps": f"{sum(steps):,} in {len(steps)} epoch(s) of {steps[0]:,}",
+        "steps": f"{sum(steps):,} in {counted(len(steps), 'epoch')} of {steps[0]:,}",
+        "start": f"resumed at step {start:,} of {sum(steps):,}" if start else "",
+    }
+    if brief:
+        return "\n".join([name, *_rows(differing)])
+    lines = {
+        "run": f"{strategy_of(accelerator)}, {counted(world, 'rank')} on {device_name(accelerator.device)}",
+        "precision": f"{precision} ({why})",
+        **differing,
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
         "off": "; ".join(_off(accelerator, config)),
         "left out": _left_out(network),
     }
-    table = "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
-    return f"{name}\n{table}\n{_parameter_table(network)}"
+    return "\n".join([name, *_rows(lines), _parameter_table(network)])
+
+
+def _rows(lines: Mapping[str, str]) -> list[str]:
+    return [wrapped(text, " " * 13, f"  {key:<11}") for key, text in lines.items() if text]
 
 
 def device_name(device: torch.device) -> str:
     """Return the model of the GPU, or of the CPU with the threads per process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_model()}, {torch.get_num_threads()} thread(s) per rank"
+    return f"{cpu_model()}, {counted(torch.get_num_threads(), 'thread')} per rank"
 
 
 def parameters_by_part(network: Network) -> dict[str, tuple[int, int]]:
@@ -84,10 +97,8 @@ def _parameter_table(network: Network) -> str:
     for view, tower in network.towers.items():
         assert isinstance(tower, Tower)
         if tower.frozen_blocks:
-            lines.append(
-                f"    tower, {view}: stem and {tower.frozen_blocks} of {len(tower.blocks)} blocks are frozen and run "
-                "without autograd"
-            )
+            frozen = f"{tower.frozen_blocks} of {len(tower.blocks)} blocks"
+            lines.append(f"    tower, {view}: stem and {frozen} are frozen (no autograd)")
     return "\n".join(lines)
 
 

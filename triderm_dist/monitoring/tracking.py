@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,9 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.extras import install_command, is_installed
 from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.terminal import wrapped
 
 PROJECT = "triderm-dist"
 """Project or experiment of the runs, for trackers that have one."""
@@ -22,14 +25,15 @@ PROJECT = "triderm-dist"
 class Tracker:
     """Appends records to FOLDER/metrics.jsonl, passes them to trackers and prints them, on rank 0 (`active`).
 
-    Records: {"kind": "train", epoch, step, loss, each part of it (focal, soft_f1, other terms, aux), lr, grad_norm,
-    lesions_per_s, data_wait, memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch, step,
-    macro_f1 (argmax), official}. Opening (`with`) at a step, after `epoch` validated epochs, drops later records: a
+    Records: {"kind": "train", epoch, step, seconds, loss, each part of it (focal, soft_f1, other terms, aux), lr,
+    grad_norm, lesions_per_s, data_wait, memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch,
+    step, seconds, macro_f1 (argmax), official}; seconds: of training so far, also before a resume. Opening (`with`) at
+    a step, after `epoch` validated epochs, drops later records: a
     resumed run writes them again. Open it and log on all ranks.
 
     trackers: names of Accelerate's trackers, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow, and of those
-    registered by plugins.  settings: configuration that trackers show, by dotted key.  loss_names: parts of the loss,
-    in the order of the printed line.
+    registered by plugins.  settings: configuration that trackers show, by dotted key.  lines: formats what is printed.
+    later_seconds: the time of the trainings that follow, given that of this one.
 
     Raises ConfigError, on all ranks, for an unknown tracker or a missing package (without TensorBoard, the default, a
     line is printed instead); opening raises it for a tracker that does not start. A tracker that fails later is
@@ -42,19 +46,18 @@ class Tracker:
         folder: Path,
         active: bool,
         *,
-        epochs: int,
-        total_steps: int,
+        lines: TrainLines,
         step: int = 0,
         epoch: int = 0,
         trackers: Sequence[str] = ("tensorboard",),
         settings: Mapping[str, Any] | None = None,
-        loss_names: Sequence[str] = (),
+        later_seconds: Callable[[float], float] = lambda seconds: 0.0,
     ) -> None:
-        self.name, self.active, self.epochs, self.total_steps = name, active, epochs, total_steps
-        self._loss_names = loss_names
+        self.name, self.active, self._lines, self._later_seconds = name, active, lines, later_seconds
         self._kinds = tracker_classes(trackers)
         if "tensorboard" in trackers and "tensorboard" not in self._kinds:
-            on_main(lambda: print(f"{name}  no TensorBoard files: {install_command('tensorboard')}", flush=True))
+            line = wrapped(f"{name}: no TensorBoard files: {install_command('tensorboard')}")
+            on_main(lambda: print(line, flush=True))
         self._path, self._step, self._epoch, self._settings = folder / "metrics.jsonl", step, epoch, settings or {}
 
     def __enter__(self) -> Tracker:
@@ -67,6 +70,7 @@ class Tracker:
         kept = [line for line in before if line["kind"] != "validation" or line["epoch"] <= self._epoch]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
+        self._began = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self._trackers = {
             kind: _started(kind, cls, self.name, folder, step, self._settings) for kind, cls in self._kinds.items()
         }
@@ -83,16 +87,17 @@ class Tracker:
         on_main(lambda: self._log(kind, epoch, step, values))
 
     def _log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
+        seconds = time.perf_counter() - self._began
+        record = {"kind": kind, "epoch": round(epoch, 4), "step": step, "seconds": round(seconds, 2), **values}
         with naming_file(self._path):
-            self._file.write(json.dumps({"kind": kind, "epoch": round(epoch, 4), "step": step, **values}) + "\n")
+            self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         self._for_each("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)
         if kind == "train":
-            line = f"epoch {epoch:.1f}/{self.epochs}  step {step}/{self.total_steps}  "
-            line += train_line(values, self._loss_names)
+            left = values["seconds_left"]
+            print(self._lines.train(step, values, left + self._later_seconds(seconds + left)), flush=True)
         else:
-            line = f"epoch {epoch:.0f}/{self.epochs}  {validation_line(values)}"
-        print(f"{self.name}  {line}", flush=True)
+            print(self._lines.validation(epoch, values), flush=True)
 
     def _for_each(self, method: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of every tracker, dropping those that raise."""
@@ -101,10 +106,8 @@ class Tracker:
                 getattr(tracker, method)(*args, **kwargs)
             except Exception as error:  # whatever a service or its client raises
                 del self._trackers[kind]
-                print(
-                    f"{self.name}  {kind} failed and is no longer used ({one_line(error, 200, with_type=True)})",
-                    flush=True,
-                )
+                reason = one_line(error, 200, with_type=True)
+                print(wrapped(f"{self.name}: {kind} failed and is no longer used ({reason})"), flush=True)
 
 
 def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
@@ -150,25 +153,3 @@ def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: M
             f"train.trackers: {kind} did not start ({one_line(error, 200, with_type=True)}); set it up or remove it"
         ) from None
     return tracker
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def train_line(values: Mapping[str, float], loss_names: Sequence[str]) -> str:
-    """Format a training record as a line of text."""
-    parts = " ".join(f"{name} {values[name]:.4f}" for name in loss_names)
-    mfu = f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
-    return (
-        f"loss {values['loss']:.4f} ({parts})  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-        f"{values['lesions_per_s']:.0f} lesions/s  data wait {values['data_wait']:.0%}{mfu}  "
-        f"{values['memory_gib']:.1f} GiB  ETA {clock(values['seconds_left'])}"
-    )
-
-
-def validation_line(values: Mapping[str, float]) -> str:
-    """Format a validation record as a line of text."""
-    return f"validation macro F1 {values['macro_f1']:.3f} (argmax)  {values['official']:.3f} (p > 0.5)"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from triderm_dist.data.problems import Problem, count_by_kind, write_problems
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.terminal import wrapped
 
 MAX_SHOWN = 10
 """Problems shown on the console."""
@@ -65,5 +66,5 @@ def print_index(index: ShardIndex) -> None:
     dropped = len({problem.lesion_id for problem in index.problems})
     text = f", {dropped} dropped" if dropped else ""
     for note in index.notes():
-        print(f"note: {note}")
-    print(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}")
+        print(wrapped(f"note: {note}"))
+    print(wrapped(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}"))

@@ -1,0 +1,111 @@
+"""Scores and times of finished folds: the table at the end of a cross-validation, and the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from triderm_dist.config import Experiment
+from triderm_dist.losses import probabilities
+from triderm_dist.metrics import argmax_macro_f1, mean_area_under_roc
+from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.predictions import read_predictions
+from triderm_dist.terminal import clock, table
+
+HEADER = ("model", "fold", "macro F1", "AUC", "best epoch", "time")
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """Held-out scores of one fold of a model.
+
+    fold: its number, or "all" for the lesions of all folds together.  macro_f1: of the most probable diagnosis.  auc:
+    the mean over diagnoses, each against all others.  best_epoch: with the best validation macro F1, of how many; ""
+    where it is not known.  seconds: of training, None where they were not recorded.
+    """
+
+    model: str
+    fold: str
+    macro_f1: float
+    auc: float
+    best_epoch: str
+    seconds: float | None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        seconds = "" if self.seconds is None else clock(self.seconds)
+        return self.model, self.fold, f"{self.macro_f1:.3f}", f"{self.auc:.3f}", self.best_epoch, seconds
+
+
+def fold_results(experiment: Experiment, models: Sequence[str], folds: Iterable[int]) -> list[FoldResult]:
+    """Read the results of finished folds, for each model followed by that of all of its folds if there are several."""
+    results, folds = [], list(folds)
+    for model in models:
+        parts, own = [], []
+        for fold in folds:
+            folder = experiment.fold_folder(model, fold)
+            held_out = read_predictions(folder / "predictions.parquet")
+            logits = torch.from_numpy(held_out.logits.copy())
+            p = probabilities(logits, str(held_out.head)).numpy()  # type: ignore[arg-type]
+            parts.append((p, held_out.labels))
+            best, seconds = _best_epoch(folder), trained_seconds(folder)
+            own.append(FoldResult(model, str(fold), *_scores(p, held_out.labels), best, seconds))
+        results += own
+        if len(folds) > 1:
+            p, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            times = [each.seconds for each in own if each.seconds is not None]
+            total = sum(times) if len(times) == len(own) else None
+            results.append(FoldResult(model, "all", *_scores(p, labels), "", total))
+    return results
+
+
+def results_table(results: Sequence[FoldResult]) -> str:
+    """Return the results as a table of text."""
+    return table(HEADER, [each.cells for each in results])
+
+
+def trained_seconds(folder: Path) -> float | None:
+    """Return how long the training in a fold's folder took, resumes included; None where it was not recorded."""
+    records = read_metrics(folder / "metrics.jsonl")
+    seconds = records[-1].get("seconds") if records else None
+    return None if seconds is None else float(seconds)
+
+
+def later_seconds(experiment: Experiment, order: Sequence[str], number: int) -> Callable[[float], float]:
+    """Return a function that estimates the seconds of the trainings after order[number], given those of this one.
+
+    order: the model of each training. It takes as long as the mean of its model's finished folds; of a model without
+    one, as long per epoch as the current training.
+    """
+    models = experiment.models
+    known = {model: _mean_seconds(experiment, model) for model in set(order)}
+    current, later = order[number], order[number + 1 :]
+
+    def estimate(seconds: float) -> float:
+        per_epoch = seconds / models[current].train.epochs
+        return sum(known[model] or per_epoch * models[model].train.epochs for model in later)
+
+    return estimate
+
+
+def _mean_seconds(experiment: Experiment, model: str) -> float | None:
+    folders = [experiment.fold_folder(model, fold) for fold in range(experiment.data.folds)]
+    found = [trained_seconds(folder) for folder in folders if (folder / "fold.json").exists()]
+    times = [seconds for seconds in found if seconds is not None]
+    return sum(times) / len(times) if times else None
+
+
+def _scores(p: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    return argmax_macro_f1(p, labels), mean_area_under_roc(p, labels, np.empty(0))
+
+
+def _best_epoch(folder: Path) -> str:
+    epochs = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "validation"]
+    if not epochs:
+        return ""
+    best = max(epochs, key=lambda line: line["macro_f1"])  # the first of equal ones
+    return f"{best['epoch']:.0f} of {epochs[-1]['epoch']:.0f}"
