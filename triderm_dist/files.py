@@ -46,6 +46,18 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write PyTorch tensors as safetensors, not atomically. Raises OSError, also for an error of safetensors' own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with naming_file(path):
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
     write_text(path, json_text(content))

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -219,9 +220,11 @@ def test_damaged_checkpoint_is_skipped(train, uninterrupted, tmp_path, capsys, f
     assert weights_of(fold) == weights_of(uninterrupted) and losses(fold) == losses(uninterrupted)
 
 
-def test_errors_on_rank_0_are_raised_on_all_ranks(settings, tmp_path):
+def test_errors_on_rank_0_are_raised_on_all_ranks(settings, uninterrupted, tmp_path):
     """Errors: a fold locked by another run, an output path that is a file, a full disk (a limit on the file size)."""
     (tmp_path / "file").touch()
+    for name in ("locked", "full"):  # the weights of the frozen tower are larger than the limit
+        shutil.copytree(uninterrupted.parents[1] / "towers", tmp_path / name / "towers")
     jobs = [
         {"config": settings[0], "settings": [*settings[1:], f"output={tmp_path / name}"]}
         for name in ("locked", "file", "full")

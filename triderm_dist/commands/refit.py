@@ -13,6 +13,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Experiment
+from triderm_dist.terminal import wrapped
 
 
 class RefitRun(Experiment):
@@ -40,7 +41,7 @@ def main(config: RefitRun) -> None:
     refit(config.experiment, index, names)
     if is_main():
         folders = ", ".join(str(config.refit_folder(name)) for name in names)
-        print(f"networks of all labeled lesions are in {folders}; predict with networks=refit")
+        print(wrapped(f"networks of all labeled lesions are in {folders}; predict with networks=refit"))
         print("no lesion was held out to measure them on: the estimate is that of the folds")
 
 

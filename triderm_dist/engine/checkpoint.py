@@ -16,7 +16,6 @@ itself. A damaged checkpoint is skipped for the one before it, and written again
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -41,9 +40,9 @@ from triderm_dist.distributed.full_state import (
 )
 from triderm_dist.engine.ema import Ema
 from triderm_dist.engine.finite import damaged_weight
-from triderm_dist.files import atomic_path, file_sha256, naming_file
+from triderm_dist.files import atomic_path, file_sha256, naming_file, write_tensors
 from triderm_dist.losses import Sums
-from triderm_dist.schema import CheckpointError, one_line
+from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
 CHECKPOINT_VERSION = 2
@@ -226,7 +225,7 @@ class Checkpoints:
             checksums = {}
             for name, tensors in parts.items():
                 file = part / f"{name}.safetensors"
-                _write_tensors(file, tensors)
+                write_tensors(file, tensors)
                 checksums[file.name] = file_sha256(file)
             write_checked_json(part / "state.json", {**record, "files": checksums})
             _flush(part)
@@ -308,17 +307,6 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with naming_file(path):
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, one_line(error), str(path)) from None
-
-
 def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
     """Read a safetensors file; header_only: only check that it is complete. Raises CheckpointError if it is not."""
     from safetensors import SafetensorError, safe_open
@@ -336,7 +324,7 @@ def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **info: Any) -> str:
     """Write PATH.safetensors and PATH.json (format, version, sha256 and `info`) and return the sha256."""
     with atomic_path(path.with_suffix(".safetensors")) as part:
-        _write_tensors(part, weights)
+        write_tensors(part, weights)
         digest = file_sha256(part)
     write_info(path, sha256=digest, **info)
     return digest

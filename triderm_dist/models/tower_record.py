@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
-from triderm_dist.files import atomic_path
+from triderm_dist.files import atomic_path, write_tensors
 from triderm_dist.models.light_imports import import_timm
 from triderm_dist.models.tower import TokenShape, Tower, TowerOptions, Triple, tower_hash
 from triderm_dist.models.towers import parse_source
@@ -104,11 +104,8 @@ def save_tower(folder: Path, record: TowerRecord, tower: Tower | None) -> None:
     """Write FOLDER/NAME.json, and before it the weights of a frozen tower, unless they exist. Call on rank 0."""
     path, weights = folder / f"{record.name}.json", _weights(folder, record)
     if weights and tower and not weights.exists():
-        from safetensors.torch import save_file
-
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
         with atomic_path(weights) as part:
-            save_file(state, part)
+            write_tensors(part, tower.state_dict())
     if not path.exists():
         write_checked_json(path, {"format": FORMAT, "version": VERSION, **asdict(record)})
 
