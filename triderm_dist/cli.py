@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import signal
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from triderm_dist import extras
+from triderm_dist import __version__, extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
+from triderm_dist.run_log import RunLog
 from triderm_dist.schema import ConfigError, InputError, one_line
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
@@ -80,13 +82,17 @@ def run(
             print(as_yaml(config), end="")
         else:
             check_writable(config)
+            if isinstance(config, Experiment) and config.log_folder and os.environ.get("RANK", "0") == "0":
+                words = shlex.join(["triderm", program_of(main), *arguments])
+                log.enter_context(RunLog(config.log_folder, f"{words} ({__version__})"))
             if isinstance(config, Experiment) and config.is_stage:
                 with recorded(config.folder, program_of(main), exit_code):
                     main(config)
             else:
                 main(config)
 
-    run_with_exit_codes(work)
+    with ExitStack() as log:  # open until the line of an error is printed
+        run_with_exit_codes(work)
 
 
 def program_of(main: Callable[[Tree], None]) -> str:

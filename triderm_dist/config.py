@@ -525,6 +525,11 @@ class Experiment(Extensible):
         return False
 
     @property
+    def log_folder(self) -> Path | None:
+        """The folder whose log.txt gets what the program prints; None for a program that keeps no log."""
+        return self.folder if self.is_stage else None
+
+    @property
     def folder(self) -> Path:
         return Path(self.output)
 

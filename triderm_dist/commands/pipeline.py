@@ -42,6 +42,10 @@ class PipelineRun(ParallelFoldsRun):
         "one process",
     )
 
+    @property
+    def log_folder(self) -> Path:
+        return self.folder
+
 
 def main(config: PipelineRun) -> None:
     if config.data.source is None and config.data.shards is None:
