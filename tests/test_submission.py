@@ -1,3 +1,4 @@
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,18 @@ from hypothesis.extra.numpy import arrays
 
 from tests.synthetic_run import CLINIC
 from triderm_dist import metrics
+from triderm_dist.checksums import read_checked_parquet
 from triderm_dist.schema import DIAGNOSES, DataError
 from triderm_dist.submission import (
     Results,
     map_to_half,
     read_decisions,
-    read_results,
+    read_probabilities,
     read_submission,
+    results_table,
     write_results,
     write_submission,
+    write_table,
 )
 from triderm_dist.tasks import load_task
 
@@ -63,9 +67,9 @@ def test_map_to_half_keeps_decisions_and_order(probabilities: np.ndarray, decisi
 def test_submission_file_keeps_decisions_and_order(tmp_path_factory, probabilities, decisions) -> None:
     folder = tmp_path_factory.mktemp("submission")
     write_results(folder, MILK10K, Results(list("abcdef"), probabilities, decisions))
-    ids, read, read_decisions = read_results(folder, MILK10K)
+    ids, read = read_submission(folder / "submission.csv")
     assert ids == list("abcdef")
-    np.testing.assert_array_equal(read_decisions, decisions)
+    np.testing.assert_array_equal(read > 0.5, decisions)
     assert_same_order(read, probabilities, decisions, 2.1e-9)  # half of it is one step of 9 digits
 
 
@@ -78,7 +82,7 @@ def test_submission_ranks_as_the_probabilities_of_the_ensemble(tmp_path: Path) -
     decisions = metrics.argmax_decisions(probabilities)
     ids = [f"IL_{row:07d}" for row in range(260)]
     write_results(tmp_path, MILK10K, Results(ids, probabilities, decisions))
-    read = read_results(tmp_path, MILK10K)[1]
+    read = read_submission(tmp_path / "submission.csv")[1]
     assert metrics.official_macro_f1(read, labels) == metrics.macro_f1(decisions, labels)
 
     def auc_and_precision(table: np.ndarray) -> np.ndarray:
@@ -198,20 +202,33 @@ def test_results_of_a_task_without_a_challenge(tmp_path: Path, decision: str) ->
     ids, decisions = read_decisions(paths[1], names)
     assert ids == template
     np.testing.assert_array_equal(decisions, results.decisions[order])
+    np.testing.assert_allclose(written, probabilities[order], atol=1e-9)
     if decision == "threshold":
-        np.testing.assert_array_equal(written > 0.5, decisions)
         assert set(decisions.sum(axis=1)) >= {0, 1, 2}
         lines = paths[1].read_text("utf-8").splitlines()[1:]
         assert any(line.endswith(",") for line in lines) and any(line.count(";") == 1 for line in lines)
     else:
-        np.testing.assert_allclose(written, probabilities[order], atol=1e-9)
         np.testing.assert_array_equal(metrics.argmax_decisions(written), decisions)
+
+
+def test_table_of_results_holds_decisions_and_members(tmp_path: Path) -> None:
+    table = np.array([[0.7, 0.3, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    results = Results(["a", "b", "c"], table, table > 0.4)
+    written = results_table(results, {"net": 1 - table}, CLINIC.diagnosis_names)
+    write_table(tmp_path / "probabilities.parquet", written, {"members": ["net"]})
+    read = read_checked_parquet(tmp_path / "probabilities.parquet")
+    assert read["decision"].to_pylist() == ["MEL<em>1", "MEL<em>1;Nävus", ""]
+    assert read.column_names == ["lesion_id", *CLINIC.diagnosis_names, "decision",
+                                 *(f"net/{name}" for name in CLINIC.diagnosis_names)]  # fmt: skip
+    np.testing.assert_array_equal(read["net/Nävus"], 1 - table[:, 1])
+    header = json.loads(read.schema.metadata[b"triderm"])
+    assert header == {"format": "triderm-probabilities", "version": 1, "members": ["net"]}
 
 
 def test_results_are_read_back_together(tmp_path: Path) -> None:
     table = np.eye(4)[[0, 2]]
     write_results(tmp_path, CLINIC, Results(["a", "b"], table, table > 0.5))
-    ids, probabilities, decisions = read_results(tmp_path, CLINIC)
+    ids, probabilities, decisions = read_probabilities(tmp_path, CLINIC)
     assert ids == ["a", "b"]
     np.testing.assert_array_equal(probabilities, table)
     np.testing.assert_array_equal(decisions, table > 0.5)
@@ -221,7 +238,7 @@ def test_results_are_read_back_together(tmp_path: Path) -> None:
     ):
         (tmp_path / "decisions.csv").write_text(text)
         with pytest.raises(DataError, match=message):
-            read_results(tmp_path, CLINIC)
+            read_probabilities(tmp_path, CLINIC)
 
 
 def test_results_with_invalid_numbers_are_refused_without_a_file(tmp_path: Path) -> None:

@@ -1,23 +1,29 @@
-"""Write the results of a set: the submission of a challenge, or probabilities.csv and decisions.csv.
+"""Write the results of a set: probabilities and decisions, and the submission of a challenge.
 
-A submission has the decisions as values above 0.5, and the order of the probabilities. Every file is read back and
-compared. Shapes: N lesions, C diagnoses.
+A submission has the decisions as values above 0.5, and the order of the probabilities. It and decisions.csv are read
+back and compared. Shapes: N lesions, C diagnoses.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from triderm_dist.checksums import write_checked_parquet
 from triderm_dist.files import atomic_path
 from triderm_dist.metrics import OFFICIAL_THRESHOLD
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _DIGITS = 9
 _STEP = 1e-6
@@ -25,6 +31,8 @@ _STEP = 1e-6
 
 SUBMISSION_FILE = "submission.csv"
 PROBABILITIES_FILE, DECISIONS_FILE = "probabilities.csv", "decisions.csv"
+TABLE_FILE = "probabilities.parquet"
+TABLE_FORMAT, TABLE_VERSION, TABLE_KEY = "triderm-probabilities", 1, b"triderm"
 SEPARATOR = ";"
 """Between the diagnoses of a lesion in decisions.csv; no diagnosis has it in its name."""
 _BUG = "the file does not reproduce the decisions; this is a bug in triderm-dist, please report it"
@@ -44,7 +52,7 @@ class Results:
 
 
 def result_files(task: Task, prefix: str = "") -> tuple[str, ...]:
-    """Return the names of the files that `write_results` writes."""
+    """Return the names of the files that `write_results` writes: the decisions, as the task's metric takes them."""
     names = (SUBMISSION_FILE,) if task.submission else (PROBABILITIES_FILE, DECISIONS_FILE)
     return tuple(prefix + name for name in names)
 
@@ -55,39 +63,66 @@ def write_results(
     """Write the files `result_files` into FOLDER, each atomically, and return their paths.
 
     template: ids in the order of the rows, by default that of the results. A challenge's submission is that of
-    `write_submission`. Otherwise probabilities.csv has `lesion_id` and a column per diagnosis, and decisions.csv
-    `lesion_id` and `decision`: the predicted diagnosis; under task.decision=threshold several, joined by `SEPARATOR`,
-    or none, and then probabilities.csv has the values of a submission (`map_to_half`), above 0.5 where a diagnosis is
-    predicted. Raises DataError as `write_submission` does.
+    `write_submission`; other tasks have the files of `write_probabilities`. Raises DataError as `write_submission`.
     """
-    paths = [Path(folder) / name for name in result_files(task, prefix)]
+    if not task.submission:
+        return write_probabilities(folder, task, results, template, prefix)
+    path, names = Path(folder) / f"{prefix}{SUBMISSION_FILE}", task.diagnosis_names
+    _write_submission(path, *_checked(path, results, names, template), names)
+    return [path]
+
+
+def write_probabilities(
+    folder: Path, task: Task, results: Results, template: Sequence[str] | None = None, prefix: str = ""
+) -> list[Path]:
+    """Write probabilities.csv and decisions.csv into FOLDER, each atomically, and return their paths.
+
+    The former has `lesion_id` and a column per diagnosis, the latter `lesion_id` and `decision`: the predicted
+    diagnosis; under task.decision=threshold several, joined by `SEPARATOR`, or none. template: see `write_results`.
+    Raises DataError as `write_submission` does.
+    """
+    paths = [Path(folder) / f"{prefix}{name}" for name in (PROBABILITIES_FILE, DECISIONS_FILE)]
     names = task.diagnosis_names
     ids, probabilities, decisions = _checked(paths[0], results, names, template)
-    if task.submission:
-        _write_submission(paths[0], ids, probabilities, decisions, names)
-        return paths
-    if task.decision == "threshold":
-        probabilities = map_to_half(probabilities, decisions)
     with atomic_path(paths[0]) as temporary:
         _write_numbers(temporary, ids, probabilities, names)
     with atomic_path(paths[1]) as temporary:
-        words = [SEPARATOR.join(names[column] for column in np.flatnonzero(row)) for row in decisions]
-        _write_rows(temporary, ["lesion_id", "decision"], zip(ids, words, strict=True))
+        _write_rows(temporary, ["lesion_id", "decision"], zip(ids, _words(decisions, names), strict=True))
         if not np.array_equal(read_decisions(temporary, names)[1], decisions):
             raise DataError(f"{paths[1]}: {_BUG}")
     return paths
 
 
-def read_results(folder: Path, task: Task) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return (lesion ids, (N, C) probabilities, (N, C) bool decisions) of the files that `write_results` wrote."""
-    paths = [Path(folder) / name for name in result_files(task)]
+def read_probabilities(folder: Path, task: Task) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return (lesion ids, (N, C) probabilities, (N, C) bool decisions) that `write_probabilities` wrote."""
+    paths = [Path(folder) / name for name in (PROBABILITIES_FILE, DECISIONS_FILE)]
     ids, probabilities = read_submission(paths[0], task.diagnosis_names)
-    if task.submission:
-        return ids, probabilities, probabilities > OFFICIAL_THRESHOLD
     decided, decisions = read_decisions(paths[1], task.diagnosis_names)
     if decided != ids:
         raise DataError(f"{paths[1]}: holds other lesions than {paths[0].name}; run triderm predict again")
     return ids, probabilities, decisions
+
+
+def results_table(results: Results, members: Mapping[str, np.ndarray], diagnoses: Sequence[str]) -> pa.Table:
+    """Return lesion_id, the probability of each diagnosis, the decision, and MEMBER/DIAGNOSIS for each member.
+
+    members: (N, C) by name. A decision is the predicted diagnosis; where the task may predict several, joined by
+    `SEPARATOR`, or none.
+    """
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {"lesion_id": pa.array([*results.lesion_ids], pa.string())}
+    columns |= {name: results.probabilities[:, at] for at, name in enumerate(diagnoses)}
+    columns["decision"] = pa.array(_words(results.decisions, diagnoses), pa.string())
+    for member, probabilities in members.items():
+        columns |= {f"{member}/{name}": probabilities[:, at].astype(np.float64) for at, name in enumerate(diagnoses)}
+    return pa.table(columns)
+
+
+def write_table(path: Path, table: pa.Table, about: Mapping[str, Any]) -> None:
+    """Write what `results_table` returned as parquet. about: JSON values for its metadata."""
+    header = json.dumps({"format": TABLE_FORMAT, "version": TABLE_VERSION, **about})
+    write_checked_parquet(path, table, {TABLE_KEY: header.encode()})
 
 
 def default_diagnoses() -> tuple[str, ...]:
@@ -171,6 +206,10 @@ def read_decisions(path: Path, diagnoses: Sequence[str]) -> tuple[list[str], np.
                 raise DataError(f"{path}: line {number + 2}: {name!r} is not a diagnosis of the task")
             decisions[number, column_of[name]] = True
     return ids, decisions
+
+
+def _words(decisions: np.ndarray, diagnoses: Sequence[str]) -> list[str]:
+    return [SEPARATOR.join(diagnoses[column] for column in np.flatnonzero(row)) for row in decisions]
 
 
 def _write_numbers(path: Path, ids: Sequence[str], numbers: np.ndarray, diagnoses: Sequence[str]) -> None:

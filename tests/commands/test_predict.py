@@ -103,7 +103,7 @@ def test_table_to_one_file(trained_run, tmp_path, kind, capsys):
     out = capsys.readouterr().out
     assert "note: lesions.csv: no column for sex, skin tone, site, concept scores: missing for every lesion" in out
     if kind == "parquet":
-        assert b"triderm-predictions" in pq.read_schema(output).metadata[b"triderm"]
+        assert b"triderm-probabilities" in pq.read_schema(output).metadata[b"triderm"]
         predict(trained_run, f"input={table}", f"output={output}", "tta=1")
         assert "holds these predictions already" in capsys.readouterr().out
     else:

@@ -11,14 +11,16 @@ import pytest
 from tests.ensemble.conftest import experiment
 from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
-from triderm_dist.checksums import read_checked_json, write_checked_json
+from triderm_dist.checksums import read_checked_json, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import calibration
+from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
 from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
+from triderm_dist.tasks import milk10k_task
 
 C = len(DIAGNOSES)
 
@@ -114,6 +116,14 @@ def test_refit_of_the_folds_is_accepted_and_of_others_is_not(tmp_path: Path) -> 
         assert read_predictions(paths[-1]).refit_of == part.refit_of
     written = submit(tmp_path, paths, tmp_path / "refit")
     assert written == [tmp_path / "refit" / "submission.csv"] and not (tmp_path / "submission.csv").exists()
+    ids, probabilities, decisions = submission.read_probabilities(tmp_path / "refit", milk10k_task())
+    submitted = submission.read_submission(written[0])
+    assert submitted[0] == ids
+    np.testing.assert_allclose(submitted[1], submission.map_to_half(probabilities, decisions), atol=2e-9)
+    table = read_checked_parquet(tmp_path / "refit" / "probabilities.parquet")
+    members = [np.array(table[f"{name}/MEL"]) for name in (*MODELS, "stack")]
+    weights = Ensemble.load(tmp_path / "ensemble.json").weights
+    np.testing.assert_allclose(weights @ members, table["MEL"], atol=1e-12)
     truth = {f"test-{row:04d}": int(label) for row, label in enumerate(labels_of(150, seed=7))}
     assert score(tmp_path, truth, folder=tmp_path / "refit")["macro_f1"] > 0.6
     assert (tmp_path / "refit" / "heldout.json").exists() and not (tmp_path / "heldout.json").exists()
@@ -157,10 +167,7 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     results = predict_ensemble(folder, tests)
     ids, written = submission.read_submission(paths[0], table.diagnoses)
     order = [results.lesion_ids.index(lesion) for lesion in ids]
-    if fit.decision == "threshold":
-        np.testing.assert_array_equal(written > 0.5, results.decisions[order])
-    else:
-        np.testing.assert_allclose(written, results.probabilities[order], atol=1e-9)
+    np.testing.assert_allclose(written, results.probabilities[order], atol=1e-9)
     result = score(folder, truth)
     assert result["macro_f1"] > 0.9 and result["n"] == 150 and result["absent"] == []
     assert read_checked_json(folder / "heldout.json") == result

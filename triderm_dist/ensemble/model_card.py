@@ -43,7 +43,7 @@ FILES = {
     "oof_probabilities.csv": "nested probabilities of the training lesions",
     "oof_decisions.csv": "nested decisions of the training lesions",
     "predictions.parquet": "predictions of each network for the test set",
-    "probabilities.csv": "probabilities of the test set",
+    "probabilities.csv": "calibrated probabilities of the test set; with those of each member: `probabilities.parquet`",
     "decisions.csv": "decisions for the test set",
     "submission.csv": "the test set in the challenge's format",
     HELD_OUT_FILE: "score on the test set",

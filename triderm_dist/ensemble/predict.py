@@ -33,24 +33,41 @@ from triderm_dist.predictions import (
     write_predictions,
 )
 from triderm_dist.schema import UNLABELED, DataError, Task
-from triderm_dist.submission import Results, read_results, result_files, write_results
+from triderm_dist.submission import (
+    TABLE_FILE,
+    Results,
+    read_probabilities,
+    result_files,
+    results_table,
+    write_probabilities,
+    write_results,
+    write_table,
+)
 
 
 def submit(run_folder: Path, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
-    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble of RUN, write `result_files`.
+    """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble of RUN, and write the results.
 
-    folder: for the files, by default RUN. Also writes predictions.parquet: one row per lesion and model, the mean over
-    folds and transforms. Returns the paths of the results. Raises DataError where the files hold different lesions or
-    the ensemble needs another model.
+    folder: for the files, by default RUN. They are `result_files`, the files of `write_probabilities`,
+    probabilities.parquet with those of the members, and predictions.parquet: one row per lesion and model, the mean
+    over folds and transforms. Returns the paths of `result_files`. Raises DataError where the files hold different
+    lesions or the ensemble needs another model.
     """
     folder = folder or run_folder
     parts = [read_predictions(path) for path in test_files]
     table = average_test(parts)
-    results = predict_ensemble(run_folder, table, parts)
+    fitted = FittedEnsemble.load(run_folder)
+    results, members = fitted.predict(table, parts)
     task = read_task(run_folder / ENSEMBLE_FILE)  # a test set may be described with another decision
     write_predictions(folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
     (folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
-    return write_results(folder, task, results, template=sorted(results.lesion_ids))
+    by_member = dict(zip(fitted.members, members, strict=True))
+    about = {"task": task.to_mapping(), "members": fitted.members}
+    write_table(folder / TABLE_FILE, results_table(results, by_member, task.diagnosis_names), about)
+    template = sorted(results.lesion_ids)
+    if task.submission:
+        write_probabilities(folder, task, results, template)
+    return write_results(folder, task, results, template)
 
 
 def score(
@@ -64,7 +81,7 @@ def score(
     """
     folder = folder or run_folder
     task = read_task(run_folder / ENSEMBLE_FILE)
-    ids, probabilities, decisions = read_results(folder, task)
+    ids, probabilities, decisions = read_probabilities(folder, task)
     labels = np.array([truth.get(name, UNLABELED) for name in ids], np.int64)
     known = labels != UNLABELED
     if not (known.any() if partial else known.all()):

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from triderm_dist.files import file_sha256
 from triderm_dist.inference.predictor import Answer, Predictor
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.schema import Task
-from triderm_dist.submission import SEPARATOR
+from triderm_dist.submission import results_table
 
 BATCHES = 16
 """Most batches of a chunk; fewer lesions are cut into `CHUNKS` chunks, if these have a batch each."""
@@ -151,15 +150,5 @@ def identity(run: RunFolder) -> str:
 
 
 def prediction_table(answer: Answer, task: Task, members: tuple[str, ...]) -> pa.Table:
-    """Return lesion_id, the probability of each diagnosis, the decision, and MEMBER/DIAGNOSIS for each member.
-
-    A decision is the predicted diagnosis; where the task may predict several, joined by `SEPARATOR`, or none.
-    """
-    names, results = task.diagnosis_names, answer.results
-    columns: dict[str, Any] = {"lesion_id": pa.array([*results.lesion_ids], pa.string())}
-    columns |= {name: results.probabilities[:, at] for at, name in enumerate(names)}
-    decisions = [SEPARATOR.join(names[at] for at in np.flatnonzero(row)) for row in results.decisions]
-    columns["decision"] = pa.array(decisions, pa.string())
-    for member, probabilities in zip(members, answer.members, strict=True):
-        columns |= {f"{member}/{name}": probabilities[:, at].astype(np.float64) for at, name in enumerate(names)}
-    return pa.table(columns)
+    """Return the `results_table` of an answer."""
+    return results_table(answer.results, dict(zip(members, answer.members, strict=True)), task.diagnosis_names)

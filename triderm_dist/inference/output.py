@@ -19,14 +19,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
+from triderm_dist.checksums import DamagedFile, read_checked_parquet
 from triderm_dist.files import atomic_path
 from triderm_dist.schema import ConfigError, DataError, Task
-from triderm_dist.submission import PROBABILITIES_FILE, SEPARATOR, Results, write_results
+from triderm_dist.submission import (
+    PROBABILITIES_FILE,
+    SEPARATOR,
+    TABLE_FILE,
+    TABLE_KEY,
+    Results,
+    write_results,
+    write_table,
+)
 
-PARQUET_FILE = "probabilities.parquet"
-FORMAT, VERSION = "triderm-predictions", 1
-_KEY = b"triderm"
 _DIGITS = 9
 
 
@@ -45,9 +50,9 @@ def is_written(output: Path, key: str) -> bool:
     """Return whether an output exists and is that of the job `key`. Raises DataError for another one."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    path = output / PARQUET_FILE if output.is_dir() else output
+    path = output / TABLE_FILE if output.is_dir() else output
     try:
-        about = json.loads(read_checked_parquet(path, ["lesion_id"]).schema.metadata[_KEY])
+        about = json.loads(read_checked_parquet(path, ["lesion_id"]).schema.metadata[TABLE_KEY])
     except (DamagedFile, OSError, KeyError, TypeError, ValueError):
         about = {}
     if about.get("key") == key:
@@ -63,21 +68,20 @@ def part_of(output: Path) -> Path:
 def write_predictions(output: Path, table: pa.Table, task: Task, about: Mapping[str, Any]) -> list[Path]:
     """Write the file or the folder `output`, which appears when it is complete, and return the paths.
 
-    table: see `chunks.prediction_table`.  about: JSON values for the metadata of the parquet file.
+    table: see `submission.results_table`.  about: JSON values for the metadata of the parquet file.
     """
-    metadata = {_KEY: json.dumps({"format": FORMAT, "version": VERSION, **about}).encode()}
     if output.suffix == ".csv":
         _write_csv(output, table, task)
         return [output]
     if output.suffix == ".parquet":
-        write_checked_parquet(output, table, metadata)
+        write_table(output, table, about)
         return [output]
     folder = part_of(output) / "output"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_csv(folder / PROBABILITIES_FILE, table, task)
-    write_checked_parquet(folder / PARQUET_FILE, table, metadata)
-    names = [PROBABILITIES_FILE, PARQUET_FILE]
+    write_table(folder / TABLE_FILE, table, about)
+    names = [PROBABILITIES_FILE, TABLE_FILE]
     if task.submission and len(table):
         results = results_of(table, task)
         names += [path.name for path in write_results(folder, task, results, sorted(results.lesion_ids))]
@@ -87,7 +91,7 @@ def write_predictions(output: Path, table: pa.Table, task: Task, about: Mapping[
 
 
 def results_of(table: pa.Table, task: Task) -> Results:
-    """Return the probabilities and decisions of a table that `chunks.prediction_table` built."""
+    """Return the probabilities and decisions of a table that `submission.results_table` built."""
     names = task.diagnosis_names
     chosen = [set(cell.split(SEPARATOR)) for cell in table["decision"].to_pylist()]
     decisions = np.array([[name in each for name in names] for each in chosen]).reshape(-1, len(names))

@@ -271,8 +271,7 @@ def _diagnoses(content: Content) -> str:
     thresholds = ""
     if has_thresholds:
         header.append("threshold")
-        mapped = ", encoded as p &gt; 0.5 in the files of results" if content.task.decision == "threshold" else ""
-        thresholds = f" Thresholds: from the fit on all lesions{mapped}."
+        thresholds = " Thresholds: from the fit on all lesions."
     return (
         "<h2>Scores per diagnosis</h2>"
         + data_table(header, rows, "Scores per diagnosis", escaped=True, long_names=True)
