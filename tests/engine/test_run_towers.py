@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -87,6 +88,30 @@ def test_copied_run_needs_no_pretrained_file(trained: tuple[Path, list[np.ndarra
     names = {fold_tower(experiment.fold_folder(name, fold)).name for name in NAMES for fold in range(2)}
     kept = sorted(path.name for path in (experiment.folder / "towers").iterdir())
     assert len(names) == 2 and {Path(name).stem for name in kept} == names and len(kept) == 3
+
+
+def test_training_goes_without_the_file_of_a_frozen_tower(
+    trained: tuple[Path, list[np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so do predictions over more transforms of finished folds; a tower that trains needs its file."""
+    folder, _ = trained
+    experiment = copied(folder, tmp_path)
+    index = synthetic_shards(tmp_path / "shards", 24, 40)
+    fold = experiment.fold_folder("frozen", 1)
+    weights = (fold / "weights.safetensors").read_bytes()
+    shutil.rmtree(fold)
+    run_folds(experiment, index, ["frozen"], [1])
+    assert (fold / "weights.safetensors").read_bytes() == weights
+    note = (
+        rf"note: .*w\.safetensors: no such weight file; .*; the encoder of {re.escape(str(experiment.folder))}/towers"
+    )
+    assert re.search(note, capsys.readouterr().out)
+    again = experiment.model_copy(update={"oof": experiment.oof.model_copy(update={"tta": 2})})
+    run_folds(again, index, ["trained"], range(2))
+    assert capsys.readouterr().out.count("held-out lesions predicted again, mean of 2 transforms") == 2
+    shutil.rmtree(experiment.fold_folder("trained", 0))
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: no such weight file"):
+        run_folds(again, index, ["trained"], [0])
 
 
 def test_fold_records_its_tower_and_the_photos_of_its_training(trained: tuple[Path, list[np.ndarray]]) -> None:

@@ -17,7 +17,7 @@ from triderm_dist.config import TowerConfig
 from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
 from triderm_dist.models.tower import tower_hash
-from triderm_dist.models.tower_record import TowerRecord, find_frozen, load_tower, read_tower, save_tower
+from triderm_dist.models.tower_record import TowerRecord, find_tower, load_tower, read_tower, save_tower
 from triderm_dist.models.towers import TOWER_SOURCES, Tower, TowerOptions, TowerSource
 from triderm_dist.schema import CheckpointError
 
@@ -146,16 +146,17 @@ def test_damaged_and_missing_files_are_refused_in_one_line(tmp_path: Path) -> No
         load_tower(tmp_path, read_tower(tmp_path, trained.name))
 
 
-def test_frozen_tower_is_found_by_its_settings(tmp_path: Path) -> None:
-    assert find_frozen(tmp_path, TowerConfig()) is None
+def test_tower_is_found_by_its_settings(tmp_path: Path) -> None:
+    assert find_tower(tmp_path, TowerConfig(), True) is None
     record, tower, config = frozen(tmp_path)
     frozen(tmp_path, image_size=64)
-    save_tower(tmp_path, TowerRecord.of(tower, config), tower)
-    assert find_frozen(tmp_path, config) == record
+    trained = TowerRecord.of(tower, config)
+    save_tower(tmp_path, trained, tower)
+    assert find_tower(tmp_path, config, True) == record and find_tower(tmp_path, config, False) == trained
     for other in ({"pretrained": True}, {"image_size": None}):
-        assert find_frozen(tmp_path, config.model_copy(update=other)) is None
+        assert find_tower(tmp_path, config.model_copy(update=other), True) is None
     frozen(tmp_path)  # the same settings, and other random weights
-    assert find_frozen(tmp_path, config) is None
+    assert find_tower(tmp_path, config, True) is None
 
 
 def test_source_of_a_plugin_is_rebuilt_by_its_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

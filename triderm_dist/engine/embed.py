@@ -13,7 +13,7 @@ from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.fold import check_task, model_config
 from triderm_dist.engine.views import PLAIN, open_views
-from triderm_dist.models.tower_record import FOLDER, find_frozen
+from triderm_dist.models.tower_record import FOLDER, find_tower
 
 
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
@@ -26,7 +26,7 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     model = model_config(experiment, name)
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
-    recorded = on_main(partial(find_frozen, experiment.folder / FOLDER, model.tower))
+    recorded = on_main(partial(find_tower, experiment.folder / FOLDER, model.tower, True))
     views = open_views(experiment, frozen, index, accelerator, train=False, recorded=recorded, record=True)
     source = views.loaders.source
     assert isinstance(source, TokenSource)

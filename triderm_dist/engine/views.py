@@ -19,11 +19,12 @@ from triderm_dist.data.loader import LoaderFactory, PhotoSource, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
-from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.parallel import start_training
 from triderm_dist.models import build_towers
-from triderm_dist.models.tower_record import FOLDER, TowerRecord, load_tower, save_tower
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
+from triderm_dist.schema import InputError
 from triderm_dist.terminal import wrapped
 
 PLAIN = "plain"
@@ -121,15 +122,24 @@ def open_tower(
     """Return the record of a model's tower, and the tower itself with its weights where it is frozen.
 
     recorded: the tower that the run recorded, read without its pretrained file; None builds the one of the settings,
-    with its pretrained weights if it is frozen. pretrained: load those of one that trains too, to check that they are
-    there. Raises as `build_towers` and `load_tower` do.
+    with its pretrained weights if it is frozen, or where its source is missing takes the one that the run recorded for
+    these settings. pretrained: load those of one that trains too, to check that they are there. Raises as
+    `build_towers` and `load_tower` do.
     """
     frozen = model.tower.frozen
     if recorded:
         return recorded, load_tower(experiment.folder / FOLDER, recorded) if frozen else None
     torch.manual_seed(experiment.seed_of_tokens)  # a frozen tower with random weights is the same in every process
     weights = {} if pretrained or frozen else {"pretrained": False}
-    tower = build_towers(model.tower.model_copy(update=weights))[0]
+    try:
+        tower = build_towers(model.tower.model_copy(update=weights))[0]
+    except InputError as error:
+        kept = find_tower(experiment.folder / FOLDER, model.tower, frozen)
+        if kept is None:
+            raise
+        if is_main():
+            print(f"note: {error}; the encoder of {experiment.folder / FOLDER} is used", flush=True)
+        return open_tower(experiment, model, kept)
     return TowerRecord.of(tower, model.tower, tower_hash(tower) if frozen else None), tower if frozen else None
 
 

@@ -22,7 +22,7 @@ from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings
 from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import SHARED, Network
-from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_frozen
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
 from triderm_dist.models.towers import Tower
 from triderm_dist.schema import DataError
 
@@ -152,7 +152,7 @@ class NetworkLoader:
         if not models:
             raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
         config = models[0].model_copy(update={"tower": models[0].tower.model_copy(update={"frozen": True})})
-        tower, frozen = self.tower(config, find_frozen(self.run.path / FOLDER, config.tower))
+        tower, frozen = self.tower(config, find_tower(self.run.path / FOLDER, config.tower, True))
         assert frozen is not None
         return Embedding(self._prepare(frozen), Preprocessing.of(tower))
 

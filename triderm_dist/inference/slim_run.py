@@ -105,7 +105,7 @@ def _write_embedding(run: RunFolder, folder: Path) -> None:
         raise DataError(f"{path}: is by the tower {source}, which no model of the run has; run triderm embed again")
     frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
     with torch.random.fork_rng(devices=[]):
-        recorded = tower_record.find_frozen(run.path / tower_record.FOLDER, model.tower)
+        recorded = tower_record.find_tower(run.path / tower_record.FOLDER, model.tower, True)
         save_tower(folder / tower_record.FOLDER, *open_tower(run.experiment, frozen, recorded))
 
 

@@ -125,10 +125,12 @@ def read_tower(folder: Path, name: str) -> TowerRecord:
         raise CheckpointError(f"{path}: not readable ({one_line(error)}); restore it from a copy of this run") from None
 
 
-def find_frozen(folder: Path, config: TowerConfig) -> TowerRecord | None:
-    """Return the only record in FOLDER of a frozen tower with these settings; None where there is none or several."""
+def find_tower(folder: Path, config: TowerConfig, frozen: bool) -> TowerRecord | None:
+    """Return the only record in FOLDER of a tower with these settings, with or without weights; None for none or
+    several.
+    """
     records = [read_tower(folder, path.stem) for path in sorted(folder.glob("*.json"))]
-    found = [record for record in records if record.weights and record.is_of(config)]
+    found = [each for each in records if each.is_of(config) and (each.weights is not None) == frozen]
     return found[0] if len(found) == 1 else None
 
 
