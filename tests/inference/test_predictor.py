@@ -1,0 +1,144 @@
+"""What is shared between networks changes no number: frozen towers, frozen blocks, the stacker's wide columns."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import write_challenge
+from triderm_dist.commands.crossval import CrossvalRun
+from triderm_dist.commands.crossval import main as crossval
+from triderm_dist.commands.embed import EmbedRun
+from triderm_dist.commands.embed import main as embed
+from triderm_dist.commands.predict import PredictRun
+from triderm_dist.commands.predict import main as predict
+from triderm_dist.commands.stack import StackRun
+from triderm_dist.commands.stack import main as stack
+from triderm_dist.config import Experiment, load
+from triderm_dist.data.photo_set import PhotoSet
+from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.ensemble.alignment import fit_alignments, save_alignments
+from triderm_dist.ensemble.fitted_stacker import fit_stacker
+from triderm_dist.ensemble.predict import predict_ensemble
+from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, OOF_FILE, STACK_FILE
+from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
+from triderm_dist.ensemble.stacker import TrainingRows
+from triderm_dist.inference.predictor import Predictor
+from triderm_dist.inference.run import Run
+from triderm_dist.inference.run_folder import open_run_folder
+from triderm_dist.predictions import average_test, read_oof, read_predictions
+from triderm_dist.schema import VIEWS
+
+LESIONS = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run with a frozen tower, with frozen blocks, and with one tower for both views; its test set is predicted."""
+    root = tmp_path_factory.mktemp("shared")
+    run, weights = root / "run", root / "tower.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), weights)
+    tower = f"source: 'timm:test_efficientnet@{weights}', image_size: 32"
+    words = [
+        f"output={run}",
+        f"models.tokens={{kind: trimodal, width: 16, heads: 2, depth: 1, tower: {{{tower}, frozen: true}}}}",
+        f"models.blocks={{kind: dual_cnn, width: 16, tower: {{{tower}, freeze_clinical: 1, freeze_dermoscopic: 3}}}}",
+        f"models.one={{kind: dual_cnn, width: 16, tower: {{{tower}, shared: true, freeze_clinical: 99, "
+        "freeze_dermoscopic: 99}}",
+        "data.folds=2",
+        "train={epochs: 1, global_batch: 11, micro_batch: 11, trackers: []}",
+        "stack={max_rounds: 5, max_depth: 1}",
+        "ensemble={bootstrap: 20, rounds: 3}",
+        "predict.batch=3",
+    ]
+    pack_shards(read_challenge(write_challenge(root / "train", 44).folder), run / "shards" / "train", short_side=None)
+    test = read_challenge(write_challenge(root / "test", LESIONS, "MILK10k_Test", labeled=False).folder)
+    pack_shards(test, run / "shards" / "test", short_side=None)
+    crossval(load(CrossvalRun, None, words))
+    stack(load(StackRun, None, words))
+    predict(load(PredictRun, None, [f"run={run}", "submit=false"]))
+    weights.unlink()  # the run keeps what it needs
+    return run
+
+
+def photos_of(folder: Path) -> PhotoSet:
+    run = open_run_folder(folder)
+    dataset = read_challenge(folder.parent / "test")
+    lesions = dataset.lesions
+    return PhotoSet(
+        run.task, run.concepts, {view: [each.images[view] for each in lesions] for view in VIEWS},
+        canvas=run.canvas, short_side=run.short_side, lesion_ids=[each.lesion_id for each in lesions],
+        concept_scores=np.array([each.concepts for each in lesions]),
+        metadata=np.array([each.metadata for each in lesions]),
+    )  # fmt: skip
+
+
+def check(folder: Path, predictor: Predictor) -> None:
+    """Compare with what each network predicted of the packed test set."""
+    parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
+    expected, photos = predict_ensemble(folder, average_test(parts), parts), photos_of(folder)
+    rows = [list(expected.lesion_ids).index(lesion) for lesion in photos.lesion_ids]
+    answer = predictor.predict(photos, 8)
+    assert list(answer.results.lesion_ids) == photos.lesion_ids.tolist()
+    np.testing.assert_allclose(answer.results.probabilities, expected.probabilities[rows], atol=1e-6)
+    assert np.array_equal(answer.results.decisions, expected.decisions[rows])
+    assert answer.members.shape == (len(predictor.members), LESIONS, 11)
+
+
+def test_shared_parts_are_computed_once_and_change_nothing(folder):
+    predictor = Predictor(folder, device="cpu")
+    tokens, blocks, one = predictor.models
+    assert tokens.encoders["clinical"] is tokens.encoders["dermoscopic"]
+    assert one.encoders["clinical"] is one.encoders["dermoscopic"] is not tokens.encoders["clinical"]
+    assert len(blocks.encoders["clinical"]) == 2 and len(blocks.encoders["dermoscopic"]) == 4  # with the stem
+    for network in one.networks:
+        assert not list(network.towers.parameters())
+    calls: list[int] = []
+    for encoder in {*tokens.encoders.values(), *blocks.encoders.values(), *one.encoders.values()}:
+        encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    check(folder, predictor)
+    # Two batches of three lesions and one of the seventh: 8 transforms of 2 photos, for 3 models, not for each fold.
+    assert sum(calls) == 3 * 2 * 8 * 9
+
+
+def test_networks_alone_take_pixels_and_compute_the_same(folder):
+    run, photos = Run(open_run_folder(folder), device="cpu"), photos_of(folder)
+    row = [photos.photos[view][0] for view in VIEWS]
+    answer = run.predictor.predict(photos.take(slice(0, 1)), 1)
+    for each in run.networks():
+        pixels = [each.preprocess(photo)[None] for photo in row]
+        inputs = photos.inputs(np.arange(1))
+        tensors = [torch.from_numpy(part) for part in (inputs.view_present, inputs.concepts, inputs.metadata)]
+        with torch.no_grad():
+            logits = each.network(*pixels, *tensors).logits[0].numpy()
+        weights = run._run.networks[each.model][each.fold].weights
+        (expected,) = (part for part in answer.parts if part.model_hash[0] == weights)
+        np.testing.assert_allclose(logits, expected.logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", ["features", "embeddings"])
+def test_wide_columns_of_the_stacker_are_computed_for_new_photos(folder, extra):
+    """As `stack.extra` does where it improves the estimate; the test set's own columns are files of the run."""
+    experiment = load(Experiment, folder / "config.yaml")
+    table = read_oof(folder / OOF_FILE, features=True)
+    models = ["tokens", "blocks", "one"]
+    if extra == "features":
+        parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
+        save_alignments(folder / ALIGNMENTS_FILE, fit_alignments(parts))
+    else:
+        embed(load(EmbedRun, None, [f"run={folder}", f"data.test_shards={folder / 'shards' / 'test'}"]))
+    columns = stacker_columns(folder, extra, table, models)
+    names = column_names(table, models)
+    rows = TrainingRows(
+        source=columns, indices=np.arange(len(table)), labels=table.labels, groups=table.groups, names=names,
+        diagnoses=table.diagnoses, extra=extra, wide=columns.shape[1] - len(names),
+    )  # fmt: skip
+    stacker = fit_stacker(rows, experiment.stack.model_copy(update={"components": 4, "max_depth": 4}), cores=1)
+    assert stacker.extra == extra and stacker.reduction is not None
+    stacker.save(folder / STACK_FILE, table.task)
+    check(folder, Predictor(folder, device="cpu"))
