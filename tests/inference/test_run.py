@@ -1,6 +1,7 @@
 """A run as a Python object: photos of every kind, missing values, refusals, threads, attention, plain networks."""
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -360,3 +361,38 @@ def test_paths_of_a_table_and_rows_that_cannot_be_used(trained_run, run, tmp_pat
     assert sum("left out: " in str(each.message) for each in warned) == 2
     one = run.predict(trained_run.test.photo(0), trained_run.test.photo(1), age=frame.age[0], sex=frame.sex[0], tta=1)
     assert found.loc[0, list(run.diagnoses)].tolist() == pytest.approx([*one.probabilities.values()], abs=1e-6)
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+FROM_HUB = """
+import sys, triderm_dist
+from triderm_dist.schema import InputError
+run = triderm_dist.load("hf-hub:some-user/lesions", device="cpu")
+print(run.folder.name, run.predict(sys.argv[1], sys.argv[2]).probabilities["MEL"])
+assert triderm_dist.load("hf-hub:some-user/lesions@main").folder == run.folder
+for name in ("some-user/other", "no name"):
+    try:
+        triderm_dist.load(f"hf-hub:{name}")
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_repository_of_the_hub_is_a_run(trained_run, run, photos, tmp_path):
+    """From the hub's own cache on this machine, without a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some-user--lesions"
+    shutil.copytree(trained_run.folder, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("shards"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_HUB, *map(str, photos)], cwd=ROOT, capture_output=True, text=True,
+        timeout=HANG_SECONDS, env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, other, wrong = done.stdout.splitlines()
+    name, probability = first.split()
+    assert name == commit and float(probability) == pytest.approx(run.predict(*photos).probabilities["MEL"], abs=1e-6)
+    assert other.startswith("hf-hub:some-user/other: cannot be downloaded (")
+    assert wrong == "hf-hub:no name: not a repository; write hf-hub:USER/NAME or hf-hub:USER/NAME@REVISION"
