@@ -122,7 +122,8 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     def take(kind, main, about, argv=None, users=None, locate=str, first=None):
         if first and arguments and "=" not in arguments[0]:
             arguments[0] = f"{first}={arguments[0]}"
-        of_run = issubclass(kind, Experiment) and any(re.match(r"run=([A-Z]|runs/)", word) for word in arguments)
+        a_run = re.compile(r"run=([A-Z]|runs/|.*\.zip$)")
+        of_run = issubclass(kind, Experiment) and any(map(a_run.match, arguments))
         words = [word for word in arguments if not (of_run and word.startswith("run="))]
         taken.append(cli.read_settings(kind, ["--config", "milk10k", *words] if of_run else words))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.inference.small_run import train
 from tests.inference.small_tower import SIZE, SMALL_TOWER
@@ -43,7 +44,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "exporting.md"
 FOLDS = [f"{model}/fold-{fold}" for model in ("dual_cnn", "trimodal") for fold in (0, 1)]
 HEAD = ("format", "version")
 FILES = {
-    *("config.yaml", "ensemble.json", "stack.json", "stack.ubj"),
+    *("README.md", "config.yaml", "ensemble.json", "field_values.json", "stack.json", "stack.ubj"),
     *(f"{fold}/{file}" for fold in FOLDS for file in ("fold.json", "weights.json", "weights.safetensors")),
 }
 
@@ -82,7 +83,7 @@ def test_zip_has_the_files_that_predicting_needs(run, tmp_path):
         assert set(archive.namelist()) == FILES | towers_of(run) and archive.namelist() == sorted(archive.namelist())
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         contents = {name: archive.read(name) for name in archive.namelist()}
-    for name in contents.keys() - {"config.yaml"}:
+    for name in contents.keys() - {"README.md", "config.yaml", "field_values.json"}:
         assert contents[name] == (run / name).read_bytes(), name
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
     for name, content in contents.items():
@@ -108,15 +109,17 @@ def test_settings_of_an_export_are_those_of_the_run_in_its_own_folder(run, tmp_p
 
 def test_hub_folder_has_a_card_with_metadata(run, copied, tmp_path):
     export_run(run, tmp_path / "hub", "hub", license_name="cc-by-4.0")
-    assert names_in(tmp_path / "hub") == {*FILES, *towers_of(run), "README.md"}
+    assert names_in(tmp_path / "hub") == FILES | towers_of(run)
     _, head, body = (tmp_path / "hub/README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(head)
     assert card["license"] == "cc-by-4.0" and card["library_name"] == "triderm-dist"
     assert card["pipeline_tag"] == "image-classification" and "small" in card["tags"] and "base_model" not in card
-    assert "Nested macro F1" in body
-    (copied / "README.md").write_text("# My run\n")
-    export_run(copied, tmp_path / "other", "hub")
-    assert (tmp_path / "other/README.md").read_text().endswith("---\n\n# My run\n")
+    assert body.startswith("\n# small\n") and "**" in body and "| `field_values.json` |" in body
+    for absent in ("oof.parquet", "ensemble_oof.parquet", "report.html", "shards/"):
+        assert absent not in body, absent  # the card is about the files that the export has
+    export_run(tmp_path / "hub", tmp_path / "again", "hub", license_name="mit")
+    text = (tmp_path / "again/README.md").read_text()
+    assert text.endswith(f"---\n{body}") and text.count("license: ") == 1
 
 
 def test_export_of_an_earlier_version_adds_what_its_run_did_not_record(run, copied, tmp_path):
@@ -250,11 +253,12 @@ def test_zip_and_hub_folder_predict_as_the_run(trained_run, tmp_path, monkeypatc
     run, photos = load(trained_run.folder), sorted(trained_run.test.folder.rglob("*.jpg"))[:2]
     run.export(tmp_path / "a.zip")
     run.export(tmp_path / "hub", "hub")
-    expected = run.predict(*photos, age=60)
+    expected = run.predict(*photos, age=119)
+    assert any("is outside of what the run was trained on" in warning for warning in expected.warnings)
     for exported in ("a.zip", "hub"):
-        found = load(tmp_path / exported).predict(*photos, age=60)
+        found = load(tmp_path / exported).predict(*photos, age=119)
         assert found.probabilities == expected.probabilities and found.members == expected.members
-        assert found.diagnosis == expected.diagnosis
+        assert found.diagnosis == expected.diagnosis and found.warnings == expected.warnings
 
 
 def test_predict_takes_a_zip(trained_run, tmp_path, monkeypatch):
@@ -272,17 +276,19 @@ def test_predict_takes_a_zip(trained_run, tmp_path, monkeypatch):
 
 def test_documented_commands_work(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (80, 60), (200, 120, 90)).save(name)
     commands = [shlex.split(line) for line in commands_in(DOCS) if line.startswith("triderm export ")]
     assert {"zip", "hub", "onnx", "torch_export"} == {
         dict(word.split("=") for word in words[2:]).get("format", "zip") for words in commands
     }
     for words in commands:
-        main(read_settings(ExportRun, [word.replace("=RUN", f"={run}") for word in words[2:]]))
-    script = re.search(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
-    from PIL import Image
-
-    for name in ("a.jpg", "b.jpg"):
-        Image.new("RGB", (80, 60), (200, 120, 90)).save(name)
+        if "networks=refit" not in words:
+            main(read_settings(ExportRun, [word.replace("=RUN", f"={run}") for word in words[2:]]))
+    scripts = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
     printed: list[dict[str, float]] = []
-    exec(script[1], {"print": printed.append})
+    for script in scripts:
+        exec(script, {"print": printed.append})
+    assert Path("again.zip").read_bytes() == Path("lesions.zip").read_bytes()
     assert printed[0].keys() == {"mole", "melanoma", "wart"} and sum(printed[0].values()) == pytest.approx(1)

@@ -24,7 +24,6 @@ from triderm_dist.data.loader import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.table import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError
-from triderm_dist.ensemble.run_files import OOF_FILE
 from triderm_dist.extras import require
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
@@ -33,6 +32,7 @@ from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Pr
 from triderm_dist.inference.prediction import Prediction
 from triderm_dist.inference.predictor import Answer, Predictor
 from triderm_dist.inference.run_folder import RunFolder, open_run_folder
+from triderm_dist.inference.seen_values import read_seen
 from triderm_dist.inference.table import read_input, read_lesions, table_of_frame
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
@@ -343,16 +343,8 @@ class Run:
 
     @cached_property
     def _seen(self) -> list[np.ndarray | None]:
-        """The different values of each field in the out-of-fold table; None where the run has no table or no value."""
-        import pyarrow.parquet as pq
-
-        try:
-            column = pq.read_table(self.folder / OOF_FILE, columns=["metadata"])["metadata"].combine_chunks()
-            values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-        except (OSError, ValueError, KeyError, pa.ArrowException):
-            return [None] * len(self.fields)
-        known = [np.unique(each[~np.isnan(each)]) for each in values.T]
-        return [each if len(each) else None for each in known]
+        """The different values of each field that the run was trained on; None where it does not record them."""
+        return read_seen(self.folder, self.fields)
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,20 @@ from triderm_dist.config import CONFIG_FILE, Experiment, RemoteConfig, save
 from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.fold import fold_tower
 from triderm_dist.engine.views import open_tower
-from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.fitted_stacker import model_path
+from triderm_dist.ensemble.model_card import CARD_FILE, card_text
 from triderm_dist.ensemble.predict import check_weights
-from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, STACK_FILE
+from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, NESTED_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
+from triderm_dist.environment import ENVIRONMENT_FILE
 from triderm_dist.files import atomic_path, file_sha256, write_text
 from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
+from triderm_dist.inference.seen_values import read_seen, write_seen
 from triderm_dist.models import tower_record
 from triderm_dist.models.tower_record import save_tower
 from triderm_dist.schema import ConfigError, DataError
 
-CARD_FILE = "README.md"
-ENVIRONMENT_FILE = "environment.json"
+_METADATA = re.compile(r"\A---\n.*?^---\n\n?", re.M | re.S)
 _PART = re.compile(r'[^\x00-\x1f\\/:*?"<>|.][^\x00-\x1f\\/:*?"<>|]*(?<![. ])')
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a zip, so that its bytes depend on the run alone."""
@@ -44,6 +45,7 @@ def write_slim_run(run: RunFolder, folder: Path) -> None:
     What a run of an earlier version does not record (towers, sizes of photos) is added. Raises DataError where a file
     is missing or does not belong to the others.
     """
+    write_seen(folder, run.task.fields, read_seen(run.path, run.task.fields))
     for name in _shared_files(run):
         (folder / safe_name(name)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run.path / name, folder / name)
@@ -55,6 +57,8 @@ def write_slim_run(run: RunFolder, folder: Path) -> None:
     if run.fitted.stacker and run.fitted.stacker.extra == "embeddings":
         _write_embedding(run, folder)
     _write_settings(run.experiment, folder)
+    if (run.path / NESTED_FILE).exists():
+        write_text(folder / CARD_FILE, card_text(run.experiment, folder))
 
 
 def _shared_files(run: RunFolder) -> list[str]:
@@ -143,7 +147,8 @@ def write_zip(folder: Path, path: Path) -> None:
 def write_hub_card(run: RunFolder, folder: Path, license_name: str) -> None:
     """Put the metadata that the hub reads in front of the model card of a slim run."""
     card = folder / CARD_FILE
-    body = card.read_text(encoding="utf-8") if card.exists() else _short_card(run)
+    text = card.read_text(encoding="utf-8") if card.exists() else ""  # an export of an export may have none
+    body = _METADATA.sub("", text)
     write_text(card, f"---\n{yaml.safe_dump(hub_metadata(run, license_name), sort_keys=False)}---\n\n{body}")
 
 
@@ -158,15 +163,3 @@ def hub_metadata(run: RunFolder, license_name: str) -> dict[str, Any]:
         "tags": ["dermatology", "skin-lesion", "dermoscopy", "ensemble", run.task.name.lower()],
         **({"base_model": sorted(set(hub))} if hub else {}),
     }
-
-
-def _short_card(run: RunFolder) -> str:
-    """Return a model card for a run that has none."""
-    tree = read_json(run.path / ENSEMBLE_FILE)
-    score = tree["scores"]["ensemble"]["nested"]
-    return f"""# {run.task.title or run.task.name}
-
-An ensemble of {", ".join(run.fitted.members)}, trained with triderm-dist on {tree["lesions"]} lesions in
-{tree["folds"]} folds. Nested macro F1 {score["value"]:.3f} (95% interval {score["low"]:.3f} to {score["high"]:.3f}).
-Not a medical device.
-"""
