@@ -114,8 +114,8 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         modules = [self.stem, *self.blocks, self.tail]
         num_frozen = len(self._frozen())
-        if (parameter := next(self.stem.parameters(), None)) is not None:
-            x = x.to(parameter.dtype)
+        if parameters := list(self.stem.parameters()):
+            x = x.to(parameters[0].dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not num_frozen):
             for module in modules[:num_frozen]:
                 x = module(x)
