@@ -142,6 +142,16 @@ def test_fold_trained_by_itself_is_named_where_the_run_has_no_settings(saved_run
         load(Experiment, None, ["run=runs/one"])
 
 
+def test_plugin_in_the_run_moves_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "my_plugin.py").write_text("LOADED = 1\n")
+    save(load(Experiment, None, ["output=one", "plugins=[one/my_plugin.py, json]"]), Path("one/config.yaml"))
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert load(Experiment, None, ["run=two"]).plugins == (f"{tmp_path}/two/my_plugin.py", "json")
+    assert sys.modules.pop("triderm_plugin_my_plugin").LOADED == 1
+
+
 def test_run_and_config_exclude_each_other(saved_run):
     with pytest.raises(ConfigError, match="run: takes the settings of that run; remove --config"):
         load(Experiment, "milk10k", ["run=runs/one"])

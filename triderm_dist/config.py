@@ -909,7 +909,8 @@ def save(config: Section, path: Path) -> None:
 def absolute(key: str, value: str) -> str:
     """Return the absolute form of a path setting; URLs and the names of shipped tasks stay as they are."""
     shipped_task = key == "data.task" and not Path(value).exists()
-    return value if "://" in value or value.startswith("pipe:") or shipped_task else os.path.abspath(value)
+    module = key == "plugins[]" and not value.endswith(".py")
+    return value if "://" in value or value.startswith("pipe:") or shipped_task or module else os.path.abspath(value)
 
 
 def _portable(file: Path, run: Path, key: str, value: str) -> str:
@@ -926,7 +927,7 @@ def _inside(path: Path, folder: Path) -> bool:
 
 def map_paths(tree: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
     """Apply `change(dotted key, path)` to every path among the settings of an experiment."""
-    keys = {key for key, kind, *_ in describe(Experiment) if kind.split()[0] == "path"}
+    keys = {"plugins[]", *(key for key, kind, *_ in describe(Experiment) if kind.split()[0] == "path")}
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, Mapping):

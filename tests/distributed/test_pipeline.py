@@ -113,35 +113,56 @@ def test_hidden_view_equals_missing_photo(done, packed):
 
 
 def test_second_run_skips_all_stages(done, arguments):
-    before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in (".lock", "config.yaml")}
+    rewritten = (".lock", "config.yaml", "log.txt")
+    before = {path: path.stat().st_mtime_ns for path in done.glob("*.*") if path.name not in rewritten}
     # parallel_folds is not an input of the stages.
     result = launch("launch.pipeline", *arguments, f"output={done}", "parallel_folds=true", "retries=0")
     assert result.stdout.count("skipped, inputs unchanged") == 7
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_moved_run_skips_all_stages_and_explains_equally_from_anywhere(done, packed, tmp_path):
-    lesion = read_submission(done / "submission.csv")[0][0]
-    launch("launch.predict", f"run={done}", f"output={tmp_path}/before", f"explain={lesion}")
+def test_moved_run_skips_all_stages(done, tmp_path):
     moved = shutil.copytree(done, tmp_path / "moved")
-    for path in moved.rglob("*"):
-        path.chmod(path.stat().st_mode & ~0o222)
-    moved.chmod(0o555)
-    done_without_root = without_root("predict", "run=moved", "output=after", f"explain={lesion}", folder=tmp_path)
-    assert done_without_root.returncode == 0, done_without_root.stderr
-    assert hashes(tmp_path / "after") == hashes(tmp_path / "before")
-    photo = next((packed.parent / "demo" / "test").glob("*_Input/*/*.jpg"))
-    before = hashes(moved)
-    words = ["predict", "run=moved", f"input={photo}", "view=dermoscopic"]
-    printed, written = (without_root(*words, *more, folder=tmp_path) for more in ((), ("output=one.csv",)))
-    assert (printed.returncode, written.returncode) == (0, 0), printed.stderr + written.stderr
-    assert f"\n{photo.stem}: " in printed.stdout and (tmp_path / "one.csv").read_text().count("\n") == 2
-    assert hashes(moved) == before
-    for path in (moved, *moved.rglob("*")):
-        path.chmod(path.stat().st_mode | 0o200)
-    result = launch("launch.pipeline", f"run={moved}", folder=tmp_path)
+    result = launch("launch.pipeline", "run=moved", folder=tmp_path)
     assert result.stdout.count("skipped, inputs unchanged") == 7
     assert load_run(Experiment, moved).output == str(moved)
+
+
+def test_run_without_its_photos_and_pretrained_file_answers_as_before(done, packed, tmp_path):
+    """Moved, read-only, from another folder and another home, without photos, table and pretrained file."""
+    lesion = read_submission(done / "submission.csv")[0][0]
+    photo = next((packed.parent / "demo" / "test").glob("*_Input/*/*.jpg"))
+    first = shutil.copytree(done, tmp_path / "first" / "run")
+    settings = (first / "config.yaml").read_text()
+    assert f"{packed.parent}/demo/train" in settings
+    (first / "config.yaml").write_text(settings.replace(f"{packed.parent}/demo", f"{tmp_path}/deleted"))
+    asked = {
+        "explain": ("predict", f"explain={lesion}"),
+        "predict": ("predict", f"input={photo}", "view=dermoscopic"),
+        "report": ("report",),
+    }
+    for name, (program, *words) in asked.items():
+        launch(f"launch.{program}", "run=first/run", f"output=before/{name}", *words, folder=tmp_path)
+    moved = tmp_path / "moved" / "run"
+    first.parent.rename(moved.parent)
+    pretrained = Path(load_run(Experiment, moved).models["frozen"].tower.source.partition("@")[2])
+    for path in (*moved.rglob("*"), moved, moved.parent):
+        path.chmod(path.stat().st_mode & ~0o222)
+    before, away = hashes(moved), pretrained.with_name("away")
+    pretrained.rename(away)
+    try:
+        environment = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+        for name, (program, *words) in asked.items():
+            words += [f"run={moved}", f"output={tmp_path}/after/{name}"]
+            finished = without_root(program, *words, folder=Path("/"), environment=environment)
+            assert finished.returncode == 0, finished.stderr
+        printed = without_root("predict", "run=run", f"input={photo}", "view=dermoscopic", folder=moved.parent)
+    finally:
+        away.rename(pretrained)
+    assert printed.returncode == 0 and f"\n{photo.stem}: " in printed.stdout, printed.stderr
+    assert hashes(moved) == before
+    written = hashes(tmp_path / "before")
+    assert {name.partition("/")[0] for name in written} == set(asked) and hashes(tmp_path / "after") == written
 
 
 def test_killed_pipeline_resumes(done, arguments, tmp_path):
