@@ -160,7 +160,7 @@ class FittedStacker:
     @staticmethod
     def load(path: Path) -> FittedStacker:
         """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`;
-        MissingPackage where a package that the kind needs is not installed.
+        MissingPackage where a package that it needs to predict is not installed.
         """
         description = read_json(path, FORMAT, VERSION)
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
@@ -168,12 +168,12 @@ class FittedStacker:
             raise DataError(
                 f"{path}: {kind!r} is not a stacker; known: {', '.join(STACKERS)}; name its file in `plugins`"
             )
-        require(f"{path}: the stacker ({kind})", *STACKERS[kind].packages)
         model_file, expected = model_path(path, STACKERS[kind]), description.get("model_sha256")
         try:
             if expected and file_sha256(model_file) != expected:
                 raise DataError(f"{model_file}: changed or damaged: not that of {path.name}; run triderm stack again")
             model = STACKERS[kind].load(model_file, description)
+            require(f"{path}: the stacker ({kind})", *model.needed())
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
         return FittedStacker(

@@ -78,7 +78,7 @@ class Stacker(Protocol):
     Settings: ClassVar[type[Section]]
     """Its own settings, `stack.settings` in YAML."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Import names of the optional packages that it needs, to fit and to predict."""
+    """Import names of the optional packages that it needs to fit."""
 
     @classmethod
     @abstractmethod
@@ -94,6 +94,10 @@ class Stacker(Protocol):
     @abstractmethod
     def predict(self, columns: np.ndarray) -> np.ndarray:
         """Return (n, C) probabilities; columns of diagnoses without a training row are ignored."""
+
+    def needed(self) -> tuple[str, ...]:
+        """Return the import names of the optional packages that it needs to predict."""
+        return self.packages
 
     def contributions(self, columns: np.ndarray) -> np.ndarray | None:
         """Return (n, C, F): what each column adds to the score of each diagnosis before the softmax (SHAP values).
