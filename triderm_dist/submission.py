@@ -209,7 +209,7 @@ def read_decisions(path: Path, diagnoses: Sequence[str]) -> tuple[list[str], np.
 
 
 def _words(decisions: np.ndarray, diagnoses: Sequence[str]) -> list[str]:
-    return [SEPARATOR.join(diagnoses[column] for column in np.flatnonzero(row)) for row in decisions]
+    return [SEPARATOR.join(diagnoses[column] for column in np.flatnonzero(row).tolist()) for row in decisions]
 
 
 def _write_numbers(path: Path, ids: Sequence[str], numbers: np.ndarray, diagnoses: Sequence[str]) -> None:
