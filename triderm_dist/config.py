@@ -309,6 +309,11 @@ class TrainConfig(Section):
         description="where metrics go in addition to metrics.jsonl: tensorboard, wandb, mlflow or another tracker of "
         "Accelerate",
     )
+    tracker_settings: dict[str, dict[str, Any]] = Field(
+        {},
+        description="arguments of trackers by name, such as {wandb: {project: skin, entity: lab, group: night, tags: "
+        "[a]}, mlflow: {experiment_name: skin}}; before WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and the like",
+    )
     profile: int | None = Field(
         None,
         ge=1,
@@ -325,7 +330,10 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
 
 
-COSMETIC = ("log_every", "save_every", "keep_last", "keep_checkpoints", "trackers", "profile", "peak_tflops")
+COSMETIC = (
+    *("log_every", "save_every", "keep_last", "keep_checkpoints", "trackers", "tracker_settings", "profile"),
+    "peak_tflops",
+)
 """Settings of `train` that change no result."""
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 """Settings of `train` that change how a step is computed; a training may resume with other values."""
@@ -849,6 +857,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.name": "adamw",
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
+    "models.NAME.train.tracker_settings": {},
     "models.NAME.settings": {},
     "oof.tta": 1,
     "stack.kind": "xgboost",

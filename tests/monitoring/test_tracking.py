@@ -10,7 +10,7 @@ from triderm_dist.extras import install_command
 from triderm_dist.files import write_text
 from triderm_dist.monitoring import tracking
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.monitoring.tracking import Tracker
+from triderm_dist.monitoring.tracking import Tracker, log_scores, tracker_arguments
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.schema import ConfigError
 
@@ -94,6 +94,54 @@ def test_without_tensorboard_a_line_is_printed_and_the_run_is_logged(tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_names_of_wandb_and_mlflow_come_from_the_run_and_the_environment(tmp_path, monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    about = "tri fold 0", "demo", tmp_path
+    found = tracker_arguments("wandb", *about)
+    assert {key: found[key] for key in ("project", "group", "name", "dir", "resume")} == {
+        "project": "triderm-dist", "group": "demo", "name": "demo tri fold 0", "dir": str(tmp_path), "resume": "allow",
+    }  # fmt: skip
+    for name, value in (("PROJECT", "skin"), ("RUN_GROUP", "night"), ("NAME", "first"), ("DIR", "/elsewhere")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    changed = tracker_arguments("wandb", *about)
+    assert (changed["project"], changed["group"], changed["name"]) == ("skin", "night", "first tri fold 0")
+    assert "dir" not in changed and changed["id"] == found["id"]  # wandb reads WANDB_DIR itself
+    mlflow = {"experiment_name": "triderm-dist", "run_name": "demo tri fold 0", "tags": {"group": "demo"}}
+    assert tracker_arguments("mlflow", *about) == mlflow
+
+
+class _Kept(GeneralTracker):
+    """A tracker that keeps what it gets."""
+
+    name, requires_logging_directory, tracker = "kept", True, None
+    seen: list = []  # noqa: RUF012
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.seen.append(arguments)
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **kwargs):
+        self.seen.append(values)
+
+
+def test_final_scores_are_logged_with_the_settings_of_the_tracker(tmp_path, capsys):
+    register_tracker_class(_Kept)
+    log_scores(
+        tmp_path, {"held out/macro F1": 0.5}, ("tensorboard", "kept"), {"kept": {"run_name": "own", "tags": [1]}}
+    )
+    assert _Kept.seen == [{"run_name": "own", "tags": [1], "logging_dir": str(tmp_path)}, {"held out/macro F1": 0.5}]
+    log_scores(tmp_path, {}, ("none",), {})
+    assert capsys.readouterr().out.startswith("scores are not logged to none: train.trackers: 'none' is not a tracker")
+    assert not list(tmp_path.iterdir())
+
+
 class _Flaky(GeneralTracker):
     """A tracker that fails after its first record."""
 
@@ -135,10 +183,10 @@ def test_failing_tracker_is_dropped(tmp_path, capsys):
 def test_mlflow_gets_settings_and_metrics(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    with tracker_in(tmp_path, trackers=["mlflow"], settings={"optim.lr": 0.1}) as tracker:
+    with tracker_in(tmp_path, trackers=["mlflow"], group="demo", settings={"optim.lr": 0.1}) as tracker:
         tracker.log("train", 0, 10, TRAIN)
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    assert run.info.run_name == "tri fold 0"
+    assert run.info.run_name == "demo tri fold 0" and run.data.tags["group"] == "demo"
     assert run.data.params["optim.lr"] == "0.1"
     assert run.data.metrics["train/loss"] == 1.5
 

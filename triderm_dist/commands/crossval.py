@@ -35,8 +35,9 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import assigned_folds, data_facts, model_config
-    from triderm_dist.engine.fold_results import fold_results, results_table
+    from triderm_dist.engine.fold_results import LOGGED, fold_results, results_table
     from triderm_dist.engine.parallel_folds import run_parallel_folds
+    from triderm_dist.monitoring.tracking import log_scores
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
 
@@ -57,7 +58,10 @@ def main(config: CrossvalRun) -> None:
     if is_main():
         save(experiment, config.folder / CONFIG_FILE)
         record_data(config.folder, "train", data_facts(experiment, index))
-        print(results_table(fold_results(experiment, names, range(config.data.folds))))
+        results = fold_results(experiment, names, range(config.data.folds))
+        print(results_table(results))
+        scores = {f"{each.model}/fold {each.fold}/{key}": getattr(each, key) for each in results for key in LOGGED}
+        log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
         if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
             print(wrapped(f"oof.parquet is written when {', '.join(missing)} is trained too"))
             return

@@ -101,6 +101,7 @@ def predict_test_set(config: PredictRun) -> None:
     from triderm_dist.ensemble.predict import check_task, score, submit
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, FITTED, STACK_FILE, STACKER
     from triderm_dist.ensemble.stack_inputs import check_refit
+    from triderm_dist.monitoring.tracking import log_scores
 
     if given := next((key for key in ("photos", "view", "tta", "device") if getattr(config, key) is not None), None):
         raise ConfigError(f"{given}: has an effect with input only; name a folder, a table or photos by input")
@@ -140,6 +141,9 @@ def predict_test_set(config: PredictRun) -> None:
         metric = f"held-out macro F1{' (official)' if task.submission else ''}"
         argmax = f"argmax {result['argmax']:.3f}, " if task.decision != "argmax" else ""
         print(wrapped(f"{metric} {result['macro_f1']:.3f} [{low:.3f}, {high:.3f}], {argmax}{result['n']} lesions"))
+        found = {"macro F1": result["macro_f1"], "low": low, "high": high}
+        scores = {f"{'refit ' if refitted else ''}held out/{key}": value for key, value in found.items()}
+        log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
 
 
 def predict_input(config: PredictRun) -> None:

@@ -49,6 +49,11 @@ def main(config: StackRun) -> None:
     for note in fit.notes:
         print(wrapped(note, first="- "))
     print(wrapped(f"wrote {config.folder / ENSEMBLE_FILE}"))
+    if set(config.train.trackers) - {"tensorboard"}:  # else PyTorch is not imported
+        from triderm_dist.monitoring.tracking import log_scores
+
+        scores = {f"nested macro F1/{row.name}": row.nested.value for row in fit.rows}
+        log_scores(config.folder, scores, config.train.trackers, config.train.tracker_settings)
 
 
 def start() -> None:

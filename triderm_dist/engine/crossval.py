@@ -112,7 +112,8 @@ def run_trainings(
                 stop.check_now()  # a request that arrived while the previous training ended
                 number = order.index(name) + position
                 later = later_seconds(experiment, order, number)
-                output = Output(number + 1, len(order), position > 0, in_parallel, later)
+                run = experiment.folder.resolve().name
+                output = Output(run, number + 1, len(order), position > 0, in_parallel, later)
                 training = create(views, stop, output)
                 with exclusive(training.path):
                     training.run()

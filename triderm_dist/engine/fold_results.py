@@ -16,6 +16,8 @@ from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
 from triderm_dist.terminal import clock, table
 
+LOGGED = ("macro_f1", "auc")
+"""The scores that trackers get."""
 HEADER = ("model", "fold", "macro F1", "AUC", "best epoch", "time")
 
 

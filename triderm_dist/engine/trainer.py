@@ -61,11 +61,12 @@ class TrainingData:
 class Output:
     """How a training is printed: as the `number`-th of `total` that follow one another.
 
-    brief: with a start-up report that lacks what all folds of a model share.  in_parallel: with its name before every
-    line, since others print at the same time.  later_seconds: the time of the trainings that follow, given that of this
-    one.
+    run: the name of the run, by which trackers group its trainings.  brief: with a start-up report that lacks what all
+    folds of a model share.  in_parallel: with its name before every line, since others print at the same time.
+    later_seconds: the time of the trainings that follow, given that of this one.
     """
 
+    run: str = ""
     number: int = 1
     total: int = 1
     brief: bool = False
@@ -145,8 +146,8 @@ class Trainer:
         lines = TrainLines(total, self.last_epoch, self.loss.names, flops is not None, output.prefix(name))
         self.tracker = Tracker(
             name, folder.path, accelerator.is_main_process, lines=lines, step=state.step, epoch=state.epoch,
-            trackers=config.trackers, settings=flatten(config.model_dump(mode="json")),
-            later_seconds=output.later_seconds,
+            trackers=config.trackers, tracker_settings=config.tracker_settings, group=output.run,
+            settings=flatten(config.model_dump(mode="json")), later_seconds=output.later_seconds,
         )  # fmt: skip
 
     def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,12 +29,13 @@ class Tracker:
     Records: {"kind": "train", epoch, step, seconds, loss, each part of it (focal, soft_f1, other terms, aux), lr,
     grad_norm, lesions_per_s, data_wait, memory_gib, seconds_left, mfu where known} and {"kind": "validation", epoch,
     step, seconds, macro_f1 (argmax), official}; seconds: of training so far, also before a resume. Opening (`with`) at
-    a step, after `epoch` validated epochs, drops later records: a
-    resumed run writes them again. Open it and log on all ranks.
+    a step, after `epoch` validated epochs, drops later records: a resumed run writes them again. Open it and log on
+    all ranks.
 
     trackers: names of Accelerate's trackers, such as tensorboard (to FOLDER/tensorboard), wandb, mlflow, and of those
-    registered by plugins.  settings: configuration that trackers show, by dotted key.  lines: formats what is printed.
-    later_seconds: the time of the trainings that follow, given that of this one.
+    registered by plugins.  tracker_settings: see `tracker_arguments`.  group: name of the run that the training is part
+    of.  settings: configuration that trackers show, by dotted key.  lines: formats what is printed.  later_seconds: the
+    time of the trainings that follow, given that of this one.
 
     Raises ConfigError, on all ranks, for an unknown tracker or a missing package (without TensorBoard, the default, a
     line is printed instead); opening raises it for a tracker that does not start. A tracker that fails later is
@@ -50,6 +52,8 @@ class Tracker:
         step: int = 0,
         epoch: int = 0,
         trackers: Sequence[str] = ("tensorboard",),
+        tracker_settings: Mapping[str, Mapping[str, Any]] | None = None,
+        group: str = "",
         settings: Mapping[str, Any] | None = None,
         later_seconds: Callable[[float], float] = lambda seconds: 0.0,
     ) -> None:
@@ -59,6 +63,7 @@ class Tracker:
             line = wrapped(f"{name}: no TensorBoard files: {install_command('tensorboard')}")
             on_main(lambda: print(line, flush=True))
         self._path, self._step, self._epoch, self._settings = folder / "metrics.jsonl", step, epoch, settings or {}
+        self._tracker_settings, self._group = tracker_settings or {}, group
 
     def __enter__(self) -> Tracker:
         on_main(self._open)
@@ -72,8 +77,12 @@ class Tracker:
         self._file = self._path.open("a", encoding="utf-8")
         self._began = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self._trackers = {
-            kind: _started(kind, cls, self.name, folder, step, self._settings) for kind, cls in self._kinds.items()
-        }
+            kind: _started(
+                cls, tracker_arguments(kind, self.name, self._group, folder, step),
+                self._tracker_settings.get(kind, {}), self._settings,
+            )
+            for kind, cls in self._kinds.items()
+        }  # fmt: skip
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -133,23 +142,72 @@ def tracker_class(name: str) -> Any:
     return LOGGER_TYPE_TO_CLASS[name]
 
 
-def _started(kind: str, cls: Any, run: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Any:
-    """Create and start a tracker. Raises ConfigError if it does not start."""
-    # W&B resumes the run with this id when a training resumes.
-    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    options: dict[str, dict[str, Any]] = {
-        "tensorboard": {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": step},
-        "wandb": {"run_name": PROJECT, "name": run, "dir": str(folder), "id": run_id, "resume": "allow"},
-        "mlflow": {"experiment_name": PROJECT, "run_name": run},
-    }
-    plain = {"run_name": PROJECT, **({"logging_dir": str(folder)} if cls.requires_logging_directory else {})}
+def tracker_arguments(kind: str, name: str, group: str, folder: Path, step: int = 0) -> dict[str, Any]:
+    """Return the arguments of a tracker's class, which `train.tracker_settings` may replace or add to.
+
+    name: of the training.  group: name of its run.  folder: of the training's files.  step: that it resumes from. The
+    environment's WANDB_PROJECT, WANDB_RUN_GROUP, WANDB_NAME (before the name) and WANDB_DIR replace the defaults;
+    Accelerate reads MLFLOW_EXPERIMENT_NAME and the like.
+    """
+    full_name = f"{group} {name}".strip()
+    if kind == "tensorboard":
+        return {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": step}
+    if kind == "wandb":
+        own = os.environ.get("WANDB_NAME")
+        return {
+            "project": os.environ.get("WANDB_PROJECT", PROJECT),
+            "group": os.environ.get("WANDB_RUN_GROUP", group),
+            "name": f"{own} {name}" if own else full_name,
+            **({} if "WANDB_DIR" in os.environ else {"dir": str(folder)}),
+            # A training that resumes continues the W&B run with this id.
+            "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            "resume": "allow",
+        }
+    if kind == "mlflow":
+        return {"experiment_name": PROJECT, "run_name": full_name, "tags": {"group": group}}
+    return {"run_name": PROJECT, "logging_dir": str(folder)}
+
+
+def log_scores(
+    folder: Path,
+    scores: Mapping[str, float],
+    trackers: Sequence[str],
+    tracker_settings: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Log final scores to the trackers of a run, but to TensorBoard, under the name "RUN scores". Call on rank 0.
+
+    folder: of the run. A tracker that fails is reported by a printed line, since the scores are in the run's files too.
+    """
+    for kind in dict.fromkeys(trackers):
+        if kind == "tensorboard":
+            continue
+        try:
+            arguments = tracker_arguments(kind, "scores", folder.resolve().name, folder)
+            tracker = _started(tracker_class(kind), arguments, tracker_settings.get(kind, {}), {})
+            tracker.log(dict(scores))
+            tracker.finish()
+        except Exception as error:  # whatever a service or its client raises
+            print(wrapped(f"scores are not logged to {kind}: {one_line(error, 200)}"), flush=True)
+
+
+def _started(cls: Any, arguments: dict[str, Any], own: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Create and start a tracker. Raises ConfigError if it does not start.
+
+    own: arguments set by the user.  settings: the configuration that it shows.
+    """
+    arguments = {**arguments, **own}
+    if cls.name == "wandb":  # Accelerate's name for it
+        arguments["run_name"] = arguments.pop("project")
+    elif not cls.requires_logging_directory and "logging_dir" not in own:
+        arguments.pop("logging_dir", None)
     try:
-        tracker = cls(**options.get(kind, plain))
+        tracker = cls(**arguments)
+        if cls.name == "mlflow":
+            vars(tracker).update(own)  # Accelerate prefers the environment
         tracker.start()
-        if kind != "tensorboard":  # it would open a second event file; the settings are in config.yaml
+        if settings and cls.name != "tensorboard":  # it would open a second event file; they are in config.yaml
             tracker.store_init_configuration(dict(settings))
     except Exception as error:  # whatever a service or its client raises
-        raise ConfigError(
-            f"train.trackers: {kind} did not start ({one_line(error, 200, with_type=True)}); set it up or remove it"
-        ) from None
+        reason = one_line(error, 200, with_type=True)
+        raise ConfigError(f"train.trackers: {cls.name} did not start ({reason}); set it up or remove it") from None
     return tracker
