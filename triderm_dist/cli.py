@@ -21,7 +21,7 @@ from typing import NoReturn
 from triderm_dist import __version__, extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
-from triderm_dist.run_log import RunLog
+from triderm_dist.run_log import LOG_FOLDER, RunLog
 from triderm_dist.schema import ConfigError, InputError, one_line
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
@@ -82,9 +82,10 @@ def run(
             print(as_yaml(config), end="")
         else:
             check_writable(config)
-            if isinstance(config, Experiment) and config.log_folder and os.environ.get("RANK", "0") == "0":
+            folder = config.log_folder if isinstance(config, Experiment) else os.environ.get(LOG_FOLDER)
+            if folder and os.environ.get("RANK", "0") == "0":
                 words = shlex.join(["triderm", program_of(main), *arguments])
-                log.enter_context(RunLog(config.log_folder, f"{words} ({__version__})"))
+                log.enter_context(RunLog(Path(folder), f"{words} ({__version__})"))
             if isinstance(config, Experiment) and config.is_stage:
                 with recorded(config.folder, program_of(main), exit_code):
                     main(config)

@@ -13,6 +13,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 LOG_FILE = "log.txt"
+LOG_FOLDER = "TRIDERM_LOG_FOLDER"
+"""Environment variable with the run that a program is a stage of, where its settings do not name it."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """Colors and cursor movements of a terminal."""
 
@@ -34,7 +36,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Copied(stream, self) for stream in self._streams)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = (_Copied(stream, self) for stream in self._streams)
         return self
 
     def __exit__(

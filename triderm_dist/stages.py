@@ -24,6 +24,7 @@ from typing import Any
 
 from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, handle_signals
 from triderm_dist.files import exclusive_lock, file_sha256, write_json
+from triderm_dist.run_log import LOG_FOLDER
 from triderm_dist.schema import InputError
 from triderm_dist.terminal import clock, wrapped
 
@@ -52,7 +53,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
     """
     record = folder / "stages.json"
     refusal = InputError(f"{folder}: another run is active in this folder; wait for it or stop it")
-    with exclusive_lock(folder / ".lock", refusal) as lock, _stoppable(lock) as run:
+    with exclusive_lock(folder / ".lock", refusal) as lock, _stoppable(lock, folder) as run:
         begin()
         done = _read(record)
         for number, stage in enumerate(stages, 1):
@@ -82,7 +83,7 @@ def _shown(command: Sequence[str]) -> str:
 
 
 @contextmanager
-def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
+def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], int]]:
     """Yield a function that runs a command and returns its exit code; signals to stop are forwarded to it."""
     asked, running = False, None
 
@@ -97,7 +98,7 @@ def _stoppable(lock: int) -> Iterator[Callable[[Sequence[str]], int]]:
         if asked:
             raise Interrupted("rerun the same command to resume")
         # Waiting OpenMP threads must not spin: they would fight with decoder threads and XGBoost for the cores.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, LOG_FOLDER: str(folder)}
         words = [sys.executable if word == "python" else word for word in command]
         # In its own process group it receives Ctrl-C once, from `stop`. It inherits the lock.
         running = subprocess.Popen(

@@ -66,9 +66,22 @@ def arguments(packed, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def done(arguments, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    result = launch("launch.pipeline", *arguments, f"output={folder}")
-    assert "held-out macro F1 (official)" in result.stdout
+    result = launch("launch.pipeline", *arguments, f"output={folder}", environment={"COLUMNS": "80"})
+    (folder / "terminal.txt").write_text(result.stdout)
     return folder
+
+
+def test_every_line_fits_80_columns_and_is_in_the_log(done):
+    lines = (done / "terminal.txt").read_text().splitlines()
+    # A path may be longer, alone on its line.
+    assert [line for line in lines if len(line.removesuffix(" \\")) > 80 and " " in line.strip().rstrip(" \\")] == []
+    expected = (
+        "[3/7] crossval", "  triderm crossval run=", "tri fold 0 (1 of 4)", "epoch 1/2  macro",
+        "model   fold  macro F1    AUC  best epoch     time", "frozen   all", "held-out macro F1 (official) ",
+    )  # fmt: skip
+    assert [start for start in expected if not any(line.startswith(start) for line in lines)] == []
+    log = [line for line in (done / "log.txt").read_text().splitlines() if line and not line.startswith("===")]
+    assert sorted(log) == sorted(line.rstrip() for line in lines if line.strip())
 
 
 def test_pipeline_writes_consistent_files(done, packed):

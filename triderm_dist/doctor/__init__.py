@@ -5,6 +5,7 @@ Nothing is downloaded, started or written. A check whose package is missing repo
     software, machine   of this host
     launcher            processes and port of an accelerate file
     networks            precision, batch, memory, weights
+    disk                what the run will leave, and what it takes while it trains
     data                packed data sets, and the speed of reading them
     ranks               differences between the ranks that the doctor is started on, and their all-reduce
     advice              the shipped experiment for this machine
@@ -22,6 +23,7 @@ from triderm_dist.data.readers.source import find_task
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.advice import suggest
 from triderm_dist.doctor.data import data_findings, open_shards
+from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.launcher import Launcher, launcher_findings
 from triderm_dist.doctor.machine import find_gpus, machine_findings
@@ -65,12 +67,12 @@ def examine(
     if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
         sections["launcher"] = found  # under a launcher its port is in use
     packed = open_shards(experiment.train_shards, experiment.data)
-    sections["experiment"] = network_findings(
-        experiment,
-        _signature(experiment, packed),
-        ranks,
-        gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None),
-    )
+    signature, test = _signature(experiment, packed), open_shards(experiment.test_shards, experiment.data)
+    memory = gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
+    sections["experiment"] = [
+        *network_findings(experiment, signature, ranks, memory),
+        disk_finding(experiment, signature, packed, test),
+    ]
     sections["data"] = data_findings(experiment, packed, gpus, ranks)
     sections["recommended"] = suggest(gpus)
     return sections

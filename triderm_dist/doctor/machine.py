@@ -14,8 +14,6 @@ from pathlib import Path
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
 
-MIN_FREE_DISK = 5 * GIB
-"""Bytes of free disk below which the checkpoints and tokens of a run may not fit."""
 MIN_SHARED_MEMORY = GIB
 """Bytes of /dev/shm that NCCL needs between the GPUs of one machine."""
 CLOCK_SECONDS = 60.0
@@ -141,13 +139,7 @@ def _disk(output: Path) -> Finding:
     if not os.access(folder, os.W_OK):
         return Finding("disk", f"{folder} is not writable", "error", "set another output=FOLDER")
     free = shutil.disk_usage(folder).free
-    low = free < MIN_FREE_DISK
-    return Finding(
-        "disk",
-        f"{free / GIB:.0f} GiB free at {output}",
-        "warning" if low else "ok",
-        "checkpoints and tokens may need more" if low else "",
-    )
+    return Finding("disk", f"{free / GIB:.1f} GiB free at {output}")
 
 
 def _clock(written: Sequence[Path]) -> Finding:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from triderm_dist.config import ModelConfig
+from triderm_dist.config import ModelConfig, TowerConfig
 from triderm_dist.distributed.parallel import checkpointed
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
@@ -108,14 +108,20 @@ def network_without_weights(model: ModelConfig, signature: Signature) -> tuple[N
     A tower whose architecture is not on this machine is replaced by a ViT-B/16, or by a ViT-L/16 if its source
     contains "large"; the second value is then a note on the replacement, else "".
     """
-    tower, note = model.tower.model_copy(update={"pretrained": False}), ""
-    if not _is_local(tower.source):
-        size = "large" if re.search(r"large|_ll_|vit-l", tower.source, re.IGNORECASE) else "base"
-        tower = tower.model_copy(update={"source": f"timm:vit_{size}_patch16_224", "quick_gelu": None})
-        note = f"assuming a ViT-{size[0].upper()}/16 as tower"
+    tower, note = local_tower(model.tower)
     built = build_towers(tower, signature.views)
     towers = TokenShape(built[0].num_tokens, built[0].width) if tower.frozen else built
     return build_network(model, signature, towers), note
+
+
+def local_tower(tower: TowerConfig) -> tuple[TowerConfig, str]:
+    """Return the settings of the tower that `network_without_weights` builds, and its note."""
+    tower = tower.model_copy(update={"pretrained": False})
+    if _is_local(tower.source):
+        return tower, ""
+    size = "large" if re.search(r"large|_ll_|vit-l", tower.source, re.IGNORECASE) else "base"
+    tower = tower.model_copy(update={"source": f"timm:vit_{size}_patch16_224", "quick_gelu": None})
+    return tower, f"assuming a ViT-{size[0].upper()}/16 as tower"
 
 
 def _is_local(source: str) -> bool:

@@ -97,8 +97,8 @@ def _parameter_table(network: Network) -> str:
     for view, tower in network.towers.items():
         assert isinstance(tower, Tower)
         if tower.frozen_blocks:
-            frozen = f"{tower.frozen_blocks} of {len(tower.blocks)} blocks"
-            lines.append(f"    tower, {view}: stem and {frozen} are frozen (no autograd)")
+            blocks = f"{tower.frozen_blocks} of {len(tower.blocks)} blocks"
+            lines.append(f"    tower, {view}: stem and {blocks} are frozen (no autograd)")
     return "\n".join(lines)
 
 

@@ -195,6 +195,9 @@ def _started(cls: Any, arguments: dict[str, Any], own: Mapping[str, Any], settin
 
     own: arguments set by the user.  settings: the configuration that it shows.
     """
+    from accelerate import PartialState
+
+    PartialState()  # which Accelerate's trackers require; the same object in a training
     arguments = {**arguments, **own}
     if cls.name == "wandb":  # Accelerate's name for it
         arguments["run_name"] = arguments.pop("project")

@@ -1,0 +1,171 @@
+"""Estimate the disk space that a run takes: when it is finished, and at its peak."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from triderm_dist.config import Experiment, ModelConfig
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.schema import InputError, Signature
+
+PACKED_BYTES_PER_PIXEL = 0.35
+"""Of a JPEG that packing writes; MILK10k's take 0.2 to 0.3."""
+ROW_BYTES = 100
+"""Of a row of predictions, besides its numbers: ids, hash, fold."""
+PHOTOS = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """Bytes that a run leaves: weights and predictions of all folds, tables of the whole run, tokens and weights of
+    frozen towers, shards. checkpoints: those of one training, which are removed when its fold is finished.
+    """
+
+    folds: int = 0
+    tables: int = 0
+    tokens: int = 0
+    towers: int = 0
+    shards: int = 0
+    checkpoints: int = 0
+
+    @property
+    def finished(self) -> int:
+        return self.peak - self.checkpoints
+
+    @property
+    def peak(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def disk_finding(
+    experiment: Experiment, signature: Signature, packed: ShardIndex | str, test: ShardIndex | str
+) -> Finding:
+    """Compare what a run still needs with the free space at its folder.
+
+    packed, test: the packed sets, as `data.open_shards` returns them.
+    """
+    if imported("torch") is None or imported("timm") is None:
+        return Finding("disk needed", "unknown without torch and timm")
+    try:
+        need = estimate_disk(experiment, signature, packed, test)
+    except InputError as error:
+        return Finding("disk needed", f"not estimated: {error}")
+    folder = experiment.folder.absolute()
+    used = sum(size for _, size in _files(folder))
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    parts = {field.name: getattr(need, field.name) for field in fields(need)}
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size and name != "checkpoints")
+    text = f"about {_size(need.finished)} when finished ({listed}), {_size(need.peak)} while training"
+    if used:
+        text += f"; {_size(used)} are there"
+    if need.peak - used <= free:
+        return Finding("disk needed", text)
+    remedies = ["free some", "set another output"]
+    remedies += ["a smaller train.augment.token_variants"] if need.tokens > need.finished / 2 else []
+    remedies += ["train.keep_checkpoints=false"] if _keeps(experiment) else []
+    return Finding("disk needed", f"{text}; {_size(free)} are free", "warning", " or ".join(remedies))
+
+
+def estimate_disk(
+    experiment: Experiment, signature: Signature, packed: ShardIndex | str, test: ShardIndex | str
+) -> DiskEstimate:
+    """Estimate the disk space of a run. packed, test: see `disk_finding`. Raises InputError for an unknown tower."""
+    data, views = experiment.data, max(1, len(signature.views))
+    train_lesions, train_shards = _lesions(packed, data.source, data.short_side, views)
+    test_lesions, test_shards = _lesions(test, data.test, data.short_side, views)
+    folds = checkpoints = tables = 0
+    towers: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for model in experiment.models.values():
+        sizes = _model_sizes(model, signature)
+        train = model.train
+        checkpoint = sizes.weights * (2 if train.ema_decay else 1) + sizes.optimizer
+        last = train.keep_last if train.save_every else min(train.keep_last, train.epochs)
+        kept = last * checkpoint if train.keep_checkpoints else 0
+        numbers = 3 * len(signature.diagnoses) + model.width + len(signature.concepts) + len(signature.fields)
+        row = 4 * numbers + ROW_BYTES
+        hidden = 2 if {"clinical", "dermoscopic"} <= {*model.use} & {*signature.views} else 0
+        folds += data.folds * (sizes.weights + kept + test_lesions * row) + train_lesions * row * (1 + hidden)
+        # The next checkpoint is complete before the oldest is removed.
+        checkpoints = max(checkpoints, (last + 1) * checkpoint - kept)
+        tables += (train_lesions + test_lesions) * row
+        if model.tower.frozen:
+            key = model.tower.model_dump_json()
+            towers[key] = sizes.tower
+            versions = train.augment.token_variants + experiment.oof.tta
+            photos = train_lesions * versions + test_lesions * experiment.predict.transforms
+            tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * photos * views)
+    in_run = experiment.tokens is None
+    return DiskEstimate(
+        folds, tables, sum(tokens.values()) if in_run else 0, sum(towers.values()),
+        (train_shards if data.shards is None else 0) + (test_shards if data.test_shards is None else 0), checkpoints,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _ModelSizes:
+    """Bytes of the weights, of the optimizer's state and of a frozen tower; numbers of a photo's tokens."""
+
+    weights: int
+    optimizer: int
+    tower: int
+    tokens: int
+
+
+def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
+    import math
+
+    from triderm_dist.models import build_towers
+    from triderm_dist.monitoring.memory_estimate import local_tower, network_without_weights
+    from triderm_dist.optim import state_size
+
+    network, _ = network_without_weights(model, signature)
+    trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
+    tower = tokens = 0
+    if model.tower.frozen:
+        built = build_towers(local_tower(model.tower)[0], signature.views)[0]
+        tower, tokens = _state_bytes(built), math.prod((built.num_tokens, built.width))
+    return _ModelSizes(_state_bytes(network), round(4 * state_size(model.train.optim) * trained), tower, tokens)
+
+
+def _state_bytes(module: object) -> int:
+    return sum(each.numel() * each.element_size() for each in module.state_dict().values())  # type: ignore[attr-defined]
+
+
+def _lesions(packed: ShardIndex | str, source: str | None, short_side: int | None, views: int) -> tuple[int, int]:
+    """Return the number of lesions of a set and the bytes of its shards; before it is packed from the photos' files."""
+    if not isinstance(packed, str):
+        return len(packed), packed.bytes
+    folder = Path(source or "")
+    photos = [size for path, size in _files(folder if folder.is_dir() else folder.parent) if path.endswith(PHOTOS)]
+    if not source or not photos:
+        return 0, 0
+    size = sum(photos)
+    if short_side:
+        size = min(size, round(len(photos) * short_side**2 * 4 / 3 * PACKED_BYTES_PER_PIXEL))
+    return len(photos) // views, size
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield the lower-case name and size of every file below a folder."""
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                yield name.lower(), os.stat(os.path.join(where, name)).st_size
+            except OSError:  # removed meanwhile, a broken link
+                continue
+
+
+def _keeps(experiment: Experiment) -> bool:
+    return any(model.train.keep_checkpoints for model in experiment.models.values())
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
