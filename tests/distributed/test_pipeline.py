@@ -153,9 +153,10 @@ def test_run_without_its_photos_and_pretrained_file_answers_as_before(done, pack
         "explain": ("predict", f"explain={lesion}"),
         "predict": ("predict", f"input={photo}", "view=dermoscopic"),
         "report": ("report",),
+        "export": ("export", "format=hub"),
     }
     for name, (program, *words) in asked.items():
-        launch(f"launch.{program}", "run=first/run", f"output=before/{name}", *words, folder=tmp_path)
+        launch(f"triderm_dist.commands.{program}", "run=first/run", f"output=before/{name}", *words, folder=tmp_path)
     moved = tmp_path / "moved" / "run"
     first.parent.rename(moved.parent)
     pretrained = Path(load_run(Experiment, moved).models["frozen"].tower.source.partition("@")[2])
