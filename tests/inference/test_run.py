@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 
 import triderm_dist
-from tests.conftest import Challenge
+from tests.conftest import Challenge, draw_photo
+from tests.inference.small_run import train
+from tests.inference.small_tower import SMALL_TOWER
 from tests.processes import HANG_SECONDS, ROOT
+from tests.small_tasks import TASKS
 from triderm_dist.commands.predict import PredictRun
 from triderm_dist.commands.predict import main as predict
 from triderm_dist.config import load
@@ -25,6 +28,7 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.ensemble.predict import predict_ensemble
 from triderm_dist.inference.run import Run
+from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.predictions import average_test, read_predictions
 from triderm_dist.schema import VIEWS, InputError
 
@@ -396,3 +400,37 @@ def test_a_repository_of_the_hub_is_a_run(trained_run, run, photos, tmp_path):
     assert name == commit and float(probability) == pytest.approx(run.predict(*photos).probabilities["MEL"], abs=1e-6)
     assert other.startswith("hf-hub:some-user/other: cannot be downloaded (")
     assert wrong == "hf-hub:no name: not a repository; write hf-hub:USER/NAME or hf-hub:USER/NAME@REVISION"
+
+
+# --- other tasks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dermoscopic only", "photos only"])
+def test_a_task_may_have_fewer_inputs(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(TOWER_SOURCES, "small", SMALL_TOWER)
+    task = TASKS[name]
+    run = triderm_dist.load(train(tmp_path, task=task), device="cpu")
+    assert run.views == task.view_names and bool(run.concepts) == bool(task.concept_names)
+    photo = draw_photo(0, (64, 64))
+    given = dict.fromkeys(run.views, photo)
+    found = run.predict(**given, **({"age": 50, "limb": "no"} if task.fields else {}))
+    assert list(found.probabilities) == list(run.diagnoses)
+    gaps = len(run.concepts)
+    assert found.warnings == ((f"missing: {gaps} of {gaps} concept scores",) if gaps else ())
+    assert set(run.explain(**given)["trimodal"].photos) == set(run.views)
+    if "clinical" not in run.views:
+        with pytest.raises(InputError, match="clinical: task 'small' has no such photo; it has dermoscopic"):
+            run.predict(clinical=photo)
+    if not task.fields:
+        with pytest.raises(InputError, match="age: no field of task 'small'"):
+            run.predict(**given, age=50)
+    if not run.concepts:
+        with pytest.raises(InputError, match="unknown concept 'veil'; the task has none"):
+            run.predict(**given, concepts={"veil": 1})
+    for each in run.networks(fold=0):
+        pixels = {view: each.preprocess(photo)[None] for view in run.views}
+        images = [pixels.get(view, torch.empty(1, 0)) for view in VIEWS]
+        present = torch.tensor([[view in pixels for view in VIEWS]])
+        values = [torch.full((1, len(part)), torch.nan) for part in (run.concepts, run.fields)]
+        with torch.no_grad():
+            assert each.network(*images, present, *values).logits.shape == (1, 3)
