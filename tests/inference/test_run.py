@@ -173,6 +173,13 @@ def test_threads_share_a_run(trained_run):
     assert together[0] != together[1]
 
 
+def test_the_working_directory_may_change(trained_run, run, photos, monkeypatch):
+    monkeypatch.chdir(trained_run.folder.parent)
+    relative = triderm_dist.load(trained_run.folder.name, device="cpu")
+    monkeypatch.chdir("/")
+    assert relative.predict(*photos).probabilities == run.predict(*photos).probabilities
+
+
 def test_fewer_transforms_are_another_mean(run, photos):
     one, two = (run.predict(*photos, tta=tta).probabilities for tta in (1, 2))
     assert one != two != run.predict(*photos).probabilities == run.predict(*photos, tta=8).probabilities

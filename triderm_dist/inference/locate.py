@@ -29,7 +29,7 @@ def locate_run(where: str | os.PathLike[str]) -> Path:
     path = Path(text).expanduser()
     if path.is_file():
         return _without_code(_extract(path), text)
-    return path
+    return path.absolute()  # networks are loaded later, maybe from another working directory
 
 
 def cache_folder() -> Path:
