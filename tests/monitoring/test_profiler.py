@@ -12,7 +12,7 @@ def test_recorded_steps_are_reported(tmp_path, capsys, taken, recorded):
     with profiler(tmp_path, 5, True) as profile:
         for _ in range(taken):
             profile.step()
-    output = capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
     if not recorded:
         assert f"no trace, since the first 3 steps are not recorded and {taken} were taken" in output
         assert not (tmp_path / "trace.json").exists()
