@@ -21,6 +21,7 @@ from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.ensemble.calibration import probabilities_of
+from triderm_dist.environment import read_environment
 from triderm_dist.metrics import official_macro_f1
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.predictions import read_oof, read_predictions
@@ -100,6 +101,12 @@ def test_pipeline_writes_consistent_files(done, packed):
         truth = {row["lesion_id"]: [float(row[name]) for name in DIAGNOSES].index(1.0) for row in csv.DictReader(file)}
     score = official_macro_f1(probabilities, np.array([truth[name] for name in ids]))
     assert json.loads((done / "heldout.json").read_text())["macro_f1"] == pytest.approx(score)
+    record = read_environment(done)
+    assert [each["program"] for each in record["starts"]] == ["crossval", "predict", "stack", "predict", "report"]
+    assert {each["exit"] for each in record["starts"]} == {0}
+    assert record["data"]["train"]["fingerprint"] == read_index(done / "shards" / "train").fingerprint
+    assert record["data"]["train"]["synthetic"] and record["data"]["test"]["lesions"] == 50
+    assert record["data"]["test"]["fingerprint"] in (done / "README.md").read_text()
 
 
 def test_hidden_view_equals_missing_photo(done, packed):

@@ -34,6 +34,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
+from triderm_dist.environment import record_data
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
 from triderm_dist.terminal import counted, wrapped
@@ -118,6 +119,8 @@ def predict_test_set(config: PredictRun) -> None:
                 check_refit(stacker.extra)
     truth = read_truth(config, index) if ensemble else None
     predict_test(config, index, members, config.networks)
+    if is_main():
+        record_data(config.folder, "test", {"fingerprint": index.fingerprint, "lesions": len(index)})
     if ensemble is None or not is_main():
         return
     files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]

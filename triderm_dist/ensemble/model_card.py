@@ -209,6 +209,8 @@ class _Card:
         yield f"- Task `{self.task.name}`; {self.fit['lesions']:,} labeled lesions{extra}."
         if "fingerprint" in facts:
             yield f"- Fingerprint of the training set: `{facts['fingerprint']}`"
+        if test := self.record["data"].get("test"):
+            yield f"- Test set of {test['lesions']:,} lesions: `{test['fingerprint']}`"
         for key, fingerprint in facts.get("extra", {}).items():
             yield f"- Lesions of another set joined training (`{key}`): `{fingerprint}`"
         yield f"- {self.fit['folds']} folds, no group of lesions (a patient, where known) in two of them."
