@@ -84,8 +84,8 @@ def test_extra_lesions_are_trained_on_and_never_predicted(sets, tmp_path, data, 
     assert len(steps) == -(-_drawn(training) // 8)
     about = {"task": "other", "fingerprint": other.fingerprint, "lesions": 12, "weight": 0.5}
     assert json.loads((fold / "fold.json").read_text())["extra"] == [about]
-    output = capsys.readouterr().out
-    assert "lesions    28 to train (12 of extra sets), 8 to validate" in output
+    output = " ".join(capsys.readouterr().out.split())
+    assert "lesions 28 to train (12 of extra sets), 8 to validate" in output
     assert "data.extra.0: 12 lesions of other join the training with weight 0.5 as MEL 8, NV 4; 4 lab" in output
     assert is_fold_finished(run, main, "tri", 1)
 

@@ -117,5 +117,5 @@ def test_fold_records_its_task_and_refuses_sets_of_another(trained):
 def test_start_up_report_names_what_was_left_out(trained, capsys):
     task, experiment, index = trained
     run_folds(experiment, index, ["trained"], [1])
-    said = capsys.readouterr().out
-    assert f"  left out   {LEFT_OUT[task]} (the task has no such data)" in said
+    said = " ".join(capsys.readouterr().out.split())
+    assert f" left out {LEFT_OUT[task]} (the task has no such data)" in said
