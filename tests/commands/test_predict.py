@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_table
+from tests.processes import launch
 from tests.trained_run import TrainedRun
 from triderm_dist.commands.predict import PredictRun, main
 from triderm_dist.commands.refit import RefitRun
@@ -148,3 +149,22 @@ def test_settings_that_need_an_input(trained_run, tmp_path):
         predict(trained_run, "tta=1")
     with pytest.raises(ConfigError, match="output: without input the test set of the run is predicted"):
         predict(trained_run, f"output={tmp_path}")
+
+
+@pytest.mark.slow
+def test_ranks_share_the_lesions_and_give_the_same_bytes(trained_run, tmp_path):
+    words = ("triderm_dist.commands.predict", f"run={trained_run.folder}", "tta=1", "invalid=drop")
+    shutil.copytree(trained_run.test.folder, tmp_path / "in")
+    launch(*words, f"input={tmp_path / 'in'}", f"output={tmp_path / 'one'}")
+    done = launch(*words, f"input={tmp_path / 'in'}", f"output={tmp_path / 'two'}", ranks=2, config="ddp")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two") and len(hashes(tmp_path / "one")) == 3
+    assert done.stdout.count("10 lesions, mean of 1 transforms") == 1
+    assert not (tmp_path / "two.part").exists()
+    again = launch(*words, f"input={tmp_path / 'in'}", f"output={tmp_path / 'two'}", ranks=2, config="ddp")
+    assert again.stdout.count("holds these predictions already") == 1
+    photo = trained_run.test.photo(2 * 5)  # of a lesion of rank 1
+    (tmp_path / "in" / photo.relative_to(trained_run.test.folder)).write_bytes(b"no photo")
+    words = (*words[:-1], f"input={tmp_path / 'in'}", f"output={tmp_path / 'three'}")
+    failed = launch(*words, ranks=2, config="ddp", check=False)
+    assert failed.returncode == 2 and f"{photo.name}: unreadable photo" in failed.stderr
+    assert not (tmp_path / "three").exists()
