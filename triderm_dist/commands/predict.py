@@ -154,6 +154,7 @@ def predict_input(config: PredictRun) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_problems
     from triderm_dist.distributed.collectives import is_main, world_size
+    from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
     from triderm_dist.inference.chunks import PredictionJob
     from triderm_dist.inference.output import check_output, part_of
     from triderm_dist.inference.predictor import Predictor
@@ -164,6 +165,8 @@ def predict_input(config: PredictRun) -> None:
     printed = output == config.folder
     if not printed:
         check_output(output, config.folder, inputs)
+    if not config.plugins:  # they may need its estimators
+        import_xgboost_alone()
     run = open_run_folder(config.folder, config.networks)
     photos = Path(config.photos) if config.photos else None
     try:

@@ -5,7 +5,9 @@ Shapes: n rows, F columns, C diagnoses.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,6 +194,21 @@ def count_gpus() -> int:
 def threads_for(rows: int, columns: int, cores: int) -> int:
     """Return the threads of one fit: one per `CELLS_PER_THREAD`, at least 1 and at most `cores`."""
     return max(1, min(cores, rows * columns // CELLS_PER_THREAD))
+
+
+def import_xgboost_alone() -> None:
+    """Import xgboost without scikit-learn, which takes a second, and without its estimators in this process.
+
+    Does nothing where one of them is imported already, or xgboost is not installed.
+    """
+    if {"sklearn", "xgboost"} & set(sys.modules):
+        return
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # an ImportError for who imports it
+    try:
+        with contextlib.suppress(ImportError):
+            import_xgboost()
+    finally:
+        del sys.modules["sklearn"]
 
 
 def import_xgboost() -> Any:
