@@ -109,7 +109,7 @@ def train(folder: Path, config: PredictBenchmark) -> Path:
     """Train a tri-modal network and a dual CNN in two folds, and stack them."""
     tower = f"{{source: '{config.tower}', pretrained: false, image_size: {config.image_size}}}"
     words = [
-        f"output={folder / 'run'}", "data.folds=2", "ensemble={bootstrap: 20, rounds: 3}",
+        f"output={folder / 'run'}", "data.folds=2",
         "train={epochs: 1, global_batch: 10, micro_batch: 10, trackers: []}",
         f"models.trimodal={{kind: trimodal, width: 128, heads: 4, tower: {tower}}}",
         f"models.dual_cnn={{kind: dual_cnn, width: 128, tower: {tower}}}",
@@ -118,8 +118,8 @@ def train(folder: Path, config: PredictBenchmark) -> Path:
     triderm("synthetic", f"output={folder / 'run' / 'data'}", *sizes)
     dataset = read_challenge(folder / "run" / "data" / "train")
     pack_shards(dataset, folder / "run" / "shards" / "train", short_side=None)
-    for program in ("crossval", "stack"):
-        triderm(program, *words)
+    triderm("crossval", *words)
+    triderm("stack", f"run={folder / 'run'}", "ensemble={bootstrap: 20, rounds: 3}")
     return folder / "run"
 
 
