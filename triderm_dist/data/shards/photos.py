@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from triderm_dist.schema import one_line
 
@@ -48,7 +48,12 @@ def prepare_pixels(photo: bytes | Image.Image, short_side: int | None) -> np.nda
     try:
         return simplejpeg.decode_jpeg(_prepare_image(photo, short_side))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise PhotoError(one_line(error)) from None
+        raise PhotoError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """Say why a photo cannot be decoded; Pillow's own text for other files names a Python object."""
+    return "neither a JPEG nor a PNG" if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def _prepare(data: bytes, short_side: int | None) -> tuple[bytes, np.ndarray | None]:
@@ -66,7 +71,7 @@ def _prepare(data: bytes, short_side: int | None) -> tuple[bytes, np.ndarray | N
             return clean, pixels
         return _encode(Image.fromarray(pixels), size, orientation), None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise PhotoError(one_line(error)) from None
+        raise PhotoError(_reason(error)) from None
 
 
 def _prepare_image(image: Image.Image, short_side: int | None) -> bytes:
@@ -79,7 +84,7 @@ def check_photo(data: bytes) -> None:
     try:
         _decode(data)
     except ValueError as error:
-        raise PhotoError(one_line(error)) from None
+        raise PhotoError(_reason(error)) from None
 
 
 def size_and_hash(data: bytes) -> tuple[int, int, int]:
