@@ -138,7 +138,7 @@ def test_training_and_predicting_need_no_extra(make_challenge, tmp_path):
     )
     done = run_without((*EXTRA_OF, "tensorboardX", "fcntl"), PROGRAMS, str(experiment), str(source), str(test))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "golden fold 1  no TensorBoard files: pip install 'triderm-dist[track]'" in done.stdout
+    assert "golden fold 1: no TensorBoard files: pip install 'triderm-dist[track]'" in done.stdout
     assert (tmp_path / "run" / "submission.csv").is_file() and (tmp_path / "run" / "report.html").is_file()
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: parallel_folds needs ray; pip install 'triderm-dist[search]'",

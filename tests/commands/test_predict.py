@@ -163,7 +163,7 @@ def test_ranks_share_the_lesions_and_give_the_same_bytes(trained_run, tmp_path):
     launch(*words, f"input={tmp_path / 'in'}", f"output={tmp_path / 'one'}")
     done = launch(*words, f"input={tmp_path / 'in'}", f"output={tmp_path / 'two'}", ranks=2, config="ddp")
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two") and len(hashes(tmp_path / "one")) == 3
-    assert done.stdout.count("10 lesions, mean of 1 transforms") == 1
+    assert done.stdout.count("10 lesions, mean of 1 transform,") == 1
     assert not (tmp_path / "two.part").exists()
     again = launch(*words, f"input={tmp_path / 'in'}", f"output={tmp_path / 'two'}", ranks=2, config="ddp")
     assert " ".join(again.stdout.split()).count("holds these predictions already") == 1
