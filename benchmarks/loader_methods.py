@@ -24,7 +24,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.reader import FolderShards
-from triderm_dist.distributed.parallel import disable_malloc_trim
+from triderm_dist.distributed.malloc import disable_malloc_trim
 
 CPU, HALF = torch.device("cpu"), (0.5,) * 3
 

@@ -1,13 +1,13 @@
 """Prediction of new photos: ours against the build guide's loop, and the time to the first answer.
 
-python -m benchmarks.predict [run=RUN input=PHOTOS] [tower=timm:tf_efficientnet_lite0] [image_size=224] [rounds=5]
+python -m benchmarks.predict [run=RUN input=PHOTOS] [tower=timm:tf_efficientnet_lite0] [frozen=false] [rounds=3]
 
 Both predict the same photo files with the networks of all folds under the 8 transforms of the dihedral group,
 alternating in one process, and both include reading and preparing the photos. Ours: what `triderm predict run= input=
 output=` does after its start, files included. The guide's (7.1 and 7.2): one lesion at a time; for each transform and
 fold a forward of each network, and of the tri-modal one a second for its features. Its stacker, which the guide calls
 once for each lesion and transform, is called once for all lesions here. Without `run`, a run of two networks in two
-folds is trained for one epoch on synthetic photos.
+folds is trained for one epoch on synthetic photos, on frozen towers as in the experiments for CPUs.
 
 first_answer_s is the CPU time of `triderm predict` for one photo, less that of `import torch`. The last line is one
 JSON object.
@@ -37,6 +37,7 @@ from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet, PhotoSetSource
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.distributed.malloc import disable_malloc_trim
 from triderm_dist.engine.evaluate import Evaluation, mean_outputs
 from triderm_dist.engine.fold import as_predictions
 from triderm_dist.inference.chunks import PredictionJob
@@ -60,8 +61,9 @@ class PredictBenchmark(Section):
     input: PathText | None = Field(None, description="photos to predict; default the test photos of that run")
     tower: str = Field("timm:tf_efficientnet_lite0", description="tower of the run that is trained, random weights")
     image_size: int = Field(224, ge=32, description="its input side in pixels")
-    lesions: int = Field(64, ge=1, description="lesions to predict")
-    rounds: int = Field(5, ge=1, description="rounds, each method once per round")
+    frozen: bool = Field(True, description="freeze the tower; false trains one for each network and fold")
+    lesions: int = Field(16, ge=1, description="lesions to predict")
+    rounds: int = Field(3, ge=1, description="rounds, each method once per round")
 
 
 def main(config: PredictBenchmark) -> None:
@@ -72,6 +74,7 @@ def main(config: PredictBenchmark) -> None:
 
 
 def measure(config: PredictBenchmark, at: Path, photos: Path, folder: Path) -> None:
+    disable_malloc_trim()  # as `triderm predict` does on a CPU; the guide's loop gains from it too
     run_folder = open_run_folder(at)
     lesions = read_input([photos], run_folder).lesions.take(slice(config.lesions))
     predictor = Predictor(run_folder)
@@ -92,7 +95,10 @@ def measure(config: PredictBenchmark, at: Path, photos: Path, folder: Path) -> N
         for name, seconds in times.items()
     }
     count = sum(len(each) for each in run_folder.networks.values())
-    print(f"{len(lesions)} lesions x {TRANSFORMS} transforms x {count} networks on {predictor.device}")
+    print(
+        f"{len(lesions)} lesions x {TRANSFORMS} transforms x {count} networks, {predictor.device}, "
+        f"{torch.get_num_threads()} threads"
+    )
     for method, seconds in times.items():
         median = statistics.median(seconds)
         print(f"{method:<18} {median:7.2f} s  {len(lesions) / median:7.2f} lesions/s  {ratios[method]:5.2f}")
@@ -107,7 +113,8 @@ def measure(config: PredictBenchmark, at: Path, photos: Path, folder: Path) -> N
 
 def train(folder: Path, config: PredictBenchmark) -> Path:
     """Train a tri-modal network and a dual CNN in two folds, and stack them."""
-    tower = f"{{source: '{config.tower}', pretrained: false, image_size: {config.image_size}}}"
+    frozen = str(config.frozen).lower()
+    tower = f"{{source: '{config.tower}', pretrained: false, image_size: {config.image_size}, frozen: {frozen}}}"
     words = [
         f"output={folder / 'run'}", "data.folds=2",
         "train={epochs: 1, global_batch: 10, micro_batch: 10, trackers: []}",

@@ -16,9 +16,7 @@ Raises if Accelerate silently falls back to another strategy; `check_supported` 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import world_size
+from triderm_dist.distributed.malloc import disable_malloc_trim
 from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
@@ -128,21 +127,6 @@ def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelera
 def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accelerator:
     """Start an Accelerator without optimizer steps: the batch split and the gradient norm are not used."""
     return start(precision, 1, world_size(), 1.0, rank_timeout)
-
-
-def disable_malloc_trim() -> None:
-    """Keep the memory of freed tensors in this process, for later ones.
-
-    By default glibc returns each large block to the kernel, which clears every page of the next one: half the time of a
-    CNN's training step. glibc's own MALLOC_ variables in the environment take precedence.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # of glibc's malloc.h
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, -1)
-    mallopt(m_top_pad, 64 * 2**20)
 
 
 def _join_attempt_group(backend: str, timeout: timedelta) -> None:
