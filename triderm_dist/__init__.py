@@ -31,6 +31,8 @@ def load(
 
     Raises `schema.InputError`, in one line, where there is no complete run.
     """
-    from triderm_dist.inference.run import load as load_run
+    from triderm_dist.inference.locate import locate_run
+    from triderm_dist.inference.run import Run
+    from triderm_dist.inference.run_folder import open_run_folder
 
-    return load_run(run, device, precision, batch, networks)
+    return Run(open_run_folder(locate_run(run), networks), device, precision, batch)

@@ -22,7 +22,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class RunLog:
     """While open, append every line that this process prints to FOLDER/log.txt, after a header with `title`.
 
-    Nothing is written before the folder exists; where it cannot be written to, the program goes on without a log. Lines
+    Nothing is written before the folder exists; where it cannot be written to, the program runs without a log. Lines
     of several processes do not mix: each is appended by one write. Colors are removed, and what a progress bar
     overwrote.
     """

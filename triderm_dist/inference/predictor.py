@@ -37,7 +37,7 @@ from triderm_dist.inference.run_folder import RunFolder, open_run_folder
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.trimodal import TriModal
 from triderm_dist.predictions import NO_FOLD, Predictions, average_test
-from triderm_dist.schema import Batch, Outputs
+from triderm_dist.schema import VIEWS, Batch, Outputs
 from triderm_dist.submission import Results
 
 
@@ -176,7 +176,7 @@ class Predictor:
         encoded: outputs of encoders so far, which models may share.
         """
         inputs = []
-        for view in ("clinical", "dermoscopic"):
+        for view in VIEWS:
             if view not in pixels.canvases:
                 inputs.append(getattr(batch, view).repeat(len(transforms), 1))
                 continue

@@ -27,11 +27,10 @@ from triderm_dist.data.shards.photos import PhotoError
 from triderm_dist.extras import require
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
-from triderm_dist.inference.locate import locate_run
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
 from triderm_dist.inference.prediction import Prediction
 from triderm_dist.inference.predictor import Answer, Predictor
-from triderm_dist.inference.run_folder import RunFolder, open_run_folder
+from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen
 from triderm_dist.inference.table import read_input, read_lesions, table_of_frame
 from triderm_dist.models.attention import AttentionMaps
@@ -380,17 +379,6 @@ class PixelNetwork:
             raise InputError(f"the photo cannot be read ({error})") from None
         width, height = self.run.canvas
         return self.preprocessing(torch.from_numpy(fit_to_canvas(pixels, height, width).copy())[None])[0]
-
-
-def load(
-    run: str | os.PathLike[str],
-    device: Device | None = None,
-    precision: Precision | None = None,
-    batch: int | None = None,
-    networks: Networks = "folds",
-) -> Run:
-    """See `triderm_dist.load`."""
-    return Run(open_run_folder(locate_run(run), networks), device, precision, batch)
 
 
 def _text(value: Any) -> str:

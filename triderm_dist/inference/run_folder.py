@@ -80,18 +80,18 @@ def open_run_folder(path: Path, networks: Networks = "folds") -> RunFolder:
     if networks == "refit" and fitted.stacker:
         check_refit(fitted.stacker.extra)
     found = {name: _trained(experiment, name, networks) for name in fitted.models}
-    infos = [each.info for trained in found.values() for each in trained]
-    for each in (each for trained in found.values() for each in trained):
+    trained = [each for networks_of_model in found.values() for each in networks_of_model]
+    for each in trained:
         where = str(each.folder / "fold.json")
         if not (other := recorded_task(each.info, where)).matches(task):
             raise DataError(
                 f"{where}: trained for task {other.name!r}, and {ENSEMBLE_FILE} is for {other.named_other(task)}; "
                 "run triderm stack again"
             )
-    concepts = tuple(infos[0]["concepts"])
-    if any(tuple(info["concepts"]) != concepts for info in infos):
+    concepts = tuple(trained[0].info["concepts"])
+    if any(tuple(each.info["concepts"]) != concepts for each in trained):
         raise DataError(f"{path}: its networks were trained with different concepts; train them again on one set")
-    return RunFolder(path, experiment, fitted, task, concepts, found, *_preparation(experiment, infos[0]))
+    return RunFolder(path, experiment, fitted, task, concepts, found, *_preparation(experiment, trained[0].info))
 
 
 def _trained(experiment: Experiment, name: str, networks: Networks) -> list[TrainedNetwork]:

@@ -200,7 +200,7 @@ def _read_photos(photos: Sequence[tuple[Path, Path]], trained: TrainedOn, view: 
 
 
 def lesion_of(path: Path, folder: Path, task: Task) -> tuple[str, str | None]:
-    """Return (lesion, view) by the name of a photo, or of the folder that it is in; None for a view that is not told.
+    """Return (lesion, view) by the name of a photo, or of the folder that it is in; None for an unknown view.
 
     folder: that of the photo within the input; it is a part of the lesion's name.
     """
