@@ -85,7 +85,7 @@ def write_probabilities(
     names = task.diagnosis_names
     ids, probabilities, decisions = _checked(paths[0], results, names, template)
     with atomic_path(paths[0]) as temporary:
-        _write_numbers(temporary, ids, probabilities, names)
+        write_numbers(temporary, ids, probabilities, names)
     with atomic_path(paths[1]) as temporary:
         _write_rows(temporary, ["lesion_id", "decision"], zip(ids, _words(decisions, names), strict=True))
         if not np.array_equal(read_decisions(temporary, names)[1], decisions):
@@ -176,7 +176,7 @@ def _write_submission(
     path: Path, ids: list[str], probabilities: np.ndarray, decisions: np.ndarray, diagnoses: Sequence[str]
 ) -> None:
     with atomic_path(path) as temporary:
-        _write_numbers(temporary, ids, map_to_half(probabilities, decisions), diagnoses)
+        write_numbers(temporary, ids, map_to_half(probabilities, decisions), diagnoses)
         read_ids, read = read_submission(temporary, diagnoses)
         if read_ids != ids or not np.array_equal(read > OFFICIAL_THRESHOLD, decisions):
             raise DataError(f"{path}: {_BUG}")
@@ -212,9 +212,18 @@ def _words(decisions: np.ndarray, diagnoses: Sequence[str]) -> list[str]:
     return [SEPARATOR.join(diagnoses[column] for column in np.flatnonzero(row).tolist()) for row in decisions]
 
 
-def _write_numbers(path: Path, ids: Sequence[str], numbers: np.ndarray, diagnoses: Sequence[str]) -> None:
-    rows = ([lesion, *(f"{value:.{_DIGITS}f}" for value in row)] for lesion, row in zip(ids, numbers, strict=True))
-    _write_rows(path, ["lesion_id", *diagnoses], rows)
+def write_numbers(
+    path: Path,
+    ids: Sequence[str],
+    numbers: np.ndarray,
+    diagnoses: Sequence[str],
+    decisions: Sequence[str] | None = None,
+) -> None:
+    """Write `lesion_id`, a column per diagnosis of numbers (N, C), and `decision` where N of them are given."""
+    last = [()] * len(ids) if decisions is None else [(cell,) for cell in decisions]
+    columns = zip(ids, numbers, last, strict=True)
+    rows = ([lesion, *(f"{value:.{_DIGITS}f}" for value in row), *cells] for lesion, row, cells in columns)
+    _write_rows(path, ["lesion_id", *diagnoses, *(() if decisions is None else ("decision",))], rows)
 
 
 def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -9,7 +9,6 @@ A folder holds
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,11 +27,10 @@ from triderm_dist.submission import (
     TABLE_FILE,
     TABLE_KEY,
     Results,
+    write_numbers,
     write_results,
     write_table,
 )
-
-_DIGITS = 9
 
 
 def check_output(output: Path, run: Path, inputs: Sequence[Path]) -> None:
@@ -101,9 +99,7 @@ def results_of(table: pa.Table, task: Task) -> Results:
 
 def _write_csv(path: Path, table: pa.Table, task: Task) -> None:
     names = task.diagnosis_names
-    columns = [[f"{value:.{_DIGITS}f}" for value in table[name].to_pylist()] for name in names]
     ids, decisions = (table[name].to_pylist() for name in ("lesion_id", "decision"))
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["lesion_id", *names, "decision"])
-        writer.writerows(zip(ids, *columns, decisions, strict=True))
+    probabilities = np.stack([table[name].to_numpy() for name in names], 1)
+    with atomic_path(path) as temporary:
+        write_numbers(temporary, ids, probabilities, names, decisions)
