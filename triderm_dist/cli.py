@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from triderm_dist import __version__, extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
@@ -93,7 +92,8 @@ def run(
                 main(config)
 
     with ExitStack() as log:  # open until the line of an error is printed
-        run_with_exit_codes(work)
+        status = _status_of(work)
+    _exit(status)
 
 
 def program_of(main: Callable[[Tree], None]) -> str:
@@ -136,46 +136,47 @@ def run_words(main: Callable[[list[str]], None], about: str | None) -> None:
 
 def run_with_exit_codes(work: Callable[[], None]) -> None:
     """Call `work`; where it fails or is interrupted, print one line on stderr and exit with the code for it."""
+    _exit(_status_of(work))
+
+
+def _status_of(work: Callable[[], None]) -> int:
+    """Call `work` and return its exit code; where it fails or is interrupted, print one line on stderr."""
     try:
         with handle_signals(raise_stopped):
             work()
-        _exit_rank(0)
+        return 0
     except InputError as error:
         print_error(f"error: {error}")
-        _exit(BAD_INPUT)
+        return BAD_INPUT
     except ModuleNotFoundError as error:
         if (line := extras.explain(error)) is None:
             raise
         print_error(f"error: {line}")
-        _exit(BAD_INPUT)
+        return BAD_INPUT
     except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)
         print_error(f"error: {error.filename}: {text}" if error.filename else f"error: {text}")
-        _exit(BAD_INPUT)
+        return BAD_INPUT
     except (Interrupted, KeyboardInterrupt) as stop:
         print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")
-        _exit(INTERRUPTED)
+        return INTERRUPTED
 
 
-def _exit(status: int) -> NoReturn:
-    _exit_rank(status)
-    sys.exit(status)
+def _exit(status: int) -> None:
+    """Exit with a status other than 0; a rank of a process group exits with any.
 
-
-def _exit_rank(status: int) -> None:
-    """Wait for the threads, run the exit handlers and exit, if this process is a rank of a process group.
-
-    Python is not finalized: where a thread of gloo still releases the tensors of a finished collective it would abort
-    (https://github.com/pytorch/pytorch/pull/179291).
+    A rank waits for its threads and runs the exit handlers, but Python is not finalized: where a thread of gloo still
+    releases the tensors of a finished collective it would abort (https://github.com/pytorch/pytorch/pull/179291).
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def print_error(line: str) -> None:
