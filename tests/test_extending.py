@@ -53,7 +53,8 @@ GROUPS = (
     ("loss-term", "sgd", "scheduler", "tracker", "metadata-number", "report-metric"),
     ("muon", "augmentation", "metadata-category", "network", "stacker", "tower"),
 )
-"""Groups of recipes that share an experiment; each must have a separate effect."""
+"""Groups of recipes that share an experiment; each must have a separate effect. The second is slow."""
+SLOW = pytest.mark.slow
 STRATEGIES = ("ddp", "fsdp2")
 """The strategy under which each group is resumed on two ranks."""
 EXPERIMENT = """\
@@ -397,7 +398,7 @@ def runs(tmp_path_factory) -> Callable[[int], Run]:
     return run
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in GROUPS[1] else ()) for name in RECIPES])
 def test_recipe(name, runs, tmp_path):
     """The recipe is trained, killed, resumed and predicted (if in a group), and has its effect."""
     numbers = [number for number, group in enumerate(GROUPS) if name in group]
@@ -407,7 +408,7 @@ def test_recipe(name, runs, tmp_path):
     CHECKS[name](runs(numbers[0]) if numbers else tmp_path)
 
 
-@pytest.mark.parametrize("number", range(len(GROUPS)))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=SLOW)])
 def test_resume_on_two_ranks_equals_the_uninterrupted_training(runs, number):
     """All state of custom optimizers, losses and schedules is restored, independently of the split of the batch."""
     run = runs(number)

@@ -87,9 +87,9 @@ def test_micro_batch_and_checkpointing_change_nothing(undivided):
     "strategy, ranks",
     [
         ("ddp", 2),
-        ("ddp", 4),
+        pytest.param("ddp", 4, marks=pytest.mark.slow),
         ("fsdp2", 2),
-        ("deepspeed_zero2", 2),
+        pytest.param("deepspeed_zero2", 2, marks=pytest.mark.slow),
         pytest.param("fsdp2", 4, marks=pytest.mark.slow),
         pytest.param("deepspeed_zero2", 4, marks=pytest.mark.slow),
     ],

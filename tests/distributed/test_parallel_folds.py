@@ -56,6 +56,7 @@ def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
         )
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_path):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     log, first, second = (tmp_path / f"{name}.log" for name in ("sequential", "first", "second"))

@@ -103,7 +103,8 @@ def test_search_of_two_trials_writes_a_best_file_that_trains(tiny, tmp_path):
 TRAIN_WORKER = "ray::RayTrainWorker"
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [1, 2])
 def test_trials_on_two_workers_equal_one_worker_also_after_a_kill(tiny, tmp_path, trials):
     space, run = space_file(tmp_path, "train.optim.lr: {loguniform: [3e-3, 3e-2]}"), tmp_path / "run"
     settings = ["train.micro_batch=8", "train.epochs=8"]
@@ -132,6 +133,7 @@ def test_trials_on_two_workers_equal_one_worker_also_after_a_kill(tiny, tmp_path
             np.testing.assert_allclose(first[key], second[key], rtol=1e-3, atol=2e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_pbt_copies_the_best_trial(tiny, tmp_path):
     # The last two of five trials copy the best; at least one of them is not the baseline, which copies none.
     space = space_file(tmp_path, "train.optim.lr: {loguniform: [1e-6, 1e-5]}\ntrain.loss.gamma: {uniform: [0, 1]}")
