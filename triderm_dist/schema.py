@@ -40,6 +40,9 @@ UNLABELED = -1
 """The label of a lesion whose diagnosis is not known."""
 
 
+_TERMINAL_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+
 class InputError(Exception):
     """Invalid input. Its text is one line: what is wrong, where, and what to do. Programs exit with status 2."""
 
@@ -59,11 +62,20 @@ class CheckpointError(InputError):
 def one_line(error: object, limit: int | None = None, with_type: bool = False) -> str:
     """Return an error's text on one line of at most `limit` characters; the name of its type where it has no text.
 
-    with_type: put the name of the type in front, as in `KeyError: 'age'`.
+    Colors of a terminal are left out, and what is not printable is escaped: control characters, directions of writing
+    and lone surrogates come from data and from other libraries.  with_type: put the name of the type in front, as in
+    `KeyError: 'age'`.
     """
-    name, text = type(error).__name__, " ".join(str(error).split())
+    name, text = type(error).__name__, printable(" ".join(_TERMINAL_CODE.sub("", str(error)).split()))
     text = (f"{name}: {text}" if with_type else text) if text else name
     return text if limit is None or len(text) <= limit else text[: limit - 4] + " ..."
+
+
+def printable(text: str) -> str:
+    """Return a text with every character escaped that is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
