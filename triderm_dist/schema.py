@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from triderm_dist.redact import redact
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -60,13 +62,14 @@ class CheckpointError(InputError):
 
 
 def one_line(error: object, limit: int | None = None, with_type: bool = False) -> str:
-    """Return an error's text on one line of at most `limit` characters; the name of its type where it has no text.
+    """Return an error's text without secrets (`redact`) on one line of at most `limit` characters; the name of its type
+    where it has no text.
 
     Colors of a terminal are left out, and what is not printable is escaped: control characters, directions of writing
     and lone surrogates come from data and from other libraries.  with_type: put the name of the type in front, as in
     `KeyError: 'age'`.
     """
-    name, text = type(error).__name__, printable(" ".join(_TERMINAL_CODE.sub("", str(error)).split()))
+    name, text = type(error).__name__, printable(redact(" ".join(_TERMINAL_CODE.sub("", str(error)).split())))
     text = (f"{name}: {text}" if with_type else text) if text else name
     return text if limit is None or len(text) <= limit else text[: limit - 4] + " ..."
 

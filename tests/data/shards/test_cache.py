@@ -345,16 +345,67 @@ def test_is_url():
 
 
 def test_pipe_commands_are_refused_unless_allowed(packed, tmp_path):
-    url = f"pipe:touch {tmp_path}/ran; cat {packed}/{{}}"
+    url = f"pipe:sh -c 'touch {tmp_path}/ran; cat {packed}/{{}}'"
     with pytest.raises(ConfigError, match=r"runs a command; set data.remote.allow_commands=true if you trust it"):
         open_index(url, settings(tmp_path))
     assert not (tmp_path / "ran").exists()
     index = open_index(url, settings(tmp_path, allow_commands=True))
     assert (tmp_path / "ran").exists() and rows_read(index) == rows_read(read_index(packed))
     with pytest.raises(DataError, match=r"not fetched within 2 s .*the command ended with status 7"):
-        open_index("pipe:exit 7 # {}", settings(tmp_path, allow_commands=True, total_seconds=2))
+        open_index("pipe:sh -c 'exit 7' {}", settings(tmp_path, allow_commands=True, total_seconds=2))
     with pytest.raises(DataError, match=r"TimeoutError"):
-        open_index(f"pipe:sleep {HANG_SECONDS} # {{}}", settings(tmp_path, allow_commands=True, total_seconds=1))
+        open_index(f"pipe:sh -c 'sleep {HANG_SECONDS}' {{}}", settings(tmp_path, allow_commands=True, total_seconds=1))
+
+
+@pytest.mark.parametrize("mark", ["| zstd -d", "> out", "; id", "&& id", "$HOME", "`id`", "*.tar", '"$HOME"', "# x"])
+def test_command_written_for_a_shell_is_refused(tmp_path, mark):
+    with pytest.raises(ConfigError, match=r"no shell reads the command, and . is for one; quote it, or"):
+        Store(f"pipe:cat {{}} {mark}", settings(tmp_path, allow_commands=True))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cat x", "write {} where the file name belongs"),
+        ("{} x", "can't be the program"),
+        ("cat '{}", "not a command"),
+    ],
+)
+def test_command_without_a_place_for_the_name_is_refused(tmp_path, command, message):
+    with pytest.raises(ConfigError, match=message):
+        Store(f"pipe:{command}", settings(tmp_path, allow_commands=True))
+
+
+def test_missing_program_of_a_command_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no-such-program: No such file or directory; give a program of the PATH"):
+        open_index("pipe:no-such-program {}", settings(tmp_path, allow_commands=True))
+
+
+NAMES = [
+    "x$(touch ran).tar",
+    "x;touch ran",
+    "`touch ran`",
+    "a b.tar",
+    "-n.tar",
+    "--output=ran",
+    "a\nb",
+    "ä.tar",
+    "a%2fb",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_name_of_an_index_reaches_no_shell(packed, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(packed, tmp_path / "set")
+    raw = json.loads((tmp_path / "set" / INDEX).read_text())
+    raw["shards"][0]["url"] = name
+    (tmp_path / "set" / INDEX).write_text(json.dumps(raw))
+    for url in ((tmp_path / "set").as_uri(), f"pipe:cat {tmp_path}/set/{{}}", f"pipe:sh -c 'cat {tmp_path}/set/{{}}'"):
+        with pytest.raises(DataError, match=r"name|lists a file"):
+            rows_read(open_index(url, settings(tmp_path, allow_commands=True)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_index_with_an_outside_path_or_a_command_is_refused(packed, tmp_path):

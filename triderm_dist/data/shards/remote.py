@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -20,12 +21,14 @@ from typing import Any
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
 from triderm_dist.files import file_sha256
+from triderm_dist.redact import REDACTED, URLS, redact, remember
 from triderm_dist.schema import ConfigError, DataError, one_line
 
 POLL_SECONDS = 0.05
 
 _log = logging.getLogger(__name__)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # no leading "-", which would be an option of a command
 # Errors that a retry cannot fix, by name, since their packages may not be installed.
 _PERMANENT = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
 
@@ -39,10 +42,16 @@ class Store:
 
     def __init__(self, url: str, remote: RemoteConfig) -> None:
         self.url, self.remote = url.rstrip("/"), remote
-        if url.startswith("pipe:") and not remote.allow_commands:
-            raise ConfigError(f"{url}: runs a command; set data.remote.allow_commands=true if you trust it")
-        if url.startswith("pipe:") and "{}" not in url:
-            raise ConfigError(f"{url}: write {{}} where the file name belongs, as in pipe:cat folder/{{}}")
+        if REDACTED in url:
+            raise ConfigError(
+                f"{url}: saved settings hold no passwords and tokens; give the whole URL again, as the setting or in "
+                f"the environment variable {URLS}"
+            )
+        remember(url)
+        if url.startswith("pipe:"):
+            if not remote.allow_commands:
+                raise ConfigError(f"{redact(url)}: runs a command; set data.remote.allow_commands=true if you trust it")
+            self._words = _command(url)
 
     def address(self, name: str) -> str:
         """Return the URL of one file; a query, such as an access token, is kept at the end."""
@@ -52,7 +61,7 @@ class Store:
     def shown(self, name: str) -> str:
         """Return the address for messages: without query and password."""
         if self.url.startswith("pipe:"):
-            return self.url.replace("{}", name)
+            return redact(self.url.replace("{}", name))
         return re.sub(r"//[^/@]*@", "//", self.address(name).partition("?")[0])
 
     def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
@@ -62,6 +71,8 @@ class Store:
         jitter. Raises DataError after `remote.total_seconds`, or at once for an error that a retry cannot fix (no such
         file, no permission, a full disk); FetchStopped once `stop` is set.
         """
+        if not is_file_name(file.url):
+            raise DataError(f"{self.shown(INDEX)}: lists a file {file.url!r}; only letters, digits and ._- are allowed")
         stop = stop or threading.Event()
         deadline = time.monotonic() + self.remote.total_seconds
         attempt = 0
@@ -125,9 +136,9 @@ class Store:
 
     def _copy(self, name: str, path: Path, progress: _Progress) -> None:
         if self.url.startswith("pipe:"):
-            command = self.url.removeprefix("pipe:").replace("{}", name)
+            command = [word.replace("{}", name) for word in self._words]
             with path.open("wb") as out:
-                process = subprocess.Popen(command, shell=True, stdout=out, start_new_session=True)
+                process = subprocess.Popen(command, stdout=out, start_new_session=True)
                 progress.on_abandon = lambda: os.killpg(process.pid, signal.SIGKILL)
                 if status := process.wait():
                     raise OSError(f"the command ended with status {status}")
@@ -158,6 +169,8 @@ class Store:
         """Return the message for an error that a retry cannot fix, else None."""
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return str(disk_error(path.parent, error))
+        if self.url.startswith("pipe:") and isinstance(error, OSError) and error.filename == self._words[0]:
+            return f"{error.filename}: {error.strerror}; give a program of the PATH, or its whole path"
         if isinstance(error, FileNotFoundError):
             return "no such file; check the address, or upload the whole folder again"
         status, text = getattr(error, "status", 0), one_line(error, 300, with_type=True)
@@ -168,6 +181,46 @@ class Store:
         if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
             return f"{text}; https://, s3:// and gs:// need pip install 'triderm-dist[remote]'"
         return None
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether an index may list a file of this name: one that is safe in a URL, a path and a command."""
+    return isinstance(name, str) and bool(_FILE_NAME.fullmatch(name))
+
+
+def _command(url: str) -> list[str]:
+    """Return the words of `pipe:COMMAND`, which no shell reads. Raises ConfigError where it was written for one."""
+    try:
+        words = shlex.split(url.removeprefix("pipe:"))
+    except ValueError as error:
+        raise ConfigError(f"{redact(url)}: not a command ({one_line(error)})") from None
+    if not any("{}" in word for word in words):
+        raise ConfigError(f"{redact(url)}: write {{}} where the file name belongs, as in pipe:cat folder/{{}}")
+    if "{}" in words[0]:
+        raise ConfigError(f"{redact(url)}: the file name can't be the program; write {{}} in an argument")
+    if mark := _shell_mark(url):
+        raise ConfigError(
+            f"{redact(url)}: no shell reads the command, and {mark} is for one; quote it, or for pipes and variables "
+            "write pipe:sh -c 'COMMAND {}'"
+        )
+    return words
+
+
+def _shell_mark(text: str) -> str | None:
+    """Return the first character that only a shell understands, and that is not quoted."""
+    quote, letters = "", iter(text)
+    for letter in letters:
+        if letter == "\\" and quote != "'":
+            next(letters, None)
+        elif quote:
+            if quote == '"' and letter in "$`":
+                return letter
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "|&;<>$`*#":
+            return letter
+    return None
 
 
 def disk_error(folder: Path, error: OSError) -> DataError:
