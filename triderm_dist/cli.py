@@ -20,6 +20,7 @@ from types import FrameType
 from triderm_dist import __version__, extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
+from triderm_dist.redact import redacted_output, remember
 from triderm_dist.run_log import LOG_FOLDER, RunLog
 from triderm_dist.schema import ConfigError, InputError, one_line
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
@@ -91,7 +92,7 @@ def run(
             else:
                 main(config)
 
-    with ExitStack() as log:  # open until the line of an error is printed
+    with redacted_output(), ExitStack() as log:  # open until the line of an error is printed
         status = _status_of(work)
     _exit(status)
 
@@ -225,6 +226,7 @@ def read_settings(
         else:
             overrides.append(word)
     config = load(kind, file, overrides)
+    remember(config.model_dump(), pass_on=True)
     for key in (key for override in overrides for key in flatten(read_override(override))):
         if key == "run" and issubclass(kind, Experiment):
             continue

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import write_text
+from triderm_dist.redact import redact_tree, restore
 from triderm_dist.schema import ConfigError, one_line
 from triderm_dist.settings import (
     NULL,
@@ -57,7 +58,8 @@ class RemoteConfig(Section):
     stall_seconds: float = Field(30.0, gt=0, description="seconds without a byte before a download is retried")
     allow_commands: bool = Field(
         False,
-        description="allow pipe:COMMAND URLs, in which {} is the file name; the commands run in a shell on every node",
+        description="allow pipe:COMMAND URLs, in which {} is the file name; the commands run on every node, "
+        "without a shell",
     )
 
 
@@ -794,9 +796,11 @@ def load_run(kind: type[RunTree], folder: str | os.PathLike[str]) -> RunTree:
 
 
 def build(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
-    """Build the settings of `kind` from a nested mapping, after importing its plugins. Raises ConfigError as `load`
-    does, and for a plugin that cannot be imported.
+    """Build the settings of `kind` from a nested mapping, after importing its plugins; URLs that were saved without
+    their secrets are completed from `TRIDERM_URLS`. Raises ConfigError as `load` does, and for a plugin that cannot be
+    imported.
     """
+    raw = restore(raw)
     if issubclass(kind, Extensible):
         import_plugins(raw.get("plugins"))
     return validate(kind, raw)
@@ -890,7 +894,7 @@ def stable_dump(section: Section, path: str) -> dict[str, Any]:
 
 
 def as_yaml(config: Section) -> str:
-    """Return the resolved settings as YAML that `load` reads back to an equal tree."""
+    """Return the resolved settings as YAML that `load` reads back to an equal tree, but for passwords and tokens."""
     return yaml.safe_dump(_tree(config), sort_keys=False)
 
 
@@ -900,11 +904,11 @@ def _tree(config: Section) -> dict[str, Any]:
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
         for model in tree["models"].values():
             model["train"] = _difference(model["train"], tree["train"])
-    return tree
+    return redact_tree(tree)  # type: ignore[no-any-return]
 
 
 def save(config: Section, path: Path) -> None:
-    """Write the resolved settings as YAML.
+    """Write the resolved settings as YAML, without passwords and tokens (`redact_tree`).
 
     In a file inside the run's own folder, a path into that folder is written relative to the file, and any other one
     absolute, so that the folder may be moved and used from any working directory.

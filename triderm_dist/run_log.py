@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from triderm_dist.redact import redact
+
 LOG_FILE = "log.txt"
 LOG_FOLDER = "TRIDERM_LOG_FOLDER"
 """Environment variable with the run that a program is a stage of, where its settings do not name it."""
@@ -23,8 +25,8 @@ class RunLog:
     """While open, append every line that this process prints to FOLDER/log.txt, after a header with `title`.
 
     Nothing is written before the folder exists; where it cannot be written to, the program runs without a log. Lines
-    of several processes do not mix: each is appended by one write. Colors are removed, and what a progress bar
-    overwrote.
+    of several processes do not mix: each is appended by one write. Colors, secrets and what a progress bar
+    overwrote are removed.
     """
 
     def __init__(self, folder: Path, title: str) -> None:
@@ -66,7 +68,7 @@ class RunLog:
                 if not self._path.parent.is_dir():
                     return
                 self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            os.write(self._handle, "".join(self._waiting).encode("utf-8", "replace"))
+            os.write(self._handle, redact("".join(self._waiting)).encode("utf-8", "replace"))
         except OSError:  # read-only, a full disk
             pass
         self._waiting.clear()

@@ -38,6 +38,7 @@ from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.predictions import write_predictions
+from triderm_dist.redact import redact_tree
 from triderm_dist.schema import VIEWS
 from triderm_dist.terminal import counted, wrapped
 
@@ -269,7 +270,7 @@ class FoldRun:
         write_info(
             self.path / "fold",
             identity=self.folder.result_hash,
-            model=self.model.model_dump(mode="json"),
+            model=redact_tree(self.model.model_dump(mode="json")),
             task=self.index.task.to_mapping(),
             concepts=self.index.concepts,
             fold=self.fold,

@@ -38,6 +38,7 @@ from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, tracker_classes
 from triderm_dist.monitoring.train_lines import TrainLines
+from triderm_dist.redact import redact_tree
 from triderm_dist.schema import CheckpointError
 from triderm_dist.settings import flatten
 from triderm_dist.terminal import wrapped
@@ -147,7 +148,7 @@ class Trainer:
         self.tracker = Tracker(
             name, folder.path, accelerator.is_main_process, lines=lines, step=state.step, epoch=state.epoch,
             trackers=config.trackers, tracker_settings=config.tracker_settings, group=output.run,
-            settings=flatten(config.model_dump(mode="json")), later_seconds=output.later_seconds,
+            settings=flatten(redact_tree(config.model_dump(mode="json"))), later_seconds=output.later_seconds,
         )  # fmt: skip
 
     def train(

@@ -38,6 +38,7 @@ from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
+from triderm_dist.redact import redact
 from triderm_dist.schema import VIEWS, DataError, MetadataField
 from triderm_dist.settings import NULL
 
@@ -203,9 +204,9 @@ class Content:
 
     @cached_property
     def settings(self) -> str:
-        """The text of config.yaml, "" if there is none."""
+        """The text of config.yaml without secrets, which earlier versions saved; "" if there is none."""
         path = self.folder / CONFIG_FILE
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        return redact(path.read_text(encoding="utf-8")) if path.exists() else ""
 
     @cached_property
     def transforms(self) -> tuple[int, int]:
