@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,8 +145,16 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
     "json": (set_member(4, "json", b"{"), "record", "part-001.tar, sample L4: "),
     "json list": (set_member(4, "json", b"[]"), "record", "its JSON is a list"),
     "no photo": (set_member(4, "clinical.jpg", None), "missing photo", "no clinical photo named .clinical.jpg among"),
-    "text": (set_member(4, "clinical.jpg", b"no photo"), "unreadable photo", "clinical.jpg: no JPEG start marker"),
-    "png": (set_member(4, "clinical.jpg", photo(0, format="PNG")), "unreadable photo", "no JPEG start marker"),
+    "text": (
+        set_member(4, "clinical.jpg", b"no photo"),
+        "unreadable photo",
+        "clinical.jpg: a text file, shards hold JPEGs",
+    ),
+    "png": (
+        set_member(4, "clinical.jpg", photo(0, format="PNG")),
+        "unreadable photo",
+        "clinical.jpg: a PNG, shards hold",
+    ),
     "cut": (set_member(4, "clinical.jpg", photo(0)[:-30]), "unreadable photo", "clinical.jpg: truncated"),
 }
 
@@ -160,6 +170,146 @@ def test_all_problems_of_foreign_shards_are_listed(tmp_path: Path, name: str) ->
     index = index_shards(tmp_path / "theirs", invalid="drop")
     assert len(index) == 7 and "L4" not in index.lesion_ids.tolist()
     assert verify(index, 2, 0) == []
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> list[tarfile.TarInfo]:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        return tar.getmembers()
+
+
+def members_of(number: int, **record: Any) -> list[tuple[str, bytes]]:
+    return [
+        (f"L{number}.clinical.jpg", photo(2 * number)),
+        (f"L{number}.dermoscopic.jpg", photo(2 * number + 1)),
+        (f"L{number}.json", json.dumps({"label": DIAGNOSES[number], **record}).encode()),
+    ]
+
+
+def problems_of(folder: Path, **options: Any) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidLesions) as caught:
+        index_shards(folder, **options)
+    return [(problem.lesion_id, problem.kind) for problem in caught.value.problems]
+
+
+def test_lesions_behind_damage_are_never_lost_in_silence(tmp_path: Path) -> None:
+    """A flipped bit in a header, a cut between members, joined tars: refused, or the rest is dropped by name."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    headers = write_tar(folder / "a.tar", [member for number in range(4) for member in members_of(number)])
+    whole = (folder / "a.tar").read_bytes()
+    flipped = bytearray(whole)
+    flipped[headers[7].offset] ^= 1
+    joined = whole + whole[: headers[3].offset] + bytes(1024)
+    for damaged, kept, dropped in (
+        (bytes(flipped), 2, ["", "L2"]),
+        (whole[: headers[8].offset], 2, ["", "L2"]),  # between a photo and the record
+        (whole[: headers[9].offset], 2, ["", "L2"]),  # between two lesions, which nothing shows
+        (joined, 3, ["", "L3"]),
+    ):
+        (folder / "a.tar").write_bytes(damaged)
+        assert problems_of(folder) == [(name, "tar") for name in dropped]
+        index = index_shards(folder, invalid="drop")
+        assert index.lesion_ids.tolist() == [f"L{number}" for number in range(kept)]
+        assert [problem.where for problem in index.problems] == ["a.tar"] * 2 and verify(index, 2, 0) == []
+        # An index of an earlier version, which did not notice.
+        raw = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps({**raw, "problems": []}))
+        assert "tar" in {problem.kind for problem in verify(read_index(folder), 2, 0)}
+
+
+def test_folders_with_empty_tars(tmp_path: Path) -> None:
+    folder, notes = tmp_path / "theirs", list[str]()
+    folder.mkdir()
+    write_tar(folder / "a.tar", [])
+    with pytest.raises(DataError, match=r"theirs: no valid lesion in 1 tars; no lesion in a.tar; not in the index"):
+        index_shards(folder)
+    write_tar(folder / "b.tar", members_of(0))
+    write_tar(folder / "._b.tar", [])
+    index = index_shards(folder, note=notes.append)
+    assert [shard.url for shard in index.shards] == ["b.tar"] and notes[0] == "no lesion in a.tar; not in the index"
+    (folder / "a.tar").write_bytes(b"")
+    assert problems_of(folder) == [("", "tar")]
+    (folder / "a b;c.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a b;c.tar: the name of a shard has .*; rename it"):
+        index_shards(folder)
+
+
+def test_members_that_are_no_lesion_are_named(tmp_path: Path) -> None:
+    """A README, a caption, hidden files of macOS: not read, and told; webdataset still reads the same lesions."""
+    folder, notes = tmp_path / "theirs", list[str]()
+    folder.mkdir()
+    others = [("README.md", b"hello"), ("set/._L9.clinical.jpg", b"\0"), ("LICENSE", b"free"), ("Thumbs.db", b"")]
+    captions = [("L0.txt", b"a mole"), ("L1.txt", b"another")]
+    zero, one = members_of(0), members_of(1)
+    write_tar(folder / "a.tar", [*others, *zero, captions[0], *one, captions[1]])
+    index = index_shards(folder, note=notes.append)
+    assert index.lesion_ids.tolist() == ["L0", "L1"] and verify(index, 2, 0) == []
+    assert "not used, as neither a record nor a photo of a view: .txt (2 times), README.md, Thumbs.db" in notes
+    assert not index.problems
+
+
+MEMBERS: dict[str, tuple[Callable[[list[tuple[str, bytes]]], Any], str, str]] = {
+    "twice": (lambda m: m.insert(1, m[0]), "member", ".clinical.jpg occurs twice"),
+    "other format": (
+        lambda m: m.__setitem__(0, ("L1.clinical.png", photo(0, format="PNG"))),
+        "missing photo",
+        "no clinical photo named .clinical.jpg, but .clinical.png; shards hold JPEGs, so convert it",
+    ),
+    "two photos": (
+        lambda m: m.insert(1, ("L1.closeup.jpg", photo(9))),
+        "several photos",
+        ".clinical.jpg and .closeup.jpg are different clinical photos; name one by clinical=EXTENSION",
+    ),
+    "two labels": (lambda m: m.append(("L1.cls", b"NV")), "record", "its labels differ: label 'BCC', .cls 'NV'"),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_choice_between_members_is_refused(tmp_path: Path, name: str) -> None:
+    """Also where a missing view may be marked."""
+    change, kind, message = MEMBERS[name]
+    folder, lesion = tmp_path / "theirs", members_of(1)
+    folder.mkdir()
+    change(lesion)
+    write_tar(folder / "a.tar", [*members_of(0), *lesion, *members_of(2)])
+    options: dict[str, Any] = {
+        "missing_view": "mark",
+        "extensions": {"clinical": ("clinical.jpg", "closeup.jpg"), "dermoscopic": ("dermoscopic.jpg",)},
+    }
+    if name == "other format":
+        del options["extensions"]
+    with pytest.raises(InvalidLesions, match=re.escape(message)):
+        index_shards(folder, **options)
+    index = index_shards(folder, **options, invalid="drop")
+    assert index.lesion_ids.tolist() == ["L0", "L2"]
+    assert [(problem.lesion_id, problem.kind) for problem in index.problems] == [("L1", kind)]
+
+
+def test_linked_members_are_named(tmp_path: Path) -> None:
+    """GNU tar stores a second name of a file as a hard link: its sample would lose a label or a photo."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    write_tar(folder / "a.tar", members_of(0))
+    with tarfile.open(folder / "a.tar", "a") as tar:
+        info = tarfile.TarInfo("L1.json")
+        info.type, info.linkname = tarfile.LNKTYPE, "L0.json"
+        tar.addfile(info)
+    with pytest.raises(InvalidLesions, match=r"sample L1: .json is a hard link; make the tar again from plain files"):
+        index_shards(folder)
+
+
+def test_an_index_does_not_depend_on_the_place_of_the_folder(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "one", change=set_record(4, concepts=[1]))
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    for name in ("one", "other"):
+        index_shards(tmp_path / name, invalid="drop")
+    one, other = ((tmp_path / name / "index.json").read_bytes() for name in ("one", "other"))
+    assert one == other and json.loads(one)["problems"][0]["where"] == "part-001.tar, sample L4"
 
 
 def numbered(sample: dict[str, Any], number: int) -> None:

@@ -96,7 +96,11 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
     "end of photo": (photo(6, 1, b"\0" * 90, skip=600), {"checksum", "sample"}, "dermoscopic photo does not decode"),
     "label": (record(b'"label": "', b'"lebel": "'), {"checksum", "sample"}, "the label of the sample's JSON"),
     "group": (record(b'"group": "P', b'"group": "Q'), {"checksum", "sample"}, "the group of the sample's JSON"),
-    "json": (record(b'{"lesion_id"', b'?"lesion_id"'), {"checksum", "sample"}, "Expecting value"),
+    "json": (
+        record(b'{"lesion_id"', b'?"lesion_id"'),
+        {"checksum", "sample"},
+        "its JSON cannot be read at line 1, column 1",
+    ),
     "order": (rows("lesion_id", swap), {"order", "missing"}, "webdataset reads lesion .* instead of lesion"),
     "offset": (
         rows("clinical_offset", lambda a: a + (np.arange(22) == 6)),

@@ -63,7 +63,7 @@ def print_index(index: ShardIndex) -> None:
         if count:
             print(f"  {diagnosis:<10} {count:>7}")
     size = sum(shard.bytes for shard in index.shards)
-    dropped = len({problem.lesion_id for problem in index.problems})
+    dropped = len({problem.lesion_id for problem in index.problems} - {""})
     text = f", {dropped} dropped" if dropped else ""
     for note in index.notes():
         print(wrapped(f"note: {note}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -19,6 +20,14 @@ UNLABELED_KEY = "unlabelled"
 """Key of lesions without a label in the counts of index.json; its spelling is part of the format."""
 EXTENSIONS: dict[str, tuple[str, ...]] = {view: (f"{view}.jpg",) for view in VIEWS}
 """File extensions of each view's photo in a shard, after the lesion id and a dot."""
+
+SHARD_NAME_RULE = "the name of a shard has 1 to 200 letters A-Z, digits, . _ - and ends with .tar"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,195}\.tar")
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a shard may have this name: no path, no option of a command, nothing that a shell would read."""
+    return _SHARD_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ label.
 from __future__ import annotations
 
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +20,23 @@ import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import CONCEPTS
-from triderm_dist.data.shards.format import EXTENSIONS, INDEX, ShardFile, rows_schema
+from triderm_dist.data.shards.format import EXTENSIONS, INDEX, SHARD_NAME_RULE, ShardFile, is_shard_name, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
-from triderm_dist.data.shards.record import Record, UnknownLabel, parse_record
+from triderm_dist.data.shards.record import (
+    Record,
+    UnknownLabel,
+    belongs_to_lesion,
+    is_photo,
+    parse_record,
+    split_name,
+)
+from triderm_dist.data.shards.tar_members import DamagedTar, tar_members
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
+from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Task, one_line
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Task, printable
 from triderm_dist.tasks import milk10k_task
 
 Member = tuple[int, int]
@@ -36,6 +44,9 @@ Member = tuple[int, int]
 
 MAX_LABELS = 30
 """Unknown labels named in the error."""
+
+MAX_NAMES = 10
+"""Files and extensions named in a note."""
 
 TABLE_ROWS = 1 << 12
 """Rows collected as Python objects before they become a table, which takes a tenth of the memory."""
@@ -83,19 +94,26 @@ def index_shards(
             f"{label!r} in {count} lesions" for label, count in scan.unknown_labels.most_common(MAX_LABELS)
         )
         raise DataError(
-            f"{folder}: labels that name no diagnosis: {found}; list them as words of the diagnoses in a task.yaml and "
-            f"give task=FILE (known are {', '.join(task.label_words)})"
+            f"{folder}: labels that name no diagnosis: {found}; list them in a task.yaml, as words of the "
+            f"diagnoses or as missing_words (no label), and give task=FILE (known are {', '.join(task.label_words)})"
         )
     if scan.problems and invalid == "refuse":
         raise InvalidLesions(scan.problems, len(scan.tar_of) + len({problem.lesion_id for problem in scan.problems}))
     if not scan.shards:
-        raise DataError(f"{folder}: no valid lesion; {len(scan.problems)} problems, the first: {scan.problems[0]}")
+        why = (
+            f"{len(scan.problems)} problems, the first: {scan.problems[0]}"
+            if scan.problems
+            else "; ".join(scan.notes())
+        )
+        raise DataError(f"{folder}: no valid lesion in {len(paths)} tars; {why}")
     for text in scan.notes():
         note(text)
     names = scan.concepts or (CONCEPTS if task.reader == "milk10k" else ())
     tables = (_with_scores(table, len(names), len(task.fields)) for table in scan.tables)
     about: dict[str, Any] = {"extensions": {view: list(names) for view, names in extensions.items()}}
-    write_index(folder, tables, scan.shards, task, names, scan.problems, about)
+    # Relative paths, so that the index of a copied folder is the same.
+    problems = [replace(problem, where=problem.where.removeprefix(f"{folder}{os.sep}")) for problem in scan.problems]
+    write_index(folder, tables, scan.shards, task, names, problems, about)
     return read_index(folder)
 
 
@@ -105,19 +123,25 @@ class _Sample:
 
     path: Path
     key: str
-    members: dict[str, Member]
+    members: dict[str, Member] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    """What is wrong with members."""
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """A sample's record, None where it is invalid; for both views the location and `size_and_hash` of the photo."""
+    """A sample's record, None where it is invalid; for both views the location and `size_and_hash` of the photo.
+
+    unused: extensions of members that are not read; the whole name of a file that belongs to no lesion.
+    """
 
     record: Record | None
-    locations: dict[str, Member]
-    photos: list[int]
-    rotated: int
-    problems: list[Problem]
+    locations: dict[str, Member] = field(default_factory=dict)
+    photos: list[int] = field(default_factory=list)
+    rotated: int = 0
+    problems: list[Problem] = field(default_factory=list)
     unknown_label: str = ""
+    unused: tuple[str, ...] = ()
 
 
 @dataclass
@@ -137,6 +161,10 @@ class _Scan:
     labeled: int = 0
     unknown_labels: Counter[str] = field(default_factory=Counter)
     """How many lesions have each label that names no diagnosis."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """How often each extension, or file that belongs to no lesion, was not read."""
+    empty: list[str] = field(default_factory=list)
+    """Names of the tars without a lesion."""
     _path: Path = Path()
     _before: int = 0
     _rows: list[dict[str, Any]] = field(default_factory=list)
@@ -147,13 +175,14 @@ class _Scan:
     def add(self, checked: _Checked) -> None:
         """Add a sample of the current tar, or the problems that exclude it."""
         self.problems += checked.problems
+        self.unused.update(checked.unused)
         record = checked.record
         if checked.unknown_label:
             self.unknown_labels[checked.unknown_label] += 1
         if record is None:
             return
         if record.lesion_id in self.tar_of:
-            what = f"lesion {record.lesion_id} occurs twice, first in {self.tar_of[record.lesion_id]}"
+            what = f"lesion {record.lesion_id} occurs twice, first in {self.tar_of[record.lesion_id].name}"
             self.problems.append(Problem(record.lesion_id, "duplicate lesion", str(self._path), what))
             return
         self.concepts = self.concepts or self.task.concept_names or tuple(record.concepts)
@@ -175,9 +204,16 @@ class _Scan:
         if lesions := len(self.tar_of) - self._before:
             path = self._path
             self.shards.append(ShardFile(path.name, lesions, path.stat().st_size, file_sha256(path)))
+        else:
+            self.empty.append(self._path.name)
 
     def notes(self) -> Iterator[str]:
         """Yield a line for each tolerated deviation."""
+        if self.empty:
+            yield f"no lesion in {_some(self.empty)}; not in the index"
+        if self.unused:
+            counted = [f"{name} ({count} times)" if count > 1 else name for name, count in self.unused.most_common()]
+            yield f"not used, as neither a record nor a photo of a view: {_some(counted)}"
         if not self.scored and (self.concepts or self.task.concepts.prefix):
             yield "no sample has concept scores; every score is missing"
         if self.rotated:
@@ -194,12 +230,23 @@ class _Scan:
             self._rows = []
 
 
+def _some(names: Sequence[str]) -> str:
+    """Name the first `MAX_NAMES` and count the others."""
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+
+
 def _tars(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the WebDataset tars")
     if (folder / INDEX).is_file() and "packed_with" in read_raw_index(folder / INDEX):
         raise DataError(f"{folder}: written by triderm pack, which made its index; use the folder as it is")
-    paths = sorted(folder.glob("*.tar"))
+    # macOS writes ._NAME beside each file on disks of other systems.
+    paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: not a file; move it away, or restore the file that it links to")
+        if not is_shard_name(path.name):
+            raise DataError(f"{printable(str(path))}: {SHARD_NAME_RULE}; rename it")
     if not paths:
         archive = next((path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(folder.glob(kind))), None)
         hint = f"; decompress {archive} to a plain tar first, since photos are read at random offsets"
@@ -208,32 +255,35 @@ def _tars(folder: Path) -> list[Path]:
 
 
 def _samples(path: Path, on_problem: Callable[[Problem], object]) -> Iterator[_Sample]:
-    """Yield the samples of a tar as `webdataset` groups them, up to the first damage, which `on_problem` gets."""
-    key, members = "", dict[str, Member]()
-    size = path.stat().st_size
+    """Yield the samples of a tar as `webdataset` groups them, up to the first damage, which `on_problem` gets.
+
+    The sample before the damage is left out, since its last members may be lost.
+    """
+    sample = _Sample(path, "")
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                if not member.isfile() or not dot or not stem:
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is truncated")
-                own_key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                if own_key != key:
-                    if members:
-                        yield _Sample(path, key, members)
-                    key, members = own_key, {}
-                elif extension in members:
-                    on_problem(Problem(stem, "duplicate member", str(path), f"{member.name} occurs twice"))
-                members[extension] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        what = f"not a readable plain tar ({one_line(error)}); the rest of the file is skipped"
+        for member in tar_members(path):
+            key, extension = split_name(member.name)
+            if not key:
+                continue
+            if key != sample.key:
+                if sample.key:
+                    yield sample
+                sample = _Sample(path, key)
+            if member.fault:
+                sample.faults.append(f".{extension} is {member.fault}; make the tar again from plain files")
+            elif extension in sample.members:
+                sample.faults.append(f".{extension} occurs twice; remove one")
+            sample.members[extension] = (member.offset, member.size)
+    except (DamagedTar, OSError) as error:
+        reason = error.strerror or "not readable" if isinstance(error, OSError) else str(error)
+        what = f"not a readable plain tar ({reason}); the rest of the file is skipped; copy or make it again"
         on_problem(Problem("", "tar", str(path), what))
-    if members:
-        yield _Sample(path, key, members)
+        if sample.key:
+            what = f"sample {printable(sample.key)} is the last before the damage, so it may be incomplete"
+            on_problem(Problem(printable(sample.key.rpartition("/")[2]), "tar", str(path), what))
+        return
+    if sample.key:
+        yield sample
 
 
 @dataclass(frozen=True)
@@ -245,6 +295,12 @@ class _SampleCheck:
     task: Task
 
     def __call__(self, sample: _Sample) -> _Checked:
+        if not belongs_to_lesion(sample.members, self.extensions):
+            name = printable(sample.key.rpartition("/")[2])
+            return _Checked(None, unused=tuple(f"{name}.{extension}" for extension in sample.members))
+        name, where = printable(sample.key.rpartition("/")[2]), f"{sample.path}, sample {printable(sample.key)}"
+        if sample.faults:
+            return _Checked(None, problems=[Problem(name, "member", where, fault) for fault in sample.faults])
         with sample.path.open("rb") as file:
 
             def read(member: Member) -> bytes:
@@ -257,41 +313,58 @@ class _SampleCheck:
                 ]
                 record = parse_record(sample.key, json_text, cls_text, self.task)
             except ValueError as error:
-                where, name = f"{sample.path}, sample {sample.key}", sample.key.rpartition("/")[2]
                 label = error.label if isinstance(error, UnknownLabel) else ""
-                return _Checked(
-                    None, {}, [], 0, [Problem(name, "label" if label else "record", where, str(error))], label
-                )
+                problem = Problem(name, "label" if label else "record", where, str(error))
+                return _Checked(None, problems=[problem], unknown_label=label)
             return self._with_photos(sample, record, read)
 
     def _with_photos(self, sample: _Sample, record: Record, read: Callable[[Member], bytes]) -> _Checked:
         where, problems = f"{sample.path}, lesion {record.lesion_id}", list[Problem]()
         locations, photos = dict.fromkeys(VIEWS, (0, 0)), dict.fromkeys(VIEWS, (0, 0, 0))
-        rotated = 0
+        rotated, used = 0, {"json", "cls"}
+
+        def add(kind: str, what: str) -> None:
+            problems.append(Problem(record.lesion_id, kind, where, what))
+
         views = self.task.view_names
         for view in views:
-            name = next((name for name in self.extensions[view] if name in sample.members), None)
-            if name is None:
-                if self.missing_view == "refuse" or len(views) == 1:
-                    problems.append(Problem(record.lesion_id, "missing photo", where, self._missing(view, sample)))
+            names = [name for name in self.extensions[view] if name in sample.members]
+            used.update(names)
+            if not names:
+                if self.missing_view == "refuse" or len(views) == 1 or self._other_format(view, sample):
+                    add("missing photo", self._missing(view, sample))
                 continue
-            locations[view] = sample.members[name]
+            locations[view] = sample.members[names[0]]
             data = read(locations[view])
+            if other := next((name for name in names[1:] if read(sample.members[name]) != data), None):
+                what = f".{names[0]} and .{other} are different {view} photos; name one by {view}=EXTENSION"
+                add("several photos", what)
+                continue
             try:
                 check_photo(data)
                 photos[view] = size_and_hash(data)
                 rotated += not is_upright(data)
             except PhotoError as error:
-                problems.append(Problem(record.lesion_id, "unreadable photo", where, f"{name}: {error}"))
+                kind = kind_of(data[:START])
+                reason = str(error) if kind == "a JPEG" else f"{kind}, shards hold JPEGs; convert it"
+                add("unreadable photo", f"{names[0]}: {reason}")
         if not problems and not any(size for _, size in locations.values()):
-            problems.append(Problem(record.lesion_id, "missing photo", where, "no photo at all"))
+            add("missing photo", "no photo at all")
         numbers = [number for view in VIEWS for number in photos[view]]
-        return _Checked(None if problems else record, locations, numbers, rotated, problems)
+        unused = tuple(f".{printable(name)}" for name in sample.members if name not in used)
+        return _Checked(None if problems else record, locations, numbers, rotated, problems, unused=unused)
 
     def _missing(self, view: str, sample: _Sample) -> str:
         wanted, found = " or .".join(self.extensions[view]), ", .".join(sorted(sample.members))
+        if other := self._other_format(view, sample):
+            return f"no {view} photo named .{wanted}, but .{other}; shards hold JPEGs, so convert it"
         allow = ", or allow lesions with one photo by missing_view=mark" if len(self.task.views) > 1 else ""
         return f"no {view} photo named .{wanted} among .{found}; name its extension by {view}=EXTENSION{allow}"
+
+    def _other_format(self, view: str, sample: _Sample) -> str | None:
+        """Return the extension of a photo of a view in another format: with the same name but another suffix."""
+        names = {name.rpartition(".")[0] for name in self.extensions[view]}
+        return next((name for name in sample.members if is_photo(name) and name.rpartition(".")[0] in names), None)
 
 
 def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:

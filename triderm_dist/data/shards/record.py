@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,56 @@ from triderm_dist.schema import UNLABELED, Lesion, Task
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
+PHOTO_SUFFIXES = frozenset(
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "tif",
+        "tiff",
+        "bmp",
+        "gif",
+        "heic",
+        "heif",
+        "avif",
+        "jp2",
+        "jxl",
+        "dcm",
+    )
+)
+"""Suffixes of photos in any format, in lower case; shards hold JPEGs."""
+
+MAX_NAME = 200
+"""Characters of a group or the name of a concept."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into the key of its sample and its extension in lower case, as `webdataset` does.
+
+    Both are empty for a file that belongs to no sample: a hidden one, one without extension, or __NAME__.
+    """
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    if not stem or not extension or _META.match(name):
+        return "", ""
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def is_photo(extension: str) -> bool:
+    """Return whether a member with this extension is a photo, by its last suffix."""
+    return extension.rpartition(".")[2] in PHOTO_SUFFIXES
+
+
+def belongs_to_lesion(names: Iterable[str], extensions: Mapping[str, tuple[str, ...]]) -> bool:
+    """Return whether a sample with members of these extensions is a lesion: any is a record, a label or a photo."""
+    read = {"json", "cls", *(name for each in extensions.values() for name in each)}
+    return any(name in read or is_photo(name) for name in names)
 
 
 class UnknownLabel(ValueError):
@@ -62,22 +114,23 @@ def parse_record(
     words: the index of a diagnosis by its spelling in lower case; default `Task.label_words`. A number is a word like
     any other.
 
-    Raises UnknownLabel for another label, ValueError for another value that cannot be read.
+    Raises UnknownLabel for another label, ValueError for another value that cannot be read, or labels that contradict
+    one another.
     """
-    cells = json.loads(record) if record is not None else {}
-    if not isinstance(cells, dict):
-        raise ValueError(f"its JSON is a {type(cells).__name__}, not a mapping")
-    lesion_id = _text(cells.get("lesion_id")) or key.rpartition("/")[2]
-    if not LESION_ID.fullmatch(lesion_id):
-        raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 characters, no space, dot or slash")
-    diagnosis = next((text for name in LABEL_KEYS if (text := _text(cells.get(name)))), (label or b"").decode().strip())
+    cells = _cells(record) if record is not None else {}
+    words = words or task.label_words
+    lesion_id = _name(cells, "lesion_id") or key.rpartition("/")[2]
+    if not LESION_ID.fullmatch(lesion_id) or not lesion_id.isprintable():
+        raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 printable characters, no space, dot or slash")
     metadata = _mapping(cells, "metadata") or cells
     concepts = _mapping(cells, "concepts") or _own_concepts({**metadata, **cells}, task)
+    if odd := next((name for name in concepts if not name.isprintable() or not 0 < len(name) <= MAX_NAME), None):
+        raise ValueError(f"the name of the concept {odd!r:.80} must have 1 to {MAX_NAME} printable characters")
     group_keys = (*GROUP_KEYS, task.columns.group or "")
     return Record(
         lesion_id=lesion_id,
-        group=next((text for name in group_keys if (text := _text(cells.get(name)))), lesion_id),
-        label=_label(diagnosis, task, words or task.label_words),
+        group=next((text for name in group_keys if (text := _name(cells, name))), lesion_id),
+        label=_label(cells, label, task, words),
         concepts={
             name: parse_score(name, _text(score), task.missing_words, task.concepts.words)
             for name, score in concepts.items()
@@ -97,8 +150,55 @@ def _own_concepts(cells: Mapping[str, Any], task: Task) -> dict[str, Any]:
     return {name: cells[name] for name in task.concepts.names if name in cells}
 
 
+def _cells(record: bytes) -> dict[str, Any]:
+    """Return the content of a sample's JSON. Raises ValueError where it is no mapping that can be read."""
+    try:
+        cells = json.loads(record, object_pairs_hook=_distinct)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its JSON cannot be read at line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its JSON is not in {error.encoding.upper()} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(cells, dict):
+        raise ValueError(f"its JSON is a {type(cells).__name__}, not a mapping")
+    if _SURROGATE.search(record) and (text := _not_unicode(cells)):
+        raise ValueError(f"its JSON holds half of a UTF-16 pair, which is no character: {text!r:.80}")
+    return cells
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    cells = dict(pairs)
+    if len(cells) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"its JSON holds {twice!r} twice; remove one")
+    return cells
+
+
+def _not_unicode(value: Any) -> str | None:
+    """Return a text in a JSON value that holds a lone surrogate."""
+    if isinstance(value, str):
+        return None if value.encode("utf-8", "ignore").decode() == value else value
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((text for part in parts if (text := _not_unicode(part))), None)
+
+
 def _text(value: Any) -> str:
+    """Return a cell as a table would hold it; whole numbers, which JSON may hold as 3.0, without a point."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return "" if value is None else str(value).strip()
+
+
+def _name(cells: Mapping[str, Any], name: str) -> str:
+    """Return an id or label of a record. Raises ValueError for a value that is no text or number."""
+    value = cells.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a text or number")
+    text = _text(value)
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise ValueError(f"{name} {text!r:.80} must have at most {MAX_NAME} characters, all printable")
+    return text
 
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -110,11 +210,27 @@ def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _label(text: str, task: Task, words: Mapping[str, int]) -> int:
-    # JSON holds an integer that was a float as 3.0.
-    for spelling in (text.lower(), text.lower().removesuffix(".0")):
-        if spelling in words:
-            return words[spelling]
-    if is_missing(text, task.missing_words):
-        return UNLABELED
-    raise UnknownLabel(text)
+def _label(cells: Mapping[str, Any], cls: bytes | None, task: Task, words: Mapping[str, int]) -> int:
+    """Return the first label of a record, else that of its `.cls`.
+
+    Raises UnknownLabel, or ValueError for labels of two diagnoses.
+    """
+    try:
+        texts = {name: _name(cells, name) for name in LABEL_KEYS} | {".cls": (cls or b"").decode("utf-8-sig").strip()}
+    except UnicodeDecodeError:
+        raise ValueError("its .cls is not a text in UTF-8") from None
+    labels = {name: _diagnosis(text, words) for name, text in texts.items()}
+    known = {name: label for name, label in labels.items() if label is not None}
+    if len({*known.values()}) > 1:
+        raise ValueError(f"its labels differ: {', '.join(f'{name} {texts[name]!r}' for name in known)}; correct one")
+    for name, text in texts.items():
+        if (label := labels[name]) is not None:
+            return label
+        if not is_missing(text, task.missing_words):
+            raise UnknownLabel(text)
+    return UNLABELED
+
+
+def _diagnosis(text: str, words: Mapping[str, int]) -> int | None:
+    # A file of labels may hold an integer that was a float as 3.0.
+    return words.get(text.lower(), words.get(text.lower().removesuffix(".0")))

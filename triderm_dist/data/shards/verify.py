@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
 from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
-from triderm_dist.data.shards.record import Record, parse_record
+from triderm_dist.data.shards.record import Record, belongs_to_lesion, parse_record, split_name
+from triderm_dist.data.shards.tar_members import DamagedTar, check_tar_end
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
@@ -94,14 +96,25 @@ def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
 
 
 def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row, sample) of every row, in order; `on_problem` gets every other sample that webdataset reads."""
+    """Yield (row, sample) of every row, in order; `on_problem` gets every other sample that webdataset reads, and
+    every tar that cannot be read to its end, unless the index was made of such a tar and lists it.
+    """
     dropped = {problem.lesion_id for problem in index.problems}
+    known = {Path(problem.where).name for problem in index.problems if problem.kind == "tar"}
     ends = np.cumsum([shard.samples for shard in index.shards])
     row = 0
     for number, end in enumerate(ends.tolist()):
-        where = str(index.path(number))
+        path = index.path(number)
+        where = str(path)
+        if path.name not in known:
+            try:
+                check_tar_end(path)
+            except (DamagedTar, OSError) as error:
+                on_problem(Problem("", "tar", where, f"{one_line(error)}; copy or make it again"))
         try:
             for sample in _webdataset(where):
+                if not belongs_to_lesion(sample, index.extensions):
+                    continue
                 name = _lesion_id(index, sample)
                 if row < end and name == index.lesion_ids[row]:
                     yield row, sample
@@ -111,6 +124,8 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
                     on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} instead of {wanted}"))
                     break
         except Exception as error:  # a damaged tar may raise anything
+            if path.name in known and row == end:
+                continue
             on_problem(Problem("", "tar", where, f"webdataset cannot read it ({one_line(error)})"))
         if row < end:
             first = index.lesion_ids[row]
@@ -123,7 +138,13 @@ def _webdataset(path: str) -> Iterator[dict[str, Any]]:
     import webdataset
 
     # All samples in this process, also where RANK is set.
-    yield from webdataset.WebDataset([path], shardshuffle=False, nodesplitter=None, workersplitter=None)
+    yield from webdataset.WebDataset(
+        [path],
+        shardshuffle=False,
+        nodesplitter=None,
+        workersplitter=None,
+        select_files=lambda name: split_name(name) != ("", ""),
+    )
 
 
 def _record(index: ShardIndex, sample: dict[str, Any]) -> Record:
