@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import atomic_path, write_json
+from triderm_dist.files import PATIENT_DATA, atomic_path, write_json
 
 KEY = "checksum"
 _PARQUET_KEY = b"triderm.checksums"
@@ -42,7 +42,7 @@ def _json_sha256(tree: Any) -> str:
 
 
 def write_checked_parquet(path: Path, table: Any, metadata: Mapping[bytes, bytes] | None = None) -> None:
-    """Write a parquet file atomically, with checksums of its pages, columns and metadata."""
+    """Write a parquet file of lesions atomically, with checksums of its pages, columns and metadata."""
     import pyarrow.parquet as pq
 
     metadata = dict(metadata or {})
@@ -51,7 +51,7 @@ def write_checked_parquet(path: Path, table: Any, metadata: Mapping[bytes, bytes
         "columns": {name: _column_sha256(table[name]) for name in table.column_names},
     }
     table = table.replace_schema_metadata({**metadata, _PARQUET_KEY: json.dumps(checksums)})
-    with atomic_path(path) as temporary:
+    with atomic_path(path, PATIENT_DATA) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 

@@ -20,6 +20,7 @@ from types import FrameType
 from triderm_dist import __version__, extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
+from triderm_dist.files import remove_dead_parts
 from triderm_dist.redact import redacted_output, remember
 from triderm_dist.run_log import LOG_FOLDER, RunLog
 from triderm_dist.schema import ConfigError, InputError, one_line
@@ -87,6 +88,7 @@ def run(
                 words = shlex.join(["triderm", program_of(main), *arguments])
                 log.enter_context(RunLog(Path(folder), f"{words} ({__version__})"))
             if isinstance(config, Experiment) and config.is_stage:
+                remove_dead_parts(config.folder, config.folder / "report", config.folder / "towers")
                 with recorded(config.folder, program_of(main), exit_code):
                     main(config)
             else:

@@ -1,4 +1,8 @@
-"""Atomic writes, checksums, and locks between processes."""
+"""Atomic writes, checksums, and locks between processes.
+
+Files with data of patients are written with the mode `PATIENT_DATA`, all others with that of new files; the umask
+restricts both.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,32 +24,94 @@ except ImportError:  # of Windows
     fcntl = None  # type: ignore[assignment]
 
 
+PATIENT_DATA = 0o640
+"""Mode of files that hold photos, ids, diagnoses or predictions of single lesions, less the umask."""
+NEW_FILE = 0o666
+"""Mode of all other files, less the umask."""
+_PART = re.compile(r"\.(\d+|[\w-]+-\d+-[0-9a-f]{8})\.part$")
+"""The end of a temporary name; earlier versions had the process id alone."""
+_UNLOCKED_SECONDS = 24 * 3600
+"""Where a file system has no locks, a temporary file of this age is taken for that of a writer that was killed."""
+
+
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder: renamed to `path` when the block ends, removed if it raises."""
+def atomic_path(path: Path, mode: int = NEW_FILE) -> Iterator[Path]:
+    """Yield a temporary file in the same folder: renamed to `path` when the block ends, removed if it raises.
+
+    Its name holds host, process and a random part, so that writers of one file in several containers have a file each.
+    It is created empty with `mode` less the umask, which the renamed file has whatever the block does, and locked, so
+    that `dead_parts` knows that its writer lives. An OSError names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with naming_file(path):
+    host = re.sub(r"[^\w-]", "-", platform.node(), flags=re.ASCII)[:40]
+    temporary = path.with_name(f"{path.name[:120]}.{host}-{os.getpid()}-{os.urandom(4).hex()}.part")
+    with naming_file(path, temporary):
+        file = open(temporary, "xb", opener=_opener(mode))  # noqa: SIM115 - closed below
+        try:
+            created = os.fstat(file.fileno()).st_mode & 0o777
+            if fcntl is None:
+                file.close()  # Windows does not rename an open file
+            else:
+                with suppress(OSError):  # a file system without locks
+                    lock_file(file, wait=False)
             yield temporary
+            if temporary.stat().st_mode & 0o777 != created:  # safetensors writes with 600
+                temporary.chmod(created)
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            file.close()
+            temporary.unlink(missing_ok=True)
+
+
+def open_new(path: Path, mode: int = NEW_FILE) -> IO[bytes]:
+    """Open a file for writing bytes, empty; where it is new, it has `mode` less the umask."""
+    return open(path, "wb", opener=_opener(mode))
+
+
+def _opener(mode: int) -> Callable[[str, int], int]:
+    return lambda path, flags: os.open(path, flags, mode)
+
+
+def dead_parts(*folders: Path) -> list[Path]:
+    """Return the temporary files of `atomic_path` in these folders whose writers were killed, sorted."""
+    found = (path for folder in folders for path in folder.glob("*.part") if _PART.search(path.name))
+    return sorted(path for path in found if path.is_file() and not _is_being_written(path))
+
+
+def remove_dead_parts(*folders: Path) -> None:
+    """Remove `dead_parts`, as far as this user may."""
+    for path in dead_parts(*folders):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _is_being_written(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            lock_file(file, shared=True, wait=False)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        with suppress(OSError):
+            return time.time() - path.stat().st_mtime < _UNLOCKED_SECONDS
+        return True  # removed meanwhile
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Add the file name `path` to an OSError that has none, as one of a full disk."""
+def naming_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Add the file name `path` to an OSError that has none, as one of a full disk, or that of its temporary file."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if not error.filename or str(error.filename) == str(temporary):
+            error.filename = str(path)
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:
     """Write a text file atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -53,7 +122,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
     try:
         with naming_file(path):
+            open_new(path).close()
+            mode = path.stat().st_mode & 0o777
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+            path.chmod(mode)  # safetensors writes with 600
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
 
@@ -68,12 +140,12 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes as people read it, in powers of 1000."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
+def size_text(size: float, binary: bool = False) -> str:
+    """Return a number of bytes as people read it, in powers of 1000; binary: of 1024, as memory is measured."""
+    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K" if binary else "k")):
+        if size >= (factor := (1024 if binary else 1000) ** power):
+            return f"{size / factor:.1f} {prefix}{'iB' if binary else 'B'}"
+    return f"{size:.0f} B"
 
 
 def file_sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triderm_dist.checksums import write_checked_parquet
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.metrics import OFFICIAL_THRESHOLD
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
@@ -84,9 +84,9 @@ def write_probabilities(
     paths = [Path(folder) / f"{prefix}{name}" for name in (PROBABILITIES_FILE, DECISIONS_FILE)]
     names = task.diagnosis_names
     ids, probabilities, decisions = _checked(paths[0], results, names, template)
-    with atomic_path(paths[0]) as temporary:
+    with atomic_path(paths[0], PATIENT_DATA) as temporary:
         write_numbers(temporary, ids, probabilities, names)
-    with atomic_path(paths[1]) as temporary:
+    with atomic_path(paths[1], PATIENT_DATA) as temporary:
         _write_rows(temporary, ["lesion_id", "decision"], zip(ids, _words(decisions, names), strict=True))
         if not np.array_equal(read_decisions(temporary, names)[1], decisions):
             raise DataError(f"{paths[1]}: {_BUG}")
@@ -175,7 +175,7 @@ def write_submission(
 def _write_submission(
     path: Path, ids: list[str], probabilities: np.ndarray, decisions: np.ndarray, diagnoses: Sequence[str]
 ) -> None:
-    with atomic_path(path) as temporary:
+    with atomic_path(path, PATIENT_DATA) as temporary:
         write_numbers(temporary, ids, map_to_half(probabilities, decisions), diagnoses)
         read_ids, read = read_submission(temporary, diagnoses)
         if read_ids != ids or not np.array_equal(read > OFFICIAL_THRESHOLD, decisions):

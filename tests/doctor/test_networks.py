@@ -6,7 +6,8 @@ from tests.doctor.conftest import SMALL, finding
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import GIB, Finding
-from triderm_dist.doctor.networks import CONTEXT, USABLE, _size
+from triderm_dist.doctor.networks import CONTEXT, USABLE
+from triderm_dist.files import size_text
 from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 from triderm_dist.schema import InputError
@@ -55,7 +56,7 @@ def test_memory_is_estimated_for_the_task_before_packing(tmp_path):
     for name, experiment in tasks.items():
         task = load_task(name)
         need, _ = estimate_model_memory(experiment.models["a"], task.signature(task.concepts.names), half=False)
-        assert f"{_size(need.per_lesion)} per lesion" in finding(experiment, "a: memory").text
+        assert f"{size_text(need.per_lesion, binary=True)} per lesion" in finding(experiment, "a: memory").text
         needs[name] = need
     assert needs["ham10000"].total(16) < 0.6 * needs["milk10k"].total(16)  # one view
 

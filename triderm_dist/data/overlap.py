@@ -21,7 +21,7 @@ from PIL import Image
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.schema import VIEWS, DataError, one_line
 
 SIDE = 16
@@ -81,7 +81,7 @@ class Thumbnails:
             for job in [pool.submit(read, i) for i in range(len(rows))]:
                 job.result()
         shards.close()
-        with atomic_path(self._path(number)) as temporary, temporary.open("wb") as file:
+        with atomic_path(self._path(number), PATIENT_DATA) as temporary, temporary.open("wb") as file:
             np.savez(file, digests=digests, thumbnails=thumbnails)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:

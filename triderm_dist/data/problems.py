@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.schema import DataError
 
 
@@ -48,7 +48,7 @@ def count_by_kind(problems: Sequence[Problem]) -> dict[str, int]:
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """Write the problems as CSV, atomically."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path, PATIENT_DATA) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(Problem))
         writer.writerows(astuple(problem) for problem in problems)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.schema import DataError, one_line
 
 CHUNK = 256
@@ -53,7 +53,7 @@ class TokenCache:
         """Store the tokens (n, views, L, D) of a chunk as float16."""
         content = io.BytesIO()
         np.save(content, tokens.astype(np.float16, copy=False))
-        with atomic_path(self._path(version, chunk)) as temporary, temporary.open("wb") as file:
+        with atomic_path(self._path(version, chunk), PATIENT_DATA) as temporary, temporary.open("wb") as file:
             file.write(content.getbuffer())
             file.write(_TRAILER + zlib.crc32(content.getbuffer()).to_bytes(4, "little"))
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
 PACKED_BYTES_PER_PIXEL = 0.35
@@ -61,16 +62,16 @@ def disk_finding(
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     parts = {field.name: getattr(need, field.name) for field in fields(need)}
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size and name != "checkpoints")
-    text = f"about {_size(need.finished)} when finished ({listed}), {_size(need.peak)} while training"
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size and name != "checkpoints")
+    text = f"about {size_text(need.finished)} when finished ({listed}), {size_text(need.peak)} while training"
     if used:
-        text += f"; {_size(used)} are there"
+        text += f"; {size_text(used)} are there"
     if need.peak - used <= free:
         return Finding("disk needed", text)
     remedies = ["free some", "set another output"]
     remedies += ["a smaller train.augment.token_variants"] if need.tokens > need.finished / 2 else []
     remedies += ["train.keep_checkpoints=false"] if _keeps(experiment) else []
-    return Finding("disk needed", f"{text}; {_size(free)} are free", "warning", " or ".join(remedies))
+    return Finding("disk needed", f"{text}; {size_text(free)} are free", "warning", " or ".join(remedies))
 
 
 def estimate_disk(
@@ -165,7 +166,3 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
 
 def _keeps(experiment: Experiment) -> bool:
     return any(model.train.keep_checkpoints for model in experiment.models.values())
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from urllib.parse import urlsplit
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
 USABLE, CONTEXT = 0.92, 1.0
@@ -64,9 +66,10 @@ def _step_memory(name: str, model: ModelConfig, signature: Signature, ranks: int
         need, note = estimate_model_memory(model, signature, half)
     except InputError as error:
         return Finding(title, f"not estimated: {error}")
+    memory = partial(size_text, binary=True)
     text = (
-        f"a step takes about {_size(need.total(micro))} per rank at micro-batch {micro} (parameters and optimizer "
-        f"{_size(need.parameters + need.optimizer)}, {_size(need.per_lesion)} per lesion{', ' if note else ''}{note})"
+        f"a step takes about {memory(need.total(micro))} per rank at micro-batch {micro} (parameters and optimizer "
+        f"{memory(need.parameters + need.optimizer)}, {memory(need.per_lesion)} per lesion{', ' if note else ''}{note})"
     )
     if gpu_memory is None:
         return Finding(title, text)
@@ -85,10 +88,6 @@ def _step_memory(name: str, model: ModelConfig, signature: Signature, ranks: int
             remedies.append("train.activation_checkpointing=true")
     advice = " or ".join(remedies) or "a larger GPU, deepspeed_zero3.yaml or fsdp2.yaml on several, or a smaller tower"
     return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB has", "warning", advice)
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def largest_micro_batch(global_batch: int, ranks: int, limit: int) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.engine.fold_folder import ASIDE
-from triderm_dist.files import exclusive_lock
+from triderm_dist.files import dead_parts, exclusive_lock
 from triderm_dist.schema import DataError, InputError
 
 CHECKPOINTS = "checkpoints of finished folds"
@@ -41,7 +41,6 @@ def find_removable(run: Path) -> tuple[list[Removable], list[str]]:
     found = {
         CHECKPOINTS: [path / "checkpoints" for path in finished if (path / "checkpoints").is_dir()],
         OTHERS: sorted(path for path in run.glob(f"*/{ASIDE}") if path.is_dir()),
-        LEFTOVERS: [part for path in trainings for part in sorted(path.glob("*.part"))],
     }
     notes = []
     unfinished = [path for path in trainings if path not in finished and (path / "checkpoints").is_dir()]
@@ -53,6 +52,9 @@ def find_removable(run: Path) -> tuple[list[Removable], list[str]]:
         found[TOKENS] = [tokens]
     elif tokens.is_dir():
         notes.append("kept: tokens/, which the pretrained files are needed to compute again")
+    listed = {path for paths in found.values() for path in paths}
+    folders = [Path(folder) for folder, _, _ in os.walk(run)]
+    found[LEFTOVERS] = dead_parts(*(path for path in folders if listed.isdisjoint((path, *path.parents))))
     removable = []
     for kind, paths in found.items():
         paths = [path for path in paths if not path.is_symlink()]

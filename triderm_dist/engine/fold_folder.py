@@ -12,7 +12,7 @@ from pathlib import Path
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
-from triderm_dist.files import exclusive_lock
+from triderm_dist.files import exclusive_lock, remove_dead_parts
 from triderm_dist.schema import CheckpointError, InputError
 from triderm_dist.terminal import wrapped
 
@@ -66,8 +66,7 @@ class FoldFolder:
         if located != self.path:
             located.rename(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for killed_save in (*self.path.glob("*.part"), *self.path.glob("checkpoints/*/*.part")):
-            killed_save.unlink()
+        remove_dead_parts(self.path, *self.path.glob("checkpoints/*"))
         for killed_save in self.path.glob("checkpoints/*.part"):
             shutil.rmtree(killed_save)
 

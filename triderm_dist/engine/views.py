@@ -21,6 +21,7 @@ from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.parallel import start_training
+from triderm_dist.files import remove_dead_parts
 from triderm_dist.models import build_towers
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
@@ -167,6 +168,8 @@ class _TokenExtractor:
     ) -> None:
         """Compute the missing chunks, distributed over the ranks; an interrupted run resumes at the next chunk."""
         missing, accelerator = cache.missing(versions), self.accelerator
+        if missing:
+            on_main(lambda: remove_dead_parts(*(cache.folder / version for version in versions)))
         accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
         if not missing:
             return

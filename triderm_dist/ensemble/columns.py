@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.schema import DataError
 
 BATCH = 65_536
@@ -52,7 +52,7 @@ class ColumnFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with atomic_path(path) as temporary:
+        with atomic_path(path, PATIENT_DATA) as temporary:
             writer = None
             for batch in batches:
                 flat = pa.array(np.ascontiguousarray(batch, np.float32).ravel(), from_pandas=False)

@@ -12,7 +12,7 @@ import torch
 from triderm_dist.config import Networks
 from triderm_dist.data.shards.photos import QUALITY
 from triderm_dist.ensemble.run_files import STACK_FILE, STACKER
-from triderm_dist.files import file_sha256, write_json
+from triderm_dist.files import file_sha256, size_text, write_json
 from triderm_dist.inference.exported_network import ExportedNetwork, describe
 from triderm_dist.inference.network_files import BATCHES, SUFFIXES, check_installed, versions, write_network
 from triderm_dist.inference.networks import NetworkLoader, Preprocessing
@@ -62,7 +62,7 @@ def export_run(
         if kind == "zip":
             write_slim_run(run, part)
             write_zip(part, output)
-            report(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+            report(f"{output}: {size_text(output.stat().st_size)}")
             return
         if kind == "hub":
             write_slim_run(run, part)
@@ -70,7 +70,7 @@ def export_run(
         else:
             _write_networks(run, part, kind, models, folds, report)
         part.rename(output)
-        report(f"{output}: {sum(file.stat().st_size for file in output.rglob('*')) / 1e6:.1f} MB")
+        report(f"{output}: {size_text(sum(file.stat().st_size for file in output.rglob('*')))}")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from triderm_dist.checksums import DamagedFile, read_checked_parquet
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.submission import (
     PROBABILITIES_FILE,
@@ -101,5 +101,5 @@ def _write_csv(path: Path, table: pa.Table, task: Task) -> None:
     names = task.diagnosis_names
     ids, decisions = (table[name].to_pylist() for name in ("lesion_id", "decision"))
     probabilities = np.stack([table[name].to_numpy() for name in names], 1)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, PATIENT_DATA) as temporary:
         write_numbers(temporary, ids, probabilities, names, decisions)

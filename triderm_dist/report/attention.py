@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.schema import UNLABELED, Task
 
@@ -59,7 +59,7 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
             )  # fmt: skip
             axes.set_xlabel("share of the attention")
             axes.set_title("semantic gating: weights of the inputs")
-        with atomic_path(path) as temporary:
+        with atomic_path(path, PATIENT_DATA) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
         pyplot.close(figure)
 

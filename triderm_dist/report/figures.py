@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.files import atomic_path
+from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.report.content import Content
 
 INK, GRAY, FAINT = "#22313f", "#6b7785", "#dfe4ea"
@@ -82,7 +82,7 @@ def draw(content: Content, folder: Path) -> dict[str, str]:
                 continue
             figure = pyplot.figure(figsize=size, layout="constrained")
             alt_texts[name] = function(figure, content)
-            with atomic_path(path) as temporary:
+            with atomic_path(path, PATIENT_DATA) as temporary:
                 figure.savefig(temporary, format="png", metadata={"Software": None})
             pyplot.close(figure)
     return alt_texts

@@ -10,7 +10,7 @@ import numpy as np
 
 from triderm_dist.ensemble.run_files import ENSEMBLE
 from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
-from triderm_dist.files import write_text
+from triderm_dist.files import PATIENT_DATA, write_text
 from triderm_dist.intervals import Interval
 from triderm_dist.metrics import METRICS
 from triderm_dist.report.content import (
@@ -63,7 +63,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
     content = Content(run_folder)
     alt_texts = draw(content, folder / "report")
     path = folder / "report.html"
-    write_text(path, _page(content, alt_texts, folder / "report"))
+    write_text(path, _page(content, alt_texts, folder / "report"), PATIENT_DATA)
     return path
 
 

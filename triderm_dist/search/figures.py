@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from triderm_dist.files import atomic_path
 from triderm_dist.search.results import Summary
 from triderm_dist.search.settings import BASELINE
 from triderm_dist.search.space import Domain
@@ -41,9 +42,8 @@ def draw_summary(summary: Summary) -> dict[Path, str]:
                 continue
             figure = Figure(figsize=size, layout="constrained")
             descriptions[path] = draw(figure, axes, trials, summary)
-            temporary = path.with_name(f"{name}.part.png")
-            figure.savefig(temporary, metadata={"Software": None})
-            temporary.replace(path)
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, format="png", metadata={"Software": None})
     return descriptions
 
 

@@ -33,7 +33,7 @@ from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, 
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import atomic_path, exclusive_lock, file_sha256, write_json
+from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, open_new, write_json
 from triderm_dist.schema import VIEWS, DataError, Lesion
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
@@ -271,7 +271,7 @@ class _Packer:
         }
         schema = rows_schema(len(self.concepts), len(self.task.fields))
         schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
-        with atomic_path(_rows_path(part, number)) as temporary:
+        with atomic_path(_rows_path(part, number), PATIENT_DATA) as temporary:
             pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
         return finished
 
@@ -342,7 +342,7 @@ class TarWriter:
     """Writes a tar whose bytes depend on its members only, and hashes it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self._file = open_new(path, PATIENT_DATA)
         self._digest = hashlib.sha256()
         self._position = 0
 

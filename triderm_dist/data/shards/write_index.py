@@ -24,7 +24,7 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
-from triderm_dist.files import atomic_path, file_sha256, write_json
+from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256, write_json
 from triderm_dist.schema import UNLABELED, VIEWS, Task
 
 
@@ -45,7 +45,7 @@ def write_index(
     sizes: Counter[tuple[int, int]] = Counter()
     digests: list[np.ndarray] = []
     rows = 0
-    with atomic_path(folder / SAMPLES) as temporary:
+    with atomic_path(folder / SAMPLES, PATIENT_DATA) as temporary:
         schema = samples_schema(len(concepts), len(task.fields))
         with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):

@@ -1,0 +1,111 @@
+"""Atomic writes: one temporary file per writer, modes, names in errors, and what killed writers leave."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from triderm_dist import files
+from triderm_dist.checksums import write_checked_tensors
+from triderm_dist.files import (
+    PATIENT_DATA,
+    atomic_path,
+    dead_parts,
+    naming_file,
+    open_new,
+    remove_dead_parts,
+    size_text,
+    write_tensors,
+    write_text,
+)
+
+
+@pytest.fixture
+def umask():
+    """Set the umask, and restore it after the test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_writers_with_one_process_id_write_different_files(tmp_path, monkeypatch):
+    """As in two containers, where both are process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "table.json"
+    with atomic_path(path) as first, atomic_path(path) as second:
+        assert first != second and first.parent == second.parent == tmp_path
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["table.json"]
+
+
+def test_temporary_name_is_never_that_of_another_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", bytes)
+    with atomic_path(tmp_path / "a") as part:
+        second = atomic_path(tmp_path / "a")
+        with pytest.raises(FileExistsError, match="a"):
+            second.__enter__()
+        assert part.exists()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o640), (0o077, 0o600), (0o002, 0o640)])
+def test_patient_data_is_not_for_everybody(tmp_path, umask, mask, mode):
+    umask(mask)
+    write_text(tmp_path / "a.csv", "lesion_id\n", PATIENT_DATA)
+    open_new(tmp_path / "a.tar", PATIENT_DATA).close()
+    assert mode_of(tmp_path / "a.csv") == mode_of(tmp_path / "a.tar") == mode
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_have_the_mode_of_new_files(tmp_path, umask, mask, mode):
+    umask(mask)
+    write_tensors(tmp_path / "a.safetensors", {"weight": torch.ones(2)})
+    with atomic_path(tmp_path / "b.safetensors") as part:
+        write_tensors(part, {"weight": torch.ones(2)})
+    write_checked_tensors(tmp_path / "c.safetensors", {"mean": np.ones(2)})
+    assert {mode_of(path) for path in tmp_path.iterdir()} == {mode}
+
+
+def test_parts_of_killed_writers_are_removed_and_of_living_ones_kept(tmp_path):
+    for name in ("a.json.host-12-0123abcd.part", "b.npy.4711.part", "notes.part", "a.json"):
+        (tmp_path / name).write_text("")
+    with atomic_path(tmp_path / "c.json") as living:
+        assert [path.name for path in dead_parts(tmp_path)] == ["a.json.host-12-0123abcd.part", "b.npy.4711.part"]
+        remove_dead_parts(tmp_path, tmp_path / "absent")
+        assert {path.name for path in tmp_path.iterdir()} == {"a.json", "notes.part", living.name}
+
+
+def test_without_locks_only_old_parts_are_dead(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "lock_file", no_locks)
+    for name, age in (("new.1.part", 10), ("old.1.part", 2 * 24 * 3600)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (files.time.time() - age,) * 2)
+    assert [path.name for path in dead_parts(tmp_path)] == ["old.1.part"]
+
+
+@pytest.mark.parametrize("name", [None, "temporary", "other"])
+def test_error_names_the_file_and_not_its_temporary(tmp_path, name):
+    path = tmp_path / "table.json"
+    with pytest.raises(OSError) as caught, atomic_path(path) as part:
+        raise OSError(errno.ENOSPC, "No space left on device", {"temporary": str(part)}.get(name, name))
+    assert caught.value.filename == ("other" if name == "other" else str(path)) and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="here"), naming_file(Path("here")):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_sizes_are_written_as_people_read_them():
+    assert [size_text(size) for size in (0, 999, 1e3, 12_345_678, 5e9, 2.5e13)] == [
+        "0 B", "999 B", "1.0 kB", "12.3 MB", "5.0 GB", "25.0 TB",
+    ]  # fmt: skip
+    assert [size_text(size, binary=True) for size in (1023, 2048, 2**30)] == ["1023 B", "2.0 KiB", "1.0 GiB"]
