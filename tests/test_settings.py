@@ -79,6 +79,8 @@ def read(override: str) -> Outer:
         ("kinds=y,x", "kinds", ("y", "x")),
         ("pull=auto", "pull", "auto"),
         ("pull=1e-4", "pull", 1e-4),
+        ("name= a ", "name", "a"),
+        ("count=1e3", "count", 1000),
         ("power=2", "power", 2),
         ("inner.rate=1e-4", "inner", Inner(rate=1e-4)),
         ("inner={rate: 1e-4}", "inner", Inner(rate=1e-4)),
@@ -105,6 +107,25 @@ def test_value_is_parsed_by_the_type_of_its_setting(override, key, value):
         ("inner={rate: 1, rate: 1}", "inner: .*'rate' is written twice, in lines 1 and 1"),
         ("inner=3", "inner: a section of settings; write inner.NAME=VALUE"),
         ("many=3", "many: a section of settings; write many.NAME=VALUE"),
+        ("count=true", r"count: input should be a valid integer.* \(got 'true'\)"),
+        (f"count={'9' * 30}", r"count: the number is too large \(got 9+\)"),
+        (f"count={'9' * 5000}", r"count: .*integer.* \(got '9{70,} \.\.\.\)"),
+        ("inner.rate=nan", "inner.rate: input should be a finite number"),
+        ("pull=1e999", "pull: input should be a finite number"),
+        ("inner.free={a: [.inf]}", r"inner.free.a.0: a finite number is needed \(got inf\)"),
+        ("inner.free={a: 1e999}", r"inner.free.a: a finite number is needed \(got inf\)"),
+        ("folder=$SCRATCH/x", r"folder: \$SCRATCH is not replaced here; write the path itself"),
+        ("source=local-dir:$HOME/x", r"source: \$HOME is not replaced here"),
+        ("folder=~no_such_user/x", "folder: ~no_such_user is no user of this machine"),
+        ("folder=''", "folder: the path is empty"),
+        ("source=' '", "source: the path is empty"),
+        ("folder=a\0b", r"folder: the path holds U\+0000"),
+        ("folder=a\nb", r"folder: the path holds U\+000A"),
+        ("folder=a\r", "folder: ends with a carriage return; remove the Windows line ends of the script"),
+        ("name=a\x1b[31m", r"name: the text holds U\+001B"),
+        ("name=a\u202eb", r"name: the text holds U\+202E \(right-to-left override\)"),
+        ("many={a\u202eb: {}}", r"many: the text holds U\+202E"),
+        ("inner..rate=1", "an empty name between the dots"),
         ("several=3", r"several.0: a mapping of settings; write several=\[\{NAME: VALUE\}\]"),
         ("several=[{raet: 0.1}]", r"unknown setting 'several.0.raet'; did you mean 'several\[\].rate'\?"),
         ("many.a.raet=0.1", r"unknown setting 'many.a.raet'; did you mean 'many.NAME.rate'\?"),
@@ -155,6 +176,48 @@ def test_duplicate_key_is_refused_with_both_line_numbers(tmp_path: Path):
     file.write_text("a: 1\nb: {c: 1}\nd:\n  e: 1\n  f: 2\n  e: 3\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: 'e' is written twice, in lines 4 and 6"):
         read_mapping(file, "")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{below}'] * 9)}]\n" for below, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\n'a': 2\n", "'a' is written twice, in lines 1 and 2"),
+        ("a: {b: 1,\n  b: 2}\n", "'b' is written twice, in lines 1 and 2"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  <<: *a\n", "'<<' is written twice, in lines 3 and 4"),
+        (BOMB, "aliases stand for more than 100,000 values or 50 levels"),
+        ("a: &a {b: *a}\n", "line 1: an alias of what holds it"),
+        ("a: &a [*a]\n", "line 1: an alias of what holds it"),
+        ("a: " + "[" * 5000, "line 1: more than 50 levels"),
+        ("".join(f"{' ' * level}a:\n" for level in range(60)), "line 5.: more than 50 levels"),
+        ("? [a, b]\n: 1\n", "line 1: a key is a list or a mapping"),
+        ("a: b: c\n", r"not readable as YAML \(line 1, column 5: mapping values are not allowed here\)"),
+        ("a: 1\n---\na: 2\n", r"not readable as YAML \(line 2, column 1: but found another document\)"),
+        ("a: !!int x\n", r"not readable as YAML \("),
+        ("a: !!python/object/apply:os.getcwd []\n", r"not readable as YAML \(line 1, column 4: could not determine"),
+        ("a: \u00e4\n".encode("utf-16"), "is in UTF-16; save it as UTF-8"),
+        ("b: 1\na: \u00e4\n".encode("latin-1"), r"line 2 is not in UTF-8 \(byte 0xe4\)"),
+        (b"a: b\0c\n", "not readable as YAML"),
+        (b"#" * (1 << 20) + b"\n", "more than 1 MiB"),
+        ("a.b: 1\n", "unknown setting 'a.b'; write nested mappings"),
+    ],
+)
+def test_yaml_file_that_contradicts_itself_or_has_no_bounds_is_refused(tmp_path: Path, content: str | bytes, message):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as error:
+        validate(Outer, read_mapping(path, ""))
+    assert "\n" not in str(error.value)
+
+
+def test_mark_of_the_byte_order_is_no_part_of_the_first_key(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    path.write_text("\ufeffname: b\n", encoding="utf-8")
+    assert validate(Outer, read_mapping(path, "")).name == "b"
 
 
 def test_anchors_and_merge_keys_are_read(tmp_path: Path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from triderm_dist import __version__, extras
 from triderm_dist.commands import PROGRAMS, names
+from triderm_dist.schema import did_you_mean
 
 
 def usage() -> str:
@@ -36,8 +36,7 @@ def main() -> None:
             sys.exit(2)
         program.start()
     else:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "triderm --help lists them"
+        hint = did_you_mean(name, names(), "triderm --help lists them")
         print(f"error: {name!r} is not a program of triderm; {hint}", file=sys.stderr)
         sys.exit(2)
 

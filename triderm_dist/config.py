@@ -37,6 +37,9 @@ from triderm_dist.settings import (
     validate,
 )
 
+MAX_SEED = 2**53
+"""Every generator takes this seed, and JSON holds it exactly."""
+
 
 class RemoteConfig(Section):
     """Shards behind a URL: data.shards and data.test_shards may be s3://, gs://, hf://, https:// or any fsspec URL."""
@@ -112,7 +115,7 @@ class DataConfig(Section):
         None, description="ground truth of the test set, to score the submission; null where it is unknown"
     )
     folds: int = Field(5, ge=2, description="number of cross-validation folds")
-    fold_seed: int = Field(0, description="seed of the fold assignment")
+    fold_seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the fold assignment")
     short_side: int | None = Field(
         288, ge=32, description="short side in pixels that packing reduces photos to; null keeps their size"
     )
@@ -478,8 +481,10 @@ class Experiment(Extensible):
     """Keys and sections of the experiment that have an effect on a program; None stands for all."""
 
     output: PathText = Field("runs/default", description="folder of the run")
-    seed: int = Field(0, description="seed of initial weights, order of lesions and augmentation")
-    token_seed: int | None = Field(None, description="seed of the augmented tokens of frozen towers; null takes `seed`")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of initial weights, order of lesions and augmentation")
+    token_seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="seed of the augmented tokens of frozen towers; null takes `seed`"
+    )
     tokens: PathText | None = Field(
         None, description="folder of the token cache of frozen towers; default OUTPUT/tokens"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
@@ -81,11 +82,78 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+_LONGEST_COMPARED = 100
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word most similar to `word`, whatever their case, None where none is similar.
+
+    cutoff: the least similarity, from 0 to 1.
+    """
+    if len(word) > _LONGEST_COMPARED:
+        return None  # the comparison takes the square of the length
+    spelled = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=cutoff)
+    return spelled[found[0]] if found else None
+
+
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """Return a hint at the nearest of the known words, or `otherwise` where none is near: by default all of them."""
     words = [*known]
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {near[0]!r}?" if near else otherwise or f"known are {', '.join(words)}"
+    near = nearest(word, words)
+    return f"did you mean {near!r}?" if near else otherwise or f"known are {', '.join(words)}"
+
+
+def quoted(text: str, limit: int = 60) -> str:
+    """Return text of a user in quotes for a message, with escapes, and cut where it is long."""
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text):,} characters)"
+
+
+def unsafe_character(text: str, allowed: str = "") -> str | None:
+    """Name the first character that acts on a terminal or on the order of text, None where there is none.
+
+    Those are control characters, separators of lines, marks of the direction of text, and halves of a surrogate pair.
+    """
+    if text.isascii() and text.isprintable():
+        return None
+    for character in text:
+        if character not in allowed and (
+            unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTION_MARKS
+        ):
+            name = unicodedata.name(character, "a control character").lower()
+            return f"U+{ord(character):04X} ({name})"
+    return None
+
+
+_DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
+"""What begins a formula where a spreadsheet opens a CSV file, also in full width."""
+_ERROR_VALUES = frozenset({"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "#SPILL!", "#CALC!"})
+_SCIENTIFIC = re.compile(r"[0-9](\.[0-9]+)?E\+?[0-9]{2,3}", re.IGNORECASE)
+MAX_ID = 80
+
+
+def why_no_id(text: str) -> str | None:
+    """Say why a text of a table cannot be the id of a lesion, photo or patient, None where it can."""
+    if not text:
+        return "is empty"
+    if len(text) > MAX_ID:
+        return f"has {len(text):,} characters, more than {MAX_ID}"
+    if character := unsafe_character(text) or _invisible(text):
+        return f"holds {character}"
+    if text[0] in _FORMULA:
+        return f"begins with {text[0]}, which a spreadsheet takes for a formula"
+    if text.upper() in _ERROR_VALUES:
+        return "is an error value of a spreadsheet"
+    if _SCIENTIFIC.fullmatch(text):
+        return "is a number that a spreadsheet has shortened; format the column as text and export it again"
+    return None
+
+
+def _invisible(text: str) -> str | None:
+    """Name the first character that has no width."""
+    found = next((each for each in text if unicodedata.category(each) == "Cf" or each == "\ufffd"), None)
+    return found and f"U+{ord(found):04X} ({unicodedata.name(found, 'no name').lower()})"
 
 
 @dataclass(frozen=True)
@@ -152,7 +220,9 @@ class MetadataField:
                 number = math.nan
             if not self.low <= number <= self.high:
                 unit = f" {self.unit}" if self.unit else ""
-                raise ValueError(f"{self.column} {text!r} is not a number from {self.low:g} to {self.high:g}{unit}")
+                raise ValueError(
+                    f"{self.column} {quoted(text)} is not a number from {self.low:g} to {self.high:g}{unit}"
+                )
             return number
         index = {name.lower(): float(at) for at, name in enumerate(self.categories)}
         index |= {other.lower(): index[name.lower()] for other, name in self.synonyms.items()}
@@ -160,9 +230,9 @@ class MetadataField:
         for spelling in (text.lower(), text.lower().removesuffix(".0")):
             if spelling in index:
                 return index[spelling]
-        near = difflib.get_close_matches(text.lower(), index, n=1)
-        hint = f"did you mean {near[0]!r}? Known" if near else "known"
-        raise ValueError(f"unknown {self.column} {text!r}; {hint} are {', '.join(self.categories)}")
+        near = nearest(text, index)
+        hint = f"did you mean {near!r}? Known" if near else "known"
+        raise ValueError(f"unknown {self.column} {quoted(text)}; {hint} are {', '.join(self.categories)}")
 
     def cell(self, value: float) -> float | str | None:
         """Return a value as JSON holds it: the number, the name of the category, None where missing."""

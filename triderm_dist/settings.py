@@ -6,7 +6,7 @@ folder, `explain=00123` a name, `train.optim.lr=1e-4` a number. Quoted scalars a
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.schema import ConfigError, nearest, one_line, unsafe_character
 
 
 class Section(BaseModel):
     """A node of the settings tree."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -43,9 +43,23 @@ Tree = TypeVar("Tree", bound=Section)
 
 
 def _expand_user(path: str) -> str:
-    """Replace `~` at the start of a path, also of the path in `local-dir:~/x` and `timm:NAME@~/x`."""
-    head, mark, tail = re.fullmatch(r"((?:.*[:@])?)(~?)(.*)", path, re.S).groups()  # type: ignore[union-attr]
-    return head + os.path.expanduser(mark + tail) if mark else path
+    """Replace `~` at the start of a path, also of the path in `local-dir:~/x` and `timm:NAME@~/x`.
+
+    Raises ValueError for an empty path, an unknown user, and a variable of the shell, which nothing replaces.
+    """
+    if not path.strip():
+        raise ValueError("the path is empty; write one, or null where that is allowed")
+    if character := unsafe_character(path):
+        raise ValueError(f"the path holds {character}")
+    head, mark, tail = re.fullmatch(r"((?:.*[:@])?)([~$]?)(.*)", path, re.S).groups()  # type: ignore[union-attr]
+    if mark == "$" and not head.startswith("pipe:"):
+        raise ValueError(f"{mark + tail.partition('/')[0]} is not replaced here; write the path itself")
+    if mark != "~":
+        return path
+    expanded = os.path.expanduser(mark + tail)
+    if expanded.startswith("~"):
+        raise ValueError(f"{expanded.partition('/')[0]} is no user of this machine; write the path itself")
+    return head + expanded
 
 
 SourceText = Annotated[str, AfterValidator(_expand_user)]
@@ -61,6 +75,7 @@ class Plain(str):
 NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_MAX_DIGITS, _MAX_INTEGER = 100, 2**63 - 1
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=e))(e[-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I)
 
 
@@ -76,7 +91,7 @@ def untyped(value: Any) -> Any:
         return None
     if value in _BOOL:
         return _BOOL[value]
-    if _INTEGER.fullmatch(value):
+    if _INTEGER.fullmatch(value) and len(value) <= _MAX_DIGITS:
         return int(value)
     if _NUMBER.fullmatch(value):
         return float(re.sub(r"\.(?=inf|nan)", "", value.lower()))
@@ -96,7 +111,9 @@ def typed(value: Any, annotation: Any) -> Any:
         if item is not None:
             return [typed(Plain(part.strip()), item) for part in value.split(",")]
         takes_text = any(kind is str or (get_origin(kind) is Literal and _all_text(kind)) for kind in kinds)
-        return str(value) if takes_text else untyped(value)
+        # pydantic would take true for the integer 1.
+        is_text = takes_text or (value in _BOOL and bool not in kinds and any(kind in (int, float) for kind in kinds))
+        return str(value) if is_text else untyped(value)
     if isinstance(value, list):
         return [typed(each, Any if item is None else item) for each in value]
     if isinstance(value, Mapping) and not any(_section(kind) for kind in kinds):
@@ -129,24 +146,58 @@ def _section(annotation: Any) -> type[Section] | None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _DuplicateKey(yaml.YAMLError):
-    pass
+MAX_FILE = 1 << 20
+"""Bytes of a YAML file."""
+MAX_VALUES, MAX_LEVELS = 100_000, 50
+"""Of a YAML document in which every alias is replaced by what it stands for."""
+
+
+class _Refused(yaml.YAMLError):
+    """A document that YAML allows and settings do not; the text says why."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads unquoted scalars as `Plain`, and refuses a key that is written twice in a mapping."""
+    """Reads unquoted scalars as `Plain`; refuses a key that is written twice in a mapping, and aliases without end."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # type: ignore[misc]
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._level = 0
+        self._extents: dict[int, tuple[int, int]] = {}
+        """(number of values, levels) of each complete node."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        line, alias = self.peek_event().start_mark.line + 1, self.check_event(yaml.AliasEvent)
+        self._level += 1
+        if self._level > MAX_LEVELS:
+            raise _Refused(f"line {line}: more than {MAX_LEVELS} levels")
+        node = super().compose_node(parent, index)
+        if alias and id(node) not in self._extents:
+            raise _Refused(f"line {line}: an alias of what holds it")
+        if not alias:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inner = [
+                self._extents[id(each)] for part in parts for each in (part if isinstance(part, tuple) else [part])
+            ]
+            highest = max((levels for _, levels in inner), default=0)
+            self._extents[id(node)] = 1 + sum(values for values, _ in inner), 1 + highest
+        values, levels = self._extents[id(node)]
+        if values > MAX_VALUES or self._level + levels > MAX_LEVELS + 1:
+            raise _Refused(f"line {line}: aliases stand for more than {MAX_VALUES:,} values or {MAX_LEVELS} levels")
+        self._level -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise _DuplicateKey(f"{key.value!r} is written twice, in lines {lines[key.value]} and {line}")
-                lines[key.value] = line
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise _Refused(f"line {line}: a key is a list or a mapping; write text")
+            if key.value in lines:
+                raise _Refused(f"{key.value!r} is written twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
         return node
 
 
@@ -161,9 +212,13 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML into dicts, lists, text and `Plain` scalars. Raises ConfigError, with `where` in front."""
     try:
         return yaml.load(text, _Loader)
-    except _DuplicateKey as error:
+    except _Refused as error:
         raise ConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{where}: not readable as YAML ({at}{one_line(error.problem or error.context)})") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a tag such as !!int
         raise ConfigError(f"{where}: not readable as YAML ({one_line(error)})") from None
 
 
@@ -173,17 +228,32 @@ def read_mapping(path: Path, advice: str) -> dict[str, Any]:
     advice: ends the message for a file that does not exist.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {advice}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from None
-    raw = parse_yaml(text, str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({error.strerror})") from None
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"{path}: more than {MAX_FILE >> 20} MiB; a file of settings is expected")
+    raw = parse_yaml(_decoded(content, path), str(path))
     if raw is None or raw == "":
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got a {'list' if isinstance(raw, list) else 'scalar'}")
     return {str(key): value for key, value in raw.items()}
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: is in UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}: line {line} is not in UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
+        ) from None
 
 
 def read_override(override: str) -> dict[str, Any]:
@@ -194,7 +264,12 @@ def read_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not a setting; write key.subkey=value")
-    if not text.strip():
+    if "" in key.split("."):
+        raise ConfigError(f"{key!r}: an empty name between the dots; write key.subkey=value")
+    if text.endswith("\r"):
+        raise ConfigError(f"{key}: ends with a carriage return; remove the Windows line ends of the script")
+    text = text.strip()
+    if not text:
         raise ConfigError(f"{key}: no value after '='; write {key}=VALUE")
     is_yaml = text[0] in "[{" or (text[0] in "\"'" and len(text) > 1 and text[-1] == text[0])
     return nest(key.split("."), parse_yaml(text, f"{key}: {text!r}") if is_yaml else Plain(text))
@@ -203,9 +278,37 @@ def read_override(override: str) -> dict[str, Any]:
 def validate(kind: type[Tree], raw: Mapping[str, Any]) -> Tree:
     """Build the settings of `kind` from a nested mapping. Raises ConfigError with one line for the first error."""
     try:
-        return kind.model_validate(raw)
+        tree = kind.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_one_line(kind, error)) from None
+    for key, value in _leaves(tree.model_dump(), ""):
+        if wrong := _unusable(value):
+            raise ConfigError(f"{key}: {wrong} (got {_shown(value)})")
+    return tree
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield every scalar of a tree and every key of its mappings, with its dotted key."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield key or str(name), name
+            yield from _leaves(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            yield from _leaves(each, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+def _unusable(value: Any) -> str | None:
+    """Say what makes a value of any setting unusable: numbers that are not finite, texts that are not printable."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is needed"
+    if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        return "the number is too large"
+    if isinstance(value, str) and (character := unsafe_character(value, allowed="\t\n")):
+        return f"the text holds {character}"
+    return None
 
 
 def _one_line(kind: type[Section], error: ValidationError) -> str:
@@ -213,7 +316,10 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
     # A misspelled key also leaves the right one missing: report the misspelling.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
+    key = re.sub(r"\.(constrained-\w+|literal\[.*\]|float|int|str)$", "", key)  # the alternative of a union
     if first["type"] == "extra_forbidden":
+        if any("." in str(part) for part in first["loc"]):
+            return f"unknown setting {key!r}; write nested mappings, a key with dots is for the command line only"
         near = _nearest(kind, key)
         return f"unknown setting {key!r}; " + (f"did you mean {near!r}?" if near else "--help-all lists them")
     if first["type"] in ("model_type", "dict_type"):
@@ -226,7 +332,8 @@ def _one_line(kind: type[Section], error: ValidationError) -> str:
 
 
 def _shown(value: Any) -> str:
-    return yaml_text(value) if value is None or isinstance(value, bool) else repr(value)
+    text = yaml_text(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _nearest(kind: type[Section], key: str) -> str | None:
@@ -240,8 +347,8 @@ def _nearest(kind: type[Section], key: str) -> str | None:
     field = kind.model_fields.get(parts[0])
     if field is not None and get_origin(field.annotation) is dict and len(parts) > 2:
         key = ".".join([parts[0], "NAME", *parts[2:]])
-    near = difflib.get_close_matches(key, spelled, n=1)
-    return spelled[near[0]] if near else None
+    near = nearest(key, spelled)
+    return spelled[near] if near else None
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
@@ -312,9 +419,8 @@ def type_name(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 def _range(constraints: Iterable[Any]) -> list[str]:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(each, name):g}" for each in constraints for name, sign in signs.items() if hasattr(each, name)
-    ]
+    found = [(sign, getattr(each, name)) for each in constraints for name, sign in signs.items() if hasattr(each, name)]
+    bounds = [f"{sign} {bound}" if isinstance(bound, int) else f"{sign} {bound:g}" for sign, bound in found]
     return [", ".join(bounds)] if bounds else []
 
 

@@ -97,9 +97,12 @@ def test_numbers_outside_the_range_and_other_units_are_missing(sets, tmp_path):
     [
         (
             {"map": {**MAP, "nevus": "NV"}},
-            r"data.extra.0.map: 'nevus' is not a diagnosis \(did you mean naevus\?\) of ",
+            r"data.extra.0.map: 'nevus' is not a diagnosis \(did you mean 'naevus'\?\) of ",
         ),
-        ({"map": {**MAP, "scar": "MEI"}}, r"data.extra.0.map.scar: 'MEI' is not a diagnosis \(did you mean MEL\?\) of"),
+        (
+            {"map": {**MAP, "scar": "MEI"}},
+            r"data.extra.0.map.scar: 'MEI' is not a diagnosis \(did you mean 'MEL'\?\) of",
+        ),
         (
             {"map": {"naevus": "NV", "melanoma": "MEL"}},
             r"data.extra.0.map: lacks scar \(4 lesions\), in_situ \(4 lesions\); map each to",

@@ -65,12 +65,21 @@ def test_more_processes_than_gpus_are_reported(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["[1, 2]", "num_processes: many", "a: {", "", "seed: 1\ntrain: {epochs: 3}", "distributed_type: 'NO'\nseed: 1"],
+    [
+        "[1, 2]",
+        "num_processes: many",
+        "num_processes: .inf",
+        "num_processes: 1\nnum_processes: 2",
+        "a: {",
+        "",
+        "seed: 1\ntrain: {epochs: 3}",
+        "distributed_type: 'NO'\nseed: 1",
+    ],
 )
 def test_invalid_launcher_file_is_reported(tmp_path, text):
     path = tmp_path / "launcher.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"launcher\.yaml: not an accelerate file"):
+    with pytest.raises(ConfigError, match=r"launcher\.yaml: .*; accelerate_configs/ has such files"):
         read_launcher(path)
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         read_launcher(tmp_path / "none.yaml")

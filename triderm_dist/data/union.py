@@ -7,7 +7,6 @@ diagnoses are mapped to those of the main set's task, its views, concepts, field
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from triderm_dist.data.augment import LesionRng, to_device
 from triderm_dist.data.lesions import LesionInputs
 from triderm_dist.data.loader import Fetched, ViewSource
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField
+from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField, did_you_mean
 
 MAX_NAMED_GROUPS = 5
 """Groups that a note lists by name."""
@@ -241,9 +240,7 @@ def _map_labels(
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), {each.lower(): each for each in known}, n=1)
-    spelled = next((each for each in known if near and each.lower() == near[0]), None)
-    return f"{name!r} is not a diagnosis (" + (f"did you mean {spelled}?" if spelled else ", ".join(known)) + ")"
+    return f"{name!r} is not a diagnosis ({did_you_mean(name, known)})"
 
 
 def _match_fields(index: ShardIndex, main: ShardIndex) -> tuple[np.ndarray, tuple[str, ...]]:

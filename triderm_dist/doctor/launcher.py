@@ -8,11 +8,10 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from triderm_dist.config import find_file
 from triderm_dist.doctor.findings import Finding, imported
 from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.settings import read_mapping, untyped
 
 DEFAULT_PORT = 29500
 """Accelerate's rendezvous port where the file names none."""
@@ -34,7 +33,7 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
     """Read an accelerate file. Raises ConfigError for one that is missing or that Accelerate refuses."""
     path = find_file("accelerate_configs", file)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = untyped(read_mapping(path, "triderm config list names the shipped ones"))
         if reader := imported("accelerate.commands.config.config_args"):
             reader.load_config_from_file(str(path))
         return Launcher(
@@ -45,11 +44,11 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
             host=str(raw.get("main_process_ip") or "localhost"),
             port=DEFAULT_PORT if raw.get("main_process_port") is None else int(raw["main_process_port"]),
         )
-    except FileNotFoundError:
-        raise ConfigError(f"launcher: {path}: no such file; triderm config list names the shipped ones") from None
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except ConfigError as error:
+        raise ConfigError(f"launcher: {error}; accelerate_configs/ has such files") from None
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f"launcher: {path}: not an accelerate file ({one_line(error)}); see accelerate_configs/"
+            f"launcher: {path}: not an accelerate file ({one_line(error)}); accelerate_configs/ has such files"
         ) from None
 
 

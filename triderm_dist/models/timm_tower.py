@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from itertools import takewhile
 from pathlib import Path
@@ -28,7 +27,7 @@ from triderm_dist.models.weights import (
     rename_by_order,
     weight_file,
 )
-from triderm_dist.schema import InputError, one_line
+from triderm_dist.schema import InputError, nearest, one_line
 
 HEADS = ("global_pool", "attn_pool", "fc_norm", "pre_logits", "head", "head_drop", "head_dist", "classifier", "fc")
 """Names of children of timm models that come after the features."""
@@ -84,9 +83,9 @@ def _check_name(model_name: str) -> None:
     import timm
 
     if not timm.is_model(model_name):
-        near = difflib.get_close_matches(model_name.partition(".")[0], timm.list_models(), n=1, cutoff=0.0)
+        near = nearest(model_name.partition(".")[0], timm.list_models(), cutoff=0.0)
         raise InputError(
-            f"timm:{model_name}: timm {timm.__version__} has no model {model_name!r}; did you mean {near[0]!r}?"
+            f"timm:{model_name}: timm {timm.__version__} has no model {model_name!r}; did you mean {near!r}?"
         )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
@@ -40,7 +39,7 @@ from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.redact import redact
 from triderm_dist.schema import VIEWS, DataError, MetadataField
-from triderm_dist.settings import NULL
+from triderm_dist.settings import NULL, parse_yaml, untyped
 
 MIN_SLICE_LESIONS = 100
 """A slice with fewer lesions gets no verdict."""
@@ -211,7 +210,7 @@ class Content:
     @cached_property
     def transforms(self) -> tuple[int, int]:
         """Over how many transforms out-of-fold and test predictions are averaged, by config.yaml."""
-        settings = yaml.safe_load(self.settings) or {}
+        settings = untyped(parse_yaml(self.settings, str(self.folder / CONFIG_FILE))) or {}
         return (settings.get("oof") or {}).get("tta", 1), (settings.get("predict") or {}).get("transforms", 8)
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -21,7 +20,7 @@ from triderm_dist.data.readers.table import (
     parse_number,
     read_table,
 )
-from triderm_dist.schema import DataError, TableFormat
+from triderm_dist.schema import DataError, TableFormat, did_you_mean
 
 MAX_CATEGORIES = 40
 MAX_DIAGNOSES = 100
@@ -186,8 +185,7 @@ def _spelled(table: Table, left: Mapping[str, _Column], role: str, name: str) ->
     """Return a column's name as the table spells it. Raises DataError if the table has no such column."""
     spelled = {column.lower(): column for column in left}
     if name.lower() not in spelled:
-        near = difflib.get_close_matches(name.lower(), spelled, n=1)
-        hint = f"did you mean {spelled[near[0]]!r}?" if near else f"its columns are {', '.join(left)}"
+        hint = did_you_mean(name, left, f"its columns are {', '.join(left)}")
         raise DataError(f"{table.path}: no column {name!r} ({role}=); {hint}")
     return spelled[name.lower()]
 
