@@ -91,6 +91,13 @@ Invalid = Annotated[
         description="lesions with an invalid row or an unreadable photo: refuse the folder, or drop and count them",
     ),
 ]
+Groups = Annotated[
+    Literal["hash", "plain"],
+    Field(
+        description="ids of groups, such as patients, in packed sets: hashes under a secret salt, which "
+        "SHARDS.groups.csv keeps with the ids, or as they are"
+    ),
+]
 Threads = Annotated[int | None, Field(ge=1, description="threads; null takes one per core")]
 
 
@@ -119,6 +126,7 @@ class DataConfig(Section):
     short_side: int | None = Field(
         288, ge=32, description="short side in pixels that packing reduces photos to; null keeps their size"
     )
+    groups: Groups = "hash"
     missing_view: MissingView = "refuse"
     invalid: Invalid = "refuse"
     verify: bool = Field(
@@ -859,6 +867,7 @@ FIRST_KEYS = frozenset(
 
 ADDED_KEYS: dict[str, Any] = {
     "data.extra": [],
+    "data.groups": "plain",
     "data.task": None,
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.keep_checkpoints": False,
@@ -909,7 +918,7 @@ def _tree(config: Section) -> dict[str, Any]:
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
         for model in tree["models"].values():
             model["train"] = _difference(model["train"], tree["train"])
-    return redact_tree(tree)  # type: ignore[no-any-return]
+    return redact_tree(tree)
 
 
 def save(config: Section, path: Path) -> None:

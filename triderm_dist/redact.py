@@ -143,7 +143,7 @@ def redacted_output() -> Iterator[None]:
     it.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Redacted(stream) for stream in streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Redacted(stream) for stream in streams)
     sys.excepthook = _print_exception
     try:
         yield

@@ -77,6 +77,18 @@ def test_fields_concepts_and_categories_are_matched_by_name(sets, extra):
     assert len(extra.notes) == 3 and extra.notes[2].startswith(groups)
 
 
+def test_groups_are_compared_only_under_one_salt(sets):
+    main, other = sets
+    salted = [replace(index, group_salt=salt) for index, salt in ((main, "a"), (other, "a"), (other, "b"))]
+    same, different, one_plain = (
+        match_extra_set(extra_config(other), extra, training, "data.extra.0").notes[-1]
+        for extra, training in ((salted[1], salted[0]), (salted[2], salted[0]), (salted[1], main))
+    )
+    assert same.startswith("12 groups have the id of a group")
+    for note in (different, one_plain):
+        assert "not hashes under the same salt" in note and f"pack it with salt={main.folder}" in note
+
+
 def test_numbers_outside_the_range_and_other_units_are_missing(sets, tmp_path):
     main = sets[0]
     months = replace(OTHER.fields[2], unit="months")

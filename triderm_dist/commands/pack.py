@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible, Invalid, MissingView, Threads
+from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads
 from triderm_dist.settings import PathText
 
 
@@ -32,12 +32,19 @@ class PackConfig(Extensible):
         description="what the table holds: a task.yaml, the name of a shipped task, or the index.json of a packed set; "
         "default task.yaml in the folder, else milk10k where it has that layout",
     )
+    groups: Groups = "hash"
+    salt: PathText | None = Field(
+        None,
+        description="groups=hash: the .groups.csv of another set, or that set's folder, so that patients in common are "
+        "found; null takes the salt in OUTPUT.groups.csv, or a random one",
+    )
     missing_view: MissingView = "refuse"
     invalid: Invalid = "refuse"
     workers: Threads = None
 
 
 def main(config: PackConfig) -> None:
+    from triderm_dist.data.group_hashes import hash_groups
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
@@ -46,6 +53,10 @@ def main(config: PackConfig) -> None:
     try:
         task = find_task(config.source, config.task)
         dataset = read_source(config.source, task, config.missing_view, config.invalid)
+        hashes = None
+        if config.groups == "hash" and not (dataset.problems and config.invalid == "refuse"):
+            asked = "groups" in config.model_fields_set
+            dataset, hashes = hash_groups(dataset, config.output, config.salt, asked)
         for note in dataset.notes:
             print(f"note: {note}")
         with progress_bar("packing lesions") as progress:
@@ -57,6 +68,7 @@ def main(config: PackConfig) -> None:
                 invalid=config.invalid,
                 workers=config.workers,
                 progress=progress,
+                group_hashes=hashes,
             )
     except InvalidLesions as error:
         print_problems(error.problems, Path(f"{config.output}.problems.csv"))

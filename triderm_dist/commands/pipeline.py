@@ -81,6 +81,7 @@ def main(config: PipelineRun) -> None:
 
 def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     """Return all stages in order; `run_stages` decides which are skipped."""
+    from triderm_dist.data.group_hashes import groups_file
     from triderm_dist.data.shards.open import index_file
     from triderm_dist.ensemble.run_files import OOF_PREFIX
     from triderm_dist.submission import result_files
@@ -88,7 +89,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     folder, of_run = config.folder, [f"run={config.folder}"]
     data, extra = config.data, config.stack.extra if config.stack.enabled else ()
     packing = stable_dump(data, "data")
-    for key in ("workers", "prefetch", "verify", "remote", "task"):  # the task is in the index
+    for key in ("workers", "prefetch", "verify", "remote", "task", "groups"):  # task and groups are in the index
         packing.pop(key, None)
     launcher = find_file("accelerate_configs", config.launcher) if config.launcher else None
     models = {name: stable_dump(model, "models.NAME") for name, model in config.models.items()}
@@ -122,8 +123,9 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     setting, task = run_task(config)
     if data.shards is None and not _is_gone(config, "source", config.train_shards):
         result.append(_pack("pack", config, str(data.source), setting, task, config.train_shards))
+    salt = config.train_shards if result or groups_file(config.train_shards).is_file() else None
     if data.test and data.test_shards is None and not _is_gone(config, "test", config.test_shards):
-        result.append(_pack("pack test", config, data.test, setting, task, config.test_shards))
+        result.append(_pack("pack test", config, data.test, setting, task, config.test_shards, salt))
     oof = folder / "oof.parquet"
     parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
@@ -206,13 +208,20 @@ def program(name: str, launcher: Path | None = None) -> list[str]:
     return ["python", "-m", *ranks, f"triderm_dist.commands.{name}"]
 
 
-def _pack(name: str, config: Experiment, source: str, setting: str, task: Task, output: str) -> Stage:
-    """Return the stage that packs a folder. setting, task: see `run_task`."""
+def _pack(
+    name: str, config: Experiment, source: str, setting: str, task: Task, output: str, salt: str | None = None
+) -> Stage:
+    """Return the stage that packs a folder. setting, task: see `run_task`.  salt: the set whose salt hashes groups."""
     from triderm_dist.data.readers.source import reader_of
 
     data = config.data
     keys: dict[str, Any] = {"short_side": data.short_side, "missing_view": data.missing_view, "invalid": data.invalid}
     overrides = [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+    if data.groups == "plain":
+        keys["groups"] = "plain"
+        overrides.append("groups=plain")
+    elif salt:
+        overrides.append(f"salt={salt}")
     if config.plugins:
         overrides.append(f"plugins=[{','.join(map(json.dumps, config.plugins))}]")
     if task != milk10k_task():  # stages of MILK10k were recorded before there were other tasks

@@ -282,7 +282,16 @@ def _convert(values: np.ndarray, own: MetadataField, target: MetadataField) -> t
 
 
 def _note_on_groups(extra: ExtraSet, main: ShardIndex) -> Iterator[str]:
-    """Yield a note if a group has an id of the main set: the sets may have patients in common."""
+    """Yield a note if a group has an id of the main set, so that the sets may have patients in common; also where that
+    cannot be seen, since their groups are hashes under different salts.
+    """
+    if extra.index.group_salt != main.group_salt:
+        if extra.index.has_groups and main.has_groups:
+            yield (
+                "its groups and those of the training set are not hashes under the same salt, so that patients in "
+                f"common are not found; pack it with salt={main.folder}"
+            )
+        return
     if shared := sorted(set(extra.index.groups[extra.rows].tolist()).intersection(main.groups)):
         named = ", ".join(shared[:MAX_NAMED_GROUPS]) + (", ..." if len(shared) > MAX_NAMED_GROUPS else "")
         yield (

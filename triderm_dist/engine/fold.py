@@ -31,7 +31,7 @@ from triderm_dist.tasks import recorded_task
 
 def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
     """Return the fold of each lesion, (N,) int64, -1 for lesions without a label."""
-    return assign_folds(index.labels, index.groups, data.folds, data.fold_seed)
+    return assign_folds(index.labels, index.fold_groups, data.folds, data.fold_seed)
 
 
 def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:

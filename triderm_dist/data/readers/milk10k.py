@@ -410,7 +410,7 @@ def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row], missing_word
 def _group(lesion_id: str, rows: list[_Row], missing_words: Sequence[str]) -> str:
     groups = {row[GROUP_COLUMN] for row in rows if not is_missing(row[GROUP_COLUMN], missing_words)}
     if len(groups) > 1:
-        what = f"lesion {lesion_id} belongs to two patients ({', '.join(sorted(groups))})"
+        what = f"lesion {lesion_id} belongs to {len(groups)} patients in {GROUP_COLUMN}; all rows need the same"
         raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
     return groups.pop() if groups else lesion_id
 

@@ -82,6 +82,8 @@ class ShardIndex:
     """The labels of the samples' own records, in lower case, as indices into the task's diagnoses."""
     short_side: int | None = None
     """The short side in pixels to which packing reduced larger photos; None: none were, as far as is known."""
+    group_salt: str | None = None
+    """The fingerprint of the salt under which groups are hashes (`GroupHashes`); None: they are as in the table."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
 
@@ -108,6 +110,18 @@ class ShardIndex:
     @cached_property
     def groups(self) -> Text:
         return Text(self._columns("group")["group"])
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether lesions have a group other than themselves."""
+        return self.group_salt is not None or any(map(str.__ne__, self.groups, self.lesion_ids))
+
+    @property
+    def fold_groups(self) -> Text | np.ndarray:
+        """The groups by which folds are assigned, (N,): of hashes their numbers in the order of the lesions, so that
+        folds do not depend on the salt.
+        """
+        return self.groups if self.group_salt is None else self.groups.codes
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -309,6 +323,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "label_words": {word: raw["diagnoses"].index(name) for word, name in raw.get("labels", {}).items()}
         or task.label_words,
         "short_side": raw.get("packed_with", {}).get("short_side"),
+        "group_salt": raw["groups"]["salt"] if "groups" in raw else None,
     }
 
 

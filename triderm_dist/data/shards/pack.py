@@ -25,6 +25,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
@@ -52,6 +53,7 @@ def pack_shards(
     invalid: Literal["refuse", "drop"] = "refuse",
     workers: int | None = None,
     progress: Progress | None = None,
+    group_hashes: GroupHashes | None = None,
 ) -> ShardIndex:
     """Write the shards of a data set and return their index; the bytes depend on the input and these settings only.
 
@@ -60,6 +62,7 @@ def pack_shards(
     lists under `problems`. Photos with a short side over `short_side` pixels are reduced to it; None keeps them. The
     folder appears when it is complete, and an interrupted run resumes from its finished shards. An output that was
     packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
+    group_hashes: where the groups of the data set are hashes (`hash_groups`), those.
 
     Raises InvalidLesions; DataError for an output that holds something else or that another process is writing, for no
     valid lesion, or a full disk.
@@ -70,7 +73,7 @@ def pack_shards(
     if not dataset.lesions:
         first = f"the first: {dataset.problems[0]}" if dataset.problems else "the data set is empty"
         raise DataError(f"{folder}: no valid lesion to pack; {len(dataset.problems)} problems, {first}")
-    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress)
+    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress, group_hashes)
     if _exists(folder):
         return _read_packed(folder, packer)
     part = folder.with_name(folder.name + ".part")
@@ -152,14 +155,20 @@ class _Packer:
     """Writes the shards of one data set with given settings."""
 
     def __init__(
-        self, dataset: Dataset, short_side: int | None, shard_samples: int, workers: int, progress: Progress | None
+        self,
+        dataset: Dataset,
+        short_side: int | None,
+        shard_samples: int,
+        workers: int,
+        progress: Progress | None,
+        group_hashes: GroupHashes | None = None,
     ) -> None:
         order = sorted(dataset.lesions, key=lambda lesion: hashlib.sha256(lesion.lesion_id.encode()).digest())
         self.slices = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
         self.task, self.concepts = dataset.task, dataset.concepts
         self.short_side, self.workers, self.progress = short_side, workers, progress
         self.settings = {"short_side": short_side, "quality": QUALITY, "shard_samples": shard_samples}
-        self.done, self.total = 0, len(order)
+        self.done, self.total, self.group_hashes = 0, len(order), group_hashes
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
@@ -197,7 +206,13 @@ class _Packer:
                 shard_column = pa.array([shard] * len(rows), pa.int32())
                 yield rows.set_column(schema.get_field_index("shard"), "shard", shard_column).cast(schema)
 
-        about = {"packed_with": self.settings, "source": self._joined([shard.source for shard in shards])}
+        about: dict[str, Any] = {
+            "packed_with": self.settings,
+            "source": self._joined([shard.source for shard in shards]),
+        }
+        if self.group_hashes:
+            about["groups"] = {"salt": self.group_hashes.fingerprint}
+            problems = self.group_hashes.without_ids(problems)
         write_index(part / "shards", tables(), [file for _, file in files], self.task, self.concepts, problems, about)
 
     # --- shards of an interrupted run ---

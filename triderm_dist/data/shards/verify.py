@@ -200,6 +200,6 @@ def _folds(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
     if not (index.labels >= 0).any():
         return
     try:
-        assign_folds(index.labels, index.groups, folds, fold_seed)
+        assign_folds(index.labels, index.fold_groups, folds, fold_seed)
     except DataError as error:
         yield Problem("", "folds", str(index.folder), f"{error}; or verify with another folds=")

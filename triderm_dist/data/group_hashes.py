@@ -1,0 +1,201 @@
+"""Hashes in the place of group ids, such as patient ids, in everything that is packed.
+
+A group is written as HMAC-SHA256 of its id under a secret salt: equal where the ids are equal, and of no use to guess
+or to look up an id without the salt. Salt and ids stay in a file beside the packed folder, which only the owner reads:
+
+    FOLDER.groups.csv     # triderm-groups 1, secret: ... salt=64 hexadecimal digits
+                          group,hash                        one row per group
+
+The same salt gives the same hashes: a set that is packed again finds its own file, and a set that is packed with the
+salt of another one can be compared with it. index.json keeps a fingerprint of the salt, from which it does not follow.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from triderm_dist.data.problems import Problem
+from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.shards.format import INDEX
+from triderm_dist.data.shards.index import read_raw_index
+from triderm_dist.files import atomic_path
+from triderm_dist.schema import DataError
+
+DIGITS = 16
+"""Hexadecimal digits of a hash: among ten million groups two are equal with a probability of 3e-6."""
+_HEADER = "# triderm-groups 1, secret: names the groups of the packed set beside it; upload it nowhere, salt="
+_SALT = re.compile(re.escape(_HEADER) + r"([0-9a-f]{64})\r?\n")
+_FOLDER = re.compile(r"([^\s/\\()'\"]+)([/\\])")
+_FILE = re.compile(r"(?<=[/\\])([^\s/\\()'\".]+)(\.)")
+
+
+@dataclass(frozen=True)
+class GroupHashes:
+    """The hashes of groups under a salt. hashes: by group, of all that `of` was asked for."""
+
+    salt: bytes = field(repr=False)
+    hashes: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """What index.json keeps: equal for equal salts."""
+        return hashlib.sha256(b"triderm-groups salt " + self.salt).hexdigest()[:DIGITS]
+
+    def of(self, group: str) -> str:
+        """Return the hash of a group."""
+        if group not in self.hashes:
+            digest = hmac.new(self.salt, group.encode("utf-8", "surrogatepass"), hashlib.sha256)
+            self.hashes[group] = digest.hexdigest()[:DIGITS]
+        return self.hashes[group]
+
+    def without_ids(self, problems: Iterable[Problem]) -> list[Problem]:
+        """Replace groups that are folders or files in the paths of problems."""
+        with_blank = [group for group in self.hashes if not _FOLDER.fullmatch(f"{group}/")]
+
+        def hide(text: str) -> str:
+            if "/" not in text and "\\" not in text:
+                return text
+            for group in with_blank:
+                text = text.replace(f"{group}/", f"{self.hashes[group]}/").replace(
+                    f"/{group}.", f"/{self.hashes[group]}."
+                )
+            for pattern in (_FOLDER, _FILE):
+                text = pattern.sub(lambda found: self.hashes.get(found[1], found[1]) + found[2], text)
+            return text
+
+        return [replace(each, where=hide(each.where), what=hide(each.what)) for each in problems]
+
+
+def groups_file(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of the file with salt and groups of a packed set."""
+    return Path(f"{os.fspath(folder).rstrip('/')}.groups.csv")
+
+
+def hash_groups(
+    dataset: Dataset, output: str | os.PathLike[str], salt: str | None = None, asked: bool = True
+) -> tuple[Dataset, GroupHashes | None]:
+    """Return the data set with hashes in the place of groups, and the hashes, which the `groups_file` of `output` holds
+    then too; unchanged and None where no lesion has a group but itself.
+
+    salt: that of another set (`salt_of`); None: that of the file, else a random one, which is in the file before
+    anything is packed with it.  asked: False leaves groups as they are where `output` was packed so by an earlier
+    version. A note tells that, and counts lesion ids that hold the id of their group, since those are kept.
+
+    Raises DataError for a file of groups that cannot be read, that holds another salt, or that a packed set lacks.
+    """
+    if all(lesion.group == lesion.lesion_id for lesion in dataset.lesions):
+        return dataset, None
+    file, index = groups_file(output), Path(output, INDEX)
+    if index.is_file():
+        is_hashed = "groups" in read_raw_index(index)
+        if not is_hashed and not asked:
+            note = f"{output} holds group ids as they are; delete it and pack again for hashes in their place"
+            return replace(dataset, notes=[*dataset.notes, note]), None
+        if is_hashed and not file.exists():
+            raise DataError(
+                f"{file}: no such file, and the groups of {output} are hashes under its salt; bring it back, or delete "
+                "that folder and pack again"
+            )
+    hashes = GroupHashes(_own_salt(file, salt_of(salt) if salt else None))
+    lesions = [replace(lesion, group=hashes.of(lesion.group)) for lesion in dataset.lesions]
+    if len(set(hashes.hashes.values())) < len(hashes.hashes):
+        raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")
+    with atomic_path(file) as temporary:
+        _write_private(temporary, hashes)
+    return replace(dataset, lesions=lesions, notes=[*dataset.notes, *_notes(dataset)]), hashes
+
+
+def read_salt(file: Path) -> bytes:
+    """Return the salt in a file of groups. Raises DataError where there is none."""
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            found = _SALT.fullmatch(opened.readline(200))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not readable ({getattr(error, 'strerror', None) or error})") from None
+    if not found:
+        raise DataError(f"{file}: holds no salt in its first line; give the .groups.csv beside a packed set")
+    return bytes.fromhex(found[1])
+
+
+def salt_of(where: str | os.PathLike[str]) -> bytes | None:
+    """Return the salt of another set, given its file of groups or its folder; None for a set without hashed groups.
+
+    Raises DataError as `read_salt` does, and for a folder that is no packed set.
+    """
+    if not Path(where).is_dir():
+        return read_salt(Path(where))
+    has_salt = "groups" in read_raw_index(Path(where, INDEX))
+    return read_salt(groups_file(where)) if has_salt else None
+
+
+def _own_salt(file: Path, given: bytes | None) -> bytes:
+    """Return the salt in `file`, after creating it with the given or a random salt where it does not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        _create(file, given or secrets.token_bytes(32))
+    salt = read_salt(file)
+    if given is not None and given != salt:
+        raise DataError(
+            f"{file}: holds another salt than the one of salt=; remove salt= to go on with it, or delete this file and "
+            "the packed set beside it"
+        )
+    return salt
+
+
+def _create(file: Path, salt: bytes) -> None:
+    """Create a file of groups with a salt only, whole or not at all; that of a process that was faster stays."""
+    descriptor, name = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".part", dir=file.parent)
+    os.close(descriptor)
+    try:
+        _write_private(Path(name), GroupHashes(salt))
+        os.link(name, file)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.replace(name, file)  # a file system without hard links
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _write_private(path: Path, hashes: GroupHashes) -> None:
+    """Write a file that only its owner can read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, 0o600)
+        file.write(f"{_HEADER}{hashes.salt.hex()}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["group", "hash"])
+        writer.writerows(sorted(hashes.hashes.items()))
+
+
+def _notes(dataset: Dataset) -> list[str]:
+    sizes = Counter(lesion.group for lesion in dataset.lesions)
+    named = [each.lesion_id for each in dataset.lesions if _names(each.lesion_id, each.group, sizes[each.group])]
+    if not named:
+        return []
+    column = dataset.task.columns.group or "group"
+    return [
+        f"{len(named):,} lesion ids hold the id of their {column}, such as {named[0]}; only groups are hashed, so give "
+        "these lesions ids of their own before the shards go to others"
+    ]
+
+
+def _names(lesion: str, group: str, size: int) -> bool:
+    """Return whether a lesion id is the id of its group of `size` lesions, or holds it as a word."""
+    if lesion == group:
+        return size > 1  # a lesion without a group is its own
+    return (len(group) >= 5 and group in lesion) or (len(group) >= 3 and group in re.split(r"[^0-9A-Za-z]+", lesion))
