@@ -142,6 +142,15 @@ def test_fold_trained_by_itself_is_named_where_the_run_has_no_settings(saved_run
         load(Experiment, None, ["run=runs/one"])
 
 
+def test_saved_settings_that_are_cut_off_are_refused(saved_run):
+    file = saved_run / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    for kept in range(len(lines)):  # most of these are valid YAML
+        file.write_text("".join(lines[:kept]))
+        with pytest.raises(ConfigError, match=r"config\.yaml: its settings are cut off; restore it from a copy"):
+            load(Experiment, None, [f"run={saved_run}"])
+
+
 def test_plugin_in_the_run_moves_with_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one").mkdir()

@@ -706,6 +706,9 @@ CONFIG_DIR = "${config_dir}"
 """At the start of a path in a YAML file: the folder of that file."""
 CONFIG_FILE = "config.yaml"
 """The resolved settings of a run, in its folder; of a fold trained by itself also in the fold's folder."""
+SAVED, SAVED_END = "# All settings of a run.", "# End of the settings."
+"""The first and last line of a file of saved settings: a part of such a file may be valid YAML as well."""
+_CUT_OFF = "its settings are cut off; restore it from a copy, or give the settings again: --config FILE output=RUN"
 
 
 def _settings_of_run(kind: type[Experiment], top: dict[str, Any]) -> dict[str, Any]:
@@ -719,6 +722,8 @@ def _settings_of_run(kind: type[Experiment], top: dict[str, Any]) -> dict[str, A
     if not file.is_file():
         raise ConfigError(f"run: {_why_no_run(Path(folder))}")
     raw = read_yaml(file)
+    if not raw:
+        raise ConfigError(f"{file}: {_CUT_OFF}")
     if (owner := _run_folder(file, raw)) not in (None, Path(folder)):
         raise ConfigError(f"run: {folder}: is the folder of a fold; name the run, {owner}")
     output = top.get("output")
@@ -930,7 +935,7 @@ def save(config: Section, path: Path) -> None:
     tree = _tree(config)
     if isinstance(config, Experiment) and _inside(path, config.folder):
         tree = map_paths({**tree, "output": str(config.folder)}, partial(_portable, path, config.folder))
-    write_text(path, yaml.safe_dump(tree, sort_keys=False))
+    write_text(path, f"{SAVED}\n{yaml.safe_dump(tree, sort_keys=False)}{SAVED_END}\n")
 
 
 def absolute(key: str, value: str) -> str:
@@ -976,6 +981,9 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         cycle = " -> ".join(each.name for each in (*above[above.index(path.resolve()) :], path))
         raise ConfigError(f"{path}: `base` forms a cycle ({cycle}); remove one of them")
     raw = read_mapping(path, "--config takes a YAML file, or a name that `triderm config list` shows")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if lines[:1] == [SAVED] and lines[-1] != SAVED_END:
+        raise ConfigError(f"{path}: {_CUT_OFF}")
     raw = _with_config_dir(raw, path.parent)
     base = untyped(raw.pop("base", None))
     if base is None:
