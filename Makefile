@@ -9,7 +9,7 @@ SCORER := $(VENV)/scorer
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: install demo test test-all lint docs lock oldest clean
+.PHONY: install demo test test-all faults lint docs lock oldest clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,10 @@ test: $(SCORER)
 
 test-all: $(SCORER)
 	$(PYTEST) -m ''
+
+# The fault matrix of docs/reliability.md: about an hour on two cores.
+faults: install
+	OMP_NUM_THREADS=1 $(RUN) -m tests.faults
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -3,9 +3,10 @@
 `fork_python()` returns the path of an executable that accepts the arguments of `sys.executable`: `-m MODULE`,
 `-c CODE` or a file. It requests a fork from the server with its arguments, environment, working folder and standard
 files, forwards signals to the fork, and exits with its status. In the fork `sys.executable` is the same executable, so
-that the stages of a pipeline and the ranks of a launcher are forks as well. Two things differ from a new process:
-packages have read the environment of the server while they were imported (OMP_NUM_THREADS), and modules are not torn
-down at exit, which would take seconds as well.
+that the stages of a pipeline and the ranks of a launcher are forks as well. Each imports the module that the
+environment variable FORK_IMPORTS names, before the program. Two things differ from a new process: packages have read
+the environment of the server while they were imported (OMP_NUM_THREADS), and modules are not torn down at exit, which
+would take seconds as well.
 """
 
 from __future__ import annotations
@@ -199,6 +200,8 @@ def run_program(request: dict[str, Any], files: list[int], python: str, path: li
     sys.argv = arguments if script else arguments[1:]
     status = 0
     try:
+        if module := os.environ.get("FORK_IMPORTS"):
+            importlib.import_module(module)
         if script:
             runpy.run_path(arguments[0], run_name="__main__")
         elif arguments[0] == "-m":

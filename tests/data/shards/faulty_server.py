@@ -22,14 +22,16 @@ class Server:
     name. `closing` is set at shutdown and ends faults that wait.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int, nested: bool) -> None:
         self.faults: dict[str, list[Fault]] = {}
         self.requests: Counter[str] = Counter()
         self.closing = threading.Event()
         self._lock = threading.Lock()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self, folder))
+        self.nested = nested
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, self, folder))
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/set"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/set"
 
     def next_fault(self, name: str) -> Fault | None:
         with self._lock:
@@ -44,8 +46,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        name = self.path.partition("?")[0].rsplit("/", 1)[1]
-        path = self.folder / name
+        whole = self.path.partition("?")[0]
+        name = whole.rsplit("/", 1)[1]
+        path = self.folder / (whole.lstrip("/") if self.owner.nested else name)
         fault = self.owner.next_fault(name)
         if not path.exists():
             self.send_error(404)
@@ -69,8 +72,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[Server]:
-    server = Server(folder)
+def serve(folder: Path, port: int = 0, nested: bool = False) -> Iterator[Server]:
+    """Serve the files of a folder, as URL/NAME, or with `nested` by their paths in it. port: 0 takes a free one."""
+    server = Server(folder, port, nested)
     threading.Thread(target=server._server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
