@@ -23,7 +23,7 @@ from triderm_dist.environment import recorded
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.redact import redacted_output, remember
 from triderm_dist.run_log import LOG_FOLDER, RunLog
-from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.schema import ConfigError, InputError, one_line, printable
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
 BAD_INPUT = 2
@@ -158,7 +158,7 @@ def _status_of(work: Callable[[], None]) -> int:
         return BAD_INPUT
     except OSError as error:  # a full disk, a folder that is a file, missing permissions, no network
         text = error.strerror or one_line(error)
-        print_error(f"error: {error.filename}: {text}" if error.filename else f"error: {text}")
+        print_error(printable(f"error: {error.filename}: {text}" if error.filename else f"error: {text}"))
         return BAD_INPUT
     except (Interrupted, KeyboardInterrupt) as stop:
         print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")

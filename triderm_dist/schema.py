@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from triderm_dist.redact import redact
 
@@ -47,7 +47,17 @@ _TERMINAL_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class InputError(Exception):
-    """Invalid input. Its text is one line: what is wrong, where, and what to do. Programs exit with status 2."""
+    """Invalid input. Its text is one line: what is wrong, where, and what to do. Programs exit with status 2.
+
+    The text may quote a file: what cannot be printed is escaped, and more than `LONGEST_TEXT` characters are cut out of
+    its middle.
+    """
+
+    LONGEST_TEXT: ClassVar[int] = 1500
+
+    def __init__(self, text: str) -> None:
+        text, longest = printable(text), self.LONGEST_TEXT
+        super().__init__(text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}")
 
 
 class DataError(InputError):

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from triderm_dist.files import PATIENT_DATA, atomic_path
-from triderm_dist.schema import DataError
+from triderm_dist.schema import DataError, printable
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Problem:
     kind: str
     where: str
     what: str
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what"):  # both may quote what cannot be printed
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.extras import require
-from triderm_dist.schema import MISSING_WORDS, DataError, MetadataField, TableFormat, one_line
+from triderm_dist.schema import MISSING_WORDS, DataError, InputError, MetadataField, TableFormat, one_line
 
 DEFAULT_FORMAT = TableFormat()
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx")
@@ -263,9 +264,14 @@ def _sheet(path: Path, name: str | None) -> Iterator[tuple[int, list[str]]]:
     import openpyxl
 
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except Exception as error:  # of zipfile, the XML parser or openpyxl
-        raise DataError(f"{path}: not a readable Excel workbook ({one_line(error)})") from None
+        yield from _cells(openpyxl.load_workbook(path, read_only=True, data_only=True), path, name)
+    except InputError:
+        raise
+    except Exception as error:  # of zipfile, the XML parser or openpyxl, which reads a sheet while its rows are taken
+        raise DataError(f"{path}: not a readable Excel workbook ({one_line(error, 200)}); save it again") from None
+
+
+def _cells(book: Any, path: Path, name: str | None) -> Iterator[tuple[int, list[str]]]:
     full = [sheet for sheet in book.worksheets if any(any(cell is not None for cell in row) for row in sheet.values)]
     if name is not None:
         if not (chosen := [sheet for sheet in full if sheet.title == name]):
