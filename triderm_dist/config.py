@@ -25,6 +25,7 @@ from triderm_dist.schema import ConfigError, one_line
 from triderm_dist.settings import (
     NULL,
     PathText,
+    Plain,
     Section,
     SourceText,
     Tree,
@@ -33,7 +34,6 @@ from triderm_dist.settings import (
     read_mapping,
     read_override,
     typed,
-    untyped,
     validate,
 )
 
@@ -532,7 +532,9 @@ class Experiment(Extensible):
         if not isinstance(shared, Mapping):
             return raw
         models = {
-            name: {**model, "train": merge(shared, model.get("train") or {})} if isinstance(model, Mapping) else model
+            name: {**model, "train": merge(shared, model.get("train") or {})}
+            if isinstance(model, Mapping) and isinstance(model.get("train") or {}, Mapping)
+            else model
             for name, model in raw["models"].items()
         }
         return {**raw, "models": models}
@@ -985,10 +987,12 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if lines[:1] == [SAVED] and lines[-1] != SAVED_END:
         raise ConfigError(f"{path}: {_CUT_OFF}")
     raw = _with_config_dir(raw, path.parent)
-    base = untyped(raw.pop("base", None))
-    if base is None:
+    base = raw.pop("base", None)
+    if base is None or (isinstance(base, Plain) and base in NULL):
         return raw
-    below = path.parent / Path(str(base)).expanduser()
+    if not isinstance(base, str) or not base.isprintable():
+        raise ConfigError(f"{path}: base: the name of one file or shipped experiment is expected (got {base!r:.80})")
+    below = path.parent / Path(base).expanduser()
     return merge(read_yaml(below if below.is_file() else find_file("experiments", base), (*above, path.resolve())), raw)
 
 

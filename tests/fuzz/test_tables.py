@@ -17,8 +17,8 @@ from tests.conftest import draw_photo, write_challenge
 from tests.fuzz.checks import assert_same_labels, cases, fuzz, labels_of, result_or_refusal
 from tests.fuzz.mutations import edited_bytes, edited_csv, edited_rows
 from tests.small_tasks import TASKS
-from triderm_dist.data.readers.describe import describe_folder
 from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.describe import describe_folder
 from triderm_dist.data.readers.lesions_csv import read_labels, read_lesions
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.readers.milk10k import read_labels as read_truth
