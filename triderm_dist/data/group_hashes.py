@@ -28,7 +28,7 @@ from pathlib import Path
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.format import INDEX
-from triderm_dist.data.shards.index import read_raw_index
+from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
 
@@ -98,7 +98,7 @@ def hash_groups(
         return dataset, None
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
-        is_hashed = "groups" in read_raw_index(index)
+        is_hashed = "groups" in read_json(index)
         if not is_hashed and not asked:
             note = f"{output} holds group ids as they are; delete it and pack again for hashes in their place"
             return replace(dataset, notes=[*dataset.notes, note]), None
@@ -135,7 +135,7 @@ def salt_of(where: str | os.PathLike[str]) -> bytes | None:
     """
     if not Path(where).is_dir():
         return read_salt(Path(where))
-    has_salt = "groups" in read_raw_index(Path(where, INDEX))
+    has_salt = "groups" in read_json(Path(where, INDEX))
     return read_salt(groups_file(where)) if has_salt else None
 
 

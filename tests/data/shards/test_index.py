@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -267,10 +268,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_index(f, lambda raw: raw.update(version=1)),
         "version 1, .* pack the data again by triderm pack, or index",
     ),
-    "key": (lambda f: edit_index(f, lambda raw: raw.pop("concepts")), "incomplete .KeyError: 'concepts'"),
+    "key": (lambda f: edit_index(f, lambda raw: raw.pop("concepts")), "has no 'concepts', so it is incomplete"),
     "sizes": (
         lambda f: edit_index(f, lambda raw: raw.pop("photo_sizes")),
-        "incomplete .KeyError: 'photo_sizes'.; pack or index the data again",
+        "has no 'photo_sizes', so it is incomplete; pack or index the data again",
     ),
     "no sizes": (lambda f: edit_index(f, lambda raw: raw.update(photo_sizes={})), "photo_sizes is empty"),
     "wrong size": (lambda f: edit_index(f, lambda raw: raw.update(photo_sizes={"0x9": 1})), "photo size '0x9'"),
@@ -324,10 +325,19 @@ def test_rows_out_of_range_are_refused(make_challenge: Make, tmp_path: Path) -> 
     pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
     path = tmp_path / "out" / "samples.parquet"
     table = pq.read_table(path)
-    far = table.column("clinical_offset").to_numpy() + 10**7
-    pq.write_table(table.set_column(4, table.schema.field(4), [far]), path)
+    offsets = table.column("clinical_offset").to_numpy()
+    for wrong in (offsets + 10**7, np.full(11, 2**63 - 1), -offsets):
+        pq.write_table(table.set_column(4, table.schema.field(4), [wrong]), path)
+        edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+        with pytest.raises(DataError, match="an offset or a label is out of range"):
+            read_index(tmp_path / "out")
+    pq.write_table(table.set_column(1, table.schema.field(1), [pa.array([None] * 11, pa.string())]), path)
     edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
-    with pytest.raises(DataError, match="an offset or a label is out of range"):
+    with pytest.raises(DataError, match=r"samples.parquet: column 'group' has empty cells"):
+        read_index(tmp_path / "out").groups  # noqa: B018
+    pq.write_table(pa.concat_tables([table] * 3), path)
+    edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+    with pytest.raises(DataError, match=r"samples.parquet: 33 rows, index.json lists 11"):
         read_index(tmp_path / "out")
     pq.write_table(table.drop_columns("group"), path)
     edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))

@@ -14,7 +14,6 @@ scales to 10 million lesions: a column is read at its first use, and no Python o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,9 +38,10 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
+from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_json
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256, json_text
-from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task, one_line
+from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task
 from triderm_dist.tasks import milk10k_task, recorded_task
 
 if TYPE_CHECKING:
@@ -207,9 +207,13 @@ class ShardIndex:
     def _columns(self, *names: str) -> pa.Table:
         path = self.folder / SAMPLES
         try:
-            return pq.ParquetFile(self.samples).read(list(names), use_threads=False)
+            table = pq.ParquetFile(self.samples).read(list(names), use_threads=False)
+            table.validate(full=True)  # text that is not UTF-8
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(path, error) from None
+        if empty := next((name for name in names if table[name].null_count), None):
+            raise DataError(f"{path}: column {empty!r} has empty cells; pack the data again")
+        return table
 
 
 def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars: bool = True) -> ShardIndex:
@@ -229,23 +233,18 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
             f"{folder}: no {INDEX} in this folder; create it by triderm pack, or for other WebDataset shards by "
             "triderm index"
         )
-    raw = read_raw_index(path)
+    raw = read_json(path)
     if raw.get("format") != FORMAT or raw.get("version") != VERSION:
         found = f"{raw.get('format')!r} version {raw.get('version')!r}"
         raise DataError(
             f"{path}: {found}, this program reads {FORMAT!r} version {VERSION}; pack the data again by triderm pack, "
             "or index other WebDataset shards again by triderm index"
         )
-    try:
-        table = ShardFile(SAMPLES, raw["samples"]["rows"], raw["samples"]["bytes"], raw["samples"]["sha256"])
-        content = _parse(raw, path)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        text = one_line(error, with_type=True)
-        raise DataError(f"{path}: incomplete ({text}); pack or index the data again") from None
-    _check_vocabulary(path, raw, content["task"])
-    for shard in content["shards"]:
-        _check_name(folder, shard.url)
-        if check_tars:
+    content = check_content(raw, path)
+    table = content.samples.file
+    fields = _fields(content, _task(raw, path), path)
+    if check_tars:
+        for shard in fields["shards"]:
             _check_size(folder, shard)
     _check_size(folder, table)
     if verify:
@@ -255,7 +254,7 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
     except OSError as error:
         raise _unreadable(folder / SAMPLES, error) from None
     fingerprint = index_fingerprint(path, raw)
-    index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=fingerprint, **content)
+    index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=fingerprint, **fields)
     _check_rows(index)
     if verify:
         verify_shards(index)
@@ -276,17 +275,6 @@ def read_photo_bytes(index: ShardIndex, row: int, view: str) -> bytes:
         return file.read(int(index.sizes[row, column]))
 
 
-def read_raw_index(path: Path) -> dict[str, Any]:
-    """Return the content of an index.json. Raises DataError if it is not a JSON mapping."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({one_line(error)}); pack the data again") from None
-    if not isinstance(raw, dict):
-        raise DataError(f"{path}: not an index of shards; pack the data again")
-    return raw
-
-
 def index_fingerprint(path: Path, raw: Mapping[str, Any]) -> str:
     """Return the `ShardIndex.fingerprint` of an index.json and its content: for MILK10k the hash of the file that
     earlier versions wrote, without a task, so that their finished work stays finished.
@@ -299,59 +287,47 @@ def index_fingerprint(path: Path, raw: Mapping[str, Any]) -> str:
     return hashlib.sha256(json_text(content).encode()).hexdigest()
 
 
-def _parse(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return fields of `ShardIndex` from an index.json. Raises KeyError, TypeError, AttributeError or ValueError
-    for an incomplete one, DataError for a task that this program cannot read.
-    """
+def _task(raw: Mapping[str, Any], path: Path) -> Task:
     try:
-        task = recorded_task(raw, str(path))
+        return recorded_task(raw, str(path))
     except ConfigError as error:
         raise DataError(f"{error}; pack the data again") from None
-    sizes = {_size(text): int(count) for text, count in raw["photo_sizes"].items()}
-    if not sizes:
-        raise ValueError("photo_sizes is empty")
-    return {
-        "task": task,
-        "concepts": tuple(raw["concepts"]),
-        "stored_concepts": tuple(raw["concepts"]),
-        "stored_fields": tuple(map(str, raw["metadata_fields"])),
-        "shards": tuple(ShardFile(**entry) for entry in raw["shards"]),
-        "problems": tuple(Problem(**entry) for entry in raw["problems"]),
-        "photo_sizes": sizes,
-        "shared_photos": tuple((str(one), str(other)) for one, other in raw["shared_photos"]),
-        "extensions": {view: tuple(names) for view, names in raw.get("extensions", EXTENSIONS).items()},
-        "label_words": {word: raw["diagnoses"].index(name) for word, name in raw.get("labels", {}).items()}
-        or task.label_words,
-        "short_side": raw.get("packed_with", {}).get("short_side"),
-        "group_salt": raw["groups"]["salt"] if "groups" in raw else None,
-    }
 
 
-def _size(text: str) -> tuple[int, int]:
-    width, height = map(int, text.split("x"))
-    if min(width, height) < 1:
-        raise ValueError(f"photo size {text!r}")
-    return width, height
-
-
-def _check_vocabulary(path: Path, raw: Mapping[str, Any], task: Task) -> None:
-    """Raise DataError where labels or categories have another meaning than in the task."""
-    if tuple(raw["diagnoses"]) != task.diagnosis_names:
+def _fields(content: IndexContent, task: Task, path: Path) -> dict[str, Any]:
+    """Return fields of `ShardIndex`. Raises DataError where labels or categories have another meaning in the task."""
+    if tuple(content.diagnoses) != task.diagnosis_names:
         raise DataError(f"{path}: its diagnoses are not those of its task {task.name!r}; pack the data again")
     # Written by earlier versions for the fields of plugins.
-    for name, values in raw.get("metadata_categories", {}).items():
+    for name, values in content.metadata_categories.items():
         known = next((field.categories for field in task.fields if field.name == name), tuple(values))
         if known != tuple(values):
             raise DataError(
                 f"{path}: metadata field {name!r} was packed with categories {', '.join(values)}, its task has "
                 f"{', '.join(known)}; pack the data again"
             )
+    if unknown := next((name for name in content.labels.values() if name not in content.diagnoses), None):
+        raise DataError(f"{path}: labels names a diagnosis {unknown!r} that the task lacks; pack the data again")
+    return {
+        "task": task,
+        "concepts": tuple(content.concepts),
+        "stored_concepts": tuple(content.concepts),
+        "stored_fields": tuple(content.metadata_fields),
+        "shards": tuple(ShardFile(**shard.model_dump()) for shard in content.shards),
+        "problems": tuple(Problem(**problem.model_dump()) for problem in content.problems),
+        "photo_sizes": {_size(text): count for text, count in content.photo_sizes.items()},
+        "shared_photos": tuple((one, other) for one, other in content.shared_photos),
+        "extensions": {view: tuple(content.extensions.get(view, EXTENSIONS[view])) for view in VIEWS},
+        "label_words": {word: content.diagnoses.index(name) for word, name in content.labels.items()}
+        or task.label_words,
+        "short_side": content.packed_with.short_side,
+        "group_salt": content.groups.salt if content.groups else None,
+    }
 
 
-def _check_name(folder: Path, url: Any) -> None:
-    # `pipe:` would run a command that a data file names, other schemes and paths would leave the folder.
-    if not isinstance(url, str) or ":" in url or os.path.basename(url) != url or url in ("", ".", ".."):
-        raise DataError(f"{folder / INDEX}: shard url {url!r} is not a file name; only files of this folder are read")
+def _size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 def _check_size(folder: Path, file: ShardFile) -> None:
@@ -398,10 +374,12 @@ def _check_rows(index: ShardIndex) -> None:
     """
     path = index.folder / SAMPLES
     shard_bytes = np.array([shard.bytes for shard in index.shards], np.int64)
-    lesions = np.zeros(len(index.shards), np.int64)
+    lesions, photos = np.zeros(len(index.shards), np.int64), 0
     outside = f"{path}: a shard number, an offset or a label is out of range; pack the data again"
     try:
         file = pq.ParquetFile(index.samples)
+        if file.metadata.num_rows != index.rows:
+            raise DataError(f"{path}: {file.metadata.num_rows} rows, {INDEX} lists {index.rows}; pack the data again")
         if not file.schema_arrow.equals(samples_schema(len(index.stored_concepts), len(index.stored_fields))):
             raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
         locations = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
@@ -412,13 +390,16 @@ def _check_rows(index: ShardIndex) -> None:
             lesions += np.bincount(shard, minlength=len(shard_bytes))
             wrong = (label < UNLABELED) | (label >= len(index.diagnoses))
             for offset, size in zip(rest[::2], rest[1::2], strict=True):
-                wrong |= (offset < 0) | (size < 0) | (offset + size > shard_bytes[shard])
+                wrong |= (offset < 0) | (size < 0) | (offset > shard_bytes[shard] - size)  # a sum could overflow
+                photos += int(np.count_nonzero(size))
             if wrong.any():
                 raise DataError(outside)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
-    if lesions.tolist() != [shard.samples for shard in index.shards] or lesions.sum() != index.rows:
+    if lesions.tolist() != [shard.samples for shard in index.shards]:
         raise DataError(f"{path}: its rows do not match the counts of {INDEX}; pack the data again")
+    if photos != sum(index.photo_sizes.values()):
+        raise DataError(f"{path}: its {photos} photos do not match the photo_sizes of {INDEX}; pack the data again")
 
 
 def _note_on_sizes(index: ShardIndex) -> Iterator[str]:

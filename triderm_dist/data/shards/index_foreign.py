@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, SHARD_NAME_RULE, ShardFile, is_shard_name, rows_schema
-from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
 from triderm_dist.data.shards.record import (
     Record,
@@ -238,7 +239,7 @@ def _some(names: Sequence[str]) -> str:
 def _tars(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the WebDataset tars")
-    if (folder / INDEX).is_file() and "packed_with" in read_raw_index(folder / INDEX):
+    if (folder / INDEX).is_file() and "packed_with" in read_json(folder / INDEX):
         raise DataError(f"{folder}: written by triderm pack, which made its index; use the folder as it is")
     # macOS writes ._NAME beside each file on disks of other systems.
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import threading
@@ -12,8 +11,9 @@ from pathlib import Path
 
 from triderm_dist.config import RemoteConfig, cache_folder
 from triderm_dist.data.shards.cache import Cache
-from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
-from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index, read_raw_index
+from triderm_dist.data.shards.format import INDEX, ShardFile
+from triderm_dist.data.shards.index import ShardIndex, index_fingerprint, read_index
+from triderm_dist.data.shards.index_schema import check_content, read_json
 from triderm_dist.data.shards.remote import Store, disk_error
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import DataError
@@ -55,7 +55,7 @@ def set_fingerprint(where: str, remote: RemoteConfig) -> str:
     path = index_file(where, remote)
     if not path.is_file():
         raise DataError(f"{path}: no such file; create it by triderm pack")
-    return index_fingerprint(path, read_raw_index(path))
+    return index_fingerprint(path, read_json(path))
 
 
 def cache_root(remote: RemoteConfig) -> Path:
@@ -82,9 +82,9 @@ def _fetch_index(store: Store, root: Path) -> Path:
 def _samples_file(path: Path, store: Store) -> ShardFile:
     """Return samples.parquet as an index.json describes it. Raises DataError where that is not an index."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))["samples"]
-        return ShardFile(SAMPLES, int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]))
-    except (ValueError, KeyError, TypeError):
+        return check_content(read_json(path), path).samples.file
+    except DataError as error:
+        why = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise DataError(
-            f"{store.shown(INDEX)}: not an index of shards; give the address of a folder that triderm pack wrote"
+            f"{store.shown(INDEX)}: not an index of shards ({why}); give the address of a folder of triderm pack"
         ) from None

@@ -29,7 +29,8 @@ from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
-from triderm_dist.data.shards.index import ShardIndex, read_index, read_raw_index
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, size_and_hash
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
@@ -109,7 +110,7 @@ def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
     advice = "choose another output folder or delete this one"
     if not (folder / INDEX).is_file():
         raise DataError(f"{folder}: exists and is not a packed set; {advice}")
-    found, task = read_raw_index(folder / INDEX), packer.task
+    found, task = read_json(folder / INDEX), packer.task
     packed_for = recorded_task(found, str(folder / INDEX))
     check_packed_for(packed_for, task, str(folder), advice)
     if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():

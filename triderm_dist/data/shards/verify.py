@@ -11,7 +11,8 @@ import numpy as np
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
-from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes, read_raw_index
+from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
+from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.data.shards.photos import PhotoError, check_photo, size_and_hash
 from triderm_dist.data.shards.record import Record, belongs_to_lesion, parse_record, split_name
 from triderm_dist.data.shards.tar_members import DamagedTar, check_tar_end
@@ -46,7 +47,7 @@ def verify(
 
 def _checksums(index: ShardIndex, workers: int) -> Iterator[Problem]:
     expected = {index.folder / shard.url: shard.sha256 for shard in index.shards}
-    expected[index.folder / SAMPLES] = read_raw_index(index.folder / INDEX)["samples"]["sha256"]
+    expected[index.folder / SAMPLES] = read_json(index.folder / INDEX)["samples"]["sha256"]
     for path, actual in map_in_order(file_sha256, expected, workers):
         if actual != expected[path]:
             what = f"checksum {actual[:16]}... is not the {expected[path][:16]}... of {INDEX}: damaged; copy it again"
@@ -57,7 +58,7 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
     path = index.folder / INDEX
     counts = index.counts()
     counts[UNLABELED_KEY] = counts.pop("unlabeled")
-    for name, count in read_raw_index(path).get("counts", {}).items():
+    for name, count in read_json(path).get("counts", {}).items():
         if count != counts.get(name):
             what = f"{count} lesions of {name}, {SAMPLES} has {counts.get(name)}"
             yield Problem("", "count", str(path), what)
