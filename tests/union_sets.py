@@ -53,9 +53,16 @@ MAP: dict[str, str | None] = {"naevus": "NV", "melanoma": "MEL", "in_situ": "MEL
 
 
 def pack_set(
-    folder: Path, task: Task, lesions: int, first_photo: int, size: tuple[int, int] = (48, 36), unlabeled: int = 0
+    folder: Path,
+    task: Task,
+    lesions: int,
+    first_photo: int,
+    size: tuple[int, int] = (48, 36),
+    unlabeled: int = 0,
+    prefix: str = "",
 ) -> ShardIndex:
-    """Pack lesions 0, 1 ...: diagnosis i % C, or none for the last `unlabeled` ones; photos of seeds from first_photo.
+    """Pack lesions 0, 1 ..., named PREFIXL000 of group PREFIXP000: diagnosis i % C, or none for the last `unlabeled`
+    ones; photos of seeds from first_photo.
 
     A field of lesion i has the value 10 i % 100, or category i % (number of categories); concept k the score (i + k) %
     10 / 10.
@@ -72,7 +79,7 @@ def pack_set(
         metadata = tuple(10.0 * i % 100 if each.is_number else float(i % len(each.categories)) for each in task.fields)
         scores = tuple((i + k) % 10 / 10 for k in range(len(concepts)))
         label = i % len(task.diagnoses) if i < lesions - unlabeled else UNLABELED
-        made.append(Lesion(f"L{i:03d}", images, scores, metadata, label, f"P{i:03d}"))
+        made.append(Lesion(f"{prefix}L{i:03d}", images, scores, metadata, label, f"{prefix}P{i:03d}"))
     return pack_shards(Dataset(task, made, concepts, True, []), folder, short_side=None, shard_samples=7)
 
 

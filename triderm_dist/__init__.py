@@ -31,7 +31,7 @@ def load(
 
     Raises `schema.InputError`, in one line, where there is no complete run.
     """
-    from triderm_dist.inference.locate import locate_run
+    from triderm_dist.engine.locate import locate_run
     from triderm_dist.inference.run import Run
     from triderm_dist.inference.run_folder import open_run_folder
 

@@ -356,6 +356,11 @@ class ModelConfig(Section):
     kind: str = Field("trimodal", description="network: trimodal, dual_cnn, or one that a plugin adds")
     settings: dict[str, Any] = Field({}, description="settings of a plugin's network, as its class defines them")
     tower: TowerConfig = TowerConfig()
+    init: PathText | None = Field(
+        None,
+        description="start from the weights of another run: RUN, RUN/MODEL, RUN/MODEL/fold-K or RUN/MODEL/refit, where "
+        "RUN is a folder, a zip file or hf-hub:USER/NAME; what does not fit begins anew",
+    )
     width: int = Field(768, ge=8, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")
     depth: int = Field(1, ge=1, description="trimodal: number of fusion blocks")
@@ -883,6 +888,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
     "models.NAME.train.tracker_settings": {},
+    "models.NAME.init": None,
     "models.NAME.settings": {},
     "oof.tta": 1,
     "stack.kind": "xgboost",
@@ -941,10 +947,11 @@ def save(config: Section, path: Path) -> None:
 
 
 def absolute(key: str, value: str) -> str:
-    """Return the absolute form of a path setting; URLs and the names of shipped tasks stay as they are."""
+    """Return the absolute form of a path setting; URLs, repositories and names of shipped tasks stay as they are."""
     shipped_task = key == "data.task" and not Path(value).exists()
     module = key == "plugins[]" and not value.endswith(".py")
-    return value if "://" in value or value.startswith("pipe:") or shipped_task or module else os.path.abspath(value)
+    elsewhere = "://" in value or value.startswith(("pipe:", "hf-hub:"))
+    return value if elsewhere or shipped_task or module else os.path.abspath(value)
 
 
 def _portable(file: Path, run: Path, key: str, value: str) -> str:

@@ -221,6 +221,10 @@ class MetadataField:
         """The name in reports and notes."""
         return self.title or self.name.replace("_", " ")
 
+    def meaning(self) -> list[Any]:
+        """Return, as JSON types, what its values mean to a network."""
+        return [self.name, self.kind, [*self.categories], self.low, self.high, self.full_scale]
+
     def parse(self, text: str) -> float:
         """Return the value of a cell's text. Raises ValueError for a number out of range or an unknown category."""
         if self.is_number:
@@ -440,8 +444,7 @@ class Task:
 
     def meaning(self) -> list[Any]:
         """Return, as JSON types, what labels, views and metadata values mean: what networks depend on."""
-        fields = [[it.name, it.kind, [*it.categories], it.low, it.high, it.full_scale] for it in self.fields]
-        return [self.name, [*self.diagnosis_names], [*self.view_names], fields]
+        return [self.name, [*self.diagnosis_names], [*self.view_names], [each.meaning() for each in self.fields]]
 
     def _contradictions(self) -> Iterator[str]:
         names, columns = self.diagnosis_names, self.columns

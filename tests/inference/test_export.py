@@ -28,11 +28,11 @@ from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.checkpoint import read_info, save_weights, write_info
 from triderm_dist.engine.fold import fold_tower
+from triderm_dist.engine.locate import locate_run
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.files import file_sha256
 from triderm_dist.inference.export import export_run
 from triderm_dist.inference.exported_network import ExportedNetwork
-from triderm_dist.inference.locate import locate_run
 from triderm_dist.inference.networks import NetworkLoader
 from triderm_dist.inference.run_folder import open_run_folder
 from triderm_dist.inference.slim_run import safe_name

@@ -41,8 +41,8 @@ class ExportRun(Section):
 
 
 def main(config: ExportRun) -> None:
+    from triderm_dist.engine.locate import locate_run
     from triderm_dist.inference.export import export_run
-    from triderm_dist.inference.locate import locate_run
 
     export_run(
         locate_run(config.run), Path(config.output), config.format, networks=config.networks, models=config.models,

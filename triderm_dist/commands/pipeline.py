@@ -9,7 +9,7 @@ interrupted run resumes.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -27,10 +27,13 @@ from triderm_dist.config import (
 )
 from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models import check_network
-from triderm_dist.schema import ConfigError, Task
+from triderm_dist.schema import ConfigError, InputError, Task
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
 from triderm_dist.tasks import check_packed_for, load_task, milk10k_task
+
+if TYPE_CHECKING:
+    from triderm_dist.engine.warm_start import TrainedNetwork
 
 
 class PipelineRun(ParallelFoldsRun):
@@ -131,7 +134,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
     crossval = [*program("crossval", launcher), *of_run, *parallel]
-    result.append(stage("crossval", crossval, held_out, [train_index, *extra_indices], predictions))
+    begun_with = [each.folder / "weights.json" for name in models for each in _warm_start(config, name)]
+    result.append(stage("crossval", crossval, held_out, [train_index, *extra_indices, *begun_with], predictions))
     extra_files = []
     if "embeddings" in extra:
         indices = [train_index, *test_index]
@@ -158,6 +162,24 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
         reported += [*results, *truth]
     result.append(Stage("report", [*program("report"), *of_run], [], reported, [folder / "report.html"]))
     return result
+
+
+def _warm_start(config: Experiment, name: str) -> list[TrainedNetwork]:
+    """Return the networks that a model begins with; none where the other run is gone, and finished folds know them.
+
+    Raises ConfigError where it is not there and a fold is not finished.
+    """
+    from triderm_dist.engine.warm_start import find_networks
+
+    init = config.models[name].init
+    if init is None:
+        return []
+    try:
+        return find_networks(init, name)
+    except InputError:
+        if all((config.fold_folder(name, fold) / "fold.json").is_file() for fold in range(config.data.folds)):
+            return []
+        raise
 
 
 def _without_paths(data: dict[str, Any]) -> dict[str, Any]:

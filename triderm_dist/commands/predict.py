@@ -280,7 +280,7 @@ def draw(config: PredictRun) -> None:
 
 
 def start() -> None:
-    from triderm_dist.inference.locate import locate_run
+    from triderm_dist.engine.locate import locate_run
 
     run(PredictRun, main, __doc__, users=programs_using, locate=locate_run)
 

@@ -27,6 +27,7 @@ def network_findings(
             _precision(name, model),
             _split(name, model, ranks),
             _tower(name, model),
+            *_init(name, model),
             _step_memory(name, model, signature, ranks, gpu_memory),
         )
     ]
@@ -115,6 +116,22 @@ def _tower(name: str, model: ModelConfig) -> Finding:
         return Finding(title, f"{description}; the first run downloads them")
     advice = "download them elsewhere and use local-dir:PATH or timm:NAME@FILE, or choose tower.pretrained=false"
     return Finding(title, f"{description}, and {problem}", "error", advice)
+
+
+def _init(name: str, model: ModelConfig) -> list[Finding]:
+    """Name the networks that a training may begin with; nothing without `init`."""
+    title = f"{name}: init"
+    if model.init is None:
+        return []
+    if imported("torch") is None:
+        return [Finding(title, f"{model.init}; not checked without torch")]
+    from triderm_dist.engine.warm_start import find_networks
+
+    try:
+        networks = find_networks(model.init, name)
+    except InputError as error:
+        return [Finding(title, str(error), "error", f"train that run first, or remove models.{name}.init")]
+    return [Finding(title, f"{networks[0].run}: {', '.join(each.name for each in networks)}")]
 
 
 def _hub_problem() -> str | None:

@@ -349,11 +349,8 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Load PATH.safetensors into a network of the same architecture.
-
-    Raises CheckpointError that names what differs, also where PATH.json has another SHA-256.
-    """
+def read_weights(path: Path) -> Tensors:
+    """Read PATH.safetensors. Raises CheckpointError where it is damaged: PATH.json has another SHA-256."""
     file = path.with_suffix(".safetensors")
     weights = _read_tensors(file)
     if file_sha256(file) != read_info(path)["sha256"]:
@@ -361,7 +358,15 @@ def load_weights(path: Path, network: nn.Module) -> None:
             f"{file}: changed or damaged: its SHA-256 is not that of {path.name}.json; delete {file.parent} and train "
             "this fold again"
         )
-    expected = network.state_dict()
+    return weights
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Load PATH.safetensors into a network of the same architecture.
+
+    Raises CheckpointError that names what differs, also as `read_weights` does.
+    """
+    file, weights, expected = path.with_suffix(".safetensors"), read_weights(path), network.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     other = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     if missing or extra or other:

@@ -35,8 +35,11 @@ from triderm_dist.engine.fold import (
 )
 from triderm_dist.engine.fold_folder import FoldFolder, exclusive
 from triderm_dist.engine.fold_results import later_seconds
+from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
 from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
 from triderm_dist.engine.views import Views, open_views
+from triderm_dist.engine.warm_start import fill_network
+from triderm_dist.models.network import Network
 from triderm_dist.predictions import write_predictions
 from triderm_dist.redact import redact_tree
 from triderm_dist.schema import VIEWS
@@ -44,7 +47,7 @@ from triderm_dist.terminal import counted, wrapped
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]
-Create = Callable[[Views, Stop, Output], "FoldRun"]
+Create = Callable[[Views, Stop, Output, WarmStart | None], "FoldRun"]
 """Creates a training from what `run_trainings` opens."""
 
 
@@ -104,10 +107,11 @@ def run_trainings(
             on_main(lambda: experiment.folder.mkdir(parents=True, exist_ok=True))
             if extra is None:
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
+            start = open_warm_start(experiment, name, index, accelerator, stop.check)
             views = open_views(
                 experiment, model, index, accelerator,
                 train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
-                record=True,
+                record=True, start=start,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended
@@ -115,7 +119,7 @@ def run_trainings(
                 later = later_seconds(experiment, order, number)
                 run = experiment.folder.resolve().name
                 output = Output(run, number + 1, len(order), position > 0, in_parallel, later)
-                training = create(views, stop, output)
+                training = create(views, stop, output, start)
                 with exclusive(training.path):
                     training.run()
 
@@ -130,10 +134,11 @@ class _HeldOut:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Outputs for the validation rows, if there are any, and the changed settings."""
+    """Outputs for the validation rows, if there are any; the changed settings; what was taken from `models.X.init`."""
 
     held_out: _HeldOut | None
     changes: list[dict[str, Any]]
+    init: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class FoldRun:
     """One fold of one model.
 
     assignment: the fold of each lesion (N,), -1 without a label.  on_start, on_validation: see `run_folds`.  output:
-    how it is printed.
+    how it is printed.  start: the networks that it may begin with, see `models.NAME.init`.
     """
 
     experiment: Experiment
@@ -153,6 +158,7 @@ class FoldRun:
     views: Views
     stop: Stop
     output: Output
+    start: WarmStart | None
 
     @property
     def path(self) -> Path:
@@ -227,26 +233,37 @@ class FoldRun:
         # A new Accelerator for each training: DeepSpeed binds it to one engine.
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
-            changes = self._train(config, accelerator)
+            changes, init = self._train(config, accelerator)
             held_out = self._predict(accelerator, size) if len(self.validation_rows) else None
         if attempt.failed:
             return None
         accelerator.free_memory()
-        return _Outcome(held_out, changes)
+        return _Outcome(held_out, changes, init)
 
-    def _train(self, config: TrainConfig, accelerator: Accelerator) -> list[dict[str, Any]]:
-        """Train, or resume, and return the changes of settings (see `Trainer.train`)."""
+    def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
+        """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
+        torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
+        network, about = new_network(self.model, self.views), None
+        if self.start:
+            filled = fill_network(network, self.model, self.start.choose(self.validation_rows))
+            accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
+            about = {**filled.about(), "networks": [each.sha256 for each in self.start.networks]}
+        return network.to(accelerator.device), about
+
+    def _train(
+        self, config: TrainConfig, accelerator: Accelerator
+    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """Train, or resume, and return the changes of settings (see `Trainer.train`), and what was taken by `init`."""
         train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
         train_rows = np.concatenate([train_rows, self.views.extra_rows])
         data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
-        torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
-        network = new_network(self.model, self.views).to(accelerator.device)
+        network, init = self._new_network(accelerator)
         trainer = Trainer(
             name=self.title, network=network, head=self.model.head, config=config, data=data,
             folder=self.folder, seed=self.experiment.seed, accelerator=accelerator, epochs=self.epochs,
             output=self.output,
         )  # fmt: skip
-        return trainer.train(self.stop, self.on_start, self.on_validation)
+        return trainer.train(self.stop, self.on_start, self.on_validation), init
 
     def _predict(self, accelerator: Accelerator, micro_batch: int) -> _HeldOut:
         """Predict the validation rows, with all views and with each view treated as missing."""
@@ -279,6 +296,7 @@ class FoldRun:
             photos={"canvas": self.index.canvas, "short_side": self.index.short_side},
             changes=outcome.changes,
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
+            **({"init": outcome.init} if outcome.init else {}),
             **self.about,
         )
 

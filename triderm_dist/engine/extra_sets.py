@@ -15,7 +15,9 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.data.union import ExtraSet, match_extra_set
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
-from triderm_dist.engine.views import prepare_tokens
+from triderm_dist.engine.init_overlap import open_warm_start
+from triderm_dist.engine.thumbnails import compute_thumbnails
+from triderm_dist.engine.views import open_views
 from triderm_dist.schema import UNLABELED, DataError
 from triderm_dist.terminal import wrapped
 
@@ -56,7 +58,7 @@ def without_shared_photos(
     if is_packed(experiment.test_shards):
         known["test set"] = open_index(experiment.test_shards, experiment.data.remote)
     prints = [Thumbnails(each, experiment.token_folder) for each in (*known.values(), *(each.index for each in extra))]
-    _compute(prints, experiment.data.workers, accelerator, after_file)
+    compute_thumbnails(prints, experiment.data.workers, accelerator, after_file)
     result = []
     for (where, config), each, own in zip(experiment.data.extra_sets.items(), extra, prints[len(known) :], strict=True):
         for (name, other), thumbnails in zip(known.items(), prints, strict=False):
@@ -83,7 +85,12 @@ def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> 
         accelerator = start_training(experiment.models[names[0]].train)
         extra = without_shared_photos(extra, index, experiment, accelerator)
     for name in names:
-        prepare_tokens(experiment, index, name, extra)
+        if (model := experiment.models[name]).tower.frozen:
+            accelerator = start_training(model.train)
+            start = open_warm_start(experiment, name, index, accelerator)
+            open_views(
+                experiment, model, index, accelerator, train=True, extra=extra, record=True, start=start
+            )  # computes the tokens that the cache lacks
 
 
 def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:
@@ -99,21 +106,6 @@ def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[s
         f"{', '.join(counts)}{left_out}; {found} of {len(index.concepts)} concepts match by name",
         *(f"{where}: {note}" for note in extra.notes),
     ]
-
-
-def _compute(
-    sets: Sequence[Thumbnails], workers: int, accelerator: Accelerator, after_file: Callable[[], None]
-) -> None:
-    """Compute the missing files of thumbnails, distributed over the ranks."""
-    missing = [(thumbnails, number) for thumbnails in sets for number in thumbnails.missing()]
-    accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
-    if missing:
-        accelerator.print("comparing the photos of the training set and its extra sets", flush=True)
-    for position, (thumbnails, number) in enumerate(missing):
-        if position % accelerator.num_processes == accelerator.process_index:
-            thumbnails.compute(number, workers)
-        after_file()
-    accelerator.wait_for_everyone()
 
 
 def _named(shared: Sequence[Shared], extra: ExtraSet, name: str, other: ShardIndex) -> str:

@@ -47,7 +47,7 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
             on_main(partial(_record_folds, path, trained))
             return []
         create = partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None)
-        return [lambda views, stop, output: create(views, stop, output, trained)]
+        return [lambda views, stop, output, start: create(views, stop, output, start, trained)]
 
     run_trainings(experiment, index, models, remaining)
 

@@ -20,12 +20,13 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
-from triderm_dist.distributed.parallel import start_training
+from triderm_dist.engine.init_overlap import WarmStart
+from triderm_dist.engine.warm_start import TrainedNetwork, fill_tower
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.models import build_towers
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
-from triderm_dist.schema import InputError
+from triderm_dist.schema import UNLABELED, InputError
 from triderm_dist.terminal import wrapped
 
 PLAIN = "plain"
@@ -64,18 +65,20 @@ def open_views(
     extra: Sequence[ExtraSet] = (),
     recorded: TowerRecord | None = None,
     record: bool = False,
+    start: WarmStart | None = None,
 ) -> Views:
     """Open photos for towers that train, or tokens of a frozen tower, computing those that the cache lacks.
 
     Call on all ranks. train: also open the augmented versions. transforms: how many transforms of the dihedral group
     prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise. extra: sets whose
-    lesions join training. recorded: the tower, see `open_tower`. record: write it to OUTPUT/towers.
+    lesions join training. recorded, start: the tower, see `open_tower`. record: write it to OUTPUT/towers.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(wrapped(f"note: {note}"), flush=True)
-    about, tower = open_tower(experiment, model, recorded, pretrained=train)
+    first = start.choose(np.flatnonzero(index.labels != UNLABELED)) if start and model.tower.frozen else None
+    about, tower = open_tower(experiment, model, recorded, pretrained=train, start=first)
     shape = about.token_shape if tower else None
     if tower:
         accelerator.print(wrapped(tower.report), flush=True)
@@ -110,22 +113,19 @@ def open_views(
     return Views(loaders, about, shape, training, rows, union.extra)
 
 
-def prepare_tokens(experiment: Experiment, index: ShardIndex, name: str, extra: Sequence[ExtraSet] = ()) -> None:
-    """Compute the tokens that the cache lacks for training a model; does nothing where its towers train."""
-    model = experiment.models[name]
-    if model.tower.frozen:
-        open_views(experiment, model, index, start_training(model.train), train=True, extra=extra, record=True)
-
-
 def open_tower(
-    experiment: Experiment, model: ModelConfig, recorded: TowerRecord | None = None, pretrained: bool = False
+    experiment: Experiment,
+    model: ModelConfig,
+    recorded: TowerRecord | None = None,
+    pretrained: bool = False,
+    start: TrainedNetwork | None = None,
 ) -> tuple[TowerRecord, Tower | None]:
     """Return the record of a model's tower, and the tower itself with its weights where it is frozen.
 
     recorded: the tower that the run recorded, read without its pretrained file; None builds the one of the settings,
     with its pretrained weights if it is frozen, or where its source is missing takes the one that the run recorded for
-    these settings. pretrained: load those of one that trains too, to check that they are there. Raises as
-    `build_towers` and `load_tower` do.
+    these settings. pretrained: load those of one that trains too, to check that they are there. start: the network
+    whose weights a frozen tower gets. Raises as `build_towers`, `load_tower` and `fill_tower` do.
     """
     frozen = model.tower.frozen
     if recorded:
@@ -141,6 +141,8 @@ def open_tower(
         if is_main():
             print(f"note: {error}; the encoder of {experiment.folder / FOLDER} is used", flush=True)
         return open_tower(experiment, model, kept)
+    if frozen and start:
+        fill_tower(tower, start)
     return TowerRecord.of(tower, model.tower, tower_hash(tower) if frozen else None), tower if frozen else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,16 @@ class SemanticTokens(nn.Module):
             if not field.is_number:
                 self.categories[_module_name(self.categories, field)] = CategoryToken(len(field.categories), width)
         self.null = learned_token(1, width)
+        self.meanings: dict[str, Any] = {
+            "concepts": list(concepts),
+            **{_module_name(self, each): each.meaning() for each in self.fields if each.is_number},
+            **{
+                f"categories.{_module_name(self.categories, each)}": each.meaning()
+                for each in self.fields
+                if not each.is_number
+            },
+        }
+        """What parameters mean, by prefix; see `Network.parameter_meanings`."""
         self.names: tuple[str, ...] = (*concepts, *(field.name for field in self.fields), "null")
 
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:

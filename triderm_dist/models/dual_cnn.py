@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,11 @@ class DualCnn(Network):
         features = self.fusion(torch.cat(parts, 1)).float()
         aux = {view: self.aux_heads[view](views[view]) for view in views}
         return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
+
+    def parameter_meanings(self) -> dict[str, Any]:
+        diagnoses, inputs = self.signature.diagnoses, (self.signature.views, self.table is not None)
+        table = (self.used_concepts, [each.meaning() for each in self.used_fields])
+        return {"head": diagnoses, "aux_heads": diagnoses, "table": table, "fusion": inputs}
 
     def fusion_stages(self) -> list[nn.Module]:
         return []

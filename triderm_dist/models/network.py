@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,15 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def fusion_stages(self) -> list[nn.Module]:
         """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
+
+    def parameter_meanings(self) -> dict[str, Any]:
+        """Return what parameters mean beyond their name and shape, by prefix of the name; the longest prefix counts.
+
+        A warm start takes a parameter only from a network in which this is equal. By default all depend on everything
+        that the task has.
+        """
+        fields = [each.meaning() for each in self.used_fields]
+        return {"": (self.signature.diagnoses, self.signature.views, self.used_views, self.used_concepts, fields)}
 
     def add_tower(self, tower: nn.Module) -> None:
         """Put a frozen tower, pixels to tokens, into a network that was built on tokens: it then takes pixels."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ class TriModal(Network):
     def pooled_view(self) -> str:
         """The view whose tokens attend to the others and are pooled: the dermoscopic one where the task has it."""
         return self.signature.views[-1]
+
+    def parameter_meanings(self) -> dict[str, Any]:
+        diagnoses = self.signature.diagnoses
+        semantic = self.semantic.meanings if self.semantic else {}
+        return {
+            "head": diagnoses, "aux_heads": diagnoses, **{f"semantic.{name}": each for name, each in semantic.items()}
+        }  # fmt: skip
 
     def left_out(self) -> list[str]:
         possible = _possible_stages(self.signature)

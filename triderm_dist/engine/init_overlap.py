@@ -1,0 +1,182 @@
+"""Choose the network that a training begins with (`models.NAME.init`), so that it has seen none of the lesions that the
+training will predict: those held out from it, and those of the test set.
+
+Lesions are the same where their ids or groups are equal, or where they share a photo (`data.overlap`). Photos are
+compared where the packed sets of the other run still lie where its settings say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from triderm_dist.config import Experiment, load_run
+from triderm_dist.data.overlap import Thumbnails, find_shared
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.open import is_packed, open_index
+from triderm_dist.distributed.collectives import on_main
+from triderm_dist.engine.thumbnails import compute_thumbnails
+from triderm_dist.engine.warm_start import TrainedNetwork, find_networks
+from triderm_dist.predictions import find_predictions, read_predictions
+from triderm_dist.schema import UNLABELED, ConfigError, DataError
+from triderm_dist.terminal import wrapped
+
+MAX_NAMED = 5
+"""Lesions that a message lists by name."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The networks of another run that the trainings of a model may begin with.
+
+    init: the setting.  networks: in the order in which they are tried.  seen: of the training set and of the test set,
+    if that is packed, which lesions each network was trained on, (networks, N) bool.  lesion_ids: theirs, (N,) text.
+    """
+
+    init: str
+    networks: tuple[TrainedNetwork, ...]
+    seen: tuple[np.ndarray, ...]
+    lesion_ids: tuple[np.ndarray, ...]
+
+    def choose(self, rows: np.ndarray) -> TrainedNetwork:
+        """Return the first network that has seen none of these rows (n,) of the training set, nor of the test set.
+
+        Raises DataError, which names lesions, where there is none.
+        """
+        predicted = (rows, slice(None))  # all lesions of the test set
+        for number, network in enumerate(self.networks):
+            if not any(seen[number, own].any() for seen, own in zip(self.seen, predicted, strict=False)):
+                return network
+        shared = [
+            name for seen, ids, own in zip(self.seen, self.lesion_ids, predicted, strict=False)
+            for name in ids[own][seen[0, own]]
+        ]  # fmt: skip
+        more = f" and {len(shared) - MAX_NAMED:,} more" if len(shared) > MAX_NAMED else ""
+        which = self.networks[0].name if len(self.networks) == 1 else f"each of its {len(self.networks)} networks"
+        raise DataError(
+            f"init: {self.init}: {which} was trained on lesions that this training is to predict, so that their scores "
+            f"would be too good: {', '.join(shared[:MAX_NAMED])}{more}; name a run of other lesions, or RUN/MODEL of "
+            "one with the same folds"
+        )
+
+
+def open_warm_start(
+    experiment: Experiment,
+    name: str,
+    index: ShardIndex,
+    accelerator: Accelerator,
+    after_file: Callable[[], None] = lambda: None,
+) -> WarmStart | None:
+    """Find the networks that `models.NAME.init` names, and compare the lesions that they were trained on with the
+    training set and with the test set, if it is packed. Returns None without the setting.
+
+    Call on all ranks. after_file: called on all ranks after every file of thumbnails, and may raise. Raises ConfigError
+    where the run is not found.
+    """
+    init = experiment.models[name].init
+    if init is None:
+        return None
+    networks = find_networks(init, name)
+    sets, notes = _training_sets(experiment, networks[0])
+    for note in notes:
+        accelerator.print(wrapped(f"note: models.{name}.init: {note}"), flush=True)
+    own = [index]
+    if is_packed(experiment.test_shards):
+        own.append(open_index(experiment.test_shards, experiment.data.remote))
+    ids, seen = [], []
+    for each in own:
+        names, found = _names(each), np.zeros((len(networks), len(each)), bool)
+        for other in sets:
+            photos = _shared_photos(other, each, experiment, accelerator, after_file)
+            for number, network in enumerate(networks):
+                trained = other.trained(network)
+                found[number] |= np.isin(names[0], other.lesion_ids[trained])
+                found[number] |= np.isin(names[1], other.groups[trained])
+                for row, own_row in photos:
+                    found[number, own_row] |= trained[row]
+        ids.append(names[0])
+        seen.append(found)
+    return WarmStart(init, tuple(networks), tuple(seen), tuple(ids))
+
+
+@dataclass(frozen=True)
+class _TrainingSet:
+    """The lesions of a set that another run trained on, (n,).
+
+    labeled: whether they took part.  index: the packed set, with these rows; None where it is gone.  held_out: the ids
+    of the lesions that each fold held out, by its folder's name; empty for an extra set.
+    """
+
+    lesion_ids: np.ndarray
+    groups: np.ndarray
+    labeled: np.ndarray
+    index: ShardIndex | None
+    held_out: dict[str, np.ndarray]
+
+    def trained(self, network: TrainedNetwork) -> np.ndarray:
+        """Return which lesions (n,) the network was trained on."""
+        if network.is_refit or network.folder.name not in self.held_out:
+            return self.labeled
+        return self.labeled & ~np.isin(self.lesion_ids, self.held_out[network.folder.name])
+
+
+def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[list[_TrainingSet], list[str]]:
+    """Return the sets that the run of a network trained its model on, and notes on what cannot be compared."""
+    tables = {}
+    for path in find_predictions(network.run, [network.model]):
+        table = read_predictions(path)
+        tables[path.parent.name] = (table.lesion_ids.astype(str), table.groups.astype(str))
+    held_out = {fold: ids for fold, (ids, _) in tables.items()}
+    notes, sets = [], []
+    try:
+        other = load_run(Experiment, network.run)
+        places = [other.train_shards, *(each.shards for each in other.data.extra_sets.values())]
+    except ConfigError as error:
+        notes.append(f"{error}; the photos of its training set are not compared")
+        places = [""]
+    for number, place in enumerate(places):
+        try:
+            index = open_index(place, experiment.data.remote) if place else None
+        except DataError:
+            notes.append(f"{place}, on which {network.run} was trained, is not there; its photos are not compared")
+            index = None
+        if index is not None:
+            ids, groups = _names(index)
+            labeled = index.labels != UNLABELED
+        elif number == 0 and tables:
+            ids, groups = (np.concatenate(columns) for columns in zip(*tables.values(), strict=True))
+            labeled = np.ones(len(ids), bool)
+        else:
+            notes.append(f"{network.run} does not record the lesions that it was trained on; they are not compared")
+            continue
+        sets.append(_TrainingSet(ids, groups, labeled, index, {} if number else held_out))
+    return sets, notes
+
+
+def _names(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and groups of all lesions, (N,) text each."""
+    rows = np.arange(len(index))
+    return index.lesion_ids[rows].astype(str), index.groups[rows].astype(str)
+
+
+def _shared_photos(
+    other: _TrainingSet,
+    own: ShardIndex,
+    experiment: Experiment,
+    accelerator: Accelerator,
+    after_file: Callable[[], None],
+) -> Sequence[tuple[int, int]]:
+    """Return (row of `other`, row of `own`) of lesions that share a photo; none where photos are not compared."""
+    index = other.index
+    if index is None or index.fingerprint == own.fingerprint:
+        return ()
+    prints = [Thumbnails(each, Path(experiment.token_folder)) for each in (index, own)]
+    compute_thumbnails(prints, experiment.data.workers, accelerator, after_file)
+    rows = np.flatnonzero(other.labeled)
+    shared = on_main(partial(find_shared, *prints, rows, accelerator.device))
+    return [(pair.row, pair.main_row) for pair in shared]

@@ -1,0 +1,27 @@
+"""Compute the thumbnails by which the photos of sets are compared (`data.overlap`) on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from accelerate import Accelerator
+
+from triderm_dist.data.overlap import Thumbnails
+
+
+def compute_thumbnails(
+    sets: Sequence[Thumbnails], workers: int, accelerator: Accelerator, after_file: Callable[[], None]
+) -> None:
+    """Compute the missing files of thumbnails, distributed over the ranks.
+
+    Call on all ranks. after_file: called on all ranks after every file, and may raise.
+    """
+    missing = [(thumbnails, number) for thumbnails in sets for number in thumbnails.missing()]
+    accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
+    if missing:
+        accelerator.print("comparing the photos of the training set with those of other sets", flush=True)
+    for position, (thumbnails, number) in enumerate(missing):
+        if position % accelerator.num_processes == accelerator.process_index:
+            thumbnails.compute(number, workers)
+        after_file()
+    accelerator.wait_for_everyone()

@@ -1,0 +1,285 @@
+"""Warm start: a network begins with the weights of a network of another run, as `models.NAME.init` names it.
+
+    RUN                                       the model of the same name, or the only one
+    RUN/MODEL                                 its refit if there is one, else its folds
+    RUN/MODEL/fold-K, RUN/MODEL/refit         one network; also by the path of its weights.safetensors
+
+RUN is a folder, a zip file, or hf-hub:USER/NAME. The other run may have another task, other settings and another kind
+of network: what fits is taken, and the rest begins as the settings say. A tower is taken completely or not at all. Any
+other parameter is taken where name and shape agree, and what it means (`Network.parameter_meanings`): the head only
+where the diagnoses are the same ones, the token of a concept only where the concepts are.
+
+`engine.init_overlap` decides which of several networks a fold begins with, so that none has seen what it predicts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triderm_dist.config import Experiment, ModelConfig, build
+from triderm_dist.engine.checkpoint import read_info, read_weights
+from triderm_dist.engine.locate import HUB, locate_run
+from triderm_dist.models import build_network
+from triderm_dist.models.network import SHARED, Network
+from triderm_dist.models.tower_record import FOLDER, TowerRecord, load_tower, read_tower
+from triderm_dist.models.towers import Tower
+from triderm_dist.schema import CheckpointError, ConfigError, Signature
+from triderm_dist.tasks import recorded_task
+
+REFIT = "refit"
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A trained network in RUN/MODEL/fold-K or RUN/refit/MODEL. info: its fold.json."""
+
+    folder: Path
+    info: Mapping[str, Any]
+
+    @property
+    def run(self) -> Path:
+        return self.folder.parents[1]
+
+    @property
+    def is_refit(self) -> bool:
+        return self.folder.parent.name == REFIT
+
+    @property
+    def model(self) -> str:
+        return self.folder.name if self.is_refit else self.folder.parent.name
+
+    @property
+    def name(self) -> str:
+        """MODEL/fold-K or MODEL/refit."""
+        return f"{self.model}/{REFIT if self.is_refit else self.folder.name}"
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of its weights."""
+        return str(self.info["weights"])
+
+    @property
+    def signature(self) -> Signature:
+        task = recorded_task(self.info, str(self.folder / "fold.json"))
+        return task.signature(self.info["concepts"])
+
+    @property
+    def config(self) -> ModelConfig:
+        """The settings of the network. Raises ConfigError where this version, or a missing plugin, refuses them."""
+        try:
+            return build(ModelConfig, self.info["model"])
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder / 'fold.json'}: {error}") from None
+
+    @cached_property
+    def tower(self) -> TowerRecord:
+        """Raises CheckpointError for a network that was trained before towers were recorded."""
+        if not (name := self.info.get("tower")):
+            raise CheckpointError(f"{self.folder}: trained by a version that did not record its tower; train it again")
+        return read_tower(self.run / FOLDER, name)
+
+    def towers(self, weights: Weights) -> dict[str, Weights]:
+        """Return the weights of each tower by its view, or of the one that is shared.
+
+        weights: of the network, which hold those of a tower that trained; a frozen one is in RUN/towers.
+        """
+        found: dict[str, Weights] = {}
+        for name, tensor in weights.items():
+            if match := re.fullmatch(r"towers\.(\w+)\.(.+)", name):
+                found.setdefault(match[1], {})[match[2]] = tensor
+        if not found and self.tower.weights is not None:
+            found[SHARED] = load_tower(self.run / FOLDER, self.tower).state_dict()
+        return found
+
+
+def find_networks(init: str, model: str) -> list[TrainedNetwork]:
+    """Return the networks that `models.NAME.init` names: one, or a model's refit if it has one, or all its folds.
+
+    model: the one to take where `init` names a run of several. Raises ConfigError where there is none, or it is not
+    clear which.
+    """
+    path = _path(init)
+    key = f"models.{model}.init: {init}"
+    if path.name == "weights.safetensors":
+        path = path.parent
+    if path.name == REFIT and not path.exists():
+        path = path.parents[1] / REFIT / path.parent.name
+    if (path / "fold.json").is_file():
+        return [_read(path)]
+    if not path.is_dir():
+        raise ConfigError(
+            f"{key}: no such run; write RUN, RUN/MODEL or RUN/MODEL/fold-K with a folder, a zip file or {HUB}USER/NAME "
+            "for RUN (weights of a tower alone are given by tower.source)"
+        )
+    if any(path.glob("fold-*/fold.json")):
+        path, model = path.parent, path.name
+    models = sorted(
+        {each.parents[1].name for each in path.glob("*/fold-*/fold.json")}
+        | {each.parent.name for each in path.glob(f"{REFIT}/*/fold.json")}
+    )
+    if not models:
+        raise ConfigError(f"{key}: no trained network there; name the folder of a run, after triderm crossval")
+    if model not in models:
+        if len(models) > 1:
+            raise ConfigError(f"{key}: has the models {', '.join(models)}; name one: {init}/{models[0]}")
+        model = models[0]
+    refit = path / REFIT / model
+    if (refit / "fold.json").is_file():
+        return [_read(refit)]
+    folds = sorted(path.glob(f"{model}/fold-*"), key=lambda folder: (len(folder.name), folder.name))
+    return [_read(folder) for folder in folds if (folder / "fold.json").is_file()]
+
+
+def init_identity(experiment: Experiment, name: str, folder: Path) -> list[str]:
+    """Return the SHA-256 of the weights of all networks that the training of a model may begin with; [] without `init`.
+
+    folder: that of the training. Where the other run is gone, they are those that a finished training recorded there.
+    """
+    init = experiment.models[name].init
+    if init is None:
+        return []
+    try:
+        return [network.sha256 for network in find_networks(init, name)]
+    except (ConfigError, CheckpointError):
+        try:
+            recorded: list[str] = read_info(folder / "fold")["init"]["networks"]
+        except (CheckpointError, KeyError):
+            recorded = []
+        if not recorded:
+            raise
+        return recorded
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The parameters and buffers of a network that were taken, those that began anew, and those that have no place in
+    it, by name."""
+
+    source: TrainedNetwork
+    taken: tuple[str, ...]
+    new: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Say in one line what was taken, made new and left, by part of the network."""
+        text = f"starts from {self.source.folder}: {_parts(self.taken)} taken"
+        for names, what in ((self.new, "new"), (self.left, "left")):
+            if names:
+                text += f"; {_parts(names)} {what}"
+        return text
+
+    def about(self) -> dict[str, Any]:
+        """What fold.json records."""
+        return {
+            "run": str(self.source.run), "network": self.source.name, "sha256": self.source.sha256,
+            "taken": _counts(self.taken), "new": _counts(self.new), "left": _counts(self.left),
+        }  # fmt: skip
+
+
+def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) -> Filled:
+    """Load into a network what fits of another one. config: the network's own settings.
+
+    Raises CheckpointError where nothing fits, or the other network's files are damaged.
+    """
+    weights = read_weights(source.folder / "weights")
+    own = network.state_dict()
+    taken: Weights = {}
+    used: set[str] = set()
+    towers = source.towers(weights) if network.towers else {}
+    for key, tower in network.towers.items():
+        fitting = _fitting_tower(tower, key, towers)
+        if fitting:
+            taken |= {f"towers.{key}.{name}": tensor for name, tensor in towers[fitting].items()}
+            used |= {name for name in weights if name.startswith(f"towers.{fitting}.")}
+    other = _without_towers(source, network.token_shape)
+    if config.kind == source.config.kind and config.head == source.config.head:
+        meanings, others = network.parameter_meanings(), other.parameter_meanings()
+        for name, tensor in own.items():
+            fits = name in weights and name not in taken and weights[name].shape == tensor.shape
+            if fits and not name.startswith("towers.") and _meaning(name, meanings) == _meaning(name, others):
+                taken[name] = weights[name]
+                used.add(name)
+    new = tuple(name for name in own if name not in taken)
+    filled = Filled(source, tuple(taken), new, tuple(name for name in weights if name not in used))
+    if not taken:
+        raise CheckpointError(f"{source.folder}: nothing in it fits this network ({filled.describe()}); remove init")
+    network.load_state_dict(taken, strict=False)
+    return filled
+
+
+def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
+    """Load the weights of another network's tower into a tower that stays frozen.
+
+    Raises CheckpointError where none fits completely.
+    """
+    towers = source.towers(read_weights(source.folder / "weights"))
+    key = _fitting_tower(tower, SHARED, towers)
+    if key is None:
+        raise CheckpointError(
+            f"{source.folder}: its towers do not fit the frozen tower of this model; set tower to the one of that run, "
+            f"{source.tower.source}, with image_size {source.tower.image_size}"
+        )
+    tower.load_state_dict(towers[key])
+    tower.report = f"{tower.report}; weights of {source.folder}"
+
+
+def _path(init: str) -> Path:
+    """Return the path that `init` means, after downloading or extracting its run."""
+    if init.startswith(HUB):
+        user, _, rest = init.removeprefix(HUB).partition("/")
+        name, _, rest = rest.partition("/")
+        return locate_run(f"{HUB}{user}/{name}") / rest
+    path = Path(init)
+    for parent in (path, *path.parents):
+        if parent.is_file() and parent.suffix == ".zip":
+            return locate_run(parent) / path.relative_to(parent)
+    return path.absolute()
+
+
+def _read(folder: Path) -> TrainedNetwork:
+    return TrainedNetwork(folder, read_info(folder / "fold"))
+
+
+def _fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:
+    """Return which of the other network's towers fills this one: that of its view, or the shared one, or any."""
+    shapes = {name: tensor.shape for name, tensor in tower.state_dict().items()}
+    order = [key, SHARED, "dermoscopic", "clinical"]
+    fitting = [name for name, each in towers.items() if {k: tensor.shape for k, tensor in each.items()} == shapes]
+    return next((name for name in order if name in fitting), None)
+
+
+def _without_towers(source: TrainedNetwork, shape: Any) -> Network:
+    """Build the other network without weights, for what its parameters mean."""
+    with torch.device("meta"):
+        return build_network(source.config, source.signature, shape)
+
+
+def _meaning(name: str, meanings: Mapping[str, Any]) -> Any:
+    """Return the meaning with the longest prefix of a parameter's name."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+    return next((meanings[prefix] for prefix in prefixes if prefix in meanings), None)
+
+
+def _part(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "towers" else parts[0]
+
+
+def _counts(names: tuple[str, ...]) -> dict[str, int]:
+    return dict(Counter(map(_part, names)))
+
+
+def _parts(names: tuple[str, ...]) -> str:
+    """Name the parts of the network that tensors belong to, with the number of tensors."""
+    return ", ".join(f"{part} ({count})" for part, count in _counts(names).items()) or "nothing"
