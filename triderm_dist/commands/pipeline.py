@@ -9,7 +9,7 @@ interrupted run resumes.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,9 +31,6 @@ from triderm_dist.schema import ConfigError, InputError, Task
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
 from triderm_dist.tasks import check_packed_for, load_task, milk10k_task
-
-if TYPE_CHECKING:
-    from triderm_dist.engine.warm_start import TrainedNetwork
 
 
 class PipelineRun(ParallelFoldsRun):
@@ -134,7 +131,7 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
     crossval = [*program("crossval", launcher), *of_run, *parallel]
-    begun_with = [each.folder / "weights.json" for name in models for each in _warm_start(config, name)]
+    begun_with = [path for name in models for path in _warm_start(config, name)]
     result.append(stage("crossval", crossval, held_out, [train_index, *extra_indices, *begun_with], predictions))
     extra_files = []
     if "embeddings" in extra:
@@ -164,8 +161,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     return result
 
 
-def _warm_start(config: Experiment, name: str) -> list[TrainedNetwork]:
-    """Return the networks that a model begins with; none where the other run is gone, and finished folds know them.
+def _warm_start(config: Experiment, name: str) -> list[Path]:
+    """Return the descriptions of the weights that a model begins with; none where that run is gone and all is trained.
 
     Raises ConfigError where it is not there and a fold is not finished.
     """
@@ -175,7 +172,7 @@ def _warm_start(config: Experiment, name: str) -> list[TrainedNetwork]:
     if init is None:
         return []
     try:
-        return find_networks(init, name)
+        return [each.folder / "weights.json" for each in find_networks(init, name)]
     except InputError:
         if all((config.fold_folder(name, fold) / "fold.json").is_file() for fold in range(config.data.folds)):
             return []

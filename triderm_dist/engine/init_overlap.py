@@ -48,14 +48,15 @@ class WarmStart:
 
         Raises DataError, which names lesions, where there is none.
         """
-        predicted = (rows, slice(None))  # all lesions of the test set
+        predicted = [rows, *(np.arange(len(ids)) for ids in self.lesion_ids[1:])]  # all lesions of the test set
         for number, network in enumerate(self.networks):
-            if not any(seen[number, own].any() for seen, own in zip(self.seen, predicted, strict=False)):
+            if not any(seen[number, own].any() for seen, own in zip(self.seen, predicted, strict=True)):
                 return network
         shared = [
-            name for seen, ids, own in zip(self.seen, self.lesion_ids, predicted, strict=False)
-            for name in ids[own][seen[0, own]]
-        ]  # fmt: skip
+            str(ids[row])
+            for seen, ids, own in zip(self.seen, self.lesion_ids, predicted, strict=True)
+            for row in own[seen[0, own]]
+        ]
         more = f" and {len(shared) - MAX_NAMED:,} more" if len(shared) > MAX_NAMED else ""
         which = self.networks[0].name if len(self.networks) == 1 else f"each of its {len(self.networks)} networks"
         raise DataError(
@@ -175,8 +176,8 @@ def _shared_photos(
     index = other.index
     if index is None or index.fingerprint == own.fingerprint:
         return ()
-    prints = [Thumbnails(each, Path(experiment.token_folder)) for each in (index, own)]
-    compute_thumbnails(prints, experiment.data.workers, accelerator, after_file)
+    theirs, ours = (Thumbnails(each, Path(experiment.token_folder)) for each in (index, own))
+    compute_thumbnails([theirs, ours], experiment.data.workers, accelerator, after_file)
     rows = np.flatnonzero(other.labeled)
-    shared = on_main(partial(find_shared, *prints, rows, accelerator.device))
+    shared = on_main(partial(find_shared, theirs, ours, rows, accelerator.device))
     return [(pair.row, pair.main_row) for pair in shared]
