@@ -8,7 +8,8 @@ import pytest
 from pydantic import Field
 
 from tests.processes import ROOT
-from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, load, load_run, save
+from triderm_dist.config import RESERVED_MODELS, Experiment, RunReader, as_yaml, build, has_effect, load, load_run, save
+from triderm_dist.ensemble.run_files import RESERVED
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import describe
 
@@ -34,6 +35,34 @@ def test_invalid_settings_give_one_line(override, message):
     with pytest.raises(ConfigError, match=message) as error:
         load(Experiment, None, [override])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", "..", ".a", "a/b", "a\\b", "../a", "a b", "-a", "=a", "+a", "@a", "a,b", "a:b"),
+        *("a\n", "a\x00", "a\u202eb", "x" * 65, "stack", "Mean", "fitted", "chosen", "ensemble"),
+        *("shards", "tokens", "towers", "refit", "fold-0"),
+    ],
+)
+def test_model_whose_name_cannot_be_a_folder_or_is_taken_is_refused(name):
+    with pytest.raises(ConfigError, match=r"models: .*(can't be named|holds U\+)") as error:
+        build(Experiment, {"models": {name: {}}})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a", "CNN-2", "v1.5", "großes_netz", "1", "a+b", "x" * 64])
+def test_other_names_of_models_are_allowed(name):
+    assert list(build(Experiment, {"models": {name: {}}}).models) == [name]
+
+
+def test_models_that_differ_in_case_only_are_refused():
+    with pytest.raises(ConfigError, match="models: the models 'cnn' and 'CNN' differ in case only"):
+        build(Experiment, {"models": {"cnn": {}, "CNN": {}}})
+
+
+def test_names_of_ensemble_members_are_reserved():
+    assert set(RESERVED) <= RESERVED_MODELS
 
 
 def test_missing_config_file_gives_one_line(tmp_path):

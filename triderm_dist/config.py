@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import write_text
 from triderm_dist.redact import redact_tree, restore
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.schema import ConfigError, one_line, quoted
 from triderm_dist.settings import (
     NULL,
     PathText,
@@ -487,6 +487,29 @@ class Extensible(Section):
         return tuple(str(Path(name).expanduser().absolute()) if name.endswith(".py") else name for name in names)
 
 
+_MODEL_NAME = re.compile(r"\w[\w.+-]{0,63}")
+RESERVED_MODELS = frozenset(
+    (
+        *("stack", "mean", "fitted", "chosen", "ensemble"),
+        *("shards", "tokens", "towers", "refit", "report", "search", "explain", "data", "test", "oof"),
+    )
+)
+"""Names that no model may have: members and rows of an ensemble, and files and folders of a run."""
+
+
+def check_model_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a name of a model that its folder, or a table of results, cannot have."""
+    known: dict[str, str] = {}
+    for name in names:
+        if not _MODEL_NAME.fullmatch(name):
+            wanted = "up to 64 letters, digits and _ . + -, the first a letter or a digit"
+            raise ValueError(f"a model can't be named {quoted(name)}; write {wanted}")
+        if name.lower() in RESERVED_MODELS or re.fullmatch(r"fold-\d+", name):
+            raise ValueError(f"a model can't be named {name!r}, which a run uses otherwise; rename it")
+        if (other := known.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"the models {other!r} and {name!r} differ in case only; rename one")
+
+
 class Experiment(Extensible):
     """The settings of a run."""
 
@@ -543,6 +566,12 @@ class Experiment(Extensible):
             for name, model in raw["models"].items()
         }
         return {**raw, "models": models}
+
+    @field_validator("models")
+    @classmethod
+    def _check_names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        check_model_names(models)
+        return models
 
     @property
     def writes(self) -> bool:

@@ -92,6 +92,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+PLAIN_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
+"""A number as tables hold it; Python's float() also takes 3_0, inf and the digits of other scripts."""
 _LONGEST_COMPARED = 100
 
 
@@ -139,7 +141,7 @@ _DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u
 _FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
 """What begins a formula where a spreadsheet opens a CSV file, also in full width."""
 _ERROR_VALUES = frozenset({"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "#SPILL!", "#CALC!"})
-_SCIENTIFIC = re.compile(r"[0-9](\.[0-9]+)?E\+?[0-9]{2,3}", re.IGNORECASE)
+_SCIENTIFIC = re.compile(r"[0-9](\.[0-9]+)?E\+[0-9]{2,3}", re.IGNORECASE)
 MAX_ID = 80
 
 
@@ -228,10 +230,7 @@ class MetadataField:
     def parse(self, text: str) -> float:
         """Return the value of a cell's text. Raises ValueError for a number out of range or an unknown category."""
         if self.is_number:
-            try:
-                number = float(text)
-            except ValueError:
-                number = math.nan
+            number = float(text) if PLAIN_NUMBER.fullmatch(text) else math.nan
             if not self.low <= number <= self.high:
                 unit = f" {self.unit}" if self.unit else ""
                 raise ValueError(

@@ -122,7 +122,7 @@ BROKEN_CLINIC: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "photo name that is no lesion id": (
         {},
         {"photo": "p 2.jpg"},
-        "row 4: photo 'p 2' must have 1 to 80 characters, no space, dot or slash; name another column by "
+        "row 4: photo 'p 2' holds a space, a dot or a slash; name another column by "
         "columns.lesion_id in task.yaml, or rename the photo",
     ),
 }

@@ -165,6 +165,19 @@ def test_tolerated_gaps_are_noted(tmp_path: Path) -> None:
     assert "no column 'patient': each lesion is a group of its own" in notes
 
 
+def test_similar_columns_and_ids_spelled_alike_are_noted(tmp_path: Path) -> None:
+    rows = rows_of_photos()
+    for row in rows:
+        row["patient_id"] = row.pop("patient", "")
+    notes = read_lesions(write(tmp_path, rows), task_of()).notes
+    assert "no column 'patient' (is 'patient_id' meant?): each lesion is a group of its own" in notes
+    rows = rows_of_photos()
+    for number, row in enumerate(rows):
+        row["patient"] = ("P01", "P1")[number // 2 % 2]
+    notes = read_lesions(write(tmp_path, rows), task_of()).notes
+    assert "patient: 1 equal another one but for case, zeros or width, such as 'P01' and 'P1'" in notes
+
+
 def test_a_category_or_diagnosis_that_no_row_has_is_noted(tmp_path: Path) -> None:
     rows = [{**row, "sex": "male", "dx": "NV"} for row in rows_of_photos()]
     notes = read_lesions(write(tmp_path, rows), task_of()).notes
@@ -187,7 +200,14 @@ BROKEN: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
         "row 4: unknown dx 'melanom'; did you mean 'melanoma'? Correct it, or add it to",
     ),
     "view": (edit(2, kind="overview"), "row 4: unknown kind 'overview'; known are clinical, close-up"),
-    "id": (edit(2, lesion="L 1"), "row 4: lesion 'L 1' must have 1 to 80"),
+    "id": (edit(2, lesion="L 1"), "row 4: lesion 'L 1' holds a space, a dot or a slash"),
+    "id of a formula": (edit(2, lesion="=L1"), "row 4: lesion '=L1' begins with =, which a spreadsheet takes for"),
+    "patient of a terminal": (edit(2, patient="P\x1b[0m"), r"row 4: patient 'P\x1b[0m' holds U+001B"),
+    "patient of a damaged sheet": (edit(2, patient="#REF!"), "row 4: patient '#REF!' is an error value of a spread"),
+    "photo of a terminal": (edit(2, photo="p\x07"), r"row 4: photo: 'p\x07' holds U+0007"),
+    "long diagnosis": (edit(2, dx="n" * 30000), f"row 4: unknown dx '{'n' * 60}'... (30,000 characters); known"),
+    "long category": (edit(2, sex="m" * 30000), f"row 4: unknown sex '{'m' * 60}'... (30,000 characters); known"),
+    "thousand": (edit(2, AGE="1,000"), "row 4: Age '1,000' is not a number from 0 to 120"),
     "two of a view": (edit(3, kind="close-up"), "row 5: lesion L1 has two clinical photos, the first in row 4"),
     "photo twice": (edit(3, photo="p1c"), "row 5: photo p1c occurs twice, first in row 4"),
     "no photo": (edit(3, photo="p9"), "row 5: photo: no photo p9.jpg or .png below"),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import re
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from triderm_dist.data.readers.table import (
@@ -13,6 +20,7 @@ from triderm_dist.data.readers.table import (
     SeveralSheets,
     find_tables,
     is_missing,
+    numbers_in,
     parse_field,
     parse_number,
     read_header,
@@ -38,10 +46,27 @@ def write(path: Path, text: str | bytes, encoding: str = "utf-8") -> Path:
         ("id\tAge\na\t1\nb\t2\n", "utf-16-le"),
         ("sep=;\nid;Age\na;1\nb;2\n", "utf-8"),
         ("id|Age\n a | 1\nb|2", "utf-8"),
+        ("id\tAge\na\t1\nb\t2\n", "utf-16-be"),
+        ("id,Age\na,1\nb,2\n", "utf-32"),
+        ("\ufeff\ufeffid,A\u200bge \na,1\nb,2\n", "utf-8"),
+        ('"id","\nAge"\ra,1\rb,2\r', "utf-8"),
         (",,,\nid,,Age,,\n,,,,\na,,1,,\n,,\nb,,2,,,\n\n", "utf-8"),
         ('"id","Age"\n"a","1"\n"b","2"\n', "utf-8"),
     ],
-    ids=["comma", "semicolon", "utf-16", "utf-16-le", "sep", "bar", "blank", "quoted"],
+    ids=[
+        "comma",
+        "semicolon",
+        "utf-16",
+        "utf-16-le",
+        "sep",
+        "bar",
+        "utf-16-be",
+        "utf-32",
+        "marks",
+        "cr",
+        "blank",
+        "quoted",
+    ],
 )
 def test_all_csv_dialects_are_read_alike(tmp_path: Path, text: str, encoding: str) -> None:
     table = read_table(write(tmp_path / "a.csv", text, encoding)).named(["age"])
@@ -70,6 +95,14 @@ def test_unnamed_column_is_kept_if_it_has_values(tmp_path: Path) -> None:
         (b"PAR1", "a parquet file"),
         (b"id;age\na;1;2\n", "row 2: 3 cells, the header has 2"),
         (b"id;Id\na;b\n", "appears twice in the header"),
+        (
+            b"Export of 2024\nid,age\na,1\n",
+            "row 2: 2 cells, the header has 1 (row 1: 'Export of 2024'); remove what is",
+        ),
+        (b"id,age\na,1\n\0\0\0", "line 3: holds NUL characters"),
+        (b"id,age\na\0b,1\n", "line 2: holds NUL characters"),
+        (b"id,age\na," + b"1" * 40000 + b"\n", "column 'age', row 2: a cell of more than 32,768 characters"),
+        (b"id,age\na," + b"1" * 200000 + b"\n", "field larger than field limit"),
         (b'id;age\n"a;1\n', "not a readable CSV with the delimiter semicolon"),
     ],
 )
@@ -120,6 +153,67 @@ def test_workbooks_with_several_sheets_or_without_openpyxl(tmp_path: Path, monke
         read_table(path)
 
 
+Sheet = Callable[[Any], object]
+WORKBOOKS: dict[str, tuple[Sheet, str]] = {
+    "formula without a value": (lambda sheet: sheet.append(["c", "=1+1"]), "cell B4: a formula without a stored value"),
+    "merged cells": (lambda sheet: sheet.merge_cells("B2:B3"), "the cells B2:B3 are merged"),
+    "wide row": (lambda sheet: sheet.append(["c", 1, 2]), "row 4: 3 cells, the header has 2"),
+}
+
+
+@pytest.fixture
+def workbook() -> Any:
+    book = pytest.importorskip("openpyxl", reason="reads .xlsx: pip install 'triderm-dist[excel]'").Workbook()
+    for row in (["id", "age"], [12, datetime.datetime(2024, 3, 1)], [7, None]):
+        book.active.append(row)
+    return book
+
+
+@pytest.mark.parametrize("name", WORKBOOKS)
+def test_workbook_whose_cells_have_no_value_is_refused(workbook: Any, tmp_path: Path, name: str) -> None:
+    change, message = WORKBOOKS[name]
+    change(workbook.active)
+    workbook.save(tmp_path / "a.xlsx")
+    with pytest.raises(DataError) as error:
+        read_table(tmp_path / "a.xlsx")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_workbook_is_read_as_it_is_shown(workbook: Any, tmp_path: Path) -> None:
+    workbook.active["A2"].number_format, workbook.active["A3"].number_format = "00000", '"IL_"0000'
+    workbook.active.append([12345678901234567890, 2.5])
+    workbook.save(tmp_path / "a.xlsx")
+    rows = [list(cells.values()) for _, cells in read_table(tmp_path / "a.xlsx").rows()]
+    assert rows == [["00012", "2024-03-01"], ["IL_0007", ""], ["1.23456789012346E+19", "2.5"]]
+
+
+def test_workbook_with_wrong_dimensions_is_read_whole_and_a_damaged_one_refused(workbook: Any, tmp_path: Path) -> None:
+    good, path = tmp_path / "good.xlsx", tmp_path / "a.xlsx"
+    workbook.save(good)
+
+    def copy(change: Callable[[bytes], bytes]) -> None:
+        with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, change(old.read(name)) if name.startswith("xl/worksheets/") else old.read(name))
+
+    copy(lambda xml: re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1:A2"', xml))
+    assert len(read_table(path)) == 2 and read_table(path).header == ["id", "age"]
+    copy(lambda xml: xml[: len(xml) // 2])
+    with pytest.raises(DataError, match="not a readable Excel workbook"):
+        read_table(path)
+
+
+def test_text_is_compared_with_composed_accents(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path / "a.csv", "id\na\u0308\n"))
+    assert table.cells["id"].to_pylist() == ["ä"]
+
+
+def test_copy_without_its_original_is_a_table(tmp_path: Path) -> None:
+    for name in ("Copy of b.csv", "c (1).csv", "a.csv", "a (1).csv", "Kopie von a.csv", "a copy.csv", "a copy 2.csv"):
+        write(tmp_path / name, "x")
+    assert [path.name for path in find_tables(tmp_path)] == ["Copy of b.csv", "a copy 2.csv", "a.csv", "c (1).csv"]
+
+
 def test_lock_files_and_copies_are_not_tables(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     for name in ("a.csv", "inner/b.XLSX", "~$a.csv", ".a.csv", "Copy of a.csv", "a - Copy.csv", "a.jpg"):
@@ -135,4 +229,11 @@ def test_number_formats(text: str, value: float) -> None:
 @pytest.mark.parametrize("text", ["", "NA", "#N/A", "-", "?", ".", "<NA>", "Unknown"])
 def test_markers_of_missing_values(text: str) -> None:
     assert is_missing(text) and not is_missing("old")
-    assert parse_number("1,234,5") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["1,234,5", "1,234", "1.234,5", "3_0", "inf", "nan", "1e999", "0x1e", "\u0663\u0660", "3 0", "1/2"]
+)
+def test_numbers_that_other_programs_write_or_read_otherwise_are_none(text: str) -> None:
+    assert parse_number(text) is None
+    assert np.isnan(numbers_in(pa.array([text]), -math.inf, math.inf)).all()

@@ -140,7 +140,7 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
     "new concept": (set_record(4, concepts={"pus": 0.1}), "record", "lesion L4 has a concept 'pus' that the first"),
     "concept list": (set_record(4, concepts=[1]), "record", "concepts is a list"),
     "age": (set_record(4, metadata={"age": "old"}), "record", "age_approx 'old' is not a number from 0 to 120 years"),
-    "lesion id": (set_record(4, lesion_id="a b"), "record", "lesion_id 'a b' must have"),
+    "lesion id": (set_record(4, lesion_id="a b"), "record", "lesion_id 'a b' holds a space, a dot or a slash"),
     "duplicate": (set_record(4, lesion_id="L1"), "duplicate lesion", "lesion L1 occurs twice, first in .*part-000.tar"),
     "json": (set_member(4, "json", b"{"), "record", "part-001.tar, sample L4: "),
     "json list": (set_member(4, "json", b"[]"), "record", "its JSON is a list"),

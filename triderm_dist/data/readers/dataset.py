@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 
 from triderm_dist.data.problems import Problem
-from triderm_dist.schema import Lesion, Task
+from triderm_dist.schema import Lesion, Task, quoted, why_no_id
 
 # A lesion id names files in the shards, where WebDataset ends the key at the first dot.
-LESION_ID = re.compile(r"[^\s./\\]{1,80}")
+_LESION_ID = re.compile(r"[^\s./\\]*")
+
+
+def why_no_lesion_id(text: str) -> str | None:
+    """Say why a text cannot be the id of a lesion, None where it can."""
+    if wrong := why_no_id(text):
+        return wrong
+    if _LESION_ID.fullmatch(text):
+        return None
+    if re.fullmatch(r"[0-9]+\.0", text):
+        return f"is a number as pandas writes a column with gaps; write {text[:-2]}, by reading the column as text"
+    return "holds a space, a dot or a slash"
+
+
+def folded(text: str) -> str:
+    """Return an id without what programs change on the way: case, leading zeros, .0, full width, invisible characters.
+
+    Two ids with the same result are likely meant to be one.
+    """
+    text = text.lower()
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).casefold()
+        text = "".join(each for each in text if unicodedata.category(each) != "Cf")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e\+?[0-9]{1,3})?", text):
+        return str(Decimal(text).normalize())
+    return re.sub(r"0*([0-9]+)", r"\1", text)
+
+
+def spelled_alike(ids: Iterable[str], what: str) -> list[str]:
+    """Return a note on ids of which two differ in spelling only (see `folded`), none where there are none."""
+    first: dict[str, str] = {}
+    pairs = [(first[key], name) for name in dict.fromkeys(ids) if first.setdefault(key := folded(name), name) != name]
+    if not pairs:
+        return []
+    one, other = map(quoted, pairs[0])
+    return [f"{what}: {len(pairs)} equal another one but for case, zeros or width, such as {one} and {other}"]
 
 
 @dataclass(frozen=True)

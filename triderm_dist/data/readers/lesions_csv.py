@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.dataset import LESION_ID, Dataset
+from triderm_dist.data.readers.dataset import Dataset, spelled_alike, why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name
 from triderm_dist.data.readers.table import (
     NotUtf8,
@@ -37,7 +37,18 @@ from triderm_dist.data.readers.table import (
     read_table,
     without_garbage_collection,
 )
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task, did_you_mean
+from triderm_dist.schema import (
+    UNLABELED,
+    VIEWS,
+    DataError,
+    Lesion,
+    Task,
+    did_you_mean,
+    nearest,
+    quoted,
+    unsafe_character,
+    why_no_id,
+)
 
 CHUNK = 1 << 14
 """Lesions whose values are Python objects at a time; they take ten times the memory of arrays."""
@@ -184,6 +195,7 @@ class _Reading:
         else:
             concepts = [each[rows[:, 0]] for each in scores]
         scores_of = np.stack(concepts, 1) if concepts else np.empty((len(rows), 0))
+        self.notes += spelled_alike(self.ids, "lesion ids")
         kept, problem_ids = list[Lesion](), {problem.lesion_id for problem in self.problems}
         names, none = task.view_names, dict[str, str | None].fromkeys(VIEWS)
         shared: dict[bytes, tuple[float, ...]] = {}
@@ -223,8 +235,8 @@ class _Reading:
         name = column or image_columns(self.task)[0]
         ids = self._cells(name) if column else list(map(photo_name, self._cells(name)))
         for row, lesion_id in enumerate(ids):
-            if not LESION_ID.fullmatch(lesion_id):
-                what = f"{name} {lesion_id!r} must have 1 to 80 characters, no space, dot or slash"
+            if wrong := why_no_lesion_id(lesion_id):
+                what = f"{name} {quoted(lesion_id)} {wrong}"
                 what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
                 self._problem(row, "row", what, lesion_id)
         return ids
@@ -283,7 +295,7 @@ class _Reading:
 
         def parse(text: str) -> float:
             if text.lower() not in words:
-                raise ValueError(f"unknown {column} {text!r}; known are {', '.join(words)}{_as_words('views')}")
+                raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}{_as_words('views')}")
             return words[text.lower()]
 
         return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(int).tolist()
@@ -299,6 +311,8 @@ class _Reading:
                 continue
             path = None
             try:
+                if character := unsafe_character(cell):
+                    raise ValueError(f"{quoted(cell)} holds {character}; correct it")
                 path = self.photos(cell, lesion_id)
             except MissingPhoto as error:
                 if not self.mark_missing:
@@ -344,6 +358,12 @@ class _Reading:
 
     # --- columns ---
 
+    def _absent(self, column: str) -> str:
+        """Return the name of a column that the table lacks, with the most similar one of those that nothing uses."""
+        known = {name.lower() for name in task_columns(self.task)}
+        near = nearest(column, (name for name in self.table.header if name.lower() not in known))
+        return f"{column!r} (is {near!r} meant?)" if near else repr(column)
+
     def _cells(self, column: str) -> list[str]:
         self.used.add(column)
         return self.table.cells[column].to_pylist()
@@ -385,7 +405,7 @@ class _Reading:
     def _field(self, number: int) -> np.ndarray:
         about, words = self.task.fields[number], self.task.missing_words
         if about.column not in self.table.cells:
-            self.notes.append(f"no column {about.column!r}: {about.label} is missing for every lesion")
+            self.notes.append(f"no column {self._absent(about.column)}: {about.label} is missing for every lesion")
             return np.full(len(self.table), np.nan)
 
         def parse(text: str) -> float:
@@ -412,7 +432,7 @@ class _Reading:
 
     def _scores(self, column: str) -> np.ndarray:
         if column not in self.table.cells:
-            self.notes.append(f"no column {column!r}: this concept is missing for every lesion")
+            self.notes.append(f"no column {self._absent(column)}: this concept is missing for every lesion")
             return np.full(len(self.table), np.nan)
         scores = self.task.concepts.words
 
@@ -431,7 +451,7 @@ class _Reading:
             return self._one_hot()
         self.labeled = column in self.table.cells
         if not self.labeled:
-            self.notes.append(f"no column {column!r}: no lesion has a diagnosis")
+            self.notes.append(f"no column {self._absent(column)}: no lesion has a diagnosis")
             return np.full(len(self.table), UNLABELED)
 
         def parse(text: str) -> float:
@@ -471,12 +491,18 @@ class _Reading:
         if column is None:
             return None
         if column not in self.table.cells:
-            self.notes.append(f"no column {column!r}: each lesion is a group of its own")
+            self.notes.append(f"no column {self._absent(column)}: each lesion is a group of its own")
             return None
         encoded = self.table.cells[column].dictionary_encode()
         names = ["" if is_missing(name, self.task.missing_words) else name for name in encoded.dictionary.to_pylist()]
         self.used.add(column)
-        return [names[code] for code in encoded.indices.to_pylist()]
+        codes = encoded.indices.to_pylist()
+        if wrong := {code: why for code, name in enumerate(names) if name and (why := why_no_id(name))}:
+            for row, code in enumerate(codes):
+                if code in wrong:
+                    self._problem(row, "row", f"{column} {quoted(names[code])} {wrong[code]}")
+        self.notes += spelled_alike(filter(None, names), column)
+        return [names[code] for code in codes]
 
     def _problem(self, row: int, kind: str, what: str, lesion_id: str | None = None) -> None:
         self.bad.add(row)
@@ -511,7 +537,7 @@ def parse_diagnosis(text: str, task: Task, column: str) -> int:
     if label is not None:
         return label
     hint = did_you_mean(text.lower(), task.label_words)
-    raise ValueError(f"unknown {column} {text!r}; {hint}{_as_words('diagnoses')}")
+    raise ValueError(f"unknown {column} {quoted(text)}; {hint}{_as_words('diagnoses')}")
 
 
 def _as_words(key: str) -> str:

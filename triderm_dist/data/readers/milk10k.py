@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.dataset import LESION_ID, Dataset
+from triderm_dist.data.readers.dataset import Dataset, folded, spelled_alike, why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder
 from triderm_dist.data.readers.table import (
     find_tables,
@@ -40,7 +40,7 @@ from triderm_dist.data.readers.table import (
     read_header,
     read_table,
 )
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, MetadataField, Task
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, MetadataField, Task, quoted, why_no_id
 from triderm_dist.tasks import load_task, milk10k_task
 
 CONCEPT_PREFIX = "MONET_"
@@ -139,6 +139,8 @@ def read_challenge(
             problems.append(error.problem)
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
     notes = _notes(lesions, task, labeled=truth_path is not None)
+    notes += spelled_alike(views, "lesion ids")
+    notes += spelled_alike((lesion.group for lesion in lesions), GROUP_COLUMN) if grouped else []
     if unused := [name for name in columns if name not in {*known, *scores} and name.lower() not in UNUSED_COLUMNS]:
         notes.append(f"{metadata_path.name}: columns that are not used: {', '.join(unused)}")
     if truth_path and labels:
@@ -287,18 +289,13 @@ def _read_labels(
 
 def _unmatched(labels: Iterable[str], rows: Mapping[str, str], lesions: Iterable[str], table: str) -> Iterator[Problem]:
     """Yield the problem of each label whose lesion the table lacks, with the nearest spelling."""
-    spelled = {_folded(lesion_id): lesion_id for lesion_id in lesions}
+    spelled = {folded(lesion_id): lesion_id for lesion_id in lesions}
     for lesion_id in labels:
-        near = spelled.get(_folded(lesion_id))
+        near = spelled.get(folded(lesion_id))
         hint = f"is {near} meant (leading zeros, case)?" if near else "add its rows, or remove its label"
         yield Problem(
             lesion_id, "label without a lesion", rows[lesion_id], f"lesion {lesion_id} is not in {table}; {hint}"
         )
-
-
-def _folded(lesion_id: str) -> str:
-    """An id without case, and without the zeros that Excel takes from the front of a number."""
-    return re.sub(r"0*(\d+)", r"\1", lesion_id.lower())
 
 
 def _label(lesion_id: str, row: _Row, task: Task) -> int:
@@ -309,7 +306,7 @@ def _label(lesion_id: str, row: _Row, task: Task) -> int:
     if values.count(1.0) != 1 or values.count(0.0) != len(cells) - 1:
         what = (
             f"lesion {lesion_id} needs a single 1 and otherwise 0 over the diagnoses, "
-            f"not {','.join(cells)}; leave all empty if it is unlabeled"
+            f"not {quoted(','.join(cells))}; leave all empty if it is unlabeled"
         )
         raise _Invalid(lesion_id, "label", row.where, what)
     return values.index(1.0)
@@ -340,6 +337,8 @@ def _group_views(
             isic_id = row["isic_id"]
             if not isic_id:
                 raise _Invalid(lesion_id, "row", row.where, "isic_id is empty; it names the photo")
+            if wrong := why_no_id(isic_id):
+                raise _Invalid(lesion_id, "row", row.where, f"isic_id {quoted(isic_id)} {wrong}")
             if isic_id in owner:
                 what = f"photo {isic_id} occurs twice, first in {owner[isic_id]}; remove one"
                 raise _Invalid(lesion_id, "duplicate photo", row.where, what)
@@ -373,7 +372,7 @@ def _view(lesion_id: str, row: _Row, photos: dict[str, _Photo], words: Mapping[s
     kind = row["image_type"]
     view = words.get(kind.lower())
     if view is None:
-        what = f"unknown image_type {kind!r}; known are {', '.join(words)}"
+        what = f"unknown image_type {quoted(kind)}; known are {', '.join(words)}"
         raise _Invalid(lesion_id, "row", row.where, what)
     if view in photos:
         what = f"lesion {lesion_id} has two {view} photos, the first in {photos[view].row.where}; keep one"
@@ -409,6 +408,9 @@ def _agreed(lesion_id: str, field: MetadataField, rows: list[_Row], missing_word
 
 def _group(lesion_id: str, rows: list[_Row], missing_words: Sequence[str]) -> str:
     groups = {row[GROUP_COLUMN] for row in rows if not is_missing(row[GROUP_COLUMN], missing_words)}
+    for group in groups:
+        if wrong := why_no_id(group):
+            raise _Invalid(lesion_id, "row", rows[-1].where, f"{GROUP_COLUMN} {quoted(group)} {wrong}")
     if len(groups) > 1:
         what = f"lesion {lesion_id} belongs to {len(groups)} patients in {GROUP_COLUMN}; all rows need the same"
         raise _Invalid(lesion_id, "rows differ", rows[-1].where, what)
@@ -420,9 +422,8 @@ def _group(lesion_id: str, rows: list[_Row], missing_words: Sequence[str]) -> st
 
 def _lesion_id(row: _Row) -> str:
     lesion_id = row["lesion_id"]
-    if not LESION_ID.fullmatch(lesion_id):
-        what = f"lesion_id {lesion_id!r} must have 1 to 80 characters, no space, dot or slash"
-        raise _Invalid(lesion_id, "row", row.where, what)
+    if wrong := why_no_lesion_id(lesion_id):
+        raise _Invalid(lesion_id, "row", row.where, f"lesion_id {quoted(lesion_id)} {wrong}")
     return lesion_id
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triderm_dist.data.readers.dataset import LESION_ID
+from triderm_dist.data.readers.dataset import why_no_lesion_id
 from triderm_dist.data.readers.table import is_missing, parse_field, parse_score
-from triderm_dist.schema import UNLABELED, Lesion, Task
+from triderm_dist.schema import UNLABELED, Lesion, Task, quoted
 
 LABEL_KEYS = ("label", "diagnosis")
 GROUP_KEYS = ("group", "patient_id")
@@ -120,8 +120,8 @@ def parse_record(
     cells = _cells(record) if record is not None else {}
     words = words or task.label_words
     lesion_id = _name(cells, "lesion_id") or key.rpartition("/")[2]
-    if not LESION_ID.fullmatch(lesion_id) or not lesion_id.isprintable():
-        raise ValueError(f"lesion_id {lesion_id!r} must have 1 to 80 printable characters, no space, dot or slash")
+    if wrong := why_no_lesion_id(lesion_id):
+        raise ValueError(f"lesion_id {quoted(lesion_id)} {wrong}")
     metadata = _mapping(cells, "metadata") or cells
     concepts = _mapping(cells, "concepts") or _own_concepts({**metadata, **cells}, task)
     if odd := next((name for name in concepts if not name.isprintable() or not 0 < len(name) <= MAX_NAME), None):
