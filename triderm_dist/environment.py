@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -19,7 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, NonNegativeInt, model_validator
+
 from triderm_dist import __version__
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.files import lock_file, write_json
 
@@ -30,6 +32,37 @@ PACKAGES = (
     *("xgboost-cpu", "xgboost", "deepspeed", "ray"),
 )
 _LOCK = ".environment.lock"
+
+
+class _Made(BaseModel):
+    gpus: list[str]
+    cpu: str
+    cores: int | None
+    ranks: int
+
+
+class _Start(BaseModel):
+    program: str
+    started: str
+    environment: NonNegativeInt
+
+
+class _Keys(BaseModel):
+    """Keys of environment.json."""
+
+    format: str
+    version: int
+    data: dict[str, dict[str, Any]]
+    environments: list[_Made]
+    starts: list[_Start]
+
+    @model_validator(mode="after")
+    def _check_starts(self) -> _Keys:
+        for start in self.starts:
+            datetime.fromisoformat(start.started)
+            if start.environment >= len(self.environments):
+                raise ValueError("a start names an environment that is not there")
+        return self
 
 
 @contextmanager
@@ -67,11 +100,10 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """Return the content of environment.json; without starts and data where there is none, or it is not readable."""
     empty: dict[str, Any] = {"format": FORMAT, "version": VERSION, "data": {}, "environments": [], "starts": []}
     try:
-        record = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_checked_json(folder / ENVIRONMENT_FILE, _Keys)
+    except (FileNotFoundError, DamagedFile):
         return empty
-    known = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
-    return record if known else empty
+    return record if (record["format"], record["version"]) == (FORMAT, VERSION) else empty
 
 
 def this_environment() -> dict[str, Any]:
@@ -113,7 +145,9 @@ def _changed(folder: Path) -> Iterator[dict[str, Any]]:
     with (folder / _LOCK).open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             lock_file(lock)
-        record = read_environment(folder)
+        path, record = folder / ENVIRONMENT_FILE, read_environment(folder)
+        if path.is_file() and not record["environments"] and not record["data"]:  # damaged: a copy remains
+            path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
         yield record
         write_json(folder / ENVIRONMENT_FILE, record)
 

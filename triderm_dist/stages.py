@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.cli import BAD_INPUT, Interrupted
 from triderm_dist.files import exclusive_lock, file_sha256, write_json
 from triderm_dist.run_log import LOG_FOLDER
@@ -129,13 +130,11 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], in
 def _read(record: Path) -> dict[str, Any]:
     """Read the digests of inputs and outputs of each finished stage."""
     try:
-        done = json.loads(record.read_text(encoding="utf-8"))
+        return read_checked_json(record)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        done = None
-    if isinstance(done, dict):
-        return done
+    except DamagedFile:
+        pass
     print(f"{record}: not readable; all stages run again, and each skips its finished work", flush=True)
     return {}
 

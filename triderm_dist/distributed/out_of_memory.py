@@ -9,7 +9,6 @@ each polls the file and replaces itself by exec (the launcher sees the same proc
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, PositiveInt
 
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
@@ -39,6 +40,11 @@ class Attempt:
     failed: bool = False
 
 
+class _MicroBatchKeys(BaseModel):
+    micro_batch: PositiveInt
+    identity: str
+
+
 class MicroBatch:
     """The micro-batch size of one training: the configured one, or a smaller one that fits into memory."""
 
@@ -50,10 +56,10 @@ class MicroBatch:
     def size(self) -> int:
         """Return the size in the file, as this rank sees it."""
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            record = read_checked_json(self.path, _MicroBatchKeys)
+        except (FileNotFoundError, DamagedFile):
             return self.configured
-        return record["micro_batch"] if record["identity"] == self.result_hash else self.configured
+        return int(record["micro_batch"]) if record["identity"] == self.result_hash else self.configured
 
     def agreed(self) -> int:
         """Return the size as rank 0 sees it; call on all ranks."""
