@@ -14,13 +14,13 @@ import torch
 
 from tests.conftest import Challenge
 from tests.synthetic_run import predictions_of
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import ModelConfig
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.data.synthetic import write_demo
-from triderm_dist.files import write_json
 from triderm_dist.models import build_network
 from triderm_dist.models.attention import semantic_values
 from triderm_dist.models.towers import TokenShape
@@ -79,7 +79,7 @@ def test_fields_of_the_task_are_packed_and_read_by_name(make_challenge: Any, tmp
 
     def reread(**changes: Any) -> ShardIndex:
         raw = json.loads((index.folder / "index.json").read_text())
-        write_json(tmp_path / "index.json", raw | {"task": replace(TASK, **changes).to_mapping()})
+        write_checked_json(tmp_path / "index.json", raw | {"task": replace(TASK, **changes).to_mapping()})
         (tmp_path / "index.json").replace(index.folder / "index.json")
         return read_index(index.folder)
 
@@ -96,10 +96,10 @@ def test_shards_with_fields_of_a_plugin_can_be_read(make_challenge: Any, tmp_pat
     """Before tasks, plugins added fields, and index.json listed their categories."""
     index = pack_shards(read_challenge(make_challenge(lesions=22).folder, TASK), tmp_path / "shards", short_side=None)
     raw = json.loads((index.folder / "index.json").read_text())
-    write_json(index.folder / "index.json", {**raw, "metadata_categories": {"type": ["no", "yes"]}})
+    write_checked_json(index.folder / "index.json", {**raw, "metadata_categories": {"type": ["no", "yes"]}})
     read_index(index.folder)
     del raw["task"]
-    write_json(index.folder / "index.json", {**raw, "metadata_categories": {"type": ["no", "yes"]}})
+    write_checked_json(index.folder / "index.json", {**raw, "metadata_categories": {"type": ["no", "yes"]}})
     read = read_index(index.folder)
     assert read.task == milk10k_task()
     np.testing.assert_array_equal(read.metadata, index.metadata[:, :4])

@@ -22,6 +22,7 @@ from tests.data.shards import faulty_server as remote
 from tests.data.shards.faulty_server import serve
 from tests.fork_server import fork_python
 from tests.processes import HANG_SECONDS, wait_for
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -252,7 +253,7 @@ def test_changed_set_at_the_same_url_is_cached_separately(packed, tmp_path):
     with serve(tmp_path / "set") as running:
         a = open_index(running.url, settings(tmp_path))
         raw = json.loads((tmp_path / "set" / INDEX).read_text())
-        (tmp_path / "set" / INDEX).write_text(json.dumps({**raw, "note": "packed again"}))
+        write_checked_json(tmp_path / "set" / INDEX, {**raw, "note": "packed again"})
         b = open_index(running.url, settings(tmp_path))
     assert a.folder != b.folder and a.fingerprint != b.fingerprint
 
@@ -401,7 +402,7 @@ def test_file_name_of_an_index_reaches_no_shell(packed, tmp_path, monkeypatch, n
     shutil.copytree(packed, tmp_path / "set")
     raw = json.loads((tmp_path / "set" / INDEX).read_text())
     raw["shards"][0]["url"] = name
-    (tmp_path / "set" / INDEX).write_text(json.dumps(raw))
+    write_checked_json(tmp_path / "set" / INDEX, raw)
     for url in ((tmp_path / "set").as_uri(), f"pipe:cat {tmp_path}/set/{{}}", f"pipe:sh -c 'cat {tmp_path}/set/{{}}'"):
         with pytest.raises(DataError, match=r"name|lists a file"):
             rows_read(open_index(url, settings(tmp_path, allow_commands=True)))
@@ -413,7 +414,7 @@ def test_index_with_an_outside_path_or_a_command_is_refused(packed, tmp_path):
     raw = json.loads((tmp_path / "set" / INDEX).read_text())
     for number, name in enumerate(["../../outside.tar", "pipe:touch x", "/etc/passwd"]):
         raw["shards"][0]["url"] = name
-        (tmp_path / "set" / INDEX).write_text(json.dumps(raw))
+        write_checked_json(tmp_path / "set" / INDEX, raw)
         with pytest.raises(DataError, match="is not a file name"):
             open_index((tmp_path / "set").as_uri(), settings(tmp_path / str(number)))
 

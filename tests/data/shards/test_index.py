@@ -21,6 +21,7 @@ from PIL import Image
 
 from tests.conftest import Challenge
 from tests.processes import ROOT
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes, verify_shards
@@ -162,11 +163,11 @@ def test_fingerprint_depends_on_the_meaning_of_the_task_alone(dataset: Dataset, 
     path = tmp_path / "shards" / "index.json"
     raw = json.loads(path.read_text())
     # MILK10k: as when index.json had no task, so that folds finished then stay finished.
-    write_json(path, {key: value for key, value in raw.items() if key != "task"})
+    write_json(path, {key: value for key, value in raw.items() if key not in ("task", "checksum")})
     assert index.fingerprint == read_index(tmp_path / "shards").fingerprint == file_sha256(path)
 
     def fingerprint(**changes: Any) -> str:
-        write_json(path, {**raw, "task": dataclasses.replace(index.task, **changes).to_mapping()})
+        write_checked_json(path, {**raw, "task": dataclasses.replace(index.task, **changes).to_mapping()})
         return read_index(tmp_path / "shards").fingerprint
 
     assert fingerprint(title="A title", decision="argmax") == index.fingerprint
@@ -243,7 +244,7 @@ def test_tar_offsets(tmp_path: Path) -> None:
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     raw = json.loads((folder / "index.json").read_text())
     change(raw)
-    (folder / "index.json").write_text(json.dumps(raw))
+    write_checked_json(folder / "index.json", raw)
 
 
 def flip_byte(path: Path, position: int) -> None:
@@ -258,6 +259,12 @@ def set_url(url: str) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / "index.json").unlink(), "no index.json in this folder"),
+    "another bit": (
+        lambda f: (f / "index.json").write_bytes(
+            (f / "index.json").read_bytes().replace(b"basal cell", b"basal bell", 1)
+        ),
+        "changed or damaged",
+    ),
     "not json": (lambda f: (f / "index.json").write_text("{"), "not readable as JSON"),
     "list": (lambda f: (f / "index.json").write_text("[]"), "not an index of shards"),
     "format": (

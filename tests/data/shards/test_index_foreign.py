@@ -17,6 +17,7 @@ import pytest
 import webdataset
 
 from tests.conftest import draw_photo
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards import index_foreign
@@ -218,7 +219,7 @@ def test_lesions_behind_damage_are_never_lost_in_silence(tmp_path: Path) -> None
         assert [problem.where for problem in index.problems] == ["a.tar"] * 2 and verify(index, 2, 0) == []
         # An index of an earlier version, which did not notice.
         raw = json.loads((folder / "index.json").read_text())
-        (folder / "index.json").write_text(json.dumps({**raw, "problems": []}))
+        write_checked_json(folder / "index.json", {**raw, "problems": []})
         assert "tar" in {problem.kind for problem in verify(read_index(folder), 2, 0)}
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import Challenge
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
@@ -67,7 +68,7 @@ def rows(column: str, values: Callable[[np.ndarray], np.ndarray]) -> Change:
         pq.write_table(table.set_column(number, table.schema.field(number), array), path)
         raw = json.loads((index.folder / "index.json").read_text())
         raw["samples"].update(bytes=path.stat().st_size, sha256=file_sha256(path))
-        (index.folder / "index.json").write_text(json.dumps(raw))
+        write_checked_json(index.folder / "index.json", raw)
 
     return change
 
@@ -80,7 +81,7 @@ def swap(array: np.ndarray) -> np.ndarray:
 def count_one_more(index: ShardIndex) -> None:
     raw = json.loads((index.folder / "index.json").read_text())
     raw["counts"]["NV"] += 1
-    (index.folder / "index.json").write_text(json.dumps(raw))
+    write_checked_json(index.folder / "index.json", raw)
 
 
 def duplicate(array: np.ndarray) -> np.ndarray:
@@ -162,7 +163,7 @@ FORGED: dict[str, Any] = {"photo_sizes": {"48x36": 43, "36x48": 1}, "shared_phot
 @pytest.mark.parametrize("name", FORGED)
 def test_photo_entries_of_the_index_are_verified(index: ShardIndex, name: str) -> None:
     path = index.folder / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: FORGED[name]}))
+    write_checked_json(path, {**json.loads(path.read_text()), name: FORGED[name]})
     (problem,) = verify(read_index(index.folder), 3, 0)
     assert problem.kind == "count" and name in problem.what
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from triderm_dist.checksums import DamagedFile, without_checksum
 from triderm_dist.data.shards.format import EXTENSIONS, SAMPLES, SHARD_NAME_RULE, ShardFile, is_shard_name
 from triderm_dist.data.shards.photos import MAX_PIXELS
 from triderm_dist.schema import VIEWS, DataError, one_line
@@ -122,7 +123,7 @@ class IndexContent(BaseModel):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of an index.json. Raises DataError if it is not a JSON mapping."""
+    """Return the content of an index.json. Raises DataError if it is not a JSON mapping, or has another checksum."""
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise DataError(f"{path}: {size} bytes are too many for an index; {AGAIN}")
@@ -135,7 +136,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not readable as JSON ({one_line(error)}); {AGAIN}") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: not an index of shards; {AGAIN}")
-    return raw
+    try:
+        return without_checksum(raw)
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; {AGAIN}") from None
 
 
 def check_content(raw: dict[str, Any], path: Path) -> IndexContent:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
@@ -35,7 +36,7 @@ from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, 
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, open_new, write_json
+from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, open_new
 from triderm_dist.schema import VIEWS, DataError, Lesion
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
@@ -65,8 +66,8 @@ def pack_shards(
     packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
     group_hashes: where the groups of the data set are hashes (`hash_groups`), those.
 
-    Raises InvalidLesions; Busy where another process packs the folder; DataError for an output that holds something
-    else, for no valid lesion, or a full disk.
+    Raises InvalidLesions; DataError for an output that holds something else or that another process is writing, for no
+    valid lesion, or a full disk.
     """
     folder = Path(output)
     if dataset.problems and invalid == "refuse":
@@ -79,7 +80,7 @@ def pack_shards(
         return _read_packed(folder, packer)
     part = folder.with_name(folder.name + ".part")
     try:
-        refusal = f"{part}: another process is packing this folder; wait for it or end it"
+        refusal = DataError(f"{part}: another process is packing this folder; wait for it or end it")
         with exclusive_lock(part / "lock", refusal):
             if _exists(folder):  # packed by another process in the meantime
                 return _read_packed(folder, packer)
@@ -116,7 +117,7 @@ def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
     if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():
         raise DataError(f"{folder}: was packed from other data, with other settings or by another version; {advice}")
     if packed_for != task:  # in titles, for example
-        write_json(folder / INDEX, {**found, "task": task.to_mapping()})
+        write_checked_json(folder / INDEX, {**found, "task": task.to_mapping()})
     part = folder.with_name(folder.name + ".part")
     if part.is_dir() and not (part / "shards").exists():
         shutil.rmtree(part)  # left by a run that was killed after the rename

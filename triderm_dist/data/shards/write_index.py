@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.problems import Problem, count_by_kind
 from triderm_dist.data.shards.format import (
     FORMAT,
@@ -24,7 +25,7 @@ from triderm_dist.data.shards.format import (
     Text,
     samples_schema,
 )
-from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256, write_json
+from triderm_dist.files import PATIENT_DATA, atomic_path, file_sha256
 from triderm_dist.schema import UNLABELED, VIEWS, Task
 
 
@@ -85,7 +86,7 @@ def write_index(
         "dropped": count_by_kind(problems),
         "problems": [asdict(problem) for problem in problems],
     }
-    write_json(folder / INDEX, index)
+    write_checked_json(folder / INDEX, index)
 
 
 def count_sizes(photos: np.ndarray) -> Counter[tuple[int, int]]:
