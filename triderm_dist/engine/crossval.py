@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from triderm_dist.config import Experiment, ModelConfig, TrainConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
-from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
@@ -33,7 +32,12 @@ from triderm_dist.engine.fold import (
     result_hash,
     resume_hash,
 )
-from triderm_dist.engine.fold_folder import FoldFolder, exclusive
+from triderm_dist.engine.fold_folder import (
+    FoldFolder,
+    exclusive,
+    mark_checkpoints_obsolete,
+    remove_obsolete_checkpoints,
+)
 from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
 from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
@@ -67,13 +71,16 @@ def run_folds(
     without_VIEW.parquet: predictions for the same lesions with one view treated as missing. `on_start` is called on
     rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
     is called with (epoch, scores). in_parallel: other processes train at the same time and print on the same terminal.
-    Raises Interrupted after a request to stop or where another rank was lost, Busy where another run trains the
+    Raises Interrupted after a request to stop or where another rank was lost, InputError where another run trains the
     same fold, DataError where the run has folds of another task.
     """
     check_task(experiment, index)
     folds, assignment = list(folds), assigned_folds(index, experiment.data)
 
     def remaining(name: str) -> list[Create]:
+        if is_main():
+            for fold in folds:
+                remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
         return [
             partial(FoldRun, experiment, name, fold, assignment, on_start, on_validation)
             for fold in folds
@@ -211,9 +218,10 @@ class FoldRun:
         while (outcome := self._attempt(micro_batch)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
-        on_main(partial(self._write, outcome))
         if not self.train.keep_checkpoints:
-            on_main(lambda: shutil.rmtree(self.path / "checkpoints", ignore_errors=True))
+            on_main(partial(mark_checkpoints_obsolete, self.path))
+        on_main(partial(self._write, outcome))
+        on_main(partial(remove_obsolete_checkpoints, self.path))
 
     def update(self) -> None:
         """Bring the files of a finished training up to date: here missing predictions, or by other transforms."""

@@ -13,10 +13,13 @@ from pathlib import Path
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
 from triderm_dist.files import exclusive_lock, remove_dead_parts
-from triderm_dist.schema import CheckpointError
+from triderm_dist.schema import CheckpointError, InputError
 from triderm_dist.terminal import wrapped
 
 ASIDE = "other-settings"
+CHECKPOINTS = "checkpoints"
+_OBSOLETE = "obsolete"
+"""An empty file among checkpoints: they are removed when their fold is finished."""
 
 
 class FoldFolder:
@@ -74,6 +77,18 @@ class FoldFolder:
         return self.path.parent / ASIDE / f"{self.path.name}-{key[:12]}"
 
 
+def mark_checkpoints_obsolete(path: Path) -> None:
+    """Mark the checkpoints in a fold's folder as those to remove once the fold is finished."""
+    if (folder := path / CHECKPOINTS).is_dir():
+        (folder / _OBSOLETE).touch()
+
+
+def remove_obsolete_checkpoints(path: Path) -> None:
+    """Remove the checkpoints of a finished fold, if they were marked: the process may have died before it did."""
+    if (path / CHECKPOINTS / _OBSOLETE).exists() and (path / "fold.json").exists():
+        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+
+
 def is_finished(path: Path, result_hash: str) -> bool:
     """Return whether the fold in this folder is trained and predicted, with this result hash."""
     return (path / "predictions.parquet").exists() and is_trained(path, result_hash)
@@ -88,11 +103,11 @@ def is_trained(path: Path, result_hash: str) -> bool:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock of a fold's folder on rank 0. Call on all ranks.
 
-    Raises Busy on all ranks if another run holds it. The kernel releases the lock when the process dies. On a
+    Raises InputError on all ranks if another run holds it. The kernel releases the lock when the process dies. On a
     shared file system it excludes other hosts only where flock works across hosts: on NFS (which releases the locks of
     a dead host after about 90 s), and on Lustre when mounted with `flock`. A file system without locks excludes no one.
     """
-    locked = f"{path}: another run is training this fold; wait for it, stop it, or set another output"
+    locked = InputError(f"{path}: another run is training this fold; wait for it, stop it, or set another output")
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(exclusive_lock(path.with_name(f".{path.name}.lock"), locked)))
         yield

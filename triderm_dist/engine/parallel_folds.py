@@ -15,9 +15,9 @@ from triderm_dist.config import CONFIG_FILE, Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.fold import check_task, is_fold_finished
+from triderm_dist.engine.fold_folder import remove_obsolete_checkpoints
 from triderm_dist.extras import require
 from triderm_dist.schema import ConfigError, InputError, one_line
-from triderm_dist.signals import cleaning_up
 from triderm_dist.terminal import clock, counted, wrapped
 
 
@@ -43,6 +43,8 @@ def run_parallel_folds(
     """
     check_task(experiment, index)
     remaining = [(name, fold) for name in models for fold in range(experiment.data.folds)]
+    for name, fold in remaining:
+        remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
     remaining = [(name, fold) for name, fold in remaining if not is_fold_finished(experiment, index, name, fold)]
     if not remaining:
         return
@@ -111,7 +113,6 @@ def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
                         print(f"{name} failed, restarting it from its last checkpoint: {reason}", flush=True)
                         running[tasks[name]()] = name
     except KeyboardInterrupt:
-        cleaning_up()
         for reference in running:
             ray.cancel(reference)
         if running:

@@ -26,7 +26,7 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.crossval import Create, FoldRun, run_trainings
 from triderm_dist.engine.fold import assigned_folds, model_config, result_hash, resume_hash
-from triderm_dist.engine.fold_folder import FoldFolder, is_trained
+from triderm_dist.engine.fold_folder import FoldFolder, is_trained, remove_obsolete_checkpoints
 from triderm_dist.predictions import NO_FOLD
 from triderm_dist.schema import DataError
 
@@ -45,6 +45,7 @@ def refit(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> N
         path, trained = experiment.refit_folder(name), folds[name]
         if is_trained(path, result_hash(experiment, index, name, trained.key)):
             on_main(partial(_record_folds, path, trained))
+            on_main(partial(remove_obsolete_checkpoints, path))
             return []
         create = partial(_Refit, experiment, name, NO_FOLD, assignment, lambda: None, None)
         return [lambda views, stop, output, start: create(views, stop, output, start, trained)]
@@ -91,7 +92,7 @@ def _executed_as(experiment: Experiment, name: str, folder: Path) -> Experiment:
     if not (folder / "fold.json").exists():
         return experiment
     trained, model = read_info(folder / "fold")["model"]["train"], experiment.models[name]
-    train = model.train.model_copy(update={key: trained[key] for key in EXECUTION if key in trained})
+    train = model.train.model_copy(update={key: trained[key] for key in EXECUTION})
     return experiment.model_copy(
         update={"models": {**experiment.models, name: model.model_copy(update={"train": train})}}
     )
