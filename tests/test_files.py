@@ -75,12 +75,33 @@ def test_weights_have_the_mode_of_new_files(tmp_path, umask, mask, mode):
 
 
 def test_parts_of_killed_writers_are_removed_and_of_living_ones_kept(tmp_path):
-    for name in ("a.json.host-12-0123abcd.part", "b.npy.4711.part", "notes.part", "a.json"):
+    write_text(tmp_path / "a.json", "")
+    for name in ("a.json.host-12-0123abcd.part", "b.npy.4711.part", "notes.part"):
         (tmp_path / name).write_text("")
     with atomic_path(tmp_path / "c.json") as living:
         assert [path.name for path in dead_parts(tmp_path)] == ["a.json.host-12-0123abcd.part", "b.npy.4711.part"]
         remove_dead_parts(tmp_path, tmp_path / "absent")
         assert {path.name for path in tmp_path.iterdir()} == {"a.json", "notes.part", living.name}
+
+
+def test_first_file_of_a_process_removes_the_parts_of_killed_writers(tmp_path):
+    (tmp_path / "b.json.host-12-0123abcd.part").touch()
+    write_text(tmp_path / "a.json", "")
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_part_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, removed = files.lock_file, []
+
+    def late(file, **options):
+        if not removed:
+            removed.append(file.name)
+            os.unlink(file.name)
+        lock(file, **options)
+
+    monkeypatch.setattr(files, "lock_file", late)
+    write_text(tmp_path / "a.json", "text")
+    assert (tmp_path / "a.json").read_text() == "text" and os.listdir(tmp_path) == ["a.json"] and removed
 
 
 def test_without_locks_only_old_parts_are_dead(tmp_path, monkeypatch):

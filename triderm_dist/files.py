@@ -12,11 +12,9 @@ import json
 import os
 import platform
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +23,6 @@ try:
 except ImportError:  # of Windows
     fcntl = None  # type: ignore[assignment]
 
-from triderm_dist.schema import Busy, InputError
-
-LOCK_SECONDS = "TRIDERM_LOCK_SECONDS"
-"""Environment variable: how many seconds to wait for another process that works on the same files."""
-
 
 PATIENT_DATA = 0o640
 """Mode of files that hold photos, ids, diagnoses or predictions of single lesions, less the umask."""
@@ -37,6 +30,8 @@ NEW_FILE = 0o666
 """Mode of all other files, less the umask."""
 _PART = re.compile(r"\.(\d+|[\w-]+-\d+-[0-9a-f]{8})\.part$")
 """The end of a temporary name; earlier versions had the process id alone."""
+_CLEANED: set[Path] = set()
+"""Folders from which this process has removed the temporary files of killed writers."""
 _UNLOCKED_SECONDS = 24 * 3600
 """Where a file system has no locks, a temporary file of this age is taken for that of a writer that was killed."""
 
@@ -47,20 +42,20 @@ def atomic_path(path: Path, mode: int = NEW_FILE) -> Iterator[Path]:
 
     Its name holds host, process and a random part, so that writers of one file in several containers have a file each.
     It is created empty with `mode` less the umask, which the renamed file has whatever the block does, and locked, so
-    that `dead_parts` knows that its writer lives. An OSError names `path`.
+    that `dead_parts` knows that its writer lives. An OSError names `path`. The first file that a process writes into a
+    folder removes the temporary files there whose writers were killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    host = re.sub(r"[^\w-]", "-", platform.node(), flags=re.ASCII)[:40]
-    temporary = path.with_name(f"{path.name[:120]}.{host}-{os.getpid()}-{os.urandom(4).hex()}.part")
+    if path.parent not in _CLEANED:
+        _CLEANED.add(path.parent)
+        remove_dead_parts(path.parent)
+    with naming_file(path):
+        file, temporary = _open_temporary(path, mode)
     with naming_file(path, temporary):
-        file = open(temporary, "xb", opener=_opener(mode))  # noqa: SIM115 - closed below
         try:
             created = os.fstat(file.fileno()).st_mode & 0o777
             if fcntl is None:
                 file.close()  # Windows does not rename an open file
-            else:
-                with suppress(OSError):  # a file system without locks
-                    lock_file(file, wait=False)
             yield temporary
             if temporary.stat().st_mode & 0o777 != created:  # safetensors writes with 600
                 temporary.chmod(created)
@@ -68,6 +63,20 @@ def atomic_path(path: Path, mode: int = NEW_FILE) -> Iterator[Path]:
         finally:
             file.close()
             temporary.unlink(missing_ok=True)
+
+
+def _open_temporary(path: Path, mode: int) -> tuple[IO[bytes], Path]:
+    """Create and lock the temporary file of `atomic_path`."""
+    host = re.sub(r"[^\w-]", "-", platform.node(), flags=re.ASCII)[:40]
+    while True:
+        temporary = path.with_name(f"{path.name[:120]}.{host}-{os.getpid()}-{os.urandom(4).hex()}.part")
+        with naming_file(path, temporary):
+            file = open(temporary, "xb", opener=_opener(mode))  # noqa: SIM115 - closed by the caller
+        with suppress(OSError):  # a file system without locks
+            lock_file(file)
+        if os.fstat(file.fileno()).st_nlink:
+            return file, temporary
+        file.close()  # another process took it for that of a killed writer before it was locked
 
 
 def open_new(path: Path, mode: int = NEW_FILE) -> IO[bytes]:
@@ -88,7 +97,12 @@ def dead_parts(*folders: Path) -> list[Path]:
 def remove_dead_parts(*folders: Path) -> None:
     """Remove `dead_parts`, as far as this user may."""
     for path in dead_parts(*folders):
-        with suppress(OSError):
+        with suppress(OSError), path.open("rb") as file:
+            with suppress(OSError):  # a file system without locks
+                try:
+                    lock_file(file, wait=False)
+                except BlockingIOError:
+                    continue  # its writer has locked it meanwhile
             path.unlink()
 
 
@@ -161,72 +175,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_seconds() -> float:
-    """Return how long `exclusive_lock` waits for a process that is just ending."""
-    try:
-        return float(os.environ.get(LOCK_SECONDS, "30"))
-    except ValueError:
-        raise InputError(f"{LOCK_SECONDS}={os.environ[LOCK_SECONDS]}: not a number of seconds") from None
-
-
 @contextmanager
-def exclusive_lock(lock: Path, refusal: str) -> Iterator[int]:
-    """Lock the file `lock`, creating it if missing, and write into it which process holds it.
+def exclusive_lock(lock: Path, refusal: Exception) -> Iterator[int]:
+    """Lock the file `lock`, creating it if missing; raise `refusal` where another process holds the lock.
 
-    Waits `lock_seconds` for another process that holds the lock, as one does that is saving after a signal; then raises
-    Busy, whose text is `refusal` and the process in the file. Yields the descriptor of the file; child processes that
-    inherit it hold the lock too, until the last of them ends.
+    Yields its descriptor; child processes that inherit it hold the lock too, until the last of them ends.
     """
-    with ExitStack() as stack:
-        while True:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(lock.open("a+", encoding="utf-8", errors="replace"))
-            try:
-                _wait_for_lock(file, refusal)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-                    raise
-            with suppress(FileNotFoundError):  # another process may have removed the folder before it released the lock
-                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                    break
-        with suppress(OSError):  # on a full disk the lock holds, but nobody is named
-            file.truncate(0)
-            file.write(f"{os.getpid()} {socket.gethostname()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}\n")
-            file.flush()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         try:
-            yield file.fileno()
-        finally:
-            with suppress(OSError):
-                file.truncate(0)
-
-
-def _wait_for_lock(file: IO[str], refusal: str) -> None:
-    """Lock an open file. Raises Busy where another process still holds the lock after `lock_seconds`."""
-    seconds, started, told = lock_seconds(), time.monotonic(), False
-    while True:
-        try:
-            return lock_file(file, wait=False)
+            lock_file(file, wait=False)
         except BlockingIOError:
-            holder = _holder(file)
-            if time.monotonic() - started >= seconds:
-                waited = f"; waited {seconds:g} s" if seconds else ""
-                raise Busy(f"{refusal} ({holder}{waited})") from None
-            if not told:
-                print(f"{file.name}: locked by {holder}; waiting at most {seconds:g} s", flush=True)
-                told = True
-            time.sleep(min(0.2, seconds))
-
-
-def _holder(file: IO[str]) -> str:
-    """Return the process named in a lock file."""
-    file.seek(0)
-    words = file.read(200).split()
-    if len(words) != 4 or not words[0].isdigit():
-        return "another process"
-    pid, host, *since = words
-    ended = host == socket.gethostname() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists()
-    who = f"a process that PID {pid} started, which has ended," if ended else f"PID {pid}"
-    return f"{who} on {host}, since {' '.join(since)} UTC"
+            raise refusal from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                raise
+        yield file.fileno()
 
 
 def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None:
