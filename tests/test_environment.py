@@ -71,10 +71,13 @@ def test_programs_in_parallel_lose_no_record(run):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"format": "triderm-environment", "version": 9})])
-def test_unreadable_record_is_begun_anew(run, text):
+def test_unreadable_record_is_kept_and_told(run, text, capsys):
     (run / "environment.json").write_text(text)
     assert read_environment(run)["starts"] == []
     with recorded(run, "stack", cli.exit_code):
         pass
-    assert [each["program"] for each in read_environment(run)["starts"]] == ["stack"]
+    assert (run / "environment.json").read_text() == text
+    assert "environment.json: not readable; restore it from a copy, or delete it" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert load(RunReader, None, [f"run={run}"]).folder == run

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -18,12 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, NonNegativeInt, model_validator
-
 from triderm_dist import __version__
-from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.files import lock_file, write_json
+from triderm_dist.terminal import wrapped
 
 ENVIRONMENT_FILE = "environment.json"
 FORMAT, VERSION = "triderm-environment", 1
@@ -32,37 +31,6 @@ PACKAGES = (
     *("xgboost-cpu", "xgboost", "deepspeed", "ray"),
 )
 _LOCK = ".environment.lock"
-
-
-class _Made(BaseModel):
-    gpus: list[str]
-    cpu: str
-    cores: int | None
-    ranks: int
-
-
-class _Start(BaseModel):
-    program: str
-    started: str
-    environment: NonNegativeInt
-
-
-class _Keys(BaseModel):
-    """Keys of environment.json."""
-
-    format: str
-    version: int
-    data: dict[str, dict[str, Any]]
-    environments: list[_Made]
-    starts: list[_Start]
-
-    @model_validator(mode="after")
-    def _check_starts(self) -> _Keys:
-        for start in self.starts:
-            datetime.fromisoformat(start.started)
-            if start.environment >= len(self.environments):
-                raise ValueError("a start names an environment that is not there")
-        return self
 
 
 @contextmanager
@@ -98,12 +66,17 @@ def record_data(folder: Path, split: str, facts: Mapping[str, Any]) -> None:
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """Return the content of environment.json; without starts and data where there is none, or it is not readable."""
-    empty: dict[str, Any] = {"format": FORMAT, "version": VERSION, "data": {}, "environments": [], "starts": []}
+    return _read(folder) or {"format": FORMAT, "version": VERSION, "data": {}, "environments": [], "starts": []}
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Return the content of environment.json, None where there is none or it is not readable."""
     try:
-        record = read_checked_json(folder / ENVIRONMENT_FILE, _Keys)
-    except (FileNotFoundError, DamagedFile):
-        return empty
-    return record if (record["format"], record["version"]) == (FORMAT, VERSION) else empty
+        record = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
+    return record if known else None
 
 
 def this_environment() -> dict[str, Any]:
@@ -141,15 +114,20 @@ def _add_start(folder: Path, start: dict[str, Any]) -> None:
 
 @contextmanager
 def _changed(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the record of a run, and write it at the end. Folds that train in parallel write it one at a time."""
+    """Yield the record of a run, and write it at the end. Folds that train in parallel write it one at a time.
+
+    A damaged file is kept as it is, and a note is printed.
+    """
     with (folder / _LOCK).open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             lock_file(lock)
-        path, record = folder / ENVIRONMENT_FILE, read_environment(folder)
-        if path.is_file() and not record["environments"] and not record["data"]:  # damaged: a copy remains
-            path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
+        record, path = read_environment(folder), folder / ENVIRONMENT_FILE
         yield record
-        write_json(folder / ENVIRONMENT_FILE, record)
+        if path.exists() and _read(folder) is None:
+            advice = "restore it from a copy, or delete it; until then nothing is recorded in it"
+            print(wrapped(f"note: {path}: not readable; {advice}"), flush=True)
+        else:
+            write_json(path, record)
 
 
 def _version(package: str) -> str | None:
