@@ -88,7 +88,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
-            self._file.close()
+            with naming_file(self._path):  # it may hold a line that a full disk did not take
+                self._file.close()
             self._for_each("finish")
 
     def log(self, kind: str, epoch: float, step: int, values: Mapping[str, float]) -> None:
