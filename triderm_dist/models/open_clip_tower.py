@@ -23,16 +23,8 @@ from triderm_dist.models.tower import (
     checked_size,
     refuse_quick_gelu,
 )
-from triderm_dist.models.weights import (
-    WEIGHT_SUFFIXES,
-    existing,
-    fill,
-    hub_file,
-    is_cached,
-    listing,
-    read_weights,
-    strip_prefix,
-)
+from triderm_dist.models.weight_files import existing, existing_weights, hub_file, is_cached, read_weights, weights_in
+from triderm_dist.models.weights import fill, listing, strip_prefix
 from triderm_dist.schema import CheckpointError, InputError, one_line
 
 CONFIG_FILE = "open_clip_config.json"
@@ -58,23 +50,15 @@ def locate_on_hub(name: str, pretrained: bool) -> WeightsLocation:
 def build_from_folder(name: str, options: TowerOptions) -> Tower:
     """Build the visual tower of a folder with open_clip's config and weights."""
     folder = Path(name)
-    return _build(f"local-dir:{name}", folder / CONFIG_FILE, lambda: _weights_in(folder), options)
+    return _build(f"local-dir:{name}", folder / CONFIG_FILE, lambda: weights_in(folder, WEIGHT_FILES), options)
 
 
 def locate_in_folder(name: str, pretrained: bool) -> WeightsLocation:
     """Find config and weights in a folder."""
     existing(Path(name) / CONFIG_FILE)
     if pretrained:
-        _weights_in(Path(name))
+        existing_weights(weights_in(Path(name), WEIGHT_FILES))
     return WeightsLocation("found", True)
-
-
-def _weights_in(folder: Path) -> Path:
-    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    found += sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES and path not in found)
-    if not found:
-        raise CheckpointError(f"{folder}: has no weight file; expected {' or '.join(WEIGHT_FILES)}")
-    return found[0]
 
 
 def _build(source: str, config: Path, find_weights: Callable[[], Path], options: TowerOptions) -> Tower:

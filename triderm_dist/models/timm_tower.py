@@ -18,15 +18,8 @@ from triderm_dist.models.tower import (
     checked_size,
     refuse_quick_gelu,
 )
-from triderm_dist.models.weights import (
-    existing,
-    fill,
-    is_cached,
-    listing,
-    read_weights,
-    rename_by_order,
-    weight_file,
-)
+from triderm_dist.models.weight_files import existing_weights, is_cached, is_safetensors, read_weights, weight_file
+from triderm_dist.models.weights import fill, listing, rename_by_order, without_prefix
 from triderm_dist.schema import InputError, nearest, one_line
 
 HEADS = ("global_pool", "attn_pool", "fc_norm", "pre_logits", "head", "head_drop", "head_dist", "classifier", "fc")
@@ -69,7 +62,7 @@ def locate_timm(name: str, pretrained: bool) -> WeightsLocation:
     if not pretrained:
         return WeightsLocation("random weights", True)
     if file:
-        return WeightsLocation(f"found {existing(weight_file(file)).name}", True)
+        return WeightsLocation(f"found {existing_weights(weight_file(file)).name}", True)
     settings = timm.get_pretrained_cfg(model_name)
     if settings is None or not (settings.hf_hub_id or settings.url or settings.file):
         raise InputError(
@@ -95,13 +88,17 @@ def _fill(model: nn.Module, name: str, file: Path) -> str:
 
     state = read_weights(file)
     note = ""
-    if not set(state) & set(model.state_dict()) and file.suffix != ".safetensors":  # safetensors keeps no order
+    if not set(state) & set(model.state_dict()) and not is_safetensors(file):  # which keeps no order
         with torch.device("meta"):
             names = timm.create_model(name, pretrained=False).state_dict()
         renamed = rename_by_order(state, names)
         if renamed is not None:
             state, note = renamed, ", names differ, renamed by order since count, order and shapes all agree"
-    unused = fill(model, state, file, optional=tuple(f"{head}." for head in HEADS))
+    heads = tuple(f"{head}." for head in HEADS)
+    inner, prefix = without_prefix(state, model, file, heads)
+    unused = [*fill(model, inner, file, heads), *(key for key in state if prefix and not key.startswith(prefix))]
+    if prefix:
+        note += f" under {prefix.rstrip('.')!r}"
     left_out = f", left out: {listing(unused)}" if unused else ""
     return f"{len(state) - len(unused)} tensors of {file}{note}{left_out}"
 

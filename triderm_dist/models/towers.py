@@ -28,7 +28,7 @@ from triderm_dist.models.tower import (
     refuse_quick_gelu,
     tower_hash,
 )
-from triderm_dist.models.weights import WEIGHT_SUFFIXES, existing, read_weights
+from triderm_dist.models.weight_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, existing_weights, read_weights
 from triderm_dist.schema import ConfigError
 
 __all__ = [
@@ -57,7 +57,7 @@ def _build_panderm(name: str, options: TowerOptions) -> Tower:
 
 
 def _locate_panderm(name: str, pretrained: bool) -> WeightsLocation:
-    existing(Path(name))  # random weights too take their sizes from the file
+    existing_weights(Path(name))  # random weights too take their sizes from the file
     return WeightsLocation("found", True)
 
 
@@ -110,7 +110,7 @@ def parse_source(source: str) -> tuple[TowerSource, str]:
     prefix, colon, name = source.partition(":")
     if colon and prefix in TOWER_SOURCES:
         return TOWER_SOURCES[prefix], name
-    if Path(source).suffix in WEIGHT_SUFFIXES:
+    if Path(source).suffix in WEIGHT_SUFFIXES or source.endswith(INDEX_SUFFIX):
         return TOWER_SOURCES[PANDERM], source
     known = ", ".join(kind.form for kind in TOWER_SOURCES.values())
     raise ConfigError(f"tower.source: {source!r} is not a tower source; known: {known} (plugins may add others)")

