@@ -22,6 +22,7 @@ from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import read_index
+from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.engine.fold import assigned_folds
 from triderm_dist.schema import DataError
@@ -118,7 +119,7 @@ def test_plain_groups_on_request_and_in_sets_of_earlier_versions(source, tmp_pat
     assert not groups_file(tmp_path / "set").exists()
     before = contents(tmp_path / "set")
     pack(source, tmp_path / "set")
-    assert contents(tmp_path / "set") == before and "holds group ids as they are; delete it" in capsys.readouterr().out
+    assert contents(tmp_path / "set") == before and "holds group ids as they are; delete its" in capsys.readouterr().out
     assert salt_of(tmp_path / "set") is None
     with pytest.raises(DataError, match="packed from other data, with other settings"):
         pack(source, tmp_path / "set", groups="hash")
@@ -136,6 +137,26 @@ def test_another_salt_than_that_of_the_file_is_refused(source, packed, tmp_path)
     pack(source, tmp_path / "set")
     with pytest.raises(DataError, match="holds another salt than the one of salt="):
         pack(source, tmp_path / "set", salt=str(groups_file(packed)))
+
+
+def test_index_of_other_tars_holds_hashes(source, packed, tmp_path):
+    pack(source, tmp_path / "foreign", groups="plain")
+    for name in ("index.json", "samples.parquet"):
+        (tmp_path / "foreign" / name).unlink()
+    tars, notes = contents(tmp_path / "foreign"), list[str]()
+    index = index_shards(tmp_path / "foreign", note=notes.append, hash_groups=True)
+    hashes = GroupHashes(read_salt(groups_file(index.folder)))
+    clear = {lesion.lesion_id: lesion.group for lesion in read_challenge(source, invalid="drop").lesions}
+    assert index.group_salt == hashes.fingerprint and notes[-1].endswith("; the tars hold their ids")
+    assert all(hashes.of(clear[one]) == own for one, own in zip(index.lesion_ids, index.groups, strict=True))
+    assert b"MRN" not in (index.folder / "index.json").read_bytes()
+    assert {name: data for name, data in contents(index.folder).items() if name in tars} == tars
+    assert verify(index, folds=2, fold_seed=0) == []
+    groups_file(index.folder).write_bytes(groups_file(packed).read_bytes())
+    with pytest.raises(DataError, match=r"foreign\.groups\.csv: its salt is not that of"):
+        verify(index, folds=2, fold_seed=0)
+    groups_file(index.folder).unlink()  # the groups of the tars cannot be compared
+    assert verify(index, folds=2, fold_seed=0) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"group,hash\nP1,ab\n", b"\xff\xfe", b"salt=12"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible, Invalid, MissingView, Threads
+from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads
 from triderm_dist.settings import PathText
 
 
@@ -35,6 +35,10 @@ class IndexConfig(Extensible):
         ("dermoscopic.jpg", "dermoscopic.jpeg", "dermoscopy.jpg", "derm.jpg"),
         min_length=1,
         description="extensions of the dermoscopic photo",
+    )
+    groups: Groups = "hash"
+    salt: PathText | None = Field(
+        None, description="groups=hash: the .groups.csv of another set, or that set's folder; see triderm pack"
     )
     missing_view: MissingView = "refuse"
     invalid: Invalid = "refuse"
@@ -60,6 +64,9 @@ def main(config: IndexConfig) -> None:
                 workers=config.workers,
                 progress=progress,
                 note=lambda text: print(f"note: {text}"),
+                hash_groups=config.groups == "hash",
+                salt=config.salt,
+                asked="groups" in config.model_fields_set,
             )
     except InvalidLesions as error:
         print_problems(error.problems, table)

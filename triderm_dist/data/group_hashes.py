@@ -21,7 +21,7 @@ import re
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,35 +85,53 @@ def groups_file(folder: str | os.PathLike[str]) -> Path:
 def hash_groups(
     dataset: Dataset, output: str | os.PathLike[str], salt: str | None = None, asked: bool = True
 ) -> tuple[Dataset, GroupHashes | None]:
-    """Return the data set with hashes in the place of groups, and the hashes, which the `groups_file` of `output` holds
-    then too; unchanged and None where no lesion has a group but itself.
+    """Return the data set with hashes in the place of groups, and the hashes; unchanged and None where there are none.
 
-    salt: that of another set (`salt_of`); None: that of the file, else a random one, which is in the file before
-    anything is packed with it.  asked: False leaves groups as they are where `output` was packed so by an earlier
-    version. A note tells that, and counts lesion ids that hold the id of their group, since those are kept.
+    The notes of the data set get those of `hashes_for`, which describes the arguments.
+    """
+    groups = {lesion.lesion_id: lesion.group for lesion in dataset.lesions}
+    hashes, notes = hashes_for(groups, output, dataset.task.columns.group, salt, asked)
+    lesions = [replace(each, group=hashes.of(each.group)) for each in dataset.lesions] if hashes else dataset.lesions
+    return replace(dataset, lesions=lesions, notes=[*dataset.notes, *notes]), hashes
+
+
+def hashes_for(
+    groups: Mapping[str, str],
+    output: str | os.PathLike[str],
+    column: str | None = None,
+    salt: str | None = None,
+    asked: bool = True,
+) -> tuple[GroupHashes | None, list[str]]:
+    """Return the hashes of groups, which the `groups_file` of `output` holds then too, and notes; None where no lesion
+    has a group but itself.
+
+    groups: by lesion id.  column: their name.  salt: that of another set (`salt_of`); None: that of the file, else a
+    random one, which is in the file before anything is packed with it.  asked: False leaves groups as they are where
+    `output` was packed so by an earlier version. A note tells that, and counts lesion ids that hold the id of their
+    group, since those are kept.
 
     Raises DataError for a file of groups that cannot be read, that holds another salt, or that a packed set lacks.
     """
-    if all(lesion.group == lesion.lesion_id for lesion in dataset.lesions):
-        return dataset, None
+    if all(group == lesion for lesion, group in groups.items()):
+        return None, []
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
         is_hashed = "groups" in read_json(index)
         if not is_hashed and not asked:
-            note = f"{output} holds group ids as they are; delete it and pack again for hashes in their place"
-            return replace(dataset, notes=[*dataset.notes, note]), None
+            return None, [f"{output} holds group ids as they are; delete its index and make it again for hashes"]
         if is_hashed and not file.exists():
             raise DataError(
                 f"{file}: no such file, and the groups of {output} are hashes under its salt; bring it back, or delete "
                 "that folder and pack again"
             )
     hashes = GroupHashes(_own_salt(file, salt_of(salt) if salt else None))
-    lesions = [replace(lesion, group=hashes.of(lesion.group)) for lesion in dataset.lesions]
+    for group in groups.values():
+        hashes.of(group)
     if len(set(hashes.hashes.values())) < len(hashes.hashes):
         raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")
     with atomic_path(file, 0o600) as temporary:
         _write_private(temporary, hashes)
-    return replace(dataset, lesions=lesions, notes=[*dataset.notes, *_notes(dataset)]), hashes
+    return hashes, _notes(groups, column or "group")
 
 
 def read_salt(file: Path) -> bytes:
@@ -182,12 +200,11 @@ def _write_private(path: Path, hashes: GroupHashes) -> None:
         writer.writerows(sorted(hashes.hashes.items()))
 
 
-def _notes(dataset: Dataset) -> list[str]:
-    sizes = Counter(lesion.group for lesion in dataset.lesions)
-    named = [each.lesion_id for each in dataset.lesions if _names(each.lesion_id, each.group, sizes[each.group])]
+def _notes(groups: Mapping[str, str], column: str) -> list[str]:
+    sizes = Counter(groups.values())
+    named = [lesion for lesion, group in groups.items() if _names(lesion, group, sizes[group])]
     if not named:
         return []
-    column = dataset.task.columns.group or "group"
     return [
         f"{len(named):,} lesion ids hold the id of their {column}, such as {named[0]}; only groups are hashed, so give "
         "these lesions ids of their own before the shards go to others"

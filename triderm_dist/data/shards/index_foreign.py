@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from triderm_dist.data.group_hashes import GroupHashes, hashes_for
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, SHARD_NAME_RULE, ShardFile, is_shard_name, rows_schema
@@ -63,6 +64,9 @@ def index_shards(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], object] = lambda text: None,
+    hash_groups: bool = False,
+    salt: str | None = None,
+    asked: bool = True,
 ) -> ShardIndex:
     """Write index.json and samples.parquet into a folder of tars and return the index.
 
@@ -71,7 +75,8 @@ def index_shards(
     `progress` with (bytes scanned, bytes in all).
 
     task: gives labels, fields and views their meaning; None takes MILK10k's. A number is a label like any other word,
-    since its meaning is not known.
+    since its meaning is not known.  hash_groups: write hashes in the place of groups, as triderm pack does; the tars
+    are not changed.  salt, asked: see `hashes_for`.
 
     Raises InvalidLesions with all problems; DataError for labels that name no diagnosis, with their counts, and for a
     folder without plain tars or one written by triderm pack.
@@ -110,8 +115,18 @@ def index_shards(
     for text in scan.notes():
         note(text)
     names = scan.concepts or (CONCEPTS if task.reader == "milk10k" else ())
-    tables = (_with_scores(table, len(names), len(task.fields)) for table in scan.tables)
     about: dict[str, Any] = {"extensions": {view: list(names) for view, names in extensions.items()}}
+    if hash_groups:
+        groups = dict(pair for table in scan.tables for pair in zip(*_texts(table, "lesion_id", "group"), strict=True))
+        hashes, notes = hashes_for(groups, folder, task.columns.group, salt, asked)
+        if hashes:
+            about["groups"] = {"salt": hashes.fingerprint}
+            scan.problems = hashes.without_ids(scan.problems)
+            scan.tables = [_with_hashes(table, hashes) for table in scan.tables]
+            notes.append(f"index and predictions hold hashes of {len(hashes.hashes):,} groups; the tars hold their ids")
+        for text in notes:
+            note(text)
+    tables = (_with_scores(table, len(names), len(task.fields)) for table in scan.tables)
     # Relative paths, so that the index of a copied folder is the same.
     problems = [replace(problem, where=problem.where.removeprefix(f"{folder}{os.sep}")) for problem in scan.problems]
     write_index(folder, tables, scan.shards, task, names, problems, about)
@@ -388,6 +403,17 @@ def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...], metadata_field
     nan = float("nan")
     scored = [{**row, "concepts": [row["concepts"].get(name, nan) for name in concepts]} for row in rows]
     return pa.Table.from_pylist(scored, rows_schema(len(concepts), metadata_fields))
+
+
+def _texts(table: pa.Table, *names: str) -> list[list[str]]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _with_hashes(table: pa.Table, hashes: GroupHashes) -> pa.Table:
+    """Replace the groups of a table by their hashes."""
+    column = table.schema.get_field_index("group")
+    hashed = pa.array([hashes.of(group) for group in table["group"].to_pylist()], pa.string())
+    return table.set_column(column, table.schema.field(column), hashed)
 
 
 def _with_scores(table: pa.Table, concepts: int, metadata_fields: int) -> pa.Table:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.group_hashes import GroupHashes, groups_file, read_salt
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
@@ -67,12 +68,13 @@ def _counts(index: ShardIndex) -> Iterator[Problem]:
 def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], None] | None) -> Iterator[Problem]:
     """Compare every sample that webdataset reads with its row of the index, and all photos with index.json."""
     photos = np.zeros((len(index), len(VIEWS), 3), np.uint64)
+    same_group = _same_group(index)
 
     def check(pair: tuple[int, dict[str, Any]]) -> Problem | None:
         row, sample = pair
         where = f"{index.path(int(index.shard[row]))}, lesion {index.lesion_ids[row]}"
         try:
-            photos[row] = _check_sample(index, row, sample)
+            photos[row] = _check_sample(index, row, sample, same_group)
         except (PhotoError, ValueError) as error:
             return Problem(index.lesion_ids[row], "sample", where, str(error))
         return None
@@ -159,7 +161,27 @@ def _lesion_id(index: ShardIndex, sample: dict[str, Any]) -> str:
         return str(sample["__key__"])
 
 
-def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[tuple[int, int, int]]:
+def _same_group(index: ShardIndex) -> Callable[[str, str], bool]:
+    """Return whether the group in a sample's JSON is that in samples.parquet, as a function of both.
+
+    Tars of other programs hold the groups whose hashes are in their index; they are not compared where the file with
+    the salt is elsewhere. Raises DataError for a file with another salt.
+    """
+    file = groups_file(index.folder)
+    if index.group_salt is None:
+        return str.__eq__
+    if not file.is_file():
+        foreign = "packed_with" not in read_json(index.folder / INDEX)
+        return lambda group, own: foreign or group == own
+    hashes = GroupHashes(read_salt(file))
+    if hashes.fingerprint != index.group_salt:
+        raise DataError(f"{file}: its salt is not that of {index.folder / INDEX}; bring back the right file")
+    return lambda group, own: own in (group, hashes.of(group))
+
+
+def _check_sample(
+    index: ShardIndex, row: int, sample: dict[str, Any], same_group: Callable[[str, str], bool]
+) -> list[tuple[int, int, int]]:
     """Return the `size_and_hash` of both views.
 
     Raises PhotoError or ValueError naming what differs from the index, or the photo that does not decode.
@@ -180,7 +202,7 @@ def _check_sample(index: ShardIndex, row: int, sample: dict[str, Any]) -> list[t
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
         "label": record.label == index.labels[row],
-        "group": record.group == index.groups[row],
+        "group": same_group(record.group, index.groups[row]),
         "concepts": np.array_equal(np.asarray(scores, np.float32), index.concept_scores[row], equal_nan=True),
         "metadata": np.array_equal(np.asarray(record.metadata, np.float32), index.metadata[row], equal_nan=True),
     }
