@@ -334,6 +334,37 @@ def test_unwritable_cache_is_named(server, tmp_path):
         open_index(server.url, settings(tmp_path, cache=str(tmp_path / "file" / "cache")))
 
 
+def test_cache_in_a_folder_with_other_files_leaves_them_alone(server, tmp_path):
+    """Not even an eviction removes a file that is not of a cache."""
+    root = tmp_path / "disk"
+    for name in ("photos/a.tar", "0123456789abcdef/a.tar", "photos/a.tar.7.fetch", "photos/b.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(bytes(50_000))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    index = open_index(server.url, settings(tmp_path, cache=str(root)))
+    cache = with_limits(index).remote
+    cache.limit = index.shards[0].bytes + index.shards[1].bytes
+    for shard in index.shards:
+        cache.open(shard).close()
+    assert 1 <= len([path for path in cached(root) if path not in before]) <= 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="of POSIX")
+def test_cache_in_a_folder_of_everybody_is_a_folder_of_the_user(server, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch").chmod(0o1777)
+    remote = settings(tmp_path, cache=str(tmp_path / "scratch"))
+    folder = open_index(server.url, remote).folder
+    assert folder.parent == tmp_path / "scratch" / f"triderm-{os.getuid()}"
+    assert folder.parent.stat().st_mode & 0o777 == 0o700 and folder.stat().st_mode & 0o007 == 0
+    shutil.rmtree(folder.parent)
+    (tmp_path / "elsewhere").mkdir()
+    folder.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"of another user; set data.remote.cache to a folder that only you"):
+        open_index(server.url, remote)
+
+
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
+from triderm_dist.data.shards.format import INDEX, ShardFile
 from triderm_dist.data.shards.remote import POLL_SECONDS, FetchStopped, Store, disk_error
 from triderm_dist.files import lock_file, unlock_file
 from triderm_dist.schema import DataError
 
+_SET = re.compile(r"[0-9a-f]{16}")
+"""The folder of a set, named by the hash of its index."""
 _FETCHING = re.compile(r"(?P<name>.+)\.(?P<bytes>\d+)\.fetch(?P<attempt>\.\d+)?")
 """A file that is being fetched: space is reserved under this name, the number of the attempt is added for the data."""
 
@@ -119,11 +121,12 @@ class Cache:
     def _inventory(self) -> tuple[int, list[tuple[float, Path, int]]]:
         """Return the bytes used or reserved, and (last use, path, bytes) of the shards.
 
-        Removes incomplete files of killed processes.
+        Removes incomplete files of killed processes. Files that are not of a cache are left alone: `root` may be any
+        folder, such as that of a whole disk.
         """
         used, evictable = 0, []
-        for path in self.root.glob("*/*"):
-            if path.name in (INDEX, SAMPLES) or path.suffix == ".lock":
+        for path in (path for folder in self.root.iterdir() if _is_of_cache(folder) for path in folder.iterdir()):
+            if path.suffix != ".tar" and not _FETCHING.fullmatch(path.name):
                 continue
             with contextlib.suppress(FileNotFoundError):
                 if fetching := _FETCHING.fullmatch(path.name):
@@ -137,6 +140,11 @@ class Cache:
                     used += status.st_size
                     evictable.append((status.st_mtime, path, status.st_size))
         return used, evictable
+
+
+def _is_of_cache(folder: Path) -> bool:
+    """Return whether a folder holds the files of one set, as `open.open_index` makes it."""
+    return bool(_SET.fullmatch(folder.name)) and (folder / INDEX).is_file()
 
 
 def _lock_of(path: Path) -> Path:

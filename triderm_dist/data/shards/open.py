@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from triderm_dist.data.shards.index_schema import check_content, read_json
 from triderm_dist.data.shards.remote import Store, disk_error
 from triderm_dist.files import file_sha256
 from triderm_dist.schema import DataError
+
+_FOLDER = 0o750
+"""Mode of the folders of the cache, less the umask: they hold photos of patients."""
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:
@@ -59,18 +62,27 @@ def set_fingerprint(where: str, remote: RemoteConfig) -> str:
 
 
 def cache_root(remote: RemoteConfig) -> Path:
-    """Return the folder that caches remote shards on this node."""
-    return Path(remote.cache or cache_folder() / "shards").expanduser()
+    """Return the folder that caches remote shards on this node: of a folder that everybody may write to, such as /tmp,
+    a folder of this user in it. Raises DataError where that is of another user, who could change what is trained on.
+    """
+    root = Path(remote.cache or cache_folder() / "shards").expanduser()
+    if hasattr(os, "getuid") and root.is_dir() and root.stat().st_mode & stat.S_IWOTH:
+        root = root / f"triderm-{os.getuid()}"
+        with contextlib.suppress(OSError):
+            root.mkdir(mode=0o700)
+        if root.is_symlink() or (root.is_dir() and root.stat().st_uid != os.getuid()):
+            raise DataError(f"{root}: of another user; set data.remote.cache to a folder that only you may write to")
+    return root
 
 
 def _fetch_index(store: Store, root: Path) -> Path:
     """Fetch index.json into a folder named by its hash, so that a set that changed is cached as another set."""
-    part = root / f"{INDEX}.{os.getpid()}-{threading.get_ident()}"
+    part = root / f"{INDEX}.{os.urandom(8).hex()}"  # process ids are alike in containers
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True, mode=_FOLDER)
         store.fetch(ShardFile(INDEX, 0, -1, ""), part)
         folder = root / file_sha256(part)[:16]
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, mode=_FOLDER)
         return part.replace(folder / INDEX)
     except OSError as error:
         raise disk_error(root, error) from None
