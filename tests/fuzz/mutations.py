@@ -262,3 +262,52 @@ def edited_csv(draw: st.DrawFn, rows: Sequence[Sequence[str]], fixed: Sequence[s
         data = file.getvalue().encode()
         return draw(edited_bytes(data, 1)) if kind == "bytes" else data[: draw(st.integers(0, len(data)))]
     return draw(csv_bytes(draw(edited_rows(rows, fixed)) if kind == "rows" else rows))
+
+
+# --- binary formats --------------------------------------------------------------------------------------------------
+
+FIELDS = (0, 1, 2, 3, 7, 8, 16, 127, 128, 255, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+"""Values at the ends of integer fields."""
+
+
+@st.composite
+def edited_fields(draw: st.DrawFn, data: bytes, edits: int = 2) -> bytes:
+    """Overwrite integer fields, such as lengths, counts and offsets, mostly in the first or last bytes of a file."""
+    for _ in range(draw(st.integers(1, edits))):
+        if len(data) < 8:
+            break
+        width = draw(st.sampled_from((1, 2, 4, 8)))
+        first, last = draw(st.sampled_from(((0, 256), (0, 1024), (-256, 0), (0, 0))))
+        low = max(len(data) + first, 0) if first < 0 else 0
+        high = len(data) - 8 if last <= 0 else min(last, len(data) - 8)
+        at = draw(st.integers(min(low, high), high))
+        order = draw(st.sampled_from(("big", "little")))
+        value = draw(st.sampled_from(FIELDS)) % 256**width
+        data = data[:at] + value.to_bytes(width, order) + data[at + width :]
+    return data
+
+
+@st.composite
+def edited_parts(draw: st.DrawFn, parts: Sequence[bytes]) -> list[bytes]:
+    """Remove, repeat, move, empty or damage some of the parts of a file: its segments, chunks or members."""
+    parts = [*parts]
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, max(len(parts) - 1, 0)))
+        kind = draw(st.sampled_from(("remove", "repeat", "move", "last", "empty", "edit", "fields")))
+        if not parts:
+            break
+        if kind == "remove":
+            del parts[at]
+        elif kind == "repeat":
+            parts.insert(at, parts[at])
+        elif kind == "move":
+            parts.insert(draw(st.integers(0, len(parts) - 1)), parts.pop(at))
+        elif kind == "last":
+            parts = parts[: at + 1]
+        elif kind == "empty":
+            parts[at] = b""
+        elif kind == "edit":
+            parts[at] = draw(edited_bytes(parts[at]))
+        else:
+            parts[at] = draw(edited_fields(parts[at]))
+    return parts
