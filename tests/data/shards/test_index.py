@@ -328,6 +328,11 @@ def test_index_checksums_are_verified(make_challenge: Make, tmp_path: Path) -> N
         read_index(tmp_path / "out", verify=True)
 
 
+def update_checksum(samples: Path) -> None:
+    about = {"bytes": samples.stat().st_size, "sha256": file_sha256(samples)}
+    edit_index(samples.parent, lambda raw: raw["samples"].update(about))
+
+
 def test_rows_out_of_range_are_refused(make_challenge: Make, tmp_path: Path) -> None:
     pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
     path = tmp_path / "out" / "samples.parquet"
@@ -335,21 +340,31 @@ def test_rows_out_of_range_are_refused(make_challenge: Make, tmp_path: Path) -> 
     offsets = table.column("clinical_offset").to_numpy()
     for wrong in (offsets + 10**7, np.full(11, 2**63 - 1), -offsets):
         pq.write_table(table.set_column(4, table.schema.field(4), [wrong]), path)
-        edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+        update_checksum(path)
         with pytest.raises(DataError, match="an offset or a label is out of range"):
             read_index(tmp_path / "out")
     pq.write_table(table.set_column(1, table.schema.field(1), [pa.array([None] * 11, pa.string())]), path)
-    edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+    update_checksum(path)
     with pytest.raises(DataError, match=r"samples.parquet: column 'group' has empty cells"):
         read_index(tmp_path / "out").groups  # noqa: B018
     pq.write_table(pa.concat_tables([table] * 3), path)
-    edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+    update_checksum(path)
     with pytest.raises(DataError, match=r"samples.parquet: 33 rows, index.json lists 11"):
         read_index(tmp_path / "out")
     pq.write_table(table.drop_columns("group"), path)
-    edit_index(tmp_path / "out", lambda raw: raw["samples"].update(bytes=path.stat().st_size))
+    update_checksum(path)
     with pytest.raises(DataError, match="its columns are not those"):
         read_index(tmp_path / "out")
+
+
+def test_a_changed_byte_of_the_samples_is_refused(make_challenge: Make, tmp_path: Path) -> None:
+    pack(read_challenge(make_challenge(lesions=11).folder), tmp_path / "out")
+    path = tmp_path / "out" / "samples.parquet"
+    data = path.read_bytes()
+    for at in range(0, len(data), 97):
+        path.write_bytes(data[:at] + bytes((data[at] ^ 4,)) + data[at + 1 :])
+        with pytest.raises(DataError, match=r"samples\.parquet: checksum"):
+            read_index(tmp_path / "out")
 
 
 REAL = ROOT.parent / "shared" / "milk10k_original"

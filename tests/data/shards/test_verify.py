@@ -91,7 +91,6 @@ def duplicate(array: np.ndarray) -> np.ndarray:
 
 DAMAGE: dict[str, tuple[Change, set[str], str]] = {
     "nothing": (lambda index: None, set(), ""),
-    "table": (lambda index: overwrite(index.folder / "samples.parquet", 100, b"?"), {"checksum"}, "samples.parquet"),
     "counts": (count_one_more, {"count"}, "3 lesions of NV, samples.parquet has 2"),
     "photo": (photo(2, 0, b"xx"), {"checksum", "sample"}, "the clinical photo does not decode"),
     "end of photo": (photo(6, 1, b"\0" * 90, skip=600), {"checksum", "sample"}, "dermoscopic photo does not decode"),

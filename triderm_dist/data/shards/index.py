@@ -219,10 +219,11 @@ class ShardIndex:
 def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars: bool = True) -> ShardIndex:
     """Read the index of a folder of shards and check it against the sizes of the files.
 
-    verify: also hash every file. check_tars False: the tars need not be there yet, only their names are checked.
+    verify: also hash every tar; the table of samples, which holds the labels, always is.  check_tars False: the tars
+    need not be there yet, only their names are checked.
 
     Raises DataError for a folder without an index, another format or version, a shard that is missing or of another
-    size, and, with `verify`, one whose checksum differs.
+    size, a table of samples whose checksum differs, and, with `verify`, a shard whose checksum does.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -247,8 +248,7 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
         for shard in fields["shards"]:
             _check_size(folder, shard)
     _check_size(folder, table)
-    if verify:
-        _check_sha256(folder, table)
+    _check_sha256(folder, table)
     try:
         samples = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:

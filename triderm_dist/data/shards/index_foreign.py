@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from triderm_dist.data.group_hashes import GroupHashes, hashes_for
 from triderm_dist.data.problems import InvalidLesions, Problem
@@ -237,8 +236,11 @@ class _Scan:
                 f"the EXIF of {self.rotated} photos asks for a rotation, which training ignores; triderm pack would "
                 "apply it"
             )
-        if all(pc.all(pc.equal(table["label"], UNLABELED)).as_py() for table in self.tables):
+        lesions = len(self.tar_of)
+        if not self.labeled:
             yield "no sample has a label; these shards can be predicted, not trained on"
+        elif self.labeled < lesions:
+            yield f"{lesions - self.labeled} of {lesions} lesions have no label; they are not trained on"
 
     def _flush(self) -> None:
         if self._rows:
