@@ -2,7 +2,8 @@
 
 python -m tests.faults                          all rows and faults, four moments each
 python -m tests.faults rows=stack,report faults=SIGKILL,'disk full' moments=0
-python -m tests.faults write=docs/reliability.md
+python -m tests.faults keep=FILE                writes each outcome into FILE as JSON
+python -m tests.faults read=FILE,FILE write=docs/reliability.md         runs nothing, writes the table of kept outcomes
 
 moments=0 takes all kinds of moments and all damages. Exits with 1 where a program lost, hid or left anything.
 """
@@ -21,7 +22,7 @@ from tests.faults.rows import ROWS
 
 
 def main(words: list[str]) -> int:
-    settings = {"rows": "", "faults": "", "moments": "4", "write": "", "keep": ""}
+    settings = {"rows": "", "faults": "", "moments": "4", "write": "", "keep": "", "read": ""}
     for word in words:
         key, _, value = word.partition("=")
         if key not in settings:
@@ -32,6 +33,9 @@ def main(words: list[str]) -> int:
     faults = [fault for fault in FAULTS if not settings["faults"] or fault in settings["faults"].split(",")]
     outcomes: list[Outcome] = []
     begun = time.monotonic()
+    if settings["read"]:
+        lines = [line for name in settings["read"].split(",") for line in Path(name).read_text().splitlines()]
+        outcomes, rows = [Outcome(**json.loads(line)) for line in lines], []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         matrix = Matrix(Path(folder), tell)
         for row in rows:

@@ -24,9 +24,10 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if any(fnmatch(name, f"*{pattern}") for pattern in NOT_COMPARED):
+            continue
         if path.is_file():
-            if not any(fnmatch(name, f"*{pattern}") for pattern in NOT_COMPARED):
-                found[name] = hashlib.sha256(stable(path)).hexdigest()
+            found[name] = hashlib.sha256(stable(path)).hexdigest()
         elif not any(path.iterdir()):
             found[f"{name}/"] = ""
     return found

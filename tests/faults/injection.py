@@ -34,7 +34,7 @@ class Plan:
 
     at: the change at which the fault happens, from 1; 0 injects none.  fault: SIGKILL and the like, or `full` for a
     full disk: no file of the process can grow any more.  target: the processes that receive the signal, `self` or
-    the beginning of names such as `pipeline` and `crossval 1`, that of rank 1.  unprivileged: root may not
+    the beginning of names such as `pipeline 0` and `crossval 1`, that of rank 1.  unprivileged: root may not
     write what is read-only.
     """
 
@@ -59,7 +59,8 @@ class Injector:
         self.counter = os.open(scratch / "changes", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.alive = os.open(scratch / "alive", os.O_RDWR | os.O_CREAT)
         fcntl.flock(self.alive, fcntl.LOCK_SH)
-        (scratch / f"{os.getpid()}.process {process_name()}").touch()  # the disk may be full
+        self.name = process_name()
+        (scratch / f"{os.getpid()}.process {self.name}").touch()  # the disk may be full
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -81,7 +82,7 @@ class Injector:
                 size = os.fstat(self.counter).st_size
                 number = os.pread(self.counter, size, 0).count(b"\n") + 1
                 with contextlib.suppress(OSError):  # after `full` this file cannot grow either
-                    os.write(self.counter, f"{event} {' '.join(paths)}\n".encode())
+                    os.write(self.counter, f"{self.name}\t{event} {' '.join(paths)}\n".encode())
             finally:
                 fcntl.flock(self.counter, fcntl.LOCK_UN)
         if number == self.plan.at and not self.injected:
@@ -99,13 +100,14 @@ class Injector:
             os.kill(os.getpid(), number)
             return
         for file in Path(self.plan.scratch).glob(f"*.process {self.plan.target}*"):
-            os.kill(int(file.name.partition(".")[0]), number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.name.partition(".")[0]), number)
 
 
 def process_name() -> str:
     """Return the program of this process and its rank: `crossval 1`."""
     words = sys.orig_argv
-    module = words[words.index("-m") + 1] if "-m" in words else words[1]
+    module = words[words.index("-m") + 1] if "-m" in words else Path(words[1]).stem
     name = "launcher" if module.endswith(".ranks") else module.rpartition(".")[2]
     return f"{name} {os.environ.get('RANK', '0')}"
 

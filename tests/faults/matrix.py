@@ -9,7 +9,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -125,10 +125,10 @@ class Matrix:
         """Run a row's program to its end, and wait for all its processes."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
-        module, *words = command(row, self.place, self.url if variant.remote else "", again)
+        module, *words = command(row, self.place, variant.ranks, self.url if variant.remote else "", again)
         if variant.remote:
             words += ["data.remote.stall_seconds=2", "data.remote.total_seconds=6"]
-        ranks = {"config": DDP, "ranks": variant.ranks} if variant.ranks > 1 else {}
+        ranks = {"config": DDP, "ranks": variant.ranks} if variant.ranks > 1 and row.ranks else {}
         process = start(module, *words, environment={**plan.environment(), **row.environment}, **ranks)
         try:
             output, errors = process.communicate(timeout=HANG_SECONDS)
@@ -155,11 +155,14 @@ class Matrix:
             cases = [(path, name) for path in dict.fromkeys(paths) for name in DAMAGES if self.noticeable(path, name)]
             for path, name in cases[:: max(1, len(cases) // (3 * moments))] if moments else cases:
                 yield lambda path=path, name=name: self.damaged(row, path, name)
-        elif fault == "lost rank" and row.ranks:
+        elif fault == "lost rank" and (row.ranks or row.rank_words):
             variant = Variant(ranks=2)
             changes = self.undisturbed(row, variant).changes
-            for number, at in enumerate(spread(changes, moments)):
-                plan = replace(self.plan(at), target=f"{row.program} {(number + 1) % 2}")
+            targets = row.lost or (f"{row.program} 1", f"{row.program} 0")
+            for number, at in enumerate(spread(changes, moments, {name.split()[0] for name in targets})):
+                program = changes[at - 1].split()[0]
+                names = [name for name in targets if name.split()[0] == program]
+                plan = replace(self.plan(at), target=names[number % len(names)])
                 yield lambda plan=plan: self.fault(row, fault, moment(changes, plan), plan, variant)
         elif fault == "server" and row.remote:
             faults = [faulty_server.stall, faulty_server.wrong_bytes, faulty_server.silence, faulty_server.login_page]
@@ -263,7 +266,7 @@ class Matrix:
 
     def run_again(self, row: Row, variant: Variant, outcome: Outcome) -> Outcome:
         """Run the same command again without a fault, and compare."""
-        again = outcome.status != 0 and bool(row.again)
+        again = bool(row.again)
         done = self.run(row, variant, self.plan(), again)
         if again and done.status == 2:  # a search that had not begun is not resumed
             done = self.run(row, variant, self.plan())
@@ -312,11 +315,15 @@ class Matrix:
             yield server
 
 
-def spread(changes: list[str], moments: int) -> list[int]:
-    """Return the numbers of changes of different kinds, evenly spread; of each kind the first. 0 moments: all kinds."""
+def spread(changes: list[str], moments: int, programs: Collection[str] = ()) -> list[int]:
+    """Return the numbers of changes of different kinds, evenly spread; of each kind the first. 0 moments: all kinds.
+
+    programs: those whose changes count, by default all.
+    """
     first: dict[str, int] = {}
     for number, change in enumerate(changes, 1):
-        first.setdefault(re.sub(r"\d+", "N", change), number)
+        if not programs or change.split()[0] in programs:
+            first.setdefault(re.sub(r"-[0-9a-f]{8}\.part|\d+", "N", change), number)
     numbers = sorted(first.values())
     if not moments or len(numbers) <= moments:
         return numbers
@@ -325,7 +332,7 @@ def spread(changes: list[str], moments: int) -> list[int]:
 
 def moment(changes: list[str], plan: Plan) -> str:
     """Describe the moment of a plan: the change before which the fault happens."""
-    event, path = changes[plan.at - 1].split(" ")[:2]
+    event, path = changes[plan.at - 1].partition("\t")[2].split(" ")[:2]
     name = Path(path).relative_to(plan.folder).as_posix() if path != plan.folder else "."
     target = "" if plan.target == "self" else f" of {plan.target}"
     return f"change {plan.at} of {len(changes)}{target}: {event} {name}"

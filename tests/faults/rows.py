@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.conftest import write_challenge
+from tests.processes import ROOT
 
 SETTINGS = """\
 data: {shards: PLACE/train, test_shards: PLACE/test, folds: 2, remote: {cache: PLACE/cache}}
@@ -30,8 +31,9 @@ class Row:
 
     after: the row whose result it starts from.  setup: names the function that then prepares the folder.
     again: words that are added when the command is run again.  writes: the folders that are made read-only.
-    reads: patterns of the input files to damage.  ranks: runs on several ranks too.  remote: words by which it
-    takes its shards from SERVER.  targets: the processes that signals are sent to, see `Plan.target`.
+    reads: patterns of the input files to damage.  remote: words by which it takes its shards from SERVER.  targets:
+    the processes that signals are sent to, see `Plan.target`.  ranks: runs under a launcher on several ranks too.
+    rank_words: words by which it starts two ranks itself.  lost: the names of its ranks, see `Plan.target`.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Row:
     writes: tuple[str, ...] = ("run",)
     reads: tuple[str, ...] = ()
     ranks: bool = False
+    rank_words: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     remote: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("self",)
     environment: dict[str, str] = field(default_factory=dict)
@@ -104,14 +108,15 @@ ROWS = (
     Row(
         "search", "search", (*CONFIG, "space=PLACE/space.yaml", "trials=2", "concurrent=1", "seeds=0", "model=tri"),
         after="pack test", setup="make_run", again=("search.resume=true",), reads=("space.yaml", *SHARDS),
-        remote=TRAIN_SERVER, targets=("self", "search"),
+        remote=TRAIN_SERVER, targets=("self", "search"), rank_words=("search.workers=2",), lost=("default_worker",),
     ),
     Row(
         "pipeline", "pipeline", (
             *CONFIG, "data.shards=null", "data.test_shards=null", "data.source=PLACE/photos",
             "data.test=PLACE/photos-test",
-        ), after="pack", setup="write_sources", reads=("photos/*.csv", "photos-test/*.csv"),
-        targets=("self", "pipeline"),
+        ), after="pack test", reads=("photos/*.csv", "photos-test/*.csv"), targets=("self", "pipeline"),
+        remote=("data.source=null", "data.test=null", *TRAIN_SERVER, *TEST_SERVER),
+        rank_words=("launcher=PLACE/ddp.yaml",), lost=("crossval 1", "predict 1"),
     ),
 )  # fmt: skip
 
@@ -128,6 +133,8 @@ def write_sources(place: Path) -> None:
     write_challenge(place / "photos-test", 11, "MILK10k_Test", labeled=False)
     (place / "settings.yaml").write_text(SETTINGS.replace("PLACE", str(place)))
     (place / "space.yaml").write_text(SPACE)
+    ddp = (ROOT / "accelerate_configs" / "ddp.yaml").read_text()
+    (place / "ddp.yaml").write_text(ddp.replace("num_processes: 8", "num_processes: 2"))
 
 
 def copy_tars(place: Path) -> None:
@@ -142,8 +149,9 @@ def make_run(place: Path) -> None:
     (place / "run").mkdir()
 
 
-def command(row: Row, place: Path, server: str = "", again: bool = False) -> list[str]:
+def command(row: Row, place: Path, ranks: int = 1, server: str = "", again: bool = False) -> list[str]:
     """Return the module and arguments of a row's program."""
-    words = (*row.words, *(row.remote if server else ()), *(row.again if again else ()))
+    more = (row.remote if server else (), row.rank_words if ranks > 1 else (), row.again if again else ())
+    words = [word for part in (row.words, *more) for word in part]
     module = f"triderm_dist.commands.{row.program}"
     return [module, *(word.replace("PLACE", os.fspath(place)).replace("SERVER", server) for word in words)]

@@ -55,10 +55,12 @@ def test_every_row_names_known_programs_and_rows():
 
 
 def test_moments_are_the_first_of_each_kind_of_change():
-    changes = ["open a/1.part", "open a/22.part", "os.rename a/1.part a/1", "os.mkdir b", "os.rename a/3.part a/3"]
+    changes = ["pack 0\topen a/1.h-1-0123abcd.part", "pack 0\topen a/22.h-22-f0123abc.part", "pack 0\tos.mkdir b"]
+    changes += ["stack 0\topen a/1", "stack 0\topen a/33"]
     assert spread(changes, 0) == [1, 3, 4]
     assert spread(changes, 1) == [3]
     assert spread(changes, 2) == [1, 4]
+    assert spread(changes, 5, {"stack"}) == [4]
 
 
 def test_files_are_compared_without_times_only(tmp_path):
