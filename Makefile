@@ -9,7 +9,7 @@ SCORER := $(VENV)/scorer
 export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: install demo test test-all faults lint docs lock oldest clean
+.PHONY: install demo test test-all faults lint docs lock oldest audit clean
 
 install: $(INSTALLED)
 
@@ -66,5 +66,13 @@ lock: install
 oldest:
 	PYTHON=$(PYTHON) .ci/oldest
 
+# Known vulnerabilities of the versions in requirements.lock, by the database of PyPI or, with AUDIT=osv, of osv.dev.
+AUDIT ?= pypi
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.9'
+	.venv-audit/bin/pip-audit --requirement requirements.lock --strict --no-deps --disable-pip \
+		--vulnerability-service $(AUDIT)
+
 clean:
-	rm -rf $(VENV) .venv-oldest runs/demo site
+	rm -rf $(VENV) .venv-oldest .venv-audit runs/demo site

@@ -18,7 +18,7 @@ from triderm_dist.settings import Section, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "triderm_dist"
-COPIED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+COPIED = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site that are files of the repository's root."""
 
 
@@ -26,7 +26,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the generated pages to the navigation."""
     (reference,) = (entry["Reference"] for entry in config.nav if "Reference" in entry)
     reference.append({"API": [{title: path} for title, path in api_pages()]})
-    config.nav += [{"Contributing": "contributing.md"}, {"Changelog": "changelog.md"}]
+    config.nav += [{"Contributing": "contributing.md"}, {"Security": "security.md"}, {"Changelog": "changelog.md"}]
     return config
 
 

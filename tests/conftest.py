@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from PIL import Image
 from triderm_dist.data.readers.milk10k import MONET_COLUMNS
 from triderm_dist.schema import DIAGNOSES
 from triderm_dist.tasks import milk10k_task
+
+# Locks are refused at once; tests of waiting set it.
+os.environ["TRIDERM_LOCK_SECONDS"] = "0"
 
 # Deterministic examples, and no deadline: other tests share the cores.
 settings.register_profile("fixed", deadline=None, derandomize=True)

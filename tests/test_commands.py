@@ -119,7 +119,7 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
             assert (ROOT / value).is_file(), value
     taken = []
 
-    def take(kind, main, about, argv=None, users=None, locate=str, first=None):
+    def take(kind, main, about, argv=None, users=None, locate=str, first=None, on_ranks=None):
         if first and arguments and "=" not in arguments[0]:
             arguments[0] = f"{first}={arguments[0]}"
         a_run = re.compile(r"run=([A-Z]|runs/|.*\.zip$)")

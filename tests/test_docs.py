@@ -12,7 +12,7 @@ from tests.test_architecture import LAYERS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *PAGES]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 REPOSITORY_PATH = re.compile(
     r"`((?:triderm_dist|tests|benchmarks|launch|tune|accelerate_configs|docs|\.ci|\.github)/[\w./-]*)`"

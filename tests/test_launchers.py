@@ -85,6 +85,26 @@ def test_kubernetes_files_match_the_schemas(name, manifest, release):
         kubernetes_validate.validate(manifest, release, strict=True)
 
 
+def test_every_ray_cluster_requires_a_token():
+    """Without one, whoever reaches a port can run code."""
+    sweep = dict(manifests())["sweep-RayJob"]["spec"]["rayClusterSpec"]
+    assert sweep["authOptions"] == {"mode": "token"}
+    script = (ROOT / "launch" / "slurm" / "sweep.sh").read_text(encoding="utf-8")
+    assert "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32" in script and "export" in script
+    for path in (ROOT / "launch").rglob("*"):
+        if path.suffix in (".yaml", ".sh"):
+            assert "RAY_AUTH_MODE=disabled" not in path.read_text(encoding="utf-8"), path
+
+
+def test_pods_of_several_nodes_accept_connections_of_their_own_only():
+    """The rendezvous and the connections between ranks have no password."""
+    policy = dict(manifests())["nodes-NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == {"matchLabels": {"job-name": "triderm-nodes"}}
+    assert policy["policyTypes"] == ["Ingress"] and policy["ingress"] == [
+        {"from": [{"podSelector": policy["podSelector"]}]}
+    ]
+
+
 def test_misspelled_key_violates_the_schema():
     job = yaml.safe_load((KUBERNETES / "job.yaml").read_text(encoding="utf-8"))
     job["spec"]["template"]["spec"]["containers"][0]["resource"] = {}
@@ -130,6 +150,12 @@ def test_cluster_file_is_valid_for_ray():
     prepared = prepare_config(cluster)
     validate_config(prepared)
     assert prepared["max_workers"] == 2
+    starts = [
+        line for key in ("head", "worker") for line in cluster[f"{key}_start_ray_commands"] if "ray start" in line
+    ]
+    assert len(starts) == 2 and all(line.startswith("RAY_AUTH_MODE=token ") for line in starts)
+    assert "--env=RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]  # of the search itself
+    assert list(cluster["file_mounts"]) == ["/home/triderm/.ray/auth_token"]
     with pytest.raises(jsonschema.ValidationError):
         validate_config({**prepared, "worker_nodes": {}})
 

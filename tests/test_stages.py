@@ -17,7 +17,7 @@ from tests.data.readers.test_lesions_csv import PER_PHOTO, rows_of_photos, task_
 from tests.processes import HANG_SECONDS, ROOT, is_free, wait_for
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import Experiment, load, save
-from triderm_dist.schema import ConfigError, DataError, InputError
+from triderm_dist.schema import Busy, ConfigError, DataError
 from triderm_dist.stages import Stage, _digest, run_stages
 from triderm_dist.tasks import load_task
 
@@ -161,7 +161,7 @@ def test_stages_lock_their_folder(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as first:
         try:
             wait_for((tmp_path / "begun").exists, first)
-            with pytest.raises(InputError, match="another run is active in this folder"):
+            with pytest.raises(Busy, match=f"another run is active in this folder.*PID {first.pid} on "):
                 run_stages([], tmp_path, begin=lambda: begun.append(True))
         finally:
             first.kill()

@@ -7,6 +7,7 @@ import sys
 
 from triderm_dist import __version__, extras
 from triderm_dist.commands import PROGRAMS, names
+from triderm_dist.process import open_missing_streams, work_goes_on_unread
 from triderm_dist.schema import did_you_mean
 
 
@@ -20,11 +21,11 @@ def usage() -> str:
 
 def main() -> None:
     """Run the program that the first argument names. Exits with 2 for an unknown one."""
+    open_missing_streams()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("--help", "-h", "help"):
-        print(usage())
-    elif name in ("--version", "version"):
-        print(f"triderm-dist {__version__}")
+    if name in ("--help", "-h", "help", "--version", "version"):
+        with work_goes_on_unread():
+            print(f"triderm-dist {__version__}" if "version" in name else usage())
     elif name in names():
         sys.argv[:2] = [f"triderm {name}"]
         try:

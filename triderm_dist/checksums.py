@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from triderm_dist.files import PATIENT_DATA, atomic_path, write_json
 
@@ -30,12 +31,39 @@ def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, {**content, KEY: _json_sha256(json.loads(json.dumps(content)))})
 
 
-def read_checked_json(path: Path) -> Any:
-    """Read a JSON file. Raises DamagedFile, ValueError if it is not JSON, OSError."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(tree, dict) and (expected := tree.pop(KEY, None)) not in (None, _json_sha256(tree)):
+def read_checked_json(path: Path, schema: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Read the mapping in a JSON file. schema: the keys that it must have, with their types; others are not checked.
+
+    A file that holds no checksum is read without the comparison. Raises DamagedFile for every other content and for a
+    file that cannot be read, FileNotFoundError.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedFile(f"not readable ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise DamagedFile("damaged: not a text in UTF-8") from None
+    except (ValueError, RecursionError):
+        raise DamagedFile("damaged or cut off: not JSON") from None
+    if not isinstance(tree, dict):
+        raise DamagedFile(f"changed or damaged: a {type(tree).__name__}, not a mapping")
+    if (expected := tree.pop(KEY, None)) not in (None, _json_sha256(tree)):
         raise DamagedFile(f"changed or damaged: its content has another checksum than {str(expected)[:16]}...")
+    if schema is not None:
+        check_mapping(tree, schema)
     return tree
+
+
+def check_mapping(tree: Mapping[str, Any], schema: type[BaseModel]) -> None:
+    """Check the keys of a mapping and the types of their values. Raises DamagedFile that names the first wrong one."""
+    try:
+        schema.model_validate(tree, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"])) or "its content"
+        raise DamagedFile(f"changed or damaged: {key}: {first['msg'].lower()}") from None
 
 
 def _json_sha256(tree: Any) -> str:
@@ -64,10 +92,17 @@ def write_checked_parquet(path: Path, table: Any, metadata: Mapping[bytes, bytes
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
-def read_checked_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
+Column = Literal["text", "integers", "numbers", "lists"]
+"""What a column of a parquet file holds: `lists` are lists of numbers or booleans."""
+
+
+def read_checked_parquet(
+    path: Path, columns: Sequence[str] | None = None, kinds: Mapping[str, Column] | None = None
+) -> Any:
     """Read the columns of a parquet file as a table, with the metadata that it was written with.
 
-    Raises DamagedFile, also for a file that is not readable as parquet, and FileNotFoundError.
+    kinds: columns that the table must have, without empty cells. Raises DamagedFile, also for a file that is not
+    readable as parquet, and FileNotFoundError.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -90,7 +125,42 @@ def read_checked_parquet(path: Path, columns: Sequence[str] | None = None) -> An
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamagedFile(f"not a readable parquet file ({reason})") from None
+    for name, kind in (kinds or {}).items():
+        _check_column(table, name, kind)
     return table.replace_schema_metadata(metadata)
+
+
+def _check_column(table: Any, name: str, kind: Column) -> None:
+    import pyarrow.types as types
+
+    if name not in table.column_names:
+        raise DamagedFile(f"column {name!r} is missing")
+    column = table[name]
+    if column.null_count:
+        raise DamagedFile(f"column {name!r} has empty cells")
+    of = column.type
+    is_kind = {
+        "text": types.is_string(of) or types.is_large_string(of),
+        "integers": types.is_integer(of),
+        "numbers": types.is_integer(of) or types.is_floating(of),
+        "lists": (types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of))
+        and (types.is_floating(of.value_type) or types.is_integer(of.value_type) or types.is_boolean(of.value_type)),
+    }
+    if not is_kind[kind]:
+        raise DamagedFile(f"column {name!r} holds {of}, not {kind}")
+
+
+def matrix_of(table: Any, name: str) -> np.ndarray:
+    """Return a column of lists of equal lengths as an array (N, W). Raises DamagedFile for other lengths."""
+    import pyarrow.compute as pc
+
+    column = table[name].combine_chunks()
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    if len(lengths) and not (lengths == lengths[0]).all():
+        raise DamagedFile(f"column {name!r} has rows of {lengths.min():.0f} to {lengths.max():.0f} numbers")
+    width = int(lengths[0]) if len(lengths) else 0
+    values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(lengths), width)
 
 
 def _metadata_sha256(metadata: Mapping[bytes, bytes]) -> str:

@@ -13,40 +13,34 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from triderm_dist import __version__, extras
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
 from triderm_dist.files import remove_dead_parts
+from triderm_dist.process import prepare_process, work_goes_on_unread
+from triderm_dist.rank_variables import check_rank_variables
 from triderm_dist.redact import redacted_output, remember
 from triderm_dist.run_log import LOG_FOLDER, RunLog
-from triderm_dist.schema import ConfigError, InputError, one_line, printable
+from triderm_dist.schema import Busy, ConfigError, InputError, one_line, printable
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
+from triderm_dist.signals import (
+    INTERRUPTED,
+    SIGNALS,
+    cleaning_up,
+    end_with_launcher,
+    handle_signals,
+    raise_stopped,
+    second_ends,
+)
 
 BAD_INPUT = 2
-INTERRUPTED = 3
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
-"""The signals by which schedulers stop a program: at once, as Ctrl-C does; training finishes its step first."""
 
 
 class Interrupted(Exception):
     """Work stopped on request after saving its state, and can be resumed as the text describes."""
-
-
-class Stopped(KeyboardInterrupt):
-    """Raised by `raise_stopped`, the handler of `SIGNALS`.
-
-    A subclass, because after a plain KeyboardInterrupt that passed through exec() (dataclasses use it) Python ends by
-    SIGINT whatever exit code it is given.
-    """
-
-
-def raise_stopped(number: int, frame: FrameType | None) -> None:
-    """Raise `Stopped`; a signal handler."""
-    raise Stopped
 
 
 Users = Callable[[str], Sequence[str]]
@@ -61,18 +55,21 @@ def run(
     users: Users = lambda key: (),
     locate: Callable[[str], object] = str,
     first: str | None = None,
+    on_ranks: Callable[[Tree], bool] | None = None,
 ) -> None:
     """Read the settings of `kind` from the command line, call `main`, and exit.
 
     about: text of --help. users: names other programs in the error for a setting that has no effect on this one.
     locate: returns the folder of the run that `run=` names.
     first: the setting that a first word without `=` is the value of.
+    on_ranks: for a program that trains or predicts: returns whether this process does so, on its own or as a rank, and
+    not processes that it starts.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if first and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         arguments[0] = f"{first}={arguments[0]}"
     if {"--help", "-h", "--help-all"} & set(arguments):
-        print(help_text(kind, about or "", everything="--help-all" in arguments))
+        run_with_exit_codes(lambda: print(help_text(kind, about or "", everything="--help-all" in arguments)))
         sys.exit(0)
     print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
@@ -83,6 +80,8 @@ def run(
             print(as_yaml(config), end="")
         else:
             check_writable(config)
+            if on_ranks:
+                check_rank_variables(os.environ, itself=on_ranks(config))
             folder = config.log_folder if isinstance(config, Experiment) else os.environ.get(LOG_FOLDER)
             if folder and os.environ.get("RANK", "0") == "0":
                 words = shlex.join(["triderm", program_of(main), *arguments])
@@ -94,9 +93,18 @@ def run(
             else:
                 main(config)
 
-    with redacted_output(), ExitStack() as log:  # open until the line of an error is printed
+    with _process(), redacted_output(), ExitStack() as log:  # open until the line of an error is printed
         status = _status_of(work)
     _exit(status)
+
+
+@contextmanager
+def _process() -> Iterator[None]:
+    """Context of all that a program does: its process is set up, and its output may be closed by who reads it."""
+    prepare_process()
+    end_with_launcher()
+    with work_goes_on_unread():
+        yield
 
 
 def program_of(main: Callable[[Tree], None]) -> str:
@@ -107,7 +115,7 @@ def program_of(main: Callable[[Tree], None]) -> str:
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a program that an exception ends."""
-    if isinstance(error, Interrupted | KeyboardInterrupt):
+    if isinstance(error, Interrupted | KeyboardInterrupt | Busy):
         return INTERRUPTED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -131,22 +139,22 @@ def run_words(main: Callable[[list[str]], None], about: str | None) -> None:
     about: text of --help.
     """
     words = sys.argv[1:]
-    if {"--help", "-h"} & set(words):
-        print(about)
-        return
-    run_with_exit_codes(lambda: main(words))
+    run_with_exit_codes(lambda: print(about) if {"--help", "-h"} & set(words) else main(words))
 
 
 def run_with_exit_codes(work: Callable[[], None]) -> None:
     """Call `work`; where it fails or is interrupted, print one line on stderr and exit with the code for it."""
-    _exit(_status_of(work))
+    with _process():
+        status = _status_of(work)
+    _exit(status)
 
 
 def _status_of(work: Callable[[], None]) -> int:
     """Call `work` and return its exit code; where it fails or is interrupted, print one line on stderr."""
     try:
-        with handle_signals(raise_stopped):
+        with second_ends(), handle_signals(raise_stopped, (*SIGNALS, signal.SIGINT)):
             work()
+        sys.stdout.flush()
         return 0
     except InputError as error:
         print_error(f"error: {error}")
@@ -160,7 +168,11 @@ def _status_of(work: Callable[[], None]) -> int:
         text = error.strerror or one_line(error)
         print_error(printable(f"error: {error.filename}: {text}" if error.filename else f"error: {text}"))
         return BAD_INPUT
+    except Busy as error:
+        print_error(f"error: {error}")
+        return INTERRUPTED
     except (Interrupted, KeyboardInterrupt) as stop:
+        cleaning_up()
         print_error(f"interrupted: {str(stop) or 'rerun the same command to resume'}")
         return INTERRUPTED
 
@@ -170,13 +182,18 @@ def _exit(status: int) -> None:
 
     A rank waits for its threads and runs the exit handlers, but Python is not finalized: where a thread of gloo still
     releases the tensors of a finished collective it would abort (https://github.com/pytorch/pytorch/pull/179291).
+    A program that was stopped does not wait for its threads either: one may read from a slow disk for minutes.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        threading._shutdown()  # type: ignore[attr-defined]
+    is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    others = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    if is_rank or (status == INTERRUPTED and others):
+        if status != INTERRUPTED:
+            threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
         os._exit(status)
     if status:
         sys.exit(status)
@@ -185,18 +202,6 @@ def _exit(status: int) -> None:
 def print_error(line: str) -> None:
     """Print a line on stderr by one write: the ranks of a machine share it, and `print` writes the newline apart."""
     sys.stderr.write(f"{line}\n")
-
-
-@contextmanager
-def handle_signals(handler: Callable[..., object], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Install `handler` for these signals inside the block, if in the main thread: Python allows it only there."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def read_settings(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -19,7 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, NonNegativeInt, model_validator
+
 from triderm_dist import __version__
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.files import lock_file, write_json
 from triderm_dist.terminal import wrapped
@@ -31,6 +33,37 @@ PACKAGES = (
     *("xgboost-cpu", "xgboost", "deepspeed", "ray"),
 )
 _LOCK = ".environment.lock"
+
+
+class _Made(BaseModel):
+    gpus: list[str]
+    cpu: str
+    cores: int | None
+    ranks: int
+
+
+class _Start(BaseModel):
+    program: str
+    started: str
+    environment: NonNegativeInt
+
+
+class _Keys(BaseModel):
+    """Keys of environment.json."""
+
+    format: str
+    version: int
+    data: dict[str, dict[str, Any]]
+    environments: list[_Made]
+    starts: list[_Start]
+
+    @model_validator(mode="after")
+    def _check_starts(self) -> _Keys:
+        for start in self.starts:
+            datetime.fromisoformat(start.started)
+            if start.environment >= len(self.environments):
+                raise ValueError("a start names an environment that is not there")
+        return self
 
 
 @contextmanager
@@ -72,11 +105,10 @@ def read_environment(folder: Path) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any] | None:
     """Return the content of environment.json, None where there is none or it is not readable."""
     try:
-        record = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_checked_json(folder / ENVIRONMENT_FILE, _Keys)
+    except (FileNotFoundError, DamagedFile):
         return None
-    known = isinstance(record, dict) and (record.get("format"), record.get("version")) == (FORMAT, VERSION)
-    return record if known else None
+    return record if (record["format"], record["version"]) == (FORMAT, VERSION) else None
 
 
 def this_environment() -> dict[str, Any]:

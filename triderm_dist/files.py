@@ -12,9 +12,11 @@ import json
 import os
 import platform
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,11 @@ try:
     import fcntl
 except ImportError:  # of Windows
     fcntl = None  # type: ignore[assignment]
+
+from triderm_dist.schema import Busy, InputError
+
+LOCK_SECONDS = "TRIDERM_LOCK_SECONDS"
+"""Environment variable: how many seconds to wait for another process that works on the same files."""
 
 
 PATIENT_DATA = 0o640
@@ -175,22 +182,72 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def exclusive_lock(lock: Path, refusal: Exception) -> Iterator[int]:
-    """Lock the file `lock`, creating it if missing; raise `refusal` where another process holds the lock.
+def lock_seconds() -> float:
+    """Return how long `exclusive_lock` waits for a process that is just ending."""
+    try:
+        return float(os.environ.get(LOCK_SECONDS, "30"))
+    except ValueError:
+        raise InputError(f"{LOCK_SECONDS}={os.environ[LOCK_SECONDS]}: not a number of seconds") from None
 
-    Yields its descriptor; child processes that inherit it hold the lock too, until the last of them ends.
+
+@contextmanager
+def exclusive_lock(lock: Path, refusal: str) -> Iterator[int]:
+    """Lock the file `lock`, creating it if missing, and write into it which process holds it.
+
+    Waits `lock_seconds` for another process that holds the lock, as one does that is saving after a signal; then raises
+    Busy, whose text is `refusal` and the process in the file. Yields the descriptor of the file; child processes that
+    inherit it hold the lock too, until the last of them ends.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with ExitStack() as stack:
+        while True:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("a+", encoding="utf-8", errors="replace"))
+            try:
+                _wait_for_lock(file, refusal)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                    raise
+            with suppress(FileNotFoundError):  # another process may have removed the folder before it released the lock
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    break
+        with suppress(OSError):  # on a full disk the lock holds, but nobody is named
+            file.truncate(0)
+            file.write(f"{os.getpid()} {socket.gethostname()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}\n")
+            file.flush()
         try:
-            lock_file(file, wait=False)
+            yield file.fileno()
+        finally:
+            with suppress(OSError):
+                file.truncate(0)
+
+
+def _wait_for_lock(file: IO[str], refusal: str) -> None:
+    """Lock an open file. Raises Busy where another process still holds the lock after `lock_seconds`."""
+    seconds, started, told = lock_seconds(), time.monotonic(), False
+    while True:
+        try:
+            return lock_file(file, wait=False)
         except BlockingIOError:
-            raise refusal from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-                raise
-        yield file.fileno()
+            holder = _holder(file)
+            if time.monotonic() - started >= seconds:
+                waited = f"; waited {seconds:g} s" if seconds else ""
+                raise Busy(f"{refusal} ({holder}{waited})") from None
+            if not told:
+                print(f"{file.name}: locked by {holder}; waiting at most {seconds:g} s", flush=True)
+                told = True
+            time.sleep(min(0.2, seconds))
+
+
+def _holder(file: IO[str]) -> str:
+    """Return the process named in a lock file."""
+    file.seek(0)
+    words = file.read(200).split()
+    if len(words) != 4 or not words[0].isdigit():
+        return "another process"
+    pid, host, *since = words
+    ended = host == socket.gethostname() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists()
+    who = f"a process that PID {pid} started, which has ended," if ended else f"PID {pid}"
+    return f"{who} on {host}, since {' '.join(since)} UTC"
 
 
 def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None:

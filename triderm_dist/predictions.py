@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
-from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
+from triderm_dist.checksums import (
+    Column,
+    DamagedFile,
+    check_mapping,
+    matrix_of,
+    read_checked_parquet,
+    write_checked_parquet,
+)
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
 
@@ -197,7 +205,7 @@ def read_transforms(path: Path) -> int:
 
     try:
         return int(json.loads((pq.read_schema(path).metadata or {})[_KEY]).get("transforms", 1))
-    except (OSError, pa.ArrowException, KeyError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
         return 1
 
 
@@ -473,6 +481,14 @@ def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any])
     }
 
 
+class _HeaderKeys(BaseModel):
+    split: str
+    diagnoses: list[str]
+    concepts: list[str]
+    metadata_fields: list[str] = []
+    refit_of: list[str] = []
+
+
 def _write(path: Path, table: Any, header: dict[str, Any]) -> None:
     write_checked_parquet(path, table, {_KEY: json.dumps(header).encode()})
 
@@ -480,17 +496,27 @@ def _write(path: Path, table: Any, header: dict[str, Any]) -> None:
 def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict[str, Any]]:
     """Return the rows of a prediction file, its task, and the other values of its header."""
     try:
-        table = read_checked_parquet(path, columns)
+        kinds: dict[str, Column] = {name: "integers" if name in ("fold", "label") else "text" for name in _SCALARS}
+        kinds |= dict.fromkeys(_LISTS, "lists")
+        table = read_checked_parquet(
+            path, columns, {name: kind for name, kind in kinds.items() if columns is None or name in columns}
+        )
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm crossval first") from None
     except DamagedFile as error:
         raise DataError(f"{path}: {error}; delete it and run triderm crossval or triderm predict again") from None
     try:
         header = json.loads((table.schema.metadata or {})[_KEY])
-    except (KeyError, ValueError):
-        raise DataError(f"{path}: not a prediction file of this toolkit") from None
+    except (KeyError, ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise DataError(f"{path}: not a prediction file of this toolkit")
     if (header.pop("format", None), header.pop("version", None)) != (FORMAT, VERSION):
         raise DataError(f"{path}: not {FORMAT} version {VERSION}; write it again with this version of the toolkit")
+    try:
+        check_mapping(header, _HeaderKeys)
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; run triderm crossval or triderm predict again") from None
     try:
         task = recorded_task(header, str(path))
     except ConfigError as error:
@@ -503,8 +529,9 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict
         raise DataError(
             f"{path}: its diagnoses or metadata fields are not those of task {task.name!r}; run triderm crossval again"
         )
-    if absent := [name for name in columns or (*_SCALARS, *_LISTS) if name not in table.column_names]:
-        raise DataError(f"{path}: column {absent[0]!r} is missing")
+    labels = table["label"].to_numpy()
+    if len(labels) and not UNLABELED <= labels.min() <= labels.max() < len(task.diagnoses):
+        raise DataError(f"{path}: a label is not a diagnosis of task {task.name!r}; run triderm crossval again")
     return table, task, header
 
 
@@ -537,15 +564,10 @@ def _as_lists(array: np.ndarray) -> Any:
 
 
 def _as_array(table: Any, name: str, path: Path) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    column = table[name].combine_chunks()
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-    if len(lengths) and not (lengths == lengths[0]).all():
-        raise DataError(f"{path}: column {name!r} has rows of {lengths.min():.0f} to {lengths.max():.0f} numbers")
-    width = int(lengths[0]) if len(lengths) else 0
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(values, np.float32).reshape(len(lengths), width)
+    try:
+        return np.asarray(matrix_of(table, name), np.float32)
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _text(table: Any, name: str) -> np.ndarray:

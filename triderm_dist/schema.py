@@ -60,6 +60,12 @@ class InputError(Exception):
         super().__init__(text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}")
 
 
+class Busy(Exception):
+    """Another process works on the same files. Its text is one line, as that of InputError; programs exit with 3, since
+    the same command works once the other one has ended.
+    """
+
+
 class DataError(InputError):
     """An invalid challenge folder, shard or table; the text names the file and the row or sample."""
 

@@ -6,7 +6,6 @@ with the same settings.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -16,17 +15,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triderm_dist.cli import BAD_INPUT, SIGNALS, Interrupted, handle_signals
+from triderm_dist.checksums import DamagedFile, read_checked_json
+from triderm_dist.cli import BAD_INPUT, Interrupted
 from triderm_dist.files import exclusive_lock, file_sha256, write_json
 from triderm_dist.run_log import LOG_FOLDER
-from triderm_dist.schema import InputError
+from triderm_dist.signals import SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
 from triderm_dist.terminal import clock, wrapped
+
+END_SECONDS = 5.0
+"""Time for a stage to end after a second Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,11 @@ class Stage:
 def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] = lambda: None) -> None:
     """Run the stages that are not done, recording each in FOLDER/stages.json. Exits with the code of a failed stage.
 
-    begin: called first, while the folder is locked. Raises InputError where another run holds the lock; Interrupted on
-    SIGTERM, SIGUSR1 or Ctrl-C, after passing SIGTERM to the running stage and waiting for it.
+    begin: called first, while the folder is locked. Raises Busy where another run holds the lock; Interrupted after
+    a signal to stop, once the running stage, to which SIGTERM is passed, has ended.
     """
     record = folder / "stages.json"
-    refusal = InputError(f"{folder}: another run is active in this folder; wait for it or stop it")
+    refusal = f"{folder}: another run is active in this folder; wait for it or stop it"
     with exclusive_lock(folder / ".lock", refusal) as lock, _stoppable(lock, folder) as run:
         begin()
         done = _read(record)
@@ -84,7 +87,10 @@ def _shown(command: Sequence[str]) -> str:
 
 @contextmanager
 def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], int]]:
-    """Yield a function that runs a command and returns its exit code; signals to stop are forwarded to it."""
+    """Yield a function that runs a command and returns its exit code; signals to stop are forwarded to it.
+
+    A Ctrl-C after the first request ends the command at once, and this process with it.
+    """
     asked, running = False, None
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -92,6 +98,14 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], in
         asked = True
         if running:
             running.terminate()
+
+    def stop_at_once() -> None:
+        if running and running.poll() is None:
+            running.send_signal(signal.SIGINT)  # its second, which it obeys at once
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(END_SECONDS)
+            running.kill()
+        end_at_once()
 
     def run(command: Sequence[str]) -> int:
         nonlocal running
@@ -101,9 +115,7 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], in
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, LOG_FOLDER: str(folder)}
         words = [sys.executable if word == "python" else word for word in command]
         # In its own process group it receives Ctrl-C once, from `stop`. It inherits the lock.
-        running = subprocess.Popen(
-            words, env=environment, pass_fds=[lock], preexec_fn=_end_with_parent, process_group=0
-        )
+        running = subprocess.Popen(words, env=environment, pass_fds=[lock], preexec_fn=end_with_parent, process_group=0)
         if asked:
             running.terminate()
         status = running.wait()
@@ -111,20 +123,18 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], in
             raise Interrupted("rerun the same command to resume")
         return status
 
-    with handle_signals(stop, (*SIGNALS, signal.SIGINT)):
+    with on_second(stop_at_once), handle_signals(stop, (*SIGNALS, signal.SIGINT)):
         yield run
 
 
 def _read(record: Path) -> dict[str, Any]:
     """Read the digests of inputs and outputs of each finished stage."""
     try:
-        done = json.loads(record.read_text(encoding="utf-8"))
+        return read_checked_json(record)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        done = None
-    if isinstance(done, dict):
-        return done
+    except DamagedFile:
+        pass
     print(f"{record}: not readable; all stages run again, and each skips its finished work", flush=True)
     return {}
 
@@ -162,7 +172,13 @@ def _content(path: Path) -> str:
     if not path.is_dir():
         return file_sha256(path) if path.exists() else "absent"
     content = hashlib.sha256()
+    seen = set()
     for folder, folders, files in os.walk(path, followlinks=True):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:  # symbolic links may form a ring
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
         folders.sort()
         for name in sorted(files):
             file = Path(folder, name)
@@ -170,9 +186,3 @@ def _content(path: Path) -> str:
             if file.suffix.lower() == ".csv":
                 content.update(file.read_bytes())
     return content.hexdigest()
-
-
-def _end_with_parent() -> None:
-    """On Linux, make the kernel send SIGTERM to a stage when the pipeline is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,25 +1,17 @@
 """Available cores, OpenMP threads, and the ordered thread pool."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from triderm_dist.data.threads import available_cores, map_in_order, openmp_threads
 
 
-@pytest.mark.parametrize(
-    ("content", "cores"), [("max 100000", 8), ("350000 100000", 3), ("50000 100000", 1), ("1600000 100000", 8)]
-)
-def test_available_cores_respect_the_cgroup_quota(content, cores, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("quota", "cores"), [(None, 8), (3.5, 3), (0.5, 1), (16.0, 8)])
+def test_available_cores_respect_the_quota_of_the_container(quota, cores, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    (tmp_path / "cpu.max").write_text(f"{content}\n")
-    assert available_cores(tmp_path) == cores
-
-
-def test_available_cores_without_a_cgroup_follow_the_affinity_mask(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
-    assert available_cores(tmp_path) == 2
+    monkeypatch.setattr("triderm_dist.data.threads.cpu_quota", lambda: quota)
+    assert available_cores() == cores
 
 
 @pytest.mark.parametrize(("variable", "threads"), [("", 8), ("3", 3), ("3,2", 3), ("64", 8), ("0", 8), ("many", 8)])

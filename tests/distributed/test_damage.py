@@ -17,7 +17,7 @@ from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.data.token_cache import CHUNK, TokenCache
+from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.engine.checkpoint import Checkpoints, load_weights, read_info
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.ensemble.artifact import read_json
@@ -103,7 +103,7 @@ def reader_of(path: Path) -> Callable[[], object]:
     """Return a function that reads the file as the toolkit does, and returns all that it takes from it."""
     if path.suffix == ".npy":
         chunk = np.load(path)
-        cache = TokenCache(path.parents[1], CHUNK, chunk.shape[2:])
+        cache = TokenCache(path.parents[1], len(chunk), chunk.shape[2:])
         out = np.empty((len(chunk), *chunk.shape[2:]), np.float16)
 
         def tokens() -> object:

@@ -20,7 +20,7 @@ from triderm_dist.engine.checkpoint import Checkpoint
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.files import atomic_path, exclusive_lock
 from triderm_dist.monitoring.metrics_log import read_metrics
-from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.schema import Busy, ConfigError
 
 from .conftest import TINY_TRIMODAL
 
@@ -232,14 +232,14 @@ def test_errors_on_rank_0_are_raised_on_all_ranks(settings, uninterrupted, tmp_p
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
-        with exclusive_lock(tmp_path / "locked" / "tri" / ".fold-0.lock", AssertionError()):
+        with exclusive_lock(tmp_path / "locked" / "tri" / ".fold-0.lock", "locked"):
             launch(str(WORKERS / "relay_worker.py"), str(tmp_path), json.dumps(jobs), ranks=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     results = [json.loads((tmp_path / f"relay-{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1]
     locked, file, full = results[0]
-    assert locked.startswith(f"InputError: {tmp_path / 'locked' / 'tri' / 'fold-0'}: another run is training this fold")
+    assert locked.startswith(f"Busy: {tmp_path / 'locked' / 'tri' / 'fold-0'}: another run is training this fold")
     assert file.startswith("FileExistsError: ") and str(tmp_path / "file") in file
     assert "OSError: " in full and str(tmp_path / "full" / "tri" / "fold-0") in full and "too large" in full
     assert not list((tmp_path / "full").rglob("*.part"))
@@ -259,8 +259,8 @@ def test_unwritable_file_gives_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_lock_is_released_when_its_holder_dies(tmp_path):
-    lock = partial(exclusive_lock, tmp_path / "lock", InputError("locked"))
-    with lock(), pytest.raises(InputError, match="locked"), lock():
+    lock = partial(exclusive_lock, tmp_path / "lock", "locked")
+    with lock(), pytest.raises(Busy, match="locked"), lock():
         pass
     with lock():
         pass

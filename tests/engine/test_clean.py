@@ -10,7 +10,7 @@ from triderm_dist import cli
 from triderm_dist.commands import clean
 from triderm_dist.engine.clean import find_removable, remove, size_of
 from triderm_dist.files import exclusive_lock
-from triderm_dist.schema import DataError, InputError
+from triderm_dist.schema import Busy, DataError
 
 KEPT = (
     *("config.yaml", "ensemble.json", "oof.parquet", "shards/train/index.json", "towers/a.safetensors"),
@@ -62,7 +62,7 @@ def test_linked_folders_stay(run, tmp_path):
 @pytest.mark.parametrize("lock", [".lock", "tri/.fold-1.lock", "refit/.tri.lock"])
 def test_run_in_use_is_refused(run, lock):
     before = files_of(run)
-    with exclusive_lock(run / lock, AssertionError()), pytest.raises(InputError, match="a program works in this run"):
+    with exclusive_lock(run / lock, "locked"), pytest.raises(Busy, match="a program works in this run"):
         remove(run, find_removable(run)[0])
     assert files_of(run) - {".lock"} >= before - {".lock"}
 

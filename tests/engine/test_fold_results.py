@@ -26,7 +26,7 @@ def write_fold(experiment, model, fold, seconds, scores, correct):
     held_out.logits[np.arange(6), np.where(np.arange(6) < correct, labels, 1 - labels)] = 9.0
     write_predictions(folder / "predictions.parquet", held_out)
     lines = [
-        {"kind": "validation", "epoch": epoch, "step": epoch, "macro_f1": score}
+        {"kind": "validation", "epoch": epoch, "step": epoch, "macro_f1": score, "official": score}
         | ({} if seconds is None else {"seconds": seconds * epoch / len(scores)})
         for epoch, score in enumerate(scores, 1)
     ]

@@ -13,6 +13,8 @@ from triderm_dist.ensemble.run_list import find_runs
 from triderm_dist.environment import recorded
 from triderm_dist.schema import DataError
 
+HELD_OUT = {"macro_f1": 0.55, "interval": [0.5, 0.6], "argmax": 0.5, "n": 10, "absent": []}
+
 
 def stacked(folder: Path, score: float) -> Path:
     folder.mkdir(parents=True)
@@ -26,7 +28,7 @@ def stacked(folder: Path, score: float) -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     stacked(tmp_path / "low", 0.4)
-    write_checked_json(stacked(tmp_path / "group" / "high", 0.6) / "heldout.json", {"macro_f1": 0.55})
+    write_checked_json(stacked(tmp_path / "group" / "high", 0.6) / "heldout.json", HELD_OUT)
     begun = tmp_path / "begun" / "tri"
     for fold, names in enumerate((("weights.safetensors", "fold.json"), ("weights.safetensors",))):
         (begun / f"fold-{fold}").mkdir(parents=True)

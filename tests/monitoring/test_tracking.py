@@ -52,7 +52,9 @@ def test_record_is_printed_and_written_as_json_and_scalars(tmp_path, capsys):
 
 
 def test_time_left_includes_later_trainings_and_time_before_a_resume(tmp_path, capsys):
-    write_text(tmp_path / "metrics.jsonl", '{"kind": "train", "epoch": 0.5, "step": 10, "seconds": 400.0}\n')
+    write_text(
+        tmp_path / "metrics.jsonl", '{"kind": "train", "epoch": 0.5, "step": 10, "loss": 1.0, "seconds": 400.0}\n'
+    )
     with tracker_in(tmp_path, step=10, trackers=[], later_seconds=lambda seconds: 2 * seconds) as tracker:
         tracker.log("train", 1, 20, {**TRAIN, "seconds_left": 200.0, "mfu": 0.5})
     assert capsys.readouterr().out.splitlines()[1].endswith(" 0:23:20")  # 200 + 2 x (400 + 200) seconds

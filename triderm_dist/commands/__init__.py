@@ -8,8 +8,11 @@ names for `python -m` and for accelerate. A program is a module of this package 
 import importlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
+
+from triderm_dist.signals import INTERRUPTED, SIGNALS
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "Start here": {
@@ -66,24 +69,33 @@ def programs_using(key: str) -> list[str]:
     return found
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
-"""As in triderm_dist.cli, which takes so long to import that a signal could arrive before."""
-
-
 def _exit_interrupted(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted: rerun the same command to resume\n")
-    os._exit(3)
+    os._exit(INTERRUPTED)
 
 
 def _exit_on_signals() -> None:
-    """Exit with 3 on the signals of `cli.SIGNALS` while the modules of a program are imported; `cli` then takes over.
+    """Exit with 3 on signals to stop while the modules of a program are imported; `cli` then takes over.
 
-    This package is the first that a program imports. Other handlers are left as they are.
+    This package is the first that a program imports. Other handlers are left as they are, and ignored signals ignored.
     """
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _exit_interrupted)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _exit_interrupted)
+    # Ctrl-C only where Python looks for one of these modules (`-m`), or runs a script: others keep their own handling.
+    if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit_interrupted)
 
 
+def _is_program() -> bool:
+    """Return whether this process was started as one of the programs."""
+    if not sys.argv:
+        return False
+    folder, name = os.path.split(os.path.abspath(sys.argv[0]))
+    return sys.argv[0] == "-m" or name == "triderm" or os.path.basename(folder) in _ENTRY_POINTS
+
+
+_ENTRY_POINTS = ("commands", "triderm_dist", "launch", "shards", "tune")
 _exit_on_signals()

@@ -67,7 +67,7 @@ def main(config: BenchRun) -> None:
 
 
 def start() -> None:
-    run(BenchRun, main, __doc__, users=programs_using)
+    run(BenchRun, main, __doc__, users=programs_using, on_ranks=lambda config: True)
 
 
 if __name__ == "__main__":

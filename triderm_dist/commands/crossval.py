@@ -79,7 +79,7 @@ def main(config: CrossvalRun) -> None:
 
 
 def start() -> None:
-    run(CrossvalRun, main, __doc__, users=programs_using)
+    run(CrossvalRun, main, __doc__, users=programs_using, on_ranks=lambda config: not config.parallel_folds)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main(config: EmbedRun) -> None:
 
 
 def start() -> None:
-    run(EmbedRun, main, __doc__, users=programs_using)
+    run(EmbedRun, main, __doc__, users=programs_using, on_ranks=lambda config: True)
 
 
 if __name__ == "__main__":

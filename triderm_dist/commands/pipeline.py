@@ -251,7 +251,10 @@ def _pack(
 
 
 def start() -> None:
-    run(PipelineRun, main, __doc__, users=programs_using)
+    run(
+        PipelineRun, main, __doc__, users=programs_using,
+        on_ranks=lambda config: not (config.launcher or config.parallel_folds),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

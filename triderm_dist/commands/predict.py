@@ -216,7 +216,6 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
     from triderm_dist.files import exclusive_lock
     from triderm_dist.inference.chunks import identity
     from triderm_dist.inference.output import is_written, write_predictions
-    from triderm_dist.schema import DataError
 
     output, run = config.results, job.predictor.run
     with ExitStack() as stack:
@@ -225,7 +224,7 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
             """Return whether the output is already there; else lock the folder of the chunks."""
             if is_written(output, job.key):
                 return True
-            refusal = DataError(f"{job.part}: another process predicts into it; wait for it or end it")
+            refusal = f"{job.part}: another process predicts into it; wait for it or end it"
             stack.enter_context(exclusive_lock(job.part / "lock", refusal))
             return False
 
@@ -282,7 +281,7 @@ def draw(config: PredictRun) -> None:
 def start() -> None:
     from triderm_dist.engine.locate import locate_run
 
-    run(PredictRun, main, __doc__, users=programs_using, locate=locate_run)
+    run(PredictRun, main, __doc__, users=programs_using, locate=locate_run, on_ranks=lambda config: True)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType
 
 from triderm_dist.commands import names
+from triderm_dist.process import prepare_process, work_goes_on_unread
+from triderm_dist.signals import INTERRUPTED, LAUNCHER
 
-BAD_INPUT, INTERRUPTED = 2, 3
+BAD_INPUT = 2
 """As in triderm_dist.cli, which takes so long to import that a signal could arrive before the handlers are set."""
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
@@ -30,6 +34,29 @@ def forward(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
     if not children:
         sys.exit(INTERRUPTED)
+
+
+def end_ranks() -> None:
+    """Kill the child processes that are left: a second signal ended torch's agent while it waited for them to save."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def handled(environment: Mapping[str, str], ignored: Callable[[str], bool]) -> list[str]:
+    """Return the names of the signals to forward, and for torch's agent to handle: those of PET_SIGNALS_TO_HANDLE, by
+    default `FORWARDED`, without ignored ones; nohup ignores SIGHUP, and who closes the terminal then stops nothing.
+    """
+    wanted = environment.get("PET_SIGNALS_TO_HANDLE") or ",".join(FORWARDED)
+    return [name for name in (word.strip() for word in wanted.split(",")) if name and not ignored(name)]
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a signal is ignored, as it was when this process started."""
+    number = getattr(signal, name, None)
+    return number is not None and signal.getsignal(number) == signal.SIG_IGN
 
 
 def expand_names(words: list[str]) -> list[str]:
@@ -51,13 +78,17 @@ def status_of(exit_code: int) -> int:
 
 
 def start() -> None:
+    prepare_process()
     if {"--help", "-h"} & set(sys.argv[1:2]):
-        print(__doc__)
+        with work_goes_on_unread():
+            print(__doc__)
         return
     for name in FORWARDED:
-        signal.signal(getattr(signal, name), forward)
+        if not is_ignored(name):
+            signal.signal(getattr(signal, name), forward)
     sys.argv[1:] = expand_names(sys.argv[1:])
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(FORWARDED))
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(handled(os.environ, is_ignored))
+    os.environ[LAUNCHER] = str(os.getpid())
     # Otherwise a launcher that replaces a lost one waits forever for rank 0's address, which is published only once.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -77,6 +108,7 @@ def start() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except SignalException:
+        end_ranks()
         sys.exit(INTERRUPTED)
     except ChildFailedError as error:
         _, first = error.get_first_failure()

@@ -46,7 +46,7 @@ def main(config: RefitRun) -> None:
 
 
 def start() -> None:
-    run(RefitRun, main, __doc__, users=programs_using)
+    run(RefitRun, main, __doc__, users=programs_using, on_ranks=lambda config: True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(config: SearchRun) -> None:
 
 
 def start() -> None:
-    run(SearchRun, main, __doc__, users=programs_using)
+    run(SearchRun, main, __doc__, users=programs_using, on_ranks=lambda config: False)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(config: TrainRun) -> None:
 
 
 def start() -> None:
-    run(TrainRun, main, __doc__, users=programs_using)
+    run(TrainRun, main, __doc__, users=programs_using, on_ranks=lambda config: True)
 
 
 if __name__ == "__main__":

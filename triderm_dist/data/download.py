@@ -25,6 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from pydantic import BaseModel
+
+from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json
 from triderm_dist.cli import Interrupted
 from triderm_dist.files import file_sha256, write_json
 from triderm_dist.schema import DataError, one_line
@@ -337,7 +340,7 @@ def download(
     if not base_url.startswith(("https://", "http://")):
         raise DataError(f"base_url {base_url!r}: not an http or https URL")
     record = folder / "downloads.json"
-    done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    done = _read_record(record)
     shown = progress or (lambda title: contextlib.nullcontext(lambda now, total: None))
     for name in names:
         path = folder / name
@@ -366,6 +369,23 @@ def download(
         done[name] = entry
         write_json(record, done)
         log(f"{name}: {size / 1e6:.1f} MB, sha256 {sha256}")
+
+
+class _Downloaded(BaseModel):
+    bytes: int
+    sha256: str
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        done = read_checked_json(path)
+        for entry in done.values():
+            check_mapping(entry, _Downloaded)
+        return done
+    except FileNotFoundError:
+        return {}
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; delete it and the files beside it, and rerun the same command") from None
 
 
 def read_checksums(path: Path) -> dict[str, str]:

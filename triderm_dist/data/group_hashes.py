@@ -32,6 +32,8 @@ from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
 
+PRIVATE = 0o600
+"""Mode of the file with salt and groups."""
 DIGITS = 16
 """Hexadecimal digits of a hash: among ten million groups two are equal with a probability of 3e-6."""
 _HEADER = "# triderm-groups 1, secret: names the groups of the packed set beside it; upload it nowhere, salt="
@@ -129,7 +131,7 @@ def hashes_for(
         hashes.of(group)
     if len(set(hashes.hashes.values())) < len(hashes.hashes):
         raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")
-    with atomic_path(file, 0o600) as temporary:
+    with atomic_path(file, PRIVATE) as temporary:
         _write_private(temporary, hashes)
     return hashes, _notes(groups, column or "group")
 
@@ -189,11 +191,8 @@ def _create(file: Path, salt: bytes) -> None:
 
 
 def _write_private(path: Path, hashes: GroupHashes) -> None:
-    """Write a file that only its owner can read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
-        if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, 0o600)
+    """Write a file that exists and that only its owner can read."""
+    with path.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
         file.write(f"{_HEADER}{hashes.salt.hex()}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["group", "hash"])

@@ -8,6 +8,7 @@ docs/benchmarks.md has the measurement behind the threshold.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,8 +87,24 @@ class Thumbnails:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return digests (N, 2) uint64, 0 where a view is missing, and thumbnails (N, 2, SIDE, SIDE, 3) uint8."""
-        parts = [np.load(self._path(number)) for number in range(-(-len(self.index) // CHUNK))]
-        return tuple(np.concatenate([part[name] for part in parts]) for name in ("digests", "thumbnails"))  # type: ignore[return-value]
+        parts = [self._read(number) for number in range(-(-len(self.index) // CHUNK))]
+        digests, thumbnails = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return digests, thumbnails
+
+    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        path, rows = self._path(number), min(CHUNK, len(self.index) - number * CHUNK)
+        try:
+            with np.load(path, allow_pickle=False) as file:  # a zip, which has a CRC of each array
+                digests, thumbnails = file["digests"], file["thumbnails"]
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            text = one_line(error, 160)
+            raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
+        expected = ((np.uint64, (rows, len(VIEWS))), (np.uint8, (rows, len(VIEWS), SIDE, SIDE, 3)))
+        if [(each.dtype, each.shape) for each in (digests, thumbnails)] != [(np.dtype(d), s) for d, s in expected]:
+            raise DataError(f"{path}: changed or damaged; delete it, and the next run computes it again")
+        return digests, thumbnails
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"

@@ -6,21 +6,19 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
+
+from triderm_dist.cgroup import cpu_quota
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def available_cores() -> int:
     """Return the CPU cores that this process may use: its affinity mask, limited by the quota of its container."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
-    except (OSError, ValueError):  # not a cgroup v2
-        return allowed
-    return allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
+    quota = cpu_quota()
+    return allowed if quota is None else min(allowed, max(1, int(quota)))
 
 
 def openmp_threads() -> int:
@@ -36,16 +34,18 @@ def map_in_order(
 ) -> Iterator[tuple[_Item, _Result]]:
     """Yield (item, work(item)) in the order of the items, working on threads a few items ahead of the consumer."""
     waiting: deque[tuple[_Item, Future[_Result]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(work, item)))
-                if len(waiting) > 4 * workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
+    pool, wait = ThreadPoolExecutor(workers), True
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 4 * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    except KeyboardInterrupt:
+        wait = False  # an item may read from a slow disk for minutes; the program ends without it
+        raise
+    finally:
+        pool.shutdown(wait, cancel_futures=True)

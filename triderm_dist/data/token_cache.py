@@ -4,7 +4,8 @@ A cache belongs to one tower at one resolution and one packed set (`cache_key`).
 photo: `plain`, the transforms of the dihedral group, and augmented ones. A version is written in chunks of lesions,
 each atomically, so that an interrupted extraction resumes at the next chunk and ranks share the work without
 communicating. A chunk is an .npy file followed by `_TRAILER` and the CRC-32 of everything before, which a process
-compares when it first opens the chunk.
+compares when it first opens the chunk. A process keeps the `MAX_OPEN` most recently used chunks mapped, since each
+needs a descriptor.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from triderm_dist.schema import DataError, one_line
 
 CHUNK = 256
 """Lesions per file."""
+MAX_OPEN = 128
+"""Chunks that a process keeps open; less where it may open few files."""
 _TRAILER = b"CRC32"
 
 
@@ -33,6 +36,8 @@ class TokenCache:
     def __init__(self, folder: Path, lesions: int, shape: tuple[int, int]) -> None:
         self.folder, self.lesions, self.shape = folder, lesions, shape
         self._maps: dict[tuple[str, int], np.ndarray] = {}
+        self._checked: set[tuple[str, int]] = set()
+        self._max_open = min(MAX_OPEN, max(1, open_files_limit() // 4))
 
     @property
     def chunks(self) -> range:
@@ -63,22 +68,42 @@ class TokenCache:
             out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
 
     def _open(self, version: str, chunk: int) -> np.ndarray:
-        tokens = self._maps.get((version, chunk))
+        key = version, chunk
+        tokens = self._maps.pop(key, None)
         if tokens is None:
-            tokens = _open_checked(self._path(version, chunk))
-            self._maps[version, chunk] = tokens
+            path = self._path(version, chunk)
+            tokens = _open_checked(path, compare=key not in self._checked)
+            expected = (len(self.rows(chunk)), *self.shape)
+            if tokens.dtype != np.float16 or tokens.ndim != 4 or (len(tokens), *tokens.shape[2:]) != expected:
+                raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
+            self._checked.add(key)
+        self._maps[key] = tokens  # the dict is in the order of the last use
+        if len(self._maps) > self._max_open:
+            del self._maps[next(iter(self._maps))]
         return tokens
 
     def _path(self, version: str, chunk: int) -> Path:
         return self.folder / version / f"{chunk:06d}.npy"
 
 
-def _open_checked(path: Path) -> np.ndarray:
-    """Map a chunk into memory. Raises DataError for a damaged one.
+def open_files_limit() -> int:
+    """Return how many files this process may open."""
+    try:
+        import resource
+    except ImportError:  # of Windows
+        return 512
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _open_checked(path: Path, compare: bool) -> np.ndarray:
+    """Map a chunk into memory. Raises DataError for a damaged one; compare: also its content with its checksum.
 
     A chunk of version 0.1.0 has no checksum: only its numbers are checked to be finite.
     """
     try:
+        if not compare:
+            mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return mapped
         content: Any = np.memmap(path, np.uint8, "r")
         end = len(content) - len(_TRAILER) - 4
         has_checksum = end > 0 and content[end : end + len(_TRAILER)].tobytes() == _TRAILER
@@ -87,8 +112,9 @@ def _open_checked(path: Path) -> np.ndarray:
         intact = intact and (has_checksum or bool(np.isfinite(tokens).all()))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({one_line(error)}); delete it, and the next run computes it") from None
+    except (OSError, ValueError, EOFError) as error:
+        text = one_line(error, 160)
+        raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
     if not intact:
         raise DataError(f"{path}: changed or damaged; delete it, and the next run computes it again")
     return tokens

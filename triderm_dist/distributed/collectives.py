@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
 from triderm_dist.cli import Interrupted
-from triderm_dist.schema import InputError
+from triderm_dist.schema import Busy, InputError
 
 
 def world_size() -> int:
@@ -76,14 +76,14 @@ def gloo_group() -> Any:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and broadcast its result; call on all ranks. InputError and OSError are raised on all of
-    them, so that none waits for rank 0.
+    """Run `work` on rank 0 and broadcast its result; call on all ranks. InputError, Busy and OSError are raised on all
+    of them, so that none waits for rank 0.
     """
     outcome: list[Any] = [None, None]
     if is_main():
         try:
             outcome[0] = work()
-        except (InputError, OSError) as error:
+        except (InputError, Busy, OSError) as error:
             outcome[1] = error
     if is_distributed():
         broadcast_object_list(outcome)

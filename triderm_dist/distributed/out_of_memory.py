@@ -9,8 +9,8 @@ each polls the file and replaces itself by exec (the launcher sees the same proc
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import sys
 import threading
 import time
@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, PositiveInt
 
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, one_line
 from triderm_dist.terminal import wrapped
 
 POLL_SECONDS = 1.0
@@ -38,6 +40,11 @@ class Attempt:
     failed: bool = False
 
 
+class _MicroBatchKeys(BaseModel):
+    micro_batch: PositiveInt
+    identity: str
+
+
 class MicroBatch:
     """The micro-batch size of one training: the configured one, or a smaller one that fits into memory."""
 
@@ -49,10 +56,10 @@ class MicroBatch:
     def size(self) -> int:
         """Return the size in the file, as this rank sees it."""
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            record = read_checked_json(self.path, _MicroBatchKeys)
+        except (FileNotFoundError, DamagedFile):
             return self.configured
-        return record["micro_batch"] if record["identity"] == self.result_hash else self.configured
+        return int(record["micro_batch"]) if record["identity"] == self.result_hash else self.configured
 
     def agreed(self) -> int:
         """Return the size as rank 0 sees it; call on all ranks."""
@@ -70,14 +77,14 @@ class MicroBatch:
             threading.Thread(target=self._watch, args=(size, done), daemon=True).start()
         try:
             yield attempt
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 if self.size() < size:  # another rank ran out of memory and has left the collective
                     restart()
                 raise
             smaller = next_smaller(size, self.global_batch // world_size())
             write_json(self.path, {"micro_batch": smaller, "identity": self.result_hash})
-            print(wrapped(f"{_message(size, smaller)} ({str(error).splitlines()[0]})"), flush=True)
+            print(wrapped(f"{_message(size, smaller)} ({one_line(error, 200)})"), flush=True)
             if world_size() > 1:
                 restart()
             attempt.failed = True
@@ -91,9 +98,26 @@ class MicroBatch:
                 restart()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the device, or the host (a plain RuntimeError), is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or the one that caused it, means that the device or the host is out of memory.
+
+    torch has a type for its own allocator only; libraries (cuBLAS, cuDNN, NCCL) and drivers tell it in their texts.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|out_?of_?memory|can(?:'|no)t allocate memory|ALLOC_FAILED|MemoryAllocation|MEMORY_ALLOC"
+    r"|bad_alloc|failed to allocate|unable to allocate|resource_exhausted",
+    re.IGNORECASE,
+)
+"""Of PyTorch's CPU allocator, CUDA's and HIP's run-time and driver, cuBLAS, cuDNN, cuFFT, cuSPARSE, NCCL, C++."""
 
 
 def next_smaller(size: int, per_rank: int) -> int:

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -37,7 +37,8 @@ from triderm_dist.distributed.malloc import disable_malloc_trim
 from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
-from triderm_dist.schema import ConfigError
+from triderm_dist.rank_variables import OWN
+from triderm_dist.schema import ConfigError, one_line
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
@@ -94,14 +95,16 @@ def start(
     _join_attempt_group(backend, timeout)
     ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
     AcceleratorState._reset_state()  # otherwise the first model's precision would hold for all models of a run
-    accelerator = Accelerator(
-        mixed_precision="no" if chosen == "fp32" else chosen,
-        kwargs_handlers=[
-            *([ranks] if "WORLD_SIZE" in os.environ else []),
-            # Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes buffers.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-        ],
-    )
+    with _naming_missing_ranks():
+        accelerator = Accelerator(
+            mixed_precision="no" if chosen == "fp32" else chosen,
+            kwargs_handlers=[
+                *([ranks] if "WORLD_SIZE" in os.environ else []),
+                # Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes
+                # buffers.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            ],
+        )
     if accelerator.num_processes != world_size():
         raise ConfigError(
             f"the launcher started {world_size()} processes but this one sees {accelerator.num_processes}; "
@@ -117,6 +120,23 @@ def start(
         settings["zero_force_ds_cpu_optimizer"] = False
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
+
+
+@contextmanager
+def _naming_missing_ranks() -> Iterator[None]:
+    """Context in which the ranks meet. Raises ConfigError where the others do not come, and no launcher started this
+    one: its variables were left in the environment, and to run the same command again would change nothing.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or world_size() == 1:
+            raise
+        shown = " ".join(f"{name}={os.environ.get(name, '')}" for name in OWN)
+        raise ConfigError(
+            f"{shown}: the other ranks did not come ({one_line(error, 120)}); unset these variables for one process, "
+            "or start all ranks by triderm ranks"
+        ) from None
 
 
 def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelerator:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triderm_dist.cli import handle_signals, raise_stopped
 from triderm_dist.schema import InputError, one_line
+from triderm_dist.signals import handle_signals, raise_stopped
 
 Needs = dict[str, float]
 """Resources of one process: {"CPU", "GPU"}."""
@@ -67,7 +67,7 @@ def running_ray(
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
     """Handle a signal as SIGINT: by Ray Tune's handler if there is one, else by KeyboardInterrupt."""
     handler = signal.getsignal(signal.SIGINT)
-    if callable(handler) and handler is not signal.default_int_handler:
+    if callable(handler) and handler not in (signal.default_int_handler, raise_stopped):
         handler(signal.SIGINT, frame)
     else:
         raise_stopped(number, frame)

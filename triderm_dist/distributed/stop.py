@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
@@ -10,12 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from triderm_dist.cli import Interrupted, handle_signals
+from triderm_dist.cli import Interrupted
 from triderm_dist.distributed.collectives import gloo_group, is_distributed
+from triderm_dist.signals import SAME_SECONDS, SIGNALS, Stopped, handle_signals
 
 
 class Stop:
-    """Context in which SIGTERM or SIGUSR1 to any rank raises Interrupted in `check` of all ranks, at the same call.
+    """Context in which a signal to stop, to any rank, raises Interrupted in `check` of all ranks, at the same call.
+
+    The signals are those of `signals.SIGNALS`, and Ctrl-C. A single process that has done nothing yet that a save would
+    keep (the first step may compile for minutes) raises `Stopped` at once, as does each rank for a Ctrl-C after the
+    first request.
 
     `check` never waits for the device. It starts an all-reduce of one number on the CPU (gloo, whatever the backend of
     the gradients) and reads the result of the all-reduce that the previous check started, which is done by then: a stop
@@ -25,7 +32,9 @@ class Stop:
     def __init__(self) -> None:
         self._requested = torch.zeros(1)
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._signals: AbstractContextManager[None] = handle_signals(self._receive)
+        self._received: float | None = None
+        self._saves = self._unsaved = False
+        self._signals: AbstractContextManager[None] = handle_signals(self._receive, (*SIGNALS, signal.SIGINT))
 
     def __enter__(self) -> Stop:
         self._signals.__enter__()
@@ -39,7 +48,12 @@ class Stop:
             self._finish()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        again = self._received is not None and number == signal.SIGINT and now - self._received > SAME_SECONDS
+        self._received = self._received or now
         self._requested.fill_(1)
+        if again or not (self._unsaved or is_distributed()):
+            raise Stopped
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested. Call on all ranks equally often, where work can be resumed."""
@@ -51,6 +65,7 @@ class Stop:
             if previous:
                 previous[1].wait()
             stopped = previous is not None and bool(previous[0])
+        self._unsaved = self._saves
         if stopped:
             self._finish()
             raise Interrupted("stopped after saving; rerun the same command to resume")
@@ -63,11 +78,14 @@ class Stop:
     @contextmanager
     def save_on_stop(self, save: Callable[[], None]) -> Iterator[None]:
         """Context that calls `save` on all ranks if a check inside of it raises."""
+        self._saves = True
         try:
             yield
         except Interrupted:
             save()
             raise
+        finally:
+            self._saves = self._unsaved = False
 
     def _finish(self) -> None:
         if self._pending:

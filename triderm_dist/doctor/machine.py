@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triderm_dist.cgroup import memory_limit
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
 
@@ -103,9 +104,9 @@ def _memory() -> Finding:
         return Finding("memory", "not known without psutil", "warning", "pip install psutil")
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    if (limit := _cgroup("memory.max")).isdigit() and int(limit) < total:
-        used = _cgroup("memory.current")
-        total, free = int(limit), min(free, int(limit) - int(used if used.isdigit() else 0))
+    if (limited := memory_limit()) and limited[0] < total:
+        limit, used = limited
+        total, free = limit, max(0, min(free, limit - used))
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     return Finding("memory", text, "warning", "close other programs") if free < 2 * GIB else Finding("memory", text)
 
@@ -121,13 +122,6 @@ def shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Finding | None:
         "start the container with --shm-size=8g or --ipc=host; on Kubernetes mount an emptyDir of medium Memory there"
     )
     return Finding(f"{folder}", f"{size / 2**20:.0f} MiB, NCCL between {gpus} GPUs needs about 1 GiB", "error", advice)
-
-
-def _cgroup(name: str) -> str:
-    try:
-        return Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _disk(output: Path) -> Finding:

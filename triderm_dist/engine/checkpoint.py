@@ -21,13 +21,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
+from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.full_state import (
     OptimizerState,
@@ -86,6 +87,30 @@ class Training:
             self.ema.update(self.state.step)
 
 
+class _Progress(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    epoch: int
+    batch: int
+    step: int
+    best_score: float
+    best_epoch: int
+
+
+class _StateKeys(BaseModel):
+    """Keys of state.json; those of earlier versions lack the optional ones."""
+
+    identity: str
+    state: _Progress
+    scheduler: dict[str, Any]
+    optimizer_values: dict[str, Any] = {}
+    optimizer_groups: list[Any] = []
+    scaler: dict[str, Any] | None
+    sums: dict[str, list[Any]] | list[Any] | None
+    how: dict[str, Any] = {}
+    changes: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
+
+
 class Checkpoint:
     """A complete checkpoint on disk: load the weights before the network is wrapped, the rest after.
 
@@ -96,10 +121,12 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.record: dict[str, Any] = read_checked_json(folder / "state.json")
-            version = self.record["version"]
-        except (OSError, ValueError, KeyError, TypeError, DamagedFile) as error:
-            reason = str(error) if isinstance(error, DamagedFile) else type(error).__name__
+            self.record = read_checked_json(folder / "state.json")
+            version = self.record.get("version")
+            if version == CHECKPOINT_VERSION:
+                check_mapping(self.record, _StateKeys)
+        except (FileNotFoundError, DamagedFile) as error:
+            reason = str(error) if isinstance(error, DamagedFile) else "missing"
             raise CheckpointError(f"{folder}: damaged checkpoint (state.json: {reason})") from None
         if version != CHECKPOINT_VERSION:
             raise CheckpointError(f"{folder}: checkpoint of version {version}, not {CHECKPOINT_VERSION}")
@@ -335,13 +362,45 @@ def write_info(path: Path, **info: Any) -> None:
     write_checked_json(path.with_suffix(".json"), {"format": FORMAT, "version": VERSION, **info})
 
 
+class _WeightsKeys(BaseModel):
+    sha256: str
+    epoch: int
+
+
+class _ModelKeys(BaseModel):
+    train: dict[str, Any]
+
+
+class _PhotoKeys(BaseModel):
+    canvas: Annotated[list[int], Field(min_length=2, max_length=2)]
+    short_side: int | None
+
+
+class _FoldKeys(BaseModel):
+    identity: str
+    model: _ModelKeys
+    concepts: list[str]
+    weights: str
+    tower: str | None = None
+    photos: _PhotoKeys | None = None
+    refit_of: list[str] = []
+
+
+class _TestKeys(BaseModel):
+    stamp: str
+
+
+_SCHEMAS: dict[str, type[BaseModel]] = {"weights": _WeightsKeys, "fold": _FoldKeys, "test": _TestKeys}
+"""Keys that the JSON files of a trained network have, by name; files of earlier versions lack the optional ones."""
+
+
 def read_info(path: Path) -> dict[str, Any]:
     """Read what `write_info` wrote. Raises CheckpointError if it is missing or of another format."""
     file = path.with_suffix(".json")
     try:
-        info = read_checked_json(file)
-    except (OSError, ValueError):
-        raise CheckpointError(f"{file}: missing or not JSON; train this fold again") from None
+        info = read_checked_json(file, _SCHEMAS.get(path.name))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; train this fold again") from None
     except DamagedFile as error:
         raise CheckpointError(f"{file}: {error}; delete {file.parent} and train this fold again") from None
     if (info.get("format"), info.get("version")) != (FORMAT, VERSION):

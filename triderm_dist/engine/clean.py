@@ -12,7 +12,7 @@ from pathlib import Path
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.engine.fold_folder import ASIDE
 from triderm_dist.files import dead_parts, exclusive_lock
-from triderm_dist.schema import DataError, InputError
+from triderm_dist.schema import DataError
 
 CHECKPOINTS = "checkpoints of finished folds"
 OTHERS = "trainings of other settings"
@@ -64,9 +64,9 @@ def find_removable(run: Path) -> tuple[list[Removable], list[str]]:
 
 
 def remove(run: Path, parts: Sequence[Removable]) -> None:
-    """Remove these parts of a run. Raises InputError, before anything is removed, where a program works in the run."""
+    """Remove these parts of a run. Raises Busy, before anything is removed, where a program works in the run."""
     with ExitStack() as stack:
-        busy = InputError(f"{run}: a program works in this run; wait for it or stop it")
+        busy = f"{run}: a program works in this run; wait for it or stop it"
         locks = [run / ".lock", *(path.with_name(f".{path.name}.lock") for path in _trainings(run))]
         for lock in locks:
             stack.enter_context(exclusive_lock(lock, busy))

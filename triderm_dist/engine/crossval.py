@@ -71,7 +71,7 @@ def run_folds(
     without_VIEW.parquet: predictions for the same lesions with one view treated as missing. `on_start` is called on
     rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
     is called with (epoch, scores). in_parallel: other processes train at the same time and print on the same terminal.
-    Raises Interrupted after a request to stop or where another rank was lost, InputError where another run trains the
+    Raises Interrupted after a request to stop or where another rank was lost, Busy where another run trains the
     same fold, DataError where the run has folds of another task.
     """
     check_task(experiment, index)

@@ -13,7 +13,7 @@ from pathlib import Path
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
 from triderm_dist.files import exclusive_lock, remove_dead_parts
-from triderm_dist.schema import CheckpointError, InputError
+from triderm_dist.schema import CheckpointError
 from triderm_dist.terminal import wrapped
 
 ASIDE = "other-settings"
@@ -103,11 +103,11 @@ def is_trained(path: Path, result_hash: str) -> bool:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock of a fold's folder on rank 0. Call on all ranks.
 
-    Raises InputError on all ranks if another run holds it. The kernel releases the lock when the process dies. On a
+    Raises Busy on all ranks if another run holds it. The kernel releases the lock when the process dies. On a
     shared file system it excludes other hosts only where flock works across hosts: on NFS (which releases the locks of
     a dead host after about 90 s), and on Lustre when mounted with `flock`. A file system without locks excludes no one.
     """
-    locked = InputError(f"{path}: another run is training this fold; wait for it, stop it, or set another output")
+    locked = f"{path}: another run is training this fold; wait for it, stop it, or set another output"
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(exclusive_lock(path.with_name(f".{path.name}.lock"), locked)))
         yield

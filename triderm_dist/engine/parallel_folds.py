@@ -18,6 +18,7 @@ from triderm_dist.engine.fold import check_task, is_fold_finished
 from triderm_dist.engine.fold_folder import remove_obsolete_checkpoints
 from triderm_dist.extras import require
 from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.signals import cleaning_up
 from triderm_dist.terminal import clock, counted, wrapped
 
 
@@ -113,6 +114,7 @@ def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
                         print(f"{name} failed, restarting it from its last checkpoint: {reason}", flush=True)
                         running[tasks[name]()] = name
     except KeyboardInterrupt:
+        cleaning_up()
         for reference in running:
             ray.cancel(reference)
         if running:

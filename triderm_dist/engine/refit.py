@@ -92,7 +92,7 @@ def _executed_as(experiment: Experiment, name: str, folder: Path) -> Experiment:
     if not (folder / "fold.json").exists():
         return experiment
     trained, model = read_info(folder / "fold")["model"]["train"], experiment.models[name]
-    train = model.train.model_copy(update={key: trained[key] for key in EXECUTION})
+    train = model.train.model_copy(update={key: trained[key] for key in EXECUTION if key in trained})
     return experiment.model_copy(
         update={"models": {**experiment.models, name: model.model_copy(update={"train": train})}}
     )

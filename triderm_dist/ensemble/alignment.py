@@ -108,7 +108,7 @@ def load_alignments(path: Path) -> dict[str, Alignment]:
     """Read what `save_alignments` wrote. Raises DataError naming the file."""
     try:
         tensors = read_checked_tensors(path)
-    except (OSError, DamagedFile):
+        hashes = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+        return {weights: Alignment(tensors[f"{weights}.center"], tensors[f"{weights}.rotation"]) for weights in hashes}
+    except (OSError, DamagedFile, KeyError):
         raise DataError(f"{path}: missing, changed or damaged; run triderm stack again") from None
-    hashes = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
-    return {weights: Alignment(tensors[f"{weights}.center"], tensors[f"{weights}.rotation"]) for weights in hashes}

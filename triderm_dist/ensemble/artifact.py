@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
-from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
+from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
 from triderm_dist.ensemble.run_files import FITTED
 from triderm_dist.ensemble.thresholds import Rule, decide
 from triderm_dist.schema import ConfigError, DataError, Task
@@ -17,6 +18,53 @@ from triderm_dist.tasks import recorded_task
 
 FORMAT = "triderm-ensemble"
 VERSION = 3
+
+
+class _Interval(BaseModel):
+    value: float
+    low: float
+    high: float
+
+
+class _Score(BaseModel):
+    official: float | None
+    argmax: float | None
+    argmax_tau: float | None
+    fitted: float
+    nested: _Interval
+    chosen_minus_this: _Interval
+
+
+class _Pair(BaseModel):
+    first: str
+    second: str
+    difference: _Interval
+
+
+class EnsembleKeys(BaseModel):
+    """Keys of ensemble.json that predicting needs, with their types."""
+
+    members: list[str]
+    weights: list[float]
+    temperatures: list[float]
+    thresholds: list[float]
+    weighting: str
+    rule: Rule
+    shrinkage: float | None
+    tau: float | None
+    diagnoses: list[str]
+
+
+class FitKeys(EnsembleKeys):
+    """Keys of ensemble.json that describe the fit, for the report and the model card."""
+
+    lesions: int
+    folds: int
+    bootstrap: int
+    scores: dict[str, _Score]
+    pairs: list[_Pair]
+    weights_of: dict[str, list[str]]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +124,11 @@ class Ensemble:
     @staticmethod
     def load(path: Path) -> Ensemble:
         """Read what `save` wrote. Raises DataError naming the file."""
-        tree = read_json(path)
+        tree = read_json(path, schema=EnsembleKeys)
+        numbers = {"weights": tree["members"], "temperatures": tree["members"], "thresholds": tree["diagnoses"]}
+        for key, names in numbers.items():
+            if len(tree[key]) != len(names):
+                raise DataError(f"{path}: has {len(tree[key])} {key} for {len(names)} names; run triderm stack again")
         return Ensemble(
             members=tuple(tree["members"]),
             weights=np.array(tree["weights"]),
@@ -89,18 +141,23 @@ class Ensemble:
         )
 
 
-def read_json(path: Path, format_name: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
-    """Read a JSON file that triderm stack wrote, by default ensemble.json. Raises DataError naming the file."""
+def read_json(
+    path: Path, format_name: str = FORMAT, version: int = VERSION, schema: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """Read a JSON file that triderm stack wrote, by default ensemble.json, with the keys of a schema.
+
+    Raises DataError naming the file.
+    """
     try:
         tree = read_checked_json(path)
+        if (tree.get("format"), tree.get("version")) != (format_name, version):
+            raise DataError(f"{path}: not {format_name} version {version}; run triderm stack again")
+        if schema:
+            check_mapping(tree, schema)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
     except DamagedFile as error:
         raise DataError(f"{path}: {error}; run triderm stack again") from None
-    except ValueError:
-        raise DataError(f"{path}: not readable as JSON; run triderm stack again") from None
-    if (tree.get("format"), tree.get("version")) != (format_name, version):
-        raise DataError(f"{path}: not {format_name} version {version}; run triderm stack again")
     return tree
 
 

@@ -45,7 +45,10 @@ class BoostedTrees:
         Raises DataError for other bytes.
         """
         try:
-            learner = _Ubj(model).value()["learner"]
+            reader = _Ubj(model)
+            learner = reader.value()["learner"]
+            if reader.at != len(model):
+                raise ValueError("bytes after its end")
             forest = learner["gradient_booster"]["model"]
             trees, classes = forest["trees"], int(learner["learner_model_param"]["num_class"])
             known = (
@@ -58,8 +61,11 @@ class BoostedTrees:
             if not known:
                 return None
             base = np.array(learner["learner_model_param"]["base_score"].strip("[]").split(","), np.float32)
-            return _flatten(trees, np.broadcast_to(base, (classes,)))
-        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+            found = _flatten(trees, np.broadcast_to(base, (classes,)))
+            if len(found.column) and not 0 <= found.column.min() <= found.column.max() < _columns_of(learner):
+                raise ValueError("a split by a column that the model does not have")
+            return found
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise DataError(f"not a model of XGBoost ({type(error).__name__})") from None
 
     def predict(self, columns: np.ndarray) -> np.ndarray:
@@ -94,17 +100,30 @@ def _flatten(trees: list[dict[str, Any]], base: np.ndarray) -> BoostedTrees:
     def joined(key: str, kind: type) -> np.ndarray:
         return np.concatenate([np.asarray(tree[key], kind) for tree in trees])
 
+    keys = ("left_children", "right_children", "split_indices", "split_conditions", "default_left")
+    for tree in trees:
+        if not len(tree["left_children"]) or len({len(tree[key]) for key in keys}) > 1:
+            raise ValueError("a tree without nodes, or with lists of different lengths")
     left, right = joined("left_children", np.int64), joined("right_children", np.int64)
     leaf, own = left < 0, np.arange(len(left))
+    last = np.repeat(sizes, sizes)
+    if ((left >= last) | (right >= last) | (~leaf & (right < 0))).any():
+        raise ValueError("a child that is not in its tree")
     left, right = np.where(leaf, own, left + shift), np.where(leaf, own, right + shift)
     depth, reached = 0, first
     while not leaf[reached].all():
+        if depth > len(left):
+            raise ValueError("a node below itself")
         reached, depth = np.unique(np.concatenate([left[reached], right[reached]])), depth + 1
     return BoostedTrees(
         base=base, first=first, left=left, right=right,
         column=joined("split_indices", np.int64), threshold=joined("split_conditions", np.float32),
         to_left=joined("default_left", bool), value=joined("split_conditions", np.float32), depth=depth,
     )  # fmt: skip
+
+
+def _columns_of(learner: dict[str, Any]) -> int:
+    return int(learner["learner_model_param"]["num_feature"])
 
 
 class _Ubj:
@@ -140,9 +159,15 @@ class _Ubj:
         return numbers
 
     def _text(self) -> str:
-        length = self.value()
+        length = self._count()
         self.at += length
         return self.data[self.at - length : self.at].decode()
+
+    def _count(self) -> int:
+        count = self.value()
+        if not isinstance(count, int) or not 0 <= count <= len(self.data):
+            raise ValueError("a length outside of the file")
+        return count
 
     def _mapping(self) -> dict[str, Any]:
         found = {}
@@ -159,7 +184,7 @@ class _Ubj:
             kind = self._char()
         if self._peek() == "#":
             self.at += 1
-            count = self.value()
+            count = self._count()
         if count is None:
             found = []
             while self._peek() != "]":

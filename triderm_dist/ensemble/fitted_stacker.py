@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_json, write_checked_tensors
 from triderm_dist.config import Section, StackConfig, build
@@ -19,7 +20,7 @@ from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
 from triderm_dist.extras import require
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import ConfigError, DataError, Task
+from triderm_dist.schema import ConfigError, DataError, Task, one_line
 
 FORMAT = "triderm-stacker"
 VERSION = 2
@@ -88,6 +89,17 @@ class Reduction:
         """Reduce (n, F) to (n, F - W + R)."""
         wide = len(self.mean)
         return np.concatenate([columns[:, :-wide], (columns[:, -wide:] - self.mean) @ self.axes.T], axis=1)
+
+
+class _StackerKeys(BaseModel):
+    """Keys of stack.json of every kind; earlier versions had one kind, and no checksum of its file."""
+
+    kind: str = "xgboost"
+    feature_names: list[str]
+    diagnoses: list[str]
+    absent: list[str]
+    extra: str
+    model_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,7 @@ class FittedStacker:
         """Read what `save` wrote. Raises DataError naming the file, also for a kind that is not in `STACKERS`;
         MissingPackage where a package that it needs to predict is not installed.
         """
-        description = read_json(path, FORMAT, VERSION)
+        description = read_json(path, FORMAT, VERSION, _StackerKeys)
         kind = description.get("kind", "xgboost")  # earlier versions had this kind only
         if kind not in STACKERS:
             raise DataError(
@@ -176,6 +188,15 @@ class FittedStacker:
             require(f"{path}: the stacker ({kind})", *model.needed())
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
+        except OSError as error:
+            raise DataError(
+                f"{model_file}: not readable ({error.strerror or error}); run triderm stack again"
+            ) from None
+        except DamagedFile as error:
+            raise DataError(f"{model_file}: {error}; run triderm stack again") from None
+        except (KeyError, TypeError, ValueError) as error:
+            text = one_line(error, with_type=True)
+            raise DataError(f"{path}: changed or damaged ({text}); run triderm stack again") from None
         return FittedStacker(
             kind=kind,
             model=model,

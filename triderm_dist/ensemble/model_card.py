@@ -13,10 +13,17 @@ from typing import Any
 import numpy as np
 
 from triderm_dist import __version__, intervals, metrics
-from triderm_dist.checksums import read_checked_json
 from triderm_dist.config import CONFIG_FILE, Experiment, TowerConfig
-from triderm_dist.ensemble.artifact import read_json, read_task
-from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, HELD_OUT_FILE, NESTED_FILE, OOF_FILE, STACKER, read_nested
+from triderm_dist.ensemble.artifact import FitKeys, read_json, read_task
+from triderm_dist.ensemble.run_files import (
+    ENSEMBLE_FILE,
+    HELD_OUT_FILE,
+    NESTED_FILE,
+    OOF_FILE,
+    STACKER,
+    read_held_out,
+    read_nested,
+)
 from triderm_dist.environment import ENVIRONMENT_FILE, read_environment
 from triderm_dist.files import write_text
 from triderm_dist.predictions import read_oof
@@ -80,7 +87,7 @@ class _Card:
 
     def __init__(self, config: Experiment, exported: Path | None = None) -> None:
         self.config, self.folder, self.exported = config, config.folder, exported
-        self.fit = read_json(self.folder / ENSEMBLE_FILE)
+        self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.task: Task = read_task(self.folder / ENSEMBLE_FILE)
         self.record = read_environment(self.folder)
         self.members: list[str] = [name for name in self.fit["members"] if name != STACKER]
@@ -166,8 +173,7 @@ class _Card:
             f"Macro F1 on {self.fit['lesions']:,} lesions, each predicted by networks that were not trained on it, "
             f"with all that was fitted afterwards fitted on other folds: **{_interval(ensemble)}** (95% interval)."
         )
-        if (path := self.folder / HELD_OUT_FILE).exists():
-            held = read_checked_json(path)
+        if held := read_held_out(self.folder):
             low, high = held["interval"]
             yield f"On {held['n']:,} lesions of a test set: **{held['macro_f1']:.3f} ({low:.3f} to {high:.3f})**."
         yield ""

@@ -13,7 +13,7 @@ import numpy as np
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.ensemble import fitted_stacker
-from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
 from triderm_dist.ensemble.calibration import member_probabilities
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.run_files import (
@@ -193,7 +193,7 @@ def check_weights(run_folder: Path, used: Iterable[tuple[str, Iterable[str]]]) -
     used: models with the hashes of their weights, or of the folds' weights whose refit they are. Raises DataError for
     other weights.
     """
-    fitted_on = read_json(run_folder / ENSEMBLE_FILE)["weights_of"]
+    fitted_on = read_json(run_folder / ENSEMBLE_FILE, schema=FitKeys)["weights_of"]
     for model, hashes in used:
         if model in fitted_on and not set(hashes) <= set(fitted_on[model]):
             raise DataError(

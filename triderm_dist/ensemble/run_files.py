@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
-from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
+from triderm_dist.checksums import (
+    Column,
+    DamagedFile,
+    matrix_of,
+    read_checked_json,
+    read_checked_parquet,
+    write_checked_parquet,
+)
 from triderm_dist.schema import DataError
 
 OOF_FILE = "oof.parquet"
@@ -66,8 +75,11 @@ def write_nested(path: Path, rows: NestedRows) -> None:
 
 def read_nested(path: Path) -> NestedRows:
     """Read what `write_nested` wrote. Raises DataError naming the file."""
+    lists = ("probabilities", "decisions", "stack")
+    kinds: dict[str, Column] = {"lesion_id": "text", "fold": "integers", "label": "integers"}
     try:
-        table = read_checked_parquet(path)
+        table = read_checked_parquet(path, kinds={**kinds, **dict.fromkeys(lists, "lists")})
+        matrices = {name: matrix_of(table, name) for name in lists}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack first") from None
     except DamagedFile as error:
@@ -76,7 +88,27 @@ def read_nested(path: Path) -> NestedRows:
         lesion_ids=np.array(table["lesion_id"].to_pylist(), object),
         labels=table["label"].to_numpy(),
         folds=table["fold"].to_numpy(),
-        probabilities=np.array(table["probabilities"].to_pylist()),
-        decisions=np.array(table["decisions"].to_pylist()),
-        stack=np.array(table["stack"].to_pylist()),
+        **matrices,
     )
+
+
+class _HeldOutKeys(BaseModel):
+    macro_f1: float
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+    argmax: float
+    n: int
+    absent: list[str]
+
+
+def read_held_out(folder: Path) -> dict[str, Any] | None:
+    """Return the score of a test set in heldout.json, None where it was not scored.
+
+    Raises DataError naming the file.
+    """
+    path = folder / HELD_OUT_FILE
+    try:
+        return read_checked_json(path, _HeldOutKeys)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        raise DataError(f"{path}: {error}; run triderm predict again") from None

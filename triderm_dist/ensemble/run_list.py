@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.ensemble.artifact import read_json
-from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, HELD_OUT_FILE
+from triderm_dist.ensemble.run_files import ENSEMBLE_FILE, read_held_out
 from triderm_dist.environment import read_environment
 from triderm_dist.intervals import Interval
 from triderm_dist.schema import DataError
@@ -56,8 +55,9 @@ def summarize_run(folder: Path) -> RunSummary:
     try:
         fit = read_json(folder / ENSEMBLE_FILE)
         task, score = fit.get("task", {}).get("name", ""), Interval(**fit["scores"]["ensemble"]["nested"])
-        held_out = float(read_checked_json(folder / HELD_OUT_FILE)["macro_f1"])
-    except (DataError, OSError, DamagedFile, ValueError, KeyError, TypeError):
+        held = read_held_out(folder)
+        held_out = held["macro_f1"] if held else None
+    except (DataError, KeyError, TypeError, AttributeError):
         pass
     folds = [path for path in folder.glob("*/fold-*") if path.is_dir()]
     size, changed = 0, folder.stat().st_mtime

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.checksums import DamagedFile, read_checked_parquet, write_checked_parquet
+from triderm_dist.checksums import DamagedFile, matrix_of, read_checked_parquet, write_checked_parquet
 from triderm_dist.ensemble.alignment import aligned_mean, aligned_rows, load_alignments
 from triderm_dist.ensemble.calibration import log_probabilities
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE
@@ -124,15 +124,15 @@ def read_embeddings(path: Path, lesion_ids: np.ndarray) -> tuple[np.ndarray, str
     Raises DataError naming the file, or a lesion that it lacks.
     """
     try:
-        table = read_checked_parquet(path)
+        table = read_checked_parquet(path, kinds={"lesion_id": "text", "columns": "lists"})
         row_of = {lesion: row for row, lesion in enumerate(table["lesion_id"].to_pylist())}
-        values = table["columns"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        values = matrix_of(table, "columns")
         source = (table.schema.metadata or {})[b"tower"].decode()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm embed first") from None
     except DamagedFile as error:
         raise DataError(f"{path}: {error}; delete it and run triderm embed again") from None
-    except KeyError:
+    except (KeyError, UnicodeDecodeError):
         raise DataError(f"{path}: not a file of embeddings; run triderm embed again") from None
     if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
         raise DataError(f"{path}: has no lesion {absent[0]}; run triderm embed again")

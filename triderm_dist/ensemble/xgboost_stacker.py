@@ -161,7 +161,12 @@ class XGBoostStacker(Stacker):
         return BoostedTrees.read(self.model)
 
     def _booster(self) -> Any:
-        return import_xgboost().Booster({"device": "cpu", "nthread": 1}, model_file=bytearray(self.model))
+        xgboost = import_xgboost()
+        try:
+            return xgboost.Booster({"device": "cpu", "nthread": 1}, model_file=bytearray(self.model))
+        except xgboost.core.XGBoostError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"not a model of this XGBoost ({reason}); run triderm stack again") from None
 
 
 def device_of(config: StackConfig) -> str:

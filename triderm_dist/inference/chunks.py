@@ -101,11 +101,11 @@ class PredictionJob:
         try:
             table = read_checked_parquet(self._path(number))
             about = json.loads(table.schema.metadata[_KEY])
-        except (DamagedFile, FileNotFoundError, KeyError, TypeError, ValueError):
+            if about["key"] != self._key(number):
+                return None
+            return table.replace_schema_metadata(None), [Problem(**each) for each in about["problems"]]
+        except (DamagedFile, FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
             return None
-        if about["key"] != self._key(number):
-            return None
-        return table.replace_schema_metadata(None), [Problem(**each) for each in about["problems"]]
 
     def _predict(self, number: int) -> None:
         lesions = self.lesions.take(self.chunks[number])

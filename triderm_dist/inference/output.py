@@ -51,10 +51,10 @@ def is_written(output: Path, key: str) -> bool:
     path = output / TABLE_FILE if output.is_dir() else output
     try:
         about = json.loads(read_checked_parquet(path, ["lesion_id"]).schema.metadata[TABLE_KEY])
-    except (DamagedFile, OSError, KeyError, TypeError, ValueError):
-        about = {}
-    if about.get("key") == key:
-        return True
+        if about["key"] == key:
+            return True
+    except (DamagedFile, OSError, KeyError, TypeError, ValueError, RecursionError):
+        pass
     raise DataError(f"{output}: exists and is not the result of this command; name another output, or delete it")
 
 

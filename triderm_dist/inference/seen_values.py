@@ -26,12 +26,12 @@ def read_seen(folder: Path, fields: Sequence[MetadataField]) -> list[np.ndarray 
     try:
         if (folder / VALUES_FILE).exists():
             recorded = read_checked_json(folder / VALUES_FILE)
-            known = [np.array(recorded.get(field.name, [])) for field in fields]
+            known = [np.array(recorded.get(field.name, []), np.float64) for field in fields]
         else:
             column = pq.read_table(folder / OOF_FILE, columns=["metadata"])["metadata"].combine_chunks()
             values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
             known = [np.unique(each[~np.isnan(each)]) for each in values.T]
-    except (OSError, ValueError, KeyError, DamagedFile, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, DamagedFile, pa.ArrowException):
         return [None] * len(fields)
     return [each if len(each) else None for each in known]
 

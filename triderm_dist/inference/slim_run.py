@@ -147,7 +147,8 @@ def write_zip(folder: Path, path: Path) -> None:
 def write_hub_card(run: RunFolder, folder: Path, license_name: str) -> None:
     """Put the metadata that the hub reads in front of the model card of a slim run."""
     card = folder / CARD_FILE
-    text = card.read_text(encoding="utf-8") if card.exists() else ""  # an export of an export may have none
+    # An export of an export may have none.
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
     body = _METADATA.sub("", text)
     write_text(card, f"---\n{yaml.safe_dump(hub_metadata(run, license_name), sort_keys=False)}---\n\n{body}")
 

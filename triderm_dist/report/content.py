@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE, read_yaml
 from triderm_dist.data.synthetic import is_synthetic
-from triderm_dist.ensemble.artifact import Ensemble, read_json, read_task
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.predict import check_task, check_weights
 from triderm_dist.ensemble.run_files import (
     ALIGNMENTS_FILE,
     ENSEMBLE,
     ENSEMBLE_FILE,
-    HELD_OUT_FILE,
     NESTED_FILE,
     OOF_FILE,
     STACK_FILE,
     STACKER,
+    read_held_out,
     read_nested,
 )
 from triderm_dist.ensemble.score_table import Row
@@ -149,7 +150,7 @@ class Content:
     def __init__(self, run_folder: Path) -> None:
         self.folder = Path(run_folder)
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
-        self.fit = read_json(self.folder / ENSEMBLE_FILE)
+        self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
         table = read_oof(self.folder / OOF_FILE, features=(self.folder / ALIGNMENTS_FILE).exists())
         check_task(self.folder, table.task)
@@ -195,17 +196,13 @@ class Content:
     @cached_property
     def held_out(self) -> dict[str, Any] | None:
         """heldout.json, if the test set was scored."""
-        path = self.folder / HELD_OUT_FILE
-        try:
-            return read_checked_json(path) if path.exists() else None
-        except (DamagedFile, ValueError) as error:
-            raise DataError(f"{path}: {error}; run triderm predict again") from None
+        return read_held_out(self.folder)
 
     @cached_property
     def settings(self) -> str:
         """The text of config.yaml without secrets, which earlier versions saved; "" if there is none."""
         path = self.folder / CONFIG_FILE
-        return redact(path.read_text(encoding="utf-8")) if path.exists() else ""
+        return redact(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else ""
 
     @cached_property
     def transforms(self) -> tuple[int, int]:
@@ -462,12 +459,26 @@ class Content:
         )
 
 
+class _ExtraSet(BaseModel):
+    task: str
+    lesions: int
+    weight: float
+
+
+class _ExtraKeys(BaseModel):
+    extra: list[_ExtraSet] = []
+
+
 def extra_sets(folder: Path, networks: Sequence[str]) -> list[str]:
     """Name the extra sets whose lesions joined the training of a run's networks, as their fold.json record them."""
     found: dict[str, None] = {}
     for name in networks:
         for path in sorted((folder / name).glob("fold-*/fold.json")):
-            for each in read_checked_json(path).get("extra", []):
+            try:
+                record = read_checked_json(path, _ExtraKeys)
+            except DamagedFile as error:
+                raise DataError(f"{path}: {error}; delete {path.parent} and run triderm crossval again") from None
+            for each in record.get("extra", []):
                 found[f"{each['task']} ({each['lesions']:,} lesions, weight {each['weight']:g})"] = None
     return list(found)
 

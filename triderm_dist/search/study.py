@@ -59,7 +59,7 @@ def search(run: SearchRun, log: Callable[[str], None]) -> Summary:
     own = own_settings(experiment.models[model], BATCH_SETTINGS)
     for total, micro in product(*(space[key].all_values() if key in space else [own[key]] for key in BATCH_SETTINGS)):
         split_batch(total, micro, settings.workers)
-    refusal = InputError(f"{run.search_folder}: another search is running in this folder; wait for it or stop it")
+    refusal = f"{run.search_folder}: another search is running in this folder; wait for it or stop it"
     with exclusive_lock(run.search_folder / ".lock", refusal):
         _open_folder(run, space)
         prepare(experiment, index, [model])  # once, for all trials

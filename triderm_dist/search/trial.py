@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
+
+from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import Experiment
 from triderm_dist.distributed import collectives
 from triderm_dist.files import write_json
@@ -50,14 +52,31 @@ class Trial:
         write_json(folder / "trial.json", asdict(self))
 
 
+class _TrialKeys(BaseModel):
+    """Keys of trial.json with their types; those with a default may be absent."""
+
+    number: int
+    settings: dict[str, Any]
+    seed: int = 0
+    state: State = "running"
+    epochs: int = 0
+    macro_f1: float | None = None
+    official: float | None = None
+    seconds: float = 0.0
+    error: str = ""
+    bad_input: bool = False
+    curve: list[float] = []
+    changes: list[dict[str, Any]] = []
+
+
 def read_trial(folder: Path) -> Trial | None:
     """Read the trial in a folder; None where none has started. Raises DataError for an invalid trial.json."""
     path = folder / "trial.json"
     try:
-        return Trial(**json.loads(path.read_text(encoding="utf-8")))
+        return Trial(**read_checked_json(path, _TrialKeys))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (DamagedFile, TypeError) as error:
         raise DataError(f"{path}: not the record of a trial ({one_line(error)}); remove its folder") from None
 
 

@@ -78,5 +78,5 @@ def _of_index(path: Path) -> Task:
         return recorded_task(record, str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give a packed set, which has it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not the index of a packed set ({one_line(error)})") from None

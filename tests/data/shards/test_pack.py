@@ -28,7 +28,7 @@ from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import DataError
+from triderm_dist.schema import Busy, DataError
 
 Make = Callable[..., Challenge]
 
@@ -162,7 +162,7 @@ def test_packing_with_changed_settings_starts_over(dataset: Dataset, tmp_path: P
 def test_packing_locks_the_output_folder(dataset: Dataset, tmp_path: Path) -> None:
     def second(done: int, total: int) -> None:
         if done == 1:
-            with pytest.raises(DataError, match=r"out.part: another process is packing this folder"):
+            with pytest.raises(Busy, match=r"out.part: another process is packing this folder"):
                 packed(dataset, tmp_path / "out")
 
     assert len(packed(dataset, tmp_path / "out", progress=second)) == 33

@@ -15,7 +15,7 @@ from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import read_index
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.schema import InputError
+from triderm_dist.schema import Busy, InputError
 
 
 def request_stop(requested: bool, epoch: int, scores: dict[str, float]) -> None:
@@ -32,7 +32,7 @@ def main(output: str, jobs: str) -> None:
             index = read_index(experiment.train_shards)
             run_folds(experiment, index, list(experiment.models), job.get("folds", [0]), on_validation)
             results.append("done")
-        except (Interrupted, InputError, OSError) as error:
+        except (Interrupted, InputError, Busy, OSError) as error:
             results.append(f"{type(error).__name__}: {error}")
         Path(output, f"relay-{rank}.json").write_text(json.dumps(results))
 

@@ -66,8 +66,8 @@ def pack_shards(
     packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
     group_hashes: where the groups of the data set are hashes (`hash_groups`), those.
 
-    Raises InvalidLesions; DataError for an output that holds something else or that another process is writing, for no
-    valid lesion, or a full disk.
+    Raises InvalidLesions; Busy where another process packs the folder; DataError for an output that holds something
+    else, for no valid lesion, or a full disk.
     """
     folder = Path(output)
     if dataset.problems and invalid == "refuse":
@@ -80,7 +80,7 @@ def pack_shards(
         return _read_packed(folder, packer)
     part = folder.with_name(folder.name + ".part")
     try:
-        refusal = DataError(f"{part}: another process is packing this folder; wait for it or end it")
+        refusal = f"{part}: another process is packing this folder; wait for it or end it"
         with exclusive_lock(part / "lock", refusal):
             if _exists(folder):  # packed by another process in the meantime
                 return _read_packed(folder, packer)

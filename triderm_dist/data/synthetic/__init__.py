@@ -30,7 +30,7 @@ truth/   the labels of test/, to score predictions
 def is_synthetic(source: str | os.PathLike[str]) -> bool:
     """Return whether a notice in a folder of photos, or next to it, declares them synthetic."""
     notices = (Path(source) / "attribution.txt", Path(source).parent / "README.txt")
-    return any(path.exists() and path.read_text(encoding="utf-8").startswith("SYNTHETIC") for path in notices)
+    return any(path.is_file() and path.read_bytes().startswith(b"SYNTHETIC") for path in notices)
 
 
 def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: int) -> bool:
@@ -48,7 +48,7 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
         settings += f" task={json.dumps(task.to_mapping())}"
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         readme = output / "README.txt"
-        if readme.is_file() and settings in readme.read_text(encoding="utf-8").splitlines():
+        if readme.is_file() and settings in readme.read_text(encoding="utf-8", errors="replace").splitlines():
             return False
         raise DataError(f"{output}: exists and is not this demo data; choose another output folder or delete it")
     temporary = output.with_name(output.name + ".part")
