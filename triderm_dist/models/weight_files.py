@@ -62,9 +62,9 @@ def _parts(file: Path) -> list[Path]:
     """Return the parts of a sharded file, given one of them or their list; else the file alone."""
     if file.name.endswith(INDEX_SUFFIX) and file.is_file():
         parts = _listed_parts(file)
-    elif part := _PART.fullmatch(file.name):
-        count = int(part["count"])
-        parts = [file.with_name(f"{part['stem']}-{n:05}-of-{count:05}{part['suffix']}") for n in range(1, count + 1)]
+    elif (name := _PART.fullmatch(file.name)) and 1 <= int(name["number"]) <= int(name["count"]):
+        count = int(name["count"])
+        parts = [file.with_name(f"{name['stem']}-{n:05}-of-{count:05}{name['suffix']}") for n in range(1, count + 1)]
     else:
         parts = [file]
     for part in parts:
