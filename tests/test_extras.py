@@ -11,7 +11,13 @@ from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist.extras import CORE, EXTRA_OF, MissingPackage, explain, install_command, require
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-IMPORT_NAMES = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+IMPORT_NAMES = {
+    "open_clip_torch": "open_clip",
+    "pillow": "PIL",
+    "pillow-heif": "pillow_heif",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
 """Import names of packages that are imported by another name than they are installed by."""
 
 BLOCK = """

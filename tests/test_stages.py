@@ -47,6 +47,19 @@ def test_stage_reruns_by_content_instead_of_time(tmp_path):
     assert (tmp_path / "out").read_text() == "by another program:b"
 
 
+def test_folders_in_a_ring_of_links_are_hashed_once(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "a").mkdir(parents=True)
+    (photos / "a" / "photo.jpg").write_bytes(b"photo")
+    first = _digest([photos])
+    for name in ("ring", "again"):
+        (photos / name).symlink_to(photos)
+        (photos / "a" / name).symlink_to(photos / "a")
+    assert _digest([photos]) == first
+    (photos / "nowhere.csv").symlink_to("absent")
+    assert _digest([photos]) != first
+
+
 def test_damaged_record_is_reported_and_all_stages_rerun(tmp_path, capsys):
     (tmp_path / "in").write_text("a")
     run_stages([stage(tmp_path)], tmp_path)

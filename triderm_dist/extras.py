@@ -27,6 +27,7 @@ EXTRA_OF: dict[str, str] = {
     "onnxscript": "export",
     "onnxruntime": "export",
     "openpyxl": "excel",
+    "pillow_heif": "photos",
 }
 """The extra of triderm-dist that installs an optional package, by the package's import name."""
 

@@ -7,6 +7,13 @@ START = 1024
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"version https://git-lfs", "a pointer of Git LFS instead of the file; run git lfs pull"),
+    (0, b"/annex/objects/", "a pointer of git-annex instead of the file; run git annex get"),
+    (8, b"CR\2\0", "a raw file of a camera"),
+    (4, b"ftypcrx", "a raw file of a camera"),
+    (0, b"FUJIFILMCCD-RAW", "a raw file of a camera"),
+    (0, b"IIRO", "a raw file of a camera"),
+    (0, b"IIU\0", "a raw file of a camera"),
+    (0, b"FOVb", "a raw file of a camera"),
     (0, b"\xff\xd8\xff", "a JPEG"),
     (0, b"\x89PNG\r\n\x1a\n", "a PNG"),
     (0, b"GIF8", "a GIF"),
@@ -18,12 +25,21 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\x0a", "a JPEG XL"),
     (4, b"JXL ", "a JPEG XL"),
     (4, b"jP  ", "a JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000"),
+    (0, b"8BPS", "a Photoshop document"),
+    (0, b"\0\0\1\0", "an icon"),
+    (0, b"%!PS", "a PostScript file"),
     (4, b"ftypavi", "an AVIF"),
     (4, b"ftyphei", "a HEIC"),
     (4, b"ftyphev", "a HEIC"),
     (4, b"ftypmif1", "a HEIF"),
     (4, b"ftypmsf1", "a HEIF"),
     (4, b"ftyp", "a video"),
+    (8, b"AVI ", "a video"),
+    (0, b"\x1a\x45\xdf\xa3", "a video"),
+    (8, b"WAVE", "a sound"),
+    (0, b"ID3", "a sound"),
+    (0, b"OggS", "a video or sound"),
     (128, b"DICM", "a DICOM file"),
     (0, b"%PDF", "a PDF"),
     (0, b"PK\x03\x04", "a zip archive"),
@@ -42,6 +58,12 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xd0\xcf\x11\xe0", "an old Office file"),
     (0, b"SQLite format 3\0", "an SQLite database"),
     (0, b"GGUF", "a GGUF file"),
+    (0, b"\0\5\x16\7", "an AppleDouble file of macOS"),
+    (0, b"\0\5\x16\0", "an AppleDouble file of macOS"),
+    (0, b"bplist", "a property list of macOS"),
+    (0, b"book\0\0\0\0mark", "an alias of macOS"),
+    (0, b"L\0\0\0\1\x14\2\0", "a shortcut of Windows"),
+    (0, b"\x7fELF", "a program"),
 )
 """(position, bytes there, what the file is); the first that fits is taken."""
 
@@ -62,6 +84,10 @@ def kind_of(start: bytes) -> str:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if any(tag in text[:512] for tag in _WEB_PAGE):
         return "a web page"
+    if b"<svg" in text[:512] and text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")):
+        return "an SVG drawing"
+    if text.startswith(b"[internetshortcut]"):
+        return "a link to a web page"
     if text.startswith(b"<?xml"):
         return "an XML file, such as a server's error message"
     if start[:1] == b"\x80" and 2 <= start[1] <= 5:

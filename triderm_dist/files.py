@@ -14,7 +14,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,6 +135,33 @@ def naming_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if not error.filename or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
+
+
+def walk_folders(
+    folder: Path, skip: Collection[str] = (), seen: set[tuple[int, int]] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder at or below `folder` with the names of its files, both in the order of names.
+
+    Symbolic links are followed, but each folder comes once, however many links lead to it, by its own path where it is
+    below `folder`.  skip: names of folders that are left out.  seen: (device, inode) of folders already walked.
+    """
+    seen = set() if seen is None else seen
+    root = os.path.join(os.path.realpath(folder), "")
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if name not in skip
+            and not (
+                os.path.islink(path := os.path.join(parent, name)) and f"{os.path.realpath(path)}/".startswith(root)
+            )
+        )
+        yield parent, sorted(files)
 
 
 def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:

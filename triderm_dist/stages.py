@@ -23,7 +23,7 @@ from typing import Any
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.cli import BAD_INPUT, Interrupted
-from triderm_dist.files import exclusive_lock, file_sha256, write_json
+from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_json
 from triderm_dist.run_log import LOG_FOLDER
 from triderm_dist.signals import SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
 from triderm_dist.terminal import clock, wrapped
@@ -172,17 +172,11 @@ def _content(path: Path) -> str:
     if not path.is_dir():
         return file_sha256(path) if path.exists() else "absent"
     content = hashlib.sha256()
-    seen = set()
-    for folder, folders, files in os.walk(path, followlinks=True):
-        state = os.stat(folder)
-        if (state.st_dev, state.st_ino) in seen:  # symbolic links may form a ring
-            folders.clear()
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        folders.sort()
-        for name in sorted(files):
+    for folder, files in walk_folders(path):
+        for name in files:
             file = Path(folder, name)
-            content.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-            if file.suffix.lower() == ".csv":
+            size = str(file.stat().st_size) if file.exists() else "absent"  # a link may lead nowhere
+            content.update(f"{file.relative_to(path)} {size}\n".encode(errors="surrogateescape"))
+            if file.suffix.lower() == ".csv" and file.is_file():
                 content.update(file.read_bytes())
     return content.hexdigest()

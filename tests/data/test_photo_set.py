@@ -89,7 +89,7 @@ def test_image_or_array_counts_as_a_png_of_it(tmp_path):
     image.save(tmp_path / "a.png")
     photos = [tmp_path / "a.png", image, np.asarray(image), (tmp_path / "a.png").read_bytes()]
     photo_set = PhotoSet(milk10k_task(), (), {"dermoscopic": photos}, canvas=CANVAS, short_side=32)
-    first, *others = [photo_set.pixels(row, "dermoscopic") for row in range(len(photos))]
+    first, *others = [photo_set.pixels(row, "dermoscopic")[0] for row in range(len(photos))]
     assert first.shape == (32, 51, 3)
     assert all(np.array_equal(first, other) for other in others)
 

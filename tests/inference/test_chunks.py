@@ -47,7 +47,7 @@ def test_chunks_equal_one_pass(predictor, lesions, tmp_path):
     job.run(progress=lambda done, total: progress.append((done, total)))
     assert [len(job._rows(number)) for number in range(len(job.chunks))] == [4, 4, 2]
     assert progress[-1] == (LESIONS, LESIONS) and [done for done, _ in progress[:3]] == [4, 8, 10]
-    table, problems = job.result()
+    table, problems, _ = job.result()
     answer = predictor.predict(lesions, 2)
     expected = prediction_table(answer, predictor.run.task, predictor.members)
     assert not problems and table.column_names == expected.column_names
@@ -107,7 +107,7 @@ def test_unreadable_photo_is_refused_or_its_lesion_left_out(predictor, lesions, 
         job_of(predictor, lesions, tmp_path).run()
     job = job_of(predictor, lesions, tmp_path, drop=True)
     job.run()
-    table, problems = job.result()
+    table, problems, _ = job.result()
     assert table["lesion_id"].to_pylist() == [name for at, name in enumerate(lesions.lesion_ids) if at != 5]
     assert [(problem.lesion_id, problem.where) for problem in problems] == [
         (lesions.lesion_ids[5], str(tmp_path / "no.jpg"))

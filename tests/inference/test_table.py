@@ -136,7 +136,7 @@ def test_lesion_and_view_by_the_name_of_a_photo(path, expected):
 def test_folder_of_photos(tmp_path):
     for name in ("L2.clinical.jpg", "L2.dermoscopic.png", "L1.clinical.jpg", "sub/L1.dermoscopic.jpeg"):
         draw(tmp_path / name)
-    (tmp_path / "L3.clinical.heic").write_bytes(b"")
+    (tmp_path / "L3.clinical.dcm").write_bytes(b"")
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
     found = read_input([tmp_path], Trained())
     assert [row[:2] for row in rows_of(found.lesions)] == [
@@ -147,7 +147,7 @@ def test_folder_of_photos(tmp_path):
     assert found.notes == (
         "2 of 3 lesions with one photo; the other view is missing",
         "photos alone: age, sex, skin tone, site, concept scores are missing for every lesion",
-        "1 files are not JPEG or PNG, so not read; the first is L3.clinical.heic",
+        "1 file is not read, since it is no photo (JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF): L3.clinical.dcm",
     )
 
 
@@ -169,7 +169,7 @@ def test_single_photos(tmp_path):
         ({"age": "old"}, "row 3: age 'old' is not a number from 0 to 120 years"),
         ({"site": "hnd"}, "row 3: unknown site 'hnd'; did you mean 'hand'?"),
         ({"lesion_id": "L0"}, "row 3: lesion L0 occurs twice, the first in row 2; keep one"),
-        ({"dermoscopic": "2.jpg"}, "row 3: no photo 2.jpg or .png below "),
+        ({"dermoscopic": "2.jpg"}, "row 3: no photo 2 (.jpg, .png and others) below "),
         ({"dermoscopic": ""}, "row 3: lesion L1 has no photo; add one or remove its rows"),
         ({"lesion_id": ""}, "row 3: lesion_id is empty; every lesion needs its own"),
     ],
@@ -199,7 +199,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
         "nothing": "nothing: no such file or folder",
         "lesions.csv": "lesions.csv: no column names the photos; add one per view (clinical, dermoscopic, or the task's"
         " isic_id) with their paths",
-        "empty": "empty: no photo (.jpg, .jpeg or .png) in or below this folder",
+        "empty": "empty: no photo (JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF) in or below this folder",
         "a.txt.gz": "a.txt.gz: neither a folder, a table nor a photo",
         "twice": "1_clinical.jpg: lesion 1 has two clinical photos, the other is ",
         "packed": "packed: is a packed set; predict it by data.test_shards=",

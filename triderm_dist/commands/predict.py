@@ -197,6 +197,7 @@ def predict_input(config: PredictRun) -> None:
 
 def print_predictions(job: PredictionJob, read: ReadInput) -> None:
     """Print the decision for each lesion, and its most probable diagnoses."""
+    from triderm_dist.data.shards.photos import describe_changes
     from triderm_dist.inference.chunks import prediction_table
 
     task = job.predictor.run.task
@@ -207,11 +208,14 @@ def print_predictions(job: PredictionJob, read: ReadInput) -> None:
         print(wrapped(f"{row['lesion_id']}: {row['decision'] or 'no diagnosis'} ({values})"))
     for problem in (*read.problems, *answer.problems.values()):
         print(wrapped(f"left out: {problem}"))
+    for note in describe_changes(answer.changes):
+        print(wrapped(f"note: {note}"))
 
 
 def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> None:
     """Predict in chunks on all ranks, and write the output on rank 0."""
     from triderm_dist.data.shards.console import print_problems, progress_bar
+    from triderm_dist.data.shards.photos import describe_changes
     from triderm_dist.distributed.collectives import is_main, on_main, rank, world_size
     from triderm_dist.files import exclusive_lock
     from triderm_dist.inference.chunks import identity
@@ -237,7 +241,9 @@ def write_output(config: PredictRun, job: PredictionJob, read: ReadInput) -> Non
             return
         with progress_bar("lesions") as progress:
             job.run(rank(), world_size(), progress)
-        table, problems = job.result()
+        table, problems, changes = job.result()
+        for note in describe_changes(changes):
+            print(wrapped(f"note: {note}"))
         print_problems([*read.problems, *problems], Path(f"{output}.problems.csv"))
         about = {
             "key": job.key, "run": identity(run), "task": run.task.to_mapping(), "members": [*job.predictor.members],

@@ -20,13 +20,14 @@ from PIL import Image
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.lesions import LesionInputs
 from triderm_dist.data.loader import CanvasSource, fit_to_canvas
+from triderm_dist.data.photo_formats import describe_error
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.photos import PhotoError, prepare_pixels
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task, one_line
 
 Photo = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""A photo: path of a JPEG or PNG, its bytes, a Pillow image, or pixels (H, W, 3) or (H, W) uint8; a fourth channel,
-alpha, is ignored."""
+"""A photo: path of a photo file, its bytes, a Pillow image, or pixels (H, W, 3) or (H, W) uint8 in sRGB; a fourth
+channel is alpha and put on white."""
 _Held = str | os.PathLike[str] | bytes | Image.Image
 
 
@@ -133,8 +134,11 @@ class PhotoSet:
         photo = self.photos[view][row]
         return os.fspath(photo) if isinstance(photo, str | os.PathLike) else _whose(view, self.lesion_ids[row])
 
-    def pixels(self, row: int, view: str) -> np.ndarray:
-        """Return the prepared pixels (H, W, 3) uint8 of a photo, of its own size. Raises PhotoError."""
+    def pixels(self, row: int, view: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Return the prepared pixels (H, W, 3) uint8 of a photo, of its own size, and what was converted.
+
+        Raises PhotoError.
+        """
         photo = self.photos[view][row]
         assert photo is not None
         if isinstance(photo, bytes | Image.Image):
@@ -142,14 +146,14 @@ class PhotoSet:
         try:
             return prepare_pixels(Path(photo).read_bytes(), self.short_side)
         except OSError as error:
-            raise PhotoError(error.strerror or str(error)) from None
+            raise PhotoError(describe_error(error)) from None
 
 
 class PhotoSetSource(CanvasSource):
     """The photos of a set, prepared as packing does it, and fitted to its canvas.
 
     An unreadable photo raises DataError, which names it; with drop=True it is black instead, and `problems` has it by
-    the row of its lesion.
+    the row of its lesion.  changes: by row and view, what was converted in a photo.
     """
 
     def __init__(
@@ -165,6 +169,7 @@ class PhotoSetSource(CanvasSource):
         super().__init__(photos.canvas, image_size, mean, std, views or photos.signature.views, augment)
         self.set, self.drop = photos, drop
         self.problems: dict[int, Problem] = {}
+        self.changes: dict[tuple[int, str], tuple[str, ...]] = {}
 
     def locate(self, rows: np.ndarray) -> list[Any]:
         return [None] * len(rows)
@@ -175,7 +180,7 @@ class PhotoSetSource(CanvasSource):
             out[:] = 0
             return
         try:
-            pixels = self.set.pixels(row, view)
+            pixels, changes = self.set.pixels(row, view)
         except PhotoError as error:
             where = self.set.name_photo(row, view)
             if not self.drop:
@@ -185,6 +190,8 @@ class PhotoSetSource(CanvasSource):
             self.problems[row] = Problem(str(self.set.lesion_ids[row]), "unreadable photo", where, str(error))
             out[:] = 0
             return
+        if changes:
+            self.changes[row, view] = changes
         out[:] = pixels if pixels.shape == out.shape else fit_to_canvas(pixels, *out.shape[:2])
 
 
@@ -209,7 +216,14 @@ def _content(photo: _Held | None) -> bytes:
     if isinstance(photo, bytes):
         return photo
     if isinstance(photo, Image.Image):
-        return repr((photo.mode, photo.size)).encode() + photo.tobytes()
+        about = (
+            photo.mode,
+            photo.size,
+            photo.getpalette(),
+            photo.info.get("transparency"),
+            photo.getexif().get(0x0112),
+        )
+        return repr(about).encode() + photo.tobytes() + (photo.info.get("icc_profile") or b"")
     if photo is None:
         return b""
     path = os.path.abspath(str(photo))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -85,25 +86,29 @@ class PredictionJob:
         """SHA-256 of all that the result depends on."""
         return hashlib.sha256("".join(self._key(number) for number in range(len(self.chunks))).encode()).hexdigest()
 
-    def result(self) -> tuple[pa.Table, list[Problem]]:
-        """Return the table of all lesions, as `prediction_table` has it, and the problems of those left out."""
-        tables, problems = [], list[Problem]()
+    def result(self) -> tuple[pa.Table, list[Problem], Counter[str]]:
+        """Return the table of all lesions, as `prediction_table` has it, the problems of those left out, and the number
+        of photos by what was converted in them.
+        """
+        tables, problems, changes = [], list[Problem](), Counter[str]()
         for number in range(len(self.chunks)):
             chunk = self.read(number)
             if chunk is None:
                 raise FileNotFoundError(2, "was removed or changed by another program", str(self._path(number)))
             tables.append(chunk[0])
             problems += chunk[1]
-        return pa.concat_tables(tables), problems
+            changes += chunk[2]
+        return pa.concat_tables(tables), problems, changes
 
-    def read(self, number: int) -> tuple[pa.Table, list[Problem]] | None:
+    def read(self, number: int) -> tuple[pa.Table, list[Problem], Counter[str]] | None:
         """Return a finished chunk, None where it is absent, damaged or of another job."""
         try:
             table = read_checked_parquet(self._path(number))
             about = json.loads(table.schema.metadata[_KEY])
             if about["key"] != self._key(number):
                 return None
-            return table.replace_schema_metadata(None), [Problem(**each) for each in about["problems"]]
+            problems = [Problem(**each) for each in about["problems"]]
+            return table.replace_schema_metadata(None), problems, Counter(about.get("changes", {}))
         except (DamagedFile, FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
             return None
 
@@ -115,6 +120,7 @@ class PredictionJob:
         kept = np.ones(len(lesions), bool)
         kept[list(answer.problems)] = False
         about = {"key": self._key(number), "problems": [asdict(problem) for problem in problems]}
+        about["changes"] = dict(answer.changes)
         write_checked_parquet(self._path(number), table.filter(pa.array(kept)), {_KEY: json.dumps(about).encode()})
 
     def _path(self, number: int) -> Path:

@@ -9,7 +9,7 @@ Shapes: N lesions, B of a batch, V views, M members of the ensemble, C diagnoses
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +45,14 @@ class Answer(NamedTuple):
     """What the ensemble says of N lesions.
 
     members: (M, N, C) probabilities.  parts: the outputs of every network.  problems: by row, photos that could not be
-    read and count as black.
+    read and count as black.  changes: the number of photos by what was converted in them.
     """
 
     results: Results
     members: np.ndarray
     parts: list[Predictions]
     problems: dict[int, Problem]
+    changes: Counter[str]
 
 
 class Predictor:
@@ -100,7 +101,8 @@ class Predictor:
                 parts.append(as_predictions(evaluation, photos, model.name, head, NO_FOLD, *hashes))
         with self._combining:
             results, members = self.run.fitted.predict(average_test(parts), parts, embeddings)
-        return Answer(results, members, parts, dict(source.problems))
+        changes = Counter(change for photo in source.changes.values() for change in photo)
+        return Answer(results, members, parts, dict(source.problems), changes)
 
     @torch.no_grad()
     def attention(self, photos: PhotoSet) -> dict[str, AttentionMaps]:

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from triderm_dist.config import Networks
 from triderm_dist.data.loader import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.table import parse_field, parse_score
-from triderm_dist.data.shards.photos import PhotoError
+from triderm_dist.data.shards.photos import PhotoError, describe_changes
 from triderm_dist.extras import require
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
@@ -121,7 +122,7 @@ class Run:
     ) -> Prediction:
         """Predict one lesion; anything may be left out.
 
-        clinical, dermoscopic: the photos, each a path, the bytes of a JPEG or PNG, a Pillow image or a NumPy array
+        clinical, dermoscopic: the photos, each a path, the bytes of a photo file, a Pillow image or a NumPy array
         (H, W), (H, W, 3) or (H, W, 4) of uint8.  concepts: scores from 0 to 1 by name (`concepts` of the run).
         fields: metadata by name, such as age=60; numbers and categories are written as in a table of the task.
         tta: number of transforms of the dihedral group to average over, 1, 2, 4 or 8; None takes that of the run.
@@ -130,7 +131,8 @@ class Run:
         cannot be read.
         """
         photos = self._one_lesion({"clinical": clinical, "dermoscopic": dermoscopic}, concepts, lesion_id, fields)
-        return self._prediction(self.predictor.predict(photos, self._transforms(tta)), self._warnings(photos))
+        answer = self.predictor.predict(photos, self._transforms(tta))
+        return self._prediction(answer, [*self._warnings(photos), *describe_changes(answer.changes)])
 
     def predict_table(
         self,
@@ -159,7 +161,7 @@ class Run:
         else:
             given = read_lesions(table_of_frame(table), [folder or Path()], self._run, invalid)
         predictor, transforms, lesions = self.predictor, self._transforms(tta), given.lesions
-        tables, left_out = [], [*given.problems]
+        tables, left_out, changes = [], [*given.problems], Counter[str]()
         size = BATCHES * predictor.batch  # so that the features of all networks fit into memory
         for start in range(0, len(lesions), size):
             part = lesions.take(slice(start, start + size))
@@ -167,7 +169,8 @@ class Run:
             kept = np.isin(np.arange(len(part)), list(answer.problems), invert=True)
             tables.append(prediction_table(answer, self.task, self.members).filter(kept))
             left_out += answer.problems.values()
-        for note in (*given.notes, *(f"left out: {problem}" for problem in left_out)):
+            changes += answer.changes
+        for note in (*given.notes, *describe_changes(changes), *(f"left out: {problem}" for problem in left_out)):
             warnings.warn(note, stacklevel=2)
         return pa.concat_tables(tables).to_pandas()
 
@@ -374,7 +377,7 @@ class PixelNetwork:
             self.run.task, self.run.concepts, {view: [photo]}, canvas=self.run.canvas, short_side=self.run.short_side
         )
         try:
-            pixels = photos.pixels(0, view)
+            pixels, _ = photos.pixels(0, view)
         except PhotoError as error:
             raise InputError(f"the photo cannot be read ({error})") from None
         width, height = self.run.canvas

@@ -21,17 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ_FORMATS
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers import milk10k
-from triderm_dist.data.readers.find_photos import (
-    OTHER_SUFFIXES,
-    PHOTO_SUFFIXES,
-    MissingPhoto,
-    PhotoFinder,
-    photo_name,
-    walk_files,
-)
+from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name, walk_files
 from triderm_dist.data.readers.source import reader_of
 from triderm_dist.data.readers.table import (
     SUFFIXES,
@@ -48,6 +42,7 @@ from triderm_dist.data.readers.table import (
 )
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.schema import DataError, TableFormat, Task, did_you_mean
+from triderm_dist.terminal import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,7 +99,7 @@ def read_input(
         raise DataError(f"view={view}: {did_you_mean(view, trained.task.view_names)}")
     if len(paths) != 1:
         if other := next((path for path in paths if path.suffix.lower() not in PHOTO_SUFFIXES), None):
-            raise DataError(f"{other}: of several inputs each must be a photo (.jpg, .jpeg or .png)")
+            raise DataError(f"{other}: of several inputs each must be a photo ({READ_FORMATS})")
         return _read_photos([(path, Path()) for path in paths], trained, view)
     (path,) = paths
     if path.is_dir():
@@ -144,11 +139,13 @@ def _read_folder(
     found = [(path, path.parent.relative_to(folder)) for path, suffix in files if suffix in PHOTO_SUFFIXES]
     others = [path.name for path, suffix in files if suffix in OTHER_SUFFIXES]
     if not found:
-        hint = f"; {others[0]} is not a JPEG or PNG, convert it" if others else ""
-        raise DataError(f"{folder}: no photo (.jpg, .jpeg or .png) in or below this folder{hint}")
+        hint = f"; {others[0]} is none, convert it" if others else ""
+        raise DataError(f"{folder}: no photo ({READ_FORMATS}) in or below this folder{hint}")
     result = _read_photos(found, trained, view)
     if others:
-        kept = (*result.notes, f"{len(others)} files are not JPEG or PNG, so not read; the first is {others[0]}")
+        note = f"{counted(len(others), 'file')} {'is' if len(others) == 1 else 'are'} not read, since "
+        note += f"{'it is' if len(others) == 1 else 'they are'} no photo ({READ_FORMATS}): {others[0]}"
+        kept = (*result.notes, note + (", ..." if len(others) > 1 else ""))
         return ReadInput(result.lesions, kept)
     return result
 

@@ -210,7 +210,7 @@ BROKEN: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
     "thousand": (edit(2, AGE="1,000"), "row 4: Age '1,000' is not a number from 0 to 120"),
     "two of a view": (edit(3, kind="close-up"), "row 5: lesion L1 has two clinical photos, the first in row 4"),
     "photo twice": (edit(3, photo="p1c"), "row 5: photo p1c occurs twice, first in row 4"),
-    "no photo": (edit(3, photo="p9"), "row 5: photo: no photo p9.jpg or .png below"),
+    "no photo": (edit(3, photo="p9"), "row 5: photo: no photo p9 (.jpg, .png and others) below"),
     "one photo": (lambda rows: rows.pop(3), "row 4: lesion L1 has no dermoscopic photo; add it, or allow"),
     "ages differ": (edit(3, AGE="41"), "row 5: the photos of lesion L1 differ in Age"),
     "diagnoses differ": (edit(3, dx="MEL"), "row 5: the photos of lesion L1 differ in dx"),
@@ -250,8 +250,8 @@ def test_photo_name_that_several_files_have(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing_view", ["refuse", "mark"])
 def test_photo_in_another_format_is_refused_by_name(tmp_path: Path, missing_view: Literal["refuse", "mark"]) -> None:
     rows = rows_of_photos()
-    write(tmp_path, rows, [*(f"{row['photo']}.jpg" for row in rows[1:]), f"{rows[0]['photo']}.webp"])
-    with pytest.raises(InvalidLesions, match=r"row 2: photo: p0c.webp is not a JPEG or PNG; convert it"):
+    write(tmp_path, rows, [*(f"{row['photo']}.jpg" for row in rows[1:]), f"{rows[0]['photo']}.dcm"])
+    with pytest.raises(InvalidLesions, match=r"row 2: photo: no photo p0c, but \S+/p0c.dcm, .*; convert it"):
         read_lesions(tmp_path, task_of(), missing_view)
 
 
@@ -267,7 +267,7 @@ def test_photo_names_with_accents_are_found_in_either_spelling(tmp_path: Path) -
 def test_missing_photo_can_be_marked(tmp_path: Path) -> None:
     rows = rows_of_photos()
     write(tmp_path, rows, [f"{row['photo']}.jpg" for row in rows[1:]])
-    with pytest.raises(InvalidLesions, match=r"row 2: photo: no photo p0c.jpg or .png below"):
+    with pytest.raises(InvalidLesions, match=r"row 2: photo: no photo p0c \(.jpg, .png and others\) below"):
         read_lesions(tmp_path, task_of())
     dataset = read_lesions(tmp_path, task_of(), missing_view="mark")
     assert dataset.lesions[0].images["clinical"] is None and len(dataset.lesions) == 4

@@ -245,8 +245,10 @@ def test_missing_view_can_be_marked(make_challenge: Make) -> None:
 @pytest.mark.parametrize("missing_view", ["refuse", "mark"])
 def test_photo_in_another_format_is_refused_by_name(make_challenge: Make, missing_view: Any) -> None:
     challenge = make_challenge(lesions=3)
-    challenge.photo(2).rename(challenge.photo(2).with_suffix(".HEIC"))
-    with pytest.raises(DataError, match=r"row 4: ISIC_5002.HEIC is not a JPEG or PNG; convert it"):
+    challenge.photo(2).unlink()
+    challenge.photo(2).with_suffix(".DCM").write_bytes(bytes(128) + b"DICM")
+    what = r"row 4: no photo ISIC_5002, but \S+/ISIC_5002.DCM, a DICOM file; convert it to JPEG, PNG, "
+    with pytest.raises(DataError, match=what):
         read_challenge(challenge.folder, missing_view=missing_view)
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -18,13 +19,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.conftest import Challenge
 from tests.processes import HANG_SECONDS
+from triderm_dist.data.photo_formats import READ_FORMATS
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards import pack
+from triderm_dist.data.shards.colors import CMYK_PLAIN, ON_WHITE
+from triderm_dist.data.shards.console import print_index
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
@@ -292,3 +297,59 @@ def test_milk10k_is_packed_to_the_bytes_from_before_there_were_tasks(make_challe
     digest.update(repr([(str(field.type), field.name) for field in rows.schema]).encode())
     digest.update(repr(rows.to_pylist()).encode())
     assert digest.hexdigest() == PACKED_BEFORE_TASKS
+
+
+def test_a_copied_folder_gives_the_same_bytes_of_every_file(make_challenge: Make, tmp_path: Path) -> None:
+    """The path, the order in which files were created, and texts of libraries reach no file."""
+    challenge = make_challenge(lesions=9)
+    Image.new("RGBA", (40, 30), (200, 100, 90, 128)).save(challenge.photo(0), "PNG")  # a PNG named .jpg
+    Image.new("CMYK", (40, 30), (0, 90, 90, 40)).save(challenge.photo(2), "JPEG")
+    challenge.photo(4).write_bytes(b"<!DOCTYPE html><title>Not found</title>")
+    cut = challenge.photo(6).read_bytes()[:-2]
+    challenge.photo(6).write_bytes(cut)
+    challenge.photo(8).unlink()
+    challenge.photo(8).symlink_to("nowhere")
+    challenge.photo(10).unlink()
+    challenge.photo(10).with_suffix(".dcm").write_bytes(bytes(128) + b"DICM")
+    (challenge.folder / "MILK10k_Training_Input" / "more").mkdir()
+    copied = challenge.folder / "MILK10k_Training_Input" / "more" / challenge.photo(12).name
+    copied.write_bytes(b"another photo")
+    challenge.photo(12).rename(challenge.photo(14).with_name(challenge.photo(12).name))
+    other = tmp_path / "elsewhere" / "copy"
+    files = sorted(path for path in challenge.folder.rglob("*") if not path.is_dir())
+    for path in reversed(files):
+        target = other / path.relative_to(challenge.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target, follow_symlinks=False)
+    found = []
+    for number, folder in enumerate((challenge.folder, other)):
+        index = packed(read_challenge(folder, invalid="drop"), tmp_path / f"packed{number}", invalid="drop")
+        found.append(contents(index.folder))
+    assert found[0] == found[1]
+    assert dict(index.converted) == {ON_WHITE: 1, CMYK_PLAIN: 1}
+    text = found[0]["index.json"].decode()
+    assert str(tmp_path) not in text and "object at" not in text
+    assert {problem.what for problem in index.problems if problem.kind == "unreadable photo"} == {
+        f"a web page, not a photo that can be read ({READ_FORMATS})",
+        f"truncated: {len(cut)} bytes without the end marker of a JPEG",
+        "no such file",
+        "no photo ISIC_5010, but MILK10k_Training_Input/IL_1035/ISIC_5010.dcm, a DICOM file; convert it to "
+        f"{READ_FORMATS}, with the suffix of that format",
+        "several photos are named ISIC_5012: MILK10k_Training_Input/IL_1049/ISIC_5012.jpg and "
+        "MILK10k_Training_Input/more/ISIC_5012.jpg; keep one, or write the path in the table",
+    }
+
+
+def test_what_was_read_converted_and_dropped_is_printed(make_challenge: Make, tmp_path: Path, capsys: Any) -> None:
+    challenge = make_challenge(lesions=5)
+    Image.new("RGBA", (40, 30), (200, 100, 90, 128)).save(challenge.photo(0), "PNG")
+    challenge.photo(4).write_bytes(b"")
+    print_index(packed(read_challenge(challenge.folder), tmp_path / "packed", invalid="drop"))
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("read       5 lesions")
+    assert lines[at + 1 : at + 4] == [
+        "converted  1 photo with transparency, put on white",
+        "dropped    1 lesion: unreadable photo, such as",
+        "           MILK10k_Training_Input/IL_1014/ISIC_5004.jpg: an empty file, not a",
+    ]
+    assert "packed     4 lesions, 8 photos" in lines

@@ -56,7 +56,7 @@ def loaded(orientation: int = 1, **options: object) -> bytes:
 def test_metadata_is_removed_and_pixels_are_kept(options: dict[str, object]) -> None:
     data = loaded(**options)
     assert all(secret in data for secret in SECRETS)
-    clean = prepare_photo(data, short_side=36)
+    clean = prepare_photo(data, short_side=36).data
     assert not any(secret in clean for secret in SECRETS)
     np.testing.assert_array_equal(pixels(clean), pixels(data))
     # The bytes from the quantization tables to the end marker are unchanged.
@@ -82,7 +82,7 @@ def test_orientation_is_applied(orientation: int, short_side: int | None) -> Non
     steps = {2: ("x",), 3: ("x", "y"), 4: ("y",), 5: ("t",), 6: ("t", "x"), 7: ("t", "x", "y"), 8: ("t", "y")}
     for step in steps.get(orientation, ()):
         expected = {"x": expected[:, ::-1], "y": expected[::-1], "t": expected.swapaxes(0, 1)}[step]
-    result = pixels(prepare_photo(encode(stored, exif=exif(orientation), quality=95), short_side))
+    result = pixels(prepare_photo(encode(stored, exif=exif(orientation), quality=95), short_side).data)
     if short_side is None:
         assert result.shape == expected.shape
     else:
@@ -95,7 +95,7 @@ def test_orientation_is_applied(orientation: int, short_side: int | None) -> Non
 @given(width=st.integers(8, 300), height=st.integers(8, 300), short_side=st.integers(8, 100))
 def test_short_side_is_resized(width: int, height: int, short_side: int) -> None:
     data = encode(draw_photo(2, (width, height)))
-    rows, columns = pixels(prepare_photo(data, short_side)).shape[:2]
+    rows, columns = pixels(prepare_photo(data, short_side).data).shape[:2]
     scale = min(1.0, short_side / min(width, height))
     assert (columns, rows) == (round(width * scale), round(height * scale))
 
@@ -112,7 +112,7 @@ def test_reduction_is_lanczos(factor: int) -> None:
         return float(np.abs(pixels(data).astype(int) - np.asarray(reference).astype(int)).mean())
 
     encoded_again = distance(encode(reference, quality=90, subsampling="4:2:0"))
-    assert distance(prepare_photo(data, 60)) < 1.1 * encoded_again
+    assert distance(prepare_photo(data, 60).data) < 1.1 * encoded_again
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_reduction_is_lanczos(factor: int) -> None:
 def test_other_color_modes_become_rgb_jpegs(mode: str, kind: str) -> None:
     image = draw_photo(4)
     data = encode(image.quantize(64) if mode == "P" else image.convert(mode), format=kind)
-    with Image.open(io.BytesIO(prepare_photo(data, None))) as result:
+    with Image.open(io.BytesIO(prepare_photo(data, None).data)) as result:
         assert (result.format, result.mode, result.size) == ("JPEG", "RGB", (48, 36))
         difference = np.asarray(result).astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.abs(difference).mean() < 8  # JPEG blurs the edges of a palette
@@ -138,8 +138,8 @@ def test_every_truncation_is_detected(progressive: bool) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not a photo", bytes(1000), encode(draw_photo(6), format="GIF"), encode(draw_photo(6), format="PNG")[:400]],
-    ids=["empty", "text", "zeros", "gif", "cut png"],
+    [b"", b"not a photo", bytes(1000), encode(draw_photo(6), format="TGA"), encode(draw_photo(6), format="PNG")[:400]],
+    ids=["empty", "text", "zeros", "tga", "cut png"],
 )
 def test_files_that_are_not_photos_are_refused(data: bytes) -> None:
     with pytest.raises(PhotoError) as caught:
@@ -158,4 +158,4 @@ def test_broken_exif_is_ignored() -> None:
     data = loaded()
     place = data.index(b"Exif\0\0") + 6
     broken = data[:place] + b"\xff" * 12 + data[place + 12 :]
-    np.testing.assert_array_equal(pixels(prepare_photo(broken, 36)), pixels(data))
+    np.testing.assert_array_equal(pixels(prepare_photo(broken, 36).data), pixels(data))

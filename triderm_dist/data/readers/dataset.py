@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from triderm_dist.data.problems import Problem
@@ -55,7 +55,8 @@ class Dataset:
     """Checked lesions of one folder, in the order of its table.
 
     task: gives labels and metadata their meaning.  concepts: names of the K concept scores.  labeled: whether the
-    folder has labels.  notes: what was tolerated, with counts.  problems: why lesions were dropped.
+    folder has labels.  notes: what was tolerated, with counts.  problems: why lesions were dropped.  folder: to which
+    an index makes paths in problems relative; "" leaves them.
     """
 
     task: Task
@@ -64,3 +65,17 @@ class Dataset:
     labeled: bool
     notes: list[str]
     problems: tuple[Problem, ...] = ()
+    folder: str = ""
+
+    def relative(self, problems: Iterable[Problem]) -> list[Problem]:
+        """Return problems without the path of the folder, so that a copy of it elsewhere has the same ones."""
+        name = re.escape(self.folder.rstrip("/"))
+        if not name:
+            return [*problems]
+        path = re.compile(rf"(?<![\w./~-]){name}(?:/|(?![\w./-]))")
+
+        def text(value: str) -> str:
+            # macOS composes the accents of names in another way.
+            return unicodedata.normalize("NFC", path.sub(lambda found: "" if found[0][-1] == "/" else ".", value))
+
+        return [replace(problem, where=text(problem.where), what=text(problem.what)) for problem in problems]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from triderm_dist.data.photo_formats import READ_FORMATS
 from triderm_dist.data.readers.find_photos import PhotoFinder, photo_name
 from triderm_dist.data.readers.table import (
     NotUtf8,
@@ -76,7 +77,7 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         raise DataError(f"{folder}: no such folder; give the folder that holds the table and the photos")
     photos = PhotoFinder([folder]).names
     if not photos:
-        raise DataError(f"{folder}: no photo (.jpg, .jpeg or .png) in this folder")
+        raise DataError(f"{folder}: no photo ({READ_FORMATS}) in this folder")
     table, images = _find_images(folder, photos)
     left = {name: _column(table, name) for name in table.header if name not in images}
     given = {role: _spelled(table, left, role, name) for role, name in (roles or {}).items()}

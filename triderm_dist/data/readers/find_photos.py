@@ -8,18 +8,24 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
-OTHER_SUFFIXES = (".heic", ".webp", ".tif", ".tiff", ".bmp", ".jfif", ".jpe", ".gif", ".dcm")
+from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ_FORMATS, format_of
+from triderm_dist.data.readers.dataset import folded
+from triderm_dist.file_kinds import START, kind_of
+from triderm_dist.files import walk_folders
+
 _SUFFIXES = frozenset((*PHOTO_SUFFIXES, *OTHER_SUFFIXES))
 
 
 class MissingPhoto(ValueError):
-    """No file has the name of a photo, whatever its suffix."""
+    """No file has the name of a photo, whatever its suffix or case."""
 
 
 def photo_name(cell: str) -> str:
     """Return the id of a photo, given its id, file name or path."""
-    name = cell.replace("\\", "/").rpartition("/")[2]
+    return _without_suffix(cell.replace("\\", "/").rpartition("/")[2])
+
+
+def _without_suffix(name: str) -> str:
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and f".{suffix.lower()}" in _SUFFIXES else name
 
@@ -35,15 +41,18 @@ class PhotoFinder:
         self.unused = 0
         self._paths: dict[str, str | list[str]] = {}
         self._others: dict[str, str] = {}
-        for parent, name, suffix in (file for folder in folders for file in walk_files(folder)):
-            stem = _composed(name[: -len(suffix)] if suffix else name)
+        """The paths of files that are not photos by their suffix, by the name without it."""
+        self._near: dict[str, str] | None = None
+        seen = set[tuple[int, int]]()
+        for parent, name, suffix in (file for folder in folders for file in walk_files(folder, seen)):
+            path = f"{parent}/{name}"
             if suffix in PHOTO_SUFFIXES:
-                path = f"{parent}/{name}"
+                stem = _composed(name[: -len(suffix)])
                 self.unused += 1
                 known = self._paths.get(stem)
                 self._paths[stem] = path if known is None else [*([known] if isinstance(known, str) else known), path]
-            elif suffix in OTHER_SUFFIXES:
-                self._others[stem] = name
+            else:
+                self._others.setdefault(_composed(name[: -len(suffix)] if suffix else name), path)
 
     @property
     def names(self) -> set[str]:
@@ -52,29 +61,65 @@ class PhotoFinder:
     def __call__(self, cell: str, lesion_id: str = "") -> str:
         """Return the path of a photo; of several of one name that at the cell's path or in the lesion's folder.
 
-        Raises MissingPhoto where there is none, ValueError for another kind of file or several different photos.
+        Raises MissingPhoto where there is none, ValueError for another kind of file, a file whose name differs in
+        case, or several different photos.
         """
         cell = _composed(cell)
         stem = photo_name(cell)
         found = self._paths.get(stem)
         if found is None:
-            if stem in self._others:
-                raise ValueError(f"{self._others[stem]} is not a JPEG or PNG; convert it")
-            raise MissingPhoto(f"no photo {stem}.jpg or .png below {self.where}; put it there")
+            raise self._not_found(stem)
         path = found if isinstance(found, str) else _choose(found, cell, stem, lesion_id)
         self.unused -= 1
         return path
+
+    def _not_found(self, stem: str) -> ValueError:
+        """Return the error for a photo that no file has the name of; a file of nearly its name must not be lost."""
+        if self._near is None:
+            self._near = {_near(name): path for name, path in self._others.items()}
+            for name, found in self._paths.items():
+                self._near[_near(name)] = found if isinstance(found, str) else found[0]
+        path = self._others.get(stem) or self._near.get(_near(stem))
+        suffix = os.path.splitext(path or "")[1].lower()
+        if path and suffix in PHOTO_SUFFIXES:
+            return ValueError(f"no photo {stem}, but {path}, whose name is spelled otherwise; rename it")
+        if path and (suffix in ("", *OTHER_SUFFIXES) or format_of(_start_of(path))):
+            what = kind_of(_start_of(path))
+            return ValueError(
+                f"no photo {stem}, but {path}, {what}; convert it to {READ_FORMATS}, with the suffix of that format"
+            )
+        return MissingPhoto(f"no photo {stem} (.jpg, .png and others) below {self.where}; put it there")
 
     def clear(self) -> None:
         """Forget all paths, which take much memory."""
         self._paths.clear()
         self._others.clear()
+        self._near = None
+
+
+def _start_of(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(START)
+    except OSError:
+        return b""
 
 
 def _choose(paths: Sequence[str], cell: str, stem: str, lesion_id: str) -> str:
-    tail = os.path.splitext(cell.replace("\\", "/"))[0].lstrip("./")
-    near = [path for path in paths if os.path.splitext(path)[0].endswith(f"/{tail}")] if "/" in tail else []
-    near = near or [path for path in paths if os.path.basename(os.path.dirname(path)) == lesion_id] or list(paths)
+    """Return the one of several photos of a name that the table means, or the first where all have the same bytes.
+
+    The cell's own path with its suffix counts most, then without it, then the suffix alone, then the lesion's folder.
+    """
+    tail = cell.replace("\\", "/").lstrip("./")
+    rules = [
+        lambda path: "/" in tail and path.endswith(f"/{tail}"),
+        lambda path: "/" in tail and os.path.splitext(path)[0].endswith(f"/{_without_suffix(tail)}"),
+        lambda path: os.path.basename(os.path.dirname(path)) == lesion_id,
+        lambda path: os.path.basename(path) == tail.rpartition("/")[2],
+    ]
+    near = list(paths)
+    for rule in rules:
+        near = [path for path in near if rule(_composed(path))] or near
     if all(filecmp.cmp(near[0], other, shallow=False) for other in near[1:]):
         return near[0]
     raise ValueError(
@@ -82,17 +127,13 @@ def _choose(paths: Sequence[str], cell: str, stem: str, lesion_id: str) -> str:
     )
 
 
-def walk_files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (folder, name, suffix in lower case) of every file that is not hidden; a ring of links ends."""
-    seen = set[tuple[int, int]]()
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if name != "__MACOSX")
-        for name in sorted(files):
+def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yield (folder, name, suffix in lower case) of every file that is not hidden, in the order of names.
+
+    Each folder is walked once, whatever links lead to it; `seen` has those of earlier walks.
+    """
+    for parent, files in walk_folders(folder, ("__MACOSX",), seen):
+        for name in files:
             if not name.startswith("."):
                 yield parent, name, os.path.splitext(name)[1].lower()
 
@@ -100,3 +141,8 @@ def walk_files(folder: Path) -> Iterator[tuple[str, str, str]]:
 def _composed(text: str) -> str:
     """Return the text with composed accents; macOS stores an accent as a character of its own."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def _near(name: str) -> str:
+    """Return a name without what is changed on the way (`folded`), spaces around it and a second suffix of photos."""
+    return folded(_without_suffix(name.strip()).strip())

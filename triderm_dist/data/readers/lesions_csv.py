@@ -76,12 +76,13 @@ def read_lesions(
     if not len(table):
         raise DataError(f"{path}: the table has no rows")
     with without_garbage_collection():
-        photos = PhotoFinder([path.parent if path == Path(source) else Path(source)])
+        folder = path.parent if path == Path(source) else Path(source)
+        photos = PhotoFinder([folder])
         reading = _Reading(table, task, photos, mark_missing=missing_view == "mark" and len(task.views) > 1)
         lesions, notes, problems = reading.lesions()
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(lesions) + len({problem.lesion_id for problem in problems}))
-    return Dataset(task, lesions, reading.concepts, reading.labeled, notes, tuple(problems))
+    return Dataset(task, lesions, reading.concepts, reading.labeled, notes, tuple(problems), str(folder))
 
 
 def read_labels(path: Path, task: Task) -> dict[str, int]:

@@ -149,7 +149,7 @@ def read_challenge(
         notes.append(f"{others} photos are not in {metadata_path.name}")
     if problems and invalid == "refuse":
         raise InvalidLesions(problems, len(views) + len(labels))
-    return Dataset(task, lesions, concepts, truth_path is not None, notes, tuple(problems))
+    return Dataset(task, lesions, concepts, truth_path is not None, notes, tuple(problems), str(_folder(Path(folder))))
 
 
 def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, task: Task, grouped: bool) -> Lesion:
@@ -201,12 +201,16 @@ def inputs(source: Path, task: Task) -> list[Path]:
     return [metadata, *filter(None, [truth]), *photos]
 
 
+def _folder(source: Path) -> Path:
+    return source.parent if source.is_file() else source
+
+
 def find_parts(source: Path) -> tuple[Path, Path | None, list[Path]]:
     """Find (metadata, ground truth or None, folders of photos) of a folder or of a metadata table.
 
     Raises DataError where there is none, or several to choose from.
     """
-    folder = source.parent if source.is_file() else source
+    folder = _folder(source)
     if not folder.is_dir():
         raise DataError(f"{source}: no such folder; give the folder that holds the challenge's tables and photos")
     tables = find_tables(folder)

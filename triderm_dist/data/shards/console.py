@@ -10,7 +10,8 @@ from pathlib import Path
 
 from triderm_dist.data.problems import Problem, count_by_kind, write_problems
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.terminal import wrapped
+from triderm_dist.data.shards.photos import describe_changes
+from triderm_dist.terminal import counted, wrapped
 
 MAX_SHOWN = 10
 """Problems shown on the console."""
@@ -58,7 +59,7 @@ def print_problems(problems: Sequence[Problem], table: Path) -> None:
 
 
 def print_index(index: ShardIndex) -> None:
-    """Print the number of lesions of each diagnosis, notes, and the size of a packed set."""
+    """Print the lesions of each diagnosis, notes, and what was read, converted, dropped and packed."""
     for diagnosis, count in index.counts().items():
         if count:
             print(f"  {diagnosis:<10} {count:>7}")
@@ -67,4 +68,14 @@ def print_index(index: ShardIndex) -> None:
     text = f", {dropped} dropped" if dropped else ""
     for note in index.notes():
         print(wrapped(f"note: {note}"))
+    photos = sum(index.photo_sizes.values())
+    rows = [("read", f"{counted(len(index) + dropped, 'lesion')}")]
+    rows += [("converted", line) for line in describe_changes(index.converted)]
+    for kind in count_by_kind(index.problems):
+        own = [problem for problem in index.problems if problem.kind == kind]
+        lesions = counted(len({problem.lesion_id for problem in own}), "lesion")
+        rows.append(("dropped", f"{lesions}: {kind}, such as {own[0]}"))
+    rows.append(("packed", f"{counted(len(index), 'lesion')}, {counted(photos, 'photo')}"))
+    for what, line in rows:
+        print(wrapped(f"{what:<10} {line}", " " * 11))
     print(wrapped(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}"))

@@ -80,6 +80,8 @@ class ShardIndex:
     extensions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EXTENSIONS)
     label_words: Mapping[str, int] = field(default_factory=dict)
     """The labels of the samples' own records, in lower case, as indices into the task's diagnoses."""
+    converted: Mapping[str, int] = field(default_factory=dict)
+    """The number of photos by what packing converted in them."""
     short_side: int | None = None
     """The short side in pixels to which packing reduced larger photos; None: none were, as far as is known."""
     group_salt: str | None = None
@@ -320,6 +322,7 @@ def _fields(content: IndexContent, task: Task, path: Path) -> dict[str, Any]:
         "extensions": {view: tuple(content.extensions.get(view, EXTENSIONS[view])) for view in VIEWS},
         "label_words": {word: content.diagnoses.index(name) for word, name in content.labels.items()}
         or task.label_words,
+        "converted": content.converted,
         "short_side": content.packed_with.short_side,
         "group_salt": content.groups.salt if content.groups else None,
     }

@@ -118,6 +118,7 @@ class IndexContent(BaseModel):
     extensions: dict[str, list[str]] = Field(default_factory=lambda: {view: [*EXTENSIONS[view]] for view in VIEWS})
     labels: dict[str, str] = Field(default_factory=dict)
     metadata_categories: dict[str, list[str]] = Field(default_factory=dict)
+    converted: dict[Name, Count] = Field(default_factory=dict)
     packed_with: PackedWith = PackedWith()
     groups: Groups | None = None
 

@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +28,13 @@ import pyarrow.parquet as pq
 
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.group_hashes import GroupHashes
+from triderm_dist.data.photo_formats import describe_error
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.index_schema import read_json
-from triderm_dist.data.shards.photos import QUALITY, PhotoError, prepare_photo, size_and_hash
+from triderm_dist.data.shards.photos import QUALITY, PhotoError, PreparedPhoto, prepare_photo, size_and_hash
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
@@ -93,7 +95,7 @@ def pack_shards(
                 raise DataError(
                     f"{folder}: no valid lesion to pack; {len(problems)} problems, the first: {problems[0]}"
                 )
-            packer.write_index(part, shards, [*dataset.problems, *problems])
+            packer.write_index(part, shards, dataset.relative([*dataset.problems, *problems]))
             (part / "shards").rename(folder)
             shutil.rmtree(part)
     except OSError as error:
@@ -126,21 +128,30 @@ def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A lesion's photos with their `size_and_hash`, or the problem with them; source: hash of the input."""
+    """A lesion's photos with their `size_and_hash`, or the problem with them.
+
+    source: hash of the input.  changes: what was converted, once for every photo.
+    """
 
     source: bytes
     photos: list[bytes]
     sizes_and_hashes: list[int]
+    changes: tuple[str, ...] = ()
     problem: Problem | None = None
 
 
 @dataclass(frozen=True)
 class _FinishedShard:
-    """A finished shard. source: hash of its input. file: None where all its lesions were dropped."""
+    """A finished shard.
+
+    source: hash of its input.  file: None where all its lesions were dropped.  converted: the number of photos by what
+    was converted in them.
+    """
 
     source: str
     file: ShardFile | None
     problems: tuple[Problem, ...]
+    converted: Mapping[str, int]
 
 
 @dataclass
@@ -151,6 +162,7 @@ class _OpenShard:
     digest: Any
     rows: list[dict[str, Any]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    converted: Counter[str] = field(default_factory=Counter)
 
 
 class _Packer:
@@ -215,6 +227,8 @@ class _Packer:
         if self.group_hashes:
             about["groups"] = {"salt": self.group_hashes.fingerprint}
             problems = self.group_hashes.without_ids(problems)
+        if converted := sum((Counter(shard.converted) for shard in shards), Counter[str]()):
+            about["converted"] = dict(sorted(converted.items()))
         write_index(part / "shards", tables(), [file for _, file in files], self.task, self.concepts, problems, about)
 
     # --- shards of an interrupted run ---
@@ -223,10 +237,12 @@ class _Packer:
         try:
             schema = pq.read_schema(_rows_path(part, number))
             record = json.loads(schema.metadata[_RECORD])
+            file = ShardFile(**record["file"]) if record["file"] else None
+            problems = tuple(Problem(**entry) for entry in record["problems"])
+            # Shards of versions that did not count conversions lack the key, and are written again.
+            return _FinishedShard(record["source"], file, problems, record["converted"])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return None
-        file = ShardFile(**record["file"]) if record["file"] else None
-        return _FinishedShard(record["source"], file, tuple(Problem(**entry) for entry in record["problems"]))
 
     def _is_valid(self, part: Path, number: int, record: _FinishedShard | None) -> bool:
         """Return whether the file has the recorded checksum and its input is unchanged."""
@@ -251,6 +267,7 @@ class _Packer:
             if prepared.problem:
                 current.problems.append(prepared.problem)
             else:
+                current.converted.update(prepared.changes)
                 current.rows.append(self._write_lesion(current.tar, lesion, prepared))
             if lesions == len(self.slices[number]):
                 finished[number] = self._close(part, number, current)
@@ -280,11 +297,12 @@ class _Packer:
         file = ShardFile(path.name, len(shard.rows), size, sha256) if shard.rows else None
         if file is None:
             path.unlink()
-        finished = _FinishedShard(shard.digest.hexdigest(), file, tuple(shard.problems))
+        finished = _FinishedShard(shard.digest.hexdigest(), file, tuple(shard.problems), shard.converted)
         record = {
             "source": finished.source,
             "file": vars(file) if file else None,
             "problems": [asdict(problem) for problem in shard.problems],
+            "converted": dict(shard.converted),
         }
         schema = rows_schema(len(self.concepts), len(self.task.fields))
         schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
@@ -313,15 +331,19 @@ class _Packer:
     def _prepare(self, lesion: Lesion) -> _Prepared:
         files = [_read(path) for path in _paths(lesion)]
         source = _source_of(lesion, files)
-        photos = []
+        photos, changes = list[bytes](), list[str]()
         for path, data in zip(_paths(lesion), files, strict=True):
             try:
                 if isinstance(data, OSError):
-                    raise PhotoError(data.strerror or str(data))
-                photos.append(prepare_photo(data, self.short_side) if path else b"")
+                    raise PhotoError(describe_error(data))
+                photo = prepare_photo(data, self.short_side) if path else PreparedPhoto(b"")
             except PhotoError as error:
-                return _Prepared(source, [], [], Problem(lesion.lesion_id, "unreadable photo", str(path), str(error)))
-        return _Prepared(source, photos, [number for data in photos for number in size_and_hash(data)])
+                problem = Problem(lesion.lesion_id, "unreadable photo", str(path), str(error))
+                return _Prepared(source, [], [], problem=problem)
+            photos.append(photo.data)
+            changes += photo.changes
+        sizes_and_hashes = [number for data in photos for number in size_and_hash(data)]
+        return _Prepared(source, photos, sizes_and_hashes, tuple(changes))
 
     def _advance(self, lesions: int) -> None:
         self.done += lesions
@@ -342,7 +364,7 @@ def _read(path: str | None) -> bytes | OSError:
 
 def _source_of(lesion: Lesion, files: Sequence[bytes | OSError]) -> bytes:
     """Hash a lesion's row and photo files."""
-    photos = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else str(data) for data in files]
+    photos = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else describe_error(data) for data in files]
     row = [lesion.lesion_id, lesion.group, lesion.label, repr(lesion.concepts), repr(lesion.metadata), photos]
     return hashlib.sha256(json.dumps(row).encode()).digest()
 

@@ -1,0 +1,44 @@
+"""The photo files that are read: by which names they are found, and by which content they are known."""
+
+from __future__ import annotations
+
+import errno
+
+from triderm_dist.file_kinds import kind_of
+
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".mpo"),
+    *(".heic", ".heif", ".hif", ".avif"),
+)
+"""Suffixes by which photos are found; the content alone says which format a file has."""
+OTHER_SUFFIXES = (
+    *(".dcm", ".dicom", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".pdf", ".eps", ".tga", ".ico", ".mp4", ".mov"),
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".x3f"),
+)
+"""Suffixes of pictures that are not read."""
+READ_FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF"
+
+_FORMATS: dict[str, str] = {
+    "a JPEG": "JPEG", "a PNG": "PNG", "a WebP": "WEBP", "a TIFF": "TIFF", "a BMP": "BMP", "a GIF": "GIF",
+    "an AVIF": "AVIF", "a HEIC": "HEIF", "a HEIF": "HEIF",
+}  # fmt: skip
+
+
+def format_of(data: bytes) -> str | None:
+    """Return Pillow's name of the format of a photo by its first bytes; None for what is not read."""
+    found = _FORMATS.get(kind_of(data))
+    # Either may come first in the brands of a file of both; the compatible brands tell which decoder it needs.
+    return "AVIF" if found == "HEIF" and b"avif" in data[8 : int.from_bytes(data[:4], "big")] else found
+
+
+def describe_error(error: OSError) -> str:
+    """Say why a file cannot be read, without its path, and equally on every system."""
+    number = error.errno or 0
+    known = {
+        errno.ENOENT: "no such file",
+        errno.EACCES: "no permission to read it",
+        errno.EPERM: "no permission to read it",
+        errno.EISDIR: "a folder, not a file",
+        errno.ELOOP: "a symbolic link in a ring",
+    }
+    return known.get(number, f"cannot be read ({errno.errorcode.get(number, 'unknown error')})")
