@@ -218,7 +218,7 @@ class Matrix:
         done = self.first_run(row, Variant(), self.plan(), outcome)
         if path.exists() and path.read_bytes() == bad:
             path.write_bytes(content)
-        self.check(done, {2}, True, outcome, row)
+        self.check(done, {2}, True, outcome, row, damaged=path)
         return self.run_again(row, Variant(), outcome)
 
     def lying_server(self, row: Row, fault: faulty_server.Fault, often: int) -> Outcome:
@@ -248,12 +248,21 @@ class Matrix:
         return done
 
     def check(
-        self, done: Finished, statuses: set[int], tells: bool, outcome: Outcome, row: Row, variant: Variant = Variant()
+        self,
+        done: Finished,
+        statuses: set[int],
+        tells: bool,
+        outcome: Outcome,
+        row: Row,
+        variant: Variant = Variant(),
+        damaged: Path | None = None,
     ) -> None:
         """Check how the program ended: with one of the statuses and a line, or with the undisturbed result."""
         problems = outcome.problems
         if "Traceback (most recent call last)" in done.errors and tells:
             problems.append(f"silent: a traceback: {done.errors.strip().splitlines()[-1]}")
+        if done.status == 0 and damaged and f"/{damaged.name}: not readable" in done.output:
+            return  # of a file that is only information
         if done.status == 0:
             found = differences(self.undisturbed(row, variant).files, contents(self.place))
             problems += [f"silent: exit status 0, and {line}" for line in found]
