@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -79,6 +80,33 @@ def test_secret_is_replaced(text, expected):
 )
 def test_other_text_is_kept(text):
     assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a.",
+        "a-",
+        "http://",
+        "http://a:",
+        "a@",
+        "?a",
+        "password='",
+        "password=",
+        ")",
+        "bearer ",
+        "#=",
+        "token",
+        "=",
+        "-u ",
+        "eyJ",
+        " ",
+    ],
+)
+def test_time_is_linear_whatever_the_text_holds(part):
+    started = time.process_time()
+    redact("https://" + part * (20_000 // len(part)))
+    assert time.process_time() - started < 2
 
 
 def test_value_of_a_secret_environment_variable_is_removed_everywhere(monkeypatch):

@@ -93,17 +93,19 @@ def run(
             else:
                 main(config)
 
-    with _process(), redacted_output(), ExitStack() as log:  # open until the line of an error is printed
+    with _process(), ExitStack() as log:  # open until the line of an error is printed
         status = _status_of(work)
     _exit(status)
 
 
 @contextmanager
 def _process() -> Iterator[None]:
-    """Context of all that a program does: its process is set up, and its output may be closed by who reads it."""
+    """Context of all that a program does: its process is set up, its output may be closed by who reads it, and has no
+    secrets.
+    """
     prepare_process()
     end_with_launcher()
-    with work_goes_on_unread():
+    with work_goes_on_unread(), redacted_output():
         yield
 
 

@@ -26,32 +26,38 @@ _SECRET_WORD = (
     r"password|passwd|passphrase|pwd|secret|token|authorization|credentials?|signature|cookie|sas|sig"
     r"|(?:api|access|account|auth|private|secret|encryption|shared|session|storage)[-_.]?key(?:[-_.]?id)?"
 )
-_NAME = rf"(?:[\w.-]*[-_.])?(?:{_SECRET_WORD})"
+# Repetitions are bounded, so that the time is linear in the length of a text, whatever it holds.
+_NAME = rf"(?:[\w.-]{{0,60}}[-_.])?(?:{_SECRET_WORD})"
 _SECRET_NAME = re.compile(_NAME, re.I)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SHORTEST = 8
 """Characters from which on a known secret is removed wherever it occurs; a shorter one is a word."""
 
-_SCHEME = r"\b[a-z][a-z0-9+.-]*:/{1,2}"
-_END = r"(?=[),.;:\]}]*(?:[\s'\"<>]|$))"
-_USER = re.compile(rf"(?P<scheme>{_SCHEME})(?:[^\s/@'\"<>?#:]*:(?!\d{{1,5}}/)[^\s@'\"<>?#]*@|[^\s/@'\"<>?#]+@)+", re.I)
-_QUERY = re.compile(rf"(?P<url>{_SCHEME}[^\s?#'\"<>]*)(?:\?|#(?=[^\s'\"<>]*=))[^\s'\"<>]+?{_END}", re.I)
+_SCHEME = r"\b[a-z][a-z0-9+.-]{0,30}:/{1,2}"
+_END = r"(?=[),.;:\]}]{0,10}(?:[\s'\"<>]|$))"
+_USER = re.compile(
+    rf"(?P<scheme>{_SCHEME})(?:[^\s/@'\"<>?#:]{{0,200}}:(?!\d{{1,5}}/)[^\s@'\"<>?#]{{0,500}}@|[^\s/@'\"<>?#]{{1,500}}@)+",
+    re.I,
+)
+_QUERY = re.compile(rf"(?P<url>{_SCHEME}[^\s?#'\"<>]{{0,500}})(?:\?|#(?=[^\s'\"<>]{{0,500}}=))[^\s'\"<>]+?{_END}", re.I)
 _HEADER = re.compile(
-    r"(?P<name>\b(?:proxy-)?authorization\b['\"]?\s*[:=]\s*['\"]?)"
-    r"(?:(?:basic|bearer|token|digest|negotiate)\s+)?[^\s'\",;]+"
-    r"|(?P<scheme>\b(?:bearer|basic)\s+)(?=[^\s'\"]*[\d=._/+-])[^\s'\",;]{12,}",
+    r"(?P<name>\b(?:proxy-)?authorization\b['\"]?\s{0,9}[:=]\s{0,9}['\"]?)"
+    r"(?:(?:basic|bearer|token|digest|negotiate)\s{1,9})?[^\s'\",;]+"
+    r"|(?P<scheme>\b(?:bearer|basic)\s{1,9})(?=[^\s'\"]{0,500}[\d=._/+-])[^\s'\",;]{12,}",
     re.I,
 )
 _OPTION = re.compile(
-    rf"(?P<name>(?<!\S)(?:-u|--user|--(?:[\w-]*-)?(?:{_SECRET_WORD}))[\s=]+)(?P<value>[^\s'\",;-][^\s'\",;]*)", re.I
+    rf"(?P<name>(?<!\S)(?:-u|--user|--(?:[\w-]{{0,60}}-)?(?:{_SECRET_WORD}))[\s=]{{1,9}})(?P<value>[^\s'\",;-][^\s'\",;]*)",
+    re.I,
 )
 _PAIR = re.compile(
-    rf"(?P<name>(?<!\w){_NAME}['\"]?\s*(?P<sign>=>|[:=])\s*)"
-    r"(?:(?P<quote>['\"])(?P<quoted>(?:(?!(?P=quote)).)*)(?P=quote)|(?P<plain>[^\s'\",;&<>)\]}{]+))",
+    rf"(?P<name>(?<!\w){_NAME}['\"]?\s{{0,9}}(?P<sign>=>|[:=])\s{{0,9}})"
+    r"(?:(?P<quote>['\"])(?P<quoted>(?:(?!(?P=quote)).){0,4000})(?P=quote)|(?P<plain>[^\s'\",;&<>)\]}{]+))",
     re.I,
 )
 _PARAMETER = re.compile(
-    r"(?P<name>[?&][\w.~%-]*(?:sig|key|token|secret|password|credential|auth|code)[\w.~%-]*=)[^\s&'\"<>]+", re.I
+    r"(?P<name>[?&][\w.~%-]{0,60}(?:sig|key|token|secret|password|credential|auth|code)[\w.~%-]{0,60}=)[^\s&'\"<>]+",
+    re.I,
 )
 _FORM = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{12,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{20,}"

@@ -49,14 +49,14 @@ _TERMINAL_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 class InputError(Exception):
     """Invalid input. Its text is one line: what is wrong, where, and what to do. Programs exit with status 2.
 
-    The text may quote a file: what cannot be printed is escaped, and more than `LONGEST_TEXT` characters are cut out of
-    its middle.
+    The text may quote a file or a URL: secrets are removed (`redact`), what cannot be printed is escaped, and more than
+    `LONGEST_TEXT` characters are cut out of its middle.
     """
 
     LONGEST_TEXT: ClassVar[int] = 1500
 
     def __init__(self, text: str) -> None:
-        text, longest = printable(text), self.LONGEST_TEXT
+        text, longest = printable(redact(text)), self.LONGEST_TEXT
         super().__init__(text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}")
 
 

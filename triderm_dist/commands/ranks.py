@@ -97,13 +97,15 @@ def start() -> None:
 
     from triderm_dist.doctor.launcher import read_launcher
     from triderm_dist.extras import DEEPSPEED, require
+    from triderm_dist.redact import redacted_output
     from triderm_dist.schema import InputError
 
     options = launch_command_parser().parse_args()
     try:
         if options.use_deepspeed or (options.config_file and read_launcher(options.config_file).deepspeed):
             require("DeepSpeed ZeRO", *DEEPSPEED)
-        launch_command(options)
+        with redacted_output():
+            launch_command(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

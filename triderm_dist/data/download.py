@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json
 from triderm_dist.cli import Interrupted
 from triderm_dist.files import file_sha256, write_json
+from triderm_dist.redact import redact
 from triderm_dist.schema import DataError, one_line
 
 BASE_URL = "https://isic-archive.s3.amazonaws.com/challenges/milk10k"
@@ -360,7 +361,7 @@ def download(
         else:
             sha256 = file_sha256(path)
         size = path.stat().st_size
-        entry = {"bytes": size, "sha256": sha256, "url": f"{base_url.rstrip('/')}/{name}"}
+        entry = {"bytes": size, "sha256": sha256, "url": redact(f"{base_url.rstrip('/')}/{name}")}
         if path.suffix == ".zip":
             with shown(f"unpacking {name}") as progress_of_file:
                 unpack(path, target, max_bytes, progress_of_file)
