@@ -2,18 +2,25 @@
 
 import errno
 import os
+import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from triderm_dist import files
-from triderm_dist.checksums import write_checked_tensors
+from triderm_dist.checksums import write_checked_json, write_checked_parquet, write_checked_tensors
+from triderm_dist.data.shards.pack import TarWriter
+from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.files import (
     PATIENT_DATA,
     atomic_path,
+    copy_file,
     dead_parts,
     naming_file,
     open_new,
@@ -22,6 +29,8 @@ from triderm_dist.files import (
     write_tensors,
     write_text,
 )
+from triderm_dist.inference.slim_run import write_zip
+from triderm_dist.submission import write_numbers
 
 
 @pytest.fixture
@@ -130,3 +139,66 @@ def test_sizes_are_written_as_people_read_them():
         "0 B", "999 B", "1.0 kB", "12.3 MB", "5.0 GB", "25.0 TB",
     ]  # fmt: skip
     assert [size_text(size, binary=True) for size in (1023, 2048, 2**30)] == ["1023 B", "2.0 KiB", "1.0 GiB"]
+
+
+@contextmanager
+def full_disk(size: int = 4096) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes: a write fails as on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_figure(path: Path) -> None:
+    from PIL import Image
+
+    with atomic_path(path, PATIENT_DATA) as part:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(part, "PNG")
+
+
+def write_tar(path: Path) -> None:
+    tar = TarWriter(path)
+    tar.add("a.jpg", bytes(20_000))
+    tar.close()
+
+
+def write_archive(path: Path) -> None:
+    (path.parent / "content").mkdir()
+    (path.parent / "content" / "a").write_bytes(bytes(100))
+    for number in range(40):
+        (path.parent / "content" / str(number)).write_bytes(bytes(100))
+    write_zip(path.parent / "content", path)
+
+
+NUMBERS = np.random.default_rng(0).random(20_000).astype(np.float32)
+WRITERS = {
+    "text": lambda path: write_text(path, "a" * 20_000),
+    "JSON": lambda path: write_checked_json(path, {"a": "b" * 20_000}),
+    "parquet": lambda path: write_checked_parquet(path, pa.table({"a": NUMBERS})),
+    "tensors of NumPy": lambda path: write_checked_tensors(path, {"a": NUMBERS}),
+    "tensors of PyTorch": lambda path: write_tensors(path, {"a": torch.from_numpy(NUMBERS)}),
+    "picture": write_figure,
+    "tar": write_tar,
+    "zip": write_archive,
+    "copy": lambda path: copy_file(Path(__file__), path),
+    "tokens": lambda path: TokenCache(path, 3, (4, 500)).write("plain", 0, np.zeros((3, 2, 4, 500))),
+    "submission": lambda path: write_numbers_atomically(path),
+}
+
+
+def write_numbers_atomically(path: Path) -> None:
+    with atomic_path(path) as part:
+        write_numbers(part, [f"IL_{number}" for number in range(2_000)], np.ones((2_000, 2)), ["A", "B"])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_full_disk_names_the_file_and_leaves_no_part(tmp_path, kind):
+    path = tmp_path / "file"
+    with pytest.raises(OSError) as caught, full_disk():
+        WRITERS[kind](path)
+    assert caught.value.errno == errno.EFBIG and caught.value.strerror == os.strerror(errno.EFBIG)
+    assert str(caught.value.filename).startswith(str(path))
+    assert not list(tmp_path.rglob("*.part"))

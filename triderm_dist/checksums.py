@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from triderm_dist.files import PATIENT_DATA, atomic_path, write_json
+from triderm_dist.files import PATIENT_DATA, atomic_path, safetensors_errors, write_json
 
 KEY = "checksum"
 _PARQUET_KEY = b"triderm.checksums"
@@ -192,7 +192,7 @@ def write_checked_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None
     """Write a safetensors file atomically, with a checksum of its tensors in its metadata."""
     from safetensors.numpy import save_file
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, safetensors_errors(path):
         save_file(dict(tensors), temporary, {KEY: _tensors_sha256(tensors)})
 
 

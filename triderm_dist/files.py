@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -134,6 +135,8 @@ def naming_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
     except OSError as error:
         if not error.filename or str(error.filename) == str(temporary):
             error.filename = str(path)
+        if error.errno and error.strerror and "Detail:" in error.strerror:  # PyArrow's own words for the same
+            error.strerror = os.strerror(error.errno)
         raise
 
 
@@ -172,17 +175,33 @@ def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     """Write PyTorch tensors as safetensors, not atomically. Raises OSError, also for an error of safetensors' own."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
+
+    with safetensors_errors(path):
+        open_new(path).close()
+        mode = path.stat().st_mode & 0o777
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        path.chmod(mode)  # safetensors writes with 600
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """Raise an error of safetensors while it writes `path` as the OSError that it is, with the file's name."""
+    from safetensors import SafetensorError
 
     try:
         with naming_file(path):
-            open_new(path).close()
-            mode = path.stat().st_mode & 0o777
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-            path.chmod(mode)  # safetensors writes with 600
+            yield
     except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(path)) from None
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file. An OSError names the file that could not be read or written."""
+    with source.open("rb") as file, naming_file(target), open_new(target) as copy:
+        shutil.copyfileobj(file, copy, 2**20)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -55,8 +55,14 @@ class FoldFolder:
         return located if _training_hash(located) in (self.result_hash, self.resume_hash) else None
 
     def claim(self) -> None:
-        """Move this training into `path`, removing partial saves; a different training found there is moved aside."""
+        """Move this training into `path`, removing partial saves; a different training found there is moved aside.
+
+        Raises CheckpointError where `path` holds a fold.json that cannot be read: weights that may be of days of
+        training are not replaced.
+        """
         located, current = self.locate(), _training_hash(self.path)
+        if current is None and (self.path / "fold.json").exists():
+            read_info(self.path / "fold")
         if current not in (None, self.result_hash, self.resume_hash) or (current and located != self.path):
             aside = self._aside(current)
             aside.parent.mkdir(exist_ok=True)

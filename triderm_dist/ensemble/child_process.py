@@ -5,19 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
+
+from triderm_dist.schema import InputError
 
 Result = TypeVar("Result")
 
 
 def run_in_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call `function` in a child process, so that all memory of XGBoost is released afterwards, also on the GPU."""
+    """Call `function` in a child process, so that all memory of XGBoost is released afterwards, also on the GPU.
+
+    Raises InputError where that process is killed.
+    """
     set_passive_openmp()  # read when the child loads OpenMP
     context = get_context("forkserver")  # further children of the same program start at once
     context.set_forkserver_preload([function.__module__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise InputError(
+            "the process that fits the stacker was killed, probably by the system for its memory; free some, or set "
+            "stack.enabled=false"
+        ) from None
 
 
 def set_passive_openmp() -> None:

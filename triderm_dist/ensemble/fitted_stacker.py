@@ -185,7 +185,11 @@ class FittedStacker:
             if expected and file_sha256(model_file) != expected:
                 raise DataError(f"{model_file}: changed or damaged: not that of {path.name}; run triderm stack again")
             model = STACKERS[kind].load(model_file, description)
-            require(f"{path}: the stacker ({kind})", *model.needed())
+            try:
+                packages = model.needed()
+            except DataError as error:  # damaged, and of a version that recorded no checksum
+                raise DataError(f"{model_file}: {error}; run triderm stack again") from None
+            require(f"{path}: the stacker ({kind})", *packages)
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: no such file; run triderm stack first") from None
         except OSError as error:
@@ -193,7 +197,7 @@ class FittedStacker:
                 f"{model_file}: not readable ({error.strerror or error}); run triderm stack again"
             ) from None
         except DamagedFile as error:
-            raise DataError(f"{model_file}: {error}; run triderm stack again") from None
+            raise DataError(f"{path}: {error}; run triderm stack again") from None
         except (KeyError, TypeError, ValueError) as error:
             text = one_line(error, with_type=True)
             raise DataError(f"{path}: changed or damaged ({text}); run triderm stack again") from None

@@ -16,7 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import BaseModel
 
+from triderm_dist.checksums import check_mapping
 from triderm_dist.config import StackConfig
 from triderm_dist.data.folds import split_parts
 from triderm_dist.data.threads import openmp_threads
@@ -40,6 +42,14 @@ CELLS_PER_THREAD = 4_000_000
 """Cells (rows x columns) per thread of a fit. With fewer, a second thread saves a tenth of the time on an idle machine
 (benchmarks.stack) and costs several times as much on a busy one; and single-threaded fits are bit-identical on any
 number of cores."""
+
+
+class _Keys(BaseModel):
+    """Keys of stack.json that this kind of stacker adds."""
+
+    rounds: int
+    device: str
+    gain: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ class XGBoostStacker(Stacker):
 
     @classmethod
     def load(cls, path: Path, description: Mapping[str, Any]) -> XGBoostStacker:
+        check_mapping(description, _Keys)
         return cls(path.read_bytes(), description["rounds"], description["device"], description["gain"])
 
     @classmethod

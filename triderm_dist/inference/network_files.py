@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from triderm_dist.extras import require
+from triderm_dist.files import naming_file
 from triderm_dist.inference.exported_network import ExportedNetwork
 from triderm_dist.schema import InputError, one_line
 
@@ -90,7 +91,10 @@ def _program(network: ExportedNetwork) -> torch.export.ExportedProgram:
 
 
 def _write_program(path: Path, network: ExportedNetwork) -> None:
-    torch.export.save(_program(network), path)
+    content = io.BytesIO()  # writing to a full disk, PyTorch ends the process
+    torch.export.save(_program(network), content)
+    with naming_file(path):
+        path.write_bytes(content.getbuffer())
 
 
 def _read_program(path: Path) -> Run:
@@ -110,7 +114,8 @@ def _write_onnx(path: Path, network: ExportedNetwork) -> None:
         dynamic_shapes=axes, verbose=False,
     )  # fmt: skip
     assert program is not None
-    program.save(path)
+    with naming_file(path):
+        program.save(path)
 
 
 def _read_onnx(path: Path) -> Run:

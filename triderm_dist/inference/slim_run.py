@@ -26,7 +26,7 @@ from triderm_dist.ensemble.predict import check_weights
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, NESTED_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.environment import ENVIRONMENT_FILE
-from triderm_dist.files import atomic_path, file_sha256, write_text
+from triderm_dist.files import atomic_path, copy_file, file_sha256, write_text
 from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
 from triderm_dist.inference.seen_values import read_seen, write_seen
 from triderm_dist.models import tower_record
@@ -48,7 +48,7 @@ def write_slim_run(run: RunFolder, folder: Path) -> None:
     write_seen(folder, run.task.fields, read_seen(run.path, run.task.fields))
     for name in _shared_files(run):
         (folder / safe_name(name)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.path / name, folder / name)
+        copy_file(run.path / name, folder / name)
     for name, trained in run.networks.items():
         refitted = run.experiment.refit_folder(name)
         refit = [TrainedNetwork(refitted, read_info(refitted / "fold"))] if (refitted / "fold.json").exists() else []
@@ -80,7 +80,7 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
     for file in ("weights.json", "weights.safetensors", "fold.json"):
         if not (network.folder / file).is_file():
             raise DataError(f"{network.folder / file}: no such file; run triderm crossval first")
-        shutil.copyfile(network.folder / file, target / file)
+        copy_file(network.folder / file, target / file)
     if file_sha256(target / "weights.safetensors") != network.weights:
         raise DataError(
             f"{network.folder / 'weights.safetensors'}: changed or damaged: its SHA-256 is not that of fold.json; "

@@ -28,7 +28,7 @@ class _Validation(_Record):
     official: float
 
 
-_KINDS = {"train": _Train, "validation": _Validation}
+_KINDS: dict[str, type[BaseModel]] = {"train": _Train, "validation": _Validation}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import yaml
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import absolute, find_file, load, map_paths, save
 from triderm_dist.extras import require
-from triderm_dist.files import exclusive_lock
+from triderm_dist.files import exclusive_lock, write_text
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search import pbt
 from triderm_dist.search.results import Summary, baseline_and_best, summarize
@@ -111,7 +111,7 @@ def _open_folder(run: SearchRun, space: Space) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         tree = {key: {domain.kind: list(domain.values)} for key, domain in space.items()}
-        space_file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        write_text(space_file, yaml.safe_dump(tree, sort_keys=False))
         save(run, settings_file)
         return
     if not settings_file.exists():

@@ -38,7 +38,7 @@ from triderm_dist.data.shards.photos import QUALITY, PhotoError, PreparedPhoto, 
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
-from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, open_new
+from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, naming_file, open_new
 from triderm_dist.schema import VIEWS, DataError, Lesion
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
@@ -381,7 +381,7 @@ class TarWriter:
     """Writes a tar whose bytes depend on its members only, and hashes it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open_new(path, PATIENT_DATA)
+        self._path, self._file = path, open_new(path, PATIENT_DATA)
         self._digest = hashlib.sha256()
         self._position = 0
 
@@ -398,10 +398,12 @@ class TarWriter:
         """Close the file and return its (bytes, SHA-256)."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._position % tarfile.RECORDSIZE))
-        self._file.close()
+        with naming_file(self._path):
+            self._file.close()
         return self._position, self._digest.hexdigest()
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        with naming_file(self._path):
+            self._file.write(data)
         self._digest.update(data)
         self._position += len(data)

@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from triderm_dist.files import naming_file
 from triderm_dist.schema import DataError, Task
 from triderm_dist.tasks import load_task
 
@@ -58,10 +59,11 @@ def write_demo(output: Path, task: Task, lesions: int, test_lesions: int, seed: 
         train, test, truth = (temporary / name for name in ("train", "test", "truth"))
         for folder in (train, test, truth):
             folder.mkdir(parents=True)
-        write_part(train, train, task, "Training", lesions, minimum=6, seed=(seed, 0))
-        write_part(test, truth, task, "Test", test_lesions, minimum=3, seed=(seed, 1))
-        text = README.format(title=task.title or task.name)
-        (temporary / "README.txt").write_text(f"{text}\n{settings}\n", encoding="utf-8")
+        with naming_file(output):
+            write_part(train, train, task, "Training", lesions, minimum=6, seed=(seed, 0))
+            write_part(test, truth, task, "Test", test_lesions, minimum=3, seed=(seed, 1))
+            text = README.format(title=task.title or task.name)
+            (temporary / "README.txt").write_text(f"{text}\n{settings}\n", encoding="utf-8")
         temporary.rename(output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
