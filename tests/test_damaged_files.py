@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 import triderm_dist
 from tests.test_run_folder import program
 from triderm_dist.checksums import KEY
-from triderm_dist.schema import InputError
+from triderm_dist.cli import read_settings
+from triderm_dist.commands import crossval as crossval_program
+from triderm_dist.commands import predict as predict_program
+from triderm_dist.commands import refit as refit_program
+from triderm_dist.commands import stack as stack_program
+from triderm_dist.commands.report import ReportRun
+from triderm_dist.data import token_cache
+from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.distributed.out_of_memory import MicroBatch
+from triderm_dist.engine.clean import find_removable
+from triderm_dist.ensemble.fitted_stacker import FittedStacker
+from triderm_dist.ensemble.model_card import card_text
+from triderm_dist.ensemble.run_files import read_nested
+from triderm_dist.ensemble.run_list import find_runs
+from triderm_dist.files import write_json
+from triderm_dist.inference.export import export_run
+from triderm_dist.inference.run_folder import open_run_folder
+from triderm_dist.report.content import Content, extra_sets
+from triderm_dist.schema import DataError, InputError
+from triderm_dist.search.trial import Trial, read_trial
 
 Damage = Callable[[Path], None]
 
@@ -67,15 +97,16 @@ def changes_of(content: dict) -> Iterator[tuple[str, dict]]:
                 yield f"{key}={other!r}", {**content, key: other}
 
 
-def outcome(read: Callable[[], object], path: Path) -> str:
-    """Return "" where a program reads a run with a damaged file, or names it in one line; else what it did."""
+def fault(program: Callable[[Path], object], run: Path, path: Path) -> str:
+    """Return "" where a program works on a run with a damaged file, or refuses in one line that names it; else the
+    fault.
+    """
     try:
-        read()
+        program(run)
     except (InputError, OSError) as error:
         text = str(error)
-        named = path.name in text or path.stem in text or (path.suffix == ".ubj" and "stack.json" in text)
-        return "" if named and "\n" not in text else f"{type(error).__name__}: {text}"
-    except Exception as error:  # a traceback
+        return "" if path.name in text and "\n" not in text else f"{type(error).__name__}: {text}"
+    except Exception as error:  # would be a traceback
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -85,24 +116,28 @@ def predict(run: Path) -> None:
     triderm_dist.load(run, device="cpu").predict(dermoscopic=photo, tta=1)
 
 
-def predict_packed(run: Path) -> None:
-    from triderm_dist.commands import predict
+def open_run(run: Path) -> None:
+    assert open_run_folder(run).fitted.stacker
 
-    program(predict, f"run={run}")
+
+def packed(run: Path) -> None:
+    program(predict_program, f"run={run}")
 
 
 def stack(run: Path) -> None:
-    from triderm_dist.commands import stack
+    program(stack_program, f"run={run}")
 
-    program(stack, f"run={run}")
+
+def refit(run: Path) -> None:
+    program(refit_program, f"run={run}")
+
+
+def crossval(run: Path) -> None:
+    program(crossval_program, f"run={run}")
 
 
 def report(run: Path) -> None:
-    from triderm_dist.cli import read_settings
-    from triderm_dist.commands.report import ReportRun
-    from triderm_dist.ensemble.model_card import card_text
-    from triderm_dist.report.content import Content, extra_sets
-
+    """Read all that the report and the model card show, without drawing."""
     config = read_settings(ReportRun, [f"run={run}"])
     content = Content(run)
     for name in ("scores", "held_out", "settings", "transforms", "synthetic", "curves", "stacker", "importance"):
@@ -111,35 +146,184 @@ def report(run: Path) -> None:
     card_text(config, run)
 
 
-def refit(run: Path) -> None:
-    from triderm_dist.commands import refit
-
-    program(refit, f"run={run}")
-
-
-def crossval(run: Path) -> None:
-    from triderm_dist.commands import crossval
-
-    program(crossval, f"run={run}")
-
-
 def export(run: Path) -> None:
-    from triderm_dist.inference.export import export_run
-
-    (run.parent / "e.zip").unlink(missing_ok=True)
-    export_run(run, run.parent / "e.zip", report=lambda line: None)
+    (run.parent / "run.zip").unlink(missing_ok=True)
+    export_run(run, run.parent / "run.zip", report=lambda line: None)
 
 
-def runs(run: Path) -> None:
-    from triderm_dist.ensemble.run_list import find_runs
-
+def listed(run: Path) -> None:
     find_runs(run.parent)
-
-
-def clean(run: Path) -> None:
-    from triderm_dist.engine.clean import find_removable
-
     find_removable(run)
 
 
-PROGRAMS = (runs, clean, predict, report, predict_packed, export, stack, refit, crossval)
+READERS = (listed, open_run, report)
+"""Programs that read a run in well under a second."""
+PROGRAMS = (listed, report, predict, packed, export, stack, refit, crossval)
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory) -> Path:
+    """A copy of a trained run; each test restores what it damages."""
+    return shutil.copytree(trained_run.folder, tmp_path_factory.mktemp("damaged") / "run")
+
+
+@contextmanager
+def damaged(path: Path, damage: Damage) -> Iterator[None]:
+    """Damage a file, and restore it."""
+    content = path.read_bytes()
+    try:
+        damage(path)
+        yield
+    finally:
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(content)
+
+
+FILES = ("config.yaml", "ensemble.json", "stack.json", "stack.ubj", "oof.parquet", "ensemble_oof.parquet",
+         "environment.json", "tri/fold-0/fold.json", "tri/fold-0/metrics.jsonl")  # fmt: skip
+NEEDED = {"config.yaml", "ensemble.json", "stack.json", "stack.ubj", "tri/fold-0/fold.json"}
+"""Files without which a run is not opened."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_file_is_named_or_not_needed(run, name):
+    path = run / name
+    for how, damage in DAMAGES.items():
+        for read in READERS:
+            with damaged(path, damage):
+                assert not fault(read, run, path), (how, read.__name__)
+    if name in NEEDED - {"config.yaml"}:  # an empty one is that of default settings
+        with damaged(path, empty), pytest.raises(InputError, match=rf"{path.name}.*(again|first)"):
+            open_run(run)
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ensemble.json", "stack.json", "environment.json", "tri/fold-0/fold.json"])
+def test_json_of_other_keys_and_types_is_named_or_not_needed(run, name, step):
+    """step: every ninth change, or all."""
+    path = run / name
+    for how, content in islice(changes_of(json.loads(path.read_text())), 0, None, step):
+        with damaged(path, other_json(json.dumps(content))):
+            for read in (listed, report if name == "environment.json" else open_run):
+                assert not fault(read, run, path), (how, read.__name__)
+
+
+def test_parquet_of_another_table_is_named(run):
+    """Undamaged files under the names of others, and tables with other columns, types and empty cells."""
+    oof, nested = run / "oof.parquet", run / "ensemble_oof.parquet"
+    with damaged(nested, lambda path: path.write_bytes(oof.read_bytes())):
+        assert not fault(report, run, nested)
+    table = pq.read_table(nested).replace_schema_metadata(None)
+    for name in table.column_names:
+        position = table.column_names.index(name)
+        others = {
+            "missing": table.drop_columns(name),
+            "empty": table.set_column(position, name, pa.nulls(len(table), table[name].type)),
+            "other": table.set_column(position, name, pa.array([b"bytes"] * len(table))),
+        }
+        for how, other in others.items():
+            with damaged(nested, partial(write_parquet, other)):
+                with pytest.raises(DataError, match=rf"ensemble_oof.parquet: column '{name}' .*triderm stack again"):
+                    read_nested(nested)
+                assert not fault(report, run, nested), (name, how)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path)
+
+
+def test_model_of_an_earlier_version_without_a_checksum(run):
+    """Its bytes reach XGBoost only where they are a model: others would end the process."""
+    described, model = run / "stack.json", run / "stack.ubj"
+    content = json.loads(described.read_text())
+    content = {key: value for key, value in content.items() if key not in (KEY, "model_sha256")}
+    generator, good, refused = random.Random(0), model.read_bytes(), 0
+    with damaged(described, other_json(json.dumps(content))):
+        stacker = FittedStacker.load(described)
+        rows = np.zeros((2, stacker.width), np.float32)
+        for _ in range(60):
+            changed = bytearray(good)
+            for _ in range(generator.choice((1, 20))):
+                changed[generator.randrange(len(changed))] = generator.randrange(256)
+            with damaged(model, partial(write_bytes, bytes(changed))):
+                try:
+                    assert FittedStacker.load(described).predict(rows).shape == (2, len(stacker.diagnoses))
+                except DataError as error:
+                    assert str(error).startswith(f"{model}: not a model of XGBoost")
+                    refused += 1
+    assert refused > 30
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [empty, cut, garbage, not_utf8, folder])
+def test_damaged_tokens_are_named(tmp_path, damage):
+    cache = TokenCache(tmp_path, 3, (2, 4))
+    cache.write("plain", 0, np.ones((3, 2, 2, 4)))
+    path, out = tmp_path / "plain" / "000000.npy", np.empty((3, 2, 4), np.float16)
+    cache.read(np.arange(3), 0, ["plain"] * 3, out)
+    with damaged(path, damage), pytest.raises(DataError, match=f"^{path}: .*delete it, and the next run computes it"):
+        TokenCache(tmp_path, 3, (2, 4)).read(np.arange(3), 0, ["plain"] * 3, out)
+    for lesions, shape in ((2, (2, 4)), (3, (2, 5))):
+        with pytest.raises(DataError, match=f"^{path}: holds other tokens"):
+            TokenCache(tmp_path, lesions, shape).read(np.arange(2), 0, ["plain"] * 2, np.empty((2, *shape), np.float16))
+
+
+def test_tokens_keep_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK", 1)
+    monkeypatch.setattr(token_cache, "open_files_limit", lambda: 16)
+    cache, out = TokenCache(tmp_path, 40, (1, 2)), np.empty((40, 1, 2), np.float16)
+    for chunk in cache.chunks:
+        cache.write("plain", chunk, np.full((1, 1, 1, 2), chunk))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        cache.read(np.arange(40), 0, ["plain"] * 40, out)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    assert np.array_equal(out[:, 0, 0], np.arange(40))
+
+
+def test_damaged_records_are_named_or_begun_again(tmp_path):
+    trial = tmp_path / "trial.json"
+    for how, damage in DAMAGES.items():
+        Trial(0, {"train.optim.lr": 0.1}).write(tmp_path)
+        damage(trial)
+        with pytest.raises(DataError, match=f"^{trial}: not the record of a trial.*remove its folder"):
+            read_trial(tmp_path)
+        if trial.is_dir():
+            trial.rmdir()
+        micro_batch = MicroBatch(tmp_path, "hash", 8, 32)
+        write_json(micro_batch.path, {"micro_batch": 4, "identity": "hash"})
+        assert micro_batch.size() == 4
+        damage(micro_batch.path)
+        assert micro_batch.size() == 8, how
+        if micro_batch.path.is_dir():
+            micro_batch.path.rmdir()
+
+
+@pytest.mark.slow
+def test_every_file_of_a_run_in_every_program(run, trained_run, tmp_path, capsys):
+    """Each program works on each file damaged in each way, in a copy of the run with a predicted test set."""
+    if not (run / "shards" / "test").exists():
+        pack_shards(read_challenge(trained_run.test.folder), run / "shards" / "test", short_side=None)
+    for work in (packed, refit):
+        work(run)
+    names = [
+        str(path.relative_to(run)) for path in sorted(run.rglob("*"))
+        if path.is_file() and not {"fold-1", "cnn", "report"} & {*path.parts} and path.suffix not in (".lock", ".tar")
+    ]  # fmt: skip
+    faults = []
+    for name in names:
+        for how, damage in DAMAGES.items():
+            if how not in ("empty", "cut", "garbage", "folder"):
+                continue  # the readers of JSON are tried with all above
+            for work in PROGRAMS:
+                copy = shutil.copytree(run, tmp_path / "copy" / "run")
+                damage(copy / name)
+                if found := fault(work, copy, copy / name):
+                    faults.append((name, how, work.__name__, found))
+                capsys.readouterr()
+                shutil.rmtree(copy.parent)
+    assert not faults

@@ -112,7 +112,7 @@ def _flatten(trees: list[dict[str, Any]], base: np.ndarray) -> BoostedTrees:
     left, right = np.where(leaf, own, left + shift), np.where(leaf, own, right + shift)
     depth, reached = 0, first
     while not leaf[reached].all():
-        if depth > len(left):
+        if depth > sizes.max():
             raise ValueError("a node below itself")
         reached, depth = np.unique(np.concatenate([left[reached], right[reached]])), depth + 1
     return BoostedTrees(
