@@ -529,6 +529,8 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict
         raise DataError(
             f"{path}: its diagnoses or metadata fields are not those of task {task.name!r}; run triderm crossval again"
         )
+    if unknown := sorted(set(table["head"].unique().to_pylist()) - {"softmax", "sigmoid"}):
+        raise DataError(f"{path}: {unknown[0]!r} is not a kind of head; run triderm crossval or triderm predict again")
     labels = table["label"].to_numpy()
     if len(labels) and not UNLABELED <= labels.min() <= labels.max() < len(task.diagnoses):
         raise DataError(f"{path}: a label is not a diagnosis of task {task.name!r}; run triderm crossval again")
