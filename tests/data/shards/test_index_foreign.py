@@ -240,6 +240,41 @@ def test_folders_with_empty_tars(tmp_path: Path) -> None:
         index_shards(folder)
 
 
+def test_tars_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """Compressed ones, parts of downloads, those of other folders, and other spellings of the suffix."""
+    folder, notes = tmp_path / "theirs", list[str]()
+    (folder / "more").mkdir(parents=True)
+    write_tar(folder / "a.tar", [*members_of(0), *members_of(1)])
+    for name in ("b.tar.gz", "c.tgz", "d.tar.part", "a.tar.aria2", "more/e.tar", "._b.tar.gz"):
+        (folder / name).write_bytes(b"")
+    index_shards(folder, note=notes.append)
+    assert notes[0] == (
+        "not read, as no plain tar in this folder: a.tar.aria2, b.tar.gz, c.tgz, d.tar.part, more/e.tar"
+    )
+    (folder / "F.TAR").write_bytes(b"")
+    with pytest.raises(DataError, match=r"F.TAR: the name of a shard has .* ends with .tar; rename it"):
+        index_shards(folder)
+
+
+def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    write_tar(folder / "a.tar", members_of(0))
+    fingerprint = index_shards(folder).fingerprint
+    for content in (b"", b"{", b"\0" * 90):
+        (folder / "index.json").write_bytes(content)
+        assert index_shards(folder).fingerprint == fingerprint
+
+
+def test_huge_records_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    monkeypatch.setattr(index_foreign, "MAX_RECORD", 1000)
+    write_tar(folder / "a.tar", members_of(0, note="x" * 1000))
+    with pytest.raises(InvalidLesions, match=r"sample L0: .json has 10\d\d bytes, too many for what it is"):
+        index_shards(folder)
+
+
 def test_members_that_are_no_lesion_are_named(tmp_path: Path) -> None:
     """A README, a caption, hidden files of macOS: not read, and told; webdataset still reads the same lesions."""
     folder, notes = tmp_path / "theirs", list[str]()

@@ -8,6 +8,7 @@ label.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,6 @@ from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, SHARD_NAME_RULE, ShardFile, is_shard_name, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
 from triderm_dist.data.shards.record import (
     Record,
@@ -48,6 +48,11 @@ MAX_LABELS = 30
 
 MAX_NAMES = 10
 """Files and extensions named in a note."""
+
+MAX_RECORD, MAX_PHOTO = 1 << 24, 1 << 30
+"""Bytes of a .json or .cls, and of a photo."""
+
+_OTHER_TAR = re.compile(r"\.tar\..+|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 TABLE_ROWS = 1 << 12
 """Rows collected as Python objects before they become a table, which takes a tenth of the memory."""
@@ -85,6 +90,8 @@ def index_shards(
     task = task or milk10k_task()
     check = _SampleCheck(extensions, missing_view, task)
     scan = _Scan(task)
+    if others := _other_tars(folder):
+        note(f"not read, as no plain tar in this folder: {_some([printable(name) for name in others])}")
     total, scanned = sum(path.stat().st_size for path in paths), 0
     for path in paths:
         scan.start_tar(path)
@@ -256,20 +263,37 @@ def _some(names: Sequence[str]) -> str:
 def _tars(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the WebDataset tars")
-    if (folder / INDEX).is_file() and "packed_with" in read_json(folder / INDEX):
+    if _was_packed(folder / INDEX):
         raise DataError(f"{folder}: written by triderm pack, which made its index; use the folder as it is")
-    # macOS writes ._NAME beside each file on disks of other systems.
-    paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("._"))
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and not _is_hidden(path))
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: not a file; move it away, or restore the file that it links to")
         if not is_shard_name(path.name):
             raise DataError(f"{printable(str(path))}: {SHARD_NAME_RULE}; rename it")
     if not paths:
-        archive = next((path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(folder.glob(kind))), None)
+        archive = next(iter(_other_tars(folder)), None)
         hint = f"; decompress {archive} to a plain tar first, since photos are read at random offsets"
         raise DataError(f"{folder}: no *.tar in this folder{hint if archive else ''}")
     return paths
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith("._")  # macOS writes ._NAME beside each file on disks of other systems
+
+
+def _was_packed(index: Path) -> bool:
+    """Return whether an index.json, which may be damaged, was written by triderm pack."""
+    try:
+        return index.is_file() and b'"packed_with"' in index.read_bytes()
+    except OSError as error:
+        raise DataError(f"{index}: not readable ({error.strerror}); remove it") from None
+
+
+def _other_tars(folder: Path) -> list[str]:
+    """Return the names of tars that are not read: compressed, partly downloaded, or in folders of the folder."""
+    names = [path.name for path in folder.iterdir() if _OTHER_TAR.search(path.name) and not _is_hidden(path)]
+    return sorted([*names, *(str(path.relative_to(folder)) for path in folder.glob("*/*.tar"))])
 
 
 def _samples(path: Path, on_problem: Callable[[Problem], object]) -> Iterator[_Sample]:
@@ -287,10 +311,13 @@ def _samples(path: Path, on_problem: Callable[[Problem], object]) -> Iterator[_S
                 if sample.key:
                     yield sample
                 sample = _Sample(path, key)
+            shown = printable(extension)
             if member.fault:
-                sample.faults.append(f".{extension} is {member.fault}; make the tar again from plain files")
+                sample.faults.append(f".{shown} is {member.fault}; make the tar again from plain files")
             elif extension in sample.members:
-                sample.faults.append(f".{extension} occurs twice; remove one")
+                sample.faults.append(f".{shown} occurs twice; remove one")
+            elif member.size > (MAX_RECORD if extension in ("json", "cls") else MAX_PHOTO):
+                sample.faults.append(f".{shown} has {member.size} bytes, too many for what it is; remove it")
             sample.members[extension] = (member.offset, member.size)
     except (DamagedTar, OSError) as error:
         reason = error.strerror or "not readable" if isinstance(error, OSError) else str(error)
@@ -373,11 +400,12 @@ class _SampleCheck:
         return _Checked(None if problems else record, locations, numbers, rotated, problems, unused=unused)
 
     def _missing(self, view: str, sample: _Sample) -> str:
-        wanted, found = " or .".join(self.extensions[view]), ", .".join(sorted(sample.members))
+        wanted = " or .".join(self.extensions[view])
+        found = _some([f".{printable(name)}" for name in sorted(sample.members)])
         if other := self._other_format(view, sample):
-            return f"no {view} photo named .{wanted}, but .{other}; shards hold JPEGs, so convert it"
+            return f"no {view} photo named .{wanted}, but .{printable(other)}; shards hold JPEGs, so convert it"
         allow = ", or allow lesions with one photo by missing_view=mark" if len(self.task.views) > 1 else ""
-        return f"no {view} photo named .{wanted} among .{found}; name its extension by {view}=EXTENSION{allow}"
+        return f"no {view} photo named .{wanted} among {found}; name its extension by {view}=EXTENSION{allow}"
 
     def _other_format(self, view: str, sample: _Sample) -> str | None:
         """Return the extension of a photo of a view in another format: with the same name but another suffix."""
