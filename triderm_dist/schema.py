@@ -168,6 +168,12 @@ def why_no_id(text: str) -> str | None:
     return None
 
 
+def cell_text(text: str) -> str:
+    """Return a text for a cell of a CSV that shows what data hold: escaped, and never a formula."""
+    text = printable(text)
+    return f"'{text}" if text[:1] in _FORMULA and text else text
+
+
 def _invisible(text: str) -> str | None:
     """Name the first character that has no width."""
     found = next((each for each in text if unicodedata.category(each) == "Cf" or each == "\ufffd"), None)

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from triderm_dist.files import PATIENT_DATA, atomic_path
-from triderm_dist.schema import DataError, printable
+from triderm_dist.schema import DataError, cell_text, printable
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def count_by_kind(problems: Sequence[Problem]) -> dict[str, int]:
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """Write the problems as CSV, atomically."""
+    """Write the problems as CSV, atomically; ids and cells of the data in them act on no spreadsheet."""
     with atomic_path(path, PATIENT_DATA) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(Problem))
-        writer.writerows(astuple(problem) for problem in problems)
+        writer.writerows(map(cell_text, astuple(problem)) for problem in problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -18,7 +19,7 @@ import webdataset
 
 from tests.conftest import draw_photo
 from triderm_dist.checksums import write_checked_json
-from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.problems import InvalidLesions, write_problems
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards import index_foreign
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
@@ -143,6 +144,7 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
     "age": (set_record(4, metadata={"age": "old"}), "record", "age_approx 'old' is not a number from 0 to 120 years"),
     "lesion id": (set_record(4, lesion_id="a b"), "record", "lesion_id 'a b' holds a space, a dot or a slash"),
     "duplicate": (set_record(4, lesion_id="L1"), "duplicate lesion", "lesion L1 occurs twice, first in .*part-000.tar"),
+    "formula": (set_record(4, group="=1+1"), "record", "group '=1\\+1' begins with =, which a spreadsheet takes"),
     "json": (set_member(4, "json", b"{"), "record", "part-001.tar, sample L4: "),
     "json list": (set_member(4, "json", b"[]"), "record", "its JSON is a list"),
     "no photo": (set_member(4, "clinical.jpg", None), "missing photo", "no clinical photo named .clinical.jpg among"),
@@ -324,6 +326,23 @@ def test_a_choice_between_members_is_refused(tmp_path: Path, name: str) -> None:
     index = index_shards(folder, **options, invalid="drop")
     assert index.lesion_ids.tolist() == ["L0", "L2"]
     assert [(problem.lesion_id, problem.kind) for problem in index.problems] == [("L1", kind)]
+
+
+def test_names_of_any_bytes_are_dropped_and_written(tmp_path: Path) -> None:
+    """A name in Latin-1 and one that begins a formula, in folders: in no file as they are."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in [*members_of(0), *members_of(1), ("set/L\xe4s.json", b"{}"), ("set/=1+1.json", b"{}")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    index = index_shards(folder, invalid="drop")
+    assert [problem.lesion_id for problem in index.problems] == ["L\\udce4s", "=1+1"]
+    write_problems(tmp_path / "problems.csv", index.problems)
+    with (tmp_path / "problems.csv").open(encoding="utf-8", newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["lesion_id", "L\\udce4s", "'=1+1"]
+    assert verify(index, 2, 0) == []
 
 
 def test_linked_members_are_named(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Task, printable
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Task, printable, quoted, why_no_id
 from triderm_dist.tasks import milk10k_task
 
 Member = tuple[int, int]
@@ -115,7 +115,7 @@ def index_shards(
         why = (
             f"{len(scan.problems)} problems, the first: {scan.problems[0]}"
             if scan.problems
-            else "; ".join(scan.notes())
+            else "; ".join(scan.unread())
         )
         raise DataError(f"{folder}: no valid lesion in {len(paths)} tars; {why}")
     for text in scan.notes():
@@ -229,13 +229,17 @@ class _Scan:
         else:
             self.empty.append(self._path.name)
 
-    def notes(self) -> Iterator[str]:
-        """Yield a line for each tolerated deviation."""
+    def unread(self) -> Iterator[str]:
+        """Yield a line about tars without a lesion, and one about members that are not read."""
         if self.empty:
             yield f"no lesion in {_some(self.empty)}; not in the index"
         if self.unused:
             counted = [f"{name} ({count} times)" if count > 1 else name for name, count in self.unused.most_common()]
             yield f"not used, as neither a record nor a photo of a view: {_some(counted)}"
+
+    def notes(self) -> Iterator[str]:
+        """Yield a line for each tolerated deviation."""
+        yield from self.unread()
         if not self.scored and (self.concepts or self.task.concepts.prefix):
             yield "no sample has concept scores; every score is missing"
         if self.rotated:
@@ -361,6 +365,9 @@ class _SampleCheck:
                 label = error.label if isinstance(error, UnknownLabel) else ""
                 problem = Problem(name, "label" if label else "record", where, str(error))
                 return _Checked(None, problems=[problem], unknown_label=label)
+            if record.group != record.lesion_id and (wrong := why_no_id(record.group)):
+                what = f"group {quoted(record.group)} {wrong}"
+                return _Checked(None, problems=[Problem(record.lesion_id, "record", where, what)])
             return self._with_photos(sample, record, read)
 
     def _with_photos(self, sample: _Sample, record: Record, read: Callable[[Member], bytes]) -> _Checked:

@@ -20,7 +20,7 @@ from triderm_dist.data.shards.tar_members import DamagedTar, check_tar_end
 from triderm_dist.data.shards.write_index import count_sizes, labeled_digests, shared_photos
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256
-from triderm_dist.schema import VIEWS, DataError, one_line
+from triderm_dist.schema import VIEWS, DataError, one_line, printable
 
 
 def verify(
@@ -155,7 +155,7 @@ def _lesion_id(index: ShardIndex, sample: dict[str, Any]) -> str:
     try:
         return _record(index, sample).lesion_id
     except ValueError:
-        return str(sample["__key__"])
+        return printable(str(sample["__key__"]).rpartition("/")[2])
 
 
 def _same_group(index: ShardIndex) -> Callable[[str, str], bool]:
