@@ -118,6 +118,33 @@ def test_false_sizes_are_named(tmp_path: Path, field: bytes) -> None:
         check_tar_end(tmp_path / "b.tar")
 
 
+def header(name: str, kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+HOSTILE: dict[str, bytes] = {
+    "file that begins before its header": header("L0.json", tarfile.REGTYPE, -1024),
+    "other member that begins before its header": header("L0.json", b"Q", -1024),
+    "name of a negative length": header("L0.json", tarfile.GNUTYPE_LONGNAME, -512) + header("a", b"0", 0),
+    "pax header of a negative length": header("L0.json", tarfile.XHDTYPE, -512) + header("a", b"0", 0),
+    "names of names": b"".join(header("L0.json", tarfile.GNUTYPE_LONGNAME, 1) + bytes(BLOCK) for _ in range(3000)),
+    "size in words": header("L0.json", b"0", 0).replace(b"00000000000", b"zzzzzzzzzzz"),
+    "a negative size in a pax header": header("x", tarfile.XHDTYPE, 14) + b"14 size=-1024\n".ljust(BLOCK, b"\0")
+    + header("L0.json", b"0", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("first", [True, False])
+def test_hostile_headers_end_the_reading(tmp_path: Path, name: str, first: bool) -> None:
+    before = b"" if first else header("L.json", b"0", 0) + header("folder", tarfile.DIRTYPE, 0)
+    (tmp_path / "a.tar").write_bytes(before + HOSTILE[name] + bytes(4 * BLOCK))
+    with pytest.raises(DamagedTar):
+        check_tar_end(tmp_path / "a.tar")
+
+
 def test_an_archive_without_members_is_whole(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(tarfile.RECORDSIZE))
     assert [*tar_members(tmp_path / "a.tar")] == []

@@ -111,8 +111,8 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
     "duplicate": (rows("lesion_id", duplicate), {"order", "missing", "duplicate lesion"}, "1 lesions occur twice"),
     "tar": (
         lambda index: overwrite(index.path(1), 0, b"?" * 600),
-        {"checksum", "tar", "missing"},
-        "webdataset cannot read",
+        {"checksum", "tar"},
+        "shard-000001.tar: data of an unknown kind, not a plain tar; copy or make it again",
     ),
 }
 

@@ -66,13 +66,15 @@ def tar_members(path: Path) -> Iterator[TarMember]:
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
             if member.type not in _WITHOUT_DATA:
                 name = printable(member.name)
-                if not 0 <= member.size <= size - member.offset_data and not _fault(member):
+                if not 0 <= member.size <= size - member.offset_data and not member.issparse():
                     raise DamagedTar(f"{name} is truncated: {member.size} bytes from byte {member.offset_data}")
                 yield TarMember(member.name, member.offset_data, member.size, _fault(member))
             try:
-                member = tar.next()
+                before, member = tar.offset, tar.next()
             except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError):
                 raise DamagedTar(f"damaged or cut off near byte {tar.offset}: no header of a member") from None
+            if member is not None and tar.offset <= before:  # a header of a negative size: tarfile would never end
+                raise DamagedTar(f"damaged at byte {before}: the header of a member has a negative size")
         _check_end(file, tar.offset, size)
 
 

@@ -111,6 +111,8 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
                 check_tar_end(path)
             except (DamagedTar, OSError) as error:
                 on_problem(Problem("", "tar", where, f"{one_line(error)}; copy or make it again"))
+                row = end
+                continue
         try:
             for sample in _webdataset(where):
                 if not belongs_to_lesion(sample, index.extensions):
@@ -119,13 +121,13 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
                 if row < end and name == index.lesion_ids[row]:
                     yield row, sample
                     row += 1
+                    if row == end and path.name in known:
+                        break
                 elif name not in dropped:
                     wanted = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
                     on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} instead of {wanted}"))
                     break
         except Exception as error:  # a damaged tar may raise anything
-            if path.name in known and row == end:
-                continue
             on_problem(Problem("", "tar", where, f"webdataset cannot read it ({one_line(error)})"))
         if row < end:
             first = index.lesion_ids[row]
