@@ -42,7 +42,12 @@ def test_categories_and_synonyms_are_matched_in_any_case(text: str) -> None:
     assert field.parse(text) == 1.0 and field.cell(1.0) == "yes" and field.cell(float("nan")) is None
 
 
-@pytest.mark.parametrize("text", ["0.9", "30.1", "wide", "nan", "inf"])
+@pytest.mark.parametrize("text", ["upper_arm", "Upper arm", "upper-arm", "UPPER  ARM"])
+def test_separators_of_a_category_may_differ(text: str) -> None:
+    assert MetadataField("site", "site", "category", ("hand", "upper_arm")).parse(text) == 1.0
+
+
+@pytest.mark.parametrize("text", ["0.9", "30.1", "wide", "nan", "inf", "1_0", "\u0661\u0660", "0x10"])
 def test_number_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=rf"diameter_mm '{text}' is not a number from 1 to 30 mm"):
         DIAMETER.parse(text)

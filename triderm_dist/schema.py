@@ -251,10 +251,11 @@ class MetadataField:
             return number
         index = {name.lower(): float(at) for at, name in enumerate(self.categories)}
         index |= {other.lower(): index[name.lower()] for other, name in self.synonyms.items()}
-        # pandas writes a column of integers with gaps as 3.0.
-        for spelling in (text.lower(), text.lower().removesuffix(".0")):
-            if spelling in index:
-                return index[spelling]
+        joined = {re.sub(r"[\s_-]+", "_", name): at for name, at in index.items()}
+        # pandas writes a column of integers with gaps as 3.0; some tables write upper extremity for upper_extremity.
+        for spelling in (text.lower(), text.lower().removesuffix(".0"), re.sub(r"[\s_-]+", "_", text.lower())):
+            if (found := index.get(spelling, joined.get(spelling))) is not None:
+                return found
         near = nearest(text, index)
         hint = f"did you mean {near!r}? Known" if near else "known"
         raise ValueError(f"unknown {self.column} {quoted(text)}; {hint} are {', '.join(self.categories)}")

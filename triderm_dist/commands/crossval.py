@@ -32,6 +32,7 @@ class CrossvalRun(ParallelFoldsRun):
 def main(config: CrossvalRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.doctor.preflight import check_disk, check_training, lesions_of
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import assigned_folds, data_facts, model_config
@@ -50,6 +51,9 @@ def main(config: CrossvalRun) -> None:
     index = open_index(config.train_shards, config.data.remote, verify=verify)
     open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
     experiment = config.experiment
+    check_training(experiment, lesions_of(index))
+    for note in check_disk(experiment, index) if is_main() else ():
+        print(wrapped(f"note: {note}"))
     if config.parallel_folds:
         run_parallel_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})
     else:

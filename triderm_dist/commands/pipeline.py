@@ -31,6 +31,7 @@ from triderm_dist.schema import ConfigError, InputError, Task
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
 from triderm_dist.tasks import check_packed_for, load_task, milk10k_task
+from triderm_dist.terminal import wrapped
 
 
 class PipelineRun(ParallelFoldsRun):
@@ -58,6 +59,8 @@ def main(config: PipelineRun) -> None:
         from triderm_dist.ensemble.fitted_stacker import stacker_kind
 
         stacker_kind(config.stack)  # refuses unknown kinds and settings before anything is trained
+    from triderm_dist.doctor.preflight import check_pipeline
+
     folder, settings = config.folder, config.folder / CONFIG_FILE
     if config.launcher and not find_file("accelerate_configs", config.launcher).is_file():
         raise ConfigError(
@@ -73,6 +76,8 @@ def main(config: PipelineRun) -> None:
     if config.launcher and config.parallel_folds:
         raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
     found = stages(config, settings)
+    for note in check_pipeline(config.experiment):
+        print(wrapped(f"note: {note}"))
     run_stages(found, folder, begin=lambda: save(config.experiment, settings))
     for path in (path for stage in found for path in stage.outputs):
         if path.parent == folder and path.suffix in (".csv", ".html"):

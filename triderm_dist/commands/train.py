@@ -30,6 +30,7 @@ class TrainRun(Experiment):
 def main(config: TrainRun) -> None:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
+    from triderm_dist.doctor.preflight import check_training, lesions_of
     from triderm_dist.engine.crossval import run_folds
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import data_facts, model_config
@@ -43,6 +44,7 @@ def main(config: TrainRun) -> None:
     verify = config.data.verify and is_main()
     index = open_index(config.train_shards, config.data.remote, verify=verify)
     open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
+    check_training(config, lesions_of(index))
     folder = config.fold_folder(name, config.fold)
 
     def save_settings() -> None:

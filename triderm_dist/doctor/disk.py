@@ -10,7 +10,7 @@ from pathlib import Path
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.doctor.findings import Finding, imported
+from triderm_dist.doctor.findings import Finding, State, imported
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
@@ -71,7 +71,9 @@ def disk_finding(
     remedies = ["free some", "set another output"]
     remedies += ["a smaller train.augment.token_variants"] if need.tokens > need.finished / 2 else []
     remedies += ["train.keep_checkpoints=false"] if _keeps(experiment) else []
-    return Finding("disk needed", f"{text}; {size_text(free)} are free", "warning", " or ".join(remedies))
+    # An estimate may be wrong by half, not by more.
+    state: State = "error" if need.finished - used > 2 * free else "warning"
+    return Finding("disk needed", f"{text}; {size_text(free)} are free", state, " or ".join(remedies))
 
 
 def estimate_disk(

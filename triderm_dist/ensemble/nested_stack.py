@@ -5,7 +5,7 @@ Shapes: N lesions, C diagnoses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from triderm_dist.data.folds import split_parts
 from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker, stacker_kind
 from triderm_dist.ensemble.stacker import TrainingRows
+from triderm_dist.schema import DataError
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,9 @@ def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, see
     shape = (len(rows), len(rows.diagnoses))
     out_of_fold, without = np.full(shape, np.nan), {}
     tasks: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []  # rows to train on, to predict, where to write
-    for fold in np.unique(folds).tolist():
-        others = folds != fold
-        without[fold] = np.full(shape, np.nan)
-        tasks.append((others, ~others, [without[fold], out_of_fold]))
-        parts = inner_folds(rows.labels, rows.groups, folds, others, seed)
-        for part in np.unique(parts[others]).tolist():
-            held_out = others & (parts == part)
-            tasks.append((others & ~held_out, held_out, [without[fold]]))
+    for fold, train, held_out in _fits(rows.labels, rows.groups, folds, seed):
+        target = without.setdefault(fold, np.full(shape, np.nan))
+        tasks.append((train, held_out, [target, out_of_fold] if (train | held_out).all() else [target]))
     training_sets = {train.tobytes(): train for train, _, _ in tasks}
     kind, settings = stacker_kind(config)
     parallel = min(kind.parallel_fits(settings), len(training_sets))
@@ -66,6 +62,29 @@ def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, see
             target[held_out] = probabilities
     stackers = {fold: fitted[(folds != fold).tobytes()] for fold in without}
     return NestedStack(out_of_fold, without, stackers)
+
+
+def _fits(
+    labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, seed: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (fold, rows to train on, rows to predict) of every fit: without the fold, and without parts of the others.
+
+    labels, groups, folds: (N,).  rows: (N,) bool; those of the first fit of a fold are all rows together.
+    """
+    for fold in np.unique(folds).tolist():
+        others = folds != fold
+        yield fold, others, ~others
+        parts = inner_folds(labels, groups, folds, others, seed)
+        for part in np.unique(parts[others]).tolist():
+            held_out = others & (parts == part)
+            yield fold, others & ~held_out, held_out
+
+
+def check_stackable(labels: np.ndarray, groups: np.ndarray, folds: np.ndarray, seed: int) -> None:
+    """Raise DataError where a fit of the nested stack would have lesions of one diagnosis only. All (N,)."""
+    for fold, train, _ in _fits(labels, groups, folds, seed):
+        if len(np.unique(labels[train])) < 2:
+            raise DataError(f"the stacker needs two diagnoses outside of fold {fold} and a part of the other folds")
 
 
 def choose_columns(

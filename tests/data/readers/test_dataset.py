@@ -52,7 +52,15 @@ def test_other_ids_are_refused_with_the_reason(text: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("IL_007", "il_7"), ("0012", "12"), ("12.0", "12"), ("1E+05", "100000"), ("\uff21\uff11", "a1"), ("a\u200b", "A")],
+    [
+        ("IL_007", "il_7"),
+        ("0012", "12"),
+        ("12.0", "12"),
+        ("1E+05", "100000"),
+        ("\uff21\uff11", "a1"),
+        ("a\u200b", "A"),
+        ("'a_1", "A-1"),
+    ],
 )
 def test_spellings_that_programs_make_of_one_id_are_alike(one: str, other: str) -> None:
     assert folded(one) == folded(other)

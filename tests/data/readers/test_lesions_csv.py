@@ -175,7 +175,7 @@ def test_similar_columns_and_ids_spelled_alike_are_noted(tmp_path: Path) -> None
     for number, row in enumerate(rows):
         row["patient"] = ("P01", "P1")[number // 2 % 2]
     notes = read_lesions(write(tmp_path, rows), task_of()).notes
-    assert "patient: 1 equal another one but for case, zeros or width, such as 'P01' and 'P1'" in notes
+    assert "patient: 1 equal another one but for case, zeros or separators, such as 'P01' and 'P1'" in notes
 
 
 def test_a_category_or_diagnosis_that_no_row_has_is_noted(tmp_path: Path) -> None:

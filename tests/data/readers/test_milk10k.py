@@ -285,7 +285,7 @@ def test_labels_of_unknown_lesions_are_refused_or_dropped(make_challenge: Make) 
 def test_closest_label_is_suggested(make_challenge: Make, before: str, after: str) -> None:
     challenge = make_challenge()
     challenge.truth[3]["lesion_id"] = after
-    with pytest.raises(DataError, match=rf"row 5: lesion {after} is not in \S+; is {before} meant"):
+    with pytest.raises(DataError, match=rf"row 5: lesion {after} is not in \S+; is '{before}' meant"):
         read_challenge(challenge.write().folder)
 
 

@@ -27,11 +27,12 @@ def why_no_lesion_id(text: str) -> str | None:
 
 
 def folded(text: str) -> str:
-    """Return an id without what programs change on the way: case, leading zeros, .0, full width, invisible characters.
+    """Return an id without what programs change on the way: case, leading zeros, .0, separators, a leading apostrophe,
+    full width, invisible characters.
 
     Two ids with the same result are likely meant to be one.
     """
-    text = text.lower()
+    text = re.sub(r"[\s_-]+", "_", text.lower().lstrip("'"))
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).casefold()
         text = "".join(each for each in text if unicodedata.category(each) != "Cf")
@@ -47,7 +48,24 @@ def spelled_alike(ids: Iterable[str], what: str) -> list[str]:
     if not pairs:
         return []
     one, other = map(quoted, pairs[0])
-    return [f"{what}: {len(pairs)} equal another one but for case, zeros or width, such as {one} and {other}"]
+    return [f"{what}: {len(pairs)} equal another one but for case, zeros or separators, such as {one} and {other}"]
+
+
+class Spellings:
+    """The ids of a set, to name in a message the one that another spelling is probably meant to be."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self._ids = ids
+        self._by_folded: dict[str, list[str]] | None = None
+
+    def hint(self, name: str, otherwise: str = "") -> str:
+        """Return `is X meant?` for the id X that `folded` makes the same, else `otherwise`."""
+        if self._by_folded is None:
+            self._by_folded = {}
+            for each in dict.fromkeys(self._ids):
+                self._by_folded.setdefault(folded(each), []).append(each)
+        near = next((each for each in self._by_folded.get(folded(name), ()) if each != name), None)
+        return f"is {quoted(near)} meant (case, zeros, separators)?" if near else otherwise
 
 
 @dataclass(frozen=True)

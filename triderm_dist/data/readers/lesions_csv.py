@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.dataset import Dataset, spelled_alike, why_no_lesion_id
+from triderm_dist.data.readers.dataset import Dataset, Spellings, spelled_alike, why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name
 from triderm_dist.data.readers.table import (
     NotUtf8,
@@ -197,6 +197,7 @@ class _Reading:
             concepts = [each[rows[:, 0]] for each in scores]
         scores_of = np.stack(concepts, 1) if concepts else np.empty((len(rows), 0))
         self.notes += spelled_alike(self.ids, "lesion ids")
+        spellings = Spellings(self.ids)
         kept, problem_ids = list[Lesion](), {problem.lesion_id for problem in self.problems}
         names, none = task.view_names, dict[str, str | None].fromkeys(VIEWS)
         shared: dict[bytes, tuple[float, ...]] = {}
@@ -209,7 +210,8 @@ class _Reading:
                 if lesion_id in problem_ids or not self.bad.isdisjoint(own):
                     continue
                 if what := self._missing(lesion_id, photos):
-                    self._problem(first, "missing photo", what)
+                    hint = spellings.hint(lesion_id)
+                    self._problem(first, "missing photo", f"{what}; {hint}" if hint else what)
                     continue
                 kept.append(
                     Lesion(

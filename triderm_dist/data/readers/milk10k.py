@@ -24,12 +24,12 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from triderm_dist.data.problems import InvalidLesions, Problem
-from triderm_dist.data.readers.dataset import Dataset, folded, spelled_alike, why_no_lesion_id
+from triderm_dist.data.readers.dataset import Dataset, Spellings, spelled_alike, why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder
 from triderm_dist.data.readers.table import (
     find_tables,
@@ -126,7 +126,7 @@ def read_challenge(
     labels, truth_rows = _read_labels(truth_path, task, problems.append) if truth_path else ({}, {})
     grouped = GROUP_COLUMN in columns
 
-    lesions = []
+    lesions, spellings = [], Spellings(views)
     bad = {problem.lesion_id for problem in problems}
     for lesion_id, photos in views.items():
         label = labels.pop(lesion_id, UNLABELED)
@@ -136,7 +136,8 @@ def read_challenge(
             _check_views(lesion_id, photos, missing_view)
             lesions.append(_lesion(lesion_id, photos, label, len(scores), task, grouped))
         except _Invalid as error:
-            problems.append(error.problem)
+            hint = spellings.hint(lesion_id) if error.problem.kind == "missing photo" else ""
+            problems.append(replace(error.problem, what=f"{error.problem.what}; {hint}") if hint else error.problem)
     concepts = tuple(f"{view}/{column.removeprefix(CONCEPT_PREFIX)}" for view in VIEWS for column in scores)
     notes = _notes(lesions, task, labeled=truth_path is not None)
     notes += spelled_alike(views, "lesion ids")
@@ -293,10 +294,9 @@ def _read_labels(
 
 def _unmatched(labels: Iterable[str], rows: Mapping[str, str], lesions: Iterable[str], table: str) -> Iterator[Problem]:
     """Yield the problem of each label whose lesion the table lacks, with the nearest spelling."""
-    spelled = {folded(lesion_id): lesion_id for lesion_id in lesions}
+    spellings = Spellings(lesions)
     for lesion_id in labels:
-        near = spelled.get(folded(lesion_id))
-        hint = f"is {near} meant (leading zeros, case)?" if near else "add its rows, or remove its label"
+        hint = spellings.hint(lesion_id, "add its rows, or remove its label")
         yield Problem(
             lesion_id, "label without a lesion", rows[lesion_id], f"lesion {lesion_id} is not in {table}; {hint}"
         )

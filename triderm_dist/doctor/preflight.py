@@ -1,0 +1,181 @@
+"""Check what a run needs in its later stages before its first one: labels, folds, stacker, test set, truth, disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from triderm_dist.config import Experiment
+from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.problems import InvalidLesions
+from triderm_dist.data.readers.dataset import Spellings
+from triderm_dist.data.readers.source import find_task, read_source, reader_of
+from triderm_dist.data.shards.console import print_problems
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.open import is_packed, open_index
+from triderm_dist.doctor.disk import disk_finding
+from triderm_dist.ensemble.nested_stack import check_stackable
+from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, Task, did_you_mean
+
+
+@dataclass(frozen=True)
+class Lesions:
+    """What the checks need of a set, packed or not. where: the set.  labels: (N,).  groups: (N,) for the folds."""
+
+    where: str
+    task: Task
+    lesion_ids: Sequence[str]
+    labels: np.ndarray
+    groups: np.ndarray
+    concepts: tuple[str, ...]
+
+
+def check_pipeline(experiment: Experiment) -> list[str]:
+    """Check the inputs of all stages of a pipeline, and return notes. Raises InputError for what would stop a stage."""
+    data = experiment.data
+    check_members(experiment)
+    _check_truth_file(experiment)
+    notes = list[str]()
+
+    def check(train: Lesions) -> None:
+        check_training(experiment, train)
+        if experiment.stack.enabled:
+            try:
+                check_stackable(*_labeled(experiment, train), experiment.seed)
+            except DataError as error:
+                raise DataError(f"{train.where}: {error}; set stack.enabled=false, or add lesions") from None
+
+    train = _read(experiment, "train", data.source, check)
+    if data.test or data.test_shards:
+
+        def check_test(test: Lesions) -> None:
+            if train:
+                _check_concepts(train, test)
+            notes.extend(_check_truth(experiment, test))
+
+        _read(experiment, "test", data.test, check_test)
+    return notes
+
+
+def check_training(experiment: Experiment, train: Lesions) -> None:
+    """Raise DataError where a training set cannot be split into the folds, or has fewer than two diagnoses."""
+    present = np.unique(train.labels[train.labels != UNLABELED])
+    if len(present) < 2:
+        found = f"has lesions of {train.task.diagnosis_names[present[0]]} only" if len(present) else "has no labels"
+        raise DataError(f"{train.where}: {found}; a training needs at least two diagnoses")
+    try:
+        assign_folds(train.labels, train.groups, experiment.data.folds, experiment.data.fold_seed)
+    except DataError as error:
+        raise DataError(f"{train.where}: {error}") from None
+
+
+def check_members(experiment: Experiment) -> None:
+    """Raise ConfigError for a member of the ensemble that is not one of the models."""
+    for name in experiment.ensemble.members or ():
+        if name not in experiment.models:
+            raise ConfigError(f"ensemble.members: no model is named {name!r}; {did_you_mean(name, experiment.models)}")
+
+
+def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:
+    """Return a note where a training may not find the disk space that it needs.
+
+    Raises InputError where it certainly will not: where not even half of the estimate is free.
+    """
+    test = str(experiment.test_shards)
+    try:
+        packed = open_index(test, experiment.data.remote) if is_packed(test) else test
+    except InputError:
+        packed = test
+    found = disk_finding(experiment, index.signature, index, packed)
+    if found.state == "ok":
+        return []
+    if found.state == "error":
+        raise InputError(f"{experiment.folder}: {found.name}: {found.text}; {found.advice}")
+    return [f"{found.name}: {found.text}; {found.advice}"]
+
+
+def lesions_of(index: ShardIndex) -> Lesions:
+    """Return what the checks need of a packed set."""
+    where, groups = str(index.folder), np.asarray(index.fold_groups)
+    return Lesions(where, index.task, index.lesion_ids, index.labels, groups, index.concepts)
+
+
+def _read(experiment: Experiment, split: str, source: str | None, check: Callable[[Lesions], None]) -> Lesions | None:
+    """Read a set and check it: the packed one, or where that is absent or fails the check the folder to be packed.
+
+    Returns None for a folder whose rows have problems, which its packing lists.
+    """
+    shards = experiment.train_shards if split == "train" else experiment.test_shards
+    given = experiment.data.shards if split == "train" else experiment.data.test_shards
+    if is_packed(shards):
+        try:
+            lesions = lesions_of(open_index(shards, experiment.data.remote))
+            check(lesions)
+            return lesions
+        except InputError:
+            if given or source is None or not Path(source).exists():
+                raise  # else the folder has changed since, and is packed again
+    assert source is not None
+    task = find_task(str(experiment.data.source or source), experiment.data.task)
+    try:
+        dataset = read_source(source, task, experiment.data.missing_view, experiment.data.invalid)
+    except InvalidLesions as error:
+        if split == "train":
+            return None
+        print_problems(error.problems, Path(f"{shards}.problems.csv"))
+        raise
+    codes: dict[str, int] = {}
+    lesions = Lesions(
+        source,
+        task,
+        [lesion.lesion_id for lesion in dataset.lesions],
+        np.array([lesion.label for lesion in dataset.lesions], np.int64),
+        np.array([codes.setdefault(lesion.group, len(codes)) for lesion in dataset.lesions]),
+        dataset.concepts,
+    )
+    check(lesions)
+    return lesions
+
+
+def _labeled(experiment: Experiment, train: Lesions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels, groups and folds of the labeled lesions."""
+    folds = assign_folds(train.labels, train.groups, experiment.data.folds, experiment.data.fold_seed)
+    rows = folds >= 0
+    return train.labels[rows], train.groups[rows], folds[rows]
+
+
+def _check_concepts(train: Lesions, test: Lesions) -> None:
+    if differing := sorted(set(train.concepts) ^ set(test.concepts)):
+        owner = "the training set" if differing[0] in train.concepts else "the test set"
+        raise DataError(
+            f"{test.where}: its concepts are not those of the training set (only {owner} has {differing[0]}); give "
+            "both the same columns"
+        )
+
+
+def _check_truth_file(experiment: Experiment) -> None:
+    truth = experiment.data.test_truth
+    if truth and not Path(truth).is_file():
+        raise DataError(f"data.test_truth: {truth}: no such file; correct it, or remove it where the truth is unknown")
+    if truth and not (experiment.data.test or experiment.data.test_shards):
+        raise ConfigError("data.test_truth: has no effect without a test set; set data.test, or remove it")
+
+
+def _check_truth(experiment: Experiment, test: Lesions) -> list[str]:
+    """Check that every test lesion has a truth; return a note on those of other lesions."""
+    path = experiment.data.test_truth
+    if not path:
+        return []
+    truth = reader_of(test.task).labels(Path(path), test.task)
+    absent = [str(name) for name in test.lesion_ids if truth.get(str(name), UNLABELED) == UNLABELED]
+    others = truth.keys() - {str(name) for name in test.lesion_ids}
+    if absent:
+        hint = Spellings(others).hint(absent[0], "add them, or remove data.test_truth")
+        raise DataError(
+            f"{path}: has no label of {len(absent)} of {len(test.lesion_ids)} test lesions, the first is {absent[0]}; "
+            f"{hint}"
+        )
+    return [f"{path}: {len(others)} lesions are not in the test set"] if others else []
