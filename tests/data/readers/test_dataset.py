@@ -64,6 +64,12 @@ def test_other_ids_are_refused_with_the_reason(text: str, why: str) -> None:
 )
 def test_spellings_that_programs_make_of_one_id_are_alike(one: str, other: str) -> None:
     assert folded(one) == folded(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("P01", "p1"), ("12.0", "012"), ("a_1", "A-1"), ("\uff21", "a"), ("'a", "a")]
+)
+def test_ids_of_a_set_that_are_spelled_alike_are_noted(one: str, other: str) -> None:
     assert spelled_alike([one, one, other], "ids")[0].startswith("ids: 1 equal another one but for case")
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from triderm_dist.data.problems import Problem
 from triderm_dist.schema import Lesion, Task, quoted, why_no_id
 
@@ -41,10 +44,20 @@ def folded(text: str) -> str:
     return re.sub(r"0*([0-9]+)", r"\1", text)
 
 
+_FOLDED_IN_BULK = (("^'", ""), (r"[\s_-]+", "_"), (r"^([0-9]+)\.0+$", r"\1"), ("0*([0-9]+)", r"\1"))
+"""Patterns and replacements that make most ids equal that `folded` does, for a million of them at once."""
+
+
 def spelled_alike(ids: Iterable[str], what: str) -> list[str]:
     """Return a note on ids of which two differ in spelling only (see `folded`), none where there are none."""
+    distinct = list(dict.fromkeys(ids))
+    column = pa.array(distinct, pa.string())
+    for pattern, by in _FOLDED_IN_BULK:
+        column = pc.replace_substring_regex(column, pattern, by)
+    if len(pc.utf8_lower(pc.utf8_normalize(column, form="NFKC")).unique()) == len(distinct):
+        return []
     first: dict[str, str] = {}
-    pairs = [(first[key], name) for name in dict.fromkeys(ids) if first.setdefault(key := folded(name), name) != name]
+    pairs = [(first[key], name) for name in distinct if first.setdefault(key := folded(name), name) != name]
     if not pairs:
         return []
     one, other = map(quoted, pairs[0])
