@@ -252,7 +252,7 @@ class MetadataField:
         index = {name.lower(): float(at) for at, name in enumerate(self.categories)}
         index |= {other.lower(): index[name.lower()] for other, name in self.synonyms.items()}
         joined = {re.sub(r"[\s_-]+", "_", name): at for name, at in index.items()}
-        # pandas writes a column of integers with gaps as 3.0; some tables write upper extremity for upper_extremity.
+        # pandas writes a column of integers with gaps as 3.0; some tables write a b for a_b.
         for spelling in (text.lower(), text.lower().removesuffix(".0"), re.sub(r"[\s_-]+", "_", text.lower())):
             if (found := index.get(spelling, joined.get(spelling))) is not None:
                 return found

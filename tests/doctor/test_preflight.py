@@ -149,3 +149,21 @@ def test_stack_is_feasible_where_every_fit_has_two_diagnoses() -> None:
     check_stackable(np.array([0, 1, 0, 1, 0, 1]), groups, np.array([0, 0, 1, 1, 2, 2]), 0)
     with pytest.raises(DataError, match="two diagnoses outside of fold 0"):
         check_stackable(np.array([1, 1, 0, 0, 0, 1]), groups, np.array([0, 0, 1, 1, 2, 2]), 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["models.a.tower={source: 'timm:vit_bas', pretrained: false}"], r"models.a.tower.source: .*did you mean"),
+        (["models.a.tower={source: 'local-dir:DIR/none', pretrained: true}"], r"models.a.tower.source: \S+none"),
+        (
+            ["models.a.tower={source: 'timm:test_vit@DIR/none.pth', pretrained: true}"],
+            r"models.a.tower.source: .*none.pth",
+        ),
+        (["tokens=DIR/train/MILK10k_Training_Metadata.csv"], "tokens: .*: is a file; name a folder"),
+        (["data.extra=[{shards: DIR/none, map: {NV: NV}}]"], "none"),
+    ],
+)
+def test_files_that_training_needs_are_looked_for(folder: Path, words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_pipeline(settings(folder, *words))

@@ -262,11 +262,11 @@ def read_truth(config: PredictRun, index: ShardIndex) -> dict[str, int] | None:
 
     Unlabeled lesions of a packed set are left out; None without any label.
     """
-    from triderm_dist.data.readers.source import reader_of
+    from triderm_dist.doctor.preflight import match_truth
     from triderm_dist.schema import UNLABELED
 
     if config.data.test_truth:
-        return reader_of(index.task).labels(Path(config.data.test_truth), index.task)
+        return match_truth(config.data.test_truth, index.task, index.lesion_ids)[0]
     labels = zip(index.lesion_ids, index.labels.tolist(), strict=True)
     return {str(lesion): label for lesion, label in labels if label != UNLABELED} or None
 

@@ -85,7 +85,7 @@ def match_extra_set(config: ExtraSetConfig, index: ShardIndex, main: ShardIndex,
     """
     if index.fingerprint == main.fingerprint:
         raise ConfigError(f"{where}.shards: {config.shards} is the training set itself; remove it")
-    labels, class_mask = _map_labels(config.map, index, main, where)
+    labels, class_mask = map_labels(config.map, index, main.diagnoses, where)
     views = np.array([view in index.task.view_names and view in main.task.view_names for view in VIEWS])
     mapped = int((labels != UNLABELED).sum())
     labels = np.where(((index.sizes > 0) & views).any(1), labels, UNLABELED)
@@ -213,11 +213,14 @@ class _Part:
     fetched: Fetched = field(repr=False)
 
 
-def _map_labels(
-    mapping: dict[str, str | None], index: ShardIndex, main: ShardIndex, where: str
+def map_labels(
+    mapping: dict[str, str | None], index: ShardIndex, known: Sequence[str], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels (N,) in the main set's diagnoses, and the class mask (C,)."""
-    own, known = index.diagnoses, main.diagnoses
+    """Return the labels (N,) of an extra set in the diagnoses `known` of the main set, and the class mask (C,).
+
+    Raises ConfigError for a map that names an unknown diagnosis, lacks one, or keeps fewer than two.
+    """
+    own = index.diagnoses
     table = np.full(len(own) + 1, UNLABELED, np.int64)  # the last entry is that of UNLABELED
     for name, target in mapping.items():
         if name not in own:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ def check_pipeline(experiment: Experiment) -> list[str]:
     data = experiment.data
     check_members(experiment)
     _check_truth_file(experiment)
+    _check_tokens(experiment)
+    _check_towers(experiment)
     notes = list[str]()
 
     def check(train: Lesions) -> None:
@@ -54,9 +56,16 @@ def check_pipeline(experiment: Experiment) -> list[str]:
         def check_test(test: Lesions) -> None:
             if train:
                 _check_concepts(train, test)
-            notes.extend(_check_truth(experiment, test))
+            if data.test_truth:
+                notes.extend(match_truth(data.test_truth, test.task, test.lesion_ids)[1])
 
         _read(experiment, "test", data.test, check_test)
+    for where, each in data.extra_sets.items():
+        index = open_index(each.shards, data.remote)
+        if train:
+            from triderm_dist.data.union import map_labels  # imports PyTorch
+
+            map_labels(each.map, index, train.task.diagnosis_names, where)
     return notes
 
 
@@ -164,18 +173,37 @@ def _check_truth_file(experiment: Experiment) -> None:
         raise ConfigError("data.test_truth: has no effect without a test set; set data.test, or remove it")
 
 
-def _check_truth(experiment: Experiment, test: Lesions) -> list[str]:
-    """Check that every test lesion has a truth; return a note on those of other lesions."""
-    path = experiment.data.test_truth
-    if not path:
-        return []
-    truth = reader_of(test.task).labels(Path(path), test.task)
-    absent = [str(name) for name in test.lesion_ids if truth.get(str(name), UNLABELED) == UNLABELED]
-    others = truth.keys() - {str(name) for name in test.lesion_ids}
+def match_truth(path: str, task: Task, lesion_ids: Iterable[str]) -> tuple[dict[str, int], list[str]]:
+    """Return the label of each lesion of a table with the ground truth of a test set, and a note on other lesions.
+
+    Raises DataError for an invalid table, and where a lesion of the test set has no label.
+    """
+    truth = reader_of(task).labels(Path(path), task)
+    names = [str(name) for name in lesion_ids]
+    absent = [name for name in names if truth.get(name, UNLABELED) == UNLABELED]
+    others = truth.keys() - set(names)
     if absent:
         hint = Spellings(others).hint(absent[0], "add them, or remove data.test_truth")
         raise DataError(
-            f"{path}: has no label of {len(absent)} of {len(test.lesion_ids)} test lesions, the first is {absent[0]}; "
-            f"{hint}"
+            f"{path}: has no label of {len(absent)} of {len(names)} test lesions, the first is {absent[0]}; {hint}"
         )
-    return [f"{path}: {len(others)} lesions are not in the test set"] if others else []
+    return truth, [f"{path}: {len(others)} lesions are not in the test set"] if others else []
+
+
+def _check_tokens(experiment: Experiment) -> None:
+    if experiment.tokens and Path(experiment.tokens).exists() and not Path(experiment.tokens).is_dir():
+        raise ConfigError(f"tokens: {experiment.tokens}: is a file; name a folder for the cache")
+
+
+def _check_towers(experiment: Experiment) -> None:
+    """Check that the weights of towers can be found, of models without a finished fold: a run keeps its towers."""
+    for name, model in experiment.models.items():
+        folds = range(experiment.data.folds)
+        if any((experiment.fold_folder(name, fold) / "fold.json").exists() for fold in folds):
+            continue
+        from triderm_dist.models.towers import locate_weights  # imports PyTorch
+
+        try:
+            locate_weights(model.tower.source, model.tower.pretrained)
+        except InputError as error:
+            raise ConfigError(f"models.{name}.tower.source: {error}") from None
