@@ -221,6 +221,26 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
     assert spread["crossval"].settings == plain["crossval"].settings
 
 
+def test_test_set_is_packed_with_the_salt_of_the_training_set(make_challenge, tmp_path):
+    test = f"data.test={make_challenge('test').folder}"
+    train = tmp_path / "run" / "shards" / "train"
+
+    def groups_of(*words: str) -> tuple[list[str], ...]:
+        found = pipeline_stages(tmp_path, test, *words)
+        packs = [found[name].command for name in ("pack", "pack test") if name in found]
+        return tuple([word for word in command if word.startswith(("salt=", "groups="))] for command in packs)
+
+    source = f"data.source={make_challenge().folder}"
+    assert groups_of(source) == ([], [f"salt={train}"])
+    assert groups_of(source, "data.groups=plain") == (["groups=plain"], ["groups=plain"])
+    shards = packed(tmp_path / "shards")
+    assert groups_of(f"data.shards={shards}") == ([],)  # its salt is not at hand, if it has one
+    shards.with_name("shards.groups.csv").touch()
+    assert groups_of(f"data.shards={shards}") == ([f"salt={shards}"],)
+    hashed, plain = (pipeline_stages(tmp_path, source, f"data.groups={kind}") for kind in ("hash", "plain"))
+    assert {name for name in hashed if hashed[name].settings != plain[name].settings} == {"pack"}
+
+
 def test_photos_may_be_deleted_once_they_are_packed(make_challenge, tmp_path):
     words = [f"data.source={make_challenge().folder}", f"data.test={make_challenge('test').folder}"]
     full = pipeline_stages(tmp_path, *words)
