@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +33,7 @@ from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.engine.clean import find_removable
+from triderm_dist.engine.locate import locate_run
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
 from triderm_dist.ensemble.model_card import card_text
 from triderm_dist.ensemble.run_files import read_nested
@@ -327,3 +329,23 @@ def test_every_file_of_a_run_in_every_program(run, trained_run, tmp_path, capsys
                 capsys.readouterr()
                 shutil.rmtree(copy.parent)
     assert not faults
+
+
+def test_damaged_zip_of_a_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, generator, refused = tmp_path / "run.zip", random.Random(0), 0
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("run/config.yaml", "# a comment\n" * 50)
+        archive.writestr("run/oof.parquet", generator.randbytes(100) * 20)
+    good = path.read_bytes()
+    for number in range(100):
+        changed = bytearray(good)
+        for _ in range(generator.choice((1, 3, 30))):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        path.write_bytes(changed[: generator.randrange(len(changed))] if number % 10 == 0 else changed)
+        try:
+            locate_run(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 80

@@ -7,6 +7,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,8 +68,9 @@ def _extract(path: Path) -> Path:
         except OSError as error:
             if not target.is_dir():  # no other process was faster
                 raise DataError(f"{path}: cannot be extracted into {target.parent} ({one_line(error)})") from None
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise DataError(f"{path}: damaged, or of an unknown kind ({one_line(error)})") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+            text = one_line(error, 160)
+            raise DataError(f"{path}: damaged, or of an unknown kind ({text}); copy it again") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     folders = [target, *(each for each in sorted(target.iterdir()) if each.is_dir())]

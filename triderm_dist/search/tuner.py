@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from triderm_dist.distributed.ray_cluster import Needs, capacity, running_ray
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, DataError, one_line
 from triderm_dist.search import pbt
 from triderm_dist.search.results import format_settings
 from triderm_dist.search.settings import BASELINE, SearchConfig, SearchRun, trial_name
@@ -66,7 +66,15 @@ def run_trials(run: SearchRun, space: Space, log: Callable[[str], None]) -> None
     trainable = _trainable(run, needs, settings_of)
     state = str(root / "ray")
     if settings.resume and tune.Tuner.can_restore(state):
-        tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True).fit()
+        try:
+            tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True)
+        except Exception as error:  # any, since Ray unpickles it
+            text = one_line(error, 160, with_type=True)
+            raise DataError(
+                f"{state}: Ray's state of the search is damaged ({text}); set another output to search again; triderm "
+                "results shows the trials of this one"
+            ) from None
+        tuner.fit()
         return
 
     def name_of(trial: Any) -> str:
