@@ -90,7 +90,7 @@ def kind_of(start: bytes) -> str:
         return "a link to a web page"
     if text.startswith(b"<?xml"):
         return "an XML file, such as a server's error message"
-    if start[:1] == b"\x80" and 2 <= start[1] <= 5:
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "a Python pickle"
     try:
         start[:-4].decode()

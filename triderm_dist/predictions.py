@@ -189,10 +189,7 @@ def read_predictions(path: Path) -> Predictions:
     table, task, header = _read(path)
     concepts = tuple(header.pop("concepts"))
     split, refit_of = header.pop("split"), tuple(header.pop("refit_of", ()))
-    try:
-        return replace(_from_rows(table, path, task, concepts), split=split, refit_of=refit_of, extra=header)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    return replace(_from_rows(table, path, task, concepts), split=split, refit_of=refit_of, extra=header)
 
 
 def read_transforms(path: Path) -> int:
@@ -298,7 +295,7 @@ def read_oof(path: Path, features: bool = False) -> OofTable:
     concepts = tuple(header["concepts"])
     parts = [(path, _from_rows(table.filter(pc.equal(table["model"], name)), path, task, concepts)) for name in names]
     first = parts[0][1]
-    data = _DataSplit(first.lesion_ids.tolist(), first.labels, first.fold)
+    data = _DataSplit(first.lesion_ids.tolist(), first.labels, first.fold, str(path))
     for _, part in parts:
         data.check(path, part)
     return _merge(parts, data, names)
@@ -359,13 +356,15 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
 class _DataSplit:
     """The lesions of the data with their labels and folds, which prediction files are checked against."""
 
-    def __init__(self, lesion_ids: Sequence[str], labels: np.ndarray, folds: np.ndarray) -> None:
+    def __init__(
+        self, lesion_ids: Sequence[str], labels: np.ndarray, folds: np.ndarray, where: str = "the data"
+    ) -> None:
         self.lesion_ids = np.array(list(lesion_ids), object)
         self.labels = np.asarray(labels, np.int64)
         self.folds = np.asarray(folds, np.int64)
         self.row_of = {lesion: row for row, lesion in enumerate(self.lesion_ids)}
         if len(self.row_of) != len(self.lesion_ids):
-            raise DataError("a lesion id occurs twice in the data")
+            raise DataError(f"{where}: a lesion id occurs twice")
         self.fold_of_group: dict[str, int] = {}
         self.fold_of_weights: dict[tuple[str, str], int] = {}
 
@@ -538,23 +537,14 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict
 
 
 def _from_rows(table: Any, path: Path, task: Task, concepts: tuple[str, ...]) -> Predictions:
-    return Predictions(
-        lesion_ids=_text(table, "lesion_id"),
-        groups=_text(table, "group"),
-        labels=table["label"].to_numpy(),
-        fold=table["fold"].to_numpy(),
-        model=_text(table, "model"),
-        model_hash=_text(table, "model_hash"),
-        head=_text(table, "head"),
-        logits=_as_array(table, "logits", path),
-        aux_clinical=_as_array(table, "aux_clinical", path),
-        aux_dermoscopic=_as_array(table, "aux_dermoscopic", path),
-        features=_as_array(table, "features", path),
-        concepts=_as_array(table, "concepts", path),
-        metadata=_as_array(table, "metadata", path),
-        task=task,
-        concept_names=concepts,
-    )
+    texts = {"lesion_ids": "lesion_id", "groups": "group", "model": "model", "model_hash": "model_hash", "head": "head"}
+    columns = {field: _text(table, name) for field, name in texts.items()}
+    columns |= {name: _as_array(table, name, path) for name in _LISTS}
+    columns |= {"labels": table["label"].to_numpy(), "fold": table["fold"].to_numpy()}
+    try:
+        return Predictions(**columns, task=task, concept_names=concepts)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _as_lists(array: np.ndarray) -> Any:

@@ -108,7 +108,7 @@ def edited_tree(draw: st.DrawFn, tree: Any, edits: int = 2, odd: Sequence[Any] =
             parent = parent[step]
         kind = draw(st.sampled_from(("replace", "replace", "retype", "remove", "rename", "add", "repeat", "exchange")))
         if kind == "replace":
-            parent[key] = draw(st.sampled_from(odd))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(odd)))
         elif kind == "retype":
             parent[key] = draw(st.sampled_from((str, _listed, _mapped, _negative, _huge)))(parent[key])
         elif kind == "remove":
@@ -116,7 +116,9 @@ def edited_tree(draw: st.DrawFn, tree: Any, edits: int = 2, odd: Sequence[Any] =
         elif kind == "rename" and isinstance(parent, dict):
             parent[draw(st.sampled_from((f"{key}x", str(key).upper(), "", "\u202e", "__class__")))] = parent.pop(key)
         elif kind == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(("extra", "format", "Label", "a.b", " ")))] = draw(st.sampled_from(odd))
+            parent[draw(st.sampled_from(("extra", "format", "Label", "a.b", " ")))] = copy.deepcopy(
+                draw(st.sampled_from(odd))
+            )
         elif kind == "repeat" and isinstance(parent, list):
             parent.insert(key, copy.deepcopy(parent[key]))
         elif kind == "exchange":
@@ -151,6 +153,11 @@ def _huge(value: Any) -> Any:
 def json_bytes(tree: Any) -> bytes:
     """Write a tree as JSON, with NaN and infinity as Python spells them, and lone surrogates as escapes."""
     return json.dumps(tree, indent=1).encode()
+
+
+def without_checksum(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree as files hold it that have no checksum, so that readers must check every value."""
+    return {key: value for key, value in tree.items() if key != "checksum"}
 
 
 @st.composite

@@ -28,11 +28,21 @@ from triderm_dist.predictions import average_test, gather, read_oof, read_predic
 TENSORS = {"block.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "bias": np.ones(3, np.float16)}
 
 
+def header_of(data: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header
+
+
 @st.composite
 def edited_safetensors(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes:
     """Damage the header of a safetensors file as JSON, its length, or any byte."""
-    data = save(tensors)
-    length = int.from_bytes(data[:8], "little")
+    header = {name: header_of(save({name: tensor}))[name] for name, tensor in tensors.items()}
+    data, end = b"", 0
+    for name, tensor in tensors.items():
+        header[name]["data_offsets"] = [end, end := end + tensor.nbytes]
+        data += tensor.tobytes()
+    text = json.dumps(header).encode()
+    length, data = len(text), len(text).to_bytes(8, "little") + text + data
     kind = draw(st.sampled_from(("bytes", "fields", "header", "header", "length")))
     if kind == "bytes":
         return draw(edited_bytes(data))
@@ -40,8 +50,8 @@ def edited_safetensors(draw: st.DrawFn, tensors: dict[str, np.ndarray]) -> bytes
         return draw(edited_fields(data))
     if kind == "length":
         return draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little") + data[8:]
-    header = draw(edited_json(json.loads(data[8 : 8 + length])))
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+    text = draw(edited_json(header))
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def use_weights(path: Path) -> None:

@@ -112,7 +112,7 @@ def _open_checked(path: Path, compare: bool) -> np.ndarray:
         intact = intact and (has_checksum or bool(np.isfinite(tokens).all()))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # the header is parsed as Python, and may raise anything
         text = one_line(error, 160)
         raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
     if not intact:
