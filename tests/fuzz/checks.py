@@ -35,11 +35,15 @@ def cases(few: int, many: int) -> pytest.MarkDecorator:
 
 def fuzz(check: Callable[[Case], object], strategy: st.SearchStrategy[Case], cases: int) -> None:
     """Call `check` with examples of a strategy, always the same ones."""
+
+    def check_case(case: _Case[Case]) -> None:
+        check(case.value)
+
     own = settings(
         max_examples=cases, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck],
         phases=[Phase.generate, Phase.shrink],
     )  # fmt: skip
-    own(given(strategy.map(_Case))(lambda case: check(case.value)))()
+    own(given(strategy.map(_Case))(check_case))()
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,11 @@ def test_damaged_index(packed: Path, tmp_path: Path, cases: int) -> None:
         assert_same_labels(found or {}, original)
 
     tree = json.loads((packed / "index.json").read_bytes())
-    fuzz(check, st.one_of(edited_json(tree), edited_json(without_checksum(tree)), edited_json(without_checksum(tree))), cases)
+    fuzz(
+        check,
+        st.one_of(edited_json(tree), edited_json(without_checksum(tree)), edited_json(without_checksum(tree))),
+        cases,
+    )
 
 
 @cases(5, 120)

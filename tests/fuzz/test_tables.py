@@ -25,6 +25,8 @@ from triderm_dist.data.readers.milk10k import read_labels as read_truth
 from triderm_dist.data.readers.table import read_table
 from triderm_dist.schema import Task
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about damage
+
 
 @pytest.fixture(scope="module")
 def challenge(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -25,6 +25,9 @@ from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.models.weight_files import read_weights
 from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about damage
+
+
 TENSORS = {"block.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "bias": np.ones(3, np.float16)}
 
 
