@@ -119,8 +119,11 @@ class PredictionJob:
         problems = [answer.problems[row] for row in sorted(answer.problems)]
         kept = np.ones(len(lesions), bool)
         kept[list(answer.problems)] = False
-        about = {"key": self._key(number), "problems": [asdict(problem) for problem in problems]}
-        about["changes"] = dict(answer.changes)
+        about = {
+            "key": self._key(number),
+            "problems": [asdict(problem) for problem in problems],
+            "changes": dict(answer.changes),
+        }
         write_checked_parquet(self._path(number), table.filter(pa.array(kept)), {_KEY: json.dumps(about).encode()})
 
     def _path(self, number: int) -> Path:

@@ -22,6 +22,7 @@ from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.problems import InvalidLesions, write_problems
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards import index_foreign
+from triderm_dist.data.shards.colors import matrix_profile
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
 from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.verify import verify
@@ -465,6 +466,17 @@ def test_rotated_photos_are_reported(tmp_path: Path) -> None:
     notes: list[str] = []
     index_shards(tmp_path / "theirs", note=notes.append)
     assert notes == ["the EXIF of 1 photos asks for a rotation, which training ignores; triderm pack would apply it"]
+
+
+def test_photos_in_another_color_space_are_reported(tmp_path: Path) -> None:
+    profile = matrix_profile((0.68, 0.32, 0.265, 0.69, 0.15, 0.06))
+    write_foreign(tmp_path / "theirs", change=set_member(4, "clinical.jpg", photo(0, icc_profile=profile)))
+    notes: list[str] = []
+    index_shards(tmp_path / "theirs", note=notes.append)
+    assert notes == [
+        "1 photos have CMYK colors or a color profile other than sRGB, which training ignores; triderm pack would "
+        "convert them"
+    ]
 
 
 def test_truncated_tar_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         image, opaque = _on_white(image, _bits(image))
         changes += () if opaque else (ON_WHITE,)
     image = image if image.mode == "RGB" else image.convert("RGB")
-    if SCALED in changes and max(high for _, high in image.getextrema()) < _DARKEST_WHITE:
+    if SCALED in changes and np.asarray(image).max(initial=0) < _DARKEST_WHITE:
         raise ColorError(_too_dark(_bits(image)))
     return image, changes
 
@@ -228,7 +228,8 @@ def _coded(primaries: int, transfer: int, *_: int) -> bytes | None:
 def _of_png(gamma: float | None, chromaticity: tuple[float, ...] | None) -> bytes | None:
     """Return the profile of a PNG's chunks gAMA and cHRM; 1/2.2 is how those write the curve of sRGB."""
     curve = None if not gamma or abs(gamma - 1 / 2.2) < 0.005 else 1 / gamma
-    white, primaries = _D65, _SRGB_PRIMARIES
+    white = _D65
+    primaries: tuple[float, ...] = _SRGB_PRIMARIES
     if chromaticity and len(chromaticity) == 8 and min(chromaticity[1::2]) > 0:
         white, primaries = (chromaticity[0], chromaticity[1]), tuple(chromaticity[2:])
     if curve is None and np.allclose((*white, *primaries), (*_D65, *_SRGB_PRIMARIES), atol=0.002):

@@ -23,7 +23,7 @@ from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards.format import EXTENSIONS, INDEX, SHARD_NAME_RULE, ShardFile, is_shard_name, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.photos import PhotoError, check_photo, is_upright, size_and_hash
+from triderm_dist.data.shards.photos import PhotoError, check_photo, has_srgb, is_upright, size_and_hash
 from triderm_dist.data.shards.record import (
     Record,
     UnknownLabel,
@@ -161,6 +161,7 @@ class _Checked:
     locations: dict[str, Member] = field(default_factory=dict)
     photos: list[int] = field(default_factory=list)
     rotated: int = 0
+    recolored: int = 0
     problems: list[Problem] = field(default_factory=list)
     unknown_label: str = ""
     unused: tuple[str, ...] = ()
@@ -180,6 +181,7 @@ class _Scan:
     """Those of the task, else of the first sample that has any."""
     scored: bool = False
     rotated: int = 0
+    recolored: int = 0
     labeled: int = 0
     unknown_labels: Counter[str] = field(default_factory=Counter)
     """How many lesions have each label that names no diagnosis."""
@@ -216,6 +218,7 @@ class _Scan:
             return
         self.tar_of[record.lesion_id] = self._path
         self.rotated += checked.rotated
+        self.recolored += checked.recolored
         self.labeled += record.label != UNLABELED
         self._rows.append(_row(record, checked, len(self.shards)))
         if len(self._rows) == TABLE_ROWS:
@@ -246,6 +249,11 @@ class _Scan:
             yield (
                 f"the EXIF of {self.rotated} photos asks for a rotation, which training ignores; triderm pack would "
                 "apply it"
+            )
+        if self.recolored:
+            yield (
+                f"{self.recolored} photos have CMYK colors or a color profile other than sRGB, which training ignores; "
+                "triderm pack would convert them"
             )
         lesions = len(self.tar_of)
         if not self.labeled:
@@ -373,7 +381,7 @@ class _SampleCheck:
     def _with_photos(self, sample: _Sample, record: Record, read: Callable[[Member], bytes]) -> _Checked:
         where, problems = f"{sample.path}, lesion {record.lesion_id}", list[Problem]()
         locations, photos = dict.fromkeys(VIEWS, (0, 0)), dict.fromkeys(VIEWS, (0, 0, 0))
-        rotated, used = 0, {"json", "cls"}
+        rotated, recolored, used = 0, 0, {"json", "cls"}
 
         def add(kind: str, what: str) -> None:
             problems.append(Problem(record.lesion_id, kind, where, what))
@@ -396,6 +404,7 @@ class _SampleCheck:
                 check_photo(data)
                 photos[view] = size_and_hash(data)
                 rotated += not is_upright(data)
+                recolored += not has_srgb(data)
             except PhotoError as error:
                 kind = kind_of(data[:START])
                 reason = str(error) if kind == "a JPEG" else f"{kind}, shards hold JPEGs; convert it"
@@ -404,7 +413,7 @@ class _SampleCheck:
             add("missing photo", "no photo at all")
         numbers = [number for view in VIEWS for number in photos[view]]
         unused = tuple(f".{printable(name)}" for name in sample.members if name not in used)
-        return _Checked(None if problems else record, locations, numbers, rotated, problems, unused=unused)
+        return _Checked(None if problems else record, locations, numbers, rotated, recolored, problems, unused=unused)
 
     def _missing(self, view: str, sample: _Sample) -> str:
         wanted = " or .".join(self.extensions[view])

@@ -242,6 +242,11 @@ def is_upright(data: bytes) -> bool:
     return _about(data)[0] == 1
 
 
+def has_srgb(data: bytes) -> bool:
+    """Return whether the numbers of a JPEG are gray or RGB in sRGB, as the loader takes them."""
+    return _colors(data) != "CMYK" and is_srgb(_about(data)[1])
+
+
 def strip_metadata(data: bytes) -> bytes:
     """Return the JPEG without EXIF, GPS, XMP, ICC, comments, previews and bytes after its end; pixels are unchanged.
 
