@@ -104,6 +104,19 @@ for module in pkgutil.walk_packages(triderm_dist.__path__, "triderm_dist."):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_heic_photo_names_its_extra():
+    code = """
+from triderm_dist.data.shards.photos import PhotoError, prepare_photo
+try:
+    prepare_photo(bytes(4) + b"ftypheic", None)
+except PhotoError as error:
+    print(error)
+"""
+    done = run_without(("pillow_heif",), code)
+    says = "a HEIC, which needs pillow-heif: pip install 'triderm-dist[photos]', or convert it\n"
+    assert done.stdout == says, done.stderr
+
+
 PROGRAMS = """
 import importlib, sys, traceback
 

@@ -1,6 +1,7 @@
 """Photos that are not packed give the same batches as packed ones."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +118,15 @@ def test_taken_rows_are_those_lesions(challenge):
     assert taken.photos["clinical"] == [photo_set.photos["clinical"][row] for row in (2, 5, 8)]
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
+@pytest.mark.parametrize("content", [b"", b"text", None, "pipe", "folder", "device", "ring"])
 def test_unreadable_photo_is_named(tmp_path, content):
     path = tmp_path / "a.jpg"
-    if content is not None:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content:
+        {"pipe": os.mkfifo, "folder": os.mkdir}.get(content, lambda path: None)(path)
+        if target := {"device": "/dev/zero", "ring": path}.get(content):
+            path.symlink_to(target)
     photos = [draw_photo(1), path]
     photo_set = PhotoSet(milk10k_task(), (), {"clinical": photos}, canvas=CANVAS, short_side=None)
     with pytest.raises(DataError, match=rf"^{path}: unreadable photo \(.+\); replace it, or"):

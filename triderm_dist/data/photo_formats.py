@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
+from pathlib import Path
 
 from triderm_dist.file_kinds import kind_of
 
@@ -16,6 +19,8 @@ OTHER_SUFFIXES = (
     *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".x3f"),
 )
 """Suffixes of pictures that are not read."""
+MAX_BYTES = 1 << 30
+"""Size of a photo file that is read, far above those of cameras."""
 READ_FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF"
 
 _FORMATS: dict[str, str] = {
@@ -31,6 +36,16 @@ def format_of(data: bytes) -> str | None:
     return "AVIF" if found == "HEIF" and b"avif" in data[8 : int.from_bytes(data[:4], "big")] else found
 
 
+def read_photo(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a photo file. Raises OSError, also for a pipe or device, and for over `MAX_BYTES`."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.ENXIO, "not a file", os.fspath(path))
+    if status.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, "too large", os.fspath(path))
+    return Path(path).read_bytes()
+
+
 def describe_error(error: OSError) -> str:
     """Say why a file cannot be read, without its path, and equally on every system."""
     number = error.errno or 0
@@ -40,5 +55,7 @@ def describe_error(error: OSError) -> str:
         errno.EPERM: "no permission to read it",
         errno.EISDIR: "a folder, not a file",
         errno.ELOOP: "a symbolic link in a ring",
+        errno.ENXIO: "a pipe or device, not a file",
+        errno.EFBIG: f"over {MAX_BYTES >> 30} GiB, too large for a photo",
     }
     return known.get(number, f"cannot be read ({errno.errorcode.get(number, 'unknown error')})")

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.lesions import LesionInputs
 from triderm_dist.data.loader import CanvasSource, fit_to_canvas
-from triderm_dist.data.photo_formats import describe_error
+from triderm_dist.data.photo_formats import describe_error, read_photo
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.photos import PhotoError, prepare_pixels
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Signature, Task, one_line
@@ -144,7 +143,7 @@ class PhotoSet:
         if isinstance(photo, bytes | Image.Image):
             return prepare_pixels(photo, self.short_side)
         try:
-            return prepare_pixels(Path(photo).read_bytes(), self.short_side)
+            return prepare_pixels(read_photo(photo), self.short_side)
         except OSError as error:
             raise PhotoError(describe_error(error)) from None
 

@@ -330,7 +330,7 @@ def test_a_copied_folder_gives_the_same_bytes_of_every_file(make_challenge: Make
     text = found[0]["index.json"].decode()
     assert str(tmp_path) not in text and "object at" not in text
     assert {problem.what for problem in index.problems if problem.kind == "unreadable photo"} == {
-        f"a web page, not a photo that can be read ({READ_FORMATS})",
+        f"no {READ_FORMATS}, but a web page",
         f"truncated: {len(cut)} bytes without the end marker of a JPEG",
         "no such file",
         "no photo ISIC_5010, but MILK10k_Training_Input/IL_1035/ISIC_5010.dcm, a DICOM file; convert it to "
@@ -350,6 +350,6 @@ def test_what_was_read_converted_and_dropped_is_printed(make_challenge: Make, tm
     assert lines[at + 1 : at + 4] == [
         "converted  1 photo with transparency, put on white",
         "dropped    1 lesion: unreadable photo, such as",
-        "           MILK10k_Training_Input/IL_1014/ISIC_5004.jpg: an empty file, not a",
+        "           MILK10k_Training_Input/IL_1014/ISIC_5004.jpg: no JPEG, PNG, WebP,",
     ]
     assert "packed     4 lesions, 8 photos" in lines

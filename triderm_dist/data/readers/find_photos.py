@@ -99,10 +99,12 @@ class PhotoFinder:
 
 def _start_of(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(START)
+        if os.path.isfile(path):  # opening a pipe would wait
+            with open(path, "rb") as file:
+                return file.read(START)
     except OSError:
-        return b""
+        pass
+    return b""
 
 
 def _choose(paths: Sequence[str], cell: str, stem: str, lesion_id: str) -> str:

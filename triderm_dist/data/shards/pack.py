@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.group_hashes import GroupHashes
-from triderm_dist.data.photo_formats import describe_error
+from triderm_dist.data.photo_formats import describe_error, read_photo
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
@@ -357,7 +357,7 @@ def _paths(lesion: Lesion) -> list[str | None]:
 
 def _read(path: str | None) -> bytes | OSError:
     try:
-        return Path(path).read_bytes() if path else b""
+        return read_photo(path) if path else b""
     except OSError as error:
         return error
 

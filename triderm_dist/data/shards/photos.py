@@ -86,7 +86,7 @@ def _prepare(data: bytes, short_side: int | None) -> tuple[PreparedPhoto, np.nda
     """Return the JPEG of a photo, and its decoded pixels where those of `data` were kept."""
     name = format_of(data)
     if name is None:
-        raise PhotoError(f"{kind_of(data)}, not a photo that can be read ({READ_FORMATS})")
+        raise PhotoError(f"no {READ_FORMATS}, but {kind_of(data)}")
     if name == "JPEG":
         return _prepare_jpeg(data, short_side)
     try:
