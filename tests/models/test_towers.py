@@ -105,6 +105,10 @@ def test_every_panderm_layout_loads_completely(layout: str, panderm: tuple, tmp_
         (lambda s: s.pop("blocks.1.attn.v_bias"), "first blocks.1.attn.v_bias"),
         (lambda s: s.pop("pos_embed"), "no PanDerm tower"),
         (lambda s: s.update({"blocks.0.attn.relative_position_bias_table": torch.ones(3)}), "the tower does not have"),
+        (lambda s: s.update({"blocks.99999999.x": torch.ones(1)}), "blocks do not count from 0, at '2'"),
+        (lambda s: s.update({"blocks.last.x": torch.ones(1)}), "blocks do not count from 0"),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.ones(3)}), r"patch_embed.proj.weight has shape \(3,\)"),
+        (lambda s: s.update({"pos_embed": torch.ones(0, 3, 1)}), r"pos_embed has shape \(0, 3, 1\)"),
         (lambda s: s.update({"blocks.1.gamma_1": torch.ones(3)}), r"blocks.1.gamma_1 has shape \(3,\)"),
     ],
 )
@@ -303,6 +307,28 @@ def test_unknown_sources_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="quick_gelu"):
         build_tower("timm:test_vit", pretrained=False, quick_gelu=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "3", "{", "{}", "[" * 9999, '{"model_cfg": 3}', '{"model_cfg": {"vision_cfg": []}}'),
+        '{"vision_cfg": {}, "preprocess_cfg": {"mean": "grey"}}',
+        '{"vision_cfg": {}, "preprocess_cfg": {"std": [0.5, 0.5]}}',
+        '{"vision_cfg": {}, "preprocess_cfg": {"mean": [0.5, 0.5, NaN]}}',
+        '{"vision_cfg": {}, "preprocess_cfg": [0.5]}',
+        '{"vision_cfg": {"width": "wide"}}',
+        '{"vision_cfg": {"layers": -3, "width": 0}}',
+        '{"vision_cfg": {"depth_of_field": 3}}',
+    ],
+)
+def test_open_clip_configs_are_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(
+        InputError, match=r"open_clip_config\.json: (not an open_clip config|open_clip cannot)"
+    ) as error:
+        build_tower(f"local-dir:{tmp_path}", pretrained=False)
+    assert str(error.value).isprintable()
 
 
 # --- freezing, hash --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,14 @@ def _read_config(source: str, config: Path) -> tuple[dict[str, Any], dict[str, A
         settings = json.loads(config.read_text(encoding="utf-8"))
         model_cfg = settings.get("model_cfg", settings)
         model_cfg["vision_cfg"].get("width")
-        return model_cfg, settings.get("preprocess_cfg") or {}
+        preprocess = settings.get("preprocess_cfg") or {}
+        for name in ("mean", "std"):
+            if len(each := preprocess.get(name) or (0.5,) * 3) != 3 or not all(math.isfinite(value) for value in each):
+                raise ValueError(f"preprocess_cfg.{name} holds {each!r:.40}, not three numbers")
+        return model_cfg, preprocess
     except FileNotFoundError:
         raise InputError(f"{config}: no such file; {source} must name a folder with {CONFIG_FILE}") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{config}: not an open_clip config ({one_line(error, with_type=True)})") from None
 
 
@@ -149,7 +154,7 @@ def _build_visual(model_cfg: Mapping[str, Any], quick_gelu: bool, config: Path |
         vision = CLIPVisionCfg(**model_cfg["vision_cfg"])
         vision.timm_model_pretrained = False
         visual = _build_vision_tower(model_cfg.get("embed_dim", 512), vision, quick_gelu)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever open_clip, timm and PyTorch raise for sizes that do not fit
         raise InputError(f"{config}: open_clip cannot build this vision tower ({one_line(error, 160)})") from None
     if not hasattr(visual, "trunk") and (not hasattr(visual, "transformer") or visual.attn_pool is not None):
         raise InputError(

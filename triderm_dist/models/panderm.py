@@ -105,6 +105,12 @@ def _has_tower(state: Mapping[str, Tensor], prefix: str) -> bool:
 
 def _sizes(state: State, file: Path) -> dict[str, float]:
     """Return the arguments of `build_panderm`, from the shapes of the tensors."""
+    for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("blocks.0.mlp.fc1.weight", 2)):
+        if key in state and (state[key].ndim != axes or not state[key].numel()):
+            raise CheckpointError(f"{file}: not a PanDerm tower: {key} has shape {tuple(state[key].shape)}")
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    if gaps := {str(number) for number in range(len(blocks))} ^ blocks:
+        raise CheckpointError(f"{file}: not a PanDerm tower: its blocks do not count from 0, at {min(gaps)!r:.40}")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     patches = state["pos_embed"].shape[1] - 1
     if width % HEAD_WIDTH or isqrt(patches) ** 2 != patches:
@@ -114,7 +120,7 @@ def _sizes(state: State, file: Path) -> dict[str, float]:
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * width
     return {
         "width": width,
-        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        "depth": len(blocks),
         "patch_size": patch,
         "image_size": isqrt(patches) * patch,
         "mlp_ratio": hidden / width,

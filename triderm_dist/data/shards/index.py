@@ -41,7 +41,7 @@ from triderm_dist.data.shards.format import (
 from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_json
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256, json_text
-from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task
+from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task, one_line
 from triderm_dist.tasks import milk10k_task, recorded_task
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def _check_sha256(folder: Path, file: ShardFile) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not readable ({str(error).splitlines()[0]}); pack the data again")
+    return DataError(f"{path}: not readable ({one_line(error, 160)}); pack the data again")
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
