@@ -87,6 +87,7 @@ def test_print_config_prints_what_load_reads_back(tmp_path, capsys):
     ("words", "message"),
     [
         (["--config"], "--config needs a YAML file after it"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice; write `base: FILE` in one file"),
         (["--verbose"], "unknown option --verbose; options are --config FILE, --print-config, --help and --help-all"),
         (["-x"], "unknown option -x"),
     ],

@@ -222,12 +222,12 @@ def read_settings(
     words = list(arguments)
     while words:
         word = words.pop(0)
-        if word == "--config":
-            if not words:
+        if word == "--config" or word.startswith("--config="):
+            if file is not None:
+                raise InputError("--config is given twice; write `base: FILE` in one file to build on another")
+            if word == "--config" and not words:
                 raise InputError("--config needs a YAML file after it")
-            file = words.pop(0)
-        elif word.startswith("--config="):
-            file = word.removeprefix("--config=")
+            file = words.pop(0) if word == "--config" else word.removeprefix("--config=")
         elif word.startswith("-"):
             raise InputError(f"unknown option {word}; {OPTIONS}, and settings are written key.subkey=value")
         elif word.startswith("run="):

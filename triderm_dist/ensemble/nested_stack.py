@@ -42,7 +42,8 @@ def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, see
     fold k: the usual second-order leak of stacking, which only retraining would remove.
     """
     shape = (len(rows), len(rows.diagnoses))
-    out_of_fold, without = np.full(shape, np.nan), {}
+    out_of_fold = np.full(shape, np.nan)
+    without: dict[int, np.ndarray] = {}
     tasks: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []  # rows to train on, to predict, where to write
     for fold, train, held_out in _fits(rows.labels, rows.groups, folds, seed):
         target = without.setdefault(fold, np.full(shape, np.nan))
