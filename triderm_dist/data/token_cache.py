@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.files import PATIENT_DATA, atomic_path
+from triderm_dist.process import open_files_limit
 from triderm_dist.schema import DataError, one_line
 
 CHUNK = 256
@@ -84,15 +85,6 @@ class TokenCache:
 
     def _path(self, version: str, chunk: int) -> Path:
         return self.folder / version / f"{chunk:06d}.npy"
-
-
-def open_files_limit() -> int:
-    """Return how many files this process may open."""
-    try:
-        import resource
-    except ImportError:  # of Windows
-        return 512
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _open_checked(path: Path, compare: bool) -> np.ndarray:

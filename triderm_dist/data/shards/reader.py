@@ -14,16 +14,19 @@ from triderm_dist.data.shards.cache import Cache, CachedFile
 from triderm_dist.data.shards.format import ShardFile
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.remote import FetchStopped
+from triderm_dist.process import open_files_limit, raise_open_files_limit
 from triderm_dist.schema import ConfigError, DataError
 
 
 class FolderShards:
-    """Shards of a local folder, opened at the first read; the `MAX_OPEN` most recently used are kept open."""
+    """Shards of a local folder, opened at the first read; the most recently used are kept open."""
 
     MAX_OPEN = 256
+    """Fewer where the process may have few files open (`ulimit -n`), of which this set takes a quarter."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index, self._files, self._lock = index, dict[int, IO[bytes]](), threading.Lock()
+        self._most = max(1, min(self.MAX_OPEN, open_files_limit() // 4 - 10))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a shard. Raises DataError where it has vanished or become shorter."""
@@ -31,7 +34,7 @@ class FolderShards:
             with self._lock:
                 file = self._files.pop(shard, None) or self._index.path(shard).open("rb", buffering=0)
                 self._files[shard] = file  # the dict is in the order of the last use
-                if len(self._files) > self.MAX_OPEN:
+                if len(self._files) > self._most:
                     del self._files[next(iter(self._files))]  # closed when its last reader drops it
             return _pread(file, offset, size)
         except OSError as error:
@@ -117,7 +120,7 @@ class _ReadAhead:
         self._open: dict[int, CachedFile] = {}
         self._failure: BaseException | None = None
         self._stop, self._changed = threading.Event(), threading.Condition()
-        _raise_open_files_limit(len(self._queue))
+        raise_open_files_limit()
         for number in range(cache.store.remote.downloads):
             threading.Thread(target=self._work, name=f"read ahead {number}", daemon=True).start()
 
@@ -208,16 +211,3 @@ def _pread(file: IO[bytes], offset: int, size: int) -> bytes:
             f"{file.name}: truncated, ends before byte {offset + size}; run triderm verify, then pack again"
         )
     return data
-
-
-def _raise_open_files_limit(number: int) -> None:
-    """Allow this process to open `number` shards: the usual soft limit is 1,024 files, and on macOS 256."""
-    try:
-        import resource
-    except ImportError:  # of Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,0 +1,53 @@
+"""Errors that mean out of memory, in the words of PyTorch, CUDA and its libraries, NCCL, NumPy and C++."""
+
+import numpy as np
+import pytest
+import torch
+
+from triderm_dist.distributed.out_of_memory import is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "HIP out of memory. Tried to allocate 512.00 MiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+        "cudaErrorMemoryAllocation",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+        "unable to mmap 4096 bytes: Cannot allocate memory (12)",
+        "std::bad_alloc",
+    ],
+)
+def test_texts_of_libraries_mean_out_of_memory(text):
+    assert is_out_of_memory(RuntimeError(text))
+
+
+def test_types_and_causes_that_mean_out_of_memory():
+    with pytest.raises(MemoryError) as numpy_error:
+        np.empty(1 << 62, np.uint8)
+    wrapped = RuntimeError("the compiler failed")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert all(map(is_out_of_memory, (numpy_error.value, MemoryError(), torch.OutOfMemoryError(), wrapped)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("[gloo] Connection closed by peer"),
+        RuntimeError("CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("out of resource: shared memory, Required: 106496"),
+        ValueError("out of memory"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_other_errors_do_not(error):
+    assert not is_out_of_memory(error)
