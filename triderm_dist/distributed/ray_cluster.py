@@ -5,19 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from triderm_dist.cli import print_error
 from triderm_dist.schema import InputError, one_line
-from triderm_dist.signals import handle_signals, raise_stopped
+from triderm_dist.signals import INTERRUPTED, cleaning_up, handle_signals, raise_stopped
 
 Needs = dict[str, float]
 """Resources of one process: {"CPU", "GPU"}."""
 CONNECT_SECONDS = 10.0
 """Time for a cluster to answer; by default Ray waits for minutes."""
+WATCH_SECONDS = 3.0
+"""Seconds between two questions whether Ray's head still answers."""
+ANSWER_SECONDS, LOCAL_ANSWER_SECONDS = 45.0, 10.0
+"""Ray waits a minute for the head of a cluster, which may be started again; a local one is not."""
+MAX_FOLDER = 107 - len("/session_2026-11-26_11-52-30_590328_4194304/sockets/plasma_store")
+"""Bytes of the name of Ray's folder: the name of a socket has at most 107."""
+RESUME = "rerun the same command to resume; a search with resume=true"
 
 
 @contextmanager
@@ -45,12 +56,14 @@ def running_ray(
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": forward}
     # "local", since without an address Ray connects to the cluster that was last started on this machine.
     # Nothing large passes through the object store, whose default is a third of the memory.
-    local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20}
-    with handle_signals(_as_ctrl_c):
+    local: dict[str, Any] = {} if address else {"object_store_memory": 100 * 2**20, **_temporary_folder(setting)}
+    with handle_signals(_interrupt, [signal.SIGINT]), handle_signals(_as_ctrl_c):
         try:
             _check_reachable(address)
             ray.init(address or "local", runtime_env={"env_vars": environment}, **quiet, **local)
         except (OSError, ValueError, RuntimeError) as error:
+            if address is None:
+                raise InputError(f"Ray did not start on this machine: {one_line(error)}") from None
             raise InputError(
                 f"{setting}={address}: Ray did not start ({one_line(error)}); "
                 "check the address, and RAY_AUTH_TOKEN if the cluster requires a token"
@@ -58,16 +71,65 @@ def running_ray(
         except SystemExit:  # raised by Ray's own handler of SIGTERM
             raise KeyboardInterrupt from None
         signal.signal(signal.SIGTERM, _as_ctrl_c)  # replaces Ray's
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        with _watched(ray.get_runtime_context().gcs_address, ANSWER_SECONDS if address else LOCAL_ANSWER_SECONDS):
+            try:
+                yield
+            finally:
+                ray.shutdown()
+
+
+def _temporary_folder(setting: str) -> dict[str, str]:
+    """Return Ray's setting for a short folder where that of TMPDIR is too long for the names of its sockets.
+
+    Raises InputError where there is none.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray")
+    if len(os.fsencode(folder)) <= MAX_FOLDER:
+        return {}
+    for short in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.path.isdir(short) and os.access(short, os.W_OK | os.X_OK):
+            return {"_temp_dir": os.path.join(short, f"ray-{os.getuid()}")}
+    raise InputError(
+        f"{folder}: too long a name for the sockets of Ray, at most {MAX_FOLDER} bytes; set RAY_TMPDIR to a shorter one"
+    )
+
+
+@contextmanager
+def _watched(address: str, seconds: float) -> Iterator[None]:
+    """Context in which this process ends with 3 where Ray's head has not answered for `seconds`.
+
+    Ray itself ends the process with 1 after a minute, without a word on what to do.
+    """
+    host, _, port = address.rpartition(":")
+    ended = threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not ended.wait(WATCH_SECONDS):
+            with suppress(OSError):
+                socket.create_connection((host.strip("[]"), int(port)), WATCH_SECONDS).close()
+                answered = time.monotonic()
+            if time.monotonic() - answered > seconds and not ended.is_set():
+                print_error(f"interrupted: Ray at {address} has not answered for {seconds:g} s; {RESUME}")
+                os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, name="watch Ray", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle SIGINT: Ray's processes may take long to save, and Ray Tune installs this handler again after its own."""
+    cleaning_up()
+    raise_stopped(number, frame)
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
     """Handle a signal as SIGINT: by Ray Tune's handler if there is one, else by KeyboardInterrupt."""
     handler = signal.getsignal(signal.SIGINT)
-    if callable(handler) and handler not in (signal.default_int_handler, raise_stopped):
+    if callable(handler) and handler not in (signal.default_int_handler, _interrupt):
         handler(signal.SIGINT, frame)
     else:
         raise_stopped(number, frame)
