@@ -81,7 +81,8 @@ def _write_network(run: RunFolder, folder: Path, name: str, network: TrainedNetw
         if not (network.folder / file).is_file():
             raise DataError(f"{network.folder / file}: no such file; run triderm crossval first")
         copy_file(network.folder / file, target / file)
-    if file_sha256(target / "weights.safetensors") != network.weights:
+    recorded = read_info(network.folder / "weights")["sha256"]
+    if not file_sha256(target / "weights.safetensors") == network.weights == recorded:
         raise DataError(
             f"{network.folder / 'weights.safetensors'}: changed or damaged: its SHA-256 is not that of fold.json; "
             "train this fold again"
