@@ -16,7 +16,7 @@ from tests.fork_server import forks
 from tests.processes import finish, start, wait_for
 from tests.search.conftest import space_file
 from triderm_dist.config import Experiment, load
-from triderm_dist.schema import ConfigError, InputError
+from triderm_dist.schema import Busy, ConfigError
 from triderm_dist.search.results import summarize, verdict
 from triderm_dist.search.settings import BASELINE, SearchRun, read_search
 from triderm_dist.search.space import (
@@ -168,7 +168,7 @@ def test_search_locks_its_folder_fails_fast_and_stops_on_sigterm(tiny, tmp_path)
     before = read_trials(run / "search")[0].epochs
     # Enough time for a second attempt of the failed trial.
     wait_for(lambda: read_trials(run / "search")[0].epochs > before + 20, process)
-    with pytest.raises(InputError, match=r"another search is running in this folder"):
+    with pytest.raises(Busy, match=r"another search is running in this folder"):
         search(load(SearchRun, tiny, [*words, "resume=true"]), log=lambda text: None)
     process.send_signal(signal.SIGTERM)
     text = output_of(process, status=3)
