@@ -90,18 +90,20 @@ class TokenCache:
 def _open_checked(path: Path, compare: bool) -> np.ndarray:
     """Map a chunk into memory. Raises DataError for a damaged one; compare: also its content with its checksum.
 
-    A chunk of version 0.1.0 has no checksum: only its numbers are checked to be finite.
+    A chunk of version 0.1.0 ends with its last number, without a checksum: its numbers are checked to be finite.
     """
     try:
         if not compare:
             mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
             return mapped
         content: Any = np.memmap(path, np.uint8, "r")
-        end = len(content) - len(_TRAILER) - 4
-        has_checksum = end > 0 and content[end : end + len(_TRAILER)].tobytes() == _TRAILER
-        intact = not has_checksum or zlib.crc32(content[:end]) == int.from_bytes(content[-4:].tobytes(), "little")
-        tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        intact = intact and (has_checksum or bool(np.isfinite(tokens).all()))
+        tokens: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        end = tokens.offset + tokens.nbytes
+        if end == len(content):
+            intact = bool(np.isfinite(tokens).all())
+        else:
+            trailer = _TRAILER + zlib.crc32(content[:end]).to_bytes(4, "little")
+            intact = content[end:].tobytes() == trailer
     except FileNotFoundError:
         raise
     except Exception as error:  # the header is parsed as Python, and may raise anything
