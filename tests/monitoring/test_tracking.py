@@ -202,3 +202,10 @@ def test_wandb_continues_the_same_run_on_resume(tmp_path, monkeypatch):
             tracker.log("train", 0, step + 10, TRAIN)
     runs = {path.stem.removeprefix("run-") for path in tmp_path.glob("wandb/*/run-*.wandb")}
     assert len(runs) == 1
+
+
+def test_settings_saved_without_their_secret_are_refused_by_name(tmp_path):
+    own = {"wandb": {"project": "skin", "api_key": "***"}}
+    cls = type("Tracker", (), {"name": "wandb", "requires_logging_directory": False})
+    with pytest.raises(ConfigError, match=r"train.tracker_settings.wandb: saved settings hold no passwords and tokens"):
+        tracking._started(cls, {"project": "x"}, own["wandb"], {})

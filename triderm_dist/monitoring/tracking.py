@@ -16,6 +16,7 @@ from triderm_dist.extras import install_command, is_installed
 from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.train_lines import TrainLines
+from triderm_dist.redact import REDACTED
 from triderm_dist.schema import ConfigError, one_line
 from triderm_dist.terminal import wrapped
 
@@ -199,6 +200,11 @@ def _started(cls: Any, arguments: dict[str, Any], own: Mapping[str, Any], settin
     from accelerate import PartialState
 
     PartialState()  # which Accelerate's trackers require; the same object in a training
+    if REDACTED in str(own):
+        raise ConfigError(
+            f"train.tracker_settings.{cls.name}: saved settings hold no passwords and tokens; give them again, or "
+            "better by the environment, as in WANDB_API_KEY or MLFLOW_TRACKING_URI"
+        )
     arguments = {**arguments, **own}
     if cls.name == "wandb":  # Accelerate's name for it
         arguments["run_name"] = arguments.pop("project")
