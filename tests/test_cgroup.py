@@ -20,6 +20,7 @@ DOCKER_1 = "4:memory:/docker/1f\n3:cpu,cpuacct:/docker/1f\n"
         ("0::/\n", {"cpu.max": "max 100000"}, None),
         ("", {"cpu.max": "400000 100000"}, 4.0),  # no /proc
         ("0::/user.slice/job\n", {"user.slice/job/cpu.max": "max 100000", "user.slice/cpu.max": "200000 100000"}, 2.0),
+        ("0::/job/step\n", {"job/step/cpu.max": "400000 100000", "job/cpu.max": "100000 100000"}, 1.0),
         ("0::/kubepods/pod\n", {"cpu.max": "200000 100000"}, 2.0),  # the path of the host
         ("0::/../../other\n", {"cpu.max": "300000 100000"}, 3.0),
         (DOCKER_1, {f"{CPU_1}/cpu.cfs_quota_us": "250000", f"{CPU_1}/cpu.cfs_period_us": "100000"}, 2.5),
