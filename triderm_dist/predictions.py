@@ -538,7 +538,7 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict
 
 def _from_rows(table: Any, path: Path, task: Task, concepts: tuple[str, ...]) -> Predictions:
     texts = {"lesion_ids": "lesion_id", "groups": "group", "model": "model", "model_hash": "model_hash", "head": "head"}
-    columns = {field: _text(table, name) for field, name in texts.items()}
+    columns: dict[str, Any] = {field: _text(table, name) for field, name in texts.items()}
     columns |= {name: _as_array(table, name, path) for name in _LISTS}
     columns |= {"labels": table["label"].to_numpy(), "fold": table["fold"].to_numpy()}
     try:
