@@ -84,6 +84,12 @@ def open_warm_start(
         return None
     networks = find_networks(init, name)
     sets, notes = _training_sets(experiment, networks[0])
+    for its in (each.index for each in sets if each.index is not None):
+        if its.group_salt != index.group_salt and its.has_groups and index.has_groups:
+            notes.append(
+                f"groups of {its.folder} and of the training set are not hashes under the same salt, so that patients "
+                f"in common are not found; pack it with salt={index.folder}"
+            )
     for note in notes:
         accelerator.print(wrapped(f"note: models.{name}.init: {note}"), flush=True)
     own = [index]
