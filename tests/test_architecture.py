@@ -19,10 +19,7 @@ ENTRY_POINTS = ("shards", "launch", "tune")
 PROGRAMS = [path for name in ENTRY_POINTS for path in sorted((ROOT / name).glob("*.py")) if path.stem != "__init__"]
 # A module imports only from its own row and the rows above it; docs/architecture.md prints this list.
 LAYERS = [
-    (
-        *("schema", "redact", "extras", "file_kinds", "files", "checksums", "run_log", "terminal"),
-        *("signals", "process", "cgroup", "rank_variables"),
-    ),
+    ("schema", "runtime", "files", "file_kinds", "checksums"),
     ("settings", "config", "environment", "tasks", "cli", "stages"),
     ("data",),
     ("models",),

@@ -17,7 +17,7 @@ from tests.processes import HANG_SECONDS, ROOT
 from triderm_dist import __version__
 from triderm_dist.commands.config import KINDS
 from triderm_dist.config import shipped_names
-from triderm_dist.extras import EXTRA_OF
+from triderm_dist.runtime.extras import EXTRA_OF
 from triderm_dist.tasks import task_names
 
 pytest.importorskip("hatchling", reason="builds the wheel: pip install hatchling")

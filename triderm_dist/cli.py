@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from triderm_dist import __version__, extras
+from triderm_dist import __version__
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
 from triderm_dist.environment import recorded
 from triderm_dist.files import remove_dead_parts
-from triderm_dist.process import prepare_process, work_goes_on_unread
-from triderm_dist.rank_variables import check_rank_variables
-from triderm_dist.redact import redacted_output, remember
-from triderm_dist.run_log import LOG_FOLDER, RunLog
-from triderm_dist.schema import Busy, ConfigError, InputError, one_line, printable
-from triderm_dist.settings import Section, Tree, describe, flatten, read_override
-from triderm_dist.signals import (
+from triderm_dist.runtime import extras
+from triderm_dist.runtime.process import prepare_process, work_goes_on_unread
+from triderm_dist.runtime.rank_variables import check_rank_variables
+from triderm_dist.runtime.redact import redacted_output, remember
+from triderm_dist.runtime.run_log import LOG_FOLDER, RunLog
+from triderm_dist.runtime.signals import (
     INTERRUPTED,
     SIGNALS,
     cleaning_up,
@@ -35,6 +34,8 @@ from triderm_dist.signals import (
     raise_stopped,
     second_ends,
 )
+from triderm_dist.schema import Busy, ConfigError, InputError, one_line, printable
+from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
 BAD_INPUT = 2
 

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from triderm_dist.files import write_text
-from triderm_dist.redact import redact_tree, restore
+from triderm_dist.runtime.redact import redact_tree, restore
 from triderm_dist.schema import ConfigError, one_line, quoted
 from triderm_dist.settings import (
     NULL,

@@ -24,7 +24,7 @@ from triderm_dist import __version__
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import CONFIG_FILE
 from triderm_dist.files import lock_file, write_json
-from triderm_dist.terminal import wrapped
+from triderm_dist.runtime.terminal import wrapped
 
 ENVIRONMENT_FILE = "environment.json"
 FORMAT, VERSION = "triderm-environment", 1

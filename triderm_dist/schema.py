@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from triderm_dist.redact import redact
+from triderm_dist.runtime.redact import redact
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,9 +24,9 @@ from typing import Any
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.cli import BAD_INPUT, Interrupted
 from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_json
-from triderm_dist.run_log import LOG_FOLDER
-from triderm_dist.signals import SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
-from triderm_dist.terminal import clock, wrapped
+from triderm_dist.runtime.run_log import LOG_FOLDER
+from triderm_dist.runtime.signals import SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
+from triderm_dist.runtime.terminal import clock, wrapped
 
 END_SECONDS = 5.0
 """Time for a stage to end after a second Ctrl-C."""

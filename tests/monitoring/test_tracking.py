@@ -6,12 +6,12 @@ import time
 import pytest
 from accelerate.tracking import GeneralTracker, get_available_trackers, register_tracker_class
 
-from triderm_dist.extras import install_command
 from triderm_dist.files import write_text
 from triderm_dist.monitoring import tracking
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.tracking import Tracker, log_scores, tracker_arguments
 from triderm_dist.monitoring.train_lines import TrainLines
+from triderm_dist.runtime.extras import install_command
 from triderm_dist.schema import ConfigError
 
 TRAIN = {

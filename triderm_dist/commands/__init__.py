@@ -12,7 +12,7 @@ import sys
 import threading
 from types import FrameType
 
-from triderm_dist.signals import INTERRUPTED, SIGNALS
+from triderm_dist.runtime.signals import INTERRUPTED, SIGNALS
 
 PROGRAMS: dict[str, dict[str, str]] = {
     "Start here": {

@@ -16,7 +16,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
 from triderm_dist.environment import record_data
-from triderm_dist.terminal import counted, wrapped
+from triderm_dist.runtime.terminal import counted, wrapped
 
 
 class CrossvalRun(ParallelFoldsRun):

@@ -25,13 +25,13 @@ from triderm_dist.config import (
     save,
     stable_dump,
 )
-from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models import check_network
+from triderm_dist.runtime.extras import DEEPSPEED, require
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError, InputError, Task
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
 from triderm_dist.tasks import check_packed_for, load_task, milk10k_task
-from triderm_dist.terminal import wrapped
 
 
 class PipelineRun(ParallelFoldsRun):

@@ -35,9 +35,9 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Invalid, Networks, RunReader
 from triderm_dist.environment import record_data
+from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
-from triderm_dist.terminal import counted, wrapped
 
 if TYPE_CHECKING:
     from triderm_dist.data.shards.index import ShardIndex

@@ -17,8 +17,8 @@ from contextlib import suppress
 from types import FrameType
 
 from triderm_dist.commands import names
-from triderm_dist.process import prepare_process, work_goes_on_unread
-from triderm_dist.signals import INTERRUPTED, LAUNCHER
+from triderm_dist.runtime.process import prepare_process, work_goes_on_unread
+from triderm_dist.runtime.signals import INTERRUPTED, LAUNCHER
 
 BAD_INPUT = 2
 """As in triderm_dist.cli, which takes so long to import that a signal could arrive before the handlers are set."""
@@ -96,8 +96,8 @@ def start() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from triderm_dist.doctor.launcher import read_launcher
-    from triderm_dist.extras import DEEPSPEED, require
-    from triderm_dist.redact import redacted_output
+    from triderm_dist.runtime.extras import DEEPSPEED, require
+    from triderm_dist.runtime.redact import redacted_output
     from triderm_dist.schema import InputError
 
     options = launch_command_parser().parse_args()

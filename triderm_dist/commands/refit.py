@@ -13,7 +13,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Experiment
-from triderm_dist.terminal import wrapped
+from triderm_dist.runtime.terminal import wrapped
 
 
 class RefitRun(Experiment):

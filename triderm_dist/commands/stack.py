@@ -12,7 +12,7 @@ from __future__ import annotations
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import Experiment
-from triderm_dist.terminal import wrapped
+from triderm_dist.runtime.terminal import wrapped
 
 IN_TERMINAL = ("official", "argmax", "argmax_tau", "nested", "interval")
 """Columns of the score table that fit 80 characters; the report shows all."""

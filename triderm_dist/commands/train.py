@@ -13,7 +13,7 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, TRAINING, Experiment, save
 from triderm_dist.environment import record_data
-from triderm_dist.terminal import wrapped
+from triderm_dist.runtime.terminal import wrapped
 
 
 class TrainRun(Experiment):

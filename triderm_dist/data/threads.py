@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from triderm_dist.cgroup import cpu_quota
+from triderm_dist.runtime.cgroup import cpu_quota
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.files import PATIENT_DATA, atomic_path
-from triderm_dist.process import open_files_limit
+from triderm_dist.runtime.process import open_files_limit
 from triderm_dist.schema import DataError, one_line
 
 CHUNK = 256

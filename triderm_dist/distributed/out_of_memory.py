@@ -26,8 +26,8 @@ from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.distributed.collectives import on_main, world_size
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError, one_line
-from triderm_dist.terminal import wrapped
 
 POLL_SECONDS = 1.0
 """Seconds between two reads of the file."""

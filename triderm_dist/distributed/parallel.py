@@ -34,10 +34,10 @@ from torch.utils.checkpoint import checkpoint
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import world_size
 from triderm_dist.distributed.malloc import disable_malloc_trim
-from triderm_dist.extras import DEEPSPEED, require
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
-from triderm_dist.rank_variables import OWN
+from triderm_dist.runtime.extras import DEEPSPEED, require
+from triderm_dist.runtime.rank_variables import OWN
 from triderm_dist.schema import ConfigError, one_line
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.distributed.collectives import gloo_group, is_distributed
-from triderm_dist.signals import SAME_SECONDS, SIGNALS, Stopped, handle_signals
+from triderm_dist.runtime.signals import SAME_SECONDS, SIGNALS, Stopped, handle_signals
 
 
 class Stop:

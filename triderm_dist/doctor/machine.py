@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from triderm_dist.cgroup import memory_limit
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.runtime.cgroup import memory_limit
 
 MIN_SHARED_MEMORY = GIB
 """Bytes of /dev/shm that NCCL needs between the GPUs of one machine."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 from triderm_dist.doctor.findings import Finding, State, imported
-from triderm_dist.extras import EXTRA_OF, install_command
+from triderm_dist.runtime.extras import EXTRA_OF, install_command
 
 NEEDED = ("torch", "accelerate", "timm", "open_clip_torch", "pyarrow", "simplejpeg")
 OPTIONAL = {

@@ -45,9 +45,9 @@ from triderm_dist.engine.views import Views, open_views
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import write_predictions
-from triderm_dist.redact import redact_tree
+from triderm_dist.runtime.redact import redact_tree
+from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import VIEWS
-from triderm_dist.terminal import counted, wrapped
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]

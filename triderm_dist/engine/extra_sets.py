@@ -18,8 +18,8 @@ from triderm_dist.distributed.parallel import start_training
 from triderm_dist.engine.init_overlap import open_warm_start
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.views import open_views
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, DataError
-from triderm_dist.terminal import wrapped
 
 MAX_NAMED = 10
 """Pairs of lesions that a message lists by name."""

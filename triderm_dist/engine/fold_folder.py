@@ -13,8 +13,8 @@ from pathlib import Path
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.checkpoint import read_info, readable_checkpoints
 from triderm_dist.files import exclusive_lock, remove_dead_parts
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import CheckpointError
-from triderm_dist.terminal import wrapped
 
 ASIDE = "other-settings"
 CHECKPOINTS = "checkpoints"

@@ -14,7 +14,7 @@ from triderm_dist.losses import probabilities
 from triderm_dist.metrics import argmax_macro_f1, mean_area_under_roc
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
-from triderm_dist.terminal import clock, table
+from triderm_dist.runtime.terminal import clock, table
 
 LOGGED = ("macro_f1", "auc")
 """The scores that trackers get."""

@@ -23,8 +23,8 @@ from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.warm_start import TrainedNetwork, find_networks
 from triderm_dist.predictions import find_predictions, read_predictions
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
-from triderm_dist.terminal import wrapped
 
 MAX_NAMED = 5
 """Lesions that a message lists by name."""

@@ -16,10 +16,10 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.ray_cluster import capacity, running_ray
 from triderm_dist.engine.fold import check_task, is_fold_finished
 from triderm_dist.engine.fold_folder import remove_obsolete_checkpoints
-from triderm_dist.extras import require
+from triderm_dist.runtime.extras import require
+from triderm_dist.runtime.signals import cleaning_up
+from triderm_dist.runtime.terminal import clock, counted, wrapped
 from triderm_dist.schema import ConfigError, InputError, one_line
-from triderm_dist.signals import cleaning_up
-from triderm_dist.terminal import clock, counted, wrapped
 
 
 def run_parallel_folds(

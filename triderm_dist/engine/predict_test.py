@@ -26,8 +26,8 @@ from triderm_dist.engine.fold import (
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
+from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import CheckpointError
-from triderm_dist.terminal import counted, wrapped
 
 
 @collectives.interrupt_on_lost_rank()

@@ -38,10 +38,10 @@ from triderm_dist.monitoring.startup_report import report
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.monitoring.tracking import Tracker, tracker_classes
 from triderm_dist.monitoring.train_lines import TrainLines
-from triderm_dist.redact import redact_tree
+from triderm_dist.runtime.redact import redact_tree
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import CheckpointError
 from triderm_dist.settings import flatten
-from triderm_dist.terminal import wrapped
 
 
 @dataclass(frozen=True)

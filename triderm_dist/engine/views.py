@@ -26,8 +26,8 @@ from triderm_dist.files import remove_dead_parts
 from triderm_dist.models import build_towers
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, InputError
-from triderm_dist.terminal import wrapped
 
 PLAIN = "plain"
 """Version of the tokens of photos that are not augmented."""

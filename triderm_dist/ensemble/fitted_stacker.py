@@ -18,8 +18,8 @@ from triderm_dist.ensemble.artifact import read_json
 from triderm_dist.ensemble.columns import Columns, batches_of
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.ensemble.xgboost_stacker import XGBoostStacker
-from triderm_dist.extras import require
 from triderm_dist.files import file_sha256
+from triderm_dist.runtime.extras import require
 from triderm_dist.schema import ConfigError, DataError, Task, one_line
 
 FORMAT = "triderm-stacker"

@@ -25,8 +25,8 @@ from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.boosted_trees import BoostedTrees
 from triderm_dist.ensemble.child_process import set_passive_openmp
 from triderm_dist.ensemble.stacker import Stacker, TrainingRows
-from triderm_dist.extras import is_installed
 from triderm_dist.files import atomic_path
+from triderm_dist.runtime.extras import is_installed
 from triderm_dist.schema import DataError
 
 MAX_BIN = 64

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from triderm_dist.extras import require
 from triderm_dist.files import naming_file
 from triderm_dist.inference.exported_network import ExportedNetwork
+from triderm_dist.runtime.extras import require
 from triderm_dist.schema import InputError, one_line
 
 BATCHES = (1, 2, 7)

@@ -25,7 +25,6 @@ from triderm_dist.data.loader import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
 from triderm_dist.data.readers.table import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError, describe_changes
-from triderm_dist.extras import require
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format
 from triderm_dist.inference.networks import Device, NetworkLoader, Precision, Preprocessing, choose_device
@@ -36,6 +35,7 @@ from triderm_dist.inference.seen_values import read_seen
 from triderm_dist.inference.table import read_input, read_lesions, table_of_frame
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.models.network import Network
+from triderm_dist.runtime.extras import require
 from triderm_dist.schema import InputError, MetadataField, Signature, Task, did_you_mean
 
 if TYPE_CHECKING:

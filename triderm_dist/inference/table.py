@@ -41,8 +41,8 @@ from triderm_dist.data.readers.table import (
     without_garbage_collection,
 )
 from triderm_dist.data.shards.format import INDEX
+from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import DataError, TableFormat, Task, did_you_mean
-from triderm_dist.terminal import counted
 
 if TYPE_CHECKING:
     import pandas as pd

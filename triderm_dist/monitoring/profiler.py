@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from triderm_dist.terminal import wrapped
+from triderm_dist.runtime.terminal import wrapped
 
 WARM_UP = 3
 """Steps before the first recorded one: compilation, autotuning, first allocations."""

@@ -13,7 +13,7 @@ from triderm_dist.environment import cpu_model
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
 from triderm_dist.monitoring.flops import Budget
-from triderm_dist.terminal import counted, wrapped
+from triderm_dist.runtime.terminal import counted, wrapped
 
 
 def report(

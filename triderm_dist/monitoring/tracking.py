@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any
 
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.extras import install_command, is_installed
 from triderm_dist.files import naming_file, write_text
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.monitoring.train_lines import TrainLines
-from triderm_dist.redact import REDACTED
+from triderm_dist.runtime.extras import install_command, is_installed
+from triderm_dist.runtime.redact import REDACTED
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError, one_line
-from triderm_dist.terminal import wrapped
 
 PROJECT = "triderm-dist"
 """Project or experiment of the runs, for trackers that have one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from triderm_dist.terminal import WIDTH, clock
+from triderm_dist.runtime.terminal import WIDTH, clock
 
 ROWS = 40
 """Rows after which the header is printed again."""

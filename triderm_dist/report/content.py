@@ -38,7 +38,7 @@ from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
-from triderm_dist.redact import redact
+from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import VIEWS, DataError, MetadataField
 from triderm_dist.settings import NULL, parse_yaml, untyped
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triderm_dist.config import save
-from triderm_dist.extras import require
 from triderm_dist.files import atomic_path
+from triderm_dist.runtime.extras import require
 from triderm_dist.search.settings import BASELINE, SearchRun
 from triderm_dist.search.space import Space, read_space, with_settings
 from triderm_dist.search.trial import Trial, read_trials

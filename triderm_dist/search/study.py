@@ -12,8 +12,8 @@ import yaml
 
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import absolute, find_file, load, map_paths, save
-from triderm_dist.extras import require
 from triderm_dist.files import exclusive_lock, write_text
+from triderm_dist.runtime.extras import require
 from triderm_dist.schema import ConfigError, InputError
 from triderm_dist.search import pbt
 from triderm_dist.search.results import Summary, baseline_and_best, summarize

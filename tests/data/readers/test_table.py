@@ -26,7 +26,7 @@ from triderm_dist.data.readers.table import (
     read_header,
     read_table,
 )
-from triderm_dist.extras import MissingPackage
+from triderm_dist.runtime.extras import MissingPackage
 from triderm_dist.schema import DataError, MetadataField, TableFormat
 
 AGE = MetadataField("age", "age", "number", high=120)

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from triderm_dist.extras import require
+from triderm_dist.runtime.extras import require
 from triderm_dist.schema import (
     MISSING_WORDS,
     PLAIN_NUMBER,

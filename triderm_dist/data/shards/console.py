@@ -11,7 +11,7 @@ from pathlib import Path
 from triderm_dist.data.problems import Problem, count_by_kind, write_problems
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.photos import describe_changes
-from triderm_dist.terminal import counted, wrapped
+from triderm_dist.runtime.terminal import counted, wrapped
 
 MAX_SHOWN = 10
 """Problems shown on the console."""

@@ -20,9 +20,9 @@ from PIL import Image, ImageOps, JpegImagePlugin
 
 from triderm_dist.data.photo_formats import READ_FORMATS, format_of
 from triderm_dist.data.shards.colors import ColorError, apply_profile, is_srgb, profile_of, to_rgb
-from triderm_dist.extras import install_command, is_installed
 from triderm_dist.file_kinds import kind_of
-from triderm_dist.terminal import counted
+from triderm_dist.runtime.extras import install_command, is_installed
+from triderm_dist.runtime.terminal import counted
 
 # Damage is refused, and Pillow's own warnings name its source files, not the photo.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -14,7 +14,7 @@ from triderm_dist.data.shards.cache import Cache, CachedFile
 from triderm_dist.data.shards.format import ShardFile
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.remote import FetchStopped
-from triderm_dist.process import open_files_limit, raise_open_files_limit
+from triderm_dist.runtime.process import open_files_limit, raise_open_files_limit
 from triderm_dist.schema import ConfigError, DataError
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
 from triderm_dist.files import file_sha256
-from triderm_dist.redact import REDACTED, URLS, redact, remember
+from triderm_dist.runtime.redact import REDACTED, URLS, redact, remember
 from triderm_dist.schema import ConfigError, DataError, one_line
 
 POLL_SECONDS = 0.05

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from triderm_dist.redact import redact
+from triderm_dist.runtime.redact import redact
 
 LOG_FILE = "log.txt"
 LOG_FOLDER = "TRIDERM_LOG_FOLDER"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from triderm_dist.terminal import clock, counted, table, wrapped
+from triderm_dist.runtime.terminal import clock, counted, table, wrapped
 
 
 def test_text_is_wrapped_at_words_and_paths_stay_whole():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from triderm_dist.rank_variables import check_rank_variables
+from triderm_dist.runtime.rank_variables import check_rank_variables
 from triderm_dist.schema import ConfigError
 
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from triderm_dist.cgroup import cpu_quota, memory_limit
+from triderm_dist.runtime.cgroup import cpu_quota, memory_limit
 
 GB = 10**9
 UNLIMITED = 0x7FFFFFFFFFFFF000

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import HANG_SECONDS, ROOT
-from triderm_dist import process
+from triderm_dist.runtime import process
 
 
 class Failing(io.StringIO):

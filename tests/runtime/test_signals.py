@@ -9,14 +9,15 @@ import pytest
 
 from tests import processes
 from tests.processes import HANG_SECONDS, wait_for
-from triderm_dist import signals
 from triderm_dist.cli import Interrupted
 from triderm_dist.commands import ranks
 from triderm_dist.distributed.stop import Stop
+from triderm_dist.runtime import signals
 
 PROGRAM = """
 import ctypes, os, sys, time
-from triderm_dist import cli, signals
+from triderm_dist import cli
+from triderm_dist.runtime import signals
 signals.SAME_SECONDS = signals.STUCK_SECONDS = 0.2
 
 def ready():

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from tests.processes import HANG_SECONDS, ROOT
-from triderm_dist.extras import CORE, EXTRA_OF, MissingPackage, explain, install_command, require
+from triderm_dist.runtime.extras import CORE, EXTRA_OF, MissingPackage, explain, install_command, require
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_NAMES = {

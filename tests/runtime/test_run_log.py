@@ -8,7 +8,7 @@ import pytest
 
 from triderm_dist import __version__, cli
 from triderm_dist.config import Experiment
-from triderm_dist.run_log import RunLog
+from triderm_dist.runtime.run_log import RunLog
 from triderm_dist.schema import InputError
 
 HEADER = r"\n=== \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC  "
@@ -83,7 +83,7 @@ def test_traceback_of_an_unexpected_error_is_logged(tmp_path):
 
 def test_output_of_the_processes_of_a_program_is_kept_whole(tmp_path):
     child = (
-        "from triderm_dist.run_log import RunLog\nfrom pathlib import Path\n"
+        "from triderm_dist.runtime.run_log import RunLog\nfrom pathlib import Path\n"
         f"with RunLog(Path({str(tmp_path)!r}), 'c'):\n    for number in range(200): print('x' * 100)"
     )
     started = [subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.DEVNULL) for _ in range(2)]
