@@ -25,7 +25,7 @@ from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.cli import BAD_INPUT, Interrupted
 from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_json
 from triderm_dist.runtime.run_log import LOG_FOLDER
-from triderm_dist.runtime.signals import SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
+from triderm_dist.runtime.signals import INTERRUPTED, SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
 from triderm_dist.runtime.terminal import clock, wrapped
 
 END_SECONDS = 5.0
@@ -119,7 +119,7 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], in
         if asked:
             running.terminate()
         status = running.wait()
-        if asked and status not in (0, BAD_INPUT):
+        if asked and status not in (0, BAD_INPUT, INTERRUPTED):  # which the stage has explained
             raise Interrupted("rerun the same command to resume")
         return status
 
