@@ -70,6 +70,22 @@ def test_gather_is_independent_of_file_order_and_round_trips(run) -> None:
     assert forward.complete().all()
 
 
+def test_names_of_groups_have_no_effect(run) -> None:
+    folder, *_, folds = run
+    table = read_oof(folder / "oof.parquet", features=True)
+    rows = np.flatnonzero(folds == 0)[::-1]
+    number = np.arange(LESIONS)
+    number[rows] = rows[np.arange(len(rows)) // 3 * 3]  # groups of three lesions of a fold
+    read = []
+    for prefix, last in (("patient-", 0), ("z", LESIONS)):
+        groups = np.array([f"{prefix}{abs(last - each):04d}" for each in number], object)
+        write_oof(folder / "named.parquet", replace(table, groups=groups))
+        read.append(read_oof(folder / "named.parquet").groups)
+    np.testing.assert_array_equal(read[0], read[1])
+    assert read[0][rows[0]] == read[0][rows[2]] == table.lesion_ids[min(rows[:3])] != read[0][rows[3]]
+    assert (read[0][folds != 0] == table.lesion_ids[folds != 0]).all()
+
+
 def test_missing_fold_is_nan(run) -> None:
     folder, ids, labels, folds = run
     shutil.rmtree(folder / "dual_cnn" / "fold-1")

@@ -278,7 +278,8 @@ def write_oof(path: Path, table: OofTable) -> None:
 def read_oof(path: Path, features: bool = False) -> OofTable:
     """Read what `write_oof` wrote, without the wide fused features, which are then (N, 0), unless asked for.
 
-    Raises DataError naming the file, also for leaks (see `gather`).
+    A group gets the first id of its lesions as its name, so that nothing depends on the names in the file: hashes of
+    patient ids under another salt give the same stacker. Raises DataError naming the file, also for leaks (`gather`).
     """
     import pyarrow.compute as pc
 
@@ -298,7 +299,17 @@ def read_oof(path: Path, features: bool = False) -> OofTable:
     data = _DataSplit(first.lesion_ids.tolist(), first.labels, first.fold, str(path))
     for _, part in parts:
         data.check(path, part)
-    return _merge(parts, data, names)
+    merged = _merge(parts, data, names)
+    return replace(merged, groups=_named_by_lesion(merged.groups, merged.lesion_ids))
+
+
+def _named_by_lesion(groups: np.ndarray, lesion_ids: np.ndarray) -> np.ndarray:
+    """Return the first id, in alphabetical order, of the lesions in each lesion's group, (N,) text."""
+    _, codes = np.unique(groups.astype(str), return_inverse=True)
+    order = np.argsort(lesion_ids.astype(str), kind="stable")
+    first = order[np.unique(codes[order], return_index=True)[1]]
+    named: np.ndarray = lesion_ids[first][codes]
+    return named
 
 
 def average_test(parts: Iterable[Predictions]) -> OofTable:
