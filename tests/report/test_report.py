@@ -89,7 +89,9 @@ def test_page_is_reproducible(run: Path) -> None:
 
 
 def test_held_out_score_and_synthetic_data_are_shown(run: Path) -> None:
-    (run / "heldout.json").write_text(json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "n": 150, "absent": []}))
+    (run / "heldout.json").write_text(
+        json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "argmax": 0.43, "n": 150, "absent": []})
+    )
     (run / "data").mkdir()
     (run / "data" / "README.txt").write_text("SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.\n")
     text = Page(write_report(run).read_text(encoding="utf-8")).text
