@@ -215,10 +215,10 @@ def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
     confident = np.flatnonzero((content.rows.labels == DIAGNOSES.index("NV")) & content.rows.decisions[:, 8])[:6]
     for name in content.networks:
         content.table.logits[name][confident] = 9.0 * np.eye(len(DIAGNOSES))[8]
-    content.rows.probabilities[confident] = 0.9 * np.eye(len(DIAGNOSES))[8] + 0.01
-    labels = content.rows.labels.copy()
+    labels, probabilities = content.rows.labels.copy(), content.rows.probabilities.copy()
     labels[confident] = DIAGNOSES.index("MEL")
-    content.rows = replace(content.rows, labels=labels)
+    probabilities[confident] = 0.9 * np.eye(len(DIAGNOSES))[8] + 0.01
+    content.rows = replace(content.rows, labels=labels, probabilities=probabilities)
     found = content.mislabeled
     assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[confident])
     assert all((lesion.label, lesion.alternative, lesion.agree) == ("MEL", "NV", 2) for lesion in found[:6])
