@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,11 @@ from triderm_dist.tasks import milk10k_task
 
 # Locks are refused at once; tests of waiting set it.
 os.environ["TRIDERM_LOCK_SECONDS"] = "0"
+
+# Programs keep ignoring the signals that they were started to ignore, as those of a shell's background jobs are.
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 # Deterministic examples, and no deadline: other tests share the cores.
 settings.register_profile("fixed", deadline=None, derandomize=True)
