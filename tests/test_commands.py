@@ -16,6 +16,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
+from tests.faults.rows import ROWS
 from triderm_dist import cli, commands
 from triderm_dist.commands.config import KINDS
 from triderm_dist.commands.ranks import expand_names
@@ -92,6 +93,8 @@ def check_launcher(options: list[str]) -> tuple[str, list[str]]:
 def program_name(module: str) -> str:
     """Return the name of a program, such as `train` for launch.train and triderm_dist.commands.train."""
     folder, _, name = module.rpartition(".")
+    if module == "tests.faults":
+        return module
     assert (ROOT / folder.replace(".", "/") / f"{name}.py").is_file(), f"{module} is not a program"
     return "synthetic" if module == "shards.demo" else name
 
@@ -99,6 +102,11 @@ def program_name(module: str) -> str:
 def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the program accepts the settings, and that referenced files of the repository exist."""
     name = program_name(module)
+    if name == "tests.faults":
+        settings = dict(word.split("=", 1) for word in arguments)
+        assert settings.keys() <= {"rows", "faults", "moments", "write", "keep", "read"}
+        assert settings.get("rows", "crossval") in [row.name for row in ROWS]
+        return
     assert module.startswith("benchmarks.") or name in commands.names(), f"{module} is not a program"
     if name == "config":
         assert arguments == ["list"] or any(arguments[1] in shipped_names(kind) for kind in KINDS), arguments

@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     tower = f"source: 'timm:test_efficientnet@{weights}', image_size: 32"
     words = [
         f"output={run}",
-        f"models.tokens={{kind: trimodal, width: 16, heads: 2, depth: 1, tower: {{{tower}, frozen: true}}}}",
+        f"models.cached={{kind: trimodal, width: 16, heads: 2, depth: 1, tower: {{{tower}, frozen: true}}}}",
         f"models.blocks={{kind: dual_cnn, width: 16, tower: {{{tower}, freeze_clinical: 1, freeze_dermoscopic: 3}}}}",
         f"models.one={{kind: dual_cnn, width: 16, tower: {{{tower}, shared: true, freeze_clinical: 99, "
         "freeze_dermoscopic: 99}}",
@@ -92,14 +92,14 @@ def check(folder: Path, predictor: Predictor) -> None:
 
 def test_shared_parts_are_computed_once_and_change_nothing(folder):
     predictor = Predictor(folder, device="cpu")
-    tokens, blocks, one = predictor.models
-    assert tokens.encoders["clinical"] is tokens.encoders["dermoscopic"]
-    assert one.encoders["clinical"] is one.encoders["dermoscopic"] is not tokens.encoders["clinical"]
+    cached, blocks, one = predictor.models
+    assert cached.encoders["clinical"] is cached.encoders["dermoscopic"]
+    assert one.encoders["clinical"] is one.encoders["dermoscopic"] is not cached.encoders["clinical"]
     assert len(blocks.encoders["clinical"]) == 2 and len(blocks.encoders["dermoscopic"]) == 4  # with the stem
     for network in one.networks:
         assert not list(network.towers.parameters())
     calls: list[int] = []
-    for encoder in {*tokens.encoders.values(), *blocks.encoders.values(), *one.encoders.values()}:
+    for encoder in {*cached.encoders.values(), *blocks.encoders.values(), *one.encoders.values()}:
         encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
     check(folder, predictor)
     # Two batches of three lesions and one of the seventh: 8 transforms of 2 photos, for 3 models, not for each fold.
@@ -126,7 +126,7 @@ def test_wide_columns_of_the_stacker_are_computed_for_new_photos(folder, extra):
     """As `stack.extra` does where it improves the estimate; the test set's own columns are files of the run."""
     experiment = load(Experiment, folder / "config.yaml")
     table = read_oof(folder / OOF_FILE, features=True)
-    models = ["tokens", "blocks", "one"]
+    models = ["cached", "blocks", "one"]
     if extra == "features":
         parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
         save_alignments(folder / ALIGNMENTS_FILE, fit_alignments(parts))
