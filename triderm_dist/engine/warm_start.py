@@ -40,7 +40,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class TrainedNetwork:
+class SourceNetwork:
     """A trained network in RUN/MODEL/fold-K or RUN/refit/MODEL. info: its fold.json."""
 
     folder: Path
@@ -102,7 +102,7 @@ class TrainedNetwork:
         return found
 
 
-def find_networks(init: str, model: str) -> list[TrainedNetwork]:
+def find_networks(init: str, model: str) -> list[SourceNetwork]:
     """Return the networks that `models.NAME.init` names: one, or a model's refit if it has one, or all its folds.
 
     model: the one to take where `init` names a run of several. Raises ConfigError where there is none, or it is not
@@ -165,7 +165,7 @@ class Filled:
     """The parameters and buffers of a network that were taken, those that began anew, and those that have no place in
     it, by name."""
 
-    source: TrainedNetwork
+    source: SourceNetwork
     taken: tuple[str, ...]
     new: tuple[str, ...]
     left: tuple[str, ...]
@@ -186,7 +186,7 @@ class Filled:
         }  # fmt: skip
 
 
-def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) -> Filled:
+def fill_network(network: Network, config: ModelConfig, source: SourceNetwork) -> Filled:
     """Load into a network what fits of another one. config: the network's own settings.
 
     Raises CheckpointError where nothing fits, or the other network's files are damaged.
@@ -217,7 +217,7 @@ def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) 
     return filled
 
 
-def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
+def fill_tower(tower: Tower, source: SourceNetwork) -> None:
     """Load the weights of another network's tower into a tower that stays frozen.
 
     Raises CheckpointError where none fits completely.
@@ -246,8 +246,8 @@ def _path(init: str) -> Path:
     return path.absolute()
 
 
-def _read(folder: Path) -> TrainedNetwork:
-    return TrainedNetwork(folder, read_info(folder / "fold"))
+def _read(folder: Path) -> SourceNetwork:
+    return SourceNetwork(folder, read_info(folder / "fold"))
 
 
 def _fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:
@@ -258,7 +258,7 @@ def _fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) ->
     return next((name for name in order if name in fitting), None)
 
 
-def _without_towers(source: TrainedNetwork, shape: Any) -> Network:
+def _without_towers(source: SourceNetwork, shape: Any) -> Network:
     """Build the other network without weights, for what its parameters mean."""
     with torch.device("meta"):
         return build_network(source.config, source.signature, shape)
