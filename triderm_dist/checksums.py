@@ -49,11 +49,10 @@ def read_checked_json(path: Path, schema: type[BaseModel] | None = None) -> dict
         raise DamagedFile("damaged or cut off: not JSON") from None
     if not isinstance(tree, dict):
         raise DamagedFile(f"changed or damaged: a {type(tree).__name__}, not a mapping")
-    if (expected := tree.pop(KEY, None)) not in (None, _json_sha256(tree)):
-        raise DamagedFile(f"changed or damaged: its content has another checksum than {str(expected)[:16]}...")
+    content = without_checksum(tree)
     if schema is not None:
-        check_mapping(tree, schema)
-    return tree
+        check_mapping(content, schema)
+    return content
 
 
 def check_mapping(tree: Mapping[str, Any], schema: type[BaseModel]) -> None:
