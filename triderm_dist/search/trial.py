@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.config import Experiment
@@ -52,21 +52,15 @@ class Trial:
         write_json(folder / "trial.json", asdict(self))
 
 
-class _TrialKeys(BaseModel):
-    """Keys of trial.json with their types; those with a default may be absent."""
-
-    number: int
-    settings: dict[str, Any]
-    seed: int = 0
-    state: State = "running"
-    epochs: int = 0
-    macro_f1: float | None = None
-    official: float | None = None
-    seconds: float = 0.0
-    error: str = ""
-    bad_input: bool = False
-    curve: list[float] = []
-    changes: list[dict[str, Any]] = []
+_TYPES = get_type_hints(Trial)
+_TrialKeys: type[BaseModel] = create_model(
+    "_TrialKeys",
+    **{  # type: ignore[call-overload]
+        each.name: (_TYPES[each.name], ... if each.default is each.default_factory is MISSING else None)
+        for each in fields(Trial)
+    },
+)
+"""Keys of trial.json with their types; those with a default may be absent."""
 
 
 def read_trial(folder: Path) -> Trial | None:
