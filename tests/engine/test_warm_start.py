@@ -14,7 +14,8 @@ from triderm_dist.engine.checkpoint import read_info, read_weights
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import is_fold_finished, result_hash
 from triderm_dist.engine.refit import refit
-from triderm_dist.engine.warm_start import SourceNetwork, fill_network, find_networks
+from triderm_dist.engine.trained_network import TrainedNetwork
+from triderm_dist.engine.warm_start import fill_network, find_networks, tower_weights
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.schema import CheckpointError, ConfigError, DataError, Signature
 
@@ -159,8 +160,8 @@ def test_a_frozen_tower_gets_the_trained_weights_and_outlives_the_run(sets, othe
     shutil.copytree(other_run, source)
     config = experiment(main, tmp_path / "run", f"{source}/cnn", ", frozen: true, shared: true")
     run_folds(config, main, ["cnn"], [0])
-    run = SourceNetwork(folder := tmp_path / "run" / "cnn" / "fold-0", read_info(folder / "fold"))
-    (tower,) = run.towers(read_weights(folder / "weights")).values()
+    run = TrainedNetwork(folder := tmp_path / "run" / "cnn" / "fold-0", read_info(folder / "fold"))
+    (tower,) = tower_weights(run, read_weights(folder / "weights")).values()
     trained = read_weights(source / "cnn" / "fold-0" / "weights")
     for name, tensor in tower.items():
         assert torch.equal(tensor, trained[f"towers.dermoscopic.{name}"]), name

@@ -255,7 +255,7 @@ class FoldRun:
         if self.start:
             filled = fill_network(network, self.model, self.start.choose(self.validation_rows))
             accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
-            about = {**filled.about(), "networks": [each.sha256 for each in self.start.networks]}
+            about = {**filled.about(), "networks": [each.weights for each in self.start.networks]}
         return network.to(accelerator.device), about
 
     def _train(

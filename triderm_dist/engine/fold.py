@@ -19,12 +19,13 @@ from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import Views
 from triderm_dist.engine.warm_start import init_identity
 from triderm_dist.environment import read_environment
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
-from triderm_dist.models.tower_record import FOLDER, TowerRecord, read_tower
+from triderm_dist.models.tower_record import TowerRecord
 from triderm_dist.predictions import Predictions, read_transforms
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
@@ -160,8 +161,7 @@ def fold_tower(folder: Path, info: Mapping[str, Any] | None = None) -> TowerReco
     info: its fold.json, if it is read already. None for a fold trained before towers were recorded. Raises
     CheckpointError where the fold is not trained, or the record is missing or damaged.
     """
-    name = (info or read_info(folder / "fold")).get("tower")
-    return read_tower(folder.parents[1] / FOLDER, name) if name else None
+    return TrainedNetwork(folder, info or read_info(folder / "fold")).tower
 
 
 def _difference(concepts: Sequence[str], index: ShardIndex) -> str:

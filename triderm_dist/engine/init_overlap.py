@@ -21,7 +21,8 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.thumbnails import compute_thumbnails
-from triderm_dist.engine.warm_start import SourceNetwork, find_networks
+from triderm_dist.engine.trained_network import TrainedNetwork
+from triderm_dist.engine.warm_start import find_networks
 from triderm_dist.predictions import find_predictions, read_predictions
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, ConfigError, DataError
@@ -39,11 +40,11 @@ class WarmStart:
     """
 
     init: str
-    networks: tuple[SourceNetwork, ...]
+    networks: tuple[TrainedNetwork, ...]
     seen: tuple[np.ndarray, ...]
     lesion_ids: tuple[np.ndarray, ...]
 
-    def choose(self, rows: np.ndarray) -> SourceNetwork:
+    def choose(self, rows: np.ndarray) -> TrainedNetwork:
         """Return the first network that has seen none of these rows (n,) of the training set, nor of the test set.
 
         Raises DataError, which names lesions, where there is none.
@@ -125,14 +126,14 @@ class _TrainingSet:
     index: ShardIndex | None
     held_out: dict[str, np.ndarray]
 
-    def trained(self, network: SourceNetwork) -> np.ndarray:
+    def trained(self, network: TrainedNetwork) -> np.ndarray:
         """Return which lesions (n,) the network was trained on."""
         if network.is_refit or network.folder.name not in self.held_out:
             return self.labeled
         return self.labeled & ~np.isin(self.lesion_ids, self.held_out[network.folder.name])
 
 
-def _training_sets(experiment: Experiment, network: SourceNetwork) -> tuple[list[_TrainingSet], list[str]]:
+def _training_sets(experiment: Experiment, network: TrainedNetwork) -> tuple[list[_TrainingSet], list[str]]:
     """Return the sets that the run of a network trained its model on, and notes on what cannot be compared."""
     tables = {}
     for path in find_predictions(network.run, [network.model]):

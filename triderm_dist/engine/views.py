@@ -21,7 +21,8 @@ from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.engine.init_overlap import WarmStart
-from triderm_dist.engine.warm_start import SourceNetwork, fill_tower
+from triderm_dist.engine.trained_network import TrainedNetwork
+from triderm_dist.engine.warm_start import fill_tower
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.models import build_towers
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
@@ -118,7 +119,7 @@ def open_tower(
     model: ModelConfig,
     recorded: TowerRecord | None = None,
     pretrained: bool = False,
-    start: SourceNetwork | None = None,
+    start: TrainedNetwork | None = None,
 ) -> tuple[TowerRecord, Tower | None]:
     """Return the record of a model's tower, and the tower itself with its weights where it is frozen.
 

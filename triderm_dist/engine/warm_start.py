@@ -18,91 +18,26 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.config import Experiment, ModelConfig, build
+from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.engine.checkpoint import read_info, read_weights
 from triderm_dist.engine.locate import HUB, locate_run
+from triderm_dist.engine.trained_network import REFIT, TrainedNetwork
 from triderm_dist.models import build_network
 from triderm_dist.models.network import SHARED, Network
-from triderm_dist.models.tower_record import FOLDER, TowerRecord, load_tower, read_tower
+from triderm_dist.models.tower_record import FOLDER, load_tower
 from triderm_dist.models.towers import Tower
-from triderm_dist.schema import CheckpointError, ConfigError, Signature
-from triderm_dist.tasks import recorded_task
+from triderm_dist.schema import CheckpointError, ConfigError
 
-REFIT = "refit"
 Weights = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class SourceNetwork:
-    """A trained network in RUN/MODEL/fold-K or RUN/refit/MODEL. info: its fold.json."""
-
-    folder: Path
-    info: Mapping[str, Any]
-
-    @property
-    def run(self) -> Path:
-        return self.folder.parents[1]
-
-    @property
-    def is_refit(self) -> bool:
-        return self.folder.parent.name == REFIT
-
-    @property
-    def model(self) -> str:
-        return self.folder.name if self.is_refit else self.folder.parent.name
-
-    @property
-    def name(self) -> str:
-        """MODEL/fold-K or MODEL/refit."""
-        return f"{self.model}/{REFIT if self.is_refit else self.folder.name}"
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of its weights."""
-        return str(self.info["weights"])
-
-    @property
-    def signature(self) -> Signature:
-        task = recorded_task(self.info, str(self.folder / "fold.json"))
-        return task.signature(self.info["concepts"])
-
-    @property
-    def config(self) -> ModelConfig:
-        """The settings of the network. Raises ConfigError where this version, or a missing plugin, refuses them."""
-        try:
-            return build(ModelConfig, self.info["model"])
-        except ConfigError as error:
-            raise ConfigError(f"{self.folder / 'fold.json'}: {error}") from None
-
-    @cached_property
-    def tower(self) -> TowerRecord:
-        """Raises CheckpointError for a network that was trained before towers were recorded."""
-        if not (name := self.info.get("tower")):
-            raise CheckpointError(f"{self.folder}: trained by a version that did not record its tower; train it again")
-        return read_tower(self.run / FOLDER, name)
-
-    def towers(self, weights: Weights) -> dict[str, Weights]:
-        """Return the weights of each tower by its view, or of the one that is shared.
-
-        weights: of the network, which hold those of a tower that trained; a frozen one is in RUN/towers.
-        """
-        found: dict[str, Weights] = {}
-        for name, tensor in weights.items():
-            if match := re.fullmatch(r"towers\.(\w+)\.(.+)", name):
-                found.setdefault(match[1], {})[match[2]] = tensor
-        if not found and self.tower.weights is not None:
-            found[SHARED] = load_tower(self.run / FOLDER, self.tower).state_dict()
-        return found
-
-
-def find_networks(init: str, model: str) -> list[SourceNetwork]:
+def find_networks(init: str, model: str) -> list[TrainedNetwork]:
     """Return the networks that `models.NAME.init` names: one, or a model's refit if it has one, or all its folds.
 
     model: the one to take where `init` names a run of several. Raises ConfigError where there is none, or it is not
@@ -149,7 +84,7 @@ def init_identity(experiment: Experiment, name: str, folder: Path) -> list[str]:
     if init is None:
         return []
     try:
-        return [network.sha256 for network in find_networks(init, name)]
+        return [network.weights for network in find_networks(init, name)]
     except (ConfigError, CheckpointError):
         try:
             recorded: list[str] = read_info(folder / "fold")["init"]["networks"]
@@ -165,7 +100,7 @@ class Filled:
     """The parameters and buffers of a network that were taken, those that began anew, and those that have no place in
     it, by name."""
 
-    source: SourceNetwork
+    source: TrainedNetwork
     taken: tuple[str, ...]
     new: tuple[str, ...]
     left: tuple[str, ...]
@@ -181,12 +116,27 @@ class Filled:
     def about(self) -> dict[str, Any]:
         """What fold.json records."""
         return {
-            "run": str(self.source.run), "network": self.source.name, "sha256": self.source.sha256,
+            "run": str(self.source.run), "network": self.source.name, "sha256": self.source.weights,
             "taken": _counts(self.taken), "new": _counts(self.new), "left": _counts(self.left),
         }  # fmt: skip
 
 
-def fill_network(network: Network, config: ModelConfig, source: SourceNetwork) -> Filled:
+def tower_weights(network: TrainedNetwork, weights: Weights) -> dict[str, Weights]:
+    """Return the weights of each of a network's towers by its view, or of the one that is shared.
+
+    weights: of the network, which hold those of a tower that trained; a frozen one is in RUN/towers.
+    """
+    found: dict[str, Weights] = {}
+    for name, tensor in weights.items():
+        if match := re.fullmatch(r"towers\.(\w+)\.(.+)", name):
+            found.setdefault(match[1], {})[match[2]] = tensor
+    tower = network.tower
+    if not found and tower is not None and tower.weights is not None:
+        found[SHARED] = load_tower(network.run / FOLDER, tower).state_dict()
+    return found
+
+
+def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) -> Filled:
     """Load into a network what fits of another one. config: the network's own settings.
 
     Raises CheckpointError where nothing fits, or the other network's files are damaged.
@@ -195,15 +145,17 @@ def fill_network(network: Network, config: ModelConfig, source: SourceNetwork) -
     own = network.state_dict()
     taken: Weights = {}
     used: set[str] = set()
-    towers = source.towers(weights) if network.towers else {}
+    towers = tower_weights(source, weights) if network.towers else {}
     for key, tower in network.towers.items():
         fitting = _fitting_tower(tower, key, towers)
         if fitting:
             taken |= {f"towers.{key}.{name}": tensor for name, tensor in towers[fitting].items()}
             used |= {name for name in weights if name.startswith(f"towers.{fitting}.")}
-    other = _without_towers(source, network.token_shape)
-    if config.kind == source.config.kind and config.head == source.config.head:
-        meanings, others = network.parameter_meanings(), other.parameter_meanings()
+    its = source.config
+    if (config.kind, config.head) == (its.kind, its.head):
+        with torch.device("meta"):  # the other network without weights, for what its parameters mean
+            others = build_network(its, source.signature, network.token_shape).parameter_meanings()
+        meanings = network.parameter_meanings()
         for name, tensor in own.items():
             fits = name in weights and name not in taken and weights[name].shape == tensor.shape
             if fits and not name.startswith("towers.") and _meaning(name, meanings) == _meaning(name, others):
@@ -217,17 +169,19 @@ def fill_network(network: Network, config: ModelConfig, source: SourceNetwork) -
     return filled
 
 
-def fill_tower(tower: Tower, source: SourceNetwork) -> None:
+def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
     """Load the weights of another network's tower into a tower that stays frozen.
 
     Raises CheckpointError where none fits completely.
     """
-    towers = source.towers(read_weights(source.folder / "weights"))
+    towers = tower_weights(source, read_weights(source.folder / "weights"))
     key = _fitting_tower(tower, SHARED, towers)
     if key is None:
+        known = source.tower
+        its = f", {known.source}, with image_size {known.image_size}" if known else ""
         raise CheckpointError(
-            f"{source.folder}: its towers do not fit the frozen tower of this model; set tower to the one of that run, "
-            f"{source.tower.source}, with image_size {source.tower.image_size}"
+            f"{source.folder}: its towers do not fit the frozen tower of this model; set tower to the one of that run"
+            f"{its}"
         )
     tower.load_state_dict(towers[key])
     tower.report = f"{tower.report}; weights of {source.folder}"
@@ -246,8 +200,8 @@ def _path(init: str) -> Path:
     return path.absolute()
 
 
-def _read(folder: Path) -> SourceNetwork:
-    return SourceNetwork(folder, read_info(folder / "fold"))
+def _read(folder: Path) -> TrainedNetwork:
+    return TrainedNetwork(folder, read_info(folder / "fold"))
 
 
 def _fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:
@@ -256,12 +210,6 @@ def _fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) ->
     order = [key, SHARED, "dermoscopic", "clinical"]
     fitting = [name for name, each in towers.items() if {k: tensor.shape for k, tensor in each.items()} == shapes]
     return next((name for name in order if name in fitting), None)
-
-
-def _without_towers(source: SourceNetwork, shape: Any) -> Network:
-    """Build the other network without weights, for what its parameters mean."""
-    with torch.device("meta"):
-        return build_network(source.config, source.signature, shape)
 
 
 def _meaning(name: str, meanings: Mapping[str, Any]) -> Any:

@@ -17,9 +17,10 @@ from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
 from triderm_dist.engine.checkpoint import load_weights
 from triderm_dist.engine.fold import fold_tower
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import open_tower
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings
-from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
+from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import SHARED, Network
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower

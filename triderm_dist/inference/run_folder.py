@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,13 @@ from triderm_dist.config import CONFIG_FILE, Experiment, Networks, load_run
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.fold import model_config, network_folders
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.ensemble.artifact import read_task
 from triderm_dist.ensemble.predict import FittedEnsemble
 from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.schema import DataError, Signature, Task
 from triderm_dist.tasks import recorded_task
-
-
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """One network of a run: the folder of its weights, and its fold.json."""
-
-    folder: Path
-    info: dict[str, Any]
-
-    @property
-    def weights(self) -> str:
-        """SHA-256 of the weights."""
-        return str(self.info["weights"])
-
-    @property
-    def refit_of(self) -> tuple[str, ...]:
-        """Of a refitted network, the SHA-256 of the folds' weights; else empty."""
-        return tuple(self.info.get("refit_of", ()))
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,7 @@ def _trained(experiment: Experiment, name: str, networks: Networks) -> list[Trai
     return [TrainedNetwork(folder, read_info(folder / "fold")) for folder in folders]
 
 
-def _preparation(experiment: Experiment, info: dict[str, Any]) -> tuple[tuple[int, int], int | None]:
+def _preparation(experiment: Experiment, info: Mapping[str, Any]) -> tuple[tuple[int, int], int | None]:
     """Return the canvas and the short side of the photos that a fold was trained on.
 
     Folds trained before fold.json recorded them need a packed set of the run.

@@ -19,6 +19,7 @@ import yaml
 from triderm_dist.config import CONFIG_FILE, Experiment, RemoteConfig, save
 from triderm_dist.engine.checkpoint import read_info, write_info
 from triderm_dist.engine.fold import fold_tower
+from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import open_tower
 from triderm_dist.ensemble.fitted_stacker import model_path
 from triderm_dist.ensemble.model_card import CARD_FILE, card_text
@@ -27,7 +28,7 @@ from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, ENSEMBLE_FILE, NEST
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings, write_embeddings
 from triderm_dist.environment import ENVIRONMENT_FILE
 from triderm_dist.files import atomic_path, copy_file, file_sha256, write_text
-from triderm_dist.inference.run_folder import RunFolder, TrainedNetwork
+from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.inference.seen_values import read_seen, write_seen
 from triderm_dist.models import tower_record
 from triderm_dist.models.tower_record import save_tower
