@@ -74,6 +74,12 @@ def test_exact_depths_of_a_vit() -> None:
     assert {depths[n] for n in depths if not n.startswith("towers.")} == {0}
 
 
+def test_heads_have_a_multiple_of_the_learning_rate() -> None:
+    optimizer = build_optimizer(network(), OptimConfig(lr=1e-4, layer_decay=0.5, head_lr_multiple=10))
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-3 if group["depth"] == 0 else 1e-4 * 0.5 ** group["depth"])
+
+
 def test_weight_decay_applies_to_weight_matrices_only() -> None:
     found = rates(network())
     for name in (

@@ -267,7 +267,12 @@ class OptimConfig(Section):
     schedule: str = Field(
         "cosine", description="learning rate after the warm-up; plugins add others to triderm_dist.optim.SCHEDULES"
     )
-    lr: float = Field(1e-4, gt=0, description="learning rate of heads and fusion")
+    lr: float = Field(1e-4, gt=0, description="learning rate of heads and fusion, before `head_lr_multiple`")
+    head_lr_multiple: float = Field(
+        1.0,
+        gt=0,
+        description="multiple of `lr` for everything after the towers; the towers keep `lr` with `layer_decay`",
+    )
     layer_decay: float = Field(
         0.9, gt=0, le=1, description="factor of the learning rate per block, from the heads towards the input"
     )
@@ -913,6 +918,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.terms": {},
+    "models.NAME.train.optim.head_lr_multiple": 1.0,
     "models.NAME.train.optim.name": "adamw",
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",

@@ -33,8 +33,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine}
 _DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
-def parameter_groups(network: Network, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with lr * layer_decay ** depth (`network.parameter_depths`), heads first.
+def parameter_groups(
+    network: Network, lr: float, layer_decay: float, weight_decay: float, head_lr_multiple: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return parameter groups with lr * layer_decay ** depth (`network.parameter_depths`), heads first; those of depth
+    0, all after the towers, have lr * head_lr_multiple.
 
     Only weights of linear layers and convolutions decay: biases, norms, layer scales, embeddings, learned tokens,
     queries and positions do not. Every trainable parameter is in exactly one group.
@@ -55,7 +58,7 @@ def parameter_groups(network: Network, lr: float, layer_decay: float, weight_dec
             (depth, not decays),
             {
                 "params": [],
-                "lr": lr * layer_decay**depth,
+                "lr": lr * layer_decay**depth if depth else lr * head_lr_multiple,
                 "weight_decay": weight_decay if decays else 0.0,
                 "name": f"depth {depth}, {'decay' if decays else 'no decay'}",
                 "depth": depth,
@@ -87,7 +90,7 @@ def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimi
 
     Raises ConfigError for an unknown name, settings that the optimizer does not take, or a fully frozen network.
     """
-    groups = parameter_groups(network, config.lr, config.layer_decay, config.weight_decay)
+    groups = parameter_groups(network, config.lr, config.layer_decay, config.weight_decay, config.head_lr_multiple)
     if not groups:
         raise ConfigError(
             "every parameter of the network is frozen: lower tower.freeze_clinical and freeze_dermoscopic"
@@ -145,7 +148,7 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Build a scheduler that applies `lr_factor` to every group; step it once per optimizer step.
 
-    The rate of the heads ends at `config.min_lr`; the rates of other groups fall by the same factor. Raises ConfigError
+    A rate of `config.lr` ends at `config.min_lr`; those of all groups fall by the same factor. Raises ConfigError
     for an unknown schedule, or where `config.min_lr` is above `config.lr`.
     """
     _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
