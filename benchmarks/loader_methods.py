@@ -32,9 +32,9 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 class HostPhotos(PhotoSource):
     """Photos as copied to the device: uint8, both views, in the ring's buffers."""
 
-    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> list[torch.Tensor]:
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         self.release(fetched, device)
-        return fetched.views
+        return dict(zip(self.views, fetched.views, strict=True))
 
 
 def plan_of(index: ShardIndex) -> EpochPlan:
