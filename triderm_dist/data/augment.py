@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -120,6 +121,18 @@ def drop_inputs(
     return kept, np.where(dropped, np.float32(np.nan), concepts)
 
 
+@dataclass(frozen=True)
+class Crops:
+    """How photos of one view become crops.
+
+    matrix (B, 2, 3): from output to input, in the [-1, 1] coordinates of `grid_sample`.  color (B, 3): factors of
+    brightness, contrast and saturation; None leaves the colors as they are.
+    """
+
+    matrix: np.ndarray
+    color: np.ndarray | None
+
+
 class PhotoTransform:
     """Photos of one view -> crops for a tower: (B, H, W, 3) uint8 -> (B, 3, size, size) float32 in [0, 1].
 
@@ -137,22 +150,23 @@ class PhotoTransform:
         size = self.size
         pixels = _shrink(photos.permute(0, 3, 1, 2).float().div_(255), size)
         height, width = pixels.shape[2:]
-        side = min(height, width)
-        if rng is not None:
-            rng = rng.scoped("both" if self.config.tied_views else view)
-            return self._augment(pixels, rng)
-        if side == size:
+        if rng is None and min(height, width) == size:
             top, left = (height - size) // 2, (width - size) // 2
             return pixels[:, :, top : top + size, left : left + size].contiguous(memory_format=torch.channels_last)
-        number = len(photos)
-        matrix = _affine(np.zeros(number), np.full((number, 2), side), np.zeros((number, 2)), height, width)
-        return _sample(pixels, matrix, size)
+        crops = self.crops(len(photos), height, width, view, rng)
+        pixels = _sample(pixels, crops.matrix, size)
+        if crops.color is not None:
+            pixels = _color(pixels, crops.color)
+        return self.finish(pixels, view, rng)
 
-    def _augment(self, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+    def crops(self, number: int, height: int, width: int, view: str, rng: LesionRng | None) -> Crops:
+        """Return the crops of a number of photos of this size, drawn from `rng` as in `__call__`."""
+        if rng is None:
+            side = np.full((number, 2), min(height, width))
+            return Crops(_affine(np.zeros(number), side, np.zeros((number, 2)), height, width), None)
         config = self.config
-        height, width = pixels.shape[2:]
         names = (*_GEOMETRY, *_COLOR)
-        drawn = dict(zip(names, rng.uniform_table(names).T, strict=True))
+        drawn = dict(zip(names, self._scoped(rng, view).uniform_table(names).T, strict=True))
         crop = min(height, width) * np.sqrt(config.min_scale + (1 - config.min_scale) * drawn["scale"])
         angle = np.radians(config.rotation) * (2 * drawn["rotation"] - 1)
         mirror = np.ones_like(crop)
@@ -164,10 +178,19 @@ class PhotoTransform:
         reach = np.stack([width - crop, height - crop], 1) / 2
         shift = reach * (2 * np.stack([drawn["shift_x"], drawn["shift_y"]], 1) - 1)
         matrix = _affine(angle, np.stack([crop * mirror, crop], 1), shift, height, width)
-        pixels = _color(_sample(pixels, matrix, self.size), drawn, config)
-        for name, augmentation in self.extra.items():
-            pixels = augmentation(pixels, rng.scoped(name))
-        return pixels
+        strengths = (config.brightness, config.contrast, config.saturation)
+        factors = [1 + strength * (2 * drawn[name] - 1) for name, strength in zip(_COLOR, strengths, strict=True)]
+        return Crops(matrix, np.stack(factors, 1))
+
+    def finish(self, crops: torch.Tensor, view: str, rng: LesionRng | None) -> torch.Tensor:
+        """Apply what follows geometry and color to crops (B, 3, size, size): plugins' augmentations."""
+        if rng is not None:
+            for name, augmentation in self.extra.items():
+                crops = augmentation(crops, self._scoped(rng, view).scoped(name))
+        return crops
+
+    def _scoped(self, rng: LesionRng, view: str) -> LesionRng:
+        return rng.scoped("both" if self.config.tied_views else view)
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -203,13 +226,18 @@ def _name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
+def reduced_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return the (height, width) to which a photo is reduced before crops of `size` are sampled from it."""
+    factor = size * 1.5 / min(height, width)
+    return (height, width) if factor >= 1 else (max(size, round(height * factor)), max(size, round(width * factor)))
+
+
 def _shrink(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """Reduce photos that are far larger than the crop: bilinear sampling alone would alias."""
     height, width = pixels.shape[2:]
-    factor = size * 1.5 / min(height, width)
-    if factor >= 1:
+    target = reduced_size(height, width, size)
+    if target == (height, width):
         return pixels
-    target = (max(size, round(height * factor)), max(size, round(width * factor)))
     return F.interpolate(pixels, size=target, mode="bilinear", antialias=True, align_corners=False)
 
 
@@ -230,19 +258,14 @@ def _sample(pixels: torch.Tensor, matrix: np.ndarray, size: int) -> torch.Tensor
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _color(pixels: torch.Tensor, drawn: dict[str, np.ndarray], config: AugmentConfig) -> torch.Tensor:
+def _color(pixels: torch.Tensor, factors: np.ndarray) -> torch.Tensor:
     """Change brightness, then contrast around a photo's mean, then saturation around a pixel's gray, in place.
 
-    All are linear, so together s (c (b p - m) + m) + (1 - s) (c (b g - m) + m), m = b mean(p) and g the gray of p,
-    is s c b p + (1 - s) c b g + (1 - c) m.
+    factors (B, 3).  All are linear, so together s (c (b p - m) + m) + (1 - s) (c (b g - m) + m), m = b mean(p) and g
+    the gray of p, is s c b p + (1 - s) c b g + (1 - c) m.
     """
-
-    def factor(name: str, strength: float) -> torch.Tensor:
-        values = (1 + strength * (2 * drawn[name] - 1)).astype(np.float32)
-        return to_device(values, pixels.device).view(-1, 1, 1, 1)
-
-    brightness, contrast = factor("brightness", config.brightness), factor("contrast", config.contrast)
-    saturation = factor("saturation", config.saturation)
+    columns = np.ascontiguousarray(factors.T.astype(np.float32))
+    brightness, contrast, saturation = (to_device(each, pixels.device).view(-1, 1, 1, 1) for each in columns)
     gray = pixels.mean(1, keepdim=True)
     mean = gray.mean((2, 3), keepdim=True) * brightness
     gray.mul_((1 - saturation) * contrast * brightness).add_((1 - contrast) * mean)
