@@ -17,6 +17,7 @@ from tests.data.readers.test_lesions_csv import PER_PHOTO, rows_of_photos, task_
 from tests.processes import HANG_SECONDS, ROOT, is_free, wait_for
 from triderm_dist.commands.pipeline import PipelineRun, stages
 from triderm_dist.config import Experiment, load, save
+from triderm_dist.environment import read_environment
 from triderm_dist.schema import Busy, ConfigError, DataError
 from triderm_dist.stages import Stage, _digest, run_stages
 from triderm_dist.tasks import load_task
@@ -45,6 +46,20 @@ def test_stage_reruns_by_content_instead_of_time(tmp_path):
     for _ in range(2):
         run_stages([stage(tmp_path, settings=1)], tmp_path)
     assert (tmp_path / "out").read_text() == "by another program:b"
+
+
+def test_usage_of_each_stage_that_was_run_is_returned_and_recorded(tmp_path):
+    (tmp_path / "in").write_text("a")
+    ((name, used),) = run_stages([stage(tmp_path)], tmp_path)
+    assert name == "copy" and used.seconds > 0 and used.peak_mb > 1 and used.data_seconds is None
+    assert not (tmp_path / "environment.json").exists()  # not the folder of a run
+    (tmp_path / "config.yaml").touch()
+    both = run_stages([stage(tmp_path), stage(tmp_path, name="again")], tmp_path)
+    assert [name for name, _ in both] == ["again"]
+    run_stages([stage(tmp_path, settings=1)], tmp_path)
+    recorded = read_environment(tmp_path)["stages"]
+    assert [row["stage"] for row in recorded] == ["again", "copy"]
+    assert recorded[0]["cpu_seconds"] == round(both[0][1].cpu_seconds, 2) and recorded[0]["other_seconds"] is None
 
 
 def test_folders_in_a_ring_of_links_are_hashed_once(tmp_path):

@@ -91,6 +91,15 @@ def recorded(folder: Path, program: str, exit_code: Any) -> Iterator[None]:
                 _add_start(folder, start)
 
 
+def record_stage(folder: Path, stage: str, started: datetime, usage: Mapping[str, float | None]) -> None:
+    """Add what a stage of the pipeline needed; nothing where the folder is not a run's. Never makes a run fail."""
+    if (folder / CONFIG_FILE).exists():
+        numbers = {key: value if value is None else round(value, 2) for key, value in usage.items()}
+        with contextlib.suppress(OSError, ValueError), _changed(folder) as record:
+            row = {"stage": stage, "started": started.isoformat(timespec="seconds"), **numbers}
+            record.setdefault("stages", []).append(row)
+
+
 def record_data(folder: Path, split: str, facts: Mapping[str, Any]) -> None:
     """Record the packed set of a split (train, test): its fingerprint, number of lesions, and the like."""
     with _changed(folder) as record:

@@ -13,20 +13,22 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.cli import BAD_INPUT, Interrupted
+from triderm_dist.environment import record_stage
 from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_json
 from triderm_dist.runtime.run_log import LOG_FOLDER
 from triderm_dist.runtime.signals import INTERRUPTED, SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
 from triderm_dist.runtime.terminal import clock, wrapped
+from triderm_dist.runtime.usage import WAITS_FILE, Meter, Usage
 
 END_SECONDS = 5.0
 """Time for a stage to end after a second Ctrl-C."""
@@ -48,13 +50,17 @@ class Stage:
     former_settings: Any = None
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] = lambda: None) -> None:
+def run_stages(
+    stages: Sequence[Stage], folder: Path, begin: Callable[[], None] = lambda: None
+) -> list[tuple[str, Usage]]:
     """Run the stages that are not done, recording each in FOLDER/stages.json. Exits with the code of a failed stage.
 
-    begin: called first, while the folder is locked. Raises Busy where another run holds the lock; Interrupted after
-    a signal to stop, once the running stage, to which SIGTERM is passed, has ended.
+    Returns the name and usage of each that was run, which environment.json of a run keeps too. begin: called first,
+    while the folder is locked. Raises Busy where another run holds the lock; Interrupted after a signal to stop, once
+    the running stage, to which SIGTERM is passed, has ended.
     """
     record = folder / "stages.json"
+    used: list[tuple[str, Usage]] = []
     refusal = f"{folder}: another run is active in this folder; wait for it or stop it"
     with exclusive_lock(folder / ".lock", refusal) as lock, _stoppable(lock, folder) as run:
         begin()
@@ -69,12 +75,17 @@ def run_stages(stages: Sequence[Stage], folder: Path, begin: Callable[[], None] 
                     write_json(record, done := {**done, stage.name: current})
                 continue
             print(f"{title}\n{_shown(stage.command)}", flush=True)
-            started = time.perf_counter()
-            if status := run(stage.command):
+            started = datetime.now(UTC)
+            status, usage = run(stage.command)
+            if status:
                 sys.exit(status if status > 0 else 128 - status)
             done[stage.name] = [current[0], _digest(stage.outputs, folder)]
             write_json(record, done)
-            print(f"{title}: done in {clock(time.perf_counter() - started)}", flush=True)
+            if usage:
+                used.append((stage.name, usage))
+                record_stage(folder, stage.name, started, asdict(usage))
+            print(f"{title}: done in {clock((datetime.now(UTC) - started).total_seconds())}", flush=True)
+    return used
 
 
 def _shown(command: Sequence[str]) -> str:
@@ -86,8 +97,8 @@ def _shown(command: Sequence[str]) -> str:
 
 
 @contextmanager
-def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], int]]:
-    """Yield a function that runs a command and returns its exit code; signals to stop are forwarded to it.
+def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], tuple[int, Usage | None]]]:
+    """Yield a function that runs a command and returns its exit code and usage; signals to stop are forwarded to it.
 
     A Ctrl-C after the first request ends the command at once, and this process with it.
     """
@@ -107,21 +118,23 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], in
             running.kill()
         end_at_once()
 
-    def run(command: Sequence[str]) -> int:
+    def run(command: Sequence[str]) -> tuple[int, Usage | None]:
         nonlocal running
         if asked:
             raise Interrupted("rerun the same command to resume")
         # Waiting OpenMP threads must not spin: they would fight with decoder threads and XGBoost for the cores.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, LOG_FOLDER: str(folder)}
+        waits = folder / ".waits.json"
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, LOG_FOLDER: str(folder), WAITS_FILE: str(waits)}
         words = [sys.executable if word == "python" else word for word in command]
         # In its own process group it receives Ctrl-C once, from `stop`. It inherits the lock.
+        meter = Meter(waits)
         running = subprocess.Popen(words, env=environment, pass_fds=[lock], preexec_fn=end_with_parent, process_group=0)
         if asked:
             running.terminate()
-        status = running.wait()
+        status, usage = meter.wait(running)
         if asked and status not in (0, BAD_INPUT, INTERRUPTED):  # which the stage has explained
             raise Interrupted("rerun the same command to resume")
-        return status
+        return status, usage
 
     with on_second(stop_at_once), handle_signals(stop, (*SIGNALS, signal.SIGINT)):
         yield run

@@ -25,9 +25,11 @@ from triderm_dist.config import (
     save,
     stable_dump,
 )
+from triderm_dist.environment import ENVIRONMENT_FILE
 from triderm_dist.models import check_network
 from triderm_dist.runtime.extras import DEEPSPEED, require
 from triderm_dist.runtime.terminal import wrapped
+from triderm_dist.runtime.usage import usage_table
 from triderm_dist.schema import ConfigError, InputError, Task
 from triderm_dist.settings import PathText
 from triderm_dist.stages import Stage, run_stages
@@ -78,7 +80,10 @@ def main(config: PipelineRun) -> None:
     found = stages(config, settings)
     for note in check_pipeline(config.experiment):
         print(wrapped(f"note: {note}"))
-    run_stages(found, folder, begin=lambda: save(config.experiment, settings))
+    used = run_stages(found, folder, begin=lambda: save(config.experiment, settings))
+    if used:
+        print(usage_table(used))
+        print(wrapped(f"data, disk, other: what the main thread waited for; {folder / ENVIRONMENT_FILE} keeps this"))
     for path in (path for stage in found for path in stage.outputs):
         if path.parent == folder and path.suffix in (".csv", ".html"):
             print(path)

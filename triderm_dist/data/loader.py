@@ -34,6 +34,7 @@ from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 TASK_LESIONS = 8
@@ -351,7 +352,9 @@ class Loader:
         started = time.perf_counter()
         for job in fetched.jobs:
             job.result()
-        self.waited += time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self.waited += waited
+        add_data_wait(waited)
         present, concepts = inputs.view_present, inputs.concepts
         if self.augment and part.rng:
             present, concepts = drop_inputs(part.rng, self.augment, present, concepts)

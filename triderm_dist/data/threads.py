@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from triderm_dist.runtime.cgroup import cpu_quota
+from triderm_dist.runtime.usage import add_data_wait
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -39,13 +41,19 @@ def map_in_order(
         for item in items:
             waiting.append((item, pool.submit(work, item)))
             if len(waiting) > 4 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield _finished(*waiting.popleft())
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield _finished(*waiting.popleft())
     except KeyboardInterrupt:
         wait = False  # an item may read from a slow disk for minutes; the program ends without it
         raise
     finally:
         pool.shutdown(wait, cancel_futures=True)
+
+
+def _finished(item: _Item, future: Future[_Result]) -> tuple[_Item, _Result]:
+    """Wait for the result of an item."""
+    started = time.perf_counter()
+    result = future.result()
+    add_data_wait(time.perf_counter() - started)
+    return item, result

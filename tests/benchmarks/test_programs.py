@@ -1,0 +1,106 @@
+"""Every program of benchmarks/ runs at its smallest and prints one JSON object as its last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Challenge, write_challenge
+from tests.processes import HANG_SECONDS, ROOT
+
+FILES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+PROGRAMS = sorted(name for name, text in FILES.items() if "    run(" in text.partition('__name__ == "__main__"')[2])
+LESIONS = 150
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """source: challenge of 150 lesions.  run: trained on synthetic lesions, with a frozen tower, stacked.
+
+    config: its settings.  other: a packed set of other photos.
+    """
+
+    source: Challenge
+    run: Path
+    config: Path
+    other: Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Train two networks in two folds on synthetic lesions, predict a test set, and pack another one."""
+    folder = tmp_path_factory.mktemp("inputs")
+    program("triderm_dist", "synthetic", f"output={folder}/demo", f"lesions={LESIONS}", "test_lesions=50")
+    tower = "{source: 'timm:test_efficientnet', pretrained: false, image_size: 32, frozen: true, shared: true}"
+    config = folder / "settings.yaml"
+    truth = folder / "demo" / "truth" / "MILK10k_Test_GroundTruth.csv"
+    config.write_text(
+        f"output: {folder}/run\n"
+        f"data: {{source: {folder}/demo/train, test: {folder}/demo/test, test_truth: {truth}, folds: 2}}\n"
+        "train: {epochs: 1, global_batch: 22, micro_batch: 22, trackers: []}\n"
+        "models:\n"
+        f"  trimodal: {{kind: trimodal, width: 16, heads: 2, depth: 1, tower: {tower}}}\n"
+        f"  dual_cnn: {{kind: dual_cnn, width: 16, tower: {tower}}}\n"
+        "stack: {max_rounds: 5, max_depth: 1}\n"
+        "ensemble: {bootstrap: 20, rounds: 3}\n"
+    )
+    program("triderm_dist", "pipeline", "--config", str(config))
+    other = folder / "other"
+    source = write_challenge(folder / "source", LESIONS)
+    program("triderm_dist", "pack", f"source={source.folder}", f"output={other}")
+    return Inputs(source, folder / "run", config, other)
+
+
+def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
+    """Return the settings that make a program small."""
+    source, run, train = inputs.source.folder, inputs.run, inputs.run / "shards" / "train"
+    tower = ["tower=timm:test_efficientnet", "image_size=32"]
+    log = "trimodal/fold-0/metrics.jsonl"
+    return {
+        "ablation": [f"run={run}", "parts=[view_alignment]", "seeds=1"],
+        "baselines": [f"run={run}"],
+        "compare_losses": [f"first={run}/{log}", f"second={run}/{log}"],
+        "coverage": ["sets=20"],
+        "ensemble": ["problems=4", "lesions=200"],
+        "loader": [
+            f"source={source}", "original=null", "rounds=1", "batch=11", "simulated=1000",
+            "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",
+        ],
+        "modalities": ["--config", str(inputs.config), "seeds=2"],
+        "order": ["epochs=2", "batches=[32]", "lesions=10000"],
+        "overlap": [f"shards={train}", f"other={inputs.other}", "copies=4"],
+        "pack": [f"source={source}", "copies=1", "rounds=1", "lesions=1000", f"scratch={folder}"],
+        "predict": [*tower, "lesions=4", "rounds=1"],
+        "read_table": ["rows=2000", f"scratch={folder}"],
+        "scaling": ["tower=tiny", "lesions=2", "rounds=2"],
+        "soft_f1_sums": [f"shards={train}", "steps=2", "global_batch=8", "micro_batch=4", *tower],
+        "stack": [
+            *("rows=500", "columns=[60]", "repeats=1", "million=2000", "million_rounds=2"),
+            "part=compare,million,stage",
+        ],
+        "step": ["tower=tiny", "image_size=32", "batch=2", "rounds=2", "steps=1", "seconds=1", "compile=false"],
+        "tta": [*tower, "lesions=50", "rounds=1"],
+    }[name]  # fmt: skip
+
+
+def program(*command: str) -> str:
+    """Run a module, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=HANG_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_benchmark_runs(name, inputs, tmp_path):
+    last = program(f"benchmarks.{name}", *arguments(name, inputs, tmp_path)).splitlines()[-1]
+    assert isinstance(json.loads(last), dict)

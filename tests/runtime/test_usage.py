@@ -1,0 +1,84 @@
+"""CPU time, memory and waits of a program that another one starts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from triderm_dist.runtime import usage
+from triderm_dist.runtime.usage import WAITS_FILE, Meter, Usage, usage_table
+
+
+def measured(code: str, folder) -> tuple[int, Usage]:
+    waits = folder / "waits.json"
+    meter = Meter(waits)
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, WAITS_FILE: str(waits)})
+    status, used = meter.wait(process)
+    assert not waits.exists()
+    return status, used
+
+
+def test_cpu_time_memory_and_waits_of_a_process_and_its_children(tmp_path):
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    code = (
+        f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {burn!r}])\n"
+        "block = bytearray(200 << 20)\n"
+        "from triderm_dist.runtime.usage import add_data_wait, write_waits\n"
+        "time.sleep(0.4); add_data_wait(0.25); write_waits(); sys.exit(5)"
+    )
+    status, used = measured(code, tmp_path)
+    assert status == 5
+    assert used.cpu_seconds >= 0.3 and used.seconds >= 0.7 and used.peak_mb >= 200
+    assert used.data_seconds == 0.25
+    # Asleep and waiting for the child: no time of its main thread, whatever else the machine does.
+    assert (used.disk_seconds or 0.0) + used.other_seconds >= 0.4 - 0.25 + 0.3
+
+
+def test_program_that_writes_no_waits_has_none(tmp_path):
+    status, used = measured("pass", tmp_path)
+    assert status == 0
+    assert used.data_seconds is used.disk_seconds is used.other_seconds is None
+
+
+def test_other_ranks_write_no_waits(tmp_path, monkeypatch):
+    monkeypatch.setenv(WAITS_FILE, str(tmp_path / "waits.json"))
+    monkeypatch.setenv("RANK", "1")
+    usage.write_waits()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    usage.write_waits()
+    assert (tmp_path / "waits.json").exists()
+
+
+def test_disk_waits_are_unknown_without_pressure_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(usage, "_PRESSURE", tmp_path / "none")
+    _, used = measured("from triderm_dist.runtime.usage import write_waits; write_waits()", tmp_path)
+    assert used.disk_seconds is None and used.other_seconds is not None
+    pressure = tmp_path / "io"
+    pressure.write_text("some avg10=0.08 avg60=0.11 avg300=0.39 total=1500000\nfull avg10=0.00 total=7\n")
+    monkeypatch.setattr(usage, "_PRESSURE", pressure)
+    assert usage._disk_stalls() == 1.5
+
+
+def test_process_that_a_signal_handler_awaited(tmp_path):
+    meter = Meter(tmp_path / "waits.json")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    assert meter.wait(process) == (3, None)
+
+
+def test_table_has_the_sum_of_all_stages():
+    rows = [("pack", Usage(4.0, 2.0, 100.0, 1.0, 0.25, 0.5)), ("other program", Usage(1.0, 2.0, 300.0))]
+    assert usage_table(rows).splitlines() == [
+        "stage          CPU s  wall s  cores  peak MB  data s  disk s  other s",
+        "pack             4.0     2.0    2.0      100     1.0     0.2      0.5",
+        "other program    1.0     2.0    0.5      300",
+        "all              5.0     4.0    1.2      300",
+    ]
+    assert max(map(len, usage_table(rows).splitlines())) <= 80
+
+
+@pytest.fixture(autouse=True)
+def no_file(monkeypatch):
+    monkeypatch.delenv(WAITS_FILE, raising=False)
