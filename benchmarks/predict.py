@@ -138,7 +138,7 @@ def predict(predictor: Predictor, lesions: PhotoSet, output: Path) -> np.ndarray
     """Predict as `triderm predict` does, and return the probabilities (N, C)."""
     job = PredictionJob(predictor, lesions, TRANSFORMS, False, output.with_name(f"{output.name}.part"))
     job.run()
-    table, _ = job.result()
+    table = job.result()[0]
     task = predictor.run.task
     write_predictions(output, table, task, {})
     return np.stack([table[name].to_numpy() for name in task.diagnosis_names], 1)
