@@ -91,6 +91,24 @@ def test_kept_elements_are_scaled_and_gradients_masked():
     torch.testing.assert_close(y, x.detach() * x.grad)
 
 
+@pytest.mark.parametrize("kind", [LesionDropout, LesionVectorDropout, LesionDropPath])
+@pytest.mark.parametrize("p", [1e-9, 0.3, 0.999])
+def test_masks_computed_by_arithmetic_are_those_of_the_definition(kind, p):
+    network = nn.Sequential(kind(p)).train()
+    x = torch.randn(6, 2, 7, 16)
+    with LesionMasks(network, CPU).of(batch("abcdef")):
+        dropped = network[0]._uniform(x) < int(p * 2**32) - 2**31
+        assert torch.equal(network(x), x.masked_fill(dropped, 0.0) * (1 / (1 - p)))
+
+
+def test_mask_at_the_threshold():
+    threshold = int(0.3 * 2**32) - 2**31
+    layer = LesionDropout(0.3).train()
+    layer.keys = torch.zeros(1, dtype=torch.int64)
+    layer._uniform = lambda x: torch.tensor([[-(2**31), threshold - 1, threshold, 2**31 - 1]], dtype=torch.int32)
+    assert (layer(torch.ones(1, 4)) == 0).tolist() == [[True, True, False, False]]
+
+
 def test_evaluation_changes_nothing_and_training_without_lesions_uses_the_generator():
     network = layers()
     x = torch.ones(2, 100)

@@ -74,6 +74,21 @@ def test_fusion_equals_the_reference_forward_and_backward(heads: int, dermoscopi
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_in_bf16_on_a_cpu_equals_the_one_in_fp32() -> None:
+    torch.manual_seed(0)
+    attention, query, context = CrossAttention(16, 2, 0.0), torch.randn(3, 5, 16), torch.randn(3, 7, 16)
+
+    def gradients() -> list[Tensor]:
+        out = attention(query, context).float()
+        return [out, *torch.autograd.grad(out.square().sum(), list(attention.parameters()))]
+
+    reference = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients()
+    for one, other in zip(ours, reference, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.03 * reference[-1].abs().max().item())
+
+
 def test_fusion_uses_dropout_in_training_only() -> None:
     block = FusionBlock(16, 2, 2.0, 0.5)
     x, y, z = (torch.randn(1, 4, 16) for _ in range(3))

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers, check_network
-from triderm_dist.models.network import Network
+from triderm_dist.models.network import Network, ViewTokens
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.schema import DIAGNOSES, VIEWS, ConfigError
 from triderm_dist.tasks import milk10k_task
@@ -298,6 +298,23 @@ def test_low_precision_keeps_heads_in_float32(kind: str) -> None:
     outputs = network(*batch())
     assert all(o.dtype == torch.float32 and o.isfinite().all() for o in outputs)
     total(outputs).backward()
+
+
+def test_training_on_cached_tokens_projects_them_as_evaluation_does() -> None:
+    torch.manual_seed(0)
+    view = ViewTokens(TokenShape(5, 48), 16, used=True).train()
+    for parameter in view.project.parameters():
+        parameter.data.normal_()
+    tokens, present, weight = torch.randn(4, 5, 48) * 3 + 2, torch.tensor([True, True, False, True]), torch.randn(16)
+
+    def gradients(tokens: Tensor) -> list[Tensor]:
+        projected = view(tokens, present)
+        return [projected, *torch.autograd.grad((projected * weight).square().sum(), list(view.parameters()))]
+
+    fixed, general = gradients(tokens), gradients(tokens.clone().requires_grad_())
+    for ours, reference in zip(fixed, general, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-4 * reference.abs().max().item())
+    assert torch.equal(view.eval()(tokens, present), view(tokens.clone().requires_grad_(), present))
 
 
 @pytest.mark.parametrize("kind", KINDS)

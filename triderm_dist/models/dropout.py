@@ -46,8 +46,15 @@ class LesionDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        dropped = self._plain(x) if self.keys is None else self._dropped(x)
-        return x.masked_fill(dropped, 0.0).mul_(1 / (1 - self.p))
+        scale = 1 / (1 - self.p)
+        if self.keys is None:
+            return x.masked_fill(self._plain(x), 0.0).mul_(scale)
+        numbers, threshold = self._uniform(x), int(self.p * 2**32) - 2**31
+        if x.device.type == "cpu":
+            # Comparisons, and operations on their results, take up to 20 times as long as arithmetic on a CPU.
+            below = max(threshold, 1 - 2**31) - 1
+            return (x * numbers.clamp_(below, below + 1).sub_(below).to(x.dtype)).mul_(scale)
+        return x.masked_fill(numbers < threshold, 0.0).mul_(scale)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -56,20 +63,16 @@ class LesionDropout(nn.Module):
         """Return a mask from PyTorch's generator, which `x` is broadcast with."""
         return torch.rand_like(x) < self.p
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _uniform(self, x: Tensor) -> Tensor:
+        """Return uniform int32 numbers of the lesions, new ones in memory, which `x` is broadcast with."""
         channels = x.shape[-1]
-        numbers = self._numbers(x.numel() // channels)[..., None] * self.channels[:channels]
-        return (numbers < self._threshold).view(x.shape)
+        return (self._of_positions(x.numel() // channels)[..., None] * self.channels[:channels]).view(x.shape)
 
-    def _numbers(self, positions: int) -> Tensor:
+    def _of_positions(self, positions: int) -> Tensor:
         """Return a uniform number for each of `positions` positions of the batch, (lesions, per lesion) int32."""
         assert self.keys is not None
         per_lesion = positions // len(self.keys)
         return ((self.keys[:, None] * self.positions[:per_lesion]) >> 32).to(torch.int32)
-
-    @property
-    def _threshold(self) -> int:
-        return int(self.p * 2**32) - 2**31
 
 
 class LesionVectorDropout(LesionDropout):
@@ -80,8 +83,8 @@ class LesionVectorDropout(LesionDropout):
     def _plain(self, x: Tensor) -> Tensor:
         return torch.rand_like(x[..., :1]) < self.p
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return (self._numbers(x.numel() // x.shape[-1]) < self._threshold).view(*x.shape[:-1], 1)
+    def _uniform(self, x: Tensor) -> Tensor:
+        return self._of_positions(x.numel() // x.shape[-1]).view(*x.shape[:-1], 1)
 
 
 class LesionDropPath(LesionDropout):
@@ -90,8 +93,8 @@ class LesionDropPath(LesionDropout):
     def _plain(self, x: Tensor) -> Tensor:
         return torch.rand_like(x[(slice(None), *[slice(1)] * (x.ndim - 1))]) < self.p
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return (self._numbers(len(x)) < self._threshold).view(-1, *[1] * (x.ndim - 1))
+    def _uniform(self, x: Tensor) -> Tensor:
+        return self._of_positions(len(x)).view(-1, *[1] * (x.ndim - 1))
 
 
 def use_lesion_masks(network: nn.Module) -> None:

@@ -194,8 +194,22 @@ class ViewTokens(nn.Module):
     def forward(self, tokens: Tensor | None, present: Tensor) -> Tensor:
         if self.project is None or tokens is None:
             return self.missing.expand(present.shape[0], -1, -1)
-        projected = self.project(tokens.to(self.missing.dtype))
-        return torch.where(present[:, None, None], projected, self.missing)
+        tokens = tokens.to(self.missing.dtype)
+        # In evaluation not, so that the predictions of finished runs stay bit for bit.
+        project = self._project_fixed if self.training and not tokens.requires_grad else self.project
+        return torch.where(present[:, None, None], project(tokens), self.missing)
+
+    def _project_fixed(self, tokens: Tensor) -> Tensor:
+        """Return `self.project(tokens)` for tokens that need no gradient, up to rounding.
+
+        W (g x + b) + c = (W g) x + (W b + c), with x the tokens normalized without scale and shift: the backward pass
+        then needs the gradient of the small matrix W g alone, and not that of the normalized tokens, a matrix product
+        as large as the forward pass.
+        """
+        norm, linear = self.project  # type: ignore[misc]
+        normalized = F.layer_norm(tokens, norm.normalized_shape, eps=norm.eps)
+        bias = linear.bias + (linear.weight * norm.bias).sum(1)
+        return F.linear(normalized, linear.weight * norm.weight, bias)
 
 
 class Head(nn.Module):
