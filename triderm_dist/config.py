@@ -209,6 +209,13 @@ class TowerConfig(Section):
     quick_gelu: bool | None = Field(
         None, description="open_clip ViT: force QuickGELU on or off; null follows the checkpoint's config"
     )
+    drop_path: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="probability that training drops a residual branch of the last unit, for a lesion; it falls "
+        "linearly to 0 in the first unit. null keeps that of the architecture, mostly 0",
+    )
     shared: bool = Field(False, description="use one tower for both views")
     frozen: bool = Field(False, description="freeze the tower completely; its tokens are computed once and cached")
     freeze_clinical: int = Field(6, ge=0, description="number of leading blocks of the clinical tower to freeze")
@@ -915,6 +922,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.extra": [],
     "data.groups": "plain",
     "data.task": None,
+    "models.NAME.tower.drop_path": None,
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.terms": {},

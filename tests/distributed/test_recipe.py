@@ -23,7 +23,13 @@ models:
   tri:
     width: 32
     heads: 2
-    tower: {source: "timm:test_vit", pretrained: false, image_size: 32, freeze_clinical: 0, freeze_dermoscopic: 2}
+    tower:
+      source: timm:test_vit
+      pretrained: false
+      image_size: 32
+      freeze_clinical: 0
+      freeze_dermoscopic: 2
+      drop_path: 0.3
 """
 
 

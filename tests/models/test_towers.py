@@ -392,6 +392,28 @@ def test_build_towers_freezes_and_shares() -> None:
     )
 
 
+def test_drop_path_rises_from_the_first_to_the_last_unit() -> None:
+    from timm.layers import DropPath
+
+    for name in (*TIMM, "swin_s3_tiny_224"):
+        (tower,) = build_towers(TowerConfig(source=f"timm:{name}", pretrained=False, drop_path=0.3), ("clinical",))
+        rates = [module.drop_prob for module in tower.blocks.modules() if isinstance(module, DropPath)]
+        assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.3), name
+        assert not any(isinstance(module, DropPath) for module in tower.stem.modules())
+
+
+def test_drop_path_of_open_clip_and_of_a_tower_without_residual_branches() -> None:
+    from open_clip.transformer import ResidualAttentionBlock
+
+    tower = build_tower("timm:test_vit", pretrained=False, image_size=64)
+    tower.blocks = torch.nn.ModuleList([ResidualAttentionBlock(32, 2) for _ in range(3)])
+    tower.set_drop_path(0.2)
+    assert [block.ls_1.drop_prob for block in tower.blocks] == [0.0, 0.1, 0.2]
+    tower.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    with pytest.raises(ConfigError, match="no branch that can be dropped"):
+        tower.set_drop_path(0.2)
+
+
 def test_hash_changes_with_every_input() -> None:
     tower = build_tower("timm:test_resnet", pretrained=False, image_size=64)
     first = tower_hash(tower)

@@ -62,11 +62,14 @@ def build_towers(config: TowerConfig, views: Sequence[str] = VIEWS, tower: Tower
 
     tower: used instead of that of `config.source`.
 
-    A shared tower freezes the smallest number of blocks of its views. Raises as `build_tower` does.
+    A shared tower freezes the smallest number of blocks of its views. Raises as `build_tower` and
+    `Tower.set_drop_path` do.
     """
     from triderm_dist.models.towers import build_tower
 
     tower = tower or build_tower(config.source, config.pretrained, config.image_size, config.quick_gelu)
+    if config.drop_path is not None:
+        tower.set_drop_path(config.drop_path)
     to_freeze = dict(zip(VIEWS, (config.freeze_clinical, config.freeze_dermoscopic), strict=True))
     frozen_blocks = [len(tower.blocks) if config.frozen else to_freeze[view] for view in views]
     if config.shared:

@@ -90,6 +90,12 @@ class LesionVectorDropout(LesionDropout):
 class LesionDropPath(LesionDropout):
     """Drop x[b] as a whole in training, as timm's `DropPath` (stochastic depth, Huang et al. 2016)."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        dropped = self._plain(x) if self.keys is None else self._dropped(x)
+        return x * torch.where(dropped, 0.0, 1 / (1 - self.p)).to(x.dtype)  # one pass over the activations
+
     def _plain(self, x: Tensor) -> Tensor:
         return torch.rand_like(x[(slice(None), *[slice(1)] * (x.ndim - 1))]) < self.p
 

@@ -40,6 +40,10 @@ class InputSpec(NamedTuple):
     std: Triple
 
 
+_DROP_PATHS = ("drop_path", "drop_path1", "drop_path2")
+"""Attributes of timm's residual units that hold a module after a branch, or None."""
+
+
 class Tower(nn.Module):
     """Encode images: pixels (B, 3, H, W), normalized with the tower's `mean` and `std`, to tokens (B, L, width).
 
@@ -99,6 +103,27 @@ class Tower(nn.Module):
         for module in self._frozen():
             module.requires_grad_(False)
         self.train(self.training)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Drop the residual branches of a lesion at random in training (stochastic depth, Huang et al. 2016).
+
+        The probability rises linearly over the residual units, from 0 in the first to `rate` in the last one. Raises
+        ConfigError where the blocks have no residual branch that can be dropped.
+        """
+        from timm.layers import DropPath
+
+        units = []
+        for block in self.blocks:
+            for unit in block.modules():
+                places = [name for name in _DROP_PATHS if hasattr(unit, name)]
+                if type(unit).__name__ == "ResidualAttentionBlock":  # of open_clip, whose layer scale is in that place
+                    places = [name for name in ("ls_1", "ls_2") if type(getattr(unit, name)) is nn.Identity]
+                units += [(unit, places)] if places else []
+        if not units:
+            raise ConfigError(f"tower.drop_path: {self.architecture} has no branch that can be dropped; remove it")
+        for number, (unit, places) in enumerate(units):
+            for place in places:
+                setattr(unit, place, DropPath(rate * number / max(1, len(units) - 1)))
 
     @property
     def trained_blocks(self) -> list[nn.Module]:

@@ -191,6 +191,7 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             (
                 "tower.freeze_clinical",
                 "tower.freeze_dermoscopic",
+                "tower.drop_path",
                 "train.optim.layer_decay",
                 "train.activation_checkpointing",
             ),
