@@ -35,25 +35,35 @@ def slow_focal(logits, labels, head, gamma, alpha, weights, smoothing):
         else:
             for c, z in enumerate(row):
                 p = 1 / (1 + math.exp(-z))
-                if c == y:
-                    loss -= weights[c] * (alpha or 1) * (1 - p) ** gamma * math.log(p)
-                else:
-                    loss -= (1 - alpha if alpha else 1) * p**gamma * math.log(1 - p)
+                target = (1 - smoothing) * (c == y) + smoothing / len(row)
+                loss -= target * weights[c] * (alpha or 1) * (1 - p) ** gamma * math.log(p)
+                loss -= (1 - target) * (1 - alpha if alpha else 1) * p**gamma * math.log(1 - p)
             result.append(loss / len(row))
     return torch.tensor(result)
 
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal_loss_equals_the_formula(head, gamma):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_focal_loss_equals_the_formula(head, gamma, smoothing):
     logits, labels = random_batch(9)
     alpha = 0.3 if head == "sigmoid" else None
-    smoothing = 0.1 if head == "softmax" else 0.0
     weights = torch.rand(C) + 0.5
     got = focal_loss(logits, labels, head, gamma, alpha, weights, smoothing)
     torch.testing.assert_close(
         got, slow_focal(logits, labels, head, gamma, alpha, weights, smoothing), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_focal_loss_is_linear_in_target_distributions(head):
+    logits, labels = random_batch(9)
+    others, share = labels.flip(0), torch.rand(9, 1)
+    one_hot = [torch.nn.functional.one_hot(each, C).float() for each in (labels, others)]
+    mixed = share * one_hot[0] + (1 - share) * one_hot[1]
+    separate = [focal_loss(logits, each, head, label_smoothing=0.1) for each in (labels, others)]
+    expected = share[:, 0] * separate[0] + (1 - share[:, 0]) * separate[1]
+    torch.testing.assert_close(focal_loss(logits, mixed, head, label_smoothing=0.1), expected)
 
 
 def test_focal_gamma_zero_is_cross_entropy():

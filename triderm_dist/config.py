@@ -248,9 +248,7 @@ class LossConfig(Section):
         description="the weight of a lesion is share of its diagnosis ** -power, scaled to mean 1 over the training "
         "lesions, so the weight of the term stays; 0 weights all equally",
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="softmax head: share of the target spread over all diagnoses"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all diagnoses")
     logit_adjustment: float = Field(
         0.0, ge=0, description="softmax head: tau of the training-time adjustment logits + tau * log(prior)"
     )
@@ -397,8 +395,8 @@ class ModelConfig(Section):
     def _heads_divide_width(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.head == "sigmoid" and (self.train.loss.label_smoothing or self.train.loss.logit_adjustment):
-            raise ValueError("label_smoothing and logit_adjustment work with head=softmax only")
+        if self.head == "sigmoid" and self.train.loss.logit_adjustment:
+            raise ValueError("logit_adjustment works with head=softmax only")
         if self.head == "softmax" and self.train.loss.alpha is not None:
             raise ValueError("alpha works with head=sigmoid only")
         return self

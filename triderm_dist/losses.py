@@ -50,23 +50,26 @@ def focal_loss(
     label_smoothing: float = 0.0,
     class_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the focal loss of each lesion, (B,) float32 (Lin et al. 2017); logits (B, C), labels (B,) int64.
+    """Compute the focal loss of each lesion, (B,) float32 (Lin et al. 2017).
 
-    sigmoid: mean over the C diagnoses of -a (1 - q)^gamma log q, q = p for the lesion's diagnosis and 1 - p for the
-    others; a = alpha and 1 - alpha if alpha is given. softmax: -(1 - p_y)^gamma log p_y, and with label smoothing e
-    the sum over diagnoses of t_c times that term, t = (1 - e) onehot + e / C. A class weight multiplies the terms
-    of its diagnosis as target: in the sigmoid form only the positive term, so that a rare diagnosis is not pushed
-    down harder too. class_mask (B, C) bool: label smoothing is spread over these diagnoses only; the logits of the
-    others are `EXCLUDED_LOGIT`.
+    logits: (B, C).  labels: (B,) int64, or target distributions (B, C) float that sum to 1, as mixing lesions gives.
+
+    softmax: the sum over the C diagnoses of -t_c (1 - p_c)^gamma log p_c. sigmoid: the mean over them of
+    -a t_c (1 - p_c)^gamma log p_c - b (1 - t_c) p_c^gamma log (1 - p_c), with a = alpha and b = 1 - alpha if alpha is
+    given, else 1. t is one-hot for labels, and with label smoothing e it becomes (1 - e) t + e / C. A class weight
+    multiplies the terms of its diagnosis as target: in the sigmoid form only the positive term, so that a rare
+    diagnosis is not pushed down harder too. class_mask (B, C) bool: label smoothing is spread over these diagnoses
+    only; the logits of the others are `EXCLUDED_LOGIT`.
     """
     logits = logits.float()
     classes = logits.shape[1]
-    target = _one_hot(labels, classes)
+    target = _one_hot(labels, classes) if labels.ndim == 1 else labels
     weights = torch.ones(classes, device=logits.device) if class_weights is None else class_weights
-    if head == "softmax":
+    if label_smoothing:
         among = classes if class_mask is None else class_mask.sum(1, keepdim=True)
         target = target * (1 - label_smoothing) + label_smoothing / among
         target = target if class_mask is None else target * class_mask
+    if head == "softmax":
         log_p = logits.log_softmax(1)
         return -(target * weights * _focus(log_p, gamma) * log_p).sum(1)
     log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
@@ -177,7 +180,7 @@ class Focal(LossTerm):
     def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
         c = self.settings
         return focal_loss(
-            inputs.logits, inputs.batch.labels, inputs.head, c.gamma, c.alpha, self.class_weights, c.label_smoothing,
+            inputs.logits, inputs.targets, inputs.head, c.gamma, c.alpha, self.class_weights, c.label_smoothing,
             inputs.batch.class_mask,
         )  # fmt: skip
 
