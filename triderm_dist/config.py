@@ -363,8 +363,17 @@ EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 
 
 class ModelConfig(Section):
-    kind: str = Field("trimodal", description="network: trimodal, dual_cnn, or one that a plugin adds")
-    settings: dict[str, Any] = Field({}, description="settings of a plugin's network, as its class defines them")
+    kind: str = Field("trimodal", description="network: trimodal, dual_cnn, mlp, or one that a plugin adds")
+    settings: dict[str, Any] = Field(
+        {}, description="the network's own settings, as its class defines them: {components: 96} of mlp"
+    )
+    seeds: int = Field(
+        1,
+        ge=0,
+        le=100,
+        description="trainings that differ in their seed: the models NAME, NAME-s1, NAME-s2, ..., each a member of "
+        "the ensemble; 0 marks those after NAME where all models are listed",
+    )
     tower: TowerConfig = TowerConfig()
     init: PathText | None = Field(
         None,
@@ -507,6 +516,28 @@ RESERVED_MODELS = frozenset(
 """Names that no model may have: members and rows of an ensemble, and files and folders of a run."""
 
 
+def with_seeds(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
+    """Return the models, each followed by NAME-s1, NAME-s2, ... where it has several seeds; earlier ones are replaced.
+
+    Raises ValueError where one of these names is that of another model.
+    """
+    result = {}
+    for name, model in models.items():
+        if not model.seeds:
+            continue
+        result[name] = model
+        for number in range(1, model.seeds):
+            further = f"{name}-s{number}"
+            if further in models and models[further].seeds:
+                raise ValueError(f"{further!r} is a model, and the name of a further seed of {name!r}; rename one")
+            result[further] = model.model_copy(update={"seeds": 0})
+    if alone := sorted(set(models) - set(result)):
+        base = models.get(alone[0].rpartition("-s")[0])
+        if base is None or not base.seeds:
+            raise ValueError(f"{alone[0]}.seeds: write 1 or more")
+    return result
+
+
 def check_model_names(names: Iterable[str]) -> None:
     """Raise ValueError for a name of a model that its folder, or a table of results, cannot have."""
     known: dict[str, str] = {}
@@ -580,6 +611,7 @@ class Experiment(Extensible):
     @field_validator("models")
     @classmethod
     def _check_names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        models = with_seeds(models)
         check_model_names(models)
         return models
 
@@ -611,6 +643,10 @@ class Experiment(Extensible):
     @property
     def seed_of_tokens(self) -> int:
         return self.seed if self.token_seed is None else self.token_seed
+
+    def seed_of(self, model: str) -> int:
+        """Return the seed of a model's initial weights, order of lesions and augmentation."""
+        return self.seed + (0 if self.models[model].seeds else int(model.rpartition("-s")[2]))
 
     @property
     def train_shards(self) -> str:
@@ -797,7 +833,8 @@ def _run_folder(file: Path, raw: Mapping[str, Any]) -> Path | None:
     if file.name != CONFIG_FILE or not isinstance(models, Mapping) or "token_seed" not in raw:
         return None  # a saved file holds every setting
     folder = file.parent
-    if folder.absolute().parent.name in models and re.fullmatch(r"fold-\d+", folder.absolute().name):
+    model = re.sub(r"-s\d+$", "", folder.absolute().parent.name)  # of a further seed, the name in the settings
+    if {model, folder.absolute().parent.name} & set(models) and re.fullmatch(r"fold-\d+", folder.absolute().name):
         return Path(os.path.normpath(folder / ".." / ".."))
     of_a_run = (".lock", "stages.json", "oof.parquet", "ensemble.json", *map(str, models))
     return folder if any(folder.joinpath(name).exists() for name in of_a_run) else None
@@ -930,6 +967,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.schedule": "cosine",
     "models.NAME.train.tracker_settings": {},
     "models.NAME.init": None,
+    "models.NAME.seeds": 1,
     "models.NAME.settings": {},
     "oof.tta": 1,
     "stack.kind": "xgboost",
@@ -969,6 +1007,7 @@ def as_yaml(config: Section) -> str:
 def _tree(config: Section) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     if isinstance(config, Experiment):
+        tree["models"] = {name: model for name, model in tree["models"].items() if config.models[name].seeds}
         # Only what differs from the shared settings, so that overriding `train` of a saved file still has effect.
         for model in tree["models"].values():
             model["train"] = _difference(model["train"], tree["train"])

@@ -267,7 +267,7 @@ class TokenSource:
         return replace(batch, **tokens_of)
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.empty((len(rows), *self.cache.shape), dtype=torch.float16)
+        return torch.from_numpy(np.empty((len(rows), *self.cache.shape), self.cache.dtype))
 
 
 @dataclass

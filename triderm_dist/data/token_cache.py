@@ -32,13 +32,21 @@ _TRAILER = b"CRC32"
 
 
 class TokenCache:
-    """Float16 tokens (L, D) of each photo, memory-mapped. lesions: rows of the packed set."""
+    """Tokens (L, D) of each photo, memory-mapped. lesions: rows of the packed set.  dtype: float16 or float32."""
 
-    def __init__(self, folder: Path, lesions: int, shape: tuple[int, int]) -> None:
-        self.folder, self.lesions, self.shape = folder, lesions, shape
+    def __init__(
+        self, folder: Path, lesions: int, shape: tuple[int, int], dtype: type[np.floating] = np.float16
+    ) -> None:
+        self.folder, self.lesions, self.shape, self.dtype = folder, lesions, shape, np.dtype(dtype)
         self._maps: dict[tuple[str, int], np.ndarray] = {}
         self._checked: set[tuple[str, int]] = set()
         self._max_open = min(MAX_OPEN, max(1, open_files_limit() // 4))
+
+    def means(self) -> TokenCache:
+        """Return the cache of the mean token of each photo, as one token in float32, in a folder of its own."""
+        return TokenCache(
+            self.folder.with_name(f"{self.folder.name}-mean"), self.lesions, (1, self.shape[1]), np.float32
+        )
 
     @property
     def chunks(self) -> range:
@@ -56,9 +64,9 @@ class TokenCache:
         return [(version, chunk) for version in versions for chunk in self.chunks if not self.has(version, chunk)]
 
     def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
-        """Store the tokens (n, views, L, D) of a chunk as float16."""
+        """Store the tokens (n, views, L, D) of a chunk."""
         content = io.BytesIO()
-        np.save(content, tokens.astype(np.float16, copy=False))
+        np.save(content, tokens.astype(self.dtype, copy=False))
         with atomic_path(self._path(version, chunk), PATIENT_DATA) as temporary, temporary.open("wb") as file:
             file.write(content.getbuffer())
             file.write(_TRAILER + zlib.crc32(content.getbuffer()).to_bytes(4, "little"))
@@ -68,6 +76,10 @@ class TokenCache:
         for i, (row, version) in enumerate(zip(rows, versions, strict=True)):
             out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
 
+    def read_chunk(self, version: str, chunk: int) -> np.ndarray:
+        """Return the tokens (n, views, L, D) of a chunk, mapped."""
+        return self._open(version, chunk)
+
     def _open(self, version: str, chunk: int) -> np.ndarray:
         key = version, chunk
         tokens = self._maps.pop(key, None)
@@ -75,7 +87,7 @@ class TokenCache:
             path = self._path(version, chunk)
             tokens = _open_checked(path, compare=key not in self._checked)
             expected = (len(self.rows(chunk)), *self.shape)
-            if tokens.dtype != np.float16 or tokens.ndim != 4 or (len(tokens), *tokens.shape[2:]) != expected:
+            if tokens.dtype != self.dtype or tokens.ndim != 4 or (len(tokens), *tokens.shape[2:]) != expected:
                 raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
             self._checked.add(key)
         self._maps[key] = tokens  # the dict is in the order of the last use

@@ -80,6 +80,8 @@ def estimate_disk(
     experiment: Experiment, signature: Signature, packed: ShardIndex | str, test: ShardIndex | str
 ) -> DiskEstimate:
     """Estimate the disk space of a run. packed, test: see `disk_finding`. Raises InputError for an unknown tower."""
+    from triderm_dist.models import network_class
+
     data, views = experiment.data, max(1, len(signature.views))
     train_lesions, train_shards = _lesions(packed, data.source, data.short_side, views)
     test_lesions, test_shards = _lesions(test, data.test, data.short_side, views)
@@ -102,6 +104,7 @@ def estimate_disk(
         if model.tower.frozen:
             key = model.tower.model_dump_json()
             towers[key] = sizes.tower
+            key += f" {network_class(model.kind).reads_mean_tokens}"
             versions = train.augment.token_variants + experiment.oof.tta
             photos = train_lesions * versions + test_lesions * experiment.predict.transforms
             tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * photos * views)
@@ -125,7 +128,7 @@ class _ModelSizes:
 def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
     import math
 
-    from triderm_dist.models import build_towers
+    from triderm_dist.models import build_towers, network_class
     from triderm_dist.monitoring.memory_estimate import local_tower, network_without_weights
     from triderm_dist.optim import state_size
 
@@ -134,7 +137,8 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
     tower = tokens = 0
     if model.tower.frozen:
         built = build_towers(local_tower(model.tower)[0], signature.views)[0]
-        tower, tokens = _state_bytes(built), math.prod((built.num_tokens, built.width))
+        mean = network_class(model.kind).reads_mean_tokens  # one token in float32
+        tower, tokens = _state_bytes(built), 2 * built.width if mean else math.prod((built.num_tokens, built.width))
     return _ModelSizes(_state_bytes(network), round(4 * state_size(model.train.optim) * trained), tower, tokens)
 
 

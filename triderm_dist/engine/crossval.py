@@ -41,7 +41,7 @@ from triderm_dist.engine.fold_folder import (
 from triderm_dist.engine.fold_results import later_seconds
 from triderm_dist.engine.init_overlap import WarmStart, open_warm_start
 from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_names
-from triderm_dist.engine.views import Views, open_views
+from triderm_dist.engine.views import Views, mean_tokens, open_views
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import write_predictions
@@ -208,6 +208,11 @@ class FoldRun:
         """Index rows of the fold."""
         return np.flatnonzero(self.assignment == self.fold)
 
+    @property
+    def own_rows(self) -> np.ndarray:
+        """Index rows to train on, without those of extra sets."""
+        return np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
+
     def run(self) -> None:
         """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
         if on_main(self.folder.is_trained):  # in a folder that was set aside, or predicted with other transforms
@@ -250,25 +255,31 @@ class FoldRun:
 
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
-        torch.manual_seed(self.experiment.seed * 1_009 + self.fold)
+        torch.manual_seed(self.experiment.seed_of(self.name) * 1_009 + self.fold)
         network, about = new_network(self.model, self.views), None
+        if network.reads_mean_tokens:
+            network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if self.start:
             filled = fill_network(network, self.model, self.start.choose(self.validation_rows))
             accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
             about = {**filled.about(), "networks": [each.weights for each in self.start.networks]}
         return network.to(accelerator.device), about
 
+    def _fit_inputs(self, network: Network) -> dict[str, torch.Tensor]:
+        """Fit what the network computes once from the training lesions, and return its buffers."""
+        network.fit_inputs(mean_tokens(self.views, self.own_rows))
+        return dict(network.named_buffers())
+
     def _train(
         self, config: TrainConfig, accelerator: Accelerator
     ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """Train, or resume, and return the changes of settings (see `Trainer.train`), and what was taken by `init`."""
-        train_rows = np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
-        train_rows = np.concatenate([train_rows, self.views.extra_rows])
+        train_rows = np.concatenate([self.own_rows, self.views.extra_rows])
         data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
         network, init = self._new_network(accelerator)
         trainer = Trainer(
             name=self.title, network=network, head=self.model.head, config=config, data=data,
-            folder=self.folder, seed=self.experiment.seed, accelerator=accelerator, epochs=self.epochs,
+            folder=self.folder, seed=self.experiment.seed_of(self.name), accelerator=accelerator, epochs=self.epochs,
             output=self.output,
         )  # fmt: skip
         return trainer.train(self.stop, self.on_start, self.on_validation), init

@@ -34,7 +34,7 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     result = np.empty((len(index), num_views, cache.shape[1]), np.float32)
     for chunk in cache.chunks:
         rows = cache.rows(chunk)
-        tokens = np.empty((len(rows), *cache.shape), np.float16)
+        tokens = np.empty((len(rows), *cache.shape), cache.dtype)
         for view in range(num_views):
             cache.read(rows, view, [PLAIN] * len(rows), tokens)
             result[rows, view] = tokens.mean(axis=1, dtype=np.float32)

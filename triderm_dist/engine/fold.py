@@ -184,12 +184,14 @@ def result_hash(
     """
     model = stable_dump(experiment.models[name], "models.NAME")
     model.pop("init", None)  # the weights count, not where they lie
+    model.pop("seeds", None)
     for key in (*COSMETIC, *exclude):
         section, _, key = key.rpartition(".")
         (model["train"][section] if section else model["train"]).pop(key, None)
-    content = [model, experiment.seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
-    if experiment.token_seed is not None:
-        content.append(experiment.token_seed)
+    seed = experiment.seed_of(name)
+    content = [model, seed, experiment.data.folds, experiment.data.fold_seed, fold, index.fingerprint]
+    if experiment.token_seed is not None or seed != experiment.seed:
+        content.append(experiment.seed_of_tokens)
     folder = experiment.fold_folder(name, fold) if isinstance(fold, int) else experiment.refit_folder(name)
     if networks := init_identity(experiment, name, folder):
         content.append(["init", networks])

@@ -24,16 +24,18 @@ from triderm_dist.engine.init_overlap import WarmStart
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fill_tower
 from triderm_dist.files import remove_dead_parts
-from triderm_dist.models import build_towers
+from triderm_dist.models import build_towers, network_class
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 from triderm_dist.runtime.terminal import wrapped
-from triderm_dist.schema import UNLABELED, InputError
+from triderm_dist.schema import UNLABELED, VIEWS, InputError
 
 PLAIN = "plain"
 """Version of the tokens of photos that are not augmented."""
 EXTRACT_BATCH = 32
 """Lesions per forward of a frozen tower."""
+MAX_FITTED = 20_000
+"""Lesions that what is fitted before training is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def open_views(
         accelerator.print(wrapped(f"note: {note}"), flush=True)
     first = start.choose(np.flatnonzero(index.labels != UNLABELED)) if start and model.tower.frozen else None
     about, tower = open_tower(experiment, model, recorded, pretrained=train, start=first)
-    shape = about.token_shape if tower else None
+    means = network_class(model.kind).reads_mean_tokens
+    shape = None if tower is None else TokenShape(1, about.width) if means else about.token_shape
     if tower:
         accelerator.print(wrapped(tower.report), flush=True)
     if record:
@@ -96,11 +99,13 @@ def open_views(
         if tower is None or shape is None:
             return loaders
         key = cache_key(tower=about.weights, index=each.fingerprint, size=about.image_size)
-        cache = TokenCache(experiment.token_folder / key, len(each), (shape.num_tokens, shape.width))
+        whole = TokenCache(experiment.token_folder / key, len(each), about.token_shape)
+        cache = whole.means() if means else whole
         variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
         transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
         extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
-        extractor.fill(cache, list(dict.fromkeys([*variants, *transformed])), model.train.compile, after_chunk)
+        versions = list(dict.fromkeys([*variants, *transformed]))
+        extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
         return replace(loaders, source=TokenSource(cache, variants, transformed, each.signature.views))
 
@@ -112,6 +117,23 @@ def open_views(
     training = LoaderFactory(union, source, data.workers, data.prefetch)
     rows = union.extra_rows([view for view in views if view in model.use])
     return Views(loaders, about, shape, training, rows, union.extra)
+
+
+def mean_tokens(views: Views, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the mean tokens (n, D) of photos that are not augmented by view, of those rows (N,) that have the view.
+
+    At most `MAX_FITTED` rows, evenly spaced. views: of a network that reads mean tokens.
+    """
+    source, index = views.loaders.source, views.loaders.index
+    assert isinstance(source, TokenSource)
+    result = {}
+    for number, view in enumerate(source.views):
+        own = rows[index.sizes[rows, VIEWS.index(view)] > 0]
+        own = own[np.linspace(0, len(own) - 1, min(len(own), MAX_FITTED)).astype(int)]
+        out = np.empty((len(own), *source.cache.shape), source.cache.dtype)
+        source.cache.read(own, number, [PLAIN] * len(own), out)
+        result[view] = torch.from_numpy(out[:, 0])
+    return result
 
 
 def open_tower(
@@ -167,9 +189,17 @@ class _TokenExtractor:
 
     @torch.inference_mode()
     def fill(
-        self, cache: TokenCache, versions: list[str], compile_tower: bool, after_chunk: Callable[[], None]
+        self,
+        cache: TokenCache,
+        versions: list[str],
+        compile_tower: bool,
+        after_chunk: Callable[[], None],
+        whole: TokenCache | None = None,
     ) -> None:
-        """Compute the missing chunks, distributed over the ranks; an interrupted run resumes at the next chunk."""
+        """Compute the missing chunks, distributed over the ranks; an interrupted run resumes at the next chunk.
+
+        whole: given where `cache` is for mean tokens; those of its chunks are averaged, not computed again.
+        """
         missing, accelerator = cache.missing(versions), self.accelerator
         if missing:
             on_main(lambda: remove_dead_parts(*(cache.folder / version for version in versions)))
@@ -186,7 +216,13 @@ class _TokenExtractor:
             task = progress.add_task("tokens of the frozen tower, chunks", total=len(missing))
             for number, (version, chunk) in enumerate(missing):
                 if number % accelerator.num_processes == accelerator.process_index:
-                    cache.write(version, chunk, self.extract(cache.rows(chunk), version))
+                    if whole and whole.has(version, chunk):
+                        tokens = whole.read_chunk(version, chunk)
+                    else:
+                        tokens = self.extract(cache.rows(chunk), version)
+                    if whole:
+                        tokens = tokens.mean(2, keepdims=True, dtype=np.float32)
+                    cache.write(version, chunk, tokens)
                 after_chunk()
                 progress.update(task, completed=number + 1)
                 if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:

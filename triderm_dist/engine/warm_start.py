@@ -163,7 +163,7 @@ def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) 
                 used.add(name)
     new = tuple(name for name in own if name not in taken)
     filled = Filled(source, tuple(taken), new, tuple(name for name in weights if name not in used))
-    if not taken:
+    if not taken and not config.tower.frozen:  # the weights of a frozen tower are taken by `fill_tower`
         raise CheckpointError(f"{source.folder}: nothing in it fits this network ({filled.describe()}); remove init")
     network.load_state_dict(taken, strict=False)
     return filled

@@ -94,6 +94,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     nested_scores = {name: metrics.macro_f1(nested.decisions[name], table.labels) for name in candidates}
     ensemble = candidates[choose_weighting(nested_scores)].ensemble.with_temperatures(temperatures)
     notes.append(_explain_choice(nested_scores, ensemble.weighting))
+    notes += _seed_spread(models, nested, table.labels, config)
     notes += _biased_scores(models, config)
     if stacker and stacker.absent:
         notes.append(f"the stacker had no training row of {', '.join(stacker.absent)}")
@@ -269,6 +270,18 @@ def _explain_choice(scores: Mapping[str, float], chosen: str) -> str:
             "ensemble counts the choice too, made in each fold on the other folds"
         )
     return f"the plain mean is used: fitted weights ({fitted}) do not beat {other} nested"
+
+
+def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:
+    """Return notes on the nested macro F1 of models that were trained with several seeds."""
+    notes = []
+    for name, model in config.models.items():
+        seeds = [each for each in (name, *(f"{name}-s{number}" for number in range(1, model.seeds))) if each in models]
+        if len(seeds) > 1:
+            scores = [metrics.macro_f1(nested.decisions[each], labels) for each in seeds]
+            spread = f"{min(scores):.3f} to {max(scores):.3f}, standard deviation {np.std(scores, ddof=1):.3f}"
+            notes.append(f"{name}: nested macro F1 of its {len(seeds)} seeds {spread}")
+    return notes
 
 
 def _biased_scores(models: tuple[str, ...], config: Experiment) -> list[str]:

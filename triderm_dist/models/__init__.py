@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NETWORKS: dict[str, str | type[Network]] = {
     "trimodal": "triderm_dist.models.trimodal:TriModal",
     "dual_cnn": "triderm_dist.models.dual_cnn:DualCnn",
+    "mlp": "triderm_dist.models.mlp:Mlp",
 }
 """Networks by `models.NAME.kind`: the class, or MODULE:CLASS to import it when it is first used."""
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,8 @@ class Network(nn.Module, ABC):
     """
 
     Settings: ClassVar[type[Section]] = Section
+    reads_mean_tokens: ClassVar[bool] = False
+    """Whether `fuse` reads the mean of a view's tokens only, which is then what the token cache holds, as one token."""
 
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()
@@ -109,6 +111,12 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def fusion_stages(self) -> list[nn.Module]:
         """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
+
+    def fit_inputs(self, mean_tokens: Mapping[str, Tensor]) -> None:
+        """Fit what is computed once, before training, from the training lesions: here nothing.
+
+        mean_tokens: (N, width) of the lesions that have the view, by used view. Only where `reads_mean_tokens`.
+        """
 
     def parameter_meanings(self) -> dict[str, Any]:
         """Return what parameters mean beyond their name and shape, by prefix of the name; the longest prefix counts.

@@ -1,0 +1,116 @@
+"""A small MLP on what is known of a lesion as one vector: mean tokens of a frozen tower, concepts and metadata.
+
+The mean token of each view is projected on its principal components over the training lesions of the fold, which are
+computed once before training (`Mlp.fit_inputs`) and kept with the weights. It trains in seconds, since photos are read
+as their mean tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from triderm_dist.config import ModelConfig
+from triderm_dist.models.concepts import learned_token
+from triderm_dist.models.dual_cnn import TabularFeatures
+from triderm_dist.models.network import Head, Network
+from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.schema import ConfigError, Outputs, Signature
+from triderm_dist.settings import Section
+
+
+class MlpSettings(Section):
+    components: int = Field(96, ge=1, description="principal components of each view's mean token")
+
+
+class Mlp(Network):
+    """Classify principal components of each view's mean token, concepts and metadata by one hidden layer.
+
+    See `Network` for the inputs. A missing view is one learned vector. The auxiliary heads are linear in the components
+    of their view. The hidden layer has `config.width` units. Raises ConfigError for towers that train: principal
+    components are of tokens that stay.
+    """
+
+    Settings = MlpSettings
+    settings: MlpSettings
+    reads_mean_tokens = True
+
+    def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
+        super().__init__(config, signature, towers)
+        if self.holds_towers and not config.tower.frozen:
+            raise ConfigError("models.NAME.kind mlp takes the tokens of a frozen tower; set models.NAME.tower.frozen")
+        width, dropout, classes = config.width, config.dropout, len(signature.diagnoses)
+        components = min(self.settings.components, self.token_shape.width)
+        self.views = nn.ModuleDict(
+            {
+                view: MeanComponents(self.token_shape.width, components, view in self.used_views)
+                for view in signature.views
+            }
+        )
+        self.tabular = TabularFeatures(len(self.used_concepts), self.used_fields)
+        self.hidden = nn.Sequential(
+            nn.Linear(len(signature.views) * components + self.tabular.width, width), nn.GELU(), nn.Dropout(dropout)
+        )
+        self.head = Head(width, classes, config.head, 0.0)
+        self.aux_heads = nn.ModuleDict({view: Head(components, classes, config.head, 0.0) for view in signature.views})
+
+    def fuse(
+        self, tokens: dict[str, Tensor], present: dict[str, Tensor], concepts: Tensor, metadata: Tensor
+    ) -> Outputs:
+        views = {view: self.views[view](tokens.get(view), present[view]) for view in self.signature.views}
+        parts = list(views.values())
+        if self.tabular.width:
+            parts.append(self.tabular(concepts, metadata))
+        features = self.hidden(torch.cat(parts, 1)).float()
+        aux = {view: self.aux_heads[view](values) for view, values in views.items()}
+        return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
+
+    def fit_inputs(self, mean_tokens: Mapping[str, Tensor]) -> None:
+        for view in self.used_views:
+            self.views[view].fit(mean_tokens[view])  # type: ignore[operator]
+
+    def fusion_stages(self) -> list[nn.Module]:
+        return []
+
+
+class MeanComponents(nn.Module):
+    """Average a view's tokens, (B, L, width), and project them on K principal components, (B, K).
+
+    used False: the network does not use the view, and every lesion gets the learned vector of a missing one.
+    """
+
+    center: Tensor
+    basis: Tensor
+
+    def __init__(self, width: int, components: int, used: bool) -> None:
+        super().__init__()
+        self.missing = learned_token(1, components)
+        self.used = used
+        if used:
+            self.register_buffer("center", torch.zeros(width))
+            self.register_buffer("basis", torch.zeros(width, components))
+
+    def forward(self, tokens: Tensor | None, present: Tensor) -> Tensor:
+        missing = self.missing.expand(present.shape[0], -1)
+        if not self.used or tokens is None:
+            return missing
+        with torch.autocast(tokens.device.type, enabled=False):
+            components = (tokens.float().mean(1) - self.center.float()) @ self.basis.float()
+        return torch.where(present[:, None], components, missing)
+
+    def fit(self, values: Tensor) -> None:
+        """Set the principal components of values (N, width), scaled to a mean variance of 1; without lesions 0."""
+        if not len(values):
+            return
+        values = values.double()
+        center = values.mean(0)
+        covariance = (values - center).T @ (values - center) / max(1, len(values) - 1)
+        variances, directions = torch.linalg.eigh(covariance)
+        basis = directions.flip(1)[:, : self.basis.shape[1]]
+        basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of either sign, the same one everywhere
+        variances = variances.flip(0)[: self.basis.shape[1]].clamp(min=0)
+        self.center.copy_(center)
+        self.basis.copy_(basis / variances.mean().clamp(min=1e-12).sqrt())
