@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import Field
 
 from tests.processes import ROOT
@@ -291,3 +292,44 @@ def test_failing_plugin_import_gives_one_line(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as raised:
         load(Experiment, None, [f"plugins=[{tmp_path}/broken.py]"])
     assert "\n" not in str(raised.value) and "triderm_plugin_broken" not in sys.modules
+
+
+def test_seeds_are_models_that_follow_theirs(tmp_path):
+    words = ["models={a: {width: 64, seeds: 3, train: {epochs: 9}}, b: {}}", "train.epochs=7", f"output={tmp_path}"]
+    experiment = load(Experiment, None, [*words, "seed=5"])
+    assert list(experiment.models) == ["a", "a-s1", "a-s2", "b"]
+    assert [experiment.seed_of(name) for name in experiment.models] == [5, 6, 7, 5]
+    assert [each.train.epochs for each in experiment.models.values()] == [9, 9, 9, 7]
+    # Dumped and saved settings follow a change of the model, and of the number of its seeds.
+    dumped = experiment.model_dump(mode="json")
+    assert build(Experiment, dumped) == experiment
+    save(experiment, tmp_path / "config.yaml")
+    for again in (dumped, yaml.safe_load((tmp_path / "config.yaml").read_text().replace("${config_dir}", "x"))):
+        again["models"]["a"] |= {"width": 32, "seeds": 2}
+        changed = build(Experiment, again)
+        assert [(name, each.width) for name, each in changed.models.items()] == [("a", 32), ("a-s1", 32), ("b", 768)]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("{a: {seeds: 2}, a-s1: {}}", r"'a-s1' is a model, and the name of a further seed of 'a'; rename one"),
+        ("{a: {seeds: 0}}", r"a\.seeds: write 1 or more"),
+        ("{a: {}, b-s1: {seeds: 0}}", r"b-s1\.seeds: write 1 or more"),
+        ("{a: {seeds: -1}}", "greater than or equal to 0"),
+    ],
+)
+def test_seeds_without_a_model_of_their_own_are_refused(models, message):
+    with pytest.raises(ConfigError, match=message):
+        load(Experiment, None, [f"models={models}"])
+
+
+def test_fold_of_a_further_seed_belongs_to_its_run(tmp_path):
+    """Its settings name the model whose seed it is."""
+    run = tmp_path / "run"
+    experiment = load(Experiment, None, ["models={a: {seeds: 2}}", f"output={run}"])
+    for folder in (run, experiment.fold_folder("a-s1", 0)):
+        folder.mkdir(parents=True)
+        save(experiment, folder / "config.yaml")
+    moved = run.rename(tmp_path / "moved")
+    assert load(Experiment, moved / "a-s1" / "fold-0" / "config.yaml").folder == moved

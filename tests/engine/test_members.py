@@ -125,6 +125,7 @@ def test_photos_are_predicted_as_a_packed_test_set_is(run: Path) -> None:
     assert answer.members.shape[0] == 3
 
 
+@pytest.mark.slow
 def test_exported_network_is_that_of_the_fold(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     export_run(run, tmp_path / "files", "torch_export", models=["mlp-s1"], folds=[1], report=lines.append)

@@ -8,7 +8,7 @@ from tests.models.test_networks import SIGNATURE, batch, total
 from tests.small_tasks import TASKS
 from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers
-from triderm_dist.models.mlp import MeanComponents, Mlp
+from triderm_dist.models.mlp import MeanComponents, Mlp, Standardize
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.schema import VIEWS, ConfigError
 
@@ -22,7 +22,8 @@ def config(**settings: object) -> ModelConfig:
 def fitted(width: int = 64, lesions: int = 40, **settings: object) -> Mlp:
     torch.manual_seed(0)
     network = build_network(config(settings={"components": 5}, **settings), SIGNATURE, TokenShape(1, width))
-    network.fit_inputs({view: torch.randn(lesions, width) for view in VIEWS})
+    concepts, metadata = torch.rand(lesions, len(SIGNATURE.concepts)), torch.zeros(lesions, len(SIGNATURE.fields))
+    network.fit_inputs({view: torch.randn(lesions, width) for view in VIEWS}, concepts, metadata)
     assert isinstance(network, Mlp)
     return network.eval()
 
@@ -41,6 +42,15 @@ def test_components_are_those_of_the_values_with_a_mean_variance_of_one() -> Non
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-4 and covariance.diag().diff().max() < 0
     # The three directions of large variance, and the sign in which the largest weight is positive.
     assert layer.basis.abs().argmax(0).tolist() == [0, 1, 2] and (layer.basis.max(0).values > 0).all()
+
+
+def test_columns_are_standardized_but_for_rare_values() -> None:
+    values = torch.cat([torch.randn(1000, 2) * torch.tensor([3.0, 0.2]) + 5, torch.zeros(1000, 1)], 1)
+    layer = Standardize(3)
+    layer.fit(values)
+    assert torch.allclose(layer(values).std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-4)
+    assert torch.allclose(layer(values).mean(0), torch.zeros(3), atol=1e-4)
+    assert layer(torch.tensor([[5.0, 5.0, 1.0]]))[0, 2] == pytest.approx(10)
 
 
 def test_fewer_lesions_than_components_give_finite_ones() -> None:
@@ -70,7 +80,8 @@ def test_missing_view_has_no_effect_and_every_parameter_gets_a_gradient() -> Non
 def test_smaller_tasks_have_smaller_networks(task: str) -> None:
     signature = TASKS[task].signature(TASKS[task].concepts.names)
     network = build_network(config(settings={"components": 5}), signature, TokenShape(1, 64))
-    network.fit_inputs({view: torch.randn(9, 64) for view in signature.views})
+    tables = [torch.zeros(9, len(each)) for each in (signature.concepts, signature.fields)]
+    network.fit_inputs({view: torch.randn(9, 64) for view in signature.views}, *tables)
     absent = torch.zeros(3, 0)
     views = [torch.randn(3, 1, 64) if view in signature.views else absent for view in VIEWS]
     rows = [torch.full((3, len(each)), torch.nan) for each in (signature.concepts, signature.fields)]

@@ -67,7 +67,7 @@ def total(outputs: tuple[Tensor, ...]) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "tri_modal"}, "'tri_modal' is not a network; known: dual_cnn, trimodal (plugins may add others)"),
+        ({"kind": "tri_modal"}, "'tri_modal' is not a network; known: dual_cnn, mlp, trimodal (plugins may add"),
         ({"settings": {"depth": 2}}, "models.NAME.settings of kind 'trimodal': unknown setting 'depth'"),
     ],
 )

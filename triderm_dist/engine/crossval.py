@@ -267,7 +267,9 @@ class FoldRun:
 
     def _fit_inputs(self, network: Network) -> dict[str, torch.Tensor]:
         """Fit what the network computes once from the training lesions, and return its buffers."""
-        network.fit_inputs(mean_tokens(self.views, self.own_rows))
+        index, rows = self.index, self.own_rows
+        tables = (torch.from_numpy(each[rows]).float() for each in (index.concept_scores, index.metadata))
+        network.fit_inputs(mean_tokens(self.views, rows), *tables)
         return dict(network.named_buffers())
 
     def _train(

@@ -1,8 +1,8 @@
 """A small MLP on what is known of a lesion as one vector: mean tokens of a frozen tower, concepts and metadata.
 
-The mean token of each view is projected on its principal components over the training lesions of the fold, which are
-computed once before training (`Mlp.fit_inputs`) and kept with the weights. It trains in seconds, since photos are read
-as their mean tokens.
+The mean token of each view is projected on its principal components, and concepts and metadata are standardized. Both
+are computed once before training, over the training lesions of the fold (`Mlp.fit_inputs`), and kept with the weights.
+It trains in seconds, since photos are read as their mean tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from triderm_dist.models.network import Head, Network
 from triderm_dist.models.towers import TokenShape, Tower
 from triderm_dist.schema import ConfigError, Outputs, Signature
 from triderm_dist.settings import Section
+
+MIN_DEVIATION = 0.1
+"""Lower bound of a standard deviation, so that a value that is rare, or new in prediction, stays within 10."""
 
 
 class MlpSettings(Section):
@@ -51,6 +54,7 @@ class Mlp(Network):
             }
         )
         self.tabular = TabularFeatures(len(self.used_concepts), self.used_fields)
+        self.scale = Standardize(self.tabular.width)
         self.hidden = nn.Sequential(
             nn.Linear(len(signature.views) * components + self.tabular.width, width), nn.GELU(), nn.Dropout(dropout)
         )
@@ -63,17 +67,40 @@ class Mlp(Network):
         views = {view: self.views[view](tokens.get(view), present[view]) for view in self.signature.views}
         parts = list(views.values())
         if self.tabular.width:
-            parts.append(self.tabular(concepts, metadata))
+            parts.append(self.scale(self.tabular(concepts, metadata)))
         features = self.hidden(torch.cat(parts, 1)).float()
         aux = {view: self.aux_heads[view](values) for view, values in views.items()}
         return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
 
-    def fit_inputs(self, mean_tokens: Mapping[str, Tensor]) -> None:
+    def fit_inputs(self, mean_tokens: Mapping[str, Tensor], concepts: Tensor, metadata: Tensor) -> None:
         for view in self.used_views:
             self.views[view].fit(mean_tokens[view])  # type: ignore[operator]
+        if self.tabular.width:
+            self.scale.fit(self.tabular(concepts, metadata))
 
     def fusion_stages(self) -> list[nn.Module]:
         return []
+
+
+class Standardize(nn.Module):
+    """Standardize columns (B, F)."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(columns))
+        self.register_buffer("deviation", torch.ones(columns))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values - self.mean) / self.deviation
+
+    def fit(self, values: Tensor) -> None:
+        """Set mean and standard deviation of values (N, F); see `MIN_DEVIATION`."""
+        if len(values):
+            self.mean.copy_(values.mean(0))
+            self.deviation.copy_(values.std(0, correction=0).clamp(min=MIN_DEVIATION))
 
 
 class MeanComponents(nn.Module):

@@ -112,10 +112,11 @@ class Network(nn.Module, ABC):
     def fusion_stages(self) -> list[nn.Module]:
         """Return the modules after the towers that are checkpointed, compiled and sharded one by one."""
 
-    def fit_inputs(self, mean_tokens: Mapping[str, Tensor]) -> None:
+    def fit_inputs(self, mean_tokens: Mapping[str, Tensor], concepts: Tensor, metadata: Tensor) -> None:
         """Fit what is computed once, before training, from the training lesions: here nothing.
 
-        mean_tokens: (N, width) of the lesions that have the view, by used view. Only where `reads_mean_tokens`.
+        Called where `reads_mean_tokens`. mean_tokens: (n, width) of the lesions that have the view, by view of the
+        task.  concepts: (N, K), metadata: (N, M), NaN where missing.
         """
 
     def parameter_meanings(self) -> dict[str, Any]:
