@@ -49,7 +49,7 @@ class LesionDropout(nn.Module):
         scale = 1 / (1 - self.p)
         if self.keys is None:
             return x.masked_fill(self._plain(x), 0.0).mul_(scale)
-        numbers, threshold = self._uniform(x), int(self.p * 2**32) - 2**31
+        numbers, threshold = self._uniform(x), self._threshold
         if x.device.type == "cpu":
             # Comparisons, and operations on their results, take up to 20 times as long as arithmetic on a CPU.
             below = max(threshold, 1 - 2**31) - 1
@@ -58,6 +58,11 @@ class LesionDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+    @property
+    def _threshold(self) -> int:
+        """The number of `_uniform` below which an element is dropped."""
+        return int(self.p * 2**32) - 2**31
 
     def _plain(self, x: Tensor) -> Tensor:
         """Return a mask from PyTorch's generator, which `x` is broadcast with."""
@@ -93,8 +98,9 @@ class LesionDropPath(LesionDropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        dropped = self._plain(x) if self.keys is None else self._dropped(x)
-        return x * torch.where(dropped, 0.0, 1 / (1 - self.p)).to(x.dtype)  # one pass over the activations
+        dropped = self._plain(x) if self.keys is None else self._uniform(x) < self._threshold
+        scale = (~dropped).to(x.dtype) / (1 - self.p)
+        return x * scale  # one pass over the activations
 
     def _plain(self, x: Tensor) -> Tensor:
         return torch.rand_like(x[(slice(None), *[slice(1)] * (x.ndim - 1))]) < self.p
