@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
+from triderm_dist.data import loader
 from triderm_dist.data.augment import PhotoTransform
-from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, fit_to_canvas
+from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, decode_into, fit_to_canvas
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
@@ -41,8 +43,6 @@ def steps_of(index: ShardIndex, source, global_batch: int = 8, micro_batch: int 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batch_rows_contain_the_right_lesions(index, workers):
-    import simplejpeg
-
     source = PhotoSource(index, 36, *HALF)
     plan, steps = steps_of(index, source, workers=workers, prefetch=2)
     assert [len(step.micro_batches) for step in steps] == [2, 2, 2]
@@ -175,6 +175,56 @@ def test_damaged_photo_is_named(index):
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match=f"dermoscopic photo of lesion {index.lesion_ids[row]} does not decode"):
         steps_of(index, PhotoSource(index, 24, *HALF))
+
+
+def test_truncated_and_vanished_shards_are_named(index):
+    path, row = index.path(0), int(np.flatnonzero(index.shard == 0)[-1])
+    end = int((index.offsets[row] + index.sizes[row]).max())
+    with path.open("r+b") as file:
+        file.truncate(end - 1)
+    with pytest.raises(DataError, match=rf"{path.name}: truncated, ends before byte {end}; run triderm verify"):
+        steps_of(index, PhotoSource(index, 24, *HALF))
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}: No such file or directory, while reading; restore the file"):
+        steps_of(index, PhotoSource(index, 24, *HALF))
+
+
+@pytest.mark.parametrize("size", [(36, 48), (48, 36), (35, 48), (18, 24), (24, 90), (72, 96), (36, 49)])
+def test_photo_of_any_size_is_decoded_into_the_canvas(size):
+    data = simplejpeg.encode_jpeg(ramp(*size), quality=95)
+    out = np.empty((36, 48, 3), np.uint8)
+    decode_into(out, memoryview(data))
+    assert np.array_equal(out, fit_to_canvas(simplejpeg.decode_jpeg(data), 36, 48))
+    with pytest.raises(ValueError, match=r"(?i)jpeg"):
+        decode_into(out, data[: len(data) // 2])
+
+
+def test_views_of_a_source_are_read_without_the_others(index):
+    row = int(np.flatnonzero((index.sizes > 0).all(1))[0])
+    pixels = []
+    for views in (VIEWS, VIEWS[:1], VIEWS[1:], VIEWS[::-1]):
+        source = PhotoSource(index, 24, *HALF, views=views)
+        out = [np.empty((36, 48, 3), np.uint8) for _ in views]
+        source.decode(out, row, source.locate(np.array([row]))[0])
+        pixels.append(dict(zip(views, out, strict=True)))
+    for view in VIEWS:
+        photo = simplejpeg.decode_jpeg(read_photo_bytes(index, row, view))
+        assert [np.array_equal(each[view], photo) for each in pixels if view in each] == [True] * 3
+
+
+def test_batches_do_not_depend_on_how_many_are_prepared_together(index, monkeypatch):
+    augment = AugmentConfig(clinical_dropout=0.5, concept_dropout=0.5)
+    source, runs = PhotoSource(index, 24, *HALF), []
+    for lesions in (1, 16, 512):
+        monkeypatch.setattr(loader, "PREPARED_LESIONS", lesions)
+        _, steps = steps_of(index, source, micro_batch=3, augment=augment)
+        runs.append([batch for step in steps for batch in step.micro_batches])
+    for first, other in ((runs[0], runs[1]), (runs[0], runs[2])):
+        assert [batch.lesion_ids for batch in first] == [batch.lesion_ids for batch in other]
+        for name in ("clinical", "view_present", "concepts", "metadata", "labels", "valid"):
+            for a, b in zip(first, other, strict=True):
+                torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=0, rtol=0, equal_nan=True)
+        assert all(np.array_equal(a.draws(["x"]), b.draws(["x"])) for a, b in zip(first, other, strict=True))
 
 
 def test_tokens_are_those_of_the_sampled_version(index, tmp_path):

@@ -57,7 +57,7 @@ class LesionRng:
         state = _mix(self._state ^ np.array([_name_key(self._prefix + name) for name in names], np.uint64))
         return _mix(state ^ self._copies)
 
-    def take(self, lesions: np.ndarray) -> LesionRng:
+    def take(self, lesions: np.ndarray | slice) -> LesionRng:
         """Return the numbers of some lesions of the batch, by their positions (n,)."""
         taken = copy.copy(self)
         taken._state, taken._copies = self._state[lesions], self._copies[lesions]

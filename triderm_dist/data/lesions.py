@@ -20,6 +20,10 @@ class LesionInputs:
     class_mask: np.ndarray | None = None
     weights: np.ndarray | None = None
 
+    def take(self, rows: slice) -> LesionInputs:
+        """Return some of these lesions."""
+        return LesionInputs(*(None if column is None else column[rows] for column in vars(self).values()))
+
 
 class Lesions(Protocol):
     """N lesions by row number: a packed set (`ShardIndex`), or the union of several (`LesionUnion`)."""

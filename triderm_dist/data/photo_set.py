@@ -173,8 +173,11 @@ class PhotoSetSource(CanvasSource):
     def locate(self, rows: np.ndarray) -> list[Any]:
         return [None] * len(rows)
 
-    def decode(self, out: np.ndarray, row: int, location: Any, number: int) -> None:
-        view = self.views[number]
+    def decode(self, out: Sequence[np.ndarray], row: int, location: Any) -> None:
+        for canvas, view in zip(out, self.views, strict=True):
+            self._decode_view(canvas, row, view)
+
+    def _decode_view(self, out: np.ndarray, row: int, view: str) -> None:
         if view not in self.set.photos or self.set.photos[view][row] is None:
             out[:] = 0
             return

@@ -19,7 +19,7 @@ from triderm_dist.schema import ConfigError, DataError
 
 
 class FolderShards:
-    """Shards of a local folder, opened at the first read; the most recently used are kept open."""
+    """Shards of a local folder, opened at the first read; those opened last are kept open."""
 
     MAX_OPEN = 256
     """Fewer where the process may have few files open (`ulimit -n`), of which this set takes a quarter."""
@@ -31,17 +31,20 @@ class FolderShards:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a shard. Raises DataError where it has vanished or become shorter."""
         try:
-            with self._lock:
-                file = self._files.pop(shard, None) or self._index.path(shard).open("rb", buffering=0)
-                self._files[shard] = file  # the dict is in the order of the last use
-                if len(self._files) > self._most:
-                    del self._files[next(iter(self._files))]  # closed when its last reader drops it
-            return _pread(file, offset, size)
+            return _pread(self._files.get(shard) or self._open(shard), offset, size)
         except OSError as error:
             raise DataError(
                 f"{self._index.path(shard)}: {error.strerror or error}, while reading; restore the file and rerun the "
                 "same command to resume from the last checkpoint"
             ) from None
+
+    def _open(self, shard: int) -> IO[bytes]:
+        with self._lock:
+            if shard not in self._files:
+                while len(self._files) >= self._most:
+                    del self._files[next(iter(self._files))]  # closed when its last reader drops it
+                self._files[shard] = self._index.path(shard).open("rb", buffering=0)
+            return self._files[shard]
 
     @contextlib.contextmanager
     def read_ahead(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
