@@ -322,6 +322,12 @@ class TrainConfig(Section):
         description="decay per step of the averaged weights (EMA), such as 0.999, which are then validated and kept; 0 "
         "uses no average; not with DeepSpeed",
     )
+    swa_epochs: int = Field(
+        0,
+        ge=0,
+        description="mean of the weights at the ends of the last so many epochs (stochastic weight averaging), which "
+        "are then validated and kept; 0 uses none; not with DeepSpeed, nor with ema_decay",
+    )
     select: Literal["best", "last"] = Field(
         "last",
         description="weights to keep: of the last epoch, or of that with the best validation macro F1, which biases "
@@ -351,6 +357,14 @@ class TrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _one_average(self) -> TrainConfig:
+        if self.swa_epochs and self.ema_decay:
+            raise ValueError("ema_decay and swa_epochs are two averages of the weights; set one to 0")
+        if self.swa_epochs > self.epochs:
+            raise ValueError(f"swa_epochs {self.swa_epochs} is more than epochs {self.epochs}")
+        return self
 
 
 COSMETIC = (
@@ -965,6 +979,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.name": "adamw",
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
+    "models.NAME.train.swa_epochs": 0,
     "models.NAME.train.tracker_settings": {},
     "models.NAME.init": None,
     "models.NAME.seeds": 1,

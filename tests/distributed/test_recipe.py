@@ -18,6 +18,7 @@ train:
   global_batch: 24
   log_every: 1
   trackers: []
+  swa_epochs: 2
   loss: {label_smoothing: 0.05}
   optim: {lr: 4e-5, warmup_epochs: 1, head_lr_multiple: 2.5}
 models:

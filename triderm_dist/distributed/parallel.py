@@ -206,9 +206,10 @@ def zero_stage(accelerator: Accelerator) -> int:
 def check_supported(accelerator: Accelerator, config: TrainConfig) -> None:
     """Raise ConfigError, with the reason, for settings that cannot work with the parallel strategy."""
     chosen, stage = strategy_of(accelerator), zero_stage(accelerator)
-    if config.ema_decay and chosen == "deepspeed":
+    averaged = "ema_decay" if config.ema_decay else "swa_epochs" if config.swa_epochs else None
+    if averaged and chosen == "deepspeed":
         raise ConfigError(
-            "train.ema_decay: not supported with DeepSpeed, which keeps the fp32 weights inside its engine; "
+            f"train.{averaged}: not supported with DeepSpeed, which keeps the fp32 weights inside its engine; "
             "use DDP or FSDP2, or set it to 0"
         )
     if chosen == "deepspeed" and (config.optim.name != "adamw" or config.optim.settings.get("amsgrad")):

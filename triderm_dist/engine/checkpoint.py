@@ -2,11 +2,11 @@
 
 A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written as *.part, flushed to disk and renamed:
 `weights.safetensors`, `optimizer.safetensors` (`KEY/PARAMETER`, such as `exp_avg/head.linear.weight`),
-`average.safetensors` (with `train.ema_decay`) and `state.json` (position in the epoch plan, schedule, loss scale, loss
-sums, best epoch, non-tensor optimizer state). Tensors are full and under the network's own names: a checkpoint
-resumes on another number of ranks and under another strategy (see the table in `distributed/full_state.py`), and every
-file loads with safetensors only. It holds no random state: order, augmentation and dropout are functions of
-(seed, epoch, lesion).
+`average.safetensors` (with `train.ema_decay` or `train.swa_epochs`) and `state.json` (position in the epoch plan,
+schedule, loss scale, loss sums, best epoch, non-tensor optimizer state). Tensors are full and under the network's own
+names: a checkpoint resumes on another number of ranks and under another strategy (see the table in
+`distributed/full_state.py`), and every file loads with safetensors only. It holds no random state: order, augmentation
+and dropout are functions of (seed, epoch, lesion).
 
 The newest `keep_last` are kept, and none of a finished fold (but with `train.keep_checkpoints`): a training with more
 epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
@@ -39,7 +39,7 @@ from triderm_dist.distributed.full_state import (
     load_optimizer_state,
     participates,
 )
-from triderm_dist.engine.ema import Ema
+from triderm_dist.engine.ema import WeightAverage
 from triderm_dist.engine.finite import damaged_weight
 from triderm_dist.files import atomic_path, file_sha256, naming_file, write_tensors
 from triderm_dist.losses import Sums
@@ -72,7 +72,7 @@ class Training:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    ema: Ema | None
+    average: WeightAverage | None
     state: TrainState
     sums: Sums | None = None
 
@@ -80,11 +80,11 @@ class Training:
         self.initial_groups = group_entries(self.optimizer)
 
     def advance(self, batch: int, sums: Sums) -> None:
-        """Count a step, on global batch number `batch` of the epoch: schedule, position and EMA."""
+        """Count a step, on global batch number `batch` of the epoch: schedule, position and average."""
         self.scheduler.step()
         self.state.batch, self.state.step, self.sums = batch + 1, self.state.step + 1, sums
-        if self.ema:
-            self.ema.update(self.state.step)
+        if self.average:
+            self.average.after_step(self.state.step)
 
 
 class _Progress(BaseModel):
@@ -169,8 +169,8 @@ class Checkpoint:
         scheduler._last_lr = list(rates)
         for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        if training.ema:
-            training.ema.load(self._tensors("average"))
+        if training.average:
+            training.average.load(self._tensors("average"))
         if accelerator.scaler and self.record["scaler"]:
             accelerator.scaler.load_state_dict(self.record["scaler"])
         sums = self.record["sums"]
@@ -227,7 +227,7 @@ class Checkpoints:
         parts = {
             "weights": full_weights(accelerator, training.wrapped),
             "optimizer": optimizer.tensors,
-            **({"average": training.ema.state()} if training.ema and participates(accelerator) else {}),
+            **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
         }
         record = {
             "version": CHECKPOINT_VERSION,

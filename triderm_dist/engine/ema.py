@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights."""
+"""Averages of the trained weights: exponential over steps, or uniform over the last epochs."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import nn
 from triderm_dist.distributed.full_state import Tensors, full_tensor, local_shard
 from triderm_dist.distributed.parallel import reshard_after_write, unwrap
 
+_EPOCH = "averaged.epoch"
+"""Key of `EpochAverage.state` beside those of parameters."""
 
-class Ema:
-    """Exponential moving average of each trained parameter, in fp32 (in 16 bits its increments would round to 0).
 
-    Each rank averages its shards. Buffers, such as batch norm statistics, are those of the live network. After step t
-    the average moves by 1 - d towards the weights, d = min(decay, (1 + t) / (10 + t)), so that the random
-    initialization loses its weight early.
+class WeightAverage:
+    """An average of each trained parameter over the training, in fp32 (in 16 bits its increments would round to 0).
+
+    Each rank averages its shards. Buffers, such as batch norm statistics, are those of the live network.
     """
 
-    def __init__(self, wrapped: nn.Module, decay: float) -> None:
-        self.decay, self._wrapped = decay, wrapped
+    def __init__(self, wrapped: nn.Module) -> None:
+        self._wrapped = wrapped
         self._live = {name: p for name, p in unwrap(wrapped).named_parameters() if p.requires_grad}
         self._mean = {name: p.detach().float().clone() for name, p in self._live.items()}
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Update the average after optimizer step `step`, counted from 1."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        means = [_local(mean) for mean in self._mean.values()]
-        torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
+
+    def after_epoch(self, epoch: int) -> None:
+        """Update the average after epoch `epoch`, counted from 1; a second call for the same epoch does nothing."""
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -59,6 +59,49 @@ class Ema:
             weights = live.clone()
             live.copy_(mean)
             mean.copy_(weights)
+
+    @torch.no_grad()
+    def _move(self, weight: float) -> None:
+        """Move the average by this share of the way to the live weights."""
+        means = [_local(mean) for mean in self._mean.values()]
+        torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
+
+
+class Ema(WeightAverage):
+    """Exponential moving average.
+
+    After step t it moves by 1 - d towards the weights, d = min(decay, (1 + t) / (10 + t)), so that the random
+    initialization loses its weight early.
+    """
+
+    def __init__(self, wrapped: nn.Module, decay: float) -> None:
+        super().__init__(wrapped)
+        self.decay = decay
+
+    def after_step(self, step: int) -> None:
+        self._move(1 - min(self.decay, (1 + step) / (10 + step)))
+
+
+class EpochAverage(WeightAverage):
+    """Mean of the weights at the ends of all epochs after `start` (stochastic weight averaging, Izmailov et al. 2018);
+    until then the weights at the end of the last epoch.
+    """
+
+    def __init__(self, wrapped: nn.Module, start: int) -> None:
+        super().__init__(wrapped)
+        self.start, self._epoch = start, 0
+
+    def after_epoch(self, epoch: int) -> None:
+        if epoch > self._epoch:  # a training that stops while it validates resumes with the average of this epoch
+            self._move(1 / max(1, epoch - self.start))
+            self._epoch = epoch
+
+    def state(self) -> Tensors:
+        return {**super().state(), _EPOCH: torch.tensor(self._epoch)}
+
+    def load(self, saved: Tensors) -> None:
+        super().load(saved)
+        self._epoch = int(saved[_EPOCH])
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from triderm_dist.distributed.full_state import full_weights
 from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
-from triderm_dist.engine.ema import Ema
+from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
 from triderm_dist.engine.fold_folder import FoldFolder
@@ -134,8 +134,10 @@ class Trainer:
             accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
         )
         scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
-        ema = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
-        self.training = Training(self.wrapped, optimizer, scheduler, ema, TrainState())
+        average: WeightAverage | None = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
+        if config.swa_epochs:
+            average = EpochAverage(self.wrapped, config.epochs - config.swa_epochs)
+        self.training = Training(self.wrapped, optimizer, scheduler, average, TrainState())
         if saved:
             saved.load_training(accelerator, self.training)
             if changes := self.checkpoints.describe_changes(saved):
@@ -218,8 +220,10 @@ class Trainer:
     def _end_epoch(self, stop: Stop) -> dict[str, float]:
         """Score the validation rows, if there are any, and keep the weights if they are to be selected."""
         self.guard.check()
-        state = self.training.state
-        with self.training.ema.swapped_in() if self.training.ema else nullcontext():
+        state, average = self.training.state, self.training.average
+        if average:
+            average.after_epoch(state.epoch + 1)
+        with average.swapped_in() if average else nullcontext():
             scores = self._validate(stop) if len(self.data.validation_rows) else {}
             state.epoch, state.batch = state.epoch + 1, 0
             score = scores.get("macro_f1", TrainState.best_score)

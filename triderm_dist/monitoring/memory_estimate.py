@@ -97,7 +97,11 @@ def estimate_model_memory(model: ModelConfig, signature: Signature, half: bool) 
     network, note = network_without_weights(model, signature)
     train = model.train
     estimate = estimate_memory(
-        network, half, train.activation_checkpointing, train.ema_decay > 0, state_size(train.optim)
+        network,
+        half,
+        train.activation_checkpointing,
+        train.ema_decay > 0 or train.swa_epochs > 0,
+        state_size(train.optim),
     )
     return estimate, note
 
