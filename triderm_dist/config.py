@@ -182,6 +182,19 @@ class AugmentConfig(Section):
         le=16,
         description="frozen towers: augmented versions of each photo in the token cache, in addition to the plain one",
     )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="mix every lesion with another one of the batch, targets included; the share is drawn from "
+        "Beta(mixup, mixup), such as 0.4; 0 mixes none",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        description="put a box of another lesion's photos into those of every lesion, its area drawn from "
+        "Beta(cutmix, cutmix), such as 1; with mixup half of the lesions by each",
+    )
+    unmixed_epochs: int = Field(3, ge=0, description="last epochs without mixup and cutmix")
     extra: dict[str, dict[str, Any]] = Field(
         {},
         description="augmentations that plugins add, by name, each with its own settings; applied after geometry and "
@@ -189,9 +202,17 @@ class AugmentConfig(Section):
     )
 
     OTHER_KEYS: ClassVar[frozenset[str]] = frozenset(
-        {"clinical_dropout", "dermoscopic_dropout", "concept_dropout", "token_variants"}
+        {
+            *("clinical_dropout", "dermoscopic_dropout", "concept_dropout", "token_variants"),
+            *("mixup", "cutmix", "unmixed_epochs"),
+        }
     )
     """Settings that do not change the pixels of an augmented photo."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether lesions are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @classmethod
     def pixel_keys(cls) -> list[str]:
@@ -357,6 +378,12 @@ class TrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _pairs_fit_into_micro_batches(self) -> TrainConfig:
+        if self.augment.mixes and self.micro_batch % 2:
+            raise ValueError(f"mixup and cutmix take pairs of lesions: micro_batch {self.micro_batch} must be even")
+        return self
 
     @model_validator(mode="after")
     def _one_average(self) -> TrainConfig:
@@ -972,7 +999,10 @@ ADDED_KEYS: dict[str, Any] = {
     "data.groups": "plain",
     "data.task": None,
     "models.NAME.tower.drop_path": None,
+    "models.NAME.train.augment.cutmix": 0.0,
     "models.NAME.train.augment.extra": {},
+    "models.NAME.train.augment.mixup": 0.0,
+    "models.NAME.train.augment.unmixed_epochs": 3,
     "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.terms": {},
     "models.NAME.train.optim.head_lr_multiple": 1.0,

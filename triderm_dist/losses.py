@@ -112,8 +112,8 @@ class LossInputs:
     """Inputs of a term: the logits of one head, and the lesions that they belong to.
 
     logits: (B, C) float32, with the logit adjustment of `train.loss`, and `EXCLUDED_LOGIT` outside `batch.class_mask`.
-    batch: the lesions; `batch.labels` (B,) are all known.  outputs: all outputs of the network, for terms that compare
-    views or features; the logits of a view that the task lacks are None.
+    batch: the lesions; `batch.labels` (B,) are all known, and `targets` what the network is to predict.  outputs: all
+    outputs of the network, for terms that compare views or features; the logits of a view that the task lacks are None.
     """
 
     logits: torch.Tensor
@@ -128,8 +128,9 @@ class LossInputs:
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        """One-hot labels, (B, C) float32."""
-        return _one_hot(self.batch.labels, self.logits.shape[1])
+        """One-hot labels, or the distributions of mixed lesions, (B, C) float32."""
+        mixed = self.batch.targets
+        return mixed if mixed is not None else _one_hot(self.batch.labels, self.logits.shape[1])
 
 
 class LossTerm(nn.Module):

@@ -683,6 +683,8 @@ class Batch:
 
     Where lesions of extra sets join a training: class_mask: (B, C) bool, the diagnoses that the lesion's set
     distinguishes.  weights: (B,) float, of the lesion's loss. None: all diagnoses, and 1.
+
+    targets: (B, C) float distributions over diagnoses where lesions are mixed (`data.mixing`); None: the labels.
     """
 
     lesion_ids: list[str]
@@ -696,6 +698,7 @@ class Batch:
     class_mask: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     draws: Callable[[Sequence[str]], np.ndarray] | None = None
+    targets: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device; from pinned memory without blocking the host."""

@@ -19,6 +19,7 @@ train:
   log_every: 1
   trackers: []
   swa_epochs: 2
+  augment: {mixup: 0.4, cutmix: 1.0, unmixed_epochs: 1}
   loss: {label_smoothing: 0.05}
   optim: {lr: 4e-5, warmup_epochs: 1, head_lr_multiple: 2.5}
 models:

@@ -48,10 +48,12 @@ class _MicroBatchKeys(BaseModel):
 class MicroBatch:
     """The micro-batch size of one training: the configured one, or a smaller one that fits into memory."""
 
-    def __init__(self, folder: Path, result_hash: str, configured: int, global_batch: int) -> None:
-        """result_hash: of the training; a file of another training is ignored.  configured: train.micro_batch."""
+    def __init__(self, folder: Path, result_hash: str, configured: int, global_batch: int, smallest: int = 1) -> None:
+        """result_hash: of the training; a file of another training is ignored.  configured: train.micro_batch.
+        smallest: of which every size must be a multiple.
+        """
         self.path, self.result_hash = folder / "micro_batch.json", result_hash
-        self.configured, self.global_batch = configured, global_batch
+        self.configured, self.global_batch, self.smallest = configured, global_batch, smallest
 
     def size(self) -> int:
         """Return the size in the file, as this rank sees it."""
@@ -82,7 +84,7 @@ class MicroBatch:
                 if self.size() < size:  # another rank ran out of memory and has left the collective
                     restart()
                 raise
-            smaller = next_smaller(size, self.global_batch // world_size())
+            smaller = next_smaller(size, self.global_batch // world_size(), self.smallest)
             write_json(self.path, {"micro_batch": smaller, "identity": self.result_hash})
             print(wrapped(f"{_message(size, smaller)} ({one_line(error, 200)})"), flush=True)
             if world_size() > 1:
@@ -120,15 +122,16 @@ _OUT_OF_MEMORY = re.compile(
 """Of PyTorch's CPU allocator, CUDA's and HIP's run-time and driver, cuBLAS, cuDNN, cuFFT, cuSPARSE, NCCL, C++."""
 
 
-def next_smaller(size: int, per_rank: int) -> int:
-    """Return the largest micro-batch of at most size / 2 that divides the global batch per rank.
+def next_smaller(size: int, per_rank: int, smallest: int = 1) -> int:
+    """Return the largest micro-batch of at most size / 2 that divides the global batch per rank, a multiple of
+    `smallest`.
 
     Raises ConfigError if there is none.
     """
-    smaller = next((n for n in range(size // 2, 0, -1) if per_rank % n == 0), 0)
+    smaller = next((n for n in range(size // 2, 0, -1) if per_rank % n == 0 and n % smallest == 0), 0)
     if not smaller:
         raise ConfigError(
-            "out of memory with a micro-batch of 1: rerun with train.activation_checkpointing=true or with "
+            f"out of memory with a micro-batch of {size}: rerun with train.activation_checkpointing=true or with "
             "accelerate_configs/fsdp2.yaml to resume from the last checkpoint, or freeze more blocks, which starts "
             "from the beginning"
         )

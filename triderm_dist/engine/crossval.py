@@ -219,7 +219,10 @@ class FoldRun:
             on_main(self.folder.claim)
             self.update()
             return
-        micro_batch = MicroBatch(self.path, self.folder.result_hash, self.train.micro_batch, self.train.global_batch)
+        micro_batch = MicroBatch(
+            self.path, self.folder.result_hash, self.train.micro_batch, self.train.global_batch,
+            smallest=2 if self.train.augment.mixes else 1,
+        )  # fmt: skip
         while (outcome := self._attempt(micro_batch)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()

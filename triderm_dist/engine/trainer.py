@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from triderm_dist import optim
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.loader import Loader, LoaderFactory
+from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
@@ -176,8 +177,11 @@ class Trainer:
             while state.epoch < self.last_epoch:
                 loader = self.epochs.loader(state, self.accelerator)
                 self.meter.start(loader, state.step)
+                mixing = self.epochs.mixing(state)
                 self.wrapped.train()
                 for batch in loader:
+                    if mixing:
+                        batch = replace(batch, micro_batches=[mixing(each) for each in batch.micro_batches])
                     result = self.step(batch, state.step, self.training.sums)
                     self.training.advance(batch.number, result.sums)
                     if state.step % self.config.log_every == 0:
@@ -293,6 +297,13 @@ class _Epochs:
         return data.training.create(
             batches, config.micro_batch, accelerator.device, augment=config.augment, seed=self.seed, epoch=state.epoch
         )
+
+    def mixing(self, state: TrainState) -> Mixing | None:
+        """Return what mixes the lesions of the current epoch, None where they are not mixed."""
+        augment, left = self.config.augment, self.config.epochs - state.epoch
+        if not augment.mixes or left <= augment.unmixed_epochs:
+            return None
+        return Mixing(augment, self.data.loaders.index.signature)
 
     def done(self, state: TrainState) -> float:
         """Return the epochs done, with the fraction of the current one."""
