@@ -220,6 +220,9 @@ class AugmentConfig(Section):
         return [name for name in cls.model_fields if name not in cls.OTHER_KEYS]
 
 
+Frame = Literal["square", "whole", "squash"]
+
+
 class TowerConfig(Section):
     source: SourceText = Field(
         "hf-hub:redlessone/DermLIP_ViT-B-16",
@@ -227,6 +230,11 @@ class TowerConfig(Section):
     )
     pretrained: bool = Field(True, description="load pretrained weights; false initializes at random")
     image_size: int | None = Field(None, ge=32, description="side of the input in pixels; null takes the tower's own")
+    frame: Frame = Field(
+        "square",
+        description="what of a photo the tower sees without augmentation: its centered square, the whole photo with "
+        "its short sides continued by mirroring, or the whole photo squashed to a square",
+    )
     quick_gelu: bool | None = Field(
         None, description="open_clip ViT: force QuickGELU on or off; null follows the checkpoint's config"
     )
@@ -999,6 +1007,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.groups": "plain",
     "data.task": None,
     "models.NAME.tower.drop_path": None,
+    "models.NAME.tower.frame": "square",
     "models.NAME.train.augment.cutmix": 0.0,
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.augment.mixup": 0.0,

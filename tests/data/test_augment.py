@@ -69,6 +69,35 @@ def test_center_crop_without_rng():
     )
 
 
+def test_frames_without_augmentation() -> None:
+    x = photos(height=24, width=36).float()
+    smooth = x.permute(0, 3, 1, 2) / 255
+    squashed = torch.nn.functional.interpolate(smooth, (24, 24), mode="bilinear", align_corners=False)
+    got = PhotoTransform(24, IDENTITY, "squash")(x.byte(), "clinical")
+    torch.testing.assert_close(got, squashed, atol=1e-5, rtol=0)
+    whole = PhotoTransform(36, IDENTITY, "whole")(x.byte(), "clinical")
+    torch.testing.assert_close(whole[:, :, 6:30], smooth, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole[:, :, :6], smooth[:, :, :6].flip(2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frame", ["whole", "squash"])
+def test_augmented_crop_of_full_size_is_the_frame(frame) -> None:
+    x, rng = photos(height=24, width=32), LesionRng(0, 0, KEYS[:8], COPIES[:8])
+    transform = PhotoTransform(24, IDENTITY, frame)
+    torch.testing.assert_close(transform(x, "clinical", rng), transform(x, "clinical"), atol=1e-5, rtol=0)
+    turned = PhotoTransform(24, IDENTITY.model_copy(update={"dihedral": True}), frame)(x, "clinical", rng)
+    for plain, crop in zip(transform(x, "clinical"), turned, strict=True):
+        assert any(torch.allclose(crop, dihedral(plain, k), atol=1e-4) for k in range(8))
+
+
+def test_large_photos_are_reduced_so_far_that_the_frame_is_not_aliased() -> None:
+    sizes = {
+        frame: PhotoTransform(100, IDENTITY, frame).reduced_size(400, 500) for frame in ("square", "whole", "squash")
+    }
+    assert sizes == {"square": (150, 188), "whole": (120, 150), "squash": (150, 150)}
+    assert PhotoTransform(100, IDENTITY, "squash").reduced_size(120, 200) == (120, 150)
+
+
 def test_identity_settings_only_translate():
     x = torch.arange(24 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).view(1, 24, 32, 1).expand(4, -1, -1, 3)
     crops = PhotoTransform(24, IDENTITY)(x, "clinical", LesionRng(0, 0, KEYS[:4], COPIES[:4]))

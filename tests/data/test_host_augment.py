@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from triderm_dist.config import AugmentConfig
+from triderm_dist.config import AugmentConfig, Frame
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys, normalize
 from triderm_dist.data.host_augment import HostTransform, opencv
 
@@ -36,9 +36,11 @@ def photos(height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(result)
 
 
-def difference(batch: torch.Tensor, size: int, config: AugmentConfig, rng: LesionRng | None) -> float:
+def difference(
+    batch: torch.Tensor, size: int, config: AugmentConfig, rng: LesionRng | None, frame: Frame = "square"
+) -> float:
     """Return the largest difference of the two ways, in levels of 256."""
-    transform = PhotoTransform(size, config)
+    transform = PhotoTransform(size, config, frame)
     expected = normalize(transform(batch, "clinical", rng), MEAN, STD).permute(0, 2, 3, 1)
     height, width = batch.shape[1:3]
     host = HostTransform(transform, height, width, MEAN, STD, cv2)
@@ -52,6 +54,12 @@ def difference(batch: torch.Tensor, size: int, config: AugmentConfig, rng: Lesio
 @pytest.mark.parametrize("config", [AugmentConfig(), STRONG, AugmentConfig(rotation=0, tied_views=True)])
 def test_augmented_photo_equals_that_of_a_batch(canvas, config):
     assert difference(photos(*canvas), 56, config, RNG) < 0.02
+
+
+@pytest.mark.parametrize("frame", ["whole", "squash"])
+def test_other_frames_equal_those_of_a_batch(frame):
+    for rng in (RNG, None):
+        assert difference(photos(60, 80), 56, STRONG, rng, frame) < 0.02
 
 
 def test_all_eight_orientations_are_compared():

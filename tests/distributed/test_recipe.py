@@ -33,6 +33,7 @@ models:
       freeze_clinical: 0
       freeze_dermoscopic: 2
       drop_path: 0.3
+      frame: squash
 """
 
 

@@ -159,6 +159,14 @@ def test_tower_is_found_by_its_settings(tmp_path: Path) -> None:
     assert find_tower(tmp_path, config, True) is None
 
 
+def test_frame_is_recorded_and_square_ones_keep_their_names(tmp_path: Path) -> None:
+    record, tower, config = frozen(tmp_path)
+    assert record.frame == "square" and "frame" not in record.settings
+    squashed = TowerRecord.of(tower, config.model_copy(update={"frame": "squash"}), record.weights)
+    save_tower(tmp_path, squashed, tower)
+    assert squashed.name != record.name and read_tower(tmp_path, squashed.name).frame == "squash"
+
+
 def test_source_of_a_plugin_is_rebuilt_by_its_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(name: str, options: TowerOptions) -> Tower:
         assert not options.pretrained

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from triderm_dist.config import AugmentConfig, build
+from triderm_dist.config import AugmentConfig, Frame, build
 from triderm_dist.schema import VIEWS, ConfigError
 from triderm_dist.settings import Section
 
@@ -139,18 +139,19 @@ class PhotoTransform:
     Raises ConfigError as `build_augmentations` does.
     """
 
-    def __init__(self, size: int, config: AugmentConfig) -> None:
-        self.size, self.config, self.extra = size, config, build_augmentations(config)
+    def __init__(self, size: int, config: AugmentConfig, frame: Frame = "square") -> None:
+        """frame: the part of a photo that a crop without augmentation shows, see `TowerConfig`."""
+        self.size, self.config, self.frame, self.extra = size, config, frame, build_augmentations(config)
 
     def __call__(self, photos: torch.Tensor, view: str, rng: LesionRng | None = None) -> torch.Tensor:
         """Augment with random numbers of `rng`: crop, rotation, quarter turns, flip, color, plugins' augmentations.
 
-        Without `rng`, return the centered square of the short side.
+        Without `rng`, return the frame: the centered square of the short side, or the whole photo.
         """
         size = self.size
-        pixels = _shrink(photos.permute(0, 3, 1, 2).float().div_(255), size)
+        pixels = _shrink(photos.permute(0, 3, 1, 2).float().div_(255), self.reduced_size(*photos.shape[1:3]))
         height, width = pixels.shape[2:]
-        if rng is None and min(height, width) == size:
+        if rng is None and self.frame == "square" and min(height, width) == size:
             top, left = (height - size) // 2, (width - size) // 2
             return pixels[:, :, top : top + size, left : left + size].contiguous(memory_format=torch.channels_last)
         crops = self.crops(len(photos), height, width, view, rng)
@@ -161,23 +162,23 @@ class PhotoTransform:
 
     def crops(self, number: int, height: int, width: int, view: str, rng: LesionRng | None) -> Crops:
         """Return the crops of a number of photos of this size, drawn from `rng` as in `__call__`."""
+        frame = self._frame(height, width)
         if rng is None:
-            side = np.full((number, 2), min(height, width))
-            return Crops(_affine(np.zeros(number), side, np.zeros((number, 2)), height, width), None)
+            whole = np.broadcast_to(frame, (number, 2))
+            return Crops(_affine(np.zeros(number), np.ones(number), whole, np.zeros((number, 2)), height, width), None)
         config = self.config
         names = (*_GEOMETRY, *_COLOR)
         drawn = dict(zip(names, self._scoped(rng, view).uniform_table(names).T, strict=True))
-        crop = min(height, width) * np.sqrt(config.min_scale + (1 - config.min_scale) * drawn["scale"])
+        crop = frame * np.sqrt(config.min_scale + (1 - config.min_scale) * drawn["scale"])[:, None]
         angle = np.radians(config.rotation) * (2 * drawn["rotation"] - 1)
-        mirror = np.ones_like(crop)
+        mirror = np.ones_like(angle)
         if config.dihedral:
             angle = angle + np.floor(4 * drawn["turns"]) * math.pi / 2
             mirror = np.where(drawn["flip"] < 0.5, -1.0, 1.0)
-        # The crop's center moves so far that an unrotated crop stays inside the photo; corners that leave it are
-        # mirrored back.
-        reach = np.stack([width - crop, height - crop], 1) / 2
+        # The crop's center moves so far that an unrotated crop stays inside the photo; what leaves it is mirrored back.
+        reach = np.maximum((width, height) - crop, 0) / 2
         shift = reach * (2 * np.stack([drawn["shift_x"], drawn["shift_y"]], 1) - 1)
-        matrix = _affine(angle, np.stack([crop * mirror, crop], 1), shift, height, width)
+        matrix = _affine(angle, mirror, crop, shift, height, width)
         strengths = (config.brightness, config.contrast, config.saturation)
         factors = [1 + strength * (2 * drawn[name] - 1) for name, strength in zip(_COLOR, strengths, strict=True)]
         return Crops(matrix, np.stack(factors, 1))
@@ -188,6 +189,18 @@ class PhotoTransform:
             for name, augmentation in self.extra.items():
                 crops = augmentation(crops, self._scoped(rng, view).scoped(name))
         return crops
+
+    def reduced_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) to which a photo is reduced before crops are sampled from it: a frame of at most
+        1.5 times the crop's size, since bilinear sampling alone would alias.
+        """
+        across, down = (min(1.0, self.size * 1.5 / extent) for extent in self._frame(height, width))
+        return round(height * down), round(width * across)
+
+    def _frame(self, height: int, width: int) -> np.ndarray:
+        """Return width and height (2,) of the part of a photo that a crop without augmentation shows, in pixels."""
+        sides = {"square": [min(height, width)] * 2, "whole": [max(height, width)] * 2, "squash": [width, height]}
+        return np.array(sides[self.frame], np.float64)
 
     def _scoped(self, rng: LesionRng, view: str) -> LesionRng:
         return rng.scoped("both" if self.config.tied_views else view)
@@ -226,29 +239,24 @@ def _name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def reduced_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Return the (height, width) to which a photo is reduced before crops of `size` are sampled from it."""
-    factor = size * 1.5 / min(height, width)
-    return (height, width) if factor >= 1 else (max(size, round(height * factor)), max(size, round(width * factor)))
-
-
-def _shrink(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Reduce photos that are far larger than the crop: bilinear sampling alone would alias."""
-    height, width = pixels.shape[2:]
-    target = reduced_size(height, width, size)
-    if target == (height, width):
+def _shrink(pixels: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+    """Reduce photos to (height, width) `target` without aliasing."""
+    if target == tuple(pixels.shape[2:]):
         return pixels
     return F.interpolate(pixels, size=target, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _affine(angle: np.ndarray, crop: np.ndarray, shift: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return (B, 2, 3) maps from output to input in the [-1, 1] coordinates of `grid_sample`.
+def _affine(
+    angle: np.ndarray, mirror: np.ndarray, crop: np.ndarray, shift: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """Return (B, 2, 3) maps from output to input in the [-1, 1] coordinates of `grid_sample`: of a crop that is
+    mirrored, then rotated, then stretched to its size in the photo.
 
-    angle (B,) in radians; crop, shift (B, 2) in pixels (x, y).
+    angle (B,) in radians.  mirror (B,): -1 flips from left to right.  crop, shift (B, 2) in pixels (x, y).
     """
     cos, sin = np.cos(angle), np.sin(angle)
-    x = np.stack([cos * crop[:, 0] / width, -sin * crop[:, 1] / width, 2 * shift[:, 0] / width], 1)
-    y = np.stack([sin * crop[:, 0] / height, cos * crop[:, 1] / height, 2 * shift[:, 1] / height], 1)
+    x = np.stack([cos * (crop[:, 0] * mirror) / width, -sin * crop[:, 0] / width, 2 * shift[:, 0] / width], 1)
+    y = np.stack([sin * (crop[:, 1] * mirror) / height, cos * crop[:, 1] / height, 2 * shift[:, 1] / height], 1)
     return np.stack([x, y], 1)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import Crops, LesionRng, PhotoTransform, lesion_keys, reduced_size
+from triderm_dist.data.augment import Crops, LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.runtime.extras import is_installed
 
 
@@ -60,7 +60,7 @@ class HostTransform:
     ) -> None:
         """height, width: of the photos."""
         self.transform, self.cv2 = transform, cv2
-        self._shape, self._reduced = (height, width), reduced_size(height, width, transform.size)
+        self._shape, self._reduced = (height, width), transform.reduced_size(height, width)
         self._shift, self._scale = np.asarray(mean, np.float64), 1 / np.asarray(std, np.float64)
         # Limits of a normalized crop's row: black and white.
         self._limits = [

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from simplejpeg import decode_jpeg
 
-from triderm_dist.config import AugmentConfig
+from triderm_dist.config import AugmentConfig, Frame
 from triderm_dist.data.augment import (
     LesionRng,
     PhotoTransform,
@@ -95,10 +95,11 @@ class CanvasSource:
         std: Sequence[float],
         views: Sequence[str],
         augment: AugmentConfig | None = None,
+        frame: Frame = "square",
     ) -> None:
-        """views: to read, a black photo where a lesion has none."""
+        """views: to read, a black photo where a lesion has none.  frame: see `TowerConfig`."""
         self.canvas, self.views, self.mean, self.std = canvas, views, mean, std
-        self.transform = PhotoTransform(image_size, augment or AugmentConfig())
+        self.transform = PhotoTransform(image_size, augment or AugmentConfig(), frame)
         self._free: list[_Buffers] = []
         self._lesions = 0  # that a buffer holds: of the largest request
 
@@ -177,11 +178,12 @@ class PhotoSource(CanvasSource):
         augment: AugmentConfig | None = None,
         views: Sequence[str] | None = None,
         cache_share: float = 1.0,
+        frame: Frame = "square",
     ) -> None:
         """views: to read, a black photo where the set has none; default those of its task.  cache_share: see
-        `RemoteShards`.
+        `RemoteShards`.  frame: see `TowerConfig`.
         """
-        super().__init__(index.canvas, image_size, mean, std, views or index.signature.views, augment)
+        super().__init__(index.canvas, image_size, mean, std, views or index.signature.views, augment, frame)
         self.index = index
         self.shards = RemoteShards(index, cache_share) if index.remote else FolderShards(index)
 

@@ -121,7 +121,7 @@ def inputs_of(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 def _photos(index: ShardIndex, tower: TowerRecord) -> LoaderFactory:
     """Return loaders of the photos at the size of the model's tower, with pixels in [0, 1]."""
-    return LoaderFactory(index, PhotoSource(index, tower.image_size, (0.0,) * 3, (1.0,) * 3))
+    return LoaderFactory(index, PhotoSource(index, tower.image_size, (0.0,) * 3, (1.0,) * 3, frame=tower.frame))
 
 
 def _network(model: ModelConfig, views: Views, folder: Path) -> TriModal:

@@ -84,6 +84,9 @@ def open_views(
     about, tower = open_tower(experiment, model, recorded, pretrained=train, start=first)
     means = network_class(model.kind).reads_mean_tokens
     shape = None if tower is None else TokenShape(1, about.width) if means else about.token_shape
+    if (packed := min(index.canvas)) < about.image_size:
+        enlarged = f"tower.image_size {about.image_size} is more than the short side of the packed photos, {packed}"
+        accelerator.print(wrapped(f"note: {enlarged}: they are enlarged; pack with a larger short_side"), flush=True)
     if tower:
         accelerator.print(wrapped(tower.report), flush=True)
     if record:
@@ -94,11 +97,12 @@ def open_views(
     def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
         views = None if shape else index.signature.views
         share = 1.0 if shape or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
-        photos = PhotoSource(each, about.image_size, about.mean, about.std, augment, views, share)
+        photos = PhotoSource(each, about.image_size, about.mean, about.std, augment, views, share, about.frame)
         loaders = LoaderFactory(each, photos, data.workers, data.prefetch)
         if tower is None or shape is None:
             return loaders
-        key = cache_key(tower=about.weights, index=each.fingerprint, size=about.image_size)
+        frame = {} if about.frame == "square" else {"frame": about.frame}
+        key = cache_key(tower=about.weights, index=each.fingerprint, size=about.image_size, **frame)
         whole = TokenCache(experiment.token_folder / key, len(each), about.token_shape)
         cache = whole.means() if means else whole
         variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]

@@ -125,6 +125,15 @@ def _write_networks(
 def _preprocessing(run: RunFolder, preprocessing: Preprocessing) -> dict[str, Any]:
     """Describe how a photo becomes pixels, exactly."""
     size, (width, height), short_side = preprocessing.size, run.canvas, run.short_side
+    most = f"is over {1.5 * size:g} pixels, reduce it to that (bilinear, antialiased)"
+    reduced, shown = {
+        "square": (f"if the short side {most}", "the centered square"),
+        "whole": (
+            f"if the long side {most}",
+            "the centered square of the long side, mirrored where it leaves the photo",
+        ),
+        "squash": (f"where a side {most}", "the whole photo"),
+    }[preprocessing.frame]
     steps = ["decode as RGB, upright (EXIF orientation)"]
     if short_side:
         steps.append(
@@ -134,8 +143,8 @@ def _preprocessing(run: RunFolder, preprocessing: Preprocessing) -> dict[str, An
     steps += [
         f"fit to {width} x {height} pixels (width x height) unless it has that size: turn by 90 degrees where the "
         "orientation differs, scale the short side (bilinear, antialiased), crop or mirror the long side",
-        f"divide by 255; if the short side is over {1.5 * size:g} pixels, reduce it to that (bilinear, antialiased)",
-        f"sample the centered square at {size} x {size} points (bilinear)",
+        f"divide by 255; {reduced}",
+        f"sample {shown} at {size} x {size} points (bilinear)",
         "subtract mean, divide by std, for each channel; channels first",
     ]
     numbers = {"size": size, "mean": preprocessing.mean, "std": preprocessing.std}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.config import AugmentConfig, ModelConfig
+from triderm_dist.config import AugmentConfig, Frame, ModelConfig
 from triderm_dist.data.augment import PhotoTransform, normalize
 from triderm_dist.distributed.parallel import choose_precision
 from triderm_dist.engine.checkpoint import load_weights
@@ -34,20 +34,21 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Preprocessing(NamedTuple):
-    """How photos become the input of a tower: their centered square at `size` pixels, normalized."""
+    """How photos become the input of a tower: their frame (see `TowerConfig`) at `size` pixels, normalized."""
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    frame: Frame = "square"
 
     def __call__(self, photos: Tensor, view: str = "") -> Tensor:
         """Map photos (B, H, W, 3) uint8 of one canvas to pixels (B, 3, size, size) float32."""
-        crops = PhotoTransform(self.size, AugmentConfig())(photos, view)
+        crops = PhotoTransform(self.size, AugmentConfig(), self.frame)(photos, view)
         return normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
 
     @classmethod
     def of(cls, tower: TowerRecord) -> Preprocessing:
-        return cls(tower.image_size, tower.mean, tower.std)
+        return cls(tower.image_size, tower.mean, tower.std, tower.frame)
 
 
 class FrozenTower(nn.Module):

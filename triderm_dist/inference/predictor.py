@@ -116,7 +116,7 @@ class Predictor:
             if networks:
                 images = self._inputs(model, batch, pixels, (0,), {})
                 inputs = (*images, batch.view_present, batch.concepts, batch.metadata)
-                shown = Preprocessing(model.preprocessing.size, (0.0,) * 3, (1.0,) * 3)
+                shown = model.preprocessing._replace(mean=(0.0,) * 3, std=(1.0,) * 3)
                 crops = {view: pixels.upright(shown, view)[0] for view in source.views}
                 pairs = [(network, inputs) for network in networks]
                 maps[model.name] = maps_of(pairs, model.config.head, photos, 0, crops)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
+from triderm_dist.config import Frame
 from triderm_dist.files import atomic_path, write_tensors
 from triderm_dist.models.light_imports import import_timm
 from triderm_dist.models.tower import TokenShape, Tower, TowerOptions, Triple, tower_hash
@@ -63,6 +64,12 @@ class TowerRecord:
     @property
     def source(self) -> str:
         return str(self.settings["source"])
+
+    @property
+    def frame(self) -> Frame:
+        """What of a photo the tower sees, see `TowerConfig`."""
+        frame: Frame = self.settings.get("frame", "square")
+        return frame
 
     @property
     def token_shape(self) -> TokenShape:
@@ -161,8 +168,11 @@ def load_tower(folder: Path, record: TowerRecord) -> Tower:
 
 
 def _settings(config: TowerConfig) -> dict[str, Any]:
-    """Return the settings that decide which tower is built."""
-    return config.model_dump(include={"source", "pretrained", "image_size", "quick_gelu"})
+    """Return the settings that decide which tower is built, and of its photos the frame where it is not a square,
+    which was the only one once: names of records are hashes of them.
+    """
+    settings = config.model_dump(include={"source", "pretrained", "image_size", "quick_gelu"})
+    return settings if config.frame == "square" else {**settings, "frame": config.frame}
 
 
 def _weights(folder: Path, record: TowerRecord) -> Path | None:
