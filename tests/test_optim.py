@@ -154,3 +154,17 @@ def test_scheduler_scales_all_groups_alike() -> None:
         assert rates_now == pytest.approx(expected)
     with pytest.raises(ConfigError, match="min_lr"):
         build_scheduler(optimizer, OptimConfig(lr=1e-5, min_lr=1e-4), 10, 2)
+
+
+def test_blocks_are_unfrozen_from_the_last_one_on() -> None:
+    config = OptimConfig(lr=1e-2, layer_decay=1.0, warmup_epochs=0, unfreeze_epochs=1.5)
+    optimizer = build_optimizer(network("dual_cnn", "test_resnet"), config)
+    scheduler = build_scheduler(optimizer, config, total_steps=20, steps_per_epoch=2)
+    depths = [group["depth"] for group in optimizer.param_groups]
+    assert {0, 1, 2} <= set(depths)
+    for step in range(20):
+        factor = lr_factor(step, 20, 0, config.min_lr / config.lr)
+        expected = [1e-2 * factor * (step >= 3 * depth) for depth in depths]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()

@@ -315,6 +315,12 @@ class OptimConfig(Section):
     warmup_epochs: float = Field(
         3.0, ge=0, description="epochs of linear warm-up of the learning rate, counted in optimizer steps"
     )
+    unfreeze_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="gradual unfreezing: the last tower block starts to train after so many epochs, the one before it "
+        "after twice as many, and so on; until then only what comes after it is trained",
+    )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm that gradients are clipped to")
 
 
@@ -1018,6 +1024,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.name": "adamw",
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
+    "models.NAME.train.optim.unfreeze_epochs": 0.0,
     "models.NAME.train.swa_epochs": 0,
     "models.NAME.train.tracker_settings": {},
     "models.NAME.init": None,

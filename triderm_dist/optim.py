@@ -146,7 +146,8 @@ def lr_factor(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Build a scheduler that applies `lr_factor` to every group; step it once per optimizer step.
+    """Build a scheduler that applies `lr_factor` to every group; step it once per optimizer step. With gradual
+    unfreezing the rate of a group of depth d is 0 in the first d * `config.unfreeze_epochs` epochs.
 
     A rate of `config.lr` ends at `config.min_lr`; those of all groups fall by the same factor. Raises ConfigError
     for an unknown schedule, or where `config.min_lr` is above `config.lr`.
@@ -154,11 +155,19 @@ def build_scheduler(
     _check_known("optim.schedule", config.schedule, SCHEDULES, "a schedule")
     if config.min_lr > config.lr:
         raise ConfigError(f"train.optim.min_lr {config.min_lr:g} is above train.optim.lr {config.lr:g}; lower it")
-    factor = partial(
+    shared = partial(
         lr_factor,
         total_steps=total_steps,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         min_factor=config.min_lr / config.lr,
         shape=SCHEDULES[config.schedule],
     )
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    begins = [
+        round(group.get("depth", 0) * config.unfreeze_epochs * steps_per_epoch) for group in optimizer.param_groups
+    ]
+    factors = [partial(_from_step, begin, shared) if begin else shared for begin in begins]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _from_step(begin: int, factor: Callable[[int], float], step: int) -> float:
+    return factor(step) if step >= begin else 0.0

@@ -21,7 +21,7 @@ train:
   swa_epochs: 2
   augment: {mixup: 0.4, cutmix: 1.0, unmixed_epochs: 1}
   loss: {label_smoothing: 0.05}
-  optim: {lr: 4e-5, warmup_epochs: 1, head_lr_multiple: 2.5}
+  optim: {lr: 4e-5, warmup_epochs: 1, head_lr_multiple: 2.5, unfreeze_epochs: 0.5}
 models:
   tri:
     width: 32

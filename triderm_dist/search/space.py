@@ -193,6 +193,7 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
                 "tower.freeze_dermoscopic",
                 "tower.drop_path",
                 "train.optim.layer_decay",
+                "train.optim.unfreeze_epochs",
                 "train.activation_checkpointing",
             ),
             "with tower.frozen no block of a tower is trained",
