@@ -172,6 +172,13 @@ class AugmentConfig(Section):
     brightness: float = Field(0.15, ge=0, le=1, description="brightness factor within 1 +- this")
     contrast: float = Field(0.15, ge=0, le=1, description="contrast factor within 1 +- this")
     saturation: float = Field(0.15, ge=0, le=1, description="saturation factor within 1 +- this")
+    aspect: float = Field(0.0, ge=0, le=1, description="ratio of a crop's sides, as a factor of up to 1 + this")
+    clinical_strength: float = Field(
+        1.0,
+        ge=0,
+        description="multiple of the strength of crop, rotation, aspect, brightness, contrast and saturation for the "
+        "clinical photo",
+    )
     tied_views: bool = Field(False, description="use the same geometric augmentation for both photos of a lesion")
     clinical_dropout: float = Field(0.2, ge=0, lt=1, description="probability that the clinical view is hidden")
     dermoscopic_dropout: float = Field(0.0, ge=0, lt=1, description="probability that the dermoscopic view is hidden")
@@ -197,8 +204,8 @@ class AugmentConfig(Section):
     unmixed_epochs: int = Field(3, ge=0, description="last epochs without mixup and cutmix")
     extra: dict[str, dict[str, Any]] = Field(
         {},
-        description="augmentations that plugins add, by name, each with its own settings; applied after geometry and "
-        "color, in alphabetical order",
+        description="more augmentations by name, each with its own settings: hue, blur, noise, cutout and those of "
+        "plugins; applied after geometry and color, in alphabetical order",
     )
 
     OTHER_KEYS: ClassVar[frozenset[str]] = frozenset(
@@ -1014,6 +1021,8 @@ ADDED_KEYS: dict[str, Any] = {
     "data.task": None,
     "models.NAME.tower.drop_path": None,
     "models.NAME.tower.frame": "square",
+    "models.NAME.train.augment.aspect": 0.0,
+    "models.NAME.train.augment.clinical_strength": 1.0,
     "models.NAME.train.augment.cutmix": 0.0,
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.augment.mixup": 0.0,

@@ -6,6 +6,7 @@ import torch
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import (
+    AUGMENTATIONS,
     Augmentation,
     LesionRng,
     PhotoTransform,
@@ -206,3 +207,94 @@ def test_drop_inputs(rate):
     both_kept = (1 - rate) ** 2 + rate**2  # if both were drawn, none is hidden
     assert seen[10:].all(1).mean() == pytest.approx(both_kept, abs=0.03)
     assert concepts.dtype == np.float32
+
+
+EXTRA = {
+    "blur": {"clinical": 1.5},
+    "cutout": {"clinical": 0.6},
+    "hue": {"clinical": 40.0},
+    "noise": {"clinical": 0.2},
+}
+
+
+def crops_of(extra: dict, view: str = "clinical", config: AugmentConfig = IDENTITY, number: int = 8) -> torch.Tensor:
+    transform = PhotoTransform(24, config.model_copy(update={"extra": extra}))
+    return transform(photos(number), view, LesionRng(0, 1, KEYS[:number], COPIES[:number]))
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_built_in_augmentation_is_independent_of_the_split_and_has_a_strength_for_each_view(name):
+    extra = {name: EXTRA[name]}
+    together = crops_of(extra)
+    assert together.min() >= 0 and together.max() <= 1
+    assert sum((a - b).abs().max() > 0.01 for a, b in zip(together, crops_of({}), strict=True)) > 4
+    assert torch.equal(crops_of(extra, "dermoscopic"), crops_of({}, "dermoscopic"))
+    transform = PhotoTransform(24, IDENTITY.model_copy(update={"extra": extra}))
+    part = transform(photos()[4:6], "clinical", LesionRng(0, 1, KEYS[4:6], COPIES[4:6]))
+    torch.testing.assert_close(part, together[4:6], atol=1e-5, rtol=0)
+
+
+def test_hue_turns_colors_and_keeps_gray():
+    rng, gray = LesionRng(0, 0, KEYS, COPIES), torch.rand(64, 1, 4, 4).expand(-1, 3, -1, -1).contiguous()
+    hue = AUGMENTATIONS["hue"](clinical=90.0).of_view("clinical")
+    torch.testing.assert_close(hue(gray, rng), gray)
+    red = torch.tensor([0.6, 0.4, 0.4]).view(1, 3, 1, 1).expand(64, -1, 1, 1).contiguous()
+    turned = hue(red, rng) - 0.4667
+    angle = torch.atan2(
+        3**0.5 * (turned[:, 1] - turned[:, 2]), 2 * turned[:, 0] - turned[:, 1] - turned[:, 2]
+    ).flatten()
+    drawn = torch.from_numpy(np.radians(90 * (2 * rng.uniform("angle") - 1))).float()
+    torch.testing.assert_close(angle, drawn, atol=1e-3, rtol=0)
+
+
+def test_blur_is_a_normalized_gaussian():
+    impulse = torch.zeros(64, 3, 15, 15).contiguous(memory_format=torch.channels_last)
+    impulse[:, :, 7, 7] = 1
+    rng = LesionRng(0, 0, KEYS, COPIES)
+    blurred = AUGMENTATIONS["blur"](clinical=2.0).of_view("clinical")(impulse, rng)
+    torch.testing.assert_close(blurred.sum((2, 3)), torch.ones(64, 3))
+    variance = (blurred[:, 0].sum(1) * (torch.arange(15) - 7) ** 2).sum(1)
+    wide = torch.from_numpy(2 * rng.uniform("deviation")) > 0.5
+    expected = torch.from_numpy(2 * rng.uniform("deviation")) ** 2
+    torch.testing.assert_close(variance[wide].double(), expected[wide], rtol=0.1, atol=0)
+
+
+def test_noise_has_the_drawn_deviation_and_no_pattern():
+    rng, gray = LesionRng(0, 0, KEYS, COPIES), torch.full((64, 3, 32, 32), 0.5)
+    noise = AUGMENTATIONS["noise"](clinical=0.2).of_view("clinical")(gray.clone(), rng) - 0.5
+    drawn = torch.from_numpy(0.2 * rng.uniform("deviation")).float()
+    torch.testing.assert_close(noise.flatten(1).std(1), drawn, rtol=0.05, atol=0)
+    rows = (noise / drawn.view(-1, 1, 1, 1)).flatten(1)
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.1
+    assert torch.corrcoef(rows.view(64, 3, -1).transpose(0, 1).flatten(1)).fill_diagonal_(0).abs().max() < 0.03
+    assert (noise[..., 1:] * noise[..., :-1]).mean((1, 2, 3)).abs().max() < 0.1 * 0.2**2
+
+
+def test_cutout_fills_one_square_with_the_mean_color():
+    plain, cut = crops_of({}, number=64), crops_of({"cutout": {"clinical": 0.6}}, number=64)
+    sides = []
+    for before, after in zip(plain, cut, strict=True):
+        changed = (before != after).any(0)
+        rows, columns = changed.any(1), changed.any(0)
+        assert torch.equal(changed, rows[:, None] & columns[None, :])
+        torch.testing.assert_close(after[:, changed].T, before.mean((1, 2)).expand(int(changed.sum()), 3))
+        sides.append(int(rows.sum()))
+    assert 10 <= max(sides) <= 15 and len(set(sides)) > 5
+
+
+def test_aspect_and_strength_of_the_clinical_photo():
+    config = IDENTITY.model_copy(update={"aspect": 0.5})
+    matrix = PhotoTransform(24, config).crops(64, 24, 24, "dermoscopic", LesionRng(0, 0, KEYS, COPIES)).matrix
+    ratio = matrix[:, 0, 0] / matrix[:, 1, 1]
+    assert ratio.min() == pytest.approx(1 / 1.5, abs=0.05) and ratio.max() == pytest.approx(1.5, abs=0.05)
+    np.testing.assert_allclose(matrix[:, 0, 0] * matrix[:, 1, 1], 1)
+
+    def crops(view: str, **settings: float):
+        transform = PhotoTransform(24, AugmentConfig(tied_views=True, **settings))
+        return transform.crops(64, 24, 24, view, LesionRng(0, 0, KEYS, COPIES))
+
+    halved = crops("clinical", clinical_strength=0.5)
+    expected = crops("clinical", min_scale=0.85, rotation=7.5, brightness=0.075, contrast=0.075, saturation=0.075)
+    np.testing.assert_allclose(halved.matrix, expected.matrix, atol=1e-12)
+    np.testing.assert_allclose(halved.color, expected.color)
+    assert np.array_equal(crops("dermoscopic", clinical_strength=0.5).matrix, crops("dermoscopic").matrix)

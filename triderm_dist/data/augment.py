@@ -10,18 +10,19 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
 from triderm_dist.config import AugmentConfig, Frame, build
 from triderm_dist.schema import VIEWS, ConfigError
 from triderm_dist.settings import Section
 
-_GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip")
+_GEOMETRY = ("scale", "shift_x", "shift_y", "rotation", "turns", "flip", "aspect")
 _COLOR = ("brightness", "contrast", "saturation")
 
 
@@ -71,7 +72,7 @@ class LesionRng:
 
 
 class Augmentation(Section):
-    """Base class of the augmentations that plugins add to `AUGMENTATIONS`; its fields are its settings."""
+    """Base class of the augmentations in `AUGMENTATIONS`; its fields are its settings."""
 
     def __call__(self, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
         """Return the augmented crops of one view.
@@ -81,8 +82,97 @@ class Augmentation(Section):
         """
         raise NotImplementedError
 
+    def of_view(self, view: str) -> Callable[[torch.Tensor, LesionRng], torch.Tensor]:
+        """Return what augments the crops of a view, by default the same for both."""
+        return self
 
-AUGMENTATIONS: dict[str, type[Augmentation]] = {}
+
+class _ByView(Augmentation):
+    """An augmentation with a strength of its own for each view; 0 leaves the view as it is."""
+
+    clinical: float = Field(0.0, ge=0)
+    dermoscopic: float = Field(0.0, ge=0)
+
+    def of_view(self, view: str) -> Callable[[torch.Tensor, LesionRng], torch.Tensor]:
+        strength: float = getattr(self, view)
+        return functools.partial(self.apply, strength) if strength else lambda pixels, rng: pixels
+
+    def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Hue(_ByView):
+    """Rotate colors around the gray axis, by up to `strength` degrees."""
+
+    def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+        angle = np.radians(strength * (2 * rng.uniform("angle") - 1))
+        # Rodrigues' formula: of (red, green, blue), each takes part in itself, in the next and in the one before.
+        shares = [(1 + 2 * np.cos(angle - shift)) / 3 for shift in (0, -2 * math.pi / 3, 2 * math.pi / 3)]
+        itself, following, before = (
+            to_device(share.astype(np.float32), pixels.device).view(-1, 1, 1) for share in shares
+        )
+        rotated = torch.empty_like(pixels)
+        for channel in range(3):
+            own, later, earlier = (pixels[:, (channel + step) % 3] for step in (0, 1, 2))
+            torch.mul(own, itself, out=rotated[:, channel]).addcmul_(later, following).addcmul_(earlier, before)
+        return rotated.clamp_(0, 1)
+
+
+class Blur(_ByView):
+    """Blur with a Gaussian of standard deviation up to `strength` pixels of the crop."""
+
+    def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+        number, channels, height, width = pixels.shape
+        radius = min(math.ceil(3 * strength), height - 1, width - 1)
+        deviation = np.maximum(strength * rng.uniform("deviation"), 1e-3)
+        kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation[:, None]) ** 2)
+        kernel = (kernel / kernel.sum(1, keepdims=True)).astype(np.float32).repeat(channels, 0)
+        weight = to_device(kernel, pixels.device)
+        flat = F.pad(pixels.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
+        flat = F.conv2d(flat, weight[:, None, :, None], groups=number * channels)
+        flat = F.conv2d(flat, weight[:, None, None, :], groups=number * channels)
+        return flat.view(pixels.shape).contiguous(memory_format=torch.channels_last)
+
+
+class Noise(_ByView):
+    """Add uniform noise of a standard deviation up to `strength`, in units of white, independent for each number."""
+
+    def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+        channels, height, width = pixels.shape[1:]
+        # Multiply-shift hashes of the position, times an odd number of the channel; see `models.dropout`.
+        positions, odd = _odd_numbers(height * width, channels, pixels.device)
+        keys = to_device(rng.bits(["pixels"]).view(np.int64), pixels.device)
+        numbers = ((keys * positions) >> 32).to(torch.int32).view(-1, 1, height, width) * odd[:, None, None]
+        scale = strength * rng.uniform("deviation") * math.sqrt(12) / 2**32
+        scale = to_device(scale.astype(np.float32), pixels.device).view(-1, 1, 1, 1)
+        return pixels.addcmul_(numbers.to(pixels.dtype), scale).clamp_(0, 1)
+
+
+class Cutout(_ByView):
+    """Fill a square of a side up to `strength` times that of the crop with the crop's mean color (DeVries and Taylor
+    2017).
+    """
+
+    def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
+        size = pixels.shape[-1]
+        side, *center = rng.uniform_table(["side", "x", "y"]).T
+        half, center = min(strength, 1) * side / 2, np.stack(center, 1)
+        first, last = (np.rint(size * (center + sign * half[:, None])).astype(np.int64) for sign in (-1, 1))
+        at = torch.arange(size, device=pixels.device)
+        inside = (at >= to_device(first, pixels.device)[:, :, None]) & (at < to_device(last, pixels.device)[:, :, None])
+        hole = (inside[:, 1, :, None] & inside[:, 0, None, :])[:, None]
+        return torch.where(hole, pixels.mean((2, 3), keepdim=True), pixels)
+
+
+@functools.lru_cache
+def _odd_numbers(positions: int, channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random odd numbers for positions, int64, and for channels, int32."""
+    random = np.random.Generator(np.random.Philox(key=1)).integers(0, 2**64, positions + channels, np.uint64)
+    random = (random | np.uint64(1)).view(np.int64)
+    return to_device(random[:positions], device), to_device(random[positions:].astype(np.int32), device)
+
+
+AUGMENTATIONS: dict[str, type[Augmentation]] = {"blur": Blur, "cutout": Cutout, "hue": Hue, "noise": Noise}
 """Augmentations by the name under which `train.augment.extra` holds their settings; plugins add to this table."""
 
 
@@ -142,6 +232,7 @@ class PhotoTransform:
     def __init__(self, size: int, config: AugmentConfig, frame: Frame = "square") -> None:
         """frame: the part of a photo that a crop without augmentation shows, see `TowerConfig`."""
         self.size, self.config, self.frame, self.extra = size, config, frame, build_augmentations(config)
+        self._clinical = _strengthened(config, config.clinical_strength)
 
     def __call__(self, photos: torch.Tensor, view: str, rng: LesionRng | None = None) -> torch.Tensor:
         """Augment with random numbers of `rng`: crop, rotation, quarter turns, flip, color, plugins' augmentations.
@@ -166,10 +257,13 @@ class PhotoTransform:
         if rng is None:
             whole = np.broadcast_to(frame, (number, 2))
             return Crops(_affine(np.zeros(number), np.ones(number), whole, np.zeros((number, 2)), height, width), None)
-        config = self.config
+        config = self._clinical if view == "clinical" else self.config
         names = (*_GEOMETRY, *_COLOR)
         drawn = dict(zip(names, self._scoped(rng, view).uniform_table(names).T, strict=True))
         crop = frame * np.sqrt(config.min_scale + (1 - config.min_scale) * drawn["scale"])[:, None]
+        if config.aspect:
+            stretch = (1 + config.aspect) ** (drawn["aspect"] - 0.5)
+            crop = crop * np.stack([stretch, 1 / stretch], 1)
         angle = np.radians(config.rotation) * (2 * drawn["rotation"] - 1)
         mirror = np.ones_like(angle)
         if config.dihedral:
@@ -184,10 +278,10 @@ class PhotoTransform:
         return Crops(matrix, np.stack(factors, 1))
 
     def finish(self, crops: torch.Tensor, view: str, rng: LesionRng | None) -> torch.Tensor:
-        """Apply what follows geometry and color to crops (B, 3, size, size): plugins' augmentations."""
+        """Apply what follows geometry and color to crops (B, 3, size, size): `config.extra`."""
         if rng is not None:
             for name, augmentation in self.extra.items():
-                crops = augmentation(crops, self._scoped(rng, view).scoped(name))
+                crops = augmentation.of_view(view)(crops, self._scoped(rng, view).scoped(name))
         return crops
 
     def reduced_size(self, height: int, width: int) -> tuple[int, int]:
@@ -204,6 +298,16 @@ class PhotoTransform:
 
     def _scoped(self, rng: LesionRng, view: str) -> LesionRng:
         return rng.scoped("both" if self.config.tied_views else view)
+
+
+def _strengthened(config: AugmentConfig, factor: float) -> AugmentConfig:
+    """Return the settings with the strengths of geometry and color multiplied by a factor, as far as ranges go."""
+    if factor == 1:
+        return config
+    strengths = {name: min(1.0, factor * getattr(config, name)) for name in (*_COLOR, "aspect")}
+    strengths |= {"rotation": min(180.0, factor * config.rotation)}
+    strengths |= {"min_scale": max(0.05, 1 - factor * (1 - config.min_scale))}
+    return config.model_copy(update=strengths)
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
