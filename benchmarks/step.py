@@ -6,7 +6,8 @@ All alternate on the same batch in memory, with two towers of the same kind whos
 Then the peak memory of a step with and without activation checkpointing, each in a new process, and the share of the
 time that the toolkit's loop waits for data from shards. On a GPU also the largest micro-batch that fits. The last
 line is one JSON object: `vs_sketch` in lesions/s, `overhead` over the bare loop (median over rounds), the
-share of the peak memory that checkpointing saves and of the time that it adds.
+share of the peak memory that checkpointing saves and of the time that it adds, and `recipe_time`, the share of the time
+that mixup, CutMix, drop path and an average of the weights (EMA) add.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Size:
     precision: Literal["fp32", "bf16"]
     compile: bool
     checkpointing: bool = False
+    recipe: bool = False  # with mixup, drop path and an average of the weights
 
     @property
     def vision(self) -> dict[str, int]:
@@ -88,6 +90,10 @@ class Size:
             activation_checkpointing=self.checkpointing,
         )  # fmt: skip
         tower = TowerConfig(source=f"local-dir:{folder}", pretrained=False, quick_gelu=False)
+        if self.recipe:
+            augment = train.augment.model_copy(update={"mixup": 0.4, "cutmix": 1.0})
+            train = train.model_copy(update={"ema_decay": 0.999, "augment": augment})
+            tower = tower.model_copy(update={"drop_path": 0.2})
         return ModelConfig(width=self.width, head="sigmoid", tower=tower, train=train)
 
 
@@ -133,6 +139,7 @@ def main(config: StepBenchmark) -> None:
         "overhead": round(relative(times["ours"], times["bare loop"]), 4),
         "checkpoint_memory": round(1 - checked / plain, 3),
         "checkpoint_time": round(relative(times["ours, checkpointing"], times["ours"]), 3),
+        "recipe_time": round(relative(times["ours, recipe"], times["ours"]), 3),
         "mfu": compute and round(compute.mfu(size.batch / median["ours"]), 4),
         "device": device_name(device),
         "data_wait": round(loop["data_wait"], 4),
@@ -154,6 +161,7 @@ def contestants(size: Size, device: Any, folder: Path) -> dict[str, TakeStep]:
         "bare loop": bare_loop(size, device, folder),
         "ours": ours(size, device, folder),
         "ours, checkpointing": ours(replace(size, checkpointing=True), device, folder),
+        "ours, recipe": ours(replace(size, recipe=True), device, folder),
     }
 
 
@@ -235,7 +243,9 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     import numpy as np
 
     from triderm_dist.data.loader import Step
+    from triderm_dist.data.mixing import Mixing
     from triderm_dist.distributed import parallel
+    from triderm_dist.engine.ema import Ema
     from triderm_dist.engine.finite import NonFiniteGuard
     from triderm_dist.engine.step import TrainStep
     from triderm_dist.losses import CompoundLoss
@@ -260,13 +270,17 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, lines=TrainLines(100_000, 1, loss.names)).__enter__()
-    step, done = Step(0, ranks * size.batch, [batch], np.arange(size.batch)), 0
+    average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
+    mixing = Mixing(config.augment, signature()) if config.augment.mixes else lambda batch: batch
+    done = 0
 
     def take_step() -> None:
         nonlocal done
-        result = train_step(step, done)
+        result = train_step(Step(0, ranks * size.batch, [mixing(batch)], np.arange(size.batch)), done)
         scheduler.step()
         done += 1
+        if average:
+            average.after_step(done)
         if done % LOG_EVERY == 0:
             guard.check()
             values = loss.values(result.sums, result.count)

@@ -60,6 +60,16 @@ def test_shipped_spaces_match_the_shipped_experiments(name, experiment):
         assert ("train.optim.layer_decay" in space) == (name != "losses" and not frozen)
 
 
+@pytest.mark.parametrize("experiment", ["demo", "milk10k", "milk10k_cpu"])
+def test_space_of_the_recipe_fits_the_shipped_experiments(experiment):
+    config = load(Experiment, ROOT / "launch" / "experiments" / f"{experiment}.yaml")
+    for model in config.models:
+        space, _ = fit_space(read_space(ROOT / "tune" / "spaces" / "recipe.yaml"), config, model, "recipe")
+        frozen = config.models[model].tower.frozen
+        assert {"train.augment.mixup", "train.optim.head_lr_multiple"} <= set(space)
+        assert ({"tower.drop_path", "train.optim.unfreeze_epochs"} <= set(space)) == (not frozen)
+
+
 def test_space_all_is_the_union_of_the_other_two():
     losses, llrd, both = (read_space(ROOT / "tune" / "spaces" / f"{name}.yaml") for name in ("losses", "llrd", "all"))
     assert both == losses | llrd
