@@ -15,6 +15,7 @@ IMPORT_NAMES = {
     "open_clip_torch": "open_clip",
     "pillow": "PIL",
     "pillow-heif": "pillow_heif",
+    "opencv-python-headless": "cv2",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.lesions import Lesions
-from triderm_dist.data.loader import LoaderFactory, PhotoSource, TokenSource
+from triderm_dist.data.loader import LoaderFactory, PhotoSource, Step, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
@@ -25,6 +26,7 @@ from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fill_tower
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.models import build_towers, network_class
+from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower, Encoder
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, tower_hash
 from triderm_dist.runtime.terminal import wrapped
@@ -210,9 +212,8 @@ class _TokenExtractor:
         accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
         if not missing:
             return
-        self.tower.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        if compile_tower:
-            self.tower.compile(dynamic=False)
+        photos = cache.lesions * len(self.loaders.index.signature.views) * len(versions)
+        encoder = self._encoder(compile_tower, photos)
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -223,7 +224,7 @@ class _TokenExtractor:
                     if whole and whole.has(version, chunk):
                         tokens = whole.read_chunk(version, chunk)
                     else:
-                        tokens = self.extract(cache.rows(chunk), version)
+                        tokens = self.extract(encoder, cache.rows(chunk), version)
                     if whole:
                         tokens = tokens.mean(2, keepdims=True, dtype=np.float32)
                     cache.write(version, chunk, tokens)
@@ -233,7 +234,19 @@ class _TokenExtractor:
                     print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
         accelerator.wait_for_everyone()
 
-    def extract(self, rows: np.ndarray, version: str) -> np.ndarray:
+    def _encoder(self, compile_tower: bool, photos: int) -> Encoder:
+        """Prepare the tower for this number of photos, those of cached versions included, so that a resumed run
+        computes the rest in the same way.
+        """
+        tower, device, accelerator = self.tower.eval(), self.accelerator.device, self.accelerator
+        tower.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cpu" and photos >= MIN_PHOTOS:
+            return CpuTower(tower, lambda line: accelerator.print(wrapped(line), flush=True))
+        if compile_tower:
+            tower.compile(dynamic=False)
+        return tower
+
+    def extract(self, encoder: Encoder, rows: np.ndarray, version: str) -> np.ndarray:
         """Return the tokens (n, views, L, D) float16 of index rows (n,) in one version."""
         views = self.loaders.index.signature.views
         kind, _, number = version.rpartition("-")
@@ -242,10 +255,20 @@ class _TokenExtractor:
             rows, EXTRACT_BATCH, device,
             augment=self.augment if augmented else None, seed=self.seed, epoch=int(number) if augmented else 0,
         )  # fmt: skip
-        transform, parts = int(number) if kind == "dihedral" else 0, []
-        for step in loader:
+        transform = int(number) if kind == "dihedral" else 0
+
+        @torch.inference_mode()
+        def tokens_of(step: Step) -> np.ndarray:
             batch = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                tokens = [self.tower(getattr(batch, view))[: step.count] for view in views]
-            parts.append(torch.stack(tokens, 1).half().cpu().numpy())
-        return np.concatenate(parts)
+                tokens = [encoder(getattr(batch, view))[: step.count] for view in views]
+            return torch.stack(tokens, 1).half().cpu().numpy()
+
+        # In a thread, so that the next batch is augmented meanwhile; one at a time, which bounds the memory.
+        with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
+            parts: list[Future[np.ndarray]] = []
+            for step in loader:
+                if parts:
+                    parts[-1].result()
+                parts.append(pool.submit(tokens_of, step))
+            return np.concatenate([part.result() for part in parts])

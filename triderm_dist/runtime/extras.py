@@ -26,6 +26,8 @@ EXTRA_OF: dict[str, str] = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",
+    "openvino": "cpu",
+    "cv2": "cpu",
     "openpyxl": "excel",
     "pillow_heif": "photos",
 }
