@@ -34,7 +34,7 @@ from triderm_dist.runtime.signals import (
     raise_stopped,
     second_ends,
 )
-from triderm_dist.runtime.usage import write_waits
+from triderm_dist.runtime.usage import report_usage
 from triderm_dist.schema import Busy, ConfigError, InputError, one_line, printable
 from triderm_dist.settings import Section, Tree, describe, flatten, read_override
 
@@ -97,7 +97,7 @@ def run(
 
     with _process(), ExitStack() as log:  # open until the line of an error is printed
         status = _status_of(work)
-        write_waits()
+        report_usage()
     _exit(status)
 
 

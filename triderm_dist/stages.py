@@ -28,7 +28,7 @@ from triderm_dist.files import exclusive_lock, file_sha256, walk_folders, write_
 from triderm_dist.runtime.run_log import LOG_FOLDER
 from triderm_dist.runtime.signals import INTERRUPTED, SIGNALS, end_at_once, end_with_parent, handle_signals, on_second
 from triderm_dist.runtime.terminal import clock, wrapped
-from triderm_dist.runtime.usage import WAITS_FILE, Meter, Usage
+from triderm_dist.runtime.usage import USAGE_FILE, Meter, Usage
 
 END_SECONDS = 5.0
 """Time for a stage to end after a second Ctrl-C."""
@@ -123,11 +123,11 @@ def _stoppable(lock: int, folder: Path) -> Iterator[Callable[[Sequence[str]], tu
         if asked:
             raise Interrupted("rerun the same command to resume")
         # Waiting OpenMP threads must not spin: they would fight with decoder threads and XGBoost for the cores.
-        waits = folder / ".waits.json"
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, LOG_FOLDER: str(folder), WAITS_FILE: str(waits)}
+        report = folder / ".usage.json"
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, LOG_FOLDER: str(folder), USAGE_FILE: str(report)}
         words = [sys.executable if word == "python" else word for word in command]
         # In its own process group it receives Ctrl-C once, from `stop`. It inherits the lock.
-        meter = Meter(waits)
+        meter = Meter(report)
         running = subprocess.Popen(words, env=environment, pass_fds=[lock], preexec_fn=end_with_parent, process_group=0)
         if asked:
             running.terminate()

@@ -7,15 +7,15 @@ import sys
 import pytest
 
 from triderm_dist.runtime import usage
-from triderm_dist.runtime.usage import WAITS_FILE, Meter, Usage, usage_table
+from triderm_dist.runtime.usage import USAGE_FILE, Meter, Usage, usage_table
 
 
 def measured(code: str, folder) -> tuple[int, Usage]:
-    waits = folder / "waits.json"
-    meter = Meter(waits)
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, WAITS_FILE: str(waits)})
+    report = folder / "usage.json"
+    meter = Meter(report)
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, USAGE_FILE: str(report)})
     status, used = meter.wait(process)
-    assert not waits.exists()
+    assert not report.exists()
     return status, used
 
 
@@ -24,8 +24,8 @@ def test_cpu_time_memory_and_waits_of_a_process_and_its_children(tmp_path):
     code = (
         f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {burn!r}])\n"
         "block = bytearray(200 << 20)\n"
-        "from triderm_dist.runtime.usage import add_data_wait, write_waits\n"
-        "time.sleep(0.4); add_data_wait(0.25); write_waits(); sys.exit(5)"
+        "from triderm_dist.runtime.usage import add_data_wait, report_usage\n"
+        "time.sleep(0.4); add_data_wait(0.25); report_usage(); sys.exit(5)"
     )
     status, used = measured(code, tmp_path)
     assert status == 5
@@ -35,25 +35,31 @@ def test_cpu_time_memory_and_waits_of_a_process_and_its_children(tmp_path):
     assert (used.disk_seconds or 0.0) + used.other_seconds >= 0.4 - 0.25 + 0.3
 
 
-def test_program_that_writes_no_waits_has_none(tmp_path):
+def test_peak_memory_is_not_that_of_the_parent(tmp_path):
+    block = bytearray(400 << 20)
+    _, used = measured("from triderm_dist.runtime.usage import report_usage; report_usage()", tmp_path)
+    assert 5 < used.peak_mb < len(block) / 2**20
+
+
+def test_program_that_reports_nothing_has_no_waits(tmp_path):
     status, used = measured("pass", tmp_path)
-    assert status == 0
+    assert status == 0 and used.peak_mb > 1
     assert used.data_seconds is used.disk_seconds is used.other_seconds is None
 
 
-def test_other_ranks_write_no_waits(tmp_path, monkeypatch):
-    monkeypatch.setenv(WAITS_FILE, str(tmp_path / "waits.json"))
+def test_other_ranks_report_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(USAGE_FILE, str(tmp_path / "usage.json"))
     monkeypatch.setenv("RANK", "1")
-    usage.write_waits()
+    usage.report_usage()
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("RANK", "0")
-    usage.write_waits()
-    assert (tmp_path / "waits.json").exists()
+    usage.report_usage()
+    assert (tmp_path / "usage.json").exists()
 
 
 def test_disk_waits_are_unknown_without_pressure_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(usage, "_PRESSURE", tmp_path / "none")
-    _, used = measured("from triderm_dist.runtime.usage import write_waits; write_waits()", tmp_path)
+    _, used = measured("from triderm_dist.runtime.usage import report_usage; report_usage()", tmp_path)
     assert used.disk_seconds is None and used.other_seconds is not None
     pressure = tmp_path / "io"
     pressure.write_text("some avg10=0.08 avg60=0.11 avg300=0.39 total=1500000\nfull avg10=0.00 total=7\n")
@@ -62,7 +68,7 @@ def test_disk_waits_are_unknown_without_pressure_figures(tmp_path, monkeypatch):
 
 
 def test_process_that_a_signal_handler_awaited(tmp_path):
-    meter = Meter(tmp_path / "waits.json")
+    meter = Meter(tmp_path / "usage.json")
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     process.wait()
     assert meter.wait(process) == (3, None)
@@ -81,4 +87,4 @@ def test_table_has_the_sum_of_all_stages():
 
 @pytest.fixture(autouse=True)
 def no_file(monkeypatch):
-    monkeypatch.delenv(WAITS_FILE, raising=False)
+    monkeypatch.delenv(USAGE_FILE, raising=False)

@@ -1,6 +1,6 @@
 """What a program needed: CPU time, wall time, peak memory, and what its main thread waited for.
 
-CPU time and memory are measured by the process that starts the program (`Usage`), waits by the program (`write_waits`).
+CPU time is measured by the process that starts the program (`Meter`), memory and waits by the program (`report_usage`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from triderm_dist.runtime.terminal import table
 if TYPE_CHECKING:
     import resource
 
-WAITS_FILE = "TRIDERM_WAITS_FILE"
-"""Environment variable with the file that `write_waits` writes."""
+USAGE_FILE = "TRIDERM_USAGE_FILE"
+"""Environment variable with the file that `report_usage` writes."""
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 _PRESSURE = Path("/proc/pressure/io")
 
@@ -36,9 +36,9 @@ class Usage:
     main thread waited for decoded photos or tokens (data), for the disk, and for anything else: other threads, other
     processes, a free core.
 
-    CPU time and memory are those of all processes that were waited for; the workers of Ray are not. disk: the time in
-    which any program of the machine waited for a disk; None where the system does not tell. A program that does not
-    write its waits has None for all.
+    CPU time and memory are those of all processes that were waited for; the workers of Ray are not. disk_seconds: the
+    time in which any program of the machine waited for a disk; None where the system does not tell. A program that
+    reports nothing has None for its waits, and at least the peak memory of its parent: Linux counts from the fork.
     """
 
     cpu_seconds: float
@@ -50,13 +50,13 @@ class Usage:
 
 
 class Meter:
-    """Measures a program from its start, which is now, to its end, which `wait` awaits. waits: see `WAITS_FILE`."""
+    """Measures a program from its start, which is now, to its end, which `wait` awaits. report: see `USAGE_FILE`."""
 
-    def __init__(self, waits: Path) -> None:
-        waits.unlink(missing_ok=True)
-        self._waits, self._started, self._disk = waits, time.perf_counter(), _disk_stalls()
+    def __init__(self, report: Path) -> None:
+        report.unlink(missing_ok=True)
+        self._report, self._started, self._disk = report, time.perf_counter(), _disk_stalls()
 
-    def wait(self, process: subprocess.Popen) -> tuple[int, Usage | None]:  # type: ignore[type-arg]
+    def wait(self, process: subprocess.Popen) -> tuple[int, Usage | None]:
         """Wait for a process; return its exit code and usage, None where a signal handler has awaited it before."""
         try:
             _, status, used = os.wait4(process.pid, 0)
@@ -66,19 +66,19 @@ class Meter:
         return process.returncode, self._usage(used)
 
     def _usage(self, used: resource.struct_rusage) -> Usage:
-        seconds, disk = time.perf_counter() - self._started, _disk_stalls()
-        usage = used.ru_utime + used.ru_stime, seconds, used.ru_maxrss * _MEMORY_UNIT / 2**20
+        cpu, seconds, disk = used.ru_utime + used.ru_stime, time.perf_counter() - self._started, _disk_stalls()
         try:
-            waits = json.loads(self._waits.read_text(encoding="utf-8"))
-            left = max(0.0, seconds - waits["main_cpu_seconds"])
-            data = min(waits["data_seconds"], left)
+            report = json.loads(self._report.read_text(encoding="utf-8"))
+            peak = report["peak_mb"]
+            left = max(0.0, seconds - report["main_cpu_seconds"])
+            data = min(report["data_seconds"], left)
         except (OSError, ValueError, KeyError, TypeError):
-            return Usage(*usage)
+            return Usage(cpu, seconds, _megabytes(used))
         finally:
-            self._waits.unlink(missing_ok=True)
+            self._report.unlink(missing_ok=True)
         left -= data
         stalled = None if disk is None or self._disk is None else min(disk - self._disk, left)
-        return Usage(*usage, data, stalled, left - (stalled or 0.0))
+        return Usage(cpu, seconds, peak, data, stalled, left - (stalled or 0.0))
 
 
 def add_data_wait(seconds: float) -> None:
@@ -87,12 +87,13 @@ def add_data_wait(seconds: float) -> None:
     _waited_for_data += seconds
 
 
-def write_waits() -> None:
-    """Write what the main thread did to the file that the process which started this one asks for; on rank 0 only."""
-    if (path := os.environ.get(WAITS_FILE)) and os.environ.get("RANK", "0") == "0":
-        waits = {"main_cpu_seconds": time.thread_time(), "data_seconds": _waited_for_data}
-        with suppress(OSError):
-            Path(path).write_text(json.dumps(waits), encoding="utf-8")
+def report_usage() -> None:
+    """Write what this process needed to the file that the process which started it asks for; on rank 0 only."""
+    if not (path := os.environ.get(USAGE_FILE)) or os.environ.get("RANK", "0") != "0":
+        return
+    report = {"main_cpu_seconds": time.thread_time(), "data_seconds": _waited_for_data, "peak_mb": _own_peak_mb()}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def usage_table(rows: Sequence[tuple[str, Usage]]) -> str:
@@ -121,3 +122,21 @@ def _disk_stalls() -> float | None:
     except OSError:
         return None
     return int(found[1]) / 1e6 if found else None
+
+
+def _own_peak_mb() -> float:
+    """Return the peak memory in MiB of this process, or of a process that it started and has waited for."""
+    import resource
+
+    children = _megabytes(resource.getrusage(resource.RUSAGE_CHILDREN))
+    try:
+        # Not ru_maxrss, which counts from before the program was started.
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
+    except OSError:
+        found = None
+    own = int(found[1]) / 1024 if found else _megabytes(resource.getrusage(resource.RUSAGE_SELF))
+    return max(own, children)
+
+
+def _megabytes(used: resource.struct_rusage) -> float:
+    return used.ru_maxrss * _MEMORY_UNIT / 2**20
