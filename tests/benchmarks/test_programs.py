@@ -42,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     truth = folder / "demo" / "truth" / "MILK10k_Test_GroundTruth.csv"
     config.write_text(
         f"output: {folder}/run\n"
-        f"data: {{source: {folder}/demo/train, test: {folder}/demo/test, test_truth: {truth}, folds: 2}}\n"
+        "data: {folds: 2}\n"
         "train: {epochs: 1, global_batch: 22, micro_batch: 22, log_every: 1, trackers: []}\n"
         "models:\n"
         f"  trimodal: {{kind: trimodal, width: 16, heads: 2, depth: 1, tower: {tower}}}\n"
@@ -50,7 +50,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         "stack: {max_rounds: 5, max_depth: 1}\n"
         "ensemble: {bootstrap: 20, rounds: 3}\n"
     )
-    program("triderm_dist", "pipeline", "--config", str(config))
+    data = [f"data.source={folder}/demo/train", f"data.test={folder}/demo/test", f"data.test_truth={truth}"]
+    program("triderm_dist", "pipeline", "--config", str(config), *data)
     other = folder / "other"
     source = write_challenge(folder / "source", LESIONS)
     program("triderm_dist", "pack", f"source={source.folder}", f"output={other}")
@@ -67,12 +68,13 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "baselines": [f"run={run}"],
         "compare_losses": [f"first={run}/{log}", f"second={run}/{log}"],
         "coverage": ["sets=20"],
+        "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
         "loader": [
             f"source={source}", "original=null", "rounds=1", "batch=11", "simulated=1000",
             "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",
         ],
-        "modalities": ["--config", str(inputs.config), "seeds=1"],
+        "modalities": [f"run={run}", "seeds=1"],
         "order": ["epochs=2", "batches=[32]", "lesions=10000"],
         "overlap": [f"shards={train}", f"other={inputs.other}", "copies=4"],
         "pack": [f"source={source}", "copies=1", "rounds=1", "lesions=1000", f"scratch={folder}"],

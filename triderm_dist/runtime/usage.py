@@ -11,11 +11,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from triderm_dist.runtime.terminal import table
 
@@ -94,6 +94,12 @@ def report_usage() -> None:
     report = {"main_cpu_seconds": time.thread_time(), "data_seconds": _waited_for_data, "peak_mb": _own_peak_mb()}
     with suppress(OSError):
         Path(path).write_text(json.dumps(report), encoding="utf-8")
+
+
+def usages(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Usage]]:
+    """Return the name and usage of stages as environment.json has them."""
+    names = [field.name for field in fields(Usage)]
+    return [(row["stage"], Usage(**{name: row[name] for name in names})) for row in rows]
 
 
 def usage_table(rows: Sequence[tuple[str, Usage]]) -> str:
