@@ -165,7 +165,9 @@ def build_scheduler(
     begins = [
         round(group.get("depth", 0) * config.unfreeze_epochs * steps_per_epoch) for group in optimizer.param_groups
     ]
-    factors = [partial(_from_step, begin, shared) if begin else shared for begin in begins]
+    factors: list[Callable[[int], float]] = [
+        partial(_from_step, begin, shared) if begin else shared for begin in begins
+    ]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 

@@ -143,8 +143,8 @@ class Noise(_ByView):
         positions, odd = _odd_numbers(height * width, channels, pixels.device)
         keys = to_device(rng.bits(["pixels"]).view(np.int64), pixels.device)
         numbers = ((keys * positions) >> 32).to(torch.int32).view(-1, 1, height, width) * odd[:, None, None]
-        scale = strength * rng.uniform("deviation") * math.sqrt(12) / 2**32
-        scale = to_device(scale.astype(np.float32), pixels.device).view(-1, 1, 1, 1)
+        deviation = strength * rng.uniform("deviation") * math.sqrt(12) / 2**32
+        scale = to_device(deviation.astype(np.float32), pixels.device).view(-1, 1, 1, 1)
         return pixels.addcmul_(numbers.to(pixels.dtype), scale).clamp_(0, 1)
 
 
@@ -155,9 +155,9 @@ class Cutout(_ByView):
 
     def apply(self, strength: float, pixels: torch.Tensor, rng: LesionRng) -> torch.Tensor:
         size = pixels.shape[-1]
-        side, *center = rng.uniform_table(["side", "x", "y"]).T
-        half, center = min(strength, 1) * side / 2, np.stack(center, 1)
-        first, last = (np.rint(size * (center + sign * half[:, None])).astype(np.int64) for sign in (-1, 1))
+        drawn = rng.uniform_table(["side", "x", "y"])
+        half, center = min(strength, 1) * drawn[:, :1] / 2, drawn[:, 1:]
+        first, last = (np.rint(size * (center + sign * half)).astype(np.int64) for sign in (-1, 1))
         at = torch.arange(size, device=pixels.device)
         inside = (at >= to_device(first, pixels.device)[:, :, None]) & (at < to_device(last, pixels.device)[:, :, None])
         hole = (inside[:, 1, :, None] & inside[:, 0, None, :])[:, None]
