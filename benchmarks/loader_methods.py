@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from triderm_dist.checksums import write_checked_json
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import LesionRng
 from triderm_dist.data.loader import Fetched, Loader, PhotoSource
@@ -148,12 +149,13 @@ def simulate(folder: Path, output: Path, lesions: int) -> dict[str, int]:
     for shard in raw["shards"]:
         shard["samples"] *= copies
         os.link(folder / shard["url"], output / shard["url"])
+    raw["photo_sizes"] = {size: copies * count for size, count in raw["photo_sizes"].items()}
     raw["samples"] |= {
         "rows": copies * len(table),
         "bytes": (output / SAMPLES).stat().st_size,
         "sha256": file_sha256(output / SAMPLES),
     }
-    (output / INDEX).write_text(json.dumps(raw))
+    write_checked_json(output / INDEX, raw)
     return {"lesions": copies * len(table)}
 
 

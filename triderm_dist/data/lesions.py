@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ class LesionInputs:
 
     def take(self, rows: slice) -> LesionInputs:
         """Return some of these lesions."""
-        return LesionInputs(*(None if column is None else column[rows] for column in vars(self).values()))
+        return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
 class Lesions(Protocol):

@@ -45,6 +45,9 @@ class Text(Sequence[str]):
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._column = column.cast(pa.large_string()).combine_chunks()
+        _, ends, text = self._column.buffers()
+        self._ends = np.frombuffer(ends or bytes(8), np.int64)[self._column.offset :]
+        self._text = memoryview(text or b"")
 
     def __len__(self) -> int:
         return len(self._column)
@@ -56,11 +59,12 @@ class Text(Sequence[str]):
     def __getitem__(self, rows: Any) -> Any:
         if isinstance(rows, int | np.integer):
             return self._column[int(rows)].as_py()
-        if isinstance(rows, slice):
+        if isinstance(rows, slice) or rows.dtype == bool:
             rows = np.arange(len(self))[rows]
-        elif rows.dtype == bool:
-            rows = np.flatnonzero(rows)
-        return self._column.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+        result = np.empty(len(rows), object)
+        starts, ends = self._ends[rows].tolist(), self._ends[rows + 1].tolist()
+        result[:] = [str(self._text[start:end], "utf-8") for start, end in zip(starts, ends, strict=True)]
+        return result
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), ROW_GROUP):
@@ -76,6 +80,14 @@ class Text(Sequence[str]):
     def codes(self) -> np.ndarray:
         """(N,) int32, equal where the strings are equal, from 0 in the order of first appearance."""
         return self._column.dictionary_encode().indices.to_numpy()
+
+
+def to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return a column (N,) of numbers, none missing. pyarrow's `to_numpy` imports pandas: 0.3 s and 55 MB."""
+    if isinstance(column, pa.Array):
+        return np.from_dlpack(column)
+    chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
 
 
 def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:

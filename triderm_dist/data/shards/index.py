@@ -13,6 +13,7 @@ scales to 10 million lesions: a column is read at its first use, and no Python o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from triderm_dist.data.shards.format import (
     ShardFile,
     Text,
     samples_schema,
+    to_array,
 )
 from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_json
 from triderm_dist.data.threads import available_cores, map_in_order
@@ -128,12 +130,12 @@ class ShardIndex:
     @cached_property
     def labels(self) -> np.ndarray:
         """(N,) int64, `UNLABELED` where unknown."""
-        return self._columns("label")["label"].to_numpy().astype(np.int64)
+        return to_array(self._columns("label")["label"]).astype(np.int64)
 
     @cached_property
     def shard(self) -> np.ndarray:
         """(N,) int32 into `shards`."""
-        return self._columns("shard")["shard"].to_numpy()
+        return to_array(self._columns("shard")["shard"])
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -200,22 +202,41 @@ class ShardIndex:
         table = self._columns(*(f"{view}_{name}" for view in VIEWS))
         matrix = np.empty((len(self), len(VIEWS)), np.int64)
         for column, view in enumerate(VIEWS):
-            matrix[:, column] = table[f"{view}_{name}"]
+            matrix[:, column] = to_array(table[f"{view}_{name}"])
         return matrix
 
     def _list_column(self, name: str, width: int) -> np.ndarray:
-        return _matrix(self._columns(name)[name], width) if width else np.empty((len(self), 0), np.float32)
+        """Read a column of lists chunk by chunk: these are the widest columns, and are not held twice."""
+        matrix, start = np.empty((len(self), width), np.float32), 0
+        if not width:
+            return matrix
+        with self._reading():
+            for batch in pq.ParquetFile(self.samples).iter_batches(ROW_GROUP, columns=[name], use_threads=False):
+                batch.validate(full=True)
+                self._check_filled(batch, name)
+                values, end = batch[name].flatten(), start + len(batch)
+                found = values.to_numpy(zero_copy_only=False) if values.null_count else to_array(values)
+                matrix[start:end], start = found.reshape(-1, width), end
+        pa.default_memory_pool().release_unused()
+        return matrix
 
     def _columns(self, *names: str) -> pa.Table:
-        path = self.folder / SAMPLES
-        try:
+        with self._reading():
             table = pq.ParquetFile(self.samples).read(list(names), use_threads=False)
             table.validate(full=True)  # text that is not UTF-8
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from None
-        if empty := next((name for name in names if table[name].null_count), None):
-            raise DataError(f"{path}: column {empty!r} has empty cells; pack the data again")
+        self._check_filled(table, *names)
         return table
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(self.folder / SAMPLES, error) from None
+
+    def _check_filled(self, table: pa.Table | pa.RecordBatch, *names: str) -> None:
+        if empty := next((name for name in names if table[name].null_count), None):
+            raise DataError(f"{self.folder / SAMPLES}: column {empty!r} has empty cells; pack the data again")
 
 
 def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars: bool = True) -> ShardIndex:
@@ -359,17 +380,6 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: not readable ({one_line(error, 160)}); pack the data again")
 
 
-def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """Return (N, width) float32, filled chunk by chunk: these are the widest columns, and are not held twice."""
-    matrix = np.empty((len(column), width), np.float32)
-    start = 0
-    for chunk in column.chunks:
-        matrix[start : start + len(chunk)] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-        start += len(chunk)
-    pa.default_memory_pool().release_unused()
-    return matrix
-
-
 def _check_rows(index: ShardIndex) -> None:
     """Check that rows, shards and offsets agree, in batches of rows; readers rely on it.
 
@@ -387,7 +397,7 @@ def _check_rows(index: ShardIndex) -> None:
             raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
         locations = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
         for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *locations]):
-            shard, label, *rest = (batch[name].to_numpy() for name in ("shard", "label", *locations))
+            shard, label, *rest = (to_array(batch[name]) for name in ("shard", "label", *locations))
             if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(shard_bytes):
                 raise DataError(outside)
             lesions += np.bincount(shard, minlength=len(shard_bytes))
