@@ -281,7 +281,7 @@ def test_smaller_requests_reuse_the_buffers_of_the_largest(index):
     addresses = set()
     with ThreadPoolExecutor(1) as pool:
         for number in (8, 3, 5, 8):
-            fetched = source.fetch(pool, np.arange(number), None)
+            fetched = source.fetch(pool, np.arange(number), None, torch.device("cuda"))
             for job in fetched.jobs:
                 job.result()
             assert [len(view) for view in fetched.views] == [number, number]

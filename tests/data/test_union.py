@@ -193,7 +193,7 @@ def test_pixels_are_those_of_each_set(sets, union, augment):
                 source = own[lesion[:-4]]
                 row = np.array([row_of(source.index, lesion[-4:])])
                 rng = LesionRng(3, 1, lesion_keys([lesion]), np.zeros(1, np.int64)) if augment else None
-                fetched = source.fetch(pool, row, rng)
+                fetched = source.fetch(pool, row, rng, CPU)
                 for job in fetched.jobs:
                     job.result()
                 for view, pixels in source.finish(fetched, CPU, rng).items():
@@ -233,7 +233,7 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
     source = UnionSource(union, caches, VIEWS)
     rows = np.array([2, 30, 5, 24])
     with ThreadPoolExecutor(1) as pool:
-        fetched = source.fetch(pool, rows, None)
+        fetched = source.fetch(pool, rows, None, CPU)
         for job in fetched.jobs:
             job.result()
         views = source.finish(fetched, CPU, None)
@@ -246,7 +246,7 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
     for order in (rows, rows[::-1]):
         rng = LesionRng(0, 1, lesion_keys(union.inputs(order).lesion_ids), np.zeros(len(rows), np.int64))
         with ThreadPoolExecutor(1) as pool:
-            fetched = source.fetch(pool, order, rng)
+            fetched = source.fetch(pool, order, rng, CPU)
             for job in fetched.jobs:
                 job.result()
             chosen.append(source.finish(fetched, CPU, rng)["dermoscopic"][:, 0, 0])

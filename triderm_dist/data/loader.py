@@ -1,7 +1,8 @@
 """Load the batches of a plan: read, decode, move to the device, augment and normalize.
 
 Threads decode to uint8 into a ring of reused host buffers: decoders release the GIL, and moving photos between
-processes costs more than decoding them. Geometry, color and normalization run batched on the device. The loader is not
+processes costs more than decoding them. Geometry, color and normalization run batched on the device; on a CPU with
+OpenCV, in the same threads, photo by photo. The loader is not
 prepared by Accelerate: the plan has already given each rank its part.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,7 @@ from simplejpeg import decode_jpeg
 
 from triderm_dist.config import AugmentConfig, Frame
 from triderm_dist.data.augment import (
+    Crops,
     LesionRng,
     PhotoTransform,
     dihedral,
@@ -32,6 +35,7 @@ from triderm_dist.data.augment import (
     normalize,
     to_device,
 )
+from triderm_dist.data.host_augment import HostTransform, opencv
 from triderm_dist.data.lesions import LesionInputs, Lesions
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
@@ -68,8 +72,8 @@ class ViewSource(Protocol):
         Yields a function to call with the number of steps read so far.
         """
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
-        """Start to read the views of rows (B,)."""
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+        """Start to read the views of rows (B,), for `finish` on this device with these random numbers."""
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         """Return the network's input on the device by view, and release the host tensors for reuse."""
@@ -102,6 +106,8 @@ class CanvasSource:
         self.transform = PhotoTransform(image_size, augment or AugmentConfig(), frame)
         self._free: list[_Buffers] = []
         self._lesions = 0  # that a buffer holds: of the largest request
+        self._host_transform: HostTransform | None = None
+        self._scratch = threading.local()
 
     def locate(self, rows: np.ndarray) -> list[Any]:
         """Return what `decode` needs to find the photos of each of these rows (B,)."""
@@ -117,7 +123,9 @@ class CanvasSource:
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return contextlib.nullcontext(lambda steps: None)
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+        if device.type == "cpu" and (host := self._host()) and host.supports(rng):
+            return self._fetch_crops(pool, rows, rng, host)
         if len(rows) > self._lesions:
             self._lesions = len(rows)
             self._free.clear()
@@ -133,6 +141,14 @@ class CanvasSource:
         return Fetched(views, jobs, buffers)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
+        if fetched.memory is None:  # crops, see `_fetch_crops`
+            crops = {name: view.permute(0, 3, 1, 2) for name, view in zip(self.views, fetched.views, strict=True)}
+            if self.transform.extra:
+                for name in self.views:
+                    augmented = self.transform.finish(crops[name], name, rng)
+                    augmented = augmented.contiguous(memory_format=torch.channels_last)
+                    crops[name] = normalize(augmented, self.mean, self.std)
+            return crops
         photos = [view.to(device, non_blocking=True) for view in fetched.views]
         pixels = {}
         for name, photo in zip(self.views, photos, strict=True):
@@ -140,6 +156,31 @@ class CanvasSource:
             pixels[name] = normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
         self.release(fetched, device)
         return pixels
+
+    def _fetch_crops(
+        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, host: HostTransform
+    ) -> Fetched:
+        """Start to read the views of rows (B,) as crops (B, size, size, 3) float32.
+
+        They are normalized, or in [0, 1] where augmentations of plugins follow.
+        """
+        size = self.transform.size
+        views = [torch.empty((len(rows), size, size, 3)) for _ in self.views]
+        crops = [host.crops(len(rows), name, rng) for name in self.views]
+        arrays, locations = [view.numpy() for view in views], self.locate(rows)
+        jobs = []
+        for start in range(0, len(rows), TASK_LESIONS):
+            numbers = range(start, min(start + TASK_LESIONS, len(rows)))
+            jobs.append(pool.submit(self._read_crops, host, crops, numbers, rows, locations, arrays))
+        return Fetched(views, jobs)
+
+    def _host(self) -> HostTransform | None:
+        """Return the transform for single photos on the CPU; None without OpenCV."""
+        if self._host_transform is None and (cv2 := opencv()):
+            width, height = self.canvas
+            mean, std = ((0.0,) * 3, (1.0,) * 3) if self.transform.extra else (self.mean, self.std)
+            self._host_transform = HostTransform(self.transform, height, width, mean, std, cv2)
+        return self._host_transform
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
@@ -164,6 +205,24 @@ class CanvasSource:
         """
         for row, location, out in zip(rows.tolist(), locations, zip(*arrays, strict=True), strict=True):
             self.decode(out, row, location)
+
+    def _read_crops(
+        self,
+        host: HostTransform,
+        crops: list[Crops],
+        numbers: Iterable[int],
+        rows: np.ndarray,
+        locations: list[Any],
+        arrays: list[np.ndarray],
+    ) -> None:
+        """Decode the photos of the lesions of these numbers in the batch, and write their crops to `arrays`."""
+        if not hasattr(self._scratch, "photos"):
+            self._scratch.photos = [view[0].numpy() for view in _Buffers.new(1, len(self.views), self.canvas).views]
+        photos = self._scratch.photos
+        for number in numbers:
+            self.decode(photos, int(rows[number]), locations[number])
+            for photo, view_crops, out in zip(photos, crops, arrays, strict=True):
+                host(photo, view_crops, number, out[number])
 
 
 class PhotoSource(CanvasSource):
@@ -265,7 +324,7 @@ class TokenSource:
     def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: None
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         buffers = [self._buffer(rows) for _ in self.views]
         jobs = []
         for v, name in enumerate(self.views):
@@ -341,7 +400,7 @@ class Loader:
                 steps = 0
                 while True:
                     while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                        part.fetched = self.source.fetch(pool, part.rows, part.rng)
+                        part.fetched = self.source.fetch(pool, part.rows, part.rng, self.device)
                         pending.append(part)
                     if not pending:
                         return

@@ -174,9 +174,9 @@ class UnionSource:
 
             yield mark_read
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None) -> Fetched:
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         parts = [
-            _Part(number, positions, self.sources[number].fetch(pool, own, rng and rng.take(positions)))
+            _Part(number, positions, self.sources[number].fetch(pool, own, rng and rng.take(positions), device))
             for number, positions, own in self.union.split(rows)
         ]
         views, jobs = ([each for part in parts for each in getattr(part.fetched, name)] for name in ("views", "jobs"))

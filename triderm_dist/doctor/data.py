@@ -169,6 +169,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     Raises DataError for a photo that does not decode.
     """
     import numpy as np
+    import torch
 
     from triderm_dist.data.loader import TASK_LESIONS, PhotoSource
 
@@ -180,7 +181,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
         # A small data set is read several times, then from the page cache.
         while (elapsed := time.perf_counter() - started) < seconds:
             part = rows[np.arange(done, done + batch) % len(rows)]
-            fetched = source.fetch(pool, part, None)
+            fetched = source.fetch(pool, part, None, torch.device("cuda"))  # uint8, as for a GPU
             for job in fetched.jobs:
                 job.result()
             source.release(fetched, fetched.views[0].device)

@@ -16,8 +16,10 @@ OPTIONAL = {
     "deepspeed": "ZeRO",
     "ray": "triderm search and parallel_folds",
     "optuna": "triderm search",
+    "opencv-python-headless": "quick augmentation on a CPU",
 }
 """What needs an optional package, by the package's name."""
+IMPORT_NAMES = {"opencv-python-headless": "cv2"}
 
 
 def versions(required: Collection[str] = ()) -> list[Finding]:
@@ -38,7 +40,11 @@ def versions(required: Collection[str] = ()) -> list[Finding]:
         if found is None:
             needed_by = f"; {OPTIONAL[name]} needs it" if name in OPTIONAL else ""
             state = "error" if name in NEEDED or name in required else "ok"
-            advice = install_command(name) if name in OPTIONAL else f"pip install '{ranges.get(name, name)}'"
+            advice = (
+                install_command(IMPORT_NAMES.get(name, name))
+                if name in OPTIONAL
+                else f"pip install '{ranges.get(name, name)}'"
+            )
             findings.append(Finding(name, f"not installed{needed_by}", state, advice))
             continue
         distribution, version = found
