@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from triderm_dist.config import AugmentConfig, Frame
 from triderm_dist.data.augment import LesionRng, PhotoTransform, lesion_keys, normalize
-from triderm_dist.data.host_augment import HostTransform, opencv
+from triderm_dist.data.host_augment import HostTransform, describe, opencv
 
 cv2 = pytest.importorskip("cv2", reason="needs the extra cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -115,18 +116,34 @@ def test_threads_share_one_transform():
     assert np.array_equal(one, many)
 
 
-def test_opencv_that_rounds_coordinates_is_not_used(monkeypatch):
-    """As OpenCV 4 does."""
+class Rounding:
+    """OpenCV that rounds coordinates, as its version 4 does."""
 
-    class Rounding:
-        def __getattr__(self, name):
-            return getattr(cv2, name)
+    def __getattr__(self, name):
+        return getattr(cv2, name)
 
-        def warpAffine(self, photo, matrix, *arguments):
-            return cv2.warpAffine(photo, np.round(matrix * 32) / 32, *arguments)
+    def warpAffine(self, photo, matrix, *arguments):
+        return cv2.warpAffine(photo, np.round(matrix * 32) / 32, *arguments)
 
-    assert opencv() is cv2
-    monkeypatch.setitem(sys.modules, "cv2", Rounding())
+
+@pytest.fixture
+def anew():
+    """Search for OpenCV in the test, and again after it."""
     opencv.cache_clear()
-    assert opencv() is None
+    yield
     opencv.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (cv2, "by OpenCV "),
+        (Rounding(), "by PyTorch (the installed OpenCV does not load or gives other pixels; pip install"),
+        (types.SimpleNamespace(__spec__=cv2.__spec__), "by PyTorch (the installed OpenCV does not load"),
+        (None, "by PyTorch (OpenCV is several times faster: pip install 'triderm-dist[cpu]')"),
+    ],
+)
+def test_only_opencv_that_gives_the_same_pixels_is_used(module, says, anew, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", module)
+    assert opencv() is (module if module is cv2 else None)
+    assert f"photos are cropped and colored {says}" in describe()

@@ -19,29 +19,39 @@ import torch.nn.functional as F
 
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.augment import Crops, LesionRng, PhotoTransform, lesion_keys
-from triderm_dist.runtime.extras import is_installed
+from triderm_dist.runtime.extras import install_command, is_installed
 
 
 @functools.cache
 def opencv() -> Any | None:
-    """Return the module cv2; None where it is not installed, or samples otherwise than `PhotoTransform`.
+    """Return the module cv2; None where it is not installed, does not load, or samples otherwise than `PhotoTransform`.
 
     OpenCV before version 5, for example, rounds coordinates to 1/32 pixel.
     """
     if not is_installed("cv2"):
         return None
-    import cv2
-
     photo = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     transform, rng = PhotoTransform(24, AugmentConfig()), LesionRng(0, 0, lesion_keys(["a"]), np.zeros(1, np.int64))
     crop = np.empty((24, 24, 3), np.float32)
     try:
+        import cv2
+
         host = HostTransform(transform, 30, 40, (0, 0, 0), (1, 1, 1), cv2)
         host(photo, host.crops(1, "", rng), 0, crop)
-    except (cv2.error, AttributeError):
+    except Exception:  # of a missing library, of OpenCV, or of what else has its name
         return None
     expected = transform(torch.from_numpy(photo)[None], "", rng)[0].permute(1, 2, 0).numpy()
     return cv2 if np.abs(crop - expected).max() < 1e-3 else None
+
+
+def describe() -> str:
+    """Return a line that says what crops and colors photos on a CPU."""
+    if cv2 := opencv():
+        return f"photos are cropped and colored by OpenCV {cv2.__version__}, in the threads that decode them"
+    advice = f"OpenCV is several times faster: {install_command('cv2')}"
+    if is_installed("cv2"):
+        advice = f"the installed OpenCV does not load or gives other pixels; {install_command('cv2')}"
+    return f"photos are cropped and colored by PyTorch ({advice})"
 
 
 class HostTransform:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, stable_dump
+from triderm_dist.data import host_augment
 from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.loader import LoaderFactory, PhotoSource, Step, TokenSource
@@ -96,12 +98,18 @@ def open_views(
 
     sets = [index, *(each.index for each in extra)]
 
+    @functools.cache  # once, also for several sets
+    def announce() -> None:
+        if accelerator.device.type == "cpu":
+            accelerator.print(wrapped(host_augment.describe()), flush=True)
+
     def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
         views = None if shape else index.signature.views
         share = 1.0 if shape or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
         photos = PhotoSource(each, about.image_size, about.mean, about.std, augment, views, share, about.frame)
         loaders = LoaderFactory(each, photos, data.workers, data.prefetch)
         if tower is None or shape is None:
+            announce()
             return loaders
         frame = {} if about.frame == "square" else {"frame": about.frame}
         key = cache_key(tower=about.weights, index=each.fingerprint, size=about.image_size, **frame)
@@ -109,8 +117,10 @@ def open_views(
         cache = whole.means() if means else whole
         variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
         transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
-        extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
         versions = list(dict.fromkeys([*variants, *transformed]))
+        if cache.missing(versions):
+            announce()
+        extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
         extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
         return replace(loaders, source=TokenSource(cache, variants, transformed, each.signature.views))
