@@ -49,10 +49,10 @@ def test_doctor_does_not_crash_without_packages(monkeypatch, tmp_path, capsys):
         monkeypatch.delitem(sys.modules, name)
     real = builtins.__import__
 
-    def without(name: str, *rest):
+    def without(name: str, *rest, **named):
         if name.split(".")[0] in absent:
             raise ImportError(f"No module named {name!r}", name=name)
-        return real(name, *rest)
+        return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr(importlib, "import_module", lambda name: without(name) and sys.modules[name])
