@@ -33,6 +33,9 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 class HostPhotos(PhotoSource):
     """Photos as copied to the device: uint8, both views, in the ring's buffers."""
 
+    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+        return super().fetch(pool, rows, rng, torch.device("cuda"))  # else crops are computed as well
+
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         self.release(fetched, device)
         return dict(zip(self.views, fetched.views, strict=True))

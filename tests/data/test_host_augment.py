@@ -63,6 +63,13 @@ def test_other_frames_equal_those_of_a_batch(frame):
         assert difference(photos(60, 80), 56, STRONG, rng, frame) < 0.02
 
 
+@pytest.mark.parametrize("frame", ["whole", "squash"])
+@pytest.mark.parametrize("rng", [RNG, None])
+def test_every_frame_equals_that_of_a_batch(frame, rng):
+    config = AugmentConfig(aspect=0.3, clinical_strength=1.5)
+    assert difference(photos(72, 80), 56, config, rng, frame) < 0.02
+
+
 def test_all_eight_orientations_are_compared():
     drawn = RNG.scoped("clinical").uniform_table(["turns", "flip"]) * [4, 2]
     assert len({tuple(pair) for pair in drawn.astype(int).tolist()}) == 8

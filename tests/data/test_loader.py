@@ -1,5 +1,6 @@
 """The loader yields the right lesion in each row, for any number of threads, from photos and from tokens."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,13 +14,14 @@ from tests.conftest import draw_photo
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data import loader
 from triderm_dist.data.augment import PhotoTransform
+from triderm_dist.data.host_augment import opencv
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource, decode_into, fit_to_canvas
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.token_cache import CHUNK, TokenCache
-from triderm_dist.schema import VIEWS, DataError
+from triderm_dist.schema import VIEWS, Batch, DataError
 
 CPU = torch.device("cpu")
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -78,6 +80,34 @@ def test_augmented_batch_is_independent_of_the_split(index):
         a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (large, small))
         torch.testing.assert_close(a, b, equal_nan=True)
     assert torch.cat([batch.concepts for batch in large]).isnan().any()
+
+
+EXTRA = {"blur": {"clinical": 1.0, "dermoscopic": 0.5}, "hue": {"dermoscopic": 20.0}}
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(), AugmentConfig(extra=EXTRA, tied_views=True)])
+def test_crops_of_the_decoder_threads_equal_those_of_the_batch(index, augment, monkeypatch):
+    """With OpenCV threads compute the crops of a CPU, and without it the batch is augmented."""
+    pytest.importorskip("cv2", reason="needs the extra cpu")
+
+    def batches() -> list[Batch]:
+        source = PhotoSource(index, 24, *HALF, augment=augment)
+        steps = steps_of(index, source, augment=augment, seed=5, epoch=2)[1]
+        return [batch for step in steps for batch in step.micro_batches]
+
+    threads = batches()
+    opencv.cache_clear()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    try:
+        whole = batches()
+    finally:
+        opencv.cache_clear()
+    for a, b in zip(threads, whole, strict=True):
+        for view in VIEWS:
+            pixels = getattr(a, view)
+            assert pixels.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(pixels, getattr(b, view), atol=1e-4, rtol=0)
+    assert not all(torch.equal(a.clinical, b.clinical) for a, b in zip(threads, whole, strict=True))
 
 
 def test_canvas_is_the_most_frequent_photo_size(make_challenge, tmp_path):
