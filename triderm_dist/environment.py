@@ -30,7 +30,7 @@ ENVIRONMENT_FILE = "environment.json"
 FORMAT, VERSION = "triderm-environment", 1
 PACKAGES = (
     *("torch", "accelerate", "timm", "open_clip_torch", "numpy", "pyarrow", "safetensors", "xgboost-cu13"),
-    *("xgboost-cpu", "xgboost", "deepspeed", "ray", "opencv-python-headless"),
+    *("xgboost-cpu", "xgboost", "deepspeed", "ray", "openvino", "opencv-python-headless"),
 )
 _LOCK = ".environment.lock"
 

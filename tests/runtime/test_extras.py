@@ -12,7 +12,6 @@ from triderm_dist.runtime.extras import CORE, EXTRA_OF, MissingPackage, explain,
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_NAMES = {
-    "opencv-python-headless": "cv2",
     "open_clip_torch": "open_clip",
     "pillow": "PIL",
     "pillow-heif": "pillow_heif",

@@ -16,6 +16,7 @@ OPTIONAL = {
     "deepspeed": "ZeRO",
     "ray": "triderm search and parallel_folds",
     "optuna": "triderm search",
+    "openvino": "quick computation of frozen encoders on a CPU",
     "opencv-python-headless": "quick augmentation on a CPU",
 }
 """What needs an optional package, by the package's name."""

@@ -30,7 +30,6 @@ EXTRA_OF: dict[str, str] = {
     "cv2": "cpu",
     "openpyxl": "excel",
     "pillow_heif": "photos",
-    "cv2": "cpu",
 }
 """The extra of triderm-dist that installs an optional package, by the package's import name."""
 
