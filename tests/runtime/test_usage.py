@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -33,6 +34,31 @@ def test_cpu_time_memory_and_waits_of_a_process_and_its_children(tmp_path):
     assert used.data_seconds == 0.25
     # Asleep and waiting for the child: no time of its main thread, whatever else the machine does.
     assert (used.disk_seconds or 0.0) + used.other_seconds >= 0.4 - 0.25 + 0.3
+
+
+def test_children_of_a_fork_server_are_counted(tmp_path):
+    code = (
+        "from triderm_dist.ensemble.child_process import run_in_child\n"
+        "from triderm_dist.runtime import usage\n"
+        "from tests.runtime.test_usage import burn\n"
+        "if __name__ == '__main__':\n"
+        "    run_in_child(burn)\n"
+        "    assert usage._running_children_cpu_seconds() >= 0.5  # beside those of this process\n"
+        "    usage.report_usage()"
+    )
+    (tmp_path / "program.py").write_text(code)
+    status, used = measured(
+        f"import runpy; runpy.run_path({str(tmp_path / 'program.py')!r}, run_name='__main__')", tmp_path
+    )
+    assert status == 0 and used.cpu_seconds >= 0.5 and used.peak_mb >= 300
+
+
+def burn() -> int:
+    """Take half a second of CPU time and 300 MiB."""
+    block = bytearray(300 << 20)
+    while time.process_time() < 0.5:
+        pass
+    return len(block)
 
 
 def test_peak_memory_is_not_that_of_the_parent(tmp_path):

@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from triderm_dist.runtime.usage import add_child_peak, own_peak_mb
 from triderm_dist.schema import InputError
 
 Result = TypeVar("Result")
@@ -24,12 +25,19 @@ def run_in_child(function: Callable[..., Result], *arguments: Any) -> Result:
     context.set_forkserver_preload([function.__module__])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(function, *arguments).result()
+            result, peak_mb = pool.submit(_with_peak_memory, function, *arguments).result()
     except BrokenProcessPool:
         raise InputError(
             "the process that fits the stacker was killed, probably by the system for its memory; free some, or set "
             "stack.enabled=false"
         ) from None
+    add_child_peak(peak_mb)
+    return result
+
+
+def _with_peak_memory(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
+    """Return the result of `function`, and the peak memory of this process in MiB."""
+    return function(*arguments), own_peak_mb()
 
 
 def set_passive_openmp() -> None:

@@ -28,6 +28,7 @@ _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 _PRESSURE = Path("/proc/pressure/io")
 
 _waited_for_data = 0.0
+_peak_mb_of_children = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Usage:
     main thread waited for decoded photos or tokens (data), for the disk, and for anything else: other threads, other
     processes, a free core.
 
-    CPU time and memory are those of all processes that were waited for; the workers of Ray are not. disk_seconds: the
+    CPU time and memory are those of all its processes, but for the workers of Ray. disk_seconds: the
     time in which any program of the machine waited for a disk; None where the system does not tell. A program that
     reports nothing has None for its waits, and at least the peak memory of its parent: Linux counts from the fork.
     """
@@ -69,7 +70,7 @@ class Meter:
         cpu, seconds, disk = used.ru_utime + used.ru_stime, time.perf_counter() - self._started, _disk_stalls()
         try:
             report = json.loads(self._report.read_text(encoding="utf-8"))
-            peak = report["peak_mb"]
+            peak, cpu = report["peak_mb"], cpu + report["children_cpu_seconds"]
             left = max(0.0, seconds - report["main_cpu_seconds"])
             data = min(report["data_seconds"], left)
         except (OSError, ValueError, KeyError, TypeError):
@@ -87,11 +88,20 @@ def add_data_wait(seconds: float) -> None:
     _waited_for_data += seconds
 
 
+def add_child_peak(megabytes: float) -> None:
+    """Count the peak memory in MiB of a process that this one does not wait for, as the children of a fork server."""
+    global _peak_mb_of_children
+    _peak_mb_of_children = max(_peak_mb_of_children, megabytes)
+
+
 def report_usage() -> None:
     """Write what this process needed to the file that the process which started it asks for; on rank 0 only."""
     if not (path := os.environ.get(USAGE_FILE)) or os.environ.get("RANK", "0") != "0":
         return
-    report = {"main_cpu_seconds": time.thread_time(), "data_seconds": _waited_for_data, "peak_mb": _own_peak_mb()}
+    report = {
+        "main_cpu_seconds": time.thread_time(), "data_seconds": _waited_for_data,
+        "children_cpu_seconds": _running_children_cpu_seconds(), "peak_mb": max(own_peak_mb(), _peak_mb_of_children),
+    }  # fmt: skip
     with suppress(OSError):
         Path(path).write_text(json.dumps(report), encoding="utf-8")
 
@@ -130,7 +140,7 @@ def _disk_stalls() -> float | None:
     return int(found[1]) / 1e6 if found else None
 
 
-def _own_peak_mb() -> float:
+def own_peak_mb() -> float:
     """Return the peak memory in MiB of this process, or of a process that it started and has waited for."""
     import resource
 
@@ -142,6 +152,22 @@ def _own_peak_mb() -> float:
         found = None
     own = int(found[1]) / 1024 if found else _megabytes(resource.getrusage(resource.RUSAGE_SELF))
     return max(own, children)
+
+
+def _running_children_cpu_seconds() -> float:
+    """Return the CPU seconds of children that still run, and of those that they have waited for; 0 if unknown.
+
+    A fork server ends after this process, which nobody waits for.
+    """
+    clock_ticks = 0
+    try:
+        for path in Path("/proc/self/task").glob("*/children"):
+            for child in path.read_text(encoding="ascii").split():
+                fields_after_name = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                clock_ticks += sum(map(int, fields_after_name[11:15]))  # utime, stime, cutime, cstime
+    except OSError:
+        pass
+    return clock_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _megabytes(used: resource.struct_rusage) -> float:
