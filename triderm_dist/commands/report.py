@@ -21,8 +21,11 @@ class ReportRun(RunReader):
 
 def main(config: ReportRun) -> None:
     from triderm_dist.ensemble.model_card import write_card
+    from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
     from triderm_dist.report import write_report
 
+    if config.stack.enabled and not config.plugins:  # they may need its estimators
+        import_xgboost_alone()
     print(write_report(config.folder, config.results))
     if config.results == config.folder:
         write_card(config)

@@ -49,6 +49,7 @@ from triderm_dist.ensemble.score_table import Row, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.weights import NestedEstimate, choose_weighting, fit_candidates, nested_estimate
+from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
 from triderm_dist.submission import Results, write_results
@@ -200,6 +201,8 @@ def _fit_stacker(
 ) -> tuple[NestedStack, FittedStacker, list[str]]:
     """Fit the nested stack and the stacker of all rows; return them with notes on settings and on extra columns."""
     import_plugins(config.plugins)  # in a child process
+    if not config.plugins:  # they may need its estimators
+        import_xgboost_alone()
     stack, seed = config.stack, config.seed
     notes = [f"stack.{name} has no effect with stack.kind={stack.kind}" for name in ignored_settings(stack)]
     names = column_names(table, models)
