@@ -142,3 +142,15 @@ def test_wide_columns_of_the_stacker_are_computed_for_new_photos(folder, extra):
     assert stacker.extra == extra and stacker.reduction is not None
     stacker.save(folder / STACK_FILE, table.task)
     check(folder, Predictor(folder, device="cpu"))
+
+
+def test_many_photos_prepare_frozen_towers_which_changes_probabilities_by_rounding_alone(folder):
+    photos, predictor, lines = photos_of(folder), Predictor(folder, device="cpu"), list[str]()
+    expected = predictor.predict(photos, 8)
+    predictor.prepare(15, 8, lines.append)
+    predictor.predict(photos, 8)
+    assert not lines  # 240 photos would not repay it
+    predictor.prepare(16, 8, lines.append)
+    answer = predictor.predict(photos, 8)
+    assert len(lines) == 1 and "frozen tower: computed by" in lines[0]
+    np.testing.assert_allclose(answer.results.probabilities, expected.results.probabilities, atol=1e-4)

@@ -188,6 +188,8 @@ def predict_input(config: PredictRun) -> None:
     if predictor.device.type == "cpu":
         disable_malloc_trim()
     transforms = config.tta or config.predict.transforms
+    report = (lambda line: print(wrapped(line), flush=True)) if is_main() else (lambda line: None)
+    predictor.prepare(len(read.lesions), transforms, report)
     job = PredictionJob(predictor, read.lesions, transforms, config.invalid == "drop", part_of(output))
     if printed:
         print_predictions(job, read)

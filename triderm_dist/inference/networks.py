@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ from triderm_dist.engine.views import open_tower
 from triderm_dist.ensemble.stack_inputs import embeddings_path, read_embeddings
 from triderm_dist.inference.run_folder import RunFolder
 from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower
 from triderm_dist.models.network import SHARED, Network
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower
 from triderm_dist.models.towers import Tower
@@ -60,8 +61,15 @@ class FrozenTower(nn.Module):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
+        self._on_cpu: CpuTower | None = None
+
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Compute tokens as `CpuTower` does from now on. report: as that of `CpuTower`."""
+        self._on_cpu = self._on_cpu or CpuTower(self.tower, report)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if self._on_cpu:
+            return self._on_cpu(pixels).half().float()
         on_gpu = pixels.device.type == "cuda"
         # A disabled autocast would do as well, but `torch.export` cannot save one around a frozen tower.
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
@@ -157,6 +165,12 @@ class NetworkLoader:
         tower, frozen = self.tower(config, find_tower(self.run.path / FOLDER, config.tower, True))
         assert frozen is not None
         return Embedding(self._prepare(frozen), Preprocessing.of(tower))
+
+    def prepare(self, photos: int, report: Callable[[str], None]) -> None:
+        """Compute the loaded frozen towers as `CpuTower` does, on a CPU and where this number of photos repays it."""
+        if self.device.type == "cpu" and photos >= MIN_PHOTOS:
+            for tower in self._frozen.values():
+                tower.prepare(report)
 
     def recorded(self, name: str) -> TowerRecord | None:
         """Return the tower of a model's folds, None where they were trained before towers were recorded.

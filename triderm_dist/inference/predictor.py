@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,14 +74,21 @@ class Predictor:
         self.run = run if isinstance(run, RunFolder) else open_run_folder(run)
         self.device = choose_device(device)
         self.batch = batch or self.run.experiment.predict.batch
-        loader = NetworkLoader(self.run, self.device, precision)
-        self.models = [loader.load(name) for name in self.run.networks]
-        self.embedding = loader.load_embedding()
+        self._loader = NetworkLoader(self.run, self.device, precision)
+        self.models = [self._loader.load(name) for name in self.run.networks]
+        self.embedding = self._loader.load_embedding()
         self._combining = threading.Lock()
 
     @property
     def members(self) -> tuple[str, ...]:
         return self.run.fitted.members
+
+    def prepare(self, lesions: int, transforms: int, report: Callable[[str], None] = lambda line: None) -> None:
+        """Make frozen towers faster on a CPU, from now on, where this number of lesions repays it.
+
+        Probabilities change by rounding alone (see `models.cpu_tower`). report: is called with a line per tower.
+        """
+        self._loader.prepare(lesions * transforms * len(self.run.signature.views), report)
 
     def predict(self, photos: PhotoSet, transforms: int, drop: bool = False) -> Answer:
         """Predict lesions of different ids by every network, averaged over transforms of the dihedral group, and

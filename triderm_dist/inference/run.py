@@ -161,6 +161,7 @@ class Run:
         else:
             given = read_lesions(table_of_frame(table), [folder or Path()], self._run, invalid)
         predictor, transforms, lesions = self.predictor, self._transforms(tta), given.lesions
+        predictor.prepare(len(lesions), transforms)
         tables, left_out, changes = [], [*given.problems], Counter[str]()
         size = BATCHES * predictor.batch  # so that the features of all networks fit into memory
         for start in range(0, len(lesions), size):
