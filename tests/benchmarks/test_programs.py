@@ -87,6 +87,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
             "part=compare,million,stage",
         ],
         "step": ["tower=tiny", "image_size=32", "batch=2", "rounds=2", "steps=1", "seconds=1", "compile=false"],
+        "tokens": [*tower, "pretrained=false", f"shards={train}", "lesions=4", "rounds=1"],
         "tta": [*tower, "lesions=50", "rounds=1"],
     }[name]  # fmt: skip
 

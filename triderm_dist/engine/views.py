@@ -120,7 +120,7 @@ def open_views(
         versions = list(dict.fromkeys([*variants, *transformed]))
         if cache.missing(versions):
             announce()
-        extractor = _TokenExtractor(tower, loaders, augment, seed, accelerator)
+        extractor = TokenExtractor(tower, loaders, augment, seed, accelerator)
         extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
         return replace(loaders, source=TokenSource(cache, variants, transformed, each.signature.views))
@@ -194,7 +194,7 @@ def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _TokenExtractor:
+class TokenExtractor:
     """Computes tokens of a frozen tower. `loaders` give photos."""
 
     tower: Tower
@@ -223,7 +223,7 @@ class _TokenExtractor:
         if not missing:
             return
         photos = cache.lesions * len(self.loaders.index.signature.views) * len(versions)
-        encoder = self._encoder(compile_tower, photos)
+        encoder = self.encoder(compile_tower, photos)
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -244,7 +244,7 @@ class _TokenExtractor:
                     print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
         accelerator.wait_for_everyone()
 
-    def _encoder(self, compile_tower: bool, photos: int) -> Encoder:
+    def encoder(self, compile_tower: bool, photos: int) -> Encoder:
         """Prepare the tower for this number of photos, those of cached versions included, so that a resumed run
         computes the rest in the same way.
         """

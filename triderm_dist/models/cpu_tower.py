@@ -90,6 +90,7 @@ class OpenVino:
         # Importing OpenVINO sends usage data to its vendor unless this package is missing.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
+        from openvino.preprocess import PrePostProcessor
 
         example = photos[:1].clone(memory_format=torch.contiguous_format)
         with warnings.catch_warnings():
@@ -97,6 +98,9 @@ class OpenVino:
             traced = torch.jit.freeze(torch.jit.trace(tower, example, check_trace=False))
             shape = openvino.PartialShape(list(example.shape))
             model = openvino.convert_model(traced, example_input=example, input=[shape])
+        layout = PrePostProcessor(model)  # so that channels-last pixels are read as they are
+        layout.input().tensor().set_layout(openvino.Layout("NHWC"))
+        layout.input().model().set_layout(openvino.Layout("NCHW"))
         threads = torch.get_num_threads()
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32",  # its default is bf16 where the CPU has it
@@ -104,12 +108,12 @@ class OpenVino:
             "NUM_STREAMS": threads,
             "ENABLE_CPU_PINNING": False,  # all ranks of a machine would take the same cores
         }
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        compiled = openvino.Core().compile_model(layout.build(), "CPU", settings)
         self._shape = (tower.num_tokens, tower.width)
         self._queue = openvino.AsyncInferQueue(compiled, 2 * threads)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        photos = pixels.contiguous().numpy()
+        photos = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         tokens = torch.empty(len(photos), *self._shape)
         out = tokens.numpy()
 
