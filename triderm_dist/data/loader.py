@@ -141,14 +141,11 @@ class CanvasSource:
         return Fetched(views, jobs, buffers)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
-        if fetched.memory is None:  # crops, see `_fetch_crops`
-            crops = {name: view.permute(0, 3, 1, 2) for name, view in zip(self.views, fetched.views, strict=True)}
-            if self.transform.extra:
-                for name in self.views:
-                    augmented = self.transform.finish(crops[name], name, rng)
-                    augmented = augmented.contiguous(memory_format=torch.channels_last)
-                    crops[name] = normalize(augmented, self.mean, self.std)
-            return crops
+        if fetched.memory is None:
+            return {
+                name: self._finish_crops(view.permute(0, 3, 1, 2), name, rng)
+                for name, view in zip(self.views, fetched.views, strict=True)
+            }
         photos = [view.to(device, non_blocking=True) for view in fetched.views]
         pixels = {}
         for name, photo in zip(self.views, photos, strict=True):
@@ -173,6 +170,13 @@ class CanvasSource:
             numbers = range(start, min(start + TASK_LESIONS, len(rows)))
             jobs.append(pool.submit(self._read_crops, host, crops, numbers, rows, locations, arrays))
         return Fetched(views, jobs)
+
+    def _finish_crops(self, crops: torch.Tensor, view: str, rng: LesionRng | None) -> torch.Tensor:
+        """Apply what follows to crops (B, 3, size, size) of `_fetch_crops`."""
+        if not self.transform.extra:
+            return crops
+        augmented = self.transform.finish(crops, view, rng)
+        return normalize(augmented.contiguous(memory_format=torch.channels_last), self.mean, self.std)
 
     def _host(self) -> HostTransform | None:
         """Return the transform for single photos on the CPU; None without OpenCV."""
