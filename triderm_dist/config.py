@@ -400,9 +400,14 @@ class TrainConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
 
+    @property
+    def smallest_micro_batch(self) -> int:
+        """The size of which every micro-batch must be a multiple: a pair where lesions are mixed."""
+        return 2 if self.augment.mixes else 1
+
     @model_validator(mode="after")
     def _pairs_fit_into_micro_batches(self) -> TrainConfig:
-        if self.augment.mixes and self.micro_batch % 2:
+        if self.micro_batch % self.smallest_micro_batch:
             raise ValueError(f"mixup and cutmix take pairs of lesions: micro_batch {self.micro_batch} must be even")
         return self
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from triderm_dist.distributed.out_of_memory import is_out_of_memory
+from triderm_dist.distributed.out_of_memory import is_out_of_memory, next_smaller
+from triderm_dist.schema import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,10 @@ def test_types_and_causes_that_mean_out_of_memory():
 )
 def test_other_errors_do_not(error):
     assert not is_out_of_memory(error)
+
+
+def test_smaller_micro_batches_stay_multiples_of_a_pair():
+    assert next_smaller(12, 12) == 6 and next_smaller(6, 12) == 3
+    assert next_smaller(12, 12, smallest=2) == 6 and next_smaller(6, 12, smallest=2) == 2
+    with pytest.raises(ConfigError, match="micro-batch of 2"):
+        next_smaller(2, 12, smallest=2)

@@ -118,6 +118,7 @@ def test_optimizer_groups_are_saved(relay):
     ("strategy", "override", "message"),
     [
         ("deepspeed_zero2", "train.ema_decay=0.9", "train.ema_decay: not supported with DeepSpeed"),
+        ("deepspeed_zero2", "train.swa_epochs=1", "train.swa_epochs: not supported with DeepSpeed"),
         ("deepspeed_zero2", "train.optim.settings={amsgrad: true}", "train.optim.name: DeepSpeed flattens the weights"),
         ("deepspeed_zero3_offload", "seed=0", "offloading to the host needs a GPU"),
     ],

@@ -6,7 +6,7 @@ from tests.doctor.conftest import SMALL, finding
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import GIB, Finding
-from triderm_dist.doctor.networks import CONTEXT, USABLE
+from triderm_dist.doctor.networks import CONTEXT, USABLE, largest_micro_batch
 from triderm_dist.files import size_text
 from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory
@@ -75,3 +75,8 @@ def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
     assert tight.state == "warning" and "more than a GPU" in tight.text
     assert "train.micro_batch=32" in tight.advice
     assert memory(1.0).advice.startswith("a larger GPU")
+
+
+def test_largest_micro_batch_holds_pairs_where_lesions_are_mixed() -> None:
+    assert largest_micro_batch(96, 32, 32) == 3 and largest_micro_batch(96, 16, 32, smallest=2) == 6
+    assert largest_micro_batch(96, 32, 32, smallest=2) is None

@@ -25,7 +25,7 @@ def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
     else:
         experiment = "h100x8" if count == 8 and memory > 70 * GIB else "milk10k"
         if experiment == "milk10k":
-            fitting = largest_micro_batch(96, count, _power_of_two(32 * memory / (24 * GIB)))
+            fitting = largest_micro_batch(96, count, _power_of_two(32 * memory / (24 * GIB)), smallest=2)
             overrides += [f"train.micro_batch={fitting}"] if fitting else [f"train.global_batch={count * 16}"]
             overrides += [] if fitting else ["train.micro_batch=16"]
     launcher = "single" if count < 2 else "ddp"

@@ -47,7 +47,7 @@ def _precision(name: str, model: ModelConfig) -> Finding:
 def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
     batch, micro = model.train.global_batch, model.train.micro_batch
     if batch % (ranks * micro):
-        fitting = largest_micro_batch(batch, ranks, micro)
+        fitting = largest_micro_batch(batch, ranks, micro, model.train.smallest_micro_batch)
         advice = f"train.micro_batch={fitting}" if fitting else f"train.global_batch={ranks * micro}"
         text = f"global batch {batch} is not a multiple of {ranks} ranks x micro-batch {micro}"
         return Finding(f"{name}: batch", text, "error", advice)
@@ -75,7 +75,8 @@ def _step_memory(name: str, model: ModelConfig, signature: Signature, ranks: int
     if gpu_memory is None:
         return Finding(title, text)
     usable = USABLE * gpu_memory - CONTEXT
-    fitting = largest_micro_batch(train.global_batch, ranks, need.largest(usable * GIB))
+    limit = need.largest(usable * GIB)
+    fitting = largest_micro_batch(train.global_batch, ranks, limit, train.smallest_micro_batch)
     if need.total(micro) <= usable * GIB:
         return Finding(title, f"{text}; micro-batches up to {max(micro, fitting or 0)} fit into {gpu_memory:.0f} GiB")
     remedies = [f"train.micro_batch={fitting}"] if fitting else []
@@ -91,10 +92,13 @@ def _step_memory(name: str, model: ModelConfig, signature: Signature, ranks: int
     return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB has", "warning", advice)
 
 
-def largest_micro_batch(global_batch: int, ranks: int, limit: int) -> int | None:
-    """Return the largest micro-batch up to `limit` that divides a global batch over ranks; None if there is none."""
+def largest_micro_batch(global_batch: int, ranks: int, limit: int, smallest: int = 1) -> int | None:
+    """Return the largest micro-batch up to `limit`, a multiple of `smallest`, that divides a global batch over ranks;
+    None if there is none.
+    """
     candidates = range(min(limit, global_batch // ranks), 0, -1)
-    return next((micro for micro in candidates if global_batch % (ranks * micro) == 0), None)
+    fitting = (micro for micro in candidates if global_batch % (ranks * micro) == 0 and micro % smallest == 0)
+    return next(fitting, None)
 
 
 def _tower(name: str, model: ModelConfig) -> Finding:

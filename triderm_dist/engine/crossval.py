@@ -221,7 +221,7 @@ class FoldRun:
             return
         micro_batch = MicroBatch(
             self.path, self.folder.result_hash, self.train.micro_batch, self.train.global_batch,
-            smallest=2 if self.train.augment.mixes else 1,
+            smallest=self.train.smallest_micro_batch,
         )  # fmt: skip
         while (outcome := self._attempt(micro_batch)) is None:
             gc.collect()  # tensors of the attempt that ran out of memory
