@@ -70,6 +70,10 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "coverage": ["sets=20"],
         "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
+        "ingredients": [
+            *("--config", str(inputs.config), f"output={folder}/run", f"data.shards={train}"),
+            *("parts=[mixup, ema]", "seeds=1"),
+        ],
         "loader": [
             f"source={source}", "original=null", "rounds=1", "batch=11", "simulated=1000",
             "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.processes import WORKERS, launch
 from triderm_dist.monitoring.metrics_log import read_metrics
 
-from .test_one_global_batch import assert_equal, steps
+from .test_one_global_batch import CHECKPOINTED, COMPILED, assert_equal, steps
 
 SETTINGS = """
 data: {folds: 2}
@@ -50,6 +50,13 @@ def test_micro_batch_changes_nothing(undivided):
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_ranks_and_strategy_change_nothing(undivided, packed, tmp_path, strategy):
     for split, result in steps(SETTINGS, tmp_path / "run", packed, strategy, 2, [(6,)]).items():
+        assert_equal(result, undivided[24,], split)
+
+
+@pytest.mark.slow
+def test_compiled_and_checkpointed_blocks_draw_the_same(undivided, packed, tmp_path):
+    splits = [(6, *COMPILED), (6, *CHECKPOINTED)]
+    for split, result in steps(SETTINGS, tmp_path / "run", packed, "single", 1, splits).items():
         assert_equal(result, undivided[24,], split)
 
 

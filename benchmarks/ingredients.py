@@ -1,0 +1,129 @@
+"""The ingredients of the fine-tuning recipe, one at a time: all folds again with each, paired differences.
+
+python -m benchmarks.ingredients --config FILE output=FOLDER [model=NAME] [parts=[mixup, ema]] [seeds=3]
+
+Trains one model of the settings unchanged and with each ingredient, with each of several seeds on the same folds, into
+FOLDER; finished folds are skipped. Scores are out of fold: macro F1 by the official rule with thresholds fitted on the
+other folds, of all diagnoses and without the rarest one, by argmax, mean AUC and the negative log-likelihood. The
+difference is with minus without, for the same seed; its interval is over lesions and seeds (`intervals.over_seeds`).
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from benchmarks.nested import nested_decisions
+from triderm_dist import config as settings
+from triderm_dist import intervals, metrics
+from triderm_dist.cli import run
+from triderm_dist.config import Experiment
+from triderm_dist.ensemble.calibration import probabilities_of
+from triderm_dist.predictions import OofTable, gather, labeled
+from triderm_dist.schema import ConfigError
+
+WITH: dict[str, dict[str, Any]] = {
+    "label_smoothing": {"train": {"loss": {"label_smoothing": 0.05}}},
+    "mixup": {"train": {"augment": {"mixup": 0.4}}},
+    "cutmix": {"train": {"augment": {"cutmix": 1.0}}},
+    "ema": {"train": {"ema_decay": 0.999}},
+    "swa": {"train": {"swa_epochs": 4}},
+    "mixup_ema_smoothing": {
+        "train": {"ema_decay": 0.999, "loss": {"label_smoothing": 0.05}, "augment": {"mixup": 0.4}}
+    },
+    "whole_frame": {"tower": {"frame": "whole"}},
+    "squashed_frame": {"tower": {"frame": "squash"}},
+    "head_lr": {"train": {"optim": {"head_lr_multiple": 5.0}}},
+    "drop_path": {"tower": {"drop_path": 0.2}},
+    "unfreezing": {"train": {"optim": {"unfreeze_epochs": 0.5}}},
+    "aspect": {"train": {"augment": {"aspect": 0.2}}},
+    "hue": {"train": {"augment": {"extra": {"hue": {"clinical": 15, "dermoscopic": 10}}}}},
+    "cutout": {"train": {"augment": {"extra": {"cutout": {"clinical": 0.4, "dermoscopic": 0.4}}}}},
+}
+PLAIN = "plain"
+
+
+class IngredientsRun(Experiment):
+    model: str | None = Field(None, description="the model to train; null: the first one")
+    parts: tuple[str, ...] = Field(
+        ("label_smoothing", "mixup", "ema", "swa"), description=f"ingredients, one at a time: {', '.join(WITH)}"
+    )
+    seeds: int = Field(3, ge=1, description="trainings of each variant, with the seeds `seed`, `seed` + 1, ...")
+
+
+def main(config: IngredientsRun) -> None:
+    if unknown := set(config.parts) - set(WITH):
+        raise ConfigError(f"parts: {min(unknown)!r} is not an ingredient; known: {', '.join(WITH)}")
+    name = config.model or next(iter(config.models))
+    if name not in config.models:
+        raise ConfigError(f"model: {name!r} is not a model of the settings; known: {', '.join(config.models)}")
+    print_scores(config, train(config, name))
+
+
+def train(config: IngredientsRun, name: str) -> OofTable:
+    """Train all folds of all variants that are not trained yet; return the out-of-fold table of all."""
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import assigned_folds
+
+    raw = config.model_dump(mode="json", exclude={"model", "parts", "seeds"})
+    changes: dict[str, dict[str, Any]] = {PLAIN: {}, **{part: WITH[part] for part in config.parts}}
+    model = {**raw["models"][name], "seeds": config.seeds}
+    raw["models"] = {part: settings.merge(model, change) for part, change in changes.items()}
+    experiment = settings.build(Experiment, raw)
+    index = open_index(experiment.train_shards, experiment.data.remote)
+    names = list(experiment.models)
+    run_folds(experiment, index, names, range(experiment.data.folds))
+    table = gather(
+        experiment.folder, names, index.lesion_ids.tolist(), index.labels, assigned_folds(index, experiment.data)
+    )
+    return table.take(labeled(table))
+
+
+def print_scores(config: IngredientsRun, table: OofTable) -> None:
+    """Print a row for each variant, and as the last line the JSON object."""
+    labels, groups, resamples = table.labels, table.groups, config.ensemble.bootstrap
+    rarest = int(np.bincount(labels, minlength=len(table.diagnoses)).argmin())
+    plain: list[np.ndarray] = []
+    result: dict[str, Any] = {}
+    print(
+        f"{len(labels)} lesions, {config.seeds} seeds; means over seeds, with the standard deviation of nested macro F1"
+    )
+    print(
+        f"{'':<22}{'nested':>16}{'without ' + table.diagnoses[rarest]:>16}{'argmax':>8}{'AUC':>8}{'NLL':>8}   "
+        "with minus without, 95%"
+    )
+    for part in (PLAIN, *config.parts):
+        names = [part, *(f"{part}-s{number}" for number in range(1, config.seeds))]
+        probabilities = [probabilities_of(table.logits[name], table.heads[name]) for name in names]
+        decisions = [nested_decisions(p, table, config) for p in probabilities]
+        plain = plain or decisions
+        nested = [metrics.macro_f1(each, labels) for each in decisions]
+        without_rarest = [float(np.delete(metrics.f1_per_class(each, labels), rarest).mean()) for each in decisions]
+        argmax = [metrics.argmax_macro_f1(p, labels) for p in probabilities]
+        area = [metrics.mean_area_under_roc(p, labels, each) for p, each in zip(probabilities, decisions, strict=True)]
+        loss = [
+            metrics.negative_log_likelihood(p, labels, each) for p, each in zip(probabilities, decisions, strict=True)
+        ]
+        gain = intervals.over_seeds(
+            [
+                intervals.paired_difference(one, other, labels, groups, resamples, config.seed)
+                for one, other in zip(decisions, plain, strict=True)
+            ]
+        )
+        deviation = np.std(nested, ddof=1) if config.seeds > 1 else np.nan
+        score = f"{np.mean(nested):.3f} \u00b1 {deviation:.3f}"
+        print(
+            f"{part:<22}{score:>16}{np.mean(without_rarest):>16.3f}"
+            f"{np.mean(argmax):>8.3f}{np.mean(area):>8.3f}{np.mean(loss):>8.3f}   {'' if part == PLAIN else gain}"
+        )
+        result[part] = {"nested": round(float(np.mean(nested)), 4), "gain": round(gain.value, 4)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(IngredientsRun, main, __doc__)
