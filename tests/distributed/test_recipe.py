@@ -19,7 +19,13 @@ train:
   log_every: 1
   trackers: []
   swa_epochs: 2
-  augment: {mixup: 0.4, cutmix: 1.0, unmixed_epochs: 1}
+  augment:
+    aspect: 0.2
+    clinical_strength: 1.5
+    mixup: 0.4
+    cutmix: 1.0
+    unmixed_epochs: 1
+    extra: {blur: {clinical: 1}, cutout: {dermoscopic: 0.4}, hue: {clinical: 20}, noise: {dermoscopic: 0.05}}
   loss: {label_smoothing: 0.05}
   optim: {lr: 4e-5, warmup_epochs: 1, head_lr_multiple: 2.5, unfreeze_epochs: 0.5}
 models:

@@ -30,7 +30,7 @@ class Mixing:
 
     def __init__(self, config: AugmentConfig, signature: Signature) -> None:
         self.config, self.classes = config, len(signature.diagnoses)
-        self._numbers = [field.kind == "number" for field in signature.fields]
+        self._numbers = np.array([field.kind == "number" for field in signature.fields], bool)
         self._views = [VIEWS.index(view) for view in signature.views]
 
     def __call__(self, batch: Batch) -> Batch:
@@ -58,7 +58,7 @@ class Mixing:
             view: _mix_images(image, shares * both[:, VIEWS.index(view), None, None]) for view, image in images.items()
         }
         one_hot = (batch.labels[:, None] == torch.arange(self.classes, device=device)).float()
-        is_number = torch.tensor(self._numbers, dtype=torch.bool, device=device)
+        is_number = to_device(self._numbers, device)
         return replace(
             batch,
             **mixed,
