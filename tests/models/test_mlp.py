@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from tests.models.test_networks import SIGNATURE, batch, total
-from tests.small_tasks import TASKS
+from tests.small_tasks import FIELDS, TASKS
 from triderm_dist.config import ModelConfig
 from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.dual_cnn import TabularFeatures
 from triderm_dist.models.mlp import MeanComponents, Mlp, Standardize
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.schema import VIEWS, ConfigError
@@ -44,13 +45,28 @@ def test_components_are_those_of_the_values_with_a_mean_variance_of_one() -> Non
     assert layer.basis.abs().argmax(0).tolist() == [0, 1, 2] and (layer.basis.max(0).values > 0).all()
 
 
-def test_columns_are_standardized_but_for_rare_values() -> None:
-    values = torch.cat([torch.randn(1000, 2) * torch.tensor([3.0, 0.2]) + 5, torch.zeros(1000, 1)], 1)
-    layer = Standardize(3)
-    layer.fit(values)
-    assert torch.allclose(layer(values).std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-4)
-    assert torch.allclose(layer(values).mean(0), torch.zeros(3), atol=1e-4)
-    assert layer(torch.tensor([[5.0, 5.0, 1.0]]))[0, 2] == pytest.approx(10)
+def test_columns_are_standardized_and_missing_values_are_average_ones() -> None:
+    features = TabularFeatures(
+        2, FIELDS
+    )  # concepts and their flags; a number and its flag; two categories and the flag
+    assert features.flag_of == [2, 3, 2, 3, 5, 5, 8, 8, 8]
+    concepts, metadata = torch.rand(500, 2), torch.stack([100 * torch.rand(500), (torch.rand(500) < 0.2).float()], 1)
+    concepts[:100, 0] = metadata[100:200, 0] = torch.nan
+    layer = Standardize(features.flag_of)
+    layer.fit(columns := features(concepts, metadata))
+    result = layer(columns)
+    values = [0, 1, 4, 6, 7]
+    for at in values:
+        there = result[:, at][columns[:, features.flag_of[at]] == 0]
+        assert abs(there.mean()) < 1e-4 and there.std(correction=0) == pytest.approx(1, abs=1e-4)
+    nothing = layer(features(torch.full((1, 2), torch.nan), torch.full((1, 2), torch.nan)))
+    assert nothing[0].tolist() == [0, 0, 1, 1, 0, 1, 0, 0, 1]
+
+
+def test_value_that_training_hardly_had_stays_small() -> None:
+    layer = Standardize([1, 1])
+    layer.fit(torch.zeros(1000, 2))
+    assert layer(torch.tensor([[1.0, 0.0]])).abs().max() == pytest.approx(10)
 
 
 def test_fewer_lesions_than_components_give_finite_ones() -> None:

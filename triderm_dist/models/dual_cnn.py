@@ -84,6 +84,15 @@ class TabularFeatures(nn.Module):
         self.concepts, self.fields = concepts, tuple(fields)
         self.width = 2 * concepts + sum(2 if field.is_number else len(field.categories) + 1 for field in self.fields)
 
+    @property
+    def flag_of(self) -> list[int]:
+        """The column of the missing flag of each column; of a flag itself, its own."""
+        columns = [self.concepts + number for number in range(self.concepts)] * 2
+        for field in self.fields:
+            size = 2 if field.is_number else len(field.categories) + 1
+            columns += [len(columns) + size - 1] * size
+        return columns
+
     def forward(self, concepts: Tensor, metadata: Tensor) -> Tensor:
         parts = []
         if self.concepts:

@@ -54,7 +54,7 @@ class Mlp(Network):
             }
         )
         self.tabular = TabularFeatures(len(self.used_concepts), self.used_fields)
-        self.scale = Standardize(self.tabular.width)
+        self.scale = Standardize(self.tabular.flag_of)
         self.hidden = nn.Sequential(
             nn.Linear(len(signature.views) * components + self.tabular.width, width), nn.GELU(), nn.Dropout(dropout)
         )
@@ -83,24 +83,35 @@ class Mlp(Network):
 
 
 class Standardize(nn.Module):
-    """Standardize columns (B, F)."""
+    """Standardize the columns (B, F) of `TabularFeatures`; a missing value is 0, as an average one, and flags stay."""
 
     mean: Tensor
     deviation: Tensor
+    flag_of: Tensor
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, flag_of: Sequence[int]) -> None:
+        """flag_of: as `TabularFeatures.flag_of`."""
         super().__init__()
-        self.register_buffer("mean", torch.zeros(columns))
-        self.register_buffer("deviation", torch.ones(columns))
+        self.register_buffer("mean", torch.zeros(len(flag_of)))
+        self.register_buffer("deviation", torch.ones(len(flag_of)))
+        self.register_buffer("flag_of", torch.tensor(flag_of, dtype=torch.long), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        return (values - self.mean) / self.deviation
+        missing, is_flag = self._masks(values)
+        standardized = ((values - self.mean) / self.deviation).masked_fill(missing, 0.0)
+        return torch.where(is_flag, values, standardized)
 
     def fit(self, values: Tensor) -> None:
-        """Set mean and standard deviation of values (N, F); see `MIN_DEVIATION`."""
-        if len(values):
-            self.mean.copy_(values.mean(0))
-            self.deviation.copy_(values.std(0, correction=0).clamp(min=MIN_DEVIATION))
+        """Set mean and standard deviation of values (N, F), over the lesions that have one."""
+        present = (~self._masks(values)[0]).float()
+        count = present.sum(0).clamp(min=1)
+        mean = (values * present).sum(0) / count
+        self.mean.copy_(mean)
+        self.deviation.copy_((((values - mean).square() * present).sum(0) / count).sqrt().clamp(min=MIN_DEVIATION))
+
+    def _masks(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the value of a column is missing (B, F), and which columns are flags (F,)."""
+        return values[:, self.flag_of] > 0, self.flag_of == torch.arange(len(self.flag_of), device=values.device)
 
 
 class MeanComponents(nn.Module):
