@@ -4,10 +4,11 @@ python -m benchmarks.baselines run=RUN
 
 RUN is a finished cross-validation (`triderm crossval`, `triderm stack`) with a frozen tower. The baselines are (a)
 XGBoost on metadata and concepts; (b) logistic regression on pooled embeddings of the frozen tower plus metadata and
-concepts, and XGBoost on 64 principal components of the embeddings plus the same. Every method is scored at p > 0.5, by
-argmax, with thresholds tuned on the lesions they are scored on, and nested: thresholds fitted on the other folds.
-Intervals are over lesions. The last line is one JSON object: what the ensemble and the best network gain over each
-baseline, with the low end of the interval.
+concepts, and XGBoost on 64 principal components of the embeddings plus the same; (c) the network `mlp` on the same
+embeddings, metadata and concepts, one training and the mean of three, which are trained into RUN/baselines. Every
+method is scored at p > 0.5, by argmax, with thresholds tuned on the lesions they are scored on, and nested: thresholds
+fitted on the other folds. Intervals are over lesions. The last line is one JSON object: what the ensemble and the best
+network gain over the best baseline of each letter, with the low end of the interval.
 """
 
 from __future__ import annotations
@@ -20,14 +21,31 @@ import numpy as np
 from benchmarks.nested import nested_decisions
 from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
-from triderm_dist.config import Experiment
+from triderm_dist.config import Experiment, build
 from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.ensemble.run_files import NESTED_FILE, OOF_FILE, read_nested
 from triderm_dist.ensemble.thresholds import best_thresholds, decide
-from triderm_dist.predictions import OofTable, read_oof
+from triderm_dist.predictions import OofTable, gather, read_oof
 from triderm_dist.schema import ConfigError
 
 COMPONENTS = 64
+MLP = {
+    "kind": "mlp",
+    "width": 128,
+    "dropout": 0.3,
+    "seeds": 3,
+    "train": {
+        "epochs": 10,
+        "global_batch": 64,
+        "micro_batch": 64,
+        "trackers": [],
+        "sampling": {"kind": "shuffle"},
+        "augment": {"clinical_dropout": 0.1, "concept_dropout": 0.1},
+        "loss": {"focal_weight": 1.0, "soft_f1_weight": 0.0, "gamma": 1.0},
+        "optim": {"lr": 2e-3, "warmup_epochs": 1, "min_lr": 1e-6},
+    },
+}
+"""The MLP of the baselines; its numbers do not depend on those of the run."""
 STRENGTHS = (1e-3, 1e-2)
 """C (1 / penalty) of logistic regression on standardized columns; the better one counts, in the baseline's favor."""
 
@@ -47,6 +65,7 @@ def main(config: Experiment) -> None:
         probabilities[f"(b) logistic regression, C={strength:g}"] = out_of_fold(linear(strength), everything, table)
     reduced = reduced_then_boosted(everything.shape[1] - tabular.shape[1])
     probabilities[f"(b) XGBoost, {COMPONENTS} components"] = out_of_fold(reduced, everything, table)
+    probabilities |= mlp(config, table)
     baselines = tuple(probabilities)
     for model in table.models:
         probabilities[model] = probabilities_of(table.logits[model], table.heads[model])
@@ -69,12 +88,40 @@ def pooled_embeddings(config: Experiment, table: OofTable) -> np.ndarray:
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.embed import embeddings
 
+    index = open_index(config.train_shards, config.data.remote)
+    row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
+    return embeddings(config, index, first_frozen(config))[[row_of[str(lesion)] for lesion in table.lesion_ids]]
+
+
+def first_frozen(config: Experiment) -> str:
+    """Return the first model with a frozen tower. Raises ConfigError where there is none."""
     frozen = [name for name, model in config.models.items() if model.tower.frozen]
     if not frozen:
         raise ConfigError("models: none has tower.frozen=true; the baselines need embeddings of an untouched tower")
+    return frozen[0]
+
+
+def mlp(config: Experiment, table: OofTable) -> dict[str, np.ndarray]:
+    """Train the folds of the MLP that are not trained yet; return (N, C) probabilities of one seed and of their mean.
+
+    Its tower is that of the first model with a frozen one, without what `init` fills it with.
+    """
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.engine.crossval import run_folds
+    from triderm_dist.engine.fold import assigned_folds
+
+    raw = config.model_dump(mode="json")
+    model = {**MLP, "tower": raw["models"][first_frozen(config)]["tower"]}
+    raw |= {"output": str(config.folder / "baselines"), "tokens": str(config.token_folder), "models": {"mlp": model}}
+    experiment = build(Experiment, {**raw, "train": {}})
     index = open_index(config.train_shards, config.data.remote)
-    row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
-    return embeddings(config, index, frozen[0])[[row_of[str(lesion)] for lesion in table.lesion_ids]]
+    run_folds(experiment, index, list(experiment.models), range(experiment.data.folds))
+    folds = assigned_folds(index, experiment.data)
+    trained = gather(experiment.folder, tuple(experiment.models), index.lesion_ids.tolist(), index.labels, folds)
+    row_of = {str(lesion): row for row, lesion in enumerate(trained.lesion_ids)}
+    rows = [row_of[str(lesion)] for lesion in table.lesion_ids]
+    seeds = [probabilities_of(trained.logits[name][rows], trained.heads[name]) for name in trained.models]
+    return {"(c) MLP": seeds[0], f"(c) MLP, mean of {len(seeds)} seeds": np.mean(seeds, 0)}
 
 
 def boosted() -> Any:
@@ -137,7 +184,8 @@ def print_scores(
     best = max(table.models, key=lambda model: metrics.macro_f1(nested[model], labels))
     result: dict[str, Any] = {"best_network": best}
     for who, name in (("ensemble", "(e) ensemble"), ("network", best)):
-        for label, group in (("a", baselines[:1]), ("b", baselines[1:])):
+        for label in sorted({baseline[1] for baseline in baselines}):
+            group = [baseline for baseline in baselines if baseline[1] == label]
             over = max(group, key=lambda baseline: metrics.macro_f1(nested[baseline], labels))
             difference = gain(name, over)
             print(f"{name} minus {over}: {difference}")
