@@ -274,7 +274,9 @@ class TokenExtractor:
                 tokens = [encoder(getattr(batch, view))[: step.count] for view in views]
             return torch.stack(tokens, 1).half().cpu().numpy()
 
-        # In a thread, so that the next batch is augmented meanwhile; one at a time, which bounds the memory.
+        if device.type != "cpu":  # which computes while the next batch is loaded anyway
+            return np.concatenate([tokens_of(step) for step in loader])
+        # In a thread, so that the next batch is finished meanwhile; one at a time, which bounds the memory.
         with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
             parts: list[Future[np.ndarray]] = []
             for step in loader:
