@@ -2,7 +2,8 @@
 
 `wrap` is the one place that wraps a network, in this order:
 
-1. dropout by lesion (`models.dropout`): a block that is recomputed repeats its masks without random state;
+1. dropout by lesion (`models.dropout`): a block that is recomputed repeats its masks without random state; on a CPU
+   also depthwise convolutions with a faster gradient (`models.depthwise`);
 2. activation checkpointing of each trained block (a tower block or a fusion stage);
 3. torch.compile of each trained block. Checkpointing is inside, so that the compiler sees it; per block, so that
    compile time does not grow with depth and no key of the state dict changes;
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.collectives import world_size
 from triderm_dist.distributed.malloc import disable_malloc_trim
+from triderm_dist.models.depthwise import use_fast_depthwise
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.extras import DEEPSPEED, require
@@ -246,6 +248,8 @@ def wrap(
     the launcher asked for.
     """
     use_lesion_masks(network)
+    if accelerator.device.type == "cpu" and not compile_blocks:
+        use_fast_depthwise(network)
     for block in network.blocks():
         if activation_checkpointing:
             block.forward = checkpointed(block.forward)

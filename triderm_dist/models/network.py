@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +215,8 @@ class ViewTokens(nn.Module):
         then needs the gradient of the small matrix W g alone, and not that of the normalized tokens, a matrix product
         as large as the forward pass.
         """
-        norm, linear = self.project  # type: ignore[misc]
+        norm, linear = cast("nn.Sequential", self.project)
+        assert isinstance(norm, nn.LayerNorm) and isinstance(linear, nn.Linear)
         normalized = F.layer_norm(tokens, norm.normalized_shape, eps=norm.eps)
         bias = linear.bias + (linear.weight * norm.bias).sum(1)
         return F.linear(normalized, linear.weight * norm.weight, bias)
