@@ -223,7 +223,8 @@ class TokenExtractor:
         if not missing:
             return
         photos = cache.lesions * len(self.loaders.index.signature.views) * len(versions)
-        encoder = self.encoder(compile_tower, photos)
+        computed = [pair for pair in missing if not (whole and whole.has(*pair))]
+        encoder = self.encoder(compile_tower, photos) if computed else self.tower
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -21,6 +21,8 @@ class DualCnn(Network):
     See `Network` for the inputs. A missing view is one learned vector.
     """
 
+    reads_mean_tokens = True
+
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__(config, signature, towers)
         width, dropout, classes = config.width, config.dropout, len(signature.diagnoses)
