@@ -8,6 +8,7 @@ from triderm_dist.config import ModelConfig, TowerConfig
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.concepts import NumericTokens
 from triderm_dist.models.fusion import CrossAttention
+from triderm_dist.models.network import ViewTokens
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.monitoring.flops import Budget, budget, named_peak, training_flops
 from triderm_dist.tasks import milk10k_task
@@ -47,8 +48,15 @@ def by_hooks(network: nn.Module, image: torch.Tensor) -> float:
     def curve(module, inputs, output):
         count(2 * output.numel() * module.curve.shape[1], module.curve.requires_grad)
 
+    def view_tokens(module, inputs, output):
+        if (
+            module.project is not None and not inputs[0].requires_grad
+        ):  # a projection without a call of its linear layer
+            count(2 * output.numel() * module.project[1].in_features, False, True)
+
     for module in network.modules():
         kinds = {nn.Linear: linear, nn.Conv2d: convolution, CrossAttention: attention, NumericTokens: curve}
+        kinds[ViewTokens] = view_tokens
         hook = kinds.get(type(module)) or (attention if type(module).__name__ == "Attention" else None)
         if hook:
             handles.append(module.register_forward_hook(hook))
