@@ -339,7 +339,8 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="compute precision; auto: bf16 where the GPU supports it, fp16 on older GPUs, fp32 on the CPU",
+        description="compute precision; auto: bf16 where the GPU supports it, fp16 on older GPUs; on a CPU bf16 where "
+        "a step is measured to be faster, else fp32",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"

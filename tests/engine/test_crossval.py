@@ -24,7 +24,7 @@ def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
         f"output={tmp_path / 'run'}",
         f"models.cnn={{kind: dual_cnn, width: 16, tower: {tower}}}",
         "data.folds=2",
-        "train={epochs: 1, global_batch: 8, micro_batch: 8, trackers: []}",
+        "train={epochs: 1, global_batch: 8, micro_batch: 8, precision: fp32, trackers: []}",
     ]
     networks: list[weakref.ref] = []
 

@@ -52,14 +52,17 @@ _FSDP2 = "TRIDERM_FSDP2"
 
 
 def choose_precision(wanted: Precision, device: torch.device | None = None) -> tuple[str, str]:
-    """Return (precision, reason) for a device, by default the current one."""
+    """Return (precision, reason) for a device, by default the current one.
+
+    auto on a CPU is fp32; trainings may take bf16 there (`engine.cpu_precision`).
+    """
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     if wanted == "fp16" and not cuda:
         raise ConfigError("precision: fp16 needs a GPU; use fp32, bf16 or auto")
     if wanted != "auto":
         return wanted, "as set"
     if not cuda:
-        return "fp32", "no GPU: bf16 is slower than fp32 on a CPU"
+        return "fp32", "no GPU"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", f"{torch.cuda.get_device_name()} computes bf16"
     return "fp16", f"{torch.cuda.get_device_name()} has no bf16; fp16 with loss scaling"

@@ -19,6 +19,7 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
+from triderm_dist.engine import cpu_precision
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
@@ -250,17 +251,24 @@ class FoldRun:
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
             changes, init = self._train(config, accelerator)
+            if self._measures_precision(config, accelerator):
+                accelerator = parallel.start_training(config)  # held-out lesions are predicted in fp32
             held_out = self._predict(accelerator, size) if len(self.validation_rows) else None
         if attempt.failed:
             return None
         accelerator.free_memory()
         return _Outcome(held_out, changes, init)
 
+    def _measures_precision(self, config: TrainConfig, accelerator: Accelerator) -> bool:
+        """Return whether the precision is measured, see `cpu_precision`. DeepSpeed keeps other weights under bf16."""
+        on_cpu = accelerator.device.type == "cpu" and parallel.strategy_of(accelerator) != "deepspeed"
+        return config.precision == "auto" and on_cpu
+
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
         torch.manual_seed(self.experiment.seed_of(self.name) * 1_009 + self.fold)
         network, about = new_network(self.model, self.views), None
-        if network.reads_mean_tokens:
+        if network.reads_mean_tokens and self.views.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if self.start:
             filled = fill_network(network, self.model, self.start.choose(self.validation_rows))
@@ -282,10 +290,16 @@ class FoldRun:
         train_rows = np.concatenate([self.own_rows, self.views.extra_rows])
         data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
         network, init = self._new_network(accelerator)
+        why = ""
+        if self._measures_precision(config, accelerator):
+            folder = self.experiment.folder / self.name
+            precision, why = on_main(partial(cpu_precision.choose, network, config.micro_batch, folder))
+            config = config.model_copy(update={"precision": precision})
+            accelerator = parallel.start_training(config)
         trainer = Trainer(
             name=self.title, network=network, head=self.model.head, config=config, data=data,
             folder=self.folder, seed=self.experiment.seed_of(self.name), accelerator=accelerator, epochs=self.epochs,
-            output=self.output,
+            output=self.output, why_precision=why,
         )  # fmt: skip
         return trainer.train(self.stop, self.on_start, self.on_validation), init
 

@@ -104,9 +104,10 @@ class Trainer:
         accelerator: Accelerator,
         epochs: int | None = None,
         output: Output | None = None,
+        why_precision: str = "",
     ) -> None:
         """name: of the training in logs.  folder: gets the weights, checkpoints and logs.  epochs: how many of the
-        config.epochs of the schedule to train, None all.
+        config.epochs of the schedule to train, None all.  why_precision: of `config`, where it was measured.
         """
         output = output or Output()
         check_supported(accelerator, config)
@@ -129,7 +130,9 @@ class Trainer:
         lesions = len(data.train_rows), extra, len(data.validation_rows)
         start = saved.state.step if saved else 0
         title = output.title(name)
-        text = report(title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief)
+        text = report(
+            title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief, why_precision
+        )
         accelerator.print(text, flush=True)
         self.wrapped, prepared, optimizer = wrap(
             accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile

@@ -26,12 +26,14 @@ def report(
     budget: Budget | None,
     start: int = 0,
     brief: bool = False,
+    why_precision: str = "",
 ) -> str:
     """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
     task leaves out, and parameters by part.
 
     network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
     start: the step that the training resumes from.  brief: only what differs between the folds of a model.
+    why_precision: the reason, default that of `choose_precision`.
     """
     world = accelerator.num_processes
     extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""
@@ -46,7 +48,7 @@ def report(
         return "\n".join([name, *_rows(differing)])
     lines = {
         "run": f"{strategy_of(accelerator)}, {counted(world, 'rank')} on {device_name(accelerator.device)}",
-        "precision": f"{precision} ({why})",
+        "precision": f"{precision} ({why_precision or why})",
         **differing,
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",

@@ -1,0 +1,129 @@
+"""The precision of a training on a CPU where `train.precision` is auto: bf16 where a step is measured to be faster.
+
+CPUs without instructions for bf16 train in fp32, and so do networks whose steps are too short to gain. For the others
+some steps are timed when the first training of a model begins. The choice is kept in RUN/MODEL/precision.json and holds
+for all trainings of the model in this run, also where they resume later or on another machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
+from triderm_dist.environment import cpu_model
+from triderm_dist.models.depthwise import use_fast_depthwise
+from triderm_dist.models.dropout import use_lesion_masks
+from triderm_dist.models.network import Network
+from triderm_dist.monitoring.flops import example_inputs
+from triderm_dist.schema import CheckpointError
+
+FILE = "precision.json"
+LEAST_GAIN = 1.2
+"""How many times as fast as in fp32 a step in bf16 must be, so that bf16 is taken."""
+LEAST_SECONDS = 0.08
+"""CPU time of a step in fp32 that may gain: most of a shorter one is not spent in matrix products."""
+SECONDS = 1.0
+"""Time of the measurement, after the first steps."""
+MAX_PHOTOS = 4
+"""Lesions per measured step of a network that takes photos."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Choice(BaseModel):
+    precision: Literal["fp32", "bf16"]
+    reason: str
+    parameters: list[int]
+
+
+def choose(network: Network, micro_batch: int, folder: Path) -> tuple[str, str]:
+    """Return the precision of the trainings of a model in a run, and why.
+
+    network: bare, on the CPU.  folder: RUN/MODEL. A folder with trainings from before there was a choice keeps their
+    precision, fp32. Raises CheckpointError for a damaged precision.json.
+    """
+    file, parameters = folder / FILE, _parameters(network)
+    try:
+        kept = _Choice.model_validate(read_checked_json(file, _Choice))
+        if kept.parameters == parameters:
+            return kept.precision, f"{kept.reason}; kept in {FILE}"
+    except FileNotFoundError:
+        if any(folder.glob("*/fold.json")) or any(folder.glob("*/checkpoints/*")):
+            return "fp32", "no GPU; as the trainings that are here"
+    except DamagedFile as error:
+        raise CheckpointError(f"{file}: {error}; delete it, and set train.precision") from None
+    if not has_bf16():
+        return "fp32", "no GPU, and this CPU has no instructions for bf16"
+    lesions = min(micro_batch, MAX_PHOTOS) if network.holds_towers else micro_batch
+    seconds = measure(network, lesions)
+    if "bf16" not in seconds:
+        return "fp32", "no GPU, and steps are too short to gain from bf16"
+    gain = seconds["fp32"] / seconds["bf16"]
+    precision = "bf16" if gain >= LEAST_GAIN else "fp32"
+    reason = f"no GPU; bf16 is {gain:.2f} times as fast as fp32 on this CPU"
+    about = {"cpu": cpu_model(), "torch": torch.__version__, "seconds": seconds, "parameters": parameters}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checked_json(file, {"precision": precision, "reason": reason, **about})
+    return precision, f"{reason}; kept in {FILE}"
+
+
+def has_bf16() -> bool:
+    """Return whether the CPU has instructions for matrix products in bf16."""
+    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+
+
+def measure(network: Network, lesions: int) -> dict[str, float]:
+    """Return the CPU seconds of a forward and backward pass by precision, the least of each, alternating; only those of
+    fp32 where they are below `LEAST_SECONDS`.
+
+    CPU time of one thread, which does not depend on what else runs on the machine.
+    """
+    network = copy.deepcopy(network).train()
+    use_lesion_masks(network)
+    use_fast_depthwise(network)
+    with torch.random.fork_rng(devices=[]), _one_thread():
+        inputs = [
+            torch.rand_like(each) if each.is_floating_point() else each for each in example_inputs(network, lesions)
+        ]
+
+        def seconds_of(dtype: torch.dtype) -> float:
+            started = time.process_time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                outputs = network(*inputs)
+            torch.stack([logits.square().mean() for logits in outputs.heads]).sum().backward()
+            network.zero_grad()
+            return time.process_time() - started
+
+        seconds = {"fp32": min(seconds_of(torch.float32) for _ in range(2))}
+        if seconds["fp32"] < LEAST_SECONDS:
+            return seconds
+        seconds["bf16"] = min(seconds_of(torch.bfloat16) for _ in range(2))
+        started = time.perf_counter()
+        while time.perf_counter() - started < SECONDS:
+            for name, dtype in DTYPES.items():
+                seconds[name] = min(seconds[name], seconds_of(dtype))
+    return seconds
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _parameters(network: nn.Module) -> list[int]:
+    """Return the numbers of trained and of all parameters, by which another network is recognized."""
+    sizes = [(each.numel(), each.requires_grad) for each in network.parameters()]
+    return [sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)]
