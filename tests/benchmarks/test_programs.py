@@ -76,7 +76,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
             *("parts=[mixup, ema]", "seeds=1"),
         ],
         "loader": [
-            f"source={source}", "original=null", "rounds=1", "batch=11", "simulated=1000",
+            f"source={source}", "original=null", "rounds=1", "batch=11", "workers=1", "simulated=1000",
             "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",
         ],
         "modalities": [f"run={run}", "seeds=1"],
