@@ -21,7 +21,7 @@ from pydantic import Field
 from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment, build, save
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import ConfigError, Task
 
 MODALITIES = ("clinical", "dermoscopic", "concepts", "metadata")
 ALL = "all"
@@ -74,7 +74,6 @@ def print_scores(config: ModalitiesRun, folders: dict[str, list[Path]]) -> None:
     from triderm_dist.data.readers.source import reader_of
     from triderm_dist.ensemble.artifact import read_task
     from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
-    from triderm_dist.submission import read_results
 
     task = read_task(folders[ALL][0] / ENSEMBLE_FILE)
     truth = reader_of(task).labels(Path(str(config.data.test_truth)), task)
@@ -82,9 +81,9 @@ def print_scores(config: ModalitiesRun, folders: dict[str, list[Path]]) -> None:
     result: dict[str, dict[str, float]] = {}
     print(f"\n{'modalities':<22} macro F1 over seeds   all minus these, 95% interval over lesions and seeds")
     for label, runs in folders.items():
-        found = [read_results(folder, task) for folder in runs]
+        found = [read_run(folder, task) for folder in runs]
         labels = np.array([truth[lesion] for lesion in found[0][0]])
-        decisions[label] = [each[2] for each in found]
+        decisions[label] = [each for _, each in found]
         scores = [metrics.macro_f1(table, labels) for table in decisions[label]]
         difference = intervals.over_seeds(
             [
@@ -99,6 +98,16 @@ def print_scores(config: ModalitiesRun, folders: dict[str, list[Path]]) -> None:
         if len(scores) > 1:
             result[label] |= {"minus": round(difference.value, 4), "low": round(difference.low, 4)}
     print(json.dumps(result))
+
+
+def read_run(folder: Path, task: Task) -> tuple[list[str], np.ndarray]:
+    """Return (lesion ids, (N, C) decisions) of the test set of a run."""
+    from triderm_dist.submission import DECISIONS_FILE, SUBMISSION_FILE, read_decisions, read_submission
+
+    if not task.submission:
+        return read_decisions(folder / DECISIONS_FILE, task.diagnosis_names)
+    ids, probabilities = read_submission(folder / SUBMISSION_FILE, task.diagnosis_names)
+    return ids, probabilities > metrics.OFFICIAL_THRESHOLD
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ def guide(
     """Return the probabilities (N, C). forwards: of a tri-modal network for each transform."""
     outputs: dict[tuple[str, int], list[list[np.ndarray]]] = {}
     for name, model in models.items():
-        size, mean, std = model.preprocessing
-        loaders = LoaderFactory(lesions, PhotoSetSource(lesions, size, mean, std), workers=1, prefetch=1)
+        source = PhotoSetSource(lesions, *model.preprocessing[:3])  # its networks take the central square
+        loaders = LoaderFactory(lesions, source, workers=1, prefetch=1)
         for step in loaders.sequential(np.arange(len(lesions)), 1, device):
             batch = step.micro_batches[0]
             rest = (batch.view_present, batch.concepts, batch.metadata)
