@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,10 +19,6 @@ class LesionInputs:
     labels: np.ndarray
     class_mask: np.ndarray | None = None
     weights: np.ndarray | None = None
-
-    def take(self, rows: slice) -> LesionInputs:
-        """Return some of these lesions."""
-        return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
 class Lesions(Protocol):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -36,16 +36,17 @@ from triderm_dist.data.augment import (
     to_device,
 )
 from triderm_dist.data.host_augment import HostTransform, opencv
-from triderm_dist.data.lesions import LesionInputs, Lesions
+from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
+from triderm_dist.data.threads import jobs_of
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import VIEWS, Batch, DataError
 
-TASK_LESIONS = 8
-"""Lesions per decoding task: enough to make scheduling cheap, few enough that all threads finish together."""
+JOB_LESIONS = 16
+"""Most lesions of a job of a decoder thread: enough to make scheduling cheap."""
 
 PREPARED_LESIONS = 512
 """Lesions whose ids, metadata and random draws are looked up together, before their photos are read."""
@@ -131,13 +132,12 @@ class CanvasSource:
             self._free.clear()
         buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, len(self.views), self.canvas)
         buffers.wait()
-        views = [view[: len(rows)] for view in buffers.views]
-        arrays = [view.numpy() for view in views]
-        locations = self.locate(rows)
+        numbers, locations = rows.tolist(), self.locate(rows)
         jobs = []
-        for start in range(0, len(rows), TASK_LESIONS):
-            part = slice(start, start + TASK_LESIONS)
-            jobs.append(pool.submit(self._read, rows[part], locations[part], [array[part] for array in arrays]))
+        for part in jobs_of(len(rows), pool, JOB_LESIONS):
+            out = [array[part] for array in buffers.arrays]
+            jobs.append(pool.submit(self._read, numbers[part], locations[part], out))
+        views = buffers.views if len(rows) == self._lesions else [view[: len(rows)] for view in buffers.views]
         return Fetched(views, jobs, buffers)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
@@ -166,8 +166,8 @@ class CanvasSource:
         crops = [host.crops(len(rows), name, rng) for name in self.views]
         arrays, locations = [view.numpy() for view in views], self.locate(rows)
         jobs = []
-        for start in range(0, len(rows), TASK_LESIONS):
-            numbers = range(start, min(start + TASK_LESIONS, len(rows)))
+        for part in jobs_of(len(rows), pool, JOB_LESIONS):
+            numbers = range(part.start, part.stop)
             jobs.append(pool.submit(self._read_crops, host, crops, numbers, rows, locations, arrays))
         return Fetched(views, jobs)
 
@@ -202,12 +202,12 @@ class CanvasSource:
         if len(buffers.views[0]) == self._lesions:
             self._free.append(buffers)
 
-    def _read(self, rows: np.ndarray, locations: list[Any], arrays: list[np.ndarray]) -> None:
+    def _read(self, rows: list[int], locations: list[Any], arrays: list[np.ndarray]) -> None:
         """Decode the photos of some lesions of a batch: the work of one job.
 
         arrays: their part (n, H, W, 3) of the batch, by view.
         """
-        for row, location, out in zip(rows.tolist(), locations, zip(*arrays, strict=True), strict=True):
+        for row, location, out in zip(rows, locations, zip(*arrays, strict=True), strict=True):
             self.decode(out, row, location)
 
     def _read_crops(
@@ -221,7 +221,7 @@ class CanvasSource:
     ) -> None:
         """Decode the photos of the lesions of these numbers in the batch, and write their crops to `arrays`."""
         if not hasattr(self._scratch, "photos"):
-            self._scratch.photos = [view[0].numpy() for view in _Buffers.new(1, len(self.views), self.canvas).views]
+            self._scratch.photos = [array[0] for array in _Buffers.new(1, len(self.views), self.canvas).arrays]
         photos = self._scratch.photos
         for number in numbers:
             self.decode(photos, int(rows[number]), locations[number])
@@ -259,22 +259,18 @@ class PhotoSource(CanvasSource):
 
     def locate(self, rows: np.ndarray) -> list[_Location]:
         index, at = self.index, [VIEWS.index(view) for view in self.views]
-        offsets, sizes = index.offsets[rows][:, at], index.sizes[rows][:, at]
-        present = sizes > 0
-        # The photos of a lesion are neighbors in their tar.
-        start = np.where(present, offsets, np.iinfo(np.int64).max).min(1)
-        start[~present.any(1)] = 0
-        begin = np.where(present, offsets - start[:, None], 0)
-        end = begin + sizes
-        columns = (index.shard[rows], start, end.max(1), begin, end)
+        columns = (index.shard[rows], index.offsets[rows][:, at], index.sizes[rows][:, at])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def decode(self, out: Sequence[np.ndarray], row: int, location: _Location) -> None:
-        shard, start, size, begins, ends = location
-        data = memoryview(self.shards.read(shard, start, size) if size else b"")
+        shard, offsets, sizes = location
+        ends = list(map(operator.add, offsets, sizes))
+        # The photos of a lesion are neighbors in their tar; where there is none, the size is 0.
+        start = min(itertools.compress(offsets, sizes), default=0)
+        data = memoryview(self.shards.read(shard, start, max(ends) - start) if any(sizes) else b"")
         for number, canvas in enumerate(out):
-            photo = data[begins[number] : ends[number]]
-            if not photo:
+            photo = data[offsets[number] - start : ends[number] - start]
+            if not sizes[number]:
                 canvas[:] = 0
                 continue
             try:
@@ -287,25 +283,27 @@ class PhotoSource(CanvasSource):
                 ) from None
 
 
-_Location = tuple[int, int, int, list[int], list[int]]
-"""The shard of a lesion, the start and size of the part that has its photos, and in this part begin and end of the
-photo of each view: Python numbers, since threads should do little under the GIL.
+_Location = tuple[int, list[int], list[int]]
+"""The shard of a lesion, and offset and size of the photo of each view in it: Python numbers, since threads should do
+little under the GIL.
 """
 
 
 @dataclass
 class _Buffers:
-    """Host tensors of the views (B, H, W, 3) uint8, pinned if there is a GPU, and the end of the copy that still reads
-    them.
+    """Host tensors of the views (B, H, W, 3) uint8, pinned if there is a GPU, the same as arrays, and the end of the
+    copy that still reads them.
     """
 
     views: list[torch.Tensor]
+    arrays: list[np.ndarray]
     copied: torch.cuda.Event | None = None
 
     @classmethod
     def new(cls, lesions: int, views: int, canvas: tuple[int, int]) -> _Buffers:
         width, height = canvas
-        return cls([_empty_photos(lesions, height, width) for _ in range(views)])
+        photos = [_empty_photos(lesions, height, width) for _ in range(views)]
+        return cls(photos, [view.numpy() for view in photos])
 
     def wait(self) -> None:
         if self.copied:
@@ -425,7 +423,7 @@ class Loader:
 
     def _parts(self) -> Iterator[_Pending]:
         """Yield the micro-batches of the plan. What needs no photo is prepared for `PREPARED_LESIONS` at a time: it is
-        done under the GIL, while the decoders wait.
+        done under the GIL, which the decoders need, and on a GPU each copy is a call.
         """
         batches = iter(self.batches)
         while first := next(batches, None):
@@ -439,17 +437,19 @@ class Loader:
                 rng = LesionRng(self.seed, self.epoch, lesion_keys(inputs.lesion_ids), copies)
                 present, concepts = drop_inputs(rng, self.augment, inputs.view_present, inputs.concepts)
                 inputs = replace(inputs, view_present=present, concepts=concepts)
+            columns = {**vars(inputs), "valid": valid}
+            ids = columns.pop("lesion_ids")
+            tensors = {name: to_device(array, self.device) for name, array in columns.items() if array is not None}
             end = 0
             for batch in group:
                 start, end = end, end + len(batch.rows)
                 for at in range(start, end, self.micro_batch):
                     part = slice(at, min(at + self.micro_batch, end))
-                    yield _Pending(
-                        batch, rows[part], inputs.take(part), valid[part], rng and rng.take(part), part.stop == end
-                    )
+                    own = {name: tensor[part] for name, tensor in tensors.items()}
+                    yield _Pending(batch, rows[part], ids[part], own, rng and rng.take(part), part.stop == end)
 
     def _finish(self, part: _Pending) -> Batch:
-        fetched, inputs = part.fetched, part.inputs
+        fetched = part.fetched
         assert fetched is not None
         started = time.perf_counter()
         for job in reversed(fetched.jobs):
@@ -459,21 +459,11 @@ class Loader:
         waited = time.perf_counter() - started
         self.waited += waited
         add_data_wait(waited)
-        move = partial(to_device, device=self.device)
         views = self.source.finish(fetched, self.device, part.rng)
         for absent in [view for view in VIEWS if view not in views]:
             views[absent] = torch.empty((len(part.rows), 0), device=self.device)
         return Batch(
-            lesion_ids=inputs.lesion_ids,
-            **views,
-            view_present=move(inputs.view_present),
-            concepts=move(inputs.concepts),
-            metadata=move(inputs.metadata),
-            labels=move(inputs.labels),
-            valid=move(part.valid),
-            class_mask=None if inputs.class_mask is None else move(inputs.class_mask),
-            weights=None if inputs.weights is None else move(inputs.weights),
-            draws=part.rng.scoped("dropout").bits if part.rng else None,
+            part.lesion_ids, **views, **part.inputs, draws=part.rng.scoped("dropout").bits if part.rng else None
         )
 
 
@@ -528,12 +518,12 @@ class LoaderFactory(Generic[_Lesions]):
 
 @dataclass
 class _Pending:
-    """A micro-batch whose photos are being decoded."""
+    """A micro-batch whose photos are being decoded.  inputs: the other tensors of the `Batch`, on the device."""
 
     batch: PlannedBatch
     rows: np.ndarray
-    inputs: LesionInputs
-    valid: np.ndarray
+    lesion_ids: list[str]
+    inputs: dict[str, torch.Tensor]
     rng: LesionRng | None
     last: bool
     fetched: Fetched | None = None

@@ -31,6 +31,12 @@ def openmp_threads() -> int:
     return min(available_cores(), int(limit)) if limit.isdigit() and int(limit) else available_cores()
 
 
+def jobs_of(count: int, pool: ThreadPoolExecutor, most: int) -> list[slice]:
+    """Cut `count` items into equal jobs for the workers of a pool, of `most` items at most."""
+    size = max(1, min(most, -(-count // pool._max_workers)))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def map_in_order(
     work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
 ) -> Iterator[tuple[_Item, _Result]]:

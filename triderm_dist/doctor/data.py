@@ -171,11 +171,11 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     import numpy as np
     import torch
 
-    from triderm_dist.data.loader import TASK_LESIONS, PhotoSource
+    from triderm_dist.data.loader import JOB_LESIONS, PhotoSource
 
     source = PhotoSource(index, 224, (0.0,) * 3, (1.0,) * 3)
     rows = np.random.default_rng(0).permutation(len(index))
-    batch, done = workers * TASK_LESIONS, 0
+    batch, done = workers * JOB_LESIONS, 0
     with ThreadPoolExecutor(workers) as pool:
         started = time.perf_counter()
         # A small data set is read several times, then from the page cache.
