@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from triderm_dist.config import Experiment, load
+from triderm_dist.distributed.parallel import start_training
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import is_fold_finished
 from triderm_dist.engine.predict_test import predict_test
+from triderm_dist.engine.views import open_views
 from triderm_dist.models.network import Network
 from triderm_dist.predictions import read_predictions
 
@@ -79,3 +81,16 @@ def test_out_of_fold_predictions_over_more_transforms_need_no_training(tmp_path,
     row_of = {lesion: row for row, lesion in enumerate(test.lesion_ids)}
     rows = [row_of[lesion] for lesion in averaged[0].lesion_ids]
     np.testing.assert_allclose(averaged[0].logits, test.logits[rows], atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_means_are_of_whole_tokens_where_another_model_reads_those(tmp_path, other):
+    index = synthetic_shards(tmp_path / "shards", 8, 40)
+    tower = "tower: {source: 'timm:test_efficientnet', pretrained: false, image_size: 32, frozen: true}"
+    words = [f"output={tmp_path / 'run'}", f"models.a={{kind: dual_cnn, width: 16, {tower}}}"]
+    if other:
+        words.append(f"models.b={{kind: trimodal, width: 16, heads: 2, {tower}}}")
+    experiment = load(Experiment, None, words)
+    open_views(experiment, experiment.models["a"], index, start_training(experiment.models["a"].train), train=True)
+    folders = {path.name.rpartition("-")[2] == "mean" for path in experiment.token_folder.iterdir()}
+    assert folders == ({True, False} if other else {True})

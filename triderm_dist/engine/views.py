@@ -121,6 +121,8 @@ def open_views(
         if cache.missing(versions):
             announce()
         extractor = TokenExtractor(tower, loaders, augment, seed, accelerator)
+        if means and cache.missing(versions) and _needs_whole_tokens(experiment, model):
+            extractor.fill(whole, versions, model.train.compile, after_chunk)
         extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
         return replace(loaders, source=TokenSource(cache, variants, transformed, each.signature.views))
@@ -183,6 +185,21 @@ def open_tower(
     if frozen and start:
         fill_tower(tower, start)
     return TowerRecord.of(tower, model.tower, tower_hash(tower) if frozen else None), tower if frozen else None
+
+
+def _needs_whole_tokens(experiment: Experiment, model: ModelConfig) -> bool:
+    """Return whether another model of the run reads all tokens of the versions of which this one reads the means.
+
+    They are then computed once, whichever model comes first.
+    """
+    seed = experiment.seed_of_tokens
+    versions = augmented_versions(model.train.augment, seed)
+    return any(
+        other.tower == model.tower
+        and not network_class(other.kind).reads_mean_tokens
+        and augmented_versions(other.train.augment, seed) == versions
+        for other in experiment.models.values()
+    )
 
 
 def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
