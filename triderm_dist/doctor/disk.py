@@ -150,10 +150,10 @@ def _lesions(packed: ShardIndex | str, source: str | None, short_side: int | Non
     """Return the number of lesions of a set and the bytes of its shards; before it is packed from the photos' files."""
     if not isinstance(packed, str):
         return len(packed), packed.bytes
-    folder = Path(source or "")
-    photos = [size for path, size in _files(folder if folder.is_dir() else folder.parent) if path.endswith(PHOTOS)]
-    if not source or not photos:
+    if not source:
         return 0, 0
+    folder = Path(source)
+    photos = [size for path, size in _files(folder if folder.is_dir() else folder.parent) if path.endswith(PHOTOS)]
     size = sum(photos)
     if short_side:
         size = min(size, round(len(photos) * short_side**2 * 4 / 3 * PACKED_BYTES_PER_PIXEL))
