@@ -71,7 +71,7 @@ class Text(Sequence[str]):
             yield from self._column.slice(start, ROW_GROUP).to_pylist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._column.to_numpy(zero_copy_only=False).astype(dtype or object)
+        return np.array(self.tolist(), object).astype(dtype or object)
 
     def tolist(self) -> list[str]:
         return self._column.to_pylist()
@@ -79,7 +79,7 @@ class Text(Sequence[str]):
     @property
     def codes(self) -> np.ndarray:
         """(N,) int32, equal where the strings are equal, from 0 in the order of first appearance."""
-        return self._column.dictionary_encode().indices.to_numpy()
+        return to_array(self._column.dictionary_encode().indices)
 
 
 def to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
