@@ -32,7 +32,7 @@ settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
 LONGEST = (
-    *("distributed/test_strategies.py", "search/test_study.py", "test_extending.py", "test_data_sets.py"),
+    *("benchmarks", "distributed/test_strategies.py", "search/test_study.py", "test_extending.py", "test_data_sets.py"),
     *("test_any_task.py", "distributed", "doctor"),
 )
 """The slowest files and folders. They run first, so that the workers of pytest-xdist finish at the same time."""

@@ -215,7 +215,8 @@ def test_exported_network_predicts_what_the_fold_predicted(run, model):
         network = ExportedNetwork.of(loaded, fold)
         predicted = read_predictions(run / model / f"fold-{fold}/predictions.parquet")
         rows = np.array([row_of[lesion] for lesion in predicted.lesion_ids])
-        loaders = LoaderFactory(index, PhotoSource(index, *loaded.preprocessing))
+        size, mean, std, frame = loaded.preprocessing
+        loaders = LoaderFactory(index, PhotoSource(index, size, mean, std, frame=frame))
         (step,) = loaders.sequential(rows, len(rows), torch.device("cpu"))
         batch = step.micro_batches[0]
         with torch.no_grad():
