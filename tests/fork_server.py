@@ -219,8 +219,9 @@ def run_program(request: dict[str, Any], files: list[int], python: str, path: li
         status = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:  # an exit handler may close it, which Python does not mind either
+            stream.flush()
     os._exit(status)
 
 

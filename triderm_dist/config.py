@@ -575,6 +575,8 @@ class Extensible(Section):
 
 
 _MODEL_NAME = re.compile(r"\w[\w.+-]{0,63}")
+DEFAULT_MODEL = "trimodal"
+"""The model of settings that name none."""
 RESERVED_MODELS = frozenset(
     (
         *("stack", "mean", "fitted", "chosen", "ensemble"),
@@ -644,7 +646,7 @@ class Experiment(Extensible):
         TrainConfig(), description="training settings of all models; models.NAME.train overrides them"
     )
     models: dict[str, ModelConfig] = Field(
-        default_factory=lambda: {"trimodal": ModelConfig()}, min_length=1, description="the networks, by name"
+        default_factory=lambda: {DEFAULT_MODEL: ModelConfig()}, min_length=1, description="the networks, by name"
     )
     oof: OofConfig = OofConfig()
     stack: StackConfig = StackConfig()
@@ -662,17 +664,17 @@ class Experiment(Extensible):
     @model_validator(mode="before")
     @classmethod
     def _share_train_settings(cls, raw: Any) -> Any:
-        """Merge `train` under each `models.NAME.train`."""
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("models"), Mapping):
+        """Merge `train` under each `models.NAME.train`, of the default model too."""
+        if not isinstance(raw, Mapping):
             return raw
-        shared = raw.get("train") or {}
-        if not isinstance(shared, Mapping):
+        shared, named = raw.get("train") or {}, raw.get("models", {DEFAULT_MODEL: {}})
+        if not isinstance(shared, Mapping) or not isinstance(named, Mapping):
             return raw
         models = {
             name: {**model, "train": merge(shared, model.get("train") or {})}
             if isinstance(model, Mapping) and isinstance(model.get("train") or {}, Mapping)
             else model
-            for name, model in raw["models"].items()
+            for name, model in named.items()
         }
         return {**raw, "models": models}
 
