@@ -2,8 +2,8 @@
 
 python -m benchmarks.cpu_run [source=MILK10k] [lesions=500]
 
-Takes every k-th lesion in the order of ids, runs `triderm pipeline --config milk10k_cpu` on them with one augmented
-version of the tokens, as commit 754ad2d did, and prints what each stage needed. cpu_run.json in benchmarks/results
+Takes every k-th lesion in the order of ids, runs `triderm pipeline --config cpu` on them, the networks and settings of
+commit 754ad2d's run without a GPU, and prints what each stage needed. cpu_run.json in benchmarks/results
 holds the figures of earlier commits with the CPU that they were measured on; on another CPU model, or with other
 settings, nothing is compared. The last line is one JSON object: how many times faster than commit 754ad2d, by wall time
 and by CPU time, and the own figures. Run it on a machine that does nothing else.
@@ -38,14 +38,14 @@ BEFORE = "754ad2d"
 class CpuRun(Section):
     source: PathText = Field("../shared/milk10k", description="challenge folder with photos of at most 384 x 288")
     lesions: int = Field(500, ge=1, description="lesions of the slice")
-    config: PathText = Field("milk10k_cpu", description="experiment, the name of a shipped one or a YAML file")
+    config: PathText = Field("cpu", description="experiment, the name of a shipped one or a YAML file")
     scratch: PathText | None = Field(None, description="folder for the run; null takes the system's temporary folder")
 
 
 def main(config: CpuRun) -> None:
     with tempfile.TemporaryDirectory(dir=config.scratch) as folder:
         take_slice(Path(config.source), Path(folder) / "slice", config.lesions)
-        words = [f"data.source={folder}/slice", f"output={folder}/run", "train.augment.token_variants=1"]
+        words = [f"data.source={folder}/slice", f"output={folder}/run"]
         command = [sys.executable, "-m", "triderm_dist", "pipeline", "--config", config.config, *words]
         before, started = os.times(), time.perf_counter()
         if status := subprocess.run(command).returncode:
