@@ -79,6 +79,10 @@ def test_overrides_take_precedence_and_train_is_shared(tmp_path):
     assert config.models["b"].train.optim.lr == 0.002
 
 
+def test_default_model_trains_with_the_shared_settings():
+    assert load(Experiment, None, ["train.epochs=7"]).models["trimodal"].train.epochs == 7
+
+
 def test_saved_settings_round_trip_and_can_be_overridden(tmp_path):
     config = load(Experiment, None, ["models.a.train.epochs=3", "models.b.width=64", "train.optim.lr=1e-3"])
     save(config, tmp_path / "config.yaml")

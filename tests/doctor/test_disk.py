@@ -59,6 +59,14 @@ def test_sets_that_are_not_packed_are_estimated_by_their_photos(tmp_path):
     assert full.tables == reduced.tables > 0
 
 
+def test_set_without_a_source_is_not_looked_for_in_the_current_folder(tmp_path, monkeypatch):
+    walked = []
+    monkeypatch.setattr(disk.os, "walk", lambda folder: walked.append(folder) or [])
+    task = Signature(("a", "b"), ("clinical", "dermoscopic"), (), ())
+    assert estimate_disk(load(Experiment, None, SETTINGS), task, NO_TEST, NO_TEST).shards == 0
+    assert walked == []
+
+
 def test_too_little_space_is_a_warning(tmp_path, monkeypatch):
     index = synthetic_shards(tmp_path / "shards", 64, 40)
     experiment = load(Experiment, None, [*SETTINGS, f"output={tmp_path / 'run'}", f"data.shards={tmp_path}/shards"])
