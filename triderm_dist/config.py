@@ -402,6 +402,11 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
 
     @property
+    def averages(self) -> bool:
+        """Whether the training keeps an average of the weights beside them."""
+        return self.ema_decay > 0 or self.swa_epochs > 0
+
+    @property
     def smallest_micro_batch(self) -> int:
         """The size of which every micro-batch must be a multiple: a pair where lesions are mixed."""
         return 2 if self.augment.mixes else 1

@@ -91,7 +91,7 @@ def estimate_disk(
     for model in experiment.models.values():
         sizes = _model_sizes(model, signature)
         train = model.train
-        checkpoint = sizes.weights * (2 if train.ema_decay or train.swa_epochs else 1) + sizes.optimizer
+        checkpoint = sizes.weights * (2 if train.averages else 1) + sizes.optimizer
         last = train.keep_last if train.save_every else min(train.keep_last, train.epochs)
         kept = last * checkpoint if train.keep_checkpoints else 0
         numbers = 3 * len(signature.diagnoses) + model.width + len(signature.concepts) + len(signature.fields)

@@ -96,13 +96,7 @@ def estimate_model_memory(model: ModelConfig, signature: Signature, half: bool) 
     """Estimate the memory of a model of the settings; returns a note too where `network_without_weights` has one."""
     network, note = network_without_weights(model, signature)
     train = model.train
-    estimate = estimate_memory(
-        network,
-        half,
-        train.activation_checkpointing,
-        train.ema_decay > 0 or train.swa_epochs > 0,
-        state_size(train.optim),
-    )
+    estimate = estimate_memory(network, half, train.activation_checkpointing, train.averages, state_size(train.optim))
     return estimate, note
 
 
