@@ -51,7 +51,7 @@ class LesionRng:
 
     def uniform_table(self, names: Sequence[str]) -> np.ndarray:
         """Return one number in [0, 1) for each lesion and name, (B, len(names)) float64."""
-        return (self.bits(names) >> np.uint64(11)) * 2.0**-53
+        return to_uniform(self.bits(names))
 
     def bits(self, names: Sequence[str]) -> np.ndarray:
         """Return 64 random bits for each lesion and name, (B, len(names)) uint64."""
@@ -193,6 +193,11 @@ def build_augmentations(config: AugmentConfig) -> dict[str, Augmentation]:
         except ConfigError as error:
             raise ConfigError(f"train.augment.extra.{name}: {error}") from None
     return built
+
+
+def to_uniform(bits: np.ndarray) -> np.ndarray:
+    """Return a number in [0, 1) for each 64 random bits, float64."""
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def drop_inputs(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from triderm_dist.config import AugmentConfig
-from triderm_dist.data.augment import to_device
+from triderm_dist.data.augment import to_device, to_uniform
 from triderm_dist.schema import VIEWS, Batch, Signature
 
 _DRAWS = ("mix/share", "mix/cut", "mix/x", "mix/y")
@@ -75,7 +75,7 @@ class Mixing:
         from scipy.special import betaincinv  # importing it takes a tenth of a second
 
         assert batch.draws is not None
-        uniform, cut, *center = ((batch.draws(_DRAWS) >> np.uint64(11)) * 2.0**-53).T
+        uniform, cut, *center = to_uniform(batch.draws(_DRAWS)).T
         mixup, cutmix = self.config.mixup, self.config.cutmix
         is_cut = (cut < (0.5 if mixup else 1.0)) & (cutmix > 0) & (side > 1)
         alpha = np.where(is_cut, cutmix, mixup or cutmix)
