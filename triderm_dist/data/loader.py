@@ -2,8 +2,8 @@
 
 Threads decode to uint8 into a ring of reused host buffers: decoders release the GIL, and moving photos between
 processes costs more than decoding them. Geometry, color and normalization run batched on the device; on a CPU with
-OpenCV, in the same threads, photo by photo. The loader is not
-prepared by Accelerate: the plan has already given each rank its part.
+OpenCV, in the same threads, photo by photo. The loader is not prepared by Accelerate: the plan has already given each
+rank its part.
 """
 
 from __future__ import annotations

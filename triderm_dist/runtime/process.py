@@ -42,7 +42,7 @@ def open_missing_streams() -> None:
 
 
 class _DroppingStream:
-    """A text stream that drops its text once nobody reads it any more, so that the work goes on."""
+    """A text stream that drops its text once nobody reads it any more, so that the program continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

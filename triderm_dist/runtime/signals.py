@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 3
-"""Exit code of a program that was stopped, and goes on when the same command is run again."""
+"""Exit code of a program that was stopped, and resumes when the same command is run again."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 """The signals by which schedulers and closed terminals stop a program; Windows has fewer."""
 SAME_SECONDS = 1.0
