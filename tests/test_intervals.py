@@ -174,3 +174,110 @@ def test_interval_over_lesions_and_seeds() -> None:
     found = intervals.over_seeds(differing)
     np.testing.assert_allclose([found.low, found.high], [0.02 - np.hypot(0.01, half), 0.02 + np.hypot(0.02, half)])
     assert np.isnan(intervals.over_seeds(differing[:1]).low)
+
+
+def ranked(positives: int, negatives: int, gap: float = 1.0, seed: int = 0) -> metrics.Ranking:
+    generator = np.random.default_rng(seed)
+    positive = np.repeat([True, False], [positives, negatives])
+    return metrics.Ranking.of(np.round(generator.normal(size=len(positive)) + gap * positive, 1), positive)
+
+
+@pytest.mark.parametrize("measure", ["area_under_roc", "average_precision"])
+def test_a_ranking_has_the_interval_of_a_bootstrap_and_of_a_jackknife(measure: str) -> None:
+    ranking = ranked(400, 1600)
+    scores, positive = ranking.thresholds[ranking.rank], ranking.positive
+    interval = getattr(intervals, measure)(ranking)
+    assert interval.value == getattr(ranking, measure)
+    generator, draws = np.random.default_rng(1), []
+    for _ in range(500):
+        rows = generator.integers(0, len(scores), len(scores))
+        draws.append(getattr(metrics.Ranking.of(scores[rows], positive[rows]), measure))
+    np.testing.assert_allclose([interval.low, interval.high], np.quantile(draws, [0.025, 0.975]), atol=0.006)
+
+
+def test_influence_on_average_precision_is_that_of_leaving_a_lesion_out() -> None:
+    ranking = ranked(300, 700)
+    influence = intervals._average_precision_influence(ranking)
+    assert influence.mean() == pytest.approx(0, abs=1e-12)
+    scores, kept = ranking.thresholds[ranking.rank], np.ones(1000, bool)
+    for row in range(0, 1000, 97):
+        kept[row] = False
+        without = metrics.Ranking.of(scores[kept], ranking.positive[kept]).average_precision
+        kept[row] = True
+        assert influence[row] == pytest.approx(999 * (ranking.average_precision - without), abs=0.02)
+
+
+@pytest.mark.parametrize("gap", [-20.0, 1.0, 20.0])
+def test_a_ranking_of_few_lesions_has_an_interval(gap: float) -> None:
+    for interval in (intervals.area_under_roc(ranked(5, 200, gap)), intervals.average_precision(ranked(5, 200, gap))):
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+        assert interval.low < interval.high - 0.05
+    perfect = intervals.average_precision(ranked(5, 200, 20.0))
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    for none in (intervals.area_under_roc(ranked(0, 9)), intervals.average_precision(ranked(0, 9))):
+        assert np.isnan([none.value, none.low, none.high]).all()
+
+
+def test_rates_have_beta_intervals() -> None:
+    decisions, labels = simulated([60, 30, 5])
+    counts = metrics.class_counts(decisions, labels)
+    for label, rates in enumerate(intervals.rates_per_class(decisions, labels)):
+        found, predicted, positives = (
+            each[label] for each in (counts.true_positives, counts.predicted, counts.positives)
+        )
+        passed = 95 - predicted - positives + found
+        for interval, part, whole in (
+            (rates.sensitivity, found, positives),
+            (rates.specificity, passed, 95 - positives),
+            (rates.positive_predictive_value, found, predicted),
+            (rates.negative_predictive_value, passed, 95 - predicted),
+        ):
+            ends = stats.beta(part + 2 / 3, whole - part + 2 / 3).ppf([0.025, 0.975])
+            assert interval.value == pytest.approx(part / whole)
+            np.testing.assert_allclose([interval.low, interval.high], ends)
+    one = intervals.rates(decisions[:, 0], labels == 0)
+    for name in ("sensitivity", "specificity", "positive_predictive_value", "negative_predictive_value"):
+        assert getattr(one, name) == getattr(intervals.rates_per_class(decisions, labels)[0], name)
+
+
+def test_copies_of_lesions_in_a_group_change_no_interval_of_rates_and_rankings() -> None:
+    decisions, labels = simulated([300, 90, 60])
+    ranking = ranked(300, 150)
+    scores, groups = ranking.thresholds[ranking.rank], np.arange(450)
+    thrice = [np.repeat(each, 3, axis=0) for each in (decisions, labels, scores, ranking.positive, groups)]
+    found = []
+    for table, label, score, positive, group in ((decisions, labels, scores, ranking.positive, groups), thrice):
+        sorted_scores = metrics.Ranking.of(score, positive)
+        rates = intervals.rates_per_class(table, label, group)
+        found.append(
+            [
+                *vars(rates[0]).values(),
+                *vars(rates[2]).values(),
+                intervals.area_under_roc(sorted_scores, group),
+                intervals.average_precision(sorted_scores, group),
+                intervals.mean(score, group),
+            ]
+        )
+    for one, three in zip(*found, strict=True):
+        np.testing.assert_allclose([three.value, three.low, three.high], [one.value, one.low, one.high], atol=0.01)
+
+
+def test_predictive_values_at_the_own_prevalence_have_nearly_the_interval_of_the_share() -> None:
+    generator = np.random.default_rng(0)
+    positive = np.repeat([True, False], [400, 1600])
+    decided = generator.random(2000) < np.where(positive, 0.85, 0.1)
+    rates = intervals.rates(decided, positive)
+    at_own, at_rare = zip(*intervals.predictive_values(decided, positive, [0.2, 0.01]), strict=True)
+    for value, own in zip(at_own, (rates.positive_predictive_value, rates.negative_predictive_value), strict=True):
+        assert value.value == pytest.approx(own.value, abs=1e-12)
+        assert (value.low, value.high) == (pytest.approx(own.low, abs=0.01), pytest.approx(own.high, abs=0.01))
+    assert at_rare[0].high < 0.15 and at_rare[1].low > 0.99
+    called_none = intervals.predictive_values(np.zeros(2000, bool), positive, [0.2])
+    assert np.isnan(called_none[0][0].value) and called_none[1][0].value == pytest.approx(0.8)
+
+
+def test_mean_of_lesions_has_the_normal_interval() -> None:
+    values = np.random.default_rng(0).random(500)
+    interval = intervals.mean(values)
+    assert interval.value == values.mean()
+    assert interval.high - interval.value == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(500), rel=1e-4)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -154,3 +156,118 @@ def test_malignant_against_benign() -> None:
     ties = generator.integers(0, 5, 200)
     assert metrics.area_under_roc(ties, is_malignant) == pytest.approx(roc_auc_score(is_malignant, ties), abs=1e-12)
     assert np.isnan(metrics.area_under_roc(ties, np.ones(200, bool)))
+
+
+def scored(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores (N,) in [0, 1], of every second seed with many ties, and positives (N,) bool of both kinds."""
+    generator = np.random.default_rng(seed)
+    lesions = int(generator.integers(20, 200))
+    positive = generator.random(lesions) < generator.uniform(0.05, 0.9)
+    positive[:2] = True, False
+    scores = np.clip(generator.normal(0.4 + 0.2 * positive, 0.2), 0, 1)
+    return np.round(scores, 1) if seed % 2 else scores, positive
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranking_equals_scikit_learn(seed: int) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    scores, positive = scored(seed)
+    ranking = metrics.Ranking.of(scores, positive)
+    close = {"rtol": 0, "atol": 1e-12}
+    false_positives, true_positives, thresholds = sklearn.roc_curve(positive, scores, drop_intermediate=False)
+    np.testing.assert_allclose(ranking.roc_curve, [false_positives, true_positives], **close)
+    np.testing.assert_array_equal(ranking.thresholds, thresholds[1:])
+    precision, recall, _ = sklearn.precision_recall_curve(positive, scores)
+    ours = [curve[::-1] for curve in ranking.precision_recall_curve]
+    np.testing.assert_allclose(ours, [recall[:-1], precision[:-1]], **close)
+    assert ranking.area_under_roc == pytest.approx(sklearn.roc_auc_score(positive, scores), abs=1e-12)
+    assert ranking.average_precision == pytest.approx(sklearn.average_precision_score(positive, scores), abs=1e-12)
+    assert ranking.area_under_roc == pytest.approx(metrics.area_under_roc(scores, positive), abs=1e-12)
+    for value in (ranking.placements[positive].mean(), ranking.placements[~positive].mean()):
+        assert value == pytest.approx(ranking.area_under_roc, abs=1e-12)
+    for target in (0.5, 0.9, 0.95, 1.0):
+        assert ranking.threshold_for(target) == thresholds[np.flatnonzero(true_positives >= target - 1e-9)[0]]
+
+
+def test_ranking_without_both_kinds_has_no_area() -> None:
+    scores = np.array([0.1, 0.2])
+    assert np.isnan(metrics.Ranking.of(scores, np.array([True, True])).area_under_roc)
+    none = metrics.Ranking.of(scores, np.array([False, False]))
+    assert np.isnan(none.area_under_roc) and np.isnan(none.average_precision)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rates_of_a_diagnosis_equal_scikit_learn(seed: int) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.concatenate([np.arange(4), generator.integers(0, 4, 80)]))
+    decisions = generator.random((len(labels), 4)) < 0.3
+    counts = metrics.class_counts(decisions, labels)
+    for label in range(4):
+        truth, decided = labels == label, decisions[:, label]
+        expected = {
+            "recall": sklearn.recall_score(truth, decided),
+            "precision": sklearn.precision_score(truth, decided),
+            "specificity": sklearn.recall_score(truth, decided, pos_label=False),
+            "negative_predictive_value": sklearn.precision_score(truth, decided, pos_label=False),
+            "f1": sklearn.f1_score(truth, decided),
+        }
+        for name, value in expected.items():
+            assert getattr(counts, name)[label] == pytest.approx(value, abs=1e-12), name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_net_benefit_equals_the_formula_of_vickers_and_elkin(seed: int) -> None:
+    scores, positive = scored(seed)
+    for threshold in (0.01, 0.1, 0.3, 0.5, 0.9):
+        treated = [score >= threshold for score in scores.tolist()]
+        true_positives = sum(t and p for t, p in zip(treated, positive.tolist(), strict=True))
+        false_positives = sum(t and not p for t, p in zip(treated, positive.tolist(), strict=True))
+        lesions, odds = len(scores), threshold / (1 - threshold)
+        expected = true_positives / lesions - false_positives / lesions * odds
+        assert metrics.net_benefit_of_lesions(scores, positive, threshold).mean() == pytest.approx(expected, abs=1e-12)
+        everyone = metrics.net_benefit_of_lesions(np.ones(lesions), positive, threshold).mean()
+        assert metrics.net_benefit_of_all(positive.mean(), threshold) == pytest.approx(everyone, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_predictive_values_equal_precision_at_the_own_prevalence(seed: int) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    scores, positive = scored(seed)
+    decided = scores > 0.5
+    decided[:2] = True, False
+    sensitivity, specificity = (sklearn.recall_score(positive, decided, pos_label=kind) for kind in (True, False))
+    values = metrics.predictive_values(sensitivity, specificity, np.array([positive.mean()]))
+    expected = [sklearn.precision_score(positive, decided, pos_label=kind) for kind in (True, False)]
+    np.testing.assert_allclose(np.ravel(values), expected, rtol=0, atol=1e-12)
+    doubled = np.concatenate([np.flatnonzero(positive), np.arange(len(scores))])  # each positive twice
+    other = metrics.predictive_values(sensitivity, specificity, np.array([positive[doubled].mean()]))
+    assert other[0][0] == pytest.approx(sklearn.precision_score(positive[doubled], decided[doubled]), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reliability_equals_scikit_learn_and_the_published_error(seed: int) -> None:
+    calibration = pytest.importorskip("sklearn.calibration")
+    scores, positive = scored(seed)
+    bins = metrics.Reliability.of(scores, positive, 10)
+    used = bins.lesions > 0
+    share, probability = calibration.calibration_curve(positive, scores, n_bins=10)
+    np.testing.assert_allclose([bins.positive[used], bins.probability[used]], [share, probability], atol=1e-12)
+    edges = np.linspace(0, 1, 11)
+    error = 0.0
+    for low, high in pairwise(edges):  # Naeini et al. 2015: bins (low, high]
+        inside = (scores > low) & (scores <= high) | ((low == 0) & (scores == 0))
+        if inside.any():
+            error += inside.mean() * abs(scores[inside].mean() - positive[inside].mean())
+    assert bins.error == pytest.approx(error, abs=1e-12)
+    assert metrics.brier_score(np.stack([1 - scores, scores], 1), positive.astype(int), np.empty(0)) == pytest.approx(
+        2 * pytest.importorskip("sklearn.metrics").brier_score_loss(positive, scores), abs=1e-12
+    )
+
+
+def test_error_by_chance_is_the_mean_error_of_true_probabilities() -> None:
+    generator = np.random.default_rng(0)
+    probabilities = generator.beta(1, 3, 3000)
+    errors = [metrics.Reliability.of(probabilities, generator.random(3000) < probabilities).error for _ in range(200)]
+    chance = metrics.Reliability.of(probabilities, generator.random(3000) < probabilities).error_by_chance
+    assert chance == pytest.approx(np.mean(errors), rel=0.05)

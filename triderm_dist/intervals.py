@@ -25,6 +25,8 @@ _PRIOR = 2 / 3
 """Added to both counts of a proportion."""
 _PRIOR_LESIONS = 0.5
 """Lesions per diagnosis, with the mean outcome over diagnoses, that `paired_difference` adds to a resample."""
+_ROC_PRIOR, _AP_PRIOR = 12, 3
+"""Weights of the simpler variance in `area_under_roc` and `average_precision`, in lesions of the rarer kind."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,139 @@ def _differences(one: _Counts, two: _Counts, frequency: np.ndarray, resamples: i
 
     draws = f1(one, added[0] + added[1], added[2] + added[3]) - f1(two, added[0] + added[2], added[1] + added[3])
     return np.asarray(np.nanmean(draws, axis=1))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a yes/no decision with their intervals: sensitivity, specificity, predictive values."""
+
+    sensitivity: Interval
+    specificity: Interval
+    positive_predictive_value: Interval
+    negative_predictive_value: Interval
+
+
+def rates_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> list[Rates]:
+    """Return the rates of each diagnosis against all others with their intervals; NaN where no lesion counts.
+
+    Quantiles of Beta(part + 2/3, rest + 2/3), as in `f1_per_class`, with the end 0 or 1 where no or every lesion does.
+    """
+    (units,), frequency = _units([decisions], labels, groups)
+    lesions = units.positives.sum(axis=1, keepdims=True)
+    predicted = units.total - units.positives
+    true_negatives = lesions - units.total + units.found
+    columns = [
+        _Share.of(part, whole, frequency, groups is not None).intervals()
+        for part, whole in (
+            (units.found, units.positives),
+            (true_negatives, lesions - units.positives),
+            (units.found, predicted),
+            (true_negatives, lesions - predicted),
+        )
+    ]
+    return [Rates(*each) for each in zip(*columns, strict=True)]
+
+
+def rates(decided: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> Rates:
+    """Return the rates of yes/no decisions (N,) bool about lesions that are `positive` (N,) bool."""
+    return rates_per_class(np.stack([decided, ~decided], axis=1), np.where(positive, 0, 1), groups)[0]
+
+
+def area_under_roc(ranking: metrics.Ranking, groups: np.ndarray | None = None) -> Interval:
+    """Return the area under the ROC curve with its interval; NaN without both kinds.
+
+    The ends are the areas whose distance from the value is 1.96 standard deviations: Hanley and McNeil's variance at
+    these ends (Newcombe 2006, method 5), times the ratio of the variance of DeLong et al. (1988) to it. The ratio is
+    shrunk toward 1 with the weight of 12 lesions of the rarer kind, of which DeLong's variance alone needs many.
+    """
+    from scipy.optimize import brentq
+
+    value, few, many = ranking.area_under_roc, *sorted((ranking.positives, ranking.negatives))
+    if np.isnan(value):
+        return UNKNOWN
+    shares = np.where(ranking.positive, ranking.positives, ranking.negatives)
+    influence = (ranking.placements - value) * len(shares) / np.sqrt(shares * np.maximum(shares - 1, 1))
+    inside = min(max(value, 0.5 / (few + 1)), 1 - 0.5 / (few + 1))
+    ratio = _variance_of_mean(influence, groups) / _hanley_mcneil(inside, few, many)
+    ratio = (few * ratio + _ROC_PRIOR) / (few + _ROC_PRIOR)
+
+    def end(outer: float) -> float:
+        """Return the root between the value and 0 or 1; where the value is 0 or 1, it is a root itself."""
+
+        def excess(area: float) -> float:
+            return (area - value) ** 2 - _NORMAL**2 * ratio * _hanley_mcneil(area, few, many)
+
+        near = value + (outer - value) * 1e-9
+        return outer if near == outer else float(brentq(excess, near, outer))
+
+    return Interval(value, end(0.0), end(1.0))
+
+
+def average_precision(ranking: metrics.Ranking, groups: np.ndarray | None = None) -> Interval:
+    """Return average precision with its interval; NaN without a positive.
+
+    Quantiles of Beta(n v + 2/3, n (1 - v) + 2/3), where v is the value and n the number of independent lesions whose
+    share would have its variance: to first order by the influence of each lesion, averaged with v (1 - v) / positives
+    (Boyd, Eng and Page 2013) with the weight of three positives. Normal and logit intervals cover less where these are
+    few.
+    """
+    value, positives = ranking.average_precision, ranking.positives
+    if np.isnan(value):
+        return UNKNOWN
+    if value == 1:
+        return _Share.alone(positives, positives, value)
+    binomial = value * (1 - value) / positives
+    variance = _variance_of_mean(_average_precision_influence(ranking), groups)
+    variance = (positives * variance + _AP_PRIOR * binomial) / (positives + _AP_PRIOR)
+    equivalent = value * (1 - value) / variance
+    return _Share.alone(value * equivalent, equivalent, value)
+
+
+def mean(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
+    """Return the mean of the values (N,) of lesions with its normal interval."""
+    value = float(values.mean())
+    half = _NORMAL * float(np.sqrt(_variance_of_mean(values - value, groups)))
+    return Interval(value, value - half, value + half)
+
+
+def predictive_values(
+    decided: np.ndarray, positive: np.ndarray, prevalences: Sequence[float], groups: np.ndarray | None = None
+) -> tuple[list[Interval], list[Interval]]:
+    """Return positive and negative predictive value of yes/no decisions (N,) bool at other prevalences.
+
+    The logit of a predictive value is a sum of the logs of two rates and of the odds (Mercaldo, Lau and Zhou 2007). The
+    intervals of the rates are combined by the method of variance estimates recovery, around rates to whose counts 2/3
+    are added.
+    """
+    of_run = rates(decided, positive, groups)
+    sensitivity, specificity = of_run.sensitivity, of_run.specificity
+    values = metrics.predictive_values(sensitivity.value, specificity.value, np.asarray(prevalences))
+    odds = np.log(np.asarray(prevalences)) - np.log1p(-np.asarray(prevalences))
+    called, passed = decided[positive], ~decided[~positive]
+    return (
+        _predictive_value(values[0], odds, (sensitivity, called), (_complement(specificity), ~passed)),
+        _predictive_value(values[1], -odds, (specificity, passed), (_complement(sensitivity), ~called)),
+    )
+
+
+def _predictive_value(
+    values: np.ndarray, odds: np.ndarray, right: tuple[Interval, np.ndarray], wrong: tuple[Interval, np.ndarray]
+) -> list[Interval]:
+    """Return the intervals of the shares (P,) of right calls. right, wrong: a rate, and the calls it is the mean of."""
+    with np.errstate(divide="ignore"):
+        (low, middle, high), (wrong_low, wrong_middle, wrong_high) = (
+            np.log([rate.low, (calls.sum() + _PRIOR) / (len(calls) + 2 * _PRIOR), rate.high])
+            for rate, calls in (right, wrong)
+        )
+    center = middle - wrong_middle + odds
+    lower = 1 / (1 + np.exp(np.hypot(middle - low, wrong_high - wrong_middle) - center))
+    upper = 1 / (1 + np.exp(-np.hypot(high - middle, wrong_middle - wrong_low) - center))
+    ends = zip(values, np.fmin(lower, values), np.fmax(upper, values), strict=True)
+    return [Interval(*(float(end) for end in each)) for each in ends]
+
+
+def _complement(interval: Interval) -> Interval:
+    return Interval(1 - interval.value, 1 - interval.high, 1 - interval.low)
 
 
 def recall_difference(
@@ -257,6 +392,52 @@ class _Counts:
 
 
 @dataclass(frozen=True)
+class _Share:
+    """Shares part / whole with the ends of their intervals, all (C,); NaN where whole is 0.
+
+    part, whole: of independent lesions that tell as much.
+    """
+
+    part: np.ndarray
+    whole: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @staticmethod
+    def of(parts: np.ndarray, wholes: np.ndarray, frequency: np.ndarray, grouped: bool) -> _Share:
+        """Take the shares of units (U, C) with their frequency (U,)."""
+        part, whole = frequency @ parts, frequency @ wholes
+        if grouped:  # as many independent lesions as tell as much
+            effect = _design_effect(parts, wholes, frequency)
+            part, whole = part / effect, whole / effect
+        return _Share.from_counts(part, whole)
+
+    @staticmethod
+    def from_counts(part: np.ndarray, whole: np.ndarray) -> _Share:
+        from scipy.special import betaincinv
+
+        rest = whole - part
+        low = np.where(part > 0, betaincinv(part + _PRIOR, rest + _PRIOR, 0.025), 0.0)
+        high = np.where(rest > 0, betaincinv(part + _PRIOR, rest + _PRIOR, 0.975), 1.0)
+        value = metrics.ratio(part, whole)  # NaN where whole is 0
+        return _Share(part, whole, np.minimum(low, value), np.maximum(high, value))
+
+    @staticmethod
+    def alone(part: float, whole: float, value: float) -> Interval:
+        """Return the interval of a single share. value: part / whole before rounding."""
+        share = _Share.from_counts(np.array([part]), np.array([whole]))
+        return Interval(value, min(float(share.low[0]), value), max(float(share.high[0]), value))
+
+    @property
+    def value(self) -> np.ndarray:
+        return metrics.ratio(self.part, self.whole)
+
+    def intervals(self) -> list[Interval]:
+        ends = zip(self.value, self.low, self.high, strict=True)
+        return [Interval(float(value), float(low), float(high)) for value, low, high in ends]
+
+
+@dataclass(frozen=True)
 class _F1:
     """F1 of each diagnosis, all (C,): value, its interval's ends, bias to second order, and predicted + positives."""
 
@@ -268,24 +449,14 @@ class _F1:
 
     @staticmethod
     def of(units: _Counts, frequency: np.ndarray, grouped: bool) -> _F1:
-        from scipy.special import betaincinv
-
-        found, total = frequency @ units.found, frequency @ units.total
         occurs = frequency @ units.positives > 0
-        union = np.where(occurs, total - found, 1.0)  # TP + FP + FN
-        found = np.where(occurs, found, 0.0)
-        if grouped:  # as many independent lesions as tell as much
-            effect = _design_effect(units.found, units.total - units.found, frequency)
-            found, union = found / effect, union / effect
-        errors = union - found
-        low = np.where(found > 0, betaincinv(found + _PRIOR, errors + _PRIOR, 0.025), 0.0)
-        high = np.where(errors > 0, betaincinv(found + _PRIOR, errors + _PRIOR, 0.975), 1.0)
+        share = _Share.of(units.found, units.total - units.found, frequency, grouped)  # TP / (TP + FP + FN)
+        found, union = np.where(occurs, share.part, 0.0), np.where(occurs, share.whole, 1.0)
         smooth = (found + 0.5) / (union + 1)
         bias = 2 * smooth * (1 - smooth) / (1 + smooth) ** 3 / union  # minus half of F1'' times the variance of J
-        share = found / union
-        values = [2 * j / (1 + j) for j in (share, np.minimum(low, share), np.maximum(high, share))]
+        values = [2 * j / (1 + j) for j in (share.value, share.low, share.high)]
         f1, low, high = (np.where(occurs, value, np.nan) for value in values)
-        return _F1(f1, low, high, bias, np.where(occurs, total, 1.0))
+        return _F1(f1, low, high, bias, np.where(occurs, frequency @ units.total, 1.0))
 
     def influence(self, units: _Counts) -> np.ndarray:
         """Return (U, C), the change of F1 by a unit, to first order."""
@@ -305,6 +476,37 @@ def _design_effect(part: np.ndarray, whole: np.ndarray, frequency: np.ndarray) -
     agreeing = metrics.ratio(frequency @ whole**2, wholes)
     certain = (parts == 0) | (parts == wholes)
     return np.maximum(np.nan_to_num(np.where(certain, agreeing, effect), nan=1.0), 1.0)
+
+
+def _variance_of_mean(residuals: np.ndarray, groups: np.ndarray | None) -> float:
+    """Return the variance of the mean of values whose distances from it are (N,); over groups where they are given."""
+    sums = residuals if groups is None else np.bincount(_codes(groups), residuals)
+    return float((sums**2).sum() / len(residuals) ** 2 * len(sums) / max(len(sums) - 1, 1))
+
+
+def _hanley_mcneil(area: float, few: int, many: int) -> float:
+    """Return the variance of an area under the ROC curve (Hanley and McNeil 1982), made symmetric by Newcombe."""
+    mean_size = (few + many) / 2 - 1
+    return area * (1 - area) * (1 + mean_size * ((1 - area) / (2 - area) + area / (1 + area))) / (few * many)
+
+
+def _average_precision_influence(ranking: metrics.Ranking) -> np.ndarray:
+    """Return (N,) the change of average precision by a lesion, to first order, times the number of lesions.
+
+    A lesion counts by its own precision, by the precision of the positives ranked at or below it, which it raises if
+    it is positive, and by the share of the lesions ranked at or above those, which it raises in any case.
+    """
+    lesions, positives = len(ranking.positive), ranking.positives
+    precision = ranking.true_positives / ranking.predicted
+    found = np.diff(ranking.true_positives, prepend=0)
+
+    def from_rank_on(values: np.ndarray) -> np.ndarray:
+        return np.cumsum(values[::-1])[::-1][ranking.rank]
+
+    share = lesions / positives
+    own = np.where(ranking.positive, share * (precision[ranking.rank] - ranking.average_precision), 0.0)
+    raised = np.where(ranking.positive, from_rank_on(found / ranking.predicted), 0.0)
+    return np.asarray(own + share * (raised - from_rank_on(found * precision / ranking.predicted)))
 
 
 def _units(tables: list[np.ndarray], labels: np.ndarray, groups: np.ndarray | None) -> tuple[list[_Counts], np.ndarray]:

@@ -22,11 +22,12 @@ OFFICIAL_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """Lesions per diagnosis, all (C,) int64: predicted correctly, predicted, and with the diagnosis."""
+    """Lesions per diagnosis, all (C,) int64: predicted correctly, predicted, with the diagnosis. lesions: of any."""
 
     true_positives: np.ndarray
     predicted: np.ndarray
     positives: np.ndarray
+    lesions: int
 
     @property
     def f1(self) -> np.ndarray:
@@ -43,12 +44,26 @@ class ClassCounts:
         """(C,) share of the lesions that are predicted correctly; NaN for a diagnosis without a lesion."""
         return ratio(self.true_positives, self.positives)
 
+    @property
+    def specificity(self) -> np.ndarray:
+        """(C,) share of the lesions without the diagnosis for which it is not predicted; NaN without such a lesion."""
+        return ratio(self._true_negatives, self.lesions - self.positives)
+
+    @property
+    def negative_predictive_value(self) -> np.ndarray:
+        """(C,) share of the lesions for which the diagnosis is not predicted that do not have it; NaN without one."""
+        return ratio(self._true_negatives, self.lesions - self.predicted)
+
+    @property
+    def _true_negatives(self) -> np.ndarray:
+        return self.lesions - self.predicted - self.positives + self.true_positives
+
 
 def class_counts(decisions: np.ndarray, labels: np.ndarray) -> ClassCounts:
     """Count (N, C) bool decisions against (N,) labels. Raises DataError where their shapes differ."""
     decisions, labels = _labeled(np.asarray(decisions, bool), labels)
     truth = labels[:, None] == np.arange(decisions.shape[1])
-    return ClassCounts((decisions & truth).sum(axis=0), decisions.sum(axis=0), truth.sum(axis=0))
+    return ClassCounts((decisions & truth).sum(axis=0), decisions.sum(axis=0), truth.sum(axis=0), len(labels))
 
 
 def f1_per_class(decisions: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -222,6 +237,147 @@ def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
         return float("nan")
     below = np.searchsorted(negatives, positives, "left") + np.searchsorted(negatives, positives, "right")
     return float(below.mean() / (2 * len(negatives)))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Lesions sorted by the score of one diagnosis: how many have at least each of the T distinct scores.
+
+    thresholds: (T,) the scores, largest first.  true_positives, predicted: (T,) int64, lesions with the diagnosis and
+    all lesions whose score is at least the threshold.  rank: (N,) the place of each lesion's score in `thresholds`.
+    positive: (N,) bool.
+    """
+
+    thresholds: np.ndarray
+    true_positives: np.ndarray
+    predicted: np.ndarray
+    rank: np.ndarray
+    positive: np.ndarray
+
+    @staticmethod
+    def of(scores: np.ndarray, positive: np.ndarray) -> Ranking:
+        """Sort scores (N,) of lesions that are `positive` (N,) bool."""
+        order = np.argsort(-scores, kind="stable")
+        ordered = scores[order]
+        last = np.append(np.flatnonzero(np.diff(ordered)), len(scores) - 1)
+        rank = np.empty(len(scores), np.int64)
+        rank[order] = np.repeat(np.arange(len(last)), np.diff(last, prepend=-1))
+        return Ranking(ordered[last], np.cumsum(positive[order])[last], last + 1, rank, positive)
+
+    @property
+    def positives(self) -> int:
+        return int(self.true_positives[-1])
+
+    @property
+    def negatives(self) -> int:
+        return len(self.positive) - self.positives
+
+    @property
+    def false_positives(self) -> np.ndarray:
+        return self.predicted - self.true_positives
+
+    @property
+    def roc_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """(T + 1,) each: 1 - specificity and sensitivity, from (0, 0) to (1, 1)."""
+        rates = ratio(self.false_positives, self.negatives), ratio(self.true_positives, self.positives)
+        return np.append(0.0, rates[0]), np.append(0.0, rates[1])
+
+    @property
+    def precision_recall_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) each: recall, which rises, and precision."""
+        return ratio(self.true_positives, self.positives), self.true_positives / self.predicted
+
+    @property
+    def placements(self) -> np.ndarray:
+        """(N,) share of the lesions of the other kind that the lesion is ranked correctly against; ties count half.
+
+        Their mean over the positives, and over the negatives, is the area under the ROC curve (DeLong et al. 1988).
+        NaN without both kinds.
+        """
+        both_kinds = {True: self.true_positives, False: self.false_positives}
+        above = {kind: np.append(0, counts[:-1]) + counts for kind, counts in both_kinds.items()}  # twice, with ties
+        of_positives = 1 - ratio(above[False], 2 * self.negatives)
+        of_negatives = ratio(above[True], 2 * self.positives)
+        return np.where(self.positive, of_positives[self.rank], of_negatives[self.rank])
+
+    @property
+    def area_under_roc(self) -> float:
+        return float(self.placements[self.positive].mean()) if self.positives and self.negatives else float("nan")
+
+    @property
+    def average_precision(self) -> float:
+        if not self.positives:
+            return float("nan")
+        found = np.diff(self.true_positives, prepend=0)
+        return float((found * (self.true_positives / self.predicted)).sum() / self.positives)
+
+    def threshold_for(self, sensitivity: float) -> float:
+        """Return the largest score at which at least this share of the positives has that score or more."""
+        needed = np.ceil(sensitivity * self.positives - 1e-9)
+        return float(self.thresholds[np.searchsorted(self.true_positives, max(needed, 1))])
+
+
+def net_benefit_of_lesions(scores: np.ndarray, positive: np.ndarray, threshold: float) -> np.ndarray:
+    """Return (N,) what each lesion adds to the net benefit of treating lesions with a score of at least `threshold`.
+
+    1 for a true positive, -t / (1 - t) for a false positive, 0 for a lesion that is not treated; the mean is the net
+    benefit TP / N - FP / N * t / (1 - t) (Vickers and Elkin 2006). The score is the probability of being positive; a
+    threshold t says that missing a positive is (1 - t) / t times as bad as treating a negative.
+    """
+    return np.where(scores >= threshold, np.where(positive, 1.0, -threshold / (1 - threshold)), 0.0)
+
+
+def net_benefit_of_all(prevalence: float, threshold: float) -> float:
+    """Return the net benefit of treating every lesion."""
+    return prevalence - (1 - prevalence) * threshold / (1 - threshold)
+
+
+def predictive_values(sensitivity: float, specificity: float, prevalence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return positive and negative predictive value at other prevalences, by Bayes' rule; NaN where nothing is called.
+
+    Assumes that sensitivity and specificity stay the same, that is, that only the shares of the two kinds change.
+    """
+    true_positives, false_negatives = prevalence * sensitivity, prevalence * (1 - sensitivity)
+    true_negatives, false_positives = (1 - prevalence) * specificity, (1 - prevalence) * (1 - specificity)
+    return (
+        ratio(true_positives, true_positives + false_positives),
+        ratio(true_negatives, true_negatives + false_negatives),
+    )
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Lesions in equal bins of the probability, all (B,): lesions, mean probability, and share that is positive; the
+    latter two NaN in an empty bin. variance: of the number of positives if the probabilities were true.
+    """
+
+    lesions: np.ndarray
+    probability: np.ndarray
+    positive: np.ndarray
+    variance: np.ndarray
+
+    @staticmethod
+    def of(probabilities: np.ndarray, positive: np.ndarray, bins: int = CALIBRATION_BINS) -> Reliability:
+        """Sort probabilities (N,) of lesions that are `positive` (N,) bool into bins [low, high], the first wins."""
+        bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], probabilities)
+        lesions = np.bincount(bin_of, minlength=bins)
+        total, found, variance = (
+            np.bincount(bin_of, weights, bins)
+            for weights in (probabilities, positive, probabilities * (1 - probabilities))
+        )
+        return Reliability(lesions, ratio(total, lesions), ratio(found, lesions), variance)
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: mean over lesions of the distance of the two shares (Naeini et al. 2015)."""
+        used = self.lesions > 0
+        gaps = np.abs(self.probability - self.positive)[used] * self.lesions[used]
+        return float(gaps.sum() / self.lesions.sum())
+
+    @property
+    def error_by_chance(self) -> float:
+        """The calibration error to expect of true probabilities with so many lesions: normal approximation per bin."""
+        return float(np.sqrt(2 * self.variance / np.pi).sum() / self.lesions.sum())
 
 
 def _mean(values: np.ndarray) -> float:
