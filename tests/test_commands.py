@@ -128,8 +128,8 @@ def check_program(module: str, arguments: list[str], monkeypatch: pytest.MonkeyP
     taken = []
 
     def take(kind, main, about, argv=None, users=None, locate=str, first=None, on_ranks=None):
-        if first and arguments and "=" not in arguments[0]:
-            arguments[0] = f"{first}={arguments[0]}"
+        if first:
+            arguments[:] = cli.with_first(kind, arguments, first)
         a_run = re.compile(r"run=([A-Z]|runs/|.*\.zip$)")
         of_run = issubclass(kind, Experiment) and any(map(a_run.match, arguments))
         words = [word for word in arguments if not (of_run and word.startswith("run="))]

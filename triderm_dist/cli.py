@@ -6,6 +6,7 @@ Exit codes: 0 success, 2 invalid input (one line tells how to fix it), 3 interru
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shlex
 import signal
@@ -14,7 +15,9 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
+from typing import get_origin
 
 from triderm_dist import __version__
 from triderm_dist.config import Experiment, RunReader, as_yaml, has_effect, is_writable, load
@@ -63,13 +66,13 @@ def run(
 
     about: text of --help. users: names other programs in the error for a setting that has no effect on this one.
     locate: returns the folder of the run that `run=` names.
-    first: the setting that a first word without `=` is the value of.
+    first: the setting that the first words without `=` are the value of; one word where it is no list.
     on_ranks: for a program that trains or predicts: returns whether this process does so, on its own or as a rank, and
     not processes that it starts.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if first and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        arguments[0] = f"{first}={arguments[0]}"
+    if first:
+        arguments = with_first(kind, arguments, first)
     if {"--help", "-h", "--help-all"} & set(arguments):
         run_with_exit_codes(lambda: print(help_text(kind, about or "", everything="--help-all" in arguments)))
         sys.exit(0)
@@ -99,6 +102,16 @@ def run(
         status = _status_of(work)
         report_usage()
     _exit(status)
+
+
+def with_first(kind: type[Section], arguments: list[str], first: str) -> list[str]:
+    """Replace the first words without `=` by the setting `first` with them as its value."""
+    words = list(takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments))
+    if not words:
+        return arguments
+    if get_origin(kind.model_fields[first].annotation) is not tuple:
+        return [f"{first}={words[0]}", *arguments[1:]]
+    return [f"{first}={json.dumps(words)}", *arguments[len(words) :]]
 
 
 @contextmanager

@@ -20,6 +20,9 @@ from triderm_dist import metrics
 from triderm_dist.schema import UNLABELED, DataError
 
 RESAMPLES = 1000
+CONFIDENCE = 0.95
+LARGEST_RESAMPLE = 10_000
+"""Lesions or groups of a bootstrap resample, at most, where a metric is computed anew on each."""
 _NORMAL = 1.959963984540054
 _PRIOR = 2 / 3
 """Added to both counts of a proportion."""
@@ -106,6 +109,7 @@ def paired_difference(
     groups: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Return macro F1 of `first` minus macro F1 of `second` on the same lesions, with its interval.
 
@@ -115,7 +119,7 @@ def paired_difference(
     """
     (one, two), frequency = _units([first, second], labels, groups)
     value = metrics.macro_f1(first, labels) - metrics.macro_f1(second, labels)
-    return Interval(float(value), *percentiles(_differences(one, two, frequency, resamples, seed)))
+    return Interval(float(value), *percentiles(_differences(one, two, frequency, resamples, seed), confidence))
 
 
 def _differences(one: _Counts, two: _Counts, frequency: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -307,23 +311,45 @@ def of_metrics(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """Return metrics of labeled lesions with the percentiles of an unstratified bootstrap over lesions or groups."""
+    table = probabilities, labels, decisions
+    draws = metric_draws(functions, *table, groups, resamples, seed)
+    return {name: Interval(metric.function(*table), *percentiles(draws[name])) for name, metric in functions.items()}
+
+
+def metric_draws(
+    functions: Mapping[str, metrics.Metric],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    decisions: np.ndarray,
+    groups: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Return the (R,) bootstrap draws of metrics of labeled lesions, which are drawn with replacement by group.
+
+    The same resamples are drawn for all tables of equal groups and seed, so that the draws of two tables may be
+    subtracted. Of more than `LARGEST_RESAMPLE` units, m = `LARGEST_RESAMPLE` are drawn, and the distances of the draws
+    from their mean are multiplied by sqrt(m / U) (m out of n bootstrap, Bickel, Goetze and van Zwet 1997).
+    """
     generator = np.random.default_rng(seed)
     codes = np.arange(len(labels)) if groups is None else _codes(groups)
     order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes)
     starts = np.cumsum(sizes) - sizes
-    draws: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(resamples):
-        drawn = generator.integers(0, len(sizes), len(sizes))
+    units = min(len(sizes), LARGEST_RESAMPLE)
+    draws = {name: np.empty(resamples) for name in functions}
+    for number in range(resamples):
+        drawn = generator.integers(0, len(sizes), units)
         within = np.arange(sizes[drawn].sum()) - np.repeat(np.cumsum(sizes[drawn]) - sizes[drawn], sizes[drawn])
         rows = order[np.repeat(starts[drawn], sizes[drawn]) + within]
         resample = probabilities[rows], labels[rows], decisions[rows]
         for name, metric in functions.items():
-            draws[name].append(metric.function(*resample))
-    return {
-        name: Interval(metric.function(probabilities, labels, decisions), *percentiles(np.array(draws[name])))
-        for name, metric in functions.items()
-    }
+            draws[name][number] = metric.function(*resample)
+    if units < len(sizes):
+        for name, values in draws.items():
+            center = functions[name].function(probabilities, labels, decisions)
+            draws[name] = center + (values - np.nanmean(values)) * np.sqrt(units / len(sizes))
+    return draws
 
 
 def spread(
@@ -371,12 +397,15 @@ def over_seeds(differences: Sequence[Interval]) -> Interval:
     return Interval(seeds.value, float(seeds.value - below), float(seeds.value + above))
 
 
-def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """Return the 2.5% and 97.5% quantiles of bootstrap draws (R,); NaN where more than one in twenty is not finite."""
+def percentiles(draws: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return the quantiles of bootstrap draws (R,) between which the share `confidence` of them lies, by default the
+    2.5% and 97.5% ones; NaN where more than one in twenty is not finite.
+    """
     finite = draws[np.isfinite(draws)]
     if not len(finite) or len(finite) < 0.95 * len(draws):
         return float("nan"), float("nan")
-    low, high = np.quantile(finite, [0.025, 0.975])
+    tail = round((1 - confidence) / 2, 12)
+    low, high = np.quantile(finite, [tail, 1 - tail])
     return float(low), float(high)
 
 

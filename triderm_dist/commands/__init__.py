@@ -43,6 +43,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "stack": "fit the stacker and the ensemble on the out-of-fold predictions",
         "predict": "predict the test set and write the submission",
         "report": "write report.html",
+        "compare": "compare runs on the same lesions: paired differences, settings that differ",
         "runs": "list the runs in a folder with score, date and size",
         "clean": "remove what a run does not need to predict, after showing how much",
         "export": "write a run as a zip file, as a folder for the hub, or its networks as ONNX",

@@ -1,0 +1,53 @@
+"""Compare runs on the same lesions: paired differences with 95% intervals, McNemar tests, settings that differ.
+
+triderm compare RUN RUN
+
+Takes two runs or more, and subtracts the earlier run from the later one, for each pair. "Beyond the noise" is corrected
+for the number of pairs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.settings import PathText, Section
+
+
+class CompareRun(Section):
+    runs: tuple[PathText, ...] = Field((), description="folders of the runs, two or more")
+
+
+def main(config: CompareRun) -> None:
+    from triderm_dist.report.comparison import Comparison
+    from triderm_dist.runtime.terminal import table
+
+    comparison = Comparison([Path(folder) for folder in config.runs])
+    scores = [
+        (each.name, f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}")
+        for each, score in zip(comparison.runs, comparison.macro_f1, strict=True)
+    ]
+    print(table(("run", "macro F1, nested", "95% interval"), scores))
+    differences = [
+        (
+            f"{pair.first} minus {pair.second}",
+            f"{pair.macro_f1.value:+.3f}",
+            f"{pair.macro_f1.low:+.3f} to {pair.macro_f1.high:+.3f}",
+            "yes" if pair.beyond_noise else "no",
+            f"{pair.mcnemar.first} and {pair.mcnemar.second}",
+            f"{pair.mcnemar.adjusted:.2g}",
+        )
+        for pair in comparison.pairs
+    ]
+    header = ("difference", "macro F1", "95% interval", "beyond the noise", "correct in one only", "McNemar p")
+    print(f"\n{table(header, differences)}")
+
+
+def start() -> None:
+    run(CompareRun, main, __doc__, first="runs")
+
+
+if __name__ == "__main__":
+    start()
