@@ -21,7 +21,7 @@ from triderm_dist.distributed.out_of_memory import MicroBatch
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
-from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate_hidden
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.fold import (
     as_predictions,
@@ -48,7 +48,6 @@ from triderm_dist.models.network import Network
 from triderm_dist.predictions import write_predictions
 from triderm_dist.runtime.redact import redact_tree
 from triderm_dist.runtime.terminal import counted, wrapped
-from triderm_dist.schema import VIEWS
 
 OnStart = Callable[[], None]
 OnValidation = Callable[[int, dict[str, float]], None]
@@ -69,7 +68,8 @@ def run_folds(
     """Train every fold of every model one after the other on all ranks, skipping finished ones. Call on all ranks.
 
     Writes OUTPUT/MODEL/fold-K/{weights.safetensors, fold.json, metrics.jsonl, predictions.parquet} and
-    without_VIEW.parquet: predictions for the same lesions with one view treated as missing. `on_start` is called on
+    without_INPUT.parquet: predictions for the same lesions with one input (a view, the concepts, the metadata) treated
+    as missing. `on_start` is called on
     rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
     is called with (epoch, scores). in_parallel: other processes train at the same time and print on the same terminal.
     Raises Interrupted after a request to stop or where another rank was lost, Busy where another run trains the
@@ -134,10 +134,10 @@ def run_trainings(
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Outputs for the validation rows, and by view the outputs without that view."""
+    """Outputs for the validation rows, and by input (see `FoldRun.hidden_inputs`) the outputs without it."""
 
     evaluation: Evaluation
-    without_view: dict[str, Evaluation]
+    without: dict[str, Evaluation]
 
 
 @dataclass(frozen=True)
@@ -304,18 +304,24 @@ class FoldRun:
         return trainer.train(self.stop, self.on_start, self.on_validation), init
 
     def _predict(self, accelerator: Accelerator, micro_batch: int) -> _HeldOut:
-        """Predict the validation rows, with all views and with each view treated as missing."""
+        """Predict the validation rows, with all inputs and with each input treated as missing."""
         # Not the network that was trained: it may be sharded, or hold other weights than the selected ones.
         network = new_network(self.model, self.views, pretrained=False)
         load_weights(self.path / "weights", network)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-        predict = partial(
-            evaluate, network, self.views.loaders, self.validation_rows, accelerator,
+        evaluations = evaluate_hidden(
+            network, self.views.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs),
             micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
         )  # fmt: skip
-        # What a missing view costs can be measured only where the model uses both.
-        hidden = VIEWS if set(VIEWS) <= {*self.model.use} & {*self.index.signature.views} else ()
-        return _HeldOut(predict(), {view: predict(hide=view) for view in hidden})
+        return _HeldOut(evaluations[None], {name: evaluations[name] for name in self.hidden_inputs})
+
+    @property
+    def hidden_inputs(self) -> tuple[str, ...]:
+        """The inputs without which held-out lesions are predicted too: each that the network uses, if it has others."""
+        signature = self.index.signature
+        has = {*signature.views, *(["concepts"] * bool(signature.concepts)), *(["metadata"] * bool(signature.fields))}
+        used = tuple(name for name in INPUTS if name in has and name in self.model.use)
+        return used if len(used) > 1 else ()
 
     def _write(self, outcome: _Outcome) -> None:
         """Write the predictions, then fold.json, which marks the training as finished."""
@@ -341,8 +347,8 @@ class FoldRun:
     def _write_predictions(self, held_out: _HeldOut, weights: str) -> None:
         """Write the predictions. weights: the hash of those that made them."""
         shared, transforms = (self.index, self.name, self.model.head, self.fold, weights), self.experiment.oof.tta
-        for view, hidden in held_out.without_view.items():
-            path = self.path / f"without_{view}.parquet"
-            write_predictions(path, as_predictions(hidden, *shared), hidden=view, transforms=transforms)
+        for name, hidden in held_out.without.items():
+            path = self.path / f"without_{name}.parquet"
+            write_predictions(path, as_predictions(hidden, *shared), hidden=name, transforms=transforms)
         path = self.path / "predictions.parquet"
         write_predictions(path, as_predictions(held_out.evaluation, *shared), transforms=transforms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.models.network import Network
 from triderm_dist.schema import VIEWS, Batch, Outputs
+
+INPUTS = (*VIEWS, "concepts", "metadata")
+"""What a network reads of a lesion, as `models.NAME.use` names it."""
 
 
 @dataclass
@@ -32,11 +37,18 @@ def forward(network: nn.Module, batch: Batch) -> Outputs:
     return network(batch.clinical, batch.dermoscopic, batch.view_present, batch.concepts, batch.metadata)
 
 
-def hide_view(batch: Batch, view: str, concepts: Sequence[str]) -> Batch:
-    """Return the batch with one view treated as missing: neither its photo nor the concept scores derived from it."""
+def hide_input(batch: Batch, name: str, concepts: Sequence[str]) -> Batch:
+    """Return the batch with one input of `INPUTS` treated as missing.
+
+    Of a view neither its photo nor the concept scores derived from it are left.  concepts: names of the K scores.
+    """
+    if name == "metadata":
+        return replace(batch, metadata=torch.full_like(batch.metadata, torch.nan))
+    if name == "concepts":
+        return replace(batch, concepts=torch.full_like(batch.concepts, torch.nan))
     present, scores = batch.view_present.clone(), batch.concepts.clone()
-    present[:, VIEWS.index(view)] = False
-    scores[:, [name.startswith(f"{view}/") for name in concepts]] = torch.nan
+    present[:, VIEWS.index(name)] = False
+    scores[:, [score.startswith(f"{name}/") for score in concepts]] = torch.nan
     return replace(batch, view_present=present, concepts=scores)
 
 
@@ -51,7 +63,6 @@ def mean_outputs(outputs: Sequence[Outputs]) -> list[torch.Tensor]:
     ]
 
 
-@torch.no_grad()
 def evaluate(
     network: nn.Module,
     loaders: LoaderFactory,
@@ -61,13 +72,34 @@ def evaluate(
     micro_batch: int,
     transforms: int = 1,
     after_batch: Callable[[], None] = lambda: None,
-    hide: str | None = None,
 ) -> Evaluation:
     """Average the outputs for index `rows` (N,) over the first `transforms` transforms of the dihedral group.
 
     Photos are decoded once; one forward per transform gives features and all logits. Batches keep one static shape:
     the last one is padded, and padding is removed by row number. Call on all ranks. `after_batch` is called on all
-    ranks after every batch, and may raise. `hide` names a view to treat as missing (see `hide_view`).
+    ranks after every batch, and may raise.
+    """
+    return evaluate_hidden(
+        network, loaders, rows, accelerator, (None,),
+        micro_batch=micro_batch, transforms=transforms, after_batch=after_batch,
+    )[None]  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate_hidden(
+    network: nn.Module,
+    loaders: LoaderFactory,
+    rows: np.ndarray,
+    accelerator: Accelerator,
+    hidden: Sequence[str | None],
+    *,
+    micro_batch: int,
+    transforms: int = 1,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str | None, Evaluation]:
+    """Evaluate as `evaluate` does, with each of `hidden` treated as missing in turn (see `hide_input`); None: nothing.
+
+    Photos are decoded once, and pass the towers of a `Network` once, for all of them.
     """
     network.eval()
     index, device = loaders.index, accelerator.device
@@ -75,20 +107,33 @@ def evaluate(
     loader = loaders.sequential(
         rows, micro_batch, device, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    arrays: list[np.ndarray] = []
+    arrays: dict[str | None, list[np.ndarray]] = {}
     for step in loader:
         batch = step.micro_batches[0]
-        if hide:
-            batch = hide_view(batch, hide, index.concepts)
-        means = mean_outputs(
-            [forward(network, loaders.source.transformed(batch, step.rows, k)) for k in range(transforms)]
-        )
+        outputs: dict[str | None, list[Outputs]] = {name: [] for name in hidden}
+        for transform in range(transforms):
+            one = loaders.source.transformed(batch, step.rows, transform)
+            if len(hidden) > 1:
+                one = _encoded(network, one, accelerator)
+            for name in hidden:
+                outputs[name].append(forward(network, hide_input(one, name, index.concepts) if name else one))
         row_numbers = torch.from_numpy(step.rows).to(device)
-        gathered = accelerator.gather((row_numbers, batch.valid, *means))
-        seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]
-        positions = np.array([position[int(row)] for row in seen[valid]], np.int64)
-        arrays = arrays or [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
-        for array, value in zip(arrays, values, strict=True):
-            array[positions] = value[valid]
+        for name in hidden:
+            gathered = accelerator.gather((row_numbers, batch.valid, *mean_outputs(outputs[name])))
+            seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]
+            positions = np.array([position[int(row)] for row in seen[valid]], np.int64)
+            if name not in arrays:
+                arrays[name] = [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
+            for array, value in zip(arrays[name], values, strict=True):
+                array[positions] = value[valid]
         after_batch()
-    return Evaluation(rows, *arrays)
+    return {name: Evaluation(rows, *arrays[name]) for name in hidden}
+
+
+def _encoded(network: nn.Module, batch: Batch, accelerator: Accelerator) -> Batch:
+    """Return the batch with the tokens of its photos, which a `Network` takes in their place."""
+    if not isinstance(network, Network):
+        return batch
+    with accelerator.autocast():
+        tokens: dict[str, Any] = network.encode(batch.clinical, batch.dermoscopic)
+    return replace(batch, **tokens)

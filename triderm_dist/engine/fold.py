@@ -97,6 +97,7 @@ def data_facts(experiment: Experiment, index: ShardIndex) -> dict[str, Any]:
         "lesions": len(index),
         "labeled": int((index.labels != UNLABELED).sum()),
         "synthetic": known or (experiment.data.source is not None and is_synthetic(experiment.data.source)),
+        "flow": index.flow(),
     }
     if extra := experiment.data.extra_sets:
         facts["extra"] = {key: set_fingerprint(each.shards, experiment.data.remote) for key, each in extra.items()}

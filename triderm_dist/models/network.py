@@ -48,9 +48,9 @@ SHARED = "shared"
 class Network(nn.Module, ABC):
     """Map both views, concepts and metadata of B lesions to `Outputs` in one forward; see the module's contract.
 
-    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W); given a `TokenShape` it takes
-    tokens (B, L, width) that a tower computed before. Pixels of a missing view must be finite. They pass the tower, so
-    that hiding a photo in training does not change the batch that its batch norms see.
+    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W), or the tokens of `encode`; given a
+    `TokenShape` it takes tokens (B, L, width) that a tower computed before. Pixels of a missing view must be finite.
+    They pass the tower, so that hiding a photo in training does not change the batch that its batch norms see.
 
     signature: the diagnoses, views, concepts and fields of the task.  used_views, used_concepts, used_fields: those of
     the task that `config.use` does not leave out.  token_shape: of the tokens that `fuse` gets.  settings: an instance
@@ -160,13 +160,17 @@ class Network(nn.Module, ABC):
                 depths[name] = {"stem": depth + 1, "tail": 1}.get(parts[2]) or depth - int(parts[3])
         return depths
 
+    def encode(self, clinical: Tensor, dermoscopic: Tensor) -> dict[str, Tensor]:
+        """Return the tokens (B, L, width) of each used view, which `forward` takes in the place of its pixels."""
+        images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
+        return self._tokens({view: images[view] for view in self.used_views})
+
     def _views(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the tokens (B, L, width) of the used views, and whether each view is present, (B,) bool."""
-        images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
         present = dict(zip(VIEWS, view_present.unbind(1), strict=True))
-        return self._tokens({view: images[view] for view in self.used_views}), present
+        return self.encode(clinical, dermoscopic), present
 
     def _modalities(self) -> list[str]:
         """Return what the task has, as `config.use` names it."""
@@ -179,7 +183,7 @@ class Network(nn.Module, ABC):
         return list(self.towers.values())  # type: ignore[arg-type]
 
     def _tokens(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.holds_towers or not images:
+        if not self.holds_towers or all(image.ndim == 3 for image in images.values()):
             return images
         if SHARED in self.towers:
             # One pass over both views, so that batch norms take their statistics over both.
