@@ -171,6 +171,7 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
     result = score(folder, truth)
     assert result["macro_f1"] > 0.9 and result["n"] == 150 and result["absent"] == []
     assert read_checked_json(folder / "heldout.json") == result
+    assert [*result["diagnoses"].values()] == np.bincount([*truth.values()], minlength=4).tolist()
     del truth["test-0003"], truth["test-0007"]
     with pytest.raises(DataError, match=r"probabilities.csv: 2 lesions are not in the ground truth, .* is test-0003"):
         score(folder, truth)

@@ -120,7 +120,8 @@ def predict_test_set(config: PredictRun) -> None:
     truth = read_truth(config, index) if ensemble else None
     predict_test(config, index, members, config.networks)
     if is_main():
-        record_data(config.folder, "test", {"fingerprint": index.fingerprint, "lesions": len(index)})
+        facts = {"fingerprint": index.fingerprint, "lesions": len(index), "flow": index.flow()}
+        record_data(config.folder, "test", facts)
     if ensemble is None or not is_main():
         return
     files = [folder / "test.parquet" for name in members for folder in network_folders(config, name, config.networks)]

@@ -75,7 +75,8 @@ def score(
 ) -> dict[str, Any]:
     """Score results by macro F1 of their decisions against {lesion id: label}, and write heldout.json beside them.
 
-    macro_f1 is over the diagnoses in the truth. `absent` names the others: a challenge's scorer has no score then.
+    macro_f1 is over the diagnoses in the truth, which `diagnoses` counts. `absent` names the others: a challenge's
+    scorer has no score then.
     partial: score the lesions with a truth only. folder: of the results, by default RUN. Raises DataError where a
     lesion of the results has no truth.
     """
@@ -92,13 +93,14 @@ def score(
     group_of = dict(zip(predicted.lesion_ids, predicted.groups, strict=True))
     groups = np.array([group_of[name] for name in ids], object)[known]
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
-    interval = intervals.macro_f1(decisions, labels, groups)
+    interval, classes = intervals.macro_f1(decisions, labels, groups), len(task.diagnoses)
     result = {
         "macro_f1": interval.value,
         "interval": [interval.low, interval.high],
         "argmax": metrics.argmax_macro_f1(probabilities, labels),
         "n": len(labels),
         "absent": [name for label, name in enumerate(task.diagnosis_names) if not (labels == label).any()],
+        "diagnoses": dict(zip(task.diagnosis_names, np.bincount(labels, minlength=classes).tolist(), strict=True)),
     }
     write_checked_json(folder / HELD_OUT_FILE, result)
     return result

@@ -98,6 +98,7 @@ class _HeldOutKeys(BaseModel):
     argmax: float
     n: int
     absent: list[str]
+    diagnoses: dict[str, int] = {}
 
 
 def read_held_out(folder: Path) -> dict[str, Any] | None:

@@ -204,6 +204,8 @@ def test_unreadable_photos_are_reported_or_dropped(make_challenge: Make, tmp_pat
     assert {problem.lesion_id for problem in index.problems} == {"IL_1028", "IL_1105"}
     raw = json.loads((tmp_path / "out" / "index.json").read_text())
     assert raw["dropped"] == {"unreadable photo": 2} and sum(raw["counts"].values()) == 20
+    flow = index.flow()
+    assert flow["dropped"] == {"unreadable photo": 2} and flow["missing_photos"] == {"clinical": 0, "dermoscopic": 0}
     assert sum(shard.samples for shard in index.shards) == 20 and max(shard.samples for shard in index.shards) <= 5
     assert verify(index, 2, 0) == []
     for row in range(44):

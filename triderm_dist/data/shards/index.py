@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -189,6 +190,18 @@ class ShardIndex:
     def notes(self) -> list[str]:
         """Return warnings for training on this set, one line each."""
         return [*_note_on_sizes(self), *_note_on_shared(self), *_note_on_fields(self)]
+
+    def flow(self) -> dict[str, dict[str, int]]:
+        """Return what packing did with the lesions: those `dropped` by why (each by its first problem), photos
+        `converted` by what was converted, and by view the lesions of the set with `missing_photos`.
+        """
+        kinds = {problem.lesion_id: problem.kind for problem in reversed(self.problems)}
+        missing = (self.sizes == 0).sum(axis=0).tolist()
+        return {
+            "dropped": dict(sorted(Counter(kinds.values()).items())),
+            "converted": dict(self.converted),
+            "missing_photos": {view: missing[VIEWS.index(view)] for view in self.task.view_names},
+        }
 
     def path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].url
