@@ -15,7 +15,14 @@ TIMES = {
     "seconds", "seconds_left", "lesions_per_s", "data_wait", "memory_gib", "started", "duration",
 }  # fmt: skip
 """Keys of JSON files, and columns of tables, whose values are times, speeds or measured memory."""
-NOT_COMPARED = ("log.txt", "environment.json", ".lock", "run/search/ray/*", "run/search/report.html")
+NOT_COMPARED = (
+    "log.txt",
+    "environment.json",
+    ".lock",
+    "run/search/ray/*",
+    "run/search/report.html",
+    "run/search/report/*",
+)
 """Files that record when and where programs ran, empty locks, and the state of Ray, whose names hold the time."""
 
 

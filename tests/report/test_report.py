@@ -21,7 +21,9 @@ from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import GROUP, LOWER_RECALL, MIN_COMMON_LESIONS, TOO_SMALL, Content
-from triderm_dist.report.page import _page
+from triderm_dist.report.elements import Figure
+from triderm_dist.report.page import sections_of
+from triderm_dist.report.render import write_page
 from triderm_dist.schema import DIAGNOSES, DataError, Task
 
 
@@ -63,6 +65,19 @@ class Page(HTMLParser):
         self.text += data
 
 
+def page_of(content: Content, folder: Path) -> Page:
+    """Write the page of some content, with empty figures, and parse it."""
+
+    def empty(figure: Figure) -> Figure:
+        return replace(figure, draw=lambda canvas: None, size=(1, 1))
+
+    sections = [
+        replace(section, figures=[empty(figure) for figure in section.figures]) for section in sections_of(content)
+    ]
+    path = write_page(folder / "page.html", folder / "page", "page", sections)
+    return Page(path.read_text(encoding="utf-8"))
+
+
 def test_page_is_self_contained_and_shows_the_score(run: Path) -> None:
     html = (run / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -70,11 +85,11 @@ def test_page_is_self_contained_and_shows_the_score(run: Path) -> None:
     assert f"{score['value']:.3f}" in page.text
     assert f"{score['low']:.3f} to {score['high']:.3f}" in page.text
     assert not re.search(r"(src|href)=\"?https?:", html) and "<script" not in html
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == len(list((run / "report").glob("*.png"))) == 8
+    pictures = [attributes for tag, attributes in page.tags if tag in ("img", "svg")]
+    assert len(pictures) == len(list((run / "report").glob("*.png"))) == len(list((run / "report").glob("*.svg"))) == 8
     for attributes in pictures:
-        assert (attributes["src"] or "").startswith("data:image/png;base64,")
-        assert len(attributes["alt"] or "") > 30
+        assert "src" not in attributes or (attributes["src"] or "").startswith("data:image/png;base64,")
+        assert len(attributes.get("alt") or attributes.get("aria-label") or "") > 30
     assert "0.544 nested" in page.text and "Published results" in page.text
     assert "output: " in page.text  # the resolved settings
     for name in DIAGNOSES:
@@ -115,7 +130,7 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
     np.testing.assert_allclose([lesion.label_probability for lesion in content.hardest], least)
 
 
-def test_yardsticks_beside_macro_f1(run: Path) -> None:
+def test_yardsticks_beside_macro_f1(run: Path, tmp_path: Path) -> None:
     content = Content(run)
     decisions, labels = content.rows.decisions, content.labels
     content.rows = replace(content.rows, decisions=np.where(labels[:, None] == 0, False, decisions))  # AKIEC: F1 of 0
@@ -127,21 +142,21 @@ def test_yardsticks_beside_macro_f1(run: Path) -> None:
     lesions, spread = content.test_set
     assert lesions == 479 and spread.low < f1.mean() < spread.high
     assert len(content.fold_scores) == 3
-    text = Page(_page(content, {}, run)).text
+    text = page_of(content, tmp_path).text
     for figure in (content.common_score.value, spread.low, spread.high, *content.metric_values["auc"].json().values()):
         assert f"{figure:.3f}" in text
     assert f"{content.areas[0][0]:.3f}{content.areas[1][0]:.3f}" in re.sub(r"\s", "", text)
 
 
-def test_a_row_better_than_the_figure_is_explained(run: Path) -> None:
+def test_a_row_better_than_the_figure_is_explained(run: Path, tmp_path: Path) -> None:
     content = Content(run)
     best = max(content.scores, key=lambda row: row.nested.value)
     explained = f"best row ({best.name}, {best.nested.value:.3f})"
-    assert (explained in Page(_page(content, {}, run)).text) == (best.nested.value > content.score.value)
+    assert (explained in page_of(content, tmp_path).text) == (best.nested.value > content.score.value)
     content.score = replace(content.score, value=best.nested.value + 0.01)
-    assert "includes the choice" not in Page(_page(content, {}, run)).text
+    assert "includes the choice" not in page_of(content, tmp_path).text
     content.score = replace(content.score, value=0.0)
-    assert "includes the choice" in Page(_page(content, {}, run)).text
+    assert "includes the choice" in page_of(content, tmp_path).text
 
 
 def test_slices_with_lower_recall_are_flagged_unless_too_small(run: Path) -> None:
@@ -194,7 +209,8 @@ def test_browser_renders_the_page_on_wide_and_narrow_screens(run: Path, tmp_path
         "<script>addEventListener('load', () => {"
         "const shown = [...document.images].every(i => i.complete && i.naturalWidth > 0);"
         "const fits = document.documentElement.scrollWidth <= innerWidth;"
-        "document.title = `shown=${shown} fits=${fits} images=${document.images.length}`; })</script>"
+        "const figures = document.querySelectorAll('figure').length;"
+        "document.title = `shown=${shown} fits=${fits} figures=${figures}`; })</script>"
     )
     probed = tmp_path / "probed.html"
     probed.write_text((run / "report.html").read_text(encoding="utf-8").replace("</body>", probe + "</body>"), "utf-8")
@@ -205,7 +221,7 @@ def test_browser_renders_the_page_on_wide_and_narrow_screens(run: Path, tmp_path
              "--dump-dom", probed.as_uri()],
             capture_output=True, text=True, timeout=HANG_SECONDS, check=True,
         )  # fmt: skip
-        assert "<title>shown=true fits=true images=8</title>" in done.stdout
+        assert "<title>shown=true fits=true figures=8</title>" in done.stdout
         assert "CONSOLE" not in done.stderr
 
 
@@ -252,7 +268,7 @@ def test_extra_sets_of_the_training_are_named(clinic: Path, tmp_path: Path) -> N
         path = tmp_path / "run" / Content(clinic).networks[0] / f"fold-{fold}" / "fold.json"
         info = read_checked_json(path) if path.exists() else {}
         write_checked_json(path, {**info, "extra": [{"task": "ham10000", "lesions": lesions, "weight": 0.5}]})
-    page = _page(Content(tmp_path / "run"), {}, tmp_path)
+    page = page_of(Content(tmp_path / "run"), tmp_path).text
     assert "Lesions of other sets joined the training: ham10000 (3,028 lesions, weight 0.5), ham10000 (3,000" in page
 
 
@@ -273,7 +289,7 @@ def test_report_of_any_task(clinic: Path) -> None:
 @pytest.mark.parametrize("decision", ["argmax", "fitted", "threshold"])
 def test_report_says_what_its_main_figure_counts(clinic: Path, tmp_path: Path, decision: str) -> None:
     copy_run(clinic, tmp_path / "run", replace(CLINIC, decision=decision))
-    text = Page(_page(Content(tmp_path / "run"), {}, tmp_path)).text
+    text = page_of(Content(tmp_path / "run"), tmp_path).text
     label = {"argmax": "most probable diagnosis", "fitted": "one diagnosis by fitted thresholds",
              "threshold": "each diagnosis with p > 0.5"}[decision]  # fmt: skip
     assert f"Macro F1, out of fold, nested, {label}" in text and f"Macro F1, {label}" in text
@@ -286,7 +302,7 @@ def test_report_without_reference_results_kinds_and_fields(clinic: Path, tmp_pat
     copy_run(clinic, tmp_path / "run", replace(CLINIC, title="", diagnoses=unknown, reference_results=()))
     table = read_oof(clinic / "oof.parquet")
     write_oof(tmp_path / "run" / "oof.parquet", replace(table, groups=table.lesion_ids))
-    text = Page(_page(Content(tmp_path / "run"), {}, tmp_path)).text
+    text = page_of(Content(tmp_path / "run"), tmp_path).text
     assert "clinic: run" in text
     for heading in ("Published results", "Malignant against benign", "lesions of the same"):
         assert heading not in text

@@ -2,7 +2,7 @@
 
 triderm results run=RUN
 
-Writes RUN/search/{trials.csv, report.html, curves.png, importance.png, settings.png, parallel.png} and RUN/best.yaml.
+Writes RUN/search/{trials.csv, report.html, report/} and RUN/best.yaml. report/ holds the figures and tables.
 """
 
 from collections.abc import Mapping
@@ -25,15 +25,13 @@ class ResultsRun(Section):
 
 
 def main(config: ResultsRun) -> None:
-    from triderm_dist.search.page import write_page
+    from triderm_dist.search.page import write_search_page
     from triderm_dist.search.results import print_summary, summarize
     from triderm_dist.search.settings import read_search
 
     summary = summarize(read_search(Path(config.run)))
     print_summary(summary)
-    page, figures = write_page(summary)
-    for path in (*figures, page):
-        print(path)
+    print(write_search_page(summary))
 
 
 def start() -> None:

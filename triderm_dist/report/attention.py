@@ -20,7 +20,7 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from triderm_dist.report.figures import BLUE, GRAY, STYLE
+    from triderm_dist.report.style import BLUE, GRAY, STYLE
 
     with pyplot.rc_context({**STYLE, "axes.grid": False}):
         rows = len(maps.semantic)

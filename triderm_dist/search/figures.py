@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from triderm_dist.files import atomic_path
+from triderm_dist.report.elements import Figure
+from triderm_dist.report.style import BLUE, GRAY, INK, MEDIUM, ORANGE, PAPER, WIDE
 from triderm_dist.search.results import Summary
 from triderm_dist.search.settings import BASELINE
 from triderm_dist.search.space import Domain
 from triderm_dist.search.trial import Trial
 
+Draw = Callable[[Any, "list[_Axis]", list[Trial], Summary], None]
 
-def draw_summary(summary: Summary) -> dict[Path, str]:
-    """Draw SEARCH/curves.png, importance.png, settings.png and parallel.png; return {path: description}.
+CAPTIONS = {
+    "curves": "One line per trial. A cross marks the end of a stopped trial; a diamond marks where a trial of pbt "
+    "copied a leading one: the curve before it is that trial’s.",
+    "importance": "Share of the variance of the scores that a setting explains, by a random forest (fANOVA). Bars: "
+    "5 to 95% over resamples of the trials; with a dozen trials only bars that do not overlap are informative. Stopped "
+    "trials count with the score at which they were stopped.",
+    "settings": "One point per trial. Settings vary together: a trend may be due to another setting.",
+    "parallel": "One line per trial, darker for a higher macro F1; dotted: stopped.",
+}
 
-    A figure without data is not drawn, and an older file of it is removed.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
 
-    from triderm_dist.report.figures import STYLE
-
+def figures_of(summary: Summary) -> list[Figure]:
+    """Return the figures of a search that have data: curves, importance, settings and parallel."""
     trials = [trial for trial in summary.trials if trial.macro_f1 is not None]
     axes = [_Axis(key, domain) for key, domain in summary.space.items()]
-    rows = math.ceil(len(axes) / 3)
-    figures: list[tuple[str, tuple[float, float], Callable[..., str], bool]] = [
-        ("curves", (9.0, 4.8), _draw_curves, bool(trials)),
-        ("importance", (7.2, 1.3 + 0.38 * len(axes)), _draw_importance, bool(summary.importance)),
-        ("settings", (10.0, 0.6 + 2.8 * rows), _draw_settings, bool(trials)),
-        ("parallel", (2.6 + 1.35 * len(axes), 5.2), _draw_parallel, bool(trials)),
-    ]
-    descriptions = {}
-    with matplotlib.rc_context(dict[Any, Any](STYLE)):
-        for name, size, draw, wanted in figures:
-            path = summary.folder / f"{name}.png"
-            if not wanted:
-                path.unlink(missing_ok=True)
-                continue
-            figure = Figure(figsize=size, layout="constrained")
-            descriptions[path] = draw(figure, axes, trials, summary)
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", metadata={"Software": None})
-    return descriptions
+
+    def figure(name: str, draw: Draw, size: tuple[float, float], alt: str) -> Figure:
+        return Figure(name, lambda canvas: draw(canvas, axes, trials, summary), alt, CAPTIONS[name], size)
+
+    figures = []
+    if trials:
+        alt = f"Macro F1 after each epoch of {len(trials)} trials; crosses where a trial was stopped."
+        figures.append(figure("curves", _draw_curves, (WIDE, 4.8), alt))
+    if summary.importance:
+        shares = ", ".join(f"{key} {share.value:.2f}" for key, share in summary.importance.items())
+        size = (MEDIUM, 1.3 + 0.38 * len(axes))
+        figures.append(figure("importance", _draw_importance, size, f"Importance of each setting: {shares}"))
+    if trials:
+        alt = f"Macro F1 of {len(trials)} trials against each of {len(axes)} settings."
+        figures.append(figure("settings", _draw_settings, (WIDE, 0.6 + 2.6 * math.ceil(len(axes) / 3)), alt))
+        alt = f"Each of {len(trials)} trials is a line through its {len(axes)} settings, colored by macro F1."
+        figures.append(figure("parallel", _draw_parallel, (2.6 + 1.35 * len(axes), 5.2), alt))
+    return figures
 
 
-def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> str:
-    from triderm_dist.report.figures import BLUE, GRAY, INK, ORANGE
-
+def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> None:
     plot = figure.subplots()
     labeled: set[str] = set()
     for trial in sorted(trials, key=_drawing_order(summary)):
@@ -75,7 +76,6 @@ def _draw_curves(figure: Any, axes: list[_Axis], trials: list[Trial], summary: S
     plot.set_xlabel("epoch" if len(summary.run.search.folds) == 1 else "epoch, over all folds")
     plot.set_ylabel("macro F1 (argmax)")
     figure.legend(*plot.get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return f"Macro F1 after each epoch of {len(trials)} trials; crosses where a trial was stopped."
 
 
 def _drawing_order(summary: Summary) -> Callable[[Trial], tuple[int, float]]:
@@ -88,9 +88,7 @@ def _drawing_order(summary: Summary) -> Callable[[Trial], tuple[int, float]]:
     return order
 
 
-def _draw_importance(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> str:
-    from triderm_dist.report.figures import BLUE, INK
-
+def _draw_importance(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> None:
     plot = figure.subplots()
     shares = list(summary.importance.items())[::-1]
     positions = range(len(shares))
@@ -104,7 +102,6 @@ def _draw_importance(figure: Any, axes: list[_Axis], trials: list[Trial], summar
     plot.grid(False, axis="y")
     plot.set_xlim(0, 1)
     plot.set_xlabel(f"share of the variance of macro F1 (fANOVA, {len(trials)} trials)")
-    return "Importance of each setting: " + ", ".join(f"{key} {share.value:.2f}" for key, share in shares[::-1])
 
 
 class _Axis:
@@ -133,9 +130,7 @@ class _Axis:
         return math.log(value) if self.domain.kind == "loguniform" else float(value)
 
 
-def _draw_settings(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> str:
-    from triderm_dist.report.figures import BLUE, GRAY, INK, ORANGE
-
+def _draw_settings(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> None:
     columns = min(3, len(axes))
     grid = figure.subplots(math.ceil(len(axes) / columns), columns, squeeze=False, sharey=True)
     kinds = [
@@ -156,14 +151,11 @@ def _draw_settings(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
     for row in grid:
         row[0].set_ylabel("macro F1 (argmax)")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return f"Macro F1 of {len(trials)} trials against each of {len(axes)} settings."
 
 
-def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> str:
+def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary: Summary) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-
-    from triderm_dist.report.figures import GRAY, INK, ORANGE
 
     plot = figure.subplots()
     scores = [trial.macro_f1 or 0.0 for trial in trials]
@@ -185,7 +177,7 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
     for x, axis in enumerate(axes):
         for y, text in zip(*axis.ticks(), strict=True):
             plot.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
-                           bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.8, "edgecolor": "none"})  # fmt: skip
+                           bbox={"facecolor": PAPER, "alpha": 0.75, "pad": 0.8, "edgecolor": "none"})  # fmt: skip
         plot.axvline(x, color=GRAY, lw=1, zorder=0)
     plot.set_xticks(list(positions), [axis.title for axis in axes])
     plot.set_yticks([])
@@ -195,4 +187,3 @@ def _draw_parallel(figure: Any, axes: list[_Axis], trials: list[Trial], summary:
     figure.colorbar(colors, ax=plot, label="macro F1 (argmax); dotted: stopped early", pad=0.02)
     if handles := plot.get_legend_handles_labels()[0]:
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
-    return f"Each of {len(trials)} trials is a line through its {len(axes)} settings, colored by macro F1."

@@ -1,0 +1,63 @@
+"""The sections of the report, in the order of the page.
+
+A section is a module with a function of the same name that gets the `Content` and returns a `Section`, or None where
+the run has nothing to show for it. What it computes belongs into `Content` or a module beside it, as functions of
+arrays; the section only names tables, figures and sentences. To add one:
+
+1. Write `sections/NAME.py`, and add its function to `SECTIONS`.
+2. Without a template, the section is `values["text"]`, its tables and its figures (`templates/section.html`). For
+   another order or more text, write `templates/NAME.html`: it starts with `{% import "macros.html" as ui %}` and uses
+   `ui.table(tables.NAME)`, `ui.figure(figures.NAME)`, `ui.card(label, note)` and, for each number in a sentence,
+   `ui.quote(tables.NAME, row, column)`, which writes the cell as the table shows it.
+
+    def duration(content: Content) -> Section | None:
+        hours = Column("hours", "hours", ".1f")
+        rows = [Row(name, (value,)) for name, value in content.hours.items()]
+        return Section("Duration", tables=[Table("duration", "Duration of each stage", [hours], rows, head="stage")])
+
+Table: rows `Row(name, values, note="", lead=False, group="")` of raw values: numbers, text, `Interval`, `Share(part,
+whole)`, `Flag(text, strong)`, None; the column that matters comes first. Written as report/NAME.csv, too.
+Figure: `Figure(name, draw, alt, caption, size)`; `draw(figure)` gets an empty matplotlib figure. Colors and widths are
+those of `report.style`. Written as report/NAME.svg and .png, too. Names are unique on the page.
+"""
+
+from collections.abc import Callable
+
+from triderm_dist.report.content import Content
+from triderm_dist.report.elements import Section
+from triderm_dist.report.sections.confusion import confusion
+from triderm_dist.report.sections.curves import curves
+from triderm_dist.report.sections.diagnoses import diagnoses
+from triderm_dist.report.sections.ensemble import ensemble
+from triderm_dist.report.sections.hardest import hardest
+from triderm_dist.report.sections.head import head
+from triderm_dist.report.sections.label_errors import label_errors
+from triderm_dist.report.sections.learning_curves import learning_curves
+from triderm_dist.report.sections.malignancy import malignancy
+from triderm_dist.report.sections.method import method
+from triderm_dist.report.sections.metrics import metrics
+from triderm_dist.report.sections.one_photo import one_photo
+from triderm_dist.report.sections.published import published
+from triderm_dist.report.sections.scores import scores
+from triderm_dist.report.sections.settings import settings
+from triderm_dist.report.sections.subgroups import subgroups
+
+SECTIONS: list[Callable[[Content], Section | None]] = [
+    head,
+    scores,
+    metrics,
+    published,
+    diagnoses,
+    malignancy,
+    confusion,
+    curves,
+    subgroups,
+    one_photo,
+    label_errors,
+    hardest,
+    ensemble,
+    learning_curves,
+    method,
+    settings,
+]
+"""Plugins may insert more."""

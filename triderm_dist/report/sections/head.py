@@ -1,0 +1,42 @@
+"""The top of the page: what was run, the main figures, and what they mean."""
+
+from __future__ import annotations
+
+from triderm_dist.ensemble.run_files import ENSEMBLE
+from triderm_dist.intervals import Interval
+from triderm_dist.report.content import Content
+from triderm_dist.report.elements import Column, Row, Section, Table, plural
+from triderm_dist.report.wording import RULES, fitted_parts, measure
+
+NESTED, HELD_OUT = "out of fold, nested", "held-out test set"
+
+
+def head(content: Content) -> Section:
+    """Return the section without a title that opens the page."""
+    counted = measure(content)
+    rows = [Row(NESTED, (content.score, len(content.labels)))]
+    absent: list[str] = []
+    if held := content.held_out:
+        rows.append(Row(HELD_OUT, (Interval(held["macro_f1"], *held["interval"]), held["n"])))
+        absent = held["absent"]
+    best = max((row for row in content.scores if row.name != ENSEMBLE), key=lambda row: row.nested.value)
+    models, folds = len(content.table.models), content.fit["folds"]
+    columns = [Column("macro_f1", f"macro F1, {counted}"), Column("lesions", "lesions")]
+    return Section(
+        title="",
+        template="head.html",
+        tables=[Table("main", "Main figures", columns, rows, head="lesions", emphasis=True)],
+        values={
+            "heading": f"{content.title}: {content.name}",
+            "about": f"{models} {plural('model', models)} · {folds} folds · {len(content.diagnoses)} diagnoses · "
+            "triderm-dist",
+            "synthetic": content.synthetic,
+            "measure": counted,
+            "nested": NESTED,
+            "held_out": HELD_OUT if held else "",
+            "absent": absent,
+            "rule": RULES[content.task.decision],
+            "fitted_parts": fitted_parts(content),
+            "best": best if best.nested.value > content.score.value else None,
+        },
+    )

@@ -1,0 +1,51 @@
+"""Lesions whose label is probably wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from triderm_dist.report.content import Content, DoubtfulLesion
+from triderm_dist.report.elements import Column, Row, Section, Share, Table
+
+MISLABELED_LESIONS = 30
+"""Lesions in the list of probable label errors, at most."""
+
+
+def label_errors(content: Content) -> Section:
+    """Return the lesions that confident learning and all networks find mislabeled."""
+    wrong, shown = content.mislabeled, content.mislabeled[:MISLABELED_LESIONS]
+    return Section(
+        "Probable label errors",
+        "label_errors.html",
+        tables=[doubtful_lesions("label_errors", "Probable label errors", shown, len(content.networks), "alternative")],
+        values={"count": Share(len(wrong), len(content.labels)), "listed": len(shown)},
+    )
+
+
+def doubtful_lesions(
+    name: str, caption: str, lesions: Sequence[DoubtfulLesion], networks: int, alternative: str
+) -> Table:
+    """Return a table of lesions.  alternative: the title of the other diagnosis."""
+    columns = [
+        Column("label", "label"),
+        Column("label_probability", "its probability", ".2%"),
+        Column("alternative", alternative),
+        Column("alternative_probability", "its probability", ".0%"),
+        Column("agree", f"networks that agree, of {networks}"),
+        Column("predicted", "predicted"),
+    ]
+    rows = [
+        Row(
+            lesion.lesion_id,
+            (
+                lesion.label,
+                lesion.label_probability,
+                lesion.alternative,
+                lesion.alternative_probability,
+                lesion.agree,
+                lesion.predicted,
+            ),
+        )
+        for lesion in lesions
+    ]
+    return Table(name, caption, columns, rows, head="lesion")

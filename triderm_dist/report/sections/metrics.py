@@ -1,0 +1,36 @@
+"""Every metric of the ensemble, and how far macro F1 differs between test sets and folds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from triderm_dist.metrics import METRICS
+from triderm_dist.report.content import MIN_COMMON_LESIONS, Content
+from triderm_dist.report.elements import Column, Row, Section, Table
+from triderm_dist.report.wording import measure
+
+
+def metrics(content: Content) -> Section:
+    """Return the table of metrics and that of the spread."""
+    rows = [Row(f"Macro F1, {measure(content)}", (content.score,), lead=True)]
+    if content.common_score:
+        rows.append(Row(f"Macro F1, diagnoses with at least {MIN_COMMON_LESIONS} lesions", (content.common_score,)))
+    rows += [Row(METRICS[name].title, (interval,)) for name, interval in content.metric_values.items()]
+    lesions, spread = content.test_set
+    folds = content.fold_scores
+    spreads = [
+        Row("test sets of this size", (spread.low, spread.high, lesions)),
+        Row("folds of this run", (min(folds), max(folds), len(content.labels) // len(folds))),
+    ]
+    columns = [Column("low", "from"), Column("high", "to"), Column("lesions", "lesions in each")]
+    return Section(
+        "Metrics",
+        "metrics.html",
+        tables=[
+            Table(
+                "metrics", "Metrics of the ensemble, with 95% intervals", [Column("nested", "nested")], rows, "metric"
+            ),
+            Table("spread", "Macro F1 of smaller sets of such lesions", columns, spreads, "sets"),
+        ],
+        values={"deviation": float(np.std(folds, ddof=1))},
+    )

@@ -1,0 +1,56 @@
+"""Macro F1 of each member and weighting, and the differences between members."""
+
+from __future__ import annotations
+
+from triderm_dist.ensemble.run_files import ENSEMBLE
+from triderm_dist.ensemble.score_table import COLUMNS, SHOWN
+from triderm_dist.intervals import Interval
+from triderm_dist.report.content import Content
+from triderm_dist.report.elements import Column, Flag, Row, Section, Table
+from triderm_dist.report.wording import fitted_parts, measure
+
+COLUMN_NOTES = {
+    "official": "p > 0.5: nothing fitted.",
+    "argmax": "Argmax: only the most probable diagnosis is predicted.",
+    "argmax_tau": "Argmax, tau: the same after logit adjustment with tau fitted on the other folds.",
+    "fitted": "Fitted: thresholds fitted on the same lesions, which biases the score upward; for comparison only.",
+}
+"""Notes under the score table, by column."""
+
+TITLES = COLUMNS | {"ensemble_minus_this": "ensemble minus this"}
+
+
+def scores(content: Content) -> Section:
+    """Return the score table, and the paired differences between members."""
+    shown = ["nested", *(key for key in SHOWN[content.task.decision] if key not in ("nested", "interval"))]
+    rows = [
+        Row(
+            row.name,
+            [None if (row.name, key) == (ENSEMBLE, "ensemble_minus_this") else getattr(row, key) for key in shown],
+            lead=row.name == ENSEMBLE,
+        )
+        for row in content.scores
+    ]
+    columns = [Column(key, TITLES[key], "+.3f" if key == "ensemble_minus_this" else "") for key in shown]
+    nested = f"Nested: the main figure ({measure(content)}), {fitted_parts(content)} fitted on the other folds."
+    column_notes = COLUMN_NOTES | {"nested": nested}
+    caption = "Macro F1 of members and ensemble, with 95% intervals"
+    return Section(
+        "Score of each stage",
+        "scores.html",
+        tables=[Table("scores", caption, columns, rows, head="stage", emphasis=True), *_pairs(content)],
+        values={
+            "column_notes": [column_notes[key] for key in shown if key in column_notes],
+            "notes": [note[0].upper() + note[1:] for note in content.fit["notes"]],
+        },
+    )
+
+
+def _pairs(content: Content) -> list[Table]:
+    rows = []
+    for pair in content.fit["pairs"]:
+        difference = Interval(**pair["difference"])
+        verdict = Flag("significant") if difference.excludes_zero else Flag("not significant", strong=False)
+        rows.append(Row(f"{pair['first']} minus {pair['second']}", (difference, verdict)))
+    columns = [Column("nested", "nested macro F1", "+.3f"), Column("verdict", "verdict")]
+    return [Table("pairs", "Paired differences between members", columns, rows, head="members")] if rows else []

@@ -1,0 +1,56 @@
+"""The look of all figures: colors, sizes and matplotlib settings, in one place.
+
+Colors are those of Okabe and Ito (2008), which people with any color blindness can tell apart. In the page, an SVG's
+colors become CSS variables, so that figures follow dark mode: `THEMED` lists them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+INK, GRAY, FAINT, PAPER = "#22313f", "#5f6b78", "#dfe4ea", "#ffffff"
+BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK, GRAY)
+"""Colors of lines that stand for values of equal rank, such as folds, in this order."""
+ON_LIGHT, ON_DARK = "#1b2733", "#fefefe"
+"""Text on a colored cell. These do not follow dark mode, as the cell does not."""
+SEQUENTIAL, DIVERGING = "Blues", "coolwarm"
+"""Color maps: from little to much, and from low over middle to high."""
+
+THEMED = {
+    INK: "ink", GRAY: "gray", FAINT: "line", PAPER: "paper", BLUE: "blue", ORANGE: "orange", GREEN: "green",
+    PURPLE: "purple", AMBER: "amber", SKY: "sky",
+}  # fmt: skip
+"""CSS variables of templates/style.css, by color."""
+
+WIDE, MEDIUM, NARROW = 9.0, 7.2, 4.6
+"""Widths of figures in inches: of the whole page, of a chart with long names, and of a single square plot."""
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRAY,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "text.parse_math": False,  # names of tasks may hold dollar signs
+    "svg.hashsalt": "triderm-dist",  # equal ids in equal figures
+}
