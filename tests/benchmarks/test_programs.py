@@ -70,6 +70,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "coverage": ["sets=20"],
         "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
+        "fold_mean": [f"run={run}", "seeds=2"],
         "heads": ["before=.", "rounds=1", "seconds=0.2", "lesions=64", "tower=timm:test_efficientnet", "image_size=32"],
         "ingredients": [
             *("--config", str(inputs.config), f"output={folder}/run", f"data.shards={train}"),
