@@ -32,7 +32,7 @@ def train_run(folder: Path) -> TrainedRun:
         "data.folds=2",
         "train={epochs: 1, global_batch: 11, micro_batch: 11, trackers: []}",
         "stack={max_rounds: 5, max_depth: 1}",
-        "ensemble={bootstrap: 20, rounds: 3}",
+        "ensemble={use: ensemble, bootstrap: 20, rounds: 3}",
         "predict.batch=4",
     ]
     dataset = read_challenge(write_challenge(folder / "train", lesions=44).folder)

@@ -522,6 +522,12 @@ class EnsembleConfig(Section):
     members: tuple[str, ...] | None = Field(
         None, min_length=1, description="models to combine; null: all of the out-of-fold table"
     )
+    use: str = Field(
+        "auto",
+        min_length=1,
+        description="what predicts: ensemble, the name of one member (stack is the stacker), or auto: the best network "
+        "unless the ensemble beats it beyond the noise",
+    )
     rounds: int = Field(30, ge=1, description="rounds of greedy selection of weights")
     shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto", description="shrinkage of thresholds toward the pooled one, in positives; auto: by inner folds"
@@ -584,7 +590,7 @@ DEFAULT_MODEL = "trimodal"
 """The model of settings that name none."""
 RESERVED_MODELS = frozenset(
     (
-        *("stack", "mean", "fitted", "chosen", "ensemble"),
+        *("stack", "mean", "fitted", "chosen", "ensemble", "auto"),
         *("shards", "tokens", "towers", "refit", "report", "search", "explain", "data", "test", "oof"),
     )
 )
@@ -1032,6 +1038,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.extra": [],
     "data.groups": "plain",
     "data.task": None,
+    "ensemble.use": "ensemble",
     "models.NAME.tower.drop_path": None,
     "models.NAME.tower.frame": "square",
     "models.NAME.train.augment.aspect": 0.0,

@@ -67,6 +67,11 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     ),
     "more folds than lesions": (lambda folder: None, ["data.folds=45"], "train: 45 folds need at least 45 groups"),
     "one lesion of the second diagnosis": (rare_second_diagnosis, [], "train: the stacker needs two diagnoses outside"),
+    "unknown member that predicts": (
+        lambda folder: None,
+        ["ensemble.use=b"],
+        "ensemble.use=b: no such member; known are auto, ensemble, a, stack",
+    ),
     "unknown member": (lambda folder: None, ["ensemble.members=[b]"], "ensemble.members: no model is named 'b'"),
     "no truth file": (lambda folder: None, ["data.test_truth=none.csv"], "data.test_truth: none.csv: no such file"),
     "truth without a test set": (

@@ -99,9 +99,10 @@ def test_stages_and_tokens_of_the_first_version_are_reused(tmp_path, monkeypatch
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").write_text("{}")  # the first version wrote no task
-    assert stage_hashes() == RECORDS["stages"]
-    changed = stage_hashes("stack.max_depth=3")
-    assert {name for name in changed if changed[name] != RECORDS["stages"][name]} == {"stack"}
+    assert stage_hashes("ensemble.use=ensemble") == RECORDS["stages"]
+    for words in ((), ("ensemble.use=ensemble", "stack.max_depth=3")):  # the default decides anew what predicts
+        changed = stage_hashes(*words)
+        assert {name for name in changed if changed[name] != RECORDS["stages"][name]} == {"stack"}
     augment = settings(OLD_RUN).models["frozen"].train.augment
     assert augmented_versions(augment, 0) == RECORDS["augmented_versions"]
     for change in ({"rotation": 1.0}, {"extra": {"random_erasing": {"share": 0.1}}}):

@@ -15,13 +15,13 @@ from triderm_dist.schema import DIAGNOSES
 QUICK = EnsembleConfig(bootstrap=100, rounds=10)
 
 
-def experiment(folder: Path, **change) -> Experiment:
-    """Return an experiment with fast stacking; `change` sets keys of `stack`."""
+def experiment(folder: Path, use: str = "ensemble", **change) -> Experiment:
+    """Return an experiment with fast stacking. use: `ensemble.use`; `change` sets keys of `stack`."""
     quick = {"max_rounds": 14, "early_stopping": 4, "learning_rate": 0.4, "device": "cpu"}
     return load(Experiment).model_copy(
         update={
             "output": str(folder),
-            "ensemble": EnsembleConfig(bootstrap=100, rounds=8),
+            "ensemble": EnsembleConfig(use=use, bootstrap=100, rounds=8),
             "stack": StackConfig(**(quick | change)),  # type: ignore[arg-type]
         }
     )

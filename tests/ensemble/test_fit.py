@@ -13,7 +13,7 @@ from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.checksums import read_checked_json, read_checked_parquet, write_checked_json
 from triderm_dist.ensemble import calibration
-from triderm_dist.ensemble.artifact import Ensemble
+from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
@@ -58,6 +58,27 @@ def test_fit_and_predict_end_to_end(tmp_path: Path) -> None:
         predict_ensemble(tmp_path, replace(tests, models=("trimodal",)))
 
 
+def test_a_member_that_predicts_alone_needs_no_other(tmp_path: Path) -> None:
+    write_run(tmp_path, 150)
+    notes = fit_ensemble(tmp_path, experiment(tmp_path, use="trimodal", enabled=False)).notes
+    assert any(note.startswith("trimodal predicts, as ensemble.use says; the ensemble ") for note in notes)
+    alone, fitted = Ensemble.load(tmp_path / "ensemble.json"), read_json(tmp_path / "ensemble.json", schema=FitKeys)
+    assert alone.members == ("trimodal",) and alone.weights.tolist() == [1.0] and len(alone.temperatures) == 1
+    assert [*fitted["weights_of"]] == [*MODELS] and set(fitted["picks"].values()) == {"trimodal"}
+    rows = fitted["scores"]
+    assert rows["ensemble"]["nested"] == rows["trimodal"]["nested"]
+    assert rows["trimodal"]["chosen_minus_this"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    tests = average_test(read_predictions(path) for path in sorted(tmp_path.glob("trimodal/fold-*/test.parquet")))
+    results = predict_ensemble(tmp_path, tests)  # without predictions of dual_cnn
+    expected = calibration.member_probabilities(tests, "trimodal", alone.temperatures[0])
+    np.testing.assert_allclose(results.probabilities, expected, atol=1e-12)
+    for use in ("other", "stack"):  # there is no stacker
+        with pytest.raises(DataError, match=rf"ensemble\.use={use}: no such member; write auto, ensemble or one of"):
+            fit_ensemble(tmp_path, experiment(tmp_path, use=use, enabled=False))
+    stacker = Ensemble(("a", "stack"), np.array([0.0, 1.0]), np.ones(C), temperatures=np.ones(2))
+    assert stacker.alone("stack").members == ("a", "stack")  # which it reads
+
+
 def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> None:
     """Changed labels in fold 0 do not change its rows through temperatures, stacker, weights or thresholds."""
     write_run(tmp_path)
@@ -76,9 +97,20 @@ def test_labels_of_a_fold_do_not_affect_its_submission_rows(tmp_path: Path) -> N
     assert (submissions[0][~inside] != submissions[1][~inside]).any()
 
 
+def assert_choice_is_told(folder: Path, fit: Fit) -> None:
+    """Compare the note on what predicts with the comparisons in ensemble.json."""
+    choice = read_json(folder / "ensemble.json", schema=FitKeys)["choice"]
+    assert choice["used"] == fit.chosen
+    (note,) = [note for note in fit.notes if "predicts" in note]
+    for key in ("difference", "stacker"):
+        assert f"({choice[key]['value']:+.3f}, {choice[key]['low']:+.3f} to {choice[key]['high']:+.3f}, nested)" in note
+    assert note.startswith("the ensemble predicts" if fit.chosen == choice["ensemble"] else f"{fit.chosen} predicts")
+
+
 def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     write_run(tmp_path, lesions=450, informed=False)
-    fit = fit_ensemble(tmp_path, experiment(tmp_path))
+    fit = fit_ensemble(tmp_path, experiment(tmp_path, use="auto"))
+    assert_choice_is_told(tmp_path, fit)
     labels = read_oof(tmp_path / "oof.parquet").labels
     decisions = read_nested(tmp_path / "ensemble_oof.parquet").decisions
     chance = [metrics.macro_f1(decisions, np.random.default_rng(seed).permutation(labels)) for seed in range(50)]

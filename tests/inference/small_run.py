@@ -24,7 +24,7 @@ QUICK = (
     "data.short_side=null",
     "train={epochs: 1, global_batch: 8, micro_batch: 4, trackers: [], precision: fp32}",
     "stack={max_rounds: 2, device: cpu}",
-    "ensemble={rounds: 1, bootstrap: 10}",
+    "ensemble={use: ensemble, rounds: 1, bootstrap: 10}",
     "predict={transforms: 2, batch: 8}",
 )
 

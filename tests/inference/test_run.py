@@ -23,6 +23,8 @@ from tests.processes import HANG_SECONDS, ROOT
 from tests.small_tasks import TASKS
 from triderm_dist.commands.predict import PredictRun
 from triderm_dist.commands.predict import main as predict
+from triderm_dist.commands.stack import StackRun
+from triderm_dist.commands.stack import main as stack
 from triderm_dist.config import load
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
@@ -75,6 +77,22 @@ def test_predictions_equal_those_of_the_program(trained_run, run, tmp_path):
         assert set(found.members) == {"tri", "cnn", "stack"} == set(run.members)
         for member in found.members.values():
             assert sum(member.values()) == pytest.approx(1)
+
+
+def test_no_other_network_is_loaded_where_one_predicts_alone(trained_run, run, photos, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained_run.folder, folder)
+    stack(load(StackRun, None, [f"run={folder}", "ensemble.use=cnn"]))
+    shutil.rmtree(folder / "tri")
+    alone = triderm_dist.load(folder, device="cpu")
+    assert alone.members == ("cnn",) and repr(alone).endswith("2 networks>")
+    found, expected = alone.predict(*photos), run.predict(*photos)
+    assert found.probabilities == found.members["cnn"] == pytest.approx(expected.members["cnn"], abs=1e-6)
+    assert alone.predict_table(trained_run.test.folder).columns.str.startswith("cnn/").sum() == len(run.diagnoses)
+    alone.export(tmp_path / "run.zip")
+    with zipfile.ZipFile(tmp_path / "run.zip") as archive:
+        assert not [name for name in archive.namelist() if "stack" in name or name.startswith("tri/")]
+    assert triderm_dist.load(tmp_path / "run.zip", device="cpu").predict(*photos) == found
 
 
 def test_a_photo_may_be_of_any_kind(run, photos):

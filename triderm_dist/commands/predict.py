@@ -109,7 +109,8 @@ def predict_test_set(config: PredictRun) -> None:
     if config.results != config.folder:
         raise ConfigError("output: without input the test set of the run is predicted, into its own folder; remove it")
     ensemble = Ensemble.load(config.folder / ENSEMBLE_FILE) if config.submit else None
-    members = [name for name in config.models if config.ensemble.members is None or name in config.ensemble.members]
+    wanted = config.ensemble.members if ensemble is None else ensemble.members
+    members = [name for name in config.models if wanted is None or name in wanted]
     index = open_index(config.test_shards, config.data.remote, verify=config.data.verify and is_main())
     if ensemble:
         check_task(config.folder, index.task)
@@ -129,9 +130,12 @@ def predict_test_set(config: PredictRun) -> None:
     folder = config.folder / "refit" if refitted else config.folder
     for path in submit(config.folder, files, folder):
         print(wrapped(f"wrote {path}"))
-    weights = "fitted weights" if ensemble.weighting == FITTED else ensemble.weighting
     networks = "refitted networks" if refitted else f"{config.data.folds} folds averaged"
-    print(wrapped(f"{weights} of {', '.join(ensemble.members)}; {networks}"))
+    if ensemble.weighting in ensemble.members:
+        print(wrapped(f"predicted by {ensemble.weighting}; {networks}"))
+    else:
+        weights = "fitted weights" if ensemble.weighting == FITTED else ensemble.weighting
+        print(wrapped(f"{weights} of {', '.join(ensemble.members)}; {networks}"))
     if refitted:
         fitted = "stacker, weights and thresholds are those fitted on the folds"
         print(wrapped(f"{fitted}, and so is the estimate in ensemble.json"))

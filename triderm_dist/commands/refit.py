@@ -34,7 +34,7 @@ def main(config: RefitRun) -> None:
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.refit import refit
 
-    names = config.only or config.ensemble.members or tuple(config.models)
+    names = config.only or needed(config)
     verify = config.data.verify and is_main()
     index = open_index(config.train_shards, config.data.remote, verify=verify)
     open_extra_sets(config, index, verify=verify)  # refuses a wrong map before anything is done
@@ -43,6 +43,17 @@ def main(config: RefitRun) -> None:
         folders = ", ".join(str(config.refit_folder(name)) for name in names)
         print(wrapped(f"networks of all labeled lesions are in {folders}; predict with networks=refit"))
         print("no lesion was held out to measure them on: the estimate is that of the folds")
+
+
+def needed(config: RefitRun) -> tuple[str, ...]:
+    """Return the networks that predict: of ensemble.json, before it is fitted all that it may take."""
+    from triderm_dist.ensemble.artifact import Ensemble
+    from triderm_dist.ensemble.run_files import ENSEMBLE_FILE
+
+    if not (config.folder / ENSEMBLE_FILE).is_file():
+        return config.ensemble.members or tuple(config.models)
+    members = Ensemble.load(config.folder / ENSEMBLE_FILE).members
+    return tuple(name for name in config.models if name in members)
 
 
 def start() -> None:

@@ -18,6 +18,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.ensemble.nested_stack import check_stackable
+from triderm_dist.ensemble.run_files import AUTO, ENSEMBLE, STACKER
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, Task, did_you_mean
 
 
@@ -82,10 +83,14 @@ def check_training(experiment: Experiment, train: Lesions) -> None:
 
 
 def check_members(experiment: Experiment) -> None:
-    """Raise ConfigError for a member of the ensemble that is not one of the models."""
+    """Raise ConfigError for a member of the ensemble that is not one of the models, or of `ensemble.use`."""
     for name in experiment.ensemble.members or ():
         if name not in experiment.models:
             raise ConfigError(f"ensemble.members: no model is named {name!r}; {did_you_mean(name, experiment.models)}")
+    members = [*(experiment.ensemble.members or experiment.models), *([STACKER] if experiment.stack.enabled else [])]
+    use, known = experiment.ensemble.use, (AUTO, ENSEMBLE, *members)
+    if use not in known:
+        raise ConfigError(f"ensemble.use={use}: no such member; {did_you_mean(use, known)}")
 
 
 def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
-from triderm_dist.ensemble.run_files import FITTED
+from triderm_dist.ensemble.run_files import FITTED, STACKER
 from triderm_dist.ensemble.thresholds import Rule, decide
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
@@ -41,6 +41,15 @@ class _Pair(BaseModel):
     difference: _Interval
 
 
+class _Choice(BaseModel):
+    used: str
+    ensemble: str
+    network: str
+    difference: _Interval
+    stacker: _Interval | None
+    counted: float
+
+
 class EnsembleKeys(BaseModel):
     """Keys of ensemble.json that predicting needs, with their types."""
 
@@ -65,6 +74,7 @@ class FitKeys(EnsembleKeys):
     pairs: list[_Pair]
     weights_of: dict[str, list[str]]
     notes: list[str]
+    choice: _Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,14 @@ class Ensemble:
     def decide(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
         """Return (N, C) bool decisions."""
         return decide(self.combine(probabilities), self.thresholds, self.rule)
+
+    def alone(self, member: str) -> Ensemble:
+        """Return the ensemble of one network, which needs no other; that of the stacker needs all networks."""
+        if member == STACKER:
+            return self
+        index = self.members.index(member)
+        temperatures = self.temperatures[index : index + 1]
+        return replace(self, members=(member,), weights=np.ones(1), temperatures=temperatures)
 
     def with_temperatures(self, temperatures: Mapping[str, float]) -> Ensemble:
         """Return the ensemble with temperatures of the members; 1 for members that are not named."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,11 @@ from triderm_dist.ensemble.fitted_stacker import (
 from triderm_dist.ensemble.nested_stack import NestedStack, choose_columns, inner_folds, nested_stack
 from triderm_dist.ensemble.run_files import (
     ALIGNMENTS_FILE,
+    AUTO,
     CHOSEN,
+    ENSEMBLE,
     ENSEMBLE_FILE,
     FITTED,
-    MEAN,
     NESTED_FILE,
     OOF_FILE,
     OOF_PREFIX,
@@ -45,11 +47,12 @@ from triderm_dist.ensemble.run_files import (
     NestedRows,
     write_nested,
 )
-from triderm_dist.ensemble.score_table import Row, ScoreTable
+from triderm_dist.ensemble.score_table import TITLES, Row, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
-from triderm_dist.ensemble.weights import NestedEstimate, choose_weighting, fit_candidates, nested_estimate
+from triderm_dist.ensemble.weights import Choice, NestedEstimate, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
+from triderm_dist.intervals import Interval
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
 from triderm_dist.submission import Results, write_results
@@ -59,7 +62,7 @@ from triderm_dist.submission import Results, write_results
 class Fit:
     """The result of `fit_ensemble`, for a program to print.
 
-    chosen: the weighting.  decision: that of the task.  notes: one sentence each.
+    chosen: the weighting that predicts.  decision: that of the task.  notes: one sentence each.
     """
 
     rows: list[Row]
@@ -92,9 +95,10 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
 
     nested = _nested_estimate(table, models, stack, config)
     candidates = fit_candidates(members, table.labels, table.folds, config.ensemble, config.seed, table.task.decision)
-    nested_scores = {name: metrics.macro_f1(nested.decisions[name], table.labels) for name in candidates}
-    ensemble = candidates[choose_weighting(nested_scores)].ensemble.with_temperatures(temperatures)
-    notes.append(_explain_choice(nested_scores, ensemble.weighting))
+    choice = nested.choice
+    chosen = choice.used if choice else next(iter(candidates))
+    ensemble = candidates[chosen].ensemble.with_temperatures(temperatures)
+    notes += _explain_choice(choice, config.ensemble.use) if choice else ["a single member: no weights to fit"]
     notes += _seed_spread(models, nested, table.labels, config)
     notes += _biased_scores(models, config)
     if stacker and stacker.absent:
@@ -107,26 +111,33 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     else:
         remove_stacker(run_folder / STACK_FILE)  # of an earlier fit
     _write_nested(run_folder, table, nested, stack)
-    ensemble.save(
+    predicting = ensemble.alone(chosen) if chosen in models else ensemble
+    predicting.save(
         run_folder / ENSEMBLE_FILE,
         table.task,
         lesions=len(table),
         folds=len(np.unique(table.folds)),
         scores={row.name: row.json() for row in rows},
         pairs=scores.pairs(),
+        choice=_choice_json(choice) if choice else None,
         picks={str(fold): pick for fold, pick in nested.picks.items()},
         weights_of={model: sorted(set(table.hashes[model])) for model in models},
         stacker=stacker.model.summary() if stacker else None,
         bootstrap=config.ensemble.bootstrap,
         notes=notes,
     )
-    return Fit(rows, ensemble.weighting, table.task.decision, notes, len(table))
+    return Fit(rows, chosen, table.task.decision, notes, len(table))
 
 
 def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ...], list[str]]:
     """Read the lesions that every member has predicted, the members that are networks, and notes on what is missing."""
     table = read_oof(path, features="features" in config.stack.extra)
     models = _networks(table, config.ensemble.members, path)
+    known = (*models, *([STACKER] if config.stack.enabled else []))
+    if config.ensemble.use not in (AUTO, ENSEMBLE, *known):
+        raise DataError(
+            f"ensemble.use={config.ensemble.use}: no such member; write {AUTO}, {ENSEMBLE} or one of {', '.join(known)}"
+        )
     notes = []
     usable = table.complete(models) & labeled(table)
     if not usable.all():
@@ -177,7 +188,7 @@ def _nested_estimate(
         return inner_folds(labels, table.groups, folds, folds != fold, config.seed)
 
     return nested_estimate(
-        members_without, labels, folds, parts_without, config.ensemble, config.seed, table.task.decision
+        members_without, labels, folds, parts_without, config.ensemble, config.seed, table.task.decision, table.groups
     )
 
 
@@ -259,20 +270,46 @@ def _explain_columns(kept: str, scores: Mapping[str, float]) -> str:
     )
 
 
-def _explain_choice(scores: Mapping[str, float], chosen: str) -> str:
-    """Describe the choice of the weighting. scores: nested macro F1 of each weighting."""
-    if len(scores) == 1:
-        return "a single member: no weights to fit"
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    """Return what ensemble.json stores as `choice`."""
+    return {
+        "used": choice.used,
+        "ensemble": choice.ensemble,
+        "network": choice.network,
+        "difference": choice.difference.json(),
+        "stacker": choice.stacker.json() if choice.stacker else None,
+        "counted": choice.counted,
+    }
+
+
+def _explain_choice(choice: Choice, use: str) -> list[str]:
+    """Describe the choice of the ensemble's weights and of what predicts, one sentence each. use: `ensemble.use`."""
+    scores, network = choice.scores, choice.network
     others = {name: score for name, score in scores.items() if name != FITTED}
     best = max(others, key=lambda name: others[name])
-    other = f"{'the plain mean' if best == MEAN else best} ({others[best]:.3f})"
-    fitted = f"{scores[FITTED]:.3f}"
-    if chosen == FITTED:
-        return (
-            f"fitted weights are used: they beat {other} with {fitted} nested, on these lesions; the row "
-            "ensemble counts the choice too, made in each fold on the other folds"
+    other = f"{TITLES.get(best, best)} ({others[best]:.3f})"
+    if choice.ensemble == FITTED:
+        weights = (
+            f"the ensemble has fitted weights: they beat {other} with {scores[FITTED]:.3f} nested, on these lesions"
         )
-    return f"the plain mean is used: fitted weights ({fitted}) do not beat {other} nested"
+    else:
+        weights = f"the ensemble is the plain mean: fitted weights ({scores[FITTED]:.3f}) do not beat {other} nested"
+    compared = f"the ensemble {_beats(f'its best network, {network} ({scores[network]:.3f}),', choice.difference)}"
+    if choice.stacker:
+        compared += f"; it {_beats('the stacker', choice.stacker)}"
+    if use != AUTO:
+        what = "the ensemble" if use == ENSEMBLE else use
+        return [weights, f"{what} predicts, as ensemble.use says; {compared}"]
+    counted = f"this choice was made on these lesions; made in each fold on the other folds, {choice.counted:.3f}"
+    if choice.used == network:
+        return [weights, f"{network} predicts alone; {compared}; {counted}"]
+    return [weights, f"the ensemble predicts; {compared}; {counted}"]
+
+
+def _beats(rival: str, gap: Interval) -> str:
+    """Say whether the ensemble beats a rival. gap: their difference."""
+    beats = f"{'beats' if gap.low > 0 else 'does not beat'} {rival} beyond the noise"
+    return f"{beats} ({gap.value:+.3f}, {gap.low:+.3f} to {gap.high:+.3f}, nested)"
 
 
 def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:

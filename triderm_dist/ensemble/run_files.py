@@ -35,9 +35,11 @@ STACKER = "stack"
 MEAN, FITTED = "mean", "fitted"
 """Weightings of the members: the plain mean, and fitted weights. A single member has its own name as weighting."""
 CHOSEN = "chosen"
-"""The weighting with the best score on the other folds, which the nested estimate scores."""
+"""The weighting that predicts, chosen on the other folds, which the nested estimate scores."""
 ENSEMBLE = "ensemble"
-"""The row of the chosen weighting in the table of scores."""
+"""The row of the chosen weighting in the table of scores; as `ensemble.use`, `mean` or `fitted` whatever they gain."""
+AUTO = "auto"
+"""As `ensemble.use`: the best network, unless the ensemble beats it beyond the noise."""
 RESERVED = (STACKER, MEAN, FITTED, CHOSEN, ENSEMBLE)
 """Names that no network may have."""
 

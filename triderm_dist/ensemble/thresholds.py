@@ -120,8 +120,10 @@ def choose_thresholding(
     parts: np.ndarray,
     choices: Sequence[Thresholding],
     seed: int,
-) -> tuple[Thresholding, float]:
-    """Choose among thresholdings by macro F1 over held-out parts; the first wins ties. Returns its score as well.
+) -> tuple[Thresholding, np.ndarray]:
+    """Choose among thresholdings by macro F1 over held-out parts; the first wins ties.
+
+    Returns its decisions (N, C) bool on the held-out parts as well.
 
     members: (M, N, C).  fit_weights: rows (N,) bool -> (M,) weights fitted on them.  parts: (N,); weights and
     thresholds are fitted without a part and judged on it.
@@ -141,7 +143,7 @@ def choose_thresholding(
             table[held_out] = decide(combined[held_out], thresholds, choice.rule)
     scores = {choice: metrics.macro_f1(table, labels) for choice, table in decisions.items()}
     best = max(scores, key=lambda choice: scores[choice])
-    return best, scores[best]
+    return best, decisions[best]
 
 
 def _nearest(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from triderm_dist import metrics
+from triderm_dist import intervals, metrics
 from triderm_dist.config import EnsembleConfig
 from triderm_dist.ensemble.artifact import Ensemble
-from triderm_dist.ensemble.run_files import CHOSEN, FITTED, MEAN
+from triderm_dist.ensemble.run_files import AUTO, CHOSEN, ENSEMBLE, FITTED, MEAN, STACKER
 from triderm_dist.ensemble.thresholds import best_thresholds, choose_thresholding, thresholdings
 
 
@@ -37,10 +37,10 @@ def fit_weights(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An ensemble fitted on all given rows, and the macro F1 of its weighting on rows that it was not fitted on."""
+    """An ensemble fitted on all given rows, and decisions (N, C) of its weighting on rows that it was not fitted on."""
 
     ensemble: Ensemble
-    score: float
+    decisions: np.ndarray
 
 
 def fit_candidates(
@@ -71,7 +71,7 @@ def fit_candidates(
     choices = thresholdings(decision, config)
     candidates = {}
     for weighting, fit in weightings.items():
-        thresholding, score = choose_thresholding(stacked, fit, labels, parts, choices, seed)
+        thresholding, decisions = choose_thresholding(stacked, fit, labels, parts, choices, seed)
         weights = fit(all_rows)
         ensemble = Ensemble(
             members=names,
@@ -83,14 +83,13 @@ def fit_candidates(
             weighting=weighting,
             temperatures=np.ones(len(names)),
         )
-        candidates[weighting] = Candidate(ensemble, score)
+        candidates[weighting] = Candidate(ensemble, decisions)
     return candidates
 
 
 def choose_weighting(scores: Mapping[str, float]) -> str:
-    """Choose by the score of each weighting: `fitted` if it beats `mean` and every member, else `mean`.
-
-    With a single member, that member.
+    """Choose the ensemble's weights by the score of each weighting: `fitted` if it beats `mean` and every member, else
+    `mean`. With a single member, that member.
     """
     if MEAN not in scores:
         return next(iter(scores))
@@ -98,17 +97,44 @@ def choose_weighting(scores: Mapping[str, float]) -> str:
     return FITTED if scores[FITTED] > max(others) else MEAN
 
 
+def best_network(scores: Mapping[str, float]) -> str:
+    """Return the network with the best score; the first wins ties."""
+    networks = {name: score for name, score in scores.items() if name not in (STACKER, MEAN, FITTED)}
+    return max(networks, key=lambda name: networks[name])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What predicts, and why.
+
+    used: a weighting.  ensemble: the weighting of the ensemble, `mean` or `fitted`.  network: the best one.  scores:
+    nested macro F1 by weighting.  difference: nested macro F1 of the ensemble minus that of the network.  stacker:
+    minus that of the stacker, if there is one.  counted: nested macro F1 of this choice where it is made in each fold
+    on the other folds too.
+    """
+
+    used: str
+    ensemble: str
+    network: str
+    scores: Mapping[str, float]
+    difference: intervals.Interval
+    stacker: intervals.Interval | None
+    counted: float
+
+
 @dataclass(frozen=True)
 class NestedEstimate:
     """Decisions on every lesion by weights and thresholds fitted on the other folds.
 
     decisions: (N, C) bool by weighting (a member's name, `mean`, `fitted`, and `chosen`).  probabilities: (N, C) of
-    the chosen weighting.  picks: the weighting chosen for each fold.
+    the chosen weighting.  picks: what was chosen for each fold, on the other folds.  choice: what predicts; None with a
+    single member.
     """
 
     decisions: dict[str, np.ndarray]
     probabilities: np.ndarray
     picks: dict[int, str]
+    choice: Choice | None = None
 
 
 def nested_estimate(
@@ -119,15 +145,21 @@ def nested_estimate(
     config: EnsembleConfig,
     seed: int = 0,
     decision: str = "threshold",
+    groups: np.ndarray | None = None,
 ) -> NestedEstimate:
     """Fit weights and thresholds, and choose among them, on the other folds of each fold; apply them to the fold.
 
     members_without(k): the members' (N, C), which no label of fold k has influenced.  parts_without(k): (N,) parts for
-    the inner choice, used on the rows outside k.  decision: one of `schema.DECISIONS`.
+    the inner choice, used on the rows outside k.  decision: one of `schema.DECISIONS`.  groups: (N,), None where each
+    lesion is its own.
+
+    In each fold, the weights of the ensemble and the best network are chosen on the other folds. Under
+    `config.use=auto` the ensemble is `chosen` if it beats the network that is best over all lesions beyond the noise of
+    their paired difference, else the best network: the one choice that is made on all lesions.
     """
     decisions: dict[str, np.ndarray] = {}
-    probabilities = np.empty(0)
-    picks: dict[int, str] = {}
+    probabilities: dict[str, np.ndarray] = {}
+    picks: dict[str, dict[int, str]] = {}
     for fold in np.unique(folds).tolist():
         inside, outside = folds == fold, folds != fold
         members = members_without(fold)
@@ -139,16 +171,63 @@ def nested_estimate(
             seed,
             decision,
         )
+        scores = {name: metrics.macro_f1(each.decisions, labels[outside]) for name, each in candidates.items()}
+        picked = {ENSEMBLE: choose_weighting(scores)}
+        if len(members) > 1:
+            picked[_NETWORK] = best_network(scores)
+            pair = [candidates[name].decisions for name in picked.values()]
+            grouped = None if groups is None else groups[outside]
+            gap = intervals.paired_difference(*pair, labels[outside], grouped, config.bootstrap, seed)
+            picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
+        if config.use not in (AUTO, ENSEMBLE):
+            picked[config.use] = config.use
         held_out = [table[inside] for table in members.values()]
-        best = candidates[choose_weighting({name: candidate.score for name, candidate in candidates.items()})]
-        shape = (len(labels), held_out[0].shape[1])
-        if not picks:
-            probabilities = np.full(shape, np.nan)
-        for weighting, candidate in [*candidates.items(), (CHOSEN, best)]:
-            decisions.setdefault(weighting, np.zeros(shape, bool))[inside] = candidate.ensemble.decide(held_out)
-        probabilities[inside] = best.ensemble.combine(held_out)
-        picks[fold] = best.ensemble.weighting
-    return NestedEstimate(decisions, probabilities, picks)
+        for name, weighting in {**dict(zip(candidates, candidates, strict=True)), **picked}.items():
+            ensemble = candidates[weighting].ensemble
+            table = ensemble.combine(held_out)
+            decisions.setdefault(name, np.zeros((len(labels), table.shape[1]), bool))[inside] = ensemble.decide(
+                held_out
+            )
+            if name in picked:
+                probabilities.setdefault(name, np.full((len(labels), table.shape[1]), np.nan))[inside] = table
+                picks.setdefault(name, {})[fold] = weighting
+    if AUTO not in decisions:
+        (only,) = picks
+        decisions[CHOSEN] = decisions.pop(only)
+        return NestedEstimate(decisions, probabilities[only], picks[only])
+    choice = _choose(decisions, labels, groups, config, seed)
+    given = config.use if config.use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
+    decisions[CHOSEN] = decisions[given]
+    for name in (ENSEMBLE, _NETWORK, AUTO):
+        del decisions[name]
+    return NestedEstimate(decisions, probabilities[given], picks[given], choice)
+
+
+_NETWORK = "network"
+"""The network that is best on the other folds, among the decisions while they are estimated."""
+
+
+def _choose(
+    decisions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    config: EnsembleConfig,
+    seed: int,
+) -> Choice:
+    """Choose what predicts by the nested decisions of each weighting, of the ensemble and of the automatic choice."""
+    scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
+    counted = scores.pop(AUTO)
+    del scores[ENSEMBLE], scores[_NETWORK]
+    ensemble, network = choose_weighting(scores), best_network(scores)
+    difference, stacker = (
+        intervals.paired_difference(decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, seed)
+        if name in scores
+        else None
+        for name in (network, STACKER)
+    )
+    assert difference is not None
+    used = {ENSEMBLE: ensemble, AUTO: ensemble if difference.low > 0 else network}.get(config.use, config.use)
+    return Choice(used, ensemble, network, scores, difference, stacker, counted)
 
 
 class MacroF1Objective:

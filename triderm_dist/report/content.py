@@ -29,7 +29,6 @@ from triderm_dist.ensemble.run_files import (
     NESTED_FILE,
     OOF_FILE,
     STACK_FILE,
-    STACKER,
     read_held_out,
     read_nested,
 )
@@ -180,8 +179,8 @@ class Content:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The members that are networks."""
-        return tuple(name for name in self.ensemble.members if name != STACKER)
+        """The networks that the ensemble was fitted on, also where one of them predicts alone."""
+        return tuple(self.fit["weights_of"])
 
     @cached_property
     def scores(self) -> list[Row]:
@@ -311,7 +310,7 @@ class Content:
 
     @cached_property
     def stacker(self) -> FittedStacker | None:
-        """The stacker that predicts the test set, if there is one."""
+        """The fitted stacker, if there is one."""
         path = self.folder / STACK_FILE
         return FittedStacker.load(path) if path.exists() else None
 
