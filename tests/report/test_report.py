@@ -20,7 +20,7 @@ from triderm_dist.config import save
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
-from triderm_dist.report.content import GROUP, LOWER_RECALL, MIN_COMMON_LESIONS, TOO_SMALL, Content
+from triderm_dist.report.content import GROUP, MIN_COMMON_LESIONS, Content
 from triderm_dist.report.elements import Figure
 from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
@@ -159,23 +159,22 @@ def test_a_row_better_than_the_figure_is_explained(run: Path, tmp_path: Path) ->
     assert "includes the choice" in page_of(content, tmp_path).text
 
 
-def test_slices_with_lower_recall_are_flagged_unless_too_small(run: Path) -> None:
+def test_slices_of_every_field_cover_all_lesions(run: Path) -> None:
     content = Content(run)
-    # Perfect decisions: with the decisions of the run, one in twenty slices would be flagged by chance.
-    content.rows = replace(content.rows, decisions=np.eye(len(DIAGNOSES), dtype=bool)[content.labels])
-    slices = {(part.field, part.value): part for part in content.slices}
+    sizes = {(part.field, part.value): part.lesions for part in content.slices}
     for field in ("sex", "skin_tone", "site", "age"):
-        assert sum(part.lesions for key, part in slices.items() if key[0] == field) == len(content.labels)
-    assert slices["sex", "male"].warning == slices["sex", "female"].warning == ""
-    assert slices["skin_tone", "missing"].warning == TOO_SMALL
+        assert sum(size for key, size in sizes.items() if key[0] == field) == len(content.labels)
     male = content.table.metadata[:, 1] == 1
-    blind = content.rows.decisions.copy()
-    hidden = male & (np.arange(len(male)) % 2 == 0)
-    blind[hidden] = False
+    blind = np.eye(len(DIAGNOSES), dtype=bool)[content.labels]
+    blind[male & (np.arange(len(male)) % 2 == 0)] = False
     content.rows = replace(content.rows, decisions=blind)
-    worse = content._slice("sex", "male", male)
-    assert worse.warning == LOWER_RECALL
-    assert worse.recall_difference is not None and worse.recall_difference.value < -0.2
+    del content.slices
+    tables = {table.name: table for section in sections_of(content) for table in section.tables}
+    verdict = tables["slice_gaps"].text("male", "verdict", group="sex")
+    assert verdict.startswith("lower macro F1, lower mean recall") and "AUC" not in verdict
+    assert tables["slice_gaps"].text("missing", "verdict", group="skin tone (0 very dark, 5 very light)") == (
+        "too few lesions"
+    )
 
 
 def test_predictions_of_different_weights_are_refused(run: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from pydantic import BaseModel
 
 from triderm_dist import intervals, metrics
 from triderm_dist.checksums import DamagedFile, read_checked_json
-from triderm_dist.config import CONFIG_FILE, read_yaml
+from triderm_dist.config import CONFIG_FILE, Experiment, load_run, read_yaml
+from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.open import is_packed, is_url
 from triderm_dist.data.synthetic import is_synthetic
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json, read_task
 from triderm_dist.ensemble.fitted_stacker import FittedStacker
@@ -28,6 +29,7 @@ from triderm_dist.ensemble.run_files import (
     ENSEMBLE_FILE,
     NESTED_FILE,
     OOF_FILE,
+    PREDICTIONS_FILE,
     STACK_FILE,
     read_held_out,
     read_nested,
@@ -37,15 +39,12 @@ from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
+from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
+from triderm_dist.report.provenance import Provenance
+from triderm_dist.report.slices import ScoredLesions, SliceScore, score_slices, slice_masks
 from triderm_dist.runtime.redact import redact
-from triderm_dist.schema import VIEWS, DataError, MetadataField
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, InputError
 from triderm_dist.settings import NULL, parse_yaml, untyped
-
-MIN_SLICE_LESIONS = 100
-"""A slice with fewer lesions gets no verdict."""
-
-MIN_SLICE_POSITIVES = 5
-"""A diagnosis counts if at least this many lesions inside and outside the slice have it."""
 
 GROUP = "lesions in a group"
 """In the place of a field's name (which has no space): whether a lesion's group, such as a patient, has others."""
@@ -56,35 +55,12 @@ MIN_COMMON_LESIONS = 20
 TEST_SET_LESIONS = 479
 """The size of test set whose spread is shown where no test set was scored: that of the MILK10k challenge."""
 
-LOWER_RECALL = "lower recall"
-TOO_SMALL = "too few lesions"
+PHOTOS, CONCEPTS = "photos of a lesion", "concepts of a lesion"
+"""In the place of a field's name: which photos a lesion has, and whether concept scores are missing."""
 
 HARDEST_LESIONS = 20
 CONTRIBUTION_LESIONS = 1000
 """Largest number of lesions for which contributions of the stacker's columns are computed."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Performance on the lesions with one value of a metadata field, or of `GROUP`.
-
-    Only diagnoses with at least `MIN_SLICE_POSITIVES` lesions inside and outside are used.  recall_difference: mean
-    recall inside minus outside (recall, because F1 also depends on how common a diagnosis is); None where fewer than
-    two diagnoses are used.
-    """
-
-    field: str
-    value: str
-    lesions: int
-    macro_f1: intervals.Interval | None
-    recall_difference: intervals.Interval | None
-
-    @property
-    def warning(self) -> str:
-        """`LOWER_RECALL`, `TOO_SMALL`, or ""."""
-        if self.recall_difference is None or self.lesions < MIN_SLICE_LESIONS:
-            return TOO_SMALL
-        return LOWER_RECALL if self.recall_difference.high < 0 else ""
 
 
 @dataclass(frozen=True)
@@ -101,14 +77,14 @@ class Malignancy:
 
 
 @dataclass(frozen=True)
-class MissingView:
-    """Argmax macro F1 of a network with the photo of one view hidden.  difference: minus with both photos.
+class MissingInput:
+    """Argmax macro F1 of a network with one input hidden.  difference: minus with all inputs.
 
-    view: its title.
+    name: a view, `concepts` or `metadata`.
     """
 
     model: str
-    view: str
+    name: str
     macro_f1: float
     difference: intervals.Interval
 
@@ -269,7 +245,7 @@ class Content:
     @cached_property
     def malignancy(self) -> Malignancy | None:
         """Malignant against benign; None unless the labels hold both kinds."""
-        kinds = np.array([np.nan if each.malignant is None else float(each.malignant) for each in self.task.diagnoses])
+        kinds = self.malignant
         of_label = kinds[self.labels]
         if not {0.0, 1.0} <= set(of_label):
             return None
@@ -341,32 +317,119 @@ class Content:
         return None if values is None else Contributions(values, columns, self.stacker.feature_names)
 
     @cached_property
-    def slices(self) -> list[Slice]:
-        """A slice for each value of each metadata field that some lesion has, and for each value of `GROUP`."""
-        return [
-            self._slice(field, value, mask)
-            for field, masks in self._slice_masks().items()
-            for value, mask in masks.items()
-            if mask.any()
-        ]
+    def malignant(self) -> np.ndarray:
+        """(C,) 1 for malignant diagnoses, 0 for benign ones, NaN where the task does not say."""
+        return np.array([np.nan if each.malignant is None else float(each.malignant) for each in self.task.diagnoses])
 
     @cached_property
-    def missing_views(self) -> list[MissingView]:
-        """The scores of each network without the photo of a view, for networks that use both views."""
+    def slices(self) -> list[SliceScore]:
+        """Scores of the lesions with each value of each field, of `PHOTOS`, of `CONCEPTS` and of `GROUP`."""
+        rows = self.rows
+        lesions = ScoredLesions(rows.probabilities, rows.labels, rows.decisions, self.table.groups, self.malignant)
+        return score_slices(lesions, self._slice_masks())
+
+    @cached_property
+    def missing_inputs(self) -> list[MissingInput]:
+        """The scores of each network without each of its inputs, where it was predicted so."""
         result = []
-        titles = {view.name: view.title or view.name for view in self.task.views}
         for model in self.networks:
             full = metrics.argmax_decisions(self.table.logits[model])
-            for view in VIEWS:
-                logits = self._logits_without(model, view)
+            for name in (*VIEWS, "concepts", "metadata"):
+                logits = self._logits_without(model, name)
                 if np.isnan(logits).any():
                     continue
                 decisions = metrics.argmax_decisions(logits)
                 difference = intervals.paired_difference(
                     decisions, full, self.labels, self.table.groups, self.resamples
                 )
-                result.append(MissingView(model, titles[view], metrics.macro_f1(decisions, self.labels), difference))
+                result.append(MissingInput(model, name, metrics.macro_f1(decisions, self.labels), difference))
         return result
+
+    @cached_property
+    def experiment(self) -> Experiment | None:
+        """The settings of the run; None where config.yaml is missing, or this version cannot read it."""
+        try:
+            return load_run(Experiment, self.folder) if (self.folder / CONFIG_FILE).exists() else None
+        except InputError:
+            return None
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """How the run was made."""
+        return Provenance.of(read_environment(self.folder))
+
+    @cached_property
+    def packed(self) -> ShardIndex | None:
+        """The packed training set, where it is at hand and still the one of the run."""
+        return self._packed("train")
+
+    @cached_property
+    def photos(self) -> np.ndarray | None:
+        """(N, 2) bool, whether a lesion has the photo of each of `VIEWS`; None where the packed set is not at hand."""
+        if self.packed is None:
+            return None
+        row_of = {lesion: row for row, lesion in enumerate(self.packed.lesion_ids)}
+        rows = [row_of.get(lesion, -1) for lesion in self.rows.lesion_ids]
+        return None if -1 in rows else self.packed.sizes[np.array(rows)] > 0
+
+    @cached_property
+    def cohorts(self) -> list[Cohort]:
+        """The scored lesions, those of each fold, and those of the test set, if it was predicted."""
+        table = self.table
+        every = Cohort("all", self.labels, table.groups, table.metadata, table.concepts, self.photos)
+        folds = [every.take(f"fold {fold}", self.rows.folds == fold) for fold in np.unique(self.rows.folds)]
+        test = [] if self.test_cohort is None else [self.test_cohort]
+        return [every, *folds, *test]
+
+    @cached_property
+    def test_cohort(self) -> Cohort | None:
+        """The lesions of the test set; None where none was predicted."""
+        path = self.folder / PREDICTIONS_FILE
+        if not path.exists():
+            return None
+        part = read_predictions(path)
+        rows = np.flatnonzero(part.model == part.model[0])
+        labels = part.labels[rows]
+        known = (labels != UNLABELED).any()
+        counts = (self.held_out or {}).get("diagnoses")
+        index, photos = self._packed("test"), None
+        if index is not None and len(index) == len(rows):
+            row_of = {lesion: row for row, lesion in enumerate(index.lesion_ids)}
+            found = [row_of.get(lesion, -1) for lesion in part.lesion_ids[rows]]
+            photos = None if -1 in found else index.sizes[np.array(found)] > 0
+        return Cohort(
+            "test set", labels if known else None, part.groups[rows], part.metadata[rows], part.concepts[rows],
+            photos, None if known else counts,
+        )  # fmt: skip
+
+    @cached_property
+    def packing(self) -> PackingFacts | None:
+        """What packing recorded of the training set; None where neither the run nor the set tell."""
+        recorded = packing_facts(self.provenance.data)
+        return PackingFacts(**self.packed.flow()) if recorded is None and self.packed is not None else recorded
+
+    @cached_property
+    def flow(self) -> list[FlowStep]:
+        """The lesions from the tables of the training set to the figures."""
+        data, packed = self.provenance.data, self.packed
+        lesions, labeled = data.get("lesions"), data.get("labeled")
+        if lesions is None and packed is not None:
+            lesions, labeled = len(packed), int((packed.labels != UNLABELED).sum())
+        return exclusions(lesions, labeled, len(self.labels), self.packing)
+
+    def _packed(self, split: str) -> ShardIndex | None:
+        """Open a packed set of the run in a local folder; None where it is not there, or another one by now."""
+        if self.experiment is None:
+            return None
+        where = self.experiment.train_shards if split == "train" else self.experiment.test_shards
+        recorded = (self.provenance.data if split == "train" else self.provenance.test).get("fingerprint")
+        if is_url(where) or not is_packed(where):
+            return None
+        try:
+            index = read_index(where, check_tars=False)
+        except InputError:
+            return None
+        return index if recorded in (None, index.fingerprint) else None
 
     @cached_property
     def hardest(self) -> list[DoubtfulLesion]:
@@ -403,11 +466,11 @@ class Content:
         """(N, C) probabilities of the ensemble, divided by their sum."""
         return self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
 
-    def _logits_without(self, model: str, view: str) -> np.ndarray:
-        """Read (N, C) logits of a network with a view hidden, by the weights of the table; NaN where there are none."""
+    def _logits_without(self, model: str, name: str) -> np.ndarray:
+        """Read (N, C) logits of a network with an input hidden, by the weights of the table; NaN without any."""
         logits = np.full_like(self.table.logits[model], np.nan)
         row_of = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
-        for path in sorted((self.folder / model).glob(f"fold-*/without_{view}.parquet")):
+        for path in sorted((self.folder / model).glob(f"fold-*/without_{name}.parquet")):
             part = read_predictions(path)
             for i, lesion in enumerate(part.lesion_ids):
                 row = row_of.get(lesion)
@@ -430,32 +493,22 @@ class Content:
     def _slice_masks(self) -> dict[str, dict[str, np.ndarray]]:
         """Return by metadata field the lesions (N,) bool of each value: ordinal fields first, numbers last.
 
-        The last entry is `GROUP`, where a group has several lesions.
+        `PHOTOS`, `CONCEPTS` and `GROUP` follow, where lesions differ in them.
         """
         values = dict(zip(self.task.field_names, self.table.metadata.T, strict=True))
         fields = sorted(self.task.fields, key=lambda field: ("ordinal", "category", "number").index(field.kind))
         masks = {field.name: slice_masks(field, values[field.name]) for field in fields}
+        if self.photos is not None and not self.photos.all():
+            has = {view.title or view.name: self.photos[:, VIEWS.index(view.name)] for view in self.task.views}
+            masks[PHOTOS] = {f"without {title} photo": ~present for title, present in has.items()}
+        missing = np.isnan(self.table.concepts).any(axis=1)
+        if missing.any():
+            masks[CONCEPTS] = {"complete": ~missing, "some missing": missing}
         _, group, sizes = np.unique(self.table.groups.astype(str), return_inverse=True, return_counts=True)
         if sizes.max() > 1:
             single = sizes[group] == 1
             masks[GROUP] = {"one": single, "several": ~single}
         return masks
-
-    def _slice(self, field: str, value: str, mask: np.ndarray) -> Slice:
-        size = len(self.diagnoses)
-        inside = np.bincount(self.labels[mask], minlength=size)
-        outside = np.bincount(self.labels[~mask], minlength=size)
-        kept = (inside >= MIN_SLICE_POSITIVES) & (outside >= MIN_SLICE_POSITIVES)
-        if kept.sum() < 2:
-            return Slice(field, value, int(mask.sum()), None, None)
-        decisions, groups = self.rows.decisions, self.table.groups
-        return Slice(
-            field=field,
-            value=value,
-            lesions=int(mask.sum()),
-            macro_f1=intervals.macro_f1(decisions[mask], self.labels[mask], groups[mask], kept),
-            recall_difference=intervals.recall_difference(decisions, self.labels, mask, kept, groups),
-        )
 
 
 class _ExtraSet(BaseModel):
@@ -480,22 +533,3 @@ def extra_sets(folder: Path, networks: Sequence[str]) -> list[str]:
             for each in record.get("extra", []):
                 found[f"{each['task']} ({each['lesions']:,} lesions, weight {each['weight']:g})"] = None
     return list(found)
-
-
-def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the lesions (N,) bool of each category, or of each range of a number, and those with a missing value.
-
-    values: (N,), NaN where missing. A number is divided at `field.cuts`, or at its quartiles.
-    """
-    missing = np.isnan(values)
-    if not field.is_number:
-        masks = {name: values == index for index, name in enumerate(field.categories)}
-    elif missing.all():
-        masks = {}
-    else:
-        cuts = [*(field.cuts or np.unique(np.quantile(values[~missing], (0.25, 0.5, 0.75))).tolist()), np.inf]
-        masks = {f"under {cuts[0]:g}": values < cuts[0]}
-        for low, high in pairwise(cuts):
-            name = f"{low:g} and over" if high == np.inf else f"{low:g} to under {high:g}"
-            masks[name] = (values >= low) & (values < high)
-    return masks | {"missing": missing}

@@ -211,12 +211,12 @@ def _raw(value: Value, part: str) -> str:
     """Return a value for CSV: numbers with all digits, nothing where there is none."""
     if isinstance(value, np.generic):
         value = value.item()
+    if part not in {"", *_parts(value)}:
+        return ""
     if isinstance(value, Interval):
         value = getattr(value, part or "value")
     elif isinstance(value, Share):
         value = value.whole if part else value.part
-    elif part:
-        return ""
     if isinstance(value, Flag):
         return value.text
     if value is None or (isinstance(value, float) and math.isnan(value)):

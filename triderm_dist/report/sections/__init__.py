@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Section
+from triderm_dist.report.sections.cohort import cohort
 from triderm_dist.report.sections.confusion import confusion
 from triderm_dist.report.sections.curves import curves
 from triderm_dist.report.sections.diagnoses import diagnoses
@@ -36,14 +37,17 @@ from triderm_dist.report.sections.learning_curves import learning_curves
 from triderm_dist.report.sections.malignancy import malignancy
 from triderm_dist.report.sections.method import method
 from triderm_dist.report.sections.metrics import metrics
-from triderm_dist.report.sections.one_photo import one_photo
+from triderm_dist.report.sections.missing_inputs import missing_inputs
 from triderm_dist.report.sections.published import published
+from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.scores import scores
 from triderm_dist.report.sections.settings import settings
-from triderm_dist.report.sections.subgroups import subgroups
+from triderm_dist.report.sections.slices import slices
 
 SECTIONS: list[Callable[[Content], Section | None]] = [
     head,
+    run,
+    cohort,
     scores,
     metrics,
     published,
@@ -51,8 +55,8 @@ SECTIONS: list[Callable[[Content], Section | None]] = [
     malignancy,
     confusion,
     curves,
-    subgroups,
-    one_photo,
+    slices,
+    missing_inputs,
     label_errors,
     hardest,
     ensemble,

@@ -1,0 +1,148 @@
+"""Scores of parts of the lesions, their gaps, and the correction for many comparisons."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import recall_score, roc_auc_score
+
+from triderm_dist import intervals, metrics
+from triderm_dist.report.slices import (
+    BEYOND,
+    MIN_SLICE_LESIONS,
+    TOO_SMALL,
+    WITHIN,
+    ScoredLesions,
+    adjust,
+    placements,
+    score_slices,
+    slice_masks,
+)
+from triderm_dist.schema import MetadataField
+
+MALIGNANT = np.array([1.0, 0.0, 0.0, np.nan])
+
+
+def lesions_of(count: int, seed: int, groups: np.ndarray | None = None) -> ScoredLesions:
+    """Return lesions whose probabilities know something of their labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(4, count, p=[0.4, 0.3, 0.2, 0.1])
+    scores = 1.5 * np.eye(4)[labels] + generator.normal(size=(count, 4)).round(1)  # with ties
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    decisions = metrics.argmax_decisions(probabilities)
+    return ScoredLesions(probabilities, labels, decisions, np.arange(count) if groups is None else groups, MALIGNANT)
+
+
+def by_name(lesions: ScoredLesions, mask: np.ndarray) -> dict:
+    return {part.score_name: part for part in score_slices(lesions, {"field": {"value": mask}})}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_equal_those_of_scikit_learn(seed):
+    lesions = lesions_of(400, seed)
+    mask = np.random.default_rng(100 + seed).random(400) < 0.4
+    found = by_name(lesions, mask)
+    p, labels = lesions.probabilities, lesions.labels
+    kind = MALIGNANT[labels]
+    share = p[:, 0] / p[:, :3].sum(axis=1)
+
+    def scores(side: np.ndarray) -> dict[str, float]:
+        predicted = p[side].argmax(axis=1)
+        known = side & ~np.isnan(kind)
+        return {
+            "macro_f1": metrics.macro_f1(lesions.decisions[side], labels[side]),
+            "recall": recall_score(labels[side], predicted, average="macro"),
+            "auc": np.mean([roc_auc_score(labels[side] == c, p[side, c]) for c in range(4)]),
+            "sensitivity": recall_score(kind[known] == 1, lesions.decisions[known, 0]),
+            "specificity": recall_score(kind[known] == 0, ~lesions.decisions[known, 0]),
+            "malignant_auc": roc_auc_score(kind[known], share[known]),
+            "overconfidence": p[side].max(axis=1).mean() - (predicted == labels[side]).mean(),
+        }
+
+    inside, outside = scores(mask), scores(~mask)
+    assert set(found) == set(inside)
+    for name, part in found.items():
+        assert part.score.value == pytest.approx(inside[name], abs=1e-12)
+        assert part.gap.value == pytest.approx(inside[name] - outside[name], abs=1e-12)
+        assert part.score.low < part.score.value < part.score.high
+        assert part.gap.low < part.gap.value < part.gap.high
+
+
+def test_gap_in_recall_has_the_interval_of_agresti_and_caffo():
+    lesions = lesions_of(500, 1)
+    mask = np.random.default_rng(0).random(500) < 0.3
+    expected = intervals.recall_difference(lesions.decisions, lesions.labels, mask, np.ones(4, bool))
+    gap = by_name(lesions, mask)["recall"].gap
+    assert (gap.low, gap.high) == pytest.approx((expected.low, expected.high), abs=2e-3)
+
+
+def test_variance_of_an_area_is_that_of_delong():
+    generator = np.random.default_rng(3)
+    positive = generator.random(20_000) < 0.3
+    scores = positive + generator.normal(size=20_000)
+    placed, area = placements(np.unique(scores, return_inverse=True)[1], positive)
+    assert area == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
+    delong = placed[positive].var(ddof=1) / positive.sum() + placed[~positive].var(ddof=1) / (~positive).sum()
+    labels = np.where(positive, 0, 1)
+    lesions = ScoredLesions(
+        np.stack([scores, -scores], axis=1), labels, np.zeros((20_000, 2), bool), np.arange(20_000), np.array([1.0, 0])
+    )
+    mask = np.arange(20_000) < 10_000
+    part = by_name(replace(lesions, probabilities=1 / (1 + np.exp(-lesions.probabilities))), mask)["auc"]
+    assert (part.gap.high - part.gap.low) / 2 == pytest.approx(1.96 * np.sqrt(4 * delong), rel=0.02)
+
+
+def test_lesions_of_a_patient_do_not_count_as_independent():
+    alone = lesions_of(300, 2)
+    twice = np.repeat(np.arange(300), 4)  # every lesion four times, as one patient
+    copied = ScoredLesions(
+        alone.probabilities[twice], alone.labels[twice], alone.decisions[twice], twice, alone.malignant
+    )
+    mask = np.random.default_rng(1).random(300) < 0.5
+    one, four = by_name(alone, mask), by_name(copied, mask[twice])
+    for name in ("recall", "auc", "sensitivity", "overconfidence"):
+        width, copied_width = (found[name].gap.high - found[name].gap.low for found in (one, four))
+        assert copied_width == pytest.approx(width, rel=0.06), name
+
+
+def test_correction_is_that_of_holm():
+    p = np.array([0.01, 0.04, 0.03, 0.005])
+    np.testing.assert_allclose(adjust(p), [0.03, 0.06, 0.06, 0.02])  # Holm (1979), by hand
+    assert adjust(np.array([0.7])) == [0.7] and adjust(np.array([0.6, 0.7])).max() == 1
+
+
+def test_gaps_are_marked_where_they_exceed_the_noise_and_the_slice_is_large():
+    lesions = lesions_of(1000, 4)
+    every = np.arange(1000)
+    mask = every % 4 == 0
+    decisions = lesions.decisions.copy()
+    decisions[mask & (every % 3 > 0)] = False
+    worse = replace(lesions, decisions=decisions)
+    rows = score_slices(worse, {"a": {"yes": mask, "no": ~mask}, "b": {"few": every < MIN_SLICE_LESIONS - 1}})
+    verdicts = {(part.value, part.score_name): part.verdict for part in rows}
+    assert verdicts["yes", "recall"] == verdicts["no", "recall"] == BEYOND
+    assert verdicts["yes", "auc"] == WITHIN
+    assert {verdict for (value, _), verdict in verdicts.items() if value == "few"} == {TOO_SMALL}
+    # Two values without a third are one comparison: p is multiplied by at most the 7 scores.
+    yes = {part.score_name: part for part in rows if part.value == "yes"}
+    assert max(part.adjusted / part.p for part in yes.values() if part.adjusted < 1) <= 7 + 1e-9
+    assert yes["recall"].p == pytest.approx(2 * stats.norm.sf(abs(_z(yes["recall"].gap))), rel=1e-6)
+
+
+def _z(gap: intervals.Interval) -> float:
+    return gap.value / ((gap.high - gap.low) / 2 / 1.959963984540054)
+
+
+def test_empty_slices_and_slices_of_all_lesions_are_left_out():
+    lesions = lesions_of(50, 0)
+    assert score_slices(lesions, {"a": {"none": np.zeros(50, bool), "all": np.ones(50, bool)}}) == []
+
+
+def test_numbers_are_cut_at_the_cuts_of_the_field_or_at_the_quartiles():
+    values = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
+    field = MetadataField("size", "size", "number", high=10, cuts=(2, 4))
+    masks = slice_masks(field, values)
+    assert [*masks] == ["under 2", "2 to under 4", "4 and over", "missing"]
+    assert [int(mask.sum()) for mask in masks.values()] == [1, 2, 1, 1]
+    assert sum(mask.astype(int) for mask in slice_masks(replace(field, cuts=()), values).values()).tolist() == [1] * 5
