@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,13 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ensemble.conftest import experiment
-from tests.processes import HANG_SECONDS
-from tests.synthetic_run import CLINIC, write_run
+from tests.synthetic_run import CLINIC
 from triderm_dist import metrics
 from triderm_dist.checksums import read_checked_json, write_checked_json
-from triderm_dist.config import save
-from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import GROUP, MIN_COMMON_LESIONS, Content
@@ -25,28 +20,6 @@ from triderm_dist.report.elements import Figure
 from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
 from triderm_dist.schema import DIAGNOSES, DataError, Task
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_run(folder)
-    config = experiment(folder)
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"source": str(folder / "data" / "train")})}
-    )
-    fit_ensemble(folder, config)
-    save(config, folder / "config.yaml")
-    for fold in range(3):
-        lines = [
-            {"kind": "train", "epoch": 0.5, "step": 5, "loss": 2.0 - fold / 10, "lr": 1e-3, "grad_norm": 1.0},
-            {"kind": "validation", "epoch": 1, "step": 10, "macro_f1": 0.3, "official": 0.2},
-        ]
-        text = "\n".join(json.dumps(line) for line in lines)
-        truncated = '\n{"kind": "tra'  # as left by a process killed while writing
-        (folder / "trimodal" / f"fold-{fold}" / "metrics.jsonl").write_text(text + truncated)
-    write_report(folder)
-    return folder
 
 
 class Page(HTMLParser):
@@ -199,31 +172,6 @@ def test_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     assert "Learning curves" not in text and "Settings" not in text
 
 
-def test_browser_renders_the_page_on_wide_and_narrow_screens(run: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    # The script checks that all images are decoded and that the page does not scroll horizontally.
-    probe = (
-        "<script>addEventListener('load', () => {"
-        "const shown = [...document.images].every(i => i.complete && i.naturalWidth > 0);"
-        "const fits = document.documentElement.scrollWidth <= innerWidth;"
-        "const figures = document.querySelectorAll('figure').length;"
-        "document.title = `shown=${shown} fits=${fits} figures=${figures}`; })</script>"
-    )
-    probed = tmp_path / "probed.html"
-    probed.write_text((run / "report.html").read_text(encoding="utf-8").replace("</body>", probe + "</body>"), "utf-8")
-    for width in (1200, 500):
-        done = subprocess.run(
-            [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-             f"--user-data-dir={tmp_path}", f"--window-size={width},900", "--virtual-time-budget=5000",
-             "--dump-dom", probed.as_uri()],
-            capture_output=True, text=True, timeout=HANG_SECONDS, check=True,
-        )  # fmt: skip
-        assert "<title>shown=true fits=true figures=8</title>" in done.stdout
-        assert "CONSOLE" not in done.stderr
-
-
 def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
     """Lesions with confident predictions and a wrong label are listed first, with their true diagnosis."""
     content = Content(run)
@@ -238,19 +186,6 @@ def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
     assert {lesion.lesion_id for lesion in found[:6]} == set(content.rows.lesion_ids[confident])
     assert all((lesion.label, lesion.alternative, lesion.agree) == ("MEL", "NV", 2) for lesion in found[:6])
     assert len(found) < len(content.labels) / 4
-
-
-@pytest.fixture(scope="module")
-def clinic(tmp_path_factory) -> Path:
-    """A run of a task with one view and no concepts, whose names need escaping; some lesions share a group."""
-    folder = tmp_path_factory.mktemp("clinic")
-    write_run(folder, 260, task=CLINIC)
-    fit_ensemble(folder, experiment(folder))
-    table = read_oof(folder / "oof.parquet")
-    groups = np.where(table.folds == 0, "patient-0", table.groups)
-    write_oof(folder / "oof.parquet", replace(table, groups=groups))
-    write_report(folder)
-    return folder
 
 
 def copy_run(run: Path, folder: Path, task: Task) -> None:

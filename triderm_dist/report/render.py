@@ -14,7 +14,7 @@ from typing import Any
 
 from triderm_dist.files import NEW_FILE, atomic_path, write_text
 from triderm_dist.report.elements import Figure, Section, Table, interval_text, shown
-from triderm_dist.report.style import STYLE, THEMED
+from triderm_dist.report.style import STYLE, THEMED, register_colors
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTENTS = "contents.csv"
@@ -97,6 +97,7 @@ def _draw(figures: Sequence[Figure], folder: Path, mode: int) -> dict[str, Pictu
     from matplotlib.figure import Figure as Canvas
 
     pictures = {}
+    register_colors()
     with matplotlib.rc_context(STYLE):
         for figure in figures:
             canvas = Canvas(figsize=figure.size, layout="constrained")

@@ -12,14 +12,15 @@ INK, GRAY, FAINT, PAPER = "#22313f", "#5f6b78", "#dfe4ea", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK, GRAY)
 """Colors of lines that stand for values of equal rank, such as folds, in this order."""
-ON_LIGHT, ON_DARK = "#1b2733", "#fefefe"
-"""Text on a colored cell. These do not follow dark mode, as the cell does not."""
-SEQUENTIAL, DIVERGING = "Blues", "coolwarm"
-"""Color maps: from little to much, and from low over middle to high."""
+ON_LIGHT, ON_DARK = INK, "#fefefe"
+"""Text on a cell of `SEQUENTIAL`: up to `DARK_CELL`, and above."""
+DARK_CELL = 0.75
+SEQUENTIAL, DIVERGING = "triderm-blue", "coolwarm"
+"""Color maps: from little to much (`BLUE` with rising opacity, so that it follows dark mode), and from low to high."""
 
 THEMED = {
     INK: "ink", GRAY: "gray", FAINT: "line", PAPER: "paper", BLUE: "blue", ORANGE: "orange", GREEN: "green",
-    PURPLE: "purple", AMBER: "amber", SKY: "sky",
+    PURPLE: "purple", AMBER: "amber", SKY: "sky", ON_DARK: "on-blue",
 }  # fmt: skip
 """CSS variables of templates/style.css, by color."""
 
@@ -54,3 +55,12 @@ STYLE: Any = {
     "text.parse_math": False,  # names of tasks may hold dollar signs
     "svg.hashsalt": "triderm-dist",  # equal ids in equal figures
 }
+
+
+def register_colors() -> None:
+    """Make `SEQUENTIAL` known to matplotlib."""
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    map_ = LinearSegmentedColormap.from_list(SEQUENTIAL, [to_rgba(BLUE, 0.02), to_rgba(BLUE, 1.0)])
+    matplotlib.colormaps.register(map_, name=SEQUENTIAL, force=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Column, Figure, Row, Section, Table
-from triderm_dist.report.style import ON_DARK, ON_LIGHT, PAPER, SEQUENTIAL
+from triderm_dist.report.style import DARK_CELL, ON_DARK, ON_LIGHT, PAPER, SEQUENTIAL
 
 
 def confusion(content: Content) -> Section:
@@ -22,7 +22,7 @@ def confusion(content: Content) -> Section:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.pcolormesh(share, cmap=SEQUENTIAL, vmin=0, vmax=1, edgecolor=PAPER, linewidth=0.5)
+        axes.pcolormesh(share, cmap=SEQUENTIAL, vmin=0, vmax=1, edgecolor=PAPER, linewidth=1)
         axes.invert_yaxis()
         axes.grid(False)
         axes.set_xticks(np.arange(len(predicted)) + 0.5, predicted, rotation=45, ha="right", rotation_mode="anchor")
@@ -37,7 +37,7 @@ def confusion(content: Content) -> Section:
             axes.axvline(len(names), color=PAPER, linewidth=4)
         for (row, column), value in np.ndenumerate(share):
             if matrix[row, column]:
-                color = ON_DARK if value > 0.55 else ON_LIGHT
+                color = ON_DARK if value > DARK_CELL else ON_LIGHT
                 axes.text(column + 0.5, row + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5,
                           color=color)  # fmt: skip
 

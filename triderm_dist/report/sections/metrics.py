@@ -18,11 +18,13 @@ def metrics(content: Content) -> Section:
     rows += [Row(METRICS[name].title, (interval,)) for name, interval in content.metric_values.items()]
     lesions, spread = content.test_set
     folds = content.fold_scores
+    deviation = float(np.std(folds, ddof=1))
     spreads = [
-        Row("test sets of this size", (spread.low, spread.high, lesions)),
-        Row("folds of this run", (min(folds), max(folds), len(content.labels) // len(folds))),
+        Row("test sets of this size", (spread.low, spread.high, lesions, None)),
+        Row("folds of this run", (min(folds), max(folds), len(content.labels) // len(folds), deviation)),
     ]
     columns = [Column("low", "from"), Column("high", "to"), Column("lesions", "lesions in each")]
+    columns.append(Column("deviation", "standard deviation"))
     return Section(
         "Metrics",
         "metrics.html",
@@ -32,5 +34,4 @@ def metrics(content: Content) -> Section:
             ),
             Table("spread", "Macro F1 of smaller sets of such lesions", columns, spreads, "sets"),
         ],
-        values={"deviation": float(np.std(folds, ddof=1))},
     )
