@@ -62,5 +62,6 @@ def register_colors() -> None:
     import matplotlib
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    map_ = LinearSegmentedColormap.from_list(SEQUENTIAL, [to_rgba(BLUE, 0.02), to_rgba(BLUE, 1.0)])
-    matplotlib.colormaps.register(map_, name=SEQUENTIAL, force=True)
+    if SEQUENTIAL not in matplotlib.colormaps:
+        ends = [to_rgba(BLUE, 0.02), to_rgba(BLUE, 1.0)]
+        matplotlib.colormaps.register(LinearSegmentedColormap.from_list(SEQUENTIAL, ends), name=SEQUENTIAL)
