@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.reader import FolderShards
+from triderm_dist.data.threads import Decoders
 from triderm_dist.distributed.malloc import disable_malloc_trim
 
 CPU, HALF = torch.device("cpu"), (0.5,) * 3
@@ -33,7 +33,7 @@ CPU, HALF = torch.device("cpu"), (0.5,) * 3
 class HostPhotos(PhotoSource):
     """Photos as copied to the device: uint8, both views, in the ring's buffers."""
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+    def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         return super().fetch(pool, rows, rng, torch.device("cuda"))  # else crops are computed as well
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def ceiling(folder: Path, workers: int, decoder: str) -> dict[str, float]:
         for photo in part:
             decode_one(photo)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with Decoders(workers) as pool:
         parts = [encoded[number::workers] for number in range(workers)]
         list(pool.map(decode, [part[:50] for part in parts]))
         started = time.perf_counter()

@@ -1,7 +1,6 @@
 """The loader yields the right lesion in each row, for any number of threads, from photos and from tokens."""
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
 from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import CHUNK, TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
@@ -309,7 +309,7 @@ def test_smaller_requests_reuse_the_buffers_of_the_largest(index):
     """Otherwise each size of a set's part of a micro-batch would keep buffers of its own."""
     source = PhotoSource(index, 24, *HALF)
     addresses = set()
-    with ThreadPoolExecutor(1) as pool:
+    with Decoders(1) as pool:
         for number in (8, 3, 5, 8):
             fetched = source.fetch(pool, np.arange(number), None, torch.device("cuda"))
             for job in fetched.jobs:

@@ -1,11 +1,10 @@
 """Available cores, OpenMP threads, and the ordered thread pool."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from triderm_dist.data.threads import available_cores, jobs_of, map_in_order, openmp_threads
+from triderm_dist.data.threads import Decoders, available_cores, map_in_order, openmp_threads
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(None, 8), (3.5, 3), (0.5, 1), (16.0, 8)])
@@ -38,7 +37,7 @@ def test_in_order_keeps_the_order_with_limited_prefetch() -> None:
     ("count", "workers", "sizes"), [(32, 2, [16, 16]), (96, 2, [16] * 6), (8, 3, [3, 3, 2]), (2, 4, [1, 1]), (0, 2, [])]
 )
 def test_jobs_are_equal_parts_for_all_workers(count, workers, sizes) -> None:
-    with ThreadPoolExecutor(workers) as pool:
-        parts = jobs_of(count, pool, 16)
+    with Decoders(workers) as pool:
+        parts = pool.jobs(count, 16)
     assert [len(range(count)[part]) for part in parts] == sizes
     assert [i for part in parts for i in range(count)[part]] == list(range(count))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +15,7 @@ from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.loader import Loader, PhotoSource, TokenSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.open import open_index
+from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource, match_extra_set
 from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, TaskColumns, View
@@ -187,7 +187,7 @@ def test_pixels_are_those_of_each_set(sets, union, augment):
         for batch in step.micro_batches
     ]  # fmt: skip
     own = {name: PhotoSource(index, 24, *HALF, views=VIEWS) for name, index in zip(("", "other/"), sets, strict=True)}
-    with ThreadPoolExecutor(1) as pool:
+    with Decoders(1) as pool:
         for batch in batches:
             for at, lesion in enumerate(batch.lesion_ids):
                 source = own[lesion[:-4]]
@@ -232,7 +232,7 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
         caches.append(TokenSource(cache, ["plain", "augmented"], ["plain"], views))
     source = UnionSource(union, caches, VIEWS)
     rows = np.array([2, 30, 5, 24])
-    with ThreadPoolExecutor(1) as pool:
+    with Decoders(1) as pool:
         fetched = source.fetch(pool, rows, None, CPU)
         for job in fetched.jobs:
             job.result()
@@ -245,7 +245,7 @@ def test_tokens_of_all_sets_with_zeros_for_a_view_that_a_set_lacks(sets, union, 
     chosen = []
     for order in (rows, rows[::-1]):
         rng = LesionRng(0, 1, lesion_keys(union.inputs(order).lesion_ids), np.zeros(len(rows), np.int64))
-        with ThreadPoolExecutor(1) as pool:
+        with Decoders(1) as pool:
             fetched = source.fetch(pool, order, rng, CPU)
             for job in fetched.jobs:
                 job.result()

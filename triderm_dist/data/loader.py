@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -40,7 +40,7 @@ from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
-from triderm_dist.data.threads import jobs_of
+from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import VIEWS, Batch, DataError
@@ -73,7 +73,7 @@ class ViewSource(Protocol):
         Yields a function to call with the number of steps read so far.
         """
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+    def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         """Start to read the views of rows (B,), for `finish` on this device with these random numbers."""
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
@@ -124,7 +124,7 @@ class CanvasSource:
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return contextlib.nullcontext(lambda steps: None)
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+    def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         if device.type == "cpu" and (host := self._host()) and host.supports(rng):
             return self._fetch_crops(pool, rows, rng, host)
         if len(rows) > self._lesions:
@@ -134,7 +134,7 @@ class CanvasSource:
         buffers.wait()
         numbers, locations = rows.tolist(), self.locate(rows)
         jobs = []
-        for part in jobs_of(len(rows), pool, JOB_LESIONS):
+        for part in pool.jobs(len(rows), JOB_LESIONS):
             out = [array[part] for array in buffers.arrays]
             jobs.append(pool.submit(self._read, numbers[part], locations[part], out))
         views = buffers.views if len(rows) == self._lesions else [view[: len(rows)] for view in buffers.views]
@@ -154,9 +154,7 @@ class CanvasSource:
         self.release(fetched, device)
         return pixels
 
-    def _fetch_crops(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, host: HostTransform
-    ) -> Fetched:
+    def _fetch_crops(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, host: HostTransform) -> Fetched:
         """Start to read the views of rows (B,) as crops (B, size, size, 3) float32.
 
         They are normalized, or in [0, 1] where augmentations of plugins follow.
@@ -166,7 +164,7 @@ class CanvasSource:
         crops = [host.crops(len(rows), name, rng) for name in self.views]
         arrays, locations = [view.numpy() for view in views], self.locate(rows)
         jobs = []
-        for part in jobs_of(len(rows), pool, JOB_LESIONS):
+        for part in pool.jobs(len(rows), JOB_LESIONS):
             numbers = range(part.start, part.stop)
             jobs.append(pool.submit(self._read_crops, host, crops, numbers, rows, locations, arrays))
         return Fetched(views, jobs)
@@ -326,7 +324,7 @@ class TokenSource:
     def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: None
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+    def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         buffers = [self._buffer(rows) for _ in self.views]
         jobs = []
         for v, name in enumerate(self.views):
@@ -393,7 +391,7 @@ class Loader:
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Step]:
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        pool = Decoders(self.workers)
         try:
             with self._read_ahead() as mark_read:
                 pending: deque[_Pending] = deque()

@@ -31,10 +31,17 @@ def openmp_threads() -> int:
     return min(available_cores(), int(limit)) if limit.isdigit() and int(limit) else available_cores()
 
 
-def jobs_of(count: int, pool: ThreadPoolExecutor, most: int) -> list[slice]:
-    """Cut `count` items into equal jobs for the workers of a pool, of `most` items at most."""
-    size = max(1, min(most, -(-count // pool._max_workers)))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+class Decoders(ThreadPoolExecutor):
+    """A pool of `workers` threads that decode photos."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, thread_name_prefix="decode")
+        self.workers = workers
+
+    def jobs(self, count: int, most: int) -> list[slice]:
+        """Cut `count` items into equal jobs for the threads, of `most` items at most."""
+        size = max(1, min(most, -(-count // self.workers)))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def map_in_order(

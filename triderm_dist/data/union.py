@@ -10,7 +10,6 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,6 +21,7 @@ from triderm_dist.data.augment import LesionRng, to_device
 from triderm_dist.data.lesions import LesionInputs
 from triderm_dist.data.loader import Fetched, ViewSource
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.threads import Decoders
 from triderm_dist.schema import UNLABELED, VIEWS, Batch, ConfigError, MetadataField, did_you_mean
 
 MAX_NAMED_GROUPS = 5
@@ -174,7 +174,7 @@ class UnionSource:
 
             yield mark_read
 
-    def fetch(self, pool: ThreadPoolExecutor, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+    def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
         parts = [
             _Part(number, positions, self.sources[number].fetch(pool, own, rng and rng.take(positions), device))
             for number, positions, own in self.union.split(rows)

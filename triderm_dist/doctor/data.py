@@ -6,13 +6,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triderm_dist.config import DataConfig, Experiment
-from triderm_dist.data.threads import available_cores
+from triderm_dist.data.threads import Decoders, available_cores
 from triderm_dist.doctor.findings import Finding, imported
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.schema import DataError, InputError, Signature
@@ -176,7 +175,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
     source = PhotoSource(index, 224, (0.0,) * 3, (1.0,) * 3)
     rows = np.random.default_rng(0).permutation(len(index))
     batch, done = workers * JOB_LESIONS, 0
-    with ThreadPoolExecutor(workers) as pool:
+    with Decoders(workers) as pool:
         started = time.perf_counter()
         # A small data set is read several times, then from the page cache.
         while (elapsed := time.perf_counter() - started) < seconds:
