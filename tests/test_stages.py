@@ -232,7 +232,7 @@ def test_inputs_of_each_pipeline_stage(make_challenge, tmp_path):
     spread = pipeline_stages(
         tmp_path, f"data.source={challenge.folder}", "parallel_folds=true", "gpus=0.5", "retries=0"
     )
-    words = {"parallel_folds=true", "cpus=1", "gpus=0.5", "retries=0"}
+    words = {"parallel_folds=true", "gpus=0.5", "retries=0"}
     assert set(spread["crossval"].command) - set(plain["crossval"].command) == words
     assert spread["crossval"].settings == plain["crossval"].settings
 

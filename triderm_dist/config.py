@@ -780,16 +780,25 @@ averaged, or the one that was refitted on all labeled lesions.
 RunTree = TypeVar("RunTree", bound=Experiment)
 
 PARALLEL_FOLDS_KEYS = ("cpus", "gpus", "retries", "address")
-"""Settings that have effect with parallel_folds=true only."""
+"""Settings of parallel folds."""
+RAY_KEYS = ("gpus", "address")
+"""Those that have effect with parallel_folds=true only."""
 
 
 class ParallelFoldsRun(Experiment):
     """An experiment whose folds may be trained in parallel."""
 
-    parallel_folds: bool = Field(
-        False, description="train folds in parallel, each in one process, on this machine or a Ray cluster"
+    parallel_folds: bool | Literal["auto"] = Field(
+        "auto",
+        description="train folds in parallel, each in one process: auto does so where there is no GPU and several "
+        "cores, true by Ray, on GPUs or a cluster; false trains one after the other",
     )
-    cpus: int = Field(1, ge=1, description="parallel_folds: CPU cores and threads per fold")
+    cpus: int | None = Field(
+        None,
+        ge=1,
+        description="parallel_folds: CPU cores and threads per fold; null: with auto the cores divided by the number "
+        "of trainings, with true 1",
+    )
     gpus: float | None = Field(
         None, gt=0, le=1, description="parallel_folds: share of a GPU per fold; null: one GPU where there are any"
     )
@@ -811,7 +820,10 @@ class ParallelFoldsRun(Experiment):
 
     @model_validator(mode="after")
     def _refuse_without_effect(self) -> ParallelFoldsRun:
-        if not self.parallel_folds and (unused := sorted(self.model_fields_set.intersection(PARALLEL_FOLDS_KEYS))):
+        given = self.model_fields_set
+        if not self.parallel_folds and (unused := sorted(given.intersection(PARALLEL_FOLDS_KEYS))):
+            raise ValueError(f"{unused[0]}: has no effect with parallel_folds=false")
+        if self.parallel_folds == "auto" and (unused := sorted(given.intersection(RAY_KEYS))):
             raise ValueError(f"{unused[0]}: has effect with parallel_folds=true only")
         return self
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import forks
 from tests.processes import finish, start, wait_for
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
-from triderm_dist.engine.parallel_folds import _run_tasks, _schedule, _worker
+from triderm_dist.engine.parallel_folds import prepare, run_tasks
+from triderm_dist.engine.ray_folds import RayTasks, _schedule
 from triderm_dist.schema import ConfigError, InputError
 
 from .conftest import TINY_TRIMODAL
@@ -41,14 +41,18 @@ SETTINGS += """\
 FOLDS = ["tri/fold-0", "tri/fold-1", "cnn/fold-0", "cnn/fold-1"]
 
 
-def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
-    # Two folds at once on any machine.
-    environment = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+# Two folds at once on any machine.
+AT_ONCE = {"auto": {"OMP_NUM_THREADS": "2"}, "true": {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}}
+
+
+def crossval(folder: Path, log: Path, parallel: str, *words: str) -> subprocess.Popen:
+    environment = AT_ONCE.get(parallel, {})
     with log.open("w") as file:
         return start(
             "launch.crossval",
             "--config",
             str(folder / "tiny.yaml"),
+            f"parallel_folds={parallel}",
             *words,
             environment=environment,
             output=file,
@@ -56,17 +60,23 @@ def crossval(folder: Path, log: Path, *words: str) -> subprocess.Popen:
         )
 
 
+def process_of(run: Path, name: str, fold: int) -> int:
+    """Return the ID of the process that trains a fold."""
+    return int((run / name / f".fold-{fold}.lock").read_text().split()[0])
+
+
 @pytest.mark.slow
-def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_path):
+@pytest.mark.parametrize("parallel", AT_ONCE)
+def test_killed_and_stopped_parallel_folds_equal_sequential_folds(packed, tmp_path, parallel):
     (tmp_path / "tiny.yaml").write_text(SETTINGS)
     log, first, second = (tmp_path / f"{name}.log" for name in ("sequential", "first", "second"))
-    sequential = crossval(tmp_path, log, f"data.shards={packed}", f"output={tmp_path / 'sequential'}")
-    words = [f"data.shards={packed}", f"output={tmp_path / 'parallel'}", "parallel_folds=true"]
+    sequential = crossval(tmp_path, log, "false", f"data.shards={packed}", f"output={tmp_path / 'sequential'}")
+    words = [parallel, f"data.shards={packed}", f"output={tmp_path / 'parallel'}", "cpus=1"]
     process = crossval(tmp_path, first, *words)
     fold = tmp_path / "parallel" / "cnn" / "fold-0"
     output = first.read_text
     wait_for(lambda: len(records(fold)) > 5, process, output)  # after the first checkpoint
-    os.kill(forks("ray::cnn fold 0")[0], signal.SIGKILL)
+    os.kill(process_of(tmp_path / "parallel", "cnn", 0), signal.SIGKILL)
     wait_for(lambda: "cnn fold 0 failed, restarting it from its last checkpoint" in output(), process, output)
     before = len(records(fold))
     wait_for(lambda: len(records(fold)) > before, process, output)
@@ -122,7 +132,7 @@ def test_failed_folds_are_restarted_and_final_failures_reported(tmp_path):
 
         tasks = {f.__name__: ray.remote(max_retries=0)(f).remote for f in (dies_once, raises, refuses, lasts)}
         with pytest.raises(InputError) as error:
-            _run_tasks(tasks, retries=2)
+            run_tasks(RayTasks(tasks), list(tasks), retries=2)
         with pytest.raises(ConfigError, match=r"cpus=9999, gpus=0: no machine has the resources of one fold"):
             _schedule(Experiment(), [("trimodal", 0)], 9999, None, 0)
     text = str(error.value)
@@ -132,13 +142,15 @@ def test_failed_folds_are_restarted_and_final_failures_reported(tmp_path):
     assert times == {"once": 2, "raises": 3, "refuses": 1, "lasts": 1}
 
 
-def test_fold_process_imports_plugins(tmp_path, monkeypatch):
+def test_fold_process_imports_plugins(packed, tmp_path, monkeypatch):
     (tmp_path / "my_optimizer.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
     monkeypatch.chdir(tmp_path)
-    experiment = Experiment(plugins=("my_optimizer.py",))
+    words = [f"data.shards={packed}", f"output={tmp_path}", "plugins=[my_optimizer.py]"]
+    experiment = load(Experiment, None, words)
     monkeypatch.delitem(sys.modules, "triderm_plugin_my_optimizer", raising=False)
-    with _worker(str(tmp_path), 1, experiment):
-        assert (tmp_path / "imported").exists()
+    (tmp_path / "imported").unlink()
+    prepare(str(tmp_path), experiment, 1, [])
+    assert (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +159,7 @@ def test_fold_process_imports_plugins(tmp_path, monkeypatch):
         (["parallel_folds=true"], "2", "parallel_folds: starts its own processes; run `triderm crossval` without"),
         (["side_by_side=true"], None, "side_by_side is now called parallel_folds"),
         (["gpus=0.5"], None, "gpus: has effect with parallel_folds=true only"),
+        (["parallel_folds=false", "cpus=2"], None, "cpus: has no effect with parallel_folds=false"),
         (["parallel_folds=true", "address=localhost:1"], None, "address=localhost:1: Ray did not start"),
     ],
 )

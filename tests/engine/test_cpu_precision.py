@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,14 +72,30 @@ def test_short_steps_other_cpus_and_earlier_trainings_are_fp32(
     measured: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_precision, "LEAST_SECONDS", 1e3)
-    assert choose(network(), 4, tmp_path) == ("fp32", "no GPU, and steps are too short to gain from bf16")
+    reason = "no GPU, and steps are too short to gain from bf16"
+    assert choose(network(), 4, tmp_path / "short") == ("fp32", f"{reason}; kept in {FILE}")
     monkeypatch.setattr(cpu_precision, "LEAST_SECONDS", 0.0)
+    assert choose(network(), 4, tmp_path / "short") == ("fp32", f"{reason}; kept in {FILE}")
     (tmp_path / "fold-0").mkdir()
     (tmp_path / "fold-0" / "fold.json").write_text("{}")
     assert choose(network(), 4, tmp_path)[0] == "fp32"
     monkeypatch.setattr(cpu_precision, "has_bf16", lambda: False)
     assert choose(network(), 4, tmp_path / "other")[0] == "fp32"
-    assert not list(tmp_path.rglob(FILE))
+    assert [path.parent.name for path in tmp_path.rglob(FILE)] == ["short"]
+
+
+def test_trainings_that_begin_together_take_the_choice_of_the_first(measured: None, tmp_path: Path) -> None:
+    measurements = []
+
+    def slow(*arguments: Any) -> dict[str, float]:
+        measurements.append(threading.current_thread())
+        time.sleep(0.1)  # the others arrive meanwhile
+        return {"fp32": 1.0, "bf16": 0.5 if len(measurements) == 1 else 1.0}
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(cpu_precision, "measure", slow)
+        choices = list(pool.map(lambda _: choose(network(), 4, tmp_path)[0], range(3)))
+    assert choices == ["bf16"] * 3 and len(measurements) == 1
 
 
 def test_training_takes_the_kept_precision_and_predictions_are_fp32(tmp_path: Path) -> None:

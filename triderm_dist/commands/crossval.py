@@ -2,11 +2,13 @@
 
 accelerate launch --config_file accelerate_configs/ddp.yaml -m triderm_dist.commands.crossval --config EXPERIMENT.yaml
 
-trains fold after fold, each on all ranks. Several folds in parallel, such as each on half of a GPU:
+trains fold after fold, each on all ranks. Without a GPU, folds are trained in parallel on the cores. In parallel on
+GPUs, such as each on half of one:
 
 triderm crossval --config EXPERIMENT.yaml parallel_folds=true gpus=0.5
 """
 
+import glob
 import os
 from functools import partial
 
@@ -16,7 +18,14 @@ from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import CONFIG_FILE, PARALLEL_FOLDS_KEYS, TRAINING, ParallelFoldsRun, save
 from triderm_dist.environment import record_data
+from triderm_dist.runtime.child_processes import start_server
 from triderm_dist.runtime.terminal import counted, wrapped
+
+IMPORTED_BY_FOLDS = ("triderm_dist.engine.crossval", "triderm_dist.engine.extra_sets", "timm", "torchvision")
+"""Modules that take seconds to import; processes of folds are forks of one that has imported them."""
+
+GPU_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+"""Devices of NVIDIA, AMD and Windows under Linux; only where one is there, PyTorch is asked whether it can use it."""
 
 
 class CrossvalRun(ParallelFoldsRun):
@@ -30,6 +39,9 @@ class CrossvalRun(ParallelFoldsRun):
 
 
 def main(config: CrossvalRun) -> None:
+    in_processes = config.parallel_folds == "auto" and trains_in_processes()
+    if in_processes:
+        start_server(IMPORTED_BY_FOLDS)  # first: it imports while this process does
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed.collectives import is_main
     from triderm_dist.doctor.preflight import check_disk, check_training, lesions_of
@@ -37,12 +49,13 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.engine.extra_sets import open_extra_sets
     from triderm_dist.engine.fold import assigned_folds, data_facts, model_config
     from triderm_dist.engine.fold_results import LOGGED, fold_results, results_table
-    from triderm_dist.engine.parallel_folds import run_parallel_folds
+    from triderm_dist.engine.parallel_folds import run_local_folds
+    from triderm_dist.engine.ray_folds import run_ray_folds
     from triderm_dist.monitoring.tracking import log_scores
     from triderm_dist.predictions import find_predictions, gather, write_oof
     from triderm_dist.schema import ConfigError
 
-    if config.parallel_folds and "WORLD_SIZE" in os.environ:
+    if config.parallel_folds is True and "WORLD_SIZE" in os.environ:
         raise ConfigError("parallel_folds: starts its own processes; run `triderm crossval` without accelerate launch")
     names = config.only or tuple(config.models)
     for name in names:
@@ -54,8 +67,10 @@ def main(config: CrossvalRun) -> None:
     check_training(experiment, lesions_of(index))
     for note in check_disk(experiment, index) if is_main() else ():
         print(wrapped(f"note: {note}"))
-    if config.parallel_folds:
-        run_parallel_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})
+    if config.parallel_folds is True:
+        run_ray_folds(experiment, index, names, **{key: getattr(config, key) for key in PARALLEL_FOLDS_KEYS})
+    elif in_processes:
+        run_local_folds(experiment, index, names, cpus=config.cpus, retries=config.retries)
     else:
         save_config = partial(save, experiment, config.folder / CONFIG_FILE)
         run_folds(experiment, index, names, range(config.data.folds), on_start=save_config)
@@ -82,8 +97,23 @@ def main(config: CrossvalRun) -> None:
         print(wrapped(f"{size} in {config.folder / 'oof.parquet'}"))
 
 
+def trains_in_processes() -> bool:
+    """Return whether folds are trained in processes of this machine where nothing else is asked for: without a GPU, on
+    several cores, in a process that is not a rank.
+    """
+    from triderm_dist.data.threads import openmp_threads
+
+    if os.name == "nt" or "WORLD_SIZE" in os.environ or openmp_threads() == 1:
+        return False
+    if not any(glob.glob(pattern) for pattern in GPU_FILES):
+        return True
+    import torch
+
+    return not torch.cuda.is_available()
+
+
 def start() -> None:
-    run(CrossvalRun, main, __doc__, users=programs_using, on_ranks=lambda config: not config.parallel_folds)
+    run(CrossvalRun, main, __doc__, users=programs_using, on_ranks=lambda config: config.parallel_folds is not True)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ def main(config: PipelineRun) -> None:
 
         if read_launcher(config.launcher).deepspeed:
             require("DeepSpeed ZeRO", *DEEPSPEED)
-    if config.parallel_folds:
+    if config.parallel_folds is True:
         require("parallel_folds", "ray")
-    if config.launcher and config.parallel_folds:
+    if config.launcher and config.parallel_folds is True:
         raise ConfigError("parallel_folds: trains each fold in one process; remove parallel_folds or launcher")
     found = stages(config, settings)
     for note in check_pipeline(config.experiment):
@@ -137,8 +137,8 @@ def stages(config: PipelineRun, settings: Path) -> list[Stage]:
     if data.test and data.test_shards is None and not _is_gone(config, "test", config.test_shards):
         result.append(_pack("pack test", config, data.test, setting, task, config.test_shards, salt))
     oof = folder / "oof.parquet"
-    parallel = [f"{key}={getattr(config, key)}" for key in PARALLEL_FOLDS_KEYS if getattr(config, key) is not None]
-    parallel = ["parallel_folds=true", *parallel] if config.parallel_folds else []
+    given = config.model_dump(include=config.model_fields_set & {"parallel_folds", *PARALLEL_FOLDS_KEYS})
+    parallel = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
     predictions = [oof, *(fold / "predictions.parquet" for fold in folds)]
     crossval = [*program("crossval", launcher), *of_run, *parallel]
     begun_with = [path for name in models for path in _warm_start(config, name)]
@@ -263,7 +263,7 @@ def _pack(
 def start() -> None:
     run(
         PipelineRun, main, __doc__, users=programs_using,
-        on_ranks=lambda config: not (config.launcher or config.parallel_folds),
+        on_ranks=lambda config: not config.launcher and config.parallel_folds is not True,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from triderm_dist.data.threads import available_cores
 from triderm_dist.doctor.findings import GIB, Finding, imported
-from triderm_dist.runtime.cgroup import memory_limit
+from triderm_dist.runtime.memory import memory
 
 MIN_SHARED_MEMORY = GIB
 """Bytes of /dev/shm that NCCL needs between the GPUs of one machine."""
@@ -99,14 +99,10 @@ def no_gpu(cuda: str | None, driver: bool, device: bool, visible: str | None = N
 
 
 def _memory() -> Finding:
-    psutil = imported("psutil")
-    if psutil is None:
+    found = memory()
+    if found is None:
         return Finding("memory", "not known without psutil", "warning", "pip install psutil")
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    if (limited := memory_limit()) and limited[0] < total:
-        limit, used = limited
-        total, free = limit, max(0, min(free, limit - used))
+    total, free = found
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     return Finding("memory", text, "warning", "close other programs") if free < 2 * GIB else Finding("memory", text)
 

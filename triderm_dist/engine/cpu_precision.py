@@ -2,7 +2,8 @@
 
 CPUs without instructions for bf16 train in fp32, and so do networks whose steps are too short to gain. For the others
 some steps are timed when the first training of a model begins. The choice is kept in RUN/MODEL/precision.json and holds
-for all trainings of the model in this run, also where they resume later or on another machine.
+for all trainings of the model in this run, also where they resume later or on another machine, or begin at the same
+time.
 """
 
 from __future__ import annotations
@@ -10,23 +11,27 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import BaseModel
 from torch import nn
 
 from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
+from triderm_dist.config import TrainConfig
+from triderm_dist.distributed.parallel import strategy_of
 from triderm_dist.environment import cpu_model
+from triderm_dist.files import lock_file
 from triderm_dist.models.depthwise import use_fast_depthwise
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.schema import CheckpointError
 
-FILE = "precision.json"
+FILE, LOCK = "precision.json", ".precision.lock"
 LEAST_GAIN = 1.2
 """How many times as fast as in fp32 a step in bf16 must be, so that bf16 is taken."""
 LEAST_SECONDS = 0.08
@@ -44,12 +49,27 @@ class _Choice(BaseModel):
     parameters: list[int]
 
 
+def is_measured(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Return whether the precision of a training is measured. DeepSpeed keeps other weights under bf16."""
+    on_cpu = accelerator.device.type == "cpu" and strategy_of(accelerator) != "deepspeed"
+    return config.precision == "auto" and on_cpu
+
+
 def choose(network: Network, micro_batch: int, folder: Path) -> tuple[str, str]:
     """Return the precision of the trainings of a model in a run, and why.
 
     network: bare, on the CPU.  folder: RUN/MODEL. A folder with trainings from before there was a choice keeps their
-    precision, fp32. Raises CheckpointError for a damaged precision.json.
+    precision, fp32. Where another process measures, waits for its choice. Raises CheckpointError for a damaged
+    precision.json.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            lock_file(lock)
+        return _choose(network, micro_batch, folder)
+
+
+def _choose(network: Network, micro_batch: int, folder: Path) -> tuple[str, str]:
     file, parameters = folder / FILE, _parameters(network)
     try:
         kept = _Choice.model_validate(read_checked_json(file, _Choice))
@@ -64,13 +84,12 @@ def choose(network: Network, micro_batch: int, folder: Path) -> tuple[str, str]:
         return "fp32", "no GPU, and this CPU has no instructions for bf16"
     lesions = min(micro_batch, MAX_PHOTOS) if network.holds_towers else micro_batch
     seconds = measure(network, lesions)
-    if "bf16" not in seconds:
-        return "fp32", "no GPU, and steps are too short to gain from bf16"
-    gain = seconds["fp32"] / seconds["bf16"]
-    precision = "bf16" if gain >= LEAST_GAIN else "fp32"
-    reason = f"no GPU; bf16 is {gain:.2f} times as fast as fp32 on this CPU"
+    precision, reason = "fp32", "no GPU, and steps are too short to gain from bf16"
+    if "bf16" in seconds:
+        gain = seconds["fp32"] / seconds["bf16"]
+        precision = "bf16" if gain >= LEAST_GAIN else "fp32"
+        reason = f"no GPU; bf16 is {gain:.2f} times as fast as fp32 on this CPU"
     about = {"cpu": cpu_model(), "torch": torch.__version__, "seconds": seconds, "parameters": parameters}
-    folder.mkdir(parents=True, exist_ok=True)
     write_checked_json(file, {"precision": precision, "reason": reason, **about})
     return precision, f"{reason}; kept in {FILE}"
 

@@ -64,6 +64,7 @@ def run_folds(
     on_validation: OnValidation | None = None,
     on_start: OnStart = lambda: None,
     in_parallel: bool = False,
+    brief: bool = False,
 ) -> None:
     """Train every fold of every model one after the other on all ranks, skipping finished ones. Call on all ranks.
 
@@ -72,6 +73,7 @@ def run_folds(
     as missing. `on_start` is called on
     rank 0 once a fold's settings have passed all checks; no file of an earlier run is touched before. `on_validation`
     is called with (epoch, scores). in_parallel: other processes train at the same time and print on the same terminal.
+    brief: another one prints what the start-up reports of all folds of a model share.
     Raises Interrupted after a request to stop or where another rank was lost, Busy where another run trains the
     same fold, DataError where the run has folds of another task.
     """
@@ -88,7 +90,7 @@ def run_folds(
             if not is_fold_finished(experiment, index, name, fold)
         ]
 
-    run_trainings(experiment, index, list(models), remaining, experiment.oof.tta, in_parallel)
+    run_trainings(experiment, index, list(models), remaining, experiment.oof.tta, in_parallel, brief)
 
 
 def run_trainings(
@@ -98,10 +100,12 @@ def run_trainings(
     remaining: Callable[[str], Sequence[Create]],
     transforms: int = 1,
     in_parallel: bool = False,
+    brief: bool = False,
 ) -> None:
     """Run the remaining trainings of every model one after the other. Call on all ranks.
 
-    transforms: how many transforms of the dihedral group the predictions afterwards use.  in_parallel: see `run_folds`.
+    transforms: how many transforms of the dihedral group the predictions afterwards use.  in_parallel, brief: see
+    `run_folds`.
     """
     for name in models:
         check_names(model_config(experiment, name).train)
@@ -126,7 +130,7 @@ def run_trainings(
                 number = order.index(name) + position
                 later = later_seconds(experiment, order, number)
                 run = experiment.folder.resolve().name
-                output = Output(run, number + 1, len(order), position > 0, in_parallel, later)
+                output = Output(run, number + 1, len(order), brief or position > 0, in_parallel, later)
                 training = create(views, stop, output, start)
                 with exclusive(training.path):
                     training.run()
@@ -251,18 +255,13 @@ class FoldRun:
         accelerator = parallel.start_training(config)
         with micro_batch.fits(size) as attempt:
             changes, init = self._train(config, accelerator)
-            if self._measures_precision(config, accelerator):
+            if cpu_precision.is_measured(config, accelerator):
                 accelerator = parallel.start_training(config)  # held-out lesions are predicted in fp32
             held_out = self._predict(accelerator, size) if len(self.validation_rows) else None
         if attempt.failed:
             return None
         accelerator.free_memory()
         return _Outcome(held_out, changes, init)
-
-    def _measures_precision(self, config: TrainConfig, accelerator: Accelerator) -> bool:
-        """Return whether the precision is measured, see `cpu_precision`. DeepSpeed keeps other weights under bf16."""
-        on_cpu = accelerator.device.type == "cpu" and parallel.strategy_of(accelerator) != "deepspeed"
-        return config.precision == "auto" and on_cpu
 
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
@@ -291,7 +290,7 @@ class FoldRun:
         data = TrainingData(self.views.training, train_rows, self.views.loaders, self.validation_rows)
         network, init = self._new_network(accelerator)
         why = ""
-        if self._measures_precision(config, accelerator):
+        if cpu_precision.is_measured(config, accelerator):
             folder = self.experiment.folder / self.name
             precision, why = on_main(partial(cpu_precision.choose, network, config.micro_batch, folder))
             config = config.model_copy(update={"precision": precision})

@@ -1,129 +1,145 @@
-"""Train the folds of a cross-validation in parallel, each by `run_folds` in its own process, scheduled by Ray."""
+"""Train the folds of a cross-validation in parallel, each by `run_folds` in its own process.
+
+`run_local_folds` starts the processes on this machine; `engine.ray_folds` leaves that to Ray, for GPUs and clusters.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+from triderm_dist.cli import Interrupted
 from triderm_dist.config import CONFIG_FILE, Experiment, import_plugins, save
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.distributed.ray_cluster import capacity, running_ray
+from triderm_dist.data.threads import openmp_threads
 from triderm_dist.engine.fold import check_task, is_fold_finished
 from triderm_dist.engine.fold_folder import remove_obsolete_checkpoints
-from triderm_dist.runtime.extras import require
-from triderm_dist.runtime.signals import cleaning_up
+from triderm_dist.runtime.child_processes import ChildProcesses, Failure
+from triderm_dist.runtime.memory import available_memory
+from triderm_dist.runtime.signals import cleaning_up, end_at_once, on_second
 from triderm_dist.runtime.terminal import clock, counted, wrapped
-from triderm_dist.schema import ConfigError, InputError, one_line
+from triderm_dist.schema import InputError
+
+Fold = tuple[str, int]
+"""The name of a model, and the number of a fold."""
+PROCESS_BYTES = 1 << 29
+"""Memory of a process beside its training: imports that it does not share, decoded photos."""
+ENOUGH_BYTES = 8 << 30
+"""Memory per process with which the need of a training, whose estimate takes seconds, is not estimated."""
 
 
-def run_parallel_folds(
-    experiment: Experiment,
-    index: ShardIndex,
-    models: Sequence[str],
-    *,
-    cpus: int,
-    gpus: float | None,
-    retries: int,
-    address: str | None,
+class Pool(Protocol):
+    """Processes that work on tasks."""
+
+    def start(self, name: str) -> None:
+        """Start a task, or leave it to start later."""
+
+    def ended(self) -> list[tuple[str, Failure | None]]:
+        """Wait for up to about a second; return the tasks that have ended, and how they failed."""
+
+    def stop(self) -> None:
+        """Stop all tasks, and wait until they have saved their work."""
+
+
+def run_local_folds(
+    experiment: Experiment, index: ShardIndex, models: Sequence[str], *, cpus: int | None, retries: int
 ) -> None:
-    """Train every fold of every model as `run_folds` does, as many at once as resources allow, skipping finished ones.
+    """Train every fold of every model on the CPUs of this machine, as many at once as cores and memory allow.
 
-    cpus: cores and threads per fold. gpus: share of a GPU per fold; None takes one GPU where there are any. retries:
-    how often a fold whose process died or failed is restarted from its last checkpoint; invalid input is not retried.
-    address: of a Ray cluster; None starts Ray on this machine.
+    cpus: threads per fold; None shares the cores among all trainings of the experiment, and is 1 where there are as
+    many. It does not depend on what is left to train, so that a resumed run goes on with the same numbers. retries: how
+    often a fold whose process died or failed is restarted from its last checkpoint; invalid input is not retried.
 
-    Raises MissingPackage without Ray, ConfigError where no machine has the resources of one fold, InputError with the
-    folds that failed finally, once all others are finished, KeyboardInterrupt after a request to stop, once all folds
-    have saved. DataError where the run has folds of another task.
+    Raises as `run_tasks` does; DataError where the run has folds of another task.
     """
-    check_task(experiment, index)
-    remaining = [(name, fold) for name in models for fold in range(experiment.data.folds)]
-    for name, fold in remaining:
-        remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
-    remaining = [(name, fold) for name, fold in remaining if not is_fold_finished(experiment, index, name, fold)]
-    if not remaining:
+    folds = remaining_folds(experiment, index, models)
+    if not folds:
         return
-    require("parallel_folds", "ray")
-    with running_ray(address, cpus, setting="address", forward=True):
-        try:
-            _schedule(experiment, remaining, cpus, gpus, retries)
-        finally:
-            time.sleep(0.5)  # until Ray has forwarded the last lines of the folds
+    cores = openmp_threads()
+    cpus = cpus or max(1, cores // (len(experiment.models) * experiment.data.folds))
+    names = list(dict.fromkeys(name for name, _ in folds))
+    shared = os.getcwd(), experiment
+    if task := preparation(experiment, names):
+        run_tasks(ChildProcesses({task: (_stoppable, (prepare, *shared, cores, names))}, 1), [task], retries)
+    at_once = max(1, min(cores // cpus, len(folds)))
+    if (memory := available_memory()) is not None and memory < at_once * ENOUGH_BYTES:
+        estimate = ChildProcesses({"memory": (_memory_per_fold, (*shared, cpus, names))}, 1)
+        run_tasks(estimate, ["memory"], retries)
+        at_once = max(1, min(at_once, int(memory // estimate.results["memory"])))
+    print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {counted(cpus, 'thread')}"), flush=True)
+    first = {name: next(fold for fold in folds if fold[0] == name) for name in names}
+    tasks = {title(fold): (_stoppable, (train, *shared, cpus, *fold, fold != first[fold[0]])) for fold in folds}
+    processes = ChildProcesses(tasks, at_once)
+    with on_second(lambda: (processes.kill(), end_at_once())):
+        run_tasks(processes, list(tasks), retries)
 
 
-def _schedule(
-    experiment: Experiment, folds: Sequence[tuple[str, int]], cpus: int, gpus: float | None, retries: int
-) -> None:
-    """Compute what several folds share, tokens and thumbnails, then train the folds; Ray is running."""
-    import ray
-
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-    fitting, largest = capacity({"CPU": cpus, "GPU": gpus})
-    if not fitting:
-        raise ConfigError(
-            f"cpus={cpus}, gpus={gpus:g}: no machine has the resources of one fold; the largest has {largest}"
-        )
-    resources = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
-    at_once = min(fitting, len(folds))
-    print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {resources}"), flush=True)
-
-    shared = os.getcwd(), cpus, experiment
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    names = [name for name in experiment.models if name in dict(folds)]
-    frozen = [name for name in names if experiment.models[name].tower.frozen]
-    if frozen or experiment.data.extra_sets:
-        task, prepare = "tokens of " + ", ".join(frozen) if frozen else "photos of extra sets", remote(_prepare)
-        _run_tasks({task: partial(prepare.options(name=task).remote, *shared, names)}, retries)
-    train = remote(_train)
-    tasks = {f"{name} fold {fold}": (name, fold) for name, fold in folds}
-    _run_tasks(
-        {task: partial(train.options(name=task).remote, *shared, *fold) for task, fold in tasks.items()}, retries
-    )
+def remaining_folds(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> list[Fold]:
+    """Return the folds that are not finished. Raises DataError where the run has folds of another task."""
+    check_task(experiment, index)
+    folds = [(name, fold) for name in models for fold in range(experiment.data.folds)]
+    for name, fold in folds:
+        remove_obsolete_checkpoints(experiment.fold_folder(name, fold))
+    return [(name, fold) for name, fold in folds if not is_fold_finished(experiment, index, name, fold)]
 
 
-def _run_tasks(tasks: Mapping[str, Callable[[], Any]], retries: int) -> None:
-    """Start all tasks and wait for them, restarting failed ones. Raises InputError with those that failed finally."""
-    import ray
+def title(fold: Fold) -> str:
+    """Return the name of a fold as a task."""
+    return f"{fold[0]} fold {fold[1]}"
 
-    running = {start(): name for name, start in tasks.items()}
-    attempts, failed = Counter[str](), dict[str, str]()
-    started, ended_folds = time.monotonic(), 0
+
+def preparation(experiment: Experiment, models: Sequence[str]) -> str | None:
+    """Return the name of the task that computes what the folds of these models share; None where they share nothing."""
+    if frozen := [name for name in models if experiment.models[name].tower.frozen]:
+        return "tokens of " + ", ".join(frozen)
+    return "photos of extra sets" if experiment.data.extra_sets else None
+
+
+def run_tasks(pool: Pool, names: Sequence[str], retries: int) -> None:
+    """Start all tasks and wait for them, restarting failed ones.
+
+    Raises InputError with those that failed finally, once all others are finished; KeyboardInterrupt after a request to
+    stop, once all have saved.
+    """
+    running, attempts, failed = set(names), Counter[str](), dict[str, str]()
+    started, finished = time.monotonic(), 0
     try:
+        for name in names:
+            pool.start(name)
         while running:
-            ended, _ = ray.wait(list(running), timeout=1.0)  # Python handles signals between two waits
-            for reference in ended:
-                name = running.pop(reference)
-                try:
-                    ray.get(reference)
-                    ended_folds += 1
-                    _print_progress(ended_folds, len(tasks), time.monotonic() - started)
-                except ray.exceptions.RayError as error:
-                    attempts[name] += 1
-                    reason, is_final = _failure(error)
-                    if is_final or attempts[name] > retries:
-                        failed[name] = reason
-                        print(f"{name} failed: {reason}", flush=True)
-                    else:
-                        print(f"{name} failed, restarting it from its last checkpoint: {reason}", flush=True)
-                        running[tasks[name]()] = name
-    except KeyboardInterrupt:
+            for name, failure in pool.ended():
+                running.discard(name)
+                if failure is None:
+                    finished += 1
+                    _print_progress(finished, len(names), time.monotonic() - started)
+                    continue
+                attempts[name] += 1
+                if failure.is_final or attempts[name] > retries:
+                    failed[name] = failure.reason
+                    print(f"{name} failed: {failure.reason}", flush=True)
+                else:
+                    print(f"{name} failed, restarting it from its last checkpoint: {failure.reason}", flush=True)
+                    running.add(name)
+                    pool.start(name)
+    except BaseException:
         cleaning_up()
-        for reference in running:
-            ray.cancel(reference)
-        if running:
-            ray.wait(list(running), num_returns=len(running))
+        pool.stop()
         raise
     if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        done = len(tasks) - len(failed)
-        raise InputError(f"{reasons} ({done} of {len(tasks)} finished; rerun the same command to retry the others)")
+        raise InputError(_failures(failed, len(names)))
+
+
+def _failures(failed: Mapping[str, str], total: int) -> str:
+    """Say in one line which tasks failed and why; each reason once."""
+    tasks: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        tasks.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in tasks.items())
+    return f"{reasons} ({total - len(failed)} of {total} finished; rerun the same command to retry the others)"
 
 
 def _print_progress(finished: int, total: int, seconds: float) -> None:
@@ -133,51 +149,53 @@ def _print_progress(finished: int, total: int, seconds: float) -> None:
         print(f"{finished} of {total} finished in {clock(seconds)}{left}", flush=True)
 
 
-def _failure(error: Exception) -> tuple[str, bool]:
-    """Return the reason of a failed task in one line, and whether a retry would fail too."""
-    import ray
-
-    if isinstance(error, ray.exceptions.WorkerCrashedError):
-        return "its process died, possibly out of memory", False
-    cause = getattr(error, "cause", None) or error  # Ray wraps what the task raised
-    if isinstance(cause, InputError):
-        return one_line(cause), True
-    return one_line(cause, with_type=True), False
-
-
 # --- in the processes of the folds -----------------------------------------------------------------------------------
 
 
-def _train(directory: str, cpus: int, experiment: Experiment, name: str, fold: int) -> None:
-    """Train one fold."""
+def train(directory: str, experiment: Experiment, threads: int, name: str, fold: int, brief: bool = False) -> None:
+    """Train one fold. brief: see `run_folds`."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.crossval import run_folds
 
-    with _worker(directory, cpus, experiment):
-        index = open_index(experiment.train_shards, experiment.data.remote)
-        save_settings = partial(save, experiment, experiment.folder / CONFIG_FILE)
-        run_folds(experiment, index, [name], [fold], on_start=save_settings, in_parallel=True)
+    _set_up(directory, experiment, threads)
+    index = open_index(experiment.train_shards, experiment.data.remote)
+    save_settings = partial(save, experiment, experiment.folder / CONFIG_FILE)
+    run_folds(experiment, index, [name], [fold], on_start=save_settings, in_parallel=True, brief=brief)
 
 
-def _prepare(directory: str, cpus: int, experiment: Experiment, names: Sequence[str]) -> None:
+def prepare(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> None:
     """Compute what the folds of some models share."""
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.engine.extra_sets import prepare
 
-    with _worker(directory, cpus, experiment):
-        prepare(experiment, open_index(experiment.train_shards, experiment.data.remote), names)
+    _set_up(directory, experiment, threads)
+    prepare(experiment, open_index(experiment.train_shards, experiment.data.remote), names)
 
 
-@contextmanager
-def _worker(directory: str, cpus: int, experiment: Experiment) -> Iterator[None]:
-    """Work in the command's directory with `cpus` threads and the plugins, and handle Ray's SIGINT as SIGTERM."""
+def _memory_per_fold(directory: str, experiment: Experiment, threads: int, names: Sequence[str]) -> float:
+    """Return the bytes that the process of a fold needs, of the model that needs most."""
+    from triderm_dist.data.shards.open import open_index
+    from triderm_dist.monitoring.memory_estimate import estimate_model_memory
+
+    _set_up(directory, experiment, threads)
+    signature = open_index(experiment.train_shards, experiment.data.remote).signature
+    models = [experiment.models[name] for name in names]
+    estimates = [(estimate_model_memory(model, signature, False)[0], model.train.micro_batch) for model in models]
+    return PROCESS_BYTES + max(estimate.total(micro_batch) for estimate, micro_batch in estimates)
+
+
+def _stoppable(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function that raises Interrupted once it has saved its work; raise KeyboardInterrupt then."""
+    try:
+        function(*arguments)
+    except Interrupted:
+        raise KeyboardInterrupt from None
+
+
+def _set_up(directory: str, experiment: Experiment, threads: int) -> None:
+    """Work in the command's directory with `threads` threads and the plugins."""
     import torch
 
     os.chdir(directory)
-    torch.set_num_threads(cpus)
+    torch.set_num_threads(threads)
     import_plugins(experiment.plugins)
-    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

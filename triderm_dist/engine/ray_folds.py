@@ -1,0 +1,131 @@
+"""Train the folds of a cross-validation in parallel, each in a process that Ray schedules on GPUs or a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from triderm_dist.config import Experiment
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.distributed.ray_cluster import capacity, running_ray
+from triderm_dist.engine.parallel_folds import Fold, preparation, prepare, remaining_folds, run_tasks, title, train
+from triderm_dist.runtime.child_processes import Failure
+from triderm_dist.runtime.extras import require
+from triderm_dist.runtime.terminal import counted, wrapped
+from triderm_dist.schema import ConfigError, InputError, one_line
+
+
+def run_ray_folds(
+    experiment: Experiment,
+    index: ShardIndex,
+    models: Sequence[str],
+    *,
+    cpus: int | None,
+    gpus: float | None,
+    retries: int,
+    address: str | None,
+) -> None:
+    """Train every fold of every model as `run_folds` does, as many at once as resources allow, skipping finished ones.
+
+    cpus: cores and threads per fold, 1 where it is None. gpus: share of a GPU per fold; None takes one GPU where there
+    are any. retries: how often a fold whose process died or failed is restarted from its last checkpoint; invalid input
+    is not retried. address: of a Ray cluster; None starts Ray on this machine.
+
+    Raises MissingPackage without Ray, ConfigError where no machine has the resources of one fold; otherwise as
+    `run_local_folds` does.
+    """
+    folds = remaining_folds(experiment, index, models)
+    if not folds:
+        return
+    require("parallel_folds", "ray")
+    with running_ray(address, cpus or 1, setting="address", forward=True):
+        try:
+            _schedule(experiment, folds, cpus or 1, gpus, retries)
+        finally:
+            time.sleep(0.5)  # until Ray has forwarded the last lines of the folds
+
+
+def _schedule(experiment: Experiment, folds: Sequence[Fold], cpus: int, gpus: float | None, retries: int) -> None:
+    """Compute what several folds share, tokens and thumbnails, then train the folds; Ray is running."""
+    import ray
+
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+    fitting, largest = capacity({"CPU": cpus, "GPU": gpus})
+    if not fitting:
+        raise ConfigError(
+            f"cpus={cpus}, gpus={gpus:g}: no machine has the resources of one fold; the largest has {largest}"
+        )
+    resources = f"{cpus} CPU" + (f", {gpus:g} GPU" if gpus else "")
+    at_once = min(fitting, len(folds))
+    print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {resources}"), flush=True)
+
+    shared = os.getcwd(), experiment, cpus
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
+    names = [name for name in experiment.models if name in dict(folds)]
+    if task := preparation(experiment, names):
+        pool = RayTasks({task: partial(remote.options(name=task).remote, prepare, *shared, names)})
+        run_tasks(pool, [task], retries)
+    tasks = {title(fold): partial(remote.options(name=title(fold)).remote, train, *shared, *fold) for fold in folds}
+    run_tasks(RayTasks(tasks), list(tasks), retries)
+
+
+class RayTasks:
+    """Tasks of Ray, which runs as many at once as fit. tasks: functions that submit them."""
+
+    def __init__(self, tasks: Mapping[str, Callable[[], Any]]) -> None:
+        self._tasks, self._running = tasks, dict[Any, str]()
+
+    def start(self, name: str) -> None:
+        self._running[self._tasks[name]()] = name
+
+    def ended(self) -> list[tuple[str, Failure | None]]:
+        import ray
+
+        references, _ = ray.wait(list(self._running), timeout=1.0)  # Python handles signals between two waits
+        return [(self._running.pop(reference), self._failure(reference)) for reference in references]
+
+    def stop(self) -> None:
+        import ray
+
+        for reference in self._running:
+            ray.cancel(reference)
+        if self._running:
+            ray.wait(list(self._running), num_returns=len(self._running))
+
+    @staticmethod
+    def _failure(reference: Any) -> Failure | None:
+        """Return how an ended task failed; None where it did not."""
+        import ray
+
+        try:
+            ray.get(reference)
+            return None
+        except ray.exceptions.WorkerCrashedError:
+            return Failure("its process died, possibly out of memory")
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error  # Ray wraps what the task raised
+            if isinstance(cause, InputError):
+                return Failure(one_line(cause), is_final=True)
+            return Failure(one_line(cause, with_type=True))
+
+
+def _call(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of Ray."""
+    with _sigint_as_sigterm():
+        function(*arguments)
+
+
+@contextmanager
+def _sigint_as_sigterm() -> Iterator[None]:
+    """Handle SIGINT, by which Ray cancels a task, as SIGTERM."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,25 @@
+"""Memory of this machine, limited by the control group of a container or a job."""
+
+from __future__ import annotations
+
+from triderm_dist.runtime.cgroup import memory_limit
+
+
+def memory() -> tuple[int, int] | None:
+    """Return (total, available) in bytes; None without psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    found = psutil.virtual_memory()
+    total, available = found.total, found.available
+    if (limited := memory_limit()) and limited[0] < total:
+        limit, used = limited
+        total, available = limit, max(0, min(available, limit - used))
+    return total, available
+
+
+def available_memory() -> int | None:
+    """Return the bytes that programs may still take; None without psutil."""
+    found = memory()
+    return None if found is None else found[1]
