@@ -7,6 +7,7 @@ import pytest
 from tests.processes import launch
 from triderm_dist.commands.bench import BenchRun, main
 from triderm_dist.config import load
+from triderm_dist.engine import cpu_precision
 from triderm_dist.engine.bench import add_record, comparison, find_comparable, read_records, synthetic_shards
 from triderm_dist.schema import DataError
 
@@ -68,11 +69,13 @@ def test_only_records_of_the_same_task_are_compared(record, tmp_path):
     assert find_comparable([record], {**record, "task": "ham10000"}) is None
 
 
-def test_any_task_is_measured(tmp_path, capsys):
+def test_any_task_is_measured_in_the_precision_of_its_trainings(tmp_path, capsys, monkeypatch):
     path = tmp_path / "records.json"
+    monkeypatch.setattr(cpu_precision, "choose", lambda *arguments: ("bf16", "faster here; kept in precision.json"))
     main(load(BenchRun, None, [*SETTINGS, "data.task=ham10000", f"output={tmp_path}", f"record={path}"]))
-    assert read_records(path)[0]["task"] == "ham10000"
-    assert "no committed record" in capsys.readouterr().out
+    assert (read_records(path)[0]["task"], read_records(path)[0]["precision"]) == ("ham10000", "bf16")
+    printed = capsys.readouterr().out
+    assert "no committed record" in printed and "precision bf16 (faster here)" in printed
 
 
 def test_synthetic_photos_are_created_once(tmp_path):

@@ -8,6 +8,8 @@ Uses the training's own step and loader, random weights, and data.shards or, wit
 device.
 """
 
+import tempfile
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -15,6 +17,7 @@ from pydantic import Field
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
 from triderm_dist.config import TRAINING, Experiment, shipped
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.settings import PathText
 
 COMMITTED = shipped("benchmarks") / "bench.json"
@@ -34,7 +37,8 @@ def main(config: BenchRun) -> None:
     from triderm_dist.data.shards.index import read_index
     from triderm_dist.data.shards.open import open_index
     from triderm_dist.distributed import parallel
-    from triderm_dist.engine import bench
+    from triderm_dist.distributed.collectives import on_main
+    from triderm_dist.engine import bench, cpu_precision
     from triderm_dist.engine.fold import model_config, new_network
     from triderm_dist.engine.views import open_views
     from triderm_dist.tasks import load_task, milk10k_task
@@ -58,6 +62,13 @@ def main(config: BenchRun) -> None:
     experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
     views = open_views(experiment, model, index, accelerator, train=True)
     network = new_network(model, views).to(accelerator.device)
+    if cpu_precision.is_measured(train, accelerator):
+        with tempfile.TemporaryDirectory() as kept:  # the choice of this machine, today
+            precision, why = on_main(partial(cpu_precision.choose, network, train.micro_batch, Path(kept)))
+        if accelerator.is_main_process:
+            print(wrapped(f"precision {precision} ({why.partition(';')[0]})"))
+        train = train.model_copy(update={"precision": precision})
+        model, accelerator = model.model_copy(update={"train": train}), parallel.start_training(train)
     values = bench.measure(model, network, views.loaders, accelerator, config.seconds, seed=config.seed)
     if accelerator.is_main_process:
         record = bench.record_of(model, index.task, accelerator, values)
