@@ -13,7 +13,7 @@ import pytest
 from tests.processes import finish, start, wait_for
 from triderm_dist.commands.crossval import CrossvalRun, main
 from triderm_dist.config import Experiment, load
-from triderm_dist.engine.parallel_folds import prepare, run_tasks
+from triderm_dist.engine.parallel_folds import PROCESS_BYTES, _memory_per_fold, fitting, prepare, run_tasks
 from triderm_dist.engine.ray_folds import RayTasks, _schedule
 from triderm_dist.schema import ConfigError, InputError
 
@@ -140,6 +140,23 @@ def test_failed_folds_are_restarted_and_final_failures_reported(tmp_path):
     assert "dies_once" not in text and "2 of 4 finished" in text and "\n" not in text
     times = {name: len((tmp_path / name).read_text()) for name in ("once", "raises", "refuses", "lasts")}
     assert times == {"once": 2, "raises": 3, "refuses": 1, "lasts": 1}
+
+
+@pytest.mark.parametrize(
+    ("processes", "gib", "need", "expected"),
+    [(4, None, None, 4), (4, 32, None, 4), (4, 31, 10, 3), (4, 31, 1, 4), (4, 2, 10, 1), (0, 64, None, 1)],
+)
+def test_memory_limits_the_folds_at_once(processes, gib, need, expected):
+    memory = None if gib is None else gib << 30
+    assert fitting(processes, memory, lambda: need * 2**30) == expected
+
+
+@pytest.mark.slow
+def test_estimate_of_a_process_counts_its_training(packed, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    experiment = load(Experiment, tmp_path / "tiny.yaml", [f"data.shards={packed}", f"output={tmp_path}"])
+    on_tokens, on_photos = (_memory_per_fold(str(Path.cwd()), experiment, 1, [name]) for name in ("tri", "cnn"))
+    assert PROCESS_BYTES < on_tokens < on_photos
 
 
 def test_fold_process_imports_plugins(packed, tmp_path, monkeypatch):

@@ -65,17 +65,29 @@ def run_local_folds(
     shared = os.getcwd(), experiment
     if task := preparation(experiment, names):
         run_tasks(ChildProcesses({task: (_stoppable, (prepare, *shared, cores, names))}, 1), [task], retries)
-    at_once = max(1, min(cores // cpus, len(folds)))
-    if (memory := available_memory()) is not None and memory < at_once * ENOUGH_BYTES:
+
+    def memory_per_fold() -> float:
         estimate = ChildProcesses({"memory": (_memory_per_fold, (*shared, cpus, names))}, 1)
         run_tasks(estimate, ["memory"], retries)
-        at_once = max(1, min(at_once, int(memory // estimate.results["memory"])))
+        return float(estimate.results["memory"])
+
+    at_once = fitting(min(cores // cpus, len(folds)), available_memory(), memory_per_fold)
     print(wrapped(f"{counted(len(folds), 'fold')}, {at_once} at once, each on {counted(cpus, 'thread')}"), flush=True)
     first = {name: next(fold for fold in folds if fold[0] == name) for name in names}
     tasks = {title(fold): (_stoppable, (train, *shared, cpus, *fold, fold != first[fold[0]])) for fold in folds}
     processes = ChildProcesses(tasks, at_once)
     with on_second(lambda: (processes.kill(), end_at_once())):
         run_tasks(processes, list(tasks), retries)
+
+
+def fitting(processes: int, memory: int | None, need: Callable[[], float]) -> int:
+    """Return how many of `processes`, at least one, fit into `memory` bytes at once; all where it is not known.
+
+    need: returns the bytes of one; not called where there is plenty.
+    """
+    if memory is not None and memory < processes * ENOUGH_BYTES:
+        processes = min(processes, int(memory // need()))
+    return max(1, processes)
 
 
 def remaining_folds(experiment: Experiment, index: ShardIndex, models: Sequence[str]) -> list[Fold]:
