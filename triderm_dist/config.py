@@ -592,6 +592,7 @@ RESERVED_MODELS = frozenset(
     (
         *("stack", "mean", "fitted", "chosen", "ensemble", "auto"),
         *("shards", "tokens", "towers", "refit", "report", "search", "explain", "data", "test", "oof"),
+        "learning_curve",
     )
 )
 """Names that no model may have: members and rows of an ensemble, and files and folders of a run."""

@@ -33,6 +33,8 @@ FORMAT = "triderm-predictions"
 VERSION = 1
 OUT_OF_FOLD = "out_of_fold"
 TEST = "test"
+PARTS = (25, 50)
+"""Percent of the training lesions of a fold that the learning curve trains on, besides all."""
 NO_FOLD = -1
 """The fold of test lesions, which belong to no fold."""
 
@@ -250,6 +252,23 @@ def gather(
     if not table.task.matches(task):
         raise DataError(f"{parts[0][0]}: is for task {table.task.name!r}, the data are of {task.name!r}; train again")
     return replace(table, task=task)
+
+
+def part_folder(run_folder: Path, model: str, percent: int, fold: int) -> Path:
+    """Return the folder of a fold that was trained on a part of its lesions for the learning curve."""
+    return run_folder / "learning_curve" / model / f"{percent}-percent" / f"fold-{fold}"
+
+
+def gather_part(run_folder: Path, model: str, percent: int, whole: OofTable) -> OofTable | None:
+    """Merge the held-out predictions of folds that were trained on a part of their lesions.
+
+    whole: the out-of-fold table of the run. None where not all folds are trained, or not on those lesions.
+    """
+    paths = [part_folder(run_folder, model, percent, fold) / "predictions.parquet" for fold in np.unique(whole.folds)]
+    if not all(path.exists() for path in paths):
+        return None
+    table = gather(paths, [model], whole.lesion_ids.tolist(), whole.labels, whole.folds, whole.task)
+    return table if table.complete().all() else None
 
 
 def write_oof(path: Path, table: OofTable) -> None:
