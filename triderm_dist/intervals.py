@@ -368,10 +368,29 @@ def spread(
     drawn = max(1, round(lesions * frequency.sum() / (frequency @ counts.positives.sum(axis=1))))
     generator = np.random.default_rng(seed)
     sets = generator.multinomial(drawn, frequency / frequency.sum(), size=resamples).astype(float)
+    scores = _macro_f1_of(sets, counts)
+    return Interval(float(np.median(scores)), *percentiles(scores))
+
+
+def macro_f1_draws(
+    tables: Sequence[np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return (R, T) macro F1 of T decision tables on the same unstratified bootstrap resamples."""
+    units, frequency = _units(list(tables), labels, groups)
+    generator = np.random.default_rng(seed)
+    sets = generator.multinomial(int(frequency.sum()), frequency / frequency.sum(), size=resamples).astype(float)
+    return np.stack([_macro_f1_of(sets, counts) for counts in units], axis=1)
+
+
+def _macro_f1_of(sets: np.ndarray, counts: _Counts) -> np.ndarray:
+    """Return the macro F1 (R,) of sets that hold each unit so many times, (R, U), over the diagnoses that occur."""
     f1 = metrics.ratio(2 * sets @ counts.found, sets @ counts.total)
     f1[sets @ counts.positives == 0] = np.nan
-    scores = np.nanmean(f1, axis=1)
-    return Interval(float(np.median(scores)), *percentiles(scores))
+    return np.asarray(np.nanmean(f1, axis=1))
 
 
 def of_mean(values: Sequence[float] | np.ndarray) -> Interval:
