@@ -42,6 +42,7 @@ from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
 from triderm_dist.report.provenance import Provenance
 from triderm_dist.report.slices import ScoredLesions, SliceScore, score_slices, slice_masks
+from triderm_dist.report.learning_curve import LearningCurve, read_learning_curve
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, InputError
 from triderm_dist.settings import NULL, parse_yaml, untyped
@@ -283,6 +284,12 @@ class Content:
                 if records := read_metrics(path):
                     result.setdefault(model, {})[int(path.parent.name.removeprefix("fold-"))] = records
         return result
+
+    @cached_property
+    def size_curves(self) -> list[LearningCurve]:
+        """Macro F1 by the number of training lesions, of the networks that were trained on parts of them."""
+        found = [read_learning_curve(self.folder, name, self.table, self.resamples) for name in self.table.models]
+        return [curve for curve in found if curve is not None]
 
     @cached_property
     def stacker(self) -> FittedStacker | None:

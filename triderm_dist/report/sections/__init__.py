@@ -43,6 +43,7 @@ from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.scores import scores
 from triderm_dist.report.sections.settings import settings
 from triderm_dist.report.sections.slices import slices
+from triderm_dist.report.sections.training_lesions import training_lesions
 
 SECTIONS: list[Callable[[Content], Section | None]] = [
     head,
@@ -61,6 +62,7 @@ SECTIONS: list[Callable[[Content], Section | None]] = [
     hardest,
     ensemble,
     learning_curves,
+    training_lesions,
     method,
     settings,
 ]
