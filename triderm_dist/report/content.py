@@ -40,9 +40,10 @@ from triderm_dist.environment import read_environment
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
+from triderm_dist.report.label_errors import LabelErrors, find_label_errors
+from triderm_dist.report.learning_curve import LearningCurve, read_learning_curve
 from triderm_dist.report.provenance import Provenance
 from triderm_dist.report.slices import ScoredLesions, SliceScore, score_slices, slice_masks
-from triderm_dist.report.learning_curve import LearningCurve, read_learning_curve
 from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, InputError
 from triderm_dist.settings import NULL, parse_yaml, untyped
@@ -60,6 +61,8 @@ PHOTOS, CONCEPTS = "photos of a lesion", "concepts of a lesion"
 """In the place of a field's name: which photos a lesion has, and whether concept scores are missing."""
 
 HARDEST_LESIONS = 20
+MISLABELED_LESIONS = 30
+"""Lesions in the list of probable label errors, at most."""
 CONTRIBUTION_LESIONS = 1000
 """Largest number of lesions for which contributions of the stacker's columns are computed."""
 
@@ -446,32 +449,31 @@ class Content:
         return [self._doubtful(row, int(self._shares[row].argmax())) for row in order]
 
     @cached_property
-    def mislabeled(self) -> list[DoubtfulLesion]:
-        """Lesions whose label is probably wrong, by confident learning (Northcutt et al. 2021).
+    def label_errors(self) -> LabelErrors:
+        """What confident learning finds in the probabilities of the ensemble."""
+        return find_label_errors(self._shares, self.labels)
 
-        Another diagnosis is at least as probable as on average among the lesions labeled with it, the label is less
-        probable than on average among the lesions labeled with it, and every network finds that other diagnosis most
-        probable. Sorted by the
-        difference of the two probabilities, largest first.
-        """
-        shares, every = self._shares, np.arange(len(self.labels))
-        present = np.isin(np.arange(len(self.diagnoses)), self.labels)
-        typical = np.full(len(self.diagnoses), np.inf)
-        typical[present] = [shares[self.labels == label, label].mean() for label in np.flatnonzero(present)]
-        confident = np.where(shares >= typical, shares, 0.0)
-        confident[every, self.labels] = 0.0
-        alternative, of_label = confident.argmax(axis=1), shares[every, self.labels]
-        flagged = (confident.max(axis=1) > of_label) & (of_label < typical[self.labels])
+    @cached_property
+    def agreed_errors(self) -> np.ndarray:
+        """(n,) bool: of which suspects of `label_errors` every network finds the alternative most probable."""
+        suspects, alternatives = self.label_errors.suspects, self.label_errors.alternatives
+        agree = np.ones(len(suspects), bool)
         for name in self.networks:
-            flagged &= self.table.logits[name].argmax(axis=1) == alternative
-        margin = np.where(flagged, confident.max(axis=1) - of_label, -1.0)
-        order = np.argsort(-margin, kind="stable")[: flagged.sum()]
-        return [self._doubtful(row, int(alternative[row])) for row in order]
+            agree &= self.table.logits[name][suspects].argmax(axis=1) == alternatives
+        return agree
+
+    @cached_property
+    def mislabeled(self) -> list[DoubtfulLesion]:
+        """The suspects of `label_errors` whose alternative every network finds most probable, at most
+        `MISLABELED_LESIONS`.
+        """
+        found, agreed = self.label_errors, np.flatnonzero(self.agreed_errors)[:MISLABELED_LESIONS]
+        return [self._doubtful(int(found.suspects[each]), int(found.alternatives[each])) for each in agreed]
 
     @cached_property
     def _shares(self) -> np.ndarray:
         """(N, C) probabilities of the ensemble, divided by their sum."""
-        return self.rows.probabilities / self.rows.probabilities.sum(axis=1, keepdims=True)
+        return metrics.shares(self.rows.probabilities)
 
     def _logits_without(self, model: str, name: str) -> np.ndarray:
         """Read (N, C) logits of a network with an input hidden, by the weights of the table; NaN without any."""

@@ -7,18 +7,26 @@ from collections.abc import Sequence
 from triderm_dist.report.content import Content, DoubtfulLesion
 from triderm_dist.report.elements import Column, Row, Section, Share, Table
 
-MISLABELED_LESIONS = 30
-"""Lesions in the list of probable label errors, at most."""
+SUSPECTS, AGREED, ESTIMATED = "found by the ensemble", "and by every network", "estimated by the joint"
 
 
 def label_errors(content: Content) -> Section:
     """Return the lesions that confident learning and all networks find mislabeled."""
-    wrong, shown = content.mislabeled, content.mislabeled[:MISLABELED_LESIONS]
+    found, agreed, lesions = content.label_errors, content.agreed_errors, len(content.labels)
+    counts = [
+        Row(SUSPECTS, (Share(len(found.suspects), lesions),)),
+        Row(AGREED, (Share(int(agreed.sum()), lesions),)),
+        Row(ESTIMATED, (Share(round(found.share * lesions), lesions),)),
+    ]
+    shown = content.mislabeled
     return Section(
         "Probable label errors",
         "label_errors.html",
-        tables=[doubtful_lesions("label_errors", "Probable label errors", shown, len(content.networks), "alternative")],
-        values={"count": Share(len(wrong), len(content.labels)), "listed": len(shown)},
+        tables=[
+            Table("label_error_counts", "Labels that are probably wrong", [Column("lesions", "lesions")], counts),
+            doubtful_lesions("label_errors", "Probable label errors", shown, len(content.networks), "alternative"),
+        ],
+        values={"listed": len(shown), "suspects": SUSPECTS, "agreed": AGREED, "estimated": ESTIMATED},
     )
 
 
