@@ -1,10 +1,21 @@
 """The learning curve by the number of training lesions, and its extrapolation."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tests.report.test_comparison import stack
+from tests.synthetic_run import write_run
 from triderm_dist import metrics
+from triderm_dist.checksums import write_checked_json
+from triderm_dist.predictions import PARTS, find_predictions, part_folder, read_predictions, write_predictions
+from triderm_dist.report.content import Content
 from triderm_dist.report.learning_curve import fit_learning_curve
+from triderm_dist.report.render import write_page
+from triderm_dist.report.sections.training_lesions import training_lesions
+from triderm_dist.schema import DataError
 
 SIZES = (250.0, 500.0, 1000.0)
 
@@ -47,3 +58,38 @@ def test_without_errors_the_curve_is_finite() -> None:
     decisions, labels = decisions_with((0.1, 0.0, 0.0), 200)
     curve = fit_learning_curve("net", SIZES, decisions, labels, np.arange(len(labels)).astype(str), 50)
     assert curve.expected.value <= 1 and np.isfinite(curve.exponent)
+
+
+def write_parts(folder: Path, model: str) -> None:
+    """Write predictions of a network that was trained on parts of the lesions: the fewer, the noisier."""
+    for path in find_predictions(folder, [model]):
+        whole = read_predictions(path)
+        for percent in PARTS:
+            part = part_folder(folder, model, percent, int(whole.fold[0]))
+            noise = np.random.default_rng(percent).normal(scale=60 / percent, size=whole.logits.shape)
+            hashes = np.array([f"{each[:-1]}{percent}" for each in whole.model_hash], object)
+            write_predictions(
+                part / "predictions.parquet", replace(whole, logits=whole.logits + noise, model_hash=hashes)
+            )
+            write_checked_json(part / "fold.json", {"lesions": percent})
+
+
+def test_the_page_says_whether_more_lesions_would_help(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", lesions=200)
+    content = Content(stack(tmp_path / "run"))
+    assert training_lesions(content) is None
+    write_parts(tmp_path / "run", "trimodal")
+    content = Content(tmp_path / "run")
+    (curve,) = content.size_curves
+    assert curve.model == "trimodal" and curve.lesions[:2] == PARTS
+    assert curve.lesions[2] == pytest.approx(200 * 2 / 3)
+    whole = metrics.argmax_macro_f1(content.table.logits["trimodal"], content.labels)
+    scores = [each.value for each in curve.macro_f1]
+    assert scores[2] == pytest.approx(whole) and scores == sorted(scores)
+    section = training_lesions(content)
+    assert section is not None
+    page = write_page(tmp_path / "page.html", tmp_path / "files", "page", [section]).read_text(encoding="utf-8")
+    assert f"{curve.gain.value:+.3f}" in page and ("Probably yes" in page) == curve.helps
+    (part_folder(tmp_path / "run", "trimodal", 25, 1) / "fold.json").write_text("{}")
+    with pytest.raises(DataError, match=r"fold-1/fold.json: .*; delete its folder and run triderm report"):
+        Content(tmp_path / "run").size_curves  # noqa: B018
