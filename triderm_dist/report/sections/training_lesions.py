@@ -45,7 +45,7 @@ def _sizes(curves: list[LearningCurve]) -> Table:
         rows.append(Row(EXPECTED, (curve.expected, round(BEYOND * curve.lesions[-1])), group=curve.model))
     columns = [Column("macro_f1", "macro F1, most probable diagnosis"), Column("lesions", "training lesions of a fold")]
     caption = "Macro F1 out of fold by the number of training lesions"
-    return Table("training_lesions", caption, columns, rows, head="trained on")
+    return Table("training_lesions_scores", caption, columns, rows, head="trained on")
 
 
 def _gains(curves: list[LearningCurve]) -> Table:
