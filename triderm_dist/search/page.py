@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from triderm_dist.intervals import Interval
-from triderm_dist.report.elements import Column, Row, Section, Table
+from triderm_dist.report.elements import Column, Row, Section, Table, plural
 from triderm_dist.report.render import write_page
 from triderm_dist.search.figures import figures_of
 from triderm_dist.search.results import Summary, format_value, gain_over, remarks, verdict
@@ -20,13 +22,15 @@ TITLES = {
 }
 """Titles of the sections by the figure that they show."""
 
+OTHER_SEEDS = "with other seeds"
+
 
 def write_search_page(summary: Summary) -> Path:
     """Write SEARCH/report.html, its figures and its tables; return the path of the page."""
     sections = [_head(summary), *_best(summary)]
     for figure in figures_of(summary):
         sections.append(Section(TITLES[figure.name], figures=[figure]))
-    sections.append(_trials(summary))
+    sections += [_trials(summary), *_repeats(summary)]
     page, title = summary.folder / "report.html", f"search of {summary.run.folder.name}"
     return write_page(page, summary.folder / "report", title, sections)
 
@@ -40,12 +44,15 @@ def _head(summary: Summary) -> Section:
             rows.append(Row(label, (trial.macro_f1,), note=note))
     columns = [Column("macro_f1", "macro F1 (argmax)")]
     tables = [Table("main", "Main figures of the search", columns, rows, head="trial")]
+    gains = []
+    if summary.gain:
+        gains.append(Row("on the validation lesions", (summary.gain, f"{summary.lesions:,} lesions")))
     if summary.repeats:
         seeds = len(summary.repeats.seeds)
         gain: Interval | float = summary.repeats.gain if seeds > 1 else summary.repeats.gain.value
-        gains = [Row("gain with other seeds", (gain, seeds))]
-        columns = [Column("gain", "gain in macro F1", "+.3f"), Column("seeds", "seeds")]
-        tables.append(Table("repeats", "Best settings and baseline with other seeds", columns, gains))
+        gains.append(Row(OTHER_SEEDS, (gain, f"{seeds} {plural('seed', seeds)}")))
+    columns = [Column("gain", "gain in macro F1", "+.3f"), Column("of", "interval over")]
+    tables.append(Table("gains", "The best settings against the experiment's own", columns, gains, head="gain"))
     return Section(
         "",
         "search_head.html",
@@ -55,6 +62,7 @@ def _head(summary: Summary) -> Section:
             "about": f"{len(summary.trials)} trials over {len(summary.space)} settings · {run.search.searcher} · "
             f"{run.search.scheduler} · validation on fold {', '.join(map(str, run.search.folds))} · triderm-dist",
             "verdict": verdict(summary),
+            "other_seeds": OTHER_SEEDS if summary.repeats else "",
         },
     )
 
@@ -97,3 +105,19 @@ def _trials(summary: Summary) -> Section:
     ]
     table = Table("trials", "All trials, the best first", columns, rows, "trial")
     return Section("Trials", "search_trials.html", tables=[table])
+
+
+def _repeats(summary: Summary) -> list[Section]:
+    """Return the scores of baseline and best settings with other seeds; nothing where there are none."""
+    repeats = summary.repeats
+    if repeats is None:
+        return []
+    pairs = zip(repeats.seeds, repeats.best, repeats.baseline, strict=True)
+    rows = [Row(f"seed {seed}", (best, own, best - own)) for seed, best, own in pairs]
+    if len(rows) > 1:
+        scores = np.array([row.values for row in rows])
+        rows.append(Row("mean", scores.mean(axis=0).tolist(), lead=True))
+        rows.append(Row("standard deviation", scores.std(axis=0, ddof=1).tolist()))
+    columns = [Column("best", "best"), Column("experiment", "experiment"), Column("gain", "gain", "+.3f")]
+    table = Table("repeats", "Macro F1 (argmax) with other seeds", columns, rows, "training")
+    return [Section("Other seeds", tables=[table])]
