@@ -25,6 +25,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "task": "describe a folder of photos as a task.yaml, and check what a task reads",
         "pack": "pack a photo folder into WebDataset shards with an index",
         "index": "write the index of WebDataset shards made elsewhere",
+        "join": "join packed sets of one task, or take a part of one",
         "verify": "check shards: checksums, index, every photo",
         "synthetic": "write a small synthetic data set of a task",
     },

@@ -89,6 +89,8 @@ class ShardIndex:
     """The short side in pixels to which packing reduced larger photos; None: none were, as far as is known."""
     group_salt: str | None = None
     """The fingerprint of the salt under which groups are hashes (`GroupHashes`); None: they are as in the table."""
+    selected: str | None = None
+    """The condition by which its lesions were taken from a larger set; None: all that the tars hold."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
 
@@ -359,6 +361,7 @@ def _fields(content: IndexContent, task: Task, path: Path) -> dict[str, Any]:
         "converted": content.converted,
         "short_side": content.packed_with.short_side,
         "group_salt": content.groups.salt if content.groups else None,
+        "selected": content.selected,
     }
 
 

@@ -121,6 +121,7 @@ class IndexContent(BaseModel):
     converted: dict[Name, Count] = Field(default_factory=dict)
     packed_with: PackedWith = PackedWith()
     groups: Groups | None = None
+    selected: Annotated[str, Field(max_length=2000)] | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def _photos(index: ShardIndex, photos: np.ndarray) -> Iterator[Problem]:
 
 def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (row, sample) of every row, in order; `on_problem` gets every other sample that webdataset reads, and
-    every tar that cannot be read to its end, unless the index was made of such a tar and lists it.
+    every tar that cannot be read to its end, unless the index was made of such a tar and lists it. Lesions that a
+    selection left out are skipped.
     """
     dropped = {problem.lesion_id for problem in index.problems}
     known = {Path(problem.where).name for problem in index.problems if problem.kind == "tar"}
@@ -123,7 +124,7 @@ def _pairs(index: ShardIndex, on_problem: Callable[[Problem], object]) -> Iterat
                     row += 1
                     if row == end and path.name in known:
                         break
-                elif name not in dropped:
+                elif name not in dropped and index.selected is None:
                     wanted = f"lesion {index.lesion_ids[row]}" if row < end else "the end"
                     on_problem(Problem(name, "order", where, f"webdataset reads lesion {name} instead of {wanted}"))
                     break
