@@ -32,6 +32,12 @@ def task_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
+def task_references(name: str) -> str:
+    """Return the works to cite for the data of a shipped task, as BibTeX; "" for other tasks."""
+    path = SHIPPED / f"{name}.bib"
+    return path.read_text(encoding="utf-8").strip() if name in task_names() and path.is_file() else ""
+
+
 @functools.cache
 def milk10k_task() -> Task:
     """Return the task of MILK10k, of which all packed sets and runs are that do not name another."""

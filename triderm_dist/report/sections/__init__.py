@@ -35,6 +35,7 @@ from triderm_dist.report.sections.head import head
 from triderm_dist.report.sections.label_errors import label_errors
 from triderm_dist.report.sections.learning_curves import learning_curves
 from triderm_dist.report.sections.malignancy import malignancy
+from triderm_dist.report.sections.manuscript import manuscript
 from triderm_dist.report.sections.method import method
 from triderm_dist.report.sections.metrics import metrics
 from triderm_dist.report.sections.missing_inputs import missing_inputs
@@ -64,6 +65,7 @@ SECTIONS: list[Callable[[Content], Section | None]] = [
     learning_curves,
     training_lesions,
     method,
+    manuscript,
     settings,
 ]
 """Plugins may insert more."""

@@ -16,11 +16,13 @@ def cohort(content: Content) -> Section:
     rows = [Row(row.value or row.about, row.cells, group=row.about if row.about in headings else "") for row in found]
     tables = [Table("cohort", "Characteristics of the lesions", columns, rows, "characteristic")]
     steps = [
-        Row(step.what, (step.lesions if step.kind == "count" else -step.lesions,), lead=step.kind == "count")
+        Row(
+            step.what, (step.lesions, None) if step.kind == "count" else (None, step.lesions), lead=step.kind == "count"
+        )
         for step in content.flow
     ]
-    count = [Column("lesions", "lesions")]
-    tables.append(Table("flow", "Lesions from the tables to the figures", count, steps, "step"))
+    columns = [Column("lesions", "lesions"), Column("left_out", "left out")]
+    tables.append(Table("flow", "Lesions from the tables to the figures", columns, steps, "step"))
     if content.packing and content.packing.converted:
         photos = [Row(what, (number,)) for what, number in content.packing.converted.items()]
         tables.append(

@@ -30,6 +30,10 @@ def head(content: Content) -> Section:
             "heading": f"{content.title}: {content.name}",
             "about": f"{models} {plural('model', models)} · {folds} folds · {len(content.diagnoses)} diagnoses · "
             "triderm-dist",
+            "networks": models,
+            "folds": folds,
+            "diagnoses": len(content.diagnoses),
+            "inputs": _inputs(content),
             "synthetic": content.synthetic,
             "measure": counted,
             "nested": NESTED,
@@ -40,3 +44,11 @@ def head(content: Content) -> Section:
             "best": best if best.nested.value > content.score.value else None,
         },
     )
+
+
+def _inputs(content: Content) -> str:
+    """Name what the networks read, as far as the task tells."""
+    views = [f"{view.title or view.name} photos" for view in content.task.views]
+    concepts = ["concept scores"] if content.table.concept_names else []
+    words = [*views, *concepts, *(["metadata"] if content.task.fields else [])]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
