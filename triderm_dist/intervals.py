@@ -109,6 +109,7 @@ def paired_difference(
     groups: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    *,
     confidence: float = CONFIDENCE,
 ) -> Interval:
     """Return macro F1 of `first` minus macro F1 of `second` on the same lesions, with its interval.

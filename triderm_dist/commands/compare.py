@@ -1,9 +1,10 @@
 """Compare runs on the same lesions: paired differences with 95% intervals, McNemar tests, settings that differ.
 
 triderm compare RUN RUN
+triderm compare RUN RUN output=FOLDER
 
-Takes two runs or more, and subtracts the earlier run from the later one, for each pair. "Beyond the noise" is corrected
-for the number of pairs.
+The second also writes FOLDER/report.html and its tables. Takes two runs or more, and subtracts the earlier run from the
+later one, for each pair. "Beyond the noise" is corrected for the number of pairs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from triderm_dist.settings import PathText, Section
 
 class CompareRun(Section):
     runs: tuple[PathText, ...] = Field((), description="folders of the runs, two or more")
+    output: PathText | None = Field(None, description="folder for the page and its tables; null prints only")
 
 
 def main(config: CompareRun) -> None:
     from triderm_dist.report.comparison import Comparison
+    from triderm_dist.report.comparison_page import write_comparison
     from triderm_dist.runtime.terminal import table
 
     comparison = Comparison([Path(folder) for folder in config.runs])
@@ -43,6 +46,8 @@ def main(config: CompareRun) -> None:
     ]
     header = ("difference", "macro F1", "95% interval", "beyond the noise", "correct in one only", "McNemar p")
     print(f"\n{table(header, differences)}")
+    if config.output:
+        print(f"\n{write_comparison(comparison, Path(config.output))}")
 
 
 def start() -> None:
