@@ -35,8 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "trimodal_on_tokens": {**TRIMODAL, "train": {"global_batch": 64, "micro_batch": 64}},
     "dual_cnn_on_tokens": {**DUAL_CNN, "train": {"global_batch": 64, "micro_batch": 64}},
     "trained_cnn": {**DUAL_CNN, "train": {"global_batch": 8, "micro_batch": 8}},
+    "tuned_cnn": {**DUAL_CNN, "train": {"global_batch": 64, "micro_batch": 64}},
 }
-"""What is trained: the networks of milk10k_cpu.yaml; the last one with its encoder, on photos."""
+"""What is trained: the networks of milk10k_cpu.yaml; then one with its encoder, on photos; then one with the last two
+blocks of seven, on the cached output of the others, or on photos where a commit has no such cache.
+"""
+TUNED = {"freeze_clinical": 5, "freeze_dermoscopic": 5, "cache_frozen_blocks": True}
 
 
 class HeadsBenchmark(Section):
@@ -44,7 +48,7 @@ class HeadsBenchmark(Section):
     rounds: int = Field(3, ge=1, description="rounds, each case once per round and commit")
     seconds: float = Field(8.0, gt=0, description="seconds of training per measurement")
     lesions: int = Field(512, ge=64, description="lesions of the synthetic set")
-    tower: str = Field("timm:tf_efficientnet_lite0", description="encoder of `trained_cnn`, random weights")
+    tower: str = Field("timm:tf_efficientnet_lite0", description="encoder that is trained, random weights")
     image_size: int = Field(224, ge=32, description="its input side in pixels")
     cases: list[str] = Field(list(CASES), description="what to measure")
 
@@ -95,7 +99,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train for some seconds. Uses only what exists in both commits, or asks whether it does."""
     import torch
 
-    from triderm_dist.config import ModelConfig
+    from triderm_dist.config import ModelConfig, TowerConfig
     from triderm_dist.data.loader import LoaderFactory, PhotoSource
     from triderm_dist.distributed import parallel
     from triderm_dist.engine import bench
@@ -104,17 +108,25 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(job["folder"])
     index = bench.synthetic_shards(folder / "shards", job["lesions"], 288)
-    on_tokens = job["case"] != "trained_cnn"
+    on_tokens = job["case"].endswith("_on_tokens")
     tower = {"source": job["tower"], "pretrained": False, "image_size": job["image_size"], "shared": True}
-    model = ModelConfig.model_validate({**CASES[job["case"]], "tower": {**tower, "frozen": on_tokens}})
+    frozen: dict[str, Any] = {"frozen": on_tokens}
+    if job["case"] == "tuned_cnn":
+        frozen = {key: value for key, value in TUNED.items() if key in TowerConfig.model_fields}
+    model = ModelConfig.model_validate({**CASES[job["case"]], "tower": {**tower, **frozen}})
     torch.manual_seed(0)
     source: Any
     if on_tokens:
-        source, shape = token_source(folder, len(index), model.kind)
-        network = build_network(model, index.signature, TokenShape(*shape))
+        means = reads_mean_tokens(model.kind)
+        source = token_source(folder / "tokens", len(index), TOKENS, means)
+        network = build_network(model, index.signature, TokenShape(*source.cache.shape))
     else:
         towers = build_towers(model.tower)
         network = build_network(model, index.signature, towers)
+    if "cache_frozen_blocks" in frozen:
+        network.skip_frozen()
+        source = token_source(folder / "blocks", len(index), towers[0].input_shape, False)
+    elif not on_tokens:
         source = PhotoSource(index, job["image_size"], towers[0].mean, towers[0].std, model.train.augment)
     precision, why = choose_precision(network, model.train.micro_batch, folder / job["case"])
     train = model.train.model_copy(update={"precision": precision})
@@ -124,22 +136,21 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {**values, "precision": precision, "why": why}
 
 
-def token_source(folder: Path, lesions: int, kind: str) -> tuple[Any, tuple[int, int]]:
-    """Return a source of random tokens, written once, and their shape."""
+def token_source(folder: Path, lesions: int, shape: tuple[int, ...], means: bool) -> Any:
+    """Return a source of random tokens, or of outputs of frozen blocks, of this shape, written once."""
     import numpy as np
 
     from triderm_dist.data.loader import TokenSource
     from triderm_dist.data.token_cache import TokenCache
 
     versions, generator = ["plain", "augmented-00"], np.random.default_rng(0)
-    whole = cache = TokenCache(folder / "tokens", lesions, TOKENS)
-    if means := reads_mean_tokens(kind):
+    whole = cache = TokenCache(folder, lesions, shape)
+    if means:
         cache = whole.means()
     for version, chunk in cache.missing(versions):
-        shape = (len(cache.rows(chunk)), 2, *TOKENS)
-        tokens = generator.standard_normal(shape, np.float32)
+        tokens = generator.standard_normal((len(cache.rows(chunk)), 2, *shape), np.float32)
         cache.write(version, chunk, tokens.mean(2, keepdims=True) if means else tokens)
-    return TokenSource(cache, versions, versions[:1]), cache.shape
+    return TokenSource(cache, versions, versions[:1])
 
 
 def reads_mean_tokens(kind: str) -> bool:

@@ -187,7 +187,8 @@ class AugmentConfig(Section):
         0,
         ge=0,
         le=16,
-        description="frozen towers: augmented versions of each photo in the token cache, in addition to the plain one",
+        description="frozen towers and cache_frozen_blocks: augmented versions of each photo in the cache, in addition "
+        "to the plain one",
     )
     mixup: float = Field(
         0.0,
@@ -256,6 +257,22 @@ class TowerConfig(Section):
     frozen: bool = Field(False, description="freeze the tower completely; its tokens are computed once and cached")
     freeze_clinical: int = Field(6, ge=0, description="number of leading blocks of the clinical tower to freeze")
     freeze_dermoscopic: int = Field(4, ge=0, description="number of leading blocks of the dermoscopic tower to freeze")
+    cache_frozen_blocks: bool = Field(
+        False,
+        description="compute once what the frozen blocks return, in train.augment.token_variants augmented versions, "
+        "and train the other blocks on it",
+    )
+
+    @property
+    def cached(self) -> bool:
+        """Whether training reads what was computed once from the photos instead of the photos."""
+        return self.frozen or self.cache_frozen_blocks
+
+    @model_validator(mode="after")
+    def _some_blocks_are_frozen(self) -> TowerConfig:
+        if self.cache_frozen_blocks and not self.frozen and not (self.freeze_clinical and self.freeze_dermoscopic):
+            raise ValueError("cache_frozen_blocks: set freeze_clinical and freeze_dermoscopic to at least 1")
+        return self
 
 
 class TermConfig(Section):
@@ -477,6 +494,8 @@ class ModelConfig(Section):
     def _heads_divide_width(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.tower.cache_frozen_blocks and not self.tower.frozen and self.train.augment.cutmix:
+            raise ValueError("cutmix mixes pixels, and with tower.cache_frozen_blocks there are none; use mixup")
         if self.head == "sigmoid" and self.train.loss.logit_adjustment:
             raise ValueError("logit_adjustment works with head=softmax only")
         if self.head == "softmax" and self.train.loss.alpha is not None:
@@ -1052,6 +1071,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.groups": "plain",
     "data.task": None,
     "ensemble.use": "ensemble",
+    "models.NAME.tower.cache_frozen_blocks": False,
     "models.NAME.tower.drop_path": None,
     "models.NAME.tower.frame": "square",
     "models.NAME.train.augment.aspect": 0.0,

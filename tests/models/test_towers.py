@@ -20,7 +20,7 @@ from triderm_dist.models import build_towers
 from triderm_dist.models.panderm import build_panderm
 from triderm_dist.models.timm_tower import split_model
 from triderm_dist.models.tower import InputSpec
-from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, build_tower, tower_hash
+from triderm_dist.models.towers import IMAGENET_MEAN, OPENAI_MEAN, Tower, build_tower, frozen_hash, tower_hash
 from triderm_dist.schema import CheckpointError, ConfigError, InputError
 
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -378,6 +378,32 @@ def test_frozen_blocks_do_not_change_and_store_no_activations(name: str) -> None
         assert all(torch.equal(value, state[key]) for key, value in part.state_dict().items())
         assert all(p.grad is None for p in part.parameters())
     assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_what_frozen_blocks_return_can_be_given_instead_of_pixels(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    for frozen in range(1, len(build_tower(f"timm:{name}", pretrained=False, image_size=64).blocks) + 1):
+        tower = build_tower(f"timm:{name}", pretrained=False, image_size=64).train()
+        tower.freeze(frozen)
+        assert tower.input_shape == x.shape[1:]
+        expected, given, names = tower(x), tower.frozen_modules()(x), list(tower.state_dict())
+        tower.skip_frozen()
+        assert tower.input_shape == given.shape[1:] and list(tower.state_dict()) == names
+        assert torch.equal(tower(given), expected)
+
+
+def test_the_hash_of_frozen_blocks_depends_on_nothing_else() -> None:
+    tower = build_tower("timm:test_resnet", pretrained=False, image_size=64)
+    tower.freeze(2)
+    before = frozen_hash(tower)
+    next(tower.blocks[2].parameters()).data.view(-1)[0] += 1e-6
+    assert frozen_hash(tower) == before
+    next(tower.blocks[1].parameters()).data.view(-1)[0] += 1e-6
+    assert frozen_hash(tower) != before
+    tower.freeze(3)
+    assert frozen_hash(tower) != before
 
 
 def test_build_towers_freezes_and_shares() -> None:

@@ -147,9 +147,9 @@ def test_keys_without_effect_are_refused_unless_another_key_varies():
     [
         ("train.sampling.power", "the number of steps per epoch"),
         ("train.optim.warmup_epochs", "warm-up is over"),
-        ("train.augment.rotation", "each change would compute the tokens"),
-        ("train.augment.token_variants", "each change would compute the tokens"),
-        ("train.augment.extra.random_erasing.share", "each change would compute the tokens"),
+        ("train.augment.rotation", "each change would compute what is cached"),
+        ("train.augment.token_variants", "each change would compute what is cached"),
+        ("train.augment.extra.random_erasing.share", "each change would compute what is cached"),
         ("width", "weights and progress of a training depend on it"),
         ("train.ema_decay", "weights and progress of a training depend on it"),
     ],

@@ -309,8 +309,10 @@ class _Buffers:
 
 
 class TokenSource:
-    """Tokens (B, L, D) of a frozen tower. An rng picks one of the cached `variants` for each lesion and view;
-    `transforms` are the cached versions under the transforms of the dihedral group, the plain one first.
+    """Cached tokens (B, L, D) of a frozen tower, or what frozen blocks return (B, ...).
+
+    An rng picks one of the cached `variants` for each lesion and view; `transforms` are the cached versions under the
+    transforms of the dihedral group, the plain one first.
 
     views: names of the cache's views, in its order.
     """
@@ -337,8 +339,10 @@ class TokenSource:
         return Fetched(buffers, jobs)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
-        on_device = [tokens.to(device, non_blocking=True).float() for tokens in fetched.views]
-        return dict(zip(self.views, on_device, strict=True))
+        layout = torch.channels_last if len(self.cache.shape) == 3 else torch.contiguous_format
+        on_device = [tokens.to(device, non_blocking=True) for tokens in fetched.views]
+        floats = [tokens.to(torch.float32, memory_format=layout) for tokens in on_device]
+        return dict(zip(self.views, floats, strict=True))
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
         if transform == 0:
@@ -351,6 +355,30 @@ class TokenSource:
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.empty((len(rows), *self.cache.shape), self.cache.dtype))
+
+
+class JointSource:
+    """The views of one set from several caches, each of which has some of them."""
+
+    def __init__(self, sources: Sequence[TokenSource]) -> None:
+        self.sources = sources
+
+    def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return contextlib.nullcontext(lambda steps: None)
+
+    def fetch(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, device: torch.device) -> Fetched:
+        parts = [source.fetch(pool, rows, rng, device) for source in self.sources]
+        views, jobs = ([each for part in parts for each in getattr(part, name)] for name in ("views", "jobs"))
+        return Fetched(views, jobs, parts)
+
+    def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
+        parts = zip(self.sources, fetched.memory, strict=True)
+        return {view: tokens for source, part in parts for view, tokens in source.finish(part, device, rng).items()}
+
+    def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
+        for source in self.sources:
+            batch = source.transformed(batch, rows, transform)
+        return batch
 
 
 @dataclass

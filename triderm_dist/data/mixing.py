@@ -49,6 +49,7 @@ class Mixing:
         if batch.class_mask is not None:
             together = together & (batch.class_mask == batch.class_mask[partner]).all(1)
         images = {VIEWS[at]: getattr(batch, VIEWS[at]) for at in self._views}
+        images = {view: image for view, image in images.items() if image.numel()}  # the network may read one only
         side = next((_side(image) for image in images.values()), 1)
         share, depth, box = (to_device(drawn, device) for drawn in self._draw(batch, side))
         share = share * together

@@ -1,11 +1,11 @@
-"""Cache on local disk for the tokens of frozen towers.
+"""Cache on local disk for the tokens of frozen towers, and for what the frozen blocks of towers that train return.
 
-A cache belongs to one tower at one resolution and one packed set (`cache_key`). It holds several versions of every
-photo: `plain`, the transforms of the dihedral group, and augmented ones. A version is written in chunks of lesions,
-each atomically, so that an interrupted extraction resumes at the next chunk and ranks share the work without
-communicating. A chunk is an .npy file followed by `_TRAILER` and the CRC-32 of everything before, which a process
-compares when it first opens the chunk. A process keeps the `MAX_OPEN` most recently used chunks mapped, since each
-needs a descriptor.
+A cache belongs to one tower (or its frozen blocks) at one resolution and one packed set (`cache_key`). It holds several
+versions of every photo: `plain`, the transforms of the dihedral group, and augmented ones. A version is written in
+chunks of lesions, each atomically, so that an interrupted extraction resumes at the next chunk and ranks share the work
+without communicating. A chunk is an .npy file followed by `_TRAILER` and the CRC-32 of everything before, which a
+process compares when it first opens the chunk. A process keeps the `MAX_OPEN` most recently used chunks mapped, since
+each needs a descriptor.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ _TRAILER = b"CRC32"
 
 
 class TokenCache:
-    """Tokens (L, D) of each photo, memory-mapped. lesions: rows of the packed set.  dtype: float16 or float32."""
+    """Tokens (L, D) of each photo, memory-mapped. lesions: rows of the packed set.  dtype: float16 or float32.
+
+    shape: (L, D), or that of what frozen blocks return for a photo.
+    """
 
     def __init__(
-        self, folder: Path, lesions: int, shape: tuple[int, int], dtype: type[np.floating] = np.float16
+        self, folder: Path, lesions: int, shape: tuple[int, ...], dtype: type[np.floating] = np.float16
     ) -> None:
         self.folder, self.lesions, self.shape, self.dtype = folder, lesions, shape, np.dtype(dtype)
         self._maps: dict[tuple[str, int], np.ndarray] = {}
@@ -45,7 +48,7 @@ class TokenCache:
     def means(self) -> TokenCache:
         """Return the cache of the mean token of each photo, as one token in float32, in a folder of its own."""
         return TokenCache(
-            self.folder.with_name(f"{self.folder.name}-mean"), self.lesions, (1, self.shape[1]), np.float32
+            self.folder.with_name(f"{self.folder.name}-mean"), self.lesions, (1, self.shape[-1]), np.float32
         )
 
     @property
@@ -64,7 +67,7 @@ class TokenCache:
         return [(version, chunk) for version in versions for chunk in self.chunks if not self.has(version, chunk)]
 
     def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
-        """Store the tokens (n, views, L, D) of a chunk."""
+        """Store the tokens (n, views, *shape) of a chunk."""
         content = io.BytesIO()
         np.save(content, tokens.astype(self.dtype, copy=False))
         with atomic_path(self._path(version, chunk), PATIENT_DATA) as temporary, temporary.open("wb") as file:
@@ -72,12 +75,12 @@ class TokenCache:
             file.write(_TRAILER + zlib.crc32(content.getbuffer()).to_bytes(4, "little"))
 
     def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
-        """Fill `out` (n, L, D) with the tokens of one view of `rows` (n,), each row in its own version."""
+        """Fill `out` (n, *shape) with the tokens of one view of `rows` (n,), each row in its own version."""
         for i, (row, version) in enumerate(zip(rows, versions, strict=True)):
             out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
 
     def read_chunk(self, version: str, chunk: int) -> np.ndarray:
-        """Return the tokens (n, views, L, D) of a chunk, mapped."""
+        """Return the tokens (n, views, *shape) of a chunk, mapped."""
         return self._open(version, chunk)
 
     def _open(self, version: str, chunk: int) -> np.ndarray:
@@ -87,7 +90,8 @@ class TokenCache:
             path = self._path(version, chunk)
             tokens = _open_checked(path, compare=key not in self._checked)
             expected = (len(self.rows(chunk)), *self.shape)
-            if tokens.dtype != self.dtype or tokens.ndim != 4 or (len(tokens), *tokens.shape[2:]) != expected:
+            found = (len(tokens), *tokens.shape[2:]) if tokens.ndim > 2 else ()
+            if tokens.dtype != self.dtype or found != expected:
                 raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
             self._checked.add(key)
         self._maps[key] = tokens  # the dict is in the order of the last use

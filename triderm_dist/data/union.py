@@ -189,11 +189,11 @@ class UnionSource:
         ]
         if len(parts) == 1 and read[0].keys() == set(self.views):
             return read[0]
-        like = next(iter(read[0].values()))
-        shape = (sum(len(part.lesions) for part in parts), *like.shape[1:])
-        layout = torch.channels_last if like.ndim == 4 else torch.contiguous_format
-        result = {}
+        lesions, result = sum(len(part.lesions) for part in parts), {}
         for view in self.views:
+            like = next((views[view] for views in read if view in views), next(iter(read[0].values())))
+            shape = (lesions, *like.shape[1:])
+            layout = torch.channels_last if like.ndim == 4 else torch.contiguous_format
             result[view] = torch.zeros(shape, dtype=like.dtype, device=device).contiguous(memory_format=layout)
             for part, views in zip(parts, read, strict=True):
                 if view in views:

@@ -155,8 +155,8 @@ def _reading(experiment: Experiment, index: ShardIndex, gpus: Sequence[Gpu], ran
         return Finding("reading", str(error), "error", "copy the shards again, or pack the folder again")
     except ImportError as error:
         return Finding("reading", f"not measured without {error.name}")
-    if all(model.tower.frozen for model in experiment.models.values()):
-        return Finding("reading", f"{speed:,.0f} lesions/s; frozen towers read each photo once, then cached tokens")
+    if all(model.tower.cached for model in experiment.models.values()):
+        return Finding("reading", f"{speed:,.0f} lesions/s; each photo is read once, then the cache of the towers")
     needs = [need for name in experiment.models if (need := _need(experiment, index.signature, name, gpus))]
     largest = max(needs, key=lambda need: need.lesions_per_s, default=None)
     return reading_finding(speed, experiment.data.workers, largest, max(1, min(ranks, len(gpus))), available_cores())
@@ -209,9 +209,9 @@ def reading_finding(speed: float, workers: int, need: Need | None, ranks: int, c
 
 
 def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequence[Gpu]) -> Need | None:
-    """Estimate the need of a model; None with a frozen tower, and where no peak FLOP/s is known."""
+    """Estimate the need of a model; None where it reads a cache, and where no peak FLOP/s is known."""
     model = experiment.models[name]
-    if model.tower.frozen or imported("torch") is None or imported("timm") is None:
+    if model.tower.cached or imported("torch") is None or imported("timm") is None:
         return None
     from triderm_dist.monitoring.flops import named_peak, training_flops
     from triderm_dist.monitoring.memory_estimate import network_without_weights

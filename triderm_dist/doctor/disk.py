@@ -7,12 +7,16 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.doctor.findings import Finding, State, imported
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
+
+if TYPE_CHECKING:
+    from triderm_dist.models.tower import Tower
 
 PACKED_BYTES_PER_PIXEL = 0.35
 """Of a JPEG that packing writes; MILK10k's take 0.2 to 0.3."""
@@ -23,8 +27,9 @@ PHOTOS = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """Bytes that a run leaves: weights and predictions of all folds, tables of the whole run, tokens and weights of
-    frozen towers, shards. checkpoints: those of one training, which are removed when its fold is finished.
+    """Bytes that a run leaves: weights and predictions of all folds, tables of the whole run, what is cached of towers
+    (tokens), weights of frozen towers, shards. checkpoints: those of one training, which are removed when its fold is
+    finished.
     """
 
     folds: int = 0
@@ -101,13 +106,14 @@ def estimate_disk(
         # The next checkpoint is complete before the oldest is removed.
         checkpoints = max(checkpoints, (last + 1) * checkpoint - kept)
         tables += (train_lesions + test_lesions) * row
-        if model.tower.frozen:
+        if model.tower.cached:
             key = model.tower.model_dump_json()
             towers[key] = sizes.tower
             key += f" {network_class(model.kind).reads_mean_tokens}"
-            versions = train.augment.token_variants + experiment.oof.tta
-            photos = train_lesions * versions + test_lesions * experiment.predict.transforms
-            tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * photos * views)
+            cached = train_lesions * (train.augment.token_variants + experiment.oof.tta)
+            if model.tower.frozen:  # for frozen blocks only what is trained on is cached
+                cached += test_lesions * experiment.predict.transforms
+            tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * cached)
     in_run = experiment.tokens is None
     return DiskEstimate(
         folds, tables, sum(tokens.values()) if in_run else 0, sum(towers.values()),
@@ -117,7 +123,7 @@ def estimate_disk(
 
 @dataclass(frozen=True)
 class _ModelSizes:
-    """Bytes of the weights, of the optimizer's state and of a frozen tower; numbers of a photo's tokens."""
+    """Bytes of the weights, of the optimizer's state and of a frozen tower; float16 numbers cached of a lesion."""
 
     weights: int
     optimizer: int
@@ -129,6 +135,7 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
     import math
 
     from triderm_dist.models import build_towers, network_class
+    from triderm_dist.models.network import SHARED
     from triderm_dist.monitoring.memory_estimate import local_tower, network_without_weights
     from triderm_dist.optim import state_size
 
@@ -139,6 +146,10 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
         built = build_towers(local_tower(model.tower)[0], signature.views)[0]
         mean = network_class(model.kind).reads_mean_tokens  # one token in float32
         tower, tokens = _state_bytes(built), 2 * built.width if mean else math.prod((built.num_tokens, built.width))
+        tokens *= max(1, len(signature.views))
+    elif model.tower.cached:
+        keys = [SHARED if SHARED in network.towers else view for view in network.used_views]
+        tokens = sum(math.prod(cast("Tower", network.towers[key]).input_shape) for key in keys)
     return _ModelSizes(_state_bytes(network), round(4 * state_size(model.train.optim) * trained), tower, tokens)
 
 

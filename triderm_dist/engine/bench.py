@@ -159,6 +159,7 @@ def record_of(model: ModelConfig, task: Task, accelerator: Accelerator, values: 
 
     config, tower = model.train, model.tower
     frozen = "all" if tower.frozen else f"{tower.freeze_clinical}+{tower.freeze_dermoscopic}"
+    frozen += ", cached" if tower.cache_frozen_blocks and not tower.frozen else ""
     return {
         "task": task.name,
         "device": device_name(accelerator.device),

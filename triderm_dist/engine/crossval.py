@@ -270,7 +270,9 @@ class FoldRun:
         if network.reads_mean_tokens and self.views.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if self.start:
-            filled = fill_network(network, self.model, self.start.choose(self.validation_rows))
+            # Frozen blocks that are cached are the same for all folds.
+            predicted = np.flatnonzero(self.assignment >= 0) if self.views.frozen else self.validation_rows
+            filled = fill_network(network, self.model, self.start.choose(predicted))
             accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
             about = {**filled.about(), "networks": [each.weights for each in self.start.networks]}
         return network.to(accelerator.device), about

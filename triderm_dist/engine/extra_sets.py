@@ -79,18 +79,18 @@ def without_shared_photos(
 
 
 def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> None:
-    """Compute what several trainings of these models share: thumbnails for extra sets, and tokens of frozen towers."""
+    """Compute what several trainings of these models share: thumbnails for extra sets, and what is cached of towers."""
     extra = open_extra_sets(experiment, index)
     if extra:
         accelerator = start_training(experiment.models[names[0]].train)
         extra = without_shared_photos(extra, index, experiment, accelerator)
     for name in names:
-        if (model := experiment.models[name]).tower.frozen:
+        if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
             start = open_warm_start(experiment, name, index, accelerator)
             open_views(
                 experiment, model, index, accelerator, train=True, extra=extra, record=True, start=start
-            )  # computes the tokens that the cache lacks
+            )  # computes what the cache lacks
 
 
 def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:

@@ -37,7 +37,8 @@ def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
 
 
 def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:
-    """Build a network that takes the views' tokens, or that holds towers and takes photos.
+    """Build a network that takes the views' tokens, or that holds towers and takes photos or what their frozen blocks
+    return.
 
     pretrained: load the towers' pretrained weights; False where all weights are loaded afterwards, and needs no file.
     """
@@ -45,7 +46,11 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
     if views.token_shape is not None:
         return build_network(model, signature, views.token_shape)
     tower = None if pretrained else views.tower.build()
-    return build_network(model, signature, build_towers(model.tower, signature.views, tower))
+    network = build_network(model, signature, build_towers(model.tower, signature.views, tower))
+    if views.frozen:
+        network.load_frozen(views.frozen)
+        network.skip_frozen()
+    return network
 
 
 def as_predictions(

@@ -106,8 +106,8 @@ def title(fold: Fold) -> str:
 
 def preparation(experiment: Experiment, models: Sequence[str]) -> str | None:
     """Return the name of the task that computes what the folds of these models share; None where they share nothing."""
-    if frozen := [name for name in models if experiment.models[name].tower.frozen]:
-        return "tokens of " + ", ".join(frozen)
+    if cached := [name for name in models if experiment.models[name].tower.cached]:
+        return "tokens of " + ", ".join(cached)
     return "photos of extra sets" if experiment.data.extra_sets else None
 
 

@@ -1,36 +1,38 @@
-"""Views of a packed set for one model: its photos, or the cached tokens of its frozen tower."""
+"""Views of a packed set for one model: its photos, or the cached output of its frozen tower or frozen blocks."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from triderm_dist.config import AugmentConfig, Experiment, ModelConfig, stable_dump
 from triderm_dist.data import host_augment
 from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.lesions import Lesions
-from triderm_dist.data.loader import LoaderFactory, PhotoSource, Step, TokenSource
+from triderm_dist.data.loader import JointSource, LoaderFactory, PhotoSource, Step, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.engine.init_overlap import WarmStart
 from triderm_dist.engine.trained_network import TrainedNetwork
-from triderm_dist.engine.warm_start import fill_tower
+from triderm_dist.engine.warm_start import fill_network, fill_tower
 from triderm_dist.files import remove_dead_parts
-from triderm_dist.models import build_towers, network_class
+from triderm_dist.models import build_network, build_towers, network_class
 from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower, Encoder
+from triderm_dist.models.network import SHARED
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
-from triderm_dist.models.towers import TokenShape, Tower, tower_hash
+from triderm_dist.models.towers import TokenShape, Tower, frozen_hash, tower_hash
 from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import UNLABELED, VIEWS, InputError
 
@@ -47,7 +49,8 @@ class Views:
     """Loaders of a packed set for one network.
 
     tower: the record of the tower that the network is built on.  token_shape: of the tokens of its frozen tower; None
-    where the loaders give photos and the network holds the towers.
+    where the network holds the towers.  frozen: where the loaders give what the frozen blocks of these towers return,
+    the weights of these blocks, by the key of the tower in the network; empty where they give photos.
     training: the loaders for training, of the union with the extra sets where there are any.  extra_rows: the rows (n,)
     of that union that join from extra sets.  extra: those sets.
     """
@@ -58,6 +61,7 @@ class Views:
     training: LoaderFactory[Lesions]
     extra_rows: np.ndarray
     extra: tuple[ExtraSet, ...] = ()
+    frozen: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def open_views(
@@ -74,20 +78,23 @@ def open_views(
     record: bool = False,
     start: WarmStart | None = None,
 ) -> Views:
-    """Open photos for towers that train, or tokens of a frozen tower, computing those that the cache lacks.
+    """Open photos for towers that train, or what a frozen tower or, with `tower.cache_frozen_blocks`, the frozen blocks
+    return, computing what the cache lacks.
 
-    Call on all ranks. train: also open the augmented versions. transforms: how many transforms of the dihedral group
-    prediction uses. after_chunk: called on all ranks after every chunk of tokens, and may raise. extra: sets whose
-    lesions join training. recorded, start: the tower, see `open_tower`. record: write it to OUTPUT/towers.
+    Call on all ranks. train: also open the augmented versions; frozen blocks are cached for training only. transforms:
+    how many transforms of the dihedral group prediction uses. after_chunk: called on all ranks after every chunk that
+    is computed, and may raise. extra: sets whose lesions join training. recorded, start: the tower, see `open_tower`.
+    record: write it to OUTPUT/towers.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(wrapped(f"note: {note}"), flush=True)
-    first = start.choose(np.flatnonzero(index.labels != UNLABELED)) if start and model.tower.frozen else None
+    first = start.choose(np.flatnonzero(index.labels != UNLABELED)) if start and model.tower.cached else None
     about, tower = open_tower(experiment, model, recorded, pretrained=train, start=first)
-    means = network_class(model.kind).reads_mean_tokens
+    means = tower is not None and network_class(model.kind).reads_mean_tokens
     shape = None if tower is None else TokenShape(1, about.width) if means else about.token_shape
+    frozen = _frozen_blocks(experiment, model, index, first) if train and model.tower.cached and not tower else {}
     if (packed := min(index.canvas)) < about.image_size:
         enlarged = f"tower.image_size {about.image_size} is more than the short side of the packed photos, {packed}"
         accelerator.print(wrapped(f"note: {enlarged}: they are enlarged; pack with a larger short_side"), flush=True)
@@ -96,6 +103,9 @@ def open_views(
     if record:
         on_main(partial(save_tower, experiment.folder / FOLDER, about, tower))
 
+    cached = [_Cached.blocks(each, views) for each, views in frozen.values()]
+    if tower:
+        cached = [_Cached(tower, about.token_shape, {"tower": about.weights}, None, "tokens of the frozen tower")]
     sets = [index, *(each.index for each in extra)]
 
     @functools.cache  # once, also for several sets
@@ -103,38 +113,71 @@ def open_views(
         if accelerator.device.type == "cpu":
             accelerator.print(wrapped(host_augment.describe()), flush=True)
 
-    def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
-        views = None if shape else index.signature.views
-        share = 1.0 if shape or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
+    def open_photos(each: ShardIndex, views: Sequence[str] | None) -> LoaderFactory[ShardIndex]:
+        share = 1.0 if cached or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
         photos = PhotoSource(each, about.image_size, about.mean, about.std, augment, views, share, about.frame)
-        loaders = LoaderFactory(each, photos, data.workers, data.prefetch)
-        if tower is None or shape is None:
-            announce()
-            return loaders
+        return LoaderFactory(each, photos, data.workers, data.prefetch)
+
+    def open_cache(each: ShardIndex, part: _Cached, transforms: int) -> TokenSource:
+        loaders = open_photos(each, part.views)
+        photos = loaders.source
+        assert isinstance(photos, PhotoSource)
         frame = {} if about.frame == "square" else {"frame": about.frame}
-        key = cache_key(tower=about.weights, index=each.fingerprint, size=about.image_size, **frame)
-        whole = TokenCache(experiment.token_folder / key, len(each), about.token_shape)
+        key = cache_key(**part.identity, index=each.fingerprint, size=about.image_size, **frame)
+        whole = TokenCache(experiment.token_folder / key, len(each), part.shape)
         cache = whole.means() if means else whole
         variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
         transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
         versions = list(dict.fromkeys([*variants, *transformed]))
         if cache.missing(versions):
             announce()
-        extractor = TokenExtractor(tower, loaders, augment, seed, accelerator)
+        extractor = TokenExtractor(part.module, loaders, augment, seed, accelerator, photos.views, part.what)
         if means and cache.missing(versions) and _needs_whole_tokens(experiment, model):
             extractor.fill(whole, versions, model.train.compile, after_chunk)
         extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
-        return replace(loaders, source=TokenSource(cache, variants, transformed, each.signature.views))
+        return TokenSource(cache, variants, transformed, photos.views)
+
+    def open_set(each: ShardIndex, transforms: int) -> LoaderFactory[ShardIndex]:
+        if not cached:
+            announce()
+            return open_photos(each, index.signature.views)
+        sources = [open_cache(each, part, transforms) for part in cached]
+        source = sources[0] if len(sources) == 1 else JointSource(sources)
+        return LoaderFactory(each, source, data.workers, data.prefetch)
 
     loaders = open_set(index, transforms)
+    weights = {key: each.frozen_modules().state_dict() for key, (each, _) in frozen.items()}
     if not extra:
-        return Views(loaders, about, shape, loaders, np.empty(0, np.int64))
+        return Views(loaders, about, shape, loaders, np.empty(0, np.int64), frozen=weights)
     union, views = LesionUnion(index, extra), index.signature.views
-    source = UnionSource(union, [loaders.source, *(open_set(each, 1).source for each in sets[1:])], views)
+    read = [view for _, own in frozen.values() for view in own] or views
+    source = UnionSource(union, [loaders.source, *(open_set(each, 1).source for each in sets[1:])], read)
     training = LoaderFactory(union, source, data.workers, data.prefetch)
     rows = union.extra_rows([view for view in views if view in model.use])
-    return Views(loaders, about, shape, training, rows, union.extra)
+    return Views(loaders, about, shape, training, rows, union.extra, weights)
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """What is computed once from photos.
+
+    module: pixels (B, 3, H, W) to (B, *shape).  identity: all that its output depends on but photos and their size, for
+    the name of the cache.  views: to compute; None for those of each set's task.  what: for the progress bar.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    identity: Mapping[str, object]
+    views: Sequence[str] | None
+    what: str
+
+    @classmethod
+    def blocks(cls, tower: Tower, views: Sequence[str]) -> _Cached:
+        """Return the frozen blocks of a tower after `Tower.skip_frozen`."""
+        identity = {"frozen_blocks": frozen_hash(tower), "views": [*views]}
+        what = f"frozen blocks, {' and '.join(views)}"
+        return cls(tower.frozen_modules(), tower.input_shape, identity, views, what)
 
 
 def mean_tokens(views: Views, rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -187,6 +230,22 @@ def open_tower(
     return TowerRecord.of(tower, model.tower, tower_hash(tower) if frozen else None), tower if frozen else None
 
 
+def _frozen_blocks(
+    experiment: Experiment, model: ModelConfig, index: ShardIndex, start: TrainedNetwork | None
+) -> dict[str, tuple[Tower, tuple[str, ...]]]:
+    """Return the towers whose frozen blocks are cached, with the views of each, by their keys in the network.
+
+    Their weights are the pretrained ones, or those of the network that the training starts from.
+    """
+    torch.manual_seed(experiment.seed_of_tokens)  # random weights are the same in every process
+    network = build_network(model, index.signature, build_towers(model.tower, index.signature.views))
+    if start:
+        fill_network(network, model, start)
+    network.skip_frozen()
+    towers: dict[str, Tower] = dict(network.towers.items())  # type: ignore[arg-type]
+    return {key: (tower, network.used_views if key == SHARED else (key,)) for key, tower in towers.items()}
+
+
 def _needs_whole_tokens(experiment: Experiment, model: ModelConfig) -> bool:
     """Return whether another model of the run reads all tokens of the versions of which this one reads the means.
 
@@ -212,13 +271,21 @@ def augmented_versions(augment: AugmentConfig, seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class TokenExtractor:
-    """Computes tokens of a frozen tower. `loaders` give photos."""
+    """Computes tokens of a frozen tower, or what frozen blocks return. `loaders` give photos.
 
-    tower: Tower
+    views: to compute; default those of the set's task.  what: is computed, for the progress bar.
+    """
+
+    tower: nn.Module
     loaders: LoaderFactory
     augment: AugmentConfig
     seed: int
     accelerator: Accelerator
+    views: Sequence[str] = ()
+    what: str = "tokens of the frozen tower"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "views", self.views or self.loaders.index.signature.views)
 
     @torch.inference_mode()
     def fill(
@@ -239,14 +306,14 @@ class TokenExtractor:
         accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
         if not missing:
             return
-        photos = cache.lesions * len(self.loaders.index.signature.views) * len(versions)
+        photos = cache.lesions * len(self.views) * len(versions)
         computed = [pair for pair in missing if not (whole and whole.has(*pair))]
         encoder = self.encoder(compile_tower, photos) if computed else self.tower
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not accelerator.is_main_process) as progress:
-            task = progress.add_task("tokens of the frozen tower, chunks", total=len(missing))
+            task = progress.add_task(f"{self.what}, chunks", total=len(missing))
             for number, (version, chunk) in enumerate(missing):
                 if number % accelerator.num_processes == accelerator.process_index:
                     if whole and whole.has(version, chunk):
@@ -259,7 +326,7 @@ class TokenExtractor:
                 after_chunk()
                 progress.update(task, completed=number + 1)
                 if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
-                    print(f"tokens of the frozen tower: {number + 1} of {len(missing)} chunks", flush=True)
+                    print(f"{self.what}: {number + 1} of {len(missing)} chunks", flush=True)
         accelerator.wait_for_everyone()
 
     def encoder(self, compile_tower: bool, photos: int) -> Encoder:
@@ -275,8 +342,7 @@ class TokenExtractor:
         return tower
 
     def extract(self, encoder: Encoder, rows: np.ndarray, version: str) -> np.ndarray:
-        """Return the tokens (n, views, L, D) float16 of index rows (n,) in one version."""
-        views = self.loaders.index.signature.views
+        """Return the tokens (n, views, L, D), of blocks (n, views, ...), float16, of index rows (n,) in one version."""
         kind, _, number = version.rpartition("-")
         augmented, device = kind.startswith("augmented"), self.accelerator.device
         loader = self.loaders.sequential(
@@ -289,7 +355,7 @@ class TokenExtractor:
         def tokens_of(step: Step) -> np.ndarray:
             batch = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                tokens = [encoder(getattr(batch, view))[: step.count] for view in views]
+                tokens = [encoder(getattr(batch, view))[: step.count] for view in self.views]
             return torch.stack(tokens, 1).half().cpu().numpy()
 
         if device.type != "cpu":  # which computes while the next batch is loaded anyway

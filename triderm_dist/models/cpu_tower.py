@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triderm_dist.models.tower import Tower
 from triderm_dist.runtime.extras import install_command, is_installed
 from triderm_dist.schema import one_line
 
@@ -41,10 +40,12 @@ Encoder = Callable[[Tensor], Tensor]
 class CpuTower:
     """Map pixels (B, 3, H, W) float32 on the CPU to a frozen tower's tokens (B, L, width) float32, without autograd.
 
+    Or to the output (B, ...) of the frozen blocks of a tower.
+
     The first call chooses the backend, with its first photos. Safe to use from several threads.
     """
 
-    def __init__(self, tower: Tower, report: Callable[[str], None]) -> None:
+    def __init__(self, tower: nn.Module, report: Callable[[str], None]) -> None:
         """tower: in evaluation mode, on the CPU.  report: is called with one line on the choice."""
         self.tower, self.report = tower, report
         self._compute: Encoder | None = None
@@ -58,7 +59,7 @@ class CpuTower:
 
     def _choose(self, photos: Tensor) -> Encoder:
         expected = self.tower(photos)
-        backends: list[tuple[str, Callable[[Tower, Tensor], Encoder]]] = [
+        backends: list[tuple[str, Callable[[nn.Module, Tensor], Encoder]]] = [
             ("PyTorch in small batches", fold_batch_norms)
         ]
         hint = f"; {install_command('openvino')} makes it faster"
@@ -85,7 +86,7 @@ class CpuTower:
 class OpenVino:
     """A tower compiled by OpenVINO for photos of one size: each core computes whole photos, one after the other."""
 
-    def __init__(self, tower: Tower, photos: Tensor) -> None:
+    def __init__(self, tower: nn.Module, photos: Tensor) -> None:
         """photos: (B, 3, H, W), of the size. Raises what OpenVINO raises for a tower that it cannot convert."""
         # Importing OpenVINO sends usage data to its vendor unless this package is missing.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ class OpenVino:
             "ENABLE_CPU_PINNING": False,  # all ranks of a machine would take the same cores
         }
         compiled = openvino.Core().compile_model(layout.build(), "CPU", settings)
-        self._shape = (tower.num_tokens, tower.width)
+        self._shape = tuple(compiled.output(0).shape)[1:]
         self._queue = openvino.AsyncInferQueue(compiled, 2 * threads)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class OpenVino:
         return tokens
 
 
-def fold_batch_norms(tower: Tower, photos: Tensor) -> Encoder:
+def fold_batch_norms(tower: nn.Module, photos: Tensor) -> Encoder:
     """Return a copy of the tower whose convolutions include the batch norms that take their output, called in small
     batches. photos: (B, 3, H, W), to find these by.
     """
@@ -168,7 +169,7 @@ def fold_batch_norms(tower: Tower, photos: Tensor) -> Encoder:
     return in_batches(tower.to(memory_format=torch.channels_last).eval())
 
 
-def in_batches(tower: Tower) -> Encoder:
+def in_batches(tower: nn.Module) -> Encoder:
     """Return a function that calls the tower with `TORCH_BATCH` photos at a time."""
     return lambda pixels: torch.cat([tower(part) for part in pixels.split(TORCH_BATCH)])
 

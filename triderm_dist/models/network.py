@@ -48,9 +48,10 @@ SHARED = "shared"
 class Network(nn.Module, ABC):
     """Map both views, concepts and metadata of B lesions to `Outputs` in one forward; see the module's contract.
 
-    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W), or the tokens of `encode`; given a
-    `TokenShape` it takes tokens (B, L, width) that a tower computed before. Pixels of a missing view must be finite.
-    They pass the tower, so that hiding a photo in training does not change the batch that its batch norms see.
+    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W), after `skip_frozen` what their
+    frozen blocks return, or the tokens of `encode`; given a `TokenShape` it takes tokens (B, L, width) that a tower
+    computed before. Pixels of a missing view must be finite. They pass the tower, so that hiding a photo in training
+    does not change the batch that its batch norms see.
 
     signature: the diagnoses, views, concepts and fields of the task.  used_views, used_concepts, used_fields: those of
     the task that `config.use` does not leave out.  token_shape: of the tokens that `fuse` gets.  settings: an instance
@@ -133,6 +134,16 @@ class Network(nn.Module, ABC):
         self.holds_towers = True
         if self.used_views:
             self.towers[SHARED] = tower
+
+    def load_frozen(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Load the weights of the towers' frozen blocks. weights: of `Tower.frozen_modules`, by key of the tower."""
+        for key, state in weights.items():
+            cast("Tower", self.towers[key]).frozen_modules().load_state_dict(state)
+
+    def skip_frozen(self) -> None:
+        """Take what the frozen blocks of the towers return instead of pixels, see `Tower.skip_frozen`."""
+        for tower in self._towers():
+            tower.skip_frozen()
 
     def left_out(self) -> list[str]:
         """Name the parts that are not built because the task lacks their input."""

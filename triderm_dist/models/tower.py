@@ -51,6 +51,7 @@ class Tower(nn.Module):
     blocks: the units of freezing, learning-rate decay, checkpointing and compilation.  tail: everything after the last
     block (last norm or convolution), without parameters or not.  layout: of the tail's output, NLC tokens of which the
     first `prefix_tokens` (class, registers) are dropped, or an NCHW or NHWC map, which is read row by row.
+    input_shape: of one photo's pixels, or of what `skip_frozen` makes the tower take.
     architecture: text that identifies the function apart from its tensors, part of `tower_hash`.  description: what
     `TowerSource.rebuild` builds the same architecture from, as JSON has it.  report: one line on the loaded weights and
     their source.
@@ -86,6 +87,8 @@ class Tower(nn.Module):
         self.description = description
         self.report = report
         self.frozen_blocks = 0
+        self.input_shape: tuple[int, ...] = (3, image_size, image_size)
+        self.skips_frozen = False
         self._layout = layout
         self._prefix_tokens = prefix_tokens
 
@@ -141,9 +144,10 @@ class Tower(nn.Module):
         num_frozen = len(self._frozen())
         if parameters := list(self.stem.parameters()):
             x = x.to(parameters[0].dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not num_frozen):
-            for module in modules[:num_frozen]:
-                x = module(x)
+        if not self.skips_frozen:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not num_frozen):
+                for module in modules[:num_frozen]:
+                    x = module(x)
         for module in modules[num_frozen:]:
             x = module(x)
         if self._layout == "NLC":
@@ -153,6 +157,14 @@ class Tower(nn.Module):
     def frozen_modules(self) -> nn.Sequential:
         """Return the frozen modules at the input, in their order."""
         return nn.Sequential(*self._frozen())
+
+    def skip_frozen(self) -> None:
+        """Take the output of `frozen_modules` (B, ...) instead of pixels; they stay, as part of the tower's weights."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # computes shapes only
+            self.input_shape = tuple(self.frozen_modules()(torch.empty(1, *self.input_shape)).shape[1:])
+        self.skips_frozen = True
 
     def detach_frozen(self) -> None:
         """Remove the frozen modules: the tower then takes the output of `frozen_modules` instead of pixels."""
@@ -169,8 +181,18 @@ class Tower(nn.Module):
 
 def tower_hash(tower: Tower) -> str:
     """Return the SHA-256 of all that a tower's tokens depend on: architecture, input size, normalization, weights."""
-    digest = hashlib.sha256(json.dumps([tower.architecture, tower.image_size, tower.mean, tower.std]).encode())
-    for name, tensor in tower.state_dict().items():
+    return _hash(tower, [tower.architecture, tower.image_size, tower.mean, tower.std])
+
+
+def frozen_hash(tower: Tower) -> str:
+    """Return the SHA-256 of all that the output of a tower's frozen modules depends on."""
+    about = [tower.architecture, tower.image_size, tower.mean, tower.std, tower.frozen_blocks]
+    return _hash(tower.frozen_modules(), about)
+
+
+def _hash(module: nn.Module, about: list[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # Viewed as bytes, since NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

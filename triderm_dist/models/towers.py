@@ -25,6 +25,7 @@ from triderm_dist.models.tower import (
     TowerOptions,
     TowerSource,
     WeightsLocation,
+    frozen_hash,
     refuse_quick_gelu,
     tower_hash,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "TowerSource",
     "WeightsLocation",
     "build_tower",
+    "frozen_hash",
     "locate_weights",
     "tower_hash",
 ]

@@ -107,15 +107,17 @@ def training_flops(network: Network) -> float:
 def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
     """Return inputs of `network` for a number of lesions, all zeros, on its device."""
     device = next(network.parameters()).device
-    if network.holds_towers and network.towers:
-        tower = next(iter(network.towers.values()))
-        assert isinstance(tower, Tower)
-        shape: tuple[int, ...] = (3, tower.image_size, tower.image_size)
-    else:
-        shape = tuple(network.token_shape)
     signature = network.signature
-    photos, absent = torch.zeros(lesions, *shape, device=device), torch.zeros(lesions, 0, device=device)
-    clinical, dermoscopic = (photos if view in signature.views else absent for view in VIEWS)
+
+    def example(view: str) -> Tensor:
+        if view not in signature.views:
+            return torch.zeros(lesions, 0, device=device)
+        towers = dict(network.towers.items())
+        tower = towers.get(view) or next(iter(towers.values()), None)
+        shape = tower.input_shape if network.holds_towers and isinstance(tower, Tower) else network.token_shape
+        return torch.zeros(lesions, *shape, device=device)
+
+    clinical, dermoscopic = (example(view) for view in VIEWS)
     present = torch.tensor([view in signature.views for view in VIEWS], device=device).expand(lesions, -1)
     concepts, metadata = (
         torch.zeros(lesions, len(columns), device=device) for columns in (signature.concepts, signature.fields)

@@ -109,7 +109,10 @@ def network_without_weights(model: ModelConfig, signature: Signature) -> tuple[N
     tower, note = local_tower(model.tower)
     built = build_towers(tower, signature.views)
     towers = TokenShape(built[0].num_tokens, built[0].width) if tower.frozen else built
-    return build_network(model, signature, towers), note
+    network = build_network(model, signature, towers)
+    if tower.cached:
+        network.skip_frozen()
+    return network, note
 
 
 def local_tower(tower: TowerConfig) -> tuple[TowerConfig, str]:

@@ -100,7 +100,8 @@ def _parameter_table(network: Network) -> str:
         assert isinstance(tower, Tower)
         if tower.frozen_blocks:
             blocks = f"{tower.frozen_blocks} of {len(tower.blocks)} blocks"
-            lines.append(f"    tower, {view}: stem and {blocks} are frozen (no autograd)")
+            how = "their output is cached" if tower.skips_frozen else "no autograd"
+            lines.append(f"    tower, {view}: stem and {blocks} are frozen ({how})")
     return "\n".join(lines)
 
 

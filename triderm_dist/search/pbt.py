@@ -42,8 +42,8 @@ def check_space(space: Space, model: ModelConfig, where: str) -> None:
             reason = "it decides the number of steps per epoch"
         elif key == "train.optim.warmup_epochs":
             reason = "the warm-up is over when settings first change"
-        elif is_within(key, cached) and model.tower.frozen:
-            reason = "each change would compute the tokens of a frozen tower again"
+        elif is_within(key, cached) and model.tower.cached:
+            reason = "each change would compute what is cached of the tower again"
         elif key == "dropout" or key.startswith(("train.loss.", "train.optim.", "train.augment.")):
             continue
         else:

@@ -167,8 +167,8 @@ def fit_space(space: Space, experiment: Experiment, model: str, where: str) -> t
             except ConfigError as error:
                 raise ConfigError(f"{where}: {key}: {error}") from None
             notes.append(f"{key} is widened to the experiment's own value {own}")
-    if config.tower.frozen and any(key.startswith(("tower.", "train.augment.")) for key in fitted):
-        notes.append("tower and augment settings change the frozen tower's tokens: each trial computes them again")
+    if config.tower.cached and any(key.startswith(("tower.", "train.augment.")) for key in fitted):
+        notes.append("tower and augment settings change what is cached of the tower: each trial computes it again")
     return fitted, notes
 
 
@@ -191,6 +191,7 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             (
                 "tower.freeze_clinical",
                 "tower.freeze_dermoscopic",
+                "tower.cache_frozen_blocks",
                 "tower.drop_path",
                 "train.optim.layer_decay",
                 "train.optim.unfreeze_epochs",
@@ -199,10 +200,10 @@ def without_effect(model: ModelConfig, keys: Iterable[str]) -> dict[str, str]:
             "with tower.frozen no block of a tower is trained",
         ),
         (
-            model.tower.frozen and train.augment.token_variants == 0,
-            ("tower.frozen", "train.augment.token_variants"),
+            model.tower.cached and train.augment.token_variants == 0,
+            ("tower.frozen", "tower.cache_frozen_blocks", "train.augment.token_variants"),
             tuple(f"train.augment.{name}" for name in AugmentConfig.pixel_keys()),
-            "a frozen tower with token_variants 0 uses unaugmented photos only",
+            "a frozen tower or cache_frozen_blocks with token_variants 0 uses unaugmented photos only",
         ),
         (
             train.sampling.kind != "balanced",
