@@ -5,15 +5,21 @@ triderm pack source=CLINIC output=runs/clinic/shards/train
 triderm pack source=HAM10000 output=runs/ham/shards/train task=ham10000
 
 The folder is read as CLINIC/task.yaml says, which `triderm task init CLINIC` writes, or as the MILK10k challenge's.
-After an interruption, the same command resumes from the finished shards.
+After an interruption, the same command resumes from the finished shards. Machines with a file system in common share
+the work: each packs one slice, then one of them writes the index.
+
+triderm pack source=CLINIC output=runs/clinic/shards/train slice=1/8
+triderm pack source=CLINIC output=runs/clinic/shards/train finish=true
 """
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads
+from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
 
 
@@ -41,6 +47,23 @@ class PackConfig(Extensible):
     missing_view: MissingView = "refuse"
     invalid: Invalid = "refuse"
     workers: Threads = None
+    slice: str | None = Field(
+        None,
+        description="pack one of several slices only, such as 3/8 for the third of eight, into OUTPUT.part; null: all",
+    )
+    finish: bool = Field(False, description="write the index of the shards that all slices have packed")
+
+    @property
+    def slice_of(self) -> tuple[int, int] | None:
+        """(number from 1, number of slices)."""
+        if self.slice is None:
+            return None
+        number, slash, of = self.slice.partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise ConfigError(f"slice={self.slice}: write K/N for the K-th of N slices, such as 1/8")
+        if self.finish:
+            raise ConfigError("finish: writes the index of all slices; leave out slice=")
+        return int(number), int(of)
 
 
 def main(config: PackConfig) -> None:
@@ -48,8 +71,9 @@ def main(config: PackConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
-    from triderm_dist.data.shards.pack import pack_shards
+    from triderm_dist.data.shards.pack import pack_shards, pack_slice
 
+    part = config.slice_of
     try:
         task = find_task(config.source, config.task)
         dataset = read_source(config.source, task, config.missing_view, config.invalid)
@@ -60,19 +84,26 @@ def main(config: PackConfig) -> None:
         for note in dataset.notes:
             print(f"note: {note}")
         with progress_bar("packing lesions") as progress:
-            index = pack_shards(
-                dataset,
-                config.output,
-                short_side=config.short_side,
-                shard_samples=config.shard_samples,
-                invalid=config.invalid,
-                workers=config.workers,
-                progress=progress,
-                group_hashes=hashes,
-            )
+            options: dict[str, Any] = {
+                "short_side": config.short_side,
+                "shard_samples": config.shard_samples,
+                "invalid": config.invalid,
+                "workers": config.workers,
+                "progress": progress,
+            }
+            if part:
+                problems = pack_slice(dataset, config.output, *part, **options)
+            else:
+                index = pack_shards(dataset, config.output, group_hashes=hashes, finish=config.finish, **options)
     except InvalidLesions as error:
         print_problems(error.problems, Path(f"{config.output}.problems.csv"))
         raise
+    if part:
+        print_problems(problems, Path(f"{config.output}.problems-{part[0]}-of-{part[1]}.csv"))
+        print(
+            f"slice {config.slice} is packed; after the last one: the same command with finish=true instead of slice="
+        )
+        return
     print_problems(index.problems, Path(f"{config.output}.problems.csv"))
     print_index(index)
 

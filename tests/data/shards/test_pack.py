@@ -31,7 +31,7 @@ from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.colors import CMYK_PLAIN, ON_WHITE
 from triderm_dist.data.shards.console import print_index
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.pack import pack_shards
+from triderm_dist.data.shards.pack import pack_shards, pack_slice
 from triderm_dist.data.shards.verify import verify
 from triderm_dist.schema import Busy, DataError
 
@@ -162,6 +162,43 @@ def test_packing_with_changed_settings_starts_over(dataset: Dataset, tmp_path: P
     packed(dataset, tmp_path / "out", short_side=20, shard_samples=12)
     packed(dataset, tmp_path / "reference", short_side=20, shard_samples=12)
     assert contents(tmp_path / "out") == contents(tmp_path / "reference")
+
+
+def test_slices_give_the_bytes_of_one_process(make_challenge: Make, tmp_path: Path) -> None:
+    """Two processes pack slices into one folder at the same time, then one writes the index."""
+    folder = make_challenge().folder
+    next(folder.rglob("*.jpg")).write_bytes(b"no photo")
+    dataset, options = read_challenge(folder), {"short_side": 24, "shard_samples": 5, "invalid": "drop"}
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=pack_slice, args=(dataset, tmp_path / "sliced", number, 2), kwargs=options)
+        for number in (1, 2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG_SECONDS)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert not (tmp_path / "sliced").exists()
+    sliced = packed(dataset, tmp_path / "sliced", invalid="drop", finish=True)
+    assert contents(sliced.folder) == contents(packed(dataset, tmp_path / "whole", invalid="drop").folder)
+    assert not (tmp_path / "sliced.part").exists()
+
+
+def test_finishing_needs_every_slice(dataset: Dataset, tmp_path: Path) -> None:
+    options = {"short_side": 24, "shard_samples": 5}
+    pack_slice(dataset, tmp_path / "out", 1, 2, **options)
+    with pytest.raises(DataError, match=r"shard-000001\.tar: missing or damaged; run its slice again, as slice=2/7"):
+        packed(dataset, tmp_path / "out", finish=True)
+    pack_slice(dataset, tmp_path / "out", 2, 2, **{**options, "short_side": 23})
+    with pytest.raises(DataError, match="other settings; run slice=2/7"):
+        packed(dataset, tmp_path / "out", finish=True)
+    pack_slice(dataset, tmp_path / "out", 2, 2, **options)
+    tar = tmp_path / "out.part" / "shards" / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard-000002\.tar: missing or damaged"):
+        packed(dataset, tmp_path / "out", finish=True)
+    assert len(packed(dataset, tmp_path / "out")) == len(dataset.lesions)  # packs again what is damaged
 
 
 def test_packing_locks_the_output_folder(dataset: Dataset, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ written to OUTPUT.part:
     shards/shard-000000.tar       renamed to OUTPUT at the end
     rows/000000.parquet           rows of the finished shard; hash of its input and its checksum are in the schema
 
-After an interruption, finished shards are kept if their input and checksum still match that record.
+After an interruption, finished shards are kept if their input and checksum still match that record. So several
+machines can each write a slice of the shards into one OUTPUT.part (`pack_slice`), before one writes the index.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +60,7 @@ def pack_shards(
     workers: int | None = None,
     progress: Progress | None = None,
     group_hashes: GroupHashes | None = None,
+    finish: bool = False,
 ) -> ShardIndex:
     """Write the shards of a data set and return their index; the bytes depend on the input and these settings only.
 
@@ -66,27 +69,25 @@ def pack_shards(
     lists under `problems`. Photos with a short side over `short_side` pixels are reduced to it; None keeps them. The
     folder appears when it is complete, and an interrupted run resumes from its finished shards. An output that was
     packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
-    group_hashes: where the groups of the data set are hashes (`hash_groups`), those.
+    group_hashes: where the groups of the data set are hashes (`hash_groups`), those.  finish: all shards were written
+    by `pack_slice`; only their checksums are compared, and photos are not read again.
 
     Raises InvalidLesions; Busy where another process packs the folder; DataError for an output that holds something
-    else, for no valid lesion, or a full disk.
+    else, for no valid lesion, a full disk, and with `finish` for shards that are missing.
     """
     folder = Path(output)
-    if dataset.problems and invalid == "refuse":
-        raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
-    if not dataset.lesions:
-        first = f"the first: {dataset.problems[0]}" if dataset.problems else "the data set is empty"
-        raise DataError(f"{folder}: no valid lesion to pack; {len(dataset.problems)} problems, {first}")
+    _check_lesions(dataset, folder, invalid)
     packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress, group_hashes)
     if _exists(folder):
         return _read_packed(folder, packer)
     part = folder.with_name(folder.name + ".part")
     try:
-        refusal = f"{part}: another process is packing this folder; wait for it or end it"
-        with exclusive_lock(part / "lock", refusal):
+        with exclusive_lock(part / "lock", _refusal(part)), ExitStack() as stack:
+            for lock in sorted(part.glob("slice-*.lock")):
+                stack.enter_context(exclusive_lock(lock, _refusal(part)))
             if _exists(folder):  # packed by another process in the meantime
                 return _read_packed(folder, packer)
-            shards, problems = packer.write(part)
+            shards, problems = packer.finish(part) if finish else packer.write(part, range(len(packer.slices)))
             if problems and invalid == "refuse":
                 shutil.rmtree(part)
                 raise InvalidLesions(problems, len(dataset.lesions))
@@ -102,6 +103,54 @@ def pack_shards(
         name = error.filename or part
         raise DataError(f"{name}: {error.strerror or error}; fix that and rerun the same command to resume") from None
     return read_index(folder)
+
+
+def pack_slice(
+    dataset: Dataset,
+    output: str | os.PathLike[str],
+    number: int,
+    of: int,
+    *,
+    short_side: int | None,
+    shard_samples: int = 512,
+    invalid: Literal["refuse", "drop"] = "refuse",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Problem]:
+    """Write every `of`-th shard from the `number`-th on (1 to `of`) into OUTPUT.part, for `pack_shards` to finish.
+
+    For processes on several machines with a file system in common; options as in `pack_shards`. Returns the problems of
+    these shards. Raises InvalidLesions, after all of them were written; Busy where another process packs the slice, or
+    the whole set; DataError for an output that exists, no valid lesion, or a full disk.
+    """
+    folder = Path(output)
+    _check_lesions(dataset, folder, invalid)
+    if _exists(folder):
+        raise DataError(f"{folder}: exists; choose another output folder or delete this one")
+    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress)
+    numbers = range(number - 1, len(packer.slices), of)
+    packer.total = sum(len(packer.slices[each]) for each in numbers)
+    part = folder.with_name(folder.name + ".part")
+    with ExitStack() as stack:
+        with exclusive_lock(part / "lock", _refusal(part)):  # `pack_shards` holds it, and waits for the slice's own
+            stack.enter_context(exclusive_lock(part / f"slice-{number}-of-{of}.lock", _refusal(part)))
+        _, problems = packer.write(part, numbers)
+    if problems and invalid == "refuse":
+        raise InvalidLesions(problems, packer.total)
+    return problems
+
+
+def _check_lesions(dataset: Dataset, folder: Path, invalid: str) -> None:
+    """Raise InvalidLesions for problems of the tables where they refuse the set, DataError where no lesion is left."""
+    if dataset.problems and invalid == "refuse":
+        raise InvalidLesions(dataset.problems, len(dataset.lesions) + len({p.lesion_id for p in dataset.problems}))
+    if not dataset.lesions:
+        first = f"the first: {dataset.problems[0]}" if dataset.problems else "the data set is empty"
+        raise DataError(f"{folder}: no valid lesion to pack; {len(dataset.problems)} problems, {first}")
+
+
+def _refusal(part: Path) -> str:
+    return f"{part}: another process is packing this folder; wait for it or end it"
 
 
 def _exists(folder: Path) -> bool:
@@ -144,11 +193,12 @@ class _Prepared:
 class _FinishedShard:
     """A finished shard.
 
-    source: hash of its input.  file: None where all its lesions were dropped.  converted: the number of photos by what
-    was converted in them.
+    source: hash of its input.  settings: hash of those that it was packed with.  file: None where all its lesions were
+    dropped.  converted: the number of photos by what was converted in them.
     """
 
     source: str
+    settings: str
     file: ShardFile | None
     problems: tuple[Problem, ...]
     converted: Mapping[str, int]
@@ -188,11 +238,14 @@ class _Packer:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
         return self._joined([source for _, source in map_in_order(self._source, self.slices, self.workers)])
 
-    def write(self, part: Path) -> tuple[list[_FinishedShard], list[Problem]]:
-        """Write every shard to PART/shards and its record to PART/rows; keep valid ones of an interrupted run."""
+    def write(self, part: Path, numbers: Sequence[int]) -> tuple[list[_FinishedShard], list[Problem]]:
+        """Write these shards to PART/shards and their records to PART/rows; keep valid ones of an interrupted run.
+
+        Other files are removed, unless they are of other numbers.
+        """
         for name in ("shards", "rows"):
             (part / name).mkdir(exist_ok=True)
-        found = {number: self._read_record(part, number) for number in range(len(self.slices))}
+        found = {number: self._read_record(part, number) for number in numbers}
         kept: dict[int, _FinishedShard] = {}
         for number, valid in map_in_order(
             lambda number: self._is_valid(part, number, found[number]),
@@ -202,11 +255,24 @@ class _Packer:
             if valid and (shard := found[number]):
                 kept[number] = shard
                 self._advance(len(self.slices[number]))
-        keep = {path(part, number) for number in kept for path in (_tar_path, _rows_path)}
-        for path in {*(part / "shards").iterdir(), *(part / "rows").iterdir()} - keep:
-            path.unlink()
-        written = self._write_shards(part, [number for number in range(len(self.slices)) if number not in kept])
+        others = set(range(len(self.slices))) - set(numbers)
+        for path in _other_files(part, {*kept, *others}):
+            if not others or path.suffix in (".tar", ".parquet"):  # a temporary file may be another slice's
+                path.unlink()
+        written = self._write_shards(part, [number for number in numbers if number not in kept])
         shards = [shard for _, shard in sorted({**kept, **written}.items())]
+        return shards, [problem for shard in shards for problem in shard.problems]
+
+    def finish(self, part: Path) -> tuple[list[_FinishedShard], list[Problem]]:
+        """Return the shards that slices have written, after comparing their checksums. Raises DataError otherwise."""
+        shards = []
+        for number, shard in map_in_order(
+            lambda number: self._written(part, number), range(len(self.slices)), self.workers
+        ):
+            shards.append(shard)
+            self._advance(len(self.slices[number]))
+        for path in _other_files(part, range(len(self.slices))):
+            path.unlink()
         return shards, [problem for shard in shards for problem in shard.problems]
 
     def write_index(self, part: Path, shards: Sequence[_FinishedShard], problems: Sequence[Problem]) -> None:
@@ -240,17 +306,33 @@ class _Packer:
             file = ShardFile(**record["file"]) if record["file"] else None
             problems = tuple(Problem(**entry) for entry in record["problems"])
             # Shards of versions that did not count conversions lack the key, and are written again.
-            return _FinishedShard(record["source"], file, problems, record["converted"])
+            return _FinishedShard(record["source"], record.get("settings", ""), file, problems, record["converted"])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
             return None
 
     def _is_valid(self, part: Path, number: int, record: _FinishedShard | None) -> bool:
         """Return whether the file has the recorded checksum and its input is unchanged."""
-        if record is None:
-            return False
-        path = _tar_path(part, number)
-        intact = record.file is None or (path.is_file() and file_sha256(path) == record.file.sha256)
-        return intact and self._source(self.slices[number]) == record.source
+        return record is not None and (
+            _is_intact(part, number, record) and self._source(self.slices[number]) == record.source
+        )
+
+    def _written(self, part: Path, number: int) -> _FinishedShard:
+        """Return a shard of a slice. Raises DataError unless it holds the lesions of this number."""
+        record = self._read_record(part, number)
+        if record is None or not _is_intact(part, number, record):
+            raise DataError(
+                f"{_tar_path(part, number)}: missing or damaged; run its slice again, as slice={number + 1}/"
+                f"{len(self.slices)}"
+            )
+        ids = pq.read_table(_rows_path(part, number), columns=["lesion_id"])["lesion_id"].to_pylist()
+        dropped = {problem.lesion_id for problem in record.problems}
+        expected = [lesion.lesion_id for lesion in self.slices[number] if lesion.lesion_id not in dropped]
+        if ids != expected or record.settings != self._digest().hexdigest():
+            raise DataError(
+                f"{_tar_path(part, number)}: holds other lesions or was packed with other settings; run slice="
+                f"{number + 1}/{len(self.slices)} with these tables and settings"
+            )
+        return record
 
     # --- new shards ---
 
@@ -297,9 +379,11 @@ class _Packer:
         file = ShardFile(path.name, len(shard.rows), size, sha256) if shard.rows else None
         if file is None:
             path.unlink()
-        finished = _FinishedShard(shard.digest.hexdigest(), file, tuple(shard.problems), shard.converted)
+        settings = self._digest().hexdigest()
+        finished = _FinishedShard(shard.digest.hexdigest(), settings, file, tuple(shard.problems), shard.converted)
         record = {
             "source": finished.source,
+            "settings": settings,
             "file": vars(file) if file else None,
             "problems": [asdict(problem) for problem in shard.problems],
             "converted": dict(shard.converted),
@@ -367,6 +451,18 @@ def _source_of(lesion: Lesion, files: Sequence[bytes | OSError]) -> bytes:
     photos = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else describe_error(data) for data in files]
     row = [lesion.lesion_id, lesion.group, lesion.label, repr(lesion.concepts), repr(lesion.metadata), photos]
     return hashlib.sha256(json.dumps(row).encode()).digest()
+
+
+def _is_intact(part: Path, number: int, record: _FinishedShard) -> bool:
+    """Return whether the tar has the recorded checksum."""
+    path = _tar_path(part, number)
+    return record.file is None or (path.is_file() and file_sha256(path) == record.file.sha256)
+
+
+def _other_files(part: Path, numbers: Iterable[int]) -> set[Path]:
+    """Return the files in PART that are not of the shards `numbers`."""
+    own = {path(part, number) for number in numbers for path in (_tar_path, _rows_path)}
+    return {*(part / "shards").iterdir(), *(part / "rows").iterdir()} - own
 
 
 def _tar_path(part: Path, number: int) -> Path:
