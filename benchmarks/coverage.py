@@ -35,6 +35,8 @@ CLASSES, RARE = len(LESIONS), np.array(LESIONS) < 100
 SIZES = (479, 4717)
 POPULATION = 200_000
 FOLDS = 5
+PREVALENCE = 0.02
+"""Of the predictive values at another prevalence."""
 
 
 class CoverageRun(Section):
@@ -159,6 +161,7 @@ def measure(settings: CoverageRun, lesions: Lesions) -> tuple[Cells, Cells]:
     generator = np.random.default_rng(1)
     rules = fixed_rules(lesions, generator)
     truth = {name: [metrics.f1_per_class(table, lesions.labels) for table in tables] for name, tables in rules.items()}
+    true_rates = rates_of(lesions, rules["argmax"][0])
     nested = NestedThresholds(lesions)
     cells, one_sided = Cells(), Cells()
     for size in SIZES:
@@ -184,6 +187,10 @@ def measure(settings: CoverageRun, lesions: Lesions) -> tuple[Cells, Cells]:
                 slice_cells(cells, name, size, lesions, rules[name][0], draw(lesions, size, generator))
                 rows = draw(lesions, size, generator, grouped=True)
                 group_cells(cells, name, size, lesions.take(rows), [table[rows] for table in rules[name]], truth[name])
+        for grouped in (False, True):
+            for _ in range(settings.sets // 3):
+                rows = draw(lesions, size, generator, grouped)
+                rate_cells(cells, size, lesions.take(rows), rules["argmax"][0][rows], true_rates, grouped)
     nine_lesions(cells, settings.sets, generator)
     return cells, one_sided
 
@@ -211,6 +218,47 @@ def group_cells(
     cells.add("groups, difference of two networks", rule, size, difference, truth[0].mean() - truth[1].mean())
     for interval, f1 in zip(intervals.f1_per_class(first, part.labels, part.groups), truth[0], strict=True):
         cells.add("groups, one diagnosis", rule, size, interval, f1)
+
+
+def rates_of(lesions: Lesions, decisions: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the true rates, areas and Brier scores of a network in the population, (C,) each."""
+    counts, probabilities = metrics.class_counts(decisions, lesions.labels), lesions.networks[0]
+    truth = lesions.labels[:, None] == np.arange(CLASSES)
+    pairs = zip(counts.recall, counts.specificity, strict=True)
+    elsewhere = np.array([np.ravel(metrics.predictive_values(*pair, np.array([PREVALENCE]))) for pair in pairs])
+    return {
+        "sensitivity": counts.recall,
+        "specificity": counts.specificity,
+        "positive predictive value": counts.precision,
+        "negative predictive value": counts.negative_predictive_value,
+        f"positive predictive value at {PREVALENCE:.0%}": elsewhere[:, 0],
+        f"negative predictive value at {PREVALENCE:.0%}": elsewhere[:, 1],
+        "area under ROC": metrics.areas_under_roc(probabilities, lesions.labels),
+        "average precision": metrics.average_precisions(probabilities, lesions.labels),
+        "Brier score": ((probabilities - truth) ** 2).mean(axis=0),
+    }
+
+
+def rate_cells(
+    cells: Cells, size: int, part: Lesions, decisions: np.ndarray, truth: dict[str, np.ndarray], grouped: bool
+) -> None:
+    """Add rates, areas and Brier score of each diagnosis against all others, where a set has them."""
+    groups = part.groups if grouped else None
+    rates = intervals.rates_per_class(decisions, part.labels, groups)
+    for label in range(CLASSES):
+        positive, scores = part.labels == label, part.networks[0][:, label]
+        ranking = metrics.Ranking.of(scores, positive)
+        found = [
+            *vars(rates[label]).values(),
+            *(each[0] for each in intervals.predictive_values(decisions[:, label], positive, [PREVALENCE], groups)),
+            intervals.area_under_roc(ranking, groups),
+            intervals.average_precision(ranking, groups),
+            intervals.mean((scores - positive) ** 2, groups),
+        ]
+        kind = "rare" if RARE[label] else "common"
+        for (name, values), interval in zip(truth.items(), found, strict=True):
+            if np.isfinite(interval.value):
+                cells.add(f"{'groups, ' if grouped else ''}{name}, {kind}", "", size, interval, values[label])
 
 
 def nine_lesions(cells: Cells, sets: int, generator: np.random.Generator) -> None:

@@ -311,10 +311,11 @@ class Ranking:
         found = np.diff(self.true_positives, prepend=0)
         return float((found * (self.true_positives / self.predicted)).sum() / self.positives)
 
-    def threshold_for(self, sensitivity: float) -> float:
-        """Return the largest score at which at least this share of the positives has that score or more."""
-        needed = np.ceil(sensitivity * self.positives - 1e-9)
-        return float(self.thresholds[np.searchsorted(self.true_positives, max(needed, 1))])
+
+def threshold_for(scores: np.ndarray, sensitivity: float) -> float:
+    """Return the largest of the scores (P,) of positives that at least this share of them has or exceeds."""
+    needed = max(int(np.ceil(sensitivity * len(scores) - 1e-9)), 1)
+    return float(np.partition(scores, len(scores) - needed)[len(scores) - needed])
 
 
 def net_benefit_of_lesions(scores: np.ndarray, positive: np.ndarray, threshold: float) -> np.ndarray:
@@ -399,6 +400,6 @@ def _f1(true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray
     return np.where(positives > 0, ratio(2 * true_positives, predicted + positives), np.nan)
 
 
-def ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, total: np.ndarray | int) -> np.ndarray:
     """Return part / total, NaN where total is 0."""
-    return np.divide(part, total, out=np.full(np.broadcast(part, total).shape, np.nan), where=total > 0)
+    return np.divide(part, total, out=np.full(np.broadcast(part, total).shape, np.nan), where=np.greater(total, 0))
