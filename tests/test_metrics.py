@@ -186,7 +186,8 @@ def test_ranking_equals_scikit_learn(seed: int) -> None:
     for value in (ranking.placements[positive].mean(), ranking.placements[~positive].mean()):
         assert value == pytest.approx(ranking.area_under_roc, abs=1e-12)
     for target in (0.5, 0.9, 0.95, 1.0):
-        assert metrics.threshold_for(scores[positive], target) == thresholds[np.flatnonzero(true_positives >= target - 1e-9)[0]]
+        first = np.flatnonzero(true_positives >= target - 1e-9)[0]
+        assert metrics.threshold_for(scores[positive], target) == thresholds[first]
 
 
 def test_ranking_without_both_kinds_has_no_area() -> None:

@@ -53,15 +53,18 @@ def test_temperature_calibrates_overconfident_networks(calibration: EnsembleCali
 def test_figures_of_a_network_are_those_of_the_metrics(calibration: EnsembleCalibration) -> None:
     table, network = calibration.table, calibration.by_network[0]
     name, labels = network.name, table.labels
-    after = np.empty_like(table.logits[name])
+    after = np.empty(table.logits[name].shape)
     for fold in range(3):
         inside = table.folds == fold
         temperature = fit_temperature(table.logits[name][~inside], labels[~inside], table.heads[name])
-        after[inside] = probabilities_of(table.logits[name][inside] / temperature, table.heads[name])
+        after[inside] = probabilities_of(table.logits[name][inside].astype(float) / temperature, table.heads[name])
     for place, probabilities in enumerate((member_probabilities(table, name), after)):
-        assert network.nll[place] == metrics.negative_log_likelihood(probabilities, labels, NOTHING)
-        assert network.error[place] == metrics.calibration_error(probabilities, labels, NOTHING)
-        assert network.brier[place] == pytest.approx(metrics.brier_score(probabilities, labels, NOTHING), abs=1e-12)
+        expected = [
+            function(probabilities, labels, NOTHING)
+            for function in (metrics.negative_log_likelihood, metrics.calibration_error, metrics.brier_score)
+        ]
+        found = [network.nll[place], network.error[place], network.brier[place]]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_targets_are_judged_with_and_without_temperature(calibration: EnsembleCalibration) -> None:

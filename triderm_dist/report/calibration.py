@@ -124,7 +124,7 @@ class EnsembleCalibration:
 
     def _with_temperature(self, model: str) -> np.ndarray:
         """Return (N, C) probabilities of a network, each fold's by a temperature fitted on the other folds."""
-        table, logits = self.table, self.table.logits[model].copy()
+        table, logits = self.table, self.table.logits[model].astype(np.float64)
         for fold in np.unique(table.folds):
             outside = np.flatnonzero(table.folds != fold)
             outside = outside[:: -(-len(outside) // FIT_LESIONS)]
