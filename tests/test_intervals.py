@@ -281,3 +281,14 @@ def test_mean_of_lesions_has_the_normal_interval() -> None:
     interval = intervals.mean(values)
     assert interval.value == values.mean()
     assert interval.high - interval.value == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(500), rel=1e-4)
+
+
+def test_differences_are_distinct_from_0_after_correction_for_their_number() -> None:
+    """p of 0.012, 0.03 and 0.04 are all below 0.05; of three, Holm wants 0.0167 of the first and 0.025 of the next."""
+    distances = stats.norm.isf(np.array([0.012, 0.03, 0.04]) / 2) / 1.959964
+    differences = [Interval(-each, -each - 1, -each + 1) for each in distances]
+    assert [each.excludes_zero for each in differences] == [True, True, True]
+    assert intervals.beyond_noise(differences) == [True, False, False]
+    assert intervals.beyond_noise(differences[::-1]) == [False, False, True]
+    assert intervals.beyond_noise([Interval(0.0, 0.0, 0.0), Interval(0.1, 0.1, 0.1)]) == [False, True]
+    assert intervals.beyond_noise([]) == []

@@ -235,6 +235,29 @@ def mean(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     return Interval(value, value - half, value + half)
 
 
+def beyond_noise(differences: Sequence[Interval], level: float = 0.05) -> list[bool]:
+    """Return which of several differences are distinct from 0, corrected for their number (Holm 1979).
+
+    Their intervals are taken as normal. If no difference were real, one would be returned with probability `level`, at
+    most.
+    """
+    from scipy.stats import norm
+
+    halves = np.array([(each.high - each.low) / 2 for each in differences])
+    distances = np.abs([each.value for each in differences])
+    z = np.divide(_NORMAL * distances, halves, out=np.where(distances > 0, np.inf, 0.0), where=halves > 0)
+    p, order = 2 * norm.sf(z), np.argsort(-z, kind="stable")
+    kept = np.cumprod(p[order] <= level / np.arange(len(p), 0, -1))
+    result = np.zeros(len(p), bool)
+    result[order] = kept > 0
+    return [bool(each) for each in result]
+
+
+def shares(part: np.ndarray, whole: np.ndarray) -> list[Interval]:
+    """Return part / whole of independent lesions (B,) each, with intervals as in `f1_per_class`."""
+    return _Share.from_counts(part, whole).intervals()
+
+
 def predictive_values(
     decided: np.ndarray, positive: np.ndarray, prevalences: Sequence[float], groups: np.ndarray | None = None
 ) -> tuple[list[Interval], list[Interval]]:

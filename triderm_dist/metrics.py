@@ -173,33 +173,6 @@ METRICS: dict[str, Metric] = {
 """Metrics that the report shows in addition to macro F1. Plugins may add others."""
 
 
-def malignancy_metrics(malignant: np.ndarray) -> dict[str, Metric]:
-    """Return metrics of malignant against benign lesions, all of whose labels are of a known kind.
-
-    malignant: (C,) float, 1 for malignant, 0 for benign, NaN for unknown. A lesion is called malignant where a
-    malignant diagnosis is decided; its score for the area under the ROC curve is the share of the malignant diagnoses
-    in the probability of those of a known kind.
-    """
-    is_malignant, is_known = malignant == 1, ~np.isnan(malignant)
-
-    def sensitivity(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
-        return float(decisions[is_malignant[labels]][:, is_malignant].any(axis=1).mean())
-
-    def specificity(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
-        return float(1 - decisions[~is_malignant[labels]][:, is_malignant].any(axis=1).mean())
-
-    def auc(probabilities: np.ndarray, labels: np.ndarray, decisions: np.ndarray) -> float:
-        known = probabilities[:, is_known].sum(axis=1)
-        score = np.divide(probabilities[:, is_malignant].sum(axis=1), known, out=np.zeros_like(known), where=known > 0)
-        return area_under_roc(score, is_malignant[labels])
-
-    return {
-        "sensitivity": Metric("Sensitivity: malignant lesions with a malignant decision", sensitivity),
-        "specificity": Metric("Specificity: benign lesions without a malignant decision", specificity),
-        "auc": Metric("Area under the ROC curve of the malignant share of the probability", auc),
-    }
-
-
 def areas_under_roc(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return (C,) `area_under_roc` of each diagnosis against all others."""
     return np.array([area_under_roc(scores, labels == label) for label, scores in enumerate(probabilities.T)])

@@ -16,9 +16,10 @@ from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import GROUP, MIN_COMMON_LESIONS, Content
-from triderm_dist.report.elements import Figure
+from triderm_dist.report.elements import Figure, Share
 from triderm_dist.report.page import sections_of
 from triderm_dist.report.render import write_page
+from triderm_dist.report.sections.malignancy import malignancy
 from triderm_dist.schema import DIAGNOSES, DataError, Task
 
 
@@ -59,7 +60,7 @@ def test_page_is_self_contained_and_shows_the_score(run: Path) -> None:
     assert f"{score['low']:.3f} to {score['high']:.3f}" in page.text
     assert not re.search(r"(src|href)=\"?https?:", html) and "<script" not in html
     pictures = [attributes for tag, attributes in page.tags if tag in ("img", "svg")]
-    assert len(pictures) == len(list((run / "report").glob("*.png"))) == len(list((run / "report").glob("*.svg"))) == 8
+    assert len(pictures) == len(list((run / "report").glob("*.png"))) == len(list((run / "report").glob("*.svg"))) == 12
     for attributes in pictures:
         assert "src" not in attributes or (attributes["src"] or "").startswith("data:image/png;base64,")
         assert len(attributes.get("alt") or attributes.get("aria-label") or "") > 30
@@ -118,7 +119,9 @@ def test_yardsticks_beside_macro_f1(run: Path, tmp_path: Path) -> None:
     text = page_of(content, tmp_path).text
     for figure in (content.common_score.value, spread.low, spread.high, *content.metric_values["auc"].json().values()):
         assert f"{figure:.3f}" in text
-    assert f"{content.areas[0][0]:.3f}{content.areas[1][0]:.3f}" in re.sub(r"\s", "", text)
+    first = content.discrimination.diagnoses[0]
+    for value in (first.area_under_roc, first.average_precision, first.rates.negative_predictive_value):
+        assert f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})" in text
 
 
 def test_a_row_better_than_the_figure_is_explained(run: Path, tmp_path: Path) -> None:
@@ -245,13 +248,14 @@ def test_report_without_reference_results_kinds_and_fields(clinic: Path, tmp_pat
 def test_malignant_against_benign_counts_the_kinds_that_the_task_states(clinic: Path) -> None:
     content = Content(clinic)
     labels, decisions = content.labels, content.rows.decisions
-    malignancy = content.malignancy
-    assert malignancy is not None and malignancy.unknown == (labels == 2).sum() > 0
+    section = malignancy(content)
+    assert section is not None
+    assert f"{(labels == 2).sum()} lesions with another diagnosis left out" in section.values["note"]
     found = (decisions[:, 0] & (labels == 0)).sum()
-    assert malignancy.lesions[1].tolist() == [(labels == 0).sum() - found, found]
-    assert malignancy.lesions[0].sum() == np.isin(labels, [1, 3]).sum()
-    sensitivity = next(value for title, value in malignancy.values.items() if title.startswith("Sensitivity"))
-    assert sensitivity.value == pytest.approx(found / (labels == 0).sum())
+    rates, counts = section.tables
+    assert counts.value("malignant lesions", "malignant") == Share(found, (labels == 0).sum())
+    assert counts.value("benign lesions", "malignant").whole == np.isin(labels, [1, 3]).sum()
+    assert rates.value("Sensitivity", "nested").value == pytest.approx(found / (labels == 0).sum())
 
 
 def test_slices_of_groups(clinic: Path) -> None:

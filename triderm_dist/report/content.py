@@ -39,7 +39,9 @@ from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
+from triderm_dist.report.calibration import EnsembleCalibration
 from triderm_dist.report.cohort import Cohort, FlowStep, PackingFacts, exclusions, packing_facts
+from triderm_dist.report.discrimination import Discrimination
 from triderm_dist.report.label_errors import LabelErrors, find_label_errors
 from triderm_dist.report.learning_curve import LearningCurve, read_learning_curve
 from triderm_dist.report.provenance import Provenance
@@ -65,19 +67,6 @@ MISLABELED_LESIONS = 30
 """Lesions in the list of probable label errors, at most."""
 CONTRIBUTION_LESIONS = 1000
 """Largest number of lesions for which contributions of the stacker's columns are computed."""
-
-
-@dataclass(frozen=True)
-class Malignancy:
-    """Malignant against benign lesions, by the diagnoses whose kind the task states.
-
-    values: of `metrics.malignancy_metrics`, by title.  lesions: (2, 2), benign and malignant lesions (rows) without and
-    with a malignant decision.  unknown: lesions with a diagnosis of unknown kind, which are left out.
-    """
-
-    values: dict[str, intervals.Interval]
-    lesions: np.ndarray
-    unknown: int
 
 
 @dataclass(frozen=True)
@@ -217,12 +206,15 @@ class Content:
         )
 
     @cached_property
-    def areas(self) -> tuple[np.ndarray, np.ndarray]:
-        """Area under the ROC curve and average precision of each diagnosis, (C,) each."""
-        probabilities = self.rows.probabilities
-        return metrics.areas_under_roc(probabilities, self.labels), metrics.average_precisions(
-            probabilities, self.labels
-        )
+    def discrimination(self) -> Discrimination:
+        """Rates, rankings, operating points and net benefit."""
+        _, codes, sizes = np.unique(self.table.groups.astype(str), return_inverse=True, return_counts=True)
+        return Discrimination(self.task, self.rows, codes if sizes.max() > 1 else None)
+
+    @cached_property
+    def calibration(self) -> EnsembleCalibration:
+        """What the probabilities are worth as probabilities."""
+        return EnsembleCalibration(self.discrimination, self.table, self.ensemble, self.networks)
 
     @cached_property
     def common_score(self) -> intervals.Interval | None:
@@ -245,24 +237,6 @@ class Content:
         """Nested macro F1 of the lesions of each fold."""
         folds = self.rows.folds
         return [metrics.macro_f1(self.rows.decisions[folds == k], self.labels[folds == k]) for k in np.unique(folds)]
-
-    @cached_property
-    def malignancy(self) -> Malignancy | None:
-        """Malignant against benign; None unless the labels hold both kinds."""
-        kinds = self.malignant
-        of_label = kinds[self.labels]
-        if not {0.0, 1.0} <= set(of_label):
-            return None
-        known = ~np.isnan(of_label)
-        known_metrics = metrics.malignancy_metrics(kinds)
-        probabilities, decisions = self.rows.probabilities[known], self.rows.decisions[known]
-        found = intervals.of_metrics(
-            known_metrics, probabilities, self.labels[known], decisions, self.table.groups[known], self.resamples
-        )
-        lesions = np.zeros((2, 2), np.int64)
-        np.add.at(lesions, (of_label[known].astype(int), decisions[:, kinds == 1].any(axis=1).astype(int)), 1)
-        values = {known_metrics[name].title: interval for name, interval in found.items()}
-        return Malignancy(values, lesions, int((~known).sum()))
 
     @cached_property
     def confusion(self) -> np.ndarray:
@@ -329,7 +303,7 @@ class Content:
     @cached_property
     def malignant(self) -> np.ndarray:
         """(C,) 1 for malignant diagnoses, 0 for benign ones, NaN where the task does not say."""
-        return np.array([np.nan if each.malignant is None else float(each.malignant) for each in self.task.diagnoses])
+        return self.discrimination.kinds
 
     @cached_property
     def slices(self) -> list[SliceScore]:

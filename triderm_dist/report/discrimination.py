@@ -139,19 +139,23 @@ class Discrimination:
         ]
 
     @cached_property
+    def kinds(self) -> np.ndarray:
+        """(C,) 1 for malignant diagnoses, 0 for benign ones, NaN where the task does not say."""
+        return np.array([np.nan if each.malignant is None else float(each.malignant) for each in self.task.diagnoses])
+
+    @cached_property
     def malignancy(self) -> Target | None:
         """Malignant against benign lesions, by the diagnoses whose kind the task states; None unless both kinds occur.
 
         Its score is the share of the malignant diagnoses in the probability of those of a known kind; a lesion is
         decided to be malignant where a malignant diagnosis is.
         """
-        kinds = np.array([np.nan if each.malignant is None else float(each.malignant) for each in self.task.diagnoses])
-        of_label = kinds[self.rows.labels]
+        of_label = self.kinds[self.rows.labels]
         if not {0.0, 1.0} <= set(np.unique(of_label)):
             return None
         counted = ~np.isnan(of_label)
-        probabilities, malignant = self.rows.probabilities[counted], kinds == 1
-        known = probabilities[:, ~np.isnan(kinds)].sum(axis=1)
+        probabilities, malignant = self.rows.probabilities[counted], self.kinds == 1
+        known = probabilities[:, ~np.isnan(self.kinds)].sum(axis=1)
         score = probabilities[:, malignant].sum(axis=1)
         return Target(
             name=MALIGNANT,

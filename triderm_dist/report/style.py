@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 INK, GRAY, FAINT, PAPER = "#22313f", "#5f6b78", "#dfe4ea", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK, GRAY)
@@ -26,6 +28,10 @@ THEMED = {
 
 WIDE, MEDIUM, NARROW = 9.0, 7.2, 4.6
 """Widths of figures in inches: of the whole page, of a chart with long names, and of a single square plot."""
+DASHED = (0, (3, 3))
+"""Line style of what a curve is compared with."""
+PLOTS_IN_ROW = 4
+"""Small plots side by side, on the width of the page."""
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -65,3 +71,19 @@ def register_colors() -> None:
     if SEQUENTIAL not in matplotlib.colormaps:
         ends = [to_rgba(BLUE, 0.02), to_rgba(BLUE, 1.0)]
         matplotlib.colormaps.register(LinearSegmentedColormap.from_list(SEQUENTIAL, ends), name=SEQUENTIAL)
+
+
+def panels(figure: Any, count: int, unit_square: bool = True) -> list[Any]:
+    """Return the axes of small plots in rows of `PLOTS_IN_ROW`; with `unit_square`, both axes go from 0 to 1."""
+    rows, columns = -(-count // PLOTS_IN_ROW), min(count, PLOTS_IN_ROW)
+    grid = np.ravel(figure.subplots(rows, columns, sharex=unit_square, sharey=unit_square, squeeze=False))
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    if unit_square:
+        grid[0].set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    return list(grid[:count])
+
+
+def panels_height(count: int) -> float:
+    """Return the height in inches of a figure of so many `panels`."""
+    return 0.3 + 2.1 * -(-count // PLOTS_IN_ROW)

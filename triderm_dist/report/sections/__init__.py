@@ -25,9 +25,9 @@ from collections.abc import Callable
 
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Section
+from triderm_dist.report.sections.calibration import calibration
 from triderm_dist.report.sections.cohort import cohort
 from triderm_dist.report.sections.confusion import confusion
-from triderm_dist.report.sections.curves import curves
 from triderm_dist.report.sections.diagnoses import diagnoses
 from triderm_dist.report.sections.ensemble import ensemble
 from triderm_dist.report.sections.hardest import hardest
@@ -39,6 +39,9 @@ from triderm_dist.report.sections.manuscript import manuscript
 from triderm_dist.report.sections.method import method
 from triderm_dist.report.sections.metrics import metrics
 from triderm_dist.report.sections.missing_inputs import missing_inputs
+from triderm_dist.report.sections.net_benefit import net_benefit
+from triderm_dist.report.sections.operating_points import operating_points
+from triderm_dist.report.sections.prevalence import prevalence
 from triderm_dist.report.sections.published import published
 from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.scores import scores
@@ -54,9 +57,12 @@ SECTIONS: list[Callable[[Content], Section | None]] = [
     metrics,
     published,
     diagnoses,
-    malignancy,
     confusion,
-    curves,
+    malignancy,
+    operating_points,
+    prevalence,
+    net_benefit,
+    calibration,
     slices,
     missing_inputs,
     label_errors,
