@@ -388,6 +388,9 @@ class TrainConfig(Section):
         description="mean of the weights at the ends of the last so many epochs (stochastic weight averaging), which "
         "are then validated and kept; 0 uses none; not with DeepSpeed, nor with ema_decay",
     )
+    validate_every: int = Field(
+        1, ge=1, description="epochs between two validations, the last epoch is always validated; a search uses 1"
+    )
     select: Literal["best", "last"] = Field(
         "last",
         description="weights to keep: of the last epoch, or of that with the best validation macro F1, which biases "
@@ -1089,6 +1092,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.unfreeze_epochs": 0.0,
     "models.NAME.train.swa_epochs": 0,
     "models.NAME.train.tracker_settings": {},
+    "models.NAME.train.validate_every": 1,
     "models.NAME.init": None,
     "models.NAME.seeds": 1,
     "models.NAME.settings": {},

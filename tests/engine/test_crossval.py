@@ -16,6 +16,7 @@ from triderm_dist.engine.fold import is_fold_finished
 from triderm_dist.engine.predict_test import predict_test
 from triderm_dist.engine.views import open_views
 from triderm_dist.models.network import Network
+from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
 
 
@@ -50,6 +51,30 @@ def test_memory_of_a_failed_attempt_is_freed_before_the_next(tmp_path):
     fold = tmp_path / "run" / "cnn" / "fold-0"
     assert json.loads((fold / "micro_batch.json").read_text())["micro_batch"] == 2
     assert (fold / "predictions.parquet").exists()
+
+
+def test_validation_of_some_epochs_changes_no_weights(tmp_path):
+    index = synthetic_shards(tmp_path / "shards", 24, 40)
+    tower = "{source: 'timm:test_efficientnet', pretrained: false, image_size: 32, frozen: true}"
+
+    def train(every: int) -> tuple[list[float], bytes]:
+        words = [
+            f"output={tmp_path / f'run-{every}'}", f"tokens={tmp_path / 'tokens'}", "data.folds=2",
+            f"models.cnn={{kind: dual_cnn, width: 16, tower: {tower}}}",
+            "train={epochs: 3, global_batch: 8, micro_batch: 8, precision: fp32, trackers: []}",
+            f"train.validate_every={every}",
+        ]  # fmt: skip
+        validated: list[float] = []
+        experiment = load(Experiment, None, words)
+        run_folds(experiment, index, ["cnn"], [0], lambda epoch, scores: validated.append(epoch))
+        fold = experiment.fold_folder("cnn", 0)
+        epochs = [line["epoch"] for line in read_metrics(fold / "metrics.jsonl") if line["kind"] == "validation"]
+        assert epochs == validated
+        assert json.loads((fold / "weights.json").read_text())["validation_macro_f1"] >= 0
+        return validated, (fold / "weights.safetensors").read_bytes()
+
+    every_epoch, some = train(1), train(2)
+    assert (every_epoch[0], some[0]) == ([1, 2, 3], [2, 3]) and every_epoch[1] == some[1]
 
 
 @pytest.mark.parametrize("frozen", [True, False])

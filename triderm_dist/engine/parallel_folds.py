@@ -76,7 +76,12 @@ def run_local_folds(
     first = {name: next(fold for fold in folds if fold[0] == name) for name in names}
     tasks = {title(fold): (_stoppable, (train, *shared, cpus, *fold, fold != first[fold[0]])) for fold in folds}
     processes = ChildProcesses(tasks, at_once)
-    with on_second(lambda: (processes.kill(), end_at_once())):
+
+    def end_all_at_once() -> None:
+        processes.kill()
+        end_at_once()
+
+    with on_second(end_all_at_once):
         run_tasks(processes, list(tasks), retries)
 
 

@@ -196,7 +196,7 @@ class Trainer:
                 if scores := self._end_epoch(stop):
                     self.tracker.log("validation", state.epoch, state.step, scores)
                 self.save()
-                if on_validation:
+                if scores and on_validation:
                     on_validation(state.epoch, scores)
         return self.checkpoints.changes
 
@@ -225,18 +225,19 @@ class Trainer:
         self.tracker.log("train", self.epochs.done(state), state.step, values)
 
     def _end_epoch(self, stop: Stop) -> dict[str, float]:
-        """Score the validation rows, if there are any, and keep the weights if they are to be selected."""
+        """Score the validation rows, if there are any and it is due; keep the weights if they are to be selected."""
         self.guard.check()
-        state, average = self.training.state, self.training.average
+        state, average, number = self.training.state, self.training.average, self.training.state.epoch + 1
         if average:
-            average.after_epoch(state.epoch + 1)
+            average.after_epoch(number)
+        is_due = number % self.config.validate_every == 0 or number == self.last_epoch
         with average.swapped_in() if average else nullcontext():
-            scores = self._validate(stop) if len(self.data.validation_rows) else {}
+            scores = self._validate(stop) if is_due and len(self.data.validation_rows) else {}
             state.epoch, state.batch = state.epoch + 1, 0
             score = scores.get("macro_f1", TrainState.best_score)
             if self.config.select == "last" or score > state.best_score:
                 state.best_score, state.best_epoch = score, state.epoch
-                self._keep_weights()
+                self._keep_weights(bool(scores))
         return scores
 
     def _validate(self, stop: Stop) -> dict[str, float]:
@@ -249,11 +250,11 @@ class Trainer:
         p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
         return {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
 
-    def _keep_weights(self) -> None:
+    def _keep_weights(self, is_scored: bool) -> None:
         """Write the full weights under canonical names, for prediction."""
         weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
         info: dict[str, float] = {"epoch": state.best_epoch}
-        if len(self.data.validation_rows):
+        if is_scored:
             info["validation_macro_f1"] = state.best_score
         on_main(lambda: save_weights(self.folder.path / "weights", weights, **info))
 

@@ -83,7 +83,7 @@ class ChildProcesses:
     """What the functions returned, by task."""
 
     def __post_init__(self) -> None:
-        self._context = get_context(METHOD)
+        self._context: Any = get_context(METHOD)
         self._waiting: deque[str] = deque()
         self._running: dict[str, _Running] = {}
 
