@@ -50,7 +50,7 @@ from triderm_dist.tasks import SHIPPED
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 GROUPS = (
-    ("loss-term", "sgd", "scheduler", "tracker", "metadata-number", "report-metric"),
+    ("loss-term", "sgd", "scheduler", "tracker", "metadata-number", "report-metric", "report-section"),
     ("muon", "augmentation", "metadata-category", "network", "stacker", "tower"),
 )
 """Groups of recipes that share an experiment; each must have a separate effect. The second is slow."""
@@ -289,6 +289,18 @@ def stacker(run: Run) -> None:
     assert (run.folder / "submission.csv").exists()
     report = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "logistic regression stacker" in report and "Stack.max_rounds has no effect" in report
+
+
+@check("report-section")
+def report_section(run: Run) -> None:
+    rows = read_nested(run.folder / "ensemble_oof.parquet")
+    doubtful = rows.probabilities[rows.folds == 0].max(axis=1) < 0.5
+    report = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert (
+        f"<p>In fold 0: {doubtful.sum()} of {len(doubtful)} (" in report and 'id="figure-largest_probability"' in report
+    )
+    assert (run.folder / "report" / "doubt.csv").read_text().startswith("fold,lesions,lesions_of\n")
+    assert "<rdf:RDF" not in report and (run.folder / "report" / "largest_probability.svg").is_file()
 
 
 @check("report-metric")

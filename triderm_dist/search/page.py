@@ -53,14 +53,15 @@ def _head(summary: Summary) -> Section:
         gains.append(Row(OTHER_SEEDS, (gain, f"{seeds} {plural('seed', seeds)}")))
     columns = [Column("gain", "gain in macro F1", "+.3f"), Column("of", "interval over")]
     tables.append(Table("gains", "The best settings against the experiment's own", columns, gains, head="gain"))
+    trials = f"{len(summary.trials)} {plural('trial', len(summary.trials))}"
     return Section(
         "",
         "search_head.html",
         tables=tables,
         values={
             "heading": f"Search: {run.folder.name}, {run.model}",
-            "about": f"{len(summary.trials)} trials over {len(summary.space)} settings · {run.search.searcher} · "
-            f"{run.search.scheduler} · validation on fold {', '.join(map(str, run.search.folds))} · triderm-dist",
+            "about": f"{trials} over {len(summary.space)} settings · {run.search.searcher} · {run.search.scheduler} · "
+            f"validation on fold {', '.join(map(str, run.search.folds))} · triderm-dist",
             "verdict": verdict(summary),
             "other_seeds": OTHER_SEEDS if summary.repeats else "",
         },
@@ -104,7 +105,8 @@ def _trials(summary: Summary) -> Section:
         for trial in summary.trials
     ]
     table = Table("trials", "All trials, the best first", columns, rows, "trial")
-    return Section("Trials", "search_trials.html", tables=[table])
+    listed = f"{len(rows)} {plural('trial', len(rows))}"
+    return Section("Trials", "search_trials.html", tables=[table], values={"listed": listed})
 
 
 def _repeats(summary: Summary) -> list[Section]:
@@ -117,7 +119,7 @@ def _repeats(summary: Summary) -> list[Section]:
     if len(rows) > 1:
         scores = np.array([row.values for row in rows])
         rows.append(Row("mean", scores.mean(axis=0).tolist(), lead=True))
-        rows.append(Row("standard deviation", scores.std(axis=0, ddof=1).tolist()))
+        rows.append(Row("standard deviation", [*scores[:, :2].std(axis=0, ddof=1).tolist(), None]))
     columns = [Column("best", "best"), Column("experiment", "experiment"), Column("gain", "gain", "+.3f")]
     table = Table("repeats", "Macro F1 (argmax) with other seeds", columns, rows, "training")
     return [Section("Other seeds", tables=[table])]

@@ -1,0 +1,82 @@
+"""Pages from sections: files, escaping, equal bytes, and figures that follow the colors of the page."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from triderm_dist.report.elements import Column, Figure, Row, Section, Table
+from triderm_dist.report.render import write_page
+from triderm_dist.report.style import BLUE, INK
+
+
+def draw(figure: Any) -> None:
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=BLUE)
+    axes.set_title("$a$ & <b>")
+
+
+FIGURE = Figure("line", draw, 'A "line" <rising>', "A line & no more", (3, 2))
+TABLE = Table("t", "T <1>", [Column("x", "x & y")], [Row("<a>", (0.5,), note="&", lead=True)])
+SECTION = Section("One & <two>", tables=[TABLE], figures=[FIGURE], values={"text": "<i>text</i>"})
+
+
+def test_page_and_files(tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", tmp_path / "report", "<title>", [SECTION])
+    html = page.read_text(encoding="utf-8")
+    for text in (
+        "One &amp; &lt;two&gt;",
+        "&lt;i&gt;text",
+        "T &lt;1&gt;",
+        "x &amp; y",
+        "&lt;a&gt;",
+        "A line &amp; no more",
+    ):
+        assert text in html, text
+    assert "<i>text" not in html and 'id="one-two"' in html and 'aria-label="A &#34;line&#34; &lt;rising&gt;"' in html
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"t.csv", "line.svg", "line.png", "contents.csv"}
+    with (tmp_path / "report" / "contents.csv").open(encoding="utf-8") as file:
+        assert {row["file"]: row["caption"] for row in csv.DictReader(file)} == {
+            "line.png": "A line & no more", "line.svg": "A line & no more", "t.csv": "T <1>",
+        }  # fmt: skip
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    write_page(tmp_path / "page.html", tmp_path / "report", "<title>", [SECTION])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_colors_of_a_figure_are_variables_of_the_page_only(tmp_path: Path) -> None:
+    page = write_page(tmp_path / "page.html", tmp_path, "t", [SECTION])
+    figure = re.search(r"<figure.*?</figure>", page.read_text(encoding="utf-8"), flags=re.S)
+    assert figure and "var(--blue)" in figure[0] and "var(--ink)" in figure[0]
+    assert BLUE not in figure[0] and INK not in figure[0]
+    assert BLUE in (tmp_path / "line.svg").read_text() and "var(" not in (tmp_path / "line.svg").read_text()
+    ids, used = re.findall(r' id="([^"]+)"', figure[0]), re.findall(r'(?:href="#|url\(#)([^")]+)', figure[0])
+    assert all(each.startswith(("line-", "figure-line")) for each in ids) and set(used) <= set(ids) and used
+
+
+def test_large_figures_are_embedded_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triderm_dist.report.render.LARGEST_SVG", 10)
+    html = write_page(tmp_path / "page.html", tmp_path, "t", [SECTION]).read_text(encoding="utf-8")
+    assert 'src="data:image/png;base64,' in html and "<svg" not in html
+    assert 'alt="A &#34;line&#34; &lt;rising&gt;"' in html
+
+
+def test_files_of_an_earlier_page_are_removed_and_others_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("x")
+    write_page(tmp_path / "page.html", tmp_path, "t", [SECTION])
+    write_page(tmp_path / "page.html", tmp_path, "t", [Section("Two", values={"text": "nothing"})])
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "contents.csv", "mine.csv"}
+
+
+def test_equal_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the same name"):
+        write_page(tmp_path / "page.html", tmp_path, "t", [SECTION, SECTION])
+
+
+def test_template_of_a_plugin(tmp_path: Path) -> None:
+    (tmp_path / "mine.html").write_text('{% import "macros.html" as ui %}<p>{{ ui.quote(tables.t, "<a>", "x") }}</p>')
+    section = Section("Mine", template=tmp_path / "mine.html", tables=[TABLE])
+    html = write_page(tmp_path / "page.html", tmp_path, "t", [section]).read_text(encoding="utf-8")
+    assert '<span data-cell="t||&lt;a&gt;|x|">0.500</span>' in html
