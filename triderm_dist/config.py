@@ -583,6 +583,13 @@ class PredictConfig(Section):
     batch: int = Field(64, ge=1, description="lesions per forward pass")
 
 
+class ReportConfig(Section):
+    photos: bool = Field(
+        True,
+        description="show photos of the hardest, doubtful and typical lesions; false leaves pictures of patients out",
+    )
+
+
 TRAINING = (
     *("plugins", "output", "seed", "token_seed", "tokens", "rank_timeout", "train", "models", "oof"),
     *("data.shards", "data.test_shards", "data.extra", "data.folds", "data.fold_seed", "data.verify", "data.workers"),
@@ -686,6 +693,7 @@ class Experiment(Extensible):
     stack: StackConfig = StackConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     predict: PredictConfig = PredictConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -1097,6 +1105,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.seeds": 1,
     "models.NAME.settings": {},
     "oof.tta": 1,
+    "report.photos": False,
     "stack.kind": "xgboost",
     "stack.settings": {},
 }

@@ -8,7 +8,7 @@ import pytest
 
 from tests.synthetic_run import CLINIC
 from triderm_dist.models.attention import AttentionMaps
-from triderm_dist.report.attention import draw_attention
+from triderm_dist.report.attention import FULL_COLOR, LONGEST_LABEL, draw_attention, overlay
 from triderm_dist.schema import ConceptColumns, Task, TaskColumns, View
 from triderm_dist.tasks import milk10k_task
 
@@ -60,3 +60,25 @@ def test_two_views_concepts_and_a_missing_photo(tmp_path: Path, monkeypatch: pyt
 def test_without_semantic_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = texts_of(milk10k_task(), {}, tmp_path / "a.png", monkeypatch)
     assert {"close-up photo", "dermoscopy photo"} <= found and not any("gating" in text for text in found)
+
+
+def test_nearly_even_attention_stays_gray() -> None:
+    photo = np.random.default_rng(0).random((32, 32, 3))
+    gray = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
+    even = np.full(64, 1 / 64)
+    picture, top = overlay(photo, even)
+    np.testing.assert_allclose(picture, gray, atol=1e-6)
+    assert top == FULL_COLOR
+    noise = even * np.random.default_rng(1).uniform(0.9, 1.1, 64)
+    assert np.abs(overlay(photo, noise / noise.sum())[0] - gray).max() < 0.05
+    strong = np.full(64, 0.5 / 63)
+    strong[27] = 0.5
+    picture, top = overlay(photo, strong)
+    assert top == pytest.approx(32) and np.abs(picture - gray).max() > 0.3
+
+
+def test_long_labels_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "clinical/" + "_".join(["regression"] * 6)
+    found = texts_of(TWO_VIEWS, {name: 1.0}, tmp_path / "a.png", monkeypatch)
+    label = next(text for text in found if "regression" in text)
+    assert max(map(len, label.split("\n"))) <= LONGEST_LABEL

@@ -19,7 +19,7 @@ from triderm_dist.config import RunReader
 
 
 class ReportRun(RunReader):
-    uses = ("output",)
+    uses = ("output", "report")
 
     learning_curve: bool = Field(
         False, description="first train networks with a frozen tower on parts of the lesions, into RUN/learning_curve"
@@ -39,7 +39,7 @@ def main(config: ReportRun) -> None:
         train_parts(config)
     if config.stack.enabled and not config.plugins:  # they may need its estimators
         import_xgboost_alone()
-    print(write_report(config.folder, config.results))
+    print(write_report(config.folder, config.results, config.report.photos))
     if config.results == config.folder:
         write_card(config)
 

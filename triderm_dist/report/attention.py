@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import numpy as np
 from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.schema import UNLABELED, Task
+
+SHARES = "plasma"
+"""Color map of attention above the even share."""
+LONGEST_LABEL = 34
+"""Characters of a line of a label; longer ones wrap."""
 
 
 def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
@@ -23,9 +29,9 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
     from triderm_dist.report.style import BLUE, GRAY, STYLE
 
     with pyplot.rc_context({**STYLE, "axes.grid": False}):
-        rows = len(maps.semantic)
-        views = len(task.views)
-        height = max(0.6 + 2.4 * views, 0.24 * rows + 1.2)
+        rows, views, labels = len(maps.semantic), len(task.views), _semantic_labels(maps, task)
+        lines = sum(1 + label.count("\n") for label in labels)
+        height = max(0.6 + 2.4 * views, 0.24 * lines + 1.2)
         figure = pyplot.figure(figsize=(11.5, height), layout="constrained")
         figure.suptitle(_title(maps), x=0.01, ha="left", fontsize=11)
         grid = figure.add_gridspec(views, 3 if rows else 2, width_ratios=(1, 1, 1.25) if rows else (1, 1))
@@ -46,17 +52,12 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
                 continue
             aligned = row == 0 and views > 1  # the first view is attended to by the tokens of the second
             overlay_axes.set_title("attention of view alignment" if aligned else "attention of the pooling query")
-            _overlay(overlay_axes, photo, maps.attention[view])
+            _draw_overlay(overlay_axes, photo, maps.attention[view])
         if rows:
             axes = figure.add_subplot(grid[:, 2])
             names = list(maps.semantic)[::-1]
             axes.barh(range(rows), [maps.semantic[name] for name in names], color=BLUE, height=0.7)
-            titles = [_token_title(name, task) for name in names]
-            axes.set_yticks(
-                range(rows),
-                [f"{title} = {maps.values[n]}" if n in maps.values else title
-                 for n, title in zip(names, titles, strict=True)],
-            )  # fmt: skip
+            axes.set_yticks(range(rows), labels, fontsize=9, linespacing=0.95)
             axes.set_xlabel("share of the attention")
             axes.set_title("semantic gating: weights of the inputs")
         with atomic_path(path, PATIENT_DATA) as temporary:
@@ -64,21 +65,42 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
         pyplot.close(figure)
 
 
-def _overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
-    """Draw the attention over the photo in gray: colored above the uniform share, in full color at its maximum."""
+FULL_COLOR = 4.0
+"""Multiple of the even share at which a patch has its full color, at least."""
+
+
+def overlay(photo: np.ndarray, attention: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the photo (S, S, 3) in gray with the attention (L,) over it, and the multiple that has the full color.
+
+    The scale starts at an even share, 1 / L, which is left gray, and ends at `FULL_COLOR` even shares or at the
+    strongest patch: attention that is nearly even stays nearly gray.
+    """
     from matplotlib import colormaps
     from PIL import Image
 
     side = math.isqrt(len(attention))
     share = attention.reshape(side, side) * len(attention)
-    size = photo.shape[0]
-    smooth = np.asarray(Image.fromarray(share.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
-    strength = np.clip((smooth - 1) / max(float(share.max()) - 1, 0.5), 0, 1)
+    height, width = photo.shape[:2]
+    smooth = np.asarray(Image.fromarray(share.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC))
+    top = max(float(share.max()), FULL_COLOR)
+    strength = np.clip((smooth - 1) / (top - 1), 0, 1)
     gray = np.repeat(photo.mean(2, keepdims=True), 3, axis=2)
-    color = colormaps["inferno"](0.25 + 0.7 * strength)[..., :3]
-    alpha = (0.85 * np.sqrt(strength))[..., None]
-    axes.imshow(np.clip(gray * (1 - alpha) + color * alpha, 0, 1))
-    axes.set_xlabel(f"strongest patch: {share.max():.1f} times the uniform share", fontsize=8)
+    alpha = (0.85 * strength)[..., None]
+    return np.clip(gray * (1 - alpha) + colormaps[SHARES](strength)[..., :3] * alpha, 0, 1), top
+
+
+def _draw_overlay(axes: Any, photo: np.ndarray, attention: np.ndarray) -> None:
+    """Draw the overlay with its scale, in multiples of the even share."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    picture, top = overlay(photo, attention)
+    axes.imshow(picture)
+    bar = axes.figure.colorbar(ScalarMappable(Normalize(1, top), SHARES), ax=axes, shrink=0.8, ticks=[1, top])
+    bar.ax.set_yticklabels(["even share", f"{top:.1f} times"], fontsize=8)
+    bar.outline.set_visible(False)
+    strongest = float(attention.max()) * len(attention)
+    axes.set_xlabel(f"strongest patch: {strongest:.1f} times the even share", fontsize=8)
 
 
 def _title(maps: AttentionMaps) -> str:
@@ -87,6 +109,16 @@ def _title(maps: AttentionMaps) -> str:
     truth = "" if maps.label == UNLABELED else f", diagnosed {maps.diagnoses[maps.label]}"
     models = f"mean of {maps.models} models" if maps.models > 1 else "one model"
     return f"{maps.lesion_id}{truth}   predicted {top}   ({models})"
+
+
+def _semantic_labels(maps: AttentionMaps, task: Task) -> list[str]:
+    """Return the title and value of each input of the semantic gating, from the last to the first, in short lines."""
+    labels = []
+    for name in list(maps.semantic)[::-1]:
+        title = _token_title(name, task)
+        text = f"{title} = {maps.values[name]}" if name in maps.values else title
+        labels.append(textwrap.fill(text, LONGEST_LABEL))
+    return labels
 
 
 def _token_title(name: str, task: Task) -> str:

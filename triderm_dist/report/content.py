@@ -63,6 +63,8 @@ PHOTOS, CONCEPTS = "photos of a lesion", "concepts of a lesion"
 """In the place of a field's name: which photos a lesion has, and whether concept scores are missing."""
 
 HARDEST_LESIONS = 20
+TYPICAL_DIAGNOSES = 12
+"""Diagnoses of which the best and the median lesion are shown, at most."""
 MISLABELED_LESIONS = 30
 """Lesions in the list of probable label errors, at most."""
 CONTRIBUTION_LESIONS = 1000
@@ -115,8 +117,9 @@ class Content:
     together.
     """
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, shows_photos: bool = True) -> None:
         self.folder = Path(run_folder)
+        self.shows_photos = shows_photos
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
         self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
@@ -348,11 +351,16 @@ class Content:
         return self._packed("train")
 
     @cached_property
+    def packed_rows(self) -> dict[str, int]:
+        """The row of each lesion in the packed training set, by its id."""
+        return {} if self.packed is None else {str(lesion): row for row, lesion in enumerate(self.packed.lesion_ids)}
+
+    @cached_property
     def photos(self) -> np.ndarray | None:
         """(N, 2) bool, whether a lesion has the photo of each of `VIEWS`; None where the packed set is not at hand."""
         if self.packed is None:
             return None
-        row_of = {lesion: row for row, lesion in enumerate(self.packed.lesion_ids)}
+        row_of = self.packed_rows
         rows = [row_of.get(lesion, -1) for lesion in self.rows.lesion_ids]
         return None if -1 in rows else self.packed.sizes[np.array(rows)] > 0
 
@@ -443,6 +451,21 @@ class Content:
         """
         found, agreed = self.label_errors, np.flatnonzero(self.agreed_errors)[:MISLABELED_LESIONS]
         return [self._doubtful(int(found.suspects[each]), int(found.alternatives[each])) for each in agreed]
+
+    @cached_property
+    def typical(self) -> list[DoubtfulLesion]:
+        """Of each of the `TYPICAL_DIAGNOSES` most frequent diagnoses, the lesion whose label has the largest
+        probability, and the one with the median probability.
+        """
+        of_label, lesions = self._shares[np.arange(len(self.labels)), self.labels], np.bincount(self.labels)
+        result = []
+        for label in np.sort(np.argsort(-lesions, kind="stable")[:TYPICAL_DIAGNOSES]):
+            rows = np.flatnonzero(self.labels == label)
+            if len(rows):
+                ordered = rows[np.argsort(-of_label[rows], kind="stable")]
+                chosen = dict.fromkeys([ordered[0], ordered[len(rows) // 2]])
+                result += [self._doubtful(int(row), int(self._shares[row].argmax())) for row in chosen]
+        return result
 
     @cached_property
     def _shares(self) -> np.ndarray:

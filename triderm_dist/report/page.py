@@ -11,14 +11,14 @@ from triderm_dist.report.render import write_page
 from triderm_dist.report.sections import SECTIONS
 
 
-def write_report(run_folder: Path, output: Path | None = None) -> Path:
+def write_report(run_folder: Path, output: Path | None = None, photos: bool = True) -> Path:
     """Write report.html, and its figures and tables into report/, from the files that triderm stack wrote.
 
-    output: folder for them; None writes into the run. Returns the path of the page. Raises DataError where
-    ensemble.json, ensemble_oof.parquet or oof.parquet is missing.
+    output: folder for them; None writes into the run.  photos: whether the page shows photos of lesions. Returns the
+    path of the page. Raises DataError where ensemble.json, ensemble_oof.parquet or oof.parquet is missing.
     """
     folder = Path(output or run_folder)
-    content = Content(run_folder)
+    content = Content(run_folder, photos)
     return write_page(folder / "report.html", folder / "report", content.name, sections_of(content), PATIENT_DATA)
 
 

@@ -48,6 +48,7 @@ from triderm_dist.report.sections.scores import scores
 from triderm_dist.report.sections.settings import settings
 from triderm_dist.report.sections.slices import slices
 from triderm_dist.report.sections.training_lesions import training_lesions
+from triderm_dist.report.sections.typical import typical
 
 SECTIONS: list[Callable[[Content], Section | None]] = [
     head,
@@ -67,6 +68,7 @@ SECTIONS: list[Callable[[Content], Section | None]] = [
     missing_inputs,
     label_errors,
     hardest,
+    typical,
     ensemble,
     learning_curves,
     training_lesions,

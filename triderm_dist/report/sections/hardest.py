@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from triderm_dist.report.content import Content
 from triderm_dist.report.elements import Section
+from triderm_dist.report.gallery import SHOWN, gallery_of
 from triderm_dist.report.sections.label_errors import doubtful_lesions
 
 
 def hardest(content: Content) -> Section:
     """Return the hardest lesions."""
     table = doubtful_lesions("hardest", "Hardest lesions", content.hardest, len(content.networks), "most probable")
-    return Section("Hardest lesions", "hardest.html", tables=[table])
+    gallery = gallery_of(content, content.hardest[:SHOWN])
+    return Section("Hardest lesions", "hardest.html", tables=[table], values={"gallery": gallery})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from triderm_dist.report.content import Content, DoubtfulLesion
 from triderm_dist.report.elements import Column, Row, Section, Share, Table
+from triderm_dist.report.gallery import SHOWN, gallery_of
 
 SUSPECTS, AGREED, ESTIMATED = "found by the ensemble", "and by every network", "estimated by the joint"
 
@@ -26,7 +27,13 @@ def label_errors(content: Content) -> Section:
             Table("label_error_counts", "Labels that are probably wrong", [Column("lesions", "lesions")], counts),
             doubtful_lesions("label_errors", "Probable label errors", shown, len(content.networks), "alternative"),
         ],
-        values={"listed": len(shown), "suspects": SUSPECTS, "agreed": AGREED, "estimated": ESTIMATED},
+        values={
+            "gallery": gallery_of(content, shown[:SHOWN]),
+            "listed": len(shown),
+            "suspects": SUSPECTS,
+            "agreed": AGREED,
+            "estimated": ESTIMATED,
+        },
     )
 
 
