@@ -15,6 +15,11 @@ The last line is one JSON object. Its worker_mb is the memory per rank above its
 buffers) for the larger of the packed and the simulated index, divided by the worker threads that share it; resume_s is
 of the packed set, first_batch_s of the simulated one. augmented_vs_folder compares what a CPU trains on: crops that
 are augmented and normalized on the same cores, from photos of the same size.
+
+python -m benchmarks.loader latency_ms=2
+
+Only reads lesions in random order from shards of two lesions, with each opening and reading delayed as by a network
+disk, in one thread and in 16. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,14 +30,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.settings import Section
 
+if TYPE_CHECKING:
+    from triderm_dist.data.shards.index import ShardIndex
+    from triderm_dist.data.shards.reader import FolderShards
+
+THREADS, READS = 16, 100
+"""Threads that read with a latency, and lesions that each of them reads."""
 METHODS = Path(__file__).with_name("loader_methods.py")
 RIVALS = Path(__file__).with_name("loader_rivals.py")
 NAMES = {
@@ -59,9 +73,14 @@ class LoaderBenchmark(Section):
     batch: int = Field(32, ge=1, description="lesions per batch")
     workers: int = Field(2, ge=1, description="worker threads or processes")
     simulated: int = Field(1_000_000, ge=1, description="lesions of the simulated large index")
+    latency_ms: float | None = Field(
+        None, gt=0, description="measure reading from a disk with this latency instead; null: measure loading"
+    )
 
 
 def main(config: LoaderBenchmark) -> None:
+    if config.latency_ms:
+        return read_with_latency(config, config.latency_ms / 1000)
     with tempfile.TemporaryDirectory() as folder:
         folders = prepare(config, Path(folder))
         rates: dict[str, list[float]] = {method: [] for method in config.methods if method in folders}
@@ -71,6 +90,50 @@ def main(config: LoaderBenchmark) -> None:
                 print(f"round {number + 1}: {NAMES[method]:<55}{rates[method][-1]:>8.0f} photos/s", flush=True)
         starts = {size: run_ours("start", folders[size], config) for size in ("packed", "simulated")}
     report(config, rates, starts)
+
+
+def read_with_latency(config: LoaderBenchmark, seconds: float) -> None:
+    """Compare one thread with 16 on shards whose files take `seconds` to open and to read from."""
+    from triderm_dist.data.readers.milk10k import read_challenge
+    from triderm_dist.data.shards.pack import pack_shards
+    from triderm_dist.data.shards.reader import FolderShards
+
+    class DelayedShards(FolderShards):
+        def read(self, shard: int, offset: int, size: int) -> bytes:
+            time.sleep(seconds)
+            return super().read(shard, offset, size)
+
+        def _open_file(self, shard: int) -> IO[bytes]:
+            time.sleep(seconds)
+            return super()._open_file(shard)
+
+    rates: dict[int, list[float]] = {1: [], THREADS: []}
+    with tempfile.TemporaryDirectory() as folder:
+        index = pack_shards(read_challenge(config.source), Path(folder) / "shards", short_side=32, shard_samples=2)
+        order = np.random.default_rng(0).permutation(len(index))
+        for _ in range(config.rounds):
+            for threads, measured in rates.items():
+                measured.append(read_rate(DelayedShards(index), index, order[: READS * threads], threads))
+    medians = {threads: statistics.median(measured) for threads, measured in rates.items()}
+    print(f"{len(index.shards)} shards, {seconds * 1000:g} ms for each opening and each reading")
+    for threads, median in medians.items():
+        print(f"{threads:>3} threads{median:>8.0f} lesions/s")
+    print(json.dumps({f"threads_{THREADS}_vs_1": round(medians[THREADS] / medians[1], 2)}))
+
+
+def read_rate(shards: FolderShards, index: ShardIndex, rows: np.ndarray, threads: int) -> float:
+    """Return the lesions (rows of the index) per second that threads read from shards that are not open yet."""
+    starts, ends = index.offsets.min(axis=1), (index.offsets + index.sizes).max(axis=1)
+
+    def read(row: int) -> None:
+        shards.read(int(index.shard[row]), int(starts[row]), int(ends[row] - starts[row]))
+
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        list(pool.map(read, rows))
+        seconds = time.perf_counter() - started
+    shards.close()
+    return len(rows) / seconds
 
 
 def prepare(config: LoaderBenchmark, folder: Path) -> dict[str, Path]:

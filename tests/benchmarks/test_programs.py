@@ -113,3 +113,9 @@ def program(*command: str) -> str:
 def test_benchmark_runs(name, inputs, tmp_path):
     last = program(f"benchmarks.{name}", *arguments(name, inputs, tmp_path)).splitlines()[-1]
     assert isinstance(json.loads(last), dict)
+
+
+@pytest.mark.slow
+def test_reading_with_latency(inputs):
+    output = program("benchmarks.loader", f"source={inputs.source.folder}", "latency_ms=0.5", "rounds=1")
+    assert json.loads(output.splitlines()[-1])["threads_16_vs_1"] > 0

@@ -19,13 +19,17 @@ from triderm_dist.schema import ConfigError, DataError
 
 
 class FolderShards:
-    """Shards of a local folder, opened at the first read; those opened last are kept open."""
+    """Shards of a local folder, opened at the first read; those opened last are kept open.
 
-    MAX_OPEN = 256
+    Threads open files at the same time, since each open waits for the server of a network disk.
+    """
+
+    MAX_OPEN = 4096
     """Fewer where the process may have few files open (`ulimit -n`), of which this set takes a quarter."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index, self._files, self._lock = index, dict[int, IO[bytes]](), threading.Lock()
+        raise_open_files_limit()
         self._most = max(1, min(self.MAX_OPEN, open_files_limit() // 4 - 10))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -39,12 +43,14 @@ class FolderShards:
             ) from None
 
     def _open(self, shard: int) -> IO[bytes]:
+        file = self._open_file(shard)
         with self._lock:
-            if shard not in self._files:
-                while len(self._files) >= self._most:
-                    del self._files[next(iter(self._files))]  # closed when its last reader drops it
-                self._files[shard] = self._index.path(shard).open("rb", buffering=0)
-            return self._files[shard]
+            while shard not in self._files and len(self._files) >= self._most:
+                del self._files[next(iter(self._files))]  # closed when its last reader drops it
+            return self._files.setdefault(shard, file)  # another thread's, where that was faster
+
+    def _open_file(self, shard: int) -> IO[bytes]:
+        return self._index.path(shard).open("rb", buffering=0)
 
     @contextlib.contextmanager
     def read_ahead(self, order: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
