@@ -455,6 +455,18 @@ EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 """Settings of `train` that change how a step is computed; a training may resume with other values."""
 
 
+class ExtraTowerConfig(Section):
+    init: PathText = Field(
+        description="trained network whose tower is taken, as `models.NAME.init` names it: RUN, RUN/MODEL or "
+        "RUN/MODEL/fold-K"
+    )
+    logits: bool = Field(
+        False,
+        description="also what the auxiliary heads of that network say of the photo: the log-probabilities of its "
+        "diagnoses; for a network that reads mean tokens, such as dual_cnn and mlp",
+    )
+
+
 class ModelConfig(Section):
     kind: str = Field("trimodal", description="network: trimodal, dual_cnn, mlp, or one that a plugin adds")
     settings: dict[str, Any] = Field(
@@ -472,6 +484,11 @@ class ModelConfig(Section):
         None,
         description="start from the weights of another run: RUN, RUN/MODEL, RUN/MODEL/fold-K or RUN/MODEL/refit, where "
         "RUN is a folder, a zip file or hf-hub:USER/NAME; what does not fit begins anew",
+    )
+    extra_towers: tuple[ExtraTowerConfig, ...] = Field(
+        (),
+        description="frozen towers of other runs beside `tower`, for networks that read mean tokens (mlp, dual_cnn): "
+        "they get the mean tokens of all side by side, mlp with principal components of each",
     )
     width: int = Field(768, ge=8, description="fusion width D")
     heads: int = Field(8, ge=1, description="attention heads of the fusion")
@@ -499,6 +516,8 @@ class ModelConfig(Section):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.tower.cache_frozen_blocks and not self.tower.frozen and self.train.augment.cutmix:
             raise ValueError("cutmix mixes pixels, and with tower.cache_frozen_blocks there are none; use mixup")
+        if self.extra_towers and not self.tower.frozen:
+            raise ValueError("extra_towers stand beside a frozen tower; set tower.frozen")
         if self.head == "sigmoid" and self.train.loss.logit_adjustment:
             raise ValueError("logit_adjustment works with head=softmax only")
         if self.head == "softmax" and self.train.loss.alpha is not None:
@@ -1101,6 +1120,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.swa_epochs": 0,
     "models.NAME.train.tracker_settings": {},
     "models.NAME.train.validate_every": 1,
+    "models.NAME.extra_towers": [],
     "models.NAME.init": None,
     "models.NAME.seeds": 1,
     "models.NAME.settings": {},

@@ -35,7 +35,7 @@ def tokens(size: int = 4) -> list[Tensor]:
 
 def test_components_are_those_of_the_values_with_a_mean_variance_of_one() -> None:
     values = torch.randn(200, 6) * torch.tensor([5.0, 4.0, 3.0, 0.1, 0.1, 0.1]) + 7
-    layer = MeanComponents(6, 3, used=True)
+    layer = MeanComponents([6], 3, used=True)
     layer.fit(values)
     components = layer(values[:, None], torch.ones(200, dtype=torch.bool))
     covariance = torch.cov(components.T)

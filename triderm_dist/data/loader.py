@@ -41,7 +41,7 @@ from triderm_dist.data.plan import EpochPlan, PlannedBatch, RankBatches, Samples
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.data.threads import Decoders
-from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.data.token_cache import JoinedCache, TokenCache
 from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import VIEWS, Batch, DataError
 
@@ -318,7 +318,11 @@ class TokenSource:
     """
 
     def __init__(
-        self, cache: TokenCache, variants: Sequence[str], transforms: Sequence[str], views: Sequence[str] = VIEWS
+        self,
+        cache: TokenCache | JoinedCache,
+        variants: Sequence[str],
+        transforms: Sequence[str],
+        views: Sequence[str] = VIEWS,
     ) -> None:
         self.cache, self.variants, self.transforms, self.views = cache, variants, transforms, views
 

@@ -103,6 +103,23 @@ class TokenCache:
         return self.folder / version / f"{chunk:06d}.npy"
 
 
+class JoinedCache:
+    """Several caches of one token a photo, read side by side as one token in float32."""
+
+    def __init__(self, caches: Sequence[TokenCache]) -> None:
+        self.caches = tuple(caches)
+        self.shape = (1, sum(cache.shape[1] for cache in caches))
+        self.dtype = np.dtype(np.float32)
+
+    def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
+        """Fill `out` (n, 1, D) as `TokenCache.read` does."""
+        start = 0
+        for cache in self.caches:
+            end = start + cache.shape[1]
+            cache.read(rows, view, versions, out[:, :, start:end])
+            start = end
+
+
 def _open_checked(path: Path, compare: bool) -> np.ndarray:
     """Map a chunk into memory. Raises DataError for a damaged one; compare: also its content with its checksum.
 

@@ -107,13 +107,13 @@ def estimate_disk(
         checkpoints = max(checkpoints, (last + 1) * checkpoint - kept)
         tables += (train_lesions + test_lesions) * row
         if model.tower.cached:
-            key = model.tower.model_dump_json()
-            towers[key] = sizes.tower
+            key, number = f"{model.tower.model_dump_json()} {model.extra_towers}", 1 + len(model.extra_towers)
+            towers[key] = sizes.tower * number
             key += f" {network_class(model.kind).reads_mean_tokens}"
             cached = train_lesions * (train.augment.token_variants + experiment.oof.tta)
             if model.tower.frozen:  # for frozen blocks only what is trained on is cached
                 cached += test_lesions * experiment.predict.transforms
-            tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * cached)
+            tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * cached * number)
     in_run = experiment.tokens is None
     return DiskEstimate(
         folds, tables, sum(tokens.values()) if in_run else 0, sum(towers.values()),

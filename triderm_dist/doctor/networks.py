@@ -123,19 +123,25 @@ def _tower(name: str, model: ModelConfig) -> Finding:
 
 
 def _init(name: str, model: ModelConfig) -> list[Finding]:
-    """Name the networks that a training may begin with; nothing without `init`."""
-    title = f"{name}: init"
-    if model.init is None:
-        return []
-    if imported("torch") is None:
-        return [Finding(title, f"{model.init}; not checked without torch")]
-    from triderm_dist.engine.warm_start import find_networks
+    """Name the networks that a training may begin with, and those of the extra towers; nothing without either."""
+    settings = {f"extra_towers.{number}": each.init for number, each in enumerate(model.extra_towers)}
+    if model.init:
+        settings = {"init": model.init, **settings}
+    if settings and imported("torch") is None:
+        return [Finding(f"{name}: {key}", f"{init}; not checked without torch") for key, init in settings.items()]
+    findings = []
+    for key, init in settings.items():
+        from triderm_dist.engine.warm_start import find_networks
 
-    try:
-        networks = find_networks(model.init, name)
-    except InputError as error:
-        return [Finding(title, str(error), "error", f"train that run first, or remove models.{name}.init")]
-    return [Finding(title, f"{networks[0].run}: {', '.join(each.name for each in networks)}")]
+        title = f"{name}: {key}"
+        try:
+            networks = find_networks(init, name, key)
+        except InputError as error:
+            advice = f"train that run first, or remove models.{name}.{key}"
+            findings.append(Finding(title, str(error), "error", advice))
+        else:
+            findings.append(Finding(title, f"{networks[0].run}: {', '.join(each.name for each in networks)}"))
+    return findings
 
 
 def _hub_problem() -> str | None:

@@ -23,6 +23,7 @@ from triderm_dist.engine import cpu_precision
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
 from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate_hidden
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
+from triderm_dist.engine.extra_towers import open_extra_towers
 from triderm_dist.engine.fold import (
     as_predictions,
     assigned_folds,
@@ -120,10 +121,11 @@ def run_trainings(
             if extra is None:
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
             start = open_warm_start(experiment, name, index, accelerator, stop.check)
+            beside = open_extra_towers(experiment, name, index, accelerator, stop.check)
             views = open_views(
                 experiment, model, index, accelerator,
                 train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
-                record=True, start=start,
+                record=True, start=start, beside=beside,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended
@@ -342,6 +344,7 @@ class FoldRun:
             changes=outcome.changes,
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
             **({"init": outcome.init} if outcome.init else {}),
+            **({"extra_towers": list(self.views.beside)} if self.views.beside else {}),
             **self.about,
         )
 

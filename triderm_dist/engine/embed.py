@@ -9,6 +9,7 @@ import numpy as np
 from triderm_dist.config import Experiment
 from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.engine.fold import check_task, model_config
@@ -24,12 +25,12 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     """
     check_task(experiment, index)
     model = model_config(experiment, name)
-    frozen = model.model_copy(update={"tower": model.tower.model_copy(update={"frozen": True})})
+    frozen = model.model_copy(update={"extra_towers": (), "tower": model.tower.model_copy(update={"frozen": True})})
     accelerator = parallel.start_inference(model.train.precision, experiment.rank_timeout)
     recorded = on_main(partial(find_tower, experiment.folder / FOLDER, model.tower, True))
     views = open_views(experiment, frozen, index, accelerator, train=False, recorded=recorded, record=True)
     source = views.loaders.source
-    assert isinstance(source, TokenSource)
+    assert isinstance(source, TokenSource) and isinstance(source.cache, TokenCache)
     cache, num_views = source.cache, len(source.views)
     result = np.empty((len(index), num_views, cache.shape[1]), np.float32)
     for chunk in cache.chunks:

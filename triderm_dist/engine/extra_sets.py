@@ -15,6 +15,7 @@ from triderm_dist.data.shards.open import is_packed, open_index
 from triderm_dist.data.union import ExtraSet, match_extra_set
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.distributed.parallel import start_training
+from triderm_dist.engine.extra_towers import open_extra_towers
 from triderm_dist.engine.init_overlap import open_warm_start
 from triderm_dist.engine.thumbnails import compute_thumbnails
 from triderm_dist.engine.views import open_views
@@ -88,8 +89,9 @@ def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> 
         if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
             start = open_warm_start(experiment, name, index, accelerator)
+            beside = open_extra_towers(experiment, name, index, accelerator)
             open_views(
-                experiment, model, index, accelerator, train=True, extra=extra, record=True, start=start
+                experiment, model, index, accelerator, train=True, extra=extra, record=True, start=start, beside=beside
             )  # computes what the cache lacks
 
 

@@ -21,7 +21,7 @@ from triderm_dist.engine.evaluate import Evaluation
 from triderm_dist.engine.fold_folder import is_finished
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.views import Views
-from triderm_dist.engine.warm_start import init_identity
+from triderm_dist.engine.warm_start import extra_identity, init_identity
 from triderm_dist.environment import read_environment
 from triderm_dist.models import build_network, build_towers, check_network
 from triderm_dist.models.network import Network
@@ -189,7 +189,8 @@ def result_hash(
     fold: its number; text where nothing is held out, that says what else the result depends on.
     """
     model = stable_dump(experiment.models[name], "models.NAME")
-    model.pop("init", None)  # the weights count, not where they lie
+    for key in ("init", "extra_towers"):  # the weights count, not where they lie
+        model.pop(key, None)
     model.pop("seeds", None)
     for key in (*COSMETIC, *exclude):
         section, _, key = key.rpartition(".")
@@ -201,6 +202,8 @@ def result_hash(
     folder = experiment.fold_folder(name, fold) if isinstance(fold, int) else experiment.refit_folder(name)
     if networks := init_identity(experiment, name, folder):
         content.append(["init", networks])
+    if towers := extra_identity(experiment, name, folder):
+        content.append(["extra_towers", towers])
     if extra := experiment.data.extra_sets.values():
         sets = [set_fingerprint(each.shards, experiment.data.remote) for each in extra]
         content.append([[one, each.map, each.weight, each.overlap] for one, each in zip(sets, extra, strict=True)])

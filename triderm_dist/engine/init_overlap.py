@@ -35,8 +35,9 @@ MAX_NAMED = 5
 class WarmStart:
     """The networks of another run that the trainings of a model may begin with.
 
-    init: the setting.  networks: in the order in which they are tried.  seen: of the training set and of the test set,
-    if that is packed, which lesions each network was trained on, (networks, N) bool.  lesion_ids: theirs, (N,) text.
+    init: the setting, with its name.  networks: in the order in which they are tried.  seen: of the training set and of
+    the test set, if that is packed, which lesions each network was trained on, (networks, N) bool.  lesion_ids: theirs,
+    (N,) text.
     """
 
     init: str
@@ -61,7 +62,7 @@ class WarmStart:
         more = f" and {len(shared) - MAX_NAMED:,} more" if len(shared) > MAX_NAMED else ""
         which = self.networks[0].name if len(self.networks) == 1 else f"each of its {len(self.networks)} networks"
         raise DataError(
-            f"init: {self.init}: {which} was trained on lesions that this training is to predict, so that their scores "
+            f"{self.init}: {which} was trained on lesions that this training is to predict, so that their scores "
             f"would be too good: {', '.join(shared[:MAX_NAMED])}{more}; name a run of other lesions, or RUN/MODEL of "
             "one with the same folds"
         )
@@ -74,16 +75,27 @@ def open_warm_start(
     accelerator: Accelerator,
     after_file: Callable[[], None] = lambda: None,
 ) -> WarmStart | None:
-    """Find the networks that `models.NAME.init` names, and compare the lesions that they were trained on with the
-    training set and with the test set, if it is packed. Returns None without the setting.
-
-    Call on all ranks. after_file: called on all ranks after every file of thumbnails, and may raise. Raises ConfigError
-    where the run is not found.
-    """
+    """Open what `models.NAME.init` names, see `open_start`; None without the setting."""
     init = experiment.models[name].init
-    if init is None:
-        return None
-    networks = find_networks(init, name)
+    return None if init is None else open_start(experiment, name, init, "init", index, accelerator, after_file)
+
+
+def open_start(
+    experiment: Experiment,
+    name: str,
+    init: str,
+    setting: str,
+    index: ShardIndex,
+    accelerator: Accelerator,
+    after_file: Callable[[], None] = lambda: None,
+) -> WarmStart:
+    """Find the networks that `init` names, and compare the lesions that they were trained on with the training set and
+    with the test set, if it is packed.
+
+    Call on all ranks. setting: of model NAME, whose value `init` is.  after_file: called on all ranks after every file
+    of thumbnails, and may raise. Raises ConfigError where the run is not found.
+    """
+    networks = find_networks(init, name, setting)
     sets, notes = _training_sets(experiment, networks[0])
     for its in (each.index for each in sets if each.index is not None):
         if its.group_salt != index.group_salt and its.has_groups and index.has_groups:
@@ -92,7 +104,7 @@ def open_warm_start(
                 f"in common are not found; pack it with salt={index.folder}"
             )
     for note in notes:
-        accelerator.print(wrapped(f"note: models.{name}.init: {note}"), flush=True)
+        accelerator.print(wrapped(f"note: models.{name}.{setting}: {note}"), flush=True)
     own = [index]
     if is_packed(experiment.test_shards):
         own.append(open_index(experiment.test_shards, experiment.data.remote))
@@ -109,7 +121,7 @@ def open_warm_start(
                     found[number, own_row] |= trained[row]
         ids.append(names[0])
         seen.append(found)
-    return WarmStart(init, tuple(networks), tuple(seen), tuple(ids))
+    return WarmStart(f"{setting}: {init}", tuple(networks), tuple(seen), tuple(ids))
 
 
 @dataclass(frozen=True)

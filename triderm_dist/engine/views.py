@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +22,17 @@ from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.loader import JointSource, LoaderFactory, PhotoSource, Step, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
-from triderm_dist.data.token_cache import TokenCache, cache_key
+from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
+from triderm_dist.engine.extra_towers import ExtraTower, join_towers
 from triderm_dist.engine.init_overlap import WarmStart
 from triderm_dist.engine.trained_network import TrainedNetwork
 from triderm_dist.engine.warm_start import fill_network, fill_tower
 from triderm_dist.files import remove_dead_parts
 from triderm_dist.models import build_network, build_towers, network_class
 from triderm_dist.models.cpu_tower import MIN_PHOTOS, CpuTower, Encoder
+from triderm_dist.models.joined_tower import JoinedTower, ViewLogits
 from triderm_dist.models.network import SHARED
 from triderm_dist.models.tower_record import FOLDER, TowerRecord, find_tower, load_tower, save_tower
 from triderm_dist.models.towers import TokenShape, Tower, frozen_hash, tower_hash
@@ -52,7 +55,7 @@ class Views:
     where the network holds the towers.  frozen: where the loaders give what the frozen blocks of these towers return,
     the weights of these blocks, by the key of the tower in the network; empty where they give photos.
     training: the loaders for training, of the union with the extra sets where there are any.  extra_rows: the rows (n,)
-    of that union that join from extra sets.  extra: those sets.
+    of that union that join from extra sets.  extra: those sets.  beside: what fold.json records of the extra towers.
     """
 
     loaders: LoaderFactory[ShardIndex]
@@ -62,6 +65,7 @@ class Views:
     extra_rows: np.ndarray
     extra: tuple[ExtraSet, ...] = ()
     frozen: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    beside: Sequence[dict[str, Any]] = ()
 
 
 def open_views(
@@ -77,6 +81,7 @@ def open_views(
     recorded: TowerRecord | None = None,
     record: bool = False,
     start: WarmStart | None = None,
+    beside: Sequence[ExtraTower] = (),
 ) -> Views:
     """Open photos for towers that train, or what a frozen tower or, with `tower.cache_frozen_blocks`, the frozen blocks
     return, computing what the cache lacks.
@@ -84,16 +89,22 @@ def open_views(
     Call on all ranks. train: also open the augmented versions; frozen blocks are cached for training only. transforms:
     how many transforms of the dihedral group prediction uses. after_chunk: called on all ranks after every chunk that
     is computed, and may raise. extra: sets whose lesions join training. recorded, start: the tower, see `open_tower`.
-    record: write it to OUTPUT/towers.
+    record: write it to OUTPUT/towers. beside: the towers beside one that is not recorded.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
     for note in index.notes():
         accelerator.print(wrapped(f"note: {note}"), flush=True)
-    first = start.choose(np.flatnonzero(index.labels != UNLABELED)) if start and model.tower.cached else None
+    labeled = np.flatnonzero(index.labels != UNLABELED)
+    first = start.choose(labeled) if start and model.tower.cached else None
     about, tower = open_tower(experiment, model, recorded, pretrained=train, start=first)
+    described: list[dict[str, Any]] = []
+    if tower and beside and not recorded:
+        about, tower, described = join_towers(model, about, tower, beside, labeled)
     means = tower is not None and network_class(model.kind).reads_mean_tokens
-    shape = None if tower is None else TokenShape(1, about.width) if means else about.token_shape
+    shape = about.token_shape if tower else None
+    if shape and means and not about.is_joined:
+        shape = TokenShape(1, about.width)
     frozen = _frozen_blocks(experiment, model, index, first) if train and model.tower.cached and not tower else {}
     if (packed := min(index.canvas)) < about.image_size:
         enlarged = f"tower.image_size {about.image_size} is more than the short side of the packed photos, {packed}"
@@ -104,8 +115,10 @@ def open_views(
         on_main(partial(save_tower, experiment.folder / FOLDER, about, tower))
 
     cached = [_Cached.blocks(each, views) for each, views in frozen.values()]
-    if tower:
-        cached = [_Cached(tower, about.token_shape, {"tower": about.weights}, None, "tokens of the frozen tower")]
+    if isinstance(tower, JoinedTower):
+        cached = [_Cached.tower(part.tower, part.weights) for part in tower.parts]
+    elif tower:
+        cached = [_Cached.tower(tower, about.weights)]
     sets = [index, *(each.index for each in extra)]
 
     @functools.cache  # once, also for several sets
@@ -132,7 +145,7 @@ def open_views(
         if cache.missing(versions):
             announce()
         extractor = TokenExtractor(part.module, loaders, augment, seed, accelerator, photos.views, part.what)
-        if means and cache.missing(versions) and _needs_whole_tokens(experiment, model):
+        if means and cache.missing(versions) and not about.is_joined and _needs_whole_tokens(experiment, model):
             extractor.fill(whole, versions, model.train.compile, after_chunk)
         extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
@@ -144,18 +157,20 @@ def open_views(
             return open_photos(each, index.signature.views)
         sources = [open_cache(each, part, transforms) for part in cached]
         source = sources[0] if len(sources) == 1 else JointSource(sources)
+        if isinstance(tower, JoinedTower):
+            source = _join(tower, sources, accelerator)
         return LoaderFactory(each, source, data.workers, data.prefetch)
 
     loaders = open_set(index, transforms)
     weights = {key: each.frozen_modules().state_dict() for key, (each, _) in frozen.items()}
     if not extra:
-        return Views(loaders, about, shape, loaders, np.empty(0, np.int64), frozen=weights)
+        return Views(loaders, about, shape, loaders, np.empty(0, np.int64), frozen=weights, beside=described)
     union, views = LesionUnion(index, extra), index.signature.views
     read = [view for _, own in frozen.values() for view in own] or views
     source = UnionSource(union, [loaders.source, *(open_set(each, 1).source for each in sets[1:])], read)
     training = LoaderFactory(union, source, data.workers, data.prefetch)
     rows = union.extra_rows([view for view in views if view in model.use])
-    return Views(loaders, about, shape, training, rows, union.extra, weights)
+    return Views(loaders, about, shape, training, rows, union.extra, weights, described)
 
 
 @dataclass(frozen=True)
@@ -173,11 +188,51 @@ class _Cached:
     what: str
 
     @classmethod
+    def tower(cls, tower: Tower, weights: str | None) -> _Cached:
+        """Return the tokens of a frozen tower. weights: its `tower_hash`."""
+        return cls(tower, tower.token_shape, {"tower": weights}, None, "tokens of the frozen tower")
+
+    @classmethod
     def blocks(cls, tower: Tower, views: Sequence[str]) -> _Cached:
         """Return the frozen blocks of a tower after `Tower.skip_frozen`."""
         identity = {"frozen_blocks": frozen_hash(tower), "views": [*views]}
         what = f"frozen blocks, {' and '.join(views)}"
         return cls(tower.frozen_modules(), tower.input_shape, identity, views, what)
+
+
+def _join(tower: JoinedTower, sources: Sequence[TokenSource], accelerator: Accelerator) -> TokenSource:
+    """Return the mean tokens of the parts of a joined tower side by side, with the log-probabilities of those that have
+    some. sources: the mean tokens of each part.
+    """
+    caches: list[TokenCache] = []
+    variants, transforms = sources[0].variants, sources[0].transforms
+    for part, source in zip(tower.parts, sources, strict=True):
+        assert isinstance(source.cache, TokenCache)
+        caches.append(source.cache)
+        if part.logits:
+            versions = list(dict.fromkeys([*variants, *transforms]))
+            caches.append(_fill_logits(source.cache, part.logits, part.logits_hash, versions, accelerator))
+    return TokenSource(JoinedCache(caches), variants, transforms, sources[0].views)
+
+
+@torch.inference_mode()
+def _fill_logits(
+    means: TokenCache, logits: ViewLogits, weights: str, versions: Sequence[str], accelerator: Accelerator
+) -> TokenCache:
+    """Compute the missing log-probabilities from cached mean tokens, and return their cache. Call on all ranks.
+
+    weights: the hash of `logits`.
+    """
+    folder = means.folder.with_name(f"{means.folder.name}-{weights[:16]}")
+    cache = TokenCache(folder, means.lesions, (1, logits.width), np.float32)
+    missing = cache.missing(versions)
+    accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
+    for version, chunk in missing[accelerator.process_index :: accelerator.num_processes]:
+        tokens = torch.from_numpy(np.array(means.read_chunk(version, chunk)))  # (n, views, 1, D)
+        values = logits(tokens.flatten(0, 1)).numpy()
+        cache.write(version, chunk, values.reshape(*tokens.shape[:2], 1, logits.width))
+    accelerator.wait_for_everyone()
+    return cache
 
 
 def mean_tokens(views: Views, rows: np.ndarray) -> dict[str, torch.Tensor]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ from triderm_dist.schema import CheckpointError, ConfigError
 Weights = dict[str, Tensor]
 
 
-def find_networks(init: str, model: str) -> list[TrainedNetwork]:
+def find_networks(init: str, model: str, setting: str = "init") -> list[TrainedNetwork]:
     """Return the networks that `models.NAME.init` names: one, or a model's refit if it has one, or all its folds.
 
-    model: the one to take where `init` names a run of several. Raises ConfigError where there is none, or it is not
-    clear which.
+    model: the one to take where `init` names a run of several.  setting: of that model, for messages. Raises
+    ConfigError where there is none, or it is not clear which.
     """
     path = _path(init)
-    key = f"models.{model}.init: {init}"
+    key = f"models.{model}.{setting}: {init}"
     if path.name == "weights.safetensors":
         path = path.parent
     if path.name == REFIT and not path.exists():
@@ -81,14 +82,33 @@ def init_identity(experiment: Experiment, name: str, folder: Path) -> list[str]:
     folder: that of the training. Where the other run is gone, they are those that a finished training recorded there.
     """
     init = experiment.models[name].init
-    if init is None:
-        return []
+    return [] if init is None else _identity(init, name, "init", folder, lambda info: info["init"])
+
+
+def extra_identity(experiment: Experiment, name: str, folder: Path) -> list[tuple[bool, list[str]]]:
+    """Return (`logits`, the hashes that `init_identity` returns) of each of a model's extra towers."""
+    result = []
+    for number, each in enumerate(experiment.models[name].extra_towers):
+        part = partial(_recorded_extra, number)
+        result.append((each.logits, _identity(each.init, name, f"extra_towers.{number}", folder, part)))
+    return result
+
+
+def _recorded_extra(number: int, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    recorded: Mapping[str, Any] = info["extra_towers"][number]
+    return recorded
+
+
+def _identity(
+    init: str, name: str, setting: str, folder: Path, part: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> list[str]:
+    """See `init_identity`. part: returns what a fold.json records of the setting."""
     try:
-        return [network.weights for network in find_networks(init, name)]
+        return [network.weights for network in find_networks(init, name, setting)]
     except (ConfigError, CheckpointError):
         try:
-            recorded: list[str] = read_info(folder / "fold")["init"]["networks"]
-        except (CheckpointError, KeyError):
+            recorded: list[str] = part(read_info(folder / "fold"))["networks"]
+        except (CheckpointError, KeyError, IndexError):
             recorded = []
         if not recorded:
             raise
@@ -147,7 +167,7 @@ def fill_network(network: Network, config: ModelConfig, source: TrainedNetwork) 
     used: set[str] = set()
     towers = tower_weights(source, weights) if network.towers else {}
     for key, tower in network.towers.items():
-        fitting = _fitting_tower(tower, key, towers)
+        fitting = fitting_tower(tower, key, towers)
         if fitting:
             taken |= {f"towers.{key}.{name}": tensor for name, tensor in towers[fitting].items()}
             used |= {name for name in weights if name.startswith(f"towers.{fitting}.")}
@@ -175,7 +195,7 @@ def fill_tower(tower: Tower, source: TrainedNetwork) -> None:
     Raises CheckpointError where none fits completely.
     """
     towers = tower_weights(source, read_weights(source.folder / "weights"))
-    key = _fitting_tower(tower, SHARED, towers)
+    key = fitting_tower(tower, SHARED, towers)
     if key is None:
         known = source.tower
         its = f", {known.source}, with image_size {known.image_size}" if known else ""
@@ -204,7 +224,7 @@ def _read(folder: Path) -> TrainedNetwork:
     return TrainedNetwork(folder, read_info(folder / "fold"))
 
 
-def _fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:
+def fitting_tower(tower: nn.Module, key: str, towers: Mapping[str, Weights]) -> str | None:
     """Return which of the other network's towers fills this one: that of its view, or the shared one, or any."""
     shapes = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     order = [key, SHARED, "dermoscopic", "clinical"]

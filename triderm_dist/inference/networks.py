@@ -55,7 +55,7 @@ class Preprocessing(NamedTuple):
 class FrozenTower(nn.Module):
     """Tokens of a frozen tower as training reads them from the token cache: pixels (B, 3, H, W) to (B, L, width).
 
-    They pass float16, and on a GPU the tower computes in bf16, as when the cache was filled.
+    They pass float16 (`Tower.as_cached`), and on a GPU the tower computes in bf16, as when the cache was filled.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -69,12 +69,12 @@ class FrozenTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self._on_cpu:
-            return self._on_cpu(pixels).half().float()
+            return self.tower.as_cached(self._on_cpu(pixels))
         on_gpu = pixels.device.type == "cuda"
         # A disabled autocast would do as well, but `torch.export` cannot save one around a frozen tower.
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
             tokens = self.tower(pixels)
-        return tokens.half().float()
+        return self.tower.as_cached(tokens)
 
 
 @dataclass(frozen=True)

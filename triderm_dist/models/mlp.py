@@ -1,8 +1,8 @@
-"""A small MLP on what is known of a lesion as one vector: mean tokens of a frozen tower, concepts and metadata.
+"""A small MLP on what is known of a lesion as one vector: mean tokens of frozen towers, concepts and metadata.
 
-The mean token of each view is projected on its principal components, and concepts and metadata are standardized. Both
-are computed once before training, over the training lesions of the fold (`Mlp.fit_inputs`), and kept with the weights.
-It trains in seconds, since photos are read as their mean tokens.
+The mean token of each view is projected on its principal components, with several towers those of each, and concepts
+and metadata are standardized. Both are computed once before training, over the training lesions of the fold
+(`Mlp.fit_inputs`), and kept with the weights. It trains in seconds, since photos are read as their mean tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.dual_cnn import TabularFeatures
 from triderm_dist.models.network import Head, Network
-from triderm_dist.models.towers import TokenShape, Tower
+from triderm_dist.models.towers import JoinedShape, TokenShape, Tower
 from triderm_dist.schema import ConfigError, Outputs, Signature
 from triderm_dist.settings import Section
 
@@ -26,7 +26,7 @@ MIN_DEVIATION = 0.1
 
 
 class MlpSettings(Section):
-    components: int = Field(96, ge=1, description="principal components of each view's mean token")
+    components: int = Field(96, ge=1, description="principal components of each view's mean token, by each tower")
 
 
 class Mlp(Network):
@@ -46,13 +46,15 @@ class Mlp(Network):
         if self.holds_towers and not config.tower.frozen:
             raise ConfigError("models.NAME.kind mlp takes the tokens of a frozen tower; set models.NAME.tower.frozen")
         width, dropout, classes = config.width, config.dropout, len(signature.diagnoses)
-        components = min(self.settings.components, self.token_shape.width)
+        shape = self.token_shape
+        widths = shape.parts if isinstance(shape, JoinedShape) else (shape.width,)
         self.views = nn.ModuleDict(
             {
-                view: MeanComponents(self.token_shape.width, components, view in self.used_views)
+                view: MeanComponents(widths, self.settings.components, view in self.used_views)
                 for view in signature.views
             }
         )
+        components = sum(min(width, self.settings.components) for width in widths)
         self.tabular = TabularFeatures(len(self.used_concepts), self.used_fields)
         self.scale = Standardize(self.tabular.flag_of)
         self.hidden = nn.Sequential(
@@ -117,19 +119,22 @@ class Standardize(nn.Module):
 class MeanComponents(nn.Module):
     """Average a view's tokens, (B, L, width), and project them on K principal components, (B, K).
 
-    used False: the network does not use the view, and every lesion gets the learned vector of a missing one.
+    widths: of the parts that a token consists of, each of which gets its own up to `components` ones. used False: the
+    network does not use the view, and every lesion gets the learned vector of a missing one.
     """
 
     center: Tensor
     basis: Tensor
 
-    def __init__(self, width: int, components: int, used: bool) -> None:
+    def __init__(self, widths: Sequence[int], components: int, used: bool) -> None:
         super().__init__()
-        self.missing = learned_token(1, components)
+        self.parts = [(width, min(width, components)) for width in widths]
+        total = sum(number for _, number in self.parts)
+        self.missing = learned_token(1, total)
         self.used = used
         if used:
-            self.register_buffer("center", torch.zeros(width))
-            self.register_buffer("basis", torch.zeros(width, components))
+            self.register_buffer("center", torch.zeros(sum(widths)))
+            self.register_buffer("basis", torch.zeros(sum(widths), total))
 
     def forward(self, tokens: Tensor | None, present: Tensor) -> Tensor:
         missing = self.missing.expand(present.shape[0], -1)
@@ -140,15 +145,26 @@ class MeanComponents(nn.Module):
         return torch.where(present[:, None], components, missing)
 
     def fit(self, values: Tensor) -> None:
-        """Set the principal components of values (N, width), scaled to a mean variance of 1; without lesions 0."""
+        """Set the principal components of each part of values (N, width), scaled to a mean variance of 1; without
+        lesions 0.
+        """
         if not len(values):
             return
-        values = values.double()
-        center = values.mean(0)
-        covariance = (values - center).T @ (values - center) / max(1, len(values) - 1)
-        variances, directions = torch.linalg.eigh(covariance)
-        basis = directions.flip(1)[:, : self.basis.shape[1]]
-        basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of either sign, the same one everywhere
-        variances = variances.flip(0)[: self.basis.shape[1]].clamp(min=0)
-        self.center.copy_(center)
-        self.basis.copy_(basis / variances.mean().clamp(min=1e-12).sqrt())
+        row = column = 0
+        for width, components in self.parts:
+            rows, columns = slice(row, row + width), slice(column, column + components)
+            center, basis = _principal_components(values[:, rows].double(), components)
+            self.center[rows].copy_(center)
+            self.basis[rows, columns].copy_(basis)
+            row, column = rows.stop, columns.stop
+
+
+def _principal_components(values: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of values (N, D), and their first principal components (D, K), scaled to a mean variance of 1."""
+    center = values.mean(0)
+    covariance = (values - center).T @ (values - center) / max(1, len(values) - 1)
+    variances, directions = torch.linalg.eigh(covariance)
+    basis = directions.flip(1)[:, :components]
+    basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of either sign, the same one everywhere
+    variances = variances.flip(0)[:components].clamp(min=0)
+    return center, basis / variances.mean().clamp(min=1e-12).sqrt()

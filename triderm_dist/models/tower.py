@@ -32,6 +32,27 @@ class TokenShape(NamedTuple):
     width: int
 
 
+class JoinedShape(TokenShape):
+    """The shape of one token that stands for several, side by side. parts: their widths.
+
+    Called with two numbers, as `torch.export` rebuilds named tuples, it has no parts.
+    """
+
+    parts: tuple[int, ...]
+
+    def __new__(cls, num_tokens: int, width: int, parts: Sequence[int] = ()) -> JoinedShape:
+        shape = super().__new__(cls, num_tokens, width)
+        shape.parts = tuple(parts)
+        return shape
+
+    @classmethod
+    def of(cls, parts: Sequence[int]) -> JoinedShape:
+        return cls(1, sum(parts), parts)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.parts)
+
+
 class InputSpec(NamedTuple):
     """The square input that an encoder was trained on: side in pixels, and normalization."""
 
@@ -154,6 +175,10 @@ class Tower(nn.Module):
             return x[:, self._prefix_tokens :]
         return x.flatten(1, 2) if self._layout == "NHWC" else x.flatten(2).transpose(1, 2)
 
+    def as_cached(self, tokens: Tensor) -> Tensor:
+        """Return tokens of `forward` as training reads them from the token cache: float32, rounded to float16."""
+        return tokens.half().float()
+
     def frozen_modules(self) -> nn.Sequential:
         """Return the frozen modules at the input, in their order."""
         return nn.Sequential(*self._frozen())
@@ -181,17 +206,18 @@ class Tower(nn.Module):
 
 def tower_hash(tower: Tower) -> str:
     """Return the SHA-256 of all that a tower's tokens depend on: architecture, input size, normalization, weights."""
-    return _hash(tower, [tower.architecture, tower.image_size, tower.mean, tower.std])
+    return module_hash(tower, tower.architecture, tower.image_size, tower.mean, tower.std)
 
 
 def frozen_hash(tower: Tower) -> str:
     """Return the SHA-256 of all that the output of a tower's frozen modules depends on."""
     about = [tower.architecture, tower.image_size, tower.mean, tower.std, tower.frozen_blocks]
-    return _hash(tower.frozen_modules(), about)
+    return module_hash(tower.frozen_modules(), *about)
 
 
-def _hash(module: nn.Module, about: list[Any]) -> str:
-    digest = hashlib.sha256(json.dumps(about).encode())
+def module_hash(module: nn.Module, *identity: object) -> str:
+    """Return the SHA-256 of a module's tensors and of values, as JSON has them, that say what it computes."""
+    digest = hashlib.sha256(json.dumps(identity).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # Viewed as bytes, since NumPy has no bfloat16.

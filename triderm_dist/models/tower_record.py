@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from triderm_dist.checksums import DamagedFile, read_checked_json, write_checked_json
 from triderm_dist.config import Frame
 from triderm_dist.files import atomic_path, write_tensors
+from triderm_dist.models.joined_tower import PARTS, JoinedTower, Part, build_logits
 from triderm_dist.models.light_imports import import_timm
-from triderm_dist.models.tower import TokenShape, Tower, TowerOptions, Triple, tower_hash
+from triderm_dist.models.tower import JoinedShape, TokenShape, Tower, TowerOptions, Triple, tower_hash
 from triderm_dist.models.towers import parse_source
 from triderm_dist.schema import CheckpointError, one_line
 
@@ -53,13 +54,21 @@ class TowerRecord:
     @classmethod
     def of(cls, tower: Tower, config: TowerConfig, weights: str | None = None) -> TowerRecord:
         """Describe a tower that was built with these settings."""
+        settings = _settings(config)
+        if isinstance(tower, JoinedTower):
+            settings["extra_towers"] = len(tower.parts) - 1
         return cls(
-            _settings(config), tower.image_size, tower.mean, tower.std, tower.num_tokens, tower.width,
+            settings, tower.image_size, tower.mean, tower.std, tower.num_tokens, tower.width,
             tower.architecture, tower.description, weights,
         )  # fmt: skip
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TowerRecord:
+        """Read what `json` returned."""
+        return cls(**{**content, "mean": tuple(content["mean"]), "std": tuple(content["std"])})
 
     @property
     def source(self) -> str:
@@ -73,12 +82,24 @@ class TowerRecord:
 
     @property
     def token_shape(self) -> TokenShape:
+        if self.is_joined:
+            return JoinedShape.of([width for each in self.parts for width in each["widths"]])
         return TokenShape(self.num_tokens, self.width)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether it stands for several towers, see `JoinedTower`."""
+        return self.description is not None and PARTS in self.description
+
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        """The parts of a joined tower, as `JoinedTower` describes them."""
+        return list((self.description or {}).get(PARTS, ()))
 
     @property
     def name(self) -> str:
         """The name of the tower's files: a hash of this record."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def is_of(self, config: TowerConfig) -> bool:
         """Return whether the tower was built with these settings."""
@@ -92,7 +113,9 @@ class TowerRecord:
         """
         source, name = parse_source(self.source)
         import_timm()
-        if source.rebuild and self.description is not None:
+        if self.is_joined:
+            tower: Tower = self._build_joined()
+        elif source.rebuild and self.description is not None:
             tower = source.rebuild(self.description, self.image_size)
         else:
             tower = source.build(name, TowerOptions(False, self.image_size, self.settings["quick_gelu"]))
@@ -106,6 +129,17 @@ class TowerRecord:
         tower.mean, tower.std = self.mean, self.std
         return tower
 
+    def _build_joined(self) -> JoinedTower:
+        parts = []
+        for each in self.parts:
+            own, about = TowerRecord.from_json(each["tower"]), each["logits"]
+            parts.append(Part(own.build(), each["tower"], build_logits(about, own.width) if about else None, about))
+        return JoinedTower(parts)
+
+    def json(self) -> dict[str, Any]:
+        """Return the record as JSON has it; `from_json` reads it."""
+        return asdict(self)
+
 
 def save_tower(folder: Path, record: TowerRecord, tower: Tower | None) -> None:
     """Write FOLDER/NAME.json, and before it the weights of a frozen tower, unless they exist. Call on rank 0."""
@@ -114,7 +148,7 @@ def save_tower(folder: Path, record: TowerRecord, tower: Tower | None) -> None:
         with atomic_path(weights) as part:
             write_tensors(part, tower.state_dict())
     if not path.exists():
-        write_checked_json(path, {"format": FORMAT, "version": VERSION, **asdict(record)})
+        write_checked_json(path, {"format": FORMAT, "version": VERSION, **record.json()})
 
 
 def read_tower(folder: Path, name: str) -> TowerRecord:
@@ -124,8 +158,7 @@ def read_tower(folder: Path, name: str) -> TowerRecord:
         content = read_checked_json(path)
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise CheckpointError(f"{path}: not a {FORMAT} file of version {VERSION}; use the version that wrote it")
-        content["mean"], content["std"] = tuple(content["mean"]), tuple(content["std"])
-        return TowerRecord(**content)
+        return TowerRecord.from_json(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; restore it from a copy of this run") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile) as error:

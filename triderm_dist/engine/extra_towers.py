@@ -1,0 +1,117 @@
+"""Frozen towers of other runs beside that of a model (`models.NAME.extra_towers`).
+
+Their networks must have seen none of the lesions that the run predicts (`engine.init_overlap`), of any fold: the tokens
+of a photo are computed once for all folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from triderm_dist.config import Experiment, ExtraTowerConfig, ModelConfig
+from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.engine.checkpoint import read_weights
+from triderm_dist.engine.init_overlap import WarmStart, open_start
+from triderm_dist.engine.trained_network import TrainedNetwork
+from triderm_dist.engine.warm_start import fitting_tower, tower_weights
+from triderm_dist.models import network_class
+from triderm_dist.models.joined_tower import JoinedTower, Part, about_logits, build_logits
+from triderm_dist.models.network import SHARED
+from triderm_dist.models.tower_record import TowerRecord
+from triderm_dist.models.towers import Tower, tower_hash
+from triderm_dist.schema import CheckpointError, ConfigError
+from triderm_dist.tasks import recorded_task
+
+
+@dataclass(frozen=True)
+class ExtraTower:
+    """An extra tower of a model. setting: its key.  start: the networks of which one is taken."""
+
+    setting: str
+    config: ExtraTowerConfig
+    start: WarmStart
+
+
+def open_extra_towers(
+    experiment: Experiment,
+    name: str,
+    index: ShardIndex,
+    accelerator: Accelerator,
+    after_file: Callable[[], None] = lambda: None,
+) -> list[ExtraTower]:
+    """Find the networks that `models.NAME.extra_towers` names, as `open_start` does. Call on all ranks.
+
+    Raises ConfigError where a run is not found, or the network of the model does not read mean tokens.
+    """
+    model, result = experiment.models[name], []
+    if model.extra_towers and not network_class(model.kind).reads_mean_tokens:
+        raise ConfigError(
+            f"models.{name}.extra_towers: a network of kind {model.kind} reads all tokens of one tower; use kind mlp"
+        )
+    for number, each in enumerate(model.extra_towers):
+        setting = f"extra_towers.{number}"
+        start = open_start(experiment, name, each.init, setting, index, accelerator, after_file)
+        result.append(ExtraTower(f"models.{name}.{setting}", each, start))
+    return result
+
+
+def join_towers(
+    model: ModelConfig, about: TowerRecord, tower: Tower, extra: Sequence[ExtraTower], rows: np.ndarray
+) -> tuple[TowerRecord, JoinedTower, list[dict[str, Any]]]:
+    """Return a model's tower and its extra ones as one, its record, and what fold.json says of each extra one.
+
+    about: the record of `tower`.  rows: the labeled lesions (n,) of the training set, which no network of an extra
+    tower may have seen. Raises DataError where one has, ConfigError where a tower takes other photos than the model's.
+    """
+    parts, described = [Part(tower, about.json())], []
+    for each in extra:
+        network = each.start.choose(rows)
+        parts.append(_part(each, network, about))
+        described.append(
+            {
+                "run": str(network.run), "network": network.name, "sha256": network.weights,
+                "networks": [one.weights for one in each.start.networks], "logits": each.config.logits,
+            }
+        )  # fmt: skip
+    report = "; ".join([tower.report, *(f"beside it {each.tower.report}" for each in parts[1:])])
+    joined = JoinedTower(parts, report)
+    return TowerRecord.of(joined, model.tower, tower_hash(joined)), joined, described
+
+
+def _part(extra: ExtraTower, network: TrainedNetwork, about: TowerRecord) -> Part:
+    """Load the tower of a trained network, and its auxiliary heads if the setting asks for them."""
+    record = network.tower
+    if record is None or record.is_joined:
+        what = "records no tower" if record is None else "has extra towers itself"
+        raise ConfigError(f"{extra.setting}: {network.folder} {what}; name another network")
+    its, own = ((each.image_size, each.mean, each.std) for each in (record, about))
+    if its != own:
+        raise ConfigError(
+            f"{extra.setting}: the tower of {network.folder} takes photos with image_size {its[0]}, mean {its[1]} and "
+            f"std {its[2]}, that of the model {own[0]}, {own[1]} and {own[2]}; they must take the same ones"
+        )
+    weights, tower = read_weights(network.folder / "weights"), record.build()
+    towers = tower_weights(network, weights)
+    key = fitting_tower(tower, SHARED, towers)
+    if key is None:
+        raise CheckpointError(f"{network.folder}: holds no weights of its tower; train it again")
+    tower.load_state_dict(towers[key])
+    tower.report = f"the tower of {network.folder}"
+    tower.freeze(len(tower.blocks))
+    tower.eval()
+    logits = described = None
+    if extra.config.logits:
+        task = recorded_task(network.info, str(network.folder / "fold.json"))
+        described = about_logits(network.config, task.to_mapping(), network.info["concepts"])
+        try:
+            logits = build_logits(described, tower.width)
+        except ConfigError as error:
+            raise ConfigError(f"{extra.setting}: {network.folder}: {error}; set logits to false") from None
+        logits.load(weights)
+    config = network.config.tower.model_copy(update={"frame": about.frame})
+    return Part(tower, TowerRecord.of(tower, config, tower_hash(tower)).json(), logits, described)
