@@ -175,9 +175,9 @@ def nested_estimate(
         picked = {ENSEMBLE: choose_weighting(scores)}
         if len(members) > 1:
             picked[_NETWORK] = best_network(scores)
-            pair = [candidates[name].decisions for name in picked.values()]
+            first, second = (candidates[name].decisions for name in picked.values())
             grouped = None if groups is None else groups[outside]
-            gap = intervals.paired_difference(*pair, labels[outside], grouped, config.bootstrap, seed)
+            gap = intervals.paired_difference(first, second, labels[outside], grouped, config.bootstrap, seed)
             picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
         if config.use not in (AUTO, ENSEMBLE):
             picked[config.use] = config.use
