@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from triderm_dist.schema import VIEWS, ConceptColumns, Diagnosis, MetadataField, Task, TaskColumns, View
+from dataclasses import replace
+
+from triderm_dist.schema import VIEWS, ConceptColumns, Diagnosis, FineLabels, MetadataField, Task, TaskColumns, View
 
 FIELDS = (MetadataField("age", "age", "number", high=100.0), MetadataField("limb", "limb", "category", ("no", "yes")))
 
@@ -33,3 +35,9 @@ TASKS: dict[str, Task] = {
     "photos only": task_of(concepts=(), fields=False),
     "dermoscopic photos only": task_of(views=("dermoscopic",), concepts=(), fields=False),
 }
+
+FINE = replace(
+    task_of(name="finer"),
+    fine=FineLabels("subtype", {"mole": ("dermal", "junctional", "blue"), "melanoma": ("nodular",)}),
+)
+"""A task with finer labels; wart has none."""

@@ -287,6 +287,12 @@ class LossConfig(Section):
         {}, description="more terms, by name; plugins add them to triderm_dist.losses.LOSS_TERMS"
     )
     aux_weight: float = Field(0.3, ge=0, description="weight of the losses of the auxiliary heads, one per view")
+    fine_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the cross-entropy of an auxiliary head for the task's finer labels (`fine`), which is "
+        "trained only",
+    )
     gamma: float = Field(2.0, ge=0, description="focal exponent; 0 is plain cross-entropy")
     alpha: float | None = Field(
         None,
@@ -1111,6 +1117,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.augment.mixup": 0.0,
     "models.NAME.train.augment.unmixed_epochs": 3,
     "models.NAME.train.keep_checkpoints": False,
+    "models.NAME.train.loss.fine_weight": 0.0,
     "models.NAME.train.loss.terms": {},
     "models.NAME.train.optim.head_lr_multiple": 1.0,
     "models.NAME.train.optim.name": "adamw",

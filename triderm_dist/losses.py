@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from triderm_dist.config import LossConfig, build
-from triderm_dist.schema import Batch, ConfigError, Outputs
+from triderm_dist.schema import Batch, ConfigError, FineOutputs, Outputs
 from triderm_dist.settings import Section
 
 HeadKind = Literal["softmax", "sigmoid"]
@@ -119,7 +119,7 @@ class LossInputs:
     logits: torch.Tensor
     head: HeadKind
     batch: Batch
-    outputs: Outputs
+    outputs: Outputs | FineOutputs
 
     @cached_property
     def probabilities(self) -> torch.Tensor:
@@ -197,6 +197,17 @@ class SoftF1(LossTerm):
         return soft_f1_from_sums(sums)
 
 
+class Fine(LossTerm):
+    """Cross-entropy of the finer labels, over lesions that have one; the mean is over all lesions."""
+
+    each_head = False
+
+    def per_lesion(self, inputs: LossInputs) -> torch.Tensor:
+        labels = inputs.batch.fine
+        assert isinstance(inputs.outputs, FineOutputs) and labels is not None
+        return -(labels * inputs.outputs.fine.float().log_softmax(1)).sum(1)
+
+
 BUILT_IN: dict[str, type[LossTerm]] = {"focal": Focal, "soft_f1": SoftF1}
 """Terms that every training has, with the weight `train.loss.NAME_weight` and settings in `train.loss`."""
 LOSS_TERMS: dict[str, type[LossTerm]] = {}
@@ -238,6 +249,8 @@ class CompoundLoss(nn.Module):
         self.register_buffer("log_prior", (at_least_one / at_least_one.sum()).log(), persistent=False)
         self.weights = {name: float(getattr(config, f"{name}_weight")) for name in BUILT_IN}
         self.terms = nn.ModuleDict({name: kind(config, counts) for name, kind in BUILT_IN.items()})
+        if config.fine_weight:
+            self.weights["fine"], self.terms["fine"] = config.fine_weight, Fine(Section(), counts)
         for name, term in config.terms.items():
             self.weights[name], self.terms[name] = term.weight, _build_term(name, term.settings, counts)
         if not any(self.weights.values()):
@@ -253,7 +266,7 @@ class CompoundLoss(nn.Module):
         """Names of the terms whose slopes depend on the sums of the global batch."""
         return tuple(name for name, term in self._active() if not term.is_mean)
 
-    def sums(self, outputs: Outputs, batch: Batch) -> Sums:
+    def sums(self, outputs: Outputs | FineOutputs, batch: Batch) -> Sums:
         """Return the sums of each term over the valid lesions of a part, with gradient."""
         inputs = [LossInputs(self._adjusted(logits, batch), self.head, batch, outputs) for logits in outputs.heads]
         return {
@@ -312,7 +325,7 @@ class CompoundLoss(nn.Module):
 
 
 def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
-    if name in BUILT_IN:
+    if name in (*BUILT_IN, "fine"):
         raise ConfigError(f"train.loss.terms: {name} is built in; set train.loss.{name}_weight instead")
     if name not in LOSS_TERMS:
         known = ", ".join(sorted(LOSS_TERMS)) or "none"

@@ -329,6 +329,36 @@ class TaskColumns:
 
 
 @dataclass(frozen=True)
+class FineLabels:
+    """Labels finer than the diagnoses, which an auxiliary head may learn (`train.loss.fine_weight`).
+
+    column: of the table.  labels: by diagnosis, its finer labels as the column spells them, in any case; a diagnosis
+    may have none. Other texts of the column count as missing.
+    """
+
+    column: str
+    labels: Mapping[str, tuple[str, ...]] = field(hash=False)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The F finer labels."""
+        return tuple(name for names in self.labels.values() for name in names)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name.lower(): number for number, name in enumerate(self.names)}
+
+    def label_of(self, text: str) -> int:
+        """Return the number of a finer label, `UNLABELED` for another text."""
+        return self._index.get(text.lower(), UNLABELED)
+
+    def diagnosis_of(self, number: int) -> str:
+        """Return the diagnosis of a finer label."""
+        name = self.names[number]
+        return next(diagnosis for diagnosis, names in self.labels.items() if name in names)
+
+
+@dataclass(frozen=True)
 class TableFormat:
     """How a table is stored, where that cannot be seen. encoding: as Python names it, such as `cp1252` for Excel's
     plain CSV; None for UTF-8 or UTF-16.  sheet: of an Excel workbook with several.
@@ -363,7 +393,8 @@ _NAME = re.compile(r"[^\s,;/\\'\"]{1,60}")
 class Task:
     """The description of a data set and of how its tables are read: a task.yaml, and the entry `task` of index.json.
 
-    reader: a name in `data.readers.source.READERS`.  table: how the table is stored.  missing_words: in any case;
+    fine: finer labels; None for none.  reader: a name in `data.readers.source.READERS`.  table: how the table is
+    stored.  missing_words: in any case;
     replace `MISSING_WORDS`.  decision: how a diagnosis is chosen: the largest probability, each p > 0.5, or thresholds
     fitted on out-of-fold predictions.  reference_note: what to know when comparing with the reference results.
     submission: the format of a challenge's file, None for none.
@@ -378,6 +409,7 @@ class Task:
     views: tuple[View, ...] = (View("clinical"), View("dermoscopic"))
     concepts: ConceptColumns = ConceptColumns()
     fields: tuple[MetadataField, ...] = ()
+    fine: FineLabels | None = None
     reader: str = "lesions_csv"
     table: TableFormat = TableFormat()
     missing_words: tuple[str, ...] = MISSING_WORDS
@@ -439,6 +471,16 @@ class Task:
         # pandas writes a column of integers with gaps as 3.0.
         return self.label_words.get(text.lower(), self.label_words.get(text.lower().removesuffix(".0")))
 
+    def fine_contradiction(self, label: int, fine: int) -> str | None:
+        """Say why a lesion cannot have this diagnosis and this finer label, None where it can."""
+        if self.fine is None or UNLABELED in (label, fine):
+            return None
+        diagnosis, parent = self.diagnosis_names[label], self.fine.diagnosis_of(fine)
+        if diagnosis == parent:
+            return None
+        what = f"{self.fine.column} {quoted(self.fine.names[fine])}"
+        return f"{what} is a label of {parent}, and the diagnosis is {diagnosis}; correct one"
+
     def signature(self, concepts: Sequence[str]) -> Signature:
         """Return what a network for this task takes and predicts, with concepts of these names."""
         return Signature(self.diagnosis_names, self.view_names, tuple(concepts), self.fields)
@@ -484,6 +526,8 @@ class Task:
             yield f"concepts: {twice!r} is written twice"
         if twice := _twice(each.name for each in self.fields) or _twice(each.column.lower() for each in self.fields):
             yield f"fields: the name or column {twice!r} is written twice"
+        if self.fine:
+            yield from self._fine_contradictions(self.fine)
         for each in self.fields:
             if clash := {*_lower(each.categories), *_lower(each.synonyms)} & {*_lower(self.missing_words)}:
                 yield (
@@ -503,6 +547,16 @@ class Task:
         ):
             if value not in known:
                 yield f"{key}: unknown value {value!r}; known are {', '.join(filter(None, known))}"
+
+    def _fine_contradictions(self, fine: FineLabels) -> Iterator[str]:
+        if unknown := next((name for name in fine.labels if name not in self.diagnosis_names), None):
+            yield f"fine.labels: {unknown!r} is not a diagnosis; {did_you_mean(unknown, self.diagnosis_names)}"
+        if twice := _twice(_lower(fine.names)):
+            yield f"fine.labels: {twice!r} is written twice (in any case)"
+        if len(fine.names) < 2:
+            yield f"fine.labels: at least 2 finer labels are needed, got {len(fine.names)}"
+        if clash := {*_lower(fine.names)} & {*_lower(self.missing_words)}:
+            yield f"fine.labels: {min(clash)!r} is a missing word; list missing_words without it"
 
 
 @dataclass(frozen=True)
@@ -624,6 +678,8 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "tuple[float, ...]": _list_of(_number),
     "Mapping[str, str]": _mapping_of(_text),
     "Mapping[str, float]": _mapping_of(_number),
+    "Mapping[str, tuple[str, ...]]": _mapping_of(_list_of(_text)),
+    "FineLabels | None": _or_null(_dataclass_of(FineLabels)),
     "Literal['number', 'category', 'ordinal']": _text,
     "TaskColumns": _dataclass_of(TaskColumns),
     "ConceptColumns": _dataclass_of(ConceptColumns),
@@ -658,7 +714,8 @@ class Lesion:
 
     images: path of each view, None where the photo is missing.  concepts: K floats, NaN where missing.  metadata: M
     floats in the order of the task's fields, NaN where missing.  label: of its diagnoses, or `UNLABELED`.  group:
-    the patient, or the lesion itself; all lesions of a group are in the same fold.
+    the patient, or the lesion itself; all lesions of a group are in the same fold.  fine: of the task's finer labels,
+    or `UNLABELED`.
     """
 
     lesion_id: str
@@ -667,6 +724,7 @@ class Lesion:
     metadata: tuple[float, ...]
     label: int
     group: str
+    fine: int = UNLABELED
 
 
 @dataclass
@@ -685,6 +743,9 @@ class Batch:
     distinguishes.  weights: (B,) float, of the lesion's loss. None: all diagnoses, and 1.
 
     targets: (B, C) float distributions over diagnoses where lesions are mixed (`data.mixing`); None: the labels.
+
+    fine: (B, F) float, one-hot finer labels, mixed as the lesions are; rows of zeros where unknown. None where the task
+    has none.
     """
 
     lesion_ids: list[str]
@@ -699,6 +760,7 @@ class Batch:
     weights: torch.Tensor | None = None
     draws: Callable[[Sequence[str]], np.ndarray] | None = None
     targets: torch.Tensor | None = None
+    fine: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device; from pinned memory without blocking the host."""
@@ -722,4 +784,19 @@ class Outputs(NamedTuple):
     @property
     def heads(self) -> list[torch.Tensor]:
         """The logits of all heads, the main one first."""
+        return [logits for logits in self[:3] if logits is not None]
+
+
+class FineOutputs(NamedTuple):
+    """The output of a network that learns finer labels, in training: as `Outputs`, and their raw logits (B, F)."""
+
+    logits: torch.Tensor
+    aux_clinical: torch.Tensor | None
+    aux_dermoscopic: torch.Tensor | None
+    features: torch.Tensor
+    fine: torch.Tensor
+
+    @property
+    def heads(self) -> list[torch.Tensor]:
+        """The logits of the heads of diagnoses, the main one first."""
         return [logits for logits in self[:3] if logits is not None]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes import WORKERS, launch
-from tests.small_tasks import TASKS
+from tests.small_tasks import FINE, TASKS
 from triderm_dist.config import AugmentConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
@@ -77,7 +77,7 @@ def task_cases(folder: Path) -> list[dict]:
         {"name": f"{task}-{kind}", "shards": str(folder / task), "kind": kind, **shared}
         for task in OTHER_TASKS
         for kind in ("trimodal", "dual_cnn")
-    ]
+    ] + [{"name": FINE.name, "shards": str(folder / FINE.name), "fine": 0.7, **shared}]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,7 @@ def small_sets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     for task in OTHER_TASKS:
         synthetic_shards(folder / task, 20, 40, TASKS[task])
+    synthetic_shards(folder / FINE.name, 20, 40, FINE)
     return folder
 
 
@@ -100,13 +101,17 @@ def steps(packed, small_sets, tmp_path_factory) -> dict[str, dict[str, torch.Ten
     return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
 
-def reference(index: ShardIndex, head: HeadKind, number: int, kind: str = "trimodal") -> dict[str, torch.Tensor]:
+def reference(
+    index: ShardIndex, head: HeadKind, number: int, kind: str = "trimodal", fine: float = 0.0
+) -> dict[str, torch.Tensor]:
     """Return loss and gradients of a global batch: one process, one batch without splitting or padding, losses from the
     formulas by autograd.
     """
     model = experiment(head, GLOBAL_BATCH, 0.0, "exact", kind=kind).models["tri"]
     torch.manual_seed(0)
     network = build_network(model, index.signature, build_towers(model.tower, index.signature.views)).train()
+    if fine:
+        network.add_fine_head(len(index.task.fine.names))
     tower = build_towers(model.tower)[0]
     source = PhotoSource(index, tower.image_size, tower.mean, tower.std)
     plan = EpochPlan(Samples(torch.arange(len(index)).numpy(), index.labels, index.shard), Sampling(), 7, 0)
@@ -130,6 +135,13 @@ def reference(index: ShardIndex, head: HeadKind, number: int, kind: str = "trimo
     for weight, logits in zip((1.0, 0.3, 0.3), outputs.heads, strict=False):
         part = 0.5 * focal_loss(logits, labels, head).mean() + 0.5 * soft_f1_loss(logits, labels, head)
         total = total + weight * part
+    if fine:
+        labels = index.fine[[index.lesion_ids.tolist().index(name) for name in batch.lesion_ids[: step.count]]]
+        known = torch.from_numpy(labels >= 0)
+        losses = torch.nn.functional.cross_entropy(
+            outputs.fine[known], torch.from_numpy(labels)[known], reduction="sum"
+        )
+        total = total + fine * losses / step.count
     total.backward()
     gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
     return {**gradients, "loss": total.detach().double()}
@@ -168,6 +180,12 @@ def test_split_step_equals_the_reference_step(steps, references, name):
 def test_split_step_of_a_smaller_network_equals_the_reference_step(steps, small_sets, task, kind):
     index = read_index(small_sets / task)
     assert_same_step(steps[f"{task}-{kind}"], reference(index, "softmax", 0, kind))
+
+
+def test_split_step_with_finer_labels_equals_the_reference_step(steps, small_sets):
+    expected = reference(read_index(small_sets / FINE.name), "softmax", 0, fine=0.7)
+    assert expected["fine_head.linear.weight"].abs().max() > 0
+    assert_same_step(steps[FINE.name], expected)
 
 
 def test_dropout_is_independent_of_the_world_size(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,12 @@ class LesionInputs:
     labels: np.ndarray
     class_mask: np.ndarray | None = None
     weights: np.ndarray | None = None
+    fine: np.ndarray | None = None
+
+
+def one_hot(numbers: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Return the rows (B, F) float32 of these labels (B,); zeros for one that is unknown."""
+    return (numbers[:, None] == np.arange(len(names))).astype(np.float32)
 
 
 class Lesions(Protocol):

@@ -66,6 +66,7 @@ class Mixing:
             concepts=_mix_known(batch.concepts, partner, share),
             metadata=torch.where(is_number, _mix_known(batch.metadata, partner, share), batch.metadata),
             targets=one_hot.lerp(one_hot[partner], share[:, None]),
+            fine=None if batch.fine is None else batch.fine.lerp(batch.fine[partner], share[:, None]),
         )
 
     def _draw(self, batch: Batch, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import torch
 
 from triderm_dist.config import ExtraSetConfig
 from triderm_dist.data.augment import LesionRng, to_device
-from triderm_dist.data.lesions import LesionInputs
+from triderm_dist.data.lesions import LesionInputs, one_hot
 from triderm_dist.data.loader import Fetched, ViewSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.threads import Decoders
@@ -108,6 +108,20 @@ class LesionUnion:
         self._starts = np.cumsum([0, len(main), *(len(each.index) for each in extra)])
 
     @cached_property
+    def _fine(self) -> list[np.ndarray | None]:
+        """The finer labels (n, F) of each extra set, of those that the main set's task has too; None: it has none."""
+        fine = self.main.task.fine
+        if fine is None:
+            return [None] * len(self.extra)
+        found = []
+        for each in self.extra:
+            own = each.index.task.fine
+            numbers = [fine.label_of(name) for name in own.names] if own else []
+            known = np.array([*numbers, UNLABELED], np.int64)  # the last entry is that of UNLABELED
+            found.append(one_hot(known[each.index.fine], fine.names))
+        return found
+
+    @cached_property
     def labels(self) -> np.ndarray:
         return np.concatenate([self.main.labels, *(each.labels for each in self.extra)])
 
@@ -140,12 +154,16 @@ class LesionUnion:
         order = np.argsort(np.concatenate([positions for positions, _ in parts]))
         names = [name for _, part in parts for name in part.lesion_ids]
         columns = ("view_present", "concepts", "metadata", "labels", "class_mask", "weights")
+        if self.main.task.fine:
+            columns += ("fine",)
         joined = {name: np.concatenate([getattr(part, name) for _, part in parts])[order] for name in columns}
         return LesionInputs([names[at] for at in order], **joined)
 
     def _inputs(self, number: int, rows: np.ndarray) -> LesionInputs:
         if number:
-            return self.extra[number - 1].inputs(rows)
+            fine = self._fine[number - 1]
+            inputs = self.extra[number - 1].inputs(rows)
+            return inputs if fine is None else replace(inputs, fine=fine[rows])
         full = np.ones((len(rows), len(self.main.diagnoses)), bool)
         return replace(self.main.inputs(rows), class_mask=full, weights=np.ones(len(rows), np.float32))
 

@@ -34,7 +34,7 @@ from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.startup_report import device_name
 from triderm_dist.monitoring.throughput import ThroughputMeter
 from triderm_dist.optim import build_optimizer
-from triderm_dist.schema import VIEWS, DataError, InputError, Lesion, Task
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, InputError, Lesion, Task
 from triderm_dist.tasks import milk10k_task
 
 WARM_UP = 5
@@ -148,8 +148,10 @@ def synthetic_shards(folder: Path, lesions: int, short_side: int, task: Task | N
                 part.rename(path)
             images[view] = str(path)
         scores = tuple(generator.random(len(concepts)).tolist())
-        name = f"lesion-{number:05d}"
-        made.append(Lesion(name, images, scores, metadata, number % len(task.diagnoses), name))
+        name, label = f"lesion-{number:05d}", number % len(task.diagnoses)
+        finer = task.fine.labels.get(task.diagnosis_names[label], ()) if task.fine else ()
+        fine = task.fine.label_of(finer[number % len(finer)]) if task.fine and finer else UNLABELED
+        made.append(Lesion(name, images, scores, metadata, label, name, fine))
     return pack_shards(Dataset(task, made, concepts, True, []), folder, short_side=None)
 
 

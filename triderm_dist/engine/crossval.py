@@ -33,6 +33,7 @@ from triderm_dist.engine.fold import (
     new_network,
     result_hash,
     resume_hash,
+    training_network,
 )
 from triderm_dist.engine.fold_folder import (
     FoldFolder,
@@ -268,7 +269,7 @@ class FoldRun:
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
         torch.manual_seed(self.experiment.seed_of(self.name) * 1_009 + self.fold)
-        network, about = new_network(self.model, self.views), None
+        network, about = training_network(self.model, self.views), None
         if network.reads_mean_tokens and self.views.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if self.start:

@@ -53,6 +53,23 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
     return network
 
 
+def training_network(model: ModelConfig, views: Views) -> Network:
+    """Build a network to train: `new_network`, with the head of finer labels where they are learned.
+
+    Raises ConfigError where they are to be learned and the task has none.
+    """
+    network = new_network(model, views)
+    if model.train.loss.fine_weight:
+        task = views.loaders.index.task
+        if task.fine is None:
+            raise ConfigError(
+                f"train.loss.fine_weight: task {task.name!r} has no finer labels; set it to 0, or add `fine` to the "
+                "task and pack again"
+            )
+        network.add_fine_head(len(task.fine.names))
+    return network
+
+
 def as_predictions(
     evaluation: Evaluation,
     index: ShardIndex | PhotoSet,

@@ -6,7 +6,8 @@ A network is a subclass of `Network` in the table `triderm_dist.models.NETWORKS`
                        `self.settings`
     __init__           calls `super().__init__(config, signature, towers)`, which registers the towers
     fuse()             tokens of the used views, concepts and metadata to `Outputs`: logits and the auxiliary logits of
-                       each view of the task (B, C), raw; features (B, D) with D of the network's choice; all float32
+                       each view of the task (B, C), raw; features (B, D) with D of the network's choice, which is
+                       `config.width` where finer labels are to be learned; all float32
     fusion_stages()    modules after the towers that are checkpointed, compiled and sharded (FSDP2) one by one; `fuse`
                        must call them, not their parts; [] for none
 
@@ -39,10 +40,12 @@ from triderm_dist.config import ModelConfig
 from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
 from triderm_dist.models.towers import TokenShape, Tower
-from triderm_dist.schema import VIEWS, ConfigError, Outputs, Signature
+from triderm_dist.schema import VIEWS, ConfigError, FineOutputs, Outputs, Signature
 from triderm_dist.settings import Section
 
 SHARED = "shared"
+FINE_HEAD = "fine_head."
+"""Prefix of the parameters of the head of finer labels, which checkpoints hold and finished weights do not."""
 
 
 class Network(nn.Module, ABC):
@@ -66,6 +69,7 @@ class Network(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()
+        self.config = config
         self.settings = network_settings(config)
         self.signature = signature
         self.used_concepts = signature.concepts if "concepts" in config.use else ()
@@ -75,6 +79,7 @@ class Network(nn.Module, ABC):
             raise ConfigError(
                 f"models.NAME.use: the network would have no input; the task has {', '.join(self._modalities())}"
             )
+        self.fine_head: Head | None = None
         self.towers = nn.ModuleDict()
         self.holds_towers = not isinstance(towers, TokenShape)
         if isinstance(towers, TokenShape):
@@ -90,14 +95,24 @@ class Network(nn.Module, ABC):
 
     def forward(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor, concepts: Tensor, metadata: Tensor
-    ) -> Outputs:
+    ) -> Outputs | FineOutputs:
         """Encode the used views and fuse them.
 
         clinical, dermoscopic: pixels (B, 3, H, W) or tokens (B, L, width); not read where the task lacks the view.
         view_present: (B, 2) bool, in the order of `VIEWS`.  concepts: (B, K), metadata: (B, M), NaN where missing.
         """
         tokens, present = self._views(clinical, dermoscopic, view_present)
-        return self.fuse(tokens, present, concepts, metadata)
+        outputs = self.fuse(tokens, present, concepts, metadata)
+        if self.fine_head is None or not self.training:
+            return outputs
+        return FineOutputs(*outputs, self.fine_head(outputs.features))
+
+    def add_fine_head(self, labels: int) -> None:
+        """Add the auxiliary head of F finer labels, a linear layer on the features, for training only.
+
+        Trained weights are kept without it (`FINE_HEAD`). Features must be `config.width` wide.
+        """
+        self.fine_head = Head(self.config.width, labels, "softmax", self.config.dropout)
 
     @abstractmethod
     def fuse(

@@ -120,7 +120,7 @@ def image_columns(task: Task) -> list[str]:
 def task_columns(task: Task) -> list[str]:
     """Return every column that a task names."""
     columns = task.columns
-    named = [columns.lesion_id, columns.view, columns.diagnosis, columns.group]
+    named = [columns.lesion_id, columns.view, columns.diagnosis, columns.group, task.fine and task.fine.column]
     named += [*image_columns(task), *task.concepts.names, *(each.column for each in task.fields)]
     return [name for name in named if name] + ([] if columns.diagnosis else list(task.diagnosis_names))
 
@@ -190,6 +190,7 @@ class _Reading:
 
         fields = self._agreed(rows, metadata, [each.column for each in task.fields])
         (label,) = self._agreed(rows, labels[:, None], [task.columns.diagnosis or "diagnosis"], UNLABELED).T
+        fine = self._fine(rows, label)
         group = self._agreed_groups(rows, groups)
         if task.row_per_photo:
             concepts = [np.where(rows[:, at] >= 0, each[rows[:, at]], np.nan) for at in range(2) for each in scores]
@@ -203,8 +204,8 @@ class _Reading:
         shared: dict[bytes, tuple[float, ...]] = {}
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
-            columns = [array[part].tolist() for array in (rows, scores_of, fields, label)]
-            for own, score, values, which, name, photos in zip(*columns, group[part], images[part], strict=True):
+            columns = [array[part].tolist() for array in (rows, scores_of, fields, label, fine)]
+            for own, score, values, which, finer, name, photos in zip(*columns, group[part], images[part], strict=True):
                 first = own[0] if own[0] >= 0 else own[-1]
                 lesion_id = self.ids[first]
                 if lesion_id in problem_ids or not self.bad.isdisjoint(own):
@@ -221,6 +222,7 @@ class _Reading:
                         _shared(shared, values),
                         which,
                         name or lesion_id,
+                        finer,
                     )
                 )
         return kept, self._all_notes(kept), self.problems
@@ -463,6 +465,24 @@ class _Reading:
             return parse_diagnosis(text, task, column)
 
         return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(int)
+
+    def _fine(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return the number of each lesion's finer label (L,), `UNLABELED` where it has none of the task's.
+
+        A finer label of another diagnosis than the lesion's (labels, (L,)) is a problem.
+        """
+        fine, none = self.task.fine, np.full(len(rows), UNLABELED)
+        if fine is None:
+            return none
+        if fine.column not in self.table.cells:
+            self.notes.append(f"no column {self._absent(fine.column)}: no lesion has a finer label")
+            return none
+        found = self._parsed(fine.column, fine.label_of, "label").astype(int)
+        (finer,) = self._agreed(rows, found[:, None], [fine.column], UNLABELED).T
+        for at, pair in enumerate(zip(labels.tolist(), finer.tolist(), strict=True)):
+            if wrong := self.task.fine_contradiction(*pair):
+                self._problem(int(rows[at].max()), "label", wrong)
+        return finer
 
     def _one_hot(self) -> np.ndarray:
         names = self.task.diagnosis_names

@@ -125,6 +125,7 @@ def read_challenge(
     views = _group_views(rows, scores, find_photo, task, missing_view, problems.append)
     labels, truth_rows = _read_labels(truth_path, task, problems.append) if truth_path else ({}, {})
     grouped = GROUP_COLUMN in columns
+    finer = _read_fine(metadata_path, task)
 
     lesions, spellings = [], Spellings(views)
     bad = {problem.lesion_id for problem in problems}
@@ -134,7 +135,7 @@ def read_challenge(
             continue
         try:
             _check_views(lesion_id, photos, missing_view)
-            lesions.append(_lesion(lesion_id, photos, label, len(scores), task, grouped))
+            lesions.append(_lesion(lesion_id, photos, label, len(scores), task, grouped, finer))
         except _Invalid as error:
             hint = spellings.hint(lesion_id) if error.problem.kind == "missing photo" else ""
             problems.append(replace(error.problem, what=f"{error.problem.what}; {hint}") if hint else error.problem)
@@ -153,7 +154,20 @@ def read_challenge(
     return Dataset(task, lesions, concepts, truth_path is not None, notes, tuple(problems), str(_folder(Path(folder))))
 
 
-def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, task: Task, grouped: bool) -> Lesion:
+def _lesion(
+    lesion_id: str,
+    photos: dict[str, _Photo],
+    label: int,
+    scores: int,
+    task: Task,
+    grouped: bool,
+    finer: Mapping[str, int],
+) -> Lesion:
+    """Check and build a lesion. finer: the finer label by photo, of those that have one."""
+    own = {finer[photo.row["isic_id"]] for photo in photos.values() if photo.row["isic_id"] in finer}
+    fine = own.pop() if len(own) == 1 else UNLABELED  # as that of no photo where they differ
+    if wrong := task.fine_contradiction(label, fine):
+        raise _Invalid(lesion_id, "label", next(iter(photos.values())).row.where, f"lesion {lesion_id}: {wrong}")
     rows = [photo.row for photo in photos.values()]
     missing = (math.nan,) * scores
     return Lesion(
@@ -163,7 +177,22 @@ def _lesion(lesion_id: str, photos: dict[str, _Photo], label: int, scores: int, 
         metadata=tuple(_agreed(lesion_id, field, rows, task.missing_words) for field in task.fields),
         label=label,
         group=_group(lesion_id, rows, task.missing_words) if grouped else lesion_id,
+        fine=fine,
     )
+
+
+def _read_fine(metadata: Path, task: Task) -> dict[str, int]:
+    """Return the number of the finer label of each photo that has one, from the supplement next to the metadata."""
+    if task.fine is None:
+        return {}
+    found = {}
+    for path in find_tables(metadata.parent):
+        if path.stem.lower().endswith("supplement"):
+            columns = ("isic_id", task.fine.column)
+            for row in _read_table(path, task, columns, columns)[1]:
+                if (number := task.fine.label_of(row[task.fine.column])) != UNLABELED:
+                    found[row["isic_id"]] = number
+    return found
 
 
 def _notes(lesions: Sequence[Lesion], task: Task, labeled: bool) -> list[str]:

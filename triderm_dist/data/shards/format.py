@@ -90,8 +90,11 @@ def to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.empty(0, column.type.to_pandas_dtype())
 
 
-def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
-    """Return the columns of samples.parquet for K concepts and M metadata fields; where there are none, no column."""
+def samples_schema(concepts: int, metadata_fields: int, fine: bool = False) -> pa.Schema:
+    """Return the columns of samples.parquet for K concepts and M metadata fields; where there are none, no column.
+
+    fine: whether the task has finer labels.
+    """
     locations = [
         (f"{view}_{what}", kind) for view in VIEWS for what, kind in (("offset", pa.int64()), ("size", pa.int32()))
     ]
@@ -100,6 +103,7 @@ def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
             ("lesion_id", pa.string()),
             ("group", pa.string()),
             ("label", pa.int16()),
+            *([("fine", pa.int16())] if fine else []),
             ("shard", pa.int32()),
             *locations,
             # Parquet cannot hold lists of length 0.
@@ -112,7 +116,7 @@ def samples_schema(concepts: int, metadata_fields: int) -> pa.Schema:
     )
 
 
-def rows_schema(concepts: int, metadata_fields: int) -> pa.Schema:
+def rows_schema(concepts: int, metadata_fields: int, fine: bool = False) -> pa.Schema:
     """Return the columns that `write_index` takes: those of samples.parquet, and `photos`: `size_and_hash` per view."""
     photos = pa.field("photos", pa.list_(pa.uint64(), 3 * len(VIEWS)))
-    return samples_schema(concepts, metadata_fields).append(photos)
+    return samples_schema(concepts, metadata_fields, fine).append(photos)

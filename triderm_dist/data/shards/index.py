@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from triderm_dist.data.lesions import LesionInputs
+from triderm_dist.data.lesions import LesionInputs, one_hot
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import (
     EXTENSIONS,
@@ -136,6 +136,16 @@ class ShardIndex:
         return to_array(self._columns("label")["label"]).astype(np.int64)
 
     @cached_property
+    def fine(self) -> np.ndarray:
+        """(N,) int64 numbers of the task's finer labels, `UNLABELED` where unknown."""
+        if self.task.fine is None:
+            return np.full(len(self), UNLABELED)
+        fine = to_array(self._columns("fine")["fine"]).astype(np.int64)
+        if fine.min(initial=0) < UNLABELED or fine.max(initial=0) >= len(self.task.fine.names):
+            raise DataError(f"{self.folder / SAMPLES}: a finer label is out of range; pack the data again")
+        return fine
+
+    @cached_property
     def shard(self) -> np.ndarray:
         """(N,) int32 into `shards`."""
         return to_array(self._columns("shard")["shard"])
@@ -174,7 +184,7 @@ class ShardIndex:
         """Return the lesions in these rows (B,)."""
         return LesionInputs(
             self.lesion_ids[rows].tolist(), self.sizes[rows] > 0, self.concept_scores[rows], self.metadata[rows],
-            self.labels[rows],
+            self.labels[rows], fine=None if self.task.fine is None else one_hot(self.fine[rows], self.task.fine.names),
         )  # fmt: skip
 
     @property
@@ -322,6 +332,8 @@ def index_fingerprint(path: Path, raw: Mapping[str, Any]) -> str:
     task, content = recorded_task(raw, str(path)), {key: value for key, value in raw.items() if key != "task"}
     if not task.matches(milk10k_task()):
         content["task"] = task.meaning()
+    if task.fine:
+        content["fine"] = [*task.fine.names]
     return hashlib.sha256(json_text(content).encode()).hexdigest()
 
 
@@ -409,7 +421,9 @@ def _check_rows(index: ShardIndex) -> None:
         file = pq.ParquetFile(index.samples)
         if file.metadata.num_rows != index.rows:
             raise DataError(f"{path}: {file.metadata.num_rows} rows, {INDEX} lists {index.rows}; pack the data again")
-        if not file.schema_arrow.equals(samples_schema(len(index.stored_concepts), len(index.stored_fields))):
+        if not file.schema_arrow.equals(
+            samples_schema(len(index.stored_concepts), len(index.stored_fields), bool(index.task.fine))
+        ):
             raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
         locations = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
         for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *locations]):

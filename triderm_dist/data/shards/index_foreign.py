@@ -132,7 +132,7 @@ def index_shards(
             notes.append(f"index and predictions hold hashes of {len(hashes.hashes):,} groups; the tars hold their ids")
         for text in notes:
             note(text)
-    tables = (_with_scores(table, len(names), len(task.fields)) for table in scan.tables)
+    tables = (_with_scores(table, len(names), task) for table in scan.tables)
     # Relative paths, so that the index of a copied folder is the same.
     problems = [replace(problem, where=problem.where.removeprefix(f"{folder}{os.sep}")) for problem in scan.problems]
     write_index(folder, tables, scan.shards, task, names, problems, about)
@@ -263,7 +263,7 @@ class _Scan:
 
     def _flush(self) -> None:
         if self._rows:
-            self.tables.append(_table(self._rows, self.concepts, len(self.task.fields)))
+            self.tables.append(_table(self._rows, self.concepts, self.task))
             self._rows = []
 
 
@@ -434,6 +434,7 @@ def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
         "lesion_id": record.lesion_id,
         "group": record.group,
         "label": record.label,
+        "fine": record.fine,
         "shard": shard,
         "concepts": record.concepts,
         "metadata": record.metadata,
@@ -444,11 +445,11 @@ def _row(record: Record, checked: _Checked, shard: int) -> dict[str, Any]:
     return row
 
 
-def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...], metadata_fields: int) -> pa.Table:
+def _table(rows: list[dict[str, Any]], concepts: tuple[str, ...], task: Task) -> pa.Table:
     """Return rows as a table, with scores in the order of the concepts, NaN where one is missing."""
     nan = float("nan")
     scored = [{**row, "concepts": [row["concepts"].get(name, nan) for name in concepts]} for row in rows]
-    return pa.Table.from_pylist(scored, rows_schema(len(concepts), metadata_fields))
+    return pa.Table.from_pylist(scored, rows_schema(len(concepts), len(task.fields), bool(task.fine)))
 
 
 def _texts(table: pa.Table, *names: str) -> list[list[str]]:
@@ -462,9 +463,9 @@ def _with_hashes(table: pa.Table, hashes: GroupHashes) -> pa.Table:
     return table.set_column(column, table.schema.field(column), hashed)
 
 
-def _with_scores(table: pa.Table, concepts: int, metadata_fields: int) -> pa.Table:
+def _with_scores(table: pa.Table, concepts: int, task: Task) -> pa.Table:
     """Add missing scores to a table that was made before any sample had a concept."""
-    schema = rows_schema(concepts, metadata_fields)
+    schema = rows_schema(concepts, len(task.fields), bool(task.fine))
     if table.schema.equals(schema):
         return table
     column = schema.get_field_index("concepts")

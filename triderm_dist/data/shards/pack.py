@@ -41,7 +41,7 @@ from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, naming_file, open_new
-from triderm_dist.schema import VIEWS, DataError, Lesion
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
 Progress = Callable[[int, int], None]
@@ -280,7 +280,7 @@ class _Packer:
         files = [(number, shard.file) for number, shard in enumerate(shards) if shard.file]
 
         def tables() -> Iterator[pa.Table]:
-            schema = rows_schema(len(self.concepts), len(self.task.fields))
+            schema = rows_schema(len(self.concepts), len(self.task.fields), bool(self.task.fine))
             for shard, (number, _) in enumerate(files):
                 rows = pq.read_table(_rows_path(part, number))
                 shard_column = pa.array([shard] * len(rows), pa.int32())
@@ -362,6 +362,7 @@ class _Packer:
             "lesion_id": lesion.lesion_id,
             "group": lesion.group,
             "label": lesion.label,
+            "fine": lesion.fine,
             "shard": -1,  # set by write_index, which leaves out empty shards
             "concepts": lesion.concepts,
             "metadata": lesion.metadata,
@@ -388,7 +389,7 @@ class _Packer:
             "problems": [asdict(problem) for problem in shard.problems],
             "converted": dict(shard.converted),
         }
-        schema = rows_schema(len(self.concepts), len(self.task.fields))
+        schema = rows_schema(len(self.concepts), len(self.task.fields), bool(self.task.fine))
         schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
         with atomic_path(_rows_path(part, number), PATIENT_DATA) as temporary:
             pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
@@ -400,6 +401,7 @@ class _Packer:
         settings = {name: value for name, value in self.settings.items() if name != "shard_samples"}
         # Sets of MILK10k were packed before there were other tasks; their hashes do not change.
         task = [] if self.task.matches(milk10k_task()) else [self.task.meaning()]
+        task += [[*self.task.fine.names]] if self.task.fine else []
         return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts, *task]).encode())
 
     def _source(self, lesions: Sequence[Lesion]) -> str:
@@ -450,6 +452,7 @@ def _source_of(lesion: Lesion, files: Sequence[bytes | OSError]) -> bytes:
     """Hash a lesion's row and photo files."""
     photos = [hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else describe_error(data) for data in files]
     row = [lesion.lesion_id, lesion.group, lesion.label, repr(lesion.concepts), repr(lesion.metadata), photos]
+    row += [lesion.fine] if lesion.fine != UNLABELED else []
     return hashlib.sha256(json.dumps(row).encode()).digest()
 
 

@@ -85,6 +85,7 @@ class Record:
     label: int
     concepts: dict[str, float]
     metadata: tuple[float, ...]
+    fine: int = UNLABELED
 
 
 def to_record(lesion: Lesion, task: Task, concepts: tuple[str, ...]) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def to_record(lesion: Lesion, task: Task, concepts: tuple[str, ...]) -> dict[str
     return {
         "lesion_id": lesion.lesion_id,
         "label": None if lesion.label == UNLABELED else task.diagnosis_names[lesion.label],
+        **({"fine": None if lesion.fine == UNLABELED else task.fine.names[lesion.fine]} if task.fine else {}),
         "group": lesion.group,
         "concepts": {
             name: None if math.isnan(score) else score for name, score in zip(concepts, lesion.concepts, strict=True)
@@ -107,6 +109,7 @@ def parse_record(
 
     lesion_id: default the sample's key, without folders.  label or diagnosis: a spelling of a diagnosis in any case;
     default the content of `.cls`.  group, patient_id or the task's column of groups: default the lesion itself.
+    fine: one of the task's finer labels; another text counts as missing.
     concepts: a mapping of names to scores; default the record's own keys that the task lists or that have its prefix.
     metadata: a mapping, or keys of the record itself, named as the task's fields or as their columns. What is absent,
     null or a missing word of the task is missing.
@@ -139,6 +142,7 @@ def parse_record(
             parse_field(field, _text(metadata.get(field.name, metadata.get(field.column))), task.missing_words)
             for field in task.fields
         ),
+        fine=task.fine.label_of(_name(cells, "fine")) if task.fine else UNLABELED,
     )
 
 

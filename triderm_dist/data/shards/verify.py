@@ -77,7 +77,7 @@ def _samples(index: ShardIndex, workers: int, progress: Callable[[int, int], Non
         return None
 
     # Read the columns before the threads start.
-    index.lesion_ids, index.groups, index.labels, index.concept_scores, index.metadata  # noqa: B018
+    index.lesion_ids, index.groups, index.labels, index.fine, index.concept_scores, index.metadata  # noqa: B018
     problems: list[Problem] = []
     for done, (_, problem) in enumerate(map_in_order(check, _pairs(index, problems.append), workers), start=1):
         if problem:
@@ -202,6 +202,7 @@ def _check_sample(
     scores = [record.concepts.get(name, np.nan) for name in index.concepts]
     same = {
         "label": record.label == index.labels[row],
+        "fine": record.fine == index.fine[row],
         "group": same_group(record.group, index.groups[row]),
         "concepts": np.array_equal(np.asarray(scores, np.float32), index.concept_scores[row], equal_nan=True),
         "metadata": np.array_equal(np.asarray(record.metadata, np.float32), index.metadata[row], equal_nan=True),

@@ -47,7 +47,7 @@ def write_index(
     digests: list[np.ndarray] = []
     rows = 0
     with atomic_path(folder / SAMPLES, PATIENT_DATA) as temporary:
-        schema = samples_schema(len(concepts), len(task.fields))
+        schema = samples_schema(len(concepts), len(task.fields), bool(task.fine))
         with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=False) as file:
             for table in _regrouped(tables):
                 file.write_table(table.drop_columns("photos"), row_group_size=ROW_GROUP)

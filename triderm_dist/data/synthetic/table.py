@@ -54,7 +54,7 @@ def write_part(
         )
         for photo, pixels in photos.items():
             Image.fromarray(pixels).save(folder / PHOTOS / photo, quality=90)
-        diagnosis = draw_word(generator, task, label)
+        diagnosis = draw_word(generator, task, label) | draw_fine(generator, task, label)
         id_column = task.columns.lesion_id or image_columns(task)[0]
         truths += [{id_column: lesion_id} | diagnosis for lesion_id in dict.fromkeys(row[id_column] for row in drawn)]
         rows += [row | diagnosis if truth == folder else row for row in drawn]
@@ -150,6 +150,14 @@ def draw_word(generator: np.random.Generator, task: Task, label: int) -> dict[st
         return {each.name: str(int(at == label)) for at, each in enumerate(task.diagnoses)}
     words = task.diagnoses[label].words or (task.diagnoses[label].name,)
     return {task.columns.diagnosis: words[generator.integers(len(words))]}
+
+
+def draw_fine(generator: np.random.Generator, task: Task, label: int) -> dict[str, str]:
+    """Draw one of the finer labels of a diagnosis as its cell, empty where it has none."""
+    if task.fine is None:
+        return {}
+    labels = task.fine.labels.get(task.diagnosis_names[label], ())
+    return {task.fine.column: labels[generator.integers(len(labels))] if labels else ""}
 
 
 def draw_metadata(generator: np.random.Generator, task: Task, level: float) -> dict[str, str]:
