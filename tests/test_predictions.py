@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.synthetic_run import CLINIC, CONCEPTS, FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
+from triderm_dist import predictions
 from triderm_dist.predictions import (
     NO_FOLD,
     TEST,
@@ -50,6 +51,20 @@ def test_prediction_file_round_trip(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     assert (read.split, read.extra, read.concept_names) == ("test", {"transforms": 8}, CONCEPTS)
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
+def test_columns_are_written_in_chunks_of_any_size(
+    run: tuple[Path, list[str], np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, *_ = run
+    table = read_oof(folder / "oof.parquet", features=True)
+    monkeypatch.setattr(predictions, "MAX_CHUNK", 100)
+    write_oof(tmp_path / "oof.parquet", table)
+    read = read_oof(tmp_path / "oof.parquet", features=True)
+    for model in MODELS:
+        for part in ("logits", "features"):
+            np.testing.assert_array_equal(getattr(read, part)[model], getattr(table, part)[model])
+    np.testing.assert_array_equal(read.concepts, table.concepts)
 
 
 def test_gather_is_independent_of_file_order_and_round_trips(run) -> None:

@@ -153,12 +153,14 @@ def matrix_of(table: Any, name: str) -> np.ndarray:
     """Return a column of lists of equal lengths as an array (N, W). Raises DamagedFile for other lengths."""
     import pyarrow.compute as pc
 
-    column = table[name].combine_chunks()
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    column = table[name]
+    lengths = pc.list_value_length(column).to_numpy()
     if len(lengths) and not (lengths == lengths[0]).all():
         raise DamagedFile(f"column {name!r} has rows of {lengths.min():.0f} to {lengths.max():.0f} numbers")
     width = int(lengths[0]) if len(lengths) else 0
-    values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
+    # Chunk by chunk: the offsets of one chunk are 32-bit numbers, which all rows together may exceed.
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    values: np.ndarray = np.concatenate(parts) if parts else np.empty(0, np.float32)
     return values.reshape(len(lengths), width)
 
 

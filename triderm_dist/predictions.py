@@ -42,6 +42,9 @@ _KEY = b"triderm"
 _SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
 _LISTS = ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata")
 
+MAX_CHUNK = 1 << 28
+"""Numbers in a chunk of a column of lists; 1 GiB, and fewer than 32-bit offsets reach."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -288,9 +291,9 @@ def write_oof(path: Path, table: OofTable) -> None:
     arrays = {key: pa.array(value, from_pandas=False) for key, value in columns.items()}
     for key in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
         # Models differ in the width of their features: each model is a chunk with its own list length.
-        arrays[key] = pa.chunked_array([_as_lists(getattr(table, key)[name]) for name in names])
+        arrays[key] = pa.chunked_array([part for name in names for part in _as_lists(getattr(table, key)[name]).chunks])
     for key in ("concepts", "metadata"):
-        arrays[key] = pa.chunked_array([_as_lists(getattr(table, key))] * len(names))
+        arrays[key] = pa.chunked_array(_as_lists(getattr(table, key)).chunks * len(names))
     _write(Path(path), pa.table(arrays), _header(table, OUT_OF_FOLD, {}))
 
 
@@ -578,11 +581,17 @@ def _from_rows(table: Any, path: Path, task: Task, concepts: tuple[str, ...]) ->
 
 
 def _as_lists(array: np.ndarray) -> Any:
+    """Return the rows (N, W) as a chunked column of lists, each chunk with at most `MAX_CHUNK` numbers."""
     import pyarrow as pa
 
-    array = np.ascontiguousarray(array, np.float32)
-    offsets = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(array.ravel(), from_pandas=False))
+    width = array.shape[1]
+    rows = max(1, MAX_CHUNK // max(1, width))
+    chunks = []
+    for start in range(0, max(1, len(array)), rows):
+        part = np.ascontiguousarray(array[start : start + rows], np.float32)
+        offsets = np.arange(len(part) + 1, dtype=np.int32) * width
+        chunks.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(part.ravel(), from_pandas=False)))
+    return pa.chunked_array(chunks)
 
 
 def _as_array(table: Any, name: str, path: Path) -> np.ndarray:
