@@ -27,7 +27,7 @@ def test_counts_shares_quartiles_and_missing_values():
     assert rows["fototyp", "III&"] == (Share(2, 4), Share(1, 2), Share(0, 1))
     assert rows["fototyp", "missing"] == (Share(1, 4), Share(1, 2), Share(0, 1))
     assert ("fototyp", "II<") not in rows  # nobody has it
-    about = "n lesions, per m$^2$ <b>"
+    about = "n lesions (per m$^2$ <b>)"
     assert rows[about, "median (quartiles)"] == (Interval(20, 15, 30), Interval(40, 40, 40), Interval(10, 10, 10))
     assert rows[about, "missing"] == (Share(1, 4), Share(1, 2), Share(0, 1))
     assert rows["missing", "phone photo"] == (Share(1, 4), Share(0, 2), None)

@@ -96,11 +96,10 @@ def _of_diagnosis(cohort: Cohort, number: int, name: str) -> Cell:
 
 def _field_rows(field: MetadataField, values: Sequence[np.ndarray]) -> Iterator[CohortRow]:
     """Yield the rows of a metadata field. values: (N,) of each cohort, NaN where missing."""
+    about = f"{field.label} ({field.unit})" if field.unit else field.label
     if field.is_number:
-        about = f"{field.label}, {field.unit}" if field.unit else field.label
         yield CohortRow(about, "median (quartiles)", tuple(_quartiles(each) for each in values))
     else:
-        about = field.label
         for index, category in enumerate(field.categories):
             cells = tuple(Share(int((each == index).sum()), len(each)) for each in values)
             if any(cell.part for cell in cells):

@@ -168,6 +168,7 @@ class _Scores:
         self.overconfidence = shares.max(axis=1) - correct
         # Ranks, in which ties are equal: placements are then counts of ranks.
         self.ranks = [_ranks(column) for column in lesions.probabilities.T]
+        self._of_all: dict[int, tuple[np.ndarray, float]] = {}
         self.kind = lesions.malignant[lesions.labels]
         self.has_kinds = bool((self.kind == 0).any() and (self.kind == 1).any())
         if self.has_kinds:
@@ -240,7 +241,7 @@ class _Scores:
         """
         labels_used = labels[used]
         columns = np.flatnonzero(kept)
-        everyone = [placements(rank[used], labels_used == c) for rank, c in zip(ranks, columns, strict=True)]
+        everyone = [self._placements(rank, used, labels_used == c) for rank, c in zip(ranks, columns, strict=True)]
         sides = []
         for part in (mask[used], ~mask[used]):
             rows, own = used[part], labels_used[part]
@@ -260,6 +261,12 @@ class _Scores:
             codes = self.codes[rows] if self.grouped else None
             sides.append((total, _score(own, values, codes, moments)[1]))
         return _compare(sides[0], sides[1], 0.0)
+
+    def _placements(self, rank: np.ndarray, used: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return `placements` among all lesions, which every slice needs."""
+        if id(rank) not in self._of_all:
+            self._of_all[id(rank)] = placements(rank[used], positive)
+        return self._of_all[id(rank)]
 
 
 def placements(ranks: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, float]:

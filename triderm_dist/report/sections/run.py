@@ -27,7 +27,7 @@ def run(content: Content) -> Section:
         values = seeds(content.experiment, content.networks)
         facts.append(Row("seeds", (", ".join(f"{name} {seed}" for name, seed in values.items()),)))
     about = [Column("value", "", long=True)]
-    tables = [Table("run", "The run", about, facts, "fact")]
+    tables = [Table("run", "Facts of the run", about, facts, "fact")]
     if made.stages:
         columns = [
             Column("duration", "duration"),
