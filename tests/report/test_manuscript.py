@@ -1,12 +1,14 @@
 """Text for a paper: sentences about networks, and the bibliography."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT
 from tests.synthetic_run import CLINIC
 from triderm_dist.config import Experiment, load
-from triderm_dist.report import references
+from triderm_dist.report import references, sections
 from triderm_dist.report.manuscript import encoder_name, network_sentences
 from triderm_dist.tasks import milk10k_task, task_names, task_references
 
@@ -91,3 +93,26 @@ def test_every_entry_is_complete_and_every_key_known():
 def test_bibliography_begins_with_the_data():
     text = references.bibliography(["torch", "adamw", "torch"], "ham10000")
     assert re.findall(r"^@\w+\{(\w+),", text, re.M) == ["ham10000", "adamw", "torch"]
+
+
+def test_guidelines_name_every_item_and_sections_that_exist():
+    page = (ROOT / "docs" / "reporting.md").read_text(encoding="utf-8")
+    claim, tripod = page.split("\n## ")[1:]
+    assert re.findall(r"^\| (\d+) \|", claim, re.M) == [str(number) for number in range(1, 45)]
+    parts = {
+        3: "abc",
+        5: "ab",
+        6: "abc",
+        8: "abc",
+        9: "abc",
+        12: "abcdefg",
+        18: "abcdef",
+        20: "abc",
+        23: "ab",
+        27: "abc",
+    }
+    expected = [f"{item}{part}" for item in range(1, 28) for part in parts.get(item, " ")]
+    assert re.findall(r"^\| (\d+[a-z]?) \|", tripod, re.M) == [item.strip() for item in expected]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in Path(sections.__file__).parent.glob("*.py"))
+    titles = {*re.findall(r'Section\(\s*(?:title=)?"([^"]+)"', sources)}
+    assert {*re.findall(r"\*\*(.+?)\*\*", f"{claim}{tripod}")} - {"Yours", "yours"} <= titles
