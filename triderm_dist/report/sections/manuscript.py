@@ -17,18 +17,13 @@ from triderm_dist.report.sections.head import HELD_OUT, NESTED, head
 from triderm_dist.report.sections.malignancy import malignancy
 from triderm_dist.report.sections.metrics import metrics
 from triderm_dist.report.sections.missing_inputs import missing_inputs
+from triderm_dist.report.sections.operating_points import operating_points
 from triderm_dist.report.sections.run import run
 from triderm_dist.report.sections.slices import slices
 from triderm_dist.report.wording import RULES, fitted_parts, measure
 
 QUOTED: tuple[Callable[[Content], Section | None], ...] = (
-    head,
-    run,
-    cohort,
-    metrics,
-    malignancy,
-    slices,
-    missing_inputs,
+    *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs),
 )
 """The sections whose tables the text quotes."""
 
