@@ -2,15 +2,17 @@
 
 python -m benchmarks.heads [before=WORKTREE] [rounds=3] [seconds=8] [lesions=512]
 
-Each measurement is a process of its own that trains with the engine's step, loader and meter for some seconds, on
-synthetic photos or random tokens, with the precision that `train.precision=auto` takes; loading is included. `before`
-is a git worktree of the other commit (`git worktree add ../before 1b72629`), whose measurements alternate with today's.
-Without it only today's are printed. Run it on a machine that does nothing else: threads wait for one another. The last
-line is one JSON object: lesions/s as multiples of those before, or lesions/s.
+Each measurement trains with the engine's step, loader and meter for some seconds, on synthetic photos or random
+tokens, with the precision that `train.precision=auto` takes; loading is included. Today's folds are trained in
+parallel: as many processes as cores at a time, of one thread each, whose lesions/s are added. `before` is a git
+worktree of another commit (`git worktree add ../before 1b72629`), which trained one fold at a time with all cores; its
+measurements alternate with today's. Without it only today's are printed. Run it on a machine that does nothing else.
+The last line is one JSON object: lesions/s as multiples of those before, or lesions/s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -41,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
 blocks of seven, on the cached output of the others, or on photos where a commit has no such cache.
 """
 TUNED = {"freeze_clinical": 5, "freeze_dermoscopic": 5, "cache_frozen_blocks": True}
+READY = "ready\n"
+"""Printed by a process that is ready to train; it begins when it reads a line."""
 
 
 class HeadsBenchmark(Section):
@@ -61,7 +65,8 @@ def main(config: HeadsBenchmark) -> None:
         for _ in range(config.rounds):
             for case in config.cases:
                 for name, tree in trees.items():
-                    found[case][name].append(in_tree(tree, case, config, Path(folder)))
+                    processes = available_cores() if name == "now" else 1
+                    found[case][name].append(in_tree(tree, case, config, Path(folder, name), processes))
     print(f"{cpu_model()}, {available_cores()} cores, {config.rounds} rounds of {config.seconds:g} s")
     result: dict[str, float] = {}
     for case, measured in found.items():
@@ -78,21 +83,33 @@ def main(config: HeadsBenchmark) -> None:
     print(json.dumps(result))
 
 
-def in_tree(tree: Path, case: str, config: HeadsBenchmark, folder: Path) -> dict[str, Any]:
-    """Measure a case with the code of a worktree, in a new process."""
-    job = {
-        "case": case,
-        "folder": str(folder),
-        **config.model_dump(include={"seconds", "lesions", "tower", "image_size"}),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, "measure", json.dumps(job)],
-        cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{tree}, {case}: {done.stderr[-2000:]}")
-    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return values
+def in_tree(tree: Path, case: str, config: HeadsBenchmark, folder: Path, processes: int) -> dict[str, Any]:
+    """Measure a case with the code of a worktree, in new processes that train at the same time.
+
+    Several have one thread each. Returns the values of the first, and lesions_per_s of all together.
+    """
+    options = config.model_dump(include={"seconds", "lesions", "tower", "image_size"})
+    environment = {**os.environ, "PYTHONPATH": str(tree), **({"OMP_NUM_THREADS": "1"} if processes > 1 else {})}
+    running = []
+    for number in range(processes):
+        job = json.dumps({"case": case, "folder": str(folder / str(number)), **options})
+        words = [sys.executable, __file__, "measure", job]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(words, cwd=tree, env=environment, text=True, **pipes))
+    for process in running:
+        while (line := process.stdout.readline()) and line != READY:
+            pass
+    values: list[dict[str, Any]] = []
+    for process in running:
+        with contextlib.suppress(BrokenPipeError):  # it has failed
+            process.stdin.write("\n")
+            process.stdin.flush()
+    for process in running:
+        output, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{tree}, {case}: {errors[-2000:]}")
+        values.append(json.loads(output.splitlines()[-1]))
+    return {**values[0], "lesions_per_s": sum(each["lesions_per_s"] for each in values)}
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +149,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     train = model.train.model_copy(update={"precision": precision})
     accelerator = parallel.start_training(train)
     loaders = LoaderFactory(index, source, os.cpu_count() or 1)
+    print(READY, end="", flush=True)
+    sys.stdin.readline()
     values = bench.measure(model.model_copy(update={"train": train}), network, loaders, accelerator, job["seconds"])
     return {**values, "precision": precision, "why": why}
 
