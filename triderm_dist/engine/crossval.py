@@ -126,7 +126,7 @@ def run_trainings(
             views = open_views(
                 experiment, model, index, accelerator,
                 train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
-                record=True, start=start, beside=beside,
+                record=True, start=start, beside=beside, brief=brief,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended

@@ -90,9 +90,10 @@ def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> 
             accelerator = start_training(model.train)
             start = open_warm_start(experiment, name, index, accelerator)
             beside = open_extra_towers(experiment, name, index, accelerator)
-            open_views(
-                experiment, model, index, accelerator, train=True, extra=extra, record=True, start=start, beside=beside
-            )  # computes what the cache lacks
+            open_views(  # computes what the cache lacks
+                experiment, model, index, accelerator,
+                train=True, transforms=experiment.oof.tta, extra=extra, record=True, start=start, beside=beside,
+            )  # fmt: skip
 
 
 def describe_extra_set(where: str, extra: ExtraSet, index: ShardIndex) -> list[str]:

@@ -82,6 +82,7 @@ def open_views(
     record: bool = False,
     start: WarmStart | None = None,
     beside: Sequence[ExtraTower] = (),
+    brief: bool = False,
 ) -> Views:
     """Open photos for towers that train, or what a frozen tower or, with `tower.cache_frozen_blocks`, the frozen blocks
     return, computing what the cache lacks.
@@ -90,11 +91,17 @@ def open_views(
     how many transforms of the dihedral group prediction uses. after_chunk: called on all ranks after every chunk that
     is computed, and may raise. extra: sets whose lesions join training. recorded, start: the tower, see `open_tower`.
     record: write it to OUTPUT/towers. beside: the towers beside one that is not recorded.
+    brief: another process prints the notes on the set and the tower.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
+
+    def say(text: str) -> None:
+        if not brief:
+            accelerator.print(wrapped(text), flush=True)
+
     for note in index.notes():
-        accelerator.print(wrapped(f"note: {note}"), flush=True)
+        say(f"note: {note}")
     labeled = np.flatnonzero(index.labels != UNLABELED)
     first = start.choose(labeled) if start and model.tower.cached else None
     about, tower = open_tower(experiment, model, recorded, pretrained=train, start=first)
@@ -108,9 +115,9 @@ def open_views(
     frozen = _frozen_blocks(experiment, model, index, first) if train and model.tower.cached and not tower else {}
     if (packed := min(index.canvas)) < about.image_size:
         enlarged = f"tower.image_size {about.image_size} is more than the short side of the packed photos, {packed}"
-        accelerator.print(wrapped(f"note: {enlarged}: they are enlarged; pack with a larger short_side"), flush=True)
+        say(f"note: {enlarged}: they are enlarged; pack with a larger short_side")
     if tower:
-        accelerator.print(wrapped(tower.report), flush=True)
+        say(tower.report)
     if record:
         on_main(partial(save_tower, experiment.folder / FOLDER, about, tower))
 
@@ -124,7 +131,7 @@ def open_views(
     @functools.cache  # once, also for several sets
     def announce() -> None:
         if accelerator.device.type == "cpu":
-            accelerator.print(wrapped(host_augment.describe()), flush=True)
+            say(host_augment.describe())
 
     def open_photos(each: ShardIndex, views: Sequence[str] | None) -> LoaderFactory[ShardIndex]:
         share = 1.0 if cached or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
