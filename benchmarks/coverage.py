@@ -27,6 +27,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.ensemble.thresholds import regularized_thresholds
 from triderm_dist.intervals import Interval
+from triderm_dist.report.slices import MIN_SLICE_POSITIVES, SCORES, ScoredLesions, score_slices
 from triderm_dist.settings import Section
 
 LESIONS = (303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47)
@@ -196,16 +197,18 @@ def measure(settings: CoverageRun, lesions: Lesions) -> tuple[Cells, Cells]:
 
 
 def slice_cells(cells: Cells, rule: str, size: int, lesions: Lesions, table: np.ndarray, rows: np.ndarray) -> None:
-    """Add macro F1 and the difference in recall of a slice, over diagnoses with 5 lesions on both sides."""
+    """Add macro F1 of a slice, and its gaps in macro F1 and recall, over diagnoses with 5 lesions on both sides."""
     part, decisions = lesions.take(rows), table[rows]
     counts = [np.bincount(part.labels[mask], minlength=CLASSES) for mask in (part.inside, ~part.inside)]
-    kept = (counts[0] >= 5) & (counts[1] >= 5)
+    kept = (counts[0] >= MIN_SLICE_POSITIVES) & (counts[1] >= MIN_SLICE_POSITIVES)
     inside = metrics.class_counts(table[lesions.inside], lesions.labels[lesions.inside])
     outside = metrics.class_counts(table[~lesions.inside], lesions.labels[~lesions.inside])
-    f1 = intervals.macro_f1(decisions[part.inside], part.labels[part.inside], kept=kept)
-    cells.add("slice, macro F1", rule, size, f1, inside.f1[kept].mean())
-    recall = intervals.recall_difference(decisions, part.labels, part.inside, kept)
-    cells.add("slice, recall inside minus outside", rule, size, recall, (inside.recall - outside.recall)[kept].mean())
+    scored = ScoredLesions(part.networks[0], part.labels, decisions, np.arange(size), np.full(CLASSES, np.nan))
+    found = {each.score_name: each for each in score_slices(scored, {"slice": {"inside": part.inside}})}
+    cells.add("slice, macro F1", rule, size, found["macro_f1"].score, inside.f1[kept].mean())
+    for name, gap in (("macro_f1", inside.f1 - outside.f1), ("recall", inside.recall - outside.recall)):
+        title = f"slice, {SCORES[name]} inside minus outside"
+        cells.add(title, rule, size, found[name].gap, gap[kept].mean())
 
 
 def group_cells(

@@ -235,22 +235,29 @@ def mean(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     return Interval(value, value - half, value + half)
 
 
-def beyond_noise(differences: Sequence[Interval], level: float = 0.05) -> list[bool]:
-    """Return which of several differences are distinct from 0, corrected for their number (Holm 1979).
+def holm(p: np.ndarray) -> np.ndarray:
+    """Adjust p-values (m,) for their number (Holm 1979): the k-th smallest is multiplied by m - k + 1.
 
-    Their intervals are taken as normal. If no difference were real, one would be returned with probability `level`, at
-    most.
+    Where nothing differs, the probability that any adjusted p-value is below a level is at most that level, however the
+    comparisons depend on one another.
+    """
+    order = np.argsort(p, kind="stable")
+    result = np.empty(len(p))
+    result[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return result
+
+
+def beyond_noise(differences: Sequence[Interval], level: float = 0.05) -> list[bool]:
+    """Return which of several differences are distinct from 0, corrected for their number (`holm`).
+
+    Their intervals are taken as normal.
     """
     from scipy.stats import norm
 
     halves = np.array([(each.high - each.low) / 2 for each in differences])
     distances = np.abs([each.value for each in differences])
     z = np.divide(_NORMAL * distances, halves, out=np.where(distances > 0, np.inf, 0.0), where=halves > 0)
-    p, order = 2 * norm.sf(z), np.argsort(-z, kind="stable")
-    kept = np.cumprod(p[order] <= level / np.arange(len(p), 0, -1))
-    result = np.zeros(len(p), bool)
-    result[order] = kept > 0
-    return [bool(each) for each in result]
+    return [bool(p <= level) for p in holm(2 * norm.sf(z))]
 
 
 def shares(part: np.ndarray, whole: np.ndarray) -> list[Interval]:
@@ -296,33 +303,6 @@ def _predictive_value(
 
 def _complement(interval: Interval) -> Interval:
     return Interval(1 - interval.value, 1 - interval.high, 1 - interval.low)
-
-
-def recall_difference(
-    decisions: np.ndarray, labels: np.ndarray, inside: np.ndarray, kept: np.ndarray, groups: np.ndarray | None = None
-) -> Interval:
-    """Return mean recall of the lesions `inside` (N,) bool minus that of the others, with its interval.
-
-    kept: (C,) bool, the diagnoses to average over. The interval is normal. The variance of each recall is taken after
-    adding four lesions with the recall of both sides together (Agresti and Caffo 2000 add them with a recall of a
-    half). So five correct of five do not count as certain, and a small side is not pulled away from a large one. With
-    groups, it is multiplied by the design effect of each side.
-    """
-    sides = [
-        _units([decisions[part]], labels[part], None if groups is None else groups[part]) for part in (inside, ~inside)
-    ]
-    positives = [frequency @ counts.positives for (counts,), frequency in sides]
-    correct = [frequency @ counts.found for (counts,), frequency in sides]
-    common = (sum(correct) + 0.5) / (sum(positives) + 1)
-    variance = np.zeros(len(kept))
-    for ((counts,), frequency), lesions, found in zip(sides, positives, correct, strict=True):
-        recall = (found + 4 * common) / (lesions + 4)
-        effect = 1.0 if groups is None else _design_effect(counts.found, counts.positives, frequency)
-        variance += effect * recall * (1 - recall) / np.maximum(lesions, 1)
-    recalls = [metrics.ratio(found, lesions)[kept] for found, lesions in zip(correct, positives, strict=True)]
-    value = float((recalls[0] - recalls[1]).mean())
-    width = float(_NORMAL * np.sqrt(variance[kept].sum()) / np.count_nonzero(kept))
-    return Interval(value, value - width, value + width)
 
 
 def of_metrics(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -135,8 +135,12 @@ class Comparison:
     def pairs(self) -> list[Pair]:
         """Every pair of runs, the later one minus the earlier one."""
         every = [(second, first) for first, second in combinations(range(len(self.runs)), 2)]
-        tests = holm([self._mcnemar(*pair) for pair in every])
-        return [self._pair(*pair, len(every), test) for pair, test in zip(every, tests, strict=True)]
+        tests = [self._mcnemar(*pair) for pair in every]
+        adjusted = intervals.holm(np.array([test.p for test in tests]))
+        return [
+            self._pair(*pair, len(every), replace(test, adjusted=float(p)))
+            for pair, test, p in zip(every, tests, adjusted, strict=True)
+        ]
 
     @cached_property
     def settings(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -213,17 +217,6 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
     differ = only_first + only_second
     p = min(1.0, 2 * float(binom.cdf(min(only_first, only_second), differ, 0.5))) if differ else 1.0
     return McNemar(int((first & second).sum()), only_first, only_second, int((~first & ~second).sum()), p)
-
-
-def holm(tests: Sequence[McNemar]) -> list[McNemar]:
-    """Return the tests with p-values adjusted for their number (Holm 1979)."""
-    order = sorted(range(len(tests)), key=lambda number: tests[number].p)
-    adjusted, largest = list(tests), 0.0
-    for rank, number in enumerate(order):
-        largest = max(largest, min(1.0, (len(tests) - rank) * tests[number].p))
-        test = tests[number]
-        adjusted[number] = McNemar(test.both, test.first, test.second, test.neither, test.p, largest)
-    return adjusted
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -37,7 +37,8 @@ def used_works(experiment: Experiment | None, networks: Sequence[str]) -> list[s
     """Return the keys of what a run used, as far as its settings tell."""
     keys = {"tripod_ai", "claim_2024", "torch", "numpy"}
     keys |= {"temperature_scaling", "ensemble_selection", "confident_learning"}
-    keys |= {"brown_2001", "zou_2008", "agresti_2000", "delong_1988", "holm_1979"}
+    keys |= {"brown_2001", "zou_2008", "agresti_2000", "delong_1988", "newcombe_2006", "hanley_1982", "holm_1979"}
+    keys |= {"mercaldo_2007", "vickers_2006", "boyd_2013"}
     if experiment is None:
         return sorted(keys)
     for name in networks:

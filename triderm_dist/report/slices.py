@@ -110,22 +110,9 @@ def score_slices(lesions: ScoredLesions, slices: Mapping[str, Mapping[str, np.nd
                 rows.append(SliceScore(field, value, name, size, score, gap, p if enough else np.nan, np.nan))
     if not judged:
         return rows
-    adjusted = adjust(np.array([rows[same[0]].p for same in judged.values()]))
+    adjusted = intervals.holm(np.array([rows[same[0]].p for same in judged.values()]))
     values = {row: value for same, value in zip(judged.values(), adjusted, strict=True) for row in same}
     return [_with(each, values.get(row, np.nan)) for row, each in enumerate(rows)]
-
-
-def adjust(p: np.ndarray) -> np.ndarray:
-    """Adjust p-values (m,) for m comparisons by Holm's method (Holm 1979): the largest m - k + 1 times the k-th.
-
-    Where no gap exists, the probability that any adjusted p-value is below a level is at most that level, however the
-    comparisons depend on one another.
-    """
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    result = np.empty(len(p))
-    result[order] = np.minimum(stepped, 1.0)
-    return result
 
 
 def slice_masks(field: MetadataField, values: np.ndarray) -> dict[str, np.ndarray]:
