@@ -231,6 +231,14 @@ class AugmentConfig(Section):
 Frame = Literal["square", "whole", "squash"]
 
 
+class LoraConfig(Section):
+    rank: int = Field(ge=1, description="rank of the product that is trained beside each frozen matrix")
+    alpha: float = Field(16.0, gt=0, description="the product is multiplied by alpha / rank")
+    targets: tuple[Literal["attention", "mlp"], ...] = Field(
+        ("attention", "mlp"), min_length=1, description="matrices of a block: those of attention, of the MLP, or both"
+    )
+
+
 class TowerConfig(Section):
     source: SourceText = Field(
         "hf-hub:redlessone/DermLIP_ViT-B-16",
@@ -257,6 +265,11 @@ class TowerConfig(Section):
     frozen: bool = Field(False, description="freeze the tower completely; its tokens are computed once and cached")
     freeze_clinical: int = Field(6, ge=0, description="number of leading blocks of the clinical tower to freeze")
     freeze_dermoscopic: int = Field(4, ge=0, description="number of leading blocks of the dermoscopic tower to freeze")
+    lora: LoraConfig | None = Field(
+        None,
+        description="train only small products beside the matrices of the blocks that are not frozen (LoRA); null "
+        "trains all their weights",
+    )
     cache_frozen_blocks: bool = Field(
         False,
         description="compute once what the frozen blocks return, in train.augment.token_variants augmented versions, "
@@ -272,6 +285,8 @@ class TowerConfig(Section):
     def _some_blocks_are_frozen(self) -> TowerConfig:
         if self.cache_frozen_blocks and not self.frozen and not (self.freeze_clinical and self.freeze_dermoscopic):
             raise ValueError("cache_frozen_blocks: set freeze_clinical and freeze_dermoscopic to at least 1")
+        if self.lora and self.frozen:
+            raise ValueError("lora: has no effect on a frozen tower; remove it, or set frozen=false")
         return self
 
 
@@ -1110,6 +1125,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.tower.cache_frozen_blocks": False,
     "models.NAME.tower.drop_path": None,
     "models.NAME.tower.frame": "square",
+    "models.NAME.tower.lora": None,
     "models.NAME.train.augment.aspect": 0.0,
     "models.NAME.train.augment.clinical_strength": 1.0,
     "models.NAME.train.augment.cutmix": 0.0,

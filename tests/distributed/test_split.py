@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.processes import WORKERS, launch
 from tests.small_tasks import FINE, TASKS
-from triderm_dist.config import AugmentConfig
+from triderm_dist.config import AugmentConfig, LoraConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex, read_index
@@ -77,7 +77,7 @@ def task_cases(folder: Path) -> list[dict]:
         {"name": f"{task}-{kind}", "shards": str(folder / task), "kind": kind, **shared}
         for task in OTHER_TASKS
         for kind in ("trimodal", "dual_cnn")
-    ] + [{"name": FINE.name, "shards": str(folder / FINE.name), "fine": 0.7, **shared}]
+    ] + [{"name": FINE.name, "shards": str(folder / FINE.name), "fine": 0.7, "lora": 2, **shared}]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def steps(packed, small_sets, tmp_path_factory) -> dict[str, dict[str, torch.Ten
 
 
 def reference(
-    index: ShardIndex, head: HeadKind, number: int, kind: str = "trimodal", fine: float = 0.0
+    index: ShardIndex, head: HeadKind, number: int, kind: str = "trimodal", fine: float = 0.0, lora: int = 0
 ) -> dict[str, torch.Tensor]:
     """Return loss and gradients of a global batch: one process, one batch without splitting or padding, losses from the
     formulas by autograd.
@@ -110,6 +110,8 @@ def reference(
     model = experiment(head, GLOBAL_BATCH, 0.0, "exact", kind=kind).models["tri"]
     torch.manual_seed(0)
     network = build_network(model, index.signature, build_towers(model.tower, index.signature.views)).train()
+    if lora:
+        network.add_lora(LoraConfig(rank=lora))
     if fine:
         network.add_fine_head(len(index.task.fine.names))
     tower = build_towers(model.tower)[0]
@@ -182,9 +184,11 @@ def test_split_step_of_a_smaller_network_equals_the_reference_step(steps, small_
     assert_same_step(steps[f"{task}-{kind}"], reference(index, "softmax", 0, kind))
 
 
-def test_split_step_with_finer_labels_equals_the_reference_step(steps, small_sets):
-    expected = reference(read_index(small_sets / FINE.name), "softmax", 0, fine=0.7)
+def test_split_step_with_finer_labels_and_lora_equals_the_reference_step(steps, small_sets):
+    expected = reference(read_index(small_sets / FINE.name), "softmax", 0, fine=0.7, lora=2)
     assert expected["fine_head.linear.weight"].abs().max() > 0
+    tower = {name.rpartition(".")[2] for name, gradient in expected.items() if name.startswith("towers")}
+    assert tower == {"a", "b"}  # the products alone
     assert_same_step(steps[FINE.name], expected)
 
 

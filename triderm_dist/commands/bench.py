@@ -39,7 +39,7 @@ def main(config: BenchRun) -> None:
     from triderm_dist.distributed import parallel
     from triderm_dist.distributed.collectives import on_main
     from triderm_dist.engine import bench, cpu_precision
-    from triderm_dist.engine.fold import model_config, training_network
+    from triderm_dist.engine.fold import add_trained_parts, model_config, new_network
     from triderm_dist.engine.views import open_views
     from triderm_dist.tasks import load_task, milk10k_task
 
@@ -61,7 +61,7 @@ def main(config: BenchRun) -> None:
         index = read_index(shards)
     experiment = config.model_copy(update={"tokens": str(folder / "tokens")})
     views = open_views(experiment, model, index, accelerator, train=True)
-    network = training_network(model, views).to(accelerator.device)
+    network = add_trained_parts(new_network(model, views), model, index.task).to(accelerator.device)
     if cpu_precision.is_measured(train, accelerator):
         with tempfile.TemporaryDirectory() as kept:  # the choice of this machine, today
             precision, why = on_main(partial(cpu_precision.choose, network, train.micro_batch, Path(kept)))

@@ -25,6 +25,7 @@ from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate_hidden
 from triderm_dist.engine.extra_sets import open_extra_sets, without_shared_photos
 from triderm_dist.engine.extra_towers import open_extra_towers
 from triderm_dist.engine.fold import (
+    add_trained_parts,
     as_predictions,
     assigned_folds,
     check_task,
@@ -33,7 +34,6 @@ from triderm_dist.engine.fold import (
     new_network,
     result_hash,
     resume_hash,
-    training_network,
 )
 from triderm_dist.engine.fold_folder import (
     FoldFolder,
@@ -269,7 +269,7 @@ class FoldRun:
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
         torch.manual_seed(self.experiment.seed_of(self.name) * 1_009 + self.fold)
-        network, about = training_network(self.model, self.views), None
+        network, about = new_network(self.model, self.views), None
         if network.reads_mean_tokens and self.views.token_shape is not None:
             network.load_state_dict(on_main(partial(self._fit_inputs, network)), strict=False)
         if self.start:
@@ -278,6 +278,7 @@ class FoldRun:
             filled = fill_network(network, self.model, self.start.choose(predicted))
             accelerator.print(wrapped(f"{self.title}: {filled.describe()}"), flush=True)
             about = {**filled.about(), "networks": [each.weights for each in self.start.networks]}
+        add_trained_parts(network, self.model, self.index.task)
         return network.to(accelerator.device), about
 
     def _fit_inputs(self, network: Network) -> dict[str, torch.Tensor]:

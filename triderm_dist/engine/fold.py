@@ -53,14 +53,14 @@ def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Ne
     return network
 
 
-def training_network(model: ModelConfig, views: Views) -> Network:
-    """Build a network to train: `new_network`, with the head of finer labels where they are learned.
+def add_trained_parts(network: Network, model: ModelConfig, task: Task) -> Network:
+    """Add to a network what it has in training only (see `finished_weights`): the head of finer labels, LoRA.
 
-    Raises ConfigError where they are to be learned and the task has none.
+    Raises ConfigError where finer labels are to be learned and the task has none, and as `add_lora` does.
     """
-    network = new_network(model, views)
+    if model.tower.lora:
+        network.add_lora(model.tower.lora)
     if model.train.loss.fine_weight:
-        task = views.loaders.index.task
         if task.fine is None:
             raise ConfigError(
                 f"train.loss.fine_weight: task {task.name!r} has no finer labels; set it to 0, or add `fine` to the "

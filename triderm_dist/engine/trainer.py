@@ -32,7 +32,7 @@ from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
-from triderm_dist.models.network import FINE_HEAD, Network
+from triderm_dist.models.network import Network, finished_weights
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
@@ -253,7 +253,7 @@ class Trainer:
     def _keep_weights(self, is_scored: bool) -> None:
         """Write the full weights under canonical names, for prediction."""
         weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(FINE_HEAD)}
+        weights = finished_weights(weights)
         info: dict[str, float] = {"epoch": state.best_epoch}
         if is_scored:
             info["validation_macro_f1"] = state.best_score

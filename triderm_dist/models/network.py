@@ -36,16 +36,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triderm_dist.config import ModelConfig
+from triderm_dist.config import LoraConfig, ModelConfig
 from triderm_dist.models import network_settings
 from triderm_dist.models.concepts import learned_token
+from triderm_dist.models.lora import add_lora, merged
 from triderm_dist.models.towers import TokenShape, Tower
 from triderm_dist.schema import VIEWS, ConfigError, FineOutputs, Outputs, Signature
 from triderm_dist.settings import Section
 
 SHARED = "shared"
 FINE_HEAD = "fine_head."
-"""Prefix of the parameters of the head of finer labels, which checkpoints hold and finished weights do not."""
+"""Prefix of the parameters of the head of finer labels."""
+
+
+def finished_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with which a trained network predicts: without the head of finer labels, LoRA merged."""
+    return {name: tensor for name, tensor in merged(weights).items() if not name.startswith(FINE_HEAD)}
 
 
 class Network(nn.Module, ABC):
@@ -110,9 +116,14 @@ class Network(nn.Module, ABC):
     def add_fine_head(self, labels: int) -> None:
         """Add the auxiliary head of F finer labels, a linear layer on the features, for training only.
 
-        Trained weights are kept without it (`FINE_HEAD`). Features must be `config.width` wide.
+        Trained weights are kept without it (`finished_weights`). Features must be `config.width` wide.
         """
         self.fine_head = Head(self.config.width, labels, "softmax", self.config.dropout)
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Train only small products beside the weights of the towers, see `models.lora`."""
+        for tower in self._towers():
+            add_lora(tower, config)
 
     @abstractmethod
     def fuse(

@@ -112,6 +112,8 @@ def network_without_weights(model: ModelConfig, signature: Signature) -> tuple[N
     network = build_network(model, signature, towers)
     if tower.cached:
         network.skip_frozen()
+    if tower.lora:
+        network.add_lora(tower.lora)
     return network, note
 
 

@@ -17,7 +17,7 @@ from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.full_state import full_tensor
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard
-from triderm_dist.engine.fold import training_network
+from triderm_dist.engine.fold import add_trained_parts, new_network
 from triderm_dist.engine.step import TrainStep
 from triderm_dist.engine.views import open_views
 from triderm_dist.losses import CompoundLoss
@@ -35,6 +35,7 @@ def experiment(
     tower: str = "test_vit",
     kind: str = "trimodal",
     fine: float = 0.0,
+    lora: int = 0,
 ) -> Experiment:
     return load(
         Experiment,
@@ -46,6 +47,7 @@ def experiment(
             "models.tri.tower.freeze_clinical=1", "models.tri.tower.freeze_dermoscopic=0",
             f"train.global_batch={GLOBAL_BATCH}", f"train.micro_batch={micro_batch}", f"train.loss.soft_f1_sums={sums}",
             "train.optim.clip_norm=1e9", f"train.loss.fine_weight={fine}",
+            *([f"models.tri.tower.lora.rank={lora}"] if lora else []),
         ],
     )  # fmt: skip
 
@@ -59,13 +61,13 @@ def assert_same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
 def main(shards: str, output: str, cases: str) -> None:
     for case in json.loads(cases):
         index = read_index(case.get("shards", shards))
-        more = {key: case[key] for key in ("sums", "tower", "kind", "fine") if key in case}
+        more = {key: case[key] for key in ("sums", "tower", "kind", "fine", "lora") if key in case}
         config = experiment(case["head"], case["micro_batch"], case["dropout"], **more)
         model = config.models["tri"]
         accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9)
         views = open_views(config, model, index, accelerator, train=True)
         torch.manual_seed(0)
-        network = training_network(model, views)
+        network = add_trained_parts(new_network(model, views), model, index.task)
         gradients: dict[str, torch.Tensor] = {}
 
         def watched(network, gradients=gradients) -> torch.optim.Optimizer:
@@ -98,7 +100,7 @@ def main(shards: str, output: str, cases: str) -> None:
         accelerator.wait_for_everyone()
     rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
     torch.manual_seed(0)
-    network = accelerator.prepare_model(training_network(model, views), evaluation_mode=True)
+    network = accelerator.prepare_model(new_network(model, views), evaluation_mode=True)
     seen = evaluate(network, views.loaders, rows, accelerator, micro_batch=4, transforms=2)
     if accelerator.is_main_process:
         outputs = {name: torch.from_numpy(array) for name, array in vars(seen).items()}
