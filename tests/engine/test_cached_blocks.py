@@ -33,14 +33,16 @@ HALF = 2**-10
 TOWERS = {
     "shared": "shared: true, freeze_clinical: 3, freeze_dermoscopic: 2",
     "by view": "freeze_clinical: 3, freeze_dermoscopic: 2",
+    "class token": "freeze_clinical: 3, freeze_dermoscopic: 2, source: 'timm:test_vit'",
 }
 
 
 def settings(index: ShardIndex, output: Path, tower: str, *words: str) -> Experiment:
-    source = "source: 'timm:test_efficientnet', pretrained: false, image_size: 32"
+    tower = f"pretrained: false, image_size: 32, cache_frozen_blocks: true, {tower}"
+    tower += "" if "source" in tower else ", source: 'timm:test_efficientnet'"
     return load(Experiment, None, [
         f"data.shards={index.folder}", f"output={output}", f"tokens={output.parent / 'cache'}", "data.folds=2",
-        f"models.net={{kind: dual_cnn, width: 16, tower: {{{source}, cache_frozen_blocks: true, {tower}}}}}",
+        f"models.net={{kind: dual_cnn, width: 16, tower: {{{tower}}}}}",
         "train={epochs: 1, global_batch: 8, micro_batch: 8, trackers: [], precision: fp32}",
         "train.augment.token_variants=1", *words,
     ])  # fmt: skip
@@ -118,6 +120,13 @@ def test_training_reads_augmented_versions_and_prediction_the_whole_tower(tmp_pa
     folders = [experiment.fold_folder("net", 0), experiment.fold_folder("net", 1), experiment.refit_folder("net")]
     stems = [read_weights(folder / "weights")["towers.clinical.stem.model.conv_stem.weight"] for folder in folders]
     assert all(torch.equal(each, stems[0]) for each in stems)
+
+
+def test_held_out_lesions_are_predicted_from_the_output_of_vit_blocks(tmp_path, index):
+    """Which has the shape of tokens but for the class token."""
+    experiment = settings(index, tmp_path / "run", TOWERS["class token"])
+    run_folds(experiment, index, ["net"], [0])
+    assert_predicts_the_same_from_photos(experiment, index, [0])
 
 
 def test_only_views_that_the_network_uses_are_cached(tmp_path, index):

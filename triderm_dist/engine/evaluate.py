@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,10 +114,12 @@ def evaluate_hidden(
         outputs: dict[str | None, list[Outputs]] = {name: [] for name in hidden}
         for transform in range(transforms):
             one = loaders.source.transformed(batch, step.rows, transform)
-            if len(hidden) > 1:
-                one = _encoded(network, one, accelerator)
-            for name in hidden:
-                outputs[name].append(forward(network, hide_input(one, name, index.concepts) if name else one))
+            given: AbstractContextManager[None] = nullcontext()
+            if len(hidden) > 1 and isinstance(network, Network):
+                one, given = _encoded(network, one, accelerator), network.given_tokens()
+            with given:
+                for name in hidden:
+                    outputs[name].append(forward(network, hide_input(one, name, index.concepts) if name else one))
         row_numbers = torch.from_numpy(step.rows).to(device)
         for name in hidden:
             gathered = accelerator.gather((row_numbers, batch.valid, *mean_outputs(outputs[name])))
@@ -130,10 +133,8 @@ def evaluate_hidden(
     return {name: Evaluation(rows, *arrays[name]) for name in hidden}
 
 
-def _encoded(network: nn.Module, batch: Batch, accelerator: Accelerator) -> Batch:
-    """Return the batch with the tokens of its photos, which a `Network` takes in their place."""
-    if not isinstance(network, Network):
-        return batch
+def _encoded(network: Network, batch: Batch, accelerator: Accelerator) -> Batch:
+    """Return the batch with the tokens of its photos."""
     with accelerator.autocast():
         tokens: dict[str, Any] = network.encode(batch.clinical, batch.dermoscopic)
     return replace(batch, **tokens)

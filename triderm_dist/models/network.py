@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -57,10 +58,10 @@ def finished_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Network(nn.Module, ABC):
     """Map both views, concepts and metadata of B lesions to `Outputs` in one forward; see the module's contract.
 
-    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W), after `skip_frozen` what their
-    frozen blocks return, or the tokens of `encode`; given a `TokenShape` it takes tokens (B, L, width) that a tower
-    computed before. Pixels of a missing view must be finite. They pass the tower, so that hiding a photo in training
-    does not change the batch that its batch norms see.
+    Given towers (one for both views, or one per view) it takes pixels (B, 3, H, W), and after `skip_frozen` what their
+    frozen blocks return; given a `TokenShape` it takes tokens (B, L, width) that a tower computed before. Pixels of a
+    missing view must be finite. They pass the tower, so that hiding a photo in training does not change the batch that
+    its batch norms see.
 
     signature: the diagnoses, views, concepts and fields of the task.  used_views, used_concepts, used_fields: those of
     the task that `config.use` does not leave out.  token_shape: of the tokens that `fuse` gets.  settings: an instance
@@ -88,6 +89,7 @@ class Network(nn.Module, ABC):
         self.fine_head: Head | None = None
         self.towers = nn.ModuleDict()
         self.holds_towers = not isinstance(towers, TokenShape)
+        self._given_tokens = False
         if isinstance(towers, TokenShape):
             self.token_shape = towers
             return
@@ -198,9 +200,18 @@ class Network(nn.Module, ABC):
         return depths
 
     def encode(self, clinical: Tensor, dermoscopic: Tensor) -> dict[str, Tensor]:
-        """Return the tokens (B, L, width) of each used view, which `forward` takes in the place of its pixels."""
+        """Return the tokens (B, L, width) of each used view, which `forward` takes within `given_tokens`."""
         images = dict(zip(VIEWS, (clinical, dermoscopic), strict=True))
         return self._tokens({view: images[view] for view in self.used_views})
+
+    @contextmanager
+    def given_tokens(self) -> Iterator[None]:
+        """Context in which `forward` takes the tokens of `encode` in the place of pixels."""
+        self._given_tokens = True
+        try:
+            yield
+        finally:
+            self._given_tokens = False
 
     def _views(
         self, clinical: Tensor, dermoscopic: Tensor, view_present: Tensor
@@ -220,7 +231,7 @@ class Network(nn.Module, ABC):
         return list(self.towers.values())  # type: ignore[arg-type]
 
     def _tokens(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.holds_towers or all(image.ndim == 3 for image in images.values()):
+        if not self.holds_towers or self._given_tokens or not images:
             return images
         if SHARED in self.towers:
             # One pass over both views, so that batch norms take their statistics over both.
