@@ -207,6 +207,10 @@ def test_a_ranking_of_few_lesions_has_an_interval(gap: float) -> None:
 def test_rates_have_beta_intervals() -> None:
     decisions, labels = simulated([60, 30, 5])
     counts = metrics.class_counts(decisions, labels)
+    unlabeled = np.ones((3, 3), bool), 3 * [UNLABELED]
+    assert intervals.rates_per_class(decisions, labels) == intervals.rates_per_class(
+        np.concatenate([decisions, unlabeled[0]]), np.append(labels, unlabeled[1])
+    )
     for label, rates in enumerate(intervals.rates_per_class(decisions, labels)):
         found, predicted, positives = (
             each[label] for each in (counts.true_positives, counts.predicted, counts.positives)

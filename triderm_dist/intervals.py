@@ -153,29 +153,33 @@ class Rates:
 
 
 def rates_per_class(decisions: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> list[Rates]:
-    """Return the rates of each diagnosis against all others with their intervals; NaN where no lesion counts.
-
-    Quantiles of Beta(part + 2/3, rest + 2/3), as in `f1_per_class`, with the end 0 or 1 where no or every lesion does.
-    """
-    (units,), frequency = _units([decisions], labels, groups)
-    lesions = units.positives.sum(axis=1, keepdims=True)
-    predicted = units.total - units.positives
-    true_negatives = lesions - units.total + units.found
-    columns = [
-        _Share.of(part, whole, frequency, groups is not None).intervals()
-        for part, whole in (
-            (units.found, units.positives),
-            (true_negatives, lesions - units.positives),
-            (units.found, predicted),
-            (true_negatives, lesions - predicted),
-        )
-    ]
-    return [Rates(*each) for each in zip(*columns, strict=True)]
+    """Return the `rates` of each diagnosis against all others."""
+    known = labels != UNLABELED
+    columns, labels = np.asarray(decisions, bool)[known].T, labels[known]
+    groups = None if groups is None else groups[known]
+    return [rates(column, labels == label, groups) for label, column in enumerate(columns)]
 
 
 def rates(decided: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> Rates:
-    """Return the rates of yes/no decisions (N,) bool about lesions that are `positive` (N,) bool."""
-    return rates_per_class(np.stack([decided, ~decided], axis=1), np.where(positive, 0, 1), groups)[0]
+    """Return the rates of yes/no decisions (N,) bool about lesions that are `positive` (N,) bool; NaN without a lesion.
+
+    Quantiles of Beta(part + 2/3, rest + 2/3), as in `f1_per_class`, with the end 0 or 1 where no or every lesion does.
+    """
+    outcome = 2 * decided.astype(np.int64) + positive
+    if groups is None:
+        units, frequency = np.eye(4), np.bincount(outcome, minlength=4)
+    else:
+        codes = _codes(groups)
+        units = np.bincount(4 * codes + outcome, minlength=4 * (codes.max() + 1)).reshape(-1, 4).astype(float)
+        frequency = np.ones(len(units))
+    true_negative, missed, false_alarm, found = units.T[:, :, None]
+    pairs = (
+        (found, found + missed),
+        (true_negative, true_negative + false_alarm),
+        (found, found + false_alarm),
+        (true_negative, true_negative + missed),
+    )
+    return Rates(*(_Share.of(part, whole, frequency, groups is not None).intervals()[0] for part, whole in pairs))
 
 
 def area_under_roc(ranking: metrics.Ranking, groups: np.ndarray | None = None) -> Interval:

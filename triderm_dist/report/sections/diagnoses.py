@@ -8,7 +8,7 @@ import numpy as np
 
 from triderm_dist.report.content import Content
 from triderm_dist.report.discrimination import thinned
-from triderm_dist.report.elements import Column, Figure, Row, Section, Share, Table
+from triderm_dist.report.elements import Column, Figure, Row, Section, Share, Table, Value
 from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, WIDE, panels, panels_height
 
 POINTS = 200
@@ -31,7 +31,7 @@ def diagnoses(content: Content) -> Section:
     ]
     rows, rankings = [], []
     for at, (target, rates) in enumerate(zip(found.diagnoses, found.rates, strict=True)):
-        values = [
+        values: list[Value] = [
             content.class_intervals[at],
             int(counts.positives[at]),
             rates.sensitivity,
