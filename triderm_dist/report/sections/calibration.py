@@ -119,7 +119,7 @@ def _reliability(content: Content) -> Figure:
             if not column:
                 axes.set_ylabel("share")
                 below.set_ylabel("lesions")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=9)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9)
         figure.supxlabel("probability", fontsize=10)
 
     errors = ", ".join(f"{target.name} {target.after.reliability.error:.3f}" for target in targets)

@@ -67,7 +67,7 @@ def _curves(content: Content) -> Figure:
             axes.set_xticks([0, 0.4, 0.8], ["0%", "40%", "80%"])
             axes.locator_params(axis="y", nbins=4)
             axes.set_title(target.name)
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=9)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9)
         figure.supxlabel("threshold probability", fontsize=10)
         figure.supylabel("net benefit", fontsize=10)
 

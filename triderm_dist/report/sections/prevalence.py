@@ -70,7 +70,7 @@ def _curves(points: list[OperatingPoint]) -> Figure:
             axes.set_ylim(0, 1.02)
             axes.set_yticks([0, 0.5, 1])
             axes.set_title(group[0].target.name)
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=9)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
         figure.supxlabel("prevalence", fontsize=10)
         figure.supylabel("predictive value", fontsize=10)
 
