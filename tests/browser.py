@@ -64,7 +64,7 @@ TEXT = """
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # closed after each module: its event loop would hinder other tests
 def browser() -> Iterator[Any]:
     """Headless Chromium, driven by Playwright; a test that uses it is skipped where there is none."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -18,7 +18,7 @@ from triderm_dist.report import write_report
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """A run of MILK10k's diagnoses, with settings and learning curves."""
+    """A run of MILK10k's diagnoses, with settings, learning curves and a scored test set."""
     folder = tmp_path_factory.mktemp("run")
     write_run(folder)
     config = experiment(folder)
@@ -35,6 +35,8 @@ def run(tmp_path_factory) -> Path:
         text = "\n".join(json.dumps(line) for line in lines)
         truncated = '\n{"kind": "tra'  # as left by a process killed while writing
         (folder / "trimodal" / f"fold-{fold}" / "metrics.jsonl").write_text(text + truncated)
+    held_out = {"macro_f1": 0.4321, "interval": [0.4, 0.47], "argmax": 0.43, "n": 150, "absent": ["INF"]}
+    (folder / "heldout.json").write_text(json.dumps(held_out))
     write_report(folder)
     return folder
 

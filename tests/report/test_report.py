@@ -72,21 +72,18 @@ def test_page_is_self_contained_and_shows_the_score(run: Path) -> None:
     assert not list(run.rglob("*.part*"))
 
 
+@pytest.mark.slow
 def test_page_is_reproducible(run: Path) -> None:
     before = (run / "report.html").read_bytes()
     assert write_report(run).read_bytes() == before
 
 
-def test_held_out_score_and_synthetic_data_are_shown(run: Path) -> None:
-    (run / "heldout.json").write_text(
-        json.dumps({"macro_f1": 0.4321, "interval": [0.4, 0.47], "argmax": 0.43, "n": 150, "absent": []})
-    )
+def test_held_out_score_and_synthetic_data_are_shown(run: Path, tmp_path: Path) -> None:
     (run / "data").mkdir()
     (run / "data" / "README.txt").write_text("SYNTHETIC DEMO DATA. NOT A MEDICAL DATA SET.\n")
-    text = Page(write_report(run).read_text(encoding="utf-8")).text
-    assert "0.432" in text and "150 lesions" in text
+    text = page_of(Content(run), tmp_path).text
+    assert "0.432" in text and "150 lesions · without INF, absent from the test set" in text
     assert "SYNTHETIC data." in text and "0.544" not in text
-    (run / "heldout.json").unlink()
     shutil.rmtree(run / "data")
 
 
@@ -114,7 +111,7 @@ def test_yardsticks_beside_macro_f1(run: Path, tmp_path: Path) -> None:
     assert 0 < common.sum() < len(common)
     assert content.common_score is not None and content.common_score.value == pytest.approx(f1[common].mean())
     lesions, spread = content.test_set
-    assert lesions == 479 and spread.low < f1.mean() < spread.high
+    assert lesions == 150 and spread.low < f1.mean() < spread.high
     assert len(content.fold_scores) == 3
     text = page_of(content, tmp_path).text
     for figure in (content.common_score.value, spread.low, spread.high, *content.metric_values["auc"].json().values()):
@@ -170,9 +167,9 @@ def test_run_without_stacking_is_refused(tmp_path: Path, run: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     for name in ("ensemble.json", "ensemble_oof.parquet", "oof.parquet"):
         shutil.copy(run / name, tmp_path / name)
-    write_report(tmp_path)  # without curves, stacker, settings or held-out score
-    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
-    assert "Learning curves" not in text and "Settings" not in text
+    text = page_of(Content(tmp_path), tmp_path).text  # without curves, stacker, settings or held-out score
+    assert "Learning curves" not in text and "Settings" not in text and "held-out test set" not in text
+    assert "test set of 479 lesions like these" in text
 
 
 def test_swapped_labels_are_listed_as_probable_label_errors(run: Path) -> None:
