@@ -55,12 +55,12 @@ class BeforeAndAfter:
 class NetworkCalibration:
     """A network without (first) and with (second) its temperature.
 
-    temperature: that of ensemble.json, for new lesions.  nll, error, brier: negative log-likelihood, calibration error
+    temperature: that of ensemble.json, None if it is no member.  nll, error, brier: negative log-likelihood, calibration error
     of the most probable diagnosis, and Brier score summed over diagnoses.  brier_change: second minus first.
     """
 
     name: str
-    temperature: float
+    temperature: float | None
     nll: tuple[float, float]
     error: tuple[float, float]
     brier: tuple[float, float]
@@ -98,7 +98,7 @@ class EnsembleCalibration:
             result.append(
                 NetworkCalibration(
                     name=name,
-                    temperature=float(temperatures[name]),
+                    temperature=float(temperatures[name]) if name in temperatures else None,
                     nll=(
                         metrics.negative_log_likelihood(before, labels, nothing),
                         metrics.negative_log_likelihood(after, labels, nothing),
