@@ -55,8 +55,9 @@ class BeforeAndAfter:
 class NetworkCalibration:
     """A network without (first) and with (second) its temperature.
 
-    temperature: that of ensemble.json, None if it is no member.  nll, error, brier: negative log-likelihood, calibration error
-    of the most probable diagnosis, and Brier score summed over diagnoses.  brier_change: second minus first.
+    temperature: that of ensemble.json, None if it is no member.  nll, error, brier: negative log-likelihood,
+    calibration error of the most probable diagnosis, and Brier score summed over diagnoses.  brier_change: second
+    minus first.
     """
 
     name: str
