@@ -3,7 +3,7 @@
 triderm demo
 triderm demo task=derm7pt output=runs/demo7pt
 
-Takes about two minutes on two cores. Equal to `triderm synthetic output=runs/demo/data`, then
+Takes a minute or two on two cores. Equal to `triderm synthetic output=runs/demo/data`, then
 `triderm pipeline --config demo`.
 """
 
