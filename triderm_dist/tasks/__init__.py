@@ -34,7 +34,7 @@ def task_names() -> tuple[str, ...]:
 
 def task_references(name: str) -> str:
     """Return the works to cite for the data of a shipped task, as BibTeX; "" for other tasks."""
-    path = SHIPPED / f"{name}.bib"
+    path = SHIPPED / "references" / f"{name}.bib"
     return path.read_text(encoding="utf-8").strip() if name in task_names() and path.is_file() else ""
 
 
