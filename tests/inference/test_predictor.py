@@ -17,7 +17,7 @@ from triderm_dist.commands.predict import PredictRun
 from triderm_dist.commands.predict import main as predict
 from triderm_dist.commands.stack import StackRun
 from triderm_dist.commands.stack import main as stack
-from triderm_dist.config import Experiment, load
+from triderm_dist.config import Experiment, ModelConfig, TowerConfig, load
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.pack import pack_shards
@@ -27,11 +27,14 @@ from triderm_dist.ensemble.predict import predict_ensemble
 from triderm_dist.ensemble.run_files import ALIGNMENTS_FILE, OOF_FILE, STACK_FILE
 from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
+from triderm_dist.inference.networks import split_common
 from triderm_dist.inference.predictor import Predictor
 from triderm_dist.inference.run import Run
 from triderm_dist.inference.run_folder import open_run_folder
+from triderm_dist.models import build_network, build_towers
 from triderm_dist.predictions import average_test, read_oof, read_predictions
 from triderm_dist.schema import VIEWS
+from triderm_dist.tasks import milk10k_task
 
 LESIONS = 7
 
@@ -53,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
         "data.folds=2",
         "train={epochs: 1, global_batch: 11, micro_batch: 11, trackers: []}",
         "stack={max_rounds: 5, max_depth: 1}",
-        "ensemble={bootstrap: 20, rounds: 3}",
+        "ensemble={bootstrap: 20, rounds: 3, use: ensemble}",
         "predict.batch=3",
     ]
     pack_shards(read_challenge(write_challenge(root / "train", 44).folder), run / "shards" / "train", short_side=None)
@@ -104,6 +107,22 @@ def test_shared_parts_are_computed_once_and_change_nothing(folder):
     check(folder, predictor)
     # Two batches of three lesions and one of the seventh: 8 transforms of 2 photos, for 3 models, not for each fold.
     assert sum(calls) == 3 * 2 * 8 * 9
+
+
+def test_the_frozen_blocks_of_a_vit_are_split_off_without_a_change():
+    signature = milk10k_task().signature(("clinical/veil",))
+    tower = TowerConfig(
+        source="timm:test_vit", pretrained=False, image_size=32, freeze_clinical=2, freeze_dermoscopic=3
+    )
+    config = ModelConfig(width=16, heads=2, tower=tower)
+    network = build_network(config, signature, build_towers(tower)).eval()
+    photos = torch.randn(2, 3, 3, 32, 32)
+    others = torch.ones(3, 2, dtype=torch.bool), torch.rand(3, 1), torch.full((3, len(signature.fields)), torch.nan)
+    with torch.no_grad():
+        expected = network(*photos, *others).logits
+        encoders = split_common([network], VIEWS)
+        encoded = [encoders[view](photo) for view, photo in zip(VIEWS, photos, strict=True)]
+        assert torch.equal(network(*encoded, *others).logits, expected)
 
 
 def test_networks_alone_take_pixels_and_compute_the_same(folder):
