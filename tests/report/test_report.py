@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.ensemble.conftest import experiment
 from tests.synthetic_run import CLINIC
 from triderm_dist import metrics
 from triderm_dist.checksums import read_checked_json, write_checked_json
+from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.predictions import read_oof, write_oof
 from triderm_dist.report import write_report
 from triderm_dist.report.content import GROUP, MIN_COMMON_LESIONS, Content
@@ -130,6 +132,18 @@ def test_a_row_better_than_the_figure_is_explained(run: Path, tmp_path: Path) ->
     assert "includes the choice" not in page_of(content, tmp_path).text
     content.score = replace(content.score, value=0.0)
     assert "includes the choice" in page_of(content, tmp_path).text
+
+
+def test_what_predicts_is_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    assert "The ensemble predicts." in Page((run / "report.html").read_text(encoding="utf-8")).text
+    fit_ensemble(tmp_path / "run", experiment(tmp_path / "run", use="trimodal", enabled=False))
+    content = Content(tmp_path / "run")
+    assert content.networks == ("trimodal", "dual_cnn")
+    text = page_of(content, tmp_path).text
+    gap = content.fit["choice"]["difference"]
+    assert text.count("trimodal predicts alone.") == 2  # of the ensemble, and of the text for a paper
+    assert text.count(f"{gap['value']:+.3f}") >= 3 and f"{gap['low']:+.3f} to {gap['high']:+.3f}" in text
 
 
 def test_slices_of_every_field_cover_all_lesions(run: Path) -> None:

@@ -299,10 +299,10 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
         compared += f"; it {_beats('the stacker', choice.stacker)}"
     if use != AUTO:
         what = "the ensemble" if use == ENSEMBLE else use
-        return [weights, f"{what} predicts, as ensemble.use says; {compared}"]
+        return [weights, f"as ensemble.use says, {what} predicts; {compared}"]
     counted = f"this choice was made on these lesions; made in each fold on the other folds, {choice.counted:.3f}"
     if choice.used == network:
-        return [weights, f"{network} predicts alone; {compared}; {counted}"]
+        return [weights, f"a single network predicts: {network}; {compared}; {counted}"]
     return [weights, f"the ensemble predicts; {compared}; {counted}"]
 
 

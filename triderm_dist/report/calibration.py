@@ -94,6 +94,8 @@ class EnsembleCalibration:
         temperatures = dict(zip(self.ensemble.members, self.ensemble.temperatures, strict=True))
         labels, nothing, result = self.table.labels, np.empty(0), []
         for name in self.networks:
+            if name not in temperatures:  # of an ensemble of which another network predicts alone
+                temperatures[name] = fit_temperature(self.table.logits[name], labels, self.table.heads[name])
             before, after = member_probabilities(self.table, name), self._with_temperature(name)
             errors = _squared_errors(before, labels), _squared_errors(after, labels)
             result.append(

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from triderm_dist.intervals import Interval
 from triderm_dist.report.content import Content, Contributions
-from triderm_dist.report.elements import Column, Figure, Row, Section, Table
+from triderm_dist.report.elements import Column, Figure, Flag, Row, Section, Table
 from triderm_dist.report.style import BLUE, DIVERGING, FAINT, GRAY, MEDIUM, NARROW, SEQUENTIAL
 from triderm_dist.report.wording import RULES
 
@@ -40,13 +41,37 @@ def ensemble(content: Content) -> Section:
     ]
     return Section(
         "Ensemble",
-        tables=[Table("members", "Members of the ensemble", columns, rows, "member")],
+        tables=[Table("members", "Members that predict", columns, rows, "member"), *_choice(content)],
         figures=figures,
         values={
-            "text": f"{_rule(content)} Logits are divided by a temperature first."
+            "text": f"{_predicts(content)}{_rule(content)} Logits are divided by a temperature first."
             + (f" Stacker: {stacker.model.summary()}." if stacker else "")
         },
     )
+
+
+def _predicts(content: Content) -> str:
+    """Say what predicts; "" for runs of earlier versions and of a single network."""
+    choice = content.fit.get("choice")
+    if not choice:
+        return ""
+    return f"{choice['used']} predicts alone. " if choice["used"] in content.networks else "The ensemble predicts. "
+
+
+def _choice(content: Content) -> list[Table]:
+    """Return the differences between the ensemble and its members that decide what predicts."""
+    choice = content.fit.get("choice")
+    if not choice:
+        return []
+    gaps = {f"the best network, {choice['network']}": choice["difference"], "the stacker": choice["stacker"]}
+    rows = []
+    for name, gap in gaps.items():
+        if gap:
+            difference = Interval(**gap)
+            verdict = Flag("beyond the noise") if difference.low > 0 else Flag("not beyond the noise", strong=False)
+            rows.append(Row(name, (difference, verdict)))
+    columns = [Column("nested", "nested macro F1", "+.3f"), Column("verdict", "verdict")]
+    return [Table("choice", "The ensemble minus its best members", columns, rows, head="ensemble minus")]
 
 
 def _rule(content: Content) -> str:

@@ -13,6 +13,7 @@ from triderm_dist.report.elements import Section, Table
 from triderm_dist.report.manuscript import network_sentences
 from triderm_dist.report.references import bibliography, used_works
 from triderm_dist.report.sections.cohort import cohort
+from triderm_dist.report.sections.ensemble import ensemble
 from triderm_dist.report.sections.head import HELD_OUT, NESTED, head
 from triderm_dist.report.sections.malignancy import malignancy
 from triderm_dist.report.sections.metrics import metrics
@@ -23,7 +24,7 @@ from triderm_dist.report.sections.slices import slices
 from triderm_dist.report.wording import RULES, fitted_parts, measure
 
 QUOTED: tuple[Callable[[Content], Section | None], ...] = (
-    *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs),
+    *(head, run, cohort, metrics, malignancy, operating_points, slices, missing_inputs, ensemble),
 )
 """The sections whose tables the text quotes."""
 
@@ -52,6 +53,7 @@ def manuscript(content: Content) -> Section:
             *(["metadata"] if task.fields else []),
         ],
         "members": len(content.ensemble.members),
+        "alone": content.ensemble.members[0] if len(content.ensemble.members) == 1 < len(content.networks) else "",
         "extra_sets": extra_sets(content.folder, content.networks),
         "transforms": content.transforms,
         "rule": RULES[task.decision],
