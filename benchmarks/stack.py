@@ -225,11 +225,10 @@ def stage(settings: Settings) -> float:
     return total
 
 
-def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]
-    """Simulate an out-of-fold table of three networks of different skill."""
+def out_of_fold(lesions: int, models: tuple[str, ...] = ("first", "second", "third"), features: int = 64) -> OofTable:
+    """Simulate an out-of-fold table of networks of different skill."""
     generator = np.random.default_rng(0)
     labels = generator.choice(C, lesions, p=SHARE)
-    models = ("first", "second", "third")
 
     def logits(skill: float) -> np.ndarray:
         noise = 0.7 * common + 0.7 * generator.normal(size=common.shape)
@@ -248,7 +247,7 @@ def out_of_fold(lesions: int):  # type: ignore[no-untyped-def]
         models=models, heads=dict.fromkeys(models, "softmax"),
         logits={name: logits(1.4 + 0.2 * i) for i, name in enumerate(models)},
         aux_clinical={name: logits(0.9) for name in models}, aux_dermoscopic={name: logits(1.2) for name in models},
-        features={name: generator.normal(size=(lesions, 64)).astype(np.float32) for name in models},
+        features={name: generator.normal(size=(lesions, features)).astype(np.float32) for name in models},
         hashes={name: np.array([f"{name}-{fold}" for fold in folds], object) for name in models},
         task=milk10k_task(), concept_names=CONCEPTS,
     )  # fmt: skip

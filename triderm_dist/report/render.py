@@ -102,10 +102,13 @@ def _draw(figures: Sequence[Figure], folder: Path, mode: int) -> dict[str, Pictu
         for figure in figures:
             canvas = Canvas(figsize=figure.size, layout="constrained")
             figure.draw(canvas)
+            canvas.draw_without_rendering()
+            canvas.set_layout_engine("none")  # laid out already: not once more for each file
+            box = canvas.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
             paths = {kind: folder / f"{figure.name}.{kind}" for kind in ("svg", "png")}
             for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
                 with atomic_path(paths[kind], mode) as temporary:
-                    canvas.savefig(temporary, format=kind, metadata=metadata)
+                    canvas.savefig(temporary, format=kind, metadata=metadata, bbox_inches=box)
             pictures[figure.name] = _picture(figure, paths["svg"], paths["png"])
     return pictures
 
