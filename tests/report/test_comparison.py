@@ -16,6 +16,7 @@ from triderm_dist.config import EnsembleConfig, save
 from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.run_files import read_nested, write_nested
 from triderm_dist.report.comparison import Comparison, mcnemar
+from triderm_dist.report.content import Content
 from triderm_dist.schema import DataError, InputError
 
 
@@ -123,3 +124,13 @@ def test_mcnemar_is_the_published_formula() -> None:
         differ = test.first + test.second
         expected = binomtest(test.first, differ).pvalue if differ else 1.0
         assert test.p == pytest.approx(expected, abs=1e-12)
+
+
+def test_report_of_a_network_that_predicts_alone(runs: list[Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[0], tmp_path / "alone")
+    config = experiment(folder, enabled=False)
+    ensemble = EnsembleConfig(bootstrap=50, rounds=4, use="dual_cnn")
+    fit_ensemble(folder, config.model_copy(update={"ensemble": ensemble}))
+    content = Content(folder)
+    assert content.ensemble.members == ("dual_cnn",)
+    assert [each.name for each in content.calibration.by_network] == list(content.networks) == sorted(content.networks)
