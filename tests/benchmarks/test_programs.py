@@ -86,6 +86,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "pack": [f"source={source}", "copies=1", "rounds=1", "lesions=1000", f"scratch={folder}"],
         "predict": [*tower, "lesions=4", "rounds=1"],
         "read_table": ["rows=2000", f"scratch={folder}"],
+        "report": ["lesions=500", "many=2000", "models=1", "resamples=10"],
         "scaling": ["tower=tiny", "lesions=2", "rounds=2"],
         "soft_f1_sums": [f"shards={train}", "steps=2", "global_batch=8", "micro_batch=4", *tower],
         "stack": [

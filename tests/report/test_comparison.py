@@ -133,4 +133,5 @@ def test_report_of_a_network_that_predicts_alone(runs: list[Path], tmp_path: Pat
     fit_ensemble(folder, config.model_copy(update={"ensemble": ensemble}))
     content = Content(folder)
     assert content.ensemble.members == ("dual_cnn",)
-    assert [each.name for each in content.calibration.by_network] == list(content.networks) == sorted(content.networks)
+    assert len(content.networks) == 2
+    assert [each.name for each in content.calibration.by_network] == list(content.networks)
