@@ -23,10 +23,10 @@ def calibration(content: Content) -> Section:
     found = content.calibration
     columns = [
         Column("error", "calibration error"),
-        Column("without", "without temperature"),
+        Column("without", "without"),
         Column("by_chance", "by chance"),
         Column("brier", "Brier score"),
-        Column("brier_change", "minus without temperature", "+.4f"),
+        Column("brier_change", "minus without", "+.4f"),
         Column("verdict", "verdict"),
         Column("positives", "true of lesions"),
     ]
@@ -48,12 +48,12 @@ def calibration(content: Content) -> Section:
     ]
     of_networks = [
         Column("error", "calibration error"),
-        Column("error_without", "without temperature"),
+        Column("error_without", "without"),
         Column("brier", "Brier score"),
-        Column("brier_without", "without temperature"),
+        Column("brier_without", "without"),
         Column("brier_change", "difference", "+.4f"),
-        Column("nll", "negative log-likelihood"),
-        Column("nll_without", "without temperature"),
+        Column("nll", "NLL"),
+        Column("nll_without", "without"),
         Column("temperature", "temperature"),
     ]
     networks = [
@@ -87,7 +87,7 @@ def calibration(content: Content) -> Section:
 
 def _verdict(change: Interval, beyond: bool) -> Flag:
     if not beyond:
-        return Flag("no difference beyond the noise", strong=False)
+        return Flag("within the noise", strong=False)
     return Flag("better", strong=False) if change.value < 0 else Flag("worse")
 
 

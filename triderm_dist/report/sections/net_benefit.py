@@ -22,7 +22,7 @@ def net_benefit(content: Content) -> Section | None:
     if not found:
         return None
     columns = [
-        Column("gain", "minus the better of all and none"),
+        Column("gain", "minus the better of all and none", "+.4f"),
         Column("verdict", "verdict"),
         Column("net_benefit", "net benefit"),
         Column("of_all", "of treating all"),
@@ -48,7 +48,7 @@ def net_benefit(content: Content) -> Section | None:
 
 def _verdict(benefit: NetBenefit, beyond: bool) -> Flag:
     if not beyond:
-        return Flag("no difference beyond the noise", strong=False)
+        return Flag("within the noise", strong=False)
     return Flag("better", strong=False) if benefit.gain.value > 0 else Flag("worse")
 
 
