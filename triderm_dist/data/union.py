@@ -113,7 +113,7 @@ class LesionUnion:
         fine = self.main.task.fine
         if fine is None:
             return [None] * len(self.extra)
-        found = []
+        found = list[np.ndarray | None]()
         for each in self.extra:
             own = each.index.task.fine
             numbers = [fine.label_of(name) for name in own.names] if own else []
@@ -153,9 +153,9 @@ class LesionUnion:
         parts = [(positions, self._inputs(number, own)) for number, positions, own in self.split(rows)]
         order = np.argsort(np.concatenate([positions for positions, _ in parts]))
         names = [name for _, part in parts for name in part.lesion_ids]
-        columns = ("view_present", "concepts", "metadata", "labels", "class_mask", "weights")
+        columns = ["view_present", "concepts", "metadata", "labels", "class_mask", "weights"]
         if self.main.task.fine:
-            columns += ("fine",)
+            columns.append("fine")
         joined = {name: np.concatenate([getattr(part, name) for _, part in parts])[order] for name in columns}
         return LesionInputs([names[at] for at in order], **joined)
 
