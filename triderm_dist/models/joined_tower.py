@@ -124,7 +124,7 @@ class JoinedTower(Tower):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean tokens (B, 1, sum of the towers' widths), of tokens as the cache holds them."""
-        return torch.cat([tower.as_cached(tower(x)).mean(1, keepdim=True) for tower in self.towers], 2)
+        return torch.cat([part.tower.as_cached(part.tower(x)).mean(1, keepdim=True) for part in self.parts], 2)
 
     def as_cached(self, tokens: Tensor) -> Tensor:
         means = tokens.float().split([part.tower.width for part in self.parts], 2)
