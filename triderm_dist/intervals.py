@@ -166,9 +166,8 @@ def rates(decided: np.ndarray, positive: np.ndarray, groups: np.ndarray | None =
     Quantiles of Beta(part + 2/3, rest + 2/3), as in `f1_per_class`, with the end 0 or 1 where no or every lesion does.
     """
     outcome = 2 * decided.astype(np.int64) + positive
-    if groups is None:
-        units, frequency = np.eye(4), np.bincount(outcome, minlength=4)
-    else:
+    units, frequency = np.eye(4), np.bincount(outcome, minlength=4).astype(float)
+    if groups is not None:
         codes = _codes(groups)
         units = np.bincount(4 * codes + outcome, minlength=4 * (codes.max() + 1)).reshape(-1, 4).astype(float)
         frequency = np.ones(len(units))
