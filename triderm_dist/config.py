@@ -1125,7 +1125,9 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.tower.cache_frozen_blocks": False,
     "models.NAME.tower.drop_path": None,
     "models.NAME.tower.frame": "square",
-    "models.NAME.tower.lora": None,
+    "models.NAME.tower.lora.alpha": 16.0,
+    "models.NAME.tower.lora.rank": None,
+    "models.NAME.tower.lora.targets": ["attention", "mlp"],
     "models.NAME.train.augment.aspect": 0.0,
     "models.NAME.train.augment.clinical_strength": 1.0,
     "models.NAME.train.augment.cutmix": 0.0,
@@ -1148,7 +1150,6 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.seeds": 1,
     "models.NAME.settings": {},
     "oof.tta": 1,
-    "report.photos": False,
     "stack.kind": "xgboost",
     "stack.settings": {},
 }

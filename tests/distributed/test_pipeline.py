@@ -44,7 +44,7 @@ models:
     heads: 2
     tower: {source: "timm:test_efficientnet@WEIGHTS", image_size: 32, frozen: true, shared: true}
 stack: {max_rounds: 20, extra: [features]}
-ensemble: {bootstrap: 50, rounds: 5}
+ensemble: {use: ensemble, bootstrap: 50, rounds: 5}
 predict: {transforms: 2}
 """
 

@@ -101,7 +101,7 @@ def test_components_are_of_the_lesions_of_training_only(run: Path) -> None:
     for fold in range(2):
         weights = load_file(experiment.fold_folder("mlp", fold) / "weights.safetensors")
         for number, view in enumerate(index.signature.views):
-            expected = MeanComponents(values.shape[2], 4, used=True)
+            expected = MeanComponents([values.shape[2]], 4, used=True)
             expected.fit(values[(folds != fold) & (folds >= 0), number])
             assert torch.allclose(weights[f"views.{view}.basis"], expected.basis, atol=1e-5)
             assert torch.allclose(weights[f"views.{view}.center"], expected.center, atol=1e-5)

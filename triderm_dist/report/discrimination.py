@@ -127,7 +127,7 @@ class Discrimination:
         return [
             Target(
                 name=diagnosis.name,
-                title=diagnosis.title,
+                title=diagnosis.title or diagnosis.name,
                 scores=rows.probabilities[:, index],
                 positive=rows.labels == index,
                 decided=rows.decisions[:, index],

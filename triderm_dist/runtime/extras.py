@@ -34,8 +34,8 @@ EXTRA_OF: dict[str, str] = {
 """The extra of triderm-dist that installs an optional package, by the package's import name."""
 
 CORE: tuple[str, ...] = (
-    *("PIL", "accelerate", "huggingface_hub", "matplotlib", "numpy", "open_clip", "pandas", "psutil", "pyarrow"),
-    *("pydantic", "rich", "safetensors", "scipy", "simplejpeg", "timm", "torch", "webdataset", "yaml"),
+    *("PIL", "accelerate", "huggingface_hub", "jinja2", "matplotlib", "numpy", "open_clip", "pandas", "psutil"),
+    *("pyarrow", "pydantic", "rich", "safetensors", "scipy", "simplejpeg", "timm", "torch", "webdataset", "yaml"),
 )
 """Import names of the packages that triderm-dist always needs."""
 
