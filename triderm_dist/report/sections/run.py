@@ -26,7 +26,7 @@ def run(content: Content) -> Section:
     if content.experiment is not None:
         values = seeds(content.experiment, content.networks)
         facts.append(Row("seeds", (", ".join(f"{name} {seed}" for name, seed in values.items()),)))
-    about = [Column("value", "", long=True)]
+    about = [Column("value", "value", long=True)]
     tables = [Table("run", "Facts of the run", about, facts, "fact")]
     if made.stages:
         columns = [
