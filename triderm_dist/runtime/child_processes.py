@@ -108,7 +108,7 @@ class ChildProcesses:
     def stop(self) -> None:
         """Ask all processes to stop, and wait until they have saved their work."""
         self._waiting.clear()
-        with handle_signals(lambda number, frame: None, (*SIGNALS, signal.SIGINT)):  # they were told
+        with handle_signals(lambda number, frame: None, (*SIGNALS, signal.SIGINT)):  # SIGTERM has reached the children
             for running in self._running.values():
                 with suppress(ProcessLookupError):
                     os.kill(running.process.pid, signal.SIGTERM)

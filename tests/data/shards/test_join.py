@@ -70,6 +70,8 @@ def test_a_selection_lists_its_lesions_only(dataset: Dataset, tmp_path: Path) ->
     assert content(part) == expected and 0 < len(part) < len(index)
     assert read_index(tmp_path / "part").selected == condition
     assert verify(part, 2, 0) == []
+    again = join_sets([part], [everything(part)], tmp_path / "again")
+    assert again.selected == condition and verify(again, 2, 0) == []
 
 
 def test_sets_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -> None:

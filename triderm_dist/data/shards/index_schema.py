@@ -18,6 +18,9 @@ from triderm_dist.schema import VIEWS, DataError, one_line
 MAX_BYTES = 1 << 30
 """Size of an index.json; that of 100,000 shards has 16 MB."""
 
+MAX_SELECTED = 2000
+"""Characters of the condition by which a set was selected."""
+
 AGAIN = "pack or index the data again"
 
 _PHOTO_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -121,7 +124,7 @@ class IndexContent(BaseModel):
     converted: dict[Name, Count] = Field(default_factory=dict)
     packed_with: PackedWith = PackedWith()
     groups: Groups | None = None
-    selected: Annotated[str, Field(max_length=2000)] | None = None
+    selected: Annotated[str, Field(max_length=MAX_SELECTED)] | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

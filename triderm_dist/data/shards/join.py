@@ -20,6 +20,7 @@ import pyarrow as pa
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.shards.index_schema import MAX_SELECTED
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
@@ -126,10 +127,10 @@ def _tables(
     tars: Sequence[_Tar], concepts: tuple[str, ...], progress: Callable[[int, int], None] | None
 ) -> Iterator[pa.Table]:
     """Yield the rows of each tar, whose photos are read for their sizes and hashes."""
-    for tar in tars:  # read the columns before the threads start
-        tar.index.lesion_ids, tar.index.groups, tar.index.labels, tar.index.offsets, tar.index.sizes  # noqa: B018
-    metadata = {id(tar.index): tar.index.metadata for tar in tars}
-    scores = {id(tar.index): tar.index.with_concepts(concepts).concept_scores for tar in tars}
+    scores: dict[int, np.ndarray] = {}
+    for index in {id(tar.index): tar.index for tar in tars}.values():  # read the columns before the threads start
+        index.lesion_ids, index.groups, index.labels, index.offsets, index.sizes, index.metadata  # noqa: B018
+        scores[id(index)] = index.with_concepts(concepts).concept_scores
 
     def table(entry: tuple[int, _Tar]) -> pa.Table:
         position, tar = entry
@@ -142,7 +143,7 @@ def _tables(
             "shard": np.full(len(rows), position),
             "photos": _lists(_sizes_and_hashes(tar)),
             "concepts": _lists(scores[id(index)][rows]),
-            "metadata": _lists(metadata[id(index)][rows]),
+            "metadata": _lists(index.metadata[rows]),
         }
         for view, name in enumerate(VIEWS):
             columns |= {f"{name}_offset": index.offsets[rows, view], f"{name}_size": index.sizes[rows, view]}
@@ -189,6 +190,7 @@ def _about(sets: Sequence[ShardIndex], selected: str | None) -> dict[str, Any]:
         about["groups"] = {"salt": first.group_salt}
     if converted := sum((Counter(index.converted) for index in sets), Counter[str]()):
         about["converted"] = dict(sorted(converted.items()))
-    if selected is not None:
-        about["selected"] = selected
+    # Tars of a set that was selected before hold other lesions, too, whatever is kept of it now.
+    if conditions := dict.fromkeys(each for each in (*(index.selected for index in sets), selected) if each):
+        about["selected"] = "; ".join(conditions)[:MAX_SELECTED]
     return about
