@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from triderm_dist.report.content import Content
-from triderm_dist.report.discrimination import thinned
+from triderm_dist.report.discrimination import Target, thinned
 from triderm_dist.report.elements import Column, Figure, Row, Section, Share, Table, Value
 from triderm_dist.report.style import BLUE, DASHED, GRAY, ORANGE, WIDE, panels, panels_height
 
@@ -67,50 +68,54 @@ def diagnoses(content: Content) -> Section:
 
 
 def _roc(content: Content) -> Figure:
-    targets = content.discrimination.targets
+    def draw(axes: Any, target: Target) -> None:
+        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=DASHED)
+        axes.plot(*thinned(*target.ranking.roc_curve, POINTS), color=BLUE, linewidth=1.4)
+        _dot(axes, 1 - target.rates.specificity.value, target.rates.sensitivity.value)
 
-    def draw(figure: Any) -> None:
-        for axes, target in zip(panels(figure, len(targets)), targets, strict=True):
-            axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=DASHED)
-            axes.plot(*thinned(*target.ranking.roc_curve, POINTS), color=BLUE, linewidth=1.4)
-            rates = target.rates
-            _dot(axes, 1 - rates.specificity.value, rates.sensitivity.value)
-            axes.set_title(f"{target.name}  {_text(target.area_under_roc.value)}")
-        figure.supxlabel("1 − specificity", fontsize=10)
-        figure.supylabel("sensitivity", fontsize=10)
-
-    areas = ", ".join(f"{target.name} {_text(target.area_under_roc.value)}" for target in targets)
-    return Figure(
-        "roc",
-        draw,
-        f"Sensitivity against 1 minus specificity; area under each curve: {areas}.",
+    return _curves(
+        content, "roc", draw, lambda target: target.area_under_roc.value, ("1 − specificity", "sensitivity"),
+        "Sensitivity against 1 minus specificity; area under each curve",
         "ROC curves. Number after the name: area under the curve. Dot: the decisions. Dashed: random probabilities.",
-        (WIDE, panels_height(len(targets))),
-    )
+    )  # fmt: skip
 
 
 def _precision_recall(content: Content) -> Figure:
-    targets = content.discrimination.targets
+    def draw(axes: Any, target: Target) -> None:
+        axes.axhline(target.prevalence, color=GRAY, linewidth=0.8, linestyle=DASHED)
+        axes.plot(*thinned(*target.ranking.precision_recall_curve, POINTS), color=BLUE, linewidth=1.4)
+        _dot(axes, target.rates.sensitivity.value, target.rates.positive_predictive_value.value)
 
-    def draw(figure: Any) -> None:
-        for axes, target in zip(panels(figure, len(targets)), targets, strict=True):
-            axes.axhline(target.prevalence, color=GRAY, linewidth=0.8, linestyle=DASHED)
-            axes.plot(*thinned(*target.ranking.precision_recall_curve, POINTS), color=BLUE, linewidth=1.4)
-            rates = target.rates
-            _dot(axes, rates.sensitivity.value, rates.positive_predictive_value.value)
-            axes.set_title(f"{target.name}  {_text(target.average_precision.value)}")
-        figure.supxlabel("recall (sensitivity)", fontsize=10)
-        figure.supylabel("precision (PPV)", fontsize=10)
-
-    areas = ", ".join(f"{target.name} {_text(target.average_precision.value)}" for target in targets)
-    return Figure(
-        "precision_recall",
-        draw,
-        f"Precision against recall; average precision: {areas}.",
+    return _curves(
+        content, "precision_recall", draw, lambda target: target.average_precision.value,
+        ("recall (sensitivity)", "precision (PPV)"), "Precision against recall; average precision",
         "Precision-recall curves. Number after the name: average precision. Dot: the decisions. Dashed: random "
         "probabilities.",
-        (WIDE, panels_height(len(targets))),
-    )
+    )  # fmt: skip
+
+
+def _curves(
+    content: Content,
+    name: str,
+    draw_one: Callable[[Any, Target], None],
+    area: Callable[[Target], float],
+    labels: tuple[str, str],
+    alt: str,
+    caption: str,
+) -> Figure:
+    """Return a figure with a panel for each target, titled with the area of its curve. labels: of x and y."""
+    targets = content.discrimination.targets
+    titled = [(target, _text(area(target))) for target in targets]
+
+    def draw(figure: Any) -> None:
+        for axes, (target, text) in zip(panels(figure, len(targets)), titled, strict=True):
+            draw_one(axes, target)
+            axes.set_title(f"{target.name}  {text}")
+        figure.supxlabel(labels[0], fontsize=10)
+        figure.supylabel(labels[1], fontsize=10)
+
+    areas = ", ".join(f"{target.name} {text}" for target, text in titled)
+    return Figure(name, draw, f"{alt}: {areas}.", caption, (WIDE, panels_height(len(targets))))
 
 
 def _dot(axes: Any, x: float, y: float) -> None:
