@@ -37,7 +37,7 @@ class HostPhotos(PhotoSource):
         return super().fetch(pool, rows, rng, torch.device("cuda"))  # else crops are computed as well
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
-        self.release(fetched, device)
+        self.release(fetched)
         return dict(zip(self.views, fetched.views, strict=True))
 
 

@@ -244,6 +244,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
 
     from triderm_dist.data.loader import Step
     from triderm_dist.data.mixing import Mixing
+    from triderm_dist.data.upload import DataWait
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.ema import Ema
     from triderm_dist.engine.finite import NonFiniteGuard
@@ -265,7 +266,7 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(signature().diagnoses))).to(device)
-    guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(waited=0.0)
+    guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(wait=DataWait(device))
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
     meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
     meter.start(loader, 0)  # type: ignore[arg-type]

@@ -317,8 +317,14 @@ def _strengthened(config: AugmentConfig, factor: float) -> AugmentConfig:
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Return (pixels - mean) / std for each of the 3 channels of (B, 3, H, W), in place."""
-    shift, scale = (to_device(np.asarray(values, np.float32), pixels.device).view(1, 3, 1, 1) for values in (mean, std))
+    shift, scale = (_of_channels(tuple(values), pixels.device) for values in (mean, std))
     return pixels.sub_(shift).div_(scale)
+
+
+@functools.lru_cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return values of the 3 channels on the device, (1, 3, 1, 1), which are copied there once."""
+    return to_device(np.asarray(values, np.float32), device).view(1, 3, 1, 1)
 
 
 def dihedral(pixels: torch.Tensor, index: int) -> torch.Tensor:
@@ -381,8 +387,8 @@ def _color(pixels: torch.Tensor, factors: np.ndarray) -> torch.Tensor:
     factors (B, 3).  All are linear, so together s (c (b p - m) + m) + (1 - s) (c (b g - m) + m), m = b mean(p) and g
     the gray of p, is s c b p + (1 - s) c b g + (1 - c) m.
     """
-    columns = np.ascontiguousarray(factors.T.astype(np.float32))
-    brightness, contrast, saturation = (to_device(each, pixels.device).view(-1, 1, 1, 1) for each in columns)
+    columns = to_device(factors.T.astype(np.float32), pixels.device)
+    brightness, contrast, saturation = (each.view(-1, 1, 1, 1) for each in columns)
     gray = pixels.mean(1, keepdim=True)
     mean = gray.mean((2, 3), keepdim=True) * brightness
     gray.mul_((1 - saturation) * contrast * brightness).add_((1 - contrast) * mean)

@@ -42,6 +42,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import FolderShards, RemoteShards
 from triderm_dist.data.threads import Decoders
 from triderm_dist.data.token_cache import JoinedCache, TokenCache
+from triderm_dist.data.upload import DataWait, Upload
 from triderm_dist.runtime.usage import add_data_wait
 from triderm_dist.schema import VIEWS, Batch, DataError
 
@@ -50,6 +51,11 @@ JOB_LESIONS = 16
 
 PREPARED_LESIONS = 512
 """Lesions whose ids, metadata and random draws are looked up together, before their photos are read."""
+
+SPARE_BUFFERS = 2
+"""Host buffers of a GPU's loader beside those that are being filled: the oldest has been copied by the time that it is
+filled again, so that the host does not wait for its copy.
+"""
 
 
 @dataclass
@@ -105,7 +111,8 @@ class CanvasSource:
         """views: to read, a black photo where a lesion has none.  frame: see `TowerConfig`."""
         self.canvas, self.views, self.mean, self.std = canvas, views, mean, std
         self.transform = PhotoTransform(image_size, augment or AugmentConfig(), frame)
-        self._free: list[_Buffers] = []
+        self._free: deque[_Buffers] = deque()
+        self._upload = Upload()
         self._lesions = 0  # that a buffer holds: of the largest request
         self._host_transform: HostTransform | None = None
         self._scratch = threading.local()
@@ -120,6 +127,7 @@ class CanvasSource:
 
     def close(self) -> None:
         self._free.clear()
+        self._upload.clear()
 
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return contextlib.nullcontext(lambda steps: None)
@@ -130,7 +138,11 @@ class CanvasSource:
         if len(rows) > self._lesions:
             self._lesions = len(rows)
             self._free.clear()
-        buffers = self._free.pop() if self._free else _Buffers.new(self._lesions, len(self.views), self.canvas)
+        spare = SPARE_BUFFERS if device.type == "cuda" else 0
+        if len(self._free) > spare:
+            buffers = self._free.popleft()
+        else:
+            buffers = _Buffers.new(self._lesions, len(self.views), self.canvas)
         buffers.wait()
         numbers, locations = rows.tolist(), self.locate(rows)
         jobs = []
@@ -146,13 +158,21 @@ class CanvasSource:
                 name: self._finish_crops(view.permute(0, 3, 1, 2), name, rng)
                 for name, view in zip(self.views, fetched.views, strict=True)
             }
-        photos = [view.to(device, non_blocking=True) for view in fetched.views]
         pixels = {}
-        for name, photo in zip(self.views, photos, strict=True):
-            crops = self.transform(photo, name, rng)
-            pixels[name] = normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
-        self.release(fetched, device)
+        with self.uploaded(fetched, device) as photos:
+            for name, photo in zip(self.views, photos, strict=True):
+                crops = self.transform(photo, name, rng)
+                pixels[name] = normalize(crops.contiguous(memory_format=torch.channels_last), self.mean, self.std)
         return pixels
+
+    @contextlib.contextmanager
+    def uploaded(self, fetched: Fetched, device: torch.device) -> Iterator[list[torch.Tensor]]:
+        """Yield the photos of `fetch` (B, H, W, 3) uint8 on the device, for what is queued inside the block, and reuse
+        the host tensors afterwards.
+        """
+        with self._upload(fetched.views, device) as (photos, copied):
+            yield photos
+        self.release(fetched, copied)
 
     def _fetch_crops(self, pool: Decoders, rows: np.ndarray, rng: LesionRng | None, host: HostTransform) -> Fetched:
         """Start to read the views of rows (B,) as crops (B, size, size, 3) float32.
@@ -193,10 +213,10 @@ class CanvasSource:
         }
         return replace(batch, **pixels)
 
-    def release(self, fetched: Fetched, device: torch.device) -> None:
-        """Reuse the host tensors of `fetch`, as soon as the copies that the device has been asked for are done."""
+    def release(self, fetched: Fetched, copied: torch.cuda.Event | None = None) -> None:
+        """Reuse the host tensors of `fetch`, as soon as this event has happened."""
         buffers: _Buffers = fetched.memory
-        buffers.copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        buffers.copied = copied
         if len(buffers.views[0]) == self._lesions:
             self._free.append(buffers)
 
@@ -325,6 +345,7 @@ class TokenSource:
         views: Sequence[str] = VIEWS,
     ) -> None:
         self.cache, self.variants, self.transforms, self.views = cache, variants, transforms, views
+        self._upload = Upload()
 
     @contextlib.contextmanager
     def read_ahead(self, rows: np.ndarray, batch: int) -> Iterator[Callable[[int], None]]:
@@ -344,8 +365,9 @@ class TokenSource:
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
         layout = torch.channels_last if len(self.cache.shape) == 3 else torch.contiguous_format
-        on_device = [tokens.to(device, non_blocking=True) for tokens in fetched.views]
-        floats = [tokens.to(torch.float32, memory_format=layout) for tokens in on_device]
+        with self._upload(fetched.views, device) as (on_device, copied):
+            # Copied also where they are float32: the next batch overwrites what has been uploaded.
+            floats = [tokens.to(torch.float32, memory_format=layout, copy=copied is not None) for tokens in on_device]
         return dict(zip(self.views, floats, strict=True))
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
@@ -358,7 +380,9 @@ class TokenSource:
         return replace(batch, **tokens_of)
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.empty((len(rows), *self.cache.shape), self.cache.dtype))
+        """Return memory for the tokens of rows (B,), pinned if there is a GPU: PyTorch reuses it once it is copied."""
+        dtype = torch.from_numpy(np.empty(0, self.cache.dtype)).dtype
+        return torch.empty((len(rows), *self.cache.shape), dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 class JointSource:
@@ -398,8 +422,8 @@ class Step:
 class Loader:
     """Iterates over the steps of a plan for one rank, decoding `prefetch` micro-batches ahead in `workers` threads.
 
-    augment: augment photos and drop views and concepts, with random numbers of (seed, epoch, lesion, copy).
-    `waited` sums the seconds that the caller spent waiting for data.
+    augment: augment photos and drop views and concepts, with random numbers of (seed, epoch, lesion, copy).  `wait`:
+    how long the device had to wait for data.
     """
 
     def __init__(
@@ -420,7 +444,7 @@ class Loader:
         self.micro_batch, self.device = micro_batch, device
         self.augment, self.seed, self.epoch = augment, seed, epoch
         self.workers, self.prefetch = workers, prefetch
-        self.waited = 0.0
+        self.wait = DataWait(device)
 
     def __iter__(self) -> Iterator[Step]:
         pool = Decoders(self.workers)
@@ -431,12 +455,14 @@ class Loader:
                 ready: list[Batch] = []
                 steps = 0
                 while True:
-                    while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
-                        part.fetched = self.source.fetch(pool, part.rows, part.rng, self.device)
-                        pending.append(part)
-                    if not pending:
-                        return
-                    part = pending.popleft()
+                    with self.wait():
+                        while len(pending) < self.prefetch and (part := next(parts, None)) is not None:
+                            part.fetched = self.source.fetch(pool, part.rows, part.rng, self.device)
+                            pending.append(part)
+                        if not pending:
+                            return
+                        part = pending.popleft()
+                        part.await_photos()
                     ready.append(self._finish(part))
                     if part.last:
                         steps += 1
@@ -479,17 +505,8 @@ class Loader:
                     yield _Pending(batch, rows[part], ids[part], own, rng and rng.take(part), part.stop == end)
 
     def _finish(self, part: _Pending) -> Batch:
-        fetched = part.fetched
-        assert fetched is not None
-        started = time.perf_counter()
-        for job in reversed(fetched.jobs):
-            job.exception()  # waits for the last job first, so that this thread is woken once
-        for job in fetched.jobs:
-            job.result()
-        waited = time.perf_counter() - started
-        self.waited += waited
-        add_data_wait(waited)
-        views = self.source.finish(fetched, self.device, part.rng)
+        assert part.fetched is not None
+        views = self.source.finish(part.fetched, self.device, part.rng)
         for absent in [view for view in VIEWS if view not in views]:
             views[absent] = torch.empty((len(part.rows), 0), device=self.device)
         return Batch(
@@ -557,6 +574,16 @@ class _Pending:
     rng: LesionRng | None
     last: bool
     fetched: Fetched | None = None
+
+    def await_photos(self) -> None:
+        """Wait until the photos are decoded. Raises what a decoder raised."""
+        assert self.fetched is not None
+        started = time.perf_counter()
+        for job in reversed(self.fetched.jobs):
+            job.exception()  # waits for the last job first, so that this thread is woken once
+        for job in self.fetched.jobs:
+            job.result()
+        add_data_wait(time.perf_counter() - started)
 
 
 def _empty_photos(number: int, height: int, width: int) -> torch.Tensor:

@@ -183,7 +183,7 @@ def reading_speed(index: ShardIndex, workers: int, seconds: float) -> float:
             fetched = source.fetch(pool, part, None, torch.device("cuda"))  # uint8, as for a GPU
             for job in fetched.jobs:
                 job.result()
-            source.release(fetched, fetched.views[0].device)
+            source.release(fetched)
             done += batch
     source.close()
     return done / elapsed

@@ -206,12 +206,8 @@ class _Canvases(PhotoSetSource):
         super().__init__(photos, 1, (0.0,) * 3, (1.0,) * 3, drop=drop)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, Tensor]:
-        views = {
-            view: photo.to(device, non_blocking=True, copy=True)
-            for view, photo in zip(self.views, fetched.views, strict=True)
-        }
-        self.release(fetched, device)
-        return views
+        with self.uploaded(fetched, device) as photos:
+            return {view: photo.clone() for view, photo in zip(self.views, photos, strict=True)}
 
 
 class _Pixels:

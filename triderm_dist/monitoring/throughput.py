@@ -28,19 +28,21 @@ class ThroughputMeter:
 
     def start(self, loader: Loader, step: int) -> None:
         """Start an interval, so that time before it (validation) does not count."""
-        self._last_step, self._last, loader.waited = step, time.perf_counter(), 0.0
+        loader.wait.take()
+        self._last_step, self._last = step, time.perf_counter()
 
     def read(self, loader: Loader, step: int) -> dict[str, float]:
         """End the interval and return its values. Call on all ranks.
 
-        lesions_per_s: over all ranks.  data_wait: the largest share of the time that any rank waited for data.  mfu:
-        if the peak is known.  memory_gib: the largest peak memory of any rank.  seconds_left. The device must have
-        finished the step: otherwise its time counts for the next interval.
+        lesions_per_s: over all ranks.  data_wait: the largest share of the time in which the device of any rank had
+        nothing to do because data was not ready (`DataWait`).  mfu: if the peak is known.  memory_gib: the largest
+        peak memory of any rank.  seconds_left. The device must have finished the step: otherwise its time counts for
+        the next interval.
         """
         now = time.perf_counter()
         seconds, steps = now - self._last, step - self._last_step
         lesions_per_s = steps * self.global_batch / seconds
-        largest = torch.tensor([loader.waited / seconds, peak_memory(self.device)], device=self.device)
+        largest = torch.tensor([loader.wait.take() / seconds, peak_memory(self.device)], device=self.device)
         if dist.is_initialized():
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         data_wait, memory = largest.tolist()
