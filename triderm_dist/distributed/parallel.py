@@ -4,13 +4,11 @@
 
 1. dropout by lesion (`models.dropout`): a block that is recomputed repeats its masks without random state; on a CPU
    also depthwise convolutions with a faster gradient (`models.depthwise`);
-2. activation checkpointing of each trained block (a tower block or a fusion stage);
-3. torch.compile of each trained block. Checkpointing is inside, so that the compiler sees it; per block, so that
-   compile time does not grow with depth and no key of the state dict changes;
-4. autocast around the network (DeepSpeed does its own casting);
-5. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
+2. the blocks (`distributed.blocks`): torch.compile, weights cast together, activation checkpointing;
+3. autocast around the network (DeepSpeed does its own casting);
+4. the strategy: nothing, DDP, `fully_shard` of each block and then of the rest (PyTorch's own: on a CPU Accelerate 1.15
    silently shards nothing), or the DeepSpeed engine;
-6. the optimizer, over the parameters as they are after step 5 (FSDP2 replaces them by shards).
+5. the optimizer, over the parameters as they are after step 4 (FSDP2 replaces them by shards).
 
 Raises if Accelerate silently falls back to another strategy; `check_supported` rejects combinations that cannot work.
 """
@@ -30,9 +28,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from triderm_dist.config import TrainConfig
+from triderm_dist.distributed.blocks import prepare_blocks
 from triderm_dist.distributed.collectives import world_size
 from triderm_dist.distributed.malloc import disable_malloc_trim
 from triderm_dist.models.depthwise import use_fast_depthwise
@@ -253,11 +251,7 @@ def wrap(
     use_lesion_masks(network)
     if accelerator.device.type == "cpu" and not compile_blocks:
         use_fast_depthwise(network)
-    for block in network.blocks():
-        if activation_checkpointing:
-            block.forward = checkpointed(block.forward)
-        if compile_blocks:
-            block.compile(dynamic=False)  # shapes never change, since the last batch is padded
+    prepare_blocks(network, activation_checkpointing, compile_blocks)
     chosen = strategy_of(accelerator)
     wrapped: Any
     if chosen == "fsdp2":
@@ -303,15 +297,6 @@ def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> N
             f"{chosen}: got a {type(wrapped).__name__} with {sum(sharded)} of {len(sharded)} parameters sharded; "
             "use one of accelerate_configs/"
         )
-
-
-def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `forward` with activation checkpointing. A plain function: the compiler silently skips a partial."""
-
-    def recomputed(*inputs: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-    return recomputed
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:

@@ -182,8 +182,13 @@ class Network(nn.Module, ABC):
         ]
 
     def blocks(self) -> list[nn.Module]:
-        """Return the units of activation checkpointing and compilation: trained tower blocks and fusion stages."""
+        """Return the units of activation checkpointing: trained tower blocks and fusion stages."""
         return [*(block for tower in self._towers() for block in tower.trained_blocks), *self.fusion_stages()]
+
+    def all_blocks(self) -> list[nn.Module]:
+        """Return the units of compilation: `blocks`, and the frozen tower blocks that are computed in training."""
+        frozen = (list(tower.blocks)[: tower.frozen_blocks] for tower in self._towers() if not tower.skips_frozen)
+        return [*(block for blocks in frozen for block in blocks), *self.blocks()]
 
     def parameter_depths(self) -> dict[str, int]:
         """Return each parameter's distance from the heads, for layer-wise learning rates.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from triderm_dist.config import ModelConfig, TowerConfig
-from triderm_dist.distributed.parallel import checkpointed
+from triderm_dist.distributed.blocks import checkpointed
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape, locate_weights
