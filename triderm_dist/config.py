@@ -384,6 +384,11 @@ class TrainConfig(Section):
         False, description="recompute activations in the backward pass to save memory"
     )
     compile: bool = Field(False, description="torch.compile each tower block and fusion stage")
+    graph: Literal["auto"] | bool = Field(
+        "auto",
+        description="on a GPU, launch each training step as one CUDA graph; auto: in one process and DDP with bf16 or "
+        "fp32, true: the run fails where that cannot work",
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between log lines")
     save_every: int | None = Field(
         None,
@@ -470,8 +475,9 @@ class TrainConfig(Section):
 COSMETIC = (
     *("log_every", "save_every", "keep_last", "keep_checkpoints", "trackers", "tracker_settings", "profile"),
     "peak_tflops",
+    "graph",
 )
-"""Settings of `train` that change no result."""
+"""Settings of `train` that change no result, or only its rounding on a GPU."""
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
 """Settings of `train` that change how a step is computed; a training may resume with other values."""
 
@@ -1134,6 +1140,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.augment.mixup": 0.0,
     "models.NAME.train.augment.unmixed_epochs": 3,
+    "models.NAME.train.graph": "auto",
     "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.fine_weight": 0.0,
     "models.NAME.train.loss.terms": {},

@@ -24,6 +24,8 @@ HeadKind = Literal["softmax", "sigmoid"]
 """What turns a head's logits into probabilities: one diagnosis per lesion, or each diagnosis independently."""
 Sums = dict[str, torch.Tensor]
 """Sums over the lesions of a batch, or of a part of it: term name -> (heads, ...) float32."""
+Count = int | torch.Tensor
+"""The valid lesions of a global batch: a number, or in a CUDA graph a scalar on the device, since it may change."""
 EXCLUDED_LOGIT = -1e4
 """Logit of a diagnosis outside a lesion's `Batch.class_mask`: in float32 its probability is exactly 0 for both kinds of
 head, and it neither gets a gradient nor adds to a loss.
@@ -155,7 +157,7 @@ class LossTerm(nn.Module):
         """Return what is summed over lesions, (B, ...), with gradient; the shape (...) is the same in every batch."""
         raise NotImplementedError
 
-    def value(self, sums: torch.Tensor, count: int) -> torch.Tensor:
+    def value(self, sums: torch.Tensor, count: Count) -> torch.Tensor:
         """Compute the term's value, a scalar, from the sums (...) over all `count` lesions of the global batch."""
         return sums / count
 
@@ -193,7 +195,7 @@ class SoftF1(LossTerm):
         p, y = inputs.probabilities, inputs.targets
         return torch.stack([p * y, p, y], 1)
 
-    def value(self, sums: torch.Tensor, count: int) -> torch.Tensor:
+    def value(self, sums: torch.Tensor, count: Count) -> torch.Tensor:
         return soft_f1_from_sums(sums)
 
 
@@ -275,7 +277,7 @@ class CompoundLoss(nn.Module):
         }
 
     @torch.enable_grad()
-    def slopes(self, sums: Sums, count: int) -> Sums:
+    def slopes(self, sums: Sums, count: Count) -> Sums:
         """Return df/dS of each term with a weight; sums: over the global batch, count: its valid lesions."""
         at, parts = {}, []
         for name, term in self._active():
@@ -314,7 +316,7 @@ class CompoundLoss(nn.Module):
     def _heads(self, term: LossTerm) -> int:
         return self.heads if term.each_head else 1
 
-    def _of_heads(self, term: LossTerm, sums: torch.Tensor, count: int) -> list[torch.Tensor]:
+    def _of_heads(self, term: LossTerm, sums: torch.Tensor, count: Count) -> list[torch.Tensor]:
         return [term.value(each, count) for each in sums.unbind(0)]
 
     def _adjusted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:

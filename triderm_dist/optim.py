@@ -130,6 +130,12 @@ def state_size(config: OptimConfig) -> float:
     return sum(tensor.numel() for tensor in tensors if tensor.ndim) / parameter.numel()
 
 
+def is_capturable(config: OptimConfig) -> bool:
+    """Return whether a CUDA graph can hold the optimizer's step, which skips non-finite steps by itself."""
+    optimizer = _new_optimizer([{"params": [nn.Parameter(torch.zeros(8, 8))], "weight_decay": 0.0}], config)
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and "capturable" in optimizer.defaults
+
+
 def lr_factor(
     step: int, total_steps: int, warmup_steps: int, min_factor: float, shape: Callable[[float], float] = cosine
 ) -> float:

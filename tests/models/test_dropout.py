@@ -29,7 +29,8 @@ def batch(names, copies=None, seed=0, epoch=0) -> Batch:
 
 def masks(network: nn.Module, lesions: Batch, *shape: int) -> torch.Tensor:
     """Return what the network makes of ones (B, *shape)."""
-    with LesionMasks(network, CPU).of(lesions):
+    drop = LesionMasks(network, CPU)
+    with drop.using(drop.draw(lesions)):
         return network(torch.ones(len(lesions.lesion_ids), *shape))
 
 
@@ -84,7 +85,8 @@ def test_share_of_dropped_elements_and_independence_of_pairs(p):
 def test_kept_elements_are_scaled_and_gradients_masked():
     network = layers(p=0.25)
     x = torch.randn(3, 2, 8, requires_grad=True)
-    with LesionMasks(network, CPU).of(batch("abc")):
+    drop = LesionMasks(network, CPU)
+    with drop.using(drop.draw(batch("abc"))):
         y = network(x)
     y.sum().backward()
     assert torch.equal(x.grad, torch.where(y == 0, 0.0, 1 / 0.75))
@@ -96,7 +98,8 @@ def test_kept_elements_are_scaled_and_gradients_masked():
 def test_masks_computed_by_arithmetic_are_those_of_the_definition(kind, p):
     network = nn.Sequential(kind(p)).train()
     x = torch.randn(6, 2, 7, 16)
-    with LesionMasks(network, CPU).of(batch("abcdef")):
+    drop = LesionMasks(network, CPU)
+    with drop.using(drop.draw(batch("abcdef"))):
         dropped = network[0]._uniform(x) < int(p * 2**32) - 2**31
         assert torch.equal(network(x), x.masked_fill(dropped, 0.0) * (1 / (1 - p)))
 
@@ -126,7 +129,8 @@ def test_evaluation_changes_nothing_and_training_without_lesions_uses_the_genera
 def test_attention_dropout_hides_context_tokens_from_heads():
     attention = CrossAttention(16, 2, 0.5).train()
     query, context = torch.randn(3, 5, 16), torch.randn(3, 7, 16)
-    with LesionMasks(attention, CPU).of(batch("abc")):
+    drop = LesionMasks(attention, CPU)
+    with drop.using(drop.draw(batch("abc"))):
         got = attention(query, context)
         values = attention.dropout(attention._split(attention.value(context)))
     weights = attention._split(attention.query(query)) @ attention._split(attention.key(context)).transpose(2, 3)
@@ -152,7 +156,8 @@ def test_drop_path_drops_whole_lesions():
 def test_windows_of_a_lesion_follow_each_other():
     network = layers()
     whole = masks(network, batch("ab"), 6, 8)
-    with LesionMasks(network, CPU).of(batch("ab")):
+    drop = LesionMasks(network, CPU)
+    with drop.using(drop.draw(batch("ab"))):
         windows = network(torch.ones(2 * 3, 2, 8))
     assert torch.equal(windows.view(2, 6, 8), whole)
 

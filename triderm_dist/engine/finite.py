@@ -51,22 +51,27 @@ class NonFiniteGuard:
         scaled = accelerator.scaler is not None
         # The attribute by which torch's GradScaler recognizes optimizers that skip a step on the device.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and strategy_of(accelerator) != "deepspeed"
-        self._check_each_step = not fused and not scaled
+        self.check_each_step = not fused and not scaled
+        """Whether the host must read the flag before every step."""
         if fused and not scaled:
             optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
-    def before_step(self, number: int, step: Step, norm: torch.Tensor, sums: Sums) -> None:
-        """Check a step before it is taken.
-
-        number: of the optimizer step, counted from 1.  norm: before clipping.  sums: of the global batch.
-        """
+    def remember(self, number: int, step: Step) -> None:
+        """Keep the lesions of optimizer step `number`, counted from 1, for `check`; call before the step is taken."""
         self._lesion_ids[number] = [name for batch in step.micro_batches for name in batch.lesion_ids]
+
+    def before_step(self, number: int | torch.Tensor, norm: torch.Tensor, sums: Sums) -> None:
+        """Check a step before the optimizer takes it.
+
+        number: of the optimizer step, counted from 1; in a CUDA graph a scalar on the device.  norm: before clipping.
+        sums: of the global batch.
+        """
         if self.accelerator.mixed_precision == "fp16":
             norm = torch.stack([tensor.sum() for tensor in sums.values()]).sum()
         bad = ~torch.isfinite(norm)
         self._first_bad.copy_(torch.where(bad & (self._found_inf == 0), number, self._first_bad))
         self._found_inf.copy_(torch.maximum(self._found_inf, bad.float()))
-        if self._check_each_step:
+        if self.check_each_step:
             self.check()
 
     def check(self) -> None:

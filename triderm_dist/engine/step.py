@@ -15,8 +15,9 @@ from triderm_dist.distributed.parallel import accumulate, backward, clip_grad_no
 from triderm_dist.engine.batch_norm import RunningStatistics
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import NonFiniteGuard
-from triderm_dist.losses import CompoundLoss, Sums
+from triderm_dist.losses import CompoundLoss, Count, Sums
 from triderm_dist.models.dropout import LesionMasks
+from triderm_dist.schema import Batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ class StepResult:
     sums: Sums
     count: int
     grad_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that differs between two optimizer steps of a training, besides the learning rates.
+
+    keys: of the dropout masks of each micro-batch (`LesionMasks.draw`).  number: of the step, counted from 1.
+    previous: the loss sums of the step before, None where the loss does not use them.
+    """
+
+    micro_batches: list[Batch]
+    keys: list[torch.Tensor | None]
+    count: Count
+    number: int | torch.Tensor
+    previous: Sums | None
 
 
 class TrainStep:
@@ -58,16 +74,32 @@ class TrainStep:
         from its own forward pass, several from a first pass without gradients and with the same dropout. With
         train.loss.soft_f1_sums=previous both use the sums of the step before (`previous`), where there was one.
         """
-        micro_batches, loss = step.micro_batches, self.loss
+        sums, norm = self.compute(self.inputs(step, number, previous))
+        return StepResult(sums, step.count, norm)
+
+    def inputs(self, step: Step, number: int, previous: Sums | None) -> StepInputs:
+        """Return the inputs of a step, and tell the guard of its lesions."""
+        self.guard.remember(number + 1, step)
+        ratios, option = {*self.loss.ratios}, self.config.loss.soft_f1_sums
+        uses_previous = bool(ratios and previous and option == "previous" and ratios <= {*previous})
+        keys = [self.masks.draw(batch) for batch in step.micro_batches]
+        return StepInputs(step.micro_batches, keys, step.count, number + 1, previous if uses_previous else None)
+
+    def compute(self, inputs: StepInputs) -> tuple[Sums, torch.Tensor]:
+        """Compute a step from the forward pass to the update of the weights.
+
+        Returns the loss sums of the global batch and the gradient norm before clipping.
+        """
+        micro_batches, loss = inputs.micro_batches, self.loss
         statistics = RunningStatistics(self.wrapped)
         local = Sums()
-        ahead = self._known_ahead(previous)
+        ahead = inputs.previous if loss.ratios else {}  # without ratios the loss needs no sums
         if ahead is None and len(micro_batches) > 1:
-            ahead = self._first_pass(step)
-        slopes = None if ahead is None else loss.slopes(ahead, step.count)
-        for i, batch in enumerate(micro_batches):
+            ahead = self._first_pass(inputs)
+        slopes = None if ahead is None else loss.slopes(ahead, inputs.count)
+        for i, (batch, keys) in enumerate(zip(micro_batches, inputs.keys, strict=True)):
             last = i + 1 == len(micro_batches)
-            with accumulate(self.accelerator, self.wrapped, last), self.masks.of(batch):
+            with accumulate(self.accelerator, self.wrapped, last), self.masks.using(keys):
                 statistics.rewind()
                 outputs = forward(self.wrapped, batch)
                 statistics.add()
@@ -75,32 +107,22 @@ class TrainStep:
                 local = _added(local, sums)
                 if slopes is None:
                     local = _all_reduced(local)
-                    slopes = loss.slopes(local, step.count)
+                    slopes = loss.slopes(local, inputs.count)
                 backward(self.accelerator, loss.surrogate(sums, slopes))
         statistics.finish(self.accelerator, len(micro_batches))
-        result = StepResult(
-            local if ahead is None else _all_reduced(local), step.count,
-            clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm),
-        )  # fmt: skip
-        self.guard.before_step(number + 1, step, result.grad_norm, result.sums)
+        total = local if ahead is None else _all_reduced(local)
+        norm = clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm)
+        self.guard.before_step(inputs.number, norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return result
-
-    def _known_ahead(self, previous: Sums | None) -> Sums | None:
-        """Return the loss sums to use if no forward pass is needed for them; empty if the loss uses none."""
-        if not self.loss.ratios:
-            return {}
-        if self.config.loss.soft_f1_sums == "previous" and previous and set(self.loss.ratios) <= set(previous):
-            return previous
-        return None
+        return total, norm
 
     @torch.no_grad()
-    def _first_pass(self, step: Step) -> Sums:
+    def _first_pass(self, inputs: StepInputs) -> Sums:
         """Compute the loss sums of the global batch."""
         local = Sums()
-        for batch in step.micro_batches:
-            with self.masks.of(batch):
+        for batch, keys in zip(inputs.micro_batches, inputs.keys, strict=True):
+            with self.masks.using(keys):
                 local = _added(local, self.loss.sums(forward(self.wrapped, batch), batch))
         return _all_reduced(local)
 

@@ -27,6 +27,7 @@ from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
 from triderm_dist.engine.fold_folder import FoldFolder
+from triderm_dist.engine.graph import GraphedStep, choose_graph, on_graph_stream
 from triderm_dist.engine.step import StepResult, TrainStep
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
@@ -130,13 +131,16 @@ class Trainer:
         lesions = len(data.train_rows), extra, len(data.validation_rows)
         start = saved.state.step if saved else 0
         title = output.title(name)
+        graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
         text = report(
-            title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief, why_precision
-        )
+            title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief, why_precision,
+            "" if graphed else why_graph,
+        )  # fmt: skip
         accelerator.print(text, flush=True)
-        self.wrapped, prepared, optimizer = wrap(
-            accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
-        )
+        with on_graph_stream(accelerator.device) if graphed else nullcontext():
+            self.wrapped, prepared, optimizer = wrap(
+                accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
+            )
         scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
         average: WeightAverage | None = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
         if config.swa_epochs:
@@ -147,7 +151,8 @@ class Trainer:
             if changes := self.checkpoints.describe_changes(saved):
                 accelerator.print(wrapped(f"{name}: {changes}"), flush=True)
         self.guard = NonFiniteGuard(accelerator, optimizer)
-        self.step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, self.guard)
+        step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, self.guard)
+        self.step = GraphedStep(step, optimizer) if graphed else step
         state, total = self.training.state, sum(epoch_steps)
         self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, flops)
         lines = TrainLines(total, self.last_epoch, self.loss.names, flops is not None, output.prefix(name))

@@ -3,7 +3,7 @@
 So a mask depends on no micro-batch, rank, strategy or order, and a second forward of the same lesions repeats it, as
 the first pass for the loss sums, activation checkpointing and a resumed training need. No random state is kept.
 
-`use_lesion_masks` replaces the dropout modules of a network once; `LesionMasks.of` gives them the lesions of a batch.
+`use_lesion_masks` replaces the dropout modules of a network once; `LesionMasks` gives them the lesions of a batch.
 Element (r, c) of a lesion's activations, r a position and c a channel, is dropped where the 32-bit number h_r * m_c
 (modulo 2^32) is below p * 2^32. h_r = (k * n_r) >> 32 is a multiply-shift hash (Dietzfelbinger et al. 1997) of the
 position under the lesion's 64-bit key k of this layer; m_c and n_r are odd numbers from fixed tables. One integer
@@ -154,16 +154,28 @@ class LesionMasks:
             self._names.append([f"{name}/{view}" for view in views] if shared else [name])
             module.positions, module.channels = _tables(device)
 
-    @contextmanager
-    def of(self, batch: Batch) -> Iterator[None]:
-        """Draw the masks of the lesions of `batch`, for forward and backward passes in this context."""
+    def draw(self, batch: Batch) -> Tensor | None:
+        """Draw the keys of the lesions of `batch`, (names x B,) int64 on the host; None where nothing is dropped or the
+        batch has no `draws`.
+        """
         if batch.draws is None or not self.modules:
+            return None
+        drawn = batch.draws([name for names in self._names for name in names])
+        return torch.from_numpy(drawn.T.view(np.int64).ravel())
+
+    @contextmanager
+    def using(self, keys: Tensor | None) -> Iterator[None]:
+        """Drop by these keys of `draw`, on any device, in forward and backward passes in this context.
+
+        Without keys the masks come from PyTorch's generator.
+        """
+        if keys is None:
             yield
             return
-        drawn = batch.draws([name for names in self._names for name in names]).T.view(np.int64).ravel()
-        keys = torch.from_numpy(drawn).to(self._device, non_blocking=True)
-        sizes = [len(names) * len(batch.lesion_ids) for names in self._names]
-        for module, own in zip(self.modules, keys.split(sizes), strict=True):
+        on_device = keys.to(self._device, non_blocking=True)
+        lesions = len(keys) // sum(map(len, self._names))
+        sizes = [len(names) * lesions for names in self._names]
+        for module, own in zip(self.modules, on_device.split(sizes), strict=True):
             module.keys = own
         try:
             yield

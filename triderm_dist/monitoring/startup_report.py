@@ -27,13 +27,15 @@ def report(
     start: int = 0,
     brief: bool = False,
     why_precision: str = "",
+    why_no_graph: str = "",
 ) -> str:
     """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
     task leaves out, and parameters by part.
 
     network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
     start: the step that the training resumes from.  brief: only what differs between the folds of a model.
-    why_precision: the reason, default that of `choose_precision`.
+    why_precision: the reason, default that of `choose_precision`.  why_no_graph: why steps are not launched as a CUDA
+    graph; "" where they are.
     """
     world = accelerator.num_processes
     extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""
@@ -53,7 +55,7 @@ def report(
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
-        "off": "; ".join(_off(accelerator, config)),
+        "off": "; ".join(_off(accelerator, config, why_no_graph)),
         "left out": _left_out(network),
     }
     return "\n".join([name, *_rows(lines), _parameter_table(network)])
@@ -116,11 +118,13 @@ def _no_peak(device: torch.device) -> str:
     return f"peak FLOP/s of {device_name(device)} is unknown; set train.peak_tflops from its data sheet"
 
 
-def _off(accelerator: Accelerator, config: TrainConfig) -> list[str]:
+def _off(accelerator: Accelerator, config: TrainConfig, why_no_graph: str) -> list[str]:
     """List the options that are turned off, each with its reason or setting."""
     off = []
     if not config.compile:
         off.append("torch.compile (train.compile)")
+    if why_no_graph:
+        off.append(f"CUDA graph (train.graph: {why_no_graph})")
     if not config.activation_checkpointing:
         off.append("activation checkpointing (train.activation_checkpointing)")
     if accelerator.device.type == "cpu":

@@ -1,0 +1,240 @@
+"""The training step as one CUDA graph (`train.graph`): captured once, then launched by a single call per step.
+
+A step launches some 1,600 kernels; at 5 us of host time each a fast GPU waits for its host. A graph is launched at
+once, but always reads and writes the same memory. So everything that differs between steps is copied to fixed buffers
+on the device first: the batch, the keys of its dropout masks, the number of its valid lesions, the number of the step,
+the learning rates, and the loss sums of the step before where the loss uses them. Augmentation and mixing of lesions
+are done before, and the average of weights is moved after a step.
+
+The first steps are eager, and real ones: they compile, create optimizer states and let DDP arrange its buckets. A batch
+of another form (micro-batches, shapes, or the presence of `targets`, which the last epochs lack where lesions are
+mixed) is captured anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import lru_cache
+
+import torch
+from accelerate import Accelerator
+
+from triderm_dist import optim
+from triderm_dist.config import TrainConfig
+from triderm_dist.data.loader import Step
+from triderm_dist.distributed.out_of_memory import is_out_of_memory
+from triderm_dist.distributed.parallel import strategy_of
+from triderm_dist.engine.step import StepInputs, StepResult, TrainStep
+from triderm_dist.losses import Sums
+from triderm_dist.models import NETWORKS
+from triderm_dist.schema import Batch, ConfigError, InputError, one_line
+
+WARM_UP = 3
+"""Eager steps of a training before its step is captured."""
+DDP_WARM_UP = 11
+"""The same under DDP: it arranges its buckets after the first step, and reads its timers in the first ten."""
+WARM_UP_OF_FORM = 2
+"""Eager steps of each form of batches before it is captured."""
+
+Computed = tuple[Sums, torch.Tensor]
+"""What `TrainStep.compute` returns."""
+
+
+def choose_graph(accelerator: Accelerator, config: TrainConfig, kind: str) -> tuple[bool, str]:
+    """Return (whether to capture the step, reason) for `train.graph`. kind: of the network, `models.NAME.kind`.
+
+    Raises ConfigError where it is true and cannot work.
+    """
+    if config.graph is False:
+        return False, "as set"
+    refusal = _refusal(accelerator, config)
+    if config.graph is True:
+        if refusal:
+            raise ConfigError(f"train.graph: {refusal}; set it to auto or false")
+        return True, "as set"
+    if refusal:
+        return False, refusal
+    if config.loss.terms or not isinstance(NETWORKS[kind], str):
+        return False, "code of a plugin may wait for the device; train.graph=true tries it"
+    return True, "auto"
+
+
+def _refusal(accelerator: Accelerator, config: TrainConfig) -> str:
+    """Return why a step cannot be captured; "" if it can."""
+    strategy = strategy_of(accelerator)
+    if accelerator.device.type != "cuda":
+        return "no GPU"
+    if strategy in ("fsdp2", "deepspeed"):
+        return f"{strategy} gathers weights in new memory in each step"
+    if accelerator.scaler is not None:
+        return "the loss scaler of fp16 waits for the device"
+    if not optim.is_capturable(config.optim):
+        return f"the optimizer {config.optim.name} cannot be captured: it is not fused and capturable"
+    return ""
+
+
+@contextmanager
+def on_graph_stream(device: torch.device) -> Iterator[None]:
+    """Context whose work is queued on the stream of captures, after that of the current stream, which then waits for
+    it.
+
+    The nodes that accumulate gradients under DDP belong to the stream on which DDP was created. During a capture
+    nothing may wait for the default stream, so a network is wrapped, and warmed up, on this one.
+    """
+    own, current = _stream(device), torch.cuda.current_stream(device)
+    own.wait_stream(current)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        current.wait_stream(own)
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class GraphedStep:
+    """Takes the optimizer steps of a `TrainStep` by replaying its captured computation; the same up to rounding.
+
+    The tensors of a result are valid until the next step.
+    """
+
+    def __init__(self, eager: TrainStep, optimizer: torch.optim.Optimizer) -> None:
+        """optimizer: the plain one, not Accelerate's wrapper."""
+        self.eager, self.optimizer = eager, optimizer
+        self.warm_up = DDP_WARM_UP if strategy_of(eager.accelerator) == "ddp" else WARM_UP
+        self._eager_steps = self._of_form = 0
+        self._form: object = None
+        self._buffers: _Buffers | None = None
+        self._replay: Callable[[], Computed] | None = None
+
+    def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
+        """Take a step, see `TrainStep.__call__`."""
+        inputs = self.eager.inputs(step, number, previous)
+        form = _form(inputs)
+        if form != self._form:
+            self._form, self._of_form, self._buffers, self._replay = form, 0, None, None
+        if self._eager_steps < self.warm_up or self._of_form < WARM_UP_OF_FORM:
+            self._eager_steps += 1
+            self._of_form += 1
+            sums, norm = self._warm(inputs)
+        else:
+            sums, norm = self._replayed(inputs)
+        return StepResult(sums, step.count, norm)
+
+    def _replayed(self, inputs: StepInputs) -> Computed:
+        if self._buffers is None:
+            self._buffers = _Buffers(inputs, len(self.optimizer.param_groups), self.eager.accelerator.device)
+        self._buffers.fill(inputs, [float(group["lr"]) for group in self.optimizer.param_groups])
+        if self._replay is None:
+            buffers = self._buffers
+            with _rates_on_device(self.optimizer, buffers.rates):
+                self._replay = self._capture(lambda: self.eager.compute(buffers.inputs))
+        return self._replay()
+
+    def _warm(self, inputs: StepInputs) -> Computed:
+        with on_graph_stream(self.eager.accelerator.device):
+            return self.eager.compute(inputs)
+
+    def _capture(self, compute: Callable[[], Computed]) -> Callable[[], Computed]:
+        """Return a function that launches what `compute` would, and returns the tensors with its results.
+
+        Raises InputError where something in it waits for the device.
+        """
+        device = self.eager.accelerator.device
+        graph, cause = torch.cuda.CUDAGraph(), None
+        try:
+            # Other threads, such as NCCL's, may go on calling CUDA.
+            with on_graph_stream(device), torch.cuda.graph(
+                graph, stream=_stream(device), capture_error_mode="thread_local"
+            ):  # fmt: skip
+                try:
+                    results = compute()
+                except RuntimeError as error:
+                    cause = error
+                    raise
+        except RuntimeError as error:
+            cause = cause or error
+            if is_out_of_memory(cause):
+                raise cause from None
+            raise InputError(
+                f"train.graph: the step cannot be captured as a CUDA graph ({one_line(cause)}); set train.graph=false"
+            ) from cause
+
+        def replay() -> Computed:
+            graph.replay()
+            return results
+
+        return replay
+
+
+class _Buffers:
+    """Tensors on the device that a graph reads, and the `StepInputs` made of them."""
+
+    def __init__(self, inputs: StepInputs, groups: int, device: torch.device) -> None:
+        """groups: number of the optimizer's parameter groups."""
+        sizes = [0 if keys is None else len(keys) for keys in inputs.keys]
+        self._integers = torch.zeros(1 + sum(sizes), dtype=torch.int64, device=device)
+        self._floats = torch.zeros(1 + groups, device=device)
+        number, *keys = self._integers.split([1, *sizes])
+        batches = [
+            replace(batch, lesion_ids=[], draws=None, **{n: torch.empty_like(t) for n, t in _tensors(batch).items()})
+            for batch in inputs.micro_batches
+        ]
+        self.rates = self._floats[1:]
+        self.inputs = StepInputs(
+            batches,
+            [own if size else None for own, size in zip(keys, sizes, strict=True)],
+            self._floats[0],
+            number[0],
+            inputs.previous and {name: torch.empty_like(sums) for name, sums in inputs.previous.items()},
+        )
+
+    @torch.no_grad()
+    def fill(self, inputs: StepInputs, rates: list[float]) -> None:
+        """Copy the inputs of a step here. They have the form of those that the buffers were made for."""
+        drawn = [keys for keys in inputs.keys if keys is not None]
+        integers = torch.cat([torch.tensor([inputs.number]), *drawn])
+        self._integers.copy_(integers, non_blocking=True)
+        self._floats.copy_(torch.tensor([float(inputs.count), *rates]), non_blocking=True)
+        for buffer, batch in zip(self.inputs.micro_batches, inputs.micro_batches, strict=True):
+            for own, tensor in zip(_tensors(buffer).values(), _tensors(batch).values(), strict=True):
+                own.copy_(tensor, non_blocking=True)
+        for name, sums in (inputs.previous or {}).items():
+            assert self.inputs.previous is not None
+            self.inputs.previous[name].copy_(sums)
+
+
+def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the tensors of a batch by name."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _form(inputs: StepInputs) -> object:
+    """Return what must be equal for two steps to use the same graph."""
+    batches = [
+        tuple((name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in _tensors(batch).items())
+        for batch in inputs.micro_batches
+    ]
+    return batches, [keys is not None for keys in inputs.keys], sorted(inputs.previous or {})
+
+
+@contextmanager
+def _rates_on_device(optimizer: torch.optim.Optimizer, rates: torch.Tensor) -> Iterator[None]:
+    """Context in which the optimizer's step may be captured and reads its learning rates from `rates` (groups,).
+
+    Outside the rates are numbers, as the schedule sets and checkpoints hold them.
+    """
+    before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"], group["capturable"] = rate, True
+    try:
+        yield
+    finally:
+        for group, (rate, capturable) in zip(optimizer.param_groups, before, strict=True):
+            group["lr"], group["capturable"] = rate, capturable
