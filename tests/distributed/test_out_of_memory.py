@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from triderm_dist.distributed.out_of_memory import is_out_of_memory, next_smaller
+from triderm_dist.distributed.library_errors import is_out_of_memory
+from triderm_dist.distributed.out_of_memory import next_smaller
 from triderm_dist.schema import ConfigError
 
 
@@ -20,6 +21,9 @@ from triderm_dist.schema import ConfigError
         "cuFFT error: CUFFT_ALLOC_FAILED",
         "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
         "CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "Triton Error [CUDA]: out of memory",
         "cudaErrorMemoryAllocation",
         "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
         "unable to mmap 4096 bytes: Cannot allocate memory (12)",

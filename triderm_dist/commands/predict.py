@@ -83,10 +83,13 @@ class PredictRun(RunReader):
 
 
 def main(config: PredictRun) -> None:
+    from triderm_dist.distributed.collectives import interrupt_on_lost_rank
+
     if config.explain:
         draw(config)
     elif config.input:
-        predict_input(config)
+        with interrupt_on_lost_rank():
+            predict_input(config)
     else:
         predict_test_set(config)
 

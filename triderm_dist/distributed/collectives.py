@@ -6,14 +6,16 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 
-from triderm_dist.cli import Interrupted
-from triderm_dist.schema import Busy, InputError
+from triderm_dist.cli import Interrupted, exit_code
+from triderm_dist.distributed import heartbeat
+from triderm_dist.distributed.library_errors import DOCTOR, is_backend_error, permanent_fault, reason_of
+from triderm_dist.schema import Busy, InputError, one_line
 
 
 def world_size() -> int:
@@ -33,19 +35,29 @@ def is_main() -> bool:
 
 @contextmanager
 def interrupt_on_lost_rank() -> Iterator[None]:
-    """Context or decorator for code with collectives. Raises Interrupted if another rank died or did not answer within
-    rank_timeout.
+    """Context or decorator for code with collectives.
+
+    Raises Interrupted where another rank died, or did not answer within rank_timeout after the work had begun, and
+    InputError for faults of the backends that running again would not mend (see `heartbeat`). Other errors of this rank
+    are told to the others, which then end with the same exit code.
     """
     try:
         yield
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors. NCCL's watchdog ends the process itself, with the same meaning.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+    except Exception as error:
+        beat, told = heartbeat.current(), error
+        if is_backend_error(error):
+            told = beat.explain(error) if beat else _before_contact(error)
+        if beat and not isinstance(error, Interrupted):
+            beat.note_failure(exit_code(told), one_line(told, 400))
+        if told is error:
             raise
-        raise Interrupted(
-            f"rank {rank()} lost contact with another rank ({str(error).splitlines()[0]}). When all hosts are back, "
-            "rerun the same command to resume from the last checkpoint"
-        ) from None
+        raise told from None
+
+
+def _before_contact(error: Exception) -> InputError:
+    """Return what a backend's error means where the ranks have never reached one another."""
+    what = permanent_fault(error) or f"the ranks did not reach one another ({reason_of(error)}); {DOCTOR}"
+    return InputError(f"rank {rank()}: {what}")
 
 
 def is_distributed() -> bool:
@@ -71,13 +83,14 @@ T = TypeVar("T")
 
 @functools.cache
 def gloo_group() -> Any:
-    """Return the group of all ranks over gloo, for tensors on the CPU."""
-    return dist.new_group(backend="gloo")
+    """Return the group of all ranks over gloo, for tensors on the CPU and what the host decides."""
+    beat = heartbeat.current()
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=beat.timeout) if beat else None)
 
 
 def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and broadcast its result; call on all ranks. InputError, Busy and OSError are raised on all
-    of them, so that none waits for rank 0.
+    of them, so that none waits for rank 0, or for the device.
     """
     outcome: list[Any] = [None, None]
     if is_main():
@@ -86,7 +99,7 @@ def on_main(work: Callable[[], T]) -> T:
         except (InputError, Busy, OSError) as error:
             outcome[1] = error
     if is_distributed():
-        broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=gloo_group())
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -10,7 +10,6 @@ each polls the file and replaces itself by exec (the launcher sees the same proc
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 import time
@@ -19,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, PositiveInt
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
 from triderm_dist.distributed.collectives import on_main, world_size
+from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import ATTEMPT
 from triderm_dist.files import write_json
 from triderm_dist.runtime.terminal import wrapped
@@ -98,28 +97,6 @@ class MicroBatch:
             if (smaller := self.size()) < size:
                 print(wrapped(_message(size, smaller)), flush=True)
                 restart()
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or the one that caused it, means that the device or the host is out of memory.
-
-    torch has a type for its own allocator only; libraries (cuBLAS, cuDNN, NCCL) and drivers tell it in their texts.
-    """
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
-
-
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|out_?of_?memory|can(?:'|no)t allocate memory|ALLOC_FAILED|MemoryAllocation|MEMORY_ALLOC"
-    r"|bad_alloc|failed to allocate|unable to allocate|resource_exhausted",
-    re.IGNORECASE,
-)
-"""Of PyTorch's CPU allocator, CUDA's and HIP's run-time and driver, cuBLAS, cuDNN, cuFFT, cuSPARSE, NCCL, C++."""
 
 
 def next_smaller(size: int, per_rank: int, smallest: int = 1) -> int:

@@ -32,6 +32,8 @@ from torch import nn
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.blocks import prepare_blocks
 from triderm_dist.distributed.collectives import world_size
+from triderm_dist.distributed.heartbeat import reports_nccl_errors, start_heartbeat
+from triderm_dist.distributed.library_errors import permanent_fault
 from triderm_dist.distributed.malloc import disable_malloc_trim
 from triderm_dist.models.depthwise import use_fast_depthwise
 from triderm_dist.models.dropout import use_lesion_masks
@@ -93,8 +95,15 @@ def start(
         os.environ["ACCELERATE_USE_CPU"] = "true"
     # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
     backend = "gloo" if on_cpu else "nccl"
+    if not on_cpu:
+        _check_own_gpu()
+    if reports_nccl_errors():
+        # NCCL's watchdog only reports: `heartbeat` ends the process, with the exit code that is right.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # NCCL ends the process by SIGABRT where it can't be told otherwise: a minute later than `heartbeat` would.
+    patience = 0 if on_cpu or reports_nccl_errors() else 60
     # The millisecond, since Accelerate passes on only what differs from its own default, which is not gloo's default.
-    timeout = timedelta(seconds=rank_timeout, milliseconds=1)
+    timeout = timedelta(seconds=rank_timeout + patience, milliseconds=1)
     _join_attempt_group(backend, timeout)
     ranks = InitProcessGroupKwargs(backend=backend, timeout=timeout)
     AcceleratorState._reset_state()  # otherwise the first model's precision would hold for all models of a run
@@ -108,6 +117,7 @@ def start(
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
             ],
         )
+    start_heartbeat(rank_timeout)
     if accelerator.num_processes != world_size():
         raise ConfigError(
             f"the launcher started {world_size()} processes but this one sees {accelerator.num_processes}; "
@@ -125,6 +135,17 @@ def start(
     return accelerator
 
 
+def _check_own_gpu() -> None:
+    """Raise ConfigError where this host has more ranks than GPUs: CUDA only says that an ordinal is invalid."""
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK={local}: this host has {gpus} GPU{'s' * (gpus > 1)}, and each rank needs its own; start at "
+            f"most {gpus} per host (--num_processes), or trainings that share a GPU by triderm crossval "
+            "parallel_folds=true gpus=0.5"
+        )
+
+
 @contextmanager
 def _naming_missing_ranks() -> Iterator[None]:
     """Context in which the ranks meet. Raises ConfigError where the others do not come, and no launcher started this
@@ -133,7 +154,7 @@ def _naming_missing_ranks() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or world_size() == 1:
+        if dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or world_size() == 1 or permanent_fault(error):
             raise
         shown = " ".join(f"{name}={os.environ.get(name, '')}" for name in OWN)
         raise ConfigError(

@@ -11,12 +11,13 @@ from triderm_dist.data.loader import TokenSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.distributed import parallel
-from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.collectives import interrupt_on_lost_rank, on_main
 from triderm_dist.engine.fold import check_task, model_config
 from triderm_dist.engine.views import PLAIN, open_views
 from triderm_dist.models.tower_record import FOLDER, find_tower
 
 
+@interrupt_on_lost_rank()
 def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarray:
     """Return (N, views * D) float32 from the pretrained tower of model NAME, through the token cache.
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.models.network import Network
 from triderm_dist.schema import VIEWS, Batch, Outputs
 
@@ -129,6 +130,7 @@ def evaluate_hidden(
                 arrays[name] = [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
             for array, value in zip(arrays[name], values, strict=True):
                 array[positions] = value[valid]
+        note_progress()
         after_batch()
     return {name: Evaluation(rows, *arrays[name]) for name in hidden}
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.collectives import is_distributed
+from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.distributed.parallel import strategy_of
 from triderm_dist.losses import Sums
 from triderm_dist.schema import InputError
@@ -90,6 +91,7 @@ class NonFiniteGuard:
                 f"step {max(self._lesion_ids, default=0)}: fp16 gradients are infinite even at a loss scale below 1; "
                 "set train.precision=bf16 or fp32"
             )
+        note_progress()
         self._lesion_ids.clear()
 
     def _all_lesion_ids(self, number: int) -> str:

@@ -25,6 +25,7 @@ from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
+from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.engine.extra_towers import ExtraTower, join_towers
 from triderm_dist.engine.init_overlap import WarmStart
 from triderm_dist.engine.trained_network import TrainedNetwork
@@ -385,6 +386,7 @@ class TokenExtractor:
                     if whole:
                         tokens = tokens.mean(2, keepdims=True, dtype=np.float32)
                     cache.write(version, chunk, tokens)
+                    note_progress()
                 after_chunk()
                 progress.update(task, completed=number + 1)
                 if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:

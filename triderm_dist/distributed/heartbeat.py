@@ -1,0 +1,214 @@
+"""Heartbeats of the ranks through the store of their process group, and how each of them ended.
+
+A thread of each rank writes a number to the store every `BEAT_SECONDS`, reads the number of the next rank (after the
+last one, of rank 0), and what any rank wrote about one that is lost or has failed; so the traffic grows only with the
+number of ranks. It ends the process where the main thread cannot: one that waits for the device does so forever, once
+a rank that NCCL needs is lost.
+
+Exit codes: 3 where a rank was lost, or after progress; 2 where a rank failed for a reason of its own, or where all of
+them run and have never got through a step, which another start would not change.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from triderm_dist.cli import BAD_INPUT, Interrupted, print_error
+from triderm_dist.distributed.library_errors import DOCTOR, permanent_fault, reason_of
+from triderm_dist.runtime.signals import INTERRUPTED
+from triderm_dist.schema import InputError
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 12.0
+"""A rank without a heartbeat for so long has probably died; `rank_timeout` decides."""
+LEAVE_SECONDS = 20.0
+"""Time for the main thread to end by itself, once the thread knows that a rank is lost."""
+ENDED = b"ended"
+RESUME = "when all hosts are back, rerun the same command to resume from the last checkpoint"
+
+_current: Heartbeat | None = None
+_progress = threading.Event()
+
+
+def note_progress() -> None:
+    """Note that all ranks got through a step, or another part of the work, since this process started."""
+    _progress.set()
+
+
+def current() -> Heartbeat | None:
+    """Return the heartbeat of this process, if it has one."""
+    return _current
+
+
+def start_heartbeat(rank_timeout: float) -> None:
+    """Start the heartbeat of this rank, once in a process; the process group exists."""
+    global _current
+    if _current is None and dist.is_initialized() and dist.get_world_size() > 1:
+        store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store().clone())
+        _current = Heartbeat(store, dist.get_rank(), dist.get_world_size(), rank_timeout)
+        _current.start()
+        atexit.register(_current.stop)
+
+
+class Heartbeat:
+    """The heartbeat of one rank."""
+
+    def __init__(
+        self, store: Any, rank: int, world: int, timeout: float, device_error: Callable[[], str] | None = None
+    ) -> None:
+        """store: a connection of its own, since one that waits blocks its other users.  timeout: see `rank_timeout`.
+        device_error: returns what a backend of the device reports, "" for nothing; by default that of NCCL.
+        """
+        self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
+        self._device_error = device_error or nccl_error
+        self._stopped, self._has_read = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self.store.set(f"beat {self.rank}", "0")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Note that this rank has ended, so that no other waits for it."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            with suppress(RuntimeError):  # the store is gone
+                self.store.set(f"beat {self.rank}", ENDED)
+
+    def note_failure(self, status: int, line: str) -> None:
+        """Note that this rank ends with this exit code; the first note of all ranks holds.
+
+        Rank 0 may host the store, so it waits until the others have read it, or for some heartbeats.
+        """
+        note = json.dumps({"rank": self.rank, "status": status, "line": line[:500]})
+        with suppress(RuntimeError):
+            self.store.compare_set("failed", "", note)
+            read = self._note_read()
+            deadline = time.monotonic() + 2.5 * BEAT_SECONDS
+            while self.rank == 0 and read < self.world and time.monotonic() < deadline:
+                time.sleep(0.05)
+                read = self.store.add("read", 0)
+
+    def explain(self, error: BaseException) -> InputError | Interrupted:
+        """Return what a backend's error means for this process; ask the store what became of the other ranks."""
+        if fault := permanent_fault(error):
+            return InputError(f"rank {self.rank}: {fault}")
+        deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
+        while True:
+            try:
+                failed, silent = self._failed(), self._get("silent")
+            except RuntimeError:
+                return self._lost("the host of the store, rank 0,", reason_of(error))
+            if failed and failed["rank"] != self.rank:
+                return self._after(failed)
+            if silent is not None:
+                return self._lost(f"rank {silent.decode()}", reason_of(error))
+            if _progress.is_set() or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        return self._stuck(reason_of(error))
+
+    # --- in the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        neighbor, seen, number = (self.rank + 1) % self.world, None, 0
+        reached = changed = time.monotonic()
+        while not self._stopped.wait(BEAT_SECONDS):
+            number += 1
+            try:
+                self.store.set(f"beat {self.rank}", str(number))
+                beat, failed, lost = self._get(f"beat {neighbor}"), self._failed(), self._get("lost")
+                now = reached = time.monotonic()
+                if beat != seen:
+                    seen, changed = beat, now
+                if seen != ENDED and now - changed > SILENT_SECONDS:
+                    self.store.set("silent", str(neighbor))
+                    if now - changed > self.timeout:
+                        self.store.set("lost", str(neighbor))
+                        lost = str(neighbor).encode()
+            except RuntimeError as error:
+                if time.monotonic() - reached > max(self.timeout, SILENT_SECONDS):
+                    return self._leave(self._lost("the host of the store, rank 0,", reason_of(error)), LEAVE_SECONDS)
+                continue
+            if lost is not None:
+                seconds = f"no heartbeat for {self.timeout:g} s"
+                return self._leave(self._lost(f"rank {lost.decode()}", seconds), LEAVE_SECONDS)
+            if failed:
+                with suppress(RuntimeError):
+                    self._note_read()
+                # It may be writing a checkpoint; otherwise it does not get this far without the rank that failed.
+                return self._leave(self._after(failed), self.timeout + LEAVE_SECONDS)
+            if reason := self._device_error():
+                return self._leave(self._stuck(reason), LEAVE_SECONDS)
+
+    def _leave(self, error: InputError | Interrupted, seconds: float) -> None:
+        """End the process, unless the main thread ends by itself within these seconds."""
+        deadline = time.monotonic() + seconds
+        while not self._stopped.wait(BEAT_SECONDS):
+            with suppress(RuntimeError):
+                self.store.set(f"beat {self.rank}", f"leaving {time.monotonic()}")
+            if time.monotonic() > deadline:
+                status = INTERRUPTED if isinstance(error, Interrupted) else BAD_INPUT
+                print_error(f"{'interrupted' if status == INTERRUPTED else 'error'}: {error}")
+                self.note_failure(status, str(error))
+                os._exit(status)
+
+    # --- what it means -----------------------------------------------------------------------------------------------
+
+    def _lost(self, who: str, reason: str) -> Interrupted:
+        return Interrupted(f"rank {self.rank} lost contact with another rank: {who} is gone ({reason}); {RESUME}")
+
+    def _after(self, failed: dict[str, Any]) -> InputError | Interrupted:
+        text = f"rank {self.rank} ends because rank {failed['rank']} failed"
+        if failed["status"] == INTERRUPTED:
+            return Interrupted(f"{text}: {failed['line']}")
+        return InputError(f"{text}: {failed['line']}")
+
+    def _stuck(self, reason: str) -> InputError | Interrupted:
+        """Return what it means where all ranks run and yet one does not answer."""
+        text = f"rank {self.rank} lost contact with another rank ({reason})"
+        if _progress.is_set():
+            return Interrupted(f"{text}; {RESUME}")
+        return InputError(f"{text} before the first step, which running again will not change; {DOCTOR}")
+
+    def _note_read(self) -> int:
+        """Note that this rank knows of the failure, and return how many do."""
+        first, self._has_read = not self._has_read, True
+        return int(self.store.add("read", int(first)))
+
+    def _failed(self) -> dict[str, Any] | None:
+        note = self._get("failed")
+        return json.loads(note) if note else None
+
+    def _get(self, key: str) -> bytes | None:
+        """Return the value of a key, None where it is not set."""
+        return self.store.get(key) if self.store.check([key]) else None
+
+
+def nccl_error() -> str:
+    """Return what NCCL reports of the process groups of this process, "" for nothing. Calls nothing of CUDA, so that it
+    is safe beside a graph that is being captured.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with suppress(RuntimeError, AttributeError):
+            error = group._get_backend(torch.device("cuda")).get_error()
+            if error.name != "SUCCESS":
+                return f"NCCL: {'no answer in time' if error.name == 'TIMEOUT' else error.name}"
+    return ""
+
+
+def reports_nccl_errors() -> bool:
+    """Return whether this PyTorch (from 2.7 on) tells `nccl_error` of a failure, instead of ending the process by a
+    signal only.
+    """
+    return hasattr(getattr(dist, "ProcessGroupNCCL", None), "get_error")
