@@ -240,6 +240,17 @@ def bare_loop(size: Size, device: Any, folder: Path) -> TakeStep:
 
 def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     """Build the step of `engine.trainer.Trainer` on one of `ranks`, with logging and checks, without the loader."""
+    network = our_network(size, folder).to(device)
+    return training_step(size.model(folder), network, [synthetic_batch(size, device)], device, folder, ranks)
+
+
+def training_step(
+    model: ModelConfig, network: Any, micro_batches: list[Any], device: Any, folder: Path, ranks: int = 1
+) -> TakeStep:
+    """Build the step of `engine.trainer.Trainer` on one of `ranks`, with logging and checks, without the loader.
+
+    network: on the device; it is trained.  micro_batches: every step trains on these.  folder: gets the logs.
+    """
     import numpy as np
 
     from triderm_dist.data.loader import Step
@@ -255,29 +266,31 @@ def ours(size: Size, device: Any, folder: Path, ranks: int = 1) -> TakeStep:
     from triderm_dist.monitoring.train_lines import TrainLines
     from triderm_dist.optim import build_optimizer, build_scheduler
 
-    batch, model = synthetic_batch(size, device), size.model(folder)
-    config = model.train
-    accelerator = parallel.start(size.precision, size.batch, ranks * size.batch, config.optim.clip_norm)
-    network = our_network(size, folder).to(device)
+    config, task = model.train, network.signature
+    lesions = sum(len(batch.labels) for batch in micro_batches)
+    accelerator = parallel.start(config.precision, config.micro_batch, ranks * lesions, config.optim.clip_norm)
     build = partial(build_optimizer, config=config.optim)
     wrapped, prepared, optimizer = parallel.wrap(
         accelerator, network, build, config.activation_checkpointing, config.compile
     )
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
-    loss = CompoundLoss(config.loss, model.head, np.ones(len(signature().diagnoses))).to(device)
+    heads = 1 + len(task.views)
+    loss = CompoundLoss(config.loss, model.head, np.ones(len(task.diagnoses)), heads).to(device)
     guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(wait=DataWait(device))
     train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
-    meter = ThroughputMeter(0, 100_000, ranks * size.batch, device)
+    meter = ThroughputMeter(0, 100_000, ranks * lesions, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, lines=TrainLines(100_000, 1, loss.names)).__enter__()
     average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
-    mixing = Mixing(config.augment, signature()) if config.augment.mixes else lambda batch: batch
-    done = 0
+    mixing = Mixing(config.augment, task) if config.augment.mixes else lambda batch: batch
+    done, sums = 0, None
 
     def take_step() -> None:
-        nonlocal done
-        result = train_step(Step(0, ranks * size.batch, [mixing(batch)], np.arange(size.batch)), done)
+        nonlocal done, sums
+        batches = [mixing(batch) for batch in micro_batches]
+        result = train_step(Step(0, ranks * lesions, batches, np.arange(lesions)), done, sums)
+        sums = result.sums
         scheduler.step()
         done += 1
         if average:
@@ -310,6 +323,11 @@ def our_network(size: Size, folder: Path) -> Any:
 
 
 def synthetic_batch(size: Size, device: Any) -> Any:
+    return random_batch(size.batch, size.image, device)
+
+
+def random_batch(lesions: int, image: int, device: Any) -> Any:
+    """Build a batch of noise for MILK10k's signature; the photos are channels-last, as the loader returns them."""
     import numpy as np
     import torch
 
@@ -317,8 +335,10 @@ def synthetic_batch(size: Size, device: Any) -> Any:
     from triderm_dist.schema import Batch
 
     torch.manual_seed(0)
-    lesions = size.batch
-    clinical, dermoscopic = torch.randn(2, lesions, 3, size.image, size.image).unbind(0)
+    clinical, dermoscopic = (
+        torch.randn(lesions, 3, image, image, device=device).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
     return Batch(
         lesion_ids=[str(number) for number in range(lesions)],
         clinical=clinical,

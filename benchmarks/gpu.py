@@ -1,0 +1,321 @@
+"""The numbers of a GPU, in four parts that each keep to a time: python -m benchmarks.gpu part=1 [seconds=540] [...]
+
+1: training steps of three networks, eager, compiled and as a CUDA graph, with 12 and 96 lesions and as many as fit;
+   last the tests of tests/gpu. 2: against the build guide's sketch and timm's own ViT, the estimated memory beside the
+   measured one, recovery from out of memory. 3: photos: loader, frozen tokens, test-time augmentation, predicting, two
+   folds on one GPU. 4: a fold of MILK10k, and XGBoost on the GPU against the CPU.
+
+Nothing is downloaded: towers have random weights. Each measurement (cell) is written to OUTPUT/partN.json as soon as it
+is there, and is not repeated by a later call; a cell starts only where its expected time is left. What is compiled is
+compiled first, for all cells at once. The last line is one JSON object. `python -m benchmarks.gpu_tables` writes the
+tables into docs/benchmarks.md.
+
+python -m benchmarks.gpu profile=base-96-compiled-graph
+
+Prints what the device did in one step of a measured cell of part 1 or 2: kernels by kind, and those that took the most
+time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from triderm_dist.cli import run
+from triderm_dist.files import write_text
+from triderm_dist.schema import InputError, one_line
+from triderm_dist.settings import PathText, Section
+
+RESULTS = "benchmarks/results/gpu"
+
+
+class GpuBenchmark(Section):
+    part: Literal[1, 2, 3, 4] = Field(1, description="part to measure")
+    seconds: float = Field(540.0, gt=0, description="time for everything, from the start of the program")
+    output: PathText = Field(RESULTS, description="folder of the results")
+    cells: str = Field("", description="regular expression: measure only cells whose name it matches from its start")
+    size: Literal["full", "tiny"] = Field("full", description="tiny: towers of a few weights, to rehearse")
+    shards: PathText | None = Field(None, description="packed photos of MILK10k for parts 3 and 4; null: synthetic")
+    commit: str | None = Field(None, description="commit to record where there is no git")
+    profile: str | None = Field(None, description="print the profile of this cell instead")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: `benchmarks.gpu_cells.FUNCTION(**settings)`.
+
+    seconds: expected on an H100, without compilation.  compiles: the arguments of `compile_once` that it needs.
+    """
+
+    name: str
+    function: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 8.0
+    compiles: tuple[str, int] | None = None
+
+
+def cells_of(config: GpuBenchmark) -> list[Cell]:
+    """Return the cells of a part, the most valuable ones first."""
+    return {1: steps, 2: comparisons, 3: photos, 4: fold}[config.part](config)
+
+
+def steps(config: GpuBenchmark) -> list[Cell]:
+    sizes: list[tuple[str, int | None]] = [
+        ("base", 96), ("base", 12), ("large", 96), ("dual_cnn", 96), ("dual_cnn", 12), ("large", 12),
+    ]  # fmt: skip
+    cells = [
+        training_cell(model, lesions, mode)
+        for model, lesions in sizes
+        for mode in ("compiled-graph", "eager", "compiled", "graph")
+    ]
+    most = [
+        training_cell(model, None, mode)
+        for model in ("base", "large", "dual_cnn")
+        for mode in ("compiled-graph", "eager")
+    ]
+    counts = [Cell(f"flops-{model}", "flops", {"name": model}, 10.0) for model in ("base", "large", "dual_cnn")]
+    return [*counts, *cells, *most, Cell("gpu-tests", "gpu_tests", {}, 180.0)]
+
+
+def training_cell(model: str, lesions: int | None, mode: str) -> Cell:
+    seconds = {"base": 6.0, "large": 9.0, "dual_cnn": 7.0}[model] * (1.0 if lesions else 3.0)
+    needs = (model, lesions) if lesions and mode.startswith("compiled") else None
+    settings = {"name": model, "lesions": lesions, "mode": mode}
+    return Cell(f"{model}-{lesions or 'most'}-{mode}", "training", settings, seconds, needs)
+
+
+def comparisons(config: GpuBenchmark) -> list[Cell]:
+    batch = 4 if config.size == "tiny" else 96
+    against = [
+        Cell("ours-compiled-graph", "ours_on_sketch", {"lesions": batch, "mode": "compiled-graph"}, 25.0),
+        Cell("sketch-bf16", "guide_sketch", {"lesions": batch, "precision": "bf16"}, 9.0),
+        Cell("sketch-fp32", "guide_sketch", {"lesions": batch, "precision": "fp32"}, 25.0),
+        Cell("timm-frozen", "timm_vit", {"lesions": batch, "frozen": True}, 25.0),
+        Cell("ours-compiled", "ours_on_sketch", {"lesions": batch, "mode": "compiled"}, 12.0),
+        Cell("timm-all", "timm_vit", {"lesions": batch, "frozen": False}, 25.0),
+        Cell("sketch-tf32", "guide_sketch", {"lesions": batch, "precision": "tf32"}, 12.0),
+        Cell("ours-eager", "ours_on_sketch", {"lesions": batch, "mode": "eager"}, 8.0),
+        Cell("bare-loop", "bare_loop_on_sketch", {"lesions": batch}, 12.0),
+    ]
+    recovery = Cell("out-of-memory", "out_of_memory", {}, 60.0)
+    return [*against[:5], recovery, *memory_cells(), *against[5:]]
+
+
+def memory_cells() -> list[Cell]:
+    """Return a cell for each different step of the experiment files for GPUs."""
+    from triderm_dist.config import Experiment, load, shipped_names
+
+    cells, seen = [], set[str]()
+    names = [name for name in shipped_names("experiments") if re.match(r"(milk10k(_large)?$|a100|h100|rtx)", name)]
+    for name in names:
+        for model, config in load(Experiment, name).models.items():
+            train = config.train
+            key = (name.startswith("h100x8"), config.tower, train.micro_batch, train.activation_checkpointing)
+            precision = "fp16" if train.precision == "fp16" else "bf16"
+            if (text := f"{model} {key} {precision}") not in seen:
+                seen.add(text)
+                settings = {"experiment": name, "model": model}
+                cells.append(Cell(f"memory-{name}-{model}", "memory", settings, 8.0 if "large" in name else 5.0))
+    return cells
+
+
+def photos(config: GpuBenchmark) -> list[Cell]:
+    return []
+
+
+def fold(config: GpuBenchmark) -> list[Cell]:
+    return []
+
+
+class Results:
+    """The cells of one part, in OUTPUT/partN.json; several threads may add to it."""
+
+    def __init__(self, config: GpuBenchmark) -> None:
+        self.file = Path(config.output) / f"part{config.part}.json"
+        self.cells: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        if self.file.is_file():
+            self.cells = json.loads(self.file.read_text(encoding="utf-8"))
+        self.facts: dict[str, Any] = {"commit": config.commit or commit(), "date": f"{datetime.date.today()}"}
+        if config.size == "tiny":
+            self.facts["size"] = "tiny"
+
+    def is_done(self, name: str) -> bool:
+        return name in self.cells and "error" not in self.cells[name]
+
+    def add(self, name: str, values: dict[str, Any]) -> None:
+        with self._lock:
+            self.cells[name] = {**values, **self.facts}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.cells.items())
+            write_text(self.file, f"{{\n{text}\n}}\n")
+        print(f"{name:<32}{summary(values)}", flush=True)
+
+
+def summary(values: dict[str, Any]) -> str:
+    """Return the values of a cell in one line, without the profile."""
+    shown = {key: value for key, value in values.items() if isinstance(value, (int, float, str)) or value is None}
+    return "  ".join(
+        f"{key} {value}" for key, value in shown.items() if key not in ("commit", "date", "device", "torch")
+    )
+
+
+def main(config: GpuBenchmark) -> None:
+    deadline = time.monotonic() + config.seconds
+    if config.profile:
+        return print_profile(Path(config.output), config.profile)
+    results = Results(config)
+    wanted = [cell for cell in cells_of(config) if re.match(config.cells, cell.name)]
+    todo = [cell for cell in wanted if not results.is_done(cell.name)]
+    todo = measure_beforehand(config, results, todo, deadline)
+    while todo:
+        todo = measure(config, results, todo, deadline)
+    done = [cell.name for cell in wanted if results.is_done(cell.name)]
+    left = [cell.name for cell in wanted if cell.name not in results.cells]
+    failed = {name: values["error"] for name, values in results.cells.items() if "error" in values}
+    print(json.dumps({"part": config.part, "measured": len(done), "not_measured": left, "failed": failed}))
+
+
+def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell], deadline: float) -> list[Cell]:
+    """Compile for all cells at once, and count FLOPs, each in a process of its own; return the cells that are left."""
+    counts = [cell for cell in todo if cell.function == "flops"]
+    needed = dict.fromkeys(cell.compiles for cell in todo if cell.compiles)
+    compiling = [
+        Cell(f"compile-{name}-{lesions}", "compile_once", {"name": name, "lesions": lesions})
+        for name, lesions in needed
+        if config.size == "full"
+    ]
+    jobs = [*compiling, *counts]
+    threads = max(1, (os.cpu_count() or 1) // max(1, len(jobs)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, threads)))
+    at_once = len(jobs) if (os.cpu_count() or 1) > 4 else 1
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        found = pool.map(
+            lambda job: in_process(config, [job], deadline, lambda name, values: results.add(name, values)), jobs
+        )
+        list(found)
+    return [cell for cell in todo if cell not in counts]
+
+
+def measure(config: GpuBenchmark, results: Results, todo: list[Cell], deadline: float) -> list[Cell]:
+    """Measure cells in a new process until one of them fails; return those that are left."""
+    reached = in_process(config, todo, deadline, results.add)
+    return todo[reached:]
+
+
+def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: Any) -> int:
+    """Measure cells in a new process; return how many are dealt with: measured, failed, or without time left for them.
+
+    A cell that fails ends the process, since an error may leave the device unusable; at the deadline it is killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(cells, config.size, config.shards, deadline, theirs))
+    process.start()
+    theirs.close()
+    dealt, current = 0, None
+    try:
+        while ours.poll(max(0.0, deadline - time.monotonic())):
+            kind, name, values = ours.recv()
+            if kind == "start":
+                current = name
+                continue
+            current, dealt = None, dealt + 1
+            if kind == "done":
+                add(name, values)
+        if current:
+            add(current, {"error": "the time was over"})
+        dealt = len(cells)  # the time is over
+    except EOFError:  # the process ended
+        if current:
+            process.join()
+            add(current, {"error": f"its process ended with {process.exitcode}"})
+            dealt += 1
+    finally:
+        process.kill()
+        process.join()
+    return dealt
+
+
+def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe: Connection) -> None:
+    """Measure cells in this process and send (kind, name, values): start, skip, done."""
+    import torch
+
+    from benchmarks import gpu_cells
+
+    gpu = torch.cuda.is_available()
+    facts = {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
+    is_started = False
+    for cell in cells:
+        if time.monotonic() + (cell.seconds if size == "full" else 0.0) > deadline:
+            pipe.send(("skip", cell.name, None))
+            continue
+        pipe.send(("start", cell.name, None))
+        if not is_started and cell.function not in ("flops", "compile_once"):
+            gpu_cells.start_profiler()
+            is_started = True
+        started = time.perf_counter()
+        try:
+            settings = {**cell.settings, "size": size}
+            if cell.function in gpu_cells.READS_SHARDS:
+                settings["shards"] = shards
+            values = getattr(gpu_cells, cell.function)(**settings)
+        except Exception as error:
+            if not isinstance(error, NotImplementedError):
+                import traceback
+
+                traceback.print_exc()
+            pipe.send(("done", cell.name, {"error": one_line(error, 300, with_type=True), **facts}))
+            return
+        pipe.send(("done", cell.name, {**values, **facts, "cell_s": round(time.perf_counter() - started, 1)}))
+        gpu_cells.free_memory()
+
+
+def print_profile(folder: Path, name: str) -> None:
+    """Print the kernels of a measured cell."""
+    cells: dict[str, Any] = {}
+    for file in sorted(folder.glob("part*.json")):
+        cells |= json.loads(file.read_text(encoding="utf-8"))
+    if "kinds" not in cells.get(name, {}):
+        known = ", ".join(key for key, values in cells.items() if "kinds" in values) or "none"
+        raise InputError(f"profile: {name} is not measured in {folder}; with a profile are: {known}")
+    print("\n".join(profile_lines(name, cells[name])))
+
+
+def profile_lines(name: str, cell: dict[str, Any]) -> Iterable[str]:
+    yield (
+        f"{name} on {cell['device']}: step {cell['step_ms']} ms, device busy {cell['device_ms']} of "
+        f"{cell['device_span_ms']} ms, {cell['kernels']} kernels, {cell['copies']} copies, "
+        f"{cell['host_calls']} calls by the host"
+    )
+    total = sum(ms for ms, _ in cell["kinds"].values())
+    for kind, (ms, number) in cell["kinds"].items():
+        yield f"{ms:>10.3f} ms {ms / total:>6.1%} {number:>6}  {kind}"
+    for kernel, number, ms in cell["top"]:
+        yield f"{ms:>10.3f} ms {ms / total:>6.1%} {number:>6}  {kernel}"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    run(GpuBenchmark, main, __doc__)
