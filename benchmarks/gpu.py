@@ -41,6 +41,8 @@ from triderm_dist.schema import InputError, one_line
 from triderm_dist.settings import PathText, Section
 
 RESULTS = "benchmarks/results/gpu"
+FACTS = ("commit", "date", "device", "torch", "peak_tflops", "size")
+"""Values of a cell that tell where and when it was measured."""
 
 
 class GpuBenchmark(Section):
@@ -112,7 +114,7 @@ def comparisons(config: GpuBenchmark) -> list[Cell]:
         Cell("bare-loop", "bare_loop_on_sketch", {"lesions": batch}, 12.0),
     ]
     recovery = Cell("out-of-memory", "out_of_memory", {}, 60.0)
-    return [*against[:5], recovery, *memory_cells(), *against[5:]]
+    return [Cell("flops-sketch", "flops", {"name": "sketch"}), *against[:5], recovery, *memory_cells(), *against[5:]]
 
 
 def memory_cells() -> list[Cell]:
@@ -158,6 +160,9 @@ class Results:
         return name in self.cells and "error" not in self.cells[name]
 
     def add(self, name: str, values: dict[str, Any]) -> None:
+        gflop = values.get("gflop") or self.cells.get(f"flops-{values.get('model')}", {}).get("gflop")
+        if gflop and "lesions_per_s" in values and values.get("peak_tflops"):
+            values["mfu"] = round(values["lesions_per_s"] * gflop / (1e3 * values["peak_tflops"]), 4)
         with self._lock:
             self.cells[name] = {**values, **self.facts}
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -253,13 +258,9 @@ def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: An
 
 def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe: Connection) -> None:
     """Measure cells in this process and send (kind, name, values): start, skip, done."""
-    import torch
-
     from benchmarks import gpu_cells
 
-    gpu = torch.cuda.is_available()
-    facts = {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
-    is_started = False
+    facts, is_started = gpu_cells.device_facts(), False
     for cell in cells:
         if time.monotonic() + (cell.seconds if size == "full" else 0.0) > deadline:
             pipe.send(("skip", cell.name, None))

@@ -8,10 +8,12 @@ import gc
 import json
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch import nn
 from benchmarks.step import TOWERS, Size, TakeStep, bare_loop, random_batch, signature, sketch, training_step
 from benchmarks.step import our_network as open_clip_network
 from triderm_dist.config import Experiment, ModelConfig, TrainConfig, load
-from triderm_dist.monitoring.flops import training_flops
+from triderm_dist.engine.bench import synthetic_shards
+from triderm_dist.monitoring.flops import peak_flops, training_flops
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory, network_without_weights
 
 GIB = 2**30
@@ -36,6 +39,8 @@ MODES = {
 WARM_UP = 14
 """Steps before a measurement: compilation, and the steps before a graph is captured."""
 ROUNDS, ROUND_SECONDS = 3, 0.6
+LEFT_FREE = 9 * GIB
+"""Memory that `out_of_memory` leaves to the training: enough for a micro-batch of 48 lesions, too little for 96."""
 USABLE = 0.92
 """Share of the free memory that the largest batch is to fill."""
 GROUPS = {
@@ -59,6 +64,19 @@ def device_of(size: str) -> torch.device:
     if size == "tiny":
         return torch.device("cpu")
     raise RuntimeError("there is no GPU; size=tiny rehearses on a CPU")
+
+
+def device_facts() -> dict[str, Any]:
+    """Return what each cell records of the device and the versions."""
+    if not torch.cuda.is_available():
+        return {"device": "CPU", "torch": torch.__version__}
+    device = torch.device("cuda")
+    peak = peak_flops(device)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "peak_tflops": peak and round(peak / 1e12),
+    }
 
 
 def model_settings(name: str, size: str, **train: Any) -> ModelConfig:
@@ -100,7 +118,11 @@ def plain_settings(name: str, size: str) -> ModelConfig:
 
 
 def flops(name: str, size: str) -> dict[str, Any]:
-    """Count the FLOPs of one lesion in training."""
+    """Count the FLOPs of one lesion in training, of one of `MODELS` or of ours on the towers of the sketch."""
+    if name == "sketch":
+        with tempfile.TemporaryDirectory() as folder:
+            network = open_clip_network(sketch_size(size, 2), Path(folder))
+        return {"gflop": round(training_flops(network) / 1e9, 3)}
     return {"gflop": round(training_flops(network_of(plain_settings(name, size))) / 1e9, 3)}  # type: ignore[arg-type]
 
 
@@ -247,12 +269,16 @@ def traced(step: Callable[[], object]) -> list[dict[str, Any]]:
 
 
 def profile(step: TakeStep) -> dict[str, Any]:
-    """Return the kernels of one step: their number, time, kinds, and those that take the most time."""
+    """Return what the device does in one step, nothing without a GPU."""
     if not torch.cuda.is_available():
         return {}
     step()
     synchronize()
-    events = traced(step)
+    return profile_of(traced(step))
+
+
+def profile_of(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the kernels among the events of a trace: their number, time, kinds, and those that take the most time."""
     kernels = [event for event in events if event.get("cat") == "kernel"]
     copies = [event for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
     calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
@@ -335,7 +361,7 @@ def ours_on_sketch(lesions: int, mode: str, size: str) -> dict[str, Any]:
         network = open_clip_network(chosen, folder).to(device)
         step = training_step(model, network, [random_batch(lesions, chosen.image, device)], device, folder)
         reset_peak()
-        return {"lesions": lesions, "mode": mode, **measured(step, lesions, device, started)}
+        return {"model": "sketch", "lesions": lesions, "mode": mode, **measured(step, lesions, device, started)}
 
 
 def bare_loop_on_sketch(lesions: int, size: str) -> dict[str, Any]:
@@ -439,8 +465,49 @@ def memory(experiment: str, model: str, size: str) -> dict[str, Any]:
         "experiment": experiment, "model": model, "micro_batch": train.micro_batch, "accumulation": accumulation,
         "precision": train.precision, "checkpointing": train.activation_checkpointing,
         "estimate_gib": round(expected / GIB, 3), "peak_gib": round(peak / GIB, 3),
-        "photos_gib": round(photos / GIB, 3), "error": round(expected / peak - 1, 4) if peak else None,
+        "photos_gib": round(photos / GIB, 3), "estimate_error": round(expected / peak - 1, 4) if peak else None,
     }  # fmt: skip
+
+
+def out_of_memory(size: str) -> dict[str, Any]:
+    """Train with a micro-batch that does not fit, since another process holds the rest of the device's memory.
+
+    Recovery is what `triderm train` prints and writes: it halves the micro-batch and ends well.
+    """
+    device = device_of(size)
+    full = size == "full"
+    lesions, side = (480, 256) if full else (100, 32)
+    source = "timm:vit_base_patch16_224" if full else "timm:test_vit"
+    words = [
+        "data.folds=2", "train.epochs=1", "train.compile=false", "train.trackers=[]", "train.micro_batch=96",
+        "train.global_batch=96", "train.sampling.kind=shuffle", f"models.trimodal.tower.source={source}",
+        "models.trimodal.tower.pretrained=false", "model=trimodal",
+    ]  # fmt: skip
+    if not full:
+        words += ["models.trimodal.width=32", "models.trimodal.heads=2", "models.trimodal.tower.image_size=32"]
+        words += ["models.trimodal.tower.freeze_clinical=1", "models.trimodal.tower.freeze_dermoscopic=1"]
+        words += ["train.micro_batch=8", "train.global_batch=8"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthetic_shards(folder / "shards", lesions, side)
+        held = None
+        if device.type == "cuda" and full:
+            free, _ = torch.cuda.mem_get_info()
+            held = torch.empty(max(0, free - LEFT_FREE), dtype=torch.uint8, device=device)
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "triderm_dist", "train", "--config", "milk10k", *words]
+        command += [f"output={folder / 'run'}", f"data.shards={folder / 'shards'}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
+        del held
+        found = list(folder.glob("run/**/micro_batch.json"))
+        kept = json.loads(found[0].read_text(encoding="utf-8"))["micro_batch"] if found else None
+    lines = done.stdout.splitlines() + done.stderr.splitlines()
+    said = next((line for line in lines if re.search("out of memory|does not fit", line, re.IGNORECASE)), "")
+    values = {"exit": done.returncode, "micro_batch_kept": kept, "said": said[:200], "seconds": round(seconds, 1)}
+    if done.returncode:
+        values["end"] = " | ".join(lines[-3:])[:400]
+    return values
 
 
 READS_SHARDS: tuple[str, ...] = ()

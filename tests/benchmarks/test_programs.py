@@ -71,6 +71,8 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
         "fold_mean": [f"run={run}", "seeds=2"],
+        "gpu": ["size=tiny", f"output={folder}/gpu", "cells=flops-base|base-12-eager"],
+        "gpu_tables": [f"results={folder}/gpu", f"page={gpu_page(folder)}"],
         "heads": ["before=.", "rounds=1", "seconds=0.2", "lesions=64", "tower=timm:test_efficientnet", "image_size=32"],
         "ingredients": [
             *("--config", str(inputs.config), f"output={folder}/run", f"data.shards={train}"),
@@ -97,6 +99,13 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "tokens": [*tower, "pretrained=false", f"shards={train}", "lesions=4", "rounds=1"],
         "tta": [*tower, "lesions=50", "rounds=1"],
     }[name]  # fmt: skip
+
+
+def gpu_page(folder: Path) -> Path:
+    """Write a page that has room for the tables of a GPU."""
+    page = folder / "page.md"
+    page.write_text("<!-- gpu tables -->\n<!-- end of gpu tables -->\n")
+    return page
 
 
 def program(*command: str) -> str:
