@@ -60,7 +60,8 @@ def start(
 
     With `fork` the processes are forks of one that has imported PyTorch.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(environment or {})}
     target = [module_or_file] if module_or_file.endswith(".py") else ["-m", module_or_file]
     if config:
         launcher = ["-m", "launch.ranks", "--config_file", config, "--num_processes", str(ranks)]
