@@ -259,7 +259,7 @@ def training_step(
     from triderm_dist.distributed import parallel
     from triderm_dist.engine.ema import Ema
     from triderm_dist.engine.finite import NonFiniteGuard
-    from triderm_dist.engine.step import TrainStep
+    from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream
     from triderm_dist.losses import CompoundLoss
     from triderm_dist.monitoring.throughput import ThroughputMeter
     from triderm_dist.monitoring.tracking import Tracker
@@ -270,15 +270,17 @@ def training_step(
     lesions = sum(len(batch.labels) for batch in micro_batches)
     accelerator = parallel.start(config.precision, config.micro_batch, ranks * lesions, config.optim.clip_norm)
     build = partial(build_optimizer, config=config.optim)
-    wrapped, prepared, optimizer = parallel.wrap(
-        accelerator, network, build, config.activation_checkpointing, config.compile
-    )
+    graphed, _ = choose_graph(accelerator, config, model.kind)
+    with on_graph_stream(accelerator.device, graphed):
+        wrapped, prepared, optimizer = parallel.wrap(
+            accelerator, network, build, config.activation_checkpointing, config.compile
+        )
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)
     heads = 1 + len(task.views)
     loss = CompoundLoss(config.loss, model.head, np.ones(len(task.diagnoses)), heads).to(device)
     guard, loader = NonFiniteGuard(accelerator, optimizer), SimpleNamespace(wait=DataWait(device))
-    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
+    train_step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
     meter = ThroughputMeter(0, 100_000, ranks * lesions, device)
     meter.start(loader, 0)  # type: ignore[arg-type]
     tracker = Tracker("ours", folder, True, lines=TrainLines(100_000, 1, loss.names)).__enter__()

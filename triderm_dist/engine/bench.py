@@ -26,7 +26,7 @@ from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.distributed.collectives import is_distributed
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.engine.finite import NonFiniteGuard
-from triderm_dist.engine.step import TrainStep
+from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream, warm_up_steps
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.models.network import Network
@@ -70,12 +70,16 @@ def measure(
     check_supported(accelerator, config)
     flops = budget(network, accelerator.device, accelerator.num_processes, config.peak_tflops)
     build = partial(build_optimizer, config=config.optim)
-    wrapped, prepared, optimizer = wrap(accelerator, network, build, config.activation_checkpointing, config.compile)
+    graphed, _ = choose_graph(accelerator, config, model.kind)
+    with on_graph_stream(accelerator.device, graphed):
+        wrapped, prepared, optimizer = wrap(
+            accelerator, network, build, config.activation_checkpointing, config.compile
+        )
     signature = loaders.index.signature
     counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
     loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)
     guard = NonFiniteGuard(accelerator, optimizer)
-    train_step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
+    train_step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
     rows = np.resize(np.arange(len(loaders.index)), MAX_STEPS * config.global_batch)
     plan = EpochPlan(Samples.of(loaders.index, rows), Sampling("shuffle"), seed, 0)
     batches = plan.batches(accelerator.process_index, accelerator.num_processes, config.global_batch)
@@ -91,10 +95,11 @@ def measure(
         return time.perf_counter() - started
 
     wrapped.train()
+    warm_up = WARM_UP + (warm_up_steps(accelerator) if graphed else 0)
     try:
-        run(WARM_UP)
+        run(warm_up)
         fitting = round(seconds / (run(PROBE) / PROBE))
-        total = _all_reduce_max(min(max(PROBE, fitting), MAX_STEPS - WARM_UP - PROBE), accelerator.device)
+        total = _all_reduce_max(min(max(PROBE, fitting), MAX_STEPS - warm_up - PROBE), accelerator.device)
         meter = ThroughputMeter(0, total, config.global_batch, accelerator.device, flops)
         meter.start(loader, 0)
         elapsed = run(total)

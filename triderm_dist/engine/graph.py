@@ -20,14 +20,16 @@ from functools import lru_cache
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed.out_of_memory import is_out_of_memory
 from triderm_dist.distributed.parallel import strategy_of
+from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import StepInputs, StepResult, TrainStep
-from triderm_dist.losses import Sums
+from triderm_dist.losses import CompoundLoss, Sums
 from triderm_dist.models import NETWORKS
 from triderm_dist.schema import Batch, ConfigError, InputError, one_line
 
@@ -76,13 +78,16 @@ def _refusal(accelerator: Accelerator, config: TrainConfig) -> str:
 
 
 @contextmanager
-def on_graph_stream(device: torch.device) -> Iterator[None]:
-    """Context whose work is queued on the stream of captures, after that of the current stream, which then waits for
-    it.
+def on_graph_stream(device: torch.device, graphed: bool = True) -> Iterator[None]:
+    """Context for `parallel.wrap` and eager steps of a training that is `graphed`; without it, no context.
 
-    The nodes that accumulate gradients under DDP belong to the stream on which DDP was created. During a capture
-    nothing may wait for the default stream, so a network is wrapped, and warmed up, on this one.
+    Work in it is queued on the stream of captures, after that of the current stream, which then waits for it. The nodes
+    that accumulate gradients under DDP belong to the stream on which DDP was created, and during a capture nothing may
+    wait for the default stream.
     """
+    if not graphed:
+        yield
+        return
     own, current = _stream(device), torch.cuda.current_stream(device)
     own.wait_stream(current)
     try:
@@ -97,6 +102,28 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def warm_up_steps(accelerator: Accelerator) -> int:
+    """Return how many eager steps a training takes before its step is captured."""
+    return DDP_WARM_UP if strategy_of(accelerator) == "ddp" else WARM_UP
+
+
+def build_step(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    prepared: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
+    loss: CompoundLoss,
+    config: TrainConfig,
+    guard: NonFiniteGuard,
+    graphed: bool,
+) -> TrainStep | GraphedStep:
+    """Return what takes the steps of a training. wrapped, prepared, optimizer: as `parallel.wrap` returned them, on the
+    stream of `on_graph_stream` where `graphed`.
+    """
+    step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
+    return GraphedStep(step, optimizer) if graphed else step
+
+
 class GraphedStep:
     """Takes the optimizer steps of a `TrainStep` by replaying its captured computation; the same up to rounding.
 
@@ -106,7 +133,7 @@ class GraphedStep:
     def __init__(self, eager: TrainStep, optimizer: torch.optim.Optimizer) -> None:
         """optimizer: the plain one, not Accelerate's wrapper."""
         self.eager, self.optimizer = eager, optimizer
-        self.warm_up = DDP_WARM_UP if strategy_of(eager.accelerator) == "ddp" else WARM_UP
+        self.warm_up = warm_up_steps(eager.accelerator)
         self._eager_steps = self._of_form = 0
         self._form: object = None
         self._buffers: _Buffers | None = None

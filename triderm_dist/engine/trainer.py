@@ -27,8 +27,8 @@ from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
 from triderm_dist.engine.fold_folder import FoldFolder
-from triderm_dist.engine.graph import GraphedStep, choose_graph, on_graph_stream
-from triderm_dist.engine.step import StepResult, TrainStep
+from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream
+from triderm_dist.engine.step import StepResult
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
@@ -137,7 +137,7 @@ class Trainer:
             "" if graphed else why_graph,
         )  # fmt: skip
         accelerator.print(text, flush=True)
-        with on_graph_stream(accelerator.device) if graphed else nullcontext():
+        with on_graph_stream(accelerator.device, graphed):
             self.wrapped, prepared, optimizer = wrap(
                 accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
             )
@@ -151,8 +151,7 @@ class Trainer:
             if changes := self.checkpoints.describe_changes(saved):
                 accelerator.print(wrapped(f"{name}: {changes}"), flush=True)
         self.guard = NonFiniteGuard(accelerator, optimizer)
-        step = TrainStep(accelerator, self.wrapped, prepared, self.loss, config, self.guard)
-        self.step = GraphedStep(step, optimizer) if graphed else step
+        self.step = build_step(accelerator, self.wrapped, prepared, optimizer, self.loss, config, self.guard, graphed)
         state, total = self.training.state, sum(epoch_steps)
         self.meter = ThroughputMeter(state.step, total, config.global_batch, accelerator.device, flops)
         lines = TrainLines(total, self.last_epoch, self.loss.names, flops is not None, output.prefix(name))

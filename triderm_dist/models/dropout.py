@@ -61,7 +61,7 @@ class LesionDropout(nn.Module):
 
     @property
     def _threshold(self) -> int:
-        """The number of `_uniform` below which an element is dropped."""
+        """The number of `_uniform` below which an element is dropped, int32."""
         return int(self.p * 2**32) - 2**31
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -95,12 +95,19 @@ class LesionVectorDropout(LesionDropout):
 class LesionDropPath(LesionDropout):
     """Drop x[b] as a whole in training, as timm's `DropPath` (stochastic depth, Huang et al. 2016)."""
 
+    threshold: Tensor
+    keep: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
+        if not self.training:
             return x
-        dropped = self._plain(x) if self.keys is None else self._uniform(x) < self._threshold
-        scale = (~dropped).to(x.dtype) / (1 - self.p)
-        return x * scale  # one pass over the activations
+        if self.keys is None:
+            return x * self._scale(~self._plain(x), 1 - self.p, x.dtype)
+        # `p` differs from block to block; a number would make the compiler compile every block for itself.
+        return x * self._scale(self._uniform(x) >= self.threshold, self.keep, x.dtype)
+
+    def _scale(self, kept: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
+        return (kept.float() / share).to(dtype)  # small: so x is read once
 
     def _plain(self, x: Tensor) -> Tensor:
         return torch.rand_like(x[(slice(None), *[slice(1)] * (x.ndim - 1))]) < self.p
@@ -117,7 +124,7 @@ def use_lesion_masks(network: nn.Module) -> None:
     for name, module in [*network.named_modules()]:
         kind, p = type(module), getattr(module, "p", 0.0)
         if kind.__name__ == "DropPath":  # by name, since importing timm takes seconds
-            replacement: LesionDropout = LesionDropPath(module.drop_prob or 0.0)
+            replacement: nn.Module = LesionDropPath(module.drop_prob) if module.drop_prob else nn.Identity()
         elif kind is nn.Dropout:
             replacement = LesionDropout(p)
         elif (isinstance(module, _DropoutNd) and p) or (isinstance(module, nn.MultiheadAttention) and module.dropout):
@@ -153,6 +160,9 @@ class LesionMasks:
             shared = views and name.startswith(f"towers.{SHARED}.")
             self._names.append([f"{name}/{view}" for view in views] if shared else [name])
             module.positions, module.channels = _tables(device)
+            if isinstance(module, LesionDropPath):
+                module.threshold = torch.tensor(module._threshold, dtype=torch.int32, device=device)
+                module.keep = torch.tensor(1 - module.p, device=device)
 
     def draw(self, batch: Batch) -> Tensor | None:
         """Draw the keys of the lesions of `batch`, (names x B,) int64 on the host; None where nothing is dropped or the
