@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from triderm_dist.config import TrainConfig
@@ -49,6 +49,21 @@ ATTEMPT = "TRIDERM_ATTEMPT"
 """How often `out_of_memory.restart` has replaced this process; the same number on all ranks."""
 _FSDP2 = "TRIDERM_FSDP2"
 """Set by `start` if the launcher asks for FSDP, which is then hidden from Accelerate."""
+
+HARMLESS = (
+    # torch 2.14 renames an argument, and functions that DeepSpeed calls; torch 2.11 has the old names only.
+    "`broadcast_buffers` is deprecated",
+    r"`torch\.distributed\.\w+` is deprecated",
+    # DeepSpeed's barriers; `start` has chosen the device.
+    r"barrier\(\): using the device under current context",
+    # DDP: they differ in dimensions of size 1 only.
+    "Grad strides do not match bucket view strides",
+    # FSDP2: the features are a view, which nobody writes to.
+    "FSDP2-wrapped module .* returned a view tensor",
+    # Accelerate puts the optimizer's own `step` back after a scheduler has wrapped it, with fp16.
+    r"Seems like `optimizer\.step\(\)` has been overridden",
+)
+"""Beginnings of warnings of libraries that are expected here (`wrap` hides them)."""
 
 
 def choose_precision(wanted: Precision, device: torch.device | None = None) -> tuple[str, str]:
@@ -84,6 +99,9 @@ def start(
     _hide_fsdp_from_accelerate()
     if on_cpu:
         disable_malloc_trim()
+    else:
+        # Before anything else uses a GPU: a context on GPU 0 takes 0.5 GiB for each rank.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # Compiling this op takes most of a minute and needs a C++ compiler; gloo does the same work.
         import deepspeed
@@ -110,12 +128,7 @@ def start(
     with _naming_missing_ranks():
         accelerator = Accelerator(
             mixed_precision="no" if chosen == "fp32" else chosen,
-            kwargs_handlers=[
-                *([ranks] if "WORLD_SIZE" in os.environ else []),
-                # Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes
-                # buffers.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            ],
+            kwargs_handlers=[ranks] if "WORLD_SIZE" in os.environ else [],
         )
     start_heartbeat(rank_timeout)
     if accelerator.num_processes != world_size():
@@ -275,19 +288,32 @@ def wrap(
     prepare_blocks(network, activation_checkpointing, compile_blocks)
     chosen = strategy_of(accelerator)
     wrapped: Any
-    if chosen == "fsdp2":
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message)
+    if chosen == "deepspeed":
+        optimizer = build_optimizer(network)
+        wrapped, prepared = accelerator.prepare(network, optimizer)
+    else:
         wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # adds autocast only
-        _shard(network, accelerator)
+        if chosen == "fsdp2":
+            _shard(network, accelerator)
         optimizer = build_optimizer(network)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
-    else:
-        optimizer = build_optimizer(network)
-        with warnings.catch_warnings():
-            # Accelerate passes an argument that torch 2.14 deprecates; torch 2.11 has no other name for it.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            wrapped, prepared = accelerator.prepare(network, optimizer)
+        if chosen == "ddp":
+            wrapped = _data_parallel(wrapped, accelerator)
     _assert_wrapped(chosen, network, wrapped)
     return wrapped, prepared, optimizer
+
+
+def _data_parallel(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Wrap a network in DDP. Accelerate would not with one rank, on which a single GPU can try it.
+
+    Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes buffers.
+    """
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def _shard(network: Network, accelerator: Accelerator) -> None:
