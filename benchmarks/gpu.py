@@ -18,11 +18,13 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -251,13 +253,16 @@ def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: An
             add(current, {"error": f"its process ended with {process.exitcode}"})
             dealt += 1
     finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # what it has started, too
         process.kill()
         process.join()
     return dealt
 
 
 def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe: Connection) -> None:
-    """Measure cells in this process and send (kind, name, values): start, skip, done."""
+    """Measure cells in this process, a group of its own, and send (kind, name, values): start, skip, done."""
+    os.setsid()
     from benchmarks import gpu_cells
 
     facts, is_started = gpu_cells.device_facts(), False

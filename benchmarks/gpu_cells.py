@@ -476,7 +476,7 @@ def out_of_memory(size: str) -> dict[str, Any]:
     """
     device = device_of(size)
     full = size == "full"
-    lesions, side = (480, 256) if full else (100, 32)
+    lesions, side = (200, 256) if full else (100, 32)
     source = "timm:vit_base_patch16_224" if full else "timm:test_vit"
     words = [
         "data.folds=2", "train.epochs=1", "train.compile=false", "train.trackers=[]", "train.micro_batch=96",
