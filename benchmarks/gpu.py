@@ -28,6 +28,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -281,10 +282,7 @@ def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe
                 settings["shards"] = shards
             values = getattr(gpu_cells, cell.function)(**settings)
         except Exception as error:
-            if not isinstance(error, NotImplementedError):
-                import traceback
-
-                traceback.print_exc()
+            traceback.print_exc()
             pipe.send(("done", cell.name, {"error": one_line(error, 300, with_type=True), **facts}))
             return
         pipe.send(("done", cell.name, {**values, **facts, "cell_s": round(time.perf_counter() - started, 1)}))

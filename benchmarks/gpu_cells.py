@@ -83,8 +83,6 @@ def model_settings(name: str, size: str, **train: Any) -> ModelConfig:
     """Return the settings of one of `MODELS` with other values of `train`; size: full, or tiny for a rehearsal."""
     experiment, key = MODELS[name]
     model = load(Experiment, experiment).models[key]
-    if "graph" not in TrainConfig.model_fields and train.pop("graph", False):
-        raise NotImplementedError("this version has no train.graph")
     if size == "tiny":
         model = tiny(model)
     return model.model_copy(update={"train": model.train.model_copy(update={"trackers": (), **train})})
@@ -353,11 +351,8 @@ def ours_on_sketch(lesions: int, mode: str, size: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = chosen.model(folder)
-        if "graph" in TrainConfig.model_fields:
-            train = model.train.model_copy(update={"graph": MODES[mode]["graph"]})
-            model = model.model_copy(update={"train": train})
-        elif MODES[mode]["graph"]:
-            raise NotImplementedError("this version has no train.graph")
+        train = model.train.model_copy(update={"graph": MODES[mode]["graph"] and device.type == "cuda"})
+        model = model.model_copy(update={"train": train})
         network = open_clip_network(chosen, folder).to(device)
         step = training_step(model, network, [random_batch(lesions, chosen.image, device)], device, folder)
         reset_peak()
@@ -437,9 +432,7 @@ def memory(experiment: str, model: str, size: str) -> dict[str, Any]:
     """
     device = device_of(size)
     config = load(Experiment, experiment).models[model]
-    update: dict[str, Any] = {"compile": False, "trackers": ()}
-    if "graph" in TrainConfig.model_fields:
-        update["graph"] = False
+    update: dict[str, Any] = {"compile": False, "graph": False, "trackers": ()}
     if size == "tiny":
         config, update = tiny(config), {**update, "micro_batch": 4, "global_batch": 8}
     ranks = 8 if experiment.startswith("h100x8") else 1
