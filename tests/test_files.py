@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from triderm_dist import files
 from triderm_dist.checksums import write_checked_json, write_checked_parquet, write_checked_tensors
@@ -22,6 +23,7 @@ from triderm_dist.files import (
     atomic_path,
     copy_file,
     dead_parts,
+    file_sha256,
     naming_file,
     open_new,
     remove_dead_parts,
@@ -81,6 +83,25 @@ def test_weights_have_the_mode_of_new_files(tmp_path, umask, mask, mode):
         write_tensors(part, {"weight": torch.ones(2)})
     write_checked_tensors(tmp_path / "c.safetensors", {"mean": np.ones(2)})
     assert {mode_of(path) for path in tmp_path.iterdir()} == {mode}
+
+
+def test_tensors_are_the_bytes_of_safetensors_own_writer(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {
+        f"{name}/{str(kind)[6:]}": (100 * torch.rand(shape, generator=generator)).to(kind)
+        for kind in kinds
+        for name, shape in (("head.weight", (3, 5)), ("größe", ()), ("none", (0, 2)))
+    }
+    tensors["channels last"] = torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    digest = write_tensors(tmp_path / "a.safetensors", tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert digest == file_sha256(tmp_path / "a.safetensors")
+    write_tensors(tmp_path / "a.safetensors", {})
+    assert load_file(tmp_path / "a.safetensors") == {}
+    with pytest.raises(ValueError, match=r"a.safetensors: w is torch.complex64, which safetensors cannot hold"):
+        write_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(1, dtype=torch.complex64)})
 
 
 def test_parts_of_killed_writers_are_removed_and_of_living_ones_kept(tmp_path):

@@ -395,6 +395,12 @@ class TrainConfig(Section):
         ge=1,
         description="optimizer steps between checkpoints within an epoch; null saves at the end of each epoch only",
     )
+    save_every_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="seconds between checkpoints, at log lines and ends of epochs, instead of one at the end of each "
+        "epoch; for epochs of seconds",
+    )
     keep_last: int = Field(2, ge=1, description="number of resumable checkpoints to keep during a training")
     keep_checkpoints: bool = Field(
         False,
@@ -473,9 +479,8 @@ class TrainConfig(Section):
 
 
 COSMETIC = (
-    *("log_every", "save_every", "keep_last", "keep_checkpoints", "trackers", "tracker_settings", "profile"),
-    "peak_tflops",
-    "graph",
+    *("log_every", "save_every", "save_every_seconds", "keep_last", "keep_checkpoints", "trackers"),
+    *("tracker_settings", "profile", "peak_tflops", "graph"),
 )
 """Settings of `train` that change no result, or only its rounding on a GPU."""
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
@@ -1149,6 +1154,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.optim.settings": {},
     "models.NAME.train.optim.schedule": "cosine",
     "models.NAME.train.optim.unfreeze_epochs": 0.0,
+    "models.NAME.train.save_every_seconds": None,
     "models.NAME.train.swa_epochs": 0,
     "models.NAME.train.tracker_settings": {},
     "models.NAME.train.validate_every": 1,

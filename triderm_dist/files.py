@@ -173,15 +173,50 @@ def write_text(path: Path, text: str, mode: int = NEW_FILE) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write PyTorch tensors as safetensors, not atomically. Raises OSError, also for an error of safetensors' own."""
-    from safetensors.torch import save_file
+_TENSOR_DTYPES = {
+    f"torch.{name}": code
+    for name, code in (
+        *(("bool", "BOOL"), ("uint8", "U8"), ("int8", "I8"), ("float8_e5m2", "F8_E5M2"), ("float8_e4m3fn", "F8_E4M3")),
+        *(("int16", "I16"), ("uint16", "U16"), ("float16", "F16"), ("bfloat16", "BF16"), ("int32", "I32")),
+        *(("uint32", "U32"), ("float32", "F32"), ("float64", "F64"), ("int64", "I64"), ("uint64", "U64")),
+    )
+}
+"""Names of safetensors by PyTorch's, in the order in which the format sorts them."""
 
-    with safetensors_errors(path):
-        open_new(path).close()
-        mode = path.stat().st_mode & 0o777
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-        path.chmod(mode)  # safetensors writes with 600
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> str:
+    """Write PyTorch tensors as safetensors, not atomically, and return the file's SHA-256 in hexadecimal.
+
+    The bytes are those of `safetensors.torch.save_file`, which holds the GIL and does not tell the hash, so that the
+    file would have to be read again. Raises ValueError for a dtype that the format lacks.
+    """
+    import torch
+
+    order = list(_TENSOR_DTYPES)
+    for name, tensor in tensors.items():
+        if str(tensor.dtype) not in _TENSOR_DTYPES:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, which safetensors cannot hold")
+    names = sorted(tensors, key=lambda name: (-order.index(str(tensors[name].dtype)), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _TENSOR_DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with naming_file(path), open_new(path) as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            file.write(part)
+        for name in names:
+            content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -146,6 +146,17 @@ def test_execution_settings_may_change_on_resume(train, uninterrupted, capsys):
     assert json.loads((fold / "fold.json").read_text())["changes"][0]["train.precision"] == ["fp32", "bf16"]
 
 
+def test_checkpoints_by_time_and_weights_of_the_last_epoch(train, uninterrupted, tmp_path):
+    settings, fold = ["train.save_every_seconds=1000", "train.keep_checkpoints=true"], tmp_path / "tri" / "fold-0"
+    with pytest.raises(Interrupted):
+        train(*settings, stop=1)
+    assert [path.name for path in fold.glob("checkpoints/*")] == ["epoch-0001-step-00000005"]  # of the stop
+    assert not (fold / "weights.safetensors").exists()
+    train(*settings)
+    assert sorted(path.name[:10] for path in fold.glob("checkpoints/*")) == ["epoch-0001", "epoch-0003"]
+    assert weights_of(fold) == weights_of(uninterrupted)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("change", ["train.optim.lr=5e-4", "train.epochs=4"])
 def test_finished_training_starts_from_the_beginning_with_other_settings(train, tmp_path, capsys, keep, change):

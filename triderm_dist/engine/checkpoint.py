@@ -8,6 +8,8 @@ names: a checkpoint resumes on another number of ranks and under another strateg
 `distributed/full_state.py`), and every file loads with safetensors only. It holds no random state: order, augmentation
 and dropout are functions of (seed, epoch, lesion).
 
+It is written by a thread from a copy on the host, while the training goes on; the next save waits for it.
+
 The newest `keep_last` are kept, and none of a finished fold (but with `train.keep_checkpoints`): a training with more
 epochs or another learning rate starts from the beginning, since its schedule differs from the first step on. The
 selected weights are FOLDER/weights.safetensors. `state.json`, written last, holds the SHA-256 of every file and of
@@ -16,11 +18,16 @@ itself. A damaged checkpoint is skipped for the one before it, and written again
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import torch
@@ -29,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from triderm_dist.checksums import DamagedFile, check_mapping, read_checked_json, write_checked_json
-from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.full_state import (
     OptimizerState,
     Tensors,
@@ -43,6 +50,7 @@ from triderm_dist.engine.ema import WeightAverage
 from triderm_dist.engine.finite import damaged_weight
 from triderm_dist.files import atomic_path, file_sha256, naming_file, write_tensors
 from triderm_dist.losses import Sums
+from triderm_dist.models.network import finished_weights
 from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
@@ -207,8 +215,42 @@ def _is_intact(folder: Path, verbose: bool = False) -> bool:
     return True
 
 
+class BackgroundWriter:
+    """Runs one piece of work at a time on a thread."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Start a piece of work, once the one before is done. Raises as `wait` does."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        # A second Ctrl-C ends the process without it: a file is written whole or not at all.
+        self._thread = threading.Thread(target=run, name="writer", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the work is done. Raises what it raised."""
+        thread, self._thread = self._thread, None
+        if thread:
+            thread.join()
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+
 class Checkpoints:
-    """The checkpoints of one training, which is identified by its resume hash.
+    """The checkpoints and selected weights of one training, which is identified by its resume hash.
+
+    As a context it leaves no file half written: on every rank it ends when the files asked for are there, or raises
+    what writing them raised, unless the block raises something else.
 
     execution: settings that may change on resume, such as the precision.  changes: where they did, {"step", setting:
     [before, after]}.
@@ -220,12 +262,38 @@ class Checkpoints:
         self.folder, self.resume_hash, self.keep_last = folder / "checkpoints", resume_hash, keep_last
         self.execution, self.changes = dict(execution or {}), list[dict[str, Any]]()
         self._damaged: list[str] = []
+        self._writer, self._saved = BackgroundWriter(), time.monotonic()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif isinstance(error, Exception):  # not a Ctrl-C, which ends at once
+            with suppress(Exception):
+                self._writer.wait()  # without the other ranks, one of which may be lost
+
+    def wait(self) -> None:
+        """Wait until the files asked for are written. Call on all ranks. Raises OSError on all of them."""
+        on_main(self._writer.wait)
+
+    def is_due(self, seconds: float) -> bool:
+        """Return on all ranks whether the last save, or the start, was so many seconds ago. Call on all ranks."""
+        return on_main(lambda: time.monotonic() - self._saved >= seconds)
 
     def save(self, accelerator: Accelerator, training: Training) -> None:
-        """Write a checkpoint. Call on all ranks, between two steps."""
+        """Copy a training to the host and start to write it as a checkpoint, once the one before is written.
+
+        Call on all ranks, between two steps. Raises OSError on all ranks where the one before could not be written.
+        """
+        self.wait()
+        self._saved = time.monotonic()
         optimizer = full_optimizer_state(accelerator, training.wrapped, training.optimizer, training.initial_groups)
         parts = {
-            "weights": full_weights(accelerator, training.wrapped),
+            "weights": _host_copy(full_weights(accelerator, training.wrapped), accelerator),
             "optimizer": optimizer.tensors,
             **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
         }
@@ -241,7 +309,18 @@ class Checkpoints:
             "how": self.execution,
             "changes": self.changes,
         }
-        on_main(lambda: self._write(training.state, parts, record))
+        if is_main():
+            state, record = replace(training.state), copy.deepcopy(record)
+            self._writer.start(lambda: self._write(state, parts, record))
+
+    def keep_weights(self, accelerator: Accelerator, wrapped: nn.Module, **info: Any) -> None:
+        """Copy the full weights to the host and start to write them under canonical names, for prediction, as the
+        selected ones. Call on all ranks. Raises OSError as `save` does.
+        """
+        self.wait()
+        weights = _host_copy(finished_weights(full_weights(accelerator, wrapped)), accelerator)
+        if is_main():
+            self._writer.start(lambda: save_weights(self.folder.parent / "weights", weights, **info))
 
     def _write(self, state: TrainState, parts: Mapping[str, Tensors], record: Mapping[str, Any]) -> None:
         final = self.folder / f"epoch-{state.epoch:04d}-step-{state.step:08d}"
@@ -252,8 +331,7 @@ class Checkpoints:
             checksums = {}
             for name, tensors in parts.items():
                 file = part / f"{name}.safetensors"
-                write_tensors(file, tensors)
-                checksums[file.name] = file_sha256(file)
+                checksums[file.name] = write_tensors(file, tensors)
             write_checked_json(part / "state.json", {**record, "files": checksums})
             _flush(part)
         except OSError:
@@ -321,6 +399,13 @@ class Checkpoints:
         )
 
 
+def _host_copy(tensors: Tensors, accelerator: Accelerator) -> Tensors:
+    """Return full tensors as copies that the next step does not change: on a CPU they are those of the network."""
+    if accelerator.device.type != "cpu":
+        return tensors
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def _flush(folder: Path) -> None:
     """Flush a folder and its files to disk, so that a power failure cannot leave an empty checkpoint."""
     for path in (*folder.glob("*.*"), folder):
@@ -351,8 +436,7 @@ def _read_tensors(path: Path, header_only: bool = False) -> Tensors:
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor], **info: Any) -> str:
     """Write PATH.safetensors and PATH.json (format, version, sha256 and `info`) and return the sha256."""
     with atomic_path(path.with_suffix(".safetensors")) as part:
-        write_tensors(part, weights)
-        digest = file_sha256(part)
+        digest = write_tensors(part, weights)
     write_info(path, sha256=digest, **info)
     return digest
 

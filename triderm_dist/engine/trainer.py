@@ -19,10 +19,9 @@ from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.distributed.full_state import full_weights
 from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
 from triderm_dist.distributed.stop import Stop
-from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState, save_weights
+from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState
 from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
 from triderm_dist.engine.evaluate import evaluate
 from triderm_dist.engine.finite import NonFiniteGuard, damaged_weight
@@ -33,7 +32,7 @@ from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
-from triderm_dist.models.network import Network, finished_weights
+from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
@@ -179,7 +178,8 @@ class Trainer:
         with (
             self.tracker,
             profiler(self.folder.path, self.config.profile, active) as profile,
-            stop.save_on_stop(self.save),
+            self.checkpoints,
+            stop.save_on_stop(self._save_at_once),
         ):
             while state.epoch < self.last_epoch:
                 loader = self.epochs.loader(state, self.accelerator)
@@ -194,20 +194,37 @@ class Trainer:
                     if state.step % self.config.log_every == 0:
                         self._log(result, loader)
                     profile.step()
-                    if self.config.save_every and state.step % self.config.save_every == 0:
+                    if self._is_save_due():
                         self.save()
                     stop.check()
                 if scores := self._end_epoch(stop):
                     self.tracker.log("validation", state.epoch, state.step, scores)
-                self.save()
+                if self._is_save_due(at_end=True):
+                    self.save()
                 if scores and on_validation:
+                    self.checkpoints.wait()
                     on_validation(state.epoch, scores)
         return self.checkpoints.changes
 
     def save(self) -> None:
-        """Write a checkpoint. Call on all ranks, between two steps."""
+        """Start to write a checkpoint. Call on all ranks, between two steps."""
         self.guard.check()
         self.checkpoints.save(self.accelerator, self.training)
+
+    def _save_at_once(self) -> None:
+        self.save()
+        self.checkpoints.wait()
+
+    def _is_save_due(self, at_end: bool = False) -> bool:
+        """Return whether a checkpoint is due after a step, or at the end of an epoch. Call on all ranks."""
+        config, state = self.config, self.training.state
+        if at_end and (config.save_every_seconds is None or state.epoch == self.last_epoch):
+            return True
+        if not at_end and config.save_every and state.step % config.save_every == 0:
+            return True
+        if config.save_every_seconds is None or not (at_end or state.step % config.log_every == 0):
+            return False
+        return self.checkpoints.is_due(config.save_every_seconds)
 
     def _build_optimizer(self, network: Network) -> torch.optim.Optimizer:
         optimizer = optim.build_optimizer(network, self.config.optim)
@@ -234,14 +251,17 @@ class Trainer:
         state, average, number = self.training.state, self.training.average, self.training.state.epoch + 1
         if average:
             average.after_epoch(number)
-        is_due = number % self.config.validate_every == 0 or number == self.last_epoch
-        with average.swapped_in() if average else nullcontext():
-            scores = self._validate(stop) if is_due and len(self.data.validation_rows) else {}
+        is_last = number == self.last_epoch
+        is_scored = (is_last or number % self.config.validate_every == 0) and len(self.data.validation_rows) > 0
+        with average.swapped_in() if average and (is_last or is_scored) else nullcontext():
+            scores = self._validate(stop) if is_scored else {}
             state.epoch, state.batch = state.epoch + 1, 0
             score = scores.get("macro_f1", TrainState.best_score)
-            if self.config.select == "last" or score > state.best_score:
+            selects_last = self.config.select == "last"
+            if selects_last or score > state.best_score:
                 state.best_score, state.best_epoch = score, state.epoch
-                self._keep_weights(bool(scores))
+                if is_last or not selects_last:
+                    self._keep_weights(is_scored)
         return scores
 
     def _validate(self, stop: Stop) -> dict[str, float]:
@@ -255,13 +275,12 @@ class Trainer:
         return {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
 
     def _keep_weights(self, is_scored: bool) -> None:
-        """Write the full weights under canonical names, for prediction."""
-        weights, state = full_weights(self.accelerator, self.wrapped), self.training.state
-        weights = finished_weights(weights)
+        """Start to write the selected weights."""
+        state = self.training.state
         info: dict[str, float] = {"epoch": state.best_epoch}
         if is_scored:
             info["validation_macro_f1"] = state.best_score
-        on_main(lambda: save_weights(self.folder.path / "weights", weights, **info))
+        self.checkpoints.keep_weights(self.accelerator, self.wrapped, **info)
 
 
 def check_names(config: TrainConfig) -> None:
