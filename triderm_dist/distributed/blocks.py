@@ -49,7 +49,7 @@ def prepare_blocks(
         forward = _with_cast_weights(block, forward)
         if activation_checkpointing and id(block) in trained:
             forward = checkpointed(forward)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def checkpointed(forward: Forward) -> Forward:
@@ -152,7 +152,7 @@ class _CastTogether(torch.autograd.Function):
         return tuple(_cast_together(weights, dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         there = [gradient for gradient in gradients if gradient is not None]
         found = iter(_cast_together(there, ctx.dtypes[0]))
         return None, *(None if gradient is None else next(found) for gradient in gradients)
