@@ -14,6 +14,8 @@ from triderm_dist.config import ModelConfig, TrainConfig, validate
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed import parallel
+from triderm_dist.engine.capture import GraphedForward
+from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.graph import WARM_UP, GraphedStep, choose_graph
 from triderm_dist.engine.step import TrainStep
@@ -112,6 +114,24 @@ def test_batches_of_another_form_are_captured_anew() -> None:
     found = graphed.train(5, mixed=True) + graphed.train(4)
     assert graphed.step.captures == 2
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_evaluation_on_buffers_equals_the_eager_one() -> None:
+    class UncapturedForward(GraphedForward):
+        captures = 0
+
+        def _capture(self, compute, device):
+            self.captures += 1
+            return compute
+
+    run, buffered = Run(None), UncapturedForward()
+    run.wrapped.eval()
+    batches = [step_of(number, 1, False).micro_batches[0] for number in range(5)]
+    with torch.no_grad():
+        expected, found = ([each(run.wrapped, batch) for batch in batches] for each in (forward, buffered))
+    assert buffered.captures == 1
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(tuple(a), tuple(b))
 
 
 def test_non_finite_step_names_its_number_and_lesions() -> None:

@@ -74,16 +74,17 @@ def evaluate(
     micro_batch: int,
     transforms: int = 1,
     after_batch: Callable[[], None] = lambda: None,
+    run: Callable[[nn.Module, Batch], Outputs] = forward,
 ) -> Evaluation:
     """Average the outputs for index `rows` (N,) over the first `transforms` transforms of the dihedral group.
 
     Photos are decoded once; one forward per transform gives features and all logits. Batches keep one static shape:
     the last one is padded, and padding is removed by row number. Call on all ranks. `after_batch` is called on all
-    ranks after every batch, and may raise.
+    ranks after every batch, and may raise. `run` runs the network.
     """
     return evaluate_hidden(
         network, loaders, rows, accelerator, (None,),
-        micro_batch=micro_batch, transforms=transforms, after_batch=after_batch,
+        micro_batch=micro_batch, transforms=transforms, after_batch=after_batch, run=run,
     )[None]  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def evaluate_hidden(
     micro_batch: int,
     transforms: int = 1,
     after_batch: Callable[[], None] = lambda: None,
+    run: Callable[[nn.Module, Batch], Outputs] = forward,
 ) -> dict[str | None, Evaluation]:
     """Evaluate as `evaluate` does, with each of `hidden` treated as missing in turn (see `hide_input`); None: nothing.
 
@@ -120,7 +122,7 @@ def evaluate_hidden(
                 one, given = _encoded(network, one, accelerator), network.given_tokens()
             with given:
                 for name in hidden:
-                    outputs[name].append(forward(network, hide_input(one, name, index.concepts) if name else one))
+                    outputs[name].append(run(network, hide_input(one, name, index.concepts) if name else one))
         row_numbers = torch.from_numpy(step.rows).to(device)
         for name in hidden:
             gathered = accelerator.gather((row_numbers, batch.valid, *mean_outputs(outputs[name])))

@@ -14,9 +14,7 @@ mixed) is captured anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -25,21 +23,25 @@ from torch import nn
 from triderm_dist import optim
 from triderm_dist.config import TrainConfig
 from triderm_dist.data.loader import Step
-from triderm_dist.distributed.out_of_memory import is_out_of_memory
 from triderm_dist.distributed.parallel import strategy_of
+from triderm_dist.engine.capture import (
+    WARM_UP_OF_FORM,
+    BatchBuffers,
+    Captured,
+    GraphedForward,
+    form_of,
+    on_capture_stream,
+)
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import StepInputs, StepResult, TrainStep
 from triderm_dist.losses import CompoundLoss, Sums
 from triderm_dist.models import NETWORKS
-from triderm_dist.schema import Batch, ConfigError, InputError, one_line
+from triderm_dist.schema import ConfigError
 
 WARM_UP = 3
 """Eager steps of a training before its step is captured."""
 DDP_WARM_UP = 11
 """The same under DDP: it arranges its buckets after the first step, and reads its timers in the first ten."""
-WARM_UP_OF_FORM = 2
-"""Eager steps of each form of batches before it is captured."""
-
 Computed = tuple[Sums, torch.Tensor]
 """What `TrainStep.compute` returns."""
 
@@ -77,29 +79,13 @@ def _refusal(accelerator: Accelerator, config: TrainConfig) -> str:
     return ""
 
 
-@contextmanager
-def on_graph_stream(device: torch.device, graphed: bool = True) -> Iterator[None]:
-    """Context for `parallel.wrap` and eager steps of a training that is `graphed`; without it, no context.
+def on_graph_stream(device: torch.device, graphed: bool) -> AbstractContextManager[None]:
+    """Return the context for `parallel.wrap`, and for eager steps, of a training that is `graphed`; else an empty one.
 
-    Work in it is queued on the stream of captures, after that of the current stream, which then waits for it. The nodes
-    that accumulate gradients under DDP belong to the stream on which DDP was created, and during a capture nothing may
-    wait for the default stream.
+    The nodes that accumulate gradients under DDP belong to the stream on which DDP was created, and during a capture
+    nothing may wait for the default stream.
     """
-    if not graphed:
-        yield
-        return
-    own, current = _stream(device), torch.cuda.current_stream(device)
-    own.wait_stream(current)
-    try:
-        with torch.cuda.stream(own):
-            yield
-    finally:
-        current.wait_stream(own)
-
-
-@lru_cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return on_capture_stream(device) if graphed else nullcontext()
 
 
 def warm_up_steps(accelerator: Accelerator) -> int:
@@ -127,24 +113,27 @@ def build_step(
 class GraphedStep:
     """Takes the optimizer steps of a `TrainStep` by replaying its captured computation; the same up to rounding.
 
-    The tensors of a result are valid until the next step.
+    The tensors of a result are valid until the next step.  captured: the graph, once there is one.  forward: runs the
+    network in evaluation, by a graph in the same memory.
     """
 
     def __init__(self, eager: TrainStep, optimizer: torch.optim.Optimizer) -> None:
         """optimizer: the plain one, not Accelerate's wrapper."""
         self.eager, self.optimizer = eager, optimizer
         self.warm_up = warm_up_steps(eager.accelerator)
+        self.captured: Captured[Computed] | None = None
+        self.forward = GraphedForward(lambda: self.captured)
         self._eager_steps = self._of_form = 0
         self._form: object = None
         self._buffers: _Buffers | None = None
-        self._replay: Callable[[], Computed] | None = None
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
         """Take a step, see `TrainStep.__call__`."""
         inputs = self.eager.inputs(step, number, previous)
         form = _form(inputs)
         if form != self._form:
-            self._form, self._of_form, self._buffers, self._replay = form, 0, None, None
+            self._form, self._of_form, self._buffers, self.captured = form, 0, None, None
+            self.forward.reset()
         if self._eager_steps < self.warm_up or self._of_form < WARM_UP_OF_FORM:
             self._eager_steps += 1
             self._of_form += 1
@@ -157,46 +146,18 @@ class GraphedStep:
         if self._buffers is None:
             self._buffers = _Buffers(inputs, len(self.optimizer.param_groups), self.eager.accelerator.device)
         self._buffers.fill(inputs, [float(group["lr"]) for group in self.optimizer.param_groups])
-        if self._replay is None:
-            buffers = self._buffers
-            with _rates_on_device(self.optimizer, buffers.rates):
-                self._replay = self._capture(lambda: self.eager.compute(buffers.inputs))
-        return self._replay()
+        if self.captured is None:
+            own = self._buffers.inputs
+            with _rates_on_device(self.optimizer, self._buffers.rates):
+                self.captured = self._capture(lambda: self.eager.compute(own))
+        return self.captured()
 
     def _warm(self, inputs: StepInputs) -> Computed:
-        with on_graph_stream(self.eager.accelerator.device):
+        with on_capture_stream(self.eager.accelerator.device):
             return self.eager.compute(inputs)
 
-    def _capture(self, compute: Callable[[], Computed]) -> Callable[[], Computed]:
-        """Return a function that launches what `compute` would, and returns the tensors with its results.
-
-        Raises InputError where something in it waits for the device.
-        """
-        device = self.eager.accelerator.device
-        graph, cause = torch.cuda.CUDAGraph(), None
-        try:
-            # Other threads, such as NCCL's, may go on calling CUDA.
-            with on_graph_stream(device), torch.cuda.graph(
-                graph, stream=_stream(device), capture_error_mode="thread_local"
-            ):  # fmt: skip
-                try:
-                    results = compute()
-                except RuntimeError as error:
-                    cause = error
-                    raise
-        except RuntimeError as error:
-            cause = cause or error
-            if is_out_of_memory(cause):
-                raise cause from None
-            raise InputError(
-                f"train.graph: the step cannot be captured as a CUDA graph ({one_line(cause)}); set train.graph=false"
-            ) from cause
-
-        def replay() -> Computed:
-            graph.replay()
-            return results
-
-        return replay
+    def _capture(self, compute: Callable[[], Computed]) -> Captured[Computed]:
+        return Captured(compute, self.eager.accelerator.device)
 
 
 class _Buffers:
@@ -207,14 +168,11 @@ class _Buffers:
         sizes = [0 if keys is None else len(keys) for keys in inputs.keys]
         self._integers = torch.zeros(1 + sum(sizes), dtype=torch.int64, device=device)
         self._floats = torch.zeros(1 + groups, device=device)
+        self._batches = BatchBuffers(inputs.micro_batches)
         number, *keys = self._integers.split([1, *sizes])
-        batches = [
-            replace(batch, lesion_ids=[], draws=None, **{n: torch.empty_like(t) for n, t in _tensors(batch).items()})
-            for batch in inputs.micro_batches
-        ]
         self.rates = self._floats[1:]
         self.inputs = StepInputs(
-            batches,
+            self._batches.batches,
             [own if size else None for own, size in zip(keys, sizes, strict=True)],
             self._floats[0],
             number[0],
@@ -228,26 +186,15 @@ class _Buffers:
         integers = torch.cat([torch.tensor([inputs.number]), *drawn])
         self._integers.copy_(integers, non_blocking=True)
         self._floats.copy_(torch.tensor([float(inputs.count), *rates]), non_blocking=True)
-        for buffer, batch in zip(self.inputs.micro_batches, inputs.micro_batches, strict=True):
-            for own, tensor in zip(_tensors(buffer).values(), _tensors(batch).values(), strict=True):
-                own.copy_(tensor, non_blocking=True)
+        self._batches.fill(inputs.micro_batches)
         for name, sums in (inputs.previous or {}).items():
             assert self.inputs.previous is not None
             self.inputs.previous[name].copy_(sums)
 
 
-def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the tensors of a batch by name."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-
 def _form(inputs: StepInputs) -> object:
     """Return what must be equal for two steps to use the same graph."""
-    batches = [
-        tuple((name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in _tensors(batch).items())
-        for batch in inputs.micro_batches
-    ]
+    batches = [form_of(batch) for batch in inputs.micro_batches]
     return batches, [keys is not None for keys in inputs.keys], sorted(inputs.previous or {})
 
 

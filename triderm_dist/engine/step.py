@@ -51,7 +51,11 @@ class TrainStep:
     """Takes optimizer steps. Each rank holds some micro-batches of the global batch.
 
     It does not wait for the device, unless the optimizer cannot skip a step itself (`NonFiniteGuard`).
+
+    forward: runs the network in evaluation.
     """
+
+    forward = staticmethod(forward)
 
     def __init__(
         self,

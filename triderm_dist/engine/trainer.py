@@ -268,7 +268,7 @@ class Trainer:
         data = self.data
         validation = evaluate(
             self.wrapped, data.loaders, data.validation_rows, self.accelerator,
-            micro_batch=self.config.micro_batch, after_batch=stop.check,
+            micro_batch=self.config.micro_batch, after_batch=stop.check, run=self.step.forward,
         )  # fmt: skip
         labels = data.loaders.index.labels[data.validation_rows]
         p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
