@@ -17,7 +17,8 @@ from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 
 TOWER = [
     "models.net.tower={source: 'timm:vit_tiny_patch16_224', pretrained: false, image_size: 224}",
-    "models.net.tower.freeze_clinical=6", "models.net.tower.freeze_dermoscopic=4", "train.precision=bf16",
+    "models.net.tower.freeze_clinical=6", "models.net.tower.freeze_dermoscopic=4",
+    "train.precision=bf16", "train.graph=false",
 ]  # fmt: skip
 """Large enough that activations, and not the smallest block of the allocator, are what is measured."""
 

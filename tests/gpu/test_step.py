@@ -26,14 +26,15 @@ KERNELS = {"trimodal": 1_450, "dual_cnn": 1_060}
 """Most kernels of a step of one micro-batch, eager; 1,314 and 963 were counted in November 2026."""
 
 
+@pytest.mark.parametrize("graph", ["false", "true"])
 @pytest.mark.parametrize("kind", SMALL)
-def test_neither_step_nor_loader_waits_for_the_device(kind: str, shards: Path, tmp_path: Path) -> None:
-    trainer = create_trainer(settings(kind), shards, tmp_path)
+def test_neither_step_nor_loader_waits_for_the_device(kind: str, graph: str, shards: Path, tmp_path: Path) -> None:
+    trainer = create_trainer(settings(kind, "train.precision=bf16", f"train.graph={graph}"), shards, tmp_path)
     steps = batches(trainer)
-    take_steps(trainer, steps, 3)
+    take_steps(trainer, steps, 5)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for number in range(3, 8):
+        for number in range(5, 10):
             batch = next(steps)
             result = trainer.step(batch, number, trainer.training.sums)
             trainer.training.advance(batch.number, result.sums)
@@ -77,7 +78,7 @@ def similarity(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     return float(a @ b / a.norm() / b.norm()), float(a.norm() / b.norm())
 
 
-WHOLE = ["train.micro_batch=16", "train.optim.clip_norm=1e9"]
+WHOLE = ["train.micro_batch=16", "train.optim.clip_norm=1e9", "train.graph=false"]
 CASES = {
     "fp32": ["train.precision=fp32"],
     "bf16": ["train.precision=bf16"],
@@ -124,6 +125,25 @@ def test_loss_and_gradients_equal_those_of_the_cpu(
     assert ratio == pytest.approx(1, abs=2e-3 if exact else 3e-2)
 
 
+@pytest.mark.usefixtures("exact_fp32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", SMALL)
+def test_graph_computes_what_single_kernels_compute(kind: str, precision: str, shards: Path, tmp_path: Path) -> None:
+    """Two micro-batches and a padded one in each epoch, dropout, and rates that change from step to step."""
+    found = {}
+    for graph in ("false", "true"):
+        words = (f"train.precision={precision}", f"train.graph={graph}", "train.optim.lr=1e-4")
+        trainer = create_trainer(settings(kind, *words), shards, tmp_path)
+        losses = take_steps(trainer, batches(trainer), 16)
+        weights = torch.cat([p.detach().flatten() for p in trainer.wrapped.parameters() if p.requires_grad])
+        found[graph] = losses, weights
+    tolerance = 1e-3 if precision == "fp32" else 2e-2
+    assert found["true"][0] == pytest.approx(found["false"][0], rel=tolerance)
+    # AdamW moves a weight by at most its rate a step, whichever sign the rounding of a tiny gradient has.
+    assert (found["true"][1] - found["false"][1]).abs().mean() < 16 * 1e-4 * 10 * tolerance
+    assert len(set(found["true"][0])) == 16
+
+
 @pytest.mark.parametrize(
     "backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 )
@@ -146,7 +166,7 @@ def test_attention_kernels_agree(backend: SDPBackend) -> None:
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_kernels_of_a_step_stay_the_same_and_few(kind: str, shards: Path, tmp_path: Path) -> None:
-    trainer = create_trainer(settings(kind, "train.precision=bf16", "train.micro_batch=16"), shards, tmp_path)
+    trainer = create_trainer(settings(kind, "train.precision=bf16", *WHOLE), shards, tmp_path)
     steps, counts = batches(trainer), []
     for warm_up in (3, 8):
         take_steps(trainer, steps, warm_up)

@@ -76,6 +76,7 @@ def take_steps(trainer: Trainer, steps: Iterator[Step], count: int) -> list[floa
         batch = next(steps)
         result = trainer.step(batch, trainer.training.state.step, trainer.training.sums)
         trainer.training.advance(batch.number, result.sums)
-        results.append(result)
+        # A CUDA graph writes the sums of the next step to the same memory.
+        results.append(({name: sums.clone() for name, sums in result.sums.items()}, result.count))
     trainer.guard.check()
-    return [trainer.loss.values(result.sums, result.count)["loss"] for result in results]
+    return [trainer.loss.values(sums, count)["loss"] for sums, count in results]
