@@ -63,7 +63,8 @@ def gradients_of_step(trainer: Trainer, batch: Step) -> tuple[float, dict[str, t
 def gradients_on_cpu(network: Any, loss: CompoundLoss, batch: Batch, count: int) -> tuple[float, dict[str, Any]]:
     """Return loss and gradients of one micro-batch that is the whole global batch, in fp32 on the CPU."""
     network.train()
-    with LesionMasks(network, torch.device("cpu")).of(batch):
+    drop = LesionMasks(network, torch.device("cpu"))
+    with drop.using(drop.draw(batch)):
         sums = loss.sums(forward(network, batch), batch)
     detached = {name: tensor.detach() for name, tensor in sums.items()}
     loss.surrogate(sums, loss.slopes(detached, count)).backward()
