@@ -165,7 +165,7 @@ def largest(name: str, size: str) -> int:
         return 16
     estimate, _ = estimate_model_memory(plain_settings(name, size), signature(), half=True)
     free, _ = torch.cuda.mem_get_info()
-    return max(8, estimate.largest(USABLE * free) // 8 * 8)
+    return max(8, estimate.largest_of_one(USABLE * free) // 8 * 8)
 
 
 def measured(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_less_memory_is_estimated() -> None:
     plain, lora = (build(ModelConfig, {"width": 16, "heads": 2, "tower": each}) for each in settings)
     signature = milk10k_task().signature(("a", "b"))
     (full, _), (small, _) = (estimate_model_memory(each, signature, False) for each in (plain, lora))
-    assert small.optimizer < full.optimizer and small.gradients < full.gradients and math.isfinite(small.per_lesion)
+    assert small.optimizer < full.optimizer and small.gradients < full.gradients
 
 
 def test_run_with_lora_predicts_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

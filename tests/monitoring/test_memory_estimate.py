@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from triderm_dist.config import ModelConfig
+from triderm_dist.config import ModelConfig, TrainConfig
 from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape
 from triderm_dist.monitoring.flops import example_inputs
@@ -16,7 +17,6 @@ from triderm_dist.monitoring.memory_estimate import (
     MemoryEstimate,
     _LiveBytes,
     _peak,
-    estimate_memory,
     estimate_model_memory,
     network_without_weights,
 )
@@ -35,49 +35,89 @@ def network_of(config: ModelConfig) -> Network:
     return build_network(config, SIGNATURE, build_towers(config.tower))
 
 
-def test_memory_estimate_equals_a_real_step() -> None:
-    network = network_of(model()).train()
-    expected = _peak(network, 4, half=False, activation_checkpointing=False)
-    inputs = example_inputs(network, 4)
-    with _LiveBytes([*network.parameters(), *network.buffers()]) as live:
+def estimate(network: Network, *, half: bool = False, ranks: int = 1, strategy: Any = "single", **train: object):
+    settings = TrainConfig.model_validate({"global_batch": 8, "micro_batch": 8, "compile": False, **train})
+    return MemoryEstimate(network, settings, half, ranks, strategy)
+
+
+def real_step(network: Network, lesions: int, kept: bool) -> int:
+    """Return the peak of a forward and backward pass on this device, as `_LiveBytes` counts it."""
+    use_lesion_masks(network)
+    inputs = example_inputs(network, lesions)
+    if kept:
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    with _LiveBytes([*network.parameters(), *network.buffers(), *inputs, *gradients]) as live:
         outputs = network(*inputs)
         torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
-    assert expected == pytest.approx(live.peak, rel=0.02)
+    return live.peak
 
 
-def test_estimate_of_small_micro_batches_of_a_checkpointed_cnn() -> None:
-    """The peak of a CNN with batch norms is then at another moment than with large micro-batches."""
-    network = network_of(model(kind="dual_cnn", tower={"source": "timm:resnet10t"}))
-    need = estimate_memory(network, half=False, activation_checkpointing=True)
-    for lesions in (6, 20):
-        peak = _peak(network, lesions, half=False, activation_checkpointing=True)
-        assert need.total(lesions) - need.parameters - need.optimizer == pytest.approx(peak, rel=0.05)
-    assert replace(need, small=(0.0, 0.0)).total(6) < 0.95 * need.total(6)
+@pytest.mark.parametrize("kept", [False, True])
+def test_memory_estimate_equals_a_real_step(kept: bool) -> None:
+    network = network_of(model()).train()
+    expected = _peak(network, 4, half=False, checkpointing=False, kept=kept)
+    assert expected == pytest.approx(real_step(network, 4, kept), rel=0.02)
+
+
+def test_gradients_are_beside_the_activations_with_several_micro_batches_and_under_ddp() -> None:
+    network = network_of(model())
+    alone, ddp = estimate(network), estimate(network, ranks=2, strategy="ddp", global_batch=16)
+    freed = _peak(network, 8, False, False) - _peak(network, 8, False, False, kept=True)
+    assert ddp.step(8) - alone.step(8) == alone.gradients - freed > 0
+    accumulated = alone.step(4) - _peak(network, 4, False, False, kept=True)
+    assert accumulated == alone.fixed + alone.gradients + 8 * alone.photos
+
+
+def test_fsdp2_shards_weights_average_and_optimizer_states() -> None:
+    network = network_of(model())
+    whole, sharded = estimate(network, ema_decay=0.9), estimate(network, ranks=4, strategy="fsdp2", ema_decay=0.9)
+    for part in ("average", "optimizer", "gradients"):
+        assert getattr(sharded, part) == getattr(whole, part) // 4
+    assert sharded.weights < whole.weights and sharded._gathered > 0
+
+
+def test_average_is_of_trained_weights_only() -> None:
+    network = network_of(model(tower={"freeze_clinical": 6, "freeze_dermoscopic": 6}))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    need = estimate(network, ema_decay=0.9)
+    assert (need.average, need.optimizer, need.gradients) == (4 * trained, 8 * trained, 4 * trained)
+    assert need.weights >= 4 * sum(p.numel() for p in network.parameters()) > 1.2 * need.average
+    assert estimate(network).average == 0
+
+
+def test_evaluation_under_transforms_holds_their_photos() -> None:
+    need = estimate(network_of(model()))
+    assert need.evaluation(4, 8) - need.evaluation(4, 1) == 4 * need.photos
+    assert need.evaluation(4, 1) < need.step(4) == need.total(4)
 
 
 def test_checkpointing_half_precision_and_freezing_save_memory() -> None:
-    plain = estimate_memory(network_of(model()), half=False, activation_checkpointing=False)
-    recomputed = estimate_memory(network_of(model()), half=False, activation_checkpointing=True)
-    half = estimate_memory(network_of(model()), half=True, activation_checkpointing=False)
-    frozen = estimate_memory(network_of(model(tower={"freeze_clinical": 6, "freeze_dermoscopic": 6})), False, False)
-    assert recomputed.per_lesion < plain.per_lesion / 2
-    assert half.per_lesion < 0.8 * plain.per_lesion
-    assert frozen.per_lesion < plain.per_lesion / 2 and frozen.optimizer < plain.optimizer
-    parameters = sum(p.numel() for p in network_of(model()).parameters())
-    assert (plain.parameters, plain.optimizer, plain.gradients) == (4 * parameters, 8 * parameters, 4 * parameters)
+    network = network_of(model())
+    frozen = network_of(model(tower={"freeze_clinical": 6, "freeze_dermoscopic": 6}))
+
+    def per_lesion(network: Network, half: bool = False, checkpointing: bool = False) -> float:
+        low, high = (_peak(network, lesions, half, checkpointing) for lesions in (64, 128))
+        return (high - low) / 64
+
+    plain = per_lesion(network)
+    assert per_lesion(network, checkpointing=True) < plain / 2
+    assert per_lesion(network, half=True) < 0.8 * plain
+    assert per_lesion(frozen) < plain / 2
 
 
 def test_largest_micro_batch_is_the_last_that_fits() -> None:
-    need = MemoryEstimate(parameters=100, optimizer=200, gradients=50, base=-20, per_lesion=7.5)
-    for memory in (349, 350, 360, 1000):
-        largest = need.largest(memory)
-        assert need.total(largest + 1) > memory and (largest == 0 or need.total(largest) <= memory)
+    need = estimate(network_of(model()), global_batch=64, micro_batch=64)
+    assert need.largest(need.total(64)) == 64 and need.largest(need.total(64) - 1) == 32
+    assert need.largest(need.total(1) - 1) is None
+    assert need.largest(need.total(2), smallest=4) is None
 
 
 def test_frozen_tower_is_not_counted() -> None:
     frozen = model(tower={"source": "timm:test_efficientnet", "frozen": True})
     need, note = estimate_model_memory(frozen, SIGNATURE, False)
-    assert note == "" and need.parameters < 4 * 200_000
+    assert note == "" and need.weights < 4 * 200_000
 
 
 @pytest.mark.parametrize(

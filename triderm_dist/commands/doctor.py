@@ -25,7 +25,13 @@ class DoctorRun(Experiment):
     ranks: int | None = Field(
         None,
         ge=1,
-        description="processes to plan for; null takes the launcher's, or the number of GPUs of this host, or 1",
+        description="processes of a training to plan for; null takes the launcher's, or 1",
+    )
+    gpus: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="plan for folds in parallel on all GPUs (parallel_folds=true), each on this share of a GPU",
     )
     gpu_memory: float | None = Field(
         None, gt=0, description="GiB of the GPU to plan for; null takes the smallest of this host"
@@ -50,7 +56,7 @@ def main(config: DoctorRun) -> None:
     if started_on_ranks():
         rendezvous, compared["ranks"] = check_ranks(config, config.answer_seconds)  # returns on rank 0 only
     ranks = config.ranks or (rendezvous.world if rendezvous else None)
-    findings = {**compared, **examine(config, ranks, config.gpu_memory, launcher)}
+    findings = {**compared, **examine(config, ranks, config.gpu_memory, launcher, config.gpus)}
     print_findings(findings)
     problems = "; ".join(f"{each.name} ({each.text})" for each in errors(findings))
     if not problems:

@@ -71,7 +71,7 @@ def main(config: PipelineRun) -> None:
     if config.launcher:
         from triderm_dist.doctor.launcher import read_launcher
 
-        if read_launcher(config.launcher).deepspeed:
+        if read_launcher(config.launcher).strategy == "deepspeed":
             require("DeepSpeed ZeRO", *DEEPSPEED)
     if config.parallel_folds is True:
         require("parallel_folds", "ray")

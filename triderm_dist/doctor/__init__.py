@@ -25,9 +25,9 @@ from triderm_dist.doctor.advice import suggest
 from triderm_dist.doctor.data import data_findings, open_shards
 from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.doctor.findings import GIB, Finding
-from triderm_dist.doctor.launcher import Launcher, launcher_findings
+from triderm_dist.doctor.launcher import Launcher, launcher_findings, strategy
 from triderm_dist.doctor.machine import find_gpus, machine_findings
-from triderm_dist.doctor.networks import network_findings
+from triderm_dist.doctor.networks import Place, network_findings
 from triderm_dist.doctor.software import nccl, versions
 from triderm_dist.schema import InputError, Signature
 from triderm_dist.tasks import milk10k_task
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> dict[str, list[Finding]]:
     """Return the findings that may differ between the hosts of a run, by section."""
     gpus = find_gpus()
-    deepspeed = launcher.deepspeed if launcher else os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    required = {"deepspeed"} if deepspeed else set()
+    required = {"deepspeed"} if strategy(launcher, 1) == "deepspeed" else set()
     if experiment.stack.enabled and experiment.stack.kind == "xgboost":
         required.add("xgboost")
     written_before = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
@@ -55,26 +54,30 @@ def examine(
     ranks: int | None = None,
     gpu_memory: float | None = None,
     launcher: Launcher | None = None,
+    gpu_share: float | None = None,
 ) -> dict[str, list[Finding]]:
     """Return all findings, by section.
 
-    ranks: the processes to plan for; None takes the launcher's, else the number of GPUs, or one. gpu_memory: GiB of the
-    GPU to plan for; None takes the smallest of this host. launcher: the accelerate file that the run will start with.
+    ranks: the processes of a training to plan for; None takes the launcher's, else one. gpu_memory: GiB of the GPU to
+    plan for; None takes the smallest of this host. launcher: the accelerate file that the run will start with.
+    gpu_share: of a GPU for each training, where folds are trained in parallel on all GPUs; None where they are not.
     """
     gpus = find_gpus()
-    ranks = ranks or (launcher.ranks if launcher else max(1, len(gpus)))
+    ranks = ranks or (launcher.ranks if launcher else 1)
+    at_once = max(1, int(len(gpus) / gpu_share)) if gpu_share else ranks
     sections = host_findings(experiment, launcher)
     if "WORLD_SIZE" not in os.environ and (found := launcher_findings(launcher, len(gpus), available_cores())):
         sections["launcher"] = found  # under a launcher its port is in use
     packed = open_shards(experiment.train_shards, experiment.data)
     signature, test = _signature(experiment, packed), open_shards(experiment.test_shards, experiment.data)
     memory = gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
+    place = Place(ranks, strategy(launcher, ranks), memory and memory * (gpu_share or 1))
     sections["experiment"] = [
-        *network_findings(experiment, signature, ranks, memory),
+        *network_findings(experiment, signature, place),
         disk_finding(experiment, signature, packed, test),
     ]
-    sections["data"] = data_findings(experiment, packed, gpus, ranks)
-    sections["recommended"] = suggest(gpus)
+    sections["data"] = data_findings(experiment, packed, gpus, at_once)
+    sections["recommended"] = suggest(gpus, signature)
     return sections
 
 

@@ -1,45 +1,90 @@
-"""The shipped experiment and accelerate file for a machine."""
+"""The shipped experiment for a machine, with the micro-batches that fit into its GPUs, and the command to start."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from triderm_dist.config import Experiment, load
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.machine import Gpu
-from triderm_dist.doctor.networks import largest_micro_batch
+from triderm_dist.doctor.networks import largest_micro_batch, usable_bytes
+from triderm_dist.schema import Signature
+
+RECIPE = "milk10k"
+"""The experiment that the others for a GPU set micro-batches of."""
+BY_MEMORY = ("a100", "rtx4090")
+"""Those others, whose name is suggested where their micro-batches are the ones that fit."""
+EIGHT = "h100x8"
+"""The same as the first of them, on eight GPUs."""
 
 
-def suggest(gpus: Sequence[Gpu]) -> list[Finding]:
-    """Name the shipped experiment and accelerate file for a machine with these GPUs, and the command to start."""
-    count, memory = len(gpus), min((gpu.memory for gpu in gpus), default=0)
-    overrides: list[str] = []
+def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
+    """Suggest an experiment for a machine with these GPUs, by the estimated memory of its models, and how to start it.
+
+    On several GPUs the folds of all models are trained in parallel, each on one GPU: that uses every GPU as well as one
+    alone is used. A training of one fold on all GPUs is the second suggestion.
+    """
     if not gpus:
-        experiment = "cpu"
-    elif count == 1:
-        # Cards sold as 80 and 24 GB have a little less, of which the driver takes a share.
-        large, old = memory > 70 * GIB, gpus[0].capability < (8, 9)
-        experiment = "a100" if large else "rtx3090" if old or memory < 20 * GIB else "rtx4090"
-        if memory < 20 * GIB:
-            overrides.append(f"train.micro_batch={_power_of_two(16 * memory / (24 * GIB))}")
-    else:
-        experiment = "h100x8" if count == 8 and memory > 70 * GIB else "milk10k"
-        if experiment == "milk10k":
-            fitting = largest_micro_batch(96, count, _power_of_two(32 * memory / (24 * GIB)), smallest=2)
-            overrides += [f"train.micro_batch={fitting}"] if fitting else [f"train.global_batch={count * 16}"]
-            overrides += [] if fitting else ["train.micro_batch=16"]
-    launcher = "single" if count < 2 else "ddp"
-    words = ["triderm pipeline", f"--config {experiment}", *overrides, "data.source=FOLDER"]
-    if count > 1:
-        words.append(f"launcher={launcher}")
-    accelerate = launcher if count in (0, 1, 8) else f"{launcher} with num_processes: {count}"
+        return _findings("cpu", [])
+    smallest = min(gpu.memory for gpu in gpus)
+    overrides = fitting_settings(load(Experiment, RECIPE), signature, usable_bytes(smallest / GIB))
+    if overrides is None:
+        problem = f"a GPU of {smallest / GIB:.0f} GiB is too small for {RECIPE}"
+        return [Finding("experiment", problem, "warning", "a smaller tower, or cpu.yaml"), *_findings("cpu", [])]
+    experiment = next((name for name in BY_MEMORY if _has(name, overrides)), RECIPE)
+    if experiment != RECIPE:
+        overrides = []
+    if len(gpus) == 1:
+        return _findings(experiment, overrides)
+    if len(gpus) == 8 and experiment == BY_MEMORY[0]:
+        experiment = EIGHT
+    found = _findings(experiment, [*overrides, "parallel_folds=true"])
+    micro = largest_micro_batch(96, len(gpus), 96, smallest=2)
+    split = [f"train.micro_batch={micro}"] if micro else [f"train.global_batch={16 * len(gpus)}", "train.micro_batch=16"]
+    ranks = f"triderm ranks --config_file ddp{'' if len(gpus) == 8 else f' --num_processes {len(gpus)}'}"
+    command = " ".join([ranks, f"-m crossval --config {RECIPE}", *split, "data.shards=PACKED_FOLDER"])
+    return [*found, Finding("each fold on all GPUs", command)]
+
+
+def fitting_settings(experiment: Experiment, signature: Signature, memory: float) -> list[str] | None:
+    """Return the settings with which a step of each model fits into `memory` bytes of a GPU, [] where it does as it is.
+
+    The largest micro-batch counts, with activation checkpointing only where not even the smallest fits without; None
+    where it does not fit with either.
+    """
+    from triderm_dist.monitoring.memory_estimate import estimate_model_memory
+
+    settings = []
+    for name, model in experiment.models.items():
+        train = model.train
+        for checkpointing in dict.fromkeys((train.activation_checkpointing, True)):
+            tried = train.model_copy(update={"activation_checkpointing": checkpointing})
+            need, _ = estimate_model_memory(model.model_copy(update={"train": tried}), signature, half=True)
+            fitting = need.largest(memory, train.smallest_micro_batch)
+            if fitting:
+                break
+        else:
+            return None
+        if fitting != train.micro_batch:
+            settings.append(f"models.{name}.train.micro_batch={fitting}")
+        if checkpointing != train.activation_checkpointing:
+            settings.append(f"models.{name}.train.activation_checkpointing=true")
+    return settings
+
+
+def _has(name: str, overrides: Sequence[str]) -> bool:
+    """Return whether a shipped experiment trains its models as the recipe with these settings does."""
+    wanted, shipped = load(Experiment, RECIPE, list(overrides)), load(Experiment, name)
+    keys = ("micro_batch", "activation_checkpointing")
+    return all(
+        getattr(wanted.models[model].train, key) == getattr(shipped.models[model].train, key)
+        for model in wanted.models
+        for key in keys
+    )
+
+
+def _findings(experiment: str, overrides: Sequence[str]) -> list[Finding]:
     return [
         Finding("experiment", f"{experiment}; `triderm config copy {experiment}` makes a copy to change"),
-        Finding("accelerate file", accelerate),
-        Finding("start", " ".join(words)),
+        Finding("start", " ".join(["triderm pipeline", f"--config {experiment}", *overrides, "data.source=FOLDER"])),
     ]
-
-
-def _power_of_two(value: float) -> int:
-    """Return the largest power of two up to `value`, at least 1."""
-    return 2 ** max(0, math.floor(math.log2(max(1.0, value))))

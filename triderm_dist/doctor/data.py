@@ -214,14 +214,14 @@ def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequenc
     if model.tower.cached or imported("torch") is None or imported("timm") is None:
         return None
     from triderm_dist.monitoring.flops import named_peak, training_flops
-    from triderm_dist.monitoring.memory_estimate import network_without_weights
+    from triderm_dist.monitoring.memory_estimate import bare_network
 
     peak = model.train.peak_tflops and model.train.peak_tflops * 1e12
     peak = peak or (named_peak(gpus[0].name) if gpus else None)
     if peak is None:
         return None
     try:
-        network, _ = network_without_weights(model, signature)
+        network, _ = bare_network(model, signature)
     except InputError:
         return None
     flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU

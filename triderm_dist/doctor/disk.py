@@ -136,10 +136,10 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
 
     from triderm_dist.models import build_towers, network_class
     from triderm_dist.models.network import SHARED
-    from triderm_dist.monitoring.memory_estimate import local_tower, network_without_weights
+    from triderm_dist.monitoring.memory_estimate import local_tower, bare_network
     from triderm_dist.optim import state_size
 
-    network, _ = network_without_weights(model, signature)
+    network, _ = bare_network(model, signature)
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     tower = tokens = 0
     if model.tower.frozen:

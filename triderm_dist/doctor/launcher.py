@@ -7,12 +7,16 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from triderm_dist.config import find_file
 from triderm_dist.doctor.findings import Finding, imported
 from triderm_dist.schema import ConfigError, one_line
 from triderm_dist.settings import read_mapping, untyped
 
+Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
+SHARDING: dict[str, Strategy] = {"DEEPSPEED": "deepspeed", "FSDP": "fsdp2"}
+"""Strategies by distributed_type, where it names one."""
 DEFAULT_PORT = 29500
 """Accelerate's rendezvous port where the file names none."""
 
@@ -22,7 +26,7 @@ class Launcher:
     """The content of an accelerate file. ranks: processes on all nodes. port: of rank 0; 0 takes any free one."""
 
     file: Path
-    deepspeed: bool
+    strategy: Strategy
     nodes: int
     ranks: int
     host: str
@@ -36,11 +40,12 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
         raw = untyped(read_mapping(path, "triderm config list names the shipped ones"))
         if reader := imported("accelerate.commands.config.config_args"):
             reader.load_config_from_file(str(path))
+        ranks = int(raw.get("num_processes") or 1)
         return Launcher(
             path,
-            deepspeed=str(raw.get("distributed_type")).upper() == "DEEPSPEED",
+            strategy=SHARDING.get(str(raw.get("distributed_type")).upper(), "ddp" if ranks > 1 else "single"),
             nodes=int(raw.get("num_machines") or 1),
-            ranks=int(raw.get("num_processes") or 1),
+            ranks=ranks,
             host=str(raw.get("main_process_ip") or "localhost"),
             port=DEFAULT_PORT if raw.get("main_process_port") is None else int(raw["main_process_port"]),
         )
@@ -50,6 +55,16 @@ def read_launcher(file: str | os.PathLike[str]) -> Launcher:
         raise ConfigError(
             f"launcher: {path}: not an accelerate file ({one_line(error)}); accelerate_configs/ has such files"
         ) from None
+
+
+def strategy(launcher: Launcher | None, ranks: int) -> Strategy:
+    """Return the parallel strategy of a run; without an accelerate file, of `ranks` ranks that a launcher started."""
+    if launcher:
+        return launcher.strategy
+    for name in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            return SHARDING[name]
+    return "ddp" if ranks > 1 else "single"
 
 
 def launcher_findings(launcher: Launcher | None, gpus: int, cores: int) -> list[Finding]:

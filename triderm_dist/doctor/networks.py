@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlsplit
 
 from triderm_dist.config import Experiment, ModelConfig
 from triderm_dist.doctor.findings import GIB, Finding, imported
+from triderm_dist.doctor.launcher import Strategy
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
@@ -16,19 +18,26 @@ USABLE, CONTEXT = 0.92, 1.0
 """Share of a GPU's memory that the allocator can use despite fragmentation, and GiB of the CUDA context."""
 
 
-def network_findings(
-    experiment: Experiment, signature: Signature, ranks: int, gpu_memory: float | None
-) -> list[Finding]:
-    """Examine every model of an experiment on `ranks` ranks, each with a GPU of `gpu_memory` GiB (None: on the CPU)."""
+@dataclass(frozen=True)
+class Place:
+    """Where a training is to run. ranks: its processes.  gpu_memory: GiB of the GPU of each; None on the CPU."""
+
+    ranks: int
+    strategy: Strategy
+    gpu_memory: float | None
+
+
+def network_findings(experiment: Experiment, signature: Signature, place: Place) -> list[Finding]:
+    """Examine every model of an experiment."""
     return [
         finding
         for name, model in experiment.models.items()
         for finding in (
             _precision(name, model),
-            _split(name, model, ranks),
+            _split(name, model, place.ranks),
             _tower(name, model),
             *_init(name, model),
-            _step_memory(name, model, signature, ranks, gpu_memory),
+            _memory(name, model, signature, place),
         )
     ]
 
@@ -54,42 +63,46 @@ def _split(name: str, model: ModelConfig, ranks: int) -> Finding:
     return Finding(f"{name}: batch", f"{batch} = {ranks} rank(s) x {micro} x {batch // (ranks * micro)} accumulated")
 
 
-def _step_memory(name: str, model: ModelConfig, signature: Signature, ranks: int, gpu_memory: float | None) -> Finding:
-    """Compare the memory of a training step per rank under DDP with `gpu_memory` GiB; None: no GPU to compare with."""
+def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -> Finding:
+    """Compare the memory of a training per rank with that of the GPU, if there is one."""
     title = f"{name}: memory"
     if imported("torch") is None or imported("timm") is None:
         return Finding(title, "unknown without torch and timm")
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory
 
     micro, train = model.train.micro_batch, model.train
-    half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and gpu_memory is not None)
+    half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and place.gpu_memory is not None)
+    estimate = partial(
+        estimate_model_memory, signature=signature, half=half, ranks=place.ranks, strategy=place.strategy
+    )
     try:
-        need, note = estimate_model_memory(model, signature, half)
+        need, note = estimate(model)
     except InputError as error:
         return Finding(title, f"not estimated: {error}")
     memory = partial(size_text, binary=True)
     text = (
-        f"a step takes about {memory(need.total(micro))} per rank at micro-batch {micro} (parameters and optimizer "
-        f"{memory(need.parameters + need.optimizer)}, {memory(need.per_lesion)} per lesion{', ' if note else ''}{note})"
+        f"a training takes about {memory(need.total(micro))} per rank at micro-batch {micro} (weights, their average "
+        f"and optimizer {memory(need.fixed)}{', ' if note else ''}{note})"
     )
-    if gpu_memory is None:
+    if place.gpu_memory is None:
         return Finding(title, text)
-    usable = USABLE * gpu_memory - CONTEXT
-    limit = need.largest(usable * GIB)
-    fitting = largest_micro_batch(train.global_batch, ranks, limit, train.smallest_micro_batch)
-    if need.total(micro) <= usable * GIB:
-        return Finding(title, f"{text}; micro-batches up to {max(micro, fitting or 0)} fit into {gpu_memory:.0f} GiB")
+    usable = usable_bytes(place.gpu_memory)
+    fitting = need.largest(usable, train.smallest_micro_batch)
+    if need.total(micro) <= usable:
+        fits = f"micro-batches up to {max(micro, fitting or 0)} fit into {place.gpu_memory:.0f} GiB"
+        return Finding(title, f"{text}; {fits}")
     remedies = [f"train.micro_batch={fitting}"] if fitting else []
     if not train.activation_checkpointing:
-        lean = estimate_model_memory(
-            model.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": True})}),
-            signature,
-            half,
-        )[0]
-        if lean.total(micro) <= usable * GIB:
+        checkpointed = train.model_copy(update={"activation_checkpointing": True})
+        if estimate(model.model_copy(update={"train": checkpointed}))[0].total(micro) <= usable:
             remedies.append("train.activation_checkpointing=true")
     advice = " or ".join(remedies) or "a larger GPU, deepspeed_zero3.yaml or fsdp2.yaml on several, or a smaller tower"
-    return Finding(title, f"{text}, more than a GPU of {gpu_memory:.0f} GiB has", "warning", advice)
+    return Finding(title, f"{text}, more than a GPU of {place.gpu_memory:.0f} GiB has", "warning", advice)
+
+
+def usable_bytes(gpu_memory: float) -> float:
+    """Return the bytes of tensors that fit into a GPU, or a share of one, of `gpu_memory` GiB."""
+    return (USABLE * gpu_memory - CONTEXT) * GIB
 
 
 def largest_micro_batch(global_batch: int, ranks: int, limit: int, smallest: int = 1) -> int | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 import re
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from triderm_dist.config import ModelConfig, TowerConfig
+from triderm_dist.config import ModelConfig, TowerConfig, TrainConfig
 from triderm_dist.distributed.blocks import checkpointed
+from triderm_dist.distributed.parallel import Strategy
 from triderm_dist.models import build_network, build_towers
+from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import TokenShape, locate_weights
 from triderm_dist.monitoring.flops import example_inputs
@@ -26,78 +28,121 @@ from triderm_dist.optim import state_size
 from triderm_dist.schema import InputError, Signature
 
 
-@dataclass(frozen=True)
+WORKSPACES = 2 * 32 * 2**20
+"""Bytes that cuBLAS takes from PyTorch's allocator, for the threads of the forward and the backward pass, on a Hopper
+GPU; on others a quarter.
+"""
+
+
 class MemoryEstimate:
-    """Bytes per rank.
+    """Memory of a training on a GPU, in bytes of tensors per rank.
 
-    parameters: fp32, with the EMA copy if there is one.  optimizer: its states.  gradients: all of them.  base,
-    per_lesion: the peak of a forward and backward pass over one micro-batch (activations, gradients so far,
-    temporaries) is base + lesions x per_lesion, and at least `gradients`.  small: base and per_lesion of small
-    micro-batches, where the peak is at another moment of the step; the larger line counts.
+    Eager execution; compiled blocks need a little less. Without the device's context and the allocator's overhead.
+
+    weights: parameters and buffers.  average: of the trained weights, 0 without one.  optimizer: its states.
+    gradients: of all trained weights.  photos: what the network reads of one lesion.
     """
 
-    parameters: int
-    optimizer: int
-    gradients: int
-    base: float
-    per_lesion: float
-    small: tuple[float, float] = (0.0, 0.0)
+    def __init__(
+        self, network: Network, train: TrainConfig, half: bool, ranks: int = 1, strategy: Strategy = "single"
+    ) -> None:
+        """half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO is estimated as FSDP2."""
+        self._network, self._train, self._half = network, train, half
+        self._per_rank = max(1, train.global_batch // ranks)
+        self._keeps_gradients = strategy != "single"
+        parameters = list(network.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        shards = ranks if strategy in ("fsdp2", "deepspeed") else 1
+        self._gathered = _gathered(network) if shards > 1 else 0
+        self.weights = sum(map(_bytes, parameters)) // shards + sum(map(_bytes, network.buffers()))
+        self.average = 4 * trained // shards if train.averages else 0
+        self.optimizer = round(4 * state_size(train.optim) * trained / shards)
+        self.gradients = 4 * trained // shards
+        self.photos = sum(map(_bytes, example_inputs(network, 1)))
 
-    def total(self, micro_batch: int) -> float:
-        """Return the bytes at a micro-batch, without the device's context and the allocator's overhead."""
-        peaks = [base + micro_batch * per_lesion for base, per_lesion in self._lines()]
-        return self.parameters + self.optimizer + max(self.gradients, *peaks)
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not depend on the micro-batch: weights, their average, the optimizer's states, workspaces."""
+        return self.weights + self.average + self.optimizer + WORKSPACES
 
-    def largest(self, memory: float) -> int:
-        """Return the largest micro-batch that fits into `memory` bytes; 0 if none does."""
-        if self.total(1) > memory:
-            return 0
-        left = memory - self.parameters - self.optimizer
-        return int(min((left - base) // per_lesion for base, per_lesion in self._lines() if per_lesion > 0))
+    def total(self, micro_batch: int) -> int:
+        """Return the peak of a training with a micro-batch: of a step, or of the validation after it."""
+        return max(self.step(micro_batch), self.evaluation(micro_batch, 1))
 
-    def _lines(self) -> tuple[tuple[float, float], ...]:
-        return (self.base, self.per_lesion), self.small
+    def step(self, micro_batch: int) -> int:
+        """Return the peak of a step.
+
+        All micro-batches of a step are on the device. With several of them, and under DDP, whose gradients are parts of
+        its buffers, all gradients are there beside the activations.
+        """
+        kept = self._keeps_gradients or micro_batch < self._per_rank
+        photos = self.photos * max(micro_batch, self._per_rank)
+        peak = self._peak(micro_batch, self._train.activation_checkpointing, kept)
+        return self.fixed + photos + self._gathered + kept * self.gradients + peak
+
+    def evaluation(self, micro_batch: int, transforms: int) -> int:
+        """Return the peak of an evaluation during a training, under a number of transforms of the photos."""
+        photos = self.photos * micro_batch * min(transforms, 2)
+        kept = self.gradients if self._keeps_gradients else 0
+        return self.fixed + photos + self._gathered + kept + self._peak(micro_batch, False, False, training=False)
+
+    def largest(self, memory: float, smallest: int = 1) -> int | None:
+        """Return the largest micro-batch, a multiple of `smallest`, that splits the batch evenly and with which a
+        training fits into `memory` bytes; None if there is none.
+        """
+        sizes = [n for n in range(smallest, self._per_rank + 1, smallest) if self._per_rank % n == 0]
+        if not sizes:
+            return None
+        if self.total(sizes[-1]) <= memory:
+            return sizes[-1]
+        first_too_large = bisect.bisect(sizes[:-1], memory, key=self.total)
+        return sizes[first_too_large - 1] if first_too_large else None
+
+    def largest_of_one(self, memory: float) -> int:
+        """Return the largest batch of a step in one micro-batch that fits into `memory` bytes, whatever the settings;
+        0 if not even a few lesions fit. Between 64 and 128 lesions, and beyond, the peak is a straight line.
+        """
+        checkpointing, kept = self._train.activation_checkpointing, self._keeps_gradients
+        low, high = (self._peak(n, checkpointing, kept) + n * self.photos for n in (64, 128))
+        per_lesion = (high - low) / 64
+        fixed = self.fixed + self._gathered + kept * self.gradients + low - 64 * per_lesion
+        return max(0, int((memory - fixed) / per_lesion))
+
+    @functools.cache  # noqa: B019 an estimate lives as long as the command
+    def _peak(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> int:
+        return _peak(self._network, lesions, self._half, checkpointing, kept, training)
 
 
-def estimate_memory(
-    network: Network, half: bool, activation_checkpointing: bool, ema: bool = False, optimizer_state: float = 2
-) -> MemoryEstimate:
-    """Estimate the memory of training a network under DDP; ZeRO and FSDP2 take less.
-
-    half: under autocast to bf16 or fp16.  ema: with an averaged copy of the weights.  optimizer_state: fp32 numbers
-    that the optimizer keeps per trained parameter (`optim.state_size`). The peak is the largest of several linear
-    functions of the micro-batch, one for each moment of a step. Two large micro-batches give the one of activations;
-    with checkpointing, gradients outweigh these at first, which two small ones give. Counts eager execution; compiled
-    blocks need less.
-    """
-    base, per_lesion = _line(network, (64, 128), half, activation_checkpointing)
-    small = _line(network, (4, 8), half, activation_checkpointing) if activation_checkpointing else (0.0, 0.0)
-    total = sum(p.numel() for p in network.parameters())
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return MemoryEstimate(
-        parameters=4 * total * (1 + ema),
-        optimizer=round(4 * optimizer_state * trained),
-        gradients=4 * trained,
-        base=base,
-        per_lesion=per_lesion,
-        small=small,
-    )
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-def _line(network: Network, lesions: tuple[int, int], half: bool, checkpointing: bool) -> tuple[float, float]:
-    """Return base and per_lesion of the line through the peaks of two micro-batches."""
-    low, high = (_peak(network, number, half, checkpointing) for number in lesions)
-    per_lesion = (high - low) / (lesions[1] - lesions[0])
-    return low - lesions[0] * per_lesion, per_lesion
+def _gathered(network: Network) -> int:
+    """Return the bytes of full weights and gradients that a rank holds at once under FSDP2."""
+    towers: list[Any] = list(network.towers.values())
+    blocks = [*(block for tower in towers for block in tower.blocks), *network.fusion_stages()]
+    sizes = [sum(map(_bytes, block.parameters())) for block in blocks]
+    rest = sum(map(_bytes, network.parameters())) - sum(sizes)
+    return rest + 4 * max(sizes, default=0)
 
 
 @functools.lru_cache
-def estimate_model_memory(model: ModelConfig, signature: Signature, half: bool) -> tuple[MemoryEstimate, str]:
+def estimate_model_memory(
+    model: ModelConfig, signature: Signature, half: bool, ranks: int = 1, strategy: Strategy = "single"
+) -> tuple[MemoryEstimate, str]:
     """Estimate the memory of a model of the settings; returns a note too where `network_without_weights` has one."""
-    network, note = network_without_weights(model, signature)
-    train = model.train
-    estimate = estimate_memory(network, half, train.activation_checkpointing, train.averages, state_size(train.optim))
-    return estimate, note
+    network, note = bare_network(model, signature)
+    return MemoryEstimate(network, model.train, half, ranks, strategy), note
+
+
+def bare_network(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
+    """Return what `network_without_weights` does, built once for all that only look at the network."""
+    return _bare_network(model.model_copy(update={"train": TrainConfig()}), signature)
+
+
+@functools.lru_cache
+def _bare_network(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
+    return network_without_weights(model, signature)
 
 
 def network_without_weights(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
@@ -134,17 +179,31 @@ def _is_local(source: str) -> bool:
         return False
 
 
-def _peak(network: Network, lesions: int, half: bool, activation_checkpointing: bool) -> int:
+def _peak(
+    network: Network, lesions: int, half: bool, checkpointing: bool, kept: bool = False, training: bool = True
+) -> int:
+    """Return the peak of the bytes that a forward pass allocates, in training with the backward pass that follows.
+
+    Without weights and photos. kept: the gradients are there before, so that those of the pass are added to them.
+    """
     with FakeTensorMode() as mode:
         tensors = [*network.parameters(), *network.buffers()]
-        fake = copy.deepcopy(network, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}).train()
-        for block in fake.blocks() if activation_checkpointing else ():
+        fake = copy.deepcopy(network, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}).train(training)
+        use_lesion_masks(fake)
+        for block in fake.blocks() if checkpointing else ():
             block.forward = checkpointed(block.forward)  # as `parallel.wrap` does
         inputs = example_inputs(fake, lesions)
-        live = _LiveBytes([*fake.parameters(), *fake.buffers()])
-        with live, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            outputs = fake(*inputs)
-            torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
+        parameters = [*fake.parameters()]
+        existing = [*parameters, *fake.buffers(), *inputs]
+        for parameter in parameters if kept else ():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                existing.append(parameter.grad)
+        with _LiveBytes(existing) as live, torch.set_grad_enabled(training):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                outputs = fake(*inputs)
+            if training:
+                torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
     return live.peak
 
 
