@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -78,14 +77,18 @@ class MemoryBenchmark(Section):
 
 def main(config: MemoryBenchmark) -> None:
     found = {}
-    print(f"{'case':<32}{'peak':>8}{'estimate':>10}{'ratio':>7}{'reserved':>10}{'evaluation':>12}{'estimate':>10}{'ratio':>7}")
+    print(
+        f"{'case':<32}{'peak':>8}{'estimate':>10}{'ratio':>7}{'reserved':>10}{'evaluation':>12}{'estimate':>10}{'ratio':>7}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, case in CASES.items():
             if case.strategy not in config.strategies or (config.cases and name not in config.cases):
                 continue
             found[name] = one = _in_new_process(name, config.compile, Path(folder))
             print(_row(name, one), flush=True)
-    errors = [abs(one[f"{part}estimate"] / one[f"{part}peak"] - 1) for one in found.values() for part in ("", "evaluation_")]
+    errors = [
+        abs(one[f"{part}estimate"] / one[f"{part}peak"] - 1) for one in found.values() for part in ("", "evaluation_")
+    ]
     result = {"memory_worst_error": round(max(errors), 4), "cases": len(found)}
     if config.output:
         config.output.write_text(json.dumps({**result, "results": found}, indent=1) + "\n", encoding="utf-8")
@@ -123,7 +126,13 @@ def _pretend_ranks(strategy: str) -> int:
     import torch.nn.parallel.distributed as ddp
 
     ranks = RANKS if is_stub() else 1
-    os.environ |= {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {
+        "WORLD_SIZE": str(ranks),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
     if strategy == "fsdp2":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     torch.cuda.set_device(0)
@@ -177,7 +186,9 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
     batches = plan.batches(0, accelerator.num_processes, config.global_batch)
     wrapped.train()
     sums = None
-    for number, batch in enumerate(loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment)):
+    for number, batch in enumerate(
+        loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment)
+    ):
         if number == 2:
             torch.cuda.reset_peak_memory_stats()
         sums = step(batch, number, sums).sums

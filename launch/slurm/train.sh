@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A training program on one node or several.
 #
-#   sbatch --nodes=1 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8 \
+#   sbatch --nodes=1 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8_ddp \
 #       data.shards=SHARED/shards output=SHARED/run
-#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8 \
+#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8_ddp \
 #       data.shards=SHARED/shards output=SHARED/run train.micro_batch=6
 #   LAUNCHER=deepspeed_zero2 sbatch ... (the same)
 #

@@ -40,7 +40,9 @@ def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
         experiment = EIGHT
     found = _findings(experiment, [*overrides, "parallel_folds=true"])
     micro = largest_micro_batch(96, len(gpus), 96, smallest=2)
-    split = [f"train.micro_batch={micro}"] if micro else [f"train.global_batch={16 * len(gpus)}", "train.micro_batch=16"]
+    split = (
+        [f"train.micro_batch={micro}"] if micro else [f"train.global_batch={16 * len(gpus)}", "train.micro_batch=16"]
+    )
     ranks = f"triderm ranks --config_file ddp{'' if len(gpus) == 8 else f' --num_processes {len(gpus)}'}"
     command = " ".join([ranks, f"-m crossval --config {RECIPE}", *split, "data.shards=PACKED_FOLDER"])
     return [*found, Finding("each fold on all GPUs", command)]

@@ -136,7 +136,7 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
 
     from triderm_dist.models import build_towers, network_class
     from triderm_dist.models.network import SHARED
-    from triderm_dist.monitoring.memory_estimate import local_tower, bare_network
+    from triderm_dist.monitoring.memory_estimate import bare_network, local_tower
     from triderm_dist.optim import state_size
 
     network, _ = bare_network(model, signature)

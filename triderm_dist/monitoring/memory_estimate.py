@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from triderm_dist.config import ModelConfig, TowerConfig, TrainConfig
-from triderm_dist.distributed.blocks import checkpointed
+from triderm_dist.distributed.blocks import prepare_blocks
 from triderm_dist.distributed.parallel import Strategy
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.dropout import use_lesion_masks
@@ -26,7 +26,6 @@ from triderm_dist.models.towers import TokenShape, locate_weights
 from triderm_dist.monitoring.flops import example_inputs
 from triderm_dist.optim import state_size
 from triderm_dist.schema import InputError, Signature
-
 
 WORKSPACES = 2 * 32 * 2**20
 """Bytes that cuBLAS takes from PyTorch's allocator, for the threads of the forward and the backward pass, on a Hopper
@@ -190,8 +189,7 @@ def _peak(
         tensors = [*network.parameters(), *network.buffers()]
         fake = copy.deepcopy(network, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}).train(training)
         use_lesion_masks(fake)
-        for block in fake.blocks() if checkpointing else ():
-            block.forward = checkpointed(block.forward)  # as `parallel.wrap` does
+        prepare_blocks(fake, checkpointing, compile_blocks=False)
         inputs = example_inputs(fake, lesions)
         parameters = [*fake.parameters()]
         existing = [*parameters, *fake.buffers(), *inputs]
