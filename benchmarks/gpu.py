@@ -44,6 +44,8 @@ from triderm_dist.schema import InputError, one_line
 from triderm_dist.settings import PathText, Section
 
 RESULTS = "benchmarks/results/gpu"
+COMPILING = 0.45
+"""Share of the time after which compilations are ended; the cells that need one which was not ready come last."""
 FACTS = ("commit", "date", "device", "torch", "peak_tflops", "size")
 """Values of a cell that tell where and when it was measured."""
 
@@ -55,13 +57,14 @@ class GpuBenchmark(Section):
     cells: str = Field("", description="regular expression: measure only cells whose name it matches from its start")
     size: Literal["full", "tiny"] = Field("full", description="tiny: towers of a few weights, to rehearse")
     shards: PathText | None = Field(None, description="packed photos of MILK10k for parts 3 and 4; null: synthetic")
+    weights: PathText | None = Field(None, description="weights of tf_efficientnet_lite0 for part 4; null: random")
     commit: str | None = Field(None, description="commit to record where there is no git")
     profile: str | None = Field(None, description="print the profile of this cell instead")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: `benchmarks.gpu_cells.FUNCTION(**settings)`.
+    """One measurement: a call of a function of `benchmarks.gpu_cells` or `benchmarks.gpu_photos`.
 
     seconds: expected on an H100, without compilation.  compiles: the arguments of `compile_once` that it needs.
     """
@@ -139,11 +142,39 @@ def memory_cells() -> list[Cell]:
 
 
 def photos(config: GpuBenchmark) -> list[Cell]:
-    return []
+    batch = 8 if config.size == "tiny" else 96
+    many = {"workers": 12}
+    base, dual = ("base", batch), ("dual_cnn", batch)
+    return [
+        Cell("loader-base-8", "loading", {"name": "base", "workers": 8}, 8.0),
+        Cell("loader-dual_cnn-8", "loading", {"name": "dual_cnn", "workers": 8}, 8.0),
+        Cell("photos-base-8", "training_on_photos", {"name": "base", "lesions": batch, "workers": 8}, 15.0, base),
+        Cell("photos-dual_cnn-12", "training_on_photos", {"name": "dual_cnn", "lesions": batch, **many}, 15.0, dual),
+        Cell("tokens-base", "tokens", {"name": "base", "compiled": False, **many}, 6.0),
+        Cell("tta-base", "test_time", {"name": "base", "transforms": 8, **many}, 12.0),
+        Cell("two-base", "trainings_side_by_side", {"name": "base", "lesions": batch, "workers": 6}, 45.0, base),
+        Cell("loader-base-4", "loading", {"name": "base", "workers": 4}, 8.0),
+        Cell("loader-base-12", "loading", {"name": "base", **many}, 8.0),
+        Cell("photos-base-4", "training_on_photos", {"name": "base", "lesions": batch, "workers": 4}, 15.0, base),
+        Cell("tta-dual_cnn", "test_time", {"name": "dual_cnn", "transforms": 8, **many}, 12.0),
+        Cell(
+            "two-dual_cnn", "trainings_side_by_side", {"name": "dual_cnn", "lesions": batch, "workers": 6}, 60.0, dual
+        ),
+        Cell("tokens-base-compiled", "tokens", {"name": "base", "compiled": True, **many}, 25.0),
+        Cell("predict", "predicting", {}, 90.0),
+    ]
 
 
 def fold(config: GpuBenchmark) -> list[Cell]:
-    return []
+    sizes = [(5_000, 60), (50_000, 60), (500_000, 60), (5_000, 1_600), (50_000, 400)]
+    return [
+        Cell("fold-dual_cnn", "fold", {"model": "dual_cnn", "weights": config.weights}, 120.0),
+        *(
+            Cell(f"xgboost-{rows}x{columns}", "xgboost", {"rows": rows, "columns": columns}, rows * columns / 1e6 + 5)
+            for rows, columns in sizes
+        ),
+        Cell("fold-trimodal", "fold", {"model": "trimodal", "weights": config.weights}, 150.0),
+    ]
 
 
 class Results:
@@ -203,7 +234,7 @@ def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell],
     counts = [cell for cell in todo if cell.function == "flops"]
     needed = dict.fromkeys(cell.compiles for cell in todo if cell.compiles)
     compiling = [
-        Cell(f"compile-{name}-{lesions}", "compile_once", {"name": name, "lesions": lesions})
+        Cell(compilation(name, lesions), "compile_once", {"name": name, "lesions": lesions})
         for name, lesions in needed
         if config.size == "full"
     ]
@@ -217,6 +248,10 @@ def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell],
         )
         list(found)
     return [cell for cell in todo if cell not in counts]
+
+
+def compilation(name: str, lesions: int) -> str:
+    return f"compile-{name}-{lesions}"
 
 
 def measure(config: GpuBenchmark, results: Results, todo: list[Cell], deadline: float) -> list[Cell]:
@@ -264,7 +299,7 @@ def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: An
 def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe: Connection) -> None:
     """Measure cells in this process, a group of its own, and send (kind, name, values): start, skip, done."""
     os.setsid()
-    from benchmarks import gpu_cells
+    from benchmarks import gpu_cells, gpu_photos
 
     facts, is_started = gpu_cells.device_facts(), False
     for cell in cells:
@@ -278,9 +313,10 @@ def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe
         started = time.perf_counter()
         try:
             settings = {**cell.settings, "size": size}
-            if cell.function in gpu_cells.READS_SHARDS:
+            if cell.function in gpu_photos.READS_SHARDS:
                 settings["shards"] = shards
-            values = getattr(gpu_cells, cell.function)(**settings)
+            function = getattr(gpu_cells, cell.function, None) or getattr(gpu_photos, cell.function)
+            values = function(**settings)
         except Exception as error:
             traceback.print_exc()
             pipe.send(("done", cell.name, {"error": one_line(error, 300, with_type=True), **facts}))
