@@ -168,3 +168,25 @@ def test_blocks_are_unfrozen_from_the_last_one_on() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"amsgrad": True, "betas": (0.8, 0.9)}, {"fused": False}])
+def test_adamw_steps_as_pytorch_does(settings: dict) -> None:
+    networks = [network(clinical=1), network(clinical=1)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    ours = build_optimizer(networks[0], OptimConfig(settings=settings))
+    groups = parameter_groups(networks[1], 1e-4, 0.65, 0.05)
+    for group, own in zip(groups, ours.param_groups, strict=True):
+        group |= {"lr": own["lr"], "weight_decay": own["weight_decay"]}
+    theirs = torch.optim.AdamW(groups, lr=1e-4, **{"fused": True, **settings})
+    for step in range(4):
+        for net, optimizer in zip(networks, (ours, theirs), strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+            if optimizer.param_groups[0]["fused"]:
+                optimizer.found_inf = torch.tensor(float(step == 2))  # type: ignore[attr-defined]
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True))
+    for mine, other in zip(ours.state.values(), theirs.state.values(), strict=True):
+        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)

@@ -41,6 +41,9 @@ def prepare_blocks(
     if compile_blocks:
         _configure_compiler()
     trained = set(map(id, network.blocks()))
+    for module in (inner for block in network.blocks() for inner in block.modules()):
+        if isinstance(module, nn.SiLU):
+            module.inplace = False  # autograd would copy the input first, for it needs that
     for block in network.all_blocks():
         forward: Forward = block.forward
         if compile_blocks:

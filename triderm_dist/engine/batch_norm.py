@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triderm_dist.distributed.collectives import all_reduce_sum
+
+_STATISTICS = ("running_mean", "running_var")
+_COUNT = "num_batches_tracked"
 
 
 class RunningStatistics:
@@ -16,38 +22,72 @@ class RunningStatistics:
 
     By default each rank would follow its own micro-batches, and a first pass without gradients and activation
     checkpointing would update them again. A batch is still normalized by the statistics of its own micro-batch.
+
+    During a step the batch norms hold parts of one tensor in place of their statistics, so that a GPU adds all of them
+    in one launch, and no count of batches, which would take a launch each.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._live: list[torch.Tensor] = []
-        self._counts: list[torch.Tensor] = []
-        for module in network.modules():
-            if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
-                assert module.running_mean is not None and module.running_var is not None
-                assert module.num_batches_tracked is not None
-                self._live += [module.running_mean, module.running_var]
-                self._counts.append(module.num_batches_tracked)
-        self._before = [buffer.clone() for buffer in [*self._live, *self._counts]]
-        self._sums = [torch.zeros_like(buffer, dtype=torch.float32) for buffer in self._live]
+        """network: in training mode."""
+        self._norms = [
+            module
+            for module in network.modules()
+            if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+        ]
+        self._live: list[Tensor] = []
+        self._counted: list[tuple[Tensor, Tensor]] = []  # of norms that average over all batches so far
+        live = self._of(_STATISTICS)
+        sizes = [len(buffer) for buffer in live]
+        self._all = torch.cat(live) if live else torch.zeros(0)
+        self._parts = self._all.split(sizes)
+        self._sums = torch.zeros_like(self._all, dtype=torch.float32)
+        self._sums_parts = self._sums.split(sizes)
+
+    @contextmanager
+    def of_step(self, accelerator: Accelerator, micro_batches: int) -> Iterator[None]:
+        """Context of all passes of a step; at its end the statistics are updated. Call on all ranks.
+
+        micro_batches: their number on this rank.
+        """
+        if not self._norms:
+            yield
+            return
+        self._live, counts = self._of(_STATISTICS), self._of((_COUNT,))
+        self._sums.zero_()
+        before, parts = [dict(norm._buffers) for norm in self._norms], iter(self._parts)
+        self._counted = [
+            (count.clone(), count) for norm, count in zip(self._norms, counts, strict=True) if norm.momentum is None
+        ]
+        counted = iter(self._counted)
+        for norm in self._norms:
+            norm._buffers.update({name: next(parts) for name in _STATISTICS})
+            norm._buffers[_COUNT] = next(counted)[0] if norm.momentum is None else None
+        try:
+            yield
+        finally:
+            for norm, buffers in zip(self._norms, before, strict=True):
+                norm._buffers.update(buffers)
+        self._update(accelerator, micro_batches, counts)
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Restore the statistics from before the step; call before the forward pass of a micro-batch."""
-        if self._live:
-            torch._foreach_copy_([*self._live, *self._counts], self._before)
+        """Take the statistics from before the step; call before the forward pass of a micro-batch."""
+        if self._norms:
+            torch._foreach_copy_(list(self._parts), self._live)
+            for own, count in self._counted:
+                own.copy_(count)
 
     @torch.no_grad()
     def add(self) -> None:
         """Accumulate; call after the forward pass of a micro-batch, before anything is recomputed."""
-        if self._live:
-            torch._foreach_add_(self._sums, self._live)
+        if self._norms:
+            self._sums.add_(self._all)
+
+    def _of(self, names: tuple[str, ...]) -> list[Tensor]:
+        return [norm._buffers[name] for norm in self._norms for name in names]  # type: ignore[misc]
 
     @torch.no_grad()
-    def finish(self, accelerator: Accelerator, micro_batches: int) -> None:
-        """Update; call after the last backward pass, on all ranks. micro_batches: their number on this rank."""
-        if not self._live:
-            return
-        self.rewind()
-        means = all_reduce_sum(torch.cat(self._sums)) / (micro_batches * accelerator.num_processes)
-        torch._foreach_copy_(self._live, list(means.split([len(buffer) for buffer in self._live])))
-        torch._foreach_add_(self._counts, 1)
+    def _update(self, accelerator: Accelerator, micro_batches: int, counts: list[Tensor]) -> None:
+        self._sums.copy_(all_reduce_sum(self._sums) / (micro_batches * accelerator.num_processes))
+        torch._foreach_copy_(self._live, list(self._sums_parts))
+        torch._foreach_add_(counts, 1)

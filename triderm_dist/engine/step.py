@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -95,31 +96,35 @@ class TrainStep:
         Returns the loss sums of the global batch and the gradient norm before clipping.
         """
         micro_batches, loss = inputs.micro_batches, self.loss
-        statistics = RunningStatistics(self.wrapped)
         local = Sums()
         ahead = inputs.previous if loss.ratios else {}  # without ratios the loss needs no sums
-        if ahead is None and len(micro_batches) > 1:
-            ahead = self._first_pass(inputs)
-        slopes = None if ahead is None else loss.slopes(ahead, inputs.count)
-        for i, (batch, keys) in enumerate(zip(micro_batches, inputs.keys, strict=True)):
-            last = i + 1 == len(micro_batches)
-            with accumulate(self.accelerator, self.wrapped, last), self.masks.using(keys):
-                statistics.rewind()
-                outputs = forward(self.wrapped, batch)
-                statistics.add()
-                sums = loss.sums(outputs, batch)
-                local = _added(local, sums)
-                if slopes is None:
-                    local = _all_reduced(local)
-                    slopes = loss.slopes(local, inputs.count)
-                backward(self.accelerator, loss.surrogate(sums, slopes))
-        statistics.finish(self.accelerator, len(micro_batches))
+        with self._statistics.of_step(self.accelerator, len(micro_batches)):
+            if ahead is None and len(micro_batches) > 1:
+                ahead = self._first_pass(inputs)
+            slopes = None if ahead is None else loss.slopes(ahead, inputs.count)
+            for i, (batch, keys) in enumerate(zip(micro_batches, inputs.keys, strict=True)):
+                last = i + 1 == len(micro_batches)
+                with accumulate(self.accelerator, self.wrapped, last), self.masks.using(keys):
+                    self._statistics.rewind()
+                    outputs = forward(self.wrapped, batch)
+                    self._statistics.add()
+                    sums = loss.sums(outputs, batch)
+                    local = _added(local, sums)
+                    if slopes is None:
+                        local = _all_reduced(local)
+                        slopes = loss.slopes(local, inputs.count)
+                    backward(self.accelerator, loss.surrogate(sums, slopes))
         total = local if ahead is None else _all_reduced(local)
         norm = clip_grad_norm(self.accelerator, self.wrapped, self.config.optim.clip_norm)
         self.guard.before_step(inputs.number, norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, norm
+
+    @cached_property
+    def _statistics(self) -> RunningStatistics:
+        """Of the network in training mode, as it is in the first step."""
+        return RunningStatistics(self.wrapped)
 
     @torch.no_grad()
     def _first_pass(self, inputs: StepInputs) -> Sums:
