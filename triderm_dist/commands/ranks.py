@@ -102,7 +102,8 @@ def start() -> None:
 
     options = launch_command_parser().parse_args()
     try:
-        if options.use_deepspeed or (options.config_file and read_launcher(options.config_file).deepspeed):
+        uses_zero = options.config_file and read_launcher(options.config_file).strategy == "deepspeed"
+        if options.use_deepspeed or uses_zero:
             require("DeepSpeed ZeRO", *DEEPSPEED)
         with redacted_output():
             launch_command(options)
