@@ -21,7 +21,7 @@ class FusedAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         parameters = [p for _, each in groups for p in each]
         fused = all(group["fused"] for group in self.param_groups)
@@ -38,7 +38,7 @@ class FusedAdamW(torch.optim.AdamW):
             torch._foreach_sub_(steps, [found_inf] * len(steps))
         return None
 
-    def _update(self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None) -> None:
+    def _update(self, group: dict[str, Any], parameters: list[Any], found_inf: torch.Tensor | None) -> None:
         states = [self.state[p] for p in parameters]
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(

@@ -97,10 +97,15 @@ class LesionDropPath(LesionDropout):
 
     threshold: Tensor
     keep: Tensor
+    factors: tuple[Tensor, ...] = ()
+    """What each lesion is multiplied by, (B,), in float32 and in the precision of autocast, from `LesionMasks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        for factors in self.factors:
+            if factors.dtype == x.dtype and len(factors) == len(x):
+                return x * factors.view(-1, *[1] * (x.ndim - 1))
         if self.keys is None:
             return x * self._scale(~self._plain(x), 1 - self.p, x.dtype)
         # `p` differs from block to block; a number would make the compiler compile every block for itself.
@@ -151,10 +156,12 @@ class LesionMasks:
         self.modules: list[LesionDropout] = []
         self._names: list[list[str]] = []
         self._device = device
+        self._path_limits: tuple[Tensor, Tensor] | None = None
         views = network.used_views if isinstance(network, Network) else ()
-        for name, module in network.named_modules():
-            if not isinstance(module, LesionDropout) or not module.p:
-                continue
+        modules = [each for each in network.named_modules() if isinstance(each[1], LesionDropout) and each[1].p]
+        # Those that drop whole lesions come first: what they multiply by is computed for all of them at once.
+        for name, module in sorted(modules, key=lambda each: not isinstance(each[1], LesionDropPath)):
+            assert isinstance(module, LesionDropout)
             self.modules.append(module)
             # A shared tower gets the photos of all used views one after the other, in one batch.
             shared = views and name.startswith(f"towers.{SHARED}.")
@@ -187,11 +194,32 @@ class LesionMasks:
         sizes = [len(names) * lesions for names in self._names]
         for module, own in zip(self.modules, on_device.split(sizes), strict=True):
             module.keys = own
+        self._set_factors(on_device, lesions)
         try:
             yield
         finally:
             for module in self.modules:
                 module.keys = None
+                if isinstance(module, LesionDropPath):
+                    module.factors = ()
+
+    def _set_factors(self, keys: Tensor, lesions: int) -> None:
+        """Give each `LesionDropPath` the factors that it would compute itself, in a few launches for all of them."""
+        paths = [module for module in self.modules if isinstance(module, LesionDropPath)]
+        if not paths:
+            return
+        names = [len(names) for names in self._names[: len(paths)]]
+        if self._path_limits is None:
+            limits = zip(paths, names, strict=True)
+            pairs = [(module.threshold, module.keep) for module, number in limits for _ in range(number)]
+            thresholds, keeps = zip(*pairs, strict=True)
+            self._path_limits = torch.stack(thresholds)[:, None], torch.stack(keeps)[:, None]
+        threshold, keep = self._path_limits
+        uniform = ((keys[: sum(names) * lesions] * paths[0].positions[0]) >> 32).to(torch.int32)
+        exact = (uniform.view(-1, lesions) >= threshold).float() / keep
+        low = exact.to(torch.get_autocast_dtype(self._device.type))
+        for module, *factors in zip(paths, exact.split(names), low.split(names), strict=True):
+            module.factors = tuple(each.flatten() for each in factors)
 
 
 @functools.lru_cache
