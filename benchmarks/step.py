@@ -424,6 +424,8 @@ def largest_batch(size: Size) -> int:
     """Find the largest batch, a multiple of 8, whose step fits into the GPU."""
     import torch
 
+    from triderm_dist.distributed.library_errors import is_out_of_memory
+
     def fits(eights: int) -> bool:
         with tempfile.TemporaryDirectory() as name:
             try:
@@ -431,7 +433,9 @@ def largest_batch(size: Size) -> int:
                 take_step()
                 take_step()
                 return True
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 return False
             finally:
                 gc.collect()

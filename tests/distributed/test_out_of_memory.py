@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from triderm_dist.distributed.library_errors import is_out_of_memory
-from triderm_dist.distributed.out_of_memory import next_smaller
+from triderm_dist.distributed.out_of_memory import next_smaller, with_smaller_batches
 from triderm_dist.schema import ConfigError
 
 
@@ -63,3 +63,30 @@ def test_smaller_micro_batches_stay_multiples_of_a_pair():
     assert next_smaller(12, 12, smallest=2) == 6 and next_smaller(6, 12, smallest=2) == 2
     with pytest.raises(ConfigError, match="micro-batch of 2"):
         next_smaller(2, 12, smallest=2)
+
+
+def test_inference_halves_its_batch_until_it_fits(capsys):
+    sizes = []
+
+    def work(batch: int) -> str:
+        sizes.append(batch)
+        if batch > 20:
+            raise RuntimeError("CUDA error: out of memory")
+        return f"done with {batch}"
+
+    assert with_smaller_batches(work, 64, "predict.batch") == ("done with 16", 16)
+    assert sizes == [64, 32, 16]
+    assert capsys.readouterr().out.count("going on with predict.batch=") == 2
+
+
+def test_inference_refuses_what_does_not_fit(monkeypatch):
+    def work(batch: int) -> None:
+        raise MemoryError
+
+    with pytest.raises(ConfigError, match="single lesion"):
+        with_smaller_batches(work, 4, "predict.batch")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the other rank waits in a collective
+    with pytest.raises(ConfigError, match=r"set predict\.batch=2"):
+        with_smaller_batches(work, 4, "predict.batch")
+    with pytest.raises(ZeroDivisionError):
+        with_smaller_batches(lambda batch: batch // 0, 4, "predict.batch")

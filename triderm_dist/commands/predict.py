@@ -162,7 +162,7 @@ def predict_input(config: PredictRun) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_problems
     from triderm_dist.distributed.collectives import is_main, world_size
-    from triderm_dist.distributed.malloc import disable_malloc_trim
+    from triderm_dist.distributed.malloc import disable_malloc_trim, use_expandable_segments
     from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
     from triderm_dist.inference.chunks import PredictionJob
     from triderm_dist.inference.output import check_output, part_of
@@ -192,6 +192,8 @@ def predict_input(config: PredictRun) -> None:
         from triderm_dist.distributed.parallel import start_inference
 
         start_inference("fp32", config.rank_timeout)
+    if not str(config.device).startswith("cpu"):
+        use_expandable_segments()
     predictor = Predictor(run, device=config.device, batch=config.predict.batch)
     if predictor.device.type == "cpu":
         disable_malloc_trim()

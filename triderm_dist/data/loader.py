@@ -126,8 +126,13 @@ class CanvasSource:
         raise NotImplementedError
 
     def close(self) -> None:
+        self.free_buffers()
+
+    def free_buffers(self) -> None:
+        """Free the host tensors, which are as large as the largest request so far."""
         self._free.clear()
         self._upload.clear()
+        self._lesions = 0
 
     def read_ahead(self, rows: np.ndarray, batch: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return contextlib.nullcontext(lambda steps: None)

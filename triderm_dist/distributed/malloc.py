@@ -1,10 +1,12 @@
-"""Settings of the C library's allocator."""
+"""Settings of the allocators: that of the C library, and PyTorch's for GPUs."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+
+import torch
 
 
 def disable_malloc_trim() -> None:
@@ -20,3 +22,28 @@ def disable_malloc_trim() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, -1)
     mallopt(m_top_pad, 64 * 2**20)
+
+
+def use_expandable_segments() -> None:
+    """Let PyTorch's allocator grow its blocks of GPU memory, so that trainings of several networks and micro-batches in
+    one process do not split it up. Has an effect before the first allocation only; PYTORCH_ALLOC_CONF (before PyTorch
+    2.10 PYTORCH_CUDA_ALLOC_CONF) takes precedence.
+
+    Does nothing where the driver cannot reserve addresses apart from memory, as on some shares of a GPU.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if torch.version.cuda is None or any(name in os.environ for name in names) or not _reserves_addresses():
+        return
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    os.environ[names[(major, minor) < (2, 10)]] = "expandable_segments:True"
+
+
+def _reserves_addresses() -> bool:
+    """Return whether the CUDA driver maps memory to reserved addresses on the first GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        supported, attribute = ctypes.c_int(0), 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(supported), attribute, 0)
+    except (OSError, AttributeError):
+        return False
+    return not failed and bool(supported.value)

@@ -9,15 +9,18 @@ each polls the file and replaces itself by exec (the launcher sees the same proc
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from pydantic import BaseModel, PositiveInt
 
 from triderm_dist.checksums import DamagedFile, read_checked_json
@@ -99,6 +102,33 @@ class MicroBatch:
                 restart()
 
 
+T = TypeVar("T")
+
+
+def with_smaller_batches(work: Callable[[int], T], batch: int, setting: str, alone: bool = False) -> tuple[T, int]:
+    """Call `work` with a batch size, and again with half of it for as long as memory runs out; return its result, and
+    the size that fits. For inference, whose results differ by rounding alone.
+
+    setting: by which the user chooses the size, for messages. alone: `work` has no collectives. Raises ConfigError if
+    a batch of 1 does not fit, or where other ranks wait for this one in a collective.
+    """
+    while True:
+        try:
+            return work(batch), batch
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = one_line(error, 200)
+        gc.collect()  # the tensors of the attempt; its traceback is gone
+        torch.cuda.empty_cache()
+        if batch == 1:
+            raise ConfigError(f"out of memory with a single lesion ({reason}); free the device, or use another one")
+        if world_size() > 1 and not alone:
+            raise ConfigError(f"out of memory with {setting}={batch} ({reason}); set {setting}={batch // 2}")
+        batch //= 2
+        print(wrapped(f"out of memory: going on with {setting}={batch} ({reason})"), flush=True)
+
+
 def next_smaller(size: int, per_rank: int, smallest: int = 1) -> int:
     """Return the largest micro-batch of at most size / 2 that divides the global batch per rank, a multiple of
     `smallest`.
@@ -135,5 +165,6 @@ def restart() -> None:
 def _message(size: int, smaller: int) -> str:
     return (
         f"out of memory: resuming from the last checkpoint with micro-batch {smaller} instead of {size} and "
-        f"{size // smaller} times the accumulation steps; the global batch is unchanged"
+        f"{size // smaller} times the accumulation steps; the global batch is unchanged. Several micro-batches a step "
+        "need a first forward pass for the soft F1 loss, which a new run saves by train.loss.soft_f1_sums=previous"
     )

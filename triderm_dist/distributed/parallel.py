@@ -34,7 +34,7 @@ from triderm_dist.distributed.blocks import prepare_blocks
 from triderm_dist.distributed.collectives import world_size
 from triderm_dist.distributed.heartbeat import reports_nccl_errors, start_heartbeat
 from triderm_dist.distributed.library_errors import permanent_fault
-from triderm_dist.distributed.malloc import disable_malloc_trim
+from triderm_dist.distributed.malloc import disable_malloc_trim, use_expandable_segments
 from triderm_dist.models.depthwise import use_fast_depthwise
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
@@ -100,6 +100,7 @@ def start(
     if on_cpu:
         disable_malloc_trim()
     else:
+        use_expandable_segments()
         # Before anything else uses a GPU: a context on GPU 0 takes 0.5 GiB for each rank.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -113,8 +114,6 @@ def start(
         os.environ["ACCELERATE_USE_CPU"] = "true"
     # Without an explicit backend DeepSpeed on CPU gives every rank a world size of 1.
     backend = "gloo" if on_cpu else "nccl"
-    if not on_cpu:
-        _check_own_gpu()
     if reports_nccl_errors():
         # NCCL's watchdog only reports: `heartbeat` ends the process, with the exit code that is right.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -146,17 +145,6 @@ def start(
         settings["zero_force_ds_cpu_optimizer"] = False
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
-
-
-def _check_own_gpu() -> None:
-    """Raise ConfigError where this host has more ranks than GPUs: CUDA only says that an ordinal is invalid."""
-    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= gpus:
-        raise ConfigError(
-            f"LOCAL_RANK={local}: this host has {gpus} GPU{'s' * (gpus > 1)}, and each rank needs its own; start at "
-            f"most {gpus} per host (--num_processes), or trainings that share a GPU by triderm crossval "
-            "parallel_folds=true gpus=0.5"
-        )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.distributed.collectives import is_distributed
+from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream, warm_up_steps
@@ -104,7 +105,9 @@ def measure(
         meter.start(loader, 0)
         elapsed = run(total)
         values = meter.read(loader, total)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise InputError(
             f"a micro-batch of {config.micro_batch} does not fit; lower train.micro_batch or set "
             "train.activation_checkpointing=true"

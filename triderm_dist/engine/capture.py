@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from triderm_dist.distributed.out_of_memory import is_out_of_memory
+from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.schema import Batch, InputError, Outputs, one_line
 

@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 
 from triderm_dist.config import Experiment, ModelConfig, TrainConfig
+from triderm_dist.data.loader import CanvasSource
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import is_main, on_main
-from triderm_dist.distributed.out_of_memory import MicroBatch
+from triderm_dist.distributed.out_of_memory import MicroBatch, with_smaller_batches
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine import cpu_precision
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
@@ -232,6 +233,9 @@ class FoldRun:
             smallest=self.train.smallest_micro_batch,
         )  # fmt: skip
         while (outcome := self._attempt(micro_batch)) is None:
+            for loaders in (self.views.training, self.views.loaders):
+                if isinstance(loaders.source, CanvasSource):
+                    loaders.source.free_buffers()
             gc.collect()  # tensors of the attempt that ran out of memory
             torch.cuda.empty_cache()
         if not self.train.keep_checkpoints:
@@ -244,7 +248,8 @@ class FoldRun:
         if on_main(lambda: is_fold_finished(self.experiment, self.index, self.name, self.fold)):
             return
         accelerator = parallel.start_inference(self.train.precision, self.experiment.rank_timeout)
-        held_out = self._predict(accelerator, self.experiment.predict.batch)
+        predict = partial(self._predict, accelerator)
+        held_out, _ = with_smaller_batches(predict, self.experiment.predict.batch, "predict.batch")
         on_main(partial(self._write_predictions, held_out, read_info(self.path / "weights")["sha256"]))
         transforms = counted(self.experiment.oof.tta, "transform")
         done = f"{len(self.validation_rows):,} held-out lesions predicted again, mean of {transforms}"

@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
+from torch import nn
 
 from triderm_dist.config import Experiment, Networks
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
 from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.out_of_memory import with_smaller_batches
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
-from triderm_dist.engine.evaluate import evaluate
+from triderm_dist.engine.evaluate import Evaluation, evaluate
 from triderm_dist.engine.fold import (
     as_predictions,
     fold_tower,
@@ -42,6 +45,7 @@ def predict_test(
     """
     models = list(models)
     folders = {name: network_folders(experiment, name, networks) for name in models}
+    batch = experiment.predict.batch
     for name in models:
         model = model_config(experiment, name)
         opened: dict[TowerRecord | None, Views] = {}
@@ -61,10 +65,9 @@ def predict_test(
             network = new_network(model, views, pretrained=False)
             load_weights(folder / "weights", network)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-            evaluation = evaluate(
-                network, views.loaders, np.arange(len(index)), accelerator,
-                micro_batch=experiment.predict.batch, transforms=transforms,
-            )  # fmt: skip
+            evaluation, batch = with_smaller_batches(
+                partial(_evaluate, network, views, accelerator, transforms), batch, "predict.batch"
+            )
             predictions = as_predictions(
                 evaluation, index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
             )
@@ -72,6 +75,11 @@ def predict_test(
             title = f"{name} {'refit' if networks == 'refit' else folder.name.replace('-', ' ')}"
             done = f"{len(index):,} test lesions predicted, mean of {counted(transforms, 'transform')}"
             accelerator.print(wrapped(f"{title}: {done}"), flush=True)
+
+
+def _evaluate(network: nn.Module, views: Views, accelerator: Accelerator, transforms: int, batch: int) -> Evaluation:
+    rows = np.arange(len(views.loaders.index))
+    return evaluate(network, views.loaders, rows, accelerator, micro_batch=batch, transforms=transforms)
 
 
 def _write(folder: Path, predictions: Predictions, transforms: int, inputs: str) -> None:

@@ -26,6 +26,7 @@ from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.heartbeat import note_progress
+from triderm_dist.distributed.out_of_memory import with_smaller_batches
 from triderm_dist.engine.extra_towers import ExtraTower, join_towers
 from triderm_dist.engine.init_overlap import WarmStart
 from triderm_dist.engine.trained_network import TrainedNetwork
@@ -337,6 +338,7 @@ class TokenExtractor:
     """Computes tokens of a frozen tower, or what frozen blocks return. `loaders` give photos.
 
     views: to compute; default those of the set's task.  what: is computed, for the progress bar.
+    batch: lesions at a time, fewer where memory runs out.
     """
 
     tower: nn.Module
@@ -346,6 +348,7 @@ class TokenExtractor:
     accelerator: Accelerator
     views: Sequence[str] = ()
     what: str = "tokens of the frozen tower"
+    batch: int = EXTRACT_BATCH
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "views", self.views or self.loaders.index.signature.views)
@@ -407,19 +410,26 @@ class TokenExtractor:
 
     def extract(self, encoder: Encoder, rows: np.ndarray, version: str) -> np.ndarray:
         """Return the tokens (n, views, L, D), of blocks (n, views, ...), float16, of index rows (n,) in one version."""
+        work = partial(self._extract, encoder, rows, version)
+        tokens, batch = with_smaller_batches(work, self.batch, "lesions at a time", alone=True)
+        object.__setattr__(self, "batch", batch)
+        return tokens
+
+    def _extract(self, encoder: Encoder, rows: np.ndarray, version: str, batch: int) -> np.ndarray:
+        """Extract with `batch` lesions at a time."""
         kind, _, number = version.rpartition("-")
         augmented, device = kind.startswith("augmented"), self.accelerator.device
         loader = self.loaders.sequential(
-            rows, EXTRACT_BATCH, device,
+            rows, batch, device,
             augment=self.augment if augmented else None, seed=self.seed, epoch=int(number) if augmented else 0,
         )  # fmt: skip
         transform = int(number) if kind == "dihedral" else 0
 
         @torch.inference_mode()
         def tokens_of(step: Step) -> np.ndarray:
-            batch = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
+            photos = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                tokens = [encoder(getattr(batch, view))[: step.count] for view in self.views]
+                tokens = [encoder(getattr(photos, view))[: step.count] for view in self.views]
             return torch.stack(tokens, 1).half().cpu().numpy()
 
         if device.type != "cpu":  # which computes while the next batch is loaded anyway

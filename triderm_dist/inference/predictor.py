@@ -22,6 +22,7 @@ from triderm_dist.data.augment import LesionRng, dihedral
 from triderm_dist.data.loader import Fetched, LoaderFactory
 from triderm_dist.data.photo_set import PhotoSet, PhotoSetSource
 from triderm_dist.data.problems import Problem
+from triderm_dist.distributed.out_of_memory import with_smaller_batches
 from triderm_dist.engine.evaluate import Evaluation, mean_outputs
 from triderm_dist.engine.explain import maps_of
 from triderm_dist.engine.fold import as_predictions
@@ -59,7 +60,7 @@ class Predictor:
     """The networks and the ensemble of a run, loaded once; safe to use from several threads.
 
     device: such as `cpu` or `cuda:1`; None takes the GPU if there is one.  precision: None takes that of each model's
-    settings.  batch: lesions in a forward pass; None takes `predict.batch` of the run.
+    settings.  batch: lesions in a forward pass, fewer where memory runs out; None takes `predict.batch` of the run.
     """
 
     def __init__(
@@ -97,8 +98,13 @@ class Predictor:
         transforms: 1, 2, 4 or 8, the first of the 8.  drop: see `PhotoSetSource`. Raises DataError for a photo that
         cannot be read.
         """
-        source = _Canvases(photos, drop)
-        outputs, embeddings = self._outputs(photos, source, transforms)
+
+        def outputs_of(batch: int) -> tuple[_Canvases, dict[tuple[str, int], list[np.ndarray]], np.ndarray | None]:
+            source = _Canvases(photos, drop)
+            return source, *self._outputs(photos, source, transforms, batch)
+
+        found, self.batch = with_smaller_batches(outputs_of, self.batch, "predict.batch", alone=True)
+        source, outputs, embeddings = found
         parts = []
         for model in self.models:
             for number, trained in enumerate(model.trained):
@@ -131,10 +137,10 @@ class Predictor:
 
     @torch.no_grad()
     def _outputs(
-        self, photos: PhotoSet, source: _Canvases, transforms: int
+        self, photos: PhotoSet, source: _Canvases, transforms: int, batch: int
     ) -> tuple[dict[tuple[str, int], list[np.ndarray]], np.ndarray | None]:
         """Return the mean outputs by model and fold, as `mean_outputs` has them, and the embeddings (N, E)."""
-        steps = max(1, -(-len(photos) // self.batch))  # of equal size, so that little is padded
+        steps = max(1, -(-len(photos) // batch))  # of equal size, so that little is padded
         settings = self.run.experiment.data
         loaders = LoaderFactory(photos, source, settings.workers, settings.prefetch)
         gathered: dict[tuple[str, int], list[list[np.ndarray]]] = defaultdict(list)
@@ -143,7 +149,7 @@ class Predictor:
             canvases, count = step.micro_batches[0], step.count
             views = {view: getattr(canvases, view) for view in source.views}
             pixels = _Pixels(views)
-            for key, means in self._means(canvases, pixels, transforms).items():
+            for key, means in self._means(canvases, pixels, transforms, batch).items():
                 gathered[key].append([mean[:count].cpu().numpy() for mean in means])
             if embed := self.embedding:
                 parts = [embed(pixels.upright(embed.preprocessing, view)) for view in views]
@@ -153,12 +159,14 @@ class Predictor:
         }
         return outputs, np.concatenate(embeddings) if self.embedding else None
 
-    def _means(self, batch: Batch, pixels: _Pixels, transforms: int) -> dict[tuple[str, int], list[Tensor]]:
+    def _means(
+        self, batch: Batch, pixels: _Pixels, transforms: int, largest: int
+    ) -> dict[tuple[str, int], list[Tensor]]:
         """Return the outputs of all networks for a batch by model and fold, averaged over the transforms.
 
-        Several transforms of a small batch pass a network at once.
+        Several transforms of a small batch pass a network at once, up to the `largest` batch.
         """
-        at_once = max(1, min(transforms, self.batch // len(batch.lesion_ids)))
+        at_once = max(1, min(transforms, largest // len(batch.lesion_ids)))
         outputs: dict[tuple[str, int], list[Outputs]] = defaultdict(list)
         for first in range(0, transforms, at_once):
             chosen = range(first, min(first + at_once, transforms))
