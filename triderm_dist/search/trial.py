@@ -178,9 +178,8 @@ def run_trial(
 def _own_experiment(trial: Trial, experiment: Experiment, model: str, folder: Path) -> Experiment:
     """Return the experiment that a trial trains in its folder. Raises ConfigError for settings that contradict."""
     # A trial resumes from its last checkpoint, so that one is enough; another may continue from that of a complete one.
-    kept = {"train.keep_last": 1, "train.keep_checkpoints": True}
-    kept |= {"train.validate_every": 1, "train.save_every_seconds": None}
-    own = with_settings(experiment, model, {**trial.settings, **kept})
+    kept = {"train.keep_last": 1, "train.keep_checkpoints": True, "train.save_every_seconds": None}
+    own = with_settings(experiment, model, {**trial.settings, **kept, "train.validate_every": 1})
     data = own.data.model_copy(update={"shards": experiment.train_shards})
     changes = {"output": str(folder), "data": data, "tokens": str(experiment.token_folder)}
     if trial.seed:  # the tokens of a frozen tower are shared by all trials
