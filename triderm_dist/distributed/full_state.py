@@ -14,7 +14,7 @@ Accelerate scales; DeepSpeed restarts its own. DeepSpeed flattens the weights an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from triderm_dist.distributed.collectives import is_main
 from triderm_dist.distributed.parallel import strategy_of, unwrap
 from triderm_dist.schema import CheckpointError, ConfigError
 
@@ -47,8 +48,25 @@ class OptimizerState:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor on the CPU, gathered if it is a DTensor; call on all ranks."""
+    return _gathered(tensor).cpu()
+
+
+def host_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    """Gather named tensors one after the other and copy each to the host, on rank 0 alone, which is to write them.
+
+    The copies share no memory with the training; empty on other ranks. Call on all ranks.
+    """
+    result: Tensors = {}
+    for name, tensor in tensors:
+        full = _gathered(tensor)
+        if is_main():
+            result[name] = full.clone() if full.device.type == "cpu" else full.cpu()
+    return result
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def participates(accelerator: Accelerator) -> bool:
@@ -75,27 +93,29 @@ def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def full_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
     """Return the network's full state dict, in fp32 where DeepSpeed keeps master weights.
 
-    Empty on ranks that do not participate. Call on all ranks.
+    Empty on ranks other than 0. Call on all ranks.
     """
-    if not participates(accelerator):
-        return {}
     network = unwrap(wrapped)
-    if strategy_of(accelerator) != "deepspeed":
-        return {name: full_tensor(tensor) for name, tensor in network.state_dict().items()}
+    if strategy_of(accelerator) == "deepspeed":
+        return host_tensors(_deepspeed_weights(network))
+    return host_tensors(network.state_dict().items()) if participates(accelerator) else {}
+
+
+def _deepspeed_weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights in fp32 by name, each gathered."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    parameters, result = dict(network.named_parameters()), {}
+    parameters = dict(network.named_parameters())
     for name, tensor in network.state_dict().items():
         parameter = parameters.get(name)
         if parameter is None:
-            result[name] = full_tensor(tensor)
+            yield name, tensor
         elif parameter.requires_grad:
-            result[name] = full_tensor(safe_get_full_fp32_param(parameter))
+            yield name, safe_get_full_fp32_param(parameter)
         else:
             with deepspeed.zero.GatheredParameters([parameter]):
-                result[name] = full_tensor(parameter).float().clone()
-    return result
+                yield name, parameter.float().clone()
 
 
 @torch.no_grad()
@@ -105,7 +125,7 @@ def full_optimizer_state(
     optimizer: torch.optim.Optimizer,
     initial_groups: list[dict[str, Any]],
 ) -> OptimizerState:
-    """Return the full state of any optimizer; empty before the first step and on ranks that do not participate.
+    """Return the full state of any optimizer; without tensors before the first step and on ranks other than 0.
 
     optimizer: the plain one.  initial_groups: `group_entries` of it before its first step. Call on all ranks.
     """
@@ -115,10 +135,11 @@ def full_optimizer_state(
     if strategy_of(accelerator) == "deepspeed":
         result.tensors = _full_deepspeed_state(wrapped, optimizer)
         return result
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in _trained(wrapped).items():
         for key, value in _leaves(optimizer.state.get(parameter, {})):
             if isinstance(value, torch.Tensor):
-                result.tensors[f"{key}/{name}"] = full_tensor(value).clone()
+                tensors[f"{key}/{name}"] = value
             elif isinstance(value, int | float | str | None):
                 result.values[f"{key}/{name}"] = value
             else:
@@ -126,6 +147,7 @@ def full_optimizer_state(
                     f"train.optim.name: {type(optimizer).__name__} keeps a {type(value).__name__} as state {key!r}, "
                     "which a checkpoint cannot hold; use another optimizer"
                 )
+    result.tensors = host_tensors(tensors.items())
     groups = [
         {key: value for key, value in now.items() if value != before.get(key)}
         for now, before in zip(group_entries(optimizer), initial_groups, strict=True)
@@ -228,15 +250,17 @@ def _restored(fresh: Any, name: str, saved: Mapping[str, Any], key: str = "") ->
 def _full_deepspeed_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    result: Tensors = {}
     steps = [state["step"] for state in optimizer.state.values() if "step" in state]
     if not steps:
-        return result
+        return {}
     _link_moments(wrapped.optimizer)
-    for name, parameter in _trained(wrapped).items():
-        result |= {f"{key}/{name}": full_tensor(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
-        result[f"step/{name}"] = torch.tensor(float(steps[0]))
-    return result
+    trained, step = _trained(wrapped), torch.tensor(float(steps[0]))
+    moments = (
+        (f"{key}/{name}", safe_get_full_optimizer_state(parameter, key))
+        for name, parameter in trained.items()
+        for key in MOMENTS
+    )
+    return host_tensors(moments) | ({f"step/{name}": step.clone() for name in trained} if is_main() else {})
 
 
 def _load_deepspeed(

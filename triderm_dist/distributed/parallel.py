@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from torch import nn
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.blocks import prepare_blocks
-from triderm_dist.distributed.collectives import world_size
+from triderm_dist.distributed.collectives import all_reduce_sum, world_size
 from triderm_dist.distributed.heartbeat import reports_nccl_errors, start_heartbeat
 from triderm_dist.distributed.library_errors import permanent_fault
 from triderm_dist.distributed.malloc import disable_malloc_trim, use_expandable_segments
@@ -47,6 +48,9 @@ Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 ATTEMPT = "TRIDERM_ATTEMPT"
 """How often `out_of_memory.restart` has replaced this process; the same number on all ranks."""
+_LAST = "_triderm_last"
+"""Attribute of a network under FSDP2: whether it is set for the last micro-batch of a step. Each change walks over all
+modules."""
 _FSDP2 = "TRIDERM_FSDP2"
 """Set by `start` if the launcher asks for FSDP, which is then hidden from Accelerate."""
 
@@ -286,6 +290,8 @@ def wrap(
         if chosen == "fsdp2":
             _shard(network, accelerator)
         optimizer = build_optimizer(network)
+        if chosen == "fsdp2":
+            _update_local_shards(optimizer)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
         if chosen == "ddp":
             wrapped = _data_parallel(wrapped, accelerator)
@@ -305,7 +311,8 @@ def _data_parallel(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def _shard(network: Network, accelerator: Accelerator) -> None:
-    """`fully_shard` each block, frozen ones too, and then the rest.
+    """`fully_shard` each block that is trained and then the rest. Frozen weights stay whole on every rank: gathering
+    them again in each forward pass would take longer than the little memory is worth.
 
     Weights, all-gathers and gradient reductions are fp32, under autocast, as in DDP: with 16-bit weights a norm would
     get weights and inputs of different precision, which not every device supports.
@@ -313,12 +320,45 @@ def _shard(network: Network, accelerator: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    towers: list[Any] = list(network.towers.values())
-    for block in [*(block for tower in towers for block in tower.blocks), *network.fusion_stages()]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+    }
+    if "ignored_params" in signature(fully_shard).parameters:  # not in the oldest supported torch: all are sharded
+        options["ignored_params"] = {each for each in network.parameters() if not each.requires_grad}
+    for block in network.blocks():
+        fully_shard(block, reshard_after_forward=_reshards_after_forward(), **options)
+    fully_shard(network, **options)
+
+
+def _reshards_after_forward() -> bool:
+    """Return whether blocks give up gathered weights after their forward pass and gather them again in the backward
+    pass, as the launcher's `fsdp_reshard_after_forward` says.
+    """
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
+
+
+def _update_local_shards(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam and AdamW update the shards of this rank as plain tensors: for hundreds of DTensors each operation is
+    dispatched one by one. Its state remains in DTensors.
+    """
+    collect = getattr(optimizer, "_init_group", None)
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or collect is None:
+        return
+
+    def collect_local(group: Any, *lists: list[torch.Tensor]) -> Any:
+        """Fill the lists of weights, gradients and moments of a group."""
+        result = collect(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local_part(tensor) for tensor in tensors]
+        return result
+
+    optimizer._init_group = collect_local  # type: ignore[union-attr]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a DTensor, and any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> None:
@@ -326,7 +366,7 @@ def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> N
 
     # By name, since importing DeepSpeed takes seconds.
     expected = {"ddp": "DistributedDataParallel", "deepspeed": "DeepSpeedEngine"}.get(chosen, type(network).__name__)
-    sharded = [isinstance(parameter, DTensor) for parameter in wrapped.parameters()]
+    sharded = [isinstance(parameter, DTensor) for parameter in wrapped.parameters() if parameter.requires_grad]
     if type(wrapped).__name__ != expected or (not all(sharded) if chosen == "fsdp2" else any(sharded)):
         raise ConfigError(
             f"{chosen}: got a {type(wrapped).__name__} with {sum(sharded)} of {len(sharded)} parameters sharded; "
@@ -340,11 +380,15 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
 
 
 def accumulate(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Context of a micro-batch; gradients are all-reduced in the last one of a step only."""
+    """Context of a micro-batch; gradients are all-reduced in the last one of a step only, and until then FSDP2 keeps
+    the weights that it has gathered.
+    """
     accelerator.sync_gradients = last
     chosen = strategy_of(accelerator)
-    if chosen == "fsdp2":
+    if chosen == "fsdp2" and getattr(wrapped, _LAST, True) != last:
         wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+        wrapped.set_reshard_after_backward(last)  # type: ignore[operator]
+        setattr(wrapped, _LAST, last)
     if last or chosen != "ddp":
         return nullcontext()
     return accelerator.no_sync(wrapped)
@@ -366,10 +410,21 @@ def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float
 
     DeepSpeed clips inside its engine.
     """
+    if strategy_of(accelerator) == "fsdp2":
+        accelerator.unscale_gradients()
+        return _clip_shards([p.grad for p in wrapped.parameters() if p.grad is not None], max_norm)
     norm = accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
-    if isinstance(norm, torch.Tensor):
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return torch.tensor(float(norm or 0.0), device=accelerator.device)
+    return norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm or 0.0), device=accelerator.device)
+
+
+@torch.no_grad()
+def _clip_shards(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Clip sharded gradients as `torch.nn.utils.clip_grad_norm_` does, with one all-reduce and few launches."""
+    local = [local_part(gradient) for gradient in gradients]
+    squares = torch.stack(torch._foreach_norm(local)).square().sum()
+    norm = all_reduce_sum(squares).sqrt()
+    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def reshard_after_write(wrapped: nn.Module) -> None:

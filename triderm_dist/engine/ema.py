@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from triderm_dist.distributed.full_state import Tensors, full_tensor, local_shard
-from triderm_dist.distributed.parallel import reshard_after_write, unwrap
+from triderm_dist.distributed.full_state import Tensors, host_tensors, local_shard
+from triderm_dist.distributed.parallel import local_part, reshard_after_write, unwrap
 
 _EPOCH = "averaged.epoch"
 """Key of `EpochAverage.state` beside those of parameters."""
@@ -42,8 +42,8 @@ class WeightAverage:
             self._swap()
 
     def state(self) -> Tensors:
-        """Return the full averages by parameter name; call on all ranks."""
-        return {name: full_tensor(mean).clone() for name, mean in self._mean.items()}
+        """Return the full averages by parameter name, on rank 0 alone; call on all ranks."""
+        return host_tensors(self._mean.items())
 
     @torch.no_grad()
     def load(self, saved: Tensors) -> None:
@@ -55,7 +55,7 @@ class WeightAverage:
     def _swap(self) -> None:
         reshard_after_write(self._wrapped)
         for name, parameter in self._live.items():
-            live, mean = _local(parameter.detach()), _local(self._mean[name])
+            live, mean = local_part(parameter.detach()), local_part(self._mean[name])
             weights = live.clone()
             live.copy_(mean)
             mean.copy_(weights)
@@ -63,8 +63,8 @@ class WeightAverage:
     @torch.no_grad()
     def _move(self, weight: float) -> None:
         """Move the average by this share of the way to the live weights."""
-        means = [_local(mean) for mean in self._mean.values()]
-        torch._foreach_lerp_(means, [_local(p.detach()) for p in self._live.values()], weight)
+        means = [local_part(mean) for mean in self._mean.values()]
+        torch._foreach_lerp_(means, [local_part(p.detach()) for p in self._live.values()], weight)
 
 
 class Ema(WeightAverage):
@@ -102,7 +102,3 @@ class EpochAverage(WeightAverage):
     def load(self, saved: Tensors) -> None:
         super().load(saved)
         self._epoch = int(saved[_EPOCH])
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
