@@ -122,7 +122,7 @@ def guides(columns: np.ndarray, labels: np.ndarray) -> object:
 def compare(settings: Settings) -> dict[str, float]:
     speedups, differences = [], []
     print(f"{settings.rows:,} rows to fit and to judge, {openmp_threads()} cores, ours on "
-          f"{device_of(StackConfig(device=settings.device))}\n")  # type: ignore[arg-type] # fmt: skip
+          f"{device_of(StackConfig(device=settings.device), settings.rows * max(settings.columns))}\n")  # type: ignore[arg-type] # fmt: skip
     print(f"{'columns':>8} {'eleven boosters':>17} {'one booster':>13} {'faster':>8}   "
           "macro F1 argmax, eleven -> one (less, 95%)   at 0.5")  # fmt: skip
     for width in settings.columns:

@@ -577,7 +577,7 @@ class StackConfig(Section):
     reg_lambda: float = Field(2.0, ge=0, description="L2 penalty on the leaves")
     class_weight_power: float = Field(0.5, ge=0, le=1, description="weight of a row: share of its diagnosis ** -power")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="device of XGBoost; auto uses a GPU if there is one"
+        "auto", description="device of XGBoost; auto uses a GPU, if there is one, from 20 million cells on"
     )
     memory_gb: float = Field(8.0, gt=0, description="GiB of columns above which they are streamed from a parquet file")
     extra: tuple[Literal["embeddings", "features"], ...] = Field(

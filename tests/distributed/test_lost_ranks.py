@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tests.processes import WORKERS, finish, start
 from triderm_dist.cli import Interrupted
+from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank
 from triderm_dist.distributed.library_errors import is_backend_error, permanent_fault
 from triderm_dist.schema import InputError
@@ -153,3 +154,15 @@ def test_other_errors_pass():
         with pytest.raises(type(error)) as raised, interrupt_on_lost_rank():
             raise error
         assert raised.value is error and not is_backend_error(error)
+
+
+def test_smallest_loss_scale_of_deepspeed_is_refused_with_advice():
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=1.0, scale_window=10, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False
+    )
+    with pytest.raises(InputError, match="precision=bf16"), parallel.naming_smallest_scale():
+        scaler.update_scale(overflow=True)
+    with pytest.raises(ValueError, match="another"), parallel.naming_smallest_scale():
+        raise ValueError("another")

@@ -9,10 +9,11 @@ from tests.ensemble.conftest import training_rows
 from tests.synthetic_run import CLINIC, write_run
 from triderm_dist import metrics
 from triderm_dist.config import StackConfig
+from triderm_dist.ensemble import xgboost_stacker
 from triderm_dist.ensemble.columns import ColumnFile
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
 from triderm_dist.ensemble.stack_inputs import base_columns
-from triderm_dist.ensemble.xgboost_stacker import count_gpus, device_of, threads_for
+from triderm_dist.ensemble.xgboost_stacker import GPU_CELLS, count_gpus, device_of, import_xgboost, threads_for
 from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import DIAGNOSES, DataError
 from triderm_dist.tasks import milk10k_task
@@ -36,12 +37,21 @@ def test_fits_are_bit_identical_and_round_trip_through_files(table: OofTable, tm
 
 
 def test_missing_gpu_is_an_error_instead_of_a_cpu_fallback() -> None:
-    assert device_of(StackConfig(device="cpu")) == "cpu"
+    assert device_of(StackConfig(device="cpu"), GPU_CELLS) == "cpu"
     if count_gpus():
         pytest.skip("this machine has a GPU")
-    assert device_of(StackConfig(device="auto")) == "cpu"
+    assert device_of(StackConfig(device="auto"), GPU_CELLS) == "cpu"
     with pytest.raises(DataError, match="no GPU"):
-        device_of(StackConfig(device="cuda"))
+        device_of(StackConfig(device="cuda"), 1)
+
+
+def test_auto_leaves_small_and_streamed_fits_on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(xgboost_stacker, "count_gpus", lambda: 1)
+    monkeypatch.setattr(import_xgboost(), "build_info", lambda: {"USE_CUDA": True})
+    auto = StackConfig(device="auto")
+    assert [device_of(auto, cells) for cells in (5_000 * 60, GPU_CELLS)] == ["cpu", "cuda"]
+    assert device_of(auto, GPU_CELLS, in_memory=False) == "cpu"
+    assert device_of(StackConfig(device="cuda"), 1, in_memory=False) == "cuda"
 
 
 def test_columns_from_a_file_and_in_memory_give_equivalent_stackers(table: OofTable, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The log of a run: printed lines, metrics.jsonl, TensorBoard, other trackers."""
 
+import json
+import math
 import re
 import time
 
@@ -32,6 +34,19 @@ def scalars_of(folder) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {name: {each.step: each.value for each in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def test_numbers_that_are_not_finite_are_null_in_json_and_nan_when_read(tmp_path):
+    for step in (0, 10):  # the second one rewrites the lines of the first
+        with tracker_in(tmp_path, step=step) as tracker:
+            tracker.log("train", 0.5, step + 10, {**TRAIN, "grad_norm": float("inf"), "aux": float("nan")})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse)["grad_norm"] for line in lines] == [None, None]
+    assert all(math.isnan(record["grad_norm"]) for record in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_record_is_printed_and_written_as_json_and_scalars(tmp_path, capsys):

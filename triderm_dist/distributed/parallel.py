@@ -41,7 +41,7 @@ from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.runtime.extras import DEEPSPEED, require
 from triderm_dist.runtime.rank_variables import OWN
-from triderm_dist.schema import ConfigError, one_line
+from triderm_dist.schema import ConfigError, InputError, one_line
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
@@ -402,7 +402,21 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
     ranks, shows both.
     """
     factor = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    accelerator.backward(loss * (factor + 0 * loss.detach()))
+    with naming_smallest_scale():
+        accelerator.backward(loss * (factor + 0 * loss.detach()))
+
+
+@contextmanager
+def naming_smallest_scale() -> Iterator[None]:
+    """Context of a step of DeepSpeed, whose fp16 loss scaler raises a plain Exception. Raises InputError instead."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise InputError(
+            "fp16 gradients are infinite even at DeepSpeed's smallest loss scale; set train.precision=bf16 or fp32"
+        ) from None
 
 
 def clip_grad_norm(accelerator: Accelerator, wrapped: nn.Module, max_norm: float) -> torch.Tensor:

@@ -50,7 +50,7 @@ def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, see
         tasks.append((train, held_out, [target, out_of_fold] if (train | held_out).all() else [target]))
     training_sets = {train.tobytes(): train for train, _, _ in tasks}
     kind, settings = stacker_kind(config)
-    parallel = min(kind.parallel_fits(settings), len(training_sets))
+    parallel = min(kind.parallel_fits(settings, rows), len(training_sets))
 
     def fit(train: np.ndarray) -> FittedStacker:
         return fit_stacker(rows.take(train), config, seed, cores=openmp_threads() // parallel)

@@ -116,8 +116,10 @@ class Stacker(Protocol):
         """Read what `save` wrote; `description` is the content of stack.json."""
 
     @classmethod
-    def parallel_fits(cls, settings: Any) -> int:
-        """Return how many fits may run at the same time, in threads: 1 unless `fit` releases the GIL."""
+    def parallel_fits(cls, settings: Any, rows: TrainingRows) -> int:
+        """Return how many fits on most of the rows may run at the same time, in threads: 1 unless `fit` releases the
+        GIL.
+        """
         return 1
 
     def importance(self) -> tuple[str, dict[str, float]] | None:

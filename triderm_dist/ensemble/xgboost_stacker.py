@@ -44,6 +44,11 @@ CELLS_PER_THREAD = 4_000_000
 number of cores."""
 
 
+GPU_CELLS = 20_000_000
+"""Cells from which device=auto takes a GPU. A fit is hundreds of rounds of small trees: below, a GPU waits for its
+launches (estimated; `benchmarks.gpu part=4` measures it), and takes one fit at a time, a CPU one per core."""
+
+
 class _Keys(BaseModel):
     """Keys of stack.json that this kind of stacker adds."""
 
@@ -84,7 +89,7 @@ class XGBoostStacker(Stacker):
         Without them, the number is found first: a booster on four fifths of the rows (groups kept together, stratified)
         stops when the other fifth no longer improves. Raises DataError where the device does not exist.
         """
-        device = device_of(settings)
+        device = device_of(settings, len(rows) * rows.width, rows.in_memory)
         threads = threads_for(len(rows), rows.width, cores)
         weights = _row_weights(rows.labels, len(rows.diagnoses), settings.class_weight_power)
         parameters = {
@@ -160,9 +165,10 @@ class XGBoostStacker(Stacker):
         return cls(path.read_bytes(), description["rounds"], description["device"], description["gain"])
 
     @classmethod
-    def parallel_fits(cls, settings: StackConfig) -> int:
+    def parallel_fits(cls, settings: StackConfig, rows: TrainingRows) -> int:
         """Return 1 on a GPU; on a CPU one per core, since most fits are small and XGBoost releases the GIL."""
-        return 1 if device_of(settings) == "cuda" else openmp_threads()
+        device = device_of(settings, len(rows) * rows.width, rows.in_memory)
+        return 1 if device == "cuda" else openmp_threads()
 
     def needed(self) -> tuple[str, ...]:
         return () if self._trees else self.packages
@@ -180,12 +186,13 @@ class XGBoostStacker(Stacker):
             raise DataError(f"not a model of this XGBoost ({reason}); run triderm stack again") from None
 
 
-def device_of(config: StackConfig) -> str:
-    """Return the device that XGBoost will use; XGBoost itself falls back silently from `cuda` to the CPU.
+def device_of(config: StackConfig, cells: int, in_memory: bool = True) -> str:
+    """Return the device that XGBoost will use for a fit; XGBoost itself falls back silently from `cuda` to the CPU.
 
-    Raises DataError for device=cuda without a GPU or a GPU build.
+    cells: rows x columns.  in_memory: auto streams columns from a file on the CPU, as they lie in the memory of the
+    host. Raises DataError for device=cuda without a GPU or a GPU build.
     """
-    if config.device == "cpu":
+    if config.device == "cpu" or (config.device == "auto" and (cells < GPU_CELLS or not in_memory)):
         return "cpu"
     usable = bool(import_xgboost().build_info().get("USE_CUDA")) and count_gpus() > 0
     if config.device == "cuda" and not usable:

@@ -1,8 +1,10 @@
-"""Read metrics.jsonl, without importing PyTorch."""
+"""Lines of metrics.jsonl, without importing PyTorch. JSON has no NaN and no infinity: null stands for them."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,30 @@ class _Record(BaseModel):
 
 
 class _Train(_Record):
-    loss: float
+    loss: float | None
 
 
 class _Validation(_Record):
-    macro_f1: float
-    official: float
+    macro_f1: float | None
+    official: float | None
 
 
 _KINDS: dict[str, type[BaseModel]] = {"train": _Train, "validation": _Validation}
 
 
+def metrics_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of metrics.jsonl; what is not finite (the gradient norm of a step that fp16 skips)
+    becomes null.
+    """
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, empty if there is no file, without lines that are cut off or damaged."""
+    """Return the records of a metrics.jsonl, empty if there is no file, without lines that are cut off or damaged.
+
+    A null is NaN.
+    """
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -40,5 +53,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             check_mapping(record, _KINDS.get(record["kind"], _Record))
         except (ValueError, TypeError, KeyError, RecursionError, DamagedFile):
             continue
-        records.append(record)
+        records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records

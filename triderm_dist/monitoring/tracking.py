@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from triderm_dist.distributed.collectives import on_main
 from triderm_dist.files import naming_file, write_text
-from triderm_dist.monitoring.metrics_log import read_metrics
+from triderm_dist.monitoring.metrics_log import metrics_line, read_metrics
 from triderm_dist.monitoring.train_lines import TrainLines
 from triderm_dist.runtime.extras import install_command, is_installed
 from triderm_dist.runtime.redact import REDACTED
@@ -74,7 +73,7 @@ class Tracker:
         step, folder = self._step, self._path.parent
         before = [line for line in read_metrics(self._path) if line["step"] <= step] if step else []
         kept = [line for line in before if line["kind"] != "validation" or line["epoch"] <= self._epoch]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self._path, "".join(map(metrics_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
         self._began = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self._trackers = {
@@ -101,7 +100,7 @@ class Tracker:
         seconds = time.perf_counter() - self._began
         record = {"kind": kind, "epoch": round(epoch, 4), "step": step, "seconds": round(seconds, 2), **values}
         with naming_file(self._path):
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(metrics_line(record))
             self._file.flush()
         self._for_each("log", {f"{kind}/{name}": value for name, value in values.items()}, step=step)
         if kind == "train":
