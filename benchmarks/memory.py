@@ -62,6 +62,9 @@ CASES = {
     "dual_cnn, DDP": Case("milk10k", "dual_cnn", ("train.micro_batch=12",), "ddp"),
     "large, DDP": Case("milk10k_large", settings=("train.micro_batch=12",), strategy="ddp"),
     "base, DDP, 96": Case("milk10k", settings=("train.global_batch=768",), strategy="ddp"),
+    "base, graph": Case("milk10k", settings=("train.graph=true",)),
+    "dual_cnn, 48 x 2, graph": Case("milk10k", "dual_cnn", ("train.graph=true", "train.micro_batch=48")),
+    "large, graph": Case("milk10k_large", settings=("train.graph=true",)),
     "base, FSDP2": Case("milk10k", settings=("train.micro_batch=12",), strategy="fsdp2"),
     "large, FSDP2": Case("milk10k_large", settings=("train.micro_batch=12",), strategy="fsdp2"),
     "dual_cnn, FSDP2": Case("milk10k", "dual_cnn", ("train.micro_batch=12",), "fsdp2"),
@@ -155,12 +158,12 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
     from triderm_dist.engine.ema import Ema
     from triderm_dist.engine.evaluate import evaluate
     from triderm_dist.engine.finite import NonFiniteGuard
-    from triderm_dist.engine.step import TrainStep
+    from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream, warm_up_steps
     from triderm_dist.losses import CompoundLoss
     from triderm_dist.monitoring.memory_estimate import estimate_model_memory, network_without_weights
     from triderm_dist.optim import build_optimizer
 
-    experiment = load(Experiment, case.experiment, [f"train.compile={compiled}", *case.settings])
+    experiment = load(Experiment, case.experiment, [f"train.compile={compiled}", "train.graph=false", *case.settings])
     model = experiment.models[case.model]
     config, data = model.train, experiment.data
     index = synthetic_shards(folder / f"shards-{data.short_side}", LESIONS, data.short_side)
@@ -170,18 +173,24 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
     with torch.device("cpu" if is_stub() else accelerator.device):  # the stub cannot draw normal numbers
         network, _ = network_without_weights(model, index.signature)
     network = network.to(accelerator.device)
-    wrapped, prepared, optimizer = parallel.wrap(
-        accelerator, network, partial(build_optimizer, config=config.optim),
-        config.activation_checkpointing, config.compile,
-    )  # fmt: skip
+    graphed, _ = choose_graph(accelerator, config, model.kind)
+    with on_graph_stream(accelerator.device, graphed):
+        wrapped, prepared, optimizer = parallel.wrap(
+            accelerator,
+            network,
+            partial(build_optimizer, config=config.optim),
+            config.activation_checkpointing,
+            config.compile,
+        )
     average = Ema(wrapped, config.ema_decay) if config.ema_decay else None
     loss = CompoundLoss(config.loss, model.head, np.ones(len(index.diagnoses))).to(accelerator.device)
     guard = NonFiniteGuard(accelerator, optimizer)
-    step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
+    step = build_step(accelerator, wrapped, prepared, optimizer, loss, config, guard, graphed)
+    warm_up = warm_up_steps(accelerator) + 1 if graphed else 2
     tower = next(iter(network.towers.values()))
     source = PhotoSource(index, tower.input_shape[-1], (0.5,) * 3, (0.5,) * 3, config.augment)
     loaders = LoaderFactory(index, source, 1, data.prefetch)
-    rows = np.resize(np.arange(LESIONS), 3 * config.global_batch)
+    rows = np.resize(np.arange(LESIONS), (warm_up + 2) * config.global_batch)
     plan = EpochPlan(Samples.of(index, rows), Sampling("shuffle"), 0, 0)
     batches = plan.batches(0, accelerator.num_processes, config.global_batch)
     wrapped.train()
@@ -189,7 +198,7 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
     for number, batch in enumerate(
         loaders.create(batches, config.micro_batch, accelerator.device, augment=config.augment)
     ):
-        if number == 2:
+        if number == warm_up:
             torch.cuda.reset_peak_memory_stats()
         sums = step(batch, number, sums).sums
         if average:
@@ -198,14 +207,15 @@ def _measure(case: Case, compiled: bool, folder: Path) -> dict[str, float]:
     del batch
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    rows = np.resize(np.arange(LESIONS), config.micro_batch)
+    rows = np.resize(np.arange(LESIONS), 2 * config.micro_batch)
     # The other ranks of a stub answer with numbers that are no rows.
     with average.swapped_in() if average else contextlib.nullcontext(), contextlib.suppress(KeyError):
         evaluate(wrapped, loaders, rows, accelerator, micro_batch=config.micro_batch, transforms=8)
     found["evaluation_peak"] = torch.cuda.max_memory_allocated()
     need, _ = estimate_model_memory(
-        model, index.signature, accelerator.mixed_precision != "no", accelerator.num_processes, case.strategy
-    )
+        model, index.signature, accelerator.mixed_precision != "no", accelerator.num_processes, case.strategy,
+        index.canvas,
+    )  # fmt: skip
     found["estimate"] = need.step(config.micro_batch)
     found["evaluation_estimate"] = need.evaluation(config.micro_batch, 8)
     return found

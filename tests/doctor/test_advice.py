@@ -4,7 +4,7 @@ import pytest
 
 from tests.doctor.conftest import SMALL
 from triderm_dist.config import Experiment, load
-from triderm_dist.doctor.advice import fitting_settings, suggest
+from triderm_dist.doctor.advice import canvas_of, fitting_settings, suggest
 from triderm_dist.doctor.findings import GIB
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory
@@ -18,10 +18,12 @@ def small(*settings: str) -> Experiment:
     return load(Experiment, None, [*tower, *settings])
 
 
+@pytest.mark.slow
 def test_micro_batch_is_the_largest_that_fits() -> None:
     def need(micro: int, checkpointing: bool = False) -> int:
+        canvas = canvas_of(small().data)
         experiment = small(f"train.activation_checkpointing={checkpointing}")
-        return estimate_model_memory(experiment.models["a"], SIGNATURE, True)[0].total(micro)
+        return estimate_model_memory(experiment.models["a"], SIGNATURE, True, canvas=canvas)[0].total(micro)
 
     assert fitting_settings(small(), SIGNATURE, need(16)) == []
     assert fitting_settings(small(), SIGNATURE, need(16) - 1) == ["models.a.train.micro_batch=8"]

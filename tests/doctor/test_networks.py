@@ -5,8 +5,9 @@ import pytest
 from tests.doctor.conftest import SMALL, finding
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
+from triderm_dist.doctor.advice import canvas_of
 from triderm_dist.doctor.findings import GIB, Finding
-from triderm_dist.doctor.networks import CONTEXT, USABLE, largest_micro_batch
+from triderm_dist.doctor.networks import CONTEXT, USABLE_BY_GRAPH, largest_micro_batch
 from triderm_dist.files import size_text
 from triderm_dist.models.towers import locate_weights
 from triderm_dist.monitoring.memory_estimate import WORKSPACES, estimate_model_memory
@@ -71,8 +72,9 @@ def test_step_over_memory_is_reported_with_a_micro_batch_that_fits():
         return next(each for each in findings if each.name == "a: memory")
 
     assert memory(80).state == "ok" and "micro-batches up to 64 fit into 80 GiB" in memory(80).text
-    need = estimate_model_memory(experiment.models["a"], SIGNATURE, half=True)[0]
-    tight = memory((need.total(32) / GIB + CONTEXT) / USABLE + 1e-6)
+    canvas = canvas_of(experiment.data)
+    need = estimate_model_memory(experiment.models["a"], SIGNATURE, half=True, canvas=canvas)[0]
+    tight = memory((need.total(32) / GIB + CONTEXT) / USABLE_BY_GRAPH + 1e-6)
     assert tight.state == "warning" and "more than a GPU" in tight.text
     assert "train.micro_batch=32" in tight.advice
     assert memory(1.0).advice.startswith("a larger GPU")

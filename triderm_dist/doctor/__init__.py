@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from triderm_dist.config import Experiment
 from triderm_dist.data.readers.source import find_task
 from triderm_dist.data.threads import available_cores
-from triderm_dist.doctor.advice import suggest
+from triderm_dist.doctor.advice import canvas_of, suggest
 from triderm_dist.doctor.data import data_findings, open_shards
 from triderm_dist.doctor.disk import disk_finding
 from triderm_dist.doctor.findings import GIB, Finding
@@ -71,7 +71,10 @@ def examine(
     packed = open_shards(experiment.train_shards, experiment.data)
     signature, test = _signature(experiment, packed), open_shards(experiment.test_shards, experiment.data)
     memory = gpu_memory or min((gpu.memory / GIB for gpu in gpus), default=None)
-    place = Place(ranks, strategy(launcher, ranks), memory and memory * (gpu_share or 1))
+    canvas = None
+    if memory is not None:
+        canvas = canvas_of(experiment.data) if isinstance(packed, str) else packed.canvas
+    place = Place(ranks, strategy(launcher, ranks), memory and memory * (gpu_share or 1), canvas)
     sections["experiment"] = [
         *network_findings(experiment, signature, place),
         disk_finding(experiment, signature, packed, test),

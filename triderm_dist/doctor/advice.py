@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triderm_dist.config import Experiment, load
+from triderm_dist.config import DataConfig, Experiment, load
 from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.machine import Gpu
 from triderm_dist.doctor.networks import largest_micro_batch, usable_bytes
@@ -27,7 +27,7 @@ def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
     if not gpus:
         return _findings("cpu", [])
     smallest = min(gpu.memory for gpu in gpus)
-    overrides = fitting_settings(load(Experiment, RECIPE), signature, usable_bytes(smallest / GIB))
+    overrides = fitting_settings(load(Experiment, RECIPE), signature, usable_bytes(smallest / GIB, graphed=True))
     if overrides is None:
         problem = f"a GPU of {smallest / GIB:.0f} GiB is too small for {RECIPE}"
         return [Finding("experiment", problem, "warning", "a smaller tower, or cpu.yaml"), *_findings("cpu", [])]
@@ -48,6 +48,11 @@ def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
     return [*found, Finding("each fold on all GPUs", command)]
 
 
+def canvas_of(data: DataConfig) -> tuple[int, int] | None:
+    """Return width and height of photos that are packed by these settings; None where they keep their size."""
+    return data.short_side and (round(data.short_side * 4 / 3), data.short_side)
+
+
 def fitting_settings(experiment: Experiment, signature: Signature, memory: float) -> list[str] | None:
     """Return the settings with which a step of each model fits into `memory` bytes of a GPU, [] where it does as it is.
 
@@ -61,7 +66,9 @@ def fitting_settings(experiment: Experiment, signature: Signature, memory: float
         train = model.train
         for checkpointing in dict.fromkeys((train.activation_checkpointing, True)):
             tried = train.model_copy(update={"activation_checkpointing": checkpointing})
-            need, _ = estimate_model_memory(model.model_copy(update={"train": tried}), signature, half=True)
+            need, _ = estimate_model_memory(
+                model.model_copy(update={"train": tried}), signature, half=True, canvas=canvas_of(experiment.data)
+            )
             fitting = need.largest(memory, train.smallest_micro_batch)
             if fitting:
                 break

@@ -14,17 +14,22 @@ from triderm_dist.doctor.launcher import Strategy
 from triderm_dist.files import size_text
 from triderm_dist.schema import InputError, Signature
 
-USABLE, CONTEXT = 0.92, 1.0
-"""Share of a GPU's memory that the allocator can use despite fragmentation, and GiB of the CUDA context."""
+USABLE, USABLE_BY_GRAPH, CONTEXT = 0.92, 0.8, 1.0
+"""Share of a GPU's memory that the allocator can use despite fragmentation, of steps launched one by one or as a CUDA
+graph, which keeps memory of its own; and GiB of the CUDA context.
+"""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a training is to run. ranks: its processes.  gpu_memory: GiB of the GPU of each; None on the CPU."""
+    """Where a training is to run. ranks: its processes.  gpu_memory: GiB of the GPU of each; None on the CPU.
+    canvas: of the photos in the shards, see `MemoryEstimate`.
+    """
 
     ranks: int
     strategy: Strategy
     gpu_memory: float | None
+    canvas: tuple[int, int] | None = None
 
 
 def network_findings(experiment: Experiment, signature: Signature, place: Place) -> list[Finding]:
@@ -73,8 +78,9 @@ def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -
     micro, train = model.train.micro_batch, model.train
     half = train.precision in ("bf16", "fp16") or (train.precision == "auto" and place.gpu_memory is not None)
     estimate = partial(
-        estimate_model_memory, signature=signature, half=half, ranks=place.ranks, strategy=place.strategy
-    )
+        estimate_model_memory, signature=signature, half=half, ranks=place.ranks, strategy=place.strategy,
+        canvas=place.canvas,
+    )  # fmt: skip
     try:
         need, note = estimate(model)
     except InputError as error:
@@ -86,7 +92,8 @@ def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -
     )
     if place.gpu_memory is None:
         return Finding(title, text)
-    usable = usable_bytes(place.gpu_memory)
+    graphed = train.graph is not False and place.strategy in ("single", "ddp")
+    usable = usable_bytes(place.gpu_memory, graphed)
     fitting = need.largest(usable, train.smallest_micro_batch)
     if need.total(micro) <= usable:
         fits = f"micro-batches up to {max(micro, fitting or 0)} fit into {place.gpu_memory:.0f} GiB"
@@ -100,9 +107,11 @@ def _memory(name: str, model: ModelConfig, signature: Signature, place: Place) -
     return Finding(title, f"{text}, more than a GPU of {place.gpu_memory:.0f} GiB has", "warning", advice)
 
 
-def usable_bytes(gpu_memory: float) -> float:
-    """Return the bytes of tensors that fit into a GPU, or a share of one, of `gpu_memory` GiB."""
-    return (USABLE * gpu_memory - CONTEXT) * GIB
+def usable_bytes(gpu_memory: float, graphed: bool) -> float:
+    """Return the bytes of tensors that fit into a GPU, or a share of one, of `gpu_memory` GiB. graphed: the steps are
+    launched as a CUDA graph.
+    """
+    return ((USABLE_BY_GRAPH if graphed else USABLE) * gpu_memory - CONTEXT) * GIB
 
 
 def largest_micro_batch(global_batch: int, ranks: int, limit: int, smallest: int = 1) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import functools
+import math
 import re
 import weakref
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from triderm_dist.config import ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.data.upload import STAGES
 from triderm_dist.distributed.blocks import prepare_blocks
 from triderm_dist.distributed.parallel import Strategy
 from triderm_dist.models import build_network, build_towers
@@ -39,13 +41,22 @@ class MemoryEstimate:
     Eager execution; compiled blocks need a little less. Without the device's context and the allocator's overhead.
 
     weights: parameters and buffers.  average: of the trained weights, 0 without one.  optimizer: its states.
-    gradients: of all trained weights.  photos: what the network reads of one lesion.
+    gradients: of all trained weights.  casts: of frozen weights, which are kept.  photos: what the network reads of one
+    lesion.  decoded: the same as it comes from the loader, in uint8.
     """
 
     def __init__(
-        self, network: Network, train: TrainConfig, half: bool, ranks: int = 1, strategy: Strategy = "single"
+        self,
+        network: Network,
+        train: TrainConfig,
+        half: bool,
+        ranks: int = 1,
+        strategy: Strategy = "single",
+        canvas: tuple[int, int] | None = None,
     ) -> None:
-        """half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO is estimated as FSDP2."""
+        """half: under autocast to bf16 or fp16.  ranks, strategy: of the training; ZeRO is estimated as FSDP2.  canvas:
+        width and height of the photos in the shards; None leaves out what the loader has on the GPU.
+        """
         self._network, self._train, self._half = network, train, half
         self._per_rank = max(1, train.global_batch // ranks)
         self._keeps_gradients = strategy != "single"
@@ -58,6 +69,12 @@ class MemoryEstimate:
         self.optimizer = round(4 * state_size(train.optim) * trained / shards)
         self.gradients = 4 * trained // shards
         self.photos = sum(map(_bytes, example_inputs(network, 1)))
+        self._canvas = canvas if canvas and network.holds_towers and network.towers else None
+        self.decoded = 3 * math.prod(self._canvas) * len(network.signature.views) if self._canvas else 0
+
+    @functools.cached_property
+    def casts(self) -> int:
+        return self._simulated(2, False, False, training=False)[1]
 
     @property
     def fixed(self) -> int:
@@ -66,7 +83,7 @@ class MemoryEstimate:
 
     def total(self, micro_batch: int) -> int:
         """Return the peak of a training with a micro-batch: of a step, or of the validation after it."""
-        return max(self.step(micro_batch), self.evaluation(micro_batch, 1))
+        return max(self.step(micro_batch), self.evaluation(micro_batch))
 
     def step(self, micro_batch: int) -> int:
         """Return the peak of a step.
@@ -77,13 +94,33 @@ class MemoryEstimate:
         kept = self._keeps_gradients or micro_batch < self._per_rank
         photos = self.photos * max(micro_batch, self._per_rank)
         peak = self._peak(micro_batch, self._train.activation_checkpointing, kept)
-        return self.fixed + photos + self._gathered + kept * self.gradients + peak
+        step = self._gathered + kept * self.gradients + peak
+        return self.fixed + self._stages(micro_batch) + max(photos + step, self._loading(micro_batch, photos))
 
-    def evaluation(self, micro_batch: int, transforms: int) -> int:
+    def evaluation(self, micro_batch: int, transforms: int = 1) -> int:
         """Return the peak of an evaluation during a training, under a number of transforms of the photos."""
         photos = self.photos * micro_batch * min(transforms, 2)
+        computed = photos + self._gathered + self._peak(micro_batch, False, False, training=False)
         kept = self.gradients if self._keeps_gradients else 0
-        return self.fixed + photos + self._gathered + kept + self._peak(micro_batch, False, False, training=False)
+        return self.fixed + kept + self._stages(micro_batch) + max(computed, self._loading(micro_batch, photos))
+
+    def _stages(self, micro_batch: int) -> int:
+        """Return the bytes of the loader's buffers on the GPU."""
+        return STAGES * micro_batch * self.decoded
+
+    def _loading(self, micro_batch: int, before: int) -> int:
+        """Return the peak of the augmentation of a micro-batch, one view at a time, beside the batch before.
+
+        A photo is converted to float32, and reduced where a crop is much smaller, for which PyTorch copies it.
+        """
+        if not self._canvas:
+            return 0
+        width, height = self._canvas
+        size = math.sqrt(self.photos / (12 * len(self._network.signature.views)))
+        reduced = min(1.0, 1.5 * size / height)
+        copies = 2 + 2 * reduced**2 if reduced < 1 else 1
+        pixels = copies * width * height + (0 if reduced < 1 else 2.7 * size**2)  # the grid, the crops, a copy
+        return before + self.casts + micro_batch * (self.photos + round(12 * pixels))
 
     def largest(self, memory: float, smallest: int = 1) -> int | None:
         """Return the largest micro-batch, a multiple of `smallest`, that splits the batch evenly and with which a
@@ -102,14 +139,17 @@ class MemoryEstimate:
         0 if not even a few lesions fit. Between 64 and 128 lesions, and beyond, the peak is a straight line.
         """
         checkpointing, kept = self._train.activation_checkpointing, self._keeps_gradients
-        low, high = (self._peak(n, checkpointing, kept) + n * self.photos for n in (64, 128))
+        low, high = (self._peak(n, checkpointing, kept) + n * self.photos + self._stages(n) for n in (64, 128))
         per_lesion = (high - low) / 64
         fixed = self.fixed + self._gathered + kept * self.gradients + low - 64 * per_lesion
         return max(0, int((memory - fixed) / per_lesion))
 
     @functools.cache  # noqa: B019 an estimate lives as long as the command
+    def _simulated(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> tuple[int, int]:
+        return _simulate(self._network, lesions, self._half, checkpointing, kept, training)
+
     def _peak(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> int:
-        return _peak(self._network, lesions, self._half, checkpointing, kept, training)
+        return self._simulated(lesions, checkpointing, kept, training)[0]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -127,11 +167,16 @@ def _gathered(network: Network) -> int:
 
 @functools.lru_cache
 def estimate_model_memory(
-    model: ModelConfig, signature: Signature, half: bool, ranks: int = 1, strategy: Strategy = "single"
+    model: ModelConfig,
+    signature: Signature,
+    half: bool,
+    ranks: int = 1,
+    strategy: Strategy = "single",
+    canvas: tuple[int, int] | None = None,
 ) -> tuple[MemoryEstimate, str]:
     """Estimate the memory of a model of the settings; returns a note too where `network_without_weights` has one."""
     network, note = bare_network(model, signature)
-    return MemoryEstimate(network, model.train, half, ranks, strategy), note
+    return MemoryEstimate(network, model.train, half, ranks, strategy, canvas), note
 
 
 def bare_network(model: ModelConfig, signature: Signature) -> tuple[Network, str]:
@@ -178,10 +223,11 @@ def _is_local(source: str) -> bool:
         return False
 
 
-def _peak(
+def _simulate(
     network: Network, lesions: int, half: bool, checkpointing: bool, kept: bool = False, training: bool = True
-) -> int:
-    """Return the peak of the bytes that a forward pass allocates, in training with the backward pass that follows.
+) -> tuple[int, int]:
+    """Return the peak of the bytes that a forward pass allocates, in training with the backward pass that follows, and
+    the bytes that are there afterwards.
 
     Without weights and photos. kept: the gradients are there before, so that those of the pass are added to them.
     """
@@ -202,7 +248,8 @@ def _peak(
                 outputs = fake(*inputs)
             if training:
                 torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
-    return live.peak
+            del outputs
+    return live.peak, live.now
 
 
 class _LiveBytes(TorchDispatchMode):
