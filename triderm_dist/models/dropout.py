@@ -98,7 +98,7 @@ class LesionDropPath(LesionDropout):
     threshold: Tensor
     keep: Tensor
     factors: tuple[Tensor, ...] = ()
-    """What each lesion is multiplied by, (B,), in float32 and in the precision of autocast, from `LesionMasks`."""
+    """What each lesion is multiplied by, (B,), in each precision, from `LesionMasks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -217,8 +217,8 @@ class LesionMasks:
         threshold, keep = self._path_limits
         uniform = ((keys[: sum(names) * lesions] * paths[0].positions[0]) >> 32).to(torch.int32)
         exact = (uniform.view(-1, lesions) >= threshold).float() / keep
-        low = exact.to(torch.get_autocast_dtype(self._device.type))
-        for module, *factors in zip(paths, exact.split(names), low.split(names), strict=True):
+        parts = [each.split(names) for each in (exact, exact.bfloat16(), exact.half())]
+        for module, *factors in zip(paths, *parts, strict=True):
             module.factors = tuple(each.flatten() for each in factors)
 
 
