@@ -225,7 +225,7 @@ def synthetic_batch(network: Any, lesions: int) -> Any:
 
 
 def compiled_share(settings: LaunchesRun, name: str) -> dict[str, float]:
-    """Return the least share of blocks whose forward pass runs compiled, in a first pass, training and evaluation.
+    """Return the least share of blocks and other parts that run compiled, in a first pass, training and evaluation.
 
     The compiler is the real one; its backend only counts the calls of what it captured.
     """
@@ -257,7 +257,7 @@ def compiled_share(settings: LaunchesRun, name: str) -> dict[str, float]:
         network.train(training)
         with torch.set_grad_enabled(gradients), torch.autocast("cuda", torch.bfloat16):
             network(*inputs)
-        shares.append(calls / len(network.all_blocks()))
+        shares.append(calls / (len(network.all_blocks()) + len(network.compiled_methods)))
     return {"share": min(shares)}
 
 

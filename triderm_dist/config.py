@@ -383,7 +383,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
-    compile: bool = Field(False, description="torch.compile each tower block and fusion stage")
+    compile: bool = Field(False, description="torch.compile tower blocks, fusion, heads and losses")
     graph: Literal["auto"] | bool = Field(
         "auto",
         description="on a GPU, launch each training step as one CUDA graph; auto: in one process and DDP with bf16 or "

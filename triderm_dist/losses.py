@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -114,25 +113,21 @@ class LossInputs:
     """Inputs of a term: the logits of one head, and the lesions that they belong to.
 
     logits: (B, C) float32, with the logit adjustment of `train.loss`, and `EXCLUDED_LOGIT` outside `batch.class_mask`.
-    batch: the lesions; `batch.labels` (B,) are all known, and `targets` what the network is to predict.  outputs: all
-    outputs of the network, for terms that compare views or features; the logits of a view that the task lacks are None.
+    batch: the lesions; `batch.labels` (B,) are all known.  targets: what the network is to predict, one-hot labels, or
+    the distributions of mixed lesions, (B, C) float32.  outputs: all outputs of the network, for terms that compare
+    views or features; the logits of a view that the task lacks are None.
     """
 
     logits: torch.Tensor
     head: HeadKind
     batch: Batch
+    targets: torch.Tensor
     outputs: Outputs | FineOutputs
 
-    @cached_property
+    @property
     def probabilities(self) -> torch.Tensor:
         """(B, C) float32."""
         return probabilities(self.logits, self.head)
-
-    @cached_property
-    def targets(self) -> torch.Tensor:
-        """One-hot labels, or the distributions of mixed lesions, (B, C) float32."""
-        mixed = self.batch.targets
-        return mixed if mixed is not None else _one_hot(self.batch.labels, self.logits.shape[1])
 
 
 class LossTerm(nn.Module):
@@ -270,7 +265,10 @@ class CompoundLoss(nn.Module):
 
     def sums(self, outputs: Outputs | FineOutputs, batch: Batch) -> Sums:
         """Return the sums of each term over the valid lesions of a part, with gradient."""
-        inputs = [LossInputs(self._adjusted(logits, batch), self.head, batch, outputs) for logits in outputs.heads]
+        targets = _one_hot(batch.labels, len(self.log_prior)) if batch.targets is None else batch.targets
+        inputs = [
+            LossInputs(self._adjusted(logits, batch), self.head, batch, targets, outputs) for logits in outputs.heads
+        ]
         return {
             name: torch.stack([_weighted_sum(term.per_lesion(each), batch) for each in inputs[: self._heads(term)]])
             for name, term in self._terms()

@@ -37,9 +37,14 @@ def prepare_blocks(
     compile_blocks: bool,
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Replace `forward` of the blocks of a network, in place. backend: of torch.compile."""
+    """Replace `forward` of the blocks of a network, and compile its other methods, in place.
+
+    backend: of torch.compile.
+    """
     if compile_blocks:
         _configure_compiler()
+        for name in network.compiled_methods:
+            setattr(network, name, torch.compile(getattr(network, name), dynamic=False, backend=backend))
     trained = set(map(id, network.blocks()))
     for module in (inner for block in network.blocks() for inner in block.modules()):
         if isinstance(module, nn.SiLU):

@@ -39,6 +39,7 @@ from triderm_dist.distributed.malloc import disable_malloc_trim, use_expandable_
 from triderm_dist.models.depthwise import use_fast_depthwise
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
+from triderm_dist.models.patches import use_linear_patches
 from triderm_dist.runtime.extras import DEEPSPEED, require
 from triderm_dist.runtime.rank_variables import OWN
 from triderm_dist.schema import ConfigError, InputError, one_line
@@ -277,6 +278,8 @@ def wrap(
     use_lesion_masks(network)
     if accelerator.device.type == "cpu" and not compile_blocks:
         use_fast_depthwise(network)
+    if accelerator.device.type == "cuda":
+        use_linear_patches(network)
     prepare_blocks(network, activation_checkpointing, compile_blocks)
     chosen = strategy_of(accelerator)
     wrapped: Any

@@ -71,6 +71,9 @@ class TrainStep:
         self.accelerator, self.wrapped, self.optimizer, self.loss = accelerator, wrapped, optimizer, loss
         self.config, self.guard = config, guard
         self.masks = LesionMasks(unwrap(wrapped), accelerator.device)
+        # Terms of plugins may do what the compiler cannot trace.
+        compiled = config.compile and not config.loss.terms
+        self._sums = torch.compile(loss.sums, dynamic=False) if compiled else loss.sums
 
     def __call__(self, step: Step, number: int, previous: Sums | None = None) -> StepResult:
         """Take optimizer step `number`, counted from 0. Call on all ranks.
@@ -108,7 +111,7 @@ class TrainStep:
                     self._statistics.rewind()
                     outputs = forward(self.wrapped, batch)
                     self._statistics.add()
-                    sums = loss.sums(outputs, batch)
+                    sums = self._sums(outputs, batch)
                     local = _added(local, sums)
                     if slopes is None:
                         local = _all_reduced(local)
@@ -132,7 +135,7 @@ class TrainStep:
         local = Sums()
         for batch, keys in zip(inputs.micro_batches, inputs.keys, strict=True):
             with self.masks.using(keys):
-                local = _added(local, self.loss.sums(forward(self.wrapped, batch), batch))
+                local = _added(local, self._sums(forward(self.wrapped, batch), batch))
         return _all_reduced(local)
 
 

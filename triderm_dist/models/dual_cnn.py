@@ -22,6 +22,7 @@ class DualCnn(Network):
     """
 
     reads_mean_tokens = True
+    compiled_methods = ("fuse",)
 
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__(config, signature, towers)

@@ -40,6 +40,7 @@ class Mlp(Network):
     Settings = MlpSettings
     settings: MlpSettings
     reads_mean_tokens = True
+    compiled_methods = ("fuse",)
 
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__(config, signature, towers)

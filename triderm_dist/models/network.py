@@ -73,6 +73,8 @@ class Network(nn.Module, ABC):
     Settings: ClassVar[type[Section]] = Section
     reads_mean_tokens: ClassVar[bool] = False
     """Whether `fuse` reads the mean of a view's tokens only, which is then what the token cache holds, as one token."""
+    compiled_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods that `fuse` consists of besides the fusion stages, or itself, which are compiled with the blocks."""
 
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__()

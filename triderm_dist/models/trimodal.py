@@ -40,6 +40,8 @@ class TriModal(Network):
     See `Network` for the inputs. The auxiliary heads classify each view by the mean of its tokens before fusion.
     """
 
+    compiled_methods = ("_inputs", "_outputs")
+
     def __init__(self, config: ModelConfig, signature: Signature, towers: Sequence[Tower] | TokenShape) -> None:
         super().__init__(config, signature, towers)
         width, dropout, classes = config.width, config.dropout, len(signature.diagnoses)
@@ -66,9 +68,7 @@ class TriModal(Network):
         fused = views[self.pooled_view]
         for block in self.fusion:
             fused = block(fused, views.get("clinical"), semantic)
-        features = self.pooling(fused).float()
-        aux = {view: self.aux_heads[view](self.aux_norms[view](tokens.mean(1))) for view, tokens in views.items()}
-        return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
+        return self._outputs(fused, views)
 
     @property
     def pooled_view(self) -> str:
@@ -116,6 +116,11 @@ class TriModal(Network):
         """Return tokens (B, L, D) of each view, and semantic tokens (B, S, D) or None without semantic gating."""
         views = {view: self.views[view](tokens.get(view), present[view]) for view in self.signature.views}
         return views, self.semantic(concepts, metadata) if self.semantic else None
+
+    def _outputs(self, fused: Tensor, views: dict[str, Tensor]) -> Outputs:
+        features = self.pooling(fused).float()
+        aux = {view: self.aux_heads[view](self.aux_norms[view](tokens.mean(1))) for view, tokens in views.items()}
+        return Outputs(self.head(features), aux.get("clinical"), aux.get("dermoscopic"), features)
 
     def fusion_stages(self) -> list[nn.Module]:
         return [stage for block in self.fusion for stage in block.children()]
