@@ -179,6 +179,8 @@ def save(number, frame):
 
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, save)
+with (folder / f"starts-{rank}").open("a") as file:
+    file.write("x")
 if sys.argv[2] != "wait":
     sys.exit(int(sys.argv[2]))
 (folder / f"ready-{rank}").touch()
@@ -196,6 +198,17 @@ def test_launcher_exits_with_the_status_of_its_ranks(tmp_path):
     done = finish(start_ranks(tmp_path, "2"))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("status", "starts"), [(2, 1), (3, 2)])
+def test_launcher_starts_again_where_no_input_is_refused(tmp_path, status, starts):
+    program = tmp_path / "rank.py"
+    program.write_text(RANK)
+    options = ("--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2", "--max_restarts", "1")
+    elastic = ("--num_machines", "1", "--monitor_interval", "0.1")
+    done = launch("launch.ranks", *options, *elastic, str(program), str(tmp_path), str(status), check=False)
+    assert done.returncode == status
+    assert max(len(path.read_text()) for path in tmp_path.glob("starts-*")) == starts
 
 
 def test_launcher_forwards_a_signal_and_waits_for_the_checkpoint(tmp_path):

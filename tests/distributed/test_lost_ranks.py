@@ -7,18 +7,20 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 import torch.distributed as dist
 
-from tests.processes import WORKERS, finish, start
+from tests.processes import HANG_SECONDS, ROOT, WORKERS, finish, start
 from triderm_dist.cli import Interrupted
 from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank
 from triderm_dist.distributed.library_errors import is_backend_error, permanent_fault
 from triderm_dist.schema import InputError
 
+NULL_GPU = ROOT.parent / "shared" / "nullgpu" / "nullgpu"
 TIMEOUT = 6
 """Seconds of rank_timeout."""
 
@@ -84,6 +86,19 @@ def test_both_ranks_end_with_the_exit_code_of_the_fault(started, name):
     assert len(lines) == 1 and all(words in lines[0] for words in case.says), done.stderr
     assert "Traceback" not in done.stderr
     assert case.statuses[1] in (None, other.returncode), other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("begun", "status", "says"), [("1", 3, "interrupted: "), ("0", 2, "error: ")])
+def test_rank_that_waits_for_the_device_ends_where_nccl_gets_no_answer(begun, status, says):
+    if not NULL_GPU.exists():
+        pytest.skip("needs shared/nullgpu beside the project")
+    words = [str(NULL_GPU), sys.executable, str(WORKERS / "nccl_worker.py"), begun]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NULLGPU_HANG": "3", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == status, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "interrupted: "))]
+    assert line.startswith(f"{says}rank 0 lost contact with another rank (NCCL: no answer in time)")
 
 
 NCCL = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.29.7\n{}\nLast error:\n{}"

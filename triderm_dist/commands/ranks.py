@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from triderm_dist.commands import names
 from triderm_dist.runtime.process import prepare_process, work_goes_on_unread
@@ -77,6 +78,20 @@ def status_of(exit_code: int) -> int:
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
+def restart_only_what_may_succeed() -> None:
+    """Make torch's agent give up, whatever --max_restarts allows, where a rank refuses its input: it would again."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    def monitor(agent: Any, group: Any) -> Any:
+        result = watched(agent, group)
+        if any(failure.exitcode == BAD_INPUT for failure in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    watched = LocalElasticAgent._monitor_workers
+    LocalElasticAgent._monitor_workers = monitor
+
+
 def start() -> None:
     prepare_process()
     if {"--help", "-h"} & set(sys.argv[1:2]):
@@ -100,6 +115,7 @@ def start() -> None:
     from triderm_dist.runtime.redact import redacted_output
     from triderm_dist.schema import InputError
 
+    restart_only_what_may_succeed()
     options = launch_command_parser().parse_args()
     try:
         uses_zero = options.config_file and read_launcher(options.config_file).strategy == "deepspeed"
