@@ -1,4 +1,4 @@
-"""Ranks under NCCL: every strategy, with one or two GPUs, and the exit status where ranks cannot work or are lost.
+"""Ranks under NCCL: every strategy, and the exit status where ranks cannot work or are lost.
 
 With two GPUs and more, tests/distributed runs under NCCL too: `pytest tests/distributed`.
 """
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.compare_losses import largest_difference, losses
+from tests.gpu import matrix
 from tests.gpu.training import settings, words_of
 from tests.processes import finish, start, wait_for
 from triderm_dist.data.shards.index import read_index
@@ -23,18 +24,25 @@ from triderm_dist.engine.crossval import run_folds
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_predictions
 
-STRATEGIES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3_offload")
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3_offload")
 TRAINED = ("train.epochs=2", "train.precision=bf16", "data.folds=2", "train.log_every=1")
 BAD_INPUT, INTERRUPTED = 2, 3
 
 Ended = dict[str, tuple[Path, subprocess.CompletedProcess]]
 
 
-def start_ranks(shards: Path, output: Path, strategy: str, ranks: int, *more: str) -> subprocess.Popen:
-    """Start a training of fold 0 as this many ranks."""
-    words = words_of("trimodal", *TRAINED, f"data.shards={shards}", f"output={output}", *more)
-    config = f"accelerate_configs/{strategy}.yaml"
-    return start("launch.train", *words, "fold=0", ranks=ranks, config=config, fork=False)
+def start_rank(shards: Path, output: Path, strategy: str) -> subprocess.Popen:
+    """Start a training of fold 0 in one process that is a rank of one: collectives and sharding are those of many."""
+    words = words_of("trimodal", *TRAINED, f"data.shards={shards}", f"output={output}", "fold=0")
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    environment = {**rank, "MASTER_PORT": str(matrix.free_port()), **matrix.STRATEGIES[strategy]}
+    return start("launch.train", *words, fork=False, environment=environment)
+
+
+def start_ranks(shards: Path, output: Path, ranks: int, *more: str) -> subprocess.Popen:
+    """Start a training of fold 0 as this many ranks, under DDP."""
+    words = words_of("trimodal", *TRAINED, f"data.shards={shards}", f"output={output}", "fold=0", *more)
+    return start("launch.train", *words, ranks=ranks, config="accelerate_configs/ddp.yaml", fork=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +52,12 @@ def ended(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     They run at the same time: most of what they do is importing.
     """
     pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-    gpus = torch.cuda.device_count()
-    processes = {}
-    for strategy in STRATEGIES:
-        output = tmp_path_factory.mktemp(strategy)
-        processes[strategy] = output, start_ranks(shards, output, strategy, min(2, gpus))
-    output, batch = tmp_path_factory.mktemp("crowded"), 2 * (gpus + 1)
-    more = (f"train.global_batch={batch}", "train.micro_batch=2")
-    processes["crowded"] = output, start_ranks(shards, output, "ddp", gpus + 1, *more)
-    return {name: (output, finish(process)) for name, (output, process) in processes.items()}
+    ranks = torch.cuda.device_count() + 1
+    folders = {name: tmp_path_factory.mktemp(name) for name in (*STRATEGIES, "crowded")}
+    batch = (f"train.global_batch={2 * ranks}", "train.micro_batch=2")
+    processes = {"crowded": start_ranks(shards, folders["crowded"], ranks, *batch)}
+    processes |= {name: start_rank(shards, folders[name], name) for name in STRATEGIES}
+    return {name: (folders[name], finish(process)) for name, process in processes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,7 @@ def test_more_ranks_than_gpus_are_refused(ended: Ended) -> None:
 def test_lost_rank_ends_the_others_as_interrupted(number: signal.Signals, shards: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    process = start_ranks(shards, tmp_path, "ddp", 2, "rank_timeout=20", "train.epochs=1000")
+    process = start_ranks(shards, tmp_path, 2, "rank_timeout=20", "train.epochs=1000")
     log = tmp_path / "net" / "fold-0" / "metrics.jsonl"
     wait_for(lambda: log.exists() and len(read_metrics(log)) > 3, process)
     ranks = [each for each in psutil.Process(process.pid).children(recursive=True) if "RANK" in environment_of(each)]

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.compare_losses import largest_difference, losses
-from tests.gpu.training import batches, create_trainer, settings, take_steps, words_of
+from benchmarks.compare_losses import ACROSS_MACHINES, largest_difference, losses
+from tests.gpu.training import batches, create_trainer, on_cpu, settings, take_steps, words_of
 from tests.processes import ROOT, WORKERS, launch
 from tests.trained_run import train_run
 from triderm_dist.commands.predict import PredictRun
@@ -23,40 +23,46 @@ from triderm_dist.distributed import parallel
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.predictions import read_predictions
 
-GOLDEN = ROOT / "tests" / "golden_losses"
-
 
 @pytest.mark.usefixtures("exact_fp32")
-@pytest.mark.parametrize("name", ["trimodal", "dual_cnn", "sigmoid"])
-def test_losses_are_those_recorded_on_a_cpu(name: str, shards: Path, tmp_path: Path) -> None:
-    words = ["train.precision=fp32", f"output={tmp_path}"]
-    experiment = load(Experiment, GOLDEN / f"{name}.yaml", words)
-    run_folds(experiment, read_index(shards), ["golden"], [0])
-    recorded = losses(GOLDEN / f"{name}.jsonl")
-    difference, step = largest_difference(losses(tmp_path / "golden" / "fold-0" / "metrics.jsonl"), recorded)
-    assert difference < 0.01, f"step {step}"
+@pytest.mark.parametrize("name", ["trimodal", "dual_cnn"])
+def test_losses_are_those_of_a_cpu(name: str, shards: Path, tmp_path: Path) -> None:
+    """The trainings of tests/golden_losses; the photos, and so the losses, depend on the version of Pillow."""
+
+    def train(device: str, *words: str) -> dict[int, float]:
+        words = ("train.precision=fp32", f"output={tmp_path / device}", *words)
+        experiment = load(Experiment, ROOT / "tests" / "golden_losses" / f"{name}.yaml", words)
+        run_folds(experiment, read_index(shards), ["golden"], [0])
+        return losses(tmp_path / device / "golden" / "fold-0" / "metrics.jsonl")
+
+    with on_cpu():
+        expected = train("cpu")
+    for graph in ("false", "true"):
+        difference, step = largest_difference(train(f"gpu-{graph}", f"train.graph={graph}"), expected)
+        assert difference < ACROSS_MACHINES, f"train.graph={graph}, step {step}"
 
 
 def test_steps_at_too_large_a_loss_scale_are_skipped(shards: Path, tmp_path: Path) -> None:
-    trainer = create_trainer(settings("trimodal", "train.precision=fp16"), shards, tmp_path)
+    words = ("train.precision=fp16", "train.micro_batch=16", "train.graph=auto")
+    trainer = create_trainer(settings("trimodal", *words), shards, tmp_path)
     scaler = trainer.accelerator.scaler
-    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**36})
     weights = [p for p in parallel.unwrap(trainer.wrapped).parameters() if p.requires_grad]
     first = [p.detach().clone() for p in weights]
     steps = batches(trainer)
-    take_steps(trainer, steps, 3)
-    assert scaler.get_scale() == 2.0**37
+    take_steps(trainer, steps, 2)
+    assert scaler.get_scale() == 2.0**34
     assert all(torch.equal(before, p) for before, p in zip(first, weights, strict=True))
-    after = take_steps(trainer, steps, 40)
+    after = take_steps(trainer, steps, 24)
     assert scaler.get_scale() < 2.0**30
     assert any(not torch.equal(before, p) for before, p in zip(first, weights, strict=True))
     assert all(torch.isfinite(p).all() for p in weights) and np.isfinite(after[-1])
 
 
 def test_killed_training_resumes_within_rounding(shards: Path, tmp_path: Path) -> None:
-    words = words_of("trimodal", "train.precision=fp32", "train.epochs=4", "data.folds=2", "train.save_every=2")
+    words = words_of("trimodal", "train.precision=fp32", "train.epochs=2", "data.folds=2", "train.save_every=2")
     words += ["train.log_every=1", f"data.shards={shards}"]
-    job = {"config": None, "settings": [*words, f"output={tmp_path / 'killed'}"], "kill": ["rename", 3]}
+    job = {"config": None, "settings": [*words, f"output={tmp_path / 'killed'}"], "kill": ["rename", 2]}
     killed = launch(str(WORKERS / "kill_worker.py"), json.dumps([job]), fork=False)
     assert json.loads(killed.stdout.splitlines()[-1]) == [-signal.SIGKILL]
     assert not (tmp_path / "killed" / "net" / "fold-0" / "fold.json").exists()

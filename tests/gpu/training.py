@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import Step
@@ -42,6 +45,17 @@ def words_of(kind: str, *more: str) -> list[str]:
 def settings(kind: str, *more: str) -> Experiment:
     """Return the settings of `words_of`."""
     return load(Experiment, None, words_of(kind, *more))
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Context in which this process trains on the CPU, as one without a GPU does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(True)
+        yield
+    AcceleratorState._reset_state(True)
 
 
 def create_trainer(experiment: Experiment, shards: Path, folder: Path) -> Trainer:
