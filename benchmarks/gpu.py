@@ -31,7 +31,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -100,10 +100,19 @@ def steps(config: GpuBenchmark) -> list[Cell]:
 
 
 def training_cell(model: str, lesions: int | None, mode: str) -> Cell:
+    """Return the cell of a training step; without lesions, of the largest micro-batch, see `with_largest`."""
     seconds = {"base": 6.0, "large": 9.0, "dual_cnn": 7.0}[model] * (1.0 if lesions else 3.0)
     needs = (model, lesions) if lesions and mode.startswith("compiled") else None
-    settings = {"name": model, "lesions": lesions, "mode": mode}
+    settings = {"name": model, "lesions": lesions, "mode": mode, "most": lesions is None}
     return Cell(f"{model}-{lesions or 'most'}-{mode}", "training", settings, seconds, needs)
+
+
+def with_largest(cell: Cell, results: Results) -> Cell:
+    """Return the cell with the micro-batch that was estimated to be the largest, where it asks for that."""
+    if not cell.settings.get("most"):
+        return cell
+    largest = results.cells.get(f"flops-{cell.settings['name']}", {}).get("largest", 96)
+    return replace(cell, settings={**cell.settings, "lesions": largest})
 
 
 def comparisons(config: GpuBenchmark) -> list[Cell]:
@@ -120,7 +129,10 @@ def comparisons(config: GpuBenchmark) -> list[Cell]:
         Cell("bare-loop", "bare_loop_on_sketch", {"lesions": batch}, 12.0),
     ]
     recovery = Cell("out-of-memory", "out_of_memory", {}, 60.0)
-    return [Cell("flops-sketch", "flops", {"name": "sketch"}), *against[:5], recovery, *memory_cells(), *against[5:]]
+    memory = memory_cells()
+    estimates = [replace(cell, name=cell.name.replace("memory", "estimate"), function="estimate") for cell in memory]
+    first = Cell("flops-sketch", "flops", {"name": "sketch"})
+    return [first, *against[:5], recovery, *memory, *against[5:], *estimates]
 
 
 def memory_cells() -> list[Cell]:
@@ -129,13 +141,13 @@ def memory_cells() -> list[Cell]:
 
     cells, seen = [], set[str]()
     names = [name for name in shipped_names("experiments") if re.match(r"(milk10k(_large)?$|a100|h100|rtx)", name)]
-    for name in names:
+    for name in [name for name in names if "ddp" not in name]:
         for model, config in load(Experiment, name).models.items():
             train = config.train
-            key = (name.startswith("h100x8"), config.tower, train.micro_batch, train.activation_checkpointing)
             precision = "fp16" if train.precision == "fp16" else "bf16"
-            if (text := f"{model} {key} {precision}") not in seen:
-                seen.add(text)
+            key = f"{config.tower} {train.micro_batch} {train.activation_checkpointing} {precision}"
+            if key not in seen:
+                seen.add(key)
                 settings = {"experiment": name, "model": model}
                 cells.append(Cell(f"memory-{name}-{model}", "memory", settings, 8.0 if "large" in name else 5.0))
     return cells
@@ -220,7 +232,7 @@ def main(config: GpuBenchmark) -> None:
     results = Results(config)
     wanted = [cell for cell in cells_of(config) if re.match(config.cells, cell.name)]
     todo = [cell for cell in wanted if not results.is_done(cell.name)]
-    todo = measure_beforehand(config, results, todo, deadline)
+    todo = [with_largest(cell, results) for cell in measure_beforehand(config, results, todo, deadline)]
     while todo:
         todo = measure(config, results, todo, deadline)
     done = [cell.name for cell in wanted if results.is_done(cell.name)]

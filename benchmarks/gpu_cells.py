@@ -116,12 +116,22 @@ def plain_settings(name: str, size: str) -> ModelConfig:
 
 
 def flops(name: str, size: str) -> dict[str, Any]:
-    """Count the FLOPs of one lesion in training, of one of `MODELS` or of ours on the towers of the sketch."""
+    """Count the FLOPs of one lesion in training, of one of `MODELS` or of ours on the towers of the sketch; for the
+    former also estimate the largest micro-batch of an eager step on this device.
+    """
     if name == "sketch":
         with tempfile.TemporaryDirectory() as folder:
-            network = open_clip_network(sketch_size(size, 2), Path(folder))
+            network: Any = open_clip_network(sketch_size(size, 2), Path(folder))
         return {"gflop": round(training_flops(network) / 1e9, 3)}
-    return {"gflop": round(training_flops(network_of(plain_settings(name, size))) / 1e9, 3)}  # type: ignore[arg-type]
+    model = plain_settings(name, size)
+    network, values = network_of(model), {}
+    if size == "tiny":
+        values["largest"] = 16
+    elif torch.cuda.is_available():
+        _, total = torch.cuda.mem_get_info()
+        estimate, _ = estimate_model_memory(model, signature(), half=True)
+        values["largest"] = max(8, estimate.largest_of_one(USABLE * total) // 8 * 8)
+    return {"gflop": round(training_flops(network) / 1e9, 3), **values}
 
 
 def compile_once(name: str, lesions: int, size: str) -> dict[str, Any]:
@@ -148,24 +158,14 @@ def trained(name: str, lesions: int, size: str, folder: Path, **train: Any) -> t
     return training_step(model, network, [batch], device, folder), device
 
 
-def training(name: str, lesions: int | None, mode: str, size: str) -> dict[str, Any]:
-    """Measure a training step; lesions: of the one micro-batch, None as many as are estimated to fit."""
-    asked = lesions or largest(name, size)
+def training(name: str, lesions: int, mode: str, size: str, most: bool = False) -> dict[str, Any]:
+    """Measure a training step; lesions: of the one micro-batch.  most: they are as many as are estimated to fit."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        step, device = trained(name, asked, size, Path(folder), **MODES[mode])
+        step, device = trained(name, lesions, size, Path(folder), **MODES[mode])
         reset_peak()
-        values = measured(step, asked, device, started, few_steps=lesions is None)
-    return {"model": name, "lesions": asked, "mode": mode, **values}
-
-
-def largest(name: str, size: str) -> int:
-    """Return the largest micro-batch of an eager step that the estimate lets fit into the free memory."""
-    if size == "tiny":
-        return 16
-    estimate, _ = estimate_model_memory(plain_settings(name, size), signature(), half=True)
-    free, _ = torch.cuda.mem_get_info()
-    return max(8, estimate.largest_of_one(USABLE * free) // 8 * 8)
+        values = measured(step, lesions, device, started, few_steps=most)
+    return {"model": name, "lesions": lesions, "mode": mode, "most": most, **values}
 
 
 def measured(
@@ -426,41 +426,43 @@ def timm_flops(towers: list[Any], inputs: list[torch.Tensor]) -> float:
     return total
 
 
-def memory(experiment: str, model: str, size: str) -> dict[str, Any]:
-    """Compare the estimated with the measured peak of a step as an experiment file sets it, not compiled.
-
-    One GPU holds the share of one rank: with several micro-batches a step, as many as on the GPUs that the file is for.
-    """
-    device = device_of(size)
+def of_experiment(experiment: str, model: str, size: str) -> ModelConfig:
+    """Return a model of an experiment file whose step is neither compiled nor a graph."""
     config = load(Experiment, experiment).models[model]
     update: dict[str, Any] = {"compile": False, "graph": False, "trackers": ()}
     if size == "tiny":
         config, update = tiny(config), {**update, "micro_batch": 4, "global_batch": 8}
-    ranks = 8 if experiment.startswith("h100x8") else 1
-    train = config.train.model_copy(update=update)
-    config = config.model_copy(update={"train": train})
-    accumulation = max(1, train.global_batch // (ranks * train.micro_batch))
+    return config.model_copy(update={"train": config.train.model_copy(update=update)})
+
+
+def memory(experiment: str, model: str, size: str) -> dict[str, Any]:
+    """Measure the peak memory of a step as an experiment file sets it, on one GPU."""
+    device, config = device_of(size), of_experiment(experiment, model, size)
+    train = config.train
+    accumulation = max(1, train.global_batch // train.micro_batch)
     bare = network_of(config.model_copy(update={"train": TrainConfig()}))
-    estimate, _ = estimate_model_memory(config, signature(), train.precision != "fp32")
     with tempfile.TemporaryDirectory() as folder:
         network = copy.deepcopy(bare).to(device)
         side = image_side(bare)
         batches = [random_batch(train.micro_batch, side, device) for _ in range(accumulation)]
-        step = training_step(config, network, batches, device, Path(folder))  # type: ignore[arg-type]
+        step = training_step(config, network, batches, device, Path(folder))
         step()
         reset_peak()
         for _ in range(2):
             step()
         synchronize()
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    photos = sum(batch.clinical.nbytes + batch.dermoscopic.nbytes for batch in batches)
-    expected = estimate.total(train.micro_batch)
     return {
         "experiment": experiment, "model": model, "micro_batch": train.micro_batch, "accumulation": accumulation,
         "precision": train.precision, "checkpointing": train.activation_checkpointing,
-        "estimate_gib": round(expected / GIB, 3), "peak_gib": round(peak / GIB, 3),
-        "photos_gib": round(photos / GIB, 3), "estimate_error": round(expected / peak - 1, 4) if peak else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if device.type == "cuda" else None,
     }  # fmt: skip
+
+
+def estimate(experiment: str, model: str, size: str) -> dict[str, Any]:
+    """Estimate the peak memory of the step that `memory` measures; needs no GPU."""
+    config = of_experiment(experiment, model, size)
+    found, _ = estimate_model_memory(config, signature(), config.train.precision != "fp32")
+    return {"estimate_gib": round(found.step(config.train.micro_batch) / GIB, 3)}
 
 
 def out_of_memory(size: str) -> dict[str, Any]:

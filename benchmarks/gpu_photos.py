@@ -222,7 +222,13 @@ def fold(model: str, weights: str | None, size: str, shards: str | None) -> dict
     words += [f"{key}.pretrained={str(bool(weights)).lower()}", f"{key}.image_size={384 if size == 'full' else 32}"]
     words += [f"{key}.freeze_clinical=2", f"{key}.freeze_dermoscopic=0", "seed=0"]
     if size == "tiny":
-        words += ["train.epochs=1", "train.log_every=1", "train.global_batch=8", "train.micro_batch=8", "train.compile=false"]
+        words += [
+            "train.epochs=1",
+            "train.log_every=1",
+            "train.global_batch=8",
+            "train.micro_batch=8",
+            "train.compile=false",
+        ]
         words += ["data.folds=2", f"models.{model}.width=32", f"models.{model}.heads=2"]
         words += [f"{key}.freeze_clinical=1", f"{key}.drop_path=null"]
     with tempfile.TemporaryDirectory() as name:

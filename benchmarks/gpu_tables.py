@@ -156,8 +156,18 @@ def ours(cells: dict[str, Cell]) -> float | None:
     return max(rates, default=None)
 
 
+def memory_rows(cells: dict[str, Cell]) -> list[Cell]:
+    """Return the measured peaks with their estimates and errors."""
+    rows = []
+    for name, cell in cells.items():
+        estimate = cells.get(name.replace("memory-", "estimate-"), {}).get("estimate_gib")
+        if name.startswith("memory-") and estimate and cell["peak_gib"]:
+            rows.append({**cell, "estimate_gib": estimate, "estimate_error": estimate / cell["peak_gib"] - 1})
+    return rows
+
+
 def memory_table(cells: dict[str, Cell]) -> Iterator[str]:
-    chosen = [cell for cell in cells.values() if "estimate_gib" in cell]
+    chosen = memory_rows(cells)
     if not chosen:
         return
     yield from paragraph(
@@ -185,11 +195,77 @@ def recovery(cells: dict[str, Cell]) -> Iterator[str]:
 
 
 def photo_tables(cells: dict[str, Cell]) -> Iterator[str]:
-    yield from ()
+    loaders = [cell for name, cell in cells.items() if name.startswith("loader-")]
+    if loaders:
+        yield from paragraph(
+            "**The loader alone**, `python -m benchmarks.gpu part=3`: JPEG photos with a short side of "
+            f"{loaders[0]['packed_side']} pixels, augmented on the device by the recipe. {measured_on(loaders)}"
+        )
+        rows = [
+            [
+                MODELS[cell["model"]], str(cell["side"]), str(cell["workers"]), number(cell["photos_per_s"]),
+                number(cell["photos_per_cpu_s"]),
+            ]
+            for cell in loaders
+        ]  # fmt: skip
+        yield from table(["network", "pixels", "threads", "photos/s", "photos per CPU second"], rows)
+    trained = [(name, cell) for name, cell in cells.items() if name.startswith(("photos-", "two-"))]
+    if trained:
+        yield from paragraph(
+            f"**Trainings on photos**, compiled and as a graph. {measured_on([c for _, c in trained])}"
+        )
+        rows = [
+            [
+                MODELS[cell["model"]], "2" if name.startswith("two-") else "1", str(cell["lesions"]),
+                str(cell["workers"]), number(cell["lesions_per_s"]), share(cell.get("data_wait")),
+            ]
+            for name, cell in trained
+        ]  # fmt: skip
+        header = ["network", "trainings at once", "lesions a step", "threads of each", "lesions/s in sum", "data wait"]
+        yield from table(header, rows)
+    rest = {
+        "tokens-base": ("tokens of a frozen ViT-B/16, eager", "photos_per_s", "photos/s"),
+        "tokens-base-compiled": ("the same, compiled", "photos_per_s", "photos/s"),
+        "tta-base": ("evaluation with 8 transforms, base", "lesions_per_s", "lesions/s"),
+        "tta-dual_cnn": ("evaluation with 8 transforms, dual CNN", "lesions_per_s", "lesions/s"),
+        "predict": ("`triderm predict`, four networks, 8 transforms, from photo files", "lesions_per_s", "lesions/s"),
+    }
+    found = {name: cells[name] for name in rest if name in cells}
+    if found:
+        yield from paragraph(f"**Without training**, from photos to the result. {measured_on([*found.values()])}")
+        rows = [[rest[name][0], f"{number(cell[rest[name][1]])} {rest[name][2]}"] for name, cell in found.items()]
+        yield from table(["", ""], rows)
 
 
 def fold_tables(cells: dict[str, Cell]) -> Iterator[str]:
-    yield from ()
+    folds = [cell for name, cell in cells.items() if name.startswith("fold-")]
+    if folds:
+        yield from paragraph(
+            "**One fold of MILK10k** by the recipe of `milk10k` at 384 pixels; the tower is EfficientNet-Lite0 of ImageNet, "
+            "photos are compressed to 4.5 kB each, a quarter of the original. Scores of the last epoch by argmax and by "
+            f"the official rule, without fitted thresholds. {measured_on(folds)}"
+        )
+        rows = [
+            [
+                MODELS.get(cell["model"], "tri-modal"), number(cell["lesions"]), str(cell["epochs"]),
+                number(cell["seconds"]), number(cell["lesions_per_s"]), share(cell["data_wait"]),
+                number(cell["macro_f1"], 3), number(cell["official"], 3),
+            ]
+            for cell in folds
+        ]  # fmt: skip
+        header = ["network", "lesions", "epochs", "seconds", "lesions/s", "data wait", "macro F1", "official"]
+        yield from table(header, rows)
+    fits = [cell for name, cell in cells.items() if name.startswith("xgboost-")]
+    if fits:
+        yield from paragraph(
+            "**The stacker** (XGBoost, at most 100 rounds, early stopping) on the GPU and on "
+            f"{fits[0]['threads']} threads. {measured_on(fits)}"
+        )
+        rows = [
+            [number(cell["rows"]), number(cell["columns"]), number(cell["cpu_s"], 2), number(cell.get("cuda_s"), 2)]
+            for cell in fits
+        ]
+        yield from table(["rows", "columns", "CPU, s", "GPU, s"], rows)
 
 
 def ratios(parts: Sequence[dict[str, Cell]]) -> dict[str, Any]:
@@ -203,8 +279,8 @@ def ratios(parts: Sequence[dict[str, Cell]]) -> dict[str, Any]:
     for key, name in (("vs_sketch_bf16", "sketch-bf16"), ("vs_sketch_fp32", "sketch-fp32"), ("vs_timm", "timm-frozen")):
         rate = second.get(name, {}).get("lesions_per_s")
         found[key] = round(best / rate, 3) if best and rate else None
-    errors = [abs(cell["estimate_error"]) for cell in second.values() if cell.get("estimate_error") is not None]
-    found["memory_worst_error"] = max(errors, default=None)
+    errors = [abs(cell["estimate_error"]) for cell in memory_rows(second)]
+    found["memory_worst_error"] = round(max(errors), 4) if errors else None
     return found
 
 

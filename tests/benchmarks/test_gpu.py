@@ -96,3 +96,27 @@ def test_tables_replace_what_stands_between_the_marks(tmp_path, capsys):
     assert max(map(len, text.splitlines())) <= 120
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["mfu_base"], last["vs_sketch_bf16"], last["mfu_large"]) == (0.4469, 2.0, None)
+
+
+def test_tables_of_photos_memory_and_folds_hold_short_lines(tmp_path, capsys):
+    second, third, fourth = (results(tmp_path, part) for part in (2, 3, 4))
+    step = {"experiment": "rtx4090_large", "model": "trimodal", "micro_batch": 96, "accumulation": 1}
+    second.add("memory-rtx4090_large-trimodal", {**step, "precision": "bf16", "checkpointing": True, "peak_gib": 10.0})
+    second.add("estimate-rtx4090_large-trimodal", {"estimate_gib": 10.3})
+    second.add("out-of-memory", {"exit": 0, "micro_batch_kept": 48, **FACTS})
+    loader = {"model": "dual_cnn", "side": 384, "workers": 8, "packed_side": 450, "photos_per_s": 9000}
+    third.add("loader-dual_cnn-8", {**loader, "photos_per_cpu_s": 1500, **FACTS})
+    third.add("two-base", {"model": "base", "lesions": 96, "workers": 6, "lesions_per_s": 2100.0, **FACTS})
+    third.add("predict", {"lesions_per_s": 210.0, **FACTS})
+    scores = {"lesions": 4717, "epochs": 25, "seconds": 90.0, "lesions_per_s": 1800.0, "data_wait": 0.01}
+    fourth.add("fold-dual_cnn", {"model": "dual_cnn", **scores, "macro_f1": 0.5, "official": 0.51, **FACTS})
+    fourth.add("xgboost-5000x60", {"rows": 5000, "columns": 60, "threads": 16, "cpu_s": 0.5, "cuda_s": 0.9, **FACTS})
+    page = tmp_path / "page.md"
+    page.write_text("<!-- gpu tables -->\n<!-- end of gpu tables -->\n")
+    main(GpuTables(results=str(tmp_path), page=str(page)))
+    text = page.read_text()
+    assert "| 10.30 | 10.00 | 3.0% |" in text and "went on with 48" in text
+    assert "| dual CNN | 384 | 8 | 9,000 | 1,500 |" in text and "| base | 2 | 96 | 6 | 2,100 |  |" in text
+    assert "| dual CNN | 4,717 | 25 | 90 |" in text and "| 5,000 | 60 | 0.50 | 0.90 |" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["memory_worst_error"] == 0.03
