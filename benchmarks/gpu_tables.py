@@ -241,9 +241,9 @@ def fold_tables(cells: dict[str, Cell]) -> Iterator[str]:
     folds = [cell for name, cell in cells.items() if name.startswith("fold-")]
     if folds:
         yield from paragraph(
-            "**One fold of MILK10k** by the recipe of `milk10k` at 384 pixels; the tower is EfficientNet-Lite0 of ImageNet, "
-            "photos are compressed to 4.5 kB each, a quarter of the original. Scores of the last epoch by argmax and by "
-            f"the official rule, without fitted thresholds. {measured_on(folds)}"
+            "**One fold of MILK10k** by the recipe of `milk10k` at 384 pixels; the tower is EfficientNet-Lite0 of "
+            "ImageNet, photos are compressed to 4.5 kB each, a quarter of the original. Scores of the last epoch by "
+            f"argmax and by the official rule, without fitted thresholds. {measured_on(folds)}"
         )
         rows = [
             [
