@@ -293,7 +293,7 @@ class Checkpoints:
         self._saved = time.monotonic()
         optimizer = full_optimizer_state(accelerator, training.wrapped, training.optimizer, training.initial_groups)
         parts = {
-            "weights": _host_copy(full_weights(accelerator, training.wrapped), accelerator),
+            "weights": full_weights(accelerator, training.wrapped),
             "optimizer": optimizer.tensors,
             **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
         }
@@ -318,7 +318,7 @@ class Checkpoints:
         selected ones. Call on all ranks. Raises OSError as `save` does.
         """
         self.wait()
-        weights = _host_copy(finished_weights(full_weights(accelerator, wrapped)), accelerator)
+        weights = finished_weights(full_weights(accelerator, wrapped))
         if is_main():
             self._writer.start(lambda: save_weights(self.folder.parent / "weights", weights, **info))
 
@@ -397,13 +397,6 @@ class Checkpoints:
             f"resuming from step {saved.state.step} with changed settings ({listed}); "
             "results will differ from an uninterrupted run"
         )
-
-
-def _host_copy(tensors: Tensors, accelerator: Accelerator) -> Tensors:
-    """Return full tensors as copies that the next step does not change: on a CPU they are those of the network."""
-    if accelerator.device.type != "cpu":
-        return tensors
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _flush(folder: Path) -> None:
