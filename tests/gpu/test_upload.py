@@ -1,12 +1,20 @@
-"""Batches arrive whole on the device, however far the host is ahead, and its waits for data are measured."""
+"""Batches arrive whole on the device, however far the host is ahead, and what it waits for is known."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from triderm_dist.config import AugmentConfig
+from triderm_dist.data.augment import AUGMENTATIONS
+from triderm_dist.data.loader import LoaderFactory, PhotoSource
+from triderm_dist.data.mixing import Mixing
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
+from triderm_dist.data.shards.index import read_index
 from triderm_dist.data.upload import DataWait, Upload
 
 DEVICE = torch.device("cuda")
@@ -43,3 +51,20 @@ def test_a_wait_counts_only_where_the_device_has_nothing_to_compute(busy: bool) 
     waited = wait.take()
     assert waited < 0.02 if busy else 3 * seconds <= waited < 6 * seconds
     assert wait.take() == 0
+
+
+def test_neither_augmentations_nor_mixing_wait_for_the_device(shards: Path) -> None:
+    index, strengths = read_index(shards), {"clinical": 0.5, "dermoscopic": 0.5}
+    built_in = [name for name, kind in AUGMENTATIONS.items() if kind.__module__.startswith("triderm_dist")]
+    augment = AugmentConfig(mixup=0.4, cutmix=0.4, extra=dict.fromkeys(built_in, strengths))
+    source, mixing = PhotoSource(index, 32, (0.5,) * 3, (0.4,) * 3, augment), Mixing(augment, index.signature)
+    batches = EpochPlan(Samples.of(index, np.arange(len(index))), Sampling("shuffle"), 0, 0).batches(0, 1, 8)
+    steps = iter(LoaderFactory(index, source).create(batches, 8, DEVICE, augment=augment))
+    try:
+        for number, step in zip(range(5), steps, strict=False):
+            mixing(step.micro_batches[0])
+            if number == 1:  # constants are on the device
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        steps.close()  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ class Mixing:
     def __init__(self, config: AugmentConfig, signature: Signature) -> None:
         self.config, self.classes = config, len(signature.diagnoses)
         self._numbers = np.array([field.kind == "number" for field in signature.fields], bool)
+        self._is_number: Tensor | None = None  # `_numbers` on the device of the first batch
         self._views = [VIEWS.index(view) for view in signature.views]
 
     def __call__(self, batch: Batch) -> Batch:
@@ -44,8 +45,8 @@ class Mixing:
         partner = torch.arange(len(batch.labels), device=device) ^ 1
         together = batch.valid & batch.valid[partner]
         both = batch.view_present & batch.view_present[partner]
-        if self._views:
-            together = together & both[:, self._views].any(1)
+        if self._views:  # columns one by one: a list of them would be copied to the device, for which the host waits
+            together = together & torch.stack([both[:, at] for at in self._views]).any(0)
         if batch.class_mask is not None:
             together = together & (batch.class_mask == batch.class_mask[partner]).all(1)
         images = {VIEWS[at]: getattr(batch, VIEWS[at]) for at in self._views}
@@ -59,12 +60,13 @@ class Mixing:
             view: _mix_images(image, shares * both[:, VIEWS.index(view), None, None]) for view, image in images.items()
         }
         one_hot = (batch.labels[:, None] == torch.arange(self.classes, device=device)).float()
-        is_number = to_device(self._numbers, device)
+        if self._is_number is None:
+            self._is_number = to_device(self._numbers, device)
         return replace(
             batch,
             **mixed,
             concepts=_mix_known(batch.concepts, partner, share),
-            metadata=torch.where(is_number, _mix_known(batch.metadata, partner, share), batch.metadata),
+            metadata=torch.where(self._is_number, _mix_known(batch.metadata, partner, share), batch.metadata),
             targets=one_hot.lerp(one_hot[partner], share[:, None]),
             fine=None if batch.fine is None else batch.fine.lerp(batch.fine[partner], share[:, None]),
         )
