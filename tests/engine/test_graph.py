@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from triderm_dist.config import ModelConfig, TrainConfig, validate
 from triderm_dist.data.augment import LesionRng, lesion_keys
 from triderm_dist.data.loader import Step
 from triderm_dist.distributed import parallel
-from triderm_dist.engine.capture import GraphedForward
+from triderm_dist.engine.capture import CaptureError, GraphedForward
 from triderm_dist.engine.evaluate import forward
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.graph import WARM_UP, GraphedStep, choose_graph
@@ -44,7 +45,7 @@ class Uncaptured(GraphedStep):
 class Run:
     """A small training on random tokens. Its rates change from step to step, and it drops by lesion."""
 
-    def __init__(self, kind: type[GraphedStep] | None, micro_batches: int = 1, **settings) -> None:
+    def __init__(self, kind: Callable[..., GraphedStep] | None, micro_batches: int = 1, **settings) -> None:
         torch.manual_seed(0)
         batch = {"global_batch": LESIONS * micro_batches, "micro_batch": LESIONS}
         config = validate(TrainConfig, {"precision": "fp32", "epochs": 2, **batch, **settings})
@@ -114,6 +115,19 @@ def test_batches_of_another_form_are_captured_anew() -> None:
     found = graphed.train(5, mixed=True) + graphed.train(4)
     assert graphed.step.captures == 2
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_steps_that_cannot_be_captured_stay_eager_or_end_the_training(capfd) -> None:
+    class Uncapturable(Uncaptured):
+        def _capture(self, compute):
+            raise CaptureError("train.graph: no CUDA graph can be made (it waits)")
+
+    required, eager, found = Run(Uncapturable), Run(None), Run(partial(Uncapturable, required=False))
+    np.testing.assert_array_equal(found.train(6), eager.train(6))
+    assert capfd.readouterr().out.count("it waits") == 1
+    required.train(WARM_UP)
+    with pytest.raises(InputError, match="it waits"):
+        required.train(1)
 
 
 def test_evaluation_on_buffers_equals_the_eager_one() -> None:

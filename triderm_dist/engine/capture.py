@@ -21,6 +21,10 @@ WARM_UP_OF_FORM = 2
 T = TypeVar("T")
 
 
+class CaptureError(InputError):
+    """Something cannot be captured as a CUDA graph."""
+
+
 @lru_cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream of all captures on a device, as graphs that share memory need."""
@@ -43,8 +47,8 @@ class Captured(Generic[T]):
     """What `compute` launches, as one CUDA graph. Calling it launches the graph and returns the results of `compute`,
     tensors that the next call overwrites.
 
-    beside: a graph that never runs at the same time, whose memory is shared. Raises InputError where something in
-    `compute` waits for the device.
+    beside: a graph that never runs at the same time, whose memory is shared. Raises CaptureError where something in
+    `compute` waits for the device or does what a graph cannot hold; nothing of it has then run on the device.
     """
 
     def __init__(self, compute: Callable[[], T], device: torch.device, beside: Captured[Any] | None = None) -> None:
@@ -69,8 +73,8 @@ class Captured(Generic[T]):
             cause = cause or error
             if is_out_of_memory(cause):
                 raise cause from None
-            raise InputError(
-                f"train.graph: a CUDA graph cannot be captured ({one_line(cause)}); set train.graph=false"
+            raise CaptureError(
+                f"train.graph: no CUDA graph can be made ({one_line(cause)}); set it to false"
             ) from cause
 
     def __call__(self) -> T:

@@ -28,6 +28,7 @@ from triderm_dist.engine.capture import (
     WARM_UP_OF_FORM,
     BatchBuffers,
     Captured,
+    CaptureError,
     GraphedForward,
     form_of,
     on_capture_stream,
@@ -36,6 +37,7 @@ from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.step import StepInputs, StepResult, TrainStep
 from triderm_dist.losses import CompoundLoss, Sums
 from triderm_dist.models import NETWORKS
+from triderm_dist.runtime.terminal import wrapped
 from triderm_dist.schema import ConfigError
 
 WARM_UP = 3
@@ -79,7 +81,7 @@ def _refusal(accelerator: Accelerator, config: TrainConfig) -> str:
     return ""
 
 
-def on_graph_stream(device: torch.device, graphed: bool) -> AbstractContextManager[None]:
+def on_graph_stream(device: torch.device, graphed: bool = True) -> AbstractContextManager[None]:
     """Return the context for `parallel.wrap`, and for eager steps, of a training that is `graphed`; else an empty one.
 
     The nodes that accumulate gradients under DDP belong to the stream on which DDP was created, and during a capture
@@ -95,7 +97,7 @@ def warm_up_steps(accelerator: Accelerator) -> int:
 
 def build_step(
     accelerator: Accelerator,
-    wrapped: nn.Module,
+    network: nn.Module,
     prepared: torch.optim.Optimizer,
     optimizer: torch.optim.Optimizer,
     loss: CompoundLoss,
@@ -103,11 +105,11 @@ def build_step(
     guard: NonFiniteGuard,
     graphed: bool,
 ) -> TrainStep | GraphedStep:
-    """Return what takes the steps of a training. wrapped, prepared, optimizer: as `parallel.wrap` returned them, on the
+    """Return what takes the steps of a training. network, prepared, optimizer: as `parallel.wrap` returned them, on the
     stream of `on_graph_stream` where `graphed`.
     """
-    step = TrainStep(accelerator, wrapped, prepared, loss, config, guard)
-    return GraphedStep(step, optimizer) if graphed else step
+    step = TrainStep(accelerator, network, prepared, loss, config, guard)
+    return GraphedStep(step, optimizer, required=config.graph is True) if graphed else step
 
 
 class GraphedStep:
@@ -117,9 +119,12 @@ class GraphedStep:
     network in evaluation, by a graph in the same memory.
     """
 
-    def __init__(self, eager: TrainStep, optimizer: torch.optim.Optimizer) -> None:
-        """optimizer: the plain one, not Accelerate's wrapper."""
-        self.eager, self.optimizer = eager, optimizer
+    def __init__(self, eager: TrainStep, optimizer: torch.optim.Optimizer, required: bool = True) -> None:
+        """optimizer: the plain one, not Accelerate's wrapper.  required: raise CaptureError where the step cannot be
+        captured; otherwise steps remain eager.
+        """
+        self.eager, self.optimizer, self.required = eager, optimizer, required
+        self._failed = False
         self.warm_up = warm_up_steps(eager.accelerator)
         self.captured: Captured[Computed] | None = None
         self.forward = GraphedForward(lambda: self.captured)
@@ -134,7 +139,7 @@ class GraphedStep:
         if form != self._form:
             self._form, self._of_form, self._buffers, self.captured = form, 0, None, None
             self.forward.reset()
-        if self._eager_steps < self.warm_up or self._of_form < WARM_UP_OF_FORM:
+        if self._failed or self._eager_steps < self.warm_up or self._of_form < WARM_UP_OF_FORM:
             self._eager_steps += 1
             self._of_form += 1
             sums, norm = self._warm(inputs)
@@ -148,8 +153,16 @@ class GraphedStep:
         self._buffers.fill(inputs, [float(group["lr"]) for group in self.optimizer.param_groups])
         if self.captured is None:
             own = self._buffers.inputs
-            with _rates_on_device(self.optimizer, self._buffers.rates):
-                self.captured = self._capture(lambda: self.eager.compute(own))
+            try:
+                with _rates_on_device(self.optimizer, self._buffers.rates):
+                    self.captured = self._capture(lambda: self.eager.compute(own))
+            except CaptureError as error:
+                if self.required:
+                    raise
+                self.eager.accelerator.print(wrapped(f"{error}. Steps are launched without"), flush=True)
+                self.optimizer.zero_grad(set_to_none=True)
+                self._failed, self._buffers = True, None
+                return self._warm(inputs)
         return self.captured()
 
     def _warm(self, inputs: StepInputs) -> Computed:
