@@ -389,6 +389,11 @@ class TrainConfig(Section):
         description="on a GPU, launch each training step as one CUDA graph; auto: in one process and DDP with bf16 or "
         "fp32, true: the run fails where that cannot work",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, only algorithms that give the same numbers each time, so that a resumed training equals "
+        "an undisturbed one bit for bit on the same hardware and versions; slower. On a CPU it always does",
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between log lines")
     save_every: int | None = Field(
         None,
@@ -480,7 +485,7 @@ class TrainConfig(Section):
 
 COSMETIC = (
     *("log_every", "save_every", "save_every_seconds", "keep_last", "keep_checkpoints", "trackers"),
-    *("tracker_settings", "profile", "peak_tflops", "graph"),
+    *("tracker_settings", "profile", "peak_tflops", "graph", "deterministic"),
 )
 """Settings of `train` that change no result, or only its rounding on a GPU."""
 EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
@@ -1145,6 +1150,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.augment.mixup": 0.0,
     "models.NAME.train.augment.unmixed_epochs": 3,
+    "models.NAME.train.deterministic": False,
     "models.NAME.train.graph": "auto",
     "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.fine_weight": 0.0,

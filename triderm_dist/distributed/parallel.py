@@ -170,8 +170,28 @@ def _naming_missing_ranks() -> Iterator[None]:
 
 
 def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelerator:
-    """Start the Accelerator of a training (see `start`)."""
+    """Start the Accelerator of a training (see `start`), with deterministic algorithms where they are asked for."""
+    if torch.cuda.is_available():
+        _use_deterministic_algorithms(config.deterministic)
     return start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm, rank_timeout)
+
+
+def _use_deterministic_algorithms(wanted: bool) -> None:
+    """Let PyTorch, cuDNN and cuBLAS take algorithms on a GPU that repeat their results, or any again.
+
+    An operation that has none raises an error that names it.
+    """
+    if not wanted and not torch.are_deterministic_algorithms_enabled():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # launches a kernel for each tensor
+    if wanted:
+        import torch._inductor.config as inductor
+
+        torch.backends.cudnn.benchmark = False
+        if hasattr(inductor, "deterministic"):  # since PyTorch 2.10: no choice by time, which changes orders of sums
+            inductor.deterministic = True
 
 
 def start_inference(precision: Precision, rank_timeout: float = 600.0) -> Accelerator:

@@ -76,6 +76,8 @@ def _refusal(accelerator: Accelerator, config: TrainConfig) -> str:
         return f"{strategy} gathers weights in new memory in each step"
     if accelerator.scaler is not None:
         return "the loss scaler of fp16 waits for the device"
+    if config.deterministic:
+        return "train.deterministic: the first steps after a start are taken without the graph, and differ by rounding"
     if not optim.is_capturable(config.optim):
         return f"the optimizer {config.optim.name} cannot be captured: it is not fused and capturable"
     return ""
