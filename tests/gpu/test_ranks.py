@@ -73,9 +73,10 @@ def test_strategy_trains_as_one_process(strategy: str, ended: Ended, alone: Path
     output, done = ended[strategy]
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     folder = output / "net" / "fold-0"
-    assert largest_difference(losses(folder / "metrics.jsonl"), losses(alone / "metrics.jsonl"))[0] < 0.02
+    difference, _ = largest_difference(losses(folder / "metrics.jsonl"), losses(alone / "metrics.jsonl"))
+    assert difference < matrix.TOLERANCE
     first, second = (read_predictions(path / "predictions.parquet").logits for path in (folder, alone))
-    np.testing.assert_allclose(first, second, atol=0.05)
+    np.testing.assert_allclose(first, second, atol=0.1)
 
 
 def test_more_ranks_than_gpus_are_refused(ended: Ended) -> None:

@@ -117,14 +117,14 @@ def test_graph_computes_what_single_kernels_compute(kind: str, precision: str, s
     for graph in ("false", "true"):
         words = (f"train.precision={precision}", f"train.graph={graph}", "train.optim.lr=1e-4")
         trainer = create_trainer(settings(kind, *words), shards, tmp_path)
-        losses = take_steps(trainer, batches(trainer), 16)
+        losses = take_steps(trainer, batches(trainer), 10)
         weights = torch.cat([p.detach().flatten() for p in trainer.wrapped.parameters() if p.requires_grad])
         found[graph] = losses, weights
     tolerance = 1e-3 if precision == "fp32" else 2e-2
     assert found["true"][0] == pytest.approx(found["false"][0], rel=tolerance)
     # AdamW moves a weight by at most its rate a step, whichever sign the rounding of a tiny gradient has.
-    assert (found["true"][1] - found["false"][1]).abs().mean() < 16 * 1e-4 * 10 * tolerance
-    assert len(set(found["true"][0])) == 16
+    assert (found["true"][1] - found["false"][1]).abs().mean() < 10 * 1e-4 * 10 * tolerance
+    assert len(set(found["true"][0])) == 10
 
 
 @pytest.mark.parametrize(
