@@ -26,8 +26,8 @@ class FusedAdamW(torch.optim.AdamW):
         parameters = [p for _, each in groups for p in each]
         fused = all(group["fused"] for group in self.param_groups)
         alike = len({(p.device, p.dtype) for p in parameters}) == 1
-        # The first step creates the states.
-        if closure is not None or not (fused and alike) or any(p not in self.state for p in parameters):
+        # The first step creates the states; DeepSpeed has looked for them before.
+        if closure is not None or not (fused and alike) or any(not self.state.get(p) for p in parameters):
             return super().step(closure)
         found_inf, steps = getattr(self, "found_inf", None), [self.state[p]["step"] for p in parameters]
         torch._foreach_add_(steps, 1)
