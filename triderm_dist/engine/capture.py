@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -52,6 +53,7 @@ class Captured(Generic[T]):
     """
 
     def __init__(self, compute: Callable[[], T], device: torch.device, beside: Captured[Any] | None = None) -> None:
+        gc.collect()  # so that nothing is freed in the middle of the capture
         self._graph, cause = torch.cuda.CUDAGraph(), None
         try:
             # thread_local: other threads, such as NCCL's, may go on calling CUDA.

@@ -13,6 +13,7 @@ mixed) is captured anew.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -162,9 +163,11 @@ class GraphedStep:
                 if self.required:
                     raise
                 self.eager.accelerator.print(wrapped(f"{error}. Steps are launched without"), flush=True)
-                self.optimizer.zero_grad(set_to_none=True)
                 self._failed, self._buffers = True, None
-                return self._warm(inputs)
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()  # frees the activations in the traceback
+            return self._warm(inputs)
         return self.captured()
 
     def _warm(self, inputs: StepInputs) -> Computed:
