@@ -8,7 +8,14 @@ from tests.doctor.conftest import SMALL
 from triderm_dist.config import Experiment, load
 from triderm_dist.doctor import examine
 from triderm_dist.doctor.findings import errors, print_findings
-from triderm_dist.doctor.software import nccl_finding, versions
+from triderm_dist.doctor.software import (
+    architecture_finding,
+    architectures,
+    compiler,
+    compiler_finding,
+    nccl_finding,
+    versions,
+)
 
 
 def test_two_nccl_packages_collide():
@@ -17,6 +24,30 @@ def test_two_nccl_packages_collide():
     assert nccl_finding(both, gpu=True).state == "error" and "xgboost-cu13" in nccl_finding(both, gpu=True).advice
     assert nccl_finding(both, gpu=False).state == "warning"
     assert "pip uninstall xgboost-cu13" in nccl_finding(both, gpu=True, cuda="12").advice
+
+
+def test_missing_c_compiler_or_header_is_reported_where_blocks_are_compiled_on_a_gpu(tmp_path, monkeypatch):
+    header = tmp_path / "Python.h"
+    assert compiler_finding("/usr/bin/gcc", header).state == "ok"
+    neither = compiler_finding(None, None)
+    assert neither.state == "error" and "a C compiler and Python.h not found" in neither.text
+    assert "train.compile=false" in neither.advice
+    assert compiler_finding("gcc", None).text.startswith("Python.h not found")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "a C compiler" in compiler().text
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "a C compiler" in compiler().text
+
+
+def test_gpu_that_torch_is_not_built_for_is_reported():
+    built = ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_120"]
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)):
+        assert architecture_finding("a GPU", capability, built, "13.0") is None
+    for capability in ((7, 0), (6, 1), (10, 0)):
+        found = architecture_finding("a GPU", capability, built, "13.0")
+        assert found and found.state == "error" and f"sm_{capability[0]}{capability[1]}, but torch" in found.text
+    assert architecture_finding("a GPU", (7, 0), [], "13.0") is None and architectures([]) == []
 
 
 def test_outdated_and_missing_packages_are_reported(monkeypatch):

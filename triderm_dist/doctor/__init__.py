@@ -28,7 +28,7 @@ from triderm_dist.doctor.findings import GIB, Finding
 from triderm_dist.doctor.launcher import Launcher, launcher_findings, strategy
 from triderm_dist.doctor.machine import find_gpus, machine_findings
 from triderm_dist.doctor.networks import Place, network_findings
-from triderm_dist.doctor.software import nccl, versions
+from triderm_dist.doctor.software import architectures, compiler, nccl, versions
 from triderm_dist.schema import InputError, Signature
 from triderm_dist.tasks import milk10k_task
 
@@ -44,7 +44,12 @@ def host_findings(experiment: Experiment, launcher: Launcher | None = None) -> d
         required.add("xgboost")
     written_before = [Path(__file__), Path(experiment.train_shards, "index.json"), experiment.folder]
     return {
-        "software": [*versions(required), nccl(bool(gpus))],
+        "software": [
+            *versions(required),
+            nccl(bool(gpus)),
+            *([compiler()] if gpus and any(model.train.compile for model in experiment.models.values()) else []),
+            *architectures(gpus),
+        ],
         "machine": machine_findings(gpus, experiment.folder, written_before),
     }
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import shutil
 import sys
+import sysconfig
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from triderm_dist.doctor.findings import Finding, State, imported
+from triderm_dist.doctor.machine import Gpu
 from triderm_dist.runtime.extras import EXTRA_OF, install_command
 
 NEEDED = ("torch", "accelerate", "timm", "open_clip_torch", "pyarrow", "simplejpeg")
@@ -131,3 +136,49 @@ def nccl_finding(packages: Sequence[str], gpu: bool, cuda: str = "13") -> Findin
         else "pip uninstall xgboost nvidia-nccl-cu12; pip install --force-reinstall --no-deps xgboost-cu13 "
         "nvidia-nccl-cu13",
     )
+
+
+def compiler() -> Finding:
+    """Check what `train.compile` needs on a GPU: Triton builds a small C program against Python's headers."""
+    program = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return compiler_finding(program if program and shutil.which(program) else None, header if header.exists() else None)
+
+
+def compiler_finding(program: str | None, header: Path | None) -> Finding:
+    """Judge the C compiler and Python's header; None where there is none."""
+    if program and header:
+        return Finding("C compiler", f"{program} with {header}, for torch.compile")
+    lacking = " and ".join([*([] if program else ["a C compiler"]), *([] if header else ["Python.h"])])
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    advice = f"apt-get install build-essential python{version}-dev, or train.compile=false"
+    return Finding("C compiler", f"{lacking} not found, which torch.compile needs on a GPU", "error", advice)
+
+
+def architectures(gpus: Sequence[Gpu]) -> list[Finding]:
+    """Check that torch is built for each kind of GPU of this host."""
+    torch = imported("torch")
+    built = torch.cuda.get_arch_list() if torch and gpus else []
+    return [
+        finding
+        for name, capability in {gpu.name: gpu.capability for gpu in gpus}.items()
+        if (finding := architecture_finding(name, capability, built, str(torch.version.cuda)))
+    ]
+
+
+def architecture_finding(name: str, capability: tuple[int, int], built: Sequence[str], cuda: str) -> Finding | None:
+    """Report a GPU that torch has no kernels for; None where it has some, or where it does not tell (`built` empty).
+
+    built: as torch.cuda.get_arch_list returns it. sm_XY runs on devices of the same major version X and a minor version
+    from Y on, compute_XY on all from X.Y on, as NVIDIA's guide to CUDA says.
+    """
+    for kind, number in (each.split("_", 1) for each in built):
+        digits = number.rstrip("af")  # sm_90a: features of this architecture only
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if (kind == "compute" and (major, minor) <= capability) or (major == capability[0] and minor <= capability[1]):
+            return None
+    if not built:
+        return None
+    text = f"{name} is sm_{capability[0]}{capability[1]}, but torch for CUDA {cuda} has kernels for {', '.join(built)}"
+    advice = "install torch for an older CUDA version (pytorch.org/get-started), or CUDA_VISIBLE_DEVICES= for the CPU"
+    return Finding("architecture", text, "error", advice)
