@@ -17,16 +17,10 @@ from triderm_dist.doctor.machine import Gpu
 from triderm_dist.schema import DataError, InputError, Signature
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from triderm_dist.data.shards.index import ShardIndex
 
 READING_SECONDS = 2.0
 """Seconds of reading shards to measure the speed."""
-MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
-"""Assumed MFU (model FLOP/s utilization) of a GPU that does not wait for data: for most networks, and for networks of
-mostly convolutions. triderm bench measures it.
-"""
 
 
 def data_findings(experiment: Experiment, packed: ShardIndex | str, gpus: Sequence[Gpu], ranks: int) -> list[Finding]:
@@ -213,6 +207,7 @@ def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequenc
     model = experiment.models[name]
     if model.tower.cached or imported("torch") is None or imported("timm") is None:
         return None
+    from triderm_dist.monitoring.expectation import assumed_mfu
     from triderm_dist.monitoring.flops import named_peak, training_flops
     from triderm_dist.monitoring.memory_estimate import bare_network
 
@@ -224,13 +219,6 @@ def _need(experiment: Experiment, signature: Signature, name: str, gpus: Sequenc
         network, _ = bare_network(model, signature)
     except InputError:
         return None
-    flops, mfu = training_flops(network), MFU_OF_CONVOLUTIONS if _mostly_convolutions(network) else MFU
+    flops, mfu = training_flops(network), assumed_mfu(network)
     source = f"{flops / 1e9:,.1f} GFLOP per lesion, at an assumed MFU of {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s"
     return Need(name, mfu * peak / flops, source)
-
-
-def _mostly_convolutions(network: nn.Module) -> bool:
-    from torch.nn import Conv2d
-
-    in_convolutions = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, Conv2d))
-    return in_convolutions > 0.5 * sum(parameter.numel() for parameter in network.parameters())

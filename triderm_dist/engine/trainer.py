@@ -19,7 +19,7 @@ from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.distributed.parallel import check_supported, choose_precision, wrap
+from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState
 from triderm_dist.engine.ema import Ema, EpochAverage, WeightAverage
@@ -33,6 +33,7 @@ from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
+from triderm_dist.monitoring.expectation import Expectation, expect
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
 from triderm_dist.monitoring.startup_report import report
@@ -131,9 +132,13 @@ class Trainer:
         start = saved.state.step if saved else 0
         title = output.title(name)
         graphed, why_graph = choose_graph(accelerator, config, network.config.kind)
+        self.expectation: Expectation | None = None
+        if flops and accelerator.device.type == "cuda" and not output.brief:
+            half, strategy = accelerator.mixed_precision != "no", strategy_of(accelerator)
+            self.expectation = expect(network, config, flops, half, strategy, data.loaders.index.canvas)
         text = report(
             title, accelerator, config, network, lesions, epoch_steps, flops, start, output.brief, why_precision,
-            "" if graphed else why_graph,
+            "" if graphed else why_graph, self.expectation,
         )  # fmt: skip
         accelerator.print(text, flush=True)
         with on_graph_stream(accelerator.device, graphed):
@@ -149,6 +154,7 @@ class Trainer:
             saved.load_training(accelerator, self.training)
             if changes := self.checkpoints.describe_changes(saved):
                 accelerator.print(wrapped(f"{name}: {changes}"), flush=True)
+        self._speed: tuple[float, float] | None = None  # GiB and lesions/s at the last log line
         self.guard = NonFiniteGuard(accelerator, optimizer)
         self.step = build_step(accelerator, self.wrapped, prepared, optimizer, self.loss, config, self.guard, graphed)
         state, total = self.training.state, sum(epoch_steps)
@@ -243,11 +249,15 @@ class Trainer:
         values = self.loss.values(result.sums, result.count)
         values |= {"lr": float(self.training.scheduler.get_last_lr()[0]), "grad_norm": float(result.grad_norm)}
         values |= self.meter.read(loader, state.step)
+        self._speed = values["memory_gib"], values["lesions_per_s"]
         self.tracker.log("train", self.epochs.done(state), state.step, values)
 
     def _end_epoch(self, stop: Stop) -> dict[str, float]:
         """Score the validation rows, if there are any and it is due; keep the weights if they are to be selected."""
         self.guard.check()
+        if self.expectation and self._speed:
+            self.accelerator.print(wrapped(f"{self.name}: {self.expectation.beside(*self._speed)}"), flush=True)
+            self.expectation = None  # once is enough
         state, average, number = self.training.state, self.training.average, self.training.state.epoch + 1
         if average:
             average.after_epoch(number)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -231,9 +231,9 @@ def _simulate(
 
     Without weights and photos. kept: the gradients are there before, so that those of the pass are added to them.
     """
-    with FakeTensorMode() as mode:
+    with FakeTensorMode():
         tensors = [*network.parameters(), *network.buffers()]
-        fake = copy.deepcopy(network, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}).train(training)
+        fake = copy.deepcopy(network, {id(tensor): _on_cpu(tensor) for tensor in tensors}).train(training)
         use_lesion_masks(fake)
         prepare_blocks(fake, checkpointing, compile_blocks=False)
         inputs = example_inputs(fake, lesions)
@@ -250,6 +250,12 @@ def _simulate(
                 torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
             del outputs
     return live.peak, live.now
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that is like this one; a fake one in a `FakeTensorMode`."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 class _LiveBytes(TorchDispatchMode):

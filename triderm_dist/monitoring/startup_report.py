@@ -12,6 +12,7 @@ from triderm_dist.distributed.parallel import choose_precision, split_batch, str
 from triderm_dist.environment import cpu_model
 from triderm_dist.models.network import Network
 from triderm_dist.models.towers import Tower
+from triderm_dist.monitoring.expectation import Expectation
 from triderm_dist.monitoring.flops import Budget
 from triderm_dist.runtime.terminal import counted, wrapped
 
@@ -28,6 +29,7 @@ def report(
     brief: bool = False,
     why_precision: str = "",
     why_no_graph: str = "",
+    expectation: Expectation | None = None,
 ) -> str:
     """Return the report as text: strategy, precision, batch, steps, options that are off, parts of the network that the
     task leaves out, and parameters by part.
@@ -35,7 +37,7 @@ def report(
     network: before it is wrapped.  lesions: to train, of these from extra sets, and to validate.  steps: of each epoch.
     start: the step that the training resumes from.  brief: only what differs between the folds of a model.
     why_precision: the reason, default that of `choose_precision`.  why_no_graph: why steps are not launched as a CUDA
-    graph; "" where they are.
+    graph; "" where they are.  expectation: None where there is none.
     """
     world = accelerator.num_processes
     extra = f" ({lesions[1]:,} of extra sets)" if lesions[1] else ""
@@ -55,6 +57,7 @@ def report(
         "batch": f"global batch {config.global_batch} = {world} x {config.micro_batch} x {accumulation} "
         "(ranks, micro-batch, accumulation)",
         "speed": "MFU unavailable: " + _no_peak(accelerator.device) if budget is None else str(budget),
+        "expected": str(expectation) if expectation else "",
         "off": "; ".join(_off(accelerator, config, why_no_graph)),
         "left out": _left_out(network),
     }

@@ -1,0 +1,75 @@
+"""What a training is expected to take on a GPU, by arithmetic: memory, lesions/s, and cores to decode its photos."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from triderm_dist.config import TrainConfig
+from triderm_dist.distributed.parallel import Strategy
+from triderm_dist.models.network import Network
+from triderm_dist.monitoring.flops import Budget
+from triderm_dist.monitoring.memory_estimate import MemoryEstimate
+
+MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
+"""Assumed MFU (model FLOP/s utilization) of a GPU that does not wait for data: for most networks, and for networks of
+mostly convolutions. triderm bench measures it.
+"""
+PIXELS_PER_SECOND = 3750 * 384 * 288
+"""Pixels that a core decodes per second: measured on photos of 384x288, see docs/benchmarks.md."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """memory: GiB of tensors on a GPU.  lesions_per_s: on all GPUs, at an assumed `mfu`.  cores: that decode the photos
+    of these lesions; 0 where a training reads a cache.
+    """
+
+    memory: float
+    lesions_per_s: float
+    mfu: float
+    cores: float
+
+    def __str__(self) -> str:
+        decoding = f", whose photos take {self.cores:.1f} cores to decode" if self.cores else ""
+        rate = f"{self.lesions_per_s:,.0f} lesions/s at an assumed MFU of {self.mfu:.0%}"
+        return f"{self.memory:.1f} GiB and {rate}{decoding}"
+
+    def beside(self, memory: float, lesions_per_s: float) -> str:
+        """Compare with what was measured: peak memory in GiB, and throughput."""
+        shares = memory / self.memory, lesions_per_s / self.lesions_per_s
+        return (
+            f"{memory:.1f} GiB ({shares[0]:.0%} of what was expected) and {lesions_per_s:,.0f} lesions/s "
+            f"({shares[1]:.0%} of what was expected)"
+        )
+
+
+def expect(
+    network: Network,
+    config: TrainConfig,
+    budget: Budget,
+    half: bool,
+    strategy: Strategy = "single",
+    canvas: tuple[int, int] | None = None,
+) -> Expectation:
+    """Return what a training takes on the devices of a budget.
+
+    network: before it is wrapped.  half: under autocast to 16 bits.  canvas: width and height of the photos in the
+    shards. Takes some seconds.
+    """
+    memory = MemoryEstimate(network, config, half, budget.devices, strategy, canvas).total(config.micro_batch)
+    mfu = assumed_mfu(network)
+    rate = mfu * budget.peak * budget.devices / budget.flops
+    reads_photos = canvas and network.holds_towers
+    pixels = len(network.signature.views) * math.prod(canvas) if canvas and reads_photos else 0
+    return Expectation(memory / GIB, rate, mfu, rate * pixels / PIXELS_PER_SECOND)
+
+
+def assumed_mfu(network: nn.Module) -> float:
+    """Return the MFU that is assumed for a network."""
+    in_convolutions = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    mostly = in_convolutions > 0.5 * sum(parameter.numel() for parameter in network.parameters())
+    return MFU_OF_CONVOLUTIONS if mostly else MFU
