@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.data.upload import DataWait, Upload
+from triderm_dist.data.upload import DataWait, HostCopy, Upload, read_behind
 
 DEVICE = torch.device("cuda")
 CYCLES = 20_000_000
@@ -37,6 +38,19 @@ def test_batches_arrive_whole_while_the_device_is_behind() -> None:
     for number, (views, size) in enumerate(zip(arrived, sizes, strict=True)):
         assert [len(view) for view in views] == [size, size]
         assert [view.cpu().unique().tolist() for view in views] == [[number], [number + 100]]
+
+
+def test_results_are_read_while_the_device_computes_the_next() -> None:
+    def copies() -> Iterator[HostCopy]:
+        for number in range(4):
+            torch.cuda._sleep(CYCLES)
+            result = torch.full((1000,), float(number), device=DEVICE)
+            yield HostCopy([result, result > 1])
+            result.fill_(-1)  # as the next replay of a graph writes to the same memory
+
+    for number, (numbers, flags) in enumerate(read_behind(copies())):
+        assert set(numbers.tolist()) == {number} and set(flags.tolist()) == {number > 1}
+    assert number == 3
 
 
 @pytest.mark.parametrize("busy", [True, False])

@@ -1,4 +1,4 @@
-"""Copies of batches to the device, and how long the device waited for them.
+"""Copies of batches to the device and of results from it, and how long the device waited for data.
 
 On a GPU copies run on a stream of their own, which does not wait for the kernels that are queued on the stream of the
 network: so they overlap with the computation of the batches before.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 STAGES = 2
@@ -91,6 +92,37 @@ class _Stage:
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+class HostCopy:
+    """Copies of tensors on the host, for which it does not wait before they are read."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        device = tensors[0].device
+        if device.type == "cuda":
+            self._tensors = [
+                torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True) for each in tensors
+            ]
+            self._done: torch.cuda.Event | None = torch.cuda.current_stream(device).record_event()
+        else:
+            self._tensors, self._done = [each.cpu() for each in tensors], None
+
+    def arrays(self) -> list[np.ndarray]:
+        """Wait for the copies and return them as arrays."""
+        if self._done:
+            self._done.synchronize()
+        return [each.numpy() for each in self._tensors]
+
+
+def read_behind(copies: Iterable[HostCopy]) -> Iterator[list[np.ndarray]]:
+    """Yield the arrays of each copy once the next one is asked for, so that the device computes what that one needs."""
+    before = None
+    for copy in copies:
+        if before:
+            yield before.arrays()
+        before = copy
+    if before:
+        yield before.arrays()
 
 
 class DataWait:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from triderm_dist.data.augment import to_device
 from triderm_dist.data.loader import LoaderFactory
+from triderm_dist.data.upload import HostCopy
 from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.models.network import Network
 from triderm_dist.schema import VIEWS, Batch, Outputs
@@ -48,9 +51,10 @@ def hide_input(batch: Batch, name: str, concepts: Sequence[str]) -> Batch:
         return replace(batch, metadata=torch.full_like(batch.metadata, torch.nan))
     if name == "concepts":
         return replace(batch, concepts=torch.full_like(batch.concepts, torch.nan))
-    present, scores = batch.view_present.clone(), batch.concepts.clone()
+    present = batch.view_present.clone()
     present[:, VIEWS.index(name)] = False
-    scores[:, [score.startswith(f"{name}/") for score in concepts]] = torch.nan
+    derived = np.array([score.startswith(f"{name}/") for score in concepts], bool)
+    scores = batch.concepts.masked_fill(to_device(derived, batch.concepts.device), torch.nan)
     return replace(batch, view_present=present, concepts=scores)
 
 
@@ -112,6 +116,16 @@ def evaluate_hidden(
         rows, micro_batch, device, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     arrays: dict[str | None, list[np.ndarray]] = {}
+
+    def keep(name: str | None, outputs: HostCopy) -> None:
+        seen, valid, *values = outputs.arrays()
+        positions = np.array([position[int(row)] for row in seen[valid]], np.int64)
+        if name not in arrays:
+            arrays[name] = [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
+        for array, value in zip(arrays[name], values, strict=True):
+            array[positions] = value[valid]
+
+    found: deque[tuple[str | None, HostCopy]] = deque()
     for step in loader:
         batch = step.micro_batches[0]
         outputs: dict[str | None, list[Outputs]] = {name: [] for name in hidden}
@@ -123,17 +137,16 @@ def evaluate_hidden(
             with given:
                 for name in hidden:
                     outputs[name].append(run(network, hide_input(one, name, index.concepts) if name else one))
-        row_numbers = torch.from_numpy(step.rows).to(device)
+        row_numbers = to_device(step.rows, device)
         for name in hidden:
             gathered = accelerator.gather((row_numbers, batch.valid, *mean_outputs(outputs[name])))
-            seen, valid, *values = [tensor.cpu().numpy() for tensor in gathered]
-            positions = np.array([position[int(row)] for row in seen[valid]], np.int64)
-            if name not in arrays:
-                arrays[name] = [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
-            for array, value in zip(arrays[name], values, strict=True):
-                array[positions] = value[valid]
+            found.append((name, HostCopy(gathered)))
+        while len(found) > len(hidden):  # of the batch before, while the device computes this one
+            keep(*found.popleft())
         note_progress()
         after_batch()
+    while found:
+        keep(*found.popleft())
     return {name: Evaluation(rows, *arrays[name]) for name in hidden}
 
 

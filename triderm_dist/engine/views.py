@@ -24,6 +24,7 @@ from triderm_dist.data.loader import JointSource, LoaderFactory, PhotoSource, St
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
+from triderm_dist.data.upload import HostCopy, read_behind
 from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.distributed.out_of_memory import with_smaller_batches
@@ -426,19 +427,20 @@ class TokenExtractor:
         transform = int(number) if kind == "dihedral" else 0
 
         @torch.inference_mode()
-        def tokens_of(step: Step) -> np.ndarray:
+        def tokens_of(step: Step) -> HostCopy:
             photos = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 tokens = [encoder(getattr(photos, view))[: step.count] for view in self.views]
-            return torch.stack(tokens, 1).half().cpu().numpy()
+            return HostCopy([torch.stack(tokens, 1).half()])
 
         if device.type != "cpu":  # which computes while the next batch is loaded anyway
-            return np.concatenate([tokens_of(step) for step in loader])
+            # Copied from pinned memory, of which only that of two batches is needed then.
+            return np.concatenate([tokens.copy() for (tokens,) in read_behind(tokens_of(step) for step in loader)])
         # In a thread, so that the next batch is finished meanwhile; one at a time, which bounds the memory.
         with ThreadPoolExecutor(1, thread_name_prefix="tokens") as pool:
-            parts: list[Future[np.ndarray]] = []
+            parts: list[Future[HostCopy]] = []
             for step in loader:
                 if parts:
                     parts[-1].result()
                 parts.append(pool.submit(tokens_of, step))
-            return np.concatenate([part.result() for part in parts])
+            return np.concatenate([part.result().arrays()[0] for part in parts])
