@@ -89,7 +89,7 @@ def restart_only_what_may_succeed() -> None:
         return result
 
     watched = LocalElasticAgent._monitor_workers
-    LocalElasticAgent._monitor_workers = monitor
+    LocalElasticAgent._monitor_workers = monitor  # type: ignore[method-assign]
 
 
 def start() -> None:

@@ -185,7 +185,8 @@ def _use_deterministic_algorithms(wanted: bool) -> None:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # launches a kernel for each tensor
+    # Otherwise a kernel is launched for each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted:
         import torch._inductor.config as inductor
 
