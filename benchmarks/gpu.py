@@ -1,14 +1,15 @@
-"""The numbers of a GPU, in four parts that each keep to a time: python -m benchmarks.gpu part=1 [seconds=540] [...]
+"""The numbers of a GPU, in four parts: python -m benchmarks.gpu [part=1,2,3,4] [seconds=540] [key=value ...]
 
-1: training steps of three networks, eager, compiled and as a CUDA graph, with 12 and 96 lesions and as many as fit;
-   last the tests of tests/gpu. 2: against the build guide's sketch and timm's own ViT, the estimated memory beside the
-   measured one, recovery from out of memory. 3: photos: loader, frozen tokens, test-time augmentation, predicting, two
-   folds on one GPU. 4: a fold of MILK10k, and XGBoost on the GPU against the CPU.
+1: training steps of three networks, eager, compiled and as a CUDA graph, with 12 and 96 lesions and as many as fit.
+2: against the build guide's sketch and timm's own ViT; the memory of the experiment files, estimated and measured;
+   recovery from out of memory.
+3: photos: loader, frozen tokens, test-time augmentation, predicting, two trainings on one GPU.
+4: a fold of MILK10k, and XGBoost on the GPU against the CPU.
 
 Nothing is downloaded: towers have random weights. Each measurement (cell) is written to OUTPUT/partN.json as soon as it
-is there, and is not repeated by a later call; a cell starts only where its expected time is left. What is compiled is
-compiled first, for all cells at once. The last line is one JSON object. `python -m benchmarks.gpu_tables` writes the
-tables into docs/benchmarks.md.
+is there, and is not repeated by a later call. The most valuable cells of all parts come first, and a cell starts only
+where its expected time is left. Before, all that is to be compiled is compiled at once, in processes of their own. The
+last line is one JSON object. `python -m benchmarks.gpu_tables` writes the tables into docs/benchmarks.md.
 
 python -m benchmarks.gpu profile=base-96-compiled-graph
 
@@ -31,7 +32,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ FACTS = ("commit", "date", "device", "torch", "peak_tflops", "size")
 
 
 class GpuBenchmark(Section):
-    part: Literal[1, 2, 3, 4] = Field(1, description="part to measure")
+    part: tuple[Literal[1, 2, 3, 4], ...] = Field((1, 2, 3, 4), min_length=1, description="parts to measure")
     seconds: float = Field(540.0, gt=0, description="time for everything, from the start of the program")
     output: PathText = Field(RESULTS, description="folder of the results")
     cells: str = Field("", description="regular expression: measure only cells whose name it matches from its start")
@@ -67,44 +68,43 @@ class Cell:
     """One measurement: a call of a function of `benchmarks.gpu_cells` or `benchmarks.gpu_photos`.
 
     seconds: expected on an H100, without compilation.  compiles: the arguments of `compile_once` that it needs.
+    rank: 0 and 1 are measured first.
     """
 
+    part: int
+    rank: int
     name: str
     function: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 8.0
+    settings: dict[str, Any]
+    seconds: float
     compiles: tuple[str, int] | None = None
 
 
 def cells_of(config: GpuBenchmark) -> list[Cell]:
-    """Return the cells of a part, the most valuable ones first."""
-    return {1: steps, 2: comparisons, 3: photos, 4: fold}[config.part](config)
+    """Return the cells of the parts, the most valuable ones first."""
+    cells = [cell for part in config.part for cell in {1: steps, 2: comparisons, 3: photos, 4: fold}[part](config)]
+    return sorted(cells, key=lambda cell: cell.rank)
 
 
 def steps(config: GpuBenchmark) -> list[Cell]:
-    sizes: list[tuple[str, int | None]] = [
-        ("base", 96), ("base", 12), ("large", 96), ("dual_cnn", 96), ("dual_cnn", 12), ("large", 12),
-    ]  # fmt: skip
-    cells = [
-        training_cell(model, lesions, mode)
-        for model, lesions in sizes
-        for mode in ("compiled-graph", "eager", "compiled", "graph")
-    ]
-    most = [
-        training_cell(model, None, mode)
-        for model in ("base", "large", "dual_cnn")
-        for mode in ("compiled-graph", "eager")
-    ]
-    counts = [Cell(f"flops-{model}", "flops", {"name": model}, 10.0) for model in ("base", "large", "dual_cnn")]
-    return [*counts, *cells, *most, Cell("gpu-tests", "gpu_tests", {}, 180.0)]
+    cells = [Cell(1, 0, f"flops-{model}", "flops", {"name": model}, 10.0) for model in ("base", "large", "dual_cnn")]
+    for model, lesions, best, others in (
+        ("base", 96, 1, 1), ("base", 12, 1, 1), ("large", 96, 1, 3), ("dual_cnn", 96, 1, 3), ("dual_cnn", 12, 3, 4),
+        ("large", 12, 3, 4), ("base", None, 3, 5), ("large", None, 4, 5), ("dual_cnn", None, 4, 5),
+    ):  # fmt: skip
+        for mode in ("compiled-graph", "eager", "compiled", "graph"):
+            if lesions or mode in ("compiled-graph", "eager"):
+                rank = best if mode in ("compiled-graph", "eager") else others
+                cells.append(training_cell(rank, model, lesions, mode))
+    return cells
 
 
-def training_cell(model: str, lesions: int | None, mode: str) -> Cell:
+def training_cell(rank: int, model: str, lesions: int | None, mode: str) -> Cell:
     """Return the cell of a training step; without lesions, of the largest micro-batch, see `with_largest`."""
-    seconds = {"base": 6.0, "large": 9.0, "dual_cnn": 7.0}[model] * (1.0 if lesions else 3.0)
+    seconds = {"base": 6.0, "large": 10.0, "dual_cnn": 8.0}[model] * (1.0 if lesions else 3.0)
     needs = (model, lesions) if lesions and mode.startswith("compiled") else None
     settings = {"name": model, "lesions": lesions, "mode": mode, "most": lesions is None}
-    return Cell(f"{model}-{lesions or 'most'}-{mode}", "training", settings, seconds, needs)
+    return Cell(1, rank, f"{model}-{lesions or 'most'}-{mode}", "training", settings, seconds, needs)
 
 
 def with_largest(cell: Cell, results: Results) -> Cell:
@@ -117,22 +117,30 @@ def with_largest(cell: Cell, results: Results) -> Cell:
 
 def comparisons(config: GpuBenchmark) -> list[Cell]:
     batch = 4 if config.size == "tiny" else 96
-    against = [
-        Cell("ours-compiled-graph", "ours_on_sketch", {"lesions": batch, "mode": "compiled-graph"}, 25.0),
-        Cell("sketch-bf16", "guide_sketch", {"lesions": batch, "precision": "bf16"}, 9.0),
-        Cell("sketch-fp32", "guide_sketch", {"lesions": batch, "precision": "fp32"}, 25.0),
-        Cell("timm-frozen", "timm_vit", {"lesions": batch, "frozen": True}, 25.0),
-        Cell("ours-compiled", "ours_on_sketch", {"lesions": batch, "mode": "compiled"}, 12.0),
-        Cell("timm-all", "timm_vit", {"lesions": batch, "frozen": False}, 25.0),
-        Cell("sketch-tf32", "guide_sketch", {"lesions": batch, "precision": "tf32"}, 12.0),
-        Cell("ours-eager", "ours_on_sketch", {"lesions": batch, "mode": "eager"}, 8.0),
-        Cell("bare-loop", "bare_loop_on_sketch", {"lesions": batch}, 12.0),
-    ]
-    recovery = Cell("out-of-memory", "out_of_memory", {}, 60.0)
+    compiles = {name: (name, batch) for name in ("sketch", "timm-frozen", "timm-all")}
+
+    def cell(rank: int, name: str, function: str, seconds: float, compiled: str = "", **settings: Any) -> Cell:
+        return Cell(2, rank, name, function, {"lesions": batch, **settings}, seconds, compiles.get(compiled))
+
     memory = memory_cells()
-    estimates = [replace(cell, name=cell.name.replace("memory", "estimate"), function="estimate") for cell in memory]
-    first = Cell("flops-sketch", "flops", {"name": "sketch"})
-    return [first, *against[:5], recovery, *memory, *against[5:], *estimates]
+    return [
+        Cell(2, 0, "flops-sketch", "flops", {"name": "sketch"}, 10.0),
+        cell(1, "ours-compiled-graph", "ours_on_sketch", 12.0, "sketch", mode="compiled-graph"),
+        cell(1, "sketch-bf16", "guide_sketch", 8.0, precision="bf16"),
+        cell(1, "timm-frozen", "timm_vit", 12.0, "timm-frozen", frozen=True),
+        cell(1, "sketch-fp32", "guide_sketch", 20.0, precision="fp32"),
+        cell(3, "ours-compiled", "ours_on_sketch", 8.0, "sketch", mode="compiled"),
+        cell(4, "timm-all", "timm_vit", 12.0, "timm-all", frozen=False),
+        cell(4, "sketch-tf32", "guide_sketch", 12.0, precision="tf32"),
+        cell(4, "ours-eager", "ours_on_sketch", 7.0, mode="eager"),
+        cell(4, "bare-loop", "bare_loop_on_sketch", 8.0, "sketch"),
+        *memory,
+        Cell(2, 3, "out-of-memory", "out_of_memory", {}, 45.0),
+        *(
+            replace(each, rank=6, name=each.name.replace("memory", "estimate"), function="estimate", seconds=20.0)
+            for each in memory
+        ),
+    ]
 
 
 def memory_cells() -> list[Cell]:
@@ -149,80 +157,91 @@ def memory_cells() -> list[Cell]:
             if key not in seen:
                 seen.add(key)
                 settings = {"experiment": name, "model": model}
-                cells.append(Cell(f"memory-{name}-{model}", "memory", settings, 8.0 if "large" in name else 5.0))
+                seconds = 8.0 if "large" in name else 5.0
+                cells.append(Cell(2, 2, f"memory-{name}-{model}", "memory", settings, seconds))
     return cells
 
 
 def photos(config: GpuBenchmark) -> list[Cell]:
     batch = 8 if config.size == "tiny" else 96
-    many = {"workers": 12}
-    base, dual = ("base", batch), ("dual_cnn", batch)
+
+    def cell(rank: int, name: str, function: str, model: str, workers: int, seconds: float, **settings: Any) -> Cell:
+        trains = function in ("training_on_photos", "trainings_side_by_side")
+        settings |= {"name": model, "workers": workers} | ({"lesions": batch} if trains else {})
+        return Cell(3, rank, name, function, settings, seconds, (model, batch) if trains else None)
+
     return [
-        Cell("loader-base-8", "loading", {"name": "base", "workers": 8}, 8.0),
-        Cell("loader-dual_cnn-8", "loading", {"name": "dual_cnn", "workers": 8}, 8.0),
-        Cell("photos-base-8", "training_on_photos", {"name": "base", "lesions": batch, "workers": 8}, 15.0, base),
-        Cell("photos-dual_cnn-12", "training_on_photos", {"name": "dual_cnn", "lesions": batch, **many}, 15.0, dual),
-        Cell("tokens-base", "tokens", {"name": "base", "compiled": False, **many}, 6.0),
-        Cell("tta-base", "test_time", {"name": "base", "transforms": 8, **many}, 12.0),
-        Cell("two-base", "trainings_side_by_side", {"name": "base", "lesions": batch, "workers": 6}, 45.0, base),
-        Cell("loader-base-4", "loading", {"name": "base", "workers": 4}, 8.0),
-        Cell("loader-base-12", "loading", {"name": "base", **many}, 8.0),
-        Cell("photos-base-4", "training_on_photos", {"name": "base", "lesions": batch, "workers": 4}, 15.0, base),
-        Cell("tta-dual_cnn", "test_time", {"name": "dual_cnn", "transforms": 8, **many}, 12.0),
-        Cell(
-            "two-dual_cnn", "trainings_side_by_side", {"name": "dual_cnn", "lesions": batch, "workers": 6}, 60.0, dual
-        ),
-        Cell("tokens-base-compiled", "tokens", {"name": "base", "compiled": True, **many}, 25.0),
-        Cell("predict", "predicting", {}, 90.0),
+        cell(2, "loader-base-8", "loading", "base", 8, 8.0),
+        cell(2, "loader-dual_cnn-8", "loading", "dual_cnn", 8, 8.0),
+        cell(2, "photos-base-8", "training_on_photos", "base", 8, 16.0),
+        cell(2, "photos-dual_cnn-8", "training_on_photos", "dual_cnn", 8, 18.0),
+        cell(2, "tokens-base", "tokens", "base", 12, 6.0, compiled=False),
+        cell(2, "tta-base", "test_time", "base", 12, 12.0, transforms=8),
+        cell(3, "two-base", "trainings_side_by_side", "base", 6, 45.0),
+        cell(4, "loader-base-4", "loading", "base", 4, 8.0),
+        cell(4, "loader-base-12", "loading", "base", 12, 8.0),
+        cell(4, "photos-base-4", "training_on_photos", "base", 4, 16.0),
+        cell(4, "tta-dual_cnn", "test_time", "dual_cnn", 12, 12.0, transforms=8),
+        cell(4, "two-dual_cnn", "trainings_side_by_side", "dual_cnn", 6, 50.0),
+        cell(5, "tokens-base-compiled", "tokens", "base", 12, 25.0, compiled=True),
+        Cell(3, 5, "predict", "predicting", {}, 90.0),
     ]
 
 
 def fold(config: GpuBenchmark) -> list[Cell]:
-    sizes = [(5_000, 60), (50_000, 60), (500_000, 60), (5_000, 1_600), (50_000, 400)]
+    fits = [(2, 5_000, 60), (2, 500_000, 60), (4, 50_000, 60), (4, 5_000, 1_600), (4, 50_000, 400)]
     return [
-        Cell("fold-dual_cnn", "fold", {"model": "dual_cnn", "weights": config.weights}, 120.0),
         *(
-            Cell(f"xgboost-{rows}x{columns}", "xgboost", {"rows": rows, "columns": columns}, rows * columns / 1e6 + 5)
-            for rows, columns in sizes
+            Cell(4, rank, f"xgboost-{rows}x{columns}", "xgboost", {"rows": rows, "columns": columns}, 6 + rows / 50_000)
+            for rank, rows, columns in fits
         ),
-        Cell("fold-trimodal", "fold", {"model": "trimodal", "weights": config.weights}, 150.0),
+        Cell(4, 3, "fold-dual_cnn", "fold", {"model": "dual_cnn", "weights": config.weights}, 80.0),
+        Cell(4, 5, "fold-trimodal", "fold", {"model": "trimodal", "weights": config.weights}, 100.0),
     ]
 
 
 class Results:
-    """The cells of one part, in OUTPUT/partN.json; several threads may add to it."""
+    """The cells of all parts, in OUTPUT/partN.json; several threads may add to them."""
 
     def __init__(self, config: GpuBenchmark) -> None:
-        self.file = Path(config.output) / f"part{config.part}.json"
-        self.cells: dict[str, dict[str, Any]] = {}
+        self.folder = Path(config.output)
         self._lock = threading.Lock()
-        if self.file.is_file():
-            self.cells = json.loads(self.file.read_text(encoding="utf-8"))
+        self.parts: dict[int, dict[str, dict[str, Any]]] = {part: self._read(part) for part in range(1, 5)}
         self.facts: dict[str, Any] = {"commit": config.commit or commit(), "date": f"{datetime.date.today()}"}
         if config.size == "tiny":
             self.facts["size"] = "tiny"
 
-    def is_done(self, name: str) -> bool:
-        return name in self.cells and "error" not in self.cells[name]
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        return {name: values for cells in self.parts.values() for name, values in cells.items()}
 
-    def add(self, name: str, values: dict[str, Any]) -> None:
+    def is_done(self, name: str) -> bool:
+        return "error" not in self.cells.get(name, {"error": ""})
+
+    def add(self, part: int, name: str, values: dict[str, Any]) -> None:
         gflop = values.get("gflop") or self.cells.get(f"flops-{values.get('model')}", {}).get("gflop")
         if gflop and "lesions_per_s" in values and values.get("peak_tflops"):
             values["mfu"] = round(values["lesions_per_s"] * gflop / (1e3 * values["peak_tflops"]), 4)
         with self._lock:
-            self.cells[name] = {**values, **self.facts}
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.cells.items())
-            write_text(self.file, f"{{\n{text}\n}}\n")
-        print(f"{name:<32}{summary(values)}", flush=True)
+            cells = self.parts[part]
+            cells[name] = {**values, **self.facts}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in cells.items())
+            write_text(self._file(part), f"{{\n{text}\n}}\n")
+        print(f"{name:<28}{summary(values)}", flush=True)
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"part{part}.json"
+
+    def _read(self, part: int) -> dict[str, dict[str, Any]]:
+        file = self._file(part)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def summary(values: dict[str, Any]) -> str:
     """Return the values of a cell in one line, without the profile."""
-    shown = {key: value for key, value in values.items() if isinstance(value, (int, float, str)) or value is None}
-    return "  ".join(
-        f"{key} {value}" for key, value in shown.items() if key not in ("commit", "date", "device", "torch")
-    )
+    shown = {key: value for key, value in values.items() if isinstance(value, (int, float, str))}
+    return "  ".join(f"{key} {value}" for key, value in shown.items() if key not in FACTS)
 
 
 def main(config: GpuBenchmark) -> None:
@@ -234,45 +253,37 @@ def main(config: GpuBenchmark) -> None:
     todo = [cell for cell in wanted if not results.is_done(cell.name)]
     todo = [with_largest(cell, results) for cell in measure_beforehand(config, results, todo, deadline)]
     while todo:
-        todo = measure(config, results, todo, deadline)
+        todo = todo[in_process(config, results, todo, deadline) :]
     done = [cell.name for cell in wanted if results.is_done(cell.name)]
     left = [cell.name for cell in wanted if cell.name not in results.cells]
-    failed = {name: values["error"] for name, values in results.cells.items() if "error" in values}
-    print(json.dumps({"part": config.part, "measured": len(done), "not_measured": left, "failed": failed}))
+    failed = {name: values["error"][:80] for name, values in results.cells.items() if "error" in values}
+    print(json.dumps({"measured": len(done), "not_measured": left, "failed": failed}))
 
 
 def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell], deadline: float) -> list[Cell]:
-    """Compile for all cells at once, and count FLOPs, each in a process of its own; return the cells that are left."""
+    """Compile for all cells, and count FLOPs, at once in processes of their own; return the cells that are left.
+
+    Those whose compilation was not ready in time, and has to be repeated, come last.
+    """
     counts = [cell for cell in todo if cell.function == "flops"]
     needed = dict.fromkeys(cell.compiles for cell in todo if cell.compiles)
-    compiling = [
-        Cell(compilation(name, lesions), "compile_once", {"name": name, "lesions": lesions})
-        for name, lesions in needed
-        if config.size == "full"
-    ]
-    jobs = [*compiling, *counts]
-    threads = max(1, (os.cpu_count() or 1) // max(1, len(jobs)))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, threads)))
-    at_once = len(jobs) if (os.cpu_count() or 1) > 4 else 1
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        found = pool.map(
-            lambda job: in_process(config, [job], deadline, lambda name, values: results.add(name, values)), jobs
-        )
-        list(found)
-    return [cell for cell in todo if cell not in counts]
+    compiling = [compilation(*each) for each in needed if config.size == "full"]
+    jobs = [job for job in (*compiling, *counts) if not results.is_done(job.name)]
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // max(1, len(jobs)))))
+    soon = time.monotonic() + COMPILING * (deadline - time.monotonic())
+    with ThreadPoolExecutor(max(1, len(jobs) if cores > 4 else 1)) as pool:
+        list(pool.map(lambda job: in_process(config, results, [job], soon), jobs))
+    rest = [cell for cell in todo if cell not in counts]
+    late = [cell for cell in rest if cell.compiles and not results.is_done(compilation(*cell.compiles).name)]
+    return [*(cell for cell in rest if cell not in late), *late]
 
 
-def compilation(name: str, lesions: int) -> str:
-    return f"compile-{name}-{lesions}"
+def compilation(name: str, lesions: int) -> Cell:
+    return Cell(1, 0, f"compile-{name}-{lesions}", "compile_once", {"name": name, "lesions": lesions}, 20.0)
 
 
-def measure(config: GpuBenchmark, results: Results, todo: list[Cell], deadline: float) -> list[Cell]:
-    """Measure cells in a new process until one of them fails; return those that are left."""
-    reached = in_process(config, todo, deadline, results.add)
-    return todo[reached:]
-
-
-def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: Any) -> int:
+def in_process(config: GpuBenchmark, results: Results, cells: list[Cell], deadline: float) -> int:
     """Measure cells in a new process; return how many are dealt with: measured, failed, or without time left for them.
 
     A cell that fails ends the process, since an error may leave the device unusable; at the deadline it is killed.
@@ -282,24 +293,25 @@ def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: An
     process = context.Process(target=work, args=(cells, config.size, config.shards, deadline, theirs))
     process.start()
     theirs.close()
-    dealt, current = 0, None
+    dealt, is_measuring = 0, False
     try:
         while ours.poll(max(0.0, deadline - time.monotonic())):
-            kind, name, values = ours.recv()
-            if kind == "start":
-                current = name
-                continue
-            current, dealt = None, dealt + 1
-            if kind == "done":
-                add(name, values)
-        if current:
-            add(current, {"error": "the time was over"})
+            values = ours.recv()
+            is_measuring = values is None
+            if values:
+                results.add(cells[dealt].part, cells[dealt].name, values)
+            dealt += values is not None
+        if is_measuring:
+            results.add(cells[dealt].part, cells[dealt].name, {"error": "the time was over"})
         dealt = len(cells)  # the time is over
     except EOFError:  # the process ended
-        if current:
-            process.join()
-            add(current, {"error": f"its process ended with {process.exitcode}"})
+        process.join()
+        if is_measuring:
+            error = {"error": f"its process ended with {process.exitcode}"}
+            results.add(cells[dealt].part, cells[dealt].name, error)
             dealt += 1
+        elif process.exitcode:
+            dealt = len(cells)  # it did not start
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid or 0, signal.SIGKILL)  # what it has started, too
@@ -309,17 +321,19 @@ def in_process(config: GpuBenchmark, cells: list[Cell], deadline: float, add: An
 
 
 def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe: Connection) -> None:
-    """Measure cells in this process, a group of its own, and send (kind, name, values): start, skip, done."""
+    """Measure cells in this process, a group of its own. For each send None, as it starts, and its values; for one that
+    there is no time for only {}.
+    """
     os.setsid()
     from benchmarks import gpu_cells, gpu_photos
 
     facts, is_started = gpu_cells.device_facts(), False
     for cell in cells:
         if time.monotonic() + (cell.seconds if size == "full" else 0.0) > deadline:
-            pipe.send(("skip", cell.name, None))
+            pipe.send({})
             continue
-        pipe.send(("start", cell.name, None))
-        if not is_started and cell.function not in ("flops", "compile_once"):
+        pipe.send(None)
+        if not is_started and cell.function not in ("flops", "compile_once", "estimate"):
             gpu_cells.start_profiler()
             is_started = True
         started = time.perf_counter()
@@ -331,9 +345,9 @@ def work(cells: list[Cell], size: str, shards: str | None, deadline: float, pipe
             values = function(**settings)
         except Exception as error:
             traceback.print_exc()
-            pipe.send(("done", cell.name, {"error": one_line(error, 300, with_type=True), **facts}))
+            pipe.send({"error": one_line(error, 300, with_type=True), **facts})
             return
-        pipe.send(("done", cell.name, {**values, **facts, "cell_s": round(time.perf_counter() - started, 1)}))
+        pipe.send({**values, **facts, "cell_s": round(time.perf_counter() - started, 1)})
         gpu_cells.free_memory()
 
 

@@ -135,10 +135,19 @@ def flops(name: str, size: str) -> dict[str, Any]:
 
 
 def compile_once(name: str, lesions: int, size: str) -> dict[str, Any]:
-    """Compile a network for one micro-batch, so that a later process finds the kernels in the cache on disk."""
+    """Compile a network for one micro-batch, so that a later process finds the kernels in the cache on disk.
+
+    name: one of `MODELS`, sketch (ours on the towers of the sketch), timm-frozen or timm-all.
+    """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        step, _ = trained(name, lesions, size, Path(folder), compile=True, graph=False)
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        if name == "sketch":
+            step, _ = step_on_sketch(lesions, "compiled", size, folder)
+        elif name.startswith("timm"):
+            step = timm_step(lesions, name == "timm-frozen", size)[0]
+        else:
+            step, _ = trained(name, lesions, size, folder, compile=True, graph=False)
         step()
         synchronize()
     return {"seconds": round(time.perf_counter() - started, 1)}
@@ -346,17 +355,21 @@ def guide_sketch(lesions: int, precision: str, size: str) -> dict[str, Any]:
 
 def ours_on_sketch(lesions: int, mode: str, size: str) -> dict[str, Any]:
     """Measure this toolkit's step on the towers of the sketch, without mixup, EMA and drop path, which it lacks."""
-    device, started = device_of(size), time.perf_counter()
-    chosen = sketch_size(size, lesions, compile=MODES[mode]["compile"])
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = chosen.model(folder)
-        train = model.train.model_copy(update={"graph": MODES[mode]["graph"] and device.type == "cuda"})
-        model = model.model_copy(update={"train": train})
-        network = open_clip_network(chosen, folder).to(device)
-        step = training_step(model, network, [random_batch(lesions, chosen.image, device)], device, folder)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        step, device = step_on_sketch(lesions, mode, size, Path(folder))
         reset_peak()
         return {"model": "sketch", "lesions": lesions, "mode": mode, **measured(step, lesions, device, started)}
+
+
+def step_on_sketch(lesions: int, mode: str, size: str, folder: Path) -> tuple[TakeStep, torch.device]:
+    device = device_of(size)
+    chosen = sketch_size(size, lesions, compile=MODES[mode]["compile"])
+    model = chosen.model(folder)
+    train = model.train.model_copy(update={"graph": MODES[mode]["graph"] and device.type == "cuda"})
+    model = model.model_copy(update={"train": train})
+    network = open_clip_network(chosen, folder).to(device)
+    return training_step(model, network, [random_batch(lesions, chosen.image, device)], device, folder), device
 
 
 def bare_loop_on_sketch(lesions: int, size: str) -> dict[str, Any]:
@@ -369,14 +382,23 @@ def bare_loop_on_sketch(lesions: int, size: str) -> dict[str, Any]:
 
 
 def timm_vit(lesions: int, frozen: bool, size: str) -> dict[str, Any]:
-    """Measure a plain training step of timm's ViT-B/16 on both photos of each lesion: bf16, compiled, fused AdamW.
+    """Measure a plain training step of timm's ViT-B/16 on both photos of each lesion."""
+    started = time.perf_counter()
+    step, towers, inputs = timm_step(lesions, frozen, size)
+    reset_peak()
+    values = {"lesions": lesions, "photos": 2 * lesions, **measured(step, lesions, device_of(size), started)}
+    return values | {"gflop": round(timm_flops(towers, inputs) / lesions / 1e9, 3)}
+
+
+def timm_step(lesions: int, frozen: bool, size: str) -> tuple[TakeStep, list[Any], list[torch.Tensor]]:
+    """Build a training step in bf16, compiled, with fused AdamW; return also its towers and their photos.
 
     frozen: two towers, with the patches' embedding and the first 6 and 4 blocks frozen, as in ours; else one tower that
     is trained as a whole on all photos.
     """
     import timm
 
-    device, started = device_of(size), time.perf_counter()
+    device = device_of(size)
     name, side = ("test_vit", 160) if size == "tiny" else ("vit_base_patch16_224", 224)
     torch.manual_seed(0)
     towers: list[Any] = [timm.create_model(name, num_classes=11).to(device) for _ in range(2 if frozen else 1)]
@@ -403,9 +425,7 @@ def timm_vit(lesions: int, frozen: bool, size: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    reset_peak()
-    values = {"lesions": lesions, "photos": 2 * lesions, **measured(step, lesions, device, started)}
-    return values | {"gflop": round(timm_flops(towers, inputs) / lesions / 1e9, 3)}
+    return step, towers, inputs
 
 
 def timm_flops(towers: list[Any], inputs: list[torch.Tensor]) -> float:

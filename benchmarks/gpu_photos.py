@@ -220,7 +220,7 @@ def fold(model: str, weights: str | None, size: str, shards: str | None) -> dict
     source = "timm:tf_efficientnet_lite0" if size == "full" else "timm:test_efficientnet"
     words += [f"{key}.source={source}@{weights}" if weights else f"{key}.source={source}"]
     words += [f"{key}.pretrained={str(bool(weights)).lower()}", f"{key}.image_size={384 if size == 'full' else 32}"]
-    words += [f"{key}.freeze_clinical=2", f"{key}.freeze_dermoscopic=0", "seed=0"]
+    words += [f"{key}.freeze_clinical=2", f"{key}.freeze_dermoscopic=0", "seed=0", "train.compile=false"]
     if size == "tiny":
         words += [
             "train.epochs=1",

@@ -55,15 +55,15 @@ def test_profile_is_printed_by_kind_and_kernel(profile):
     assert lines[-1].endswith("Memcpy HtoD (Pinned -> Device)")
 
 
-def results(folder: Path, part: int = 1) -> Results:
-    return Results(GpuBenchmark(part=part, output=str(folder), commit="abc"))
+def results(folder: Path) -> Results:
+    return Results(GpuBenchmark(output=str(folder), commit="abc"))
 
 
 def test_finished_cells_are_kept_and_failed_ones_are_repeated(tmp_path, capsys):
     first = results(tmp_path)
-    first.add("flops-base", {"gflop": 170.0})
-    first.add("base-96-compiled-graph", dict(STEP))
-    first.add("base-96-eager", {"error": "the time was over"})
+    first.add(1, "flops-base", {"gflop": 170.0})
+    first.add(1, "base-96-compiled-graph", dict(STEP))
+    first.add(1, "base-96-eager", {"error": "the time was over"})
     second = results(tmp_path)
     assert [second.is_done(name) for name in ("base-96-compiled-graph", "base-96-eager", "other")] == [
         True,
@@ -73,18 +73,19 @@ def test_finished_cells_are_kept_and_failed_ones_are_repeated(tmp_path, capsys):
     assert second.cells["base-96-compiled-graph"]["mfu"] == pytest.approx(2600 * 170e9 / 989e12, abs=1e-4)
 
 
-def test_every_cell_of_a_part_has_a_name_of_its_own():
-    for part in (1, 2, 3, 4):
-        names = [cell.name for cell in cells_of(GpuBenchmark(part=part))]
-        assert len(set(names)) == len(names)
+def test_every_cell_has_a_name_of_its_own_and_the_first_ones_come_first():
+    cells = cells_of(GpuBenchmark())
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.part for cell in cells} == {1, 2, 3, 4}
+    assert [cell.name for cell in cells if cell.rank][:2] == ["base-96-compiled-graph", "base-96-eager"]
 
 
 def test_tables_replace_what_stands_between_the_marks(tmp_path, capsys):
-    first, second = results(tmp_path), results(tmp_path, part=2)
-    first.add("flops-base", {"gflop": 170.0})
-    first.add("base-96-compiled-graph", dict(STEP))
-    second.add("ours-compiled", {**STEP, "model": "sketch"})
-    second.add("sketch-bf16", {**STEP, "lesions_per_s": 1300.0})
+    found = results(tmp_path)
+    found.add(1, "flops-base", {"gflop": 170.0})
+    found.add(1, "base-96-compiled-graph", dict(STEP))
+    found.add(2, "ours-compiled", {**STEP, "model": "sketch"})
+    found.add(2, "sketch-bf16", {**STEP, "lesions_per_s": 1300.0})
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- gpu tables -->\nold\n<!-- end of gpu tables -->\nafter\n")
     for _ in range(2):
@@ -99,18 +100,20 @@ def test_tables_replace_what_stands_between_the_marks(tmp_path, capsys):
 
 
 def test_tables_of_photos_memory_and_folds_hold_short_lines(tmp_path, capsys):
-    second, third, fourth = (results(tmp_path, part) for part in (2, 3, 4))
+    found = results(tmp_path)
     step = {"experiment": "rtx4090_large", "model": "trimodal", "micro_batch": 96, "accumulation": 1}
-    second.add("memory-rtx4090_large-trimodal", {**step, "precision": "bf16", "checkpointing": True, "peak_gib": 10.0})
-    second.add("estimate-rtx4090_large-trimodal", {"estimate_gib": 10.3})
-    second.add("out-of-memory", {"exit": 0, "micro_batch_kept": 48, **FACTS})
+    found.add(
+        2, "memory-rtx4090_large-trimodal", {**step, "precision": "bf16", "checkpointing": True, "peak_gib": 10.0}
+    )
+    found.add(2, "estimate-rtx4090_large-trimodal", {"estimate_gib": 10.3})
+    found.add(2, "out-of-memory", {"exit": 0, "micro_batch_kept": 48, **FACTS})
     loader = {"model": "dual_cnn", "side": 384, "workers": 8, "packed_side": 450, "photos_per_s": 9000}
-    third.add("loader-dual_cnn-8", {**loader, "photos_per_cpu_s": 1500, **FACTS})
-    third.add("two-base", {"model": "base", "lesions": 96, "workers": 6, "lesions_per_s": 2100.0, **FACTS})
-    third.add("predict", {"lesions_per_s": 210.0, **FACTS})
+    found.add(3, "loader-dual_cnn-8", {**loader, "photos_per_cpu_s": 1500, **FACTS})
+    found.add(3, "two-base", {"model": "base", "lesions": 96, "workers": 6, "lesions_per_s": 2100.0, **FACTS})
+    found.add(3, "predict", {"lesions_per_s": 210.0, **FACTS})
     scores = {"lesions": 4717, "epochs": 25, "seconds": 90.0, "lesions_per_s": 1800.0, "data_wait": 0.01}
-    fourth.add("fold-dual_cnn", {"model": "dual_cnn", **scores, "macro_f1": 0.5, "official": 0.51, **FACTS})
-    fourth.add("xgboost-5000x60", {"rows": 5000, "columns": 60, "threads": 16, "cpu_s": 0.5, "cuda_s": 0.9, **FACTS})
+    found.add(4, "fold-dual_cnn", {"model": "dual_cnn", **scores, "macro_f1": 0.5, "official": 0.51, **FACTS})
+    found.add(4, "xgboost-5000x60", {"rows": 5000, "columns": 60, "threads": 16, "cpu_s": 0.5, "cuda_s": 0.9, **FACTS})
     page = tmp_path / "page.md"
     page.write_text("<!-- gpu tables -->\n<!-- end of gpu tables -->\n")
     main(GpuTables(results=str(tmp_path), page=str(page)))

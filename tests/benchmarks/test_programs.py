@@ -72,7 +72,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
         "fold_mean": [f"run={run}", "seeds=2"],
-        "gpu": ["size=tiny", f"output={folder}/gpu", "cells=flops-base|base-12-eager"],
+        "gpu": ["part=1", "size=tiny", f"output={folder}/gpu", "cells=flops-base|base-12-eager"],
         "gpu_tables": [f"results={folder}/gpu", f"page={gpu_page(folder)}"],
         "heads": ["before=.", "rounds=1", "seconds=0.2", "lesions=64", "tower=timm:test_efficientnet", "image_size=32"],
         "ingredients": [
