@@ -89,8 +89,8 @@ def cells_of(config: GpuBenchmark) -> list[Cell]:
 def steps(config: GpuBenchmark) -> list[Cell]:
     cells = [Cell(1, 0, f"flops-{model}", "flops", {"name": model}, 10.0) for model in ("base", "large", "dual_cnn")]
     for model, lesions, best, others in (
-        ("base", 96, 1, 1), ("base", 12, 1, 1), ("large", 96, 1, 3), ("dual_cnn", 96, 1, 3), ("dual_cnn", 12, 3, 4),
-        ("large", 12, 3, 4), ("base", None, 3, 5), ("large", None, 4, 5), ("dual_cnn", None, 4, 5),
+        ("base", 96, 1, 1), ("base", 12, 1, 1), ("large", 96, 1, 4), ("dual_cnn", 96, 1, 4), ("dual_cnn", 12, 4, 5),
+        ("large", 12, 4, 5), ("base", None, 4, 5), ("large", None, 4, 5), ("dual_cnn", None, 4, 5),
     ):  # fmt: skip
         for mode in ("compiled-graph", "eager", "compiled", "graph"):
             if lesions or mode in ("compiled-graph", "eager"):
@@ -129,7 +129,7 @@ def comparisons(config: GpuBenchmark) -> list[Cell]:
         cell(1, "sketch-bf16", "guide_sketch", 8.0, precision="bf16"),
         cell(1, "timm-frozen", "timm_vit", 12.0, "timm-frozen", frozen=True),
         cell(1, "sketch-fp32", "guide_sketch", 20.0, precision="fp32"),
-        cell(3, "ours-compiled", "ours_on_sketch", 8.0, "sketch", mode="compiled"),
+        cell(4, "ours-compiled", "ours_on_sketch", 8.0, "sketch", mode="compiled"),
         cell(4, "timm-all", "timm_vit", 12.0, "timm-all", frozen=False),
         cell(4, "sketch-tf32", "guide_sketch", 12.0, precision="tf32"),
         cell(4, "ours-eager", "ours_on_sketch", 7.0, mode="eager"),
@@ -177,12 +177,12 @@ def photos(config: GpuBenchmark) -> list[Cell]:
         cell(2, "photos-dual_cnn-8", "training_on_photos", "dual_cnn", 8, 18.0),
         cell(2, "tokens-base", "tokens", "base", 12, 6.0, compiled=False),
         cell(2, "tta-base", "test_time", "base", 12, 12.0, transforms=8),
-        cell(3, "two-base", "trainings_side_by_side", "base", 6, 45.0),
+        cell(4, "two-base", "trainings_side_by_side", "base", 6, 45.0),
         cell(4, "loader-base-4", "loading", "base", 4, 8.0),
         cell(4, "loader-base-12", "loading", "base", 12, 8.0),
         cell(4, "photos-base-4", "training_on_photos", "base", 4, 16.0),
         cell(4, "tta-dual_cnn", "test_time", "dual_cnn", 12, 12.0, transforms=8),
-        cell(4, "two-dual_cnn", "trainings_side_by_side", "dual_cnn", 6, 50.0),
+        cell(5, "two-dual_cnn", "trainings_side_by_side", "dual_cnn", 6, 50.0),
         cell(5, "tokens-base-compiled", "tokens", "base", 12, 25.0, compiled=True),
         Cell(3, 5, "predict", "predicting", {}, 90.0),
     ]

@@ -85,7 +85,7 @@ def test_tables_replace_what_stands_between_the_marks(tmp_path, capsys):
     found.add(1, "flops-base", {"gflop": 170.0})
     found.add(1, "base-96-compiled-graph", dict(STEP))
     found.add(2, "ours-compiled", {**STEP, "model": "sketch"})
-    found.add(2, "sketch-bf16", {**STEP, "lesions_per_s": 1300.0})
+    found.add(2, "sketch-bf16", {"lesions": 96, "lesions_per_s": 1300.0, "peak_gib": 11.0, **FACTS})
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- gpu tables -->\nold\n<!-- end of gpu tables -->\nafter\n")
     for _ in range(2):
