@@ -143,13 +143,15 @@ def cell(folder: Path, strategy: str, network: str, mode: str, accumulation: int
     from triderm_dist.monitoring.metrics_log import read_metrics
 
     assert torch.cuda.is_available(), "no GPU"
+    # DeepSpeed refuses batch norms in 16 bits.
+    precision = "fp32" if network == "dual_cnn" and strategy.startswith("zero") else "bf16"
     output = folder / f"{strategy}-{network}-{mode}-{accumulation}"
     words = [
         f"data.shards={folder}/shards/train", f"data.test_shards={folder}/shards/test", "data.folds=2",
         f"output={output}", f"models.net.kind={network}",
         "models.net.width=32", "models.net.heads=2", "models.net.dropout=0.2", f"models.net.tower={TOWERS[network]}",
         "train.epochs=2", "train.global_batch=4", f"train.micro_batch={4 // accumulation}", "train.log_every=1",
-        "train.sampling={kind: shuffle}", "train.precision=bf16",
+        "train.sampling={kind: shuffle}", f"train.precision={precision}",
         "stack.enabled=false", "predict.transforms=2", *MODES[mode],
     ]  # fmt: skip
     if strategy in ("single", "ddp", "fsdp2"):

@@ -66,7 +66,7 @@ def host_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def participates(accelerator: Accelerator) -> bool:

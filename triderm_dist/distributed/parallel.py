@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from inspect import signature
@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from triderm_dist.config import TrainConfig
 from triderm_dist.distributed.blocks import prepare_blocks
@@ -102,6 +103,7 @@ def start(
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
     _hide_fsdp_from_accelerate()
+    share_compile_threads(os.environ, os.cpu_count() or 1)
     if on_cpu:
         disable_malloc_trim()
     else:
@@ -148,8 +150,21 @@ def start(
         settings["gradient_clipping"] = clip_norm
         # Offloaded states are stepped by torch's fused AdamW: DeepSpeed's own compiles C++ for minutes.
         settings["zero_force_ds_cpu_optimizer"] = False
+        if chosen == "bf16" and zero_stage(accelerator) > 1:
+            # Else micro-batches and ranks are summed in bf16. (ZeRO 1 would take another optimizer class.)
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            settings["communication_data_type"] = "fp32"
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
+
+
+def share_compile_threads(environment: MutableMapping[str, str], cpus: int) -> None:
+    """Divide the CPUs of this host among its ranks for torch.compile, which otherwise starts up to 32 processes for
+    each. A number that is set remains.
+    """
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1:
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, cpus // ranks))))
 
 
 @contextmanager
@@ -307,6 +322,7 @@ def wrap(
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message)
     if chosen == "deepspeed":
+        _refuse_batch_norms(accelerator, network)
         optimizer = build_optimizer(network)
         wrapped, prepared = accelerator.prepare(network, optimizer)
     else:
@@ -321,6 +337,15 @@ def wrap(
             wrapped = _data_parallel(wrapped, accelerator)
     _assert_wrapped(chosen, network, wrapped)
     return wrapped, prepared, optimizer
+
+
+def _refuse_batch_norms(accelerator: Accelerator, network: Network) -> None:
+    """Raise ConfigError where DeepSpeed would cast running statistics to 16 bits, in which small updates are lost."""
+    if accelerator.mixed_precision != "no" and any(isinstance(each, _BatchNorm) for each in network.modules()):
+        raise ConfigError(
+            f"train.precision: DeepSpeed would keep the running statistics of batch norms in "
+            f"{accelerator.mixed_precision}, where their updates are lost; use DDP or FSDP2, or set it to fp32"
+        )
 
 
 def _data_parallel(network: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -366,9 +391,9 @@ def _update_local_shards(optimizer: torch.optim.Optimizer) -> None:
     """Let Adam and AdamW update the shards of this rank as plain tensors: for hundreds of DTensors each operation is
     dispatched one by one. Its state remains in DTensors.
     """
-    collect = getattr(optimizer, "_init_group", None)
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or collect is None:
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return
+    collect: Callable[..., Any] = optimizer._init_group
 
     def collect_local(group: Any, *lists: list[torch.Tensor]) -> Any:
         """Fill the lists of weights, gradients and moments of a group."""
@@ -377,12 +402,12 @@ def _update_local_shards(optimizer: torch.optim.Optimizer) -> None:
             tensors[:] = [local_part(tensor) for tensor in tensors]
         return result
 
-    optimizer._init_group = collect_local  # type: ignore[union-attr]
+    optimizer._init_group = collect_local  # type: ignore[method-assign]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a DTensor, and any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> None:
