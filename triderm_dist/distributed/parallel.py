@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triderm_dist.config import TrainConfig
+from triderm_dist.data.threads import available_cores
 from triderm_dist.distributed.blocks import prepare_blocks
 from triderm_dist.distributed.collectives import all_reduce_sum, world_size
 from triderm_dist.distributed.heartbeat import reports_nccl_errors, start_heartbeat
@@ -41,6 +42,7 @@ from triderm_dist.models.depthwise import use_fast_depthwise
 from triderm_dist.models.dropout import use_lesion_masks
 from triderm_dist.models.network import Network
 from triderm_dist.models.patches import use_linear_patches
+from triderm_dist.optim import local_part
 from triderm_dist.runtime.extras import DEEPSPEED, require
 from triderm_dist.runtime.rank_variables import OWN
 from triderm_dist.schema import ConfigError, InputError, one_line
@@ -103,7 +105,7 @@ def start(
     chosen, _ = choose_precision(precision)
     on_cpu = not torch.cuda.is_available()
     _hide_fsdp_from_accelerate()
-    share_compile_threads(os.environ, os.cpu_count() or 1)
+    share_compile_threads(os.environ, available_cores())
     if on_cpu:
         disable_malloc_trim()
     else:
@@ -330,8 +332,6 @@ def wrap(
         if chosen == "fsdp2":
             _shard(network, accelerator)
         optimizer = build_optimizer(network)
-        if chosen == "fsdp2":
-            _update_local_shards(optimizer)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
         if chosen == "ddp":
             wrapped = _data_parallel(wrapped, accelerator)
@@ -385,29 +385,6 @@ def _reshards_after_forward() -> bool:
     pass, as the launcher's `fsdp_reshard_after_forward` says.
     """
     return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
-
-
-def _update_local_shards(optimizer: torch.optim.Optimizer) -> None:
-    """Let Adam and AdamW update the shards of this rank as plain tensors: for hundreds of DTensors each operation is
-    dispatched one by one. Its state remains in DTensors.
-    """
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        return
-    collect: Callable[..., Any] = optimizer._init_group
-
-    def collect_local(group: Any, *lists: list[torch.Tensor]) -> Any:
-        """Fill the lists of weights, gradients and moments of a group."""
-        result = collect(group, *lists)
-        for tensors in lists:
-            tensors[:] = [local_part(tensor) for tensor in tensors]
-        return result
-
-    optimizer._init_group = collect_local  # type: ignore[method-assign]
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _assert_wrapped(chosen: Strategy, network: Network, wrapped: nn.Module) -> None:

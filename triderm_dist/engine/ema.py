@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from triderm_dist.distributed.full_state import Tensors, host_tensors, local_shard
-from triderm_dist.distributed.parallel import local_part, reshard_after_write, unwrap
+from triderm_dist.distributed.parallel import reshard_after_write, unwrap
+from triderm_dist.optim import local_part
 
 _EPOCH = "averaged.epoch"
 """Key of `EpochAverage.state` beside those of parameters."""
