@@ -1,0 +1,23 @@
+"""Training on a stub of a GPU, where one is beside the project: all host code of the CUDA paths runs."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import ROOT
+
+STUB = ROOT.parent / "shared" / "nullgpu" / "nullgpu"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (STUB.exists() and shutil.which("gcc")), reason="no stub of a GPU, or no compiler to build it")
+@pytest.mark.parametrize(("strategies", "mode"), [("single,ddp", "graph"), ("fsdp2", "eager")])
+def test_train_stop_resume_and_predict_on_a_gpu(tmp_path, strategies, mode):
+    words = [f"strategies={strategies}", f"modes={mode}", "networks=trimodal"]
+    done = subprocess.run(
+        [STUB, sys.executable, "-m", "tests.gpu.matrix", tmp_path, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count(f"trimodal {mode}: ok") == len(strategies.split(","))
