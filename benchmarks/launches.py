@@ -1,6 +1,6 @@
 """What a training step asks of the GPU: kernels launched, calls of the host and its time, waits, compiled blocks.
 
-python -m benchmarks.launches [experiment=h100x8] [micro_batch=12] [key=value ...]
+python -m benchmarks.launches [experiment=h100x8] [micro_batch=12] [memory=false] [key=value ...]
 
 Each way to run a step (eager, compiled, as one CUDA graph) is measured in a process of its own, on the tri-modal and
 the dual CNN network of an experiment, with stand-in towers and without photos. On a GPU calls are counted by
@@ -41,6 +41,7 @@ class LaunchesRun(Section):
     micro_batch: int = Field(12, ge=1, description="lesions at once")
     micro_batches: int = Field(1, ge=1, description="micro-batches per step")
     steps: int = Field(5, ge=1, description="steps whose host time is measured; the least is taken")
+    memory: bool = Field(True, description="also compare the memory estimate with the peaks, by benchmarks.memory")
     part: str | None = Field(None, description="NETWORK:WAY or NETWORK:blocks, in this process; null: all of them")
 
 
@@ -86,7 +87,7 @@ def main(settings: LaunchesRun) -> None:
         "graph_host_calls": graph.get("calls"),
         "graph_host_ms": graph.get("host_ms"),
         "host_waits": max((row["waits"] for row in table.values()), default=None),
-        "memory_worst_error": None,
+        "memory_worst_error": memory_error() if settings.memory else None,
         "blocks_compiled": round(min(shares), 4),
     }
     missed = [name for name, goal in GOALS.items() if result[name] is not None and result[name] > goal]
@@ -96,15 +97,27 @@ def main(settings: LaunchesRun) -> None:
 
 def in_a_process(settings: LaunchesRun, part: str) -> dict[str, Any]:
     """Return what the program prints for one part, run as a process of its own."""
-    from triderm_dist.schema import InputError
-
     words = [
         f"{name}={json.dumps(value)}" for name, value in settings.model_dump(mode="json").items() if name != "part"
     ]
-    command = [sys.executable, "-m", "benchmarks.launches", *words, f"part={part}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return last_line("benchmarks.launches", *words, f"part={part}")
+
+
+def memory_error() -> float:
+    """Return the largest error of the memory estimate; strategies of several ranks need a stub of their GPUs."""
+    from benchmarks.memory import is_stub
+
+    words = [] if is_stub() else ["strategies=[single]"]
+    return float(last_line("benchmarks.memory", *words)["memory_worst_error"])
+
+
+def last_line(module: str, *words: str) -> dict[str, Any]:
+    """Run a program; return the JSON object that it prints last."""
+    from triderm_dist.schema import InputError
+
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{part} failed with status {done.returncode}: {done.stderr[-2000:]}")
+        raise InputError(f"{module} {' '.join(words)} ended with status {done.returncode}: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

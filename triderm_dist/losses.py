@@ -252,6 +252,11 @@ class CompoundLoss(nn.Module):
             self.weights[name], self.terms[name] = term.weight, _build_term(name, term.settings, counts)
         if not any(self.weights.values()):
             raise ConfigError("train.loss: the weight of every term is 0; set one")
+        for name, term in self._terms():
+            if term.is_mean:
+                of_heads = torch.full((self._heads(term),), self.weights[name])
+                of_heads[1:] *= config.aux_weight
+                self.register_buffer(_mean_weights(name), of_heads, persistent=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -277,14 +282,17 @@ class CompoundLoss(nn.Module):
     @torch.enable_grad()
     def slopes(self, sums: Sums, count: Count) -> Sums:
         """Return df/dS of each term with a weight; sums: over the global batch, count: its valid lesions."""
-        at, parts = {}, []
+        found, at, parts = Sums(), {}, []
         for name, term in self._active():
-            at[name] = (
-                torch.zeros(self._heads(term), device=self.log_prior.device) if term.is_mean else sums[name].detach()
-            )
-            main, *aux = self._of_heads(term, at[name].requires_grad_(), count)
+            if term.is_mean:
+                found[name] = self.get_buffer(_mean_weights(name)) / count
+                continue
+            found[name] = at[name] = sums[name].detach().requires_grad_()
+            main, *aux = self._of_heads(term, at[name], count)
             parts.append(self.weights[name] * (main + self.config.aux_weight * sum(aux)))
-        return dict(zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True))
+        if at:
+            found |= zip(at, torch.autograd.grad(torch.stack(parts).sum(), list(at.values())), strict=True)
+        return found
 
     def surrogate(self, sums: Sums, slopes: Sums) -> torch.Tensor:
         """Return the scalar that a part backpropagates, of which only the gradient means something.
@@ -322,6 +330,11 @@ class CompoundLoss(nn.Module):
         tau = self.config.logit_adjustment
         logits = logits.float() if tau == 0 else logits.float() + tau * self.log_prior
         return logits if batch.class_mask is None else logits.masked_fill(~batch.class_mask, EXCLUDED_LOGIT)
+
+
+def _mean_weights(name: str) -> str:
+    """Return the name of the buffer with the weight of a mean's term for each head."""
+    return f"mean_weights_{name}".replace(".", "_")
 
 
 def _build_term(name: str, settings: dict[str, object], class_counts: torch.Tensor) -> LossTerm:
