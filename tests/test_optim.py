@@ -9,19 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from triderm_dist.config import ModelConfig, OptimConfig
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.models.network import Network
-from triderm_dist.optim import (
-    FusedAdamW,
-    build_optimizer,
-    build_scheduler,
-    describe_groups,
-    lr_factor,
-    parameter_groups,
-)
+from triderm_dist.optim import build_optimizer, build_scheduler, describe_groups, lr_factor, parameter_groups
 from triderm_dist.schema import ConfigError
 from triderm_dist.tasks import milk10k_task
 
@@ -197,24 +189,7 @@ def test_adamw_steps_as_pytorch_does(settings: dict) -> None:
             if optimizer.param_groups[0]["fused"]:
                 optimizer.found_inf = torch.tensor(float(step == 2))  # type: ignore[attr-defined]
             optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True))
-    for mine, other in zip(filter(None, ours.state.values()), theirs.state.values(), strict=True):
+    for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+        mine, other = ours.state.get(a, {}), theirs.state.get(b, {})
         assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
-
-
-@pytest.mark.parametrize("settings", [{}, {"amsgrad": True}])
-def test_fused_adamw_equals_pytorch_bit_for_bit(settings):
-    """Also where empty states exist before the first step: DeepSpeed looks for them."""
-    sizes = (3, 5, 1)
-    ours, theirs = ([nn.Parameter(torch.ones(size)) for size in sizes] for _ in range(2))
-    optimizers = [
-        kind([{"params": own[:2], "weight_decay": 0.1}, {"params": own[2:], "lr": 0.5}], fused=True, **settings)
-        for kind, own in ((FusedAdamW, ours), (torch.optim.AdamW, theirs))
-    ]
-    assert not optimizers[0].state[ours[0]]
-    for number in range(4):
-        for optimizer, own in zip(optimizers, (ours, theirs), strict=True):
-            for parameter in own:
-                parameter.grad = torch.linspace(-1, number, len(parameter))
-            optimizer.step()
-        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True)), number
