@@ -10,6 +10,7 @@ line is one JSON object: by file and model the GiB and lesions/s.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 from pydantic import Field
 
@@ -30,11 +31,12 @@ CONCEPTS = tuple(f"{view}/{number}" for view in ("clinical", "dermoscopic") for 
 
 
 class ExpectedBenchmark(Section):
+    files: list[str] = Field([], description="names of the files; []: all")
     write: bool = Field(False, description="replace the lines in the heads of the files")
 
 
 def main(config: ExpectedBenchmark) -> None:
-    heads = expected_heads()
+    heads = expected_heads(config.files)
     for name, lines in heads.items():
         print("\n".join([name, *lines]))
         if config.write:
@@ -45,9 +47,10 @@ def main(config: ExpectedBenchmark) -> None:
     print(json.dumps({name: len(lines) for name, lines in heads.items()}))
 
 
-def expected_heads() -> dict[str, list[str]]:
-    """Return the lines on what is expected of each file, one for each model, by the file's name."""
-    return {name: _head(name, device) for base, device in DEVICES.items() for name in (base, f"{base}_large")}
+def expected_heads(names: Collection[str] = ()) -> dict[str, list[str]]:
+    """Return the lines on what is expected of files, () all, one for each model, by the file's name."""
+    devices = {name: device for base, device in DEVICES.items() for name in (base, f"{base}_large")}
+    return {name: _head(name, devices[name]) for name in names or devices}
 
 
 def _head(name: str, device: str) -> list[str]:

@@ -71,6 +71,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "coverage": ["sets=20"],
         "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
+        "expected": ["files=[a100]"],
         "fold_mean": [f"run={run}", "seeds=2"],
         "gpu": ["part=1", "size=tiny", f"output={folder}/gpu", "cells=flops-base|base-12-eager"],
         "gpu_tables": [f"results={folder}/gpu", f"page={gpu_page(folder)}"],
@@ -84,6 +85,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
             f"source={source}", "original=null", "rounds=1", "batch=11", "workers=1", "simulated=1000",
             "methods=[ceiling_simplejpeg, ours, ours_finished, folder_reduced, webdataset, webdataset_simplejpeg]",
         ],
+        "memory": ["cases=[dual_cnn]"],
         "modalities": [f"run={run}", "seeds=1"],
         "order": ["epochs=2", "batches=[32]", "lesions=10000"],
         "overlap": [f"shards={train}", f"other={inputs.other}", "copies=4"],
@@ -112,7 +114,7 @@ def gpu_page(folder: Path) -> Path:
 
 NULL_GPU = ROOT.parent / "shared" / "nullgpu" / "nullgpu"
 """A program that stands in for a GPU's driver; beside the project on some machines."""
-ON_GPU = ("launches",)
+ON_GPU = ("launches", "memory")
 
 
 def program(*command: str, through: tuple[str, ...] = ()) -> str:

@@ -50,7 +50,7 @@ def suggest(gpus: Sequence[Gpu], signature: Signature) -> list[Finding]:
 
 def canvas_of(data: DataConfig) -> tuple[int, int] | None:
     """Return width and height of photos that are packed by these settings; None where they keep their size."""
-    return data.short_side and (round(data.short_side * 4 / 3), data.short_side)
+    return (round(data.short_side * 4 / 3), data.short_side) if data.short_side else None
 
 
 def fitting_settings(experiment: Experiment, signature: Signature, memory: float) -> list[str] | None:
