@@ -97,11 +97,11 @@ def step_of(number: int, micro_batches: int, mixed: bool) -> Step:
 
 @pytest.mark.parametrize(
     ("micro_batches", "settings"),
-    [(1, {}), (3, {}), (2, {"loss": {"soft_f1_sums": "previous"}})],
+    [(1, {}), (2, {}), (2, {"loss": {"soft_f1_sums": "previous"}})],
 )
 def test_step_on_buffers_equals_the_eager_step(micro_batches: int, settings: dict) -> None:
     eager, graphed = Run(None, micro_batches, **settings), Run(Uncaptured, micro_batches, **settings)
-    expected, found = eager.train(6), graphed.train(6)
+    expected, found = eager.train(5), graphed.train(5)
     assert graphed.step.captures == 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for a, b in zip(eager.wrapped.parameters(), graphed.wrapped.parameters(), strict=True):
