@@ -252,9 +252,9 @@ class CompoundLoss(nn.Module):
             self.weights[name], self.terms[name] = term.weight, _build_term(name, term.settings, counts)
         if not any(self.weights.values()):
             raise ConfigError("train.loss: the weight of every term is 0; set one")
-        for name, term in self._terms():
-            if term.is_mean:
-                of_heads = torch.full((self._heads(term),), self.weights[name])
+        for name, built in self._terms():
+            if built.is_mean:
+                of_heads = torch.full((self._heads(built),), self.weights[name])
                 of_heads[1:] *= config.aux_weight
                 self.register_buffer(_mean_weights(name), of_heads, persistent=False)
 
