@@ -86,6 +86,7 @@ def test_both_ranks_end_with_the_exit_code_of_the_fault(started, name):
     assert len(lines) == 1 and all(words in lines[0] for words in case.says), done.stderr
     assert "Traceback" not in done.stderr
     assert case.statuses[1] in (None, other.returncode), other.stderr
+    assert (done.stderr + other.stderr).count("sendBytes failed") <= 2  # PyTorch's, where the store's host has ended
 
 
 @pytest.mark.slow

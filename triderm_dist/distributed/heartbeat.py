@@ -79,11 +79,14 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Note that this rank has ended, so that no other waits for it."""
+        """Note that this rank has ended, so that no other waits for it. Rank 0, which may host the store, waits for a
+        moment until all have noted it: PyTorch prints a warning for each request to a store that is gone.
+        """
         if not self._stopped.is_set():
             self._stopped.set()
             with suppress(RuntimeError):  # the store is gone
                 self.store.set(f"beat {self.rank}", ENDED)
+                self._await_all("ended", self.store.add("ended", 1), BEAT_SECONDS)
 
     def note_failure(self, status: int, line: str) -> None:
         """Note that this rank ends with this exit code; the first note of all ranks holds.
@@ -93,11 +96,7 @@ class Heartbeat:
         note = json.dumps({"rank": self.rank, "status": status, "line": line[:500]})
         with suppress(RuntimeError):
             self.store.compare_set("failed", "", note)
-            read = self._note_read()
-            deadline = time.monotonic() + 2.5 * BEAT_SECONDS
-            while self.rank == 0 and read < self.world and time.monotonic() < deadline:
-                time.sleep(0.05)
-                read = self.store.add("read", 0)
+            self._await_all("read", self._note_read(), 2.5 * BEAT_SECONDS)
 
     def explain(self, error: BaseException) -> InputError | Interrupted:
         """Return what a backend's error means for this process; ask the store what became of the other ranks."""
@@ -122,13 +121,13 @@ class Heartbeat:
 
     def _run(self) -> None:
         neighbor, seen, number = (self.rank + 1) % self.world, None, 0
-        reached = changed = time.monotonic()
+        changed = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
             number += 1
             try:
                 self.store.set(f"beat {self.rank}", str(number))
                 beat, failed, lost = self._get(f"beat {neighbor}"), self._failed(), self._get("lost")
-                now = reached = time.monotonic()
+                now = time.monotonic()
                 if beat != seen:
                     seen, changed = beat, now
                 if seen != ENDED and now - changed > SILENT_SECONDS:
@@ -136,10 +135,10 @@ class Heartbeat:
                     if now - changed > self.timeout:
                         self.store.set("lost", str(neighbor))
                         lost = str(neighbor).encode()
-            except RuntimeError as error:
-                if time.monotonic() - reached > max(self.timeout, SILENT_SECONDS):
-                    return self._leave(self._lost("the host of the store, rank 0,", reason_of(error)), LEAVE_SECONDS)
-                continue
+            except RuntimeError as error:  # a connection that is lost stays so
+                if not self._stopped.wait(max(self.timeout, SILENT_SECONDS)):
+                    self._leave(self._lost("the host of the store, rank 0,", reason_of(error)), LEAVE_SECONDS, False)
+                return
             if lost is not None:
                 seconds = f"no heartbeat for {self.timeout:g} s"
                 return self._leave(self._lost(f"rank {lost.decode()}", seconds), LEAVE_SECONDS)
@@ -151,16 +150,20 @@ class Heartbeat:
             if reason := self._device_error():
                 return self._leave(self._stuck(reason), LEAVE_SECONDS)
 
-    def _leave(self, error: InputError | Interrupted, seconds: float) -> None:
+    def _leave(self, error: InputError | Interrupted, seconds: float, reaches_store: bool = True) -> None:
         """End the process, unless the main thread ends by itself within these seconds."""
         deadline = time.monotonic() + seconds
         while not self._stopped.wait(BEAT_SECONDS):
-            with suppress(RuntimeError):
-                self.store.set(f"beat {self.rank}", f"leaving {time.monotonic()}")
+            try:
+                if reaches_store:
+                    self.store.set(f"beat {self.rank}", f"leaving {time.monotonic()}")
+            except RuntimeError:
+                reaches_store = False
             if time.monotonic() > deadline:
                 status = INTERRUPTED if isinstance(error, Interrupted) else BAD_INPUT
                 print_error(f"{'interrupted' if status == INTERRUPTED else 'error'}: {error}")
-                self.note_failure(status, str(error))
+                if reaches_store:
+                    self.note_failure(status, str(error))
                 os._exit(status)
 
     # --- what it means -----------------------------------------------------------------------------------------------
@@ -180,6 +183,13 @@ class Heartbeat:
         if _progress.is_set():
             return Interrupted(f"{text}; {RESUME}")
         return InputError(f"{text} before the first step, which running again will not change; {DOCTOR}")
+
+    def _await_all(self, key: str, count: int, seconds: float) -> None:
+        """On rank 0, wait until a counter has reached the number of ranks, at most these seconds."""
+        deadline = time.monotonic() + seconds
+        while self.rank == 0 and count < self.world and time.monotonic() < deadline:
+            time.sleep(0.05)
+            count = self.store.add(key, 0)
 
     def _note_read(self) -> int:
         """Note that this rank knows of the failure, and return how many do."""
