@@ -45,11 +45,12 @@ MODES = {
     "eager": ("train.compile=false", "train.graph=false"),
     "compiled": ("train.compile=true", "train.graph=false"),
     "graph": ("train.compile=false", "train.graph=true"),
+    "compiled_graph": ("train.compile=true", "train.graph=true"),
 }
+SHARDED = [name for name in STRATEGIES if name not in ("single", "ddp")]
 REFUSED = {
-    ("graph", "fsdp2"): "train.graph",
-    **{("graph", name): "train.graph" for name in STRATEGIES if name.startswith("zero")},
-    **{("compiled", name): "train.compile" for name in ("zero3", "zero3_offload")},
+    **{(mode, name): "train.graph" for mode in ("graph", "compiled_graph") for name in SHARDED},
+    **{(mode, name): "train.compile" for mode in ("compiled", "compiled_graph") for name in ("zero3", "zero3_offload")},
 }
 """Cells by (mode, strategy), and the setting that is refused there."""
 TOLERANCE = 0.05
