@@ -70,7 +70,11 @@ class NonFiniteGuard:
         if self.accelerator.mixed_precision == "fp16":
             norm = torch.stack([tensor.sum() for tensor in sums.values()]).sum()
         bad = norm - norm != 0  # of NaN and infinity; in fewer launches than by isfinite
-        self._first_bad.masked_fill_(bad & (self._found_inf == 0), number)
+        first = bad & (self._found_inf == 0)
+        if isinstance(number, torch.Tensor):  # masked_fill_ would read it on the host
+            torch.where(first, number, self._first_bad, out=self._first_bad)
+        else:
+            self._first_bad.masked_fill_(first, number)
         torch.maximum(self._found_inf, bad, out=self._found_inf)
         if self.check_each_step:
             self.check()
