@@ -59,6 +59,7 @@ class GpuBenchmark(Section):
     size: Literal["full", "tiny"] = Field("full", description="tiny: towers of a few weights, to rehearse")
     shards: PathText | None = Field(None, description="packed photos of MILK10k for parts 3 and 4; null: synthetic")
     weights: PathText | None = Field(None, description="weights of tf_efficientnet_lite0 for part 4; null: random")
+    prepare: bool = Field(False, description="only do what comes before measuring: compile, and count FLOPs")
     commit: str | None = Field(None, description="commit to record where there is no git")
     profile: str | None = Field(None, description="print the profile of this cell instead")
 
@@ -219,7 +220,8 @@ class Results:
         return "error" not in self.cells.get(name, {"error": ""})
 
     def add(self, part: int, name: str, values: dict[str, Any]) -> None:
-        gflop = values.get("gflop") or self.cells.get(f"flops-{values.get('model')}", {}).get("gflop")
+        trained = values.get("model") if "mode" in values else None
+        gflop = values.get("gflop") or self.cells.get(f"flops-{trained}", {}).get("gflop")
         if gflop and "lesions_per_s" in values and values.get("peak_tflops"):
             values["mfu"] = round(values["lesions_per_s"] * gflop / (1e3 * values["peak_tflops"]), 4)
         with self._lock:
@@ -252,7 +254,7 @@ def main(config: GpuBenchmark) -> None:
     wanted = [cell for cell in cells_of(config) if re.match(config.cells, cell.name)]
     todo = [cell for cell in wanted if not results.is_done(cell.name)]
     todo = [with_largest(cell, results) for cell in measure_beforehand(config, results, todo, deadline)]
-    while todo:
+    while todo and not config.prepare:
         todo = todo[in_process(config, results, todo, deadline) :]
     done = [cell.name for cell in wanted if results.is_done(cell.name)]
     left = [cell.name for cell in wanted if cell.name not in results.cells]
@@ -271,7 +273,7 @@ def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell],
     jobs = [job for job in (*compiling, *counts) if not results.is_done(job.name)]
     cores = os.cpu_count() or 1
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // max(1, len(jobs)))))
-    soon = time.monotonic() + COMPILING * (deadline - time.monotonic())
+    soon = deadline if config.prepare else time.monotonic() + COMPILING * (deadline - time.monotonic())
     with ThreadPoolExecutor(max(1, len(jobs) if cores > 4 else 1)) as pool:
         list(pool.map(lambda job: in_process(config, results, [job], soon), jobs))
     rest = [cell for cell in todo if cell not in counts]
