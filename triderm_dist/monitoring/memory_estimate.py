@@ -58,6 +58,7 @@ class MemoryEstimate:
         width and height of the photos in the shards; None leaves out what the loader has on the GPU.
         """
         self._network, self._train, self._half = network, train, half
+        self._results: dict[tuple[int, bool, bool, bool], tuple[int, int]] = {}
         self._per_rank = max(1, train.global_batch // ranks)
         self._keeps_gradients = strategy != "single"
         parameters = list(network.parameters())
@@ -144,9 +145,12 @@ class MemoryEstimate:
         fixed = self.fixed + self._gathered + kept * self.gradients + low - 64 * per_lesion
         return max(0, int((memory - fixed) / per_lesion))
 
-    @functools.cache  # noqa: B019 an estimate lives as long as the command
     def _simulated(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> tuple[int, int]:
-        return _simulate(self._network, lesions, self._half, checkpointing, kept, training)
+        # Not `functools.cache`, which would keep the network of a training on the GPU after its end.
+        key = (lesions, checkpointing, kept, training)
+        if key not in self._results:
+            self._results[key] = _simulate(self._network, lesions, self._half, checkpointing, kept, training)
+        return self._results[key]
 
     def _peak(self, lesions: int, checkpointing: bool, kept: bool, training: bool = True) -> int:
         return self._simulated(lesions, checkpointing, kept, training)[0]
