@@ -65,7 +65,8 @@ class MemoryEstimate:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         shards = ranks if strategy in ("fsdp2", "deepspeed") else 1
         self._gathered = _gathered(network) if shards > 1 else 0
-        self.weights = sum(map(_bytes, parameters)) // shards + sum(map(_bytes, network.buffers()))
+        frozen = sum(_bytes(each) for each in parameters if not each.requires_grad)
+        self.weights = frozen + 4 * trained // shards + sum(map(_bytes, network.buffers()))
         self.average = 4 * trained // shards if train.averages else 0
         self.optimizer = round(4 * state_size(train.optim) * trained / shards)
         self.gradients = 4 * trained // shards
@@ -161,12 +162,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _gathered(network: Network) -> int:
-    """Return the bytes of full weights and gradients that a rank holds at once under FSDP2."""
-    towers: list[Any] = list(network.towers.values())
-    blocks = [*(block for tower in towers for block in tower.blocks), *network.fusion_stages()]
-    sizes = [sum(map(_bytes, block.parameters())) for block in blocks]
-    rest = sum(map(_bytes, network.parameters())) - sum(sizes)
-    return rest + 4 * max(sizes, default=0)
+    """Return the bytes of full trained weights and gradients that a rank holds at once under FSDP2."""
+    sizes = [_trained_bytes(block) for block in network.blocks()]
+    return _trained_bytes(network) - sum(sizes) + 4 * max(sizes, default=0)
+
+
+def _trained_bytes(module: nn.Module) -> int:
+    return sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
 
 
 @functools.lru_cache
