@@ -64,7 +64,7 @@ class MemoryEstimate:
         parameters = list(network.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         shards = ranks if strategy in ("fsdp2", "deepspeed") else 1
-        self._gathered = _gathered(network) if shards > 1 else 0
+        self._gathered, self._gathered_in_evaluation = _gathered(network) if shards > 1 else (0, 0)
         frozen = sum(_bytes(each) for each in parameters if not each.requires_grad)
         self.weights = frozen + 4 * trained // shards + sum(map(_bytes, network.buffers()))
         self.average = 4 * trained // shards if train.averages else 0
@@ -102,7 +102,7 @@ class MemoryEstimate:
     def evaluation(self, micro_batch: int, transforms: int = 1) -> int:
         """Return the peak of an evaluation during a training, under a number of transforms of the photos."""
         photos = self.photos * micro_batch * min(transforms, 2)
-        computed = photos + self._gathered + self._peak(micro_batch, False, False, training=False)
+        computed = photos + self._gathered_in_evaluation + self._peak(micro_batch, False, False, training=False)
         kept = self.gradients if self._keeps_gradients else 0
         return self.fixed + kept + self._stages(micro_batch) + max(computed, self._loading(micro_batch, photos))
 
@@ -161,10 +161,14 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gathered(network: Network) -> int:
-    """Return the bytes of full trained weights and gradients that a rank holds at once under FSDP2."""
+def _gathered(network: Network) -> tuple[int, int]:
+    """Return the bytes of full trained weights that a rank holds at once under FSDP2, in a step and in evaluation.
+
+    In a step those of two blocks with their gradients, in evaluation of one block, and always all outside of blocks.
+    """
     sizes = [_trained_bytes(block) for block in network.blocks()]
-    return _trained_bytes(network) - sum(sizes) + 4 * max(sizes, default=0)
+    largest, outside = max(sizes, default=0), _trained_bytes(network) - sum(sizes)
+    return outside + 4 * largest, outside + largest
 
 
 def _trained_bytes(module: nn.Module) -> int:
