@@ -39,7 +39,8 @@ class RunningStatistics:
         live = self._of(_STATISTICS)
         sizes = [len(buffer) for buffer in live]
         self._all = torch.cat(live) if live else torch.zeros(0)
-        self._parts = self._all.split(sizes)
+        # Each with a version of its own: the compiled blocks keep theirs for the backward pass, while others change.
+        self._parts = [part.data for part in self._all.split(sizes)]
         self._sums = torch.zeros_like(self._all, dtype=torch.float32)
         self._sums_parts = self._sums.split(sizes)
 
