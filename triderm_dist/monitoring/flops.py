@@ -118,7 +118,7 @@ def example_inputs(network: Network, lesions: int) -> tuple[Tensor, ...]:
         return torch.zeros(lesions, *shape, device=device)
 
     clinical, dermoscopic = (example(view) for view in VIEWS)
-    present = torch.tensor([view in signature.views for view in VIEWS], device=device).expand(lesions, -1)
+    present = torch.tensor([view in signature.views for view in VIEWS], device=device).repeat(lesions, 1)
     concepts, metadata = (
         torch.zeros(lesions, len(columns), device=device) for columns in (signature.concepts, signature.fields)
     )
