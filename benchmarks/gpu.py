@@ -30,7 +30,7 @@ import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -47,6 +47,8 @@ from triderm_dist.settings import PathText, Section
 RESULTS = "benchmarks/results/gpu"
 COMPILING = 0.45
 """Share of the time after which compilations are ended; the cells that need one which was not ready come last."""
+COMPILE_THREADS = 4
+"""Cores for each of the compilations that run at once."""
 FACTS = ("commit", "date", "device", "torch", "peak_tflops", "size")
 """Values of a cell that tell where and when it was measured."""
 
@@ -263,22 +265,38 @@ def main(config: GpuBenchmark) -> None:
 
 
 def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell], deadline: float) -> list[Cell]:
-    """Compile for all cells, and count FLOPs, at once in processes of their own; return the cells that are left.
+    """Count FLOPs and compile for all cells, the most valuable ones first, in processes of their own, some at once;
+    return the cells that are left.
 
     Those whose compilation was not ready in time, and has to be repeated, come last.
     """
     counts = [cell for cell in todo if cell.function == "flops"]
     needed = dict.fromkeys(cell.compiles for cell in todo if cell.compiles)
     compiling = [compilation(*each) for each in needed if config.size == "full"]
-    jobs = [job for job in (*compiling, *counts) if not results.is_done(job.name)]
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // max(1, len(jobs)))))
+    jobs = [job for job in (*counts, *compiling) if not results.is_done(job.name)]
+    at_once = max(1, (os.cpu_count() or 1) // COMPILE_THREADS)
     soon = deadline if config.prepare else time.monotonic() + COMPILING * (deadline - time.monotonic())
-    with ThreadPoolExecutor(max(1, len(jobs) if cores > 4 else 1)) as pool:
+    # Without limits, thirteen processes with a thread of OpenMP and of the compiler for each core finished nothing in
+    # 80 s on 16 cores, where two took 27 s.
+    limits = {"TORCHINDUCTOR_COMPILE_THREADS": f"{COMPILE_THREADS}", "OMP_NUM_THREADS": "1"}
+    with environment(limits), ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda job: in_process(config, results, [job], soon), jobs))
     rest = [cell for cell in todo if cell not in counts]
     late = [cell for cell in rest if cell.compiles and not results.is_done(compilation(*cell.compiles).name)]
     return [*(cell for cell in rest if cell not in late), *late]
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Context in which processes that are started get these environment variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
 def compilation(name: str, lesions: int) -> Cell:

@@ -114,6 +114,9 @@ def training_table(cells: dict[str, Cell]) -> Iterator[str]:
         ]
         for cell in ranked
     ]  # fmt: skip
+    if len({cell["commit"] for cell in ranked}) > 1:
+        header.append("commit")
+        rows = [[*row, cell["commit"]] for row, cell in zip(rows, ranked, strict=True)]
     yield from table(header, rows)
 
 

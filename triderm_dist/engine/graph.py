@@ -1,10 +1,10 @@
 """The training step as one CUDA graph (`train.graph`): captured once, then launched by a single call per step.
 
-A step launches some 1,600 kernels; at 5 us of host time each a fast GPU waits for its host. A graph is launched at
-once, but always reads and writes the same memory. So everything that differs between steps is copied to fixed buffers
-on the device first: the batch, the keys of its dropout masks, the number of its valid lesions, the number of the step,
-the learning rates, and the loss sums of the step before where the loss uses them. Augmentation and mixing of lesions
-are done before, and the average of weights is moved after a step.
+A step launches some 1,400 kernels; at 5 to 40 us of host time each a fast GPU waits for its host. A graph is launched
+at once, but always reads and writes the same memory. So everything that differs between steps is copied to fixed
+buffers on the device first: the batch, the keys of its dropout masks, the number of its valid lesions, the number of
+the step, the learning rates, and the loss sums of the step before where the loss uses them. Augmentation and mixing of
+lesions are done before, and the average of weights is moved after a step.
 
 The first steps are eager, and real ones: they compile, create optimizer states and let DDP arrange its buckets. A batch
 of another form (micro-batches, shapes, or the presence of `targets`, which the last epochs lack where lesions are

@@ -13,9 +13,10 @@ from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import Budget
 from triderm_dist.monitoring.memory_estimate import MemoryEstimate
 
-MFU, MFU_OF_CONVOLUTIONS = 0.4, 0.05
+MFU, MFU_OF_CONVOLUTIONS = 0.3, 0.02
 """Assumed MFU (model FLOP/s utilization) of a GPU that does not wait for data: for most networks, and for networks of
-mostly convolutions. triderm bench measures it.
+mostly convolutions. An H200 reached 0.32 with the base network, compiled and as a CUDA graph, and the kernels of the
+dual CNN 0.019 without either (docs/benchmarks.md). triderm bench measures it.
 """
 PIXELS_PER_SECOND = 3750 * 384 * 288
 """Pixels that a core decodes per second: measured on photos of 384x288, see docs/benchmarks.md."""
