@@ -16,7 +16,7 @@ def test_expectation_follows_from_memory_flops_and_pixels() -> None:
     found = expect(network, train, budget, True, "ddp", (384, 288))
     memory = MemoryEstimate(network, train, True, 2, "ddp", (384, 288)).total(8)
     assert found.memory * 2**30 == pytest.approx(memory)
-    assert found.mfu == MFU and found.lesions_per_s == pytest.approx(2 * 0.4 * 100e12 / 2e9)
+    assert found.mfu == MFU and found.lesions_per_s == pytest.approx(2 * MFU * 100e12 / 2e9)
     assert found.cores == pytest.approx(2 * found.lesions_per_s / 3750)
     cnn = network_of(model(kind="dual_cnn", tower={"source": "timm:resnet10t"}))
     without_photos = expect(cnn, train, budget, True)
