@@ -171,11 +171,12 @@ def test_lost_host_is_reported_within_the_timeout_and_the_run_resumes(hosts, set
     results = [launcher.wait() for launcher in started]
     took = time.monotonic() - link_down
     print(f"both hosts exited {took:.0f} s after the link went down, with rank_timeout={TIMEOUT}")
-    assert TIMEOUT < HANG_SECONDS < 1800  # shorter than the timeouts of `wait` and of gloo by default
+    assert took < TIMEOUT + 60 and TIMEOUT < HANG_SECONDS < 1800  # shorter than the timeouts of `wait` and of gloo
     for status, output in results:
         messages = [line for line in output.splitlines() if line.startswith("interrupted: ")]
-        assert status == 3 and len(messages) == 2, output
-        assert all("lost contact with another rank" in line and "rerun the same command" in line for line in messages)
+        # The first rank of a host that ends may end the other one, by the launcher, before it knows why.
+        assert status == 3 and any("lost contact with another rank" in line for line in messages), output
+        assert all("rerun the same command" in line for line in messages), output
         assert "Traceback" not in output
     before = len(losses(tmp_path))
     assert 6 <= before < 24

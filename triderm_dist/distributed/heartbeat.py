@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -31,9 +32,12 @@ from triderm_dist.schema import InputError
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 12.0
 """A rank without a heartbeat for so long has probably died; `rank_timeout` decides."""
+ANSWER_SECONDS = 12.0
+"""Time for the store to answer a request."""
 LEAVE_SECONDS = 20.0
 """Time for the main thread to end by itself, once the thread knows that a rank is lost."""
 ENDED = b"ended"
+STORE_HOST = "the host of the store, rank 0,"
 RESUME = "when all hosts are back, rerun the same command to resume from the last checkpoint"
 
 _current: Heartbeat | None = None
@@ -66,10 +70,10 @@ class Heartbeat:
     def __init__(
         self, store: Any, rank: int, world: int, timeout: float, device_error: Callable[[], str] | None = None
     ) -> None:
-        """store: a connection of its own, since one that waits blocks its other users.  timeout: see `rank_timeout`.
+        """store: a connection of its own, for requests of `_Store`.  timeout: see `rank_timeout`.
         device_error: returns what a backend of the device reports, "" for nothing; by default that of NCCL.
         """
-        self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
+        self.store, self.rank, self.world, self.timeout = _Store(store), rank, world, timeout
         self._device_error = device_error or nccl_error
         self._stopped, self._has_read = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -105,9 +109,9 @@ class Heartbeat:
         deadline = time.monotonic() + SILENT_SECONDS + 2 * BEAT_SECONDS
         while True:
             try:
-                failed, silent = self._failed(), self._get("silent")
+                failed, silent = self._failed(), self.store.get("silent")
             except RuntimeError:
-                return self._lost("the host of the store, rank 0,", reason_of(error))
+                return self._lost(STORE_HOST, reason_of(error))
             if failed and failed["rank"] != self.rank:
                 return self._after(failed)
             if silent is not None:
@@ -121,13 +125,13 @@ class Heartbeat:
 
     def _run(self) -> None:
         neighbor, seen, number = (self.rank + 1) % self.world, None, 0
-        changed = time.monotonic()
+        changed = answered = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
             number += 1
             try:
                 self.store.set(f"beat {self.rank}", str(number))
-                beat, failed, lost = self._get(f"beat {neighbor}"), self._failed(), self._get("lost")
-                now = time.monotonic()
+                beat, failed, lost = self.store.get(f"beat {neighbor}"), self._failed(), self.store.get("lost")
+                now = answered = time.monotonic()
                 if beat != seen:
                     seen, changed = beat, now
                 if seen != ENDED and now - changed > SILENT_SECONDS:
@@ -135,9 +139,13 @@ class Heartbeat:
                     if now - changed > self.timeout:
                         self.store.set("lost", str(neighbor))
                         lost = str(neighbor).encode()
+            except NoAnswer as error:
+                if time.monotonic() - answered <= self.timeout:
+                    continue
+                return self._leave(self._lost(STORE_HOST, str(error)), LEAVE_SECONDS, False)
             except RuntimeError as error:  # a connection that is lost stays so
                 if not self._stopped.wait(max(self.timeout, SILENT_SECONDS)):
-                    self._leave(self._lost("the host of the store, rank 0,", reason_of(error)), LEAVE_SECONDS, False)
+                    self._leave(self._lost(STORE_HOST, reason_of(error)), LEAVE_SECONDS, False)
                 return
             if lost is not None:
                 seconds = f"no heartbeat for {self.timeout:g} s"
@@ -197,12 +205,58 @@ class Heartbeat:
         return int(self.store.add("read", int(first)))
 
     def _failed(self) -> dict[str, Any] | None:
-        note = self._get("failed")
+        note = self.store.get("failed")
         return json.loads(note) if note else None
 
-    def _get(self, key: str) -> bytes | None:
+
+class NoAnswer(RuntimeError):
+    """The store has not answered within `ANSWER_SECONDS`."""
+
+
+class _Store:
+    """A store whose requests raise `NoAnswer` where it does not answer.
+
+    A request to a host that the network no longer reaches waits for a quarter of an hour, and all others on the same
+    connection wait behind it; so a thread makes them.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="heartbeat requests", daemon=True).start()
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        self._ask(lambda: self._store.compare_set(key, expected, value))
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ask(lambda: self._store.add(key, amount)))
+
+    def get(self, key: str) -> bytes | None:
         """Return the value of a key, None where it is not set."""
-        return self.store.get(key) if self.store.check([key]) else None
+        found: bytes | None = self._ask(lambda: self._store.get(key) if self._store.check([key]) else None)
+        return found
+
+    def _ask(self, request: Callable[[], Any]) -> Any:
+        reply: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._requests.put((request, reply))
+        try:
+            result = reply.get(timeout=ANSWER_SECONDS)
+        except queue.Empty:
+            raise NoAnswer(f"no answer within {ANSWER_SECONDS:g} s") from None
+        if isinstance(result, RuntimeError):
+            raise result
+        return result
+
+    def _serve(self) -> None:
+        while True:
+            request, reply = self._requests.get()
+            try:
+                reply.put(request())
+            except RuntimeError as error:
+                reply.put(error)
 
 
 def nccl_error() -> str:
