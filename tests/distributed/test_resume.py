@@ -31,7 +31,7 @@ train:
   optim: {lr: 1e-3, warmup_epochs: 1}
 """
 SETTINGS += TINY_TRIMODAL
-MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 4}
+MOMENTS = {"forward": 12, "write": 14, "rename": 4, "replace": 1}
 """Events at which a run is killed, and the latest occurrence: early enough that all kills precede the last epoch."""
 
 

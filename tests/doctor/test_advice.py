@@ -45,7 +45,7 @@ def test_machine_without_a_gpu_gets_the_experiment_for_a_cpu() -> None:
         (1, 79, "a100", ""),
         (1, 44.5, "a100", ""),
         (1, 23.5, "rtx4090", ""),
-        (1, 8, "milk10k", "models.dual_cnn.train.micro_batch=16"),
+        (1, 8, "milk10k", "models.dual_cnn.train.micro_batch=12"),
         (8, 79, "h100x8", "parallel_folds=true"),
         (2, 23.5, "rtx4090", "parallel_folds=true"),
     ],
