@@ -1,4 +1,4 @@
-"""Tests that need an NVIDIA GPU: `pytest -m gpu`, some two minutes. Without one they are skipped."""
+"""Tests that need an NVIDIA GPU: `pytest -m gpu`. Without one they are skipped."""
 
 from __future__ import annotations
 
