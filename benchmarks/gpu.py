@@ -26,11 +26,10 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -40,7 +39,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from triderm_dist.cli import run
+from triderm_dist.environment import describe_commit
 from triderm_dist.files import write_text
+from triderm_dist.runtime.child_processes import environment
 from triderm_dist.schema import InputError, one_line
 from triderm_dist.settings import PathText, Section
 
@@ -210,7 +211,10 @@ class Results:
         self.folder = Path(config.output)
         self._lock = threading.Lock()
         self.parts: dict[int, dict[str, dict[str, Any]]] = {part: self._read(part) for part in range(1, 5)}
-        self.facts: dict[str, Any] = {"commit": config.commit or commit(), "date": f"{datetime.date.today()}"}
+        self.facts: dict[str, Any] = {
+            "commit": config.commit or describe_commit() or "unknown",
+            "date": f"{datetime.date.today()}",
+        }
         if config.size == "tiny":
             self.facts["size"] = "tiny"
 
@@ -284,19 +288,6 @@ def measure_beforehand(config: GpuBenchmark, results: Results, todo: list[Cell],
     rest = [cell for cell in todo if cell not in counts]
     late = [cell for cell in rest if cell.compiles and not results.is_done(compilation(*cell.compiles).name)]
     return [*(cell for cell in rest if cell not in late), *late]
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Context in which processes that are started get these environment variables."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
 
 
 def compilation(name: str, lesions: int) -> Cell:
@@ -393,14 +384,6 @@ def profile_lines(name: str, cell: dict[str, Any]) -> Iterable[str]:
         yield f"{ms:>10.3f} ms {ms / total:>6.1%} {number:>6}  {kind}"
     for kernel, number, ms in cell["top"]:
         yield f"{ms:>10.3f} ms {ms / total:>6.1%} {number:>6}  {kernel}"
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

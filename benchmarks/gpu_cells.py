@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.step import TOWERS, Size, TakeStep, bare_loop, random_batch, signature, sketch, training_step
+from benchmarks.step import GIB, TOWERS, Size, TakeStep, bare_loop, random_batch, signature, sketch, training_step
 from benchmarks.step import our_network as open_clip_network
 from triderm_dist.config import Experiment, ModelConfig, TrainConfig, load
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.monitoring.flops import peak_flops, training_flops
 from triderm_dist.monitoring.memory_estimate import estimate_model_memory, network_without_weights
 
-GIB = 2**30
 MODELS = {"base": ("milk10k", "trimodal"), "large": ("milk10k_large", "trimodal"), "dual_cnn": ("milk10k", "dual_cnn")}
 """Experiment and model of the experiment."""
 MODES = {

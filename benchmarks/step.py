@@ -33,6 +33,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import ModelConfig, TowerConfig, TrainConfig
+from triderm_dist.runtime import child_processes
 from triderm_dist.settings import Section
 
 TOWERS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
@@ -358,14 +359,9 @@ def in_fresh_process(
     function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> Any:
     """Call a function in a new process."""
-    before = dict(os.environ)
-    os.environ.update(environment or {})
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    context = multiprocessing.get_context("spawn")
+    with child_processes.environment(environment or {}), ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def step_memory(size: Size, device_type: str) -> float:

@@ -124,7 +124,7 @@ def this_environment() -> dict[str, Any]:
     """Return versions, commit and hardware of this process."""
     return {
         "triderm-dist": __version__,
-        "commit": _commit(),
+        "commit": describe_commit("--abbrev=40", "--exclude=*"),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "system": platform.platform(),
@@ -178,12 +178,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Return the commit of the clone that this package lies in, with `-dirty` where files differ from it."""
+def describe_commit(*options: str) -> str | None:
+    """Return the commit of the clone that this package lies in, with `-dirty` where files differ from it; None without
+    a clone. options: of `git describe`.
+    """
     clone = Path(__file__).parents[1]
     if not (clone / ".git").exists():
         return None
-    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", *options]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,6 +27,7 @@ from triderm_dist.distributed.library_errors import is_out_of_memory
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.engine.finite import NonFiniteGuard
 from triderm_dist.engine.graph import build_step, choose_graph, on_graph_stream, warm_up_steps
+from triderm_dist.environment import describe_commit
 from triderm_dist.files import write_text
 from triderm_dist.losses import CompoundLoss
 from triderm_dist.models.network import Network
@@ -188,7 +188,7 @@ def record_of(model: ModelConfig, task: Task, accelerator: Accelerator, values: 
         "activation_checkpointing": config.activation_checkpointing,
         **{name: round(value, 5) for name, value in values.items()},
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "commit": _commit(),
+        "commit": describe_commit() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
@@ -248,11 +248,3 @@ def comparison(record: Mapping[str, Any], committed: Mapping[str, Any] | None) -
 
 def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

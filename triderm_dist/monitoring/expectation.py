@@ -12,6 +12,7 @@ from triderm_dist.distributed.parallel import Strategy
 from triderm_dist.models.network import Network
 from triderm_dist.monitoring.flops import Budget
 from triderm_dist.monitoring.memory_estimate import MemoryEstimate
+from triderm_dist.monitoring.throughput import GIB
 
 MFU, MFU_OF_CONVOLUTIONS = 0.3, 0.02
 """Assumed MFU (model FLOP/s utilization) of a GPU that does not wait for data: for most networks, and for networks of
@@ -20,7 +21,6 @@ dual CNN 0.019 without either (docs/benchmarks.md). triderm bench measures it.
 """
 PIXELS_PER_SECOND = 3750 * 384 * 288
 """Pixels that a core decodes per second: measured on photos of 384x288, see docs/benchmarks.md."""
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -49,6 +49,21 @@ class _Running:
     line: bytes = b""
 
 
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Context in which processes that are started get these environment variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def start_server(modules: Sequence[str]) -> None:
     """Start to import `modules` for processes to come. Returns at once; does nothing but on Linux.
 
@@ -59,18 +74,9 @@ def start_server(modules: Sequence[str]) -> None:
         return
     from multiprocessing import forkserver
 
-    set_here = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-    before = {name: os.environ.get(name) for name in set_here}
     forkserver.set_forkserver_preload(list(modules))
-    os.environ.update(set_here)
-    try:
+    with environment({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}):
         forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @dataclass
