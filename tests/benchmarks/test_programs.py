@@ -93,6 +93,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "predict": [*tower, "lesions=4", "rounds=1"],
         "read_table": ["rows=2000", f"scratch={folder}"],
         "report": ["lesions=500", "many=2000", "models=1", "resamples=10"],
+        "scale": ["rows=[plan, tokens lookup]", "largest=10000", f"scratch={folder}"],
         "scaling": ["tower=tiny", "lesions=2", "rounds=2"],
         "soft_f1_sums": [f"shards={train}", "steps=2", "global_batch=8", "micro_batch=4", *tower],
         "stack": [
