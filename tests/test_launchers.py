@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.processes import HANG_SECONDS, ROOT, finish, launch, start, wait_for
+from triderm_dist.commands.ranks import status_of
 
 KUBERNETES = ROOT / "launch" / "kubernetes"
 # Schemas of releases before 1.35 require onPodConditions in every rule, which the servers do not.
@@ -119,6 +120,11 @@ def test_kubernetes_files_are_consistent():
     assert volumes == {by_name["storage-PersistentVolumeClaim"]["metadata"]["name"]}
     images = {container["image"] for pod in pods for container in pod["containers"]}
     assert len(images) == 1
+    for pod in pods:
+        for container in pod["containers"]:
+            caches = {each["name"]: each["value"] for each in container.get("env", []) if "CACHE_DIR" in each["name"]}
+            assert bool(caches) == ("nvidia.com/gpu" in container["resources"]["limits"]), container["name"]
+            assert all(folder.startswith("/data/cache/") for folder in caches.values())
     for name in ("job-Job", "nodes-Job"):
         job = by_name[name]["spec"]
         (container,) = job["template"]["spec"]["containers"]
@@ -182,7 +188,10 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 with (folder / f"starts-{rank}").open("a") as file:
     file.write("x")
 if sys.argv[2] != "wait":
-    sys.exit(int(sys.argv[2]))
+    status = int(sys.argv[2])
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 (folder / f"ready-{rank}").touch()
 time.sleep(900)
 """
@@ -194,10 +203,17 @@ def start_ranks(folder: Path, behavior: str, config: str = "accelerate_configs/d
     return start(str(program), str(folder), behavior, ranks=2, config=config, fork=False)
 
 
-def test_launcher_exits_with_the_status_of_its_ranks(tmp_path):
-    done = finish(start_ranks(tmp_path, "2"))
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(("behavior", "status", "line"), [("2", 2, ""), ("-9", 3, "interrupted: a rank was killed")])
+def test_launcher_exits_with_the_status_of_its_ranks(tmp_path, behavior, status, line):
+    done = finish(start_ranks(tmp_path, behavior))
+    assert done.returncode == status
+    assert line in done.stderr and "Traceback" not in done.stderr
+
+
+def test_status_of_a_rank_that_died_from_a_signal(capsys):
+    """A scheduler starts again what was killed, and not what crashed."""
+    assert [status_of(code) for code in (0, 2, -signal.SIGKILL, -signal.SIGSEGV)] == [0, 2, 3, 128 + signal.SIGSEGV]
+    assert capsys.readouterr().err.count("interrupted: ") == 1
 
 
 @pytest.mark.parametrize(("status", "starts"), [(2, 1), (3, 2)])

@@ -5,7 +5,7 @@ triderm ranks --config_file ddp -m train --config EXPERIMENT.yaml fold=0
 Takes the options of `accelerate launch`, with the names of shipped files and of programs, then the settings of the
 program, key.subkey=value. `accelerate launch` itself exits with 1 whatever its ranks return, and SIGUSR1 kills it
 while they save. A scheduler needs the exit code: 0 success, 2 invalid input (give up), 3 interrupted (rerun the same
-command). A rank that was killed by signal N gives 128 + N, as in a shell.
+command), also where a rank was killed by SIGKILL. One that died from another signal N gives 128 + N, as in a shell.
 """
 
 import os
@@ -74,7 +74,13 @@ def expand_names(words: list[str]) -> list[str]:
 
 
 def status_of(exit_code: int) -> int:
-    """Return the exit code for that of a rank: 128 + N for one killed by signal N, which has -N."""
+    """Return the exit code for that of a rank, which is -N for one that died from signal N: 3 for SIGKILL, with a line
+    on stderr, since the kernel sends it where memory runs out, or a scheduler; else 128 + N.
+    """
+    if exit_code == -signal.SIGKILL:
+        why = "a rank was killed (SIGKILL), as when memory runs out or by a scheduler"
+        print(f"interrupted: {why}; rerun the same command to resume", file=sys.stderr)
+        return INTERRUPTED
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
