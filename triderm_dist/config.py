@@ -644,6 +644,9 @@ class ReportConfig(Section):
         True,
         description="show photos of the hardest, doubtful and typical lesions; false leaves pictures of patients out",
     )
+    attention: bool = Field(
+        True, description="show beside these photos what the first tri-modal network attends to; runs it once a lesion"
+    )
 
 
 TRAINING = (

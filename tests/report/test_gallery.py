@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import pytest
 from PIL import Image
 
 from tests.trained_run import TrainedRun
+from triderm_dist.commands.report import ReportRun
+from triderm_dist.config import load_run
+from triderm_dist.engine.explain import attention_maps, out_of_fold_attention
 from triderm_dist.report.content import Content
 from triderm_dist.report.gallery import SIDE, gallery_of
 from triderm_dist.report.render import write_page
 from triderm_dist.report.sections.hardest import hardest
 from triderm_dist.report.sections.typical import typical
+from triderm_dist.schema import DataError
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,28 @@ def test_best_and_median_lesions_of_each_diagnosis(run: Path) -> None:
         own = [lesion for lesion in content.typical if lesion.label == name]
         values = np.sort(of_label[content.labels == label])[::-1]
         assert [lesion.label_probability for lesion in own] == pytest.approx([values[0], values[len(values) // 2]])
+
+
+def test_photos_are_shown_with_the_attention_of_the_model_of_their_fold(run: Path, tmp_path: Path) -> None:
+    experiment = load_run(ReportRun, run).experiment
+    content = Content(run, attend=partial(out_of_fold_attention, experiment))
+    gallery = gallery_of(content, content.typical)
+    assert gallery.shows_attention and not gallery.why_unattended
+    ids = [each.lesion.lesion_id for each in gallery.lesions]
+    expected = {maps.lesion_id: maps.attention for _, _, maps in attention_maps(experiment, ids)}
+    for each in gallery.lesions:
+        assert [photo.view for photo in each.attention] == [photo.view for photo in each.photos]
+        shares = [float(part.max()) * len(part) for part in expected[each.lesion.lesion_id].values()]
+        assert [photo.strongest for photo in each.attention] == pytest.approx(shares)
+    assert "times the even share" in page_of(content, tmp_path) and "times the even" not in page_of(
+        Content(run), tmp_path
+    )
+
+    def untrained(lesion_ids: list[str]) -> dict:
+        raise DataError("fold-0: not trained")
+
+    text = page_of(Content(run, attend=untrained), tmp_path)
+    assert "cannot be shown (fold-0: not trained)" in text and "data:image/jpeg" in text
 
 
 def page_of(content: Content, folder: Path) -> str:

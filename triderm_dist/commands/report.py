@@ -11,11 +11,20 @@ first trains the networks with a frozen tower again on 25 and 50 percent of the 
 three quarters of the time of their cross-validation; the page then says whether more lesions would help.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.commands import programs_using
-from triderm_dist.config import RunReader
+from triderm_dist.config import Experiment, RunReader
+
+if TYPE_CHECKING:
+    from triderm_dist.models.attention import AttentionMaps
 
 
 class ReportRun(RunReader):
@@ -39,9 +48,17 @@ def main(config: ReportRun) -> None:
         train_parts(config)
     if config.stack.enabled and not config.plugins:  # they may need its estimators
         import_xgboost_alone()
-    print(write_report(config.folder, config.results, config.report.photos))
+    attend = partial(attention, config.experiment) if config.report.attention else None
+    print(write_report(config.folder, config.results, config.report.photos, attend))
     if config.results == config.folder:
         write_card(config)
+
+
+def attention(experiment: Experiment, lesion_ids: Sequence[str]) -> Mapping[str, AttentionMaps]:
+    """Return out-of-fold attention maps of lesions of the training set by id."""
+    from triderm_dist.engine.explain import out_of_fold_attention  # imports torch
+
+    return out_of_fold_attention(experiment, lesion_ids)
 
 
 def train_parts(config: ReportRun) -> None:

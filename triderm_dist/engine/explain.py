@@ -34,9 +34,7 @@ def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterato
     model of its own fold, which was not trained on it. Call in one process. Raises DataError for a lesion that neither
     set has or a fold that is not trained, ConfigError where no model is tri-modal.
     """
-    names = [
-        name for name in experiment.models if issubclass(network_class(model_config(experiment, name).kind), TriModal)
-    ]
+    names = tri_modal_models(experiment)
     if not names:
         raise ConfigError("explain: only trimodal networks have attention maps, and these settings have none")
     remaining = list(lesion_ids)
@@ -54,10 +52,31 @@ def attention_maps(experiment: Experiment, lesion_ids: Sequence[str]) -> Iterato
         raise DataError(f"explain={remaining[0]}: no lesion of the packed sets has this id; samples.parquet lists them")
 
 
+def tri_modal_models(experiment: Experiment) -> list[str]:
+    """Return the names of the models that have attention maps."""
+    return [
+        name for name in experiment.models if issubclass(network_class(model_config(experiment, name).kind), TriModal)
+    ]
+
+
+def out_of_fold_attention(experiment: Experiment, lesion_ids: Sequence[str]) -> dict[str, AttentionMaps]:
+    """Return attention maps of lesions of the training set by id, each of the model of its own fold.
+
+    They are those of the first tri-modal model; without one there are none. Raises as `attention_maps`.
+    """
+    names = tri_modal_models(experiment)
+    if not names or not lesion_ids:
+        return {}
+    index = open_index(experiment.train_shards, experiment.data.remote)
+    row_of = {str(lesion): row for row, lesion in enumerate(index.lesion_ids)}
+    rows = [row_of[lesion] for lesion in lesion_ids]
+    return {maps.lesion_id: maps for maps in _attention_maps(experiment, index, names[0], rows, test=False)}
+
+
 def _attention_maps(
     experiment: Experiment, index: ShardIndex, name: str, rows: Sequence[int], test: bool
 ) -> Iterator[AttentionMaps]:
-    """Yield the attention maps of one model for index rows."""
+    """Yield the attention maps of one model for index rows; those of the same folds follow one another."""
     model = experiment.models[name]
     accelerator = parallel.start_inference("fp32")
     device = accelerator.device
@@ -74,7 +93,8 @@ def _attention_maps(
         if tower not in views:
             views[tower] = open_views(experiment, model, index, accelerator, train=False, recorded=tower)
     networks: dict[int, TriModal] = {}
-    for row, folds in folds_of.items():
+    for row, folds in sorted(folds_of.items(), key=lambda item: list(item[1])):
+        networks = {fold: network for fold, network in networks.items() if fold in folds}  # others' memory is freed
         batches = {tower: _batch(views[tower].loaders, row, device) for tower in {recorded[fold] for fold in folds}}
         for fold in folds:
             if fold not in networks:

@@ -5,7 +5,7 @@ Shapes: N lesions, C diagnoses, F columns of the stacker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from triderm_dist.ensemble.run_files import (
 from triderm_dist.ensemble.score_table import Row
 from triderm_dist.ensemble.stack_inputs import stacker_columns
 from triderm_dist.environment import read_environment
+from triderm_dist.models.attention import AttentionMaps
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.predictions import read_oof, read_predictions
 from triderm_dist.report.calibration import EnsembleCalibration
@@ -62,6 +63,8 @@ TEST_SET_LESIONS = 479
 PHOTOS, CONCEPTS = "photos of a lesion", "concepts of a lesion"
 """In the place of a field's name: which photos a lesion has, and whether concept scores are missing."""
 
+PICTURED_LESIONS = 12
+"""Lesions of a list whose photos are shown, at most."""
 HARDEST_LESIONS = 20
 TYPICAL_DIAGNOSES = 12
 """Diagnoses of which the best and the median lesion are shown, at most."""
@@ -69,6 +72,9 @@ MISLABELED_LESIONS = 30
 """Lesions in the list of probable label errors, at most."""
 CONTRIBUTION_LESIONS = 1000
 """Largest number of lesions for which contributions of the stacker's columns are computed."""
+
+Attend = Callable[[Sequence[str]], Mapping[str, AttentionMaps]]
+"""Returns the attention maps of lesions of the training set by id, each of a network that was not trained on it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,10 @@ class Content:
     together.
     """
 
-    def __init__(self, run_folder: Path, shows_photos: bool = True) -> None:
+    def __init__(self, run_folder: Path, shows_photos: bool = True, attend: Attend | None = None) -> None:
+        """attend: None shows photos without attention."""
         self.folder = Path(run_folder)
-        self.shows_photos = shows_photos
+        self.shows_photos, self._attend = shows_photos, attend
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
         self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
@@ -466,6 +473,16 @@ class Content:
                 chosen = dict.fromkeys([ordered[0], ordered[len(rows) // 2]])
                 result += [self._doubtful(int(row), int(self._shares[row].argmax())) for row in chosen]
         return result
+
+    @cached_property
+    def attention(self) -> Mapping[str, AttentionMaps]:
+        """The attention maps of the lesions whose photos are shown, by id.
+
+        Raises InputError or OSError where they cannot be computed.
+        """
+        lists = (self.hardest[:PICTURED_LESIONS], self.mislabeled[:PICTURED_LESIONS], self.typical)
+        ids = dict.fromkeys(lesion.lesion_id for lesions in lists for lesion in lesions)
+        return self._attend(list(ids)) if self._attend else {}
 
     @cached_property
     def _shares(self) -> np.ndarray:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triderm_dist.report.content import Content, DoubtfulLesion
+from triderm_dist.report.content import PICTURED_LESIONS, Content, DoubtfulLesion
 from triderm_dist.report.elements import Column, Row, Section, Share, Table
-from triderm_dist.report.gallery import SHOWN, gallery_of
+from triderm_dist.report.gallery import gallery_of
 
 SUSPECTS, AGREED, ESTIMATED = "found by the ensemble", "and by every network", "estimated by the joint"
 
@@ -28,7 +28,7 @@ def label_errors(content: Content) -> Section:
             doubtful_lesions("label_errors", "Probable label errors", shown, len(content.networks), "alternative"),
         ],
         values={
-            "gallery": gallery_of(content, shown[:SHOWN]),
+            "gallery": gallery_of(content, shown[:PICTURED_LESIONS]),
             "listed": len(shown),
             "suspects": SUSPECTS,
             "agreed": AGREED,
