@@ -54,7 +54,7 @@ class RemoteConfig(Section):
         gt=0,
         description="size limit of that folder in GB (1e9 bytes); least recently used shards are evicted first",
     )
-    downloads: int = Field(2, ge=1, description="parallel downloads per rank")
+    downloads: int = Field(8, ge=1, description="parallel downloads per node")
     total_seconds: float = Field(
         600.0, gt=0, description="seconds for one shard, retries included, before the run ends with an error"
     )

@@ -22,6 +22,7 @@ from triderm_dist.data.augment import build_augmentations
 from triderm_dist.data.lesions import Lesions
 from triderm_dist.data.loader import JointSource, LoaderFactory, PhotoSource, Step, TokenSource
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.shards.reader import note_on_open_files
 from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.data.upload import HostCopy, read_behind
@@ -140,6 +141,11 @@ def open_views(
         share = 1.0 if cached or not each.remote else each.bytes / sum(other.bytes for other in sets if other.remote)
         photos = PhotoSource(each, about.image_size, about.mean, about.std, augment, views, share, about.frame)
         return LoaderFactory(each, photos, data.workers, data.prefetch)
+
+    window = model.train.sampling.window
+    for each in [] if cached or not train else sets:
+        if found := note_on_open_files(each, window):
+            say(f"note: {found}")
 
     def open_cache(each: ShardIndex, part: _Cached, transforms: int) -> TokenSource:
         loaders = open_photos(each, part.views)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ from triderm_dist.config import RemoteConfig
 from triderm_dist.data.loader import Loader, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards import reader
 from triderm_dist.data.shards.cache import Cache
-from triderm_dist.data.shards.format import INDEX, SAMPLES
+from triderm_dist.data.shards.format import INDEX, SAMPLES, ShardFile
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.open import index_file, is_url, open_index
 from triderm_dist.data.shards.pack import pack_shards
@@ -248,6 +250,44 @@ def test_least_recently_used_closed_shards_are_evicted_first(server, packed, tmp
     assert [file.name for file in cached(path.parents[1])] == [files[i].url for i in (0, 2, 4)]
 
 
+def test_a_fetch_lists_no_folder(server, tmp_path, monkeypatch):
+    """The cache is listed once by each process, however many shards it fetches."""
+    index = open_index(server.url, settings(tmp_path))
+    cache = open_index(server.url, settings(tmp_path)).remote
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    for shard in index.shards:
+        cache.open(shard).close()
+    assert listed == [index.folder]
+    used = int((tmp_path / "cache" / "cache.lock").read_text())
+    assert used == sum(shard.bytes for shard in index.shards)
+
+
+def test_bytes_that_a_killed_process_reserved_are_found_again(server, tmp_path):
+    """The number in cache.lock is too large then, or missing in a cache of an earlier version."""
+    index = open_index(server.url, settings(tmp_path))
+    size = max(shard.bytes for shard in index.shards)
+    counter = tmp_path / "cache" / "cache.lock"
+    for text in (f"{9 * size:020d}", "", "x"):
+        for path in cached(tmp_path / "cache"):
+            path.unlink()
+        cache = open_index(server.url, settings(tmp_path, cache_gb=8 * size / 1e9)).remote
+        for number, shard in enumerate(index.shards):
+            cache.open(shard).close()
+            if number == 1:
+                counter.write_text(text)
+        assert int(counter.read_text()) == sum(shard.bytes for shard in index.shards)
+        assert len(cached(tmp_path / "cache")) == len(index.shards)
+    index.remote.store.remote = index.remote.store.remote.model_copy(update={"total_seconds": 0.2})
+    cached(tmp_path / "cache")[0].unlink()
+    before = int(counter.read_text())
+    server.faults[index.shards[0].url] = [remote.unavailable] * 9
+    with pytest.raises(DataError):
+        index.remote.open(index.shards[0])
+    assert int(counter.read_text()) == before  # what it had reserved is free again
+
+
 def test_changed_set_at_the_same_url_is_cached_separately(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "set")
     with serve(tmp_path / "set") as running:
@@ -285,6 +325,55 @@ def test_process_killed_while_fetching_does_not_block_others(server, packed, tmp
     assert list(root.glob(f"*/{name}.*.fetch"))
     rows_read(open_index(server.url, settings(tmp_path, total_seconds=60)))  # fails if it waits for the killed process
     assert not list(root.glob("*/*.fetch*"))
+
+
+class CountingStore(Store):
+    """Lists the files that it fetches."""
+
+    def __init__(self, url: str, remote: RemoteConfig) -> None:
+        super().__init__(url, remote)
+        self.fetched: list[str] = []
+
+    def fetch(self, file: ShardFile, path: Path, stop: threading.Event | None = None) -> None:
+        self.fetched.append(file.url)
+        super().fetch(file, path, stop)
+
+
+@pytest.mark.parametrize("stalled", [None, 4])
+def test_one_process_of_a_node_fetches_for_all(server, packed, tmp_path, monkeypatch, stalled):
+    """The others open its files. Where it ends before it has fetched all, another one takes over."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    limits = settings(tmp_path, stall_seconds=HANG_SECONDS, total_seconds=HANG_SECONDS, downloads=2)
+    index = open_index(server.url, limits)
+    folder, stores = index.folder, [CountingStore(server.url, limits) for _ in range(2)]
+    first, second = (RemoteShards(replace(index, remote=Cache(folder.parent, folder, store))) for store in stores)
+    if stalled:
+        server.faults[index.shards[stalled].url] = [remote.stall]
+    order = index.shard.astype(np.int64)
+    with contextlib.ExitStack() as until_taken_over:
+        until_taken_over.enter_context(first.read_ahead(order, 5))
+        first.read(0, 0, 512)
+        with second.read_ahead(order, 5):
+            for shard in range(7):
+                if shard == stalled:
+                    wait_for(lambda: stores[0].fetched[-1] == index.shards[-1].url)
+                    until_taken_over.close()
+                assert second.read(shard, 0, 512) == (packed / index.shards[shard].url).read_bytes()[:512]
+    assert stores[1].fetched == ([index.shards[stalled].url] if stalled else [])
+    assert not list(folder.glob("fill-*"))
+
+
+def test_more_shards_than_may_be_open_are_opened_again(server, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "open_files_limit", lambda: 4 * 13)
+    index = open_index(server.url, settings(tmp_path))
+    shards, order = RemoteShards(index), np.tile(index.shard.astype(np.int64), 2)
+    before = len(os.listdir("/proc/self/fd"))
+    with shards.read_ahead(order, 5):
+        for shard in [*range(7), *range(7)]:
+            assert shards.read(shard, 0, 512) == (packed / index.shards[shard].url).read_bytes()[:512]
+    assert {server.requests[shard.url] for shard in index.shards} == {1}
+    assert len(os.listdir("/proc/self/fd")) <= before + 3 + 8  # connections of the server
 
 
 # --- the disk --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ import pytest
 from tests.conftest import Challenge
 from tests.processes import HANG_SECONDS
 from triderm_dist.data.readers.milk10k import read_challenge
+from triderm_dist.data.shards import reader as reader_module
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards
-from triderm_dist.data.shards.reader import FolderShards
+from triderm_dist.data.shards.reader import FolderShards, note_on_open_files
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_threads_open_files_at_the_same_time(index: ShardIndex, shards: tuple[in
 
 
 def test_a_bounded_number_of_files_stays_open(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FolderShards, "MAX_OPEN", 4)
+    monkeypatch.setattr(reader_module, "open_files_limit", lambda: 4 * 14)
     reader = FolderShards(index)
     before = len(os.listdir("/proc/self/fd"))
     for shard in [*range(11), *range(11)]:
@@ -54,3 +56,33 @@ def test_a_bounded_number_of_files_stays_open(index: ShardIndex, monkeypatch: py
     assert len(os.listdir("/proc/self/fd")) == before + 4
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_fewer_files_stay_open_where_the_process_has_no_more_descriptors(index: ShardIndex) -> None:
+    reader = FolderShards(index)
+    before = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    expected = [index.path(shard).read_bytes()[:512] for shard in range(11)]
+    lowest = min(set(range(1000)) - {int(number) for number in os.listdir("/proc/self/fd")})
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 6, limits[1]))
+        found = [reader.read(shard, 0, 512) for shard in [*range(11), *range(11)]]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == 2 * expected
+    assert len(os.listdir("/proc/self/fd")) <= before + 6
+    reader.close()
+
+
+def test_shuffling_more_shards_than_stay_open_is_noted_on_a_network_disk(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "open_files_limit", lambda: 4 * 18)
+    assert note_on_open_files(index, None) is None  # a local disk
+    monkeypatch.setattr(reader_module, "network_file_system", lambda path: "nfs4")
+    note = note_on_open_files(index, None)
+    assert note and note.startswith("11 shards") and "of which 8 stay open" in note
+    assert "train.sampling.window=8 reads" in note  # of 4 shards
+    assert note_on_open_files(index, 8) is None
+    monkeypatch.setattr(reader_module, "open_files_limit", lambda: 4 * 21)
+    assert note_on_open_files(index, None) is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import heapq
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -10,27 +13,47 @@ from typing import IO
 
 import numpy as np
 
-from triderm_dist.data.shards.cache import Cache, CachedFile
+from triderm_dist.data.shards.cache import Cache, CachedFile, FillLock
 from triderm_dist.data.shards.format import ShardFile
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.remote import FetchStopped
+from triderm_dist.runtime.mounts import network_file_system
 from triderm_dist.runtime.process import open_files_limit, raise_open_files_limit
 from triderm_dist.schema import ConfigError, DataError
+
+
+def most_open_files() -> int:
+    """Return how many shards of a set this process keeps open: a quarter of the files that it may have open."""
+    raise_open_files_limit()
+    return max(1, open_files_limit() // 4 - 10)
+
+
+def note_on_open_files(index: ShardIndex, window: int | None) -> str | None:
+    """Return a note for a set that is read slowly: whole-epoch shuffle of more shards than stay open, on a network
+    disk, where each read then opens a file. window: of the sampling. None where there is nothing to note.
+    """
+    shards, most = len(index.shards), most_open_files()
+    if window is not None or index.remote or shards <= most or not (kind := network_file_system(index.folder)):
+        return None
+    fits = max(1, most // 2) * (len(index) // shards)  # a window begins and ends within shards of its neighbors
+    digits = 10 ** max(0, len(str(fits)) - 2)
+    return (
+        f"{shards:,} shards are read in random order, of which {most:,} stay open (a quarter of ulimit -n), and "
+        f"{index.folder} is on a network disk ({kind}), where opening one takes long; "
+        f"train.sampling.window={max(1, fits // digits * digits)} reads them window by window, or raise ulimit -n"
+    )
 
 
 class FolderShards:
     """Shards of a local folder, opened at the first read; those opened last are kept open.
 
-    Threads open files at the same time, since each open waits for the server of a network disk.
+    Threads open files at the same time, since each open waits for the server of a network disk. Fewer stay open where
+    the process or the system turns out to have no more file descriptors.
     """
-
-    MAX_OPEN = 4096
-    """Fewer where the process may have few files open (`ulimit -n`), of which this set takes a quarter."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index, self._files, self._lock = index, dict[int, IO[bytes]](), threading.Lock()
-        raise_open_files_limit()
-        self._most = max(1, min(self.MAX_OPEN, open_files_limit() // 4 - 10))
+        self._most = most_open_files()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a shard. Raises DataError where it has vanished or become shorter."""
@@ -43,11 +66,24 @@ class FolderShards:
             ) from None
 
     def _open(self, shard: int) -> IO[bytes]:
-        file = self._open_file(shard)
+        try:
+            file = self._open_file(shard)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:
+                self._most = max(1, len(self._files) // 2)
+                self._close_oldest(self._most)
+            file = self._open_file(shard)
         with self._lock:
-            while shard not in self._files and len(self._files) >= self._most:
-                del self._files[next(iter(self._files))]  # closed when its last reader drops it
+            if shard not in self._files:
+                self._close_oldest(self._most - 1)
             return self._files.setdefault(shard, file)  # another thread's, where that was faster
+
+    def _close_oldest(self, most: int) -> None:
+        """Let the files opened first go until `most` are left; each is closed when its last reader drops it."""
+        while len(self._files) > most:
+            del self._files[next(iter(self._files))]
 
     def _open_file(self, shard: int) -> IO[bytes]:
         return self._index.path(shard).open("rb", buffering=0)
@@ -110,7 +146,8 @@ class _ReadAhead:
 
     Shards are admitted in the order of their first use, as long as all admitted ones fit into the cache together. One
     is released two steps after its last use, since ranks may be up to two steps apart. So no rank can take the space
-    that another one needs to continue.
+    that another one needs to continue. Of the ranks of a node, which share the order, one fetches; where it ends,
+    another one takes over.
     """
 
     def __init__(
@@ -125,13 +162,16 @@ class _ReadAhead:
         first_use[order[own[::-1]]] = own[::-1]
         self._queue = np.argsort(first_use, kind="stable")[: int((self._last_use >= 0).sum())]
         self._check_capacity(first_use[self._queue])
-        self._next, self._position, self._admitted = 0, 0, dict[int, int]()
+        same = hashlib.sha256(first_use.tobytes() + self._last_use.tobytes() + _job().encode())
+        self._fill = FillLock(cache, same.hexdigest()[:16])
+        self._next, self._position, self._admitted_bytes = 0, 0, 0
+        self._admitted, self._held = list[tuple[int, int]](), list[tuple[int, int]]()  # heaps of (last use, shard)
+        self._fetched = np.zeros(len(shards), bool)
         self._open: dict[int, CachedFile] = {}
+        self._most = most_open_files()
         self._failure: BaseException | None = None
         self._stop, self._changed = threading.Event(), threading.Condition()
-        raise_open_files_limit()
-        for number in range(cache.store.remote.downloads):
-            threading.Thread(target=self._work, name=f"read ahead {number}", daemon=True).start()
+        threading.Thread(target=self._begin, name="read ahead", daemon=True).start()
 
     def will_use(self, shard: int) -> bool:
         """Return whether a read that is still to come needs this shard."""
@@ -146,17 +186,27 @@ class _ReadAhead:
                 if shard in self._open:
                     return self._open[shard].file
                 if self._stop.is_set():
-                    raise DataError(f"{self._shards[shard].url}: read after the reader was closed")
+                    raise self._closed(shard)
+                if self._fetched[shard]:
+                    break
                 self._changed.wait()
+        try:
+            cached = self._cache.open(self._shards[shard], self._stop)  # closed since, as too many were open
+        except FetchStopped:
+            raise self._closed(shard) from None
+        with self._changed:
+            self._hold(shard, cached)
+        return cached.file
 
     def mark_read(self, steps: int) -> None:
         """Close the shards that no step after the first `steps` reads, and admit the next ones."""
         with self._changed:
             self._position = steps * self._batch
-            for shard in [shard for shard in self._open if self._last_use[shard] < self._position]:
-                self._open.pop(shard).close()
-            for shard in [s for s in self._admitted if self._last_use[s] < self._position - self._slack]:
-                del self._admitted[shard]
+            while self._held and self._held[0][0] < self._position:
+                if cached := self._open.pop(heapq.heappop(self._held)[1], None):
+                    cached.close()
+            while self._admitted and self._admitted[0][0] < self._position - self._slack:
+                self._admitted_bytes -= self._shards[heapq.heappop(self._admitted)[1]].bytes
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -164,35 +214,64 @@ class _ReadAhead:
             self._stop.set()
             while self._open:
                 self._open.popitem()[1].close()
+            self._fill.release()
             self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _begin(self) -> None:
+        """Open shards that another process fetches, until this one may fetch; then fetch on several threads."""
         while (shard := self._admit_next()) is not None:
-            try:
-                cached = self._cache.open(self._shards[shard], self._stop)
-            except FetchStopped:
+            if not self._get(shard):
                 return
-            except BaseException as error:
-                with self._changed:
-                    self._failure = error
-                    self._stop.set()
-                    self._changed.notify_all()
-                return
+
+    def _may_fetch(self) -> bool:
+        with self._changed:
+            if self._stop.is_set():
+                return False
+            if not self._fill.held and self._fill.acquire():
+                for number in range(1, self._cache.store.remote.downloads):
+                    threading.Thread(target=self._begin, name=f"read ahead {number}", daemon=True).start()
+            return self._fill.held
+
+    def _get(self, shard: int) -> bool:
+        """Open an admitted shard; return False where the pass has ended or failed."""
+        try:
+            cached = self._cache.open(self._shards[shard], self._stop, self._may_fetch)
+        except FetchStopped:
+            return False
+        except BaseException as error:
             with self._changed:
-                if self._stop.is_set() or self._last_use[shard] < self._position:
-                    cached.close()
-                else:
-                    self._open[shard] = cached
+                self._failure = error
+                self._stop.set()
                 self._changed.notify_all()
+            return False
+        with self._changed:
+            self._fetched[shard] = True
+            heapq.heappush(self._held, (int(self._last_use[shard]), shard))
+            self._hold(shard, cached)
+            self._changed.notify_all()
+        return True
+
+    def _hold(self, shard: int, cached: CachedFile) -> None:
+        """Keep a file open until its last use, or until more are open than may be. The caller holds the lock."""
+        if self._stop.is_set() or self._last_use[shard] < self._position or shard in self._open:
+            cached.close()
+            return
+        while len(self._open) >= self._most:
+            self._open.pop(next(iter(self._open))).close()
+        self._open[shard] = cached
+
+    def _closed(self, shard: int) -> DataError:
+        return DataError(f"{self._shards[shard].url}: read after the reader was closed")
 
     def _admit_next(self) -> int | None:
         """Return the next shard once it fits; None when there is none left or the pass has ended."""
         with self._changed:
             while not self._stop.is_set() and self._next < len(self._queue):
                 shard = int(self._queue[self._next])
-                if sum(self._admitted.values()) + self._shards[shard].bytes <= self._limit:
+                if self._admitted_bytes + self._shards[shard].bytes <= self._limit:
                     self._next += 1
-                    self._admitted[shard] = self._shards[shard].bytes
+                    self._admitted_bytes += self._shards[shard].bytes
+                    heapq.heappush(self._admitted, (int(self._last_use[shard]), shard))
                     return shard
                 self._changed.wait()
         return None
@@ -211,6 +290,12 @@ class _ReadAhead:
                 f"data.remote.cache_gb={self._cache.limit / 1e9:g}: this order needs {need / self._share / 1e9:.3g} GB "
                 "of shards at a time; raise it, or lower train.sampling.window (samples that are shuffled together)"
             )
+
+
+def _job() -> str:
+    """Return what the ranks of one training have in common, and no other process: they stay together, step by step."""
+    ranks = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+    return ":".join(ranks) if all(ranks) else f"process {os.getpid()}"
 
 
 def _pread(file: IO[bytes], offset: int, size: int) -> bytes:
