@@ -115,6 +115,17 @@ def test_yardsticks_beside_macro_f1(run: Path, tmp_path: Path) -> None:
     lesions, spread = content.test_set
     assert lesions == 150 and spread.low < f1.mean() < spread.high
     assert len(content.fold_scores) == 3
+    folds = next(table for section in sections_of(content) for table in section.tables if table.name == "folds")
+    for fold, score in enumerate(content.fold_scores):
+        own = content.rows.folds == fold
+        assert (
+            folds.value(f"fold {fold}", "ensemble")
+            == score
+            == metrics.macro_f1(content.rows.decisions[own], labels[own])
+        )
+        for name in content.networks:
+            expected = metrics.argmax_macro_f1(content.table.logits[name][own], labels[own])
+            assert folds.value(f"fold {fold}", name) == expected
     text = page_of(content, tmp_path).text
     for figure in (content.common_score.value, spread.low, spread.high, *content.metric_values["auc"].json().values()):
         assert f"{figure:.3f}" in text

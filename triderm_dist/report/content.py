@@ -249,6 +249,15 @@ class Content:
         return [metrics.macro_f1(self.rows.decisions[folds == k], self.labels[folds == k]) for k in np.unique(folds)]
 
     @cached_property
+    def fold_scores_of_networks(self) -> dict[str, list[float]]:
+        """Macro F1 by argmax of the lesions of each fold, by network."""
+        folds, logits = self.rows.folds, self.table.logits
+        return {
+            name: [metrics.argmax_macro_f1(logits[name][folds == k], self.labels[folds == k]) for k in np.unique(folds)]
+            for name in self.networks
+        }
+
+    @cached_property
     def confusion(self) -> np.ndarray:
         """(C, C + 1) lesions of each diagnosis (row) by predicted diagnosis; last column: nothing predicted.
 

@@ -33,5 +33,21 @@ def metrics(content: Content) -> Section:
                 "metrics", "Metrics of the ensemble, with 95% intervals", [Column("nested", "nested")], rows, "metric"
             ),
             Table("spread", "Macro F1 of smaller sets of such lesions", columns, spreads, "sets"),
+            _folds(content),
         ],
     )
+
+
+def _folds(content: Content) -> Table:
+    """Return the macro F1 of each fold."""
+    numbers, lesions = np.unique(content.rows.folds, return_counts=True)
+    networks = content.fold_scores_of_networks
+    columns = [Column("ensemble", "ensemble, nested"), Column("lesions", "lesions")]
+    columns += [Column(name, f"{name}, argmax") for name in networks]
+    rows = [
+        Row(
+            f"fold {number}", (content.fold_scores[at], int(lesions[at]), *(scores[at] for scores in networks.values()))
+        )
+        for at, number in enumerate(numbers)
+    ]
+    return Table("folds", "Macro F1 of the lesions of each fold", columns, rows, "fold", emphasis=True)
