@@ -9,14 +9,20 @@ import pytest
 
 from tests.synthetic_run import CLINIC, CONCEPTS, FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
 from triderm_dist import predictions
+from triderm_dist.checksums import write_checked_parquet
 from triderm_dist.predictions import (
     NO_FOLD,
     TEST,
+    OofTable,
+    PredictionFile,
     average_test,
     find_predictions,
     gather,
+    predictions_writer,
     read_oof,
     read_predictions,
+    row_slice,
+    write_gathered,
     write_oof,
     write_predictions,
 )
@@ -24,6 +30,10 @@ from triderm_dist.schema import DataError
 from triderm_dist.tasks import milk10k_task
 
 LESIONS = 120
+COLUMNS = (
+    "lesion_ids", "groups", "labels", "fold", "model", "model_hash", "head",
+    "logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -53,18 +63,89 @@ def test_prediction_file_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
 
 
-def test_columns_are_written_in_chunks_of_any_size(
-    run: tuple[Path, list[str], np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row groups of 7 rows, of 3 where a column has 34 numbers a row, and batches of 5 rows."""
+    for name, value in {"GROUP_ROWS": 7, "GROUP_NUMBERS": 102, "READ_ROWS": 5}.items():
+        monkeypatch.setattr(predictions, name, value)
+
+
+def assert_equal_tables(one: OofTable, two: OofTable) -> None:
+    assert (one.models, one.heads, one.task, one.concept_names) == (two.models, two.heads, two.task, two.concept_names)
+    for name in ("lesion_ids", "groups", "labels", "folds", "concepts", "metadata"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    for name in ("logits", "aux_clinical", "aux_dermoscopic", "features", "hashes"):
+        for model in one.models:
+            np.testing.assert_array_equal(getattr(one, name)[model], getattr(two, name)[model])
+
+
+def row_by_row(paths: list[Path], ids: list[str]) -> dict[tuple[str, str], tuple]:
+    """Return the outputs of each lesion and model in prediction files: the obvious way."""
+    found = {}
+    for path in paths:
+        part = read_predictions(path)
+        columns = (part.logits, part.aux_clinical, part.aux_dermoscopic, part.features, part.model_hash)
+        for lesion, model, *values in zip(part.lesion_ids, part.model, *columns, strict=True):
+            found[lesion, model] = tuple(values)
+    return found
+
+
+def test_files_do_not_depend_on_the_size_of_chunks(run, tmp_path: Path, small_chunks: None) -> None:
     folder, *_ = run
-    table = read_oof(folder / "oof.parquet", features=True)
-    monkeypatch.setattr(predictions, "MAX_CHUNK", 100)
+    paths = find_predictions(folder)
+    written = read_predictions(paths[0])
+    rows = pq.ParquetFile(paths[0]).metadata.num_row_groups
+    with predictions_writer(tmp_path / "parts.parquet", transforms=8) as write:
+        for start in range(0, len(written), 2):
+            write(row_slice(written, start, start + 2))
+    write_predictions(tmp_path / "whole.parquet", written, transforms=8)
+    assert (tmp_path / "parts.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert rows == 1 < pq.ParquetFile(tmp_path / "whole.parquet").metadata.num_row_groups
+    chunks = list(PredictionFile(tmp_path / "whole.parquet").chunks())
+    assert max(map(len, chunks)) == 5
+    np.testing.assert_array_equal(np.concatenate([each.features for each in chunks]), written.features)
+
+
+def test_gathering_in_chunks_equals_gathering_row_by_row(run, tmp_path: Path, small_chunks: None) -> None:
+    folder, ids, labels, folds = run
+    shutil.rmtree(folder / "dual_cnn" / "fold-1")
+    paths = find_predictions(folder)
+    for path in paths[:2]:  # in another order than the data
+        rows = np.random.default_rng(0).permutation(len(read_predictions(path)))
+        rewrite(path, **{name: lambda x, rows=rows: x[rows] for name in COLUMNS})
+    expected = row_by_row(paths, ids)
+    table = gather(paths, list(MODELS), ids, labels, folds)
+    write_gathered(tmp_path / "gathered.parquet", paths, list(MODELS), ids, labels, folds)
     write_oof(tmp_path / "oof.parquet", table)
-    read = read_oof(tmp_path / "oof.parquet", features=True)
+    assert (tmp_path / "gathered.parquet").read_bytes() == (tmp_path / "oof.parquet").read_bytes()
+    read = read_oof(tmp_path / "gathered.parquet", features=True)
+    assert_equal_tables(replace(read, groups=table.groups), table)
     for model in MODELS:
-        for part in ("logits", "features"):
-            np.testing.assert_array_equal(getattr(read, part)[model], getattr(table, part)[model])
-    np.testing.assert_array_equal(read.concepts, table.concepts)
+        columns = (table.logits, table.aux_clinical, table.aux_dermoscopic, table.features, table.hashes)
+        for row, lesion in enumerate(ids):
+            given = expected.get((lesion, model))
+            for number, by_model in enumerate(columns):
+                value = by_model[model][row]
+                if given is None:
+                    assert value == "" if number == 4 else np.isnan(value).all()
+                else:
+                    np.testing.assert_array_equal(value, given[number])
+    some = [ids[7], ids[3], ids[90]]
+    assert_equal_tables(read_oof(tmp_path / "oof.parquet", True, some), read.take(np.array([7, 3, 90])))
+    assert read_oof(tmp_path / "oof.parquet").features["trimodal"].shape == (LESIONS, 0)
+    with pytest.raises(DataError, match="has no lesion stranger"):
+        read_oof(tmp_path / "oof.parquet", lesion_ids=["stranger"])
+
+
+def test_a_table_of_one_row_group_and_its_checksums_in_its_schema_is_read(run, tmp_path: Path) -> None:
+    """Tables that were written whole have them there."""
+    folder, *_ = run
+    path = folder / "oof.parquet"
+    expected, table = read_oof(path, features=True), pq.read_table(path)
+    header = {b"triderm": table.schema.metadata[b"triderm"]}
+    write_checked_parquet(tmp_path / "old.parquet", table, header)
+    assert pq.ParquetFile(tmp_path / "old.parquet").metadata.num_row_groups == 1
+    assert_equal_tables(read_oof(tmp_path / "old.parquet", features=True), expected)
 
 
 def test_gather_is_independent_of_file_order_and_round_trips(run) -> None:
@@ -203,24 +284,7 @@ def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
     parts = [read_predictions(path) for path in sorted(folder.glob("*/fold-*/test.parquet"))]
     flipped = replace(
         parts[1],
-        **{
-            name: getattr(parts[1], name)[::-1]
-            for name in (
-                "lesion_ids",
-                "groups",
-                "labels",
-                "fold",
-                "model",
-                "model_hash",
-                "head",
-                "logits",
-                "aux_clinical",
-                "aux_dermoscopic",
-                "features",
-                "concepts",
-                "metadata",
-            )
-        },
+        **{name: getattr(parts[1], name)[::-1] for name in COLUMNS},
     )
     table = average_test([parts[0], flipped, *parts[2:]])
     for model in MODELS:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from triderm_dist.files import PATIENT_DATA, atomic_path, safetensors_errors, wr
 
 KEY = "checksum"
 _PARQUET_KEY = b"triderm.checksums"
+_IN_FOOTER, _FOOTER_KEY = b"in the footer", b"triderm.checksums.footer"
+"""The value of `_PARQUET_KEY` in a file whose checksums were known once all rows were written, and where they are."""
 
 
 class DamagedFile(Exception):
@@ -91,8 +94,106 @@ def write_checked_parquet(path: Path, table: Any, metadata: Mapping[bytes, bytes
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
+class ParquetRows:
+    """Writes the rows of a parquet file, one table a row group, and hashes them as they pass."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: Any = None
+        self._metadata: dict[bytes, bytes] = {}
+        self._hashes: dict[str, _ColumnHash] = {}
+
+    def write(self, table: Any) -> None:
+        """Write a row group. All tables must have the columns of the first one, whose metadata are the file's."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            self._metadata = dict(table.schema.metadata or {})
+            schema = table.schema.with_metadata({**self._metadata, _PARQUET_KEY: _IN_FOOTER})
+            text = [field.name for field in schema if pa.types.is_string(field.type)]
+            self._writer = pq.ParquetWriter(
+                self._path, schema, compression="zstd", use_dictionary=text, write_page_checksum=True
+            )
+            self._hashes = {name: _ColumnHash() for name in table.column_names}
+        self._writer.write_table(table.replace_schema_metadata(None), row_group_size=max(len(table), 1))
+        for name, digest in self._hashes.items():
+            digest.update(table[name])
+
+    def close(self, complete: bool) -> None:
+        """Close the file. complete: with its checksums, as all rows are written."""
+        if self._writer is None:
+            return
+        if complete:
+            columns = {name: digest.hexdigest() for name, digest in self._hashes.items()}
+            checksums = {"metadata": _metadata_sha256(self._metadata), "columns": columns}
+            self._writer.add_key_value_metadata({_FOOTER_KEY: json.dumps(checksums).encode()})
+        self._writer.close()
+
+
+@contextmanager
+def checked_parquet_rows(path: Path) -> Iterator[ParquetRows]:
+    """Yield a writer of a parquet file of lesions, which is there when the block ends and not before.
+
+    The file has the checksums of `write_checked_parquet`, at its end. At least one table must be written, which may be
+    empty.
+    """
+    with atomic_path(path, PATIENT_DATA) as temporary:
+        rows, complete = ParquetRows(temporary), False
+        try:
+            yield rows
+            complete = True
+        finally:
+            rows.close(complete)
+
+
 Column = Literal["text", "integers", "numbers", "lists"]
 """What a column of a parquet file holds: `lists` are lists of numbers or booleans."""
+
+
+class CheckedParquet:
+    """A parquet file with checksums that is read in batches of rows.
+
+    metadata: that it was written with.  rows: their number.  names: of the columns. Raises DamagedFile for a file that
+    is not readable as parquet, and FileNotFoundError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.path = path
+        with _parquet_errors():
+            about = pq.read_metadata(path)
+            schema = about.schema.to_arrow_schema()
+            self.metadata, self._checksums = _split_metadata(schema, about)
+        self.rows, self.names = about.num_rows, tuple(schema.names)
+
+    def batches(self, columns: Sequence[str], kinds: Mapping[str, Column], rows: int) -> Iterator[Any]:
+        """Yield tables of at most this number of rows, in order, of columns that hold what `kinds` says.
+
+        Raises DamagedFile for a column that is missing, of another kind or with empty cells, and, after the last table,
+        for content that does not match its checksums.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if absent := [name for name in columns if name not in self.names]:
+            raise DamagedFile(f"column {absent[0]!r} is missing")
+        hashes = {name: _ColumnHash() for name in columns}
+        with _parquet_errors():
+            file = pq.ParquetFile(self.path, page_checksum_verification=True, buffer_size=1 << 20)
+            batches = iter(file.iter_batches(rows, columns=list(columns)))
+        while True:
+            with _parquet_errors():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            table = pa.Table.from_batches([batch])
+            for name in columns:
+                _check_column(table, name, kinds[name])
+                hashes[name].update(table[name])
+            yield table
+        _compare(self._checksums, {name: each.hexdigest() for name, each in hashes.items()}, self.metadata, columns)
 
 
 def read_checked_parquet(
@@ -103,30 +204,59 @@ def read_checked_parquet(
     kinds: columns that the table must have, without empty cells. Raises DamagedFile, also for a file that is not
     readable as parquet, and FileNotFoundError.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _parquet_errors():
         table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-        metadata = dict(table.schema.metadata or {})
-        if (found := metadata.pop(_PARQUET_KEY, None)) is not None:
-            expected = json.loads(found)
-            actual = {name: _column_sha256(table[name]) for name in table.column_names}
-            wanted = set(expected["columns"] if columns is None else columns)
-            if (
-                wanted != set(actual)
-                or any(expected["columns"].get(name) != digest for name, digest in actual.items())
-                or expected["metadata"] != _metadata_sha256(metadata)
-            ):
-                raise DamagedFile("changed or damaged: its content does not match its checksums")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DamagedFile(f"not a readable parquet file ({reason})") from None
+        metadata, expected = _split_metadata(table.schema, pq.read_metadata(path))
+        actual = {name: _column_sha256(table[name]) for name in table.column_names}
+        _compare(expected, actual, metadata, columns)
     for name, kind in (kinds or {}).items():
         _check_column(table, name, kind)
     return table.replace_schema_metadata(metadata)
+
+
+@contextmanager
+def _parquet_errors() -> Iterator[None]:
+    """Raise DamagedFile for an error of reading a file as parquet, but FileNotFoundError as it is."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DamagedFile(f"not a readable parquet file ({reason})") from None
+
+
+def _split_metadata(schema: Any, about: Any) -> tuple[dict[bytes, bytes], dict[str, Any] | None]:
+    """Return the metadata that a file was written with, and its checksums, None where it has none."""
+    metadata = dict(schema.metadata or {})
+    found = metadata.pop(_PARQUET_KEY, None)
+    if found == _IN_FOOTER:
+        found = (about.metadata or {}).get(_FOOTER_KEY, b"{}")
+    return metadata, None if found is None else json.loads(found)
+
+
+def _compare(
+    expected: dict[str, Any] | None,
+    actual: Mapping[str, str],
+    metadata: Mapping[bytes, bytes],
+    columns: Sequence[str] | None,
+) -> None:
+    """Raise DamagedFile where checksums of columns and metadata are not the expected ones, if there are any."""
+    if expected is None:
+        return
+    known = expected.get("columns", {})
+    wanted = set(known if columns is None else columns)
+    if (
+        not known
+        or wanted != set(actual)
+        or any(known.get(name) != digest for name, digest in actual.items())
+        or expected.get("metadata") != _metadata_sha256(metadata)
+    ):
+        raise DamagedFile("changed or damaged: its content does not match its checksums")
 
 
 def _check_column(table: Any, name: str, kind: Column) -> None:
@@ -171,22 +301,48 @@ def _metadata_sha256(metadata: Mapping[bytes, bytes]) -> str:
 
 def _column_sha256(column: Any) -> str:
     """Hash the values of a chunked array of numbers, booleans, text or lists of numbers, however it is chunked."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    digest = _ColumnHash()
+    digest.update(column)
+    return digest.hexdigest()
 
-    values, lengths, nulls = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for chunk in column.chunks:
-        nulls.update(chunk.is_null().to_numpy(zero_copy_only=False).tobytes())
-        if pa.types.is_string(chunk.type):
-            encoded = [(text or "").encode() for text in chunk.to_pylist()]
-            lengths.update(np.array([len(text) for text in encoded], np.int64).tobytes())
-            values.update(b"".join(encoded))
-            continue
-        if hasattr(chunk.type, "value_type"):
-            lengths.update(pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
-            chunk = chunk.flatten()
-        values.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)).data)
-    return hashlib.sha256(b"".join(each.digest() for each in (values, lengths, nulls))).hexdigest()
+
+class _ColumnHash:
+    """The hash of a column of numbers, booleans, text or lists of numbers, however it is chunked."""
+
+    def __init__(self) -> None:
+        self._values, self._lengths, self._nulls = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+
+    def update(self, column: Any) -> None:
+        """Add the values of a chunked array."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for chunk in column.chunks:
+            self._nulls.update(chunk.is_null().to_numpy(zero_copy_only=False).tobytes())
+            if pa.types.is_string(chunk.type):
+                self._update_text(chunk)
+                continue
+            if hasattr(chunk.type, "value_type"):
+                lengths = pc.list_value_length(chunk).fill_null(-1).to_numpy(zero_copy_only=False)
+                self._lengths.update(lengths.tobytes())
+                chunk = chunk.flatten()
+            self._values.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)).data)
+
+    def _update_text(self, chunk: Any) -> None:
+        """Add the UTF-8 of all texts after one another, and their lengths; an empty cell is an empty text."""
+        import pyarrow.compute as pc
+
+        chunk = pc.fill_null(chunk, "")
+        lengths = pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)
+        self._lengths.update(lengths.tobytes())
+        if len(chunk):
+            _, offsets, data = chunk.buffers()
+            first, last = np.frombuffer(offsets, np.int32)[[chunk.offset, chunk.offset + len(chunk)]]
+            self._values.update(memoryview(data)[first:last] if data else b"")
+
+    def hexdigest(self) -> str:
+        parts = (self._values, self._lengths, self._nulls)
+        return hashlib.sha256(b"".join(each.digest() for each in parts)).hexdigest()
 
 
 def write_checked_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -10,8 +10,9 @@ Shapes: N lesions, C diagnoses, K concepts, M metadata fields, D features.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import numpy as np
 from pydantic import BaseModel
 
 from triderm_dist.checksums import (
+    CheckedParquet,
     Column,
     DamagedFile,
     check_mapping,
+    checked_parquet_rows,
     matrix_of,
-    read_checked_parquet,
-    write_checked_parquet,
 )
 from triderm_dist.schema import UNLABELED, ConfigError, DataError, Task
 from triderm_dist.tasks import recorded_task
@@ -40,10 +41,20 @@ NO_FOLD = -1
 
 _KEY = b"triderm"
 _SCALARS = ("lesion_id", "group", "fold", "model", "model_hash", "head", "label")
-_LISTS = ("logits", "aux_clinical", "aux_dermoscopic", "features", "concepts", "metadata")
+_OUTPUTS = ("logits", "aux_clinical", "aux_dermoscopic", "features")
+_LISTS = (*_OUTPUTS, "concepts", "metadata")
+_KINDS: dict[str, Column] = {
+    **{name: "integers" if name in ("fold", "label") else "text" for name in _SCALARS},
+    **dict.fromkeys(_LISTS, "lists"),
+}
 
-MAX_CHUNK = 1 << 28
-"""Numbers in a chunk of a column of lists; 1 GiB, and fewer than 32-bit offsets reach."""
+_FIELDS = {"lesion_id": "lesion_ids", "group": "groups", "label": "labels"}
+"""Names in `Predictions` of columns that have another one in the file."""
+
+READ_ROWS = 4_096
+"""Rows that are read at once."""
+GROUP_ROWS, GROUP_NUMBERS = 65_536, 1 << 22
+"""Rows of a row group of a file, and numbers in its widest column (16 MiB), at most."""
 
 
 @dataclass(frozen=True)
@@ -168,33 +179,125 @@ def labeled(table: OofTable) -> np.ndarray:
 
 def write_predictions(path: Path, predictions: Predictions, split: str = OUT_OF_FOLD, **extra: Any) -> None:
     """Write a parquet file, atomically. `extra` (JSON values, such as transforms=8) goes into its header."""
-    import pyarrow as pa
-
-    scalars = {
-        "lesion_id": predictions.lesion_ids,
-        "group": predictions.groups,
-        "fold": predictions.fold,
-        "model": predictions.model,
-        "model_hash": predictions.model_hash,
-        "head": predictions.head,
-        "label": predictions.labels,
-    }
-    columns: dict[str, Any] = {
-        name: pa.array(scalars[name], pa.int64() if name in ("fold", "label") else pa.string()) for name in _SCALARS
-    }
-    columns |= {name: _as_lists(getattr(predictions, name)) for name in _LISTS}
-    if predictions.refit_of:
-        extra["refit_of"] = predictions.refit_of
-    _write(Path(path), pa.table(columns), _header(predictions, split, extra))
+    with predictions_writer(path, split, **extra) as write:
+        write(predictions)
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Read what `write_predictions` wrote. Raises DataError naming the file for anything else."""
-    path = Path(path)
-    table, task, header = _read(path)
-    concepts = tuple(header.pop("concepts"))
-    split, refit_of = header.pop("split"), tuple(header.pop("refit_of", ()))
-    return replace(_from_rows(table, path, task, concepts), split=split, refit_of=refit_of, extra=header)
+@contextmanager
+def predictions_writer(path: Path, split: str = OUT_OF_FOLD, **extra: Any) -> Iterator[Callable[[Predictions], None]]:
+    """Yield a function that writes the next rows of a prediction file, which is complete, or absent, afterwards.
+
+    The file does not depend on how many rows each call has. At least one call is needed, which may have no row. split,
+    extra: see `write_predictions`.
+    """
+    waiting: list[Predictions] = []
+    written = False
+
+    def write(predictions: Predictions) -> None:
+        waiting.append(predictions)
+        size = _group_rows(predictions.features.shape[1])
+        if sum(map(len, waiting)) >= size:
+            write_groups(size, all_rows=False)
+
+    def write_groups(size: int, all_rows: bool) -> None:
+        nonlocal written
+        rows = _concatenate(waiting)
+        end = len(rows) if all_rows else len(rows) // size * size
+        for start in range(0, max(end, all_rows and not written), size):
+            part = row_slice(rows, start, min(start + size, end))
+            about = {**extra, **({"refit_of": part.refit_of} if part.refit_of else {})}
+            file.write(_rows_table(part, _header(part, split, about)))
+            written = True
+        waiting[:] = [row_slice(rows, end, len(rows))]
+
+    with checked_parquet_rows(Path(path)) as file:
+        yield write
+        write_groups(_group_rows(waiting[0].features.shape[1]), all_rows=True)
+
+
+def read_predictions(path: Path, features: bool = True) -> Predictions:
+    """Read what `write_predictions` wrote, without the wide fused features, which are then (N, 0), if not `features`.
+
+    Raises DataError naming the file for anything else.
+    """
+    file = PredictionFile(path)
+    columns = [*_SCALARS, *(name for name in _LISTS if features or name != "features")]
+    return file.predictions(_read_columns(file.tables(columns), file, file.rows))
+
+
+class PredictionFile:
+    """A prediction file whose rows are read in batches.
+
+    rows: their number.  task, concept_names, split, refit_of, extra: as in `Predictions`. Raises DataError naming the
+    file where it is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path = Path(path)
+        try:
+            self._file = CheckedParquet(path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; run triderm crossval first") from None
+        except DamagedFile as error:
+            raise self._damaged(error) from None
+        self.rows = self._file.rows
+        self.task, self.extra = _parse_header(path, self._file.metadata)
+        self.concept_names = tuple(self.extra.pop("concepts"))
+        self.split, self.refit_of = self.extra.pop("split"), tuple(self.extra.pop("refit_of", ()))
+
+    def tables(self, columns: Sequence[str], rows: int | None = None) -> Iterator[Any]:
+        """Yield the columns in tables of at most this number of rows.
+
+        Raises DataError for a damaged file: for wrong checksums after the last table.
+        """
+        try:
+            for table in self._file.batches(columns, _KINDS, rows or READ_ROWS):
+                self._check(table)
+                yield table
+        except DamagedFile as error:
+            raise self._damaged(error) from None
+
+    def chunks(self, features: bool = True, rows: int | None = None) -> Iterator[Predictions]:
+        """Yield the rows in order, at most this number at once. features: see `read_predictions`."""
+        columns = [*_SCALARS, *(name for name in _LISTS if features or name != "features")]
+        for table in self.tables(columns, rows):
+            yield self.predictions(_read_columns([table], self, len(table)))
+
+    def predictions(self, columns: Mapping[str, np.ndarray]) -> Predictions:
+        """Build the table of rows, given their columns by the names in the file."""
+        named = {_FIELDS.get(name, name): values for name, values in columns.items()}
+        about = {"split": self.split, "refit_of": self.refit_of, "extra": self.extra}
+        named.setdefault("features", np.empty((len(columns["label"]), 0), np.float32))
+        try:
+            return Predictions(**named, task=self.task, concept_names=self.concept_names, **about)
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
+
+    def width(self, name: str) -> int:
+        """Return how many numbers a column of lists has a row where the header says so, else 0."""
+        widths = {"features": 0, "concepts": len(self.concept_names), "metadata": len(self.task.fields)}
+        return widths.get(name, len(self.task.diagnoses))
+
+    def matrix(self, table: Any, name: str) -> np.ndarray:
+        """Return a column of lists as (n, W) float32. Raises DataError for rows of unequal lengths."""
+        try:
+            return np.asarray(matrix_of(table, name), np.float32)
+        except DamagedFile as error:
+            raise self._damaged(error) from None
+
+    def _check(self, table: Any) -> None:
+        """Raise DataError for a head or a label that does not exist."""
+        again = "run triderm crossval or triderm predict again"
+        heads = set(table["head"].unique().to_pylist()) if "head" in table.column_names else set()
+        if unknown := sorted(heads - {"softmax", "sigmoid"}):
+            raise DataError(f"{self.path}: {unknown[0]!r} is not a kind of head; {again}")
+        if "label" in table.column_names and len(table):
+            labels = table["label"].to_numpy()
+            if not UNLABELED <= labels.min() <= labels.max() < len(self.task.diagnoses):
+                raise DataError(f"{self.path}: a label is not a diagnosis of task {self.task.name!r}; {again}")
+
+    def _damaged(self, error: DamagedFile) -> DataError:
+        return DataError(f"{self.path}: {error}; delete it and run triderm crossval or triderm predict again")
 
 
 def read_transforms(path: Path) -> int:
@@ -235,26 +338,47 @@ def gather(
     by a model, a label or a fold that differs from the data's, a group in two folds, and weights that predict two folds
     (they were trained on one of them).
     """
+    return _gather(source, models, lesion_ids, labels, folds, task).table()
+
+
+def write_gathered(
+    path: Path,
+    source: Path | str | Iterable[Path],
+    models: Sequence[str] | None,
+    lesion_ids: Sequence[str],
+    labels: np.ndarray,
+    folds: np.ndarray,
+    task: Task | None = None,
+) -> None:
+    """Write the out-of-fold table that `gather` returns, without holding the outputs of more than a row group of it."""
+    gathered = _gather(source, models, lesion_ids, labels, folds, task)
+    _write_oof(path, gathered.scalars, gathered.chunks)
+
+
+def _gather(
+    source: Path | str | Iterable[Path],
+    models: Sequence[str] | None,
+    lesion_ids: Sequence[str],
+    labels: np.ndarray,
+    folds: np.ndarray,
+    task: Task | None,
+) -> _Gathered:
     if isinstance(source, str | Path):
         paths = find_predictions(Path(source), models)
         if not paths:
             raise DataError(f"{source}: no MODEL/fold-K/predictions.parquet in this folder; run triderm crossval first")
     else:
         paths = [Path(path) for path in source]
-    parts = [(path, read_predictions(path)) for path in paths]
-    if not parts:
+    if not paths:
         raise DataError("no prediction files to gather; run triderm crossval first")
-    data = _DataSplit(lesion_ids, labels, folds)
-    for path, part in parts:
-        data.check(path, part)
-        if models is not None and (unknown := sorted(set(part.model) - set(models))):
-            raise DataError(f"{path}: holds unexpected model {unknown[0]!r}; expected {', '.join(models)}")
-    table = _merge(parts, data, models)
+    gathered = _Gathered([PredictionFile(path) for path in paths], models, _DataSplit(lesion_ids, labels, folds))
     if task is None:
-        return table
-    if not table.task.matches(task):
-        raise DataError(f"{parts[0][0]}: is for task {table.task.name!r}, the data are of {task.name!r}; train again")
-    return replace(table, task=task)
+        return gathered
+    if not gathered.scalars.task.matches(task):
+        name = gathered.scalars.task.name
+        raise DataError(f"{paths[0]}: is for task {name!r}, the data are of {task.name!r}; train again")
+    gathered.scalars = replace(gathered.scalars, task=task)
+    return gathered
 
 
 def part_folder(run_folder: Path, model: str, percent: int, fold: int) -> Path:
@@ -276,59 +400,73 @@ def gather_part(run_folder: Path, model: str, percent: int, whole: OofTable) -> 
 
 def write_oof(path: Path, table: OofTable) -> None:
     """Write the table as parquet, atomically: one row per lesion and model, NaN without a prediction."""
+
+    def chunks(model: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        outputs = {key: getattr(table, key)[model] for key in _OUTPUTS}
+        size = _group_rows(outputs["features"].shape[1])
+        for start in range(0, len(table), size):
+            yield start, {key: values[start : start + size] for key, values in outputs.items()}
+
+    _write_oof(path, table, chunks)
+
+
+def _write_oof(
+    path: Path, table: OofTable, chunks: Callable[[str], Iterator[tuple[int, dict[str, np.ndarray]]]]
+) -> None:
+    """Write the out-of-fold table. chunks: yields (first row, outputs) of a model, which are not taken of `table`."""
     import pyarrow as pa
 
-    rows, names = len(table), table.models
-    columns: dict[str, Any] = {
-        "lesion_id": np.tile(table.lesion_ids, len(names)),
-        "group": np.tile(table.groups, len(names)),
-        "fold": np.tile(table.folds, len(names)),
-        "model": np.repeat(np.array(names, object), rows),
-        "model_hash": np.concatenate([table.hashes[name] for name in names]),
-        "head": np.repeat(np.array([table.heads[name] for name in names], object), rows),
-        "label": np.tile(table.labels, len(names)),
-    }
-    arrays = {key: pa.array(value, from_pandas=False) for key, value in columns.items()}
-    for key in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
-        # Models differ in the width of their features: each model is a chunk with its own list length.
-        arrays[key] = pa.chunked_array([part for name in names for part in _as_lists(getattr(table, key)[name]).chunks])
-    for key in ("concepts", "metadata"):
-        arrays[key] = pa.chunked_array(_as_lists(getattr(table, key)).chunks * len(names))
-    _write(Path(path), pa.table(arrays), _header(table, OUT_OF_FOLD, {}))
+    header = _header(table, OUT_OF_FOLD, {})
+    with checked_parquet_rows(Path(path)) as file:
+        for name in table.models:
+            for start, outputs in chunks(name):
+                part = slice(start, start + len(outputs["logits"]))
+                rows = len(outputs["logits"])
+                columns: dict[str, Any] = {
+                    "lesion_id": pa.array(table.lesion_ids[part], pa.string()),
+                    "group": pa.array(table.groups[part], pa.string()),
+                    "fold": pa.array(table.folds[part], pa.int64()),
+                    "model": pa.repeat(pa.scalar(name, pa.string()), rows),
+                    "model_hash": pa.array(table.hashes[name][part], pa.string()),
+                    "head": pa.repeat(pa.scalar(table.heads[name], pa.string()), rows),
+                    "label": pa.array(table.labels[part], pa.int64()),
+                }
+                outputs |= {"concepts": table.concepts[part], "metadata": table.metadata[part]}
+                columns |= {key: _as_lists(outputs[key]) for key in _LISTS}
+                file.write(pa.table(columns).replace_schema_metadata(header))
 
 
-def read_oof(path: Path, features: bool = False) -> OofTable:
+def read_oof(path: Path, features: bool = False, lesion_ids: Sequence[str] | None = None) -> OofTable:
     """Read what `write_oof` wrote, without the wide fused features, which are then (N, 0), unless asked for.
 
     A group gets the first id of its lesions as its name, so that nothing depends on the names in the file: hashes of
-    patient ids under another salt give the same stacker. Raises DataError naming the file, also for leaks (`gather`).
+    patient ids under another salt give the same stacker. lesion_ids: read the outputs of these lesions only, in this
+    order. Raises DataError naming the file, also for leaks (`gather`) and a lesion that it lacks.
     """
-    import pyarrow.compute as pc
-
-    path = Path(path)
-    wanted = None if features else [*_SCALARS, *(name for name in _LISTS if name != "features")]
-    table, task, header = _read(path, wanted)
-    if not features:
-        table = table.append_column("features", _as_lists(np.empty((len(table), 0))))
-    names = tuple(dict.fromkeys(_text(table, "model")))
-    if header["split"] != OUT_OF_FOLD:
-        raise DataError(f"{path}: holds {header['split']} predictions, expected the out-of-fold table")
-    if not names:
+    file = PredictionFile(path)
+    if file.split != OUT_OF_FOLD:
+        raise DataError(f"{path}: holds {file.split} predictions, expected the out-of-fold table")
+    if not file.rows:
         raise DataError(f"{path}: has no rows; run triderm crossval first")
-    concepts = tuple(header["concepts"])
-    parts = [(path, _from_rows(table.filter(pc.equal(table["model"], name)), path, task, concepts)) for name in names]
-    first = parts[0][1]
-    data = _DataSplit(first.lesion_ids.tolist(), first.labels, first.fold, str(path))
-    for _, part in parts:
-        data.check(path, part)
-    merged = _merge(parts, data, names)
-    return replace(merged, groups=_named_by_lesion(merged.groups, merged.lesion_ids))
+    gathered = _Gathered([file], None, None)
+    table = replace(gathered.scalars, groups=_named_by_lesion(gathered.scalars.groups, gathered.scalars.lesion_ids))
+    gathered.scalars = table
+    keys = _OUTPUTS if features else _OUTPUTS[:3]
+    if lesion_ids is None:
+        return gathered.table(keys)
+    row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
+    if absent := [lesion for lesion in lesion_ids if lesion not in row_of]:
+        raise DataError(f"{path}: has no lesion {absent[0]}; run triderm crossval again")
+    return gathered.table(keys, np.array([row_of[lesion] for lesion in lesion_ids], np.int64))
 
 
 def _named_by_lesion(groups: np.ndarray, lesion_ids: np.ndarray) -> np.ndarray:
     """Return the first id, in alphabetical order, of the lesions in each lesion's group, (N,) text."""
-    _, codes = np.unique(groups.astype(str), return_inverse=True)
-    order = np.argsort(lesion_ids.astype(str), kind="stable")
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    codes = pa.array(groups, pa.string()).dictionary_encode().indices.to_numpy()
+    order = pc.sort_indices(pa.array(lesion_ids, pa.string())).to_numpy()
     first = order[np.unique(codes[order], return_index=True)[1]]
     named: np.ndarray = lesion_ids[first][codes]
     return named
@@ -390,34 +528,80 @@ class _DataSplit:
     """The lesions of the data with their labels and folds, which prediction files are checked against."""
 
     def __init__(
-        self, lesion_ids: Sequence[str], labels: np.ndarray, folds: np.ndarray, where: str = "the data"
+        self, lesion_ids: Sequence[str] | np.ndarray, labels: np.ndarray, folds: np.ndarray, where: str = "the data"
     ) -> None:
-        self.lesion_ids = np.array(list(lesion_ids), object)
+        import pyarrow as pa
+
+        self.lesion_ids = np.array(lesion_ids, object)
         self.labels = np.asarray(labels, np.int64)
         self.folds = np.asarray(folds, np.int64)
-        self.row_of = {lesion: row for row, lesion in enumerate(self.lesion_ids)}
-        if len(self.row_of) != len(self.lesion_ids):
+        self._known = pa.array(self.lesion_ids, pa.string())
+        if len(self._known.unique()) != len(self.lesion_ids):
             raise DataError(f"{where}: a lesion id occurs twice")
-        self.fold_of_group: dict[str, int] = {}
-        self.fold_of_weights: dict[tuple[str, str], int] = {}
+        self._groups = pa.array([], pa.string())
+        self._fold_of_group = np.empty(0, np.int64)
+        self._fold_of_weights: dict[tuple[str, str], int] = {}
 
-    def rows(self, part: Predictions) -> np.ndarray:
-        """Return the row in the data of each row of a part."""
-        return np.array([self.row_of[lesion] for lesion in part.lesion_ids], np.int64)
-
-    def check(self, path: Path, part: Predictions) -> None:
+    def check(self, part: _Part) -> None:
         """Raise DataError for a part that does not match the data or the parts checked before (see `gather`)."""
         if part.split != OUT_OF_FOLD:
-            raise DataError(f"{path}: holds {part.split} predictions, expected out-of-fold predictions")
+            raise DataError(f"{part.path}: holds {part.split} predictions, expected out-of-fold predictions")
+        if not self._accepts(part):
+            self._raise(part)
+
+    def rows(self, lesion_ids: Any) -> np.ndarray:
+        """Return the row in the data of each id of an Arrow array, -1 for a lesion that is not in the data."""
+        import pyarrow.compute as pc
+
+        rows = pc.fill_null(pc.index_in(lesion_ids, value_set=self._known), -1)
+        return np.asarray(rows.to_numpy(), np.int64)
+
+    def _accepts(self, part: _Part) -> bool:
+        """Return whether `_raise` would raise nothing. Records the groups and weights of the part."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        rows, fold = part.rows, part.fold
+        if (rows < 0).any() or (part.labels != self.labels[rows]).any() or (fold != self.folds[rows]).any():
+            return False
+        for number in range(len(part.models)):
+            if (np.bincount(rows[part.model_of == number], minlength=1) > 1).any():
+                return False
+        encoded = part.groups.dictionary_encode()
+        codes, names = encoded.indices.to_numpy(), encoded.dictionary
+        fold_of_code = np.empty(len(names), np.int64)
+        fold_of_code[codes] = fold
+        if (fold_of_code[codes] != fold).any():
+            return False
+        known = pc.fill_null(pc.index_in(names, value_set=self._groups), -1).to_numpy()
+        if (self._fold_of_group[known[known >= 0]] != fold_of_code[known >= 0]).any():
+            return False
+        folds = int(fold.max(initial=0)) + 2
+        pairs = np.unique((part.model_of * len(part.hashes) + part.hash_of) * folds + fold + 1)
+        for pair, one in zip(*(each.tolist() for each in np.divmod(pairs, folds)), strict=True):
+            model, weights = part.models[pair // len(part.hashes)], part.hashes[pair % len(part.hashes)]
+            if weights and self._fold_of_weights.setdefault((model, weights), one - 1) != one - 1:
+                return False
+        self._groups = pa.concat_arrays([self._groups, names.filter(pa.array(known < 0))])
+        self._fold_of_group = np.concatenate([self._fold_of_group, fold_of_code[known < 0]])
+        return True
+
+    def _raise(self, part: _Part) -> None:
+        """Raise DataError for the first row of a part that does not match."""
+        path = part.path
         seen: set[tuple[str, str]] = set()
-        columns = (part.lesion_ids, part.groups, part.labels, part.fold, part.model, part.model_hash)
-        for lesion, group, label, fold, model, weights in zip(*(column.tolist() for column in columns), strict=True):
-            if lesion not in self.row_of:
+        fold_of_group = dict(zip(self._groups.to_pylist(), self._fold_of_group.tolist(), strict=True))
+        ids, groups = part.lesion_ids.to_pylist(), part.groups.to_pylist()
+        columns = (part.rows, part.labels, part.fold, part.model_of, part.hash_of)
+        for lesion, group, row, label, fold, model_of, hash_of in zip(
+            ids, groups, *(column.tolist() for column in columns), strict=True
+        ):
+            model, weights = part.models[model_of], part.hashes[hash_of]
+            if row < 0:
                 raise DataError(f"{path}: lesion {lesion} is not in the data")
             if (lesion, model) in seen:
                 raise DataError(f"{path}: lesion {lesion} occurs twice for model {model}")
             seen.add((lesion, model))
-            row = self.row_of[lesion]
             if label != self.labels[row]:
                 raise DataError(f"{path}: lesion {lesion} has label {label}, in the data it is {self.labels[row]}")
             if fold != self.folds[row]:
@@ -425,83 +609,210 @@ class _DataSplit:
                     f"{path}: lesion {lesion} is predicted as fold {fold} but belongs to fold {self.folds[row]}: "
                     "its model was trained on it; train again with the folds of this data"
                 )
-            if self.fold_of_group.setdefault(group, fold) != fold:
+            if fold_of_group.setdefault(group, fold) != fold:
                 raise DataError(
-                    f"{path}: group {group} is in folds {self.fold_of_group[group]} and {fold}: assign folds by group"
+                    f"{path}: group {group} is in folds {fold_of_group[group]} and {fold}: assign folds by group"
                 )
-            if weights and self.fold_of_weights.setdefault((model, weights), fold) != fold:
+            if weights and self._fold_of_weights.setdefault((model, weights), fold) != fold:
                 raise DataError(
                     f"{path}: weights {weights[:12]} of {model} predict folds "
-                    f"{self.fold_of_weights[model, weights]} and {fold}: they were trained on one of them"
+                    f"{self._fold_of_weights[model, weights]} and {fold}: they were trained on one of them"
                 )
 
 
-def _merge(parts: list[tuple[Path, Predictions]], data: _DataSplit, models: Sequence[str] | None) -> OofTable:
-    """Merge checked parts into one table. Raises DataError where parts overlap or differ in names, heads or widths."""
-    first_path, first = parts[0]
-    rows = len(data.lesion_ids)
-    found = tuple(dict.fromkeys(model for _, part in parts for model in part.model))
-    if models is not None and (absent := [name for name in models if name not in found]):
-        raise DataError(f"no predictions of model {absent[0]!r} found; train it, or remove it from models")
-    names = found if models is None else tuple(models)
-    groups = data.lesion_ids.copy()
-    concepts = np.full((rows, len(first.concept_names)), np.nan, np.float32)
-    metadata = np.full((rows, len(first.task.fields)), np.nan, np.float32)
-    heads: dict[str, str] = {}
-    hashes = {name: np.full(rows, "", object) for name in names}
-    arrays: dict[str, dict[str, np.ndarray]] = {key: {} for key in _LISTS[:4]}
-    predicted = {name: np.zeros(rows, bool) for name in names}
-    for path, part in parts:
-        if difference := _difference(part, first):
-            raise DataError(f"{path}: is for {difference} than {first_path}")
-        for name in dict.fromkeys(part.model):
-            mask = part.model == name
-            positions = data.rows(part)[mask]
-            if predicted[name][positions].any():
-                lesion = data.lesion_ids[positions[predicted[name][positions]][0]]
-                raise DataError(f"{path}: lesion {lesion} was already predicted by model {name} in another file")
-            predicted[name][positions] = True
-            head = _single(part.head[mask], "head", path)
-            if heads.setdefault(name, head) != head:
-                raise DataError(f"{path}: model {name} has a {head} head, but a {heads[name]} head in another file")
-            hashes[name][positions] = part.model_hash[mask]
-            for key in arrays:
-                value = getattr(part, key)[mask]
-                kept = arrays[key].setdefault(name, np.full((rows, value.shape[1]), np.nan, np.float32))
-                if kept.shape[1] != value.shape[1]:
-                    raise DataError(
-                        f"{path}: {key} of {name} has width {value.shape[1]}, but {kept.shape[1]} in another file"
-                    )
-                kept[positions] = value
-            groups[positions] = part.groups[mask]
-            concepts[positions], metadata[positions] = part.concepts[mask], part.metadata[mask]
-    return OofTable(
-        lesion_ids=data.lesion_ids,
-        groups=groups,
-        labels=data.labels,
-        folds=data.folds,
-        concepts=concepts,
-        metadata=metadata,
-        models=names,
-        heads=heads,
-        **arrays,
-        hashes=hashes,
-        task=first.task,
-        concept_names=first.concept_names,
-    )
+class _Part:
+    """The columns of a prediction file that are no lists. n: its rows.
+
+    lesion_ids, groups: (n,) Arrow text.  labels, fold: (n,) int64.  models, hashes, heads: the distinct values of which
+    model_of, hash_of and head_of (n,) are indices.  rows: (n,) in the data, once it is known.
+    """
+
+    def __init__(self, file: PredictionFile) -> None:
+        import pyarrow as pa
+
+        self.file, self.path, self.split = file, file.path, file.split
+        empty = pa.table(
+            {name: pa.array([], pa.string() if _KINDS[name] == "text" else pa.int64()) for name in _SCALARS}
+        )
+        columns = pa.concat_tables(list(file.tables(_SCALARS, GROUP_ROWS)) or [empty])
+
+        def encoded(name: str) -> tuple[tuple[str, ...], np.ndarray]:
+            array = columns[name].combine_chunks().dictionary_encode()
+            return tuple(array.dictionary.to_pylist()), array.indices.to_numpy().astype(np.int64)
+
+        self.lesion_ids, self.groups = (columns[name].combine_chunks() for name in ("lesion_id", "group"))
+        self.labels, self.fold = (columns[name].to_numpy().astype(np.int64) for name in ("label", "fold"))
+        self.models, self.model_of = encoded("model")
+        self.hashes, self.hash_of = encoded("model_hash")
+        self.heads, self.head_of = encoded("head")
+        self.rows = np.empty(0, np.int64)
 
 
-def _difference(part: Predictions, other: Predictions) -> str:
+class _Gathered:
+    """Checked prediction files whose outputs are still to be read.
+
+    scalars: the table without outputs, but with concepts and metadata.
+    """
+
+    def __init__(self, files: Sequence[PredictionFile], models: Sequence[str] | None, data: _DataSplit | None) -> None:
+        """data: None takes the lesions of the first model of the first file.  models: see `gather`. Raises DataError
+        where files do not match the data, or overlap or differ in names, heads or widths.
+        """
+        self._parts = []
+        for file in files:
+            part = _Part(file)
+            if data is None:
+                own = np.flatnonzero(part.model_of == 0)
+                ids = part.lesion_ids.take(own).to_numpy(zero_copy_only=False)
+                data = _DataSplit(ids, part.labels[own], part.fold[own], str(part.path))
+            part.rows = data.rows(part.lesion_ids)
+            data.check(part)
+            if models is not None and (unknown := sorted(set(part.models) - set(models))):
+                expected = ", ".join(models)
+                raise DataError(f"{part.path}: holds unexpected model {unknown[0]!r}; expected {expected}")
+            self._parts.append(part)
+        assert data is not None
+        self._feature_widths: dict[str, int] = {}
+        self.scalars = self._merge(models, data)
+
+    def table(self, keys: Sequence[str] = _OUTPUTS, rows: np.ndarray | None = None) -> OofTable:
+        """Return the table with these outputs; others are (N, 0). rows: only these rows, in this order."""
+        table, place = self.scalars, np.arange(len(self.scalars))
+        if rows is not None:
+            table, place = table.take(rows), np.full(len(table), -1)
+            place[rows] = np.arange(len(rows))
+        found: dict[str, dict[str, np.ndarray]] = {key: {} for key in keys}
+        for part in self._parts:
+            for name, positions, values in self._outputs(part, keys):
+                target = place[positions]
+                for key, value in values.items():
+                    kept = found[key].setdefault(name, np.full((len(table), value.shape[1]), np.nan, np.float32))
+                    kept[target[target >= 0]] = value[target >= 0]
+        ordered = {key: {name: by_model[name] for name in table.models} for key, by_model in found.items()}
+        return replace(table, **ordered)  # type: ignore[arg-type]
+
+    def chunks(self, model: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Yield (first row, outputs) of a model for all rows in order, NaN without a prediction."""
+        sources = [self._in_order(part, model) for part in self._parts if model in part.models]
+        waiting = [next(source) for source in sources]
+        widths = {key: value.shape[1] for key, value in waiting[0][1].items()}
+        size = _group_rows(widths["features"])
+        for start in range(0, len(self.scalars), size):
+            stop = min(start + size, len(self.scalars))
+            outputs = {key: np.full((stop - start, width), np.nan, np.float32) for key, width in widths.items()}
+            for number, source in enumerate(sources):
+                while len(waiting[number][0]) and waiting[number][0][0] < stop:
+                    rows, values = waiting[number]
+                    end = int(np.searchsorted(rows, stop))
+                    for key, value in values.items():
+                        outputs[key][rows[:end] - start] = value[:end]
+                    rest = rows[end:], {key: value[end:] for key, value in values.items()}
+                    waiting[number] = rest if len(rest[0]) else next(source, rest)
+            yield start, outputs
+
+    def _in_order(self, part: _Part, model: str) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Yield (rows, outputs) of a model in a part by ascending row, of a file in another order all at once."""
+        found = ((rows, values) for name, rows, values in self._outputs(part, _OUTPUTS) if name == model)
+        if (np.diff(part.rows[part.model_of == part.models.index(model)]) > 0).all():
+            yield from found
+            return
+        pairs = list(found)
+        rows = np.concatenate([each for each, _ in pairs])
+        order = np.argsort(rows)
+        yield rows[order], {key: np.concatenate([values[key] for _, values in pairs])[order] for key in _OUTPUTS}
+
+    def _outputs(self, part: _Part, keys: Sequence[str]) -> Iterator[tuple[str, np.ndarray, dict[str, np.ndarray]]]:
+        """Yield (model, rows in the data (n,), lists (n, W)) in the order of a file."""
+        import pyarrow as pa
+
+        start = 0
+        for table in part.file.tables(keys):
+            here = slice(start, start + len(table))
+            for number, name in enumerate(part.models):
+                mask = part.model_of[here] == number
+                if mask.any():
+                    # Models differ in the width of their features.
+                    own = table if mask.all() else table.filter(pa.array(mask))
+                    values = {key: part.file.matrix(own, key) for key in keys}
+                    self._check_widths(part, name, values)
+                    yield name, part.rows[here][mask], values
+            start += len(table)
+
+    def _check_widths(self, part: _Part, model: str, values: Mapping[str, np.ndarray]) -> None:
+        file = part.file
+        for key, value in values.items():
+            found, width = value.shape[1], file.width(key)
+            if key == "features":
+                width = self._feature_widths.setdefault(model, found)
+                if found != width:
+                    raise DataError(f"{part.path}: {key} of {model} has width {found}, but {width} in another file")
+            elif found != width:
+                raise DataError(f"{part.path}: {key} of {model} has {found} numbers a row, expected {width}")
+
+    def _merge(self, models: Sequence[str] | None, data: _DataSplit) -> OofTable:
+        """Return the table without outputs. Raises DataError where files overlap or differ in names or heads."""
+        first = self._parts[0]
+        rows = len(data.lesion_ids)
+        found = tuple(dict.fromkeys(model for part in self._parts for model in part.models))
+        if models is not None and (absent := [name for name in models if name not in found]):
+            raise DataError(f"no predictions of model {absent[0]!r} found; train it, or remove it from models")
+        names = found if models is None else tuple(models)
+        groups = data.lesion_ids.copy()
+        concepts = np.full((rows, len(first.file.concept_names)), np.nan, np.float32)
+        metadata = np.full((rows, len(first.file.task.fields)), np.nan, np.float32)
+        heads: dict[str, str] = {}
+        hashes = {name: np.full(rows, "", object) for name in names}
+        predicted = {name: np.zeros(rows, bool) for name in names}
+        for part in self._parts:
+            path = part.path
+            if difference := _difference(part.file, first.file):
+                raise DataError(f"{path}: is for {difference} than {first.path}")
+            for number, name in enumerate(part.models):
+                mask = part.model_of == number
+                positions = part.rows[mask]
+                if predicted[name][positions].any():
+                    lesion = data.lesion_ids[positions[predicted[name][positions]][0]]
+                    raise DataError(f"{path}: lesion {lesion} was already predicted by model {name} in another file")
+                predicted[name][positions] = True
+                head = _single([part.heads[each] for each in np.unique(part.head_of[mask])], "head", path)
+                if heads.setdefault(name, head) != head:
+                    raise DataError(f"{path}: model {name} has a {head} head, but a {heads[name]} head in another file")
+                hashes[name][positions] = np.array(part.hashes, object)[part.hash_of[mask]]
+            groups[part.rows] = part.groups.to_numpy(zero_copy_only=False)
+            for _, positions, values in self._outputs(part, ("concepts", "metadata")):
+                concepts[positions], metadata[positions] = values["concepts"], values["metadata"]
+        empty = {name: np.empty((rows, 0), np.float32) for name in names}
+        return OofTable(
+            lesion_ids=data.lesion_ids,
+            groups=groups,
+            labels=data.labels,
+            folds=data.folds,
+            concepts=concepts,
+            metadata=metadata,
+            models=names,
+            heads={name: heads[name] for name in names},
+            logits=empty,
+            aux_clinical=empty,
+            aux_dermoscopic=empty,
+            features=empty,
+            hashes=hashes,
+            task=first.file.task,
+            concept_names=first.file.concept_names,
+        )
+
+
+def _difference(part: Predictions | PredictionFile, other: Predictions | PredictionFile) -> str:
     """Name what keeps two files from being combined, "" if nothing does."""
     if not part.task.matches(other.task):
         return "another task"
     return "" if part.concept_names == other.concept_names else "other concepts"
 
 
-def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """Return the metadata of a file."""
     if split not in (OUT_OF_FOLD, TEST):
         raise DataError(f"split: {split!r} is not a split; known: {OUT_OF_FOLD}, {TEST}")
-    return {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         "split": split,
@@ -511,6 +822,7 @@ def _header(names: Predictions | OofTable, split: str, extra: Mapping[str, Any])
         "task": names.task.to_mapping(),
         **extra,
     }
+    return {_KEY: json.dumps(content).encode()}
 
 
 class _HeaderKeys(BaseModel):
@@ -521,24 +833,10 @@ class _HeaderKeys(BaseModel):
     refit_of: list[str] = []
 
 
-def _write(path: Path, table: Any, header: dict[str, Any]) -> None:
-    write_checked_parquet(path, table, {_KEY: json.dumps(header).encode()})
-
-
-def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict[str, Any]]:
-    """Return the rows of a prediction file, its task, and the other values of its header."""
+def _parse_header(path: Path, metadata: Mapping[bytes, bytes]) -> tuple[Task, dict[str, Any]]:
+    """Return the task of a prediction file, and the other values of its header."""
     try:
-        kinds: dict[str, Column] = {name: "integers" if name in ("fold", "label") else "text" for name in _SCALARS}
-        kinds |= dict.fromkeys(_LISTS, "lists")
-        table = read_checked_parquet(
-            path, columns, {name: kind for name, kind in kinds.items() if columns is None or name in columns}
-        )
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run triderm crossval first") from None
-    except DamagedFile as error:
-        raise DataError(f"{path}: {error}; delete it and run triderm crossval or triderm predict again") from None
-    try:
-        header = json.loads((table.schema.metadata or {})[_KEY])
+        header = json.loads(metadata[_KEY])
     except (KeyError, ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
@@ -561,48 +859,76 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[Any, Task, dict
         raise DataError(
             f"{path}: its diagnoses or metadata fields are not those of task {task.name!r}; run triderm crossval again"
         )
-    if unknown := sorted(set(table["head"].unique().to_pylist()) - {"softmax", "sigmoid"}):
-        raise DataError(f"{path}: {unknown[0]!r} is not a kind of head; run triderm crossval or triderm predict again")
-    labels = table["label"].to_numpy()
-    if len(labels) and not UNLABELED <= labels.min() <= labels.max() < len(task.diagnoses):
-        raise DataError(f"{path}: a label is not a diagnosis of task {task.name!r}; run triderm crossval again")
-    return table, task, header
+    return task, header
 
 
-def _from_rows(table: Any, path: Path, task: Task, concepts: tuple[str, ...]) -> Predictions:
-    texts = {"lesion_ids": "lesion_id", "groups": "group", "model": "model", "model_hash": "model_hash", "head": "head"}
-    columns: dict[str, Any] = {field: _text(table, name) for field, name in texts.items()}
-    columns |= {name: _as_array(table, name, path) for name in _LISTS}
-    columns |= {"labels": table["label"].to_numpy(), "fold": table["fold"].to_numpy()}
-    try:
-        return Predictions(**columns, task=task, concept_names=concepts)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+def _rows_table(rows: Predictions, header: dict[bytes, bytes]) -> Any:
+    """Return rows as an Arrow table with the header of their file."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {
+        name: pa.array(getattr(rows, _FIELDS.get(name, name)), pa.string() if _KINDS[name] == "text" else pa.int64())
+        for name in _SCALARS
+    }
+    columns |= {name: _as_lists(getattr(rows, name)) for name in _LISTS}
+    return pa.table(columns).replace_schema_metadata(header)
 
 
 def _as_lists(array: np.ndarray) -> Any:
-    """Return the rows (N, W) as a chunked column of lists, each chunk with at most `MAX_CHUNK` numbers."""
+    """Return the rows (n, W) of a row group as an Arrow array of lists."""
     import pyarrow as pa
 
-    width = array.shape[1]
-    rows = max(1, MAX_CHUNK // max(1, width))
-    chunks = []
-    for start in range(0, max(1, len(array)), rows):
-        part = np.ascontiguousarray(array[start : start + rows], np.float32)
-        offsets = np.arange(len(part) + 1, dtype=np.int32) * width
-        chunks.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(part.ravel(), from_pandas=False)))
-    return pa.chunked_array(chunks)
+    values = pa.array(np.ascontiguousarray(array, np.float32).ravel(), from_pandas=False)
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]), values)
 
 
-def _as_array(table: Any, name: str, path: Path) -> np.ndarray:
-    try:
-        return np.asarray(matrix_of(table, name), np.float32)
-    except DamagedFile as error:
-        raise DataError(f"{path}: {error}") from None
+def _group_rows(width: int) -> int:
+    """Return the rows of a row group whose widest column has this width."""
+    return max(1, min(GROUP_ROWS, GROUP_NUMBERS // max(width, 1)))
 
 
-def _text(table: Any, name: str) -> np.ndarray:
-    return np.array(table[name].to_pylist(), object)
+def _read_columns(tables: Iterable[Any], file: PredictionFile, rows: int) -> dict[str, np.ndarray]:
+    """Return the columns of tables of this many rows in all."""
+    columns: dict[str, np.ndarray] = {}
+    start = 0
+    for table in tables:
+        here = slice(start, start + len(table))
+        for name in table.column_names:
+            values = file.matrix(table, name) if name in _LISTS else _array(table[name])
+            kept = columns.setdefault(name, np.empty((rows, *values.shape[1:]), values.dtype))
+            if kept.shape[1:] != values.shape[1:]:
+                found = f"{kept.shape[1]} and of {values.shape[1]} numbers"
+                raise DataError(f"{file.path}: column {name!r} has rows of {found}; run triderm crossval again")
+            kept[here] = values
+        start += len(table)
+    empty = {name: np.empty((0, file.width(name)), np.float32) for name in _LISTS}
+    return columns or {**empty, **{name: np.empty(0, object if _KINDS[name] == "text" else int) for name in _SCALARS}}
+
+
+def _array(column: Any) -> np.ndarray:
+    """Return a column of integers, or of text with one object for each distinct text where these are few."""
+    import pyarrow as pa
+
+    column = column.combine_chunks()
+    if not pa.types.is_string(column.type):
+        return np.asarray(column.to_numpy())
+    encoded = column.dictionary_encode()
+    texts = encoded.dictionary.to_numpy(zero_copy_only=False)
+    return np.asarray(texts[encoded.indices.to_numpy()])
+
+
+def _concatenate(parts: Sequence[Predictions]) -> Predictions:
+    """Join rows that are of one task, split and header."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [each.name for each in fields(Predictions) if isinstance(getattr(parts[0], each.name), np.ndarray)]
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def row_slice(rows: Predictions, start: int, stop: int) -> Predictions:
+    """Return the rows from start to stop."""
+    names = [each.name for each in fields(Predictions) if isinstance(getattr(rows, each.name), np.ndarray)]
+    return replace(rows, **{name: getattr(rows, name)[start:stop] for name in names})
 
 
 def _column(value: Any, rows: int, kind: type) -> np.ndarray:
@@ -612,7 +938,7 @@ def _column(value: Any, rows: int, kind: type) -> np.ndarray:
     return np.array(np.broadcast_to(array, (rows,)))
 
 
-def _single(values: np.ndarray, what: str, path: Path | None = None) -> str:
+def _single(values: Iterable[str], what: str, path: Path | None = None) -> str:
     distinct = sorted(set(values))
     if len(distinct) != 1:
         where = f"{path}: " if path else ""

@@ -52,7 +52,7 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.engine.parallel_folds import run_local_folds
     from triderm_dist.engine.ray_folds import run_ray_folds
     from triderm_dist.monitoring.tracking import log_scores
-    from triderm_dist.predictions import find_predictions, gather, write_oof
+    from triderm_dist.predictions import find_predictions, write_gathered
     from triderm_dist.schema import ConfigError
 
     if config.parallel_folds is True and "WORLD_SIZE" in os.environ:
@@ -84,17 +84,9 @@ def main(config: CrossvalRun) -> None:
         if missing := [name for name in config.models if not find_predictions(config.folder, [name])]:
             print(wrapped(f"oof.parquet is written when {', '.join(missing)} is trained too"))
             return
-        table = gather(
-            config.folder,
-            tuple(config.models),
-            index.lesion_ids.tolist(),
-            index.labels,
-            assigned_folds(index, config.data),
-            index.task,
-        )
-        write_oof(config.folder / "oof.parquet", table)
-        size = f"{counted(len(table), 'lesion')} by {counted(len(table.models), 'model')}"
-        print(wrapped(f"{size} in {config.folder / 'oof.parquet'}"))
+        path, folds = config.folder / "oof.parquet", assigned_folds(index, config.data)
+        write_gathered(path, config.folder, tuple(config.models), index.lesion_ids, index.labels, folds, index.task)
+        print(wrapped(f"{counted(len(index), 'lesion')} by {counted(len(config.models), 'model')} in {path}"))
 
 
 def trains_in_processes() -> bool:
