@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.conftest import Challenge
+from tests.data.shards.test_index_foreign import write_foreign
+from triderm_dist.data.loader import Loader, PhotoSource
+from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.select import select_rows
+from triderm_dist.data.shards import join
 from triderm_dist.data.shards.index import ShardIndex, read_index, read_photo_bytes
+from triderm_dist.data.shards.index_foreign import index_shards
 from triderm_dist.data.shards.join import join_sets
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import VIEWS, DataError
+from triderm_dist.files import LOCK_SECONDS, exclusive_lock
+from triderm_dist.schema import VIEWS, Busy, DataError, FineLabels
 
 
 @pytest.fixture
@@ -43,7 +52,11 @@ def content(index: ShardIndex) -> dict[str, tuple[object, ...]]:
     return dict(zip(inputs.lesion_ids, zip(*columns, *numbers, strict=True), strict=True))
 
 
-def test_two_sets_are_joined_as_if_packed_together(dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("probe", [4096, 640, 64], ids=["whole photos", "headers", "parts of headers"])
+def test_two_sets_are_joined_as_if_packed_together(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: int
+) -> None:
+    monkeypatch.setattr(join, "PROBE", probe)
     together = pack(dataset, tmp_path / "together")
     halves = [pack(dataset, tmp_path / "a", slice(0, 9)), pack(dataset, tmp_path / "b", slice(9, None))]
     joined = join_sets(halves, [everything(half) for half in halves], tmp_path / "joined")
@@ -53,7 +66,11 @@ def test_two_sets_are_joined_as_if_packed_together(dataset: Dataset, tmp_path: P
     assert joined.path(0).samefile(halves[0].path(0))
 
 
-def test_photos_in_common_are_found(dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("probe", [4096, 64])
+def test_photos_in_common_are_found(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: int
+) -> None:
+    monkeypatch.setattr(join, "PROBE", probe)
     first = dataset.lesions[0]
     copies = replace(dataset, lesions=[replace(first, lesion_id="copy", group="other"), *dataset.lesions[1:6]])
     sets = [pack(dataset, tmp_path / "a", slice(0, 1)), pack(copies, tmp_path / "b")]
@@ -90,3 +107,72 @@ def test_sets_that_do_not_fit_are_refused(dataset: Dataset, tmp_path: Path) -> N
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(DataError, match="exists"):
         join_sets([index], [everything(index)], tmp_path / "all")
+
+
+def test_photos_that_begin_alike_are_told_apart(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first bytes and their number are equal, and only the last pixels differ."""
+    monkeypatch.setattr(join, "PROBE", 640)
+    first, second, *_ = dataset.lesions
+    views = zip(first.images.values(), second.images.values(), strict=True)
+    for one, (mine, other) in enumerate(views):
+        pixels = np.zeros((200, 200, 3), np.uint8)
+        for path, value in ((mine, 200), (other, 208)):
+            pixels[-16:, -16:] = value + one
+            Image.fromarray(pixels).save(path, "JPEG")
+    halves = []
+    for name, lesion in (("a", first), ("b", second)):
+        alone = replace(dataset, lesions=[lesion])
+        halves.append(pack_shards(alone, tmp_path / name, short_side=None))
+    photos = [read_photo_bytes(half, 0, VIEWS[0]) for half in halves]
+    assert len(photos[0]) == len(photos[1]) and photos[0][:640] == photos[1][:640] and photos[0] != photos[1]
+    joined = join_sets(halves, [everything(half) for half in halves], tmp_path / "joined")
+    assert joined.shared_photos == () and joined.photo_sizes == {(200, 200): 4}
+
+
+def test_finer_labels_are_kept(dataset: Dataset, tmp_path: Path) -> None:
+    name = dataset.task.diagnosis_names[0]
+    task = replace(dataset.task, fine=FineLabels("subtype", {name: ("one", "two")}))
+    fine = [replace(each, fine=number % 3 - 1) for number, each in enumerate(dataset.lesions)]
+    index = pack(replace(dataset, task=task, lesions=fine), tmp_path / "all")
+    keep = np.arange(len(index)) % 2 == 0
+    part = join_sets([index], [keep], tmp_path / "part")
+    assert part.fine.tolist() == index.fine[keep].tolist() and set(part.fine.tolist()) == {-1, 0, 1}
+
+
+def test_two_processes_do_not_write_one_set(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOCK_SECONDS, "0")
+    index = pack(dataset, tmp_path / "all")
+    (tmp_path / "out.part").mkdir()
+    with (
+        exclusive_lock(tmp_path / "out.part" / "lock", ""),
+        pytest.raises(Busy, match="another process is joining sets here"),
+    ):
+        join_sets([index], [everything(index)], tmp_path / "out")
+    (tmp_path / "out.part" / "shards").mkdir()  # of a process that was killed
+    assert len(join_sets([index], [everything(index)], tmp_path / "out")) == len(index)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_joined_tar_folders_train_like_one(tmp_path: Path) -> None:
+    """Tars of other programs: indexed as one folder, or as two that are joined, an epoch gives the same batches."""
+    both = tmp_path / "both"
+    both.mkdir()
+    for number, name in enumerate(("a", "b")):
+        write_foreign(tmp_path / name, change=lambda sample, at, name=name: sample.update(__key__=f"{name}{at}"))
+        for tar in (tmp_path / name).glob("*.tar"):
+            shutil.copy(tar, both / f"set{number}-{tar.name}")
+    together, halves = index_shards(both), [index_shards(tmp_path / name) for name in ("a", "b")]
+    joined = join_sets(halves, [everything(half) for half in halves], tmp_path / "joined")
+    batches = []
+    for index in (together, joined):
+        plan = EpochPlan(Samples.of(index, np.arange(len(index))), Sampling("balanced"), 0, 0)
+        source = PhotoSource(index, 36, (0.5,) * 3, (0.5,) * 3)
+        loader = Loader(index, source, plan.batches(0, 1, 6), micro_batch=3, device=torch.device("cpu"))
+        batches.append([batch for step in loader for batch in step.micro_batches])
+        source.close()
+    for one, other in zip(*batches, strict=True):
+        assert one.lesion_ids == other.lesion_ids
+        for name in ("clinical", "dermoscopic", "concepts", "metadata", "labels"):
+            assert torch.equal(getattr(one, name).nan_to_num(-1), getattr(other, name).nan_to_num(-1))

@@ -77,6 +77,11 @@ class Text(Sequence[str]):
         return self._column.to_pylist()
 
     @property
+    def column(self) -> pa.Array:
+        """(N,) large_string."""
+        return self._column
+
+    @property
     def codes(self) -> np.ndarray:
         """(N,) int32, equal where the strings are equal, from 0 in the order of first appearance."""
         return to_array(self._column.dictionary_encode().indices)

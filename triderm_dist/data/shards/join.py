@@ -2,29 +2,38 @@
 
 The tars of the new set are hard links to those of the sets, or copies where the file system has no links. Its index
 holds the rows that are kept, in their order; a tar may hold lesions that it does not list (`ShardIndex.selected`).
+
+Of most photos only the first `PROBE` bytes are read: they hold the size in pixels, and where they differ, or the number
+of bytes does, two photos differ. Photos that are alike in both are read whole and compared by their hashes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import simplejpeg
 
-from triderm_dist.data.problems import Problem
-from triderm_dist.data.shards.format import ShardFile, rows_schema
+from triderm_dist.data.shards.format import ShardFile, rows_schema, to_array
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.index_schema import MAX_SELECTED
 from triderm_dist.data.shards.photos import size_and_hash
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
+from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import VIEWS, DataError
+
+PROBE = 4096
+"""Bytes of a photo that are read to tell it from others."""
 
 
 def join_sets(
@@ -39,30 +48,43 @@ def join_sets(
     keep: (N,) bool of each set.  selected: the condition by which they are kept, for the record.  progress: called with
     (tars read, all tars).  The folder appears when it is complete.
 
-    Raises DataError where it exists, nothing is kept, a lesion occurs twice, or tasks, concepts, file extensions or the
-    salts of the groups differ.
+    Raises Busy where another process writes the folder; DataError where it exists, nothing is kept, a lesion occurs
+    twice, or tasks, concepts, file extensions or the salts of the groups differ.
     """
     if output.exists():
         raise DataError(f"{output}: exists; choose another output folder or delete this one")
     _check_alike(sets)
     _check_distinct(sets, keep)
     part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        tars = list(_tars(sets, keep))
-        for tar in tars:
-            _link(tar.index.path(tar.number), part / tar.file.url)
-        files, tables = [tar.file for tar in tars], _tables(tars, sets[0].concepts, progress)
-        write_index(part, tables, files, sets[0].task, sets[0].concepts, _problems(sets), _about(sets, selected))
-        part.rename(output)
+        with exclusive_lock(part / "lock", f"{part}: another process is joining sets here; wait for it or end it"):
+            if output.exists():  # joined by another process in the meantime
+                raise DataError(f"{output}: exists; choose another output folder or delete this one")
+            try:
+                shutil.rmtree(part / "shards", ignore_errors=True)  # of a process that was killed
+                _write(sets, list(_tars(sets, keep)), part / "shards", selected, progress)
+                (part / "shards").rename(output)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise DataError(f"{error.filename or output}: {error.strerror or error}; fix that and run it again") from None
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return read_index(output)
+
+
+def _write(
+    sets: Sequence[ShardIndex],
+    tars: Sequence[_Tar],
+    folder: Path,
+    selected: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the tars and the index of the new set into a new folder."""
+    folder.mkdir()
+    for tar in tars:
+        _link(tar.index.path(tar.number), folder / tar.file.url)
+    files, tables = [tar.file for tar in tars], _tables(tars, sets[0].concepts, _photos(tars, progress))
+    problems = [problem for index in sets for problem in index.problems]
+    write_index(folder, tables, files, sets[0].task, sets[0].concepts, problems, _about(sets, selected))
 
 
 def _check_alike(sets: Sequence[ShardIndex]) -> None:
@@ -84,14 +106,22 @@ def _check_alike(sets: Sequence[ShardIndex]) -> None:
 
 
 def _check_distinct(sets: Sequence[ShardIndex], keep: Sequence[np.ndarray]) -> None:
-    ids = [index.lesion_ids[mask] for index, mask in zip(sets, keep, strict=True)]
-    if not sum(map(len, ids)):
+    """Raise DataError where no lesion is kept, or one is in two sets."""
+    kept = [(each, mask) for each, mask in zip(sets, keep, strict=True) if mask.any()]
+    if not kept:
         raise DataError("no lesion is kept; change select")
-    folder_of: dict[str, Path] = {}
-    for index, names in zip(sets, ids, strict=True):
-        if twice := next((name for name in names.tolist() if name in folder_of), None):
-            raise DataError(f"lesion {twice} is in {folder_of[twice]} and {index.folder}; leave it out of one")
-        folder_of.update(dict.fromkeys(names.tolist(), index.folder))
+    ids = [index.lesion_ids.column.filter(pa.array(mask)) for index, mask in kept]
+    chunks = pa.chunked_array(ids).dictionary_encode().chunks  # of one dictionary: first come, first numbered
+    seen = 0
+    for (index, _), chunk in zip(kept, chunks, strict=True):
+        codes = to_array(chunk.indices)
+        if len(again := np.flatnonzero(codes < seen)):
+            twice = chunk[int(again[0])].as_py()
+            first = next(
+                each for (each, _), names in zip(kept, ids, strict=True) if pc.index(names, twice).as_py() >= 0
+            )
+            raise DataError(f"lesion {twice} is in {first.folder} and {index.folder}; leave it out of one")
+        seen = max(seen, int(codes.max()) + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,56 +153,74 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _tables(
-    tars: Sequence[_Tar], concepts: tuple[str, ...], progress: Callable[[int, int], None] | None
-) -> Iterator[pa.Table]:
-    """Yield the rows of each tar, whose photos are read for their sizes and hashes."""
-    scores: dict[int, np.ndarray] = {}
-    for index in {id(tar.index): tar.index for tar in tars}.values():  # read the columns before the threads start
-        index.lesion_ids, index.groups, index.labels, index.offsets, index.sizes, index.metadata  # noqa: B018
-        scores[id(index)] = index.with_concepts(concepts).concept_scores
-
-    def table(entry: tuple[int, _Tar]) -> pa.Table:
-        position, tar = entry
+def _tables(tars: Sequence[_Tar], concepts: tuple[str, ...], photos: Sequence[np.ndarray]) -> Iterator[pa.Table]:
+    """Yield the rows of each tar.  photos: of each tar, see `_photos`."""
+    scores = {id(tar.index): tar.index.with_concepts(concepts) for tar in tars}
+    for position, (tar, found) in enumerate(zip(tars, photos, strict=True)):
         index, rows = tar.index, tar.rows
-        schema = rows_schema(len(concepts), len(index.task.fields))
+        schema = rows_schema(len(concepts), len(index.task.fields), bool(index.task.fine))
         columns: dict[str, Any] = {
             "lesion_id": index.lesion_ids[rows].tolist(),
             "group": index.groups[rows].tolist(),
             "label": index.labels[rows],
+            "fine": index.fine[rows],
             "shard": np.full(len(rows), position),
-            "photos": _lists(_sizes_and_hashes(tar)),
-            "concepts": _lists(scores[id(index)][rows]),
+            "photos": _lists(found.reshape(len(rows), -1)),
+            "concepts": _lists(scores[id(index)].concept_scores[rows]),
             "metadata": _lists(index.metadata[rows]),
         }
         for view, name in enumerate(VIEWS):
             columns |= {f"{name}_offset": index.offsets[rows, view], f"{name}_size": index.sizes[rows, view]}
-        return pa.table({name: columns[name] for name in schema.names}).cast(schema)
+        yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
 
-    for done, (_, rows) in enumerate(map_in_order(table, list(enumerate(tars)), available_cores()), start=1):
-        yield rows
+
+def _photos(tars: Sequence[_Tar], progress: Callable[[int, int], None] | None) -> list[np.ndarray]:
+    """Return the width, height and a 64-bit number (n, views, 3) of the photos of the kept lesions of each tar, zeros
+    where one is missing; the numbers are equal where the bytes are.
+    """
+    for index in {id(tar.index): tar.index for tar in tars}.values():  # read the columns before the threads start
+        index.offsets, index.sizes  # noqa: B018
+    found = []
+    for done, (_, probes) in enumerate(map_in_order(_probes, tars, available_cores()), start=1):
+        found.append(probes)
         if progress:
             progress(done, len(tars))
+    numbers = np.sort(np.concatenate([probes[..., 2].ravel() for probes in found]))
+    repeated = np.unique(numbers[1:][numbers[1:] == numbers[:-1]])
+    for tar, probes in zip(tars, found, strict=True):
+        for at, view in np.argwhere(np.isin(probes[..., 2], repeated) & (probes[..., 2] > 0)).tolist():
+            with tar.index.path(tar.number).open("rb") as file:
+                probes[at, view] = size_and_hash(_read(file, tar, at, view))
+    return found
 
 
-def _sizes_and_hashes(tar: _Tar) -> np.ndarray:
-    """Return the `size_and_hash` (n, views * 3) of the photos of the kept lesions."""
+def _probes(tar: _Tar) -> np.ndarray:
+    """Return width, height and a hash of the first bytes (n, views, 3) of the photos of the kept lesions."""
     result = np.zeros((len(tar.rows), len(VIEWS), 3), np.uint64)
-    with tar.index.path(tar.number).open("rb") as file:
-        for at, row in enumerate(tar.rows.tolist()):
-            for view in range(len(VIEWS)):
-                file.seek(int(tar.index.offsets[row, view]))
-                result[at, view] = size_and_hash(file.read(int(tar.index.sizes[row, view])))
-    return result.reshape(len(tar.rows), -1)
+    with tar.index.path(tar.number).open("rb", buffering=0) as file:
+        for at, view in np.argwhere(tar.index.sizes[tar.rows] > 0).tolist():
+            data = _read(file, tar, at, view, PROBE)
+            try:
+                height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            except ValueError:  # its header is longer
+                width, height, _ = size_and_hash(_read(file, tar, at, view))
+            size = int(tar.index.sizes[tar.rows[at], view])
+            digest = hashlib.blake2b(data, digest_size=8, key=size.to_bytes(8))
+            result[at, view] = width, height, int.from_bytes(digest.digest()) or 1
+    return result
+
+
+def _read(file: IO[bytes], tar: _Tar, at: int, view: int, most: int | None = None) -> bytes:
+    """Return the first bytes of a photo of one of the kept lesions."""
+    row = tar.rows[at]
+    size = int(tar.index.sizes[row, view])
+    file.seek(int(tar.index.offsets[row, view]))
+    return file.read(size if most is None else min(most, size))
 
 
 def _lists(matrix: np.ndarray) -> pa.Array | None:
     width = matrix.shape[1]
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), width) if width else None
-
-
-def _problems(sets: Sequence[ShardIndex]) -> list[Problem]:
-    return [problem for index in sets for problem in index.problems]
 
 
 def _about(sets: Sequence[ShardIndex], selected: str | None) -> dict[str, Any]:
