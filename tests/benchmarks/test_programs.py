@@ -71,6 +71,7 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "coverage": ["sets=20"],
         "cpu_run": [f"source={source}", f"lesions={LESIONS}", f"config={inputs.config}"],
         "ensemble": ["problems=4", "lesions=200"],
+        "end_to_end": ["lesions=500", "test_lesions=200"],
         "expected": ["files=[a100]"],
         "fold_mean": [f"run={run}", "seeds=2"],
         "gpu": ["part=1", "size=tiny", f"output={folder}/gpu", "cells=flops-base|base-12-eager"],
@@ -91,6 +92,9 @@ def arguments(name: str, inputs: Inputs, folder: Path) -> list[str]:
         "overlap": [f"shards={train}", f"other={inputs.other}", "copies=4"],
         "pack": [f"source={source}", "copies=1", "rounds=1", "lesions=1000", f"scratch={folder}"],
         "predict": [*tower, "lesions=4", "rounds=1"],
+        "ranks": [
+            *("ranks=4", "left=2", "batch=16", "lesions=96", "lost_at=3", "timeout=20", f"scratch={folder}"),
+        ],
         "read_table": ["rows=2000", f"scratch={folder}"],
         "report": ["lesions=500", "many=2000", "models=1", "resamples=10"],
         "scale": ["rows=[plan, tokens lookup]", "largest=10000", f"scratch={folder}"],
