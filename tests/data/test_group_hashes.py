@@ -183,9 +183,7 @@ def test_processes_that_start_at_once_get_one_salt(tmp_path):
 
 
 def test_groups_in_paths_of_problems_are_hashed():
-    hashes = GroupHashes(bytes(32))
-    for group in ("P7", "Smith, John", "12"):
-        hashes.of(group)
+    hashes = GroupHashes(bytes(32), ("P7", "Smith, John", "12"))
     where = "photos/P7/a.jpg: in /x/Smith, John/P7.png, row 12 of t.csv"
     (found,) = hashes.without_ids([Problem("L", "kind", where, "what 12")])
     p7, smith = hashes.of("P7"), hashes.of("Smith, John")

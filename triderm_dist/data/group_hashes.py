@@ -21,13 +21,18 @@ import re
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
-from triderm_dist.data.shards.format import INDEX
+from triderm_dist.data.readers.lesion_table import CHUNK, LesionTable
+from triderm_dist.data.readers.text_index import HashIndex
+from triderm_dist.data.shards.format import INDEX, Text
 from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
@@ -44,10 +49,10 @@ _FILE = re.compile(r"(?<=[/\\])([^\s/\\()'\".]+)(\.)")
 
 @dataclass(frozen=True)
 class GroupHashes:
-    """The hashes of groups under a salt. hashes: by group, of all that `of` was asked for."""
+    """The hashes of groups under a salt. groups: the different ones of a set."""
 
     salt: bytes = field(repr=False)
-    hashes: dict[str, str] = field(default_factory=dict, repr=False)
+    groups: Sequence[str] = field(default=(), repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -56,24 +61,28 @@ class GroupHashes:
 
     def of(self, group: str) -> str:
         """Return the hash of a group."""
-        if group not in self.hashes:
-            digest = hmac.new(self.salt, group.encode("utf-8", "surrogatepass"), hashlib.sha256)
-            self.hashes[group] = digest.hexdigest()[:DIGITS]
-        return self.hashes[group]
+        digest = hmac.digest(self.salt, group.encode("utf-8", "surrogatepass"), "sha256")
+        return digest.hex()[:DIGITS]
 
     def without_ids(self, problems: Iterable[Problem]) -> list[Problem]:
         """Replace groups that are folders or files in the paths of problems."""
-        with_blank = [group for group in self.hashes if not _FOLDER.fullmatch(f"{group}/")]
+        if not (problems := [*problems]):
+            return []
+        index = HashIndex.of(self.groups)
+        with_blank = [group for group in self.groups if not _FOLDER.fullmatch(f"{group}/")]
+
+        def own(text: str) -> str:
+            known = any(self.groups[at] == text for at in index.positions(text))
+            return self.of(text) if known else text
 
         def hide(text: str) -> str:
             if "/" not in text and "\\" not in text:
                 return text
             for group in with_blank:
-                text = text.replace(f"{group}/", f"{self.hashes[group]}/").replace(
-                    f"/{group}.", f"/{self.hashes[group]}."
-                )
+                hashed = self.of(group)
+                text = text.replace(f"{group}/", f"{hashed}/").replace(f"/{group}.", f"/{hashed}.")
             for pattern in (_FOLDER, _FILE):
-                text = pattern.sub(lambda found: self.hashes.get(found[1], found[1]) + found[2], text)
+                text = pattern.sub(lambda found: own(found[1]) + found[2], text)
             return text
 
         return [replace(each, where=hide(each.where), what=hide(each.what)) for each in problems]
@@ -91,10 +100,19 @@ def hash_groups(
 
     The notes of the data set get those of `hashes_for`, which describes the arguments.
     """
-    groups = {lesion.lesion_id: lesion.group for lesion in dataset.lesions}
-    hashes, notes = hashes_for(groups, output, dataset.task.columns.group, salt, asked)
-    lesions = [replace(each, group=hashes.of(each.group)) for each in dataset.lesions] if hashes else dataset.lesions
-    return replace(dataset, lesions=lesions, notes=[*dataset.notes, *notes]), hashes
+    table = LesionTable.of(dataset.lesions)
+    parts = [np.arange(start, min(start + CHUNK, len(table))) for start in range(0, len(table), CHUNK)]
+    if all(table.group_names(rows) == table.ids[rows].tolist() for rows in parts):
+        return dataset, None
+    numbers, names = table.distinct_groups()
+    hashes, notes = _hashes_of(Text(pa.chunked_array([names])), output, salt, asked)
+    if hashes:
+        sizes = np.bincount(numbers)
+        own = ((table.ids[rows], table.group_names(rows), sizes[numbers[rows]].tolist()) for rows in parts)
+        notes = _notes((row for columns in own for row in zip(*columns, strict=True)), dataset.task.columns.group)
+        hashed = pa.array(map(hashes.of, hashes.groups), pa.string())
+        dataset = replace(dataset, lesions=replace(table, groups=Text(pa.chunked_array([hashed])), group=numbers))
+    return replace(dataset, notes=[*dataset.notes, *notes]), hashes
 
 
 def hashes_for(
@@ -116,6 +134,17 @@ def hashes_for(
     """
     if all(group == lesion for lesion, group in groups.items()):
         return None, []
+    hashes, notes = _hashes_of([*dict.fromkeys(groups.values())], output, salt, asked)
+    if hashes:
+        sizes = Counter(groups.values())
+        notes = _notes(((lesion, group, sizes[group]) for lesion, group in groups.items()), column)
+    return hashes, notes
+
+
+def _hashes_of(
+    groups: Sequence[str], output: str | os.PathLike[str], salt: str | None, asked: bool
+) -> tuple[GroupHashes | None, list[str]]:
+    """Return the hashes of different groups, once they are in the file; None, with a note, where they stay."""
     file, index = groups_file(output), Path(output, INDEX)
     if index.is_file():
         is_hashed = "groups" in read_json(index)
@@ -126,14 +155,12 @@ def hashes_for(
                 f"{file}: no such file, and the groups of {output} are hashes under its salt; bring it back, or delete "
                 "that folder and pack again"
             )
-    hashes = GroupHashes(_own_salt(file, salt_of(salt) if salt else None))
-    for group in groups.values():
-        hashes.of(group)
-    if len(set(hashes.hashes.values())) < len(hashes.hashes):
+    hashes = GroupHashes(_own_salt(file, salt_of(salt) if salt else None), groups)
+    if len(np.unique([int(hashes.of(group), 16) for group in groups])) < len(groups):
         raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")
     with atomic_path(file, PRIVATE) as temporary:
         _write_private(temporary, hashes)
-    return hashes, _notes(groups, column or "group")
+    return hashes, []
 
 
 def read_salt(file: Path) -> bytes:
@@ -196,17 +223,20 @@ def _write_private(path: Path, hashes: GroupHashes) -> None:
         file.write(f"{_HEADER}{hashes.salt.hex()}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["group", "hash"])
-        writer.writerows(sorted(hashes.hashes.items()))
+        writer.writerows((group, hashes.of(group)) for group in sorted(hashes.groups))
 
 
-def _notes(groups: Mapping[str, str], column: str) -> list[str]:
-    sizes = Counter(groups.values())
-    named = [lesion for lesion, group in groups.items() if _names(lesion, group, sizes[group])]
-    if not named:
+def _notes(lesions: Iterable[tuple[str, str, int]], column: str | None) -> list[str]:
+    """Return a note on lesions, (id, group, lesions of the group), whose id holds that of their group."""
+    first, count = "", 0
+    for lesion, group, size in lesions:
+        if _names(lesion, group, size):
+            first, count = first or lesion, count + 1
+    if not count:
         return []
     return [
-        f"{len(named):,} lesion ids hold the id of their {column}, such as {named[0]}; only groups are hashed, so give "
-        "these lesions ids of their own before the shards go to others"
+        f"{count:,} lesion ids hold the id of their {column or 'group'}, such as {first}; only groups are hashed, so "
+        "give these lesions ids of their own before the shards go to others"
     ]
 
 

@@ -12,6 +12,7 @@ from triderm_dist.config import Experiment
 from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Spellings
+from triderm_dist.data.readers.lesion_table import LesionTable
 from triderm_dist.data.readers.source import find_task, read_source, reader_of
 from triderm_dist.data.shards.console import print_problems
 from triderm_dist.data.shards.index import ShardIndex
@@ -141,15 +142,10 @@ def _read(experiment: Experiment, split: str, source: str | None, check: Callabl
             return None
         print_problems(error.problems, Path(f"{shards}.problems.csv"))
         raise
-    codes: dict[str, int] = {}
-    lesions = Lesions(
-        source,
-        task,
-        [lesion.lesion_id for lesion in dataset.lesions],
-        np.array([lesion.label for lesion in dataset.lesions], np.int64),
-        np.array([codes.setdefault(lesion.group, len(codes)) for lesion in dataset.lesions]),
-        dataset.concepts,
-    )
+    table = LesionTable.of(dataset.lesions)
+    _, first, groups = np.unique(table.distinct_groups()[0], return_index=True, return_inverse=True)
+    codes = np.argsort(np.argsort(first))[groups]  # in the order in which they appear
+    lesions = Lesions(source, task, table.ids.tolist(), table.labels.astype(np.int64), codes, dataset.concepts)
     check(lesions)
     return lesions
 
@@ -188,7 +184,7 @@ def match_truth(path: str, task: Task, lesion_ids: Iterable[str]) -> tuple[dict[
     absent = [name for name in names if truth.get(name, UNLABELED) == UNLABELED]
     others = truth.keys() - set(names)
     if absent:
-        hint = Spellings(others).hint(absent[0], "add them, or remove data.test_truth")
+        hint = Spellings([*others]).hint(absent[0], "add them, or remove data.test_truth")
         raise DataError(
             f"{path}: has no label of {len(absent)} of {len(names)} test lesions, the first is {absent[0]}; {hint}"
         )

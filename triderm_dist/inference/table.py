@@ -271,7 +271,7 @@ def table_of_frame(frame: pd.DataFrame) -> Table:
         return str(value).strip()
 
     cells = {str(name): pa.array([text(value) for value in frame[name].tolist()], pa.string()) for name in frame}
-    return Table(Path("DataFrame"), TableFormat(), cells, np.arange(len(frame)))
+    return Table(Path("DataFrame"), TableFormat(), cells, range(len(frame)))
 
 
 def _photo_columns(find: Callable[[str], str | None], task: Task) -> dict[str, str] | None:

@@ -96,7 +96,7 @@ def test_table_with_a_row_per_photo_in_any_order(tmp_path: Path) -> None:
     shuffled = [dict(random.Random(0).sample(list(row.items()), len(row))) for row in rows]
     random.Random(1).shuffle(shuffled)
     again = read_lesions(write(tmp_path, shuffled), task_of())
-    assert repr(sorted(again.lesions, key=lambda each: each.lesion_id)) == repr(dataset.lesions)
+    assert repr(sorted(again.lesions, key=lambda each: each.lesion_id)) == repr([*dataset.lesions])
 
 
 def test_lesions_with_the_same_age_keep_their_own_other_values(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from triderm_dist.data.readers import table
 from triderm_dist.data.readers.table import (
     NotUtf8,
     SeveralSheets,
@@ -237,3 +238,55 @@ def test_markers_of_missing_values(text: str) -> None:
 def test_numbers_that_other_programs_write_or_read_otherwise_are_none(text: str) -> None:
     assert parse_number(text) is None
     assert np.isnan(numbers_in(pa.array([text]), -math.inf, math.inf)).all()
+
+
+LINES = {
+    "plain": "a,b\n1, x \n2,\n3,z\n",
+    "crlf": "a,b\r\n1,x\r\n\r\n2,y\r\n",
+    "blank rows": "a,b\n1,x\n,\n  , \n4,y\n\n6,z\n",
+    "quotes": 'a,b\n1,x\n2,"two\nlines, ""quoted"""\n4,y\n5,"z"\n6,w\n',
+    "more cells": "a,b\n1,x,,\n2,y\n3,z, \n",
+    "accents": "a,b\n1,e\u0301\n2,\u00e9\n3,\u3000x\n",
+    "carriage returns": "a,b\r1,x\r2,y\r",
+    "no end": "a,b\n1,x\n2,y",
+    "one column": "a\n1\n\n3\n",
+}
+
+
+@pytest.mark.parametrize("text", LINES.values(), ids=LINES)
+def test_blocks_of_lines_are_read_as_pythons_csv_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "t.csv").write_bytes(text.encode())
+
+    def read() -> tuple[dict[str, list[str]], list[int]]:
+        found = read_table(tmp_path / "t.csv")
+        return {name: cells.to_pylist() for name, cells in found.cells.items()}, found.numbers[:]
+
+    whole = read()
+    for characters in (1, 9, 17):
+        monkeypatch.setattr(table, "_BLOCK", characters)
+        assert read() == whole
+    monkeypatch.setattr(table, "plain_columns", lambda *arguments: None)
+    assert read() == whole
+
+
+def test_large_tables_are_read_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.csv").write_text("a,,B\n" + "".join(f"{n},,{n % 3}\n" for n in range(100)))
+    whole = read_table(tmp_path / "t.csv")
+    monkeypatch.setattr(table, "_BLOCK", 40)
+    found = read_table(tmp_path / "t.csv").named(["b"])
+    assert isinstance(found.cells, table.StoredCells) and found.header == ["a", "b"] and whole.header == ["a", "B"]
+    assert found.cells["b"].equals(whole.cells["B"]) and [*found.rows()][70] == (
+        f"{tmp_path}/t.csv, row 72", {"a": "70", "b": "1"},
+    )  # fmt: skip
+    chosen = np.isin(np.arange(100), [3, 40, 99])
+    assert [cells["a"] for _, cells in found.rows(chosen)] == ["3", "40", "99"]
+    codes, names = found.encoded("b")
+    assert names.to_pylist() == ["0", "1", "2"] and codes.tolist() == [n % 3 for n in range(100)]
+    (tmp_path / "t.csv").write_text("a,b\n" + "1,2\n" * 50 + "1\n")
+    with pytest.raises(DataError, match=r"t.csv, row 52: 1 cells, the header has 2$"):
+        read_table(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("a,b\n" + "1,2\n" * 50 + "1,\0\n")
+    with pytest.raises(DataError, match=r"t.csv, line 52: holds NUL characters"):
+        read_table(tmp_path / "t.csv")

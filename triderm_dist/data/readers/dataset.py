@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.data.problems import Problem
+from triderm_dist.data.readers.text_index import HashIndex
 from triderm_dist.schema import Lesion, Task, quoted, why_no_id
 
 # A lesion id names files in the shards, where WebDataset ends the key at the first dot.
@@ -48,16 +50,19 @@ _FOLDED_IN_BULK = (("^'", ""), (r"[\s_-]+", "_"), (r"^([0-9]+)\.0+$", r"\1"), ("
 """Patterns and replacements that make most ids equal that `folded` does, for a million of them at once."""
 
 
-def spelled_alike(ids: Iterable[str], what: str) -> list[str]:
-    """Return a note on ids of which two differ in spelling only (see `folded`), none where there are none."""
-    distinct = list(dict.fromkeys(ids))
-    column = pa.array(distinct, pa.string())
+def spelled_alike(distinct: pa.Array, what: str) -> list[str]:
+    """Return a note on different ids of which two differ in spelling only (see `folded`), none where there are none."""
+    column = distinct
     for pattern, by in _FOLDED_IN_BULK:
         column = pc.replace_substring_regex(column, pattern, by)
-    if len(pc.utf8_lower(pc.utf8_normalize(column, form="NFKC")).unique()) == len(distinct):
+    encoded = pc.utf8_lower(pc.utf8_normalize(column, form="NFKC")).dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    counts = np.bincount(codes, minlength=len(encoded.dictionary))
+    if not (counts > 1).any():
         return []
     first: dict[str, str] = {}
-    pairs = [(first[key], name) for name in distinct if first.setdefault(key := folded(name), name) != name]
+    repeated = distinct.take(pa.array(np.flatnonzero(counts[codes] > 1))).to_pylist()
+    pairs = [(first[key], name) for name in repeated if first.setdefault(key := folded(name), name) != name]
     if not pairs:
         return []
     one, other = map(quoted, pairs[0])
@@ -65,25 +70,25 @@ def spelled_alike(ids: Iterable[str], what: str) -> list[str]:
 
 
 class Spellings:
-    """The ids of a set, to name in a message the one that another spelling is probably meant to be."""
+    """The different ids of a set, to name in a message the one that another spelling is probably meant to be."""
 
-    def __init__(self, ids: Iterable[str]) -> None:
+    def __init__(self, ids: Sequence[str]) -> None:
         self._ids = ids
-        self._by_folded: dict[str, list[str]] | None = None
+        self._by_folded: HashIndex | None = None
 
     def hint(self, name: str, otherwise: str = "") -> str:
         """Return `is X meant?` for the id X that `folded` makes the same, else `otherwise`."""
         if self._by_folded is None:
-            self._by_folded = {}
-            for each in dict.fromkeys(self._ids):
-                self._by_folded.setdefault(folded(each), []).append(each)
-        near = next((each for each in self._by_folded.get(folded(name), ()) if each != name), None)
+            self._by_folded = HashIndex.of(map(folded, self._ids))
+        key = folded(name)
+        found = (self._ids[at] for at in self._by_folded.positions(key))
+        near = next((each for each in found if each != name and folded(each) == key), None)
         return f"is {quoted(near)} meant (case, zeros, separators)?" if near else otherwise
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Checked lesions of one folder, in the order of its table.
+    """Checked lesions of one folder, in the order of its table; those of a reader are a `LesionTable`.
 
     task: gives labels and metadata their meaning.  concepts: names of the K concept scores.  labeled: whether the
     folder has labels.  notes: what was tolerated, with counts.  problems: why lesions were dropped.  folder: to which
@@ -91,7 +96,7 @@ class Dataset:
     """
 
     task: Task
-    lesions: list[Lesion]
+    lesions: Sequence[Lesion]
     concepts: tuple[str, ...]
     labeled: bool
     notes: list[str]

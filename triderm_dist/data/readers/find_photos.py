@@ -5,11 +5,15 @@ from __future__ import annotations
 import filecmp
 import os
 import unicodedata
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ_FORMATS, format_of
 from triderm_dist.data.readers.dataset import folded
+from triderm_dist.data.readers.text_index import HashIndex, Texts
 from triderm_dist.file_kinds import START, kind_of
 from triderm_dist.files import walk_folders
 
@@ -30,33 +34,48 @@ def _without_suffix(name: str) -> str:
     return stem if dot and f".{suffix.lower()}" in _SUFFIXES else name
 
 
+class _Files:
+    """Files by the names without suffixes."""
+
+    def __init__(self) -> None:
+        self.paths = Texts()
+        self._hashes = array("q")
+        self._index: HashIndex | None = None
+
+    def add(self, path: str, stem: str) -> None:
+        self.paths.append(path)
+        self._hashes.append(hash(stem))
+
+    def index(self) -> HashIndex:
+        if self._index is None:
+            self._index, self._hashes = HashIndex(self._hashes), array("q")
+        return self._index
+
+    def find(self, stem: str) -> list[int]:
+        """Return the positions of the paths of this name, in the order in which they were added."""
+        return [at for at in self.index().positions(stem) if _stem(self.paths[at]) == stem]
+
+
 class PhotoFinder:
     """Finds the path of a photo by its id, file name or path, after walking the folders once.
 
-    unused: the number of photos that no call has returned.
+    paths: of all photos.  unused: the number of photos that no call has returned.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.where = " and ".join(map(str, folders))
-        self.unused = 0
-        self._paths: dict[str, str | list[str]] = {}
-        self._others: dict[str, str] = {}
-        """The paths of files that are not photos by their suffix, by the name without it."""
-        self._near: dict[str, str] | None = None
+        self._photos, self._others = _Files(), _Files()
+        self._near: list[tuple[_Files, HashIndex]] = []
         seen = set[tuple[int, int]]()
         for parent, name, suffix in (file for folder in folders for file in walk_files(folder, seen)):
-            path = f"{parent}/{name}"
-            if suffix in PHOTO_SUFFIXES:
-                stem = _composed(name[: -len(suffix)])
-                self.unused += 1
-                known = self._paths.get(stem)
-                self._paths[stem] = path if known is None else [*([known] if isinstance(known, str) else known), path]
-            else:
-                self._others.setdefault(_composed(name[: -len(suffix)] if suffix else name), path)
+            files = self._photos if suffix in PHOTO_SUFFIXES else self._others
+            files.add(f"{parent}/{name}", _composed(name[: -len(suffix)] if suffix else name))
+        self.paths = self._photos.paths
+        self.unused = len(self.paths)
 
     @property
     def names(self) -> set[str]:
-        return set(self._paths)
+        return set(map(_stem, self.paths))
 
     def __call__(self, cell: str, lesion_id: str = "") -> str:
         """Return the path of a photo; of several of one name that at the cell's path or in the lesion's folder.
@@ -64,22 +83,34 @@ class PhotoFinder:
         Raises MissingPhoto where there is none, ValueError for another kind of file, a file whose name differs in
         case, or several different photos.
         """
+        return self.paths[self.find(cell, lesion_id)]
+
+    def find(self, cell: str, lesion_id: str = "") -> int:
+        """Return the position in `paths` of a photo; otherwise as a call does."""
         cell = _composed(cell)
         stem = photo_name(cell)
-        found = self._paths.get(stem)
-        if found is None:
+        found = self._photos.find(stem)
+        if not found:
             raise self._not_found(stem)
-        path = found if isinstance(found, str) else _choose(found, cell, stem, lesion_id)
+        if len(found) > 1:
+            paths = {self.paths[at]: at for at in found}
+            found = [paths[_choose([*paths], cell, stem, lesion_id)]]
         self.unused -= 1
-        return path
+        return found[0]
+
+    def find_all(self, cells: Sequence[str]) -> np.ndarray:
+        """Return the position in `paths` of each photo (N,), -1 where `find` has to look for it, or raises."""
+        stems = [photo_name(_composed(cell)) for cell in cells]
+        found = self._photos.index().only(stems)
+        for at, (place, stem) in enumerate(zip(found.tolist(), stems, strict=True)):
+            if place >= 0 and _stem(self.paths[place]) != stem:
+                found[at] = -1
+        self.unused -= int((found >= 0).sum())
+        return found
 
     def _not_found(self, stem: str) -> ValueError:
         """Return the error for a photo that no file has the name of; a file of nearly its name must not be lost."""
-        if self._near is None:
-            self._near = {_near(name): path for name, path in self._others.items()}
-            for name, found in self._paths.items():
-                self._near[_near(name)] = found if isinstance(found, str) else found[0]
-        path = self._others.get(stem) or self._near.get(_near(stem))
+        path = self._nearest(stem)
         suffix = os.path.splitext(path or "")[1].lower()
         if path and suffix in PHOTO_SUFFIXES:
             return ValueError(f"no photo {stem}, but {path}, whose name is spelled otherwise; rename it")
@@ -90,11 +121,33 @@ class PhotoFinder:
             )
         return MissingPhoto(f"no photo {stem} (.jpg, .png and others) below {self.where}; put it there")
 
+    def _nearest(self, stem: str) -> str | None:
+        """Return the path of the file that is no photo and has this name, or of one whose name differs in spelling."""
+        if others := self._others.find(stem):
+            return self._others.paths[others[0]]
+        if not self._near:
+            self._near = [
+                (files, HashIndex.of(_near(_stem(path)) for path in files.paths))
+                for files in (self._photos, self._others)
+            ]
+        near = _near(stem)
+        for files, index in self._near:
+            first: dict[str, str] = {}
+            for path in (files.paths[at] for at in index.positions(near)):
+                first.setdefault(_stem(path), path)
+            if found := [path for name, path in first.items() if _near(name) == near]:
+                return found[-1]
+        return None
+
     def clear(self) -> None:
-        """Forget all paths, which take much memory."""
-        self._paths.clear()
-        self._others.clear()
-        self._near = None
+        """Forget how to find photos, which takes memory; their paths remain."""
+        self._photos, self._others, self._near = _Files(), _Files(), []
+
+
+def _stem(path: str) -> str:
+    """Return the name of a file without its last suffix."""
+    name = path.rpartition("/")[2]
+    return _composed(name[: len(name) - len(os.path.splitext(name)[1])])
 
 
 def _start_of(path: str) -> bytes:

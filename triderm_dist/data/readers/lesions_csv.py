@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,25 +22,25 @@ import pyarrow.compute as pc
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset, Spellings, spelled_alike, why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name
+from triderm_dist.data.readers.lesion_table import LesionTable, Numbers, agreed, no_groups, no_labels
 from triderm_dist.data.readers.table import (
     NotUtf8,
     SeveralSheets,
     Table,
     find_tables,
     is_missing,
-    numbers_in,
     parse_field,
     parse_number,
     parse_score,
+    parsed_texts,
     read_header,
     read_table,
     without_garbage_collection,
 )
+from triderm_dist.data.shards.format import Text
 from triderm_dist.schema import (
     UNLABELED,
-    VIEWS,
     DataError,
-    Lesion,
     Task,
     did_you_mean,
     nearest,
@@ -49,9 +48,6 @@ from triderm_dist.schema import (
     unsafe_character,
     why_no_id,
 )
-
-CHUNK = 1 << 14
-"""Lesions whose values are Python objects at a time; they take ten times the memory of arrays."""
 
 
 def read_lesions(
@@ -93,9 +89,11 @@ def read_labels(path: Path, task: Task) -> dict[str, int]:
     table = read_table(path, task.table).named(task_columns(task))
     table.require([task.columns.lesion_id or image_columns(task)[0], *filter(None, [task.columns.diagnosis])])
     reading = _Reading(table, task, PhotoFinder([]))
-    reading.ids = reading._ids()
+    reading.read_ids()
     labels: dict[str, int] = {}
-    for row, (lesion_id, label) in enumerate(zip(reading.ids, reading._labels().tolist(), strict=True)):
+    names = reading.names.tolist()
+    found = zip((names[code] for code in reading.codes.tolist()), reading.labels().tolist(), strict=True)
+    for row, (lesion_id, label) in enumerate(found):
         known = labels.get(lesion_id, UNLABELED)
         labels[lesion_id] = label if known == UNLABELED else known
         if UNLABELED != label != labels[lesion_id]:
@@ -175,57 +173,57 @@ class _Reading:
     labeled: bool = False
     bad: set[int] = field(default_factory=set)
     """Rows with a problem."""
-    ids: list[str] = field(default_factory=list)
-    """The lesion of each row."""
+    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """(N,) the lesion of each row, numbered in the order in which they appear."""
+    names: Text = field(default_factory=lambda: Text(pa.chunked_array([], pa.string())))
+    """The id of each lesion."""
 
-    def lesions(self) -> tuple[list[Lesion], list[str], list[Problem]]:
+    def lesions(self) -> tuple[LesionTable, list[str], list[Problem]]:
         """Return the lesions, the notes, and the problems that exclude others."""
         task = self.task
-        self.ids = self._ids()
+        self.read_ids()
         rows, images = self._by_lesion()
-        labels = self._labels()
+        labels = self.labels()
         groups = self._groups()
-        metadata = np.stack([self._field(number) for number in range(len(task.fields))], 1) if task.fields else None
-        scores = [self._scores(column) for column in self._concept_columns()]
-
-        fields = self._agreed(rows, metadata, [each.column for each in task.fields])
-        (label,) = self._agreed(rows, labels[:, None], [task.columns.diagnosis or "diagnosis"], UNLABELED).T
+        disagree, metadata = list[tuple[int, int]](), list[Numbers]()
+        for number in range(len(task.fields)):
+            values, differ = agreed(rows, self._field(number))
+            metadata.append(Numbers(values))
+            disagree += [(at, number) for at in differ.tolist()]
+        scores = [self._scores_of_rows(column, rows) for column in self._concept_columns()]
+        concepts = [view[at] for at in range(len(scores[0])) for view in scores] if scores else []
+        for at, number in sorted(disagree):
+            self._differ(rows[at], task.fields[number].column)
+        label, differ = agreed(rows, labels, UNLABELED)
+        for at in differ.tolist():
+            self._differ(rows[at], task.columns.diagnosis or "diagnosis")
         fine = self._fine(rows, label)
-        group = self._agreed_groups(rows, groups)
-        if task.row_per_photo:
-            concepts = [np.where(rows[:, at] >= 0, each[rows[:, at]], np.nan) for at in range(2) for each in scores]
-        else:
-            concepts = [each[rows[:, 0]] for each in scores]
-        scores_of = np.stack(concepts, 1) if concepts else np.empty((len(rows), 0))
-        self.notes += spelled_alike(self.ids, "lesion ids")
-        spellings = Spellings(self.ids)
-        kept, problem_ids = list[Lesion](), {problem.lesion_id for problem in self.problems}
-        names, none = task.view_names, dict[str, str | None].fromkeys(VIEWS)
-        shared: dict[bytes, tuple[float, ...]] = {}
-        for start in range(0, len(rows), CHUNK):
-            part = slice(start, start + CHUNK)
-            columns = [array[part].tolist() for array in (rows, scores_of, fields, label, fine)]
-            for own, score, values, which, finer, name, photos in zip(*columns, group[part], images[part], strict=True):
-                first = own[0] if own[0] >= 0 else own[-1]
-                lesion_id = self.ids[first]
-                if lesion_id in problem_ids or not self.bad.isdisjoint(own):
-                    continue
-                if what := self._missing(lesion_id, photos):
-                    hint = spellings.hint(lesion_id)
-                    self._problem(first, "missing photo", f"{what}; {hint}" if hint else what)
-                    continue
-                kept.append(
-                    Lesion(
-                        lesion_id,
-                        none | dict(zip(names, photos, strict=True)),
-                        tuple(score),
-                        _shared(shared, values),
-                        which,
-                        name or lesion_id,
-                        finer,
-                    )
-                )
-        return kept, self._all_notes(kept), self.problems
+        group, group_names = self._agreed_groups(rows, groups)
+
+        wrong = np.zeros(len(self.names), bool)  # by lesion
+        wrong[self.codes[list(self.bad)]] = True
+        first = np.where(rows[:, 0] >= 0, rows[:, 0], rows[:, -1])
+        code = self.codes[first]
+        kept = ~wrong[code]
+        absent = np.stack([column < 0 for column in images.values()], 1)
+        spellings = Spellings(self.names)
+        for at in np.flatnonzero(kept & (absent.all(1) if self.mark_missing else absent.any(1))).tolist():
+            lesion_id = self.names[int(code[at])]
+            what, hint = self._missing(lesion_id, absent[at]), spellings.hint(lesion_id)
+            self._problem(int(first[at]), "missing photo", f"{what}; {hint}" if hint else what)
+            kept[at] = False
+        table = LesionTable(
+            self.names if len(code) == len(self.names) else self.names.kept(code),
+            self.photos.paths,
+            images,
+            concepts,
+            metadata,
+            label.astype(np.int16),
+            fine.astype(np.int16),
+            group_names,
+            group,
+        ).kept(np.flatnonzero(kept))
+        return table, self._all_notes(table), self.problems
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -235,66 +233,69 @@ class _Reading:
 
     # --- lesions ---
 
-    def _ids(self) -> list[str]:
+    def read_ids(self) -> None:
+        """Set `codes` and `names`; ids that cannot be one are problems of their rows."""
         column = self.task.columns.lesion_id
         name = column or image_columns(self.task)[0]
-        ids = self._cells(name) if column else list(map(photo_name, self._cells(name)))
-        for row, lesion_id in enumerate(ids):
-            if wrong := why_no_lesion_id(lesion_id):
-                what = f"{name} {quoted(lesion_id)} {wrong}"
-                what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
-                self._problem(row, "row", what, lesion_id)
-        return ids
+        self.used.add(name)
+        self.codes, texts = self.table.encoded(name)
+        if not column:
+            ids = pa.array(map(photo_name, texts.to_pylist()), pa.string()).dictionary_encode()
+            self.codes, texts = ids.indices.to_numpy()[self.codes], ids.dictionary
+        self.names = Text(pa.chunked_array([texts]))
+        self.notes += spelled_alike(texts, "lesion ids")
+        wrong = {code: why for code, lesion_id in enumerate(self.names) if (why := why_no_lesion_id(lesion_id))}
+        for row in np.flatnonzero(np.isin(self.codes, list(wrong))).tolist() if wrong else ():
+            code = int(self.codes[row])
+            what = f"{name} {quoted(self.names[code])} {wrong[code]}"
+            what += "" if column else "; name another column by columns.lesion_id in task.yaml, or rename the photo"
+            self._problem(row, "row", what)
 
-    def _by_lesion(self) -> tuple[np.ndarray, list[tuple[str | None, ...]]]:
-        """Return the rows (L, R) of each lesion, -1 where it has none, and its photos by view."""
+    def _id(self, row: int) -> str:
+        return self.names[int(self.codes[row])]
+
+    def _by_lesion(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the rows (L, R) of each lesion, -1 where it has none, and by view the positions of its photos (L,)."""
         task = self.task
         images = [self._paths(column) for column in image_columns(task)]
         self.photos.clear()
-        views = len(task.views)
+        own = np.arange(len(self.table), dtype=np.int32)
         if task.row_per_photo:
             view = self._views()
-            place: dict[str, int] = {}
-            rows: list[list[int]] = []
-            for row, lesion_id in enumerate(self.ids):
-                at = place.setdefault(lesion_id, len(rows))
-                if at == len(rows):
-                    rows.append([-1] * views)
-                if (which := view[row]) < 0:
-                    continue
-                if (other := rows[at][which]) >= 0:
-                    what = f"lesion {lesion_id} has two {task.view_names[which]} photos, the first in row "
-                    self._problem(row, "duplicate photo", f"{what}{self.table.numbers[other]}; keep one")
-                else:
-                    rows[at][which] = row
-            rows = [own for own in rows if max(own) >= 0]
-            return np.array(rows, np.int64), [
-                tuple(images[0][row] if row >= 0 else None for row in own) for own in rows
-            ]
-        first: dict[str, int] = {}
-        for row, lesion_id in enumerate(self.ids):
-            if (other := first.setdefault(lesion_id, row)) != row:
-                what = f"lesion {lesion_id} occurs twice, first in row {self.table.numbers[other]}; keep one"
+            rows = np.full((len(self.names), len(task.views)), -1, np.int32)
+            place = (self.codes.astype(np.int64) * len(task.views) + view)[view >= 0]
+            rows.reshape(-1)[place[::-1]] = own[view >= 0][::-1]  # the first row of several is written last
+            others = rows.reshape(-1)[place]
+            for row, other in zip(
+                own[view >= 0][others != own[view >= 0]].tolist(), others[others != own[view >= 0]], strict=True
+            ):
+                what = f"lesion {self._id(row)} has two {task.view_names[view[row]]} photos, the first in row "
+                self._problem(row, "duplicate photo", f"{what}{self.table.numbers[int(other)]}; keep one")
+            rows = rows[rows.max(1, initial=-1) >= 0]
+            return rows, {
+                name: np.where(rows[:, at] >= 0, images[0][rows[:, at]], -1).astype(np.int32)
+                for at, name in enumerate(task.view_names)
+            }
+        if len(self.names) < len(own):
+            first = np.empty(len(self.names), np.int32)
+            first[self.codes[::-1]] = own[::-1]
+            for row in np.flatnonzero(first[self.codes] != own).tolist():
+                other = self.table.numbers[int(first[self.codes[row]])]
+                what = f"lesion {self._id(row)} occurs twice, first in row {other}; keep one"
                 if isinstance(task.columns.image, str) and task.columns.lesion_id:
                     what += ", or make every photo a lesion by columns: {lesion_id: null, group: "
                     what += f"{task.columns.lesion_id}}} in task.yaml"
                 self._problem(row, "duplicate lesion", what)
-        return np.arange(len(self.table))[:, None], list(zip(*images, strict=True))
+        return own[:, None], dict(zip(task.view_names, images, strict=True))
 
-    def _missing(self, lesion_id: str, photos: Sequence[str | None]) -> str | None:
-        if None not in photos:
-            return None
-        absent = [view for view, path in zip(self.task.view_names, photos, strict=True) if path is None]
-        if len(absent) == len(photos):
+    def _missing(self, lesion_id: str, absent: np.ndarray) -> str:
+        """Return what is wrong with a lesion without photos of the views (V,)."""
+        if absent.all():
             return f"lesion {lesion_id} has no photo; add one or remove its rows"
-        if not self.mark_missing:
-            return (
-                f"lesion {lesion_id} has no {absent[0]} photo; add it, or allow lesions with one photo by "
-                "missing_view=mark"
-            )
-        return None
+        view = self.task.view_names[int(absent.argmax())]
+        return f"lesion {lesion_id} has no {view} photo; add it, or allow lesions with one photo by missing_view=mark"
 
-    def _views(self) -> list[int]:
+    def _views(self) -> np.ndarray:
         words = {word.lower(): at for at, view in enumerate(self.task.views) for word in (view.name, *view.words)}
         column = self.task.columns.view or ""
 
@@ -303,63 +304,56 @@ class _Reading:
                 raise ValueError(f"unknown {column} {quoted(text)}; known are {', '.join(words)}{_as_words('views')}")
             return words[text.lower()]
 
-        return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(int).tolist()
+        return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(np.int8)
 
-    def _paths(self, column: str) -> list[str | None]:
-        """Return the path of each row's photo, None where its cell is empty or a file that may be missing is."""
-        paths: list[str | None] = []
-        owner: dict[str, int] = {}
-        cells = zip(self._cells(column), self.ids, self._is_missing(column), strict=True)
-        for row, (cell, lesion_id, missing) in enumerate(cells):
-            if missing:
-                paths.append(None)
-                continue
-            path = None
-            try:
-                if character := unsafe_character(cell):
-                    raise ValueError(f"{quoted(cell)} holds {character}; correct it")
-                path = self.photos(cell, lesion_id)
-            except MissingPhoto as error:
-                if not self.mark_missing:
-                    self._problem(row, "missing photo", f"{column}: {error}")
-            except ValueError as error:
-                self._problem(row, "unreadable photo", f"{column}: {error}")
-            if path and (other := owner.setdefault(path, row)) != row:
-                what = f"photo {cell} occurs twice, first in row {self.table.numbers[other]}; remove one"
-                self._problem(row, "duplicate photo", what)
-            paths.append(path)
-        return paths
-
-    def _agreed(
-        self, rows: np.ndarray, values: np.ndarray | None, names: Sequence[str], none: float = math.nan
-    ) -> np.ndarray:
-        """Return the values (L, M) on which the rows of each lesion that have one must agree."""
-        if values is None:
-            return np.empty((len(rows), 0))
-        found = values[rows[:, 0]] if rows.shape[1] == 1 else None
-        if found is not None:
-            return found
-        missing = np.full_like(values[:1], none)
-        pair = [np.where((rows[:, at] >= 0)[:, None], values[rows[:, at]], missing) for at in range(2)]
-        absent = [np.isnan(each) if math.isnan(none) else each == none for each in pair]
-        for at, column in zip(*np.nonzero(~absent[0] & ~absent[1] & (pair[0] != pair[1])), strict=True):
-            self._differ(rows[at], names[column])
-        return np.where(absent[0], pair[1], pair[0])
-
-    def _agreed_groups(self, rows: np.ndarray, groups: list[str] | None) -> list[str]:
-        if groups is None:
-            return [""] * len(rows)
-        found = []
-        for own in rows.tolist():
-            names = {groups[row] for row in own if row >= 0} - {""}
-            if len(names) > 1:
-                self._differ(own, self.task.columns.group or "")
-            found.append(min(names, default=""))
+    def _paths(self, column: str) -> np.ndarray:
+        """Return the position of each row's photo (N,), -1 where its cell is empty or a file that may be missing is."""
+        self.used.add(column)
+        found = np.full(len(self.table), -1, np.int32)
+        wrong: list[tuple[int, str, str]] = []
+        words = pa.array(["", *map(str.lower, self.task.missing_words)])
+        start = 0
+        for (cells,) in self.table.parts(column):
+            named = ~pc.is_in(pc.utf8_lower(cells), words).to_numpy(zero_copy_only=False)
+            texts = cells.to_pylist()
+            own = np.flatnonzero(named)
+            places = self.photos.find_all([texts[at] for at in own.tolist()])
+            found[start + own] = places
+            for at in own[places < 0].tolist():
+                cell, row = texts[at], start + at
+                try:
+                    if character := unsafe_character(cell):
+                        raise ValueError(f"{quoted(cell)} holds {character}; correct it")
+                    found[row] = self.photos.find(cell, self._id(row))
+                except MissingPhoto as error:
+                    if not self.mark_missing:
+                        wrong.append((row, "missing photo", f"{column}: {error}"))
+                except ValueError as error:
+                    wrong.append((row, "unreadable photo", f"{column}: {error}"))
+            start += len(texts)
+        if twice := _repeated(found, len(self.photos.paths)):
+            cells = dict(zip(twice, self._cells_of(column, list(twice)), strict=True))
+            for row, other in twice.items():
+                what = f"photo {cells[row]} occurs twice, first in row {self.table.numbers[other]}; remove one"
+                wrong.append((row, "duplicate photo", what))
+        for row, kind, what in sorted(wrong):
+            self._problem(row, kind, what)
         return found
 
-    def _differ(self, rows: Sequence[int], column: str) -> None:
-        what = f"the photos of lesion {self.ids[rows[-1]]} differ in {column}; all rows need the same"
-        self._problem(rows[-1], "rows differ", what)
+    def _agreed_groups(self, rows: np.ndarray, groups: tuple[np.ndarray, Text] | None) -> tuple[np.ndarray, Text]:
+        """Return the group of each lesion (L,), -1 where it is its own, and the names of groups."""
+        if groups is None:
+            names, group = no_groups(len(rows))
+            return group, names
+        group, differ = agreed(rows, groups[0], -1)
+        for at in differ.tolist():
+            self._differ(rows[at], self.task.columns.group or "")
+        return group, groups[1]
+
+    def _differ(self, rows: np.ndarray, column: str) -> None:
+        row = int(rows[-1])
+        what = f"the photos of lesion {self._id(row)} differ in {column}; all rows need the same"
+        self._problem(row, "rows differ", what)
 
     # --- columns ---
 
@@ -369,13 +363,13 @@ class _Reading:
         near = nearest(column, (name for name in self.table.header if name.lower() not in known))
         return f"{column!r} (is {near!r} meant?)" if near else repr(column)
 
-    def _cells(self, column: str) -> list[str]:
-        self.used.add(column)
-        return self.table.cells[column].to_pylist()
-
-    def _is_missing(self, column: str) -> list[bool]:
-        words = pa.array(["", *map(str.lower, self.task.missing_words)])
-        return pc.is_in(pc.utf8_lower(self.table.cells[column]), words).to_pylist()
+    def _cells_of(self, column: str, rows: Sequence[int]) -> list[str]:
+        """Return the cells of a few rows, in ascending order."""
+        found, start = list[str](), 0
+        for (cells,) in self.table.parts(column):
+            found += [cells[row - start].as_py() for row in rows if start <= row < start + len(cells)]
+            start += len(cells)
+        return found
 
     def _parsed(
         self,
@@ -390,22 +384,17 @@ class _Reading:
         span: numbers in it are taken as they are, unless they are one of `words`.
         """
         self.used.add(column)
-        encoded = self.table.cells[column].dictionary_encode()
-        texts, errors = encoded.dictionary, dict[int, str]()
-        values = np.full(len(texts), np.nan)
-        if span:
-            own = pc.is_in(pc.utf8_lower(texts), pa.array([*map(str.lower, words), *self.task.missing_words]))
-            values = np.where(own.to_numpy(zero_copy_only=False), np.nan, numbers_in(texts, *span))
-        for code in np.flatnonzero(np.isnan(values)).tolist():
-            try:
-                values[code] = parse(texts[code].as_py())
-            except ValueError as error:
-                errors[code] = str(error)
-        codes = encoded.indices.to_numpy()
-        if errors:
-            for row in np.flatnonzero(np.isin(codes, list(errors))):
-                self._problem(int(row), kind, errors[int(codes[row])])
-        return values[codes]
+        result, start = np.empty(len(self.table)), 0
+        missing = [*words, *self.task.missing_words]
+        for (cells,) in self.table.parts(column):
+            encoded = cells.dictionary_encode()
+            values, errors = parsed_texts(encoded.dictionary, parse, span, missing)
+            codes = encoded.indices.to_numpy()
+            for row in np.flatnonzero(np.isin(codes, list(errors))).tolist() if errors else ():
+                self._problem(start + row, kind, errors[int(codes[row])])
+            result[start : start + len(codes)] = values[codes]
+            start += len(codes)
+        return result
 
     def _field(self, number: int) -> np.ndarray:
         about, words = self.task.fields[number], self.task.missing_words
@@ -435,6 +424,13 @@ class _Reading:
             return sorted((each for each in self.table.cells if each.lower().startswith(prefix)), key=str.lower)
         return list(concepts.names)
 
+    def _scores_of_rows(self, column: str, rows: np.ndarray) -> list[Numbers]:
+        """Return the scores (L,) of each row of a lesion."""
+        scores = self._scores(column)
+        if rows.shape[1] == 1 and not self.task.row_per_photo:
+            return [Numbers(scores[rows[:, 0]])]
+        return [Numbers(np.where(own >= 0, scores[own], np.nan)) for own in rows.T]
+
     def _scores(self, column: str) -> np.ndarray:
         if column not in self.table.cells:
             self.notes.append(f"no column {self._absent(column)}: this concept is missing for every lesion")
@@ -449,7 +445,7 @@ class _Reading:
 
         return self._parsed(column, parse, "cell", (0.0, 1.0), scores)
 
-    def _labels(self) -> np.ndarray:
+    def labels(self) -> np.ndarray:
         """Return the (N,) index of each row's diagnosis, `UNLABELED` where it has none."""
         task, column = self.task, self.task.columns.diagnosis
         if column is None:
@@ -457,31 +453,38 @@ class _Reading:
         self.labeled = column in self.table.cells
         if not self.labeled:
             self.notes.append(f"no column {self._absent(column)}: no lesion has a diagnosis")
-            return np.full(len(self.table), UNLABELED)
+            return no_labels(len(self.table))
 
         def parse(text: str) -> float:
             if is_missing(text, task.missing_words):
                 return UNLABELED
             return parse_diagnosis(text, task, column)
 
-        return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(int)
+        return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(np.int16)
 
     def _fine(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the number of each lesion's finer label (L,), `UNLABELED` where it has none of the task's.
 
         A finer label of another diagnosis than the lesion's (labels, (L,)) is a problem.
         """
-        fine, none = self.task.fine, np.full(len(rows), UNLABELED)
+        task, fine, none = self.task, self.task.fine, no_labels(len(rows))
+        contradictions: list[tuple[int, str]] = []
         if fine is None:
             return none
         if fine.column not in self.table.cells:
             self.notes.append(f"no column {self._absent(fine.column)}: no lesion has a finer label")
             return none
-        found = self._parsed(fine.column, fine.label_of, "label").astype(int)
-        (finer,) = self._agreed(rows, found[:, None], [fine.column], UNLABELED).T
-        for at, pair in enumerate(zip(labels.tolist(), finer.tolist(), strict=True)):
-            if wrong := self.task.fine_contradiction(*pair):
-                self._problem(int(rows[at].max()), "label", wrong)
+        found = self._parsed(fine.column, fine.label_of, "label").astype(np.int16)
+        finer, differ = agreed(rows, found, UNLABELED)
+        for at in differ.tolist():
+            self._differ(rows[at], fine.column)
+        pairs = np.unique(np.stack([labels, finer], 1), axis=0).tolist()
+        wrong = {(label, own): why for label, own in pairs if (why := task.fine_contradiction(label, own))}
+        for (label, own), why in wrong.items():
+            for at in np.flatnonzero((labels == label) & (finer == own)).tolist():
+                contradictions.append((at, why))
+        for at, why in sorted(contradictions):
+            self._problem(int(rows[at].max()), "label", why)
         return finer
 
     def _one_hot(self) -> np.ndarray:
@@ -499,51 +502,57 @@ class _Reading:
             number = truth.get(text.lower(), parse_number(text))
             return number if number is not None else -1.0
 
-        cells = np.stack([self._parsed(name, parse, "label") for name in names], 1)
-        empty = np.isnan(cells).all(1)
-        right = ((cells == 1).sum(1) == 1) & ((cells == 0).sum(1) == len(names) - 1)
-        for row in np.flatnonzero(~empty & ~right):
+        ones, zeros, empty = (np.zeros(len(self.table), np.int16) for _ in range(3))
+        labels = no_labels(len(self.table))
+        for at, name in enumerate(names):
+            values = self._parsed(name, parse, "label")
+            labels[values == 1] = at
+            ones += values == 1
+            zeros += values == 0
+            empty += np.isnan(values)
+        right = (ones == 1) & (zeros == len(names) - 1)
+        for row in np.flatnonzero(~right & (empty < len(names))).tolist():
             what = (
-                f"lesion {self.ids[row]} needs a single 1 and otherwise 0 over the diagnoses; leave all empty if it is "
+                f"lesion {self._id(row)} needs a single 1 and otherwise 0 over the diagnoses; leave all empty if it is "
             )
-            self._problem(int(row), "label", f"{what}unlabeled")
-        return np.where(empty | ~right, UNLABELED, (cells == 1).argmax(1))
+            self._problem(row, "label", f"{what}unlabeled")
+        return np.where(right, labels, UNLABELED).astype(np.int16)
 
-    def _groups(self) -> list[str] | None:
+    def _groups(self) -> tuple[np.ndarray, Text] | None:
+        """Return the group of each row (N,), -1 where it has none, and the names of groups."""
         column = self.task.columns.group
         if column is None:
             return None
         if column not in self.table.cells:
             self.notes.append(f"no column {self._absent(column)}: each lesion is a group of its own")
             return None
-        encoded = self.table.cells[column].dictionary_encode()
-        names = ["" if is_missing(name, self.task.missing_words) else name for name in encoded.dictionary.to_pylist()]
         self.used.add(column)
-        codes = encoded.indices.to_pylist()
-        if wrong := {code: why for code, name in enumerate(names) if name and (why := why_no_id(name))}:
-            for row, code in enumerate(codes):
-                if code in wrong:
-                    self._problem(row, "row", f"{column} {quoted(names[code])} {wrong[code]}")
-        self.notes += spelled_alike(filter(None, names), column)
-        return [names[code] for code in codes]
+        codes, names = self.table.encoded(column)
+        words = pa.array(["", *map(str.lower, self.task.missing_words)])
+        missing = pc.is_in(pc.utf8_lower(names), words).to_numpy(zero_copy_only=False)
+        texts = Text(pa.chunked_array([names]))
+        wrong = {at: why for at, name in enumerate(texts) if not missing[at] and (why := why_no_id(name))}
+        for row in np.flatnonzero(np.isin(codes, list(wrong))).tolist() if wrong else ():
+            code = int(codes[row])
+            self._problem(row, "row", f"{column} {quoted(texts[code])} {wrong[code]}")
+        self.notes += spelled_alike(names.filter(pa.array(~missing)), column)
+        return np.where(missing[codes], -1, codes).astype(np.int32), texts
 
-    def _problem(self, row: int, kind: str, what: str, lesion_id: str | None = None) -> None:
+    def _problem(self, row: int, kind: str, what: str) -> None:
         self.bad.add(row)
-        self.problems.append(
-            Problem(self.ids[row] if lesion_id is None else lesion_id, kind, self.table.where(row), what)
-        )
+        self.problems.append(Problem(self._id(row), kind, self.table.where(row), what))
 
-    def _all_notes(self, lesions: Sequence[Lesion]) -> list[str]:
+    def _all_notes(self, lesions: LesionTable) -> list[str]:
         """Return what was tolerated, with counts."""
         tolerated: Counter[str] = Counter()
-        values = np.array([lesion.metadata for lesion in lesions]).reshape(len(lesions), len(self.task.fields))
-        for about, missing in zip(self.task.fields, np.isnan(values).sum(0).tolist(), strict=True):
+        for about, values in zip(self.task.fields, lesions.metadata, strict=True):
+            missing = int(np.isnan(values.take(slice(None))).sum())
             tolerated[f"without {about.label}"] += missing if about.column in self.table.cells else 0
-        labels = Counter(lesion.label for lesion in lesions)
+        labels = Counter(dict(zip(*map(np.ndarray.tolist, np.unique(lesions.labels, return_counts=True)), strict=True)))
         tolerated["without a diagnosis"] += labels[UNLABELED] if self.labeled else 0
         if len(self.task.views) > 1:
-            absent = sum(None in lesion.images.values() for lesion in lesions)
-            tolerated["with one photo, the other view marked missing"] += absent
+            absent = np.any([column < 0 for column in lesions.images.values()], axis=0).sum()
+            tolerated["with one photo, the other view marked missing"] += int(absent)
         notes = [f"{count} of {len(lesions)} lesions {what}" for what, count in tolerated.items() if count]
         if self.labeled and (none := [name for at, name in enumerate(self.task.diagnosis_names) if not labels[at]]):
             notes.append(f"no lesion has the diagnosis {', '.join(none)}")
@@ -567,12 +576,12 @@ def _as_words(key: str) -> str:
     return f" Correct it, or add it to the words of one of the {key} in task.yaml"
 
 
-def _shared(known: dict[bytes, tuple[float, ...]], values: list[float]) -> tuple[float, ...]:
-    """Return the values as a tuple, the same object for rows with equal values."""
-    key = array("d", values).tobytes()
-    found = known.get(key)
-    if found is None:
-        found = tuple(values)
-        if len(known) < CHUNK:
-            known[key] = found
-    return found
+def _repeated(found: np.ndarray, places: int) -> dict[int, int]:
+    """Return the first row with the same place by each later one, given the place of each row (N,), -1 for none."""
+    rows = np.flatnonzero(found >= 0)
+    if len(rows) == 0:
+        return {}
+    first = np.full(places, -1, np.int32)
+    first[found[rows][::-1]] = rows[::-1]
+    later = rows[first[found[rows]] != rows]
+    return dict(zip(later.tolist(), first[found[later]].tolist(), strict=True))

@@ -81,6 +81,10 @@ class Text(Sequence[str]):
         """(N,) large_string."""
         return self._column
 
+    def kept(self, rows: np.ndarray) -> Text:
+        """Return the strings of these rows (n,)."""
+        return Text(pa.chunked_array([self._column.take(pa.array(rows))]))
+
     @property
     def codes(self) -> np.ndarray:
         """(N,) int32, equal where the strings are equal, from 0 in the order of first appearance."""

@@ -129,7 +129,7 @@ def index_shards(
             about["groups"] = {"salt": hashes.fingerprint}
             scan.problems = hashes.without_ids(scan.problems)
             scan.tables = [_with_hashes(table, hashes) for table in scan.tables]
-            notes.append(f"index and predictions hold hashes of {len(hashes.hashes):,} groups; the tars hold their ids")
+            notes.append(f"index and predictions hold hashes of {len(hashes.groups):,} groups; the tars hold their ids")
         for text in notes:
             note(text)
     tables = (_with_scores(table, len(names), task) for table in scan.tables)

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,7 @@ from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.photo_formats import describe_error, read_photo
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
+from triderm_dist.data.readers.lesion_table import LesionTable
 from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.index_schema import read_json
@@ -129,7 +131,7 @@ def pack_slice(
         raise DataError(f"{folder}: exists; choose another output folder or delete this one")
     packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress)
     numbers = range(number - 1, len(packer.slices), of)
-    packer.total = sum(len(packer.slices[each]) for each in numbers)
+    packer.total = sum(map(packer.slices.size, numbers))
     part = folder.with_name(folder.name + ".part")
     with ExitStack() as stack:
         with exclusive_lock(part / "lock", _refusal(part)):  # `pack_shards` holds it, and waits for the slice's own
@@ -215,6 +217,48 @@ class _OpenShard:
     converted: Counter[str] = field(default_factory=Counter)
 
 
+class _Slices(Sequence[list[Lesion]]):
+    """The lesions of each shard, made when they are asked for: all in the order of the hashes of their ids."""
+
+    def __init__(self, table: LesionTable, shard_samples: int) -> None:
+        self._table, self._samples = table, shard_samples
+        hashes = (hashlib.sha256(name.encode()).digest() for name in table.ids)
+        keys = np.fromiter((int.from_bytes(digest[:8]) for digest in hashes), np.uint64, len(table))
+        self._order = np.argsort(keys, kind="stable").astype(np.uint32 if len(keys) < 1 << 32 else np.int64)
+        for first, last in _runs(keys[self._order]):  # of hashes with the same first 8 bytes
+            names = {row: table.ids[row].encode() for row in self._order[first:last].tolist()}
+            self._order[first:last] = sorted(names, key=lambda row: hashlib.sha256(names[row]).digest())
+
+    def __len__(self) -> int:
+        return -(-len(self._table) // self._samples)
+
+    def size(self, number: int) -> int:
+        """Return the number of lesions of a shard."""
+        return min(self._samples, len(self._table) - number * self._samples)
+
+    @overload
+    def __getitem__(self, number: int) -> list[Lesion]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[list[Lesion]]: ...
+    def __getitem__(self, number: int | slice) -> list[Lesion] | list[list[Lesion]]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        start = range(len(self))[number] * self._samples
+        return self._table.take(self._order[start : start + self._samples])
+
+
+def _runs(keys: np.ndarray) -> list[tuple[int, int]]:
+    """Return (first, behind the last) of each run of equal keys, of sorted ones (N,)."""
+    equal = np.flatnonzero(keys[1:] == keys[:-1]).tolist()
+    runs: list[tuple[int, int]] = []
+    for at in equal:
+        if runs and runs[-1][1] == at + 1:
+            runs[-1] = (runs[-1][0], at + 2)
+        else:
+            runs.append((at, at + 2))
+    return runs
+
+
 class _Packer:
     """Writes the shards of one data set with given settings."""
 
@@ -227,12 +271,11 @@ class _Packer:
         progress: Progress | None,
         group_hashes: GroupHashes | None = None,
     ) -> None:
-        order = sorted(dataset.lesions, key=lambda lesion: hashlib.sha256(lesion.lesion_id.encode()).digest())
-        self.slices = [order[start : start + shard_samples] for start in range(0, len(order), shard_samples)]
+        self.slices = _Slices(LesionTable.of(dataset.lesions), shard_samples)
         self.task, self.concepts = dataset.task, dataset.concepts
         self.short_side, self.workers, self.progress = short_side, workers, progress
         self.settings = {"short_side": short_side, "quality": QUALITY, "shard_samples": shard_samples}
-        self.done, self.total, self.group_hashes = 0, len(order), group_hashes
+        self.done, self.total, self.group_hashes = 0, len(dataset.lesions), group_hashes
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
@@ -254,7 +297,7 @@ class _Packer:
         ):
             if valid and (shard := found[number]):
                 kept[number] = shard
-                self._advance(len(self.slices[number]))
+                self._advance(self.slices.size(number))
         others = set(range(len(self.slices))) - set(numbers)
         for path in _other_files(part, {*kept, *others}):
             if not others or path.suffix in (".tar", ".parquet"):  # a temporary file may be another slice's
@@ -270,7 +313,7 @@ class _Packer:
             lambda number: self._written(part, number), range(len(self.slices)), self.workers
         ):
             shards.append(shard)
-            self._advance(len(self.slices[number]))
+            self._advance(self.slices.size(number))
         for path in _other_files(part, range(len(self.slices))):
             path.unlink()
         return shards, [problem for shard in shards for problem in shard.problems]
@@ -351,7 +394,7 @@ class _Packer:
             else:
                 current.converted.update(prepared.changes)
                 current.rows.append(self._write_lesion(current.tar, lesion, prepared))
-            if lesions == len(self.slices[number]):
+            if lesions == self.slices.size(number):
                 finished[number] = self._close(part, number, current)
                 current = None
             self._advance(1)

@@ -1,0 +1,82 @@
+"""Millions of texts in little memory: one after the other in blocks, and found by their hashes."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+
+_BLOCK = 1 << 16
+"""Texts in a block."""
+
+
+class Texts(Sequence[str]):
+    """Texts that are appended one by one; each takes its bytes and 4 more. Names of files may be of any bytes."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._blocks: list[pa.Array] = []
+        self._last: list[bytes] = []
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        self._last.append(os.fsencode(text))
+        if len(self._last) == _BLOCK:
+            self._blocks.append(pa.array(self._last, pa.binary()))
+            self._last = []
+
+    def __len__(self) -> int:
+        return len(self._blocks) * _BLOCK + len(self._last)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(len(self))[at]]
+        block, place = divmod(range(len(self))[at], _BLOCK)
+        text = self._blocks[block][place].as_py() if block < len(self._blocks) else self._last[place]
+        return os.fsdecode(text)
+
+    def __iter__(self) -> Iterator[str]:
+        for block in self._blocks:
+            yield from map(os.fsdecode, block.to_pylist())
+        yield from map(os.fsdecode, self._last)
+
+
+class HashIndex:
+    """Finds texts among N by their hashes, in 12 bytes a text; who asks compares the texts found, which may differ.
+
+    hashes: (N,) int64, of `hash`.
+    """
+
+    def __init__(self, hashes: array[int]) -> None:
+        found = np.frombuffer(hashes, np.int64) if hashes else np.empty(0, np.int64)
+        order = np.argsort(found, kind="stable")
+        self._hashes = found[order]
+        self._order = order.astype(np.int32) if len(order) < 1 << 31 else order
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> HashIndex:
+        return cls(array("q", map(hash, texts)))
+
+    def positions(self, text: str) -> list[int]:
+        """Return the positions of the texts with the hash of this one, ascending."""
+        first, last = (int(np.searchsorted(self._hashes, hash(text), side)) for side in ("left", "right"))
+        return self._order[first:last].tolist()
+
+    def only(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the position of the only text with the hash of each of these (N,), -1 where there is none or more."""
+        wanted = np.fromiter(map(hash, texts), np.int64, len(texts))
+        first = np.searchsorted(self._hashes, wanted)
+        last = np.searchsorted(self._hashes, wanted, "right")
+        return (
+            np.where(last - first == 1, self._order[np.minimum(first, len(self._order) - 1)], -1)
+            if len(self._order)
+            else np.full(len(texts), -1)
+        )
