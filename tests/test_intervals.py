@@ -282,3 +282,17 @@ def test_differences_are_distinct_from_0_after_correction_for_their_number() -> 
     assert intervals.beyond_noise(differences[::-1]) == [False, False, True]
     assert intervals.beyond_noise([Interval(0.0, 0.0, 0.0), Interval(0.1, 0.1, 0.1)]) == [False, True]
     assert intervals.beyond_noise([]) == []
+
+
+def test_units_are_the_distinct_sums_of_counts_over_groups() -> None:
+    generator = np.random.default_rng(0)
+    for lesions, number in ((60, 60), (60, 15), (200, 3), (1, 1)):
+        labels, groups = generator.integers(0, 3, lesions), generator.integers(0, number, lesions)
+        decisions = generator.random((lesions, 3)) < 0.4
+        (counts,), frequency = intervals._units([decisions], labels, groups)
+        truth = labels[:, None] == np.arange(3)
+        rows = np.concatenate([truth & decisions, truth.astype(int) + decisions, truth], axis=1)
+        expected = [rows[groups == group].sum(axis=0) for group in np.unique(groups)]
+        distinct, times = np.unique(expected, axis=0, return_counts=True)
+        np.testing.assert_array_equal(np.concatenate([counts.found, counts.total, counts.positives], axis=1), distinct)
+        np.testing.assert_array_equal(frequency, times)

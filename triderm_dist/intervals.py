@@ -589,12 +589,12 @@ def _units(tables: list[np.ndarray], labels: np.ndarray, groups: np.ndarray | No
     columns = [np.stack([truth & each, each.astype(int) + truth, truth, both]) for each in decided]
     counts = np.concatenate(columns).astype(np.int64)  # (4 tables, U, C)
     if groups is not None:
-        codes = _codes(np.asarray(groups)[known])
-        order = np.argsort(codes, kind="stable")
-        rows = counts.transpose(1, 0, 2).reshape(len(first), -1)[pattern_of[order]]
-        summed = np.add.reduceat(rows, np.flatnonzero(np.diff(codes[order], prepend=-1)), axis=0)
+        patterns, starts, repeats = _distinct_groups(_codes(np.asarray(groups)[known]), pattern_of)
+        rows = counts.transpose(1, 0, 2).reshape(len(first), -1)[patterns]
+        summed = np.add.reduceat(rows, starts, axis=0)
         smallest = summed.astype(np.min_scalar_type(summed.max()))  # rows of fewer bytes sort faster
-        distinct, frequency = np.unique(smallest, axis=0, return_counts=True)
+        distinct, number = np.unique(smallest, axis=0, return_inverse=True)
+        frequency = np.bincount(number.ravel(), repeats).astype(np.int64)
         counts = distinct.reshape(len(distinct), -1, classes).transpose(1, 0, 2)
     return [_Counts(*counts[start : start + 4].astype(float)) for start in range(0, len(counts), 4)], frequency
 
@@ -611,6 +611,28 @@ def _distinct(labels: np.ndarray, decisions: np.ndarray) -> tuple[np.ndarray, np
     else:
         _, first, inverse, counts = np.unique(words, axis=0, return_index=True, return_inverse=True, return_counts=True)
     return first, inverse.ravel(), counts
+
+
+def _distinct_groups(groups: np.ndarray, patterns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the distinct groups: the patterns of their lesions one after the other, where each group starts in them,
+    and how often each occurs.
+
+    groups, patterns: (N,) of each lesion, numbers from 0. Groups are equal that have the same patterns as often.
+    """
+    order = np.lexsort((patterns, groups))
+    patterns = patterns[order]
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    size = np.diff(starts, append=len(patterns))
+    # Lesion by lesion, groups whose patterns are equal so far have the same number.
+    number, longer = np.zeros(len(starts), np.int64), np.arange(len(starts))
+    for place in range(int(size.max())):
+        longer = longer[size[longer] > place]
+        pairs = number[longer] * (int(patterns.max()) + 1) + patterns[starts[longer] + place]
+        number[longer] = np.unique(pairs, return_inverse=True)[1].ravel()
+    _, first, repeats = np.unique(number * (int(size.max()) + 1) + size, return_index=True, return_counts=True)
+    begins = np.cumsum(size[first]) - size[first]
+    within = np.arange(size[first].sum()) - np.repeat(begins, size[first])
+    return patterns[np.repeat(starts[first], size[first]) + within], begins, repeats
 
 
 def _codes(groups: np.ndarray) -> np.ndarray:

@@ -119,3 +119,10 @@ def test_split_parts_keeps_groups_together_and_spreads_each_label() -> None:
         counts = np.bincount(parts[labels == label], minlength=5)
         assert least <= counts.min() and counts.max() <= most
     assert not (parts[labels == 3] == 0).any()  # too rare for early stopping: all its rows are needed for training
+
+
+def test_split_parts_of_integers_are_those_of_names_in_the_same_order() -> None:
+    generator = np.random.default_rng(0)
+    labels, names = generator.integers(0, 4, 200), generator.integers(0, 80, 200).astype(str)
+    numbers = np.unique(names, return_inverse=True)[1]
+    np.testing.assert_array_equal(split_parts(labels, numbers, 5, 0), split_parts(labels, names.astype(object), 5, 0))

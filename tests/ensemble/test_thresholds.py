@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from tests.ensemble.conftest import QUICK, members_of
 from tests.synthetic_run import labels_of
 from triderm_dist import metrics
-from triderm_dist.ensemble import calibration
+from triderm_dist.ensemble import calibration, sampling
 from triderm_dist.ensemble.thresholds import (
     NEVER,
     RULES,
@@ -57,8 +57,23 @@ def test_best_thresholds_equal_brute_force(scores: np.ndarray, labels: np.ndarra
     seen = [
         (scores[labels == label, label] > 0).any() for label in range(3)
     ]  # without a positive, every threshold has F1 = 0
-    weighted = _weighted_thresholds(scores, labels, np.ones((2, 25)))
+    weighted = _weighted_thresholds(scores, labels, np.ones((2, 25), np.uint8))
     np.testing.assert_array_equal(weighted[:, seen], [thresholds[seen], thresholds[seen]])
+
+
+def test_thresholds_under_weights_are_those_of_repeated_lesions() -> None:
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        labels = generator.integers(0, 3, 40)
+        scores = generator.integers(0, 2 + seed, (40, 3)) / (1 + seed)  # ties, zeros and ones
+        weights = generator.integers(0, 3, (4, 40)).astype(np.uint8)
+        for row, thresholds in zip(weights, _weighted_thresholds(scores, labels, weights), strict=True):
+            repeated, of = np.repeat(scores, row, axis=0), np.repeat(labels, row)
+            for label in np.flatnonzero(np.bincount(labels, minlength=3)):
+                truth, predicted = of == label, repeated[:, label] > thresholds[label]
+                reached = 2 * (truth & predicted).sum() / max((predicted.sum() + truth.sum()), 1)
+                if truth.any():
+                    assert reached == pytest.approx(brute_force(repeated[:, label], truth))
 
 
 def test_thresholds_lie_midway_between_two_scores() -> None:
@@ -160,3 +175,23 @@ def test_decisions_for_one_diagnosis_per_lesion(decision: str) -> None:
         if decision == "argmax":
             combined = candidate.ensemble.combine(list(tables.values()))
             np.testing.assert_array_equal(decided, metrics.argmax_decisions(combined))
+
+
+def test_a_large_set_is_searched_on_a_sample_and_its_thresholds_fitted_on_all_lesions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = labels_of(3000)
+    members = dict(zip("ab", members_of(labels, [1.0, 2.0]), strict=True))
+    parts = np.arange(len(labels)) % 5
+    whole = fit_candidates(members, labels, parts, QUICK)
+    monkeypatch.setattr(sampling, "SEARCH_LESIONS", 600)
+    sampled = fit_candidates(members, labels, parts, QUICK)
+    for name, candidate in sampled.items():
+        counts = np.bincount(labels[candidate.rows], minlength=C)
+        np.testing.assert_array_equal(counts, np.ceil(np.bincount(labels, minlength=C) / 5))
+        assert candidate.decisions.shape == (counts.sum(), C)
+        assert whole[name].rows.all()
+        ensemble = candidate.ensemble
+        choice = Thresholding(ensemble.rule, ensemble.shrinkage, ensemble.tau)
+        combined = np.tensordot(ensemble.weights, np.stack(list(members.values())), axes=1)
+        np.testing.assert_array_equal(ensemble.thresholds, choice.fit(combined, labels, 0))

@@ -67,16 +67,15 @@ def split_parts(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -
     """Split the rows of a fit into parts (N,) int64 in [0, parts), for early stopping and nested estimates.
 
     Groups are never split. A group counts as one of its rarest label, and each label's groups are dealt to the parts
-    in turn, part 0 last: a label with fewer groups than parts is missing from part 0 first. Unlike `assign_folds`
-    this never raises, since the rows of a nested fit may hold a single group of a label, and it does not balance the
-    sizes of the parts.
+    in turn, part 0 last: a label with fewer groups than parts is missing from part 0 first. The result depends on the
+    order of the group names, or of the numbers where groups are integers. Unlike `assign_folds` this never raises,
+    since the rows of a nested fit may hold a single group of a label, and it does not balance the sizes of the parts.
     """
     generator = np.random.default_rng(seed)
     frequency = np.bincount(labels)
-    _, group_of_row = np.unique(groups.astype(str), return_inverse=True)
-    label_of_group = np.full(group_of_row.max() + 1, -1, np.int64)
-    for row in np.lexsort((-frequency[labels],)):  # the most frequent label first: the rarest overwrites it
-        label_of_group[group_of_row[row]] = labels[row]
+    _, group_of_row = np.unique(groups if groups.dtype.kind in "iu" else groups.astype(str), return_inverse=True)
+    order = np.lexsort((-frequency[labels],))[::-1]  # the rarest label first
+    label_of_group = labels[order[np.unique(group_of_row[order], return_index=True)[1]]]
     part_of_group = np.empty(len(label_of_group), np.int64)
     for label in np.unique(label_of_group):
         members = generator.permutation(np.flatnonzero(label_of_group == label))

@@ -9,7 +9,7 @@ as CSV: oof_submission.csv in the format of the task's challenge, else oof_proba
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,6 +47,7 @@ from triderm_dist.ensemble.run_files import (
     NestedRows,
     write_nested,
 )
+from triderm_dist.ensemble.sampling import search_rows
 from triderm_dist.ensemble.score_table import TITLES, Row, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
@@ -87,7 +88,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         stack, stacker, stacker_notes = run_in_child(_fit_stacker, run_folder, table, models, config)
         notes += stacker_notes
 
-    temperatures = _temperatures(table, models, np.ones(len(table), bool))
+    temperatures = _temperatures(table, models, np.ones(len(table), bool), config.seed)
     members = {model: member_probabilities(table, model, temperatures[model]) for model in models}
     uncalibrated = {model: member_probabilities(table, model) for model in models}
     if stack:
@@ -145,6 +146,8 @@ def _read_table(path: Path, config: Experiment) -> tuple[OofTable, tuple[str, ..
             f"{(~usable).sum()} of {len(table)} lesions are excluded: not labeled, or not predicted by every model"
         )
     table = table.take(usable)
+    # Numbers in the order of the names: the same results, and sorted a hundred times faster.
+    table = replace(table, groups=np.unique(table.groups.astype(str), return_inverse=True)[1].ravel())
     if (folds := len(np.unique(table.folds))) < 2:
         raise DataError(
             f"{path}: lesions predicted by every model lie in {folds} {'fold' if folds == 1 else 'folds'}, two are "
@@ -166,8 +169,10 @@ def _networks(table: OofTable, members: tuple[str, ...] | None, path: Path) -> t
     return members or table.models
 
 
-def _temperatures(table: OofTable, models: tuple[str, ...], rows: np.ndarray) -> dict[str, float]:
-    """Fit the temperature of each model on some rows (N,) bool."""
+def _temperatures(table: OofTable, models: tuple[str, ...], rows: np.ndarray, seed: int) -> dict[str, float]:
+    """Fit the temperature of each model on some rows (N,) bool, or on a sample of them (`search_rows`)."""
+    rows = np.flatnonzero(rows)
+    rows = rows[search_rows(table.labels[rows], seed)]
     return {
         model: fit_temperature(table.logits[model][rows], table.labels[rows], table.heads[model]) for model in models
     }
@@ -180,7 +185,7 @@ def _nested_estimate(
     labels, folds = table.labels, table.folds
 
     def members_without(fold: int) -> dict[str, np.ndarray]:
-        temperatures = _temperatures(table, models, folds != fold)
+        temperatures = _temperatures(table, models, folds != fold, config.seed)
         members = {model: member_probabilities(table, model, temperatures[model]) for model in models}
         return members | ({STACKER: stack.without[fold]} if stack else {})
 

@@ -10,7 +10,9 @@ Shapes: N lesions, C diagnoses, R resamples. A diagnosis is predicted where its 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,11 +41,13 @@ class Thresholding(NamedTuple):
     shrinkage: float | None
     tau: float | None = None
 
-    def fit(self, probabilities: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    def fit(
+        self, probabilities: np.ndarray, labels: np.ndarray, seed: int, resamples: Resamples | None = None
+    ) -> np.ndarray:
         """Return (C,) thresholds fitted on these rows."""
         if self.tau is not None:
             return adjusted_thresholds(labels, probabilities.shape[1], self.tau)
-        return regularized_thresholds(probabilities, labels, self.shrinkage or 0.0, seed)
+        return regularized_thresholds(probabilities, labels, self.shrinkage or 0.0, seed, resamples)
 
 
 def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -70,7 +74,11 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray
 
 
 def regularized_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, shrinkage: float, seed: int = 0
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    shrinkage: float,
+    seed: int = 0,
+    resamples: Resamples | None = None,
 ) -> np.ndarray:
     """Return (C,) thresholds that generalize better than the exact ones; both steps work on logit(threshold).
 
@@ -79,7 +87,7 @@ def regularized_thresholds(
     (n t + s pooled) / (n + s). The pooled threshold is linear in the log share of the diagnosis, because the best
     threshold of a calibrated score is half the best F1 (Lipton et al. 2014), which falls with the share.
     """
-    return _shrink(_averaged_thresholds(probabilities, labels, seed), labels, shrinkage)
+    return _shrink(_averaged_thresholds(probabilities, labels, seed, resamples), labels, shrinkage)
 
 
 def adjusted_thresholds(labels: np.ndarray, classes: int, tau: float) -> np.ndarray:
@@ -120,13 +128,14 @@ def choose_thresholding(
     parts: np.ndarray,
     choices: Sequence[Thresholding],
     seed: int,
+    resamples: Resamples | None = None,
 ) -> tuple[Thresholding, np.ndarray]:
     """Choose among thresholdings by macro F1 over held-out parts; the first wins ties.
 
     Returns its decisions (N, C) bool on the held-out parts as well.
 
     members: (M, N, C).  fit_weights: rows (N,) bool -> (M,) weights fitted on them.  parts: (N,); weights and
-    thresholds are fitted without a part and judged on it.
+    thresholds are fitted without a part and judged on it.  resamples: kept for further calls with the same labels.
     """
     classes = members.shape[2]
     decisions = {choice: np.zeros((len(labels), classes), bool) for choice in choices}
@@ -134,7 +143,7 @@ def choose_thresholding(
         held_out = parts == part
         combined = np.tensordot(fit_weights(~held_out), members, axes=1)
         if any(choice.tau is None for choice in choices):  # once for all shrinkages
-            averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], seed)
+            averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], seed, resamples)
         for choice, table in decisions.items():
             if choice.tau is not None:
                 thresholds = adjusted_thresholds(labels[~held_out], classes, choice.tau)
@@ -158,9 +167,9 @@ def _ratio(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _weighted_thresholds(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return (R, C) exact thresholds under R weightings (R, N) of the lesions.
+    """Return (R, C) exact thresholds under R weightings (R, N) of the lesions, small whole numbers.
 
-    With weights of 1 they equal `best_thresholds`, which needs no cumulative sums and is three times as fast.
+    With weights of 1 they equal `best_thresholds`, which needs no sums of weights and is three times as fast.
     """
     probabilities = np.asarray(probabilities, np.float64)
     thresholds = np.full((len(weights), probabilities.shape[1]), NEVER)
@@ -168,19 +177,32 @@ def _weighted_thresholds(probabilities: np.ndarray, labels: np.ndarray, weights:
         truth = labels == column
         if not truth.any():
             continue
-        positives = weights[:, truth].sum(axis=1, keepdims=True)
         order = np.argsort(-scores)
         order = order[: np.count_nonzero(scores)]
         if not len(order):
             continue
         sorted_scores = np.append(scores[order], 0.0)
-        weight = weights[:, order]
-        true_positives = np.cumsum(weight * truth[order], axis=1)
-        f1 = 2 * true_positives / (np.cumsum(weight, axis=1) + positives)
-        f1[:, sorted_scores[:-1] == sorted_scores[1:]] = -1.0  # a threshold can't separate equal scores
-        best = f1.argmax(axis=1)
+        # A threshold can't separate equal scores. Among the sets of equal scores F1 is best at one that holds a lesion
+        # with the diagnosis, or, where all of these weigh nothing, 0 from the first set on.
+        ends = np.flatnonzero(sorted_scores[:-1] != sorted_scores[1:])
+        found = np.flatnonzero(truth[order])
+        ends = ends[np.unique(np.append(0, np.searchsorted(ends, found)))]
+        up_to = np.searchsorted(found, ends, side="right")
+        true_positives = _running_sums(np.take(weights, order[found], axis=1))[:, up_to]
+        weight = np.take(weights, order[: ends[-1] + 1], axis=1)
+        predicted = np.add.reduceat(weight, np.append(0, ends[:-1] + 1), axis=1, dtype=np.int32)
+        np.cumsum(predicted, axis=1, out=predicted)
+        positives = weights[:, truth].sum(axis=1, dtype=np.int32, keepdims=True)
+        best = ends[(2 * true_positives / (predicted + positives)).argmax(axis=1)]
         thresholds[:, column] = _midway(sorted_scores[best], sorted_scores[best + 1])
     return thresholds
+
+
+def _running_sums(weights: np.ndarray) -> np.ndarray:
+    """Return (R, N + 1) int32, the sums of the first 0 to N of the weights (R, N)."""
+    sums = np.zeros((len(weights), weights.shape[1] + 1), np.int32)
+    np.cumsum(weights, axis=1, dtype=np.int32, out=sums[:, 1:])
+    return sums
 
 
 def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -189,13 +211,36 @@ def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.where(middle < above, middle, below)
 
 
-def _averaged_thresholds(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+class Resamples:
+    """Bootstrap resamples of some of the lesions, stratified by diagnosis; drawn once for the same lesions and seed."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[int, bytes], np.ndarray] = {}
+        self._lock = Lock()
+
+    def of(self, labels: np.ndarray, seed: int) -> np.ndarray:
+        """Return (R, n) uint8, how often each of the lesions with these labels (n,) is drawn."""
+        key = (seed, hashlib.sha256(np.ascontiguousarray(labels)).digest())
+        with self._lock:
+            if key not in self._drawn:
+                self._drawn[key] = self._draw(labels, seed)
+            return self._drawn[key]
+
+    @staticmethod
+    def _draw(labels: np.ndarray, seed: int) -> np.ndarray:
+        generator = np.random.default_rng(seed)
+        weights = np.zeros((_RESAMPLES, len(labels)), np.uint8)  # a lesion is drawn once on average, and never so often
+        for label in np.unique(labels):
+            rows = np.flatnonzero(labels == label)
+            weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_RESAMPLES)
+        return weights
+
+
+def _averaged_thresholds(
+    probabilities: np.ndarray, labels: np.ndarray, seed: int, resamples: Resamples | None = None
+) -> np.ndarray:
     """Return the (C,) mean logit of the exact thresholds over bootstrap resamples; NaN without positives."""
-    generator = np.random.default_rng(seed)
-    weights = np.zeros((_RESAMPLES, len(labels)))
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_RESAMPLES)
+    weights = (resamples or Resamples()).of(labels, seed)
     logits = _logit(_weighted_thresholds(probabilities, labels, weights)).mean(axis=0)
     logits[~np.isin(np.arange(probabilities.shape[1]), labels)] = np.nan
     return logits

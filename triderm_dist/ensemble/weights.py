@@ -7,15 +7,18 @@ lesions, C diagnoses, M members. Probabilities are in [0, 1]; all labels (N,) ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from triderm_dist import intervals, metrics
 from triderm_dist.config import EnsembleConfig
+from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.run_files import AUTO, CHOSEN, ENSEMBLE, FITTED, MEAN, STACKER
-from triderm_dist.ensemble.thresholds import best_thresholds, choose_thresholding, thresholdings
+from triderm_dist.ensemble.sampling import search_rows
+from triderm_dist.ensemble.thresholds import Resamples, best_thresholds, choose_thresholding, thresholdings
 
 
 def fit_weights(
@@ -37,10 +40,14 @@ def fit_weights(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An ensemble fitted on all given rows, and decisions (N, C) of its weighting on rows that it was not fitted on."""
+    """An ensemble fitted on all given rows, and decisions of its weighting on rows that it was not fitted on.
+
+    rows: (N,) bool, those searched on.  decisions: (n, C) bool on these.
+    """
 
     ensemble: Ensemble
     decisions: np.ndarray
+    rows: np.ndarray
 
 
 def fit_candidates(
@@ -54,37 +61,47 @@ def fit_candidates(
     """Fit one candidate per weighting: each member by its name, and with two members or more `mean` and `fitted`.
 
     decision: one of `schema.DECISIONS`. The thresholding of each candidate is the one of `thresholdings(decision)` with
-    the best macro F1 over `parts` (N,): weights and thresholds are fitted without a part, and judged on it.
+    the best macro F1 over `parts` (N,): weights and thresholds are fitted without a part, and judged on it. Both the
+    thresholding and the weights are searched on `sampling.search_rows`; then thresholds are fitted on all rows.
     """
     names = tuple(members)
     stacked = np.stack(list(members.values()))
-    weightings: dict[str, Callable[[np.ndarray], np.ndarray]] = {}  # rows (N,) bool -> (M,) weights fitted on them
+    rows = search_rows(labels, seed)
+    searched, truth, parts = (stacked, labels, parts) if rows.all() else (stacked[:, rows], labels[rows], parts[rows])
+    weightings: dict[str, Callable[[np.ndarray], np.ndarray]] = {}  # rows searched on, bool -> (M,) weights fitted on
     for name, weights in zip(names, np.eye(len(names)), strict=True):
-        weightings[name] = lambda rows, weights=weights: weights  # type: ignore[misc]
+        weightings[name] = lambda _, weights=weights: weights  # type: ignore[misc]
     if len(names) > 1:
-        weightings[MEAN] = lambda rows: np.full(len(names), 1 / len(names))
+        weightings[MEAN] = lambda _: np.full(len(names), 1 / len(names))
         objective = ArgmaxObjective if decision == "argmax" else MacroF1Objective
-        weightings[FITTED] = lambda rows: _fit_weights(
-            objective([table[rows] for table in stacked], labels[rows]), config.rounds
+        weightings[FITTED] = lambda some: _fit_weights(
+            objective([table[some] for table in searched], truth[some]), config.rounds
         )
-    all_rows = np.ones(len(labels), bool)
-    choices = thresholdings(decision, config)
-    candidates = {}
-    for weighting, fit in weightings.items():
-        thresholding, decisions = choose_thresholding(stacked, fit, labels, parts, choices, seed)
-        weights = fit(all_rows)
+    choices, resamples = thresholdings(decision, config), Resamples()
+
+    def candidate(weighting: str) -> Candidate:
+        fit = weightings[weighting]
+        thresholding, decisions = choose_thresholding(searched, fit, truth, parts, choices, seed, resamples)
+        weights = fit(np.ones(len(truth), bool))
         ensemble = Ensemble(
             members=names,
             weights=weights,
-            thresholds=thresholding.fit(np.tensordot(weights, stacked, axes=1), labels, seed),
+            thresholds=thresholding.fit(np.tensordot(weights, stacked, axes=1), labels, seed, resamples),
             rule=thresholding.rule,
             shrinkage=thresholding.shrinkage,
             tau=thresholding.tau,
             weighting=weighting,
             temperatures=np.ones(len(names)),
         )
-        candidates[weighting] = Candidate(ensemble, decisions)
-    return candidates
+        return Candidate(ensemble, decisions, rows)
+
+    # Small sets take no second thread: their arrays are too short for one to help.
+    pool = ThreadPoolExecutor(1 if rows.all() else openmp_threads())
+    try:
+        futures = {weighting: pool.submit(candidate, weighting) for weighting in reversed(weightings)}  # longest first
+        return {weighting: futures[weighting].result() for weighting in weightings}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def choose_weighting(scores: Mapping[str, float]) -> str:
@@ -171,13 +188,14 @@ def nested_estimate(
             seed,
             decision,
         )
-        scores = {name: metrics.macro_f1(each.decisions, labels[outside]) for name, each in candidates.items()}
+        searched = np.flatnonzero(outside)[next(iter(candidates.values())).rows]
+        scores = {name: metrics.macro_f1(each.decisions, labels[searched]) for name, each in candidates.items()}
         picked = {ENSEMBLE: choose_weighting(scores)}
         if len(members) > 1:
             picked[_NETWORK] = best_network(scores)
             first, second = (candidates[name].decisions for name in picked.values())
-            grouped = None if groups is None else groups[outside]
-            gap = intervals.paired_difference(first, second, labels[outside], grouped, config.bootstrap, seed)
+            grouped = None if groups is None else groups[searched]
+            gap = intervals.paired_difference(first, second, labels[searched], grouped, config.bootstrap, seed)
             picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
         if config.use not in (AUTO, ENSEMBLE):
             picked[config.use] = config.use

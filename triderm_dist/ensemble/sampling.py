@@ -1,0 +1,33 @@
+"""Samples of a large set of lesions, on which the choices of an ensemble are searched and a stacker is fitted.
+
+Shapes: N lesions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SEARCH_LESIONS = 50_000
+"""Lesions on which temperatures, weights and thresholdings are searched, at most; a larger set is sampled. Thresholds,
+and every score, are computed from all lesions. The largest of the tasks that ship with the package has 10,015 lesions.
+"""
+
+
+def search_rows(labels: np.ndarray, seed: int, most: int | None = None) -> np.ndarray:
+    """Return which lesions (N,) bool to search on: all, or `most` of them (None: `SEARCH_LESIONS`) with the same share
+    of each diagnosis, rounded up.
+
+    labels: (N,) int64.
+    """
+    most = SEARCH_LESIONS if most is None else most
+    return draw(labels, np.bincount(labels) * min(1.0, most / len(labels)), seed)
+
+
+def draw(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
+    """Return a random choice of the lesions (N,) bool, of each diagnosis as many as wanted (C,), rounded up."""
+    generator = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), bool)
+    for label, count in enumerate(np.ceil(wanted - 1e-9).astype(np.int64)):
+        rows = np.flatnonzero(labels == label)
+        chosen[rows if count >= len(rows) else generator.choice(rows, count, replace=False)] = True
+    return chosen
