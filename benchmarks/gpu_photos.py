@@ -32,6 +32,7 @@ from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.threads import openmp_threads
+from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel
 from triderm_dist.engine import bench
 from triderm_dist.engine.evaluate import evaluate
@@ -154,12 +155,12 @@ def tokens(name: str, compiled: bool, workers: int, size: str, shards: str | Non
     loaders = loaders_of(model, index, image_side(network_of(model)), workers)
     extractor = TokenExtractor(tower, loaders, model.train.augment, 0, parallel.start_inference("bf16"))
     encoder = extractor.encoder(compiled and size == "full", 0)
-    few = np.arange(min(64, len(index)))
-    extractor.extract(encoder, few, PLAIN)
+    codec, few = TokenCodec("float16", tuple(tower.token_shape)), np.arange(min(64, len(index)))
+    extractor.extract(encoder, few, PLAIN, codec)
     rows = few if size == "tiny" else np.resize(np.arange(len(index)), 1024)
     synchronize()
     started = time.perf_counter()
-    extractor.extract(encoder, rows, PLAIN)
+    extractor.extract(encoder, rows, PLAIN, codec)
     seconds = time.perf_counter() - started
     return {"model": name, "compiled": compiled, "workers": workers, "photos_per_s": round(2 * len(rows) / seconds)}
 

@@ -24,6 +24,7 @@ from triderm_dist.config import AugmentConfig
 from triderm_dist.data.host_augment import HostTransform
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import ShardIndex, read_index
+from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel
 from triderm_dist.engine.views import PLAIN, TokenExtractor
 from triderm_dist.models.cpu_tower import CpuTower, fold_batch_norms
@@ -50,6 +51,7 @@ class TokenBenchmark(Section):
 def main(config: TokenBenchmark) -> None:
     index, tower = read_index(config.shards), build_tower(config.tower, config.pretrained, config.image_size)
     tower.freeze(len(tower.blocks))
+    codec = TokenCodec("float16", tuple(tower.token_shape))
     rows, lines = np.arange(min(config.lesions, len(index))), list[str]()
     ours, before = (extractor(config, index, tower, kind) for kind in (PhotoSource, BatchedSource))
     plain: Tower = before.encoder(False, 0)  # type: ignore[assignment]
@@ -65,7 +67,10 @@ def main(config: TokenBenchmark) -> None:
         for version in VERSIONS:
             for name, extract in (
                 ("before", lambda version=version: extract_before(before, plain, rows, version)),
-                ("ours", lambda version=version: ours.extract(fast, rows, version)),
+                (
+                    "ours",
+                    lambda version=version: ours.extract(fast, rows, version, codec),
+                ),
             ):
                 wall, cpu = timed(extract)
                 key = version, name

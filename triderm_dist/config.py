@@ -270,6 +270,11 @@ class TowerConfig(Section):
         description="train only small products beside the matrices of the blocks that are not frozen (LoRA); null "
         "trains all their weights",
     )
+    token_dtype: Literal["float16", "bfloat16", "int8"] = Field(
+        "float16",
+        description="how cached tokens, and what cached frozen blocks return, are stored; int8 takes about half the "
+        "space, with a scale for every few numbers",
+    )
     cache_frozen_blocks: bool = Field(
         False,
         description="compute once what the frozen blocks return, in train.augment.token_variants augmented versions, "
@@ -1147,6 +1152,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.tower.lora.alpha": 16.0,
     "models.NAME.tower.lora.rank": None,
     "models.NAME.tower.lora.targets": ["attention", "mlp"],
+    "models.NAME.tower.token_dtype": "float16",
     "models.NAME.train.augment.aspect": 0.0,
     "models.NAME.train.augment.clinical_strength": 1.0,
     "models.NAME.train.augment.cutmix": 0.0,

@@ -20,7 +20,7 @@ from triderm_dist.data.readers.milk10k import read_challenge
 from triderm_dist.data.shards.index import ShardIndex, read_photo_bytes
 from triderm_dist.data.shards.pack import pack_shards
 from triderm_dist.data.threads import Decoders
-from triderm_dist.data.token_cache import CHUNK, TokenCache
+from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.schema import VIEWS, Batch, DataError
 
 CPU = torch.device("cpu")
@@ -298,11 +298,6 @@ def test_photos_are_transformed_on_the_device(index):
     assert torch.equal(transformed.dermoscopic, torch.rot90(batch.dermoscopic, 1, (2, 3)).flip(3))
     assert torch.equal(transformed.clinical, torch.rot90(batch.clinical, 1, (2, 3)).flip(3))
     assert torch.equal(transformed.concepts, batch.concepts)
-
-
-def test_chunks_cover_every_lesion_once(tmp_path):
-    cache = TokenCache(tmp_path, 2 * CHUNK + 3, (1, 1))
-    assert np.concatenate([cache.rows(chunk) for chunk in cache.chunks]).tolist() == list(range(2 * CHUNK + 3))
 
 
 def test_smaller_requests_reuse_the_buffers_of_the_largest(index):

@@ -1,5 +1,6 @@
 """One bit flipped anywhere in a file of a run is noticed where the file is read, or changes nothing."""
 
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from triderm_dist.checksums import read_checked_json, write_checked_json
 from triderm_dist.cli import Interrupted
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import read_index
-from triderm_dist.data.token_cache import TokenCache
+from triderm_dist.data.token_cache import HEADER, TokenCache
 from triderm_dist.engine.checkpoint import Checkpoints, load_weights, read_info
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.ensemble.artifact import read_json
@@ -101,15 +102,12 @@ class Loaded(torch.nn.Module):
 
 def reader_of(path: Path) -> Callable[[], object]:
     """Return a function that reads the file as the toolkit does, and returns all that it takes from it."""
-    if path.suffix == ".npy":
-        chunk = np.load(path)
-        cache = TokenCache(path.parents[1], len(chunk), chunk.shape[2:])
-        out = np.empty((len(chunk), *chunk.shape[2:]), np.float16)
+    if path.suffix == ".tokens":
+        about = json.loads(path.read_bytes()[:HEADER])
 
         def tokens() -> object:
-            cache._maps.clear()
-            cache.read(np.arange(len(chunk)), 1, [path.parent.name] * len(chunk), out)
-            return out.tolist()
+            cache = TokenCache(path.parents[1], about["lesions"], tuple(about["shape"]), about["dtype"])
+            return cache.numbers_of_all_views(np.arange(about["lesions"]), path.parent.name).tolist()
 
         return tokens
     if path.name == "weights.safetensors":

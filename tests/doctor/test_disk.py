@@ -40,7 +40,7 @@ def test_estimate_is_near_what_a_small_run_leaves(tmp_path, keep):
     )  # fmt: skip
     need = estimate_disk(experiment, index.signature, index, NO_TEST)
     assert need.folds == pytest.approx(size_of(run, "*/fold-*/**/*"), rel=0.1)
-    assert need.tokens == pytest.approx(size_of(run, "tokens/**/*.npy"), rel=0.02)
+    assert need.tokens == pytest.approx(size_of(run, "tokens/**/*.tokens"), rel=0.02)
     assert need.towers == pytest.approx(size_of(run, "towers/*"), rel=0.05)
     assert need.shards == 0 and need.finished < need.peak and (keep or need.checkpoints > max(peaks))
     assert bool(list(run.glob("*/fold-*/checkpoints"))) == keep

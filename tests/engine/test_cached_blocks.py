@@ -114,9 +114,9 @@ def test_training_reads_augmented_versions_and_prediction_the_whole_tower(tmp_pa
     assert versions == ["augmented"] * 2 + ["plain"] * 2  # of each view
     assert is_fold_finished(experiment, index, "net", 0)
     assert_predicts_the_same_from_photos(experiment, index, range(2))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tokens")}
     refit(experiment, index, ["net"])
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tokens")}
     folders = [experiment.fold_folder("net", 0), experiment.fold_folder("net", 1), experiment.refit_folder("net")]
     stems = [read_weights(folder / "weights")["towers.clinical.stem.model.conv_stem.weight"] for folder in folders]
     assert all(torch.equal(each, stems[0]) for each in stems)
@@ -164,7 +164,7 @@ def test_the_disk_estimate_counts_the_cache(tmp_path, index):
     experiment = settings(index, tmp_path / "run", TOWERS["by view"], "tokens=null", "oof.tta=2")
     opened(experiment, index)
     need = estimate_disk(experiment, index.signature, index, "no test set")
-    found = sum(path.stat().st_size for path in (tmp_path / "run" / "tokens").rglob("*.npy"))
+    found = sum(path.stat().st_size for path in (tmp_path / "run" / "tokens").rglob("*.tokens"))
     assert need.tokens == pytest.approx(found, rel=0.02) and need.towers == 0
 
 

@@ -20,7 +20,7 @@ KEPT = (
 REMOVED = (
     *("tri/fold-0/checkpoints/epoch-1/state.json", "tri/fold-0/checkpoints/epoch-2/state.json"),
     *("refit/tri/checkpoints/epoch-1/state.json", "tri/other-settings/fold-0-abc/fold.json"),
-    *("tokens/abc/plain-0.npy", "tri/fold-0/weights.safetensors.12.part"),
+    *("tokens/abc/plain-0.tokens", "tri/fold-0/weights.safetensors.12.part"),
 )
 
 
@@ -49,14 +49,14 @@ def test_tokens_stay_where_the_run_lacks_the_tower(run):
     (run / "towers" / "a.safetensors").unlink()
     parts, notes = find_removable(run)
     remove(run, parts)
-    assert (run / "tokens" / "abc" / "plain-0.npy").exists() and any("tokens/" in note for note in notes)
+    assert (run / "tokens" / "abc" / "plain-0.tokens").exists() and any("tokens/" in note for note in notes)
 
 
 def test_linked_folders_stay(run, tmp_path):
     (run / "tokens").rename(tmp_path / "shared")
     (run / "tokens").symlink_to(tmp_path / "shared")
     remove(run, find_removable(run)[0])
-    assert (run / "tokens" / "abc" / "plain-0.npy").exists()
+    assert (run / "tokens" / "abc" / "plain-0.tokens").exists()
 
 
 @pytest.mark.parametrize("lock", [".lock", "tri/.fold-1.lock", "refit/.tri.lock"])

@@ -100,8 +100,7 @@ def test_tokens_from_photos_are_those_of_the_cache(sets, run):
     photos = LoaderFactory(sets[0], PhotoSource(sets[0], record.image_size, record.mean, record.std))
     batch = next(iter(photos.sequential(rows, 6, torch.device("cpu")))).micro_batches[0]
     for number, view in enumerate(("clinical", "dermoscopic")):
-        cached = np.empty((6, 1, 772), np.float32)
-        cache.read(rows, number, ["plain"] * 6, cached)
+        cached = cache.numbers(rows, number, "plain")
         computed = FrozenTower(tower)(getattr(batch, view)).numpy()
         assert np.allclose(cached, computed, rtol=1e-4, atol=1e-4)
         own, other, again, logits = np.split(cached, np.cumsum(record.token_shape.parts)[:-1], 2)

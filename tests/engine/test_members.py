@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.inference.small_run import train
 from tests.inference.small_tower import SMALL_TOWER
 from triderm_dist.checksums import read_checked_json
 from triderm_dist.config import Experiment, load_run
+from triderm_dist.data import token_cache
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.open import open_index
 from triderm_dist.engine.crossval import run_folds
@@ -78,19 +80,25 @@ def test_a_further_seed_is_the_training_of_that_seed(run: Path, tmp_path: Path) 
     assert hashes[0] == hashes[1]
 
 
+def shape_of(tokens: Path) -> list[int]:
+    shape: list[int] = json.loads(tokens.read_bytes()[: token_cache.HEADER])["shape"]
+    return shape
+
+
 def test_cache_holds_mean_tokens_also_those_of_a_cache_of_all_tokens(run: Path, tmp_path: Path) -> None:
     experiment = load_run(Experiment, run)
     index = open_index(experiment.train_shards, experiment.data.remote)
-    versions = {path.parent.name.split("-")[0] for path in (run / "tokens").glob("*-mean/*/*.npy")}
-    assert versions == {"plain", "augmented"} and not list((run / "tokens").glob("*[!n]/*/*.npy"))
+    versions = {path.parent.name.split("-")[0] for path in (run / "tokens").glob("*-mean/*/*.tokens")}
+    assert versions == {"plain", "augmented"} and not list((run / "tokens").glob("*[!n]/*/*.tokens"))
     means = embeddings(experiment, index, "mlp")
     kinds = experiment.models["mlp"].model_copy(update={"kind": "trimodal", "heads": 2, "settings": {}})
     other = experiment.model_copy(update={"models": {"mlp": kinds}, "tokens": str(tmp_path), "output": str(tmp_path)})
     assert np.allclose(embeddings(other, index, "mlp"), means, atol=1e-3)  # computes and keeps all tokens
     again = experiment.model_copy(update={"tokens": str(tmp_path), "output": str(tmp_path)})
-    whole = next(path for path in tmp_path.glob("*/plain/000000.npy") if not path.parts[-3].endswith("-mean"))
+    whole = next(path for path in tmp_path.glob("*/plain/000000.tokens") if not path.parts[-3].endswith("-mean"))
     assert np.array_equal(embeddings(again, index, "mlp"), means)
-    assert np.load(whole).shape[2] > 1 == np.load(next(tmp_path.glob("*-mean/plain/000000.npy"))).shape[2]
+    mean = next(tmp_path.glob("*-mean/plain/000000.tokens"))
+    assert shape_of(whole)[0] > 1 == shape_of(mean)[0]
 
 
 def test_components_are_of_the_lesions_of_training_only(run: Path) -> None:

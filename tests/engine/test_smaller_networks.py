@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.small_tasks import TASKS
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.shards.index import ShardIndex
+from triderm_dist.data.token_cache import HEADER
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.embed import embeddings
@@ -68,8 +70,9 @@ def test_predictions_have_no_auxiliary_logits_of_an_absent_view(trained):
 
 def test_frozen_tower_encodes_the_views_of_the_task_only(trained):
     _, experiment, index = trained
-    (plain,) = Path(experiment.token_folder).glob("*/plain/000000.npy")
-    assert np.load(plain, mmap_mode="r").shape[:2] == (24, len(index.signature.views))
+    (plain,) = Path(experiment.token_folder).glob("*/plain/000000.tokens")
+    header = json.loads(plain.read_bytes()[:HEADER])
+    assert (header["lesions"], header["views"]) == (24, len(index.signature.views))
     assert embeddings(experiment, index, "frozen").shape == (24, len(index.signature.views) * 256)
 
 

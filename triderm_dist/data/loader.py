@@ -365,14 +365,15 @@ class TokenSource:
             else:
                 pick = np.floor(rng.uniform(f"{name}/variant") * len(self.variants)).astype(int)
                 chosen = [self.variants[i] for i in pick]
-            jobs.append(pool.submit(self.cache.read, rows, v, chosen, buffers[v].numpy()))
+            records, size = buffers[v].numpy(), max(JOB_LESIONS, -(-len(rows) // pool.workers))
+            for part in (slice(start, start + size) for start in range(0, len(rows), size)):
+                jobs.append(pool.submit(self.cache.read, rows[part], v, chosen[part], records[part]))
         return Fetched(buffers, jobs)
 
     def finish(self, fetched: Fetched, device: torch.device, rng: LesionRng | None) -> dict[str, torch.Tensor]:
-        layout = torch.channels_last if len(self.cache.shape) == 3 else torch.contiguous_format
         with self._upload(fetched.views, device) as (on_device, copied):
             # Copied also where they are float32: the next batch overwrites what has been uploaded.
-            floats = [tokens.to(torch.float32, memory_format=layout, copy=copied is not None) for tokens in on_device]
+            floats = [self.cache.decode(records, copy=copied is not None) for records in on_device]
         return dict(zip(self.views, floats, strict=True))
 
     def transformed(self, batch: Batch, rows: np.ndarray, transform: int) -> Batch:
@@ -385,9 +386,8 @@ class TokenSource:
         return replace(batch, **tokens_of)
 
     def _buffer(self, rows: np.ndarray) -> torch.Tensor:
-        """Return memory for the tokens of rows (B,), pinned if there is a GPU: PyTorch reuses it once it is copied."""
-        dtype = torch.from_numpy(np.empty(0, self.cache.dtype)).dtype
-        return torch.empty((len(rows), *self.cache.shape), dtype=dtype, pin_memory=torch.cuda.is_available())
+        """Return memory for the records of rows (B,), pinned if there is a GPU: PyTorch reuses it once it is copied."""
+        return torch.empty((len(rows), self.cache.record_size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 class JointSource:

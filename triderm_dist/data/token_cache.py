@@ -1,11 +1,14 @@
-"""Cache on local disk for the tokens of frozen towers, and for what the frozen blocks of towers that train return.
+"""Cache on disk for the tokens of frozen towers, and for what the frozen blocks of towers that train return.
 
 A cache belongs to one tower (or its frozen blocks) at one resolution and one packed set (`cache_key`). It holds several
-versions of every photo: `plain`, the transforms of the dihedral group, and augmented ones. A version is written in
-chunks of lesions, each atomically, so that an interrupted extraction resumes at the next chunk and ranks share the work
-without communicating. A chunk is an .npy file followed by `_TRAILER` and the CRC-32 of everything before, which a
-process compares when it first opens the chunk. A process keeps the `MAX_OPEN` most recently used chunks mapped, since
-each needs a descriptor.
+versions of every photo: `plain`, the transforms of the dihedral group, and augmented ones. A version is a folder of at
+most `MAX_CHUNKS` files, each with the same number of lesions (`TokenCache.chunk_lesions`) and written atomically, so
+that an interrupted extraction resumes at the next file and ranks share the work. All records have one size: a read
+finds its bytes by arithmetic, takes those only, and compares them with their checksum. Files stay open, as many as the
+process may have (`MAX_OPEN`).
+
+    KEY/VERSION/NNNNNN.tokens      header of `HEADER` bytes (JSON), then for each lesion and view a record
+                                   (`TokenCodec`) and its CRC-32, which begins with the number of the record
 """
 
 from __future__ import annotations
@@ -13,138 +16,263 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
+import torch
 
+from triderm_dist.data.token_codec import TokenCodec, TokenDtype
 from triderm_dist.files import PATIENT_DATA, atomic_path
-from triderm_dist.runtime.process import open_files_limit
+from triderm_dist.runtime.process import open_files_limit, raise_open_files_limit
 from triderm_dist.schema import DataError, one_line
 
+FORMAT, VERSION = "triderm-tokens", 1
 CHUNK = 256
-"""Lesions per file."""
-MAX_OPEN = 128
-"""Chunks that a process keeps open; less where it may open few files."""
-_TRAILER = b"CRC32"
+"""Lesions that are computed and written at a time, and the fewest of a file."""
+MAX_CHUNKS = 1024
+"""Most files of a version: so many can be open at the same time, and as many ranks can share the work."""
+MAX_OPEN = 8192
+"""Files that a cache keeps open; fewer where the process may have few (`ulimit -n`), of which it takes an eighth."""
+HEADER = 512
+"""Bytes before the first record."""
+_CRC = 4
 
 
 class TokenCache:
-    """Tokens (L, D) of each photo, memory-mapped. lesions: rows of the packed set.  dtype: float16 or float32.
+    """Numbers of each photo. lesions: rows of the packed set.  shape: (L, D), or that of what frozen blocks return."""
 
-    shape: (L, D), or that of what frozen blocks return for a photo.
-    """
-
-    def __init__(
-        self, folder: Path, lesions: int, shape: tuple[int, ...], dtype: type[np.floating] = np.float16
-    ) -> None:
-        self.folder, self.lesions, self.shape, self.dtype = folder, lesions, shape, np.dtype(dtype)
-        self._maps: dict[tuple[str, int], np.ndarray] = {}
-        self._checked: set[tuple[str, int]] = set()
-        self._max_open = min(MAX_OPEN, max(1, open_files_limit() // 4))
+    def __init__(self, folder: Path, lesions: int, shape: tuple[int, ...], dtype: TokenDtype = "float16") -> None:
+        self.folder, self.lesions, self.codec = folder, lesions, TokenCodec(dtype, tuple(shape))
+        self.chunk_lesions = CHUNK * max(1, -(-lesions // (CHUNK * MAX_CHUNKS)))
+        self._files, self._lock = dict[tuple[str, int], _Chunk](), threading.Lock()
+        raise_open_files_limit()
+        self._max_open = max(1, min(MAX_OPEN, open_files_limit() // 8))
 
     def means(self) -> TokenCache:
         """Return the cache of the mean token of each photo, as one token in float32, in a folder of its own."""
         return TokenCache(
-            self.folder.with_name(f"{self.folder.name}-mean"), self.lesions, (1, self.shape[-1]), np.float32
+            self.folder.with_name(f"{self.folder.name}-mean"), self.lesions, (1, self.shape[-1]), "float32"
         )
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codec.shape
+
+    @property
+    def record_size(self) -> int:
+        """Bytes of a photo, as `read` returns them."""
+        return self.codec.size
+
+    @property
     def chunks(self) -> range:
-        return range(-(-self.lesions // CHUNK))
+        return range(-(-self.lesions // self.chunk_lesions))
 
     def rows(self, chunk: int) -> np.ndarray:
-        """Return the index rows of a chunk, (n,) int64, n <= CHUNK."""
-        return np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.lesions))
+        """Return the index rows of a chunk, (n,) int64."""
+        return np.arange(chunk * self.chunk_lesions, min((chunk + 1) * self.chunk_lesions, self.lesions))
 
-    def has(self, version: str, chunk: int) -> bool:
-        return self._path(version, chunk).exists()
+    def parts(self, chunk: int) -> list[np.ndarray]:
+        """Return the index rows of a chunk, `CHUNK` at a time."""
+        rows = self.rows(chunk)
+        return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
 
-    def missing(self, versions: Sequence[str]) -> list[tuple[str, int]]:
-        """List the (version, chunk) pairs that are not on disk yet."""
-        return [(version, chunk) for version in versions for chunk in self.chunks if not self.has(version, chunk)]
+    def missing(self, versions: Collection[str]) -> list[tuple[str, int]]:
+        """List the (version, chunk) pairs that are not on disk yet. Reads one folder a version."""
+        result = []
+        for version in versions:
+            names: Collection[str] = ()
+            with suppress(FileNotFoundError):
+                names = set(os.listdir(self.folder / version))
+            result += [(version, chunk) for chunk in self.chunks if self._path(version, chunk).name not in names]
+        return result
 
-    def write(self, version: str, chunk: int, tokens: np.ndarray) -> None:
-        """Store the tokens (n, views, *shape) of a chunk."""
-        content = io.BytesIO()
-        np.save(content, tokens.astype(self.dtype, copy=False))
-        with atomic_path(self._path(version, chunk), PATIENT_DATA) as temporary, temporary.open("wb") as file:
-            file.write(content.getbuffer())
-            file.write(_TRAILER + zlib.crc32(content.getbuffer()).to_bytes(4, "little"))
+    def write(self, version: str, chunk: int, numbers: np.ndarray) -> None:
+        """Store the numbers (n, views, *shape) of a chunk."""
+        self.write_parts(version, chunk, [self.codec.encode(torch.from_numpy(numbers)).numpy()])
+
+    def write_parts(self, version: str, chunk: int, parts: Iterable[np.ndarray]) -> None:
+        """Store a chunk, whose records (n, views, record_size) uint8 come in parts of some lesions.
+
+        Each part is written while the next one is computed.
+        """
+        parts, rows = iter(parts), self.rows(chunk)
+        part = next(parts)
+        views, first, end = part.shape[1], int(rows[0]) * part.shape[1], (int(rows[-1]) + 1) * part.shape[1]
+        with (
+            atomic_path(self._path(version, chunk), PATIENT_DATA) as temporary,
+            temporary.open("wb") as file,
+            ThreadPoolExecutor(1, thread_name_prefix="write tokens") as pool,
+        ):
+            file.write(self._header(chunk, views))
+            writing: Future[int] | None = None
+            while True:
+                if writing:
+                    writing.result()
+                records = part.reshape(-1, self.record_size)
+                writing = pool.submit(lambda data: file.write(data), _with_checksums(records, first))
+                first += len(records)
+                if (following := next(parts, None)) is None:
+                    break
+                part = following
+            writing.result()
+            assert first == end
 
     def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
-        """Fill `out` (n, *shape) with the tokens of one view of `rows` (n,), each row in its own version."""
-        for i, (row, version) in enumerate(zip(rows, versions, strict=True)):
-            out[i] = self._open(version, row // CHUNK)[row % CHUNK, view]
+        """Fill `out` (n, record_size) uint8 with the records of one view of `rows` (n,), each row in its own version.
 
-    def read_chunk(self, version: str, chunk: int) -> np.ndarray:
-        """Return the tokens (n, views, *shape) of a chunk, mapped."""
-        return self._open(version, chunk)
+        Raises DataError where one is missing or damaged.
+        """
+        checksum = bytearray(_CRC)
+        for row, version, record in zip(rows.tolist(), versions, out, strict=True):
+            number = row // self.chunk_lesions
+            chunk = self._files.get((version, number)) or self._open(version, number)
+            chunk.read(row * chunk.views + view, [record, checksum])
+            if zlib.crc32(record, row * chunk.views + view).to_bytes(_CRC, "little") != checksum:
+                raise chunk.damaged()
 
-    def _open(self, version: str, chunk: int) -> np.ndarray:
-        key = version, chunk
-        tokens = self._maps.pop(key, None)
-        if tokens is None:
-            path = self._path(version, chunk)
-            tokens = _open_checked(path, compare=key not in self._checked)
-            expected = (len(self.rows(chunk)), *self.shape)
-            found = (len(tokens), *tokens.shape[2:]) if tokens.ndim > 2 else ()
-            if tokens.dtype != self.dtype or found != expected:
-                raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
-            self._checked.add(key)
-        self._maps[key] = tokens  # the dict is in the order of the last use
-        if len(self._maps) > self._max_open:
-            del self._maps[next(iter(self._maps))]
-        return tokens
+    def decode(self, records: torch.Tensor, copy: bool = False) -> torch.Tensor:
+        """Return records (n, record_size) as numbers (n, *shape) float32, see `TokenCodec.decode`."""
+        return self.codec.decode(records, copy)
+
+    def numbers(self, rows: np.ndarray, view: int, version: str) -> np.ndarray:
+        """Return the numbers (n, *shape) float32 of one view of `rows` (n,)."""
+        records = np.empty((len(rows), self.record_size), np.uint8)
+        self.read(rows, view, [version] * len(rows), records)
+        return self.decode(torch.from_numpy(records)).numpy()
+
+    def numbers_of_all_views(self, rows: np.ndarray, version: str) -> np.ndarray:
+        """Return the numbers (n, views, *shape) float32 of `rows` (n,), all of one chunk."""
+        number = int(rows[0]) // self.chunk_lesions
+        chunk = self._files.get((version, number)) or self._open(version, number)
+        return np.stack([self.numbers(rows, view, version) for view in range(chunk.views)], 1)
+
+    def earlier(self, version: str, rows: np.ndarray) -> np.ndarray | None:
+        """Return the numbers (n, views, *shape) of a part (`parts`) that an earlier version of this package stored, in
+        a file of its own; None where it did not, or where they are damaged.
+        """
+        try:
+            content = self._earlier_path(version, rows).read_bytes()
+            file = io.BytesIO(content)
+            numbers: np.ndarray = np.load(file, allow_pickle=False)
+        except Exception:  # the header is parsed as Python, and may raise anything
+            return None
+        end = file.tell()
+        if end == len(content):  # the first ones had no checksum
+            intact = bool(np.isfinite(numbers).all())
+        else:
+            intact = content[end:] == b"CRC32" + zlib.crc32(content[:end]).to_bytes(4, "little")
+        shape = (len(numbers), *numbers.shape[2:]) if numbers.ndim > 1 else ()
+        expected = str(numbers.dtype) == self.codec.dtype and shape == (len(rows), *self.shape)
+        return numbers if intact and expected else None
+
+    def remove_earlier(self, version: str, chunk: int) -> None:
+        """Remove the files of `earlier` whose numbers are in this chunk."""
+        for rows in self.parts(chunk):
+            self._earlier_path(version, rows).unlink(missing_ok=True)
+
+    def _earlier_path(self, version: str, rows: np.ndarray) -> Path:
+        return self.folder / version / f"{int(rows[0]) // CHUNK:06d}.npy"
+
+    def _open(self, version: str, number: int) -> _Chunk:
+        """Open a file, outside of the lock, since on a network disk each open waits."""
+        path, size = self._path(version, number), self.record_size + _CRC
+        try:
+            file = path.open("rb", buffering=0)
+            header, found = file.read(HEADER), os.fstat(file.fileno()).st_size
+            content = json.loads(header)
+            views = content["views"]
+        except FileNotFoundError:
+            raise DataError(
+                f"{path}: no such file; the same command computes it again. Several nodes need a folder of tokens on a "
+                "disk that they share"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            text = one_line(error, 160)
+            raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
+        if type(views) is not int or header != self._header(number, views):
+            raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
+        rows = self.rows(number)
+        chunk = _Chunk(file, views, size, HEADER - int(rows[0]) * views * size)
+        if found != HEADER + len(rows) * views * size:
+            raise chunk.damaged()
+        with self._lock:
+            while (version, number) not in self._files and len(self._files) >= self._max_open:
+                del self._files[next(iter(self._files))]  # closed when its last reader drops it
+            return self._files.setdefault((version, number), chunk)  # another thread's, where that was faster
+
+    def _header(self, chunk: int, views: int) -> bytes:
+        rows = self.rows(chunk)
+        content = {
+            "format": FORMAT, "version": VERSION, "first": int(rows[0]), "lesions": len(rows), "views": views,
+            "shape": self.shape, "dtype": self.codec.dtype, "header": HEADER,
+        }  # fmt: skip
+        return f"{json.dumps(content):<{HEADER - 1}}\n".encode()
 
     def _path(self, version: str, chunk: int) -> Path:
-        return self.folder / version / f"{chunk:06d}.npy"
+        return self.folder / version / f"{chunk:06d}.tokens"
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """An open file. size: bytes of a record and its checksum.  offset: where record 0 of the version would be."""
+
+    file: IO[bytes]
+    views: int
+    size: int
+    offset: int
+
+    def read(self, record: int, buffers: list[np.ndarray | bytearray]) -> None:
+        """Read a record of the version and its checksum."""
+        try:
+            if os.preadv(self.file.fileno(), buffers, self.offset + record * self.size) != self.size:
+                raise self.damaged()
+        except OSError as error:
+            raise DataError(f"{self.file.name}: {error.strerror or error}, while reading tokens") from None
+
+    def damaged(self) -> DataError:
+        return DataError(f"{self.file.name}: changed or damaged; delete it, and the next run computes it again")
 
 
 class JoinedCache:
-    """Several caches of one token a photo, read side by side as one token in float32."""
+    """Several caches of one token a photo in float32, read side by side as one token."""
 
     def __init__(self, caches: Sequence[TokenCache]) -> None:
         self.caches = tuple(caches)
         self.shape = (1, sum(cache.shape[1] for cache in caches))
-        self.dtype = np.dtype(np.float32)
+        self.record_size = sum(cache.record_size for cache in caches)
 
     def read(self, rows: np.ndarray, view: int, versions: Sequence[str], out: np.ndarray) -> None:
-        """Fill `out` (n, 1, D) as `TokenCache.read` does."""
+        """Fill `out` (n, record_size) uint8 as `TokenCache.read` does."""
         start = 0
         for cache in self.caches:
-            end = start + cache.shape[1]
-            cache.read(rows, view, versions, out[:, :, start:end])
+            end = start + cache.record_size
+            cache.read(rows, view, versions, out[:, start:end])
             start = end
 
+    def decode(self, records: torch.Tensor, copy: bool = False) -> torch.Tensor:
+        """Return records (n, record_size) as one token (n, 1, D) float32. copy: see `TokenCache.decode`."""
+        return TokenCodec("float32", self.shape).decode(records, copy)
 
-def _open_checked(path: Path, compare: bool) -> np.ndarray:
-    """Map a chunk into memory. Raises DataError for a damaged one; compare: also its content with its checksum.
+    def numbers(self, rows: np.ndarray, view: int, version: str) -> np.ndarray:
+        """Return one token (n, 1, D) float32 of one view of `rows` (n,)."""
+        return np.concatenate([cache.numbers(rows, view, version) for cache in self.caches], 2)
 
-    A chunk of version 0.1.0 ends with its last number, without a checksum: its numbers are checked to be finite.
-    """
-    try:
-        if not compare:
-            mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-            return mapped
-        content: Any = np.memmap(path, np.uint8, "r")
-        tokens: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        end = tokens.offset + tokens.nbytes
-        if end == len(content):
-            intact = bool(np.isfinite(tokens).all())
-        else:
-            trailer = _TRAILER + zlib.crc32(content[:end]).to_bytes(4, "little")
-            intact = content[end:].tobytes() == trailer
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the header is parsed as Python, and may raise anything
-        text = one_line(error, 160)
-        raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
-    if not intact:
-        raise DataError(f"{path}: changed or damaged; delete it, and the next run computes it again")
-    return tokens
+
+def _with_checksums(records: np.ndarray, first: int) -> memoryview:
+    """Return records (n, size) uint8 with the CRC-32 of each behind it. first: the number of the first one."""
+    result = np.empty((len(records), records.shape[1] + _CRC), np.uint8)
+    result[:, :-_CRC] = records
+    checksums = [zlib.crc32(record, first + number) for number, record in enumerate(np.ascontiguousarray(records))]
+    result[:, -_CRC:] = np.array(checksums, "<u4").view(np.uint8).reshape(-1, _CRC)
+    return result.data
 
 
 def cache_key(**identity: object) -> str:

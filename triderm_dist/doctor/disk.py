@@ -113,7 +113,7 @@ def estimate_disk(
             cached = train_lesions * (train.augment.token_variants + experiment.oof.tta)
             if model.tower.frozen:  # for frozen blocks only what is trained on is cached
                 cached += test_lesions * experiment.predict.transforms
-            tokens[key] = max(tokens.get(key, 0), 2 * sizes.tokens * cached * number)
+            tokens[key] = max(tokens.get(key, 0), sizes.tokens * cached * number)
     in_run = experiment.tokens is None
     return DiskEstimate(
         folds, tables, sum(tokens.values()) if in_run else 0, sum(towers.values()),
@@ -123,7 +123,7 @@ def estimate_disk(
 
 @dataclass(frozen=True)
 class _ModelSizes:
-    """Bytes of the weights, of the optimizer's state and of a frozen tower; float16 numbers cached of a lesion."""
+    """Bytes of the weights, of the optimizer's state and of a frozen tower; bytes cached of a lesion."""
 
     weights: int
     optimizer: int
@@ -132,8 +132,7 @@ class _ModelSizes:
 
 
 def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
-    import math
-
+    from triderm_dist.data.token_codec import TokenCodec
     from triderm_dist.models import build_towers, network_class
     from triderm_dist.models.network import SHARED
     from triderm_dist.monitoring.memory_estimate import bare_network, local_tower
@@ -141,15 +140,15 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
 
     network, _ = bare_network(model, signature)
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
-    tower = tokens = 0
+    tower, tokens, dtype = 0, 0, model.tower.token_dtype
     if model.tower.frozen:
         built = build_towers(local_tower(model.tower)[0], signature.views)[0]
-        mean = network_class(model.kind).reads_mean_tokens  # one token in float32
-        tower, tokens = _state_bytes(built), 2 * built.width if mean else math.prod((built.num_tokens, built.width))
-        tokens *= max(1, len(signature.views))
+        mean = network_class(model.kind).reads_mean_tokens
+        codec = TokenCodec("float32", (built.width,)) if mean else TokenCodec(dtype, tuple(built.token_shape))
+        tower, tokens = _state_bytes(built), codec.size * max(1, len(signature.views))
     elif model.tower.cached:
         keys = [SHARED if SHARED in network.towers else view for view in network.used_views]
-        tokens = sum(math.prod(cast("Tower", network.towers[key]).input_shape) for key in keys)
+        tokens = sum(TokenCodec(dtype, cast("Tower", network.towers[key]).input_shape).size for key in keys)
     return _ModelSizes(_state_bytes(network), round(4 * state_size(model.train.optim) * trained), tower, tokens)
 
 

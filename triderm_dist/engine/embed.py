@@ -35,9 +35,7 @@ def embeddings(experiment: Experiment, index: ShardIndex, name: str) -> np.ndarr
     cache, num_views = source.cache, len(source.views)
     result = np.empty((len(index), num_views, cache.shape[1]), np.float32)
     for chunk in cache.chunks:
-        rows = cache.rows(chunk)
-        tokens = np.empty((len(rows), *cache.shape), cache.dtype)
-        for view in range(num_views):
-            cache.read(rows, view, [PLAIN] * len(rows), tokens)
-            result[rows, view] = tokens.mean(axis=1, dtype=np.float32)
+        for rows in cache.parts(chunk):
+            for view in range(num_views):
+                result[rows, view] = cache.numbers(rows, view, PLAIN).mean(axis=1, dtype=np.float32)
     return result.reshape(len(index), -1)

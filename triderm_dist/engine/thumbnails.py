@@ -14,14 +14,15 @@ def compute_thumbnails(
 ) -> None:
     """Compute the missing files of thumbnails, distributed over the ranks.
 
-    Call on all ranks. after_file: called on all ranks after every file, and may raise.
+    Call on all ranks. after_file: called on all ranks after a file of each, and may raise.
     """
     missing = [(thumbnails, number) for thumbnails in sets for number in thumbnails.missing()]
     accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
     if missing:
         accelerator.print("comparing the photos of the training set with those of other sets", flush=True)
-    for position, (thumbnails, number) in enumerate(missing):
-        if position % accelerator.num_processes == accelerator.process_index:
+    for start in range(0, len(missing), accelerator.num_processes):
+        if (own := start + accelerator.process_index) < len(missing):
+            thumbnails, number = missing[own]
             thumbnails.compute(number, workers)
         after_file()
     accelerator.wait_for_everyone()

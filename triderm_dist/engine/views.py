@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from triderm_dist.data.loader import JointSource, LoaderFactory, PhotoSource, St
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.reader import note_on_open_files
 from triderm_dist.data.token_cache import JoinedCache, TokenCache, cache_key
+from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.data.union import ExtraSet, LesionUnion, UnionSource
 from triderm_dist.data.upload import HostCopy, read_behind
 from triderm_dist.distributed.collectives import is_main, on_main
@@ -92,10 +93,10 @@ def open_views(
     return, computing what the cache lacks.
 
     Call on all ranks. train: also open the augmented versions; frozen blocks are cached for training only. transforms:
-    how many transforms of the dihedral group prediction uses. after_chunk: called on all ranks after every chunk that
-    is computed, and may raise. extra: sets whose lesions join training. recorded, start: the tower, see `open_tower`.
-    record: write it to OUTPUT/towers. beside: the towers beside one that is not recorded.
-    brief: another process prints the notes on the set and the tower.
+    how many transforms of the dihedral group prediction uses. after_chunk: called on all ranks equally
+    often while they compute chunks, and may raise. extra: sets whose lesions join training. recorded, start: the tower,
+    see `open_tower`. record: write it to OUTPUT/towers. beside: the towers beside one that is not recorded. brief:
+    another process prints the notes on the set and the tower.
     """
     augment, data, seed = model.train.augment, experiment.data, experiment.seed_of_tokens
     build_augmentations(augment)  # raises for unknown ones, also where all tokens are cached
@@ -152,17 +153,19 @@ def open_views(
         photos = loaders.source
         assert isinstance(photos, PhotoSource)
         frame = {} if about.frame == "square" else {"frame": about.frame}
-        key = cache_key(**part.identity, index=each.fingerprint, size=about.image_size, **frame)
-        whole = TokenCache(experiment.token_folder / key, len(each), part.shape)
+        dtype = model.tower.token_dtype
+        stored = {} if dtype == "float16" else {"dtype": dtype}
+        key = cache_key(**part.identity, index=each.fingerprint, size=about.image_size, **frame, **stored)
+        whole = TokenCache(experiment.token_folder / key, len(each), part.shape, dtype)
         cache = whole.means() if means else whole
         variants = [PLAIN, *augmented_versions(augment, seed)] if train else [PLAIN]
         transformed = [PLAIN, *(f"dihedral-{k}" for k in range(1, transforms))]
         versions = list(dict.fromkeys([*variants, *transformed]))
-        if cache.missing(versions):
-            announce()
         extractor = TokenExtractor(part.module, loaders, augment, seed, accelerator, photos.views, part.what)
-        if means and cache.missing(versions) and not about.is_joined and _needs_whole_tokens(experiment, model):
-            extractor.fill(whole, versions, model.train.compile, after_chunk)
+        if on_main(partial(cache.missing, versions)):
+            announce()
+            if means and not about.is_joined and _needs_whole_tokens(experiment, model):
+                extractor.fill(whole, versions, model.train.compile, after_chunk)
         extractor.fill(cache, versions, model.train.compile, after_chunk, whole if means else None)
         photos.close()
         return TokenSource(cache, variants, transformed, photos.views)
@@ -240,13 +243,15 @@ def _fill_logits(
     weights: the hash of `logits`.
     """
     folder = means.folder.with_name(f"{means.folder.name}-{weights[:16]}")
-    cache = TokenCache(folder, means.lesions, (1, logits.width), np.float32)
-    missing = cache.missing(versions)
-    accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
+    cache = TokenCache(folder, means.lesions, (1, logits.width), "float32")
+    missing = on_main(partial(cache.missing, versions))
+
+    def values(version: str, rows: np.ndarray) -> np.ndarray:
+        tokens = torch.from_numpy(means.numbers_of_all_views(rows, version))  # (n, views, 1, D)
+        return cache.codec.encode(logits(tokens.flatten(0, 1)).view(*tokens.shape[:2], 1, logits.width)).numpy()
+
     for version, chunk in missing[accelerator.process_index :: accelerator.num_processes]:
-        tokens = torch.from_numpy(np.array(means.read_chunk(version, chunk)))  # (n, views, 1, D)
-        values = logits(tokens.flatten(0, 1)).numpy()
-        cache.write(version, chunk, values.reshape(*tokens.shape[:2], 1, logits.width))
+        cache.write_parts(version, chunk, (values(version, rows) for rows in cache.parts(chunk)))
     accelerator.wait_for_everyone()
     return cache
 
@@ -262,9 +267,7 @@ def mean_tokens(views: Views, rows: np.ndarray) -> dict[str, torch.Tensor]:
     for number, view in enumerate(source.views):
         own = rows[index.sizes[rows, VIEWS.index(view)] > 0]
         own = own[np.linspace(0, len(own) - 1, min(len(own), MAX_FITTED)).astype(int)]
-        out = np.empty((len(own), *source.cache.shape), source.cache.dtype)
-        source.cache.read(own, number, [PLAIN] * len(own), out)
-        result[view] = torch.from_numpy(out[:, 0])
+        result[view] = torch.from_numpy(source.cache.numbers(own, number, PLAIN)[:, 0])
     return result
 
 
@@ -371,36 +374,57 @@ class TokenExtractor:
     ) -> None:
         """Compute the missing chunks, distributed over the ranks; an interrupted run resumes at the next chunk.
 
-        whole: given where `cache` is for mean tokens; those of its chunks are averaged, not computed again.
+        after_chunk: called on all ranks equally often.  whole: given where `cache` is for mean tokens; those of its
+        chunks are averaged, not computed again.
         """
-        missing, accelerator = cache.missing(versions), self.accelerator
-        if missing:
-            on_main(lambda: remove_dead_parts(*(cache.folder / version for version in versions)))
-        accelerator.wait_for_everyone()  # no rank may write before all have listed what is missing
+        accelerator, ranks = self.accelerator, self.accelerator.num_processes
+        missing, there = on_main(partial(_missing, cache, versions, whole))
         if not missing:
             return
-        photos = cache.lesions * len(self.views) * len(versions)
-        computed = [pair for pair in missing if not (whole and whole.has(*pair))]
-        encoder = self.encoder(compile_tower, photos) if computed else self.tower
+
+        @functools.cache  # where there is something to compute
+        def encoder() -> Encoder:
+            return self.encoder(compile_tower, cache.lesions * len(self.views) * len(versions))
+
+        def part(version: str, chunk: int, rows: np.ndarray) -> np.ndarray:
+            """Return the records (n, views, size) of some lesions of a chunk."""
+            if (earlier := cache.earlier(version, rows)) is not None:
+                return cache.codec.encode(torch.from_numpy(earlier)).numpy()
+            if not whole:
+                return self.extract(encoder(), rows, version, cache.codec)
+            if (version, chunk) in there:
+                tokens = whole.numbers_of_all_views(rows, version)
+            elif (earlier := whole.earlier(version, rows)) is not None:
+                tokens = earlier
+            else:
+                records = self.extract(encoder(), rows, version, whole.codec)
+                tokens = whole.codec.decode(torch.from_numpy(records).flatten(0, 1)).numpy()
+                tokens = tokens.reshape(*records.shape[:2], *whole.shape)
+            means = tokens.mean(2, keepdims=True, dtype=np.float32)
+            return cache.codec.encode(torch.from_numpy(means)).numpy()
+
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not accelerator.is_main_process) as progress:
             task = progress.add_task(f"{self.what}, chunks", total=len(missing))
-            for number, (version, chunk) in enumerate(missing):
-                if number % accelerator.num_processes == accelerator.process_index:
-                    if whole and whole.has(version, chunk):
-                        tokens = whole.read_chunk(version, chunk)
-                    else:
-                        tokens = self.extract(encoder, cache.rows(chunk), version)
-                    if whole:
-                        tokens = tokens.mean(2, keepdims=True, dtype=np.float32)
-                    cache.write(version, chunk, tokens)
-                    note_progress()
-                after_chunk()
-                progress.update(task, completed=number + 1)
-                if accelerator.is_main_process and not progress.console.is_terminal and (number + 1) % 10 == 0:
-                    print(f"{self.what}: {number + 1} of {len(missing)} chunks", flush=True)
+            for start in range(0, len(missing), ranks):
+                # Each rank computes a chunk of its own, then all agree on going on: a call for every chunk would let
+                # most of them wait. In a chunk of several parts they agree after each part.
+                calls = len(cache.parts(0))
+                if (own := start + accelerator.process_index) < len(missing):
+                    version, chunk = missing[own]
+                    rows = cache.parts(chunk)
+                    computed = (part(version, chunk, each) for each in rows)
+                    cache.write_parts(version, chunk, _with_calls(computed, after_chunk))
+                    cache.remove_earlier(version, chunk)
+                    calls -= len(rows) - 1
+                for _ in range(calls):
+                    after_chunk()
+                done = min(start + ranks, len(missing))
+                progress.update(task, completed=done)
+                if accelerator.is_main_process and not progress.console.is_terminal and start // 10 < done // 10:
+                    print(f"{self.what}: {done} of {len(missing)} chunks", flush=True)
         accelerator.wait_for_everyone()
 
     def encoder(self, compile_tower: bool, photos: int) -> Encoder:
@@ -415,14 +439,14 @@ class TokenExtractor:
             tower.compile(dynamic=False)
         return tower
 
-    def extract(self, encoder: Encoder, rows: np.ndarray, version: str) -> np.ndarray:
-        """Return the tokens (n, views, L, D), of blocks (n, views, ...), float16, of index rows (n,) in one version."""
-        work = partial(self._extract, encoder, rows, version)
+    def extract(self, encoder: Encoder, rows: np.ndarray, version: str, codec: TokenCodec) -> np.ndarray:
+        """Return the tokens, or what blocks return, of index rows (n,) in one version as records (n, views, size)."""
+        work = partial(self._extract, encoder, rows, version, codec)
         tokens, batch = with_smaller_batches(work, self.batch, "lesions at a time", alone=True)
         object.__setattr__(self, "batch", batch)
         return tokens
 
-    def _extract(self, encoder: Encoder, rows: np.ndarray, version: str, batch: int) -> np.ndarray:
+    def _extract(self, encoder: Encoder, rows: np.ndarray, version: str, codec: TokenCodec, batch: int) -> np.ndarray:
         """Extract with `batch` lesions at a time."""
         kind, _, number = version.rpartition("-")
         augmented, device = kind.startswith("augmented"), self.accelerator.device
@@ -437,7 +461,7 @@ class TokenExtractor:
             photos = self.loaders.source.transformed(step.micro_batches[0], step.rows, transform)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 tokens = [encoder(getattr(photos, view))[: step.count] for view in self.views]
-            return HostCopy([torch.stack(tokens, 1).half()])
+            return HostCopy([codec.encode(torch.stack(tokens, 1))])
 
         if device.type != "cpu":  # which computes while the next batch is loaded anyway
             # Copied from pinned memory, of which only that of two batches is needed then.
@@ -450,3 +474,23 @@ class TokenExtractor:
                     parts[-1].result()
                 parts.append(pool.submit(tokens_of, step))
             return np.concatenate([part.result().arrays()[0] for part in parts])
+
+
+def _with_calls(parts: Iterable[np.ndarray], after_part: Callable[[], None]) -> Iterator[np.ndarray]:
+    """Yield the parts of a chunk, and call `after_part` for each but the first."""
+    for number, part in enumerate(parts):
+        note_progress()
+        if number:
+            after_part()
+        yield part
+
+
+def _missing(
+    cache: TokenCache, versions: Sequence[str], whole: TokenCache | None
+) -> tuple[list[tuple[str, int]], set[tuple[str, int]]]:
+    """Return the chunks that a cache lacks, and those of them that `whole` has. Only rank 0 looks, for all."""
+    missing = cache.missing(versions)
+    if missing:
+        remove_dead_parts(*(cache.folder / version for version in versions))
+    there = set(missing) - set(whole.missing(versions)) if whole and missing else set()
+    return missing, there

@@ -55,7 +55,7 @@ class Preprocessing(NamedTuple):
 class FrozenTower(nn.Module):
     """Tokens of a frozen tower as training reads them from the token cache: pixels (B, 3, H, W) to (B, L, width).
 
-    They pass float16 (`Tower.as_cached`), and on a GPU the tower computes in bf16, as when the cache was filled.
+    They are rounded as there (`Tower.as_cached`). On a GPU the tower computes in bf16, as when the cache was filled.
     """
 
     def __init__(self, tower: Tower) -> None:
@@ -118,7 +118,7 @@ class NetworkLoader:
     run: RunFolder
     device: torch.device
     precision: Precision | None = None
-    _frozen: dict[str, FrozenTower] = field(default_factory=dict)
+    _frozen: dict[tuple[str, str], FrozenTower] = field(default_factory=dict)
 
     def load(self, name: str, share: bool = True) -> LoadedModel:
         """Load the networks of a model.
@@ -184,11 +184,15 @@ class NetworkLoader:
 
     def tower(self, config: ModelConfig, recorded: TowerRecord | None) -> tuple[TowerRecord, FrozenTower | None]:
         """Return the record of a model's tower, and the tower with its weights where it is frozen."""
-        if recorded and config.tower.frozen and recorded.name in self._frozen:
-            return recorded, self._frozen[recorded.name]
+        dtype = config.tower.token_dtype
+        if recorded and config.tower.frozen and (recorded.name, dtype) in self._frozen:
+            return recorded, self._frozen[recorded.name, dtype]
         with torch.random.fork_rng(devices=[]):
             record, tower = open_tower(self.run.experiment, config, recorded)
-        return record, self._frozen.setdefault(record.name, FrozenTower(tower)) if tower else None
+        if tower is None:
+            return record, None
+        tower.store_tokens_as(dtype)
+        return record, self._frozen.setdefault((record.name, dtype), FrozenTower(tower))
 
     def _prepare(self, module: ModuleType) -> ModuleType:
         module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

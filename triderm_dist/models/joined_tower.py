@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triderm_dist.config import ModelConfig, build
+from triderm_dist.data.token_codec import TokenDtype
 from triderm_dist.models import build_network
 from triderm_dist.models.network import Network
 from triderm_dist.models.tower import JoinedShape, TokenShape, Tower, module_hash
@@ -125,6 +126,10 @@ class JoinedTower(Tower):
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean tokens (B, 1, sum of the towers' widths), of tokens as the cache holds them."""
         return torch.cat([part.tower.as_cached(part.tower(x)).mean(1, keepdim=True) for part in self.parts], 2)
+
+    def store_tokens_as(self, dtype: TokenDtype) -> None:
+        for part in self.parts:
+            part.tower.store_tokens_as(dtype)
 
     def as_cached(self, tokens: Tensor) -> Tensor:
         means = tokens.float().split([part.tower.width for part in self.parts], 2)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from triderm_dist.data.token_codec import TokenDtype, as_stored
 from triderm_dist.schema import ConfigError
 
 Triple = tuple[float, float, float]
@@ -110,6 +111,7 @@ class Tower(nn.Module):
         self.frozen_blocks = 0
         self.input_shape: tuple[int, ...] = (3, image_size, image_size)
         self.skips_frozen = False
+        self.token_dtype: TokenDtype = "float16"
         self._layout = layout
         self._prefix_tokens = prefix_tokens
 
@@ -176,8 +178,12 @@ class Tower(nn.Module):
         return x.flatten(1, 2) if self._layout == "NHWC" else x.flatten(2).transpose(1, 2)
 
     def as_cached(self, tokens: Tensor) -> Tensor:
-        """Return tokens of `forward` as training reads them from the token cache: float32, rounded to float16."""
-        return tokens.half().float()
+        """Return tokens of `forward` as training reads them from the token cache: float32, rounded to `token_dtype`."""
+        return as_stored(tokens, self.token_dtype)
+
+    def store_tokens_as(self, dtype: TokenDtype) -> None:
+        """Round as the token cache does, see `TowerConfig.token_dtype`."""
+        self.token_dtype = dtype
 
     def frozen_modules(self) -> nn.Sequential:
         """Return the frozen modules at the input, in their order."""
