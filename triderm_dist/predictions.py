@@ -265,7 +265,7 @@ class PredictionFile:
 
     def predictions(self, columns: Mapping[str, np.ndarray]) -> Predictions:
         """Build the table of rows, given their columns by the names in the file."""
-        named = {_FIELDS.get(name, name): values for name, values in columns.items()}
+        named: dict[str, Any] = {_FIELDS.get(name, name): values for name, values in columns.items()}
         about = {"split": self.split, "refit_of": self.refit_of, "extra": self.extra}
         named.setdefault("features", np.empty((len(columns["label"]), 0), np.float32))
         try:
@@ -927,8 +927,12 @@ def _concatenate(parts: Sequence[Predictions]) -> Predictions:
 
 def row_slice(rows: Predictions, start: int, stop: int) -> Predictions:
     """Return the rows from start to stop."""
-    names = [each.name for each in fields(Predictions) if isinstance(getattr(rows, each.name), np.ndarray)]
-    return replace(rows, **{name: getattr(rows, name)[start:stop] for name in names})
+    columns: dict[str, Any] = {
+        each.name: value[start:stop]
+        for each in fields(Predictions)
+        if isinstance(value := getattr(rows, each.name), np.ndarray)
+    }
+    return replace(rows, **columns)
 
 
 def _column(value: Any, rows: int, kind: type) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Evaluation of a network with inputs treated as missing."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
-from triderm_dist.engine.evaluate import INPUTS, evaluate, evaluate_hidden
+from triderm_dist.engine.evaluate import INPUTS, Evaluation, evaluate, evaluate_hidden
 from triderm_dist.models import build_network, build_towers
 from triderm_dist.predictions import read_predictions
 
@@ -37,7 +39,15 @@ def test_each_hidden_input_is_as_if_the_lesions_lacked_it(setup, monkeypatch):
     network.towers["shared"].register_forward_hook(lambda *_: passes.append(1))
     plain = evaluate(network, loaders, rows, accelerator, micro_batch=4, transforms=2)
     assert len(passes) == 4
-    found = evaluate_hidden(network, loaders, rows, accelerator, (None, *INPUTS), micro_batch=4, transforms=2)
+    parts: dict[str | None, list[Evaluation]] = {name: [] for name in (None, *INPUTS)}
+    evaluate_hidden(
+        network, loaders, rows, accelerator, tuple(parts), lambda name, part: parts[name].append(part),
+        micro_batch=4, transforms=2,
+    )  # fmt: skip
+    assert [part.rows.tolist() for part in parts["metadata"]] == [[0, 1, 2, 3], [4, 5, 6]]
+    found = {
+        name: Evaluation(*map(np.concatenate, zip(*map(astuple, each), strict=True))) for name, each in parts.items()
+    }
     assert len(passes) == 8  # one pass through the tower for all
     np.testing.assert_array_equal(found[None].logits, plain.logits)
     for name, column in (("concepts", "concept_scores"), ("metadata", "metadata")):
@@ -54,6 +64,19 @@ def test_each_hidden_input_is_as_if_the_lesions_lacked_it(setup, monkeypatch):
         patch.setitem(vars(index), "concept_scores", scores)
         expected = evaluate(network, loaders, rows, accelerator, micro_batch=4, transforms=2)
     np.testing.assert_allclose(found["dermoscopic"].logits, expected.logits, atol=1e-5)
+
+
+def test_rows_in_any_order_and_some_of_the_outputs(setup):
+    network, loaders, _ = setup
+    rows, accelerator = np.array([5, 0, 9, 3, 11]), Accelerator(cpu=True)
+    whole = evaluate(network, loaders, np.arange(12), accelerator, micro_batch=3)
+    found = evaluate(network, loaders, rows, accelerator, micro_batch=3)
+    np.testing.assert_array_equal(found.rows, rows)
+    for name in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
+        np.testing.assert_allclose(getattr(found, name), getattr(whole, name)[rows], atol=1e-5)
+    some = evaluate(network, loaders, rows, accelerator, micro_batch=3, names=("logits",))
+    np.testing.assert_array_equal(some.logits, found.logits)
+    assert some.features.shape == (5, 0)
 
 
 def test_a_fold_is_predicted_without_each_input_that_it_uses(tmp_path):

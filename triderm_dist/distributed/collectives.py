@@ -78,6 +78,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the tensors (n, ...) of all ranks, of equal shape, one after the other on rank 0, None on the others."""
+    if not is_distributed():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(tensor.contiguous(), parts)
+    return None if parts is None else torch.cat(parts)
+
+
 T = TypeVar("T")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,7 +49,7 @@ from triderm_dist.engine.trainer import Output, Trainer, TrainingData, check_nam
 from triderm_dist.engine.views import Views, mean_tokens, open_views
 from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.models.network import Network
-from triderm_dist.predictions import write_predictions
+from triderm_dist.predictions import Predictions, predictions_writer
 from triderm_dist.runtime.redact import redact_tree
 from triderm_dist.runtime.terminal import counted, wrapped
 
@@ -141,18 +142,9 @@ def run_trainings(
 
 
 @dataclass(frozen=True)
-class _HeldOut:
-    """Outputs for the validation rows, and by input (see `FoldRun.hidden_inputs`) the outputs without it."""
-
-    evaluation: Evaluation
-    without: dict[str, Evaluation]
-
-
-@dataclass(frozen=True)
 class _Outcome:
-    """Outputs for the validation rows, if there are any; the changed settings; what was taken from `models.X.init`."""
+    """The changed settings, and what was taken from `models.X.init`."""
 
-    held_out: _HeldOut | None
     changes: list[dict[str, Any]]
     init: dict[str, Any] | None
 
@@ -223,7 +215,7 @@ class FoldRun:
         return np.flatnonzero((self.assignment >= 0) & (self.assignment != self.fold))
 
     def run(self) -> None:
-        """Train and predict, with smaller micro-batches where memory runs out, and write fold.json and predictions."""
+        """Train and predict, with smaller micro-batches where memory runs out, and write predictions and fold.json."""
         if on_main(self.folder.is_trained):  # in a folder that was set aside, or predicted with other transforms
             on_main(self.folder.claim)
             self.update()
@@ -249,14 +241,13 @@ class FoldRun:
             return
         accelerator = parallel.start_inference(self.train.precision, self.experiment.rank_timeout)
         predict = partial(self._predict, accelerator)
-        held_out, _ = with_smaller_batches(predict, self.experiment.predict.batch, "predict.batch")
-        on_main(partial(self._write_predictions, held_out, read_info(self.path / "weights")["sha256"]))
+        with_smaller_batches(predict, self.experiment.predict.batch, "predict.batch")
         transforms = counted(self.experiment.oof.tta, "transform")
         done = f"{len(self.validation_rows):,} held-out lesions predicted again, mean of {transforms}"
         accelerator.print(wrapped(f"{self.title}: {done}"), flush=True)
 
     def _attempt(self, micro_batch: MicroBatch) -> _Outcome | None:
-        """Train and predict; None where memory ran out, and the next attempt takes a smaller micro-batch."""
+        """Train, and write predictions; None where memory ran out, and the next attempt takes a smaller micro-batch."""
         size = micro_batch.agreed()
         config = self.train.model_copy(update={"micro_batch": size})
         # A new Accelerator for each training: DeepSpeed binds it to one engine.
@@ -265,11 +256,12 @@ class FoldRun:
             changes, init = self._train(config, accelerator)
             if cpu_precision.is_measured(config, accelerator):
                 accelerator = parallel.start_training(config)  # held-out lesions are predicted in fp32
-            held_out = self._predict(accelerator, size) if len(self.validation_rows) else None
+            if len(self.validation_rows):
+                self._predict(accelerator, size)
         if attempt.failed:
             return None
         accelerator.free_memory()
-        return _Outcome(held_out, changes, init)
+        return _Outcome(changes, init)
 
     def _new_network(self, accelerator: Accelerator) -> tuple[Network, dict[str, Any] | None]:
         """Return the network as it begins, on the device, and what fold.json records of `models.NAME.init`."""
@@ -313,17 +305,33 @@ class FoldRun:
         )  # fmt: skip
         return trainer.train(self.stop, self.on_start, self.on_validation), init
 
-    def _predict(self, accelerator: Accelerator, micro_batch: int) -> _HeldOut:
-        """Predict the validation rows, with all inputs and with each input treated as missing."""
+    def _predict(self, accelerator: Accelerator, micro_batch: int) -> None:
+        """Predict the validation rows, with all inputs and with each input treated as missing, and write both."""
         # Not the network that was trained: it may be sharded, or hold other weights than the selected ones.
         network = new_network(self.model, self.views, pretrained=False)
         load_weights(self.path / "weights", network)
         network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-        evaluations = evaluate_hidden(
-            network, self.views.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs),
-            micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
-        )  # fmt: skip
-        return _HeldOut(evaluations[None], {name: evaluations[name] for name in self.hidden_inputs})
+        with self._writers() as write:
+            evaluate_hidden(
+                network, self.views.loaders, self.validation_rows, accelerator, (None, *self.hidden_inputs), write,
+                micro_batch=micro_batch, transforms=self.experiment.oof.tta, after_batch=self.stop.check,
+            )  # fmt: skip
+
+    @contextmanager
+    def _writers(self) -> Iterator[Callable[[str | None, Evaluation], None]]:
+        """Yield a function that writes outputs without an input, or None, for the next validation rows, on rank 0.
+
+        predictions.parquet, by which one sees whether a fold is predicted, is in place after the other files.
+        """
+        about = self.index, self.name, self.model.head, self.fold, read_info(self.path / "weights")["sha256"]
+        writers: dict[str | None, Callable[[Predictions], None]] = {}
+        with ExitStack() as stack:
+            for name in (None, *self.hidden_inputs) if is_main() else ():
+                file, extra = ("predictions", {}) if name is None else (f"without_{name}", {"hidden": name})
+                transforms = self.experiment.oof.tta
+                writer = predictions_writer(self.path / f"{file}.parquet", transforms=transforms, **extra)
+                writers[name] = stack.enter_context(writer)
+            yield lambda name, evaluation: writers[name](as_predictions(evaluation, *about))
 
     @property
     def hidden_inputs(self) -> tuple[str, ...]:
@@ -334,10 +342,7 @@ class FoldRun:
         return used if len(used) > 1 else ()
 
     def _write(self, outcome: _Outcome) -> None:
-        """Write the predictions, then fold.json, which marks the training as finished."""
-        weights = read_info(self.path / "weights")["sha256"]
-        if outcome.held_out:
-            self._write_predictions(outcome.held_out, weights)
+        """Write fold.json, which marks the training as finished."""
         write_info(
             self.path / "fold",
             identity=self.folder.result_hash,
@@ -345,7 +350,7 @@ class FoldRun:
             task=self.index.task.to_mapping(),
             concepts=self.index.concepts,
             fold=self.fold,
-            weights=weights,
+            weights=read_info(self.path / "weights")["sha256"],
             tower=self.views.tower.name,
             photos={"canvas": self.index.canvas, "short_side": self.index.short_side},
             changes=outcome.changes,
@@ -354,12 +359,3 @@ class FoldRun:
             **({"extra_towers": list(self.views.beside)} if self.views.beside else {}),
             **self.about,
         )
-
-    def _write_predictions(self, held_out: _HeldOut, weights: str) -> None:
-        """Write the predictions. weights: the hash of those that made them."""
-        shared, transforms = (self.index, self.name, self.model.head, self.fold, weights), self.experiment.oof.tta
-        for name, hidden in held_out.without.items():
-            path = self.path / f"without_{name}.parquet"
-            write_predictions(path, as_predictions(hidden, *shared), hidden=name, transforms=transforms)
-        path = self.path / "predictions.parquet"
-        write_predictions(path, as_predictions(held_out.evaluation, *shared), transforms=transforms)

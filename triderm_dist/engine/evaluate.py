@@ -1,4 +1,7 @@
-"""Network outputs for given lesions, gathered from all ranks and equal to the outputs of one process."""
+"""Network outputs for given lesions, gathered from all ranks on rank 0 and equal to the outputs of one process.
+
+They come batch by batch, so that no rank holds those of all lesions unless it keeps them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from torch import nn
 from triderm_dist.data.augment import to_device
 from triderm_dist.data.loader import LoaderFactory
 from triderm_dist.data.upload import HostCopy
+from triderm_dist.distributed.collectives import gather_on_main
 from triderm_dist.distributed.heartbeat import note_progress
 from triderm_dist.models.network import Network
 from triderm_dist.schema import VIEWS, Batch, Outputs
 
+OUTPUTS = ("logits", "aux_clinical", "aux_dermoscopic", "features")
 INPUTS = (*VIEWS, "concepts", "metadata")
 """What a network reads of a lesion, as `models.NAME.use` names it."""
 
@@ -58,15 +63,13 @@ def hide_input(batch: Batch, name: str, concepts: Sequence[str]) -> Batch:
     return replace(batch, view_present=present, concepts=scores)
 
 
-def mean_outputs(outputs: Sequence[Outputs]) -> list[torch.Tensor]:
+def mean_outputs(outputs: Sequence[Outputs], names: Sequence[str] = OUTPUTS) -> list[torch.Tensor]:
     """Average a network's outputs for a batch over the transforms, in float32: logits, aux_clinical, aux_dermoscopic
-    (B, C), NaN for the auxiliary logits of a view that the task lacks, and features (B, D).
+    (B, C), NaN for the auxiliary logits of a view that the task lacks, and features (B, D). names: of those to return.
     """
     absent = torch.full_like(outputs[0].logits, torch.nan)
-    return [
-        absent if parts[0] is None else torch.stack([part.float() for part in parts]).mean(0)
-        for parts in zip(*outputs, strict=True)
-    ]
+    columns = ([getattr(output, name) for output in outputs] for name in names)
+    return [absent if parts[0] is None else torch.stack([part.float() for part in parts]).mean(0) for parts in columns]
 
 
 def evaluate(
@@ -79,17 +82,22 @@ def evaluate(
     transforms: int = 1,
     after_batch: Callable[[], None] = lambda: None,
     run: Callable[[nn.Module, Batch], Outputs] = forward,
+    names: Sequence[str] = OUTPUTS,
 ) -> Evaluation:
     """Average the outputs for index `rows` (N,) over the first `transforms` transforms of the dihedral group.
 
     Photos are decoded once; one forward per transform gives features and all logits. Batches keep one static shape:
-    the last one is padded, and padding is removed by row number. Call on all ranks. `after_batch` is called on all
-    ranks after every batch, and may raise. `run` runs the network.
+    the last one is padded. Call on all ranks; those other than rank 0 get an evaluation of no rows. `after_batch` is
+    called on all ranks after every batch, and may raise. `run` runs the network. names: of the outputs to keep; the
+    others are (N, 0).
     """
-    return evaluate_hidden(
-        network, loaders, rows, accelerator, (None,),
-        micro_batch=micro_batch, transforms=transforms, after_batch=after_batch, run=run,
-    )[None]  # fmt: skip
+    parts = [Evaluation(np.empty(0, np.int64), *[np.empty((0, 0), np.float32)] * len(OUTPUTS))]
+    evaluate_hidden(
+        network, loaders, rows, accelerator, (None,), lambda name, part: parts.append(part),
+        micro_batch=micro_batch, transforms=transforms, after_batch=after_batch, run=run, names=names,
+    )  # fmt: skip
+    columns = zip(*(vars(part).values() for part in parts[1:] or parts), strict=True)
+    return Evaluation(*(np.concatenate(column) for column in columns))
 
 
 @torch.no_grad()
@@ -99,33 +107,35 @@ def evaluate_hidden(
     rows: np.ndarray,
     accelerator: Accelerator,
     hidden: Sequence[str | None],
+    keep: Callable[[str | None, Evaluation], None],
     *,
     micro_batch: int,
     transforms: int = 1,
     after_batch: Callable[[], None] = lambda: None,
     run: Callable[[nn.Module, Batch], Outputs] = forward,
-) -> dict[str | None, Evaluation]:
+    names: Sequence[str] = OUTPUTS,
+) -> None:
     """Evaluate as `evaluate` does, with each of `hidden` treated as missing in turn (see `hide_input`); None: nothing.
 
-    Photos are decoded once, and pass the towers of a `Network` once, for all of them.
+    Photos are decoded once, and pass the towers of a `Network` once, for all of them. keep: is called on rank 0 with
+    each of `hidden` and the outputs for the next rows, in the order of `rows`.
     """
     network.eval()
     index, device = loaders.index, accelerator.device
-    position = {int(row): i for i, row in enumerate(rows)}
     loader = loaders.sequential(
         rows, micro_batch, device, rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    arrays: dict[str | None, list[np.ndarray]] = {}
+    widths: list[int] = []
+    start = dict.fromkeys(hidden, 0)
 
-    def keep(name: str | None, outputs: HostCopy) -> None:
-        seen, valid, *values = outputs.arrays()
-        positions = np.array([position[int(row)] for row in seen[valid]], np.int64)
-        if name not in arrays:
-            arrays[name] = [np.full((len(rows), value.shape[1]), np.nan, np.float32) for value in values]
-        for array, value in zip(arrays[name], values, strict=True):
-            array[positions] = value[valid]
+    def take(name: str | None, count: int, outputs: HostCopy) -> None:
+        values = np.split(outputs.arrays()[0][:count], np.cumsum(widths)[:-1], axis=1)
+        found = dict(zip(names, values, strict=True))
+        part = rows[start[name] : start[name] + count]
+        start[name] += count
+        keep(name, Evaluation(part, *(found.get(each, np.empty((count, 0), np.float32)) for each in OUTPUTS)))
 
-    found: deque[tuple[str | None, HostCopy]] = deque()
+    found: deque[tuple[str | None, int, HostCopy]] = deque()
     for step in loader:
         batch = step.micro_batches[0]
         outputs: dict[str | None, list[Outputs]] = {name: [] for name in hidden}
@@ -137,17 +147,19 @@ def evaluate_hidden(
             with given:
                 for name in hidden:
                     outputs[name].append(run(network, hide_input(one, name, index.concepts) if name else one))
-        row_numbers = to_device(step.rows, device)
         for name in hidden:
-            gathered = accelerator.gather((row_numbers, batch.valid, *mean_outputs(outputs[name])))
-            found.append((name, HostCopy(gathered)))
+            means = mean_outputs(outputs[name], names)
+            widths = [mean.shape[1] for mean in means]
+            # The parts of the ranks are in the order of the plan, and its padding comes last.
+            gathered = gather_on_main(torch.cat(means, dim=1))
+            if gathered is not None:
+                found.append((name, step.count, HostCopy([gathered])))
         while len(found) > len(hidden):  # of the batch before, while the device computes this one
-            keep(*found.popleft())
+            take(*found.popleft())
         note_progress()
         after_batch()
     while found:
-        keep(*found.popleft())
-    return {name: Evaluation(rows, *arrays[name]) for name in hidden}
+        take(*found.popleft())
 
 
 def _encoded(network: Network, batch: Batch, accelerator: Accelerator) -> Batch:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -14,10 +16,10 @@ from torch import nn
 from triderm_dist.config import Experiment, Networks
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed import collectives, parallel
-from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.out_of_memory import with_smaller_batches
 from triderm_dist.engine.checkpoint import load_weights, read_info, write_info
-from triderm_dist.engine.evaluate import Evaluation, evaluate
+from triderm_dist.engine.evaluate import evaluate_hidden
 from triderm_dist.engine.fold import (
     as_predictions,
     fold_tower,
@@ -28,7 +30,7 @@ from triderm_dist.engine.fold import (
 )
 from triderm_dist.engine.views import Views, open_views
 from triderm_dist.models.tower_record import TowerRecord
-from triderm_dist.predictions import NO_FOLD, Predictions, write_predictions
+from triderm_dist.predictions import NO_FOLD, TEST, predictions_writer
 from triderm_dist.runtime.terminal import counted, wrapped
 from triderm_dist.schema import CheckpointError
 
@@ -65,26 +67,32 @@ def predict_test(
             network = new_network(model, views, pretrained=False)
             load_weights(folder / "weights", network)
             network = accelerator.prepare_model(network.to(accelerator.device), evaluation_mode=True)
-            evaluation, batch = with_smaller_batches(
-                partial(_evaluate, network, views, accelerator, transforms), batch, "predict.batch"
-            )
-            predictions = as_predictions(
-                evaluation, index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
-            )
-            on_main(partial(_write, folder, predictions, transforms, inputs))
+            about = index, name, model.head, NO_FOLD, info["weights"], info.get("refit_of", ())
+            write = partial(_predict, folder / "test.parquet", network, views, accelerator, transforms, about)
+            _, batch = with_smaller_batches(write, batch, "predict.batch")
+            on_main(partial(write_info, folder / "test", stamp=inputs))
             title = f"{name} {'refit' if networks == 'refit' else folder.name.replace('-', ' ')}"
             done = f"{len(index):,} test lesions predicted, mean of {counted(transforms, 'transform')}"
             accelerator.print(wrapped(f"{title}: {done}"), flush=True)
 
 
-def _evaluate(network: nn.Module, views: Views, accelerator: Accelerator, transforms: int, batch: int) -> Evaluation:
+def _predict(
+    path: Path,
+    network: nn.Module,
+    views: Views,
+    accelerator: Accelerator,
+    transforms: int,
+    about: tuple[Any, ...],
+    batch: int,
+) -> None:
+    """Predict all lesions and write the file on rank 0. about: further arguments of `as_predictions`."""
     rows = np.arange(len(views.loaders.index))
-    return evaluate(network, views.loaders, rows, accelerator, micro_batch=batch, transforms=transforms)
-
-
-def _write(folder: Path, predictions: Predictions, transforms: int, inputs: str) -> None:
-    write_predictions(folder / "test.parquet", predictions, split="test", transforms=transforms)
-    write_info(folder / "test", stamp=inputs)
+    with predictions_writer(path, split=TEST, transforms=transforms) if is_main() else nullcontext() as write:
+        evaluate_hidden(
+            network, views.loaders, rows, accelerator, (None,),
+            lambda name, evaluation: write(as_predictions(evaluation, *about)),
+            micro_batch=batch, transforms=transforms,
+        )  # fmt: skip
 
 
 def _inputs_hash(folder: Path) -> str | None:

@@ -278,11 +278,15 @@ class Trainer:
         data = self.data
         validation = evaluate(
             self.wrapped, data.loaders, data.validation_rows, self.accelerator,
-            micro_batch=self.config.micro_batch, after_batch=stop.check, run=self.step.forward,
+            micro_batch=self.config.micro_batch, after_batch=stop.check, run=self.step.forward, names=("logits",),
         )  # fmt: skip
-        labels = data.loaders.index.labels[data.validation_rows]
-        p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
-        return {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
+
+        def scores() -> dict[str, float]:
+            labels = data.loaders.index.labels[validation.rows]
+            p = probabilities(torch.from_numpy(validation.logits), self.head).numpy()
+            return {"macro_f1": argmax_macro_f1(p, labels), "official": official_macro_f1(p, labels)}
+
+        return on_main(scores)
 
     def _keep_weights(self, is_scored: bool) -> None:
         """Start to write the selected weights."""
