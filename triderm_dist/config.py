@@ -662,6 +662,16 @@ TRAINING = (
 """The settings that have an effect on training, as `Experiment.uses` lists them."""
 
 
+def slice_of(text: str | None) -> tuple[int, int] | None:
+    """Return K and N of the setting slice=K/N, None where it is not given. Raises ConfigError for another text."""
+    if text is None:
+        return None
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ConfigError(f"slice={text}: write K/N for the K-th of N slices, such as 1/8")
+    return int(number), int(of)
+
+
 class Extensible(Section):
     """Settings of a program that plugins can extend."""
 

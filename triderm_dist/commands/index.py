@@ -2,20 +2,25 @@
 
 triderm index folder=their_shards
 triderm index folder=their_shards task=TASK.yaml
+triderm index folder=their_shards slice=3/8
 triderm index folder=their_shards clinical='[closeup.jpg, closeup.jpeg]' dermoscopic='[derm.jpg]'
 
 Supported: plain .tar files; consecutive members with one key per lesion, in any order; one JPEG per view; .json with
 label (or diagnosis), group (or patient_id), concepts, metadata, named as by triderm pack or in the challenge's tables;
 .cls with a diagnosis. Labels by other words, or numbers, need a task whose diagnoses list them as words. What is absent
 is missing. The tars are not changed.
+
+A scan that was interrupted resumes at the next tar. On several machines, slice=1/8, slice=2/8 and so on scan a part of
+the tars each, and then the same command without slice= writes the index.
 """
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads
+from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads, slice_of
 from triderm_dist.settings import PathText
 
 
@@ -43,25 +48,38 @@ class IndexConfig(Extensible):
     missing_view: MissingView = "refuse"
     invalid: Invalid = "refuse"
     workers: Threads = None
+    slice: str | None = Field(
+        None,
+        description="scan one of several slices of the tars only, such as 3/8 for the third of eight, into "
+        "FOLDER.index.part; null: scan those that no slice has scanned, and write the index",
+    )
 
 
 def main(config: IndexConfig) -> None:
     from triderm_dist.data.problems import InvalidLesions
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
-    from triderm_dist.data.shards.index_foreign import index_shards
+    from triderm_dist.data.shards.index_foreign import index_shards, index_slice
     from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
 
-    own = Path(config.folder) / TASK_FILE
+    part, own = slice_of(config.slice), Path(config.folder) / TASK_FILE
     table = Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv")
+    options: dict[str, Any] = {
+        "task": load_task(config.task or own) if config.task or own.is_file() else milk10k_task(),
+        "extensions": {"clinical": config.clinical, "dermoscopic": config.dermoscopic},
+        "missing_view": config.missing_view,
+        "workers": config.workers,
+    }
     try:
         with progress_bar("scanning shards") as progress:
+            if part:
+                problems = index_slice(config.folder, *part, **options, progress=progress)
+                print_problems(problems, table.with_name(f"{table.stem}-{part[0]}-of-{part[1]}.csv"))
+                print(f"slice {config.slice} is scanned; after the last one: the same command without slice=")
+                return
             index = index_shards(
                 config.folder,
-                task=load_task(config.task or own) if config.task or own.is_file() else milk10k_task(),
-                extensions={"clinical": config.clinical, "dermoscopic": config.dermoscopic},
-                missing_view=config.missing_view,
+                **options,
                 invalid=config.invalid,
-                workers=config.workers,
                 progress=progress,
                 note=lambda text: print(f"note: {text}"),
                 hash_groups=config.groups == "hash",

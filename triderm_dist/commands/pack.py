@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from triderm_dist.cli import run
-from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads
+from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads, slice_of
 from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
 
@@ -53,18 +53,6 @@ class PackConfig(Extensible):
     )
     finish: bool = Field(False, description="write the index of the shards that all slices have packed")
 
-    @property
-    def slice_of(self) -> tuple[int, int] | None:
-        """(number from 1, number of slices)."""
-        if self.slice is None:
-            return None
-        number, slash, of = self.slice.partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise ConfigError(f"slice={self.slice}: write K/N for the K-th of N slices, such as 1/8")
-        if self.finish:
-            raise ConfigError("finish: writes the index of all slices; leave out slice=")
-        return int(number), int(of)
-
 
 def main(config: PackConfig) -> None:
     from triderm_dist.data.group_hashes import hash_groups
@@ -73,7 +61,9 @@ def main(config: PackConfig) -> None:
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.pack import pack_shards, pack_slice
 
-    part = config.slice_of
+    part = slice_of(config.slice)
+    if part and config.finish:
+        raise ConfigError("finish: writes the index of all slices; leave out slice=")
     try:
         task = find_task(config.source, config.task)
         dataset = read_source(config.source, task, config.missing_view, config.invalid)

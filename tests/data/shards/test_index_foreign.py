@@ -21,7 +21,7 @@ from tests.conftest import draw_photo
 from triderm_dist.checksums import write_checked_json
 from triderm_dist.data.problems import InvalidLesions, write_problems
 from triderm_dist.data.readers.milk10k import CONCEPTS
-from triderm_dist.data.shards import index_foreign
+from triderm_dist.data.shards import scan_tar
 from triderm_dist.data.shards.colors import matrix_profile
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
 from triderm_dist.data.shards.index_foreign import index_shards
@@ -118,7 +118,7 @@ def test_index_is_independent_of_the_table_chunk_size(tmp_path: Path, monkeypatc
     """With small chunks, rows are converted before the end of the tar and before the first sample with concepts."""
     write_foreign(tmp_path / "theirs", change=lambda sample, n: sample["json"].pop("concepts") if n < 4 else None)
     index = index_shards(tmp_path / "theirs")
-    monkeypatch.setattr(index_foreign, "TABLE_ROWS", 2)
+    monkeypatch.setattr(scan_tar, "TABLE_ROWS", 2)
     again = index_shards(tmp_path / "theirs")
     assert again.fingerprint == index.fingerprint and verify(again, 2, 0) == []
     assert np.isnan(again.concept_scores[:4]).all() and (again.concept_scores[4:, 0] > 0).all()
@@ -272,7 +272,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
 def test_huge_records_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()
-    monkeypatch.setattr(index_foreign, "MAX_RECORD", 1000)
+    monkeypatch.setattr(scan_tar, "MAX_RECORD", 1000)
     write_tar(folder / "a.tar", members_of(0, note="x" * 1000))
     with pytest.raises(InvalidLesions, match=r"sample L0: .json has 10\d\d bytes, too many for what it is"):
         index_shards(folder)
