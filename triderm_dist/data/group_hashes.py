@@ -20,8 +20,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import CHUNK, LesionTable
 from triderm_dist.data.readers.text_index import HashIndex
-from triderm_dist.data.shards.format import INDEX, Text
+from triderm_dist.data.shards.format import INDEX, Text, to_array
 from triderm_dist.data.shards.index_schema import read_json
 from triderm_dist.files import atomic_path
 from triderm_dist.schema import DataError
@@ -116,7 +115,8 @@ def hash_groups(
 
 
 def hashes_for(
-    groups: Mapping[str, str],
+    lesion_ids: pa.ChunkedArray,
+    groups: pa.ChunkedArray,
     output: str | os.PathLike[str],
     column: str | None = None,
     salt: str | None = None,
@@ -125,19 +125,25 @@ def hashes_for(
     """Return the hashes of groups, which the `groups_file` of `output` holds then too, and notes; None where no lesion
     has a group but itself.
 
-    groups: by lesion id.  column: their name.  salt: that of another set (`salt_of`); None: that of the file, else a
-    random one, which is in the file before anything is packed with it.  asked: False leaves groups as they are where
-    `output` was packed so by an earlier version. A note tells that, and counts lesion ids that hold the id of their
-    group, since those are kept.
+    lesion_ids, groups: (N,) str.  column: the name of groups.  salt: that of another set (`salt_of`); None: that of the
+    file, else a random one, which is in the file before anything is packed with it.  asked: False leaves groups as they
+    are where `output` was packed so by an earlier version. A note tells that, and counts lesion ids that hold the id of
+    their group, since those are kept.
 
     Raises DataError for a file of groups that cannot be read, that holds another salt, or that a packed set lacks.
     """
-    if all(group == lesion for lesion, group in groups.items()):
+    if lesion_ids.equals(groups):
         return None, []
-    hashes, notes = _hashes_of([*dict.fromkeys(groups.values())], output, salt, asked)
+    encoded = groups.dictionary_encode().combine_chunks()
+    numbers, names = to_array(encoded.indices), Text(pa.chunked_array([encoded.dictionary]))
+    hashes, notes = _hashes_of(names, output, salt, asked)
     if hashes:
-        sizes = Counter(groups.values())
-        notes = _notes(((lesion, group, sizes[group]) for lesion, group in groups.items()), column)
+        sizes = np.bincount(numbers)
+        parts = [slice(start, start + CHUNK) for start in range(0, len(groups), CHUNK)]
+        own = (
+            (lesion_ids[rows].to_pylist(), groups[rows].to_pylist(), sizes[numbers[rows]].tolist()) for rows in parts
+        )
+        notes = _notes((row for columns in own for row in zip(*columns, strict=True)), column)
     return hashes, notes
 
 

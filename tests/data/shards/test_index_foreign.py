@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from triderm_dist.data.problems import InvalidLesions, write_problems
 from triderm_dist.data.readers.milk10k import CONCEPTS
 from triderm_dist.data.shards import scan_tar
 from triderm_dist.data.shards.colors import matrix_profile
+from triderm_dist.data.shards.format import INDEX, SAMPLES
 from triderm_dist.data.shards.index import read_index, read_photo_bytes
-from triderm_dist.data.shards.index_foreign import index_shards
+from triderm_dist.data.shards.index_foreign import index_shards, index_slice
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import DIAGNOSES, UNLABELED, VIEWS, DataError, Task, View
+from triderm_dist.files import LOCK_SECONDS, exclusive_lock
+from triderm_dist.schema import DIAGNOSES, UNLABELED, VIEWS, Busy, DataError, Task, View
 from triderm_dist.tasks import load_task
 
 Change = Callable[[dict[str, Any], int], Any]
@@ -514,3 +516,73 @@ def test_packed_folder_keeps_its_index(make_challenge: Any, tmp_path: Path) -> N
         np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
     assert json.loads((tmp_path / "ours" / "index.json").read_text())["extensions"]
     assert read_index(tmp_path / "ours", verify=True).fingerprint == again.fingerprint
+
+
+def test_slices_give_the_index_of_one_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_foreign(tmp_path / "theirs", shard_lesions=2, change=grouped)
+    shutil.copytree(tmp_path / "theirs", tmp_path / "copy")
+    expected = index_shards(tmp_path / "theirs")
+    scanned = scans(monkeypatch)
+    for number in (2, 1, 2):
+        assert index_slice(tmp_path / "copy", number, 2, workers=3) == []
+    assert sorted(scanned) == [f"part-{number:03d}.tar" for number in range(4)]
+    index = index_shards(tmp_path / "copy")
+    assert len(scanned) == 4 and index.fingerprint == expected.fingerprint
+    for name in (INDEX, SAMPLES):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_only_changed_tars_are_scanned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_label(sample: dict[str, Any], number: int) -> None:
+        sample["json"]["label"] = "unheard of" if number == 3 else DIAGNOSES[number]
+
+    write_foreign(tmp_path / "theirs", shard_lesions=2, change=without_label)
+    scanned = scans(monkeypatch)
+    with pytest.raises(DataError, match="labels that name no diagnosis: 'unheard of' in 1 lesions"):
+        index_shards(tmp_path / "theirs")
+    write_foreign(tmp_path / "right", shard_lesions=2)
+    shutil.copy(tmp_path / "right" / "part-001.tar", tmp_path / "theirs")
+    scanned.clear()
+    assert len(index_shards(tmp_path / "theirs")) == 8 and scanned == ["part-001.tar"]
+    scanned.clear()
+    index_slice(tmp_path / "theirs", 1, 2)
+    index_slice(tmp_path / "theirs", 1, 2, missing_view="mark")
+    assert scanned == 2 * ["part-000.tar", "part-002.tar"]
+
+
+def test_two_processes_do_not_index_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOCK_SECONDS, "0")
+    write_foreign(tmp_path / "theirs", lesions=2)
+    part = tmp_path / "theirs.index.part"
+    for name, work in (
+        ("lock", lambda: index_shards(tmp_path / "theirs")),
+        ("lock", lambda: index_slice(tmp_path / "theirs", 1, 2)),
+        ("slice-1-of-2.lock", lambda: index_slice(tmp_path / "theirs", 1, 2)),
+        ("slice-2-of-2.lock", lambda: index_shards(tmp_path / "theirs")),
+    ):
+        with exclusive_lock(part / name, ""), pytest.raises(Busy, match="another process is indexing these tars"):
+            work()
+    index_slice(tmp_path / "theirs", 1, 2)
+
+
+def grouped(sample: dict[str, Any], number: int) -> None:
+    """Groups of two lesions; concepts from the third lesion on, in another order in the last tar."""
+    sample["json"]["group"] = f"P{number // 2}"
+    if number < 2:
+        del sample["json"]["concepts"]
+    elif number > 5:
+        sample["json"]["concepts"] = {"scale": 0.5, "hair": None}
+
+
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that the name of every tar joins whose members are read."""
+    scanned: list[str] = []
+    read = scan_tar.tar_members
+
+    def members(path: Path) -> Iterator[Any]:
+        scanned.append(path.name)
+        yield from read(path)
+
+    monkeypatch.setattr(scan_tar, "tar_members", members)
+    return scanned

@@ -131,6 +131,26 @@ def test_photos_that_begin_alike_are_told_apart(
     assert joined.shared_photos == () and joined.photo_sizes == {(200, 200): 4}
 
 
+def test_part_of_a_set_with_one_photo_size_is_taken_without_its_photos(dataset: Dataset, tmp_path: Path) -> None:
+    """Only lesions that share a photo are read: where the first of three is left out, the others remain a pair."""
+    one, two, *others = dataset.lesions[:8]
+    copies = [replace(one, lesion_id=f"copy{number}", group=f"G{number}") for number in range(3)]
+    index = pack(replace(dataset, lesions=[*copies, two, *others]), tmp_path / "all")
+    assert len(index.photo_sizes) == 1 and len(index.shared_photos) == 2
+    first = {pair[0] for pair in index.shared_photos}
+    keep = np.array([name not in first for name in index.lesion_ids])
+    read = {name for pair in index.shared_photos for name in pair} - first
+    for row, name in enumerate(index.lesion_ids):
+        if name not in read:
+            with index.path(int(index.shard[row])).open("r+b") as file:
+                for view in range(len(VIEWS)):
+                    file.seek(int(index.offsets[row, view]))
+                    file.write(bytes(int(index.sizes[row, view])))
+    part = join_sets([index], [keep], tmp_path / "part")
+    assert {frozenset(pair) for pair in part.shared_photos} == {frozenset(read)}
+    assert part.photo_sizes == {index.canvas: 2 * len(part)}
+
+
 def test_finer_labels_are_kept(dataset: Dataset, tmp_path: Path) -> None:
     name = dataset.task.diagnosis_names[0]
     task = replace(dataset.task, fine=FineLabels("subtype", {name: ("one", "two")}))

@@ -91,12 +91,12 @@ def index_shards(
             note(text)
         about: dict[str, Any] = {"extensions": {view: list(names) for view, names in extensions.items()}}
         problems, hashes = found.problems, None
-        if hash_groups and (groups := found.groups()):
-            hashes, notes = hashes_for(groups, folder, task.columns.group, salt, asked)
+        if hash_groups:
+            hashes, notes = hashes_for(*found.ids_and_groups(), folder, task.columns.group, salt, asked)
             if hashes:
                 about["groups"] = {"salt": hashes.fingerprint}
                 problems = hashes.without_ids(problems)
-                count = len(set(groups.values()))
+                count = len(hashes.groups)
                 notes.append(f"index and predictions hold hashes of {count:,} groups; the tars hold their ids")
             for text in notes:
                 note(text)
@@ -223,12 +223,10 @@ class _Merged:
             self._rotated += int(rows["rotated"].to_numpy().sum())
             self._recolored += int(rows["recolored"].to_numpy().sum())
 
-    def groups(self) -> dict[str, str]:
-        """Return the group of each lesion; nothing where each is its own."""
-        pairs = [*self._tables("lesion_id", "group")]
-        if all(rows["lesion_id"].equals(rows["group"]) for rows in pairs):
-            return {}
-        return {lesion: group for rows in pairs for lesion, group in zip(*_texts(rows), strict=True)}
+    def ids_and_groups(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+        """Return the id and the group of each lesion."""
+        rows = pa.concat_tables(self._tables("lesion_id", "group"))
+        return rows["lesion_id"], rows["group"]
 
     def tables(self, hashes: GroupHashes | None) -> Iterator[pa.Table]:
         """Yield the rows of each tar with a lesion, as `write_index` takes them."""
@@ -318,10 +316,6 @@ class _Merged:
         ends = starts[1:]
         for keep, begin, end in zip(self._keep, starts, ends, strict=False):
             keep[np.flatnonzero(keep)[~first[begin:end]]] = False
-
-
-def _texts(rows: pa.Table) -> list[list[str]]:
-    return [column.to_pylist() for column in rows.columns]
 
 
 def _tars(folder: Path) -> list[Path]:

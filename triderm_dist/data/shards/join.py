@@ -3,8 +3,9 @@
 The tars of the new set are hard links to those of the sets, or copies where the file system has no links. Its index
 holds the rows that are kept, in their order; a tar may hold lesions that it does not list (`ShardIndex.selected`).
 
-Of most photos only the first `PROBE` bytes are read: they hold the size in pixels, and where they differ, or the number
-of bytes does, two photos differ. Photos that are alike in both are read whole and compared by their hashes.
+Part of a set whose photos have one size is taken without reading them: its index lists the lesions that share a photo.
+Otherwise of most photos the first `PROBE` bytes are read: they hold the size in pixels, and where they differ, or the
+number of bytes does, two photos differ. Photos that are alike in both are read whole and compared by their hashes.
 """
 
 from __future__ import annotations
@@ -180,8 +181,17 @@ def _photos(tars: Sequence[_Tar], progress: Callable[[int, int], None] | None) -
     """
     for index in {id(tar.index): tar.index for tar in tars}.values():  # read the columns before the threads start
         index.offsets, index.sizes  # noqa: B018
-    found = []
-    for done, (_, probes) in enumerate(map_in_order(_probes, tars, available_cores()), start=1):
+    first, sets, found = tars[0].index, {id(tar.index) for tar in tars}, []
+    is_known = len(sets) == 1 and len(first.photo_sizes) == 1
+    sharing = pa.array({lesion for pair in first.shared_photos for lesion in pair}, pa.large_string())
+
+    def probes_of(tar: _Tar) -> np.ndarray:
+        if not is_known:
+            return _probes(tar, np.ones(len(tar.rows), bool))
+        ids = tar.index.lesion_ids.column.take(pa.array(tar.rows))
+        return _probes(tar, pc.is_in(ids, sharing).to_numpy(zero_copy_only=False))
+
+    for done, (_, probes) in enumerate(map_in_order(probes_of, tars, available_cores()), start=1):
         found.append(probes)
         if progress:
             progress(done, len(tars))
@@ -194,18 +204,27 @@ def _photos(tars: Sequence[_Tar], progress: Callable[[int, int], None] | None) -
     return found
 
 
-def _probes(tar: _Tar) -> np.ndarray:
-    """Return width, height and a hash of the first bytes (n, views, 3) of the photos of the kept lesions."""
-    result = np.zeros((len(tar.rows), len(VIEWS), 3), np.uint64)
+def _probes(tar: _Tar, read: np.ndarray) -> np.ndarray:
+    """Return width, height and a hash of the first bytes (n, views, 3) of the photos of the kept lesions.
+
+    read: (n,) bool; the photos of the other lesions are known to have the size of the set, and to differ from all
+    others: their numbers are counted.
+    """
+    sizes = tar.index.sizes[tar.rows]
+    result = np.zeros((*sizes.shape, 3), np.uint64)
+    others = (sizes > 0) & ~read[:, None]
+    result[others, :2] = tar.index.canvas
+    result[others, 2] = (tar.rows[:, None] * len(VIEWS) + np.arange(1, len(VIEWS) + 1))[others]
+    if not read.any():
+        return result
     with tar.index.path(tar.number).open("rb", buffering=0) as file:
-        for at, view in np.argwhere(tar.index.sizes[tar.rows] > 0).tolist():
+        for at, view in np.argwhere((sizes > 0) & read[:, None]).tolist():
             data = _read(file, tar, at, view, PROBE)
             try:
                 height, width = simplejpeg.decode_jpeg_header(data)[:2]
             except ValueError:  # its header is longer
                 width, height, _ = size_and_hash(_read(file, tar, at, view))
-            size = int(tar.index.sizes[tar.rows[at], view])
-            digest = hashlib.blake2b(data, digest_size=8, key=size.to_bytes(8))
+            digest = hashlib.blake2b(data, digest_size=8, key=int(sizes[at, view]).to_bytes(8))
             result[at, view] = width, height, int.from_bytes(digest.digest()) or 1
     return result
 

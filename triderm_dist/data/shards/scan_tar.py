@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class TarScanner:
 
     def known(self, path: Path) -> TarScan | None:
         """Return the result of an earlier scan, None where there is none or the tar or a setting has changed."""
-        file = self._file(path)
+        file = self.file(path)
         try:
             about = json.loads((pq.read_schema(file).metadata or {})[_ABOUT])
             problems = tuple((row, Problem(**entry)) for row, entry in about.pop("problems"))
@@ -133,22 +133,23 @@ class TarScanner:
             progress(max(offset for offset, _ in sample.members.values()))
         table = found.table()
         tar = ShardFile(path.name, len(table), status.st_size, file_sha256(path))
-        about = {
-            "tar": vars(tar),
-            "modified_ns": status.st_mtime_ns,
-            "settings": self.settings,
-            "concept_sets": [*found.concept_sets],
-            "problems": [(row, asdict(_without_folder(problem, path))) for row, problem in found.problems],
-            "unknown_labels": found.unknown_labels,
-            "unused": found.unused,
-        }
-        with atomic_path(self._file(path), PATIENT_DATA) as temporary:
-            pq.write_table(table.replace_schema_metadata({_ABOUT: json.dumps(about)}), temporary)
-        scan = self.known(path)
-        assert scan
+        problems = tuple((row, _without_folder(problem, path)) for row, problem in found.problems)
+        scan = TarScan(
+            self.file(path), tar, status.st_mtime_ns, self.settings, tuple(found.concept_sets), problems,
+            found.unknown_labels, found.unused,
+        )  # fmt: skip
+        self.write(scan, table)
         return scan
 
-    def _file(self, path: Path) -> Path:
+    def write(self, scan: TarScan, rows: pa.Table) -> None:
+        """Keep the result of a scan.  rows: see `TarScan.rows`."""
+        about = {each.name: getattr(scan, each.name) for each in fields(scan) if each.name != "file"}
+        about |= {"tar": vars(scan.tar), "problems": [(row, asdict(problem)) for row, problem in scan.problems]}
+        with atomic_path(scan.file, PATIENT_DATA) as temporary:
+            pq.write_table(rows.replace_schema_metadata({_ABOUT: json.dumps(about)}), temporary)
+
+    def file(self, path: Path) -> Path:
+        """Return the path of the result of scanning a tar."""
         return self.folder / f"{path.name}.parquet"
 
 
