@@ -589,6 +589,12 @@ class StackConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device of XGBoost; auto uses a GPU, if there is one, from 20 million cells on"
     )
+    max_rows: int | None = Field(
+        30_000,
+        ge=1000,
+        description="lesions that one fit takes at most; of more a sample, of each diagnosis by the square root of its "
+        "number, weighted accordingly. null: all, in XGBoost's external memory above memory_gb",
+    )
     memory_gb: float = Field(8.0, gt=0, description="GiB of columns above which they are streamed from a parquet file")
     extra: tuple[Literal["embeddings", "features"], ...] = Field(
         (),
@@ -1189,6 +1195,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.settings": {},
     "oof.tta": 1,
     "stack.kind": "xgboost",
+    "stack.max_rows": 30_000,  # as before for fits of fewer rows, which all were when it was added
     "stack.settings": {},
 }
 """Every setting added since, with the value (as in JSON) that gives the behavior from before the setting existed. Keep

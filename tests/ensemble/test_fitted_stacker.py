@@ -11,7 +11,7 @@ from tests.ensemble.conftest import training_rows
 from triderm_dist.config import Section, StackConfig
 from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker, ignored_settings, stacker_kind
 from triderm_dist.ensemble.stack_inputs import base_columns
-from triderm_dist.ensemble.stacker import Stacker
+from triderm_dist.ensemble.stacker import Stacker, TrainingRows
 from triderm_dist.predictions import OofTable
 from triderm_dist.schema import DIAGNOSES, ConfigError, DataError
 from triderm_dist.tasks import milk10k_task
@@ -117,6 +117,37 @@ def test_absent_diagnoses_have_no_probability(table: OofTable, monkeypatch, kind
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     with pytest.raises(DataError, match="two diagnoses"):
         fit_stacker(training_rows(table, np.where(table.labels == 1, 1, -1)), config)
+
+
+def test_more_rows_than_a_fit_takes_are_sampled(table: OofTable, monkeypatch) -> None:
+    class Recorder(PriorStacker):
+        @classmethod
+        def fit(cls, rows, settings, *, seed, cores=1, fold_stackers=()):
+            seen.append(rows)
+            return super().fit(rows, settings, seed=seed)
+
+    seen: list[TrainingRows] = []
+    monkeypatch.setitem(STACKERS, "recorder", Recorder)
+    few = training_rows(table)
+    fit_stacker(few, StackConfig(kind="recorder"))
+    labels = np.random.default_rng(0).choice(11, 5000, p=np.arange(1, 12) ** 3 / 4356)
+    places = np.arange(5000) % len(table)
+    many = training_rows(table, labels, source=few.source[places], indices=np.arange(5000), groups=table.groups[places])
+    fit_stacker(many, StackConfig(kind="recorder", max_rows=1000), seed=3)
+    fit_stacker(many, StackConfig(kind="recorder", max_rows=1000), seed=3)
+    fit_stacker(many, StackConfig(kind="recorder", max_rows=None))
+    whole, sample, again, unlimited = seen
+    assert whole.weights is None and len(whole) == len(table)
+    assert unlimited.weights is None and len(unlimited) == 5000
+    counts, kept = (np.bincount(each.labels, minlength=11) for each in (many, sample))
+    assert 1000 <= len(sample) <= 1011 and (kept >= np.minimum(counts, 20)).all()
+    rare = kept == counts  # all lesions of the rarest; of the others by the square root of their number
+    np.testing.assert_allclose(kept[~rare] / np.sqrt(counts[~rare]), (kept / np.sqrt(counts))[10], rtol=0.05)
+    assert 0 < rare.sum() < 11
+    np.testing.assert_allclose(np.bincount(sample.labels, sample.weights, 11), counts)
+    np.testing.assert_array_equal(sample.columns(), again.columns())
+    held = sample.labels == 10
+    np.testing.assert_array_equal(sample.take(held).weights, sample.weights[held])
 
 
 def test_wrong_number_of_columns_is_refused(table: OofTable) -> None:

@@ -13,7 +13,14 @@ from triderm_dist.ensemble import xgboost_stacker
 from triderm_dist.ensemble.columns import ColumnFile
 from triderm_dist.ensemble.fitted_stacker import FittedStacker, fit_stacker
 from triderm_dist.ensemble.stack_inputs import base_columns
-from triderm_dist.ensemble.xgboost_stacker import GPU_CELLS, count_gpus, device_of, import_xgboost, threads_for
+from triderm_dist.ensemble.xgboost_stacker import (
+    GPU_CELLS,
+    _row_weights,
+    count_gpus,
+    device_of,
+    import_xgboost,
+    threads_for,
+)
 from triderm_dist.predictions import OofTable, read_oof
 from triderm_dist.schema import DIAGNOSES, DataError
 from triderm_dist.tasks import milk10k_task
@@ -83,6 +90,15 @@ def test_contributions_add_up_to_the_scores(table: OofTable) -> None:
 def test_multi_output_trees_have_no_contributions(table: OofTable) -> None:
     config = QUICK.model_copy(update={"booster": "multi_output", "max_rounds": 2})
     assert fit_stacker(training_rows(table), config).model.contributions(base_columns(table)) is None
+
+
+def test_a_row_that_stands_for_many_lesions_weighs_as_much(table: OofTable) -> None:
+    rows = training_rows(table)
+    times = 1 + rows.labels % 3
+    repeated = np.repeat(np.arange(len(rows)), times)
+    alone = _row_weights(training_rows(table, weights=times.astype(float)), 0.5)
+    copies = _row_weights(rows.take(repeated), 0.5)
+    np.testing.assert_allclose(np.bincount(repeated, copies) / copies.sum(), alone / alone.sum())
 
 
 def test_fold_stackers_set_the_number_of_rounds(table: OofTable) -> None:

@@ -85,7 +85,8 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
 
     stack = stacker = None
     if config.stack.enabled:
-        stack, stacker, stacker_notes = run_in_child(_fit_stacker, run_folder, table, models, config)
+        sent = table if config.stack.extra else replace(table, hashes={})
+        stack, stacker, stacker_notes = run_in_child(_fit_stacker, run_folder, sent, models, config)
         notes += stacker_notes
 
     temperatures = _temperatures(table, models, np.ones(len(table), bool), config.seed)

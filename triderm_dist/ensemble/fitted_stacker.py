@@ -28,7 +28,7 @@ VERSION = 2
 STACKERS: dict[str, type[Stacker]] = {"xgboost": XGBoostStacker}
 """Kinds of stackers, by the name in `stack.kind`. Plugins add theirs."""
 
-SHARED_SETTINGS = ("enabled", "kind", "settings", "memory_gb", "extra", "components")
+SHARED_SETTINGS = ("enabled", "kind", "settings", "max_rows", "memory_gb", "extra", "components")
 """Keys of `stack` that every kind of stacker has; the others are XGBoost's."""
 
 
@@ -219,7 +219,8 @@ def fit_stacker(
     cores: int = 1,
     fold_stackers: Sequence[FittedStacker] = (),
 ) -> FittedStacker:
-    """Fit a stacker of `config.kind`; wide columns are first reduced to `config.components` (in memory only).
+    """Fit a stacker of `config.kind` on `config.max_rows` of the rows; wide columns are first reduced to
+    `config.components` (in memory only).
 
     cores, fold_stackers: see `Stacker.fit`. Raises DataError where fewer than two diagnoses have rows.
     """
@@ -227,6 +228,7 @@ def fit_stacker(
     present = np.isin(np.arange(len(rows.diagnoses)), rows.labels)
     if present.sum() < 2:
         raise DataError("the stacker needs lesions of at least two diagnoses; set stack.enabled=false without them")
+    rows = rows.sample(config.max_rows, seed)
     extra, reduction = rows.extra, None
     if rows.wide:
         columns = rows.columns()

@@ -55,12 +55,15 @@ def nested_stack(rows: TrainingRows, folds: np.ndarray, config: StackConfig, see
     def fit(train: np.ndarray) -> FittedStacker:
         return fit_stacker(rows.take(train), config, seed, cores=openmp_threads() // parallel)
 
-    with ThreadPoolExecutor(parallel) as pool:
-        fitted = dict(zip(training_sets, pool.map(fit, training_sets.values()), strict=True))
-    for train, held_out, targets in tasks:
+    def predict(task: tuple[np.ndarray, np.ndarray, list[np.ndarray]]) -> None:
+        train, held_out, targets = task
         probabilities = fitted[train.tobytes()].predict(rows.source, rows.indices[held_out])
         for target in targets:
             target[held_out] = probabilities
+
+    with ThreadPoolExecutor(parallel) as pool:
+        fitted = dict(zip(training_sets, pool.map(fit, training_sets.values()), strict=True))
+        list(pool.map(predict, tasks))
     stackers = {fold: fitted[(folds != fold).tobytes()] for fold in without}
     return NestedStack(out_of_fold, without, stackers)
 

@@ -68,10 +68,11 @@ def write_nested(path: Path, rows: NestedRows) -> None:
         "lesion_id": pa.array(rows.lesion_ids, pa.string()),
         "fold": pa.array(rows.folds),
         "label": pa.array(rows.labels),
-        "probabilities": pa.array(list(rows.probabilities)),
-        "decisions": pa.array(list(rows.decisions)),
-        "stack": pa.array(list(rows.stack)),
     }
+    for name in ("probabilities", "decisions", "stack"):
+        matrix = getattr(rows, name)
+        offsets = pa.array(np.arange(len(matrix) + 1) * matrix.shape[1], pa.int32())
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(np.ravel(matrix)))
     write_checked_parquet(path, pa.table(columns))
 
 

@@ -1,6 +1,6 @@
 """Samples of a large set of lesions, on which the choices of an ensemble are searched and a stacker is fitted.
 
-Shapes: N lesions.
+Shapes: N lesions, C diagnoses.
 """
 
 from __future__ import annotations
@@ -31,3 +31,14 @@ def draw(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
         rows = np.flatnonzero(labels == label)
         chosen[rows if count >= len(rows) else generator.choice(rows, count, replace=False)] = True
     return chosen
+
+
+def shares_of(counts: np.ndarray, most: int) -> np.ndarray:
+    """Divide `most` lesions among diagnoses that have `counts` (C,), by the square roots of these; none gets more than
+    it has.
+    """
+    wanted = np.zeros(len(counts))
+    for place, label in enumerate(order := np.argsort(counts)):  # what a rare diagnosis lacks is divided among the rest
+        roots = np.sqrt(counts[order[place:]])
+        wanted[label] = min(counts[label], (most - wanted.sum()) * roots[0] / max(roots.sum(), 1e-9))
+    return wanted

@@ -73,12 +73,15 @@ def base_columns(table: OofTable, models: Sequence[str] | None = None) -> np.nda
     """Return (N, F) float32 columns without a wide block: log-probabilities of every output of every model, concepts,
     metadata. Their names are `column_names`.
     """
-    columns = [
-        np.maximum(log_probabilities(getattr(table, output)[model], table.heads[model]), MIN_LOG_PROBABILITY)
-        for model in (table.models if models is None else models)
-        for output in _outputs(table)
-    ]
-    return np.concatenate([*columns, table.concepts, table.metadata], axis=1).astype(np.float32)
+    columns = np.empty((len(table), len(column_names(table, models))), np.float32)
+    done = 0
+    for model in table.models if models is None else models:
+        for output in _outputs(table):
+            block = log_probabilities(getattr(table, output)[model], table.heads[model])
+            columns[:, done : done + block.shape[1]] = np.maximum(block, MIN_LOG_PROBABILITY)
+            done += block.shape[1]
+    columns[:, done:] = np.concatenate([table.concepts, table.metadata], axis=1)
+    return columns
 
 
 def column_names(table: OofTable, models: Sequence[str] | None = None) -> tuple[str, ...]:

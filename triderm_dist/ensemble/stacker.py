@@ -16,6 +16,7 @@ import numpy as np
 
 from triderm_dist.config import Section
 from triderm_dist.ensemble.columns import Columns, batches_of
+from triderm_dist.ensemble.sampling import draw, shares_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class TrainingRows:
 
     labels: (n,) int64 in [0, C).  groups: (n,) text; rows of one group (a patient) belong together where rows are
     split.  names: of the columns.  diagnoses: C names.  wide: how many columns at the end belong to the block `extra`;
-    `names` leaves them out. A stacker's `fit` always gets wide = 0: wide columns are reduced before.
+    `names` leaves them out. A stacker's `fit` always gets wide = 0: wide columns are reduced before.  weights: (n,)
+    how many lesions each row stands for; None where the rows are no sample.
     """
 
     source: Columns
@@ -35,6 +37,7 @@ class TrainingRows:
     diagnoses: tuple[str, ...]
     extra: str = ""
     wide: int = 0
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -62,7 +65,27 @@ class TrainingRows:
 
     def take(self, mask: np.ndarray) -> TrainingRows:
         """Return the rows where `mask` (n,) is True."""
-        return replace(self, indices=self.indices[mask], labels=self.labels[mask], groups=self.groups[mask])
+        return replace(
+            self,
+            indices=self.indices[mask],
+            labels=self.labels[mask],
+            groups=self.groups[mask],
+            weights=None if self.weights is None else self.weights[mask],
+        )
+
+    def sample(self, most: int | None, seed: int) -> TrainingRows:
+        """Return the rows, or where they are more than `most` a sample of them with their weights, in memory.
+
+        Of each diagnosis it holds a number in proportion to the square root of that of its rows, or all: as many of the
+        rare ones as a fit can use.
+        """
+        if most is None or len(self) <= most:
+            return self
+        counts = np.bincount(self.labels, minlength=len(self.diagnoses))
+        chosen = draw(self.labels, shares_of(counts, most), seed)
+        taken = self.take(chosen)
+        weights = (counts / np.maximum(np.bincount(taken.labels, minlength=len(counts)), 1))[taken.labels]
+        return replace(taken, source=taken.columns(), indices=np.arange(len(taken)), weights=weights)
 
 
 class Stacker(Protocol):

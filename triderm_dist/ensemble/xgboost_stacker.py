@@ -91,7 +91,7 @@ class XGBoostStacker(Stacker):
         """
         device = device_of(settings, len(rows) * rows.width, rows.in_memory)
         threads = threads_for(len(rows), rows.width, cores)
-        weights = _row_weights(rows.labels, len(rows.diagnoses), settings.class_weight_power)
+        weights = _row_weights(rows, settings.class_weight_power)
         parameters = {
             "objective": "multi:softprob",
             "multi_strategy": "multi_output_tree" if settings.booster == "multi_output" else "one_output_per_tree",
@@ -167,7 +167,8 @@ class XGBoostStacker(Stacker):
     @classmethod
     def parallel_fits(cls, settings: StackConfig, rows: TrainingRows) -> int:
         """Return 1 on a GPU; on a CPU one per core, since most fits are small and XGBoost releases the GIL."""
-        device = device_of(settings, len(rows) * rows.width, rows.in_memory)
+        fitted = min(len(rows), settings.max_rows or len(rows))
+        device = device_of(settings, fitted * rows.width, rows.in_memory or fitted < len(rows))
         return 1 if device == "cuda" else openmp_threads()
 
     def needed(self) -> tuple[str, ...]:
@@ -302,8 +303,11 @@ def _names(rows: TrainingRows) -> list[str]:
     return [f"column {number}" if set(name) & set("[]<") else name for number, name in enumerate(rows.names)]
 
 
-def _row_weights(labels: np.ndarray, classes: int, power: float) -> np.ndarray:
-    """Return (n,) weights, share of the row's diagnosis ** -power, scaled to mean 1."""
-    share = np.maximum(np.bincount(labels, minlength=classes), 1) / len(labels)
-    weights = (share**-power)[labels]
+def _row_weights(rows: TrainingRows, power: float) -> np.ndarray:
+    """Return (n,) weights, share of the row's diagnosis ** -power by the lesions that it stands for, with mean 1."""
+    lesions = np.bincount(rows.labels, rows.weights, len(rows.diagnoses))
+    share = np.maximum(lesions, 1) / lesions.sum()
+    weights = (share**-power)[rows.labels]
+    if rows.weights is not None:
+        weights *= rows.weights
     return weights / weights.mean()
