@@ -1,23 +1,125 @@
-"""Reading a table, and the memory of the process that packs."""
+"""Reading a table, and the memory of the process that packs while others write the shards."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from benchmarks.scale_rows import Row
 
+if TYPE_CHECKING:
+    from triderm_dist.data.readers.dataset import Dataset
 
-def write_table(n: int, folder: Path) -> None:
-    from benchmarks.read_table import write
-
-    write(folder, n)
-
-
-def read_table(n: int, folder: Path) -> None:
-    """Read the table and find its photos."""
-    from benchmarks.read_table import read
-
-    read(str(folder))
+CHUNK = 1 << 16
+"""Lesions that are written at a time."""
 
 
-ROWS = (Row("read", read_table, write_table, largest=10**6),)
+def write_tables(n: int, folder: Path) -> None:
+    """Write the tables of a challenge with n lesions: 7 scores of 6 decimals a photo, a patient for 1.5 lesions."""
+    import pyarrow as pa
+    import pyarrow.csv as csv
+
+    from triderm_dist.data.readers.milk10k import GROUP_COLUMN, MONET_COLUMNS
+    from triderm_dist.tasks import milk10k_task
+
+    task, rng = milk10k_task(), np.random.default_rng(0)
+    sites = task.fields[3].categories
+    paths = [folder / f"MILK10k_Training_{name}.csv" for name in ("Metadata", "GroundTruth")]
+    writers: list[Any] = [None, None]
+    for start in range(0, n, CHUNK):
+        own = np.arange(start, min(start + CHUNK, n))
+        lesions, rows = len(own), 2 * len(own)
+        both = {
+            "lesion_id": np.repeat([f"IL_{at:08d}" for at in own.tolist()], 2),
+            "image_type": np.tile(["clinical: close-up", "dermoscopic"], lesions),
+            "isic_id": [f"ISIC_{at:08d}" for at in range(2 * start, 2 * start + rows)],
+            GROUP_COLUMN: np.repeat([f"P{at * 2 // 3}" for at in own.tolist()], 2),
+            "age_approx": np.repeat(5 * rng.integers(1, 18, lesions), 2),
+            "sex": np.repeat(rng.choice(["male", "female"], lesions), 2),
+            "skin_tone_class": np.repeat(rng.integers(0, 6, lesions), 2),
+            "site": np.repeat(rng.choice([*sites, ""], lesions), 2),
+        }
+        scores = {name: rng.integers(0, 10**6 + 1, rows) / 10**6 for name in MONET_COLUMNS}
+        label = rng.integers(0, len(task.diagnoses), lesions)
+        truth = {"lesion_id": both["lesion_id"][::2]}
+        truth |= {name: (label == at).astype(np.float64) for at, name in enumerate(task.diagnosis_names)}
+        for number, table in enumerate((pa.table(both | scores), pa.table(truth))):
+            writers[number] = writers[number] or csv.CSVWriter(
+                paths[number], table.schema, write_options=csv.WriteOptions(quoting_style="none")
+            )
+            writers[number].write_table(table)
+    for writer in writers:
+        writer.close()
+
+
+def read_tables(n: int, folder: Path) -> Dataset:
+    """Read the tables; the photos are names only."""
+    from triderm_dist.data.readers import find_photos, milk10k
+
+    def walk_files(*arguments: Any) -> Iterator[tuple[str, str, str]]:
+        for at in range(2 * n):
+            yield f"{folder}/MILK10k_Training_Input/IL_{at // 2:08d}", f"ISIC_{at:08d}.jpg", ".jpg"
+
+    find_photos.walk_files = walk_files
+    (folder / "MILK10k_Training_Input").mkdir()
+    found = milk10k.read_challenge(folder)
+    assert len(found.lesions) == n and len(found.notes) == 1, found.notes
+    return found
+
+
+def measure_read(n: int, folder: Path) -> None:
+    read_tables(n, folder)
+
+
+def measure_driver(n: int, folder: Path) -> None:
+    """Do all that the process does which packs by a cluster, but hand the lesions to none: the shards are holes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from triderm_dist.data.group_hashes import hash_groups
+    from triderm_dist.data.shards.format import rows_schema
+    from triderm_dist.data.shards.pack import pack_shards
+
+    dataset, hashes = hash_groups(read_tables(n, folder), folder / "out")
+    schema = rows_schema(len(dataset.concepts), len(dataset.task.fields))
+    size = 10240
+
+    def distribute(writer: Any, part: Path, shards: Any) -> Iterator[int]:
+        for number, lesions in shards:
+            count = len(lesions)
+            path = part / "shards" / f"shard-{number:06d}.tar"
+            with path.open("wb") as file:
+                file.truncate(size)
+            record = {
+                "source": "", "settings": "", "problems": [], "converted": {},
+                "file": {"url": path.name, "samples": count, "bytes": size, "sha256": "0" * 64},
+            }  # fmt: skip
+            zeros = np.zeros(count, np.int32)
+            photos = np.full((count, 6), 100, np.uint64)
+            photos[:, 2::3] = np.arange(count * 2).reshape(count, 2) + number * 2 * 512 + 1
+            columns = {
+                "lesion_id": [lesion.lesion_id for lesion in lesions],
+                "group": [lesion.group for lesion in lesions],
+                "label": [lesion.label for lesion in lesions],
+                "shard": zeros,
+                **{name: zeros + 512 for name in schema.names if name.endswith(("_offset", "_size"))},
+                "concepts": [lesion.concepts for lesion in lesions],
+                "metadata": [lesion.metadata for lesion in lesions],
+                "photos": photos.tolist(),
+            }
+            arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
+            about = schema.with_metadata({b"triderm-shard": json.dumps(record).encode()})
+            pq.write_table(pa.table(arrays, about), part / "rows" / f"{number:06d}.parquet")
+            yield number
+
+    pack_shards(dataset, folder / "out", short_side=None, group_hashes=hashes, distribute=distribute)
+
+
+ROWS = (
+    Row("read", measure_read, write_tables),
+    Row("pack driver", measure_driver, write_tables, largest=10**6),
+)

@@ -10,8 +10,13 @@ the work: each packs one slice, then one of them writes the index.
 
 triderm pack source=CLINIC output=runs/clinic/shards/train slice=1/8
 triderm pack source=CLINIC output=runs/clinic/shards/train finish=true
+
+On a Ray cluster each shard is a task, and those of a machine that is lost run on others.
+
+triderm pack source=CLINIC output=runs/clinic/shards/train address=auto
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,11 @@ class PackConfig(Extensible):
         description="pack one of several slices only, such as 3/8 for the third of eight, into OUTPUT.part; null: all",
     )
     finish: bool = Field(False, description="write the index of the shards that all slices have packed")
+    address: str | None = Field(
+        None,
+        description="a running Ray cluster whose machines pack the shards, and all see source and output: auto for the "
+        "one that this machine belongs to, or HOST:PORT; workers is then the cores per shard, null: 1",
+    )
 
 
 def main(config: PackConfig) -> None:
@@ -64,6 +74,8 @@ def main(config: PackConfig) -> None:
     part = slice_of(config.slice)
     if part and config.finish:
         raise ConfigError("finish: writes the index of all slices; leave out slice=")
+    if config.address and (part or config.finish):
+        raise ConfigError("address: the cluster packs all shards; leave out slice= and finish=")
     try:
         task = find_task(config.source, config.task)
         dataset = read_source(config.source, task, config.missing_view, config.invalid)
@@ -73,7 +85,13 @@ def main(config: PackConfig) -> None:
             dataset, hashes = hash_groups(dataset, config.output, config.salt, asked)
         for note in dataset.notes:
             print(f"note: {note}")
-        with progress_bar("packing lesions") as progress:
+        with ExitStack() as stack:
+            distribute = None
+            if config.address:
+                from triderm_dist.distributed.ray_pack import ray_shards
+
+                distribute = stack.enter_context(ray_shards(config.address, config.workers or 1))
+            progress = stack.enter_context(progress_bar("packing lesions"))
             options: dict[str, Any] = {
                 "short_side": config.short_side,
                 "shard_samples": config.shard_samples,
@@ -84,7 +102,14 @@ def main(config: PackConfig) -> None:
             if part:
                 problems = pack_slice(dataset, config.output, *part, **options)
             else:
-                index = pack_shards(dataset, config.output, group_hashes=hashes, finish=config.finish, **options)
+                index = pack_shards(
+                    dataset,
+                    config.output,
+                    group_hashes=hashes,
+                    finish=config.finish,
+                    distribute=distribute,
+                    **options,
+                )
     except InvalidLesions as error:
         print_problems(error.problems, Path(f"{config.output}.problems.csv"))
         raise

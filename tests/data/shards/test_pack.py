@@ -8,12 +8,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.colors import CMYK_PLAIN, ON_WHITE
 from triderm_dist.data.shards.console import print_index
 from triderm_dist.data.shards.index import ShardIndex, read_index
-from triderm_dist.data.shards.pack import pack_shards, pack_slice
+from triderm_dist.data.shards.pack import ShardWriter, pack_shards, pack_slice
 from triderm_dist.data.shards.verify import verify
-from triderm_dist.schema import Busy, DataError
+from triderm_dist.schema import Busy, DataError, Lesion
 
 Make = Callable[..., Challenge]
 
@@ -199,6 +200,34 @@ def test_finishing_needs_every_slice(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shard-000002\.tar: missing or damaged"):
         packed(dataset, tmp_path / "out", finish=True)
     assert len(packed(dataset, tmp_path / "out")) == len(dataset.lesions)  # packs again what is damaged
+
+
+def test_shards_may_be_written_elsewhere(dataset: Dataset, tmp_path: Path) -> None:
+    packed(dataset, tmp_path / "one")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    written: list[int] = []
+
+    def elsewhere(writer: ShardWriter, part: Path, shards: Iterable[tuple[int, list[Lesion]]]) -> Iterator[int]:
+        for number, lesions in reversed([*shards]):
+            there = pickle.loads(pickle.dumps((writer, lesions)))
+            before = [*(part / "rows").glob(f"{number:06d}.parquet")]
+            there[0].keep_or_write(part, number, there[1])
+            written.append(number) if not before else None
+            yield number
+            if number == lost:
+                raise KeyboardInterrupt
+
+    lost = 3
+    with pytest.raises(KeyboardInterrupt):
+        packed(dataset, tmp_path / "many", distribute=elsewhere)
+    (tmp_path / "many.part" / "shards" / "shard-000005.tar").write_bytes(b"cut off")  # by a process that was killed
+    (tmp_path / "many.part" / "rows" / "000005.parquet").unlink()
+    lost = -1
+    packed(dataset, tmp_path / "many", distribute=elsewhere)
+    assert written == [6, 5, 4, 3, 5, 2, 1, 0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == expected
+    with pytest.raises(DataError, match=r"000000.parquet: missing, though its task has ended; give an output folder"):
+        packed(dataset, tmp_path / "lost", distribute=lambda writer, part, shards: (number for number, _ in shards))
 
 
 def test_packing_locks_the_output_folder(dataset: Dataset, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ written to OUTPUT.part:
     rows/000000.parquet           rows of the finished shard; hash of its input and its checksum are in the schema
 
 After an interruption, finished shards are kept if their input and checksum still match that record. So several
-machines can each write a slice of the shards into one OUTPUT.part (`pack_slice`), before one writes the index.
+machines can each write a slice of the shards into one OUTPUT.part (`pack_slice`), or tasks on a cluster one shard each
+(`Distribute`), before one process writes the index.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, naming_file, open_new
-from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion
+from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
 Progress = Callable[[int, int], None]
 """Called with (lesions done, all lesions)."""
+Distribute = Callable[["ShardWriter", Path, Iterable[tuple[int, list[Lesion]]]], Iterable[int]]
+"""Called with a writer, OUTPUT.part and (number, lesions) of shards: writes each by `ShardWriter.keep_or_write`, on
+other machines too and in any order, and yields the number of each that was written."""
 
 _RECORD = b"triderm-shard"
 
@@ -63,6 +67,7 @@ def pack_shards(
     progress: Progress | None = None,
     group_hashes: GroupHashes | None = None,
     finish: bool = False,
+    distribute: Distribute | None = None,
 ) -> ShardIndex:
     """Write the shards of a data set and return their index; the bytes depend on the input and these settings only.
 
@@ -72,7 +77,8 @@ def pack_shards(
     folder appears when it is complete, and an interrupted run resumes from its finished shards. An output that was
     packed from the same input with the same settings is returned unchanged. workers: threads, None for one per core.
     group_hashes: where the groups of the data set are hashes (`hash_groups`), those.  finish: all shards were written
-    by `pack_slice`; only their checksums are compared, and photos are not read again.
+    by `pack_slice`; only their checksums are compared, and photos are not read again.  distribute: writes the shards,
+    None for threads of this process.
 
     Raises InvalidLesions; Busy where another process packs the folder; DataError for an output that holds something
     else, for no valid lesion, a full disk, and with `finish` for shards that are missing.
@@ -89,7 +95,12 @@ def pack_shards(
                 stack.enter_context(exclusive_lock(lock, _refusal(part)))
             if _exists(folder):  # packed by another process in the meantime
                 return _read_packed(folder, packer)
-            shards, problems = packer.finish(part) if finish else packer.write(part, range(len(packer.slices)))
+            if finish:
+                shards, problems = packer.finish(part)
+            elif distribute:
+                shards, problems = packer.distribute(part, distribute)
+            else:
+                shards, problems = packer.write(part, range(len(packer.slices)))
             if problems and invalid == "refuse":
                 shutil.rmtree(part)
                 raise InvalidLesions(problems, len(dataset.lesions))
@@ -259,8 +270,128 @@ def _runs(keys: np.ndarray) -> list[tuple[int, int]]:
     return runs
 
 
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes shards of lesions, in this process or one on another machine. settings: short_side, quality and so on."""
+
+    task: Task
+    concepts: tuple[str, ...]
+    settings: Mapping[str, Any]
+    workers: int
+
+    def keep_or_write(self, part: Path, number: int, lesions: list[Lesion]) -> None:
+        """Write a shard and its record, unless an earlier process has."""
+        for name in ("shards", "rows"):
+            (part / name).mkdir(parents=True, exist_ok=True)
+        if not self.is_valid(part, number, lesions, _read_record(part, number)):
+            # A process that was given up may still write the file of this name.
+            _tar_path(part, number).unlink(missing_ok=True)
+            self.write(part, [(number, lesions)])
+
+    def is_valid(self, part: Path, number: int, lesions: Sequence[Lesion], record: _FinishedShard | None) -> bool:
+        """Return whether the file has the recorded checksum and its input is unchanged."""
+        return record is not None and _is_intact(part, number, record) and self.source(lesions) == record.source
+
+    def write(
+        self,
+        part: Path,
+        shards: Iterable[tuple[int, list[Lesion]]],
+        advance: Callable[[int], None] = lambda lesions: None,
+    ) -> dict[int, _FinishedShard]:
+        """Write shards of (number, lesions), and return them by number. advance: called with lesions that are done."""
+        finished: dict[int, _FinishedShard] = {}
+        jobs = ((number, len(lesions), lesion) for number, lesions in shards for lesion in lesions)
+        current: _OpenShard | None = None
+        done = 0
+        for (number, count, lesion), prepared in map_in_order(lambda job: self._prepare(job[2]), jobs, self.workers):
+            if current is None:
+                current, done = _OpenShard(TarWriter(_tar_path(part, number)), self.digest()), 0
+            done += 1
+            current.digest.update(prepared.source)
+            if prepared.problem:
+                current.problems.append(prepared.problem)
+            else:
+                current.converted.update(prepared.changes)
+                current.rows.append(self._write_lesion(current.tar, lesion, prepared))
+            if done == count:
+                finished[number] = self._close(part, number, current)
+                current = None
+            advance(1)
+        return finished
+
+    def _write_lesion(self, tar: TarWriter, lesion: Lesion, prepared: _Prepared) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "lesion_id": lesion.lesion_id,
+            "group": lesion.group,
+            "label": lesion.label,
+            "fine": lesion.fine,
+            "shard": -1,  # set by write_index, which leaves out empty shards
+            "concepts": lesion.concepts,
+            "metadata": lesion.metadata,
+            "photos": prepared.sizes_and_hashes,
+        }
+        for view, data in zip(VIEWS, prepared.photos, strict=True):
+            row[f"{view}_offset"] = tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0
+            row[f"{view}_size"] = len(data)
+        tar.add(f"{lesion.lesion_id}.json", json.dumps(to_record(lesion, self.task, self.concepts)).encode())
+        return row
+
+    def _close(self, part: Path, number: int, shard: _OpenShard) -> _FinishedShard:
+        size, sha256 = shard.tar.close()
+        path = _tar_path(part, number)
+        file = ShardFile(path.name, len(shard.rows), size, sha256) if shard.rows else None
+        if file is None:
+            path.unlink()
+        settings = self.digest().hexdigest()
+        finished = _FinishedShard(shard.digest.hexdigest(), settings, file, tuple(shard.problems), shard.converted)
+        record = {
+            "source": finished.source,
+            "settings": settings,
+            "file": vars(file) if file else None,
+            "problems": [asdict(problem) for problem in shard.problems],
+            "converted": dict(shard.converted),
+        }
+        schema = rows_schema(len(self.concepts), len(self.task.fields), bool(self.task.fine))
+        schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
+        with atomic_path(_rows_path(part, number), PATIENT_DATA) as temporary:
+            pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
+        return finished
+
+    def digest(self) -> Any:
+        """Return a hash object of what the bytes of every shard depend on."""
+        settings = {name: value for name, value in self.settings.items() if name != "shard_samples"}
+        # Sets of MILK10k were packed before there were other tasks; their hashes do not change.
+        task = [] if self.task.matches(milk10k_task()) else [self.task.meaning()]
+        task += [[*self.task.fine.names]] if self.task.fine else []
+        return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts, *task]).encode())
+
+    def source(self, lesions: Sequence[Lesion]) -> str:
+        """Return the hash of the input of a shard of these lesions."""
+        digest = self.digest()
+        for lesion in lesions:
+            digest.update(_source_of(lesion, [_read(path) for path in _paths(lesion)]))
+        return str(digest.hexdigest())
+
+    def _prepare(self, lesion: Lesion) -> _Prepared:
+        files = [_read(path) for path in _paths(lesion)]
+        source = _source_of(lesion, files)
+        photos, changes = list[bytes](), list[str]()
+        for path, data in zip(_paths(lesion), files, strict=True):
+            try:
+                if isinstance(data, OSError):
+                    raise PhotoError(describe_error(data))
+                photo = prepare_photo(data, self.settings["short_side"]) if path else PreparedPhoto(b"")
+            except PhotoError as error:
+                problem = Problem(lesion.lesion_id, "unreadable photo", str(path), str(error))
+                return _Prepared(source, [], [], problem=problem)
+            photos.append(photo.data)
+            changes += photo.changes
+        sizes_and_hashes = [number for data in photos for number in size_and_hash(data)]
+        return _Prepared(source, photos, sizes_and_hashes, tuple(changes))
+
+
 class _Packer:
-    """Writes the shards of one data set with given settings."""
+    """Packs one data set with given settings."""
 
     def __init__(
         self,
@@ -272,14 +403,14 @@ class _Packer:
         group_hashes: GroupHashes | None = None,
     ) -> None:
         self.slices = _Slices(LesionTable.of(dataset.lesions), shard_samples)
-        self.task, self.concepts = dataset.task, dataset.concepts
-        self.short_side, self.workers, self.progress = short_side, workers, progress
         self.settings = {"short_side": short_side, "quality": QUALITY, "shard_samples": shard_samples}
+        self.writer = ShardWriter(dataset.task, dataset.concepts, self.settings, workers)
+        self.task, self.concepts, self.workers, self.progress = dataset.task, dataset.concepts, workers, progress
         self.done, self.total, self.group_hashes = 0, len(dataset.lesions), group_hashes
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
-        return self._joined([source for _, source in map_in_order(self._source, self.slices, self.workers)])
+        return self._joined([source for _, source in map_in_order(self.writer.source, self.slices, self.workers)])
 
     def write(self, part: Path, numbers: Sequence[int]) -> tuple[list[_FinishedShard], list[Problem]]:
         """Write these shards to PART/shards and their records to PART/rows; keep valid ones of an interrupted run.
@@ -288,10 +419,10 @@ class _Packer:
         """
         for name in ("shards", "rows"):
             (part / name).mkdir(exist_ok=True)
-        found = {number: self._read_record(part, number) for number in numbers}
+        found = {number: _read_record(part, number) for number in numbers}
         kept: dict[int, _FinishedShard] = {}
         for number, valid in map_in_order(
-            lambda number: self._is_valid(part, number, found[number]),
+            lambda number: self.writer.is_valid(part, number, self.slices[number], found[number]),
             [number for number, record in found.items() if record],
             self.workers,
         ):
@@ -302,8 +433,28 @@ class _Packer:
         for path in _other_files(part, {*kept, *others}):
             if not others or path.suffix in (".tar", ".parquet"):  # a temporary file may be another slice's
                 path.unlink()
-        written = self._write_shards(part, [number for number in numbers if number not in kept])
+        missing = ((number, self.slices[number]) for number in numbers if number not in kept)
+        written = self.writer.write(part, missing, self._advance)
         shards = [shard for _, shard in sorted({**kept, **written}.items())]
+        return shards, [problem for shard in shards for problem in shard.problems]
+
+    def distribute(self, part: Path, distribute: Distribute) -> tuple[list[_FinishedShard], list[Problem]]:
+        """Have all shards written by `distribute`; otherwise as `write`."""
+        numbers = range(len(self.slices))
+        for name in ("shards", "rows"):
+            (part / name).mkdir(exist_ok=True)
+        for path in _other_files(part, numbers):
+            path.unlink()
+        for number in distribute(self.writer, part, ((number, self.slices[number]) for number in numbers)):
+            self._advance(self.slices.size(number))
+        shards = []
+        for number in numbers:
+            if (shard := _read_record(part, number)) is None:
+                raise DataError(
+                    f"{_rows_path(part, number)}: missing, though its task has ended; give an output folder that every "
+                    "machine of the cluster sees under this name"
+                )
+            shards.append(shard)
         return shards, [problem for shard in shards for problem in shard.problems]
 
     def finish(self, part: Path) -> tuple[list[_FinishedShard], list[Problem]]:
@@ -342,26 +493,9 @@ class _Packer:
 
     # --- shards of an interrupted run ---
 
-    def _read_record(self, part: Path, number: int) -> _FinishedShard | None:
-        try:
-            schema = pq.read_schema(_rows_path(part, number))
-            record = json.loads(schema.metadata[_RECORD])
-            file = ShardFile(**record["file"]) if record["file"] else None
-            problems = tuple(Problem(**entry) for entry in record["problems"])
-            # Shards of versions that did not count conversions lack the key, and are written again.
-            return _FinishedShard(record["source"], record.get("settings", ""), file, problems, record["converted"])
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-            return None
-
-    def _is_valid(self, part: Path, number: int, record: _FinishedShard | None) -> bool:
-        """Return whether the file has the recorded checksum and its input is unchanged."""
-        return record is not None and (
-            _is_intact(part, number, record) and self._source(self.slices[number]) == record.source
-        )
-
     def _written(self, part: Path, number: int) -> _FinishedShard:
         """Return a shard of a slice. Raises DataError unless it holds the lesions of this number."""
-        record = self._read_record(part, number)
+        record = _read_record(part, number)
         if record is None or not _is_intact(part, number, record):
             raise DataError(
                 f"{_tar_path(part, number)}: missing or damaged; run its slice again, as slice={number + 1}/"
@@ -370,114 +504,32 @@ class _Packer:
         ids = pq.read_table(_rows_path(part, number), columns=["lesion_id"])["lesion_id"].to_pylist()
         dropped = {problem.lesion_id for problem in record.problems}
         expected = [lesion.lesion_id for lesion in self.slices[number] if lesion.lesion_id not in dropped]
-        if ids != expected or record.settings != self._digest().hexdigest():
+        if ids != expected or record.settings != self.writer.digest().hexdigest():
             raise DataError(
                 f"{_tar_path(part, number)}: holds other lesions or was packed with other settings; run slice="
                 f"{number + 1}/{len(self.slices)} with these tables and settings"
             )
         return record
 
-    # --- new shards ---
-
-    def _write_shards(self, part: Path, numbers: Sequence[int]) -> dict[int, _FinishedShard]:
-        finished: dict[int, _FinishedShard] = {}
-        jobs = ((number, lesion) for number in numbers for lesion in self.slices[number])
-        current: _OpenShard | None = None
-        lesions = 0
-        for (number, lesion), prepared in map_in_order(lambda job: self._prepare(job[1]), jobs, self.workers):
-            if current is None:
-                current, lesions = _OpenShard(TarWriter(_tar_path(part, number)), self._digest()), 0
-            lesions += 1
-            current.digest.update(prepared.source)
-            if prepared.problem:
-                current.problems.append(prepared.problem)
-            else:
-                current.converted.update(prepared.changes)
-                current.rows.append(self._write_lesion(current.tar, lesion, prepared))
-            if lesions == self.slices.size(number):
-                finished[number] = self._close(part, number, current)
-                current = None
-            self._advance(1)
-        return finished
-
-    def _write_lesion(self, tar: TarWriter, lesion: Lesion, prepared: _Prepared) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "lesion_id": lesion.lesion_id,
-            "group": lesion.group,
-            "label": lesion.label,
-            "fine": lesion.fine,
-            "shard": -1,  # set by write_index, which leaves out empty shards
-            "concepts": lesion.concepts,
-            "metadata": lesion.metadata,
-            "photos": prepared.sizes_and_hashes,
-        }
-        for view, data in zip(VIEWS, prepared.photos, strict=True):
-            row[f"{view}_offset"] = tar.add(f"{lesion.lesion_id}.{view}.jpg", data) if data else 0
-            row[f"{view}_size"] = len(data)
-        tar.add(f"{lesion.lesion_id}.json", json.dumps(to_record(lesion, self.task, self.concepts)).encode())
-        return row
-
-    def _close(self, part: Path, number: int, shard: _OpenShard) -> _FinishedShard:
-        size, sha256 = shard.tar.close()
-        path = _tar_path(part, number)
-        file = ShardFile(path.name, len(shard.rows), size, sha256) if shard.rows else None
-        if file is None:
-            path.unlink()
-        settings = self._digest().hexdigest()
-        finished = _FinishedShard(shard.digest.hexdigest(), settings, file, tuple(shard.problems), shard.converted)
-        record = {
-            "source": finished.source,
-            "settings": settings,
-            "file": vars(file) if file else None,
-            "problems": [asdict(problem) for problem in shard.problems],
-            "converted": dict(shard.converted),
-        }
-        schema = rows_schema(len(self.concepts), len(self.task.fields), bool(self.task.fine))
-        schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
-        with atomic_path(_rows_path(part, number), PATIENT_DATA) as temporary:
-            pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
-        return finished
-
-    # --- input ---
-
-    def _digest(self) -> Any:
-        settings = {name: value for name, value in self.settings.items() if name != "shard_samples"}
-        # Sets of MILK10k were packed before there were other tasks; their hashes do not change.
-        task = [] if self.task.matches(milk10k_task()) else [self.task.meaning()]
-        task += [[*self.task.fine.names]] if self.task.fine else []
-        return hashlib.sha256(json.dumps([FORMAT, VERSION, settings, self.concepts, *task]).encode())
-
-    def _source(self, lesions: Sequence[Lesion]) -> str:
-        """Return the hash of the input of a shard of these lesions."""
-        digest = self._digest()
-        for lesion in lesions:
-            digest.update(_source_of(lesion, [_read(path) for path in _paths(lesion)]))
-        return str(digest.hexdigest())
-
     def _joined(self, sources: Sequence[str]) -> str:
         return hashlib.sha256("".join(sources).encode()).hexdigest()
-
-    def _prepare(self, lesion: Lesion) -> _Prepared:
-        files = [_read(path) for path in _paths(lesion)]
-        source = _source_of(lesion, files)
-        photos, changes = list[bytes](), list[str]()
-        for path, data in zip(_paths(lesion), files, strict=True):
-            try:
-                if isinstance(data, OSError):
-                    raise PhotoError(describe_error(data))
-                photo = prepare_photo(data, self.short_side) if path else PreparedPhoto(b"")
-            except PhotoError as error:
-                problem = Problem(lesion.lesion_id, "unreadable photo", str(path), str(error))
-                return _Prepared(source, [], [], problem=problem)
-            photos.append(photo.data)
-            changes += photo.changes
-        sizes_and_hashes = [number for data in photos for number in size_and_hash(data)]
-        return _Prepared(source, photos, sizes_and_hashes, tuple(changes))
 
     def _advance(self, lesions: int) -> None:
         self.done += lesions
         if self.progress:
             self.progress(self.done, self.total)
+
+
+def _read_record(part: Path, number: int) -> _FinishedShard | None:
+    try:
+        schema = pq.read_schema(_rows_path(part, number))
+        record = json.loads(schema.metadata[_RECORD])
+        file = ShardFile(**record["file"]) if record["file"] else None
+        problems = tuple(Problem(**entry) for entry in record["problems"])
+        # Shards of versions that did not count conversions lack the key, and are written again.
+        return _FinishedShard(record["source"], record.get("settings", ""), file, problems, record["converted"])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
 
 
 def _paths(lesion: Lesion) -> list[str | None]:
