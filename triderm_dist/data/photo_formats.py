@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -23,6 +24,7 @@ MAX_BYTES = 1 << 30
 """Size of a photo file that is read, far above those of cameras."""
 READ_FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF"
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FORMATS: dict[str, str] = {
     "a JPEG": "JPEG", "a PNG": "PNG", "a WebP": "WEBP", "a TIFF": "TIFF", "a BMP": "BMP", "a GIF": "GIF",
     "an AVIF": "AVIF", "a HEIC": "HEIF", "a HEIF": "HEIF",
@@ -36,8 +38,25 @@ def format_of(data: bytes) -> str | None:
     return "AVIF" if found == "HEIF" and b"avif" in data[8 : int.from_bytes(data[:4], "big")] else found
 
 
+def is_photo_url(text: str) -> bool:
+    """Return whether a photo is named by a URL: of any file system that fsspec knows, except local files, which are
+    named by paths.
+    """
+    found = _URL.match(text)
+    return found is not None and found[0].lower() not in ("file://", "local://") and "::" not in text
+
+
 def read_photo(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a photo file. Raises OSError, also for a pipe or device, and for over `MAX_BYTES`."""
+    """Return the content of a photo file, or behind a URL.
+
+    Raises OSError, also for a pipe or device, and for over `MAX_BYTES`; DataError for a URL that cannot be read now.
+    """
+    if isinstance(path, str) and is_photo_url(path):
+        from triderm_dist.data.shards.remote import read_url
+
+        if len(data := read_url(path)) > MAX_BYTES:
+            raise OSError(errno.EFBIG, "too large", path)
+        return data
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.ENXIO, "not a file", os.fspath(path))

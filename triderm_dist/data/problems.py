@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from triderm_dist.files import PATIENT_DATA, atomic_path
+from triderm_dist.runtime.redact import redact
 from triderm_dist.schema import DataError, cell_text, printable
 
 
@@ -26,8 +27,9 @@ class Problem:
     what: str
 
     def __post_init__(self) -> None:
-        for name in ("where", "what"):  # both may quote what cannot be printed
-            object.__setattr__(self, name, printable(getattr(self, name)))
+        for name in ("where", "what"):  # both may quote what cannot be printed, or a URL with a token
+            text = printable(getattr(self, name))
+            object.__setattr__(self, name, redact(text) if "://" in text else text)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"

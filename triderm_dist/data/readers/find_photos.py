@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ_FORMATS, format_of
+from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ_FORMATS, format_of, is_photo_url
 from triderm_dist.data.readers.dataset import folded
 from triderm_dist.data.readers.text_index import HashIndex, Texts
 from triderm_dist.file_kinds import START, kind_of
@@ -86,7 +86,10 @@ class PhotoFinder:
         return self.paths[self.find(cell, lesion_id)]
 
     def find(self, cell: str, lesion_id: str = "") -> int:
-        """Return the position in `paths` of a photo; otherwise as a call does."""
+        """Return the position in `paths` of a photo; otherwise as a call does. A URL is taken as it is."""
+        if is_photo_url(cell):
+            self.paths.append(cell)
+            return len(self.paths) - 1
         cell = _composed(cell)
         stem = photo_name(cell)
         found = self._photos.find(stem)
@@ -103,7 +106,7 @@ class PhotoFinder:
         stems = [photo_name(_composed(cell)) for cell in cells]
         found = self._photos.index().only(stems)
         for at, (place, stem) in enumerate(zip(found.tolist(), stems, strict=True)):
-            if place >= 0 and _stem(self.paths[place]) != stem:
+            if place >= 0 and (_stem(self.paths[place]) != stem or is_photo_url(cells[at])):
                 found[at] = -1
         self.unused -= int((found >= 0).sum())
         return found

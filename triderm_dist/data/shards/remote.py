@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
@@ -31,6 +31,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # no leading "-", which would be an option of a command
 # Errors that a retry cannot fix, by name, since their packages may not be installed.
 _PERMANENT = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "GatedRepoError"}
+_INSTALL = "https://, s3:// and gs:// need pip install 'triderm-dist[remote]'"
 
 
 class FetchStopped(Exception):
@@ -92,7 +93,7 @@ class Store:
                 problem = one_line(error, 300, with_type=True)
             finally:
                 part.unlink(missing_ok=True)  # the thread of a stalled download may still have it open
-            pause = min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5)
+            pause = pause_before(attempt)
             if time.monotonic() + pause > deadline:
                 raise DataError(
                     f"{self.shown(file.url)}: not fetched within {self.remote.total_seconds:g} s and {attempt} "
@@ -150,13 +151,7 @@ class Store:
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """Options of the file system of this URL."""
-        if not self.url.startswith(("http://", "https://")):
-            return {}
-        import aiohttp
-
-        stall = self.remote.stall_seconds
-        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=stall, sock_read=stall)}}
+        return _file_system_options(self.url, self.remote.stall_seconds)
 
     def _import_file_system(self) -> None:
         """Import what the URL needs, so that the time it takes does not count as a stall."""
@@ -171,16 +166,83 @@ class Store:
             return str(disk_error(path.parent, error))
         if self.url.startswith("pipe:") and isinstance(error, OSError) and error.filename == self._words[0]:
             return f"{error.filename}: {error.strerror}; give a program of the PATH, or its whole path"
-        if isinstance(error, FileNotFoundError):
-            return "no such file; check the address, or upload the whole folder again"
-        status, text = getattr(error, "status", 0), one_line(error, 300, with_type=True)
-        if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _PERMANENT:
-            return f"no permission ({text}); check the credentials"
-        if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-            return f"refused by the server ({text})"
-        if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
-            return f"{text}; https://, s3:// and gs:// need pip install 'triderm-dist[remote]'"
+        text = one_line(error, 300, with_type=True)
+        match _kind_of(error):
+            case "missing":
+                return "no such file; check the address, or upload the whole folder again"
+            case "refused":
+                return f"no permission ({text}); check the credentials"
+            case "invalid":
+                return f"refused by the server ({text})"
+            case "unknown":
+                return f"{text}; {_INSTALL}"
         return None
+
+
+def _kind_of(error: Exception) -> Literal["missing", "refused", "invalid", "unknown"] | None:
+    """Return the kind of an error that a retry cannot fix: no such file, no permission, a request that the server does
+    not take, or a URL for which a package is missing; else None.
+    """
+    status = getattr(error, "status", 0)
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _PERMANENT:
+        return "refused"
+    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
+        return "invalid"
+    if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
+        return "unknown"
+    return None
+
+
+def _file_system_options(url: str, stall_seconds: float) -> dict[str, Any]:
+    """Return the options of fsspec for the file system of a URL."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=stall_seconds, sock_read=stall_seconds)}}
+
+
+def read_url(url: str, remote: RemoteConfig | None = None) -> bytes:
+    """Return the content of a single file behind a URL, such as a photo.
+
+    An error that may pass is retried, as in `Store.fetch`. Raises FileNotFoundError; PermissionError; OSError for a
+    request that the server refuses; DataError after `remote.total_seconds`, or for a URL that no package reads.
+    """
+    import fsspec
+
+    remote = remote or RemoteConfig()
+    deadline, attempt = time.monotonic() + remote.total_seconds, 0
+    while True:
+        attempt += 1
+        try:
+            file_system, location = fsspec.core.url_to_fs(url, **_file_system_options(url, remote.stall_seconds))
+            content: bytes = file_system.cat_file(location)
+            return content
+        except Exception as error:  # network errors have no common base class
+            shown, text = redact(url), one_line(error, 300, with_type=True)
+            match _kind_of(error):
+                case "missing":
+                    raise FileNotFoundError(errno.ENOENT, "no such file", shown) from None
+                case "refused":
+                    raise PermissionError(errno.EACCES, "no permission", shown) from None
+                case "invalid":
+                    raise OSError(errno.EIO, "refused by the server", shown) from None
+                case "unknown":
+                    raise DataError(f"{shown}: {text}; {_INSTALL}") from None
+            pause = pause_before(attempt)
+            if time.monotonic() + pause > deadline:
+                raise DataError(
+                    f"{shown}: not read within {remote.total_seconds:g} s and {attempt} attempts, the last error: "
+                    f"{text}; check the server and rerun the same command"
+                ) from None
+            time.sleep(pause)
+
+
+def pause_before(attempt: int) -> float:
+    """Return the seconds to wait after so many failed attempts: they double up to 15, with jitter."""
+    return float(min(0.1 * 2**attempt, 15.0) * random.uniform(0.5, 1.5))
 
 
 def is_file_name(name: object) -> bool:
