@@ -75,6 +75,7 @@ class Size:
     compile: bool
     checkpointing: bool = False
     recipe: bool = False  # with mixup, drop path and an average of the weights
+    gradients: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def vision(self) -> dict[str, int]:
@@ -88,7 +89,7 @@ class Size:
         (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
         train = TrainConfig(
             global_batch=self.batch, micro_batch=self.batch, precision=self.precision, compile=self.compile,
-            activation_checkpointing=self.checkpointing,
+            activation_checkpointing=self.checkpointing, gradient_precision=self.gradients,
         )  # fmt: skip
         tower = TowerConfig(source=f"local-dir:{folder}", pretrained=False, quick_gelu=False)
         if self.recipe:
@@ -274,7 +275,7 @@ def training_step(
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(accelerator.device, graphed):
         wrapped, prepared, optimizer = parallel.wrap(
-            accelerator, network, build, config.activation_checkpointing, config.compile
+            accelerator, network, build, config.activation_checkpointing, config.compile, config.gradient_precision
         )
     wrapped.train()
     scheduler = build_scheduler(optimizer, config.optim, 100_000, 100)

@@ -385,6 +385,14 @@ class TrainConfig(Section):
         description="compute precision; auto: bf16 where the GPU supports it, fp16 on older GPUs; on a CPU bf16 where "
         "a step is measured to be faster, else fp32",
     )
+    gradient_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="precision in which ranks add up their gradients; bf16 sends half of the bytes and rounds each sum "
+        "(docs/clusters.md says where that pays)",
+    )
+    bucket_mb: float = Field(
+        25.0, gt=0, description="DDP: MiB of gradients that ranks add up while the backward pass computes further ones"
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
@@ -490,10 +498,10 @@ class TrainConfig(Section):
 
 COSMETIC = (
     *("log_every", "save_every", "save_every_seconds", "keep_last", "keep_checkpoints", "trackers"),
-    *("tracker_settings", "profile", "peak_tflops", "graph", "deterministic"),
+    *("tracker_settings", "profile", "peak_tflops", "graph", "deterministic", "bucket_mb"),
 )
-"""Settings of `train` that change no result, or only its rounding on a GPU."""
-EXECUTION = ("micro_batch", "precision", "activation_checkpointing", "compile")
+"""Settings of `train` that change no result, or only its rounding on a GPU or several ranks."""
+EXECUTION = ("micro_batch", "precision", "gradient_precision", "activation_checkpointing", "compile")
 """Settings of `train` that change how a step is computed; a training may resume with other values."""
 
 
@@ -1175,7 +1183,9 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.train.augment.extra": {},
     "models.NAME.train.augment.mixup": 0.0,
     "models.NAME.train.augment.unmixed_epochs": 3,
+    "models.NAME.train.bucket_mb": 25.0,
     "models.NAME.train.deterministic": False,
+    "models.NAME.train.gradient_precision": "fp32",
     "models.NAME.train.graph": "auto",
     "models.NAME.train.keep_checkpoints": False,
     "models.NAME.train.loss.fine_weight": 0.0,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.scaling import Exchange, Network, exchanges, sent
 from tests.processes import WORKERS, launch
 from tests.small_tasks import FINE, TASKS
 from triderm_dist.config import AugmentConfig, LoraConfig
@@ -45,7 +46,17 @@ def cases_of(world: int) -> list[dict]:
             "checkpointing": world == 2,
         }
     )
-    return [*result, statistics_case(world)]
+    # The network of the last case is evaluated.
+    return [*result, *(exchange_cases(world) if world > 1 else []), statistics_case(world)]
+
+
+def exchange_cases(world: int, suffix: str = "") -> list[dict]:
+    """Cases with each precision of exchanged gradients, one micro-batch a rank."""
+    shared = {"head": "softmax", "batch": 0, "micro_batch": GLOBAL_BATCH // world, "dropout": 0.0}
+    return [
+        {"name": f"exchange-{precision}-{world}{suffix}", "gradients": precision, **shared}
+        for precision in ("fp32", "bf16")
+    ]
 
 
 def statistics_case(world: int) -> dict:
@@ -66,8 +77,8 @@ def sharded_cases() -> list[dict]:
     return [
         {**case, "name": case["name"] + "-fsdp2", "checkpointing": case["batch"] == LAST}
         for case in cases_of(2)
-        if case["head"] == "softmax" and case["dropout"] == 0 and "tower" not in case
-    ] + [statistics_case(2) | {"name": "statistics-2-fsdp2"}]
+        if case["head"] == "softmax" and case["dropout"] == 0 and not {"tower", "gradients"} & case.keys()
+    ] + [*exchange_cases(2, "-fsdp2"), statistics_case(2) | {"name": "statistics-2-fsdp2"}]
 
 
 def task_cases(folder: Path) -> list[dict]:
@@ -167,8 +178,8 @@ def assert_same_step(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 
 def names() -> list[str]:
-    cases = [case for world in (1, 2, 4) for case in cases_of(world) if "tower" not in case and case["dropout"] == 0]
-    return [case["name"] for case in [*cases, *sharded_cases()] if "tower" not in case]
+    cases = [case for world in (1, 2, 4) for case in cases_of(world) if case["dropout"] == 0]
+    return [case["name"] for case in [*cases, *sharded_cases()] if not {"tower", "gradients"} & case.keys()]
 
 
 @pytest.mark.parametrize("name", names())
@@ -196,6 +207,42 @@ def test_dropout_is_independent_of_the_world_size(steps):
     for world in (2, 4):
         assert_same_step(steps[f"dropout-{world}"], steps["dropout-1"])
     assert not torch.equal(steps["dropout-1"]["loss"], steps["softmax-0-1-4"]["loss"])
+
+
+EXCHANGES = {"2": ("DDP", 2), "4": ("DDP", 4), "2-fsdp2": ("FSDP2", 2)}
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_bf16_exchange_rounds_gradients_to_bf16_only(steps, case):
+    fp32, bf16 = (vectors(steps[f"exchange-{precision}-{case}"]) for precision in ("fp32", "bf16"))
+    error = (bf16 - fp32).norm() / fp32.norm()
+    assert 1e-4 < error < 2**-8  # half a unit of bf16's 8 bits for each rounding, few of them the same way
+    assert steps[f"exchange-bf16-{case}"]["loss"] == steps[f"exchange-fp32-{case}"]["loss"]
+
+
+def vectors(step: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return all gradients of a step as one vector."""
+    return torch.cat([value.flatten() for name, value in step.items() if name not in ("loss", "sent")])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts the bytes that a process writes")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_ranks_send_the_bytes_of_the_formulas(steps, packed, case, precision):
+    """Those of trained weights only: a fifth more would be sent with the frozen ones."""
+    strategy, world = EXCHANGES[case]
+    got = steps[f"exchange-{precision}-{case}"]
+    model = experiment("softmax", GLOBAL_BATCH, 0.0).models["tri"]
+    network = build_network(model, read_index(packed).signature, build_towers(model.tower))
+    trained = len(vectors(got))
+    blocks = {id(each) for block in network.blocks() for each in block.parameters() if each.requires_grad}
+    outside = sum(each.numel() for each in network.parameters() if each.requires_grad and id(each) not in blocks)
+    of = exchanges(strategy, Network(trained, outside, 0, 1, 0, 0, 0, 0), {"fp32": 4, "bf16": 2}[precision])
+    if strategy == "FSDP2":
+        of.append(Exchange("all-gather", 4 * trained, "after"))  # the worker's, of the gradients
+    assert got["sent"].item() == pytest.approx(sent(of, world, gloo=True), rel=0.03)  # shards are padded
+    frozen = sum(each.numel() for each in network.parameters()) - trained
+    assert frozen > 0.1 * trained
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ from triderm_dist.runtime.rank_variables import OWN
 from triderm_dist.schema import ConfigError, InputError, one_line
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+GradientPrecision = Literal["fp32", "bf16"]
 Strategy = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
 ATTEMPT = "TRIDERM_ATTEMPT"
@@ -92,11 +93,17 @@ def choose_precision(wanted: Precision, device: torch.device | None = None) -> t
 
 
 def start(
-    precision: Precision, micro_batch: int, global_batch: int, clip_norm: float, rank_timeout: float = 600.0
+    precision: Precision,
+    micro_batch: int,
+    global_batch: int,
+    clip_norm: float,
+    rank_timeout: float = 600.0,
+    gradients: GradientPrecision = "fp32",
 ) -> Accelerator:
     """Return the Accelerator of this process, with the precision and the batch split set for every strategy.
 
     rank_timeout: seconds that ranks wait for one another; the value of the first call in a process holds.
+    gradients: precision in which DeepSpeed adds them up over ranks; `wrap` sets it for the others.
     Raises ConfigError if the global batch does not split evenly into ranks times micro-batches, MissingPackage without
     DeepSpeed where the launcher asks for it.
     """
@@ -156,6 +163,8 @@ def start(
             # Else micro-batches and ranks are summed in bf16. (ZeRO 1 would take another optimizer class.)
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
             settings["communication_data_type"] = "fp32"
+        if gradients == "bf16":
+            settings["communication_data_type"] = "bf16"
         accelerator.gradient_accumulation_steps = accumulation
     return accelerator
 
@@ -190,7 +199,8 @@ def start_training(config: TrainConfig, rank_timeout: float = 600.0) -> Accelera
     """Start the Accelerator of a training (see `start`), with deterministic algorithms where they are asked for."""
     if torch.cuda.is_available():
         _use_deterministic_algorithms(config.deterministic)
-    return start(config.precision, config.micro_batch, config.global_batch, config.optim.clip_norm, rank_timeout)
+    clip_norm, gradients = config.optim.clip_norm, config.gradient_precision
+    return start(config.precision, config.micro_batch, config.global_batch, clip_norm, rank_timeout, gradients)
 
 
 def _use_deterministic_algorithms(wanted: bool) -> None:
@@ -307,9 +317,12 @@ def wrap(
     build_optimizer: Callable[[Network], torch.optim.Optimizer],
     activation_checkpointing: bool,
     compile_blocks: bool,
+    gradients: GradientPrecision = "fp32",
+    bucket_mb: float = 25.0,
 ) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
     """Return (wrapped network, optimizer prepared by Accelerate, plain optimizer inside it).
 
+    gradients: precision in which ranks add them up.  bucket_mb: MiB of them that DDP adds up at a time.
     Step the prepared one; the schedule sets the rates of the plain one. Raises ConfigError if the result is not what
     the launcher asked for.
     """
@@ -330,11 +343,11 @@ def wrap(
     else:
         wrapped = accelerator.prepare_model(network, evaluation_mode=True)  # adds autocast only
         if chosen == "fsdp2":
-            _shard(network, accelerator)
+            _shard(network, accelerator, gradients)
         optimizer = build_optimizer(network)
         prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
         if chosen == "ddp":
-            wrapped = _data_parallel(wrapped, accelerator)
+            wrapped = _data_parallel(wrapped, accelerator, gradients, bucket_mb)
     _assert_wrapped(chosen, network, wrapped)
     return wrapped, prepared, optimizer
 
@@ -348,30 +361,39 @@ def _refuse_batch_norms(accelerator: Accelerator, network: Network) -> None:
         )
 
 
-def _data_parallel(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+def _data_parallel(
+    network: nn.Module, accelerator: Accelerator, gradients: GradientPrecision, bucket_mb: float
+) -> nn.Module:
     """Wrap a network in DDP. Accelerate would not with one rank, on which a single GPU can try it.
 
     Gradients are views of the all-reduce buckets: one copy less. `RunningStatistics` synchronizes buffers.
     """
     devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    wrapped = nn.parallel.DistributedDataParallel(
+        network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket_mb
     )
+    if gradients == "bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
-def _shard(network: Network, accelerator: Accelerator) -> None:
+def _shard(network: Network, accelerator: Accelerator, gradients: GradientPrecision) -> None:
     """`fully_shard` each block that is trained and then the rest. Frozen weights stay whole on every rank: gathering
     them again in each forward pass would take longer than the little memory is worth.
 
-    Weights, all-gathers and gradient reductions are fp32, under autocast, as in DDP: with 16-bit weights a norm would
-    get weights and inputs of different precision, which not every device supports.
+    Weights and all-gathers are fp32, under autocast, as in DDP: with 16-bit weights a norm would get weights and inputs
+    of different precision, which not every device supports. bf16 gradients of micro-batches are added up in bf16, too.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
-        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(
+            reduce_dtype=torch.bfloat16 if gradients == "bf16" else None, cast_forward_inputs=False
+        ),
     }
     if "ignored_params" in signature(fully_shard).parameters:  # not in the oldest supported torch: all are sharded
         options["ignored_params"] = {each for each in network.parameters() if not each.requires_grad}

@@ -74,8 +74,9 @@ def measure(
     graphed, _ = choose_graph(accelerator, config, model.kind)
     with on_graph_stream(accelerator.device, graphed):
         wrapped, prepared, optimizer = wrap(
-            accelerator, network, build, config.activation_checkpointing, config.compile
-        )
+            accelerator, network, build, config.activation_checkpointing, config.compile,
+            config.gradient_precision, config.bucket_mb,
+        )  # fmt: skip
     signature = loaders.index.signature
     counts, heads = np.ones(len(signature.diagnoses)), 1 + len(signature.views)
     loss = CompoundLoss(config.loss, model.head, counts, heads).to(accelerator.device)

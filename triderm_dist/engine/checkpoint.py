@@ -55,7 +55,9 @@ from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
 CHECKPOINT_VERSION = 2
-BEFORE = {"dropout": "by micro-batch", "order of repeats": "at equal distances"}
+BEFORE = {
+    "dropout": "by micro-batch", "order of repeats": "at equal distances", "train.gradient_precision": "fp32",
+}  # fmt: skip
 """How the code of checkpoints that do not say it computed a step; a training resumes from them with today's code."""
 
 

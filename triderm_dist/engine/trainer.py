@@ -143,8 +143,9 @@ class Trainer:
         accelerator.print(text, flush=True)
         with on_graph_stream(accelerator.device, graphed):
             self.wrapped, prepared, optimizer = wrap(
-                accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile
-            )
+                accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
+                config.gradient_precision, config.bucket_mb,
+            )  # fmt: skip
         scheduler = optim.build_scheduler(optimizer, config.optim, self.epochs.total_steps, self.epochs.steps[0])
         average: WeightAverage | None = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
         if config.swa_epochs:
@@ -312,6 +313,7 @@ def execution_settings(config: TrainConfig, accelerator: Accelerator, network: N
         **({"dropout": "by lesion"} if has_dropout(network) else {}),
         **({"order of repeats": "random"} if config.sampling.kind == "balanced" else {}),
         "train.precision": choose_precision(config.precision, accelerator.device)[0],
+        "train.gradient_precision": config.gradient_precision,
         "train.micro_batch": config.micro_batch,
         "train.compile": config.compile,
         "train.optim.lr": config.optim.lr,

@@ -79,13 +79,13 @@ def named_peak(name: str) -> float | None:
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, name)), None)
 
 
-def training_flops(network: Network) -> float:
+def training_flops(network: Network, backward: bool = True) -> float:
     """Count the FLOPs of one lesion's forward and backward pass in training; a multiply-add is two.
 
-    Runs one forward and backward pass on fake tensors, which have shapes but no memory. Frozen blocks count their
-    forward pass only. Attention counts as unfused, with 4 matrix products in the backward pass: recomputation by a
-    fused kernel or activation checkpointing is not credited. Call it on the bare network, before it is wrapped,
-    compiled or sharded.
+    Runs one forward and backward pass on fake tensors, which have shapes but no memory; without `backward` the first
+    only. Frozen blocks count their forward pass only. Attention counts as unfused, with 4 matrix products in the
+    backward pass: recomputation by a fused kernel or activation checkpointing is not credited. Call it on the bare
+    network, before it is wrapped, compiled or sharded.
     """
     lesions = 2
     counter = FlopCounterMode(
@@ -99,7 +99,8 @@ def training_flops(network: Network) -> float:
         state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
         inputs = example_inputs(network, lesions)
         outputs = torch.func.functional_call(network, state, inputs)
-        torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
+        if backward:
+            torch.stack([logits.float().sum() for logits in outputs.heads]).sum().backward()
     network.train(training)
     return counter.get_total_flops() / lesions
 

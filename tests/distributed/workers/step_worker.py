@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.scaling import bytes_written
 from triderm_dist.config import Experiment, load
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import read_index
@@ -64,7 +65,8 @@ def main(shards: str, output: str, cases: str) -> None:
         more = {key: case[key] for key in ("sums", "tower", "kind", "fine", "lora") if key in case}
         config = experiment(case["head"], case["micro_batch"], case["dropout"], **more)
         model = config.models["tri"]
-        accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9)
+        precision = case.get("gradients", "fp32")
+        accelerator = parallel.start("fp32", case["micro_batch"], GLOBAL_BATCH, 1e9, gradients=precision)
         views = open_views(config, model, index, accelerator, train=True)
         torch.manual_seed(0)
         network = add_trained_parts(new_network(model, views), model, index.task)
@@ -80,7 +82,7 @@ def main(shards: str, output: str, cases: str) -> None:
             return optimizer
 
         wrapped, prepared, optimizer = parallel.wrap(
-            accelerator, network, watched, case.get("checkpointing", False), False
+            accelerator, network, watched, case.get("checkpointing", False), False, precision
         )
         counts, heads = list(range(1, len(index.diagnoses) + 1)), 1 + len(index.signature.views)
         loss = CompoundLoss(model.train.loss, model.head, counts, heads)
@@ -90,12 +92,17 @@ def main(shards: str, output: str, cases: str) -> None:
         (step,) = views.loaders.create([first], case["micro_batch"], accelerator.device, augment=model.train.augment)
         wrapped.train()
         guard = NonFiniteGuard(accelerator, optimizer)
-        result = TrainStep(accelerator, wrapped, prepared, loss, model.train, guard)(step, 0)
+        take_step = TrainStep(accelerator, wrapped, prepared, loss, model.train, guard)
+        before = bytes_written()
+        result = take_step(step, 0)
+        sent = bytes_written() - before
         value = loss.values(result.sums, result.count)["loss"]
         buffers = {name: buffer for name, buffer in parallel.unwrap(wrapped).named_buffers() if "running" in name}
         assert_same_on_all_ranks(buffers)
         if accelerator.is_main_process:
             result = {**gradients, **buffers, "loss": torch.tensor(value, dtype=torch.float64)}
+            if "gradients" in case:
+                result["sent"] = torch.tensor(sent)
             save_file(result, f"{output}/{case['name']}.safetensors")
         accelerator.wait_for_everyone()
     rows = np.random.default_rng(0).permutation(len(index))[:EVALUATED]
