@@ -258,10 +258,17 @@ class PredictionFile:
             raise self._damaged(error) from None
 
     def chunks(self, features: bool = True, rows: int | None = None) -> Iterator[Predictions]:
-        """Yield the rows in order, at most this number at once. features: see `read_predictions`."""
+        """Yield the rows in order, this number at once. features: see `read_predictions`."""
         columns = [*_SCALARS, *(name for name in _LISTS if features or name != "features")]
-        for table in self.tables(columns, rows):
-            yield self.predictions(_read_columns([table], self, len(table)))
+        size, waiting = rows or READ_ROWS, list[Predictions]()
+        for table in self.tables(columns, size):
+            waiting.append(self.predictions(_read_columns([table], self, len(table))))
+            while sum(map(len, waiting)) >= size:
+                joined = _concatenate(waiting)
+                yield row_slice(joined, 0, size)
+                waiting = [row_slice(joined, size, len(joined))]
+        if sum(map(len, waiting)):
+            yield _concatenate(waiting)
 
     def predictions(self, columns: Mapping[str, np.ndarray]) -> Predictions:
         """Build the table of rows, given their columns by the names in the file."""
@@ -522,6 +529,20 @@ def average_test(parts: Iterable[Predictions]) -> OofTable:
         task=first.task,
         concept_names=first.concept_names,
     )
+
+
+def concatenate_tables(tables: Sequence[OofTable]) -> OofTable:
+    """Join tables of other lesions by the same models of one task."""
+    if len(tables) == 1:
+        return tables[0]
+    columns: dict[str, Any] = {}
+    for each in fields(OofTable):
+        values = [getattr(table, each.name) for table in tables]
+        if isinstance(values[0], np.ndarray):
+            columns[each.name] = np.concatenate(values)
+        elif each.name in (*_OUTPUTS, "hashes"):
+            columns[each.name] = {name: np.concatenate([value[name] for value in values]) for name in tables[0].models}
+    return replace(tables[0], **columns)
 
 
 class _DataSplit:
@@ -921,8 +942,12 @@ def _concatenate(parts: Sequence[Predictions]) -> Predictions:
     """Join rows that are of one task, split and header."""
     if len(parts) == 1:
         return parts[0]
-    names = [each.name for each in fields(Predictions) if isinstance(getattr(parts[0], each.name), np.ndarray)]
-    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+    columns: dict[str, Any] = {
+        each.name: np.concatenate([getattr(part, each.name) for part in parts])
+        for each in fields(Predictions)
+        if isinstance(getattr(parts[0], each.name), np.ndarray)
+    }
+    return replace(parts[0], **columns)
 
 
 def row_slice(rows: Predictions, start: int, stop: int) -> Predictions:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,23 +189,28 @@ def read_submission(path: Path, diagnoses: Sequence[str] | None = None) -> tuple
     diagnoses: the C names, by default those of MILK10k. Raises DataError naming the file and the row.
     """
     diagnoses = diagnoses or default_diagnoses()
-    ids, rows = _read_rows(path, ["lesion_id", *diagnoses])
-    try:
-        return ids, np.array([[float(value) for value in row] for row in rows]).reshape(-1, len(diagnoses))
-    except ValueError as error:
-        raise DataError(f"{path}: a value is not a number ({error})") from None
+    ids, numbers = [], array("d")
+    for lesion, cells in _read_rows(path, ["lesion_id", *diagnoses]):
+        ids.append(lesion)
+        try:
+            numbers.extend(map(float, cells))
+        except ValueError as error:
+            raise DataError(f"{path}: a value is not a number ({error})") from None
+    return ids, np.array(numbers).reshape(-1, len(diagnoses))
 
 
 def read_decisions(path: Path, diagnoses: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Return (lesion ids, (N, C) bool decisions) of decisions.csv. Raises DataError naming the file and the row."""
-    ids, rows = _read_rows(path, ["lesion_id", "decision"])
     column_of = {name: column for column, name in enumerate(diagnoses)}
-    decisions = np.zeros((len(ids), len(diagnoses)), bool)
-    for number, (cell,) in enumerate(rows):
+    ids, chosen = [], list[tuple[int, int]]()
+    for row, (lesion, (cell,)) in enumerate(_read_rows(path, ["lesion_id", "decision"])):
+        ids.append(lesion)
         for name in filter(None, cell.split(SEPARATOR)):
             if name not in column_of:
-                raise DataError(f"{path}: line {number + 2}: {name!r} is not a diagnosis of the task")
-            decisions[number, column_of[name]] = True
+                raise DataError(f"{path}: line {row + 2}: {name!r} is not a diagnosis of the task")
+            chosen.append((row, column_of[name]))
+    decisions = np.zeros((len(ids), len(diagnoses)), bool)
+    decisions[tuple(np.array(chosen, np.int64).reshape(-1, 2).T)] = True
     return ids, decisions
 
 
@@ -233,19 +239,19 @@ def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
         writer.writerows(rows)
 
 
-def _read_rows(path: Path, header: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Return (lesion ids, the other cells of each row) of a CSV file with this header."""
+def _read_rows(path: Path, header: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the lesion id and the other cells of each row of a CSV file with this header."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+            rows = csv.reader(file)
+            if next(rows, None) != header:
+                raise DataError(f"{path}: the header must be {','.join(header)}")
+            for number, row in enumerate(rows, start=2):
+                if len(row) != len(header):
+                    raise DataError(f"{path}: line {number} has {len(row)} fields, expected {len(header)}")
+                yield row[0], row[1:]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; run triderm stack or triderm predict first") from None
-    if not rows or rows[0] != header:
-        raise DataError(f"{path}: the header must be {','.join(header)}")
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(header):
-            raise DataError(f"{path}: line {number} has {len(row)} fields, expected {len(header)}")
-    return [row[0] for row in rows[1:]], [row[1:] for row in rows[1:]]
 
 
 def _checked(

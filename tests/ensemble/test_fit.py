@@ -12,7 +12,7 @@ from tests.ensemble.conftest import experiment
 from tests.synthetic_run import CLINIC, MODELS, folds_of, labels_of, write_run
 from triderm_dist import metrics, submission
 from triderm_dist.checksums import read_checked_json, read_checked_parquet, write_checked_json
-from triderm_dist.ensemble import calibration
+from triderm_dist.ensemble import calibration, predict
 from triderm_dist.ensemble.artifact import Ensemble, FitKeys, read_json
 from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, submit
@@ -209,6 +209,29 @@ def test_run_of_any_task_end_to_end(clinic: tuple[Path, Fit]) -> None:
         score(folder, truth)
     assert score(folder, truth, partial=True)["n"] == 148
     assert not list(folder.glob("*submission*"))
+
+
+def test_results_do_not_depend_on_how_many_lesions_are_predicted_at_once(
+    clinic: tuple[Path, Fit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = clinic
+    files = sorted(folder.glob("*/fold-*/test.parquet"))
+    read = list[int]()
+    monkeypatch.setattr(predict, "average_test", lambda parts: read.append(len(parts[0])) or average_test(parts))
+
+    def results(name: str) -> dict[str, bytes]:
+        submit(folder, files, tmp_path / name)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    at_once = results("at_once")
+    monkeypatch.setattr(predict, "LESIONS", 40)
+    assert results("in_parts") == at_once and len(at_once) == 4
+    assert read == [150, 40, 40, 40, 30]
+    part, rows = read_predictions(files[-1]), np.arange(150)[::-1]
+    columns = {key: value[rows] for key, value in vars(part).items() if isinstance(value, np.ndarray)}
+    files[-1] = tmp_path / "reversed.parquet"
+    write_predictions(files[-1], replace(part, **columns), split="test")
+    assert results("reversed") == at_once and read[-1] == 150
 
 
 def test_stacker_and_ensemble_of_another_task_are_refused(clinic: tuple[Path, Fit], tmp_path: Path) -> None:

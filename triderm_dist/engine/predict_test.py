@@ -87,7 +87,8 @@ def _predict(
 ) -> None:
     """Predict all lesions and write the file on rank 0. about: further arguments of `as_predictions`."""
     rows = np.arange(len(views.loaders.index))
-    with predictions_writer(path, split=TEST, transforms=transforms) if is_main() else nullcontext() as write:
+    writer = predictions_writer(path, split=TEST, transforms=transforms) if is_main() else nullcontext(lambda _: None)
+    with writer as write:
         evaluate_hidden(
             network, views.loaders, rows, accelerator, (None,),
             lambda name, evaluation: write(as_predictions(evaluation, *about)),

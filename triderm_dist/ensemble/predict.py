@@ -27,9 +27,10 @@ from triderm_dist.ensemble.stack_inputs import column_names, stacker_columns
 from triderm_dist.predictions import (
     TEST,
     OofTable,
+    PredictionFile,
     Predictions,
     average_test,
-    read_predictions,
+    concatenate_tables,
     write_predictions,
 )
 from triderm_dist.schema import UNLABELED, DataError, Task
@@ -44,20 +45,37 @@ from triderm_dist.submission import (
     write_table,
 )
 
+LESIONS = 16_384
+"""Test lesions that are predicted at once."""
+
 
 def submit(run_folder: Path, test_files: Sequence[Path], folder: Path | None = None) -> list[Path]:
     """Average `test_files` (MODEL/fold-K/test.parquet), apply stacker and ensemble of RUN, and write the results.
 
     folder: for the files, by default RUN. They are `result_files`, the files of `write_probabilities`,
     probabilities.parquet with those of the members, and predictions.parquet: one row per lesion and model, the mean
-    over folds and transforms. Returns the paths of `result_files`. Raises DataError where the files hold different
+    over folds and transforms. Lesions are predicted `LESIONS` at once, or all where the files differ in their order or
+    the stacker takes embeddings. Returns the paths of `result_files`. Raises DataError where the files hold different
     lesions or the ensemble needs another model.
     """
     folder = folder or run_folder
-    parts = [read_predictions(path) for path in test_files]
-    table = average_test(parts)
     fitted = FittedEnsemble.load(run_folder)
-    results, members = fitted.predict(table, parts)
+    extra = fitted.stacker.extra if fitted.stacker else ""
+    files = [PredictionFile(path) for path in test_files]
+    size = (
+        LESIONS if _agree_in_order(files) and extra != "embeddings" else max((file.rows for file in files), default=0)
+    )
+    found = []
+    for parts in zip(*(file.chunks(extra == "features", size) for file in files), strict=True):
+        table = average_test(parts)
+        found.append((table, *fitted.predict(table, parts)))
+    table = concatenate_tables([each[0] for each in found] or [average_test([])])
+    results = Results(
+        [lesion for _, part, _ in found for lesion in part.lesion_ids],
+        np.concatenate([part.probabilities for _, part, _ in found]),
+        np.concatenate([part.decisions for _, part, _ in found]),
+    )
+    members = np.concatenate([each[2] for each in found], axis=1)
     task = read_task(run_folder / ENSEMBLE_FILE)  # a test set may be described with another decision
     write_predictions(folder / PREDICTIONS_FILE, _to_rows(table), split=TEST)
     (folder / HELD_OUT_FILE).unlink(missing_ok=True)  # the score of earlier results
@@ -89,8 +107,9 @@ def score(
         path = folder / result_files(task)[0]
         first = ids[int(np.argmin(known))]
         raise DataError(f"{path}: {(~known).sum()} lesions are not in the ground truth, the first is {first}")
-    predicted = read_predictions(folder / PREDICTIONS_FILE)
-    group_of = dict(zip(predicted.lesion_ids, predicted.groups, strict=True))
+    group_of: dict[str, str] = {}
+    for rows in PredictionFile(folder / PREDICTIONS_FILE).tables(["lesion_id", "group"]):
+        group_of.update(zip(rows["lesion_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
     groups = np.array([group_of[name] for name in ids], object)[known]
     labels, probabilities, decisions = labels[known], probabilities[known], decisions[known]
     interval, classes = intervals.macro_f1(decisions, labels, groups), len(task.diagnoses)
@@ -104,6 +123,19 @@ def score(
     }
     write_checked_json(folder / HELD_OUT_FILE, result)
     return result
+
+
+def _agree_in_order(files: Sequence[PredictionFile]) -> bool:
+    """Return whether all files hold the same lesions, each once, in the same order."""
+    import pyarrow as pa
+
+    def ids(file: PredictionFile) -> pa.ChunkedArray:
+        return pa.chunked_array(
+            [rows["lesion_id"].combine_chunks() for rows in file.tables(["lesion_id"])], pa.string()
+        )
+
+    first = ids(files[0]) if files else pa.chunked_array([], pa.string())
+    return len(first.unique()) == len(first) and all(ids(file).equals(first) for file in files[1:])
 
 
 @dataclass(frozen=True)
