@@ -598,7 +598,7 @@ class StackConfig(Section):
         "auto", description="device of XGBoost; auto uses a GPU, if there is one, from 20 million cells on"
     )
     max_rows: int | None = Field(
-        30_000,
+        20_000,
         ge=1000,
         description="lesions that one fit takes at most; of more a sample, of each diagnosis by the square root of its "
         "number, weighted accordingly. null: all, in XGBoost's external memory above memory_gb",
@@ -1205,7 +1205,7 @@ ADDED_KEYS: dict[str, Any] = {
     "models.NAME.settings": {},
     "oof.tta": 1,
     "stack.kind": "xgboost",
-    "stack.max_rows": 30_000,  # as before for fits of fewer rows, which all were when it was added
+    "stack.max_rows": 20_000,  # as before for fits of fewer rows, which all were when it was added
     "stack.settings": {},
 }
 """Every setting added since, with the value (as in JSON) that gives the behavior from before the setting existed. Keep

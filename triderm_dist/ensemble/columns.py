@@ -39,7 +39,7 @@ class ColumnFile:
         import pyarrow.parquet as pq
 
         first = 0
-        for batch in pq.ParquetFile(self.path).iter_batches(BATCH):
+        for batch in pq.ParquetFile(self.path, pre_buffer=False).iter_batches(BATCH):
             # Not `flatten`, which skips null rows; no row is null.
             values = batch.column("columns").values.to_numpy(zero_copy_only=False)
             rows = np.asarray(values, np.float32).reshape(-1, self.shape[1])

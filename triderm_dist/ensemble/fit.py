@@ -89,13 +89,12 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
         stack, stacker, stacker_notes = run_in_child(_fit_stacker, run_folder, sent, models, config)
         notes += stacker_notes
 
+    nested = _nested_estimate(table, models, stack, config)
     temperatures = _temperatures(table, models, np.ones(len(table), bool), config.seed)
     members = {model: member_probabilities(table, model, temperatures[model]) for model in models}
     uncalibrated = {model: member_probabilities(table, model) for model in models}
     if stack:
         members[STACKER] = uncalibrated[STACKER] = stack.out_of_fold
-
-    nested = _nested_estimate(table, models, stack, config)
     candidates = fit_candidates(members, table.labels, table.folds, config.ensemble, config.seed, table.task.decision)
     choice = nested.choice
     chosen = choice.used if choice else next(iter(candidates))

@@ -5,7 +5,16 @@ Shapes: N lesions, C diagnoses.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
+
+from triderm_dist.data.threads import openmp_threads
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 SEARCH_LESIONS = 50_000
 """Lesions on which temperatures, weights and thresholdings are searched, at most; a larger set is sampled. Thresholds,
@@ -42,3 +51,15 @@ def shares_of(counts: np.ndarray, most: int) -> np.ndarray:
         roots = np.sqrt(counts[order[place:]])
         wanted[label] = min(counts[label], (most - wanted.sum()) * roots[0] / max(roots.sum(), 1e-9))
     return wanted
+
+
+def on_all_cores(work: Callable[[_Item], _Result], items: Iterable[_Item], lesions: int) -> list[_Result]:
+    """Return the results of `work` on the items, in their order.
+
+    Threads share the items where there are more than `SEARCH_LESIONS` lesions; shorter arrays gain nothing from them.
+    """
+    pool = ThreadPoolExecutor(openmp_threads() if lesions > SEARCH_LESIONS else 1)
+    try:
+        return [future.result() for future in [pool.submit(work, item) for item in items]]
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -16,6 +16,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.ensemble import calibration
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.run_files import CHOSEN, ENSEMBLE, FITTED, MEAN
+from triderm_dist.ensemble.sampling import on_all_cores
 from triderm_dist.ensemble.thresholds import best_thresholds, decide
 from triderm_dist.ensemble.weights import Candidate, NestedEstimate
 from triderm_dist.predictions import OofTable
@@ -108,14 +109,16 @@ class ScoreTable:
 
     def rows(self, chosen: Ensemble) -> list[Row]:
         """Return a row for every candidate, and the last for the chosen weighting, whose ensemble is `chosen`."""
-        rows = [self._row(weighting, candidate.ensemble) for weighting, candidate in self.candidates.items()]
-        return [*rows, self._row(CHOSEN, chosen)]
+        ensembles = {**{weighting: each.ensemble for weighting, each in self.candidates.items()}, CHOSEN: chosen}
+        return on_all_cores(lambda weighting: self._row(weighting, ensembles[weighting]), ensembles, len(self.table))
 
     def pairs(self) -> list[dict[str, Any]]:
         """Return the paired differences of nested macro F1 between members, as ensemble.json stores them."""
+        pairs = list(combinations(self.members, 2))
+        differences = on_all_cores(lambda pair: self._difference(*pair), pairs, len(self.table))
         return [
-            {"first": first, "second": second, "difference": self._difference(first, second).json()}
-            for first, second in combinations(self.members, 2)
+            {"first": first, "second": second, "difference": difference.json()}
+            for (first, second), difference in zip(pairs, differences, strict=True)
         ]
 
     def _row(self, weighting: str, ensemble: Ensemble) -> Row:

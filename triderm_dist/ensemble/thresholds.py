@@ -220,7 +220,7 @@ class Resamples:
 
     def of(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """Return (R, n) uint8, how often each of the lesions with these labels (n,) is drawn."""
-        key = (seed, hashlib.sha256(np.ascontiguousarray(labels)).digest())
+        key = (seed, hashlib.sha256(labels.tobytes()).digest())
         with self._lock:
             if key not in self._drawn:
                 self._drawn[key] = self._draw(labels, seed)

@@ -7,17 +7,15 @@ lesions, C diagnoses, M members. Probabilities are in [0, 1]; all labels (N,) ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from triderm_dist import intervals, metrics
 from triderm_dist.config import EnsembleConfig
-from triderm_dist.data.threads import openmp_threads
 from triderm_dist.ensemble.artifact import Ensemble
 from triderm_dist.ensemble.run_files import AUTO, CHOSEN, ENSEMBLE, FITTED, MEAN, STACKER
-from triderm_dist.ensemble.sampling import search_rows
+from triderm_dist.ensemble.sampling import on_all_cores, search_rows
 from triderm_dist.ensemble.thresholds import Resamples, best_thresholds, choose_thresholding, thresholdings
 
 
@@ -64,8 +62,19 @@ def fit_candidates(
     the best macro F1 over `parts` (N,): weights and thresholds are fitted without a part, and judged on it. Both the
     thresholding and the weights are searched on `sampling.search_rows`; then thresholds are fitted on all rows.
     """
-    names = tuple(members)
-    stacked = np.stack(list(members.values()))
+    return _fit_candidates(tuple(members), np.stack(list(members.values())), labels, parts, config, seed, decision)
+
+
+def _fit_candidates(
+    names: tuple[str, ...],
+    stacked: np.ndarray,
+    labels: np.ndarray,
+    parts: np.ndarray,
+    config: EnsembleConfig,
+    seed: int,
+    decision: str,
+) -> dict[str, Candidate]:
+    """Fit the candidates of `fit_candidates` on probabilities (M, N, C)."""
     rows = search_rows(labels, seed)
     searched, truth, parts = (stacked, labels, parts) if rows.all() else (stacked[:, rows], labels[rows], parts[rows])
     weightings: dict[str, Callable[[np.ndarray], np.ndarray]] = {}  # rows searched on, bool -> (M,) weights fitted on
@@ -95,13 +104,9 @@ def fit_candidates(
         )
         return Candidate(ensemble, decisions, rows)
 
-    # Small sets take no second thread: their arrays are too short for one to help.
-    pool = ThreadPoolExecutor(1 if rows.all() else openmp_threads())
-    try:
-        futures = {weighting: pool.submit(candidate, weighting) for weighting in reversed(weightings)}  # longest first
-        return {weighting: futures[weighting].result() for weighting in weightings}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    order = [*reversed(weightings)]  # fitted weights take longest
+    fitted = dict(zip(order, on_all_cores(candidate, order, len(labels)), strict=True))
+    return {weighting: fitted[weighting] for weighting in weightings}
 
 
 def choose_weighting(scores: Mapping[str, float]) -> str:
@@ -180,18 +185,16 @@ def nested_estimate(
     for fold in np.unique(folds).tolist():
         inside, outside = folds == fold, folds != fold
         members = members_without(fold)
-        candidates = fit_candidates(
-            {name: table[outside] for name, table in members.items()},
-            labels[outside],
-            parts_without(fold)[outside],
-            config,
-            seed,
-            decision,
-        )
+        names, held_out = tuple(members), [table[inside] for table in members.values()]
+        stacked = np.stack([table[outside] for table in members.values()])
+        del members
+        parts = parts_without(fold)[outside]
+        candidates = _fit_candidates(names, stacked, labels[outside], parts, config, seed, decision)
+        del stacked
         searched = np.flatnonzero(outside)[next(iter(candidates.values())).rows]
         scores = {name: metrics.macro_f1(each.decisions, labels[searched]) for name, each in candidates.items()}
         picked = {ENSEMBLE: choose_weighting(scores)}
-        if len(members) > 1:
+        if len(names) > 1:
             picked[_NETWORK] = best_network(scores)
             first, second = (candidates[name].decisions for name in picked.values())
             grouped = None if groups is None else groups[searched]
@@ -199,7 +202,6 @@ def nested_estimate(
             picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
         if config.use not in (AUTO, ENSEMBLE):
             picked[config.use] = config.use
-        held_out = [table[inside] for table in members.values()]
         for name, weighting in {**dict(zip(candidates, candidates, strict=True)), **picked}.items():
             ensemble = candidates[weighting].ensemble
             table = ensemble.combine(held_out)
