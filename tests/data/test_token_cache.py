@@ -41,17 +41,17 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "MAX_CHUNKS", 5)
 
 
-@pytest.mark.parametrize("lesions", [1, 256, 5_240, 262_144, 262_145, 10_000_000])
+@pytest.mark.parametrize("lesions", [1, 256, 5_240, 131_072, 131_073, 10_000_000])
 def test_chunks_cover_every_lesion_once_in_few_files(tmp_path, lesions):
     cache = TokenCache(tmp_path, lesions, (1, 1))
     ends = [(int(rows[0]), int(rows[-1]) + 1) for rows in map(cache.rows, cache.chunks)]
     assert [end for _, end in ends[:-1]] == [start for start, _ in ends[1:]]
-    assert ends[0][0] == 0 and ends[-1][1] == lesions and len(ends) <= 1024
+    assert ends[0][0] == 0 and ends[-1][1] == lesions and len(ends) <= 512
     assert len({end - start for start, end in ends[:-1]} | {cache.chunk_lesions}) == 1
     for chunk in (0, len(ends) - 1):
         assert np.array_equal(np.concatenate(cache.parts(chunk)), cache.rows(chunk))
         assert all(len(rows) == 256 for rows in cache.parts(chunk)[:-1])
-    if lesions <= 262_144:
+    if lesions <= 131_072:
         assert cache.chunk_lesions == 256  # as in earlier versions
 
 
@@ -71,7 +71,7 @@ def test_each_row_is_read_in_its_version(tmp_path, small_chunks):
 
 def test_few_files_are_open_whatever_their_number(tmp_path, small_chunks, monkeypatch):
     monkeypatch.setattr(token_cache, "MAX_CHUNKS", 40)
-    monkeypatch.setattr(token_cache, "open_files_limit", lambda: 32)
+    monkeypatch.setattr(token_cache, "open_files_limit", lambda: 16)
     numbers = numbers_of(80)
     cache = filled(TokenCache(tmp_path, 80, SHAPE), {"plain": numbers})
     assert len(list((tmp_path / "plain").iterdir())) == 40

@@ -37,10 +37,10 @@ from triderm_dist.schema import DataError, one_line
 FORMAT, VERSION = "triderm-tokens", 1
 CHUNK = 256
 """Lesions that are computed and written at a time, and the fewest of a file."""
-MAX_CHUNKS = 1024
-"""Most files of a version: so many can be open at the same time, and as many ranks can share the work."""
+MAX_CHUNKS = 512
+"""Most files of a version: few enough for those of several versions to stay open, enough for many ranks to share."""
 MAX_OPEN = 8192
-"""Files that a cache keeps open; fewer where the process may have few (`ulimit -n`), of which it takes an eighth."""
+"""Files that a cache keeps open; fewer where the process may have few (`ulimit -n`), of which it takes a quarter."""
 HEADER = 512
 """Bytes before the first record."""
 _CRC = 4
@@ -53,8 +53,9 @@ class TokenCache:
         self.folder, self.lesions, self.codec = folder, lesions, TokenCodec(dtype, tuple(shape))
         self.chunk_lesions = CHUNK * max(1, -(-lesions // (CHUNK * MAX_CHUNKS)))
         self._files, self._lock = dict[tuple[str, int], _Chunk](), threading.Lock()
+        self._views: dict[tuple[str, int], int] = {}  # of files whose header was compared
         raise_open_files_limit()
-        self._max_open = max(1, min(MAX_OPEN, open_files_limit() // 8))
+        self._max_open = max(1, min(MAX_OPEN, open_files_limit() // 4))
 
     def means(self) -> TokenCache:
         """Return the cache of the mean token of each photo, as one token in float32, in a folder of its own."""
@@ -183,12 +184,17 @@ class TokenCache:
 
     def _open(self, version: str, number: int) -> _Chunk:
         """Open a file, outside of the lock, since on a network disk each open waits."""
-        path, size = self._path(version, number), self.record_size + _CRC
+        path, size, rows = self._path(version, number), self.record_size + _CRC, self.rows(number)
         try:
-            file = path.open("rb", buffering=0)
-            header, found = file.read(HEADER), os.fstat(file.fileno()).st_size
-            content = json.loads(header)
-            views = content["views"]
+            file, views = path.open("rb", buffering=0), self._views.get((version, number))
+            if views is None:
+                header, found = file.read(HEADER), os.fstat(file.fileno()).st_size
+                views = json.loads(header)["views"]
+                if type(views) is not int or header != self._header(number, views):
+                    raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
+                if found != HEADER + len(rows) * views * size:
+                    raise _damaged(path)
+                self._views[version, number] = views
         except FileNotFoundError:
             raise DataError(
                 f"{path}: no such file; the same command computes it again. Several nodes need a folder of tokens on a "
@@ -197,12 +203,7 @@ class TokenCache:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             text = one_line(error, 160)
             raise DataError(f"{path}: not readable ({text}); delete it, and the next run computes it") from None
-        if type(views) is not int or header != self._header(number, views):
-            raise DataError(f"{path}: holds other tokens; delete it, and the next run computes it again")
-        rows = self.rows(number)
         chunk = _Chunk(file, views, size, HEADER - int(rows[0]) * views * size)
-        if found != HEADER + len(rows) * views * size:
-            raise chunk.damaged()
         with self._lock:
             while (version, number) not in self._files and len(self._files) >= self._max_open:
                 del self._files[next(iter(self._files))]  # closed when its last reader drops it
@@ -238,7 +239,7 @@ class _Chunk:
             raise DataError(f"{self.file.name}: {error.strerror or error}, while reading tokens") from None
 
     def damaged(self) -> DataError:
-        return DataError(f"{self.file.name}: changed or damaged; delete it, and the next run computes it again")
+        return _damaged(self.file.name)
 
 
 class JoinedCache:
@@ -264,6 +265,10 @@ class JoinedCache:
     def numbers(self, rows: np.ndarray, view: int, version: str) -> np.ndarray:
         """Return one token (n, 1, D) float32 of one view of `rows` (n,)."""
         return np.concatenate([cache.numbers(rows, view, version) for cache in self.caches], 2)
+
+
+def _damaged(path: Path | str) -> DataError:
+    return DataError(f"{path}: changed or damaged; delete it, and the next run computes it again")
 
 
 def _with_checksums(records: np.ndarray, first: int) -> memoryview:
