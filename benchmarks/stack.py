@@ -189,7 +189,7 @@ def million(settings: Settings) -> None:
         wrote = time.perf_counter() - started
         truth = np.concatenate(labels)
         started = time.perf_counter()
-        config = StackConfig(device=settings.device, max_rounds=settings.million_rounds)  # type: ignore[arg-type]
+        config = StackConfig(device=settings.device, max_rounds=settings.million_rounds, max_rows=None)  # type: ignore[arg-type]
         stacker = fit_stacker(training_rows(file, truth), config, cores=openmp_threads())
         fitted = time.perf_counter() - started
     judged, labels_judged = rows_of(20_000, 60, seed=2)

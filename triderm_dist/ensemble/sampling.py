@@ -22,14 +22,13 @@ and every score, are computed from all lesions. The largest of the tasks that sh
 """
 
 
-def search_rows(labels: np.ndarray, seed: int, most: int | None = None) -> np.ndarray:
-    """Return which lesions (N,) bool to search on: all, or `most` of them (None: `SEARCH_LESIONS`) with the same share
-    of each diagnosis, rounded up.
+def search_rows(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return which lesions (N,) bool to search on: all, or `SEARCH_LESIONS` of them with the same share of each
+    diagnosis, rounded up.
 
     labels: (N,) int64.
     """
-    most = SEARCH_LESIONS if most is None else most
-    return draw(labels, np.bincount(labels) * min(1.0, most / len(labels)), seed)
+    return draw(labels, np.bincount(labels) * min(1.0, SEARCH_LESIONS / len(labels)), seed)
 
 
 def draw(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
