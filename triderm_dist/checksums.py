@@ -181,7 +181,7 @@ class CheckedParquet:
             raise DamagedFile(f"column {absent[0]!r} is missing")
         hashes = {name: _ColumnHash() for name in columns}
         with _parquet_errors():
-            file = pq.ParquetFile(self.path, page_checksum_verification=True, buffer_size=1 << 20)
+            file = pq.ParquetFile(self.path, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False)
             batches = iter(file.iter_batches(rows, columns=list(columns)))
         while True:
             with _parquet_errors():

@@ -443,8 +443,11 @@ def _write_oof(
                 file.write(pa.table(columns).replace_schema_metadata(header))
 
 
-def read_oof(path: Path, features: bool = False, lesion_ids: Sequence[str] | None = None) -> OofTable:
-    """Read what `write_oof` wrote, without the wide fused features, which are then (N, 0), unless asked for.
+def read_oof(
+    path: Path, features: bool = False, lesion_ids: Sequence[str] | None = None, logits_only: bool = False
+) -> OofTable:
+    """Read what `write_oof` wrote, without the wide fused features, which are then (N, 0), unless asked for; or only
+    the logits.
 
     A group gets the first id of its lesions as its name, so that nothing depends on the names in the file: hashes of
     patient ids under another salt give the same stacker. lesion_ids: read the outputs of these lesions only, in this
@@ -458,7 +461,7 @@ def read_oof(path: Path, features: bool = False, lesion_ids: Sequence[str] | Non
     gathered = _Gathered([file], None, None)
     table = replace(gathered.scalars, groups=_named_by_lesion(gathered.scalars.groups, gathered.scalars.lesion_ids))
     gathered.scalars = table
-    keys = _OUTPUTS if features else _OUTPUTS[:3]
+    keys = _OUTPUTS[:1] if logits_only else _OUTPUTS if features else _OUTPUTS[:3]
     if lesion_ids is None:
         return gathered.table(keys)
     row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
@@ -652,20 +655,26 @@ class _Part:
         import pyarrow as pa
 
         self.file, self.path, self.split = file, file.path, file.split
-        empty = pa.table(
-            {name: pa.array([], pa.string() if _KINDS[name] == "text" else pa.int64()) for name in _SCALARS}
-        )
-        columns = pa.concat_tables(list(file.tables(_SCALARS, GROUP_ROWS)) or [empty])
-
-        def encoded(name: str) -> tuple[tuple[str, ...], np.ndarray]:
-            array = columns[name].combine_chunks().dictionary_encode()
-            return tuple(array.dictionary.to_pylist()), array.indices.to_numpy().astype(np.int64)
-
-        self.lesion_ids, self.groups = (columns[name].combine_chunks() for name in ("lesion_id", "group"))
-        self.labels, self.fold = (columns[name].to_numpy().astype(np.int64) for name in ("label", "fold"))
-        self.models, self.model_of = encoded("model")
-        self.hashes, self.hash_of = encoded("model_hash")
-        self.heads, self.head_of = encoded("head")
+        text = {name: [pa.array([], pa.string())] for name in ("lesion_id", "group")}
+        numbers = {name: [np.empty(0, np.int64)] for name in ("label", "fold", "model", "model_hash", "head")}
+        distinct: dict[str, dict[str, int]] = {name: {} for name in ("model", "model_hash", "head")}
+        for table in file.tables(_SCALARS):
+            for name in _SCALARS:
+                column = table[name].combine_chunks()
+                if name in text:
+                    text[name].append(column)
+                elif name in distinct:
+                    encoded, known = column.dictionary_encode(), distinct[name]
+                    codes = [known.setdefault(each, len(known)) for each in encoded.dictionary.to_pylist()]
+                    numbers[name].append(np.array(codes, np.int64)[encoded.indices.to_numpy()])
+                else:
+                    numbers[name].append(column.to_numpy().astype(np.int64))
+        self.lesion_ids, self.groups = (pa.concat_arrays(text[name]) for name in ("lesion_id", "group"))
+        joined = {name: np.concatenate(parts) for name, parts in numbers.items()}
+        self.labels, self.fold = joined["label"], joined["fold"]
+        self.models, self.model_of = tuple(distinct["model"]), joined["model"]
+        self.hashes, self.hash_of = tuple(distinct["model_hash"]), joined["model_hash"]
+        self.heads, self.head_of = tuple(distinct["head"]), joined["head"]
         self.rows = np.empty(0, np.int64)
 
 
@@ -707,8 +716,9 @@ class _Gathered:
             for name, positions, values in self._outputs(part, keys):
                 target = place[positions]
                 for key, value in values.items():
-                    kept = found[key].setdefault(name, np.full((len(table), value.shape[1]), np.nan, np.float32))
-                    kept[target[target >= 0]] = value[target >= 0]
+                    if name not in found[key]:
+                        found[key][name] = np.full((len(table), value.shape[1]), np.nan, np.float32)
+                    found[key][name][target[target >= 0]] = value[target >= 0]
         ordered = {key: {name: by_model[name] for name in table.models} for key, by_model in found.items()}
         return replace(table, **ordered)  # type: ignore[arg-type]
 
@@ -916,7 +926,9 @@ def _read_columns(tables: Iterable[Any], file: PredictionFile, rows: int) -> dic
         here = slice(start, start + len(table))
         for name in table.column_names:
             values = file.matrix(table, name) if name in _LISTS else _array(table[name])
-            kept = columns.setdefault(name, np.empty((rows, *values.shape[1:]), values.dtype))
+            if name not in columns:
+                columns[name] = np.empty((rows, *values.shape[1:]), values.dtype)
+            kept = columns[name]
             if kept.shape[1:] != values.shape[1:]:
                 found = f"{kept.shape[1]} and of {values.shape[1]} numbers"
                 raise DataError(f"{file.path}: column {name!r} has rows of {found}; run triderm crossval again")

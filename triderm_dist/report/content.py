@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from triderm_dist import intervals, metrics
@@ -130,15 +132,17 @@ class Content:
         self.ensemble = Ensemble.load(self.folder / ENSEMBLE_FILE)
         self.fit = read_json(self.folder / ENSEMBLE_FILE, schema=FitKeys)
         self.rows = read_nested(self.folder / NESTED_FILE)
-        table = read_oof(self.folder / OOF_FILE, features=(self.folder / ALIGNMENTS_FILE).exists())
+        table = read_oof(self.folder / OOF_FILE, logits_only=True)
         check_task(self.folder, table.task)
         check_weights(self.folder, table.hashes.items())
-        row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
-        if any(lesion not in row_of for lesion in self.rows.lesion_ids):
-            raise DataError(
-                f"{self.folder / NESTED_FILE}: holds lesions that {OOF_FILE} lacks; run triderm stack again"
-            )
-        self.table = table.take(np.array([row_of[lesion] for lesion in self.rows.lesion_ids]))
+        if not np.array_equal(table.lesion_ids, self.rows.lesion_ids):
+            row_of = {lesion: row for row, lesion in enumerate(table.lesion_ids)}
+            if any(lesion not in row_of for lesion in self.rows.lesion_ids):
+                raise DataError(
+                    f"{self.folder / NESTED_FILE}: holds lesions that {OOF_FILE} lacks; run triderm stack again"
+                )
+            table = table.take(np.array([row_of[lesion] for lesion in self.rows.lesion_ids]))
+        self.table = table
         self.task = read_task(self.folder / ENSEMBLE_FILE)
         self.diagnoses = self.task.diagnosis_names
         self.resamples = int(self.fit["bootstrap"])
@@ -146,6 +150,15 @@ class Content:
     @property
     def labels(self) -> np.ndarray:
         return self.rows.labels
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """(N,) int64 numbers of the lesions' groups, in the alphabetical order of their names."""
+        encoded = pa.array(self.table.groups, pa.string()).dictionary_encode()
+        order = pc.sort_indices(encoded.dictionary).to_numpy()
+        number = np.empty(len(order), np.int64)
+        number[order] = np.arange(len(order))
+        return number[encoded.indices.to_numpy()]
 
     @property
     def name(self) -> str:
@@ -205,21 +218,21 @@ class Content:
     @cached_property
     def class_intervals(self) -> list[intervals.Interval]:
         """F1 of each diagnosis."""
-        return intervals.f1_per_class(self.rows.decisions, self.labels, self.table.groups)
+        return intervals.f1_per_class(self.rows.decisions, self.labels, self.groups)
 
     @cached_property
     def metric_values(self) -> dict[str, intervals.Interval]:
         """Every metric of `metrics.METRICS`, by name."""
         rows = self.rows
         return intervals.of_metrics(
-            metrics.METRICS, rows.probabilities, rows.labels, rows.decisions, self.table.groups, self.resamples
+            metrics.METRICS, rows.probabilities, rows.labels, rows.decisions, self.groups, self.resamples
         )
 
     @cached_property
     def discrimination(self) -> Discrimination:
         """Rates, rankings, operating points and net benefit."""
-        _, codes, sizes = np.unique(self.table.groups.astype(str), return_inverse=True, return_counts=True)
-        return Discrimination(self.task, self.rows, codes if sizes.max() > 1 else None)
+        codes = self.groups if np.bincount(self.groups).max() > 1 else None
+        return Discrimination(self.task, self.rows, codes)
 
     @cached_property
     def calibration(self) -> EnsembleCalibration:
@@ -233,13 +246,13 @@ class Content:
         common = positives >= MIN_COMMON_LESIONS
         if not common.any() or common[positives > 0].all():
             return None
-        return intervals.macro_f1(self.rows.decisions, self.labels, self.table.groups, common)
+        return intervals.macro_f1(self.rows.decisions, self.labels, self.groups, common)
 
     @cached_property
     def test_set(self) -> tuple[int, intervals.Interval]:
         """The size of a test set, and the spread of macro F1 that test sets of this size would show."""
         lesions = int(self.held_out["n"]) if self.held_out else TEST_SET_LESIONS
-        spread = intervals.spread(self.rows.decisions, self.labels, lesions, self.table.groups, self.resamples)
+        spread = intervals.spread(self.rows.decisions, self.labels, lesions, self.groups, self.resamples)
         return lesions, spread
 
     @cached_property
@@ -314,7 +327,9 @@ class Content:
         if self.stacker is None:
             return None
         rows = np.sort(np.random.default_rng(0).permutation(len(self.table))[:CONTRIBUTION_LESIONS])
-        given = stacker_columns(self.folder, self.stacker.extra, self.table.take(rows), self.networks)
+        features = (self.folder / ALIGNMENTS_FILE).exists()
+        table = read_oof(self.folder / OOF_FILE, features, lesion_ids=self.table.lesion_ids[rows].tolist())
+        given = stacker_columns(self.folder, self.stacker.extra, table, self.networks)
         columns = self.stacker.reduce(given)
         values = self.stacker.model.contributions(columns)
         return None if values is None else Contributions(values, columns, self.stacker.feature_names)
@@ -328,7 +343,7 @@ class Content:
     def slices(self) -> list[SliceScore]:
         """Scores of the lesions with each value of each field, of `PHOTOS`, of `CONCEPTS` and of `GROUP`."""
         rows = self.rows
-        lesions = ScoredLesions(rows.probabilities, rows.labels, rows.decisions, self.table.groups, self.malignant)
+        lesions = ScoredLesions(rows.probabilities, rows.labels, rows.decisions, self.groups, self.malignant)
         return score_slices(lesions, self._slice_masks())
 
     @cached_property
@@ -342,9 +357,7 @@ class Content:
                 if np.isnan(logits).any():
                     continue
                 decisions = metrics.argmax_decisions(logits)
-                difference = intervals.paired_difference(
-                    decisions, full, self.labels, self.table.groups, self.resamples
-                )
+                difference = intervals.paired_difference(decisions, full, self.labels, self.groups, self.resamples)
                 result.append(MissingInput(model, name, metrics.macro_f1(decisions, self.labels), difference))
         return result
 
@@ -501,14 +514,16 @@ class Content:
     def _logits_without(self, model: str, name: str) -> np.ndarray:
         """Read (N, C) logits of a network with an input hidden, by the weights of the table; NaN without any."""
         logits = np.full_like(self.table.logits[model], np.nan)
-        row_of = {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
         for path in sorted((self.folder / model).glob(f"fold-*/without_{name}.parquet")):
-            part = read_predictions(path)
-            for i, lesion in enumerate(part.lesion_ids):
-                row = row_of.get(lesion)
-                if row is not None and part.model_hash[i] == self.table.hashes[model][row]:
-                    logits[row] = part.logits[i]
+            part = read_predictions(path, features=False)
+            rows = np.array([self._row_of.get(lesion, -1) for lesion in part.lesion_ids], np.int64)
+            used = (rows >= 0) & (part.model_hash == self.table.hashes[model][rows])
+            logits[rows[used]] = part.logits[used]
         return logits
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {lesion: row for row, lesion in enumerate(self.table.lesion_ids)}
 
     def _doubtful(self, row: int, alternative: int) -> DoubtfulLesion:
         predicted = [self.diagnoses[column] for column in np.flatnonzero(self.rows.decisions[row])]
@@ -536,9 +551,9 @@ class Content:
         missing = np.isnan(self.table.concepts).any(axis=1)
         if missing.any():
             masks[CONCEPTS] = {"complete": ~missing, "some missing": missing}
-        _, group, sizes = np.unique(self.table.groups.astype(str), return_inverse=True, return_counts=True)
+        sizes = np.bincount(self.groups)
         if sizes.max() > 1:
-            single = sizes[group] == 1
+            single = sizes[self.groups] == 1
             masks[GROUP] = {"one": single, "several": ~single}
         return masks
 
