@@ -75,16 +75,19 @@ def measure_read(n: int, folder: Path) -> None:
     read_tables(n, folder)
 
 
-def measure_driver(n: int, folder: Path) -> None:
+def measure_driver(n: int, folder: Path) -> dict[str, float]:
     """Do all that the process does which packs by a cluster, but hand the lesions to none: the shards are holes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from triderm_dist.data.group_hashes import hash_groups
+    from triderm_dist.data.readers import milk10k  # noqa: F401, its memory is not the driver's
     from triderm_dist.data.shards.format import rows_schema
     from triderm_dist.data.shards.pack import pack_shards
 
+    before = _memory("VmRSS")
     dataset, hashes = hash_groups(read_tables(n, folder), folder / "out")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of reading is that of the row `read`
     schema = rows_schema(len(dataset.concepts), len(dataset.task.fields))
     size = 10240
 
@@ -117,6 +120,13 @@ def measure_driver(n: int, folder: Path) -> None:
             yield number
 
     pack_shards(dataset, folder / "out", short_side=None, group_hashes=hashes, distribute=distribute)
+    return {"peak_mb": _memory("VmHWM") - before}
+
+
+def _memory(what: str) -> float:
+    """Return a figure of this process's memory in MB, of Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
 ROWS = (

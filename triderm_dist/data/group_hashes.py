@@ -20,12 +20,13 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.readers.dataset import Dataset
@@ -162,7 +163,8 @@ def _hashes_of(
                 "that folder and pack again"
             )
     hashes = GroupHashes(_own_salt(file, salt_of(salt) if salt else None), groups)
-    if len(np.unique([int(hashes.of(group), 16) for group in groups])) < len(groups):
+    numbers = np.fromiter((int(hashes.of(group), 16) for group in groups), np.uint64, len(groups))
+    if len(np.unique(numbers)) < len(groups):
         raise DataError(f"{file}: two groups have the same hash under its salt; delete the file to get another one")
     with atomic_path(file, PRIVATE) as temporary:
         _write_private(temporary, hashes)
@@ -229,7 +231,16 @@ def _write_private(path: Path, hashes: GroupHashes) -> None:
         file.write(f"{_HEADER}{hashes.salt.hex()}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["group", "hash"])
-        writer.writerows((group, hashes.of(group)) for group in sorted(hashes.groups))
+        writer.writerows((group, hashes.of(group)) for group in _sorted(hashes.groups))
+
+
+def _sorted(groups: Sequence[str]) -> Iterator[str]:
+    if not isinstance(groups, Text):
+        yield from sorted(groups)
+        return
+    order = pc.sort_indices(groups.column)
+    for start in range(0, len(order), CHUNK):
+        yield from groups.column.take(order.slice(start, CHUNK)).to_pylist()
 
 
 def _notes(lesions: Iterable[tuple[str, str, int]], column: str | None) -> list[str]:

@@ -48,8 +48,12 @@ class _Files:
 
     def index(self) -> HashIndex:
         if self._index is None:
-            self._index, self._hashes = HashIndex(self._hashes), array("q")
+            self._index = HashIndex(self._hashes) if self._hashes else HashIndex.of(map(_stem, self.paths))
+            self._hashes = array("q")
         return self._index
+
+    def clear(self) -> None:
+        self._index = None
 
     def find(self, stem: str) -> list[int]:
         """Return the positions of the paths of this name, in the order in which they were added."""
@@ -143,8 +147,10 @@ class PhotoFinder:
         return None
 
     def clear(self) -> None:
-        """Forget how to find photos, which takes memory; their paths remain."""
-        self._photos, self._others, self._near = _Files(), _Files(), []
+        """Free the memory that finding photos takes; the next one that is looked for takes it again."""
+        self._photos.clear()
+        self._others.clear()
+        self._near.clear()
 
 
 def _stem(path: str) -> str:

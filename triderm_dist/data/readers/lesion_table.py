@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -16,6 +16,8 @@ from triderm_dist.schema import UNLABELED, VIEWS, Lesion
 
 CHUNK = 1 << 14
 """Lesions that are made at a time."""
+_PART = 1 << 16
+"""Numbers that are looked at at a time."""
 _DIVISORS = (1, 10, 100, 1_000, 10_000, 1_000_000)
 
 
@@ -23,10 +25,26 @@ class Numbers:
     """A column (N,) of float64, exactly, in as few bytes as its values allow; NaN where missing.
 
     A decimal fraction of few digits, as tables hold, is a whole number over a power of ten.
+
+    values: (N,), or those of the rows of a table.  rows: (N,) the row of each, -1 for a missing value.
     """
 
-    def __init__(self, values: np.ndarray) -> None:
-        self._codes, self._divisor = _compact(np.ascontiguousarray(values, np.float64))
+    def __init__(self, values: np.ndarray, rows: np.ndarray | None = None) -> None:
+        count = len(values) if rows is None else len(rows)
+
+        def parts() -> Iterator[tuple[slice, np.ndarray]]:
+            for start in range(0, count, _PART):
+                part = slice(start, start + _PART)
+                own = values[part] if rows is None else np.where(rows[part] >= 0, values[rows[part]], np.nan)
+                yield part, own.astype(np.float64, copy=False)
+
+        self._divisor, kind = _smallest(parts)
+        self._codes = np.empty(count, kind)
+        for part, own in parts():
+            if self._divisor:
+                missing = np.isnan(own)
+                own = np.where(missing, np.iinfo(kind).max, np.rint(own * self._divisor))
+            self._codes[part] = own
 
     def __len__(self) -> int:
         return len(self._codes)
@@ -45,22 +63,24 @@ class Numbers:
         return column
 
 
-def _compact(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return whole numbers and what to divide them by, the largest number for NaN; or the values and 0."""
-    missing = np.isnan(values)
-    known = values[~missing]
-    if not len(known) or (not np.signbit(known).any() and np.isfinite(known).all()):
-        high = known.max(initial=0.0)
-        for divisor in _DIVISORS:
-            if high * divisor >= np.iinfo(np.uint32).max - 1:
-                break
-            if np.array_equal(np.rint(known * divisor) / divisor, known):  # the division rounds as parsing does
-                kind = np.min_scalar_type(int(high * divisor) + 2)
-                codes = np.full(len(values), np.iinfo(kind).max, kind)
-                codes[~missing] = np.rint(known * divisor)
-                return codes, divisor
-    single = values.astype(np.float32)
-    return (single, 0) if np.array_equal(single, values, equal_nan=True) else (values, 0)
+def _smallest(parts: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> tuple[int, np.dtype]:
+    """Return what whole numbers are divided by to give these values, or 0 for the values themselves, and their type.
+
+    The largest whole number is that of NaN.
+    """
+    high, whole, single = 0.0, True, True
+    for _, own in parts():
+        known = own[~np.isnan(own)]
+        high = max(high, known.max(initial=0.0))
+        whole = whole and not np.signbit(known).any() and bool(np.isfinite(known).all())
+        single = single and np.array_equal(known.astype(np.float32), known)
+    for divisor in _DIVISORS if whole else ():
+        if high * divisor >= np.iinfo(np.uint32).max - 1:
+            break
+        # The division rounds as parsing does.
+        if all(np.array_equal(np.rint(own * divisor) / divisor, own, equal_nan=True) for _, own in parts()):
+            return divisor, np.min_scalar_type(int(high * divisor) + 2)
+    return 0, np.dtype(np.float32 if single else np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,15 +177,19 @@ class LesionTable(Sequence[Lesion]):
 
     def distinct_groups(self) -> tuple[np.ndarray, pa.Array]:
         """Return the number of each lesion's group (N,) and the different groups, without those of no lesion."""
-        own, alone = self.group >= 0, np.flatnonzero(self.group < 0)
-        used, numbers = np.unique(self.group[own], return_inverse=True)
-        names = self.groups.column.take(pa.array(used))
+        alone = np.flatnonzero(self.group < 0)
+        used = np.zeros(len(self.groups), bool)
+        used[self.group[self.group >= 0]] = True
+        names = self.groups.column if used.all() else self.groups.column.take(pa.array(np.flatnonzero(used)))
+        numbers = (np.cumsum(used, dtype=np.int32) - 1)[self.group] if len(used) else np.empty(0, np.int32)
         if not len(alone):
-            return numbers.astype(np.int32), names
+            return numbers, names
         names = pa.chunked_array([names, self.ids.column.take(pa.array(alone))]).dictionary_encode().combine_chunks()
         codes = names.indices.to_numpy()
         result = np.empty(len(self), np.int32)
-        result[own], result[alone] = codes[: len(used)][numbers], codes[len(used) :]
+        if len(used):
+            result[:] = codes[: len(codes) - len(alone)][numbers]
+        result[alone] = codes[len(codes) - len(alone) :]
         return result, names.dictionary
 
     def kept(self, rows: np.ndarray) -> LesionTable:

@@ -428,8 +428,8 @@ class _Reading:
         """Return the scores (L,) of each row of a lesion."""
         scores = self._scores(column)
         if rows.shape[1] == 1 and not self.task.row_per_photo:
-            return [Numbers(scores[rows[:, 0]])]
-        return [Numbers(np.where(own >= 0, scores[own], np.nan)) for own in rows.T]
+            return [Numbers(scores, rows[:, 0])]
+        return [Numbers(scores, own) for own in rows.T]
 
     def _scores(self, column: str) -> np.ndarray:
         if column not in self.table.cells:

@@ -139,7 +139,10 @@ def read_challenge(
         truth = _Labels(truth_path, task) if truth_path else None
         labels, others = truth.match(reading.names) if truth else (no_labels(len(reading.names)), [])
         find_photo = PhotoFinder(photo_roots)
+        if truth and not truth.problems and not others:
+            truth = None
         reading.find_photos(find_photo)
+        find_photo.clear()
         finer = _read_fine(metadata_path, task)
         lesions = reading.columns(labels, finer, find_photo)
 
@@ -165,8 +168,8 @@ def read_challenge(
     if bad:
         lesions = lesions.kept(np.array([at for at, name in enumerate(reading.names) if name not in bad], np.int64))
     notes = _notes(lesions, task, labeled=truth_path is not None)
-    notes += spelled_alike(reading.texts, "lesion ids")
-    notes += spelled_alike(lesions.distinct_groups()[1].cast(pa.string()), GROUP_COLUMN) if grouped else []
+    notes += spelled_alike(reading.names.column, "lesion ids")
+    notes += spelled_alike(lesions.distinct_groups()[1], GROUP_COLUMN) if grouped else []
     if unused := [name for name in columns if name not in {*known, *scores} and name.lower() not in UNUSED_COLUMNS]:
         notes.append(f"{metadata_path.name}: columns that are not used: {', '.join(unused)}")
     if truth and others:
@@ -187,8 +190,8 @@ class _Reading:
 
     def __init__(self, table: Table, task: Task, scores: Sequence[str], mark_missing: bool) -> None:
         self.table, self.task, self.scores, self.mark_missing = table, task, scores, mark_missing
-        self.codes, self.texts = table.encoded("lesion_id")
-        self.names = Text(pa.chunked_array([self.texts]))
+        self.codes, names = table.encoded("lesion_id")
+        self.names = Text(pa.chunked_array([names]))
         self.unusual = np.array([why_no_lesion_id(name) is not None for name in self.names], bool)
         self.lesions = len(self.names) - int(self.unusual.sum())
         self.places = np.full(len(table), -1, np.int32)
@@ -249,7 +252,7 @@ class _Reading:
             parse = partial(parse_score, column, words=task.missing_words)
             values = self._parsed(column, parse, span=(0.0, 1.0))
             for part, each in zip(concepts, rows.T, strict=True):
-                part.append(Numbers(np.where(each >= 0, values[each], np.nan)))
+                part.append(Numbers(values, each))
         metadata = []
         for about in task.fields:
             if about.column in self.table.cells:

@@ -60,7 +60,7 @@ _CHUNK = 1 << 16
 """Rows held as Python objects before they become columns, which take a tenth of the memory."""
 _BLOCK = 1 << 22
 """Characters of a CSV that are read at a time."""
-_IN_MEMORY = 1 << 26
+_IN_MEMORY = 1 << 24
 """Bytes of the columns of a table that are kept in memory; more go to a temporary file."""
 
 _OTHER_FILES: tuple[tuple[bytes, str], ...] = (
@@ -190,6 +190,7 @@ class Table:
         column = pa.chunked_array([cells for (cells,) in self.parts(name)], pa.string()).dictionary_encode()
         codes = [chunk.indices.to_numpy() for chunk in column.chunks]
         names = column.chunk(0).dictionary if codes else pa.array([], pa.string())
+        pa.default_memory_pool().release_unused()
         return np.concatenate(codes or [np.empty(0, np.int32)]), names
 
     def rows(self, chosen: np.ndarray | None = None) -> Iterator[tuple[str, dict[str, str]]]:
@@ -364,7 +365,7 @@ class _Columns:
             cells = {name: first[int(at)] for name, at in columns.items()}
         else:
             self._writer.close()
-            cells = StoredCells(pq.ParquetFile(self._file), columns)
+            cells = StoredCells(pq.ParquetFile(self._file, pre_buffer=False), columns)
         pa.default_memory_pool().release_unused()
         return Table(self.path, form, cells, self.numbers)
 

@@ -15,10 +15,13 @@ _BLOCK = 1 << 16
 
 
 class Texts(Sequence[str]):
-    """Texts that are appended one by one; each takes its bytes and 4 more. Names of files may be of any bytes."""
+    """Texts that are appended one by one; each takes 4 bytes and its own ones after those that its block has in common.
+
+    Names of files may be of any bytes.
+    """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._blocks: list[pa.Array] = []
+        self._blocks: list[tuple[bytes, pa.Array]] = []
         self._last: list[bytes] = []
         for text in texts:
             self.append(text)
@@ -26,7 +29,9 @@ class Texts(Sequence[str]):
     def append(self, text: str) -> None:
         self._last.append(os.fsencode(text))
         if len(self._last) == _BLOCK:
-            self._blocks.append(pa.array(self._last, pa.binary()))
+            common = os.path.commonprefix((min(self._last), max(self._last)))  # noqa: RUF071, of bytes
+            own = [text[len(common) :] for text in self._last]
+            self._blocks.append((common, pa.array(own, pa.binary())))
             self._last = []
 
     def __len__(self) -> int:
@@ -40,12 +45,14 @@ class Texts(Sequence[str]):
         if isinstance(at, slice):
             return [self[each] for each in range(len(self))[at]]
         block, place = divmod(range(len(self))[at], _BLOCK)
-        text = self._blocks[block][place].as_py() if block < len(self._blocks) else self._last[place]
-        return os.fsdecode(text)
+        if block == len(self._blocks):
+            return os.fsdecode(self._last[place])
+        common, own = self._blocks[block]
+        return os.fsdecode(common + own[place].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        for block in self._blocks:
-            yield from map(os.fsdecode, block.to_pylist())
+        for common, own in self._blocks:
+            yield from (os.fsdecode(common + text) for text in own.to_pylist())
         yield from map(os.fsdecode, self._last)
 
 

@@ -14,6 +14,7 @@ machines can each write a slice of the shards into one OUTPUT.part (`pack_slice`
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -407,6 +408,7 @@ class _Packer:
         self.writer = ShardWriter(dataset.task, dataset.concepts, self.settings, workers)
         self.task, self.concepts, self.workers, self.progress = dataset.task, dataset.concepts, workers, progress
         self.done, self.total, self.group_hashes = 0, len(dataset.lesions), group_hashes
+        _return_freed_memory()
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the settings, the tables and the bytes of every photo."""
@@ -530,6 +532,13 @@ def _read_record(part: Path, number: int) -> _FinishedShard | None:
         return _FinishedShard(record["source"], record.get("settings", ""), file, problems, record["converted"])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
+
+
+def _return_freed_memory() -> None:
+    """Give back to the system what reading the tables has freed, which allocators keep: as much as the lesions take."""
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _paths(lesion: Lesion) -> list[str | None]:

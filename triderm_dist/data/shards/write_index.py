@@ -109,13 +109,15 @@ def shared_photos(digests: np.ndarray, names: Callable[[], tuple[Text, Text]]) -
     Of many lesions with one photo, each is paired with the first. digests: hashes (N, views) of the photos, 0 where
     there is none. names: reads the lesion ids and groups, if needed.
     """
-    flat = digests.ravel()
-    order = np.argsort(flat, kind="stable")
-    order = order[flat[order] > 0]
-    ordered = flat[order]
-    repeated = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    flat = np.sort(digests, axis=None)
+    repeated = np.unique(flat[1:][(flat[1:] == flat[:-1]) & (flat[1:] > 0)])
     if not len(repeated):
         return []
+    flat = digests.ravel()
+    order = np.flatnonzero(np.isin(flat, repeated))
+    order = order[np.argsort(flat[order], kind="stable")]
+    ordered = flat[order]
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
     lesion_ids, groups = names()
     first = order[np.searchsorted(ordered, ordered[repeated])] // digests.shape[1]
     rows = order[repeated] // digests.shape[1]
