@@ -216,8 +216,8 @@ def test_balanced_repeats_follow_the_formula_exactly_over_epochs(counts, thresho
 
 
 def test_repeat_factors_follow_the_formula():
-    labels = np.repeat([0, 1, 3, -1], [180, 16, 4, 50])
-    factors = repeat_factors(labels, 0.2, 0.5)
+    counts = Samples(np.arange(250), np.repeat([0, 1, 3, -1], [180, 16, 4, 50]), np.zeros(250, np.int64)).counts
+    factors = repeat_factors(counts, 0.2, 0.5)
     assert factors == pytest.approx([1, (0.2 / 0.08) ** 0.5, 1, (0.2 / 0.02) ** 0.5])
 
 

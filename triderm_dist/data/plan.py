@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from triderm_dist.schema import ConfigError
+from triderm_dist.schema import UNLABELED, ConfigError
 
 if TYPE_CHECKING:
     from triderm_dist.data.lesions import Lesions
+
+_BLOCK = 1 << 18
+"""Samples of which something is computed at a time, so that it stays small."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,19 @@ class Samples:
     @classmethod
     def of(cls, index: Lesions, rows: np.ndarray) -> Samples:
         """Return the samples in these rows (N,) of a packed set, or of a union of several."""
-        return cls(rows, index.labels[rows], index.shard[rows])
+        return cls(rows, index.labels[rows].astype(np.int16), index.shard[rows])
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """The number of samples of each label from 0 to the largest."""
+        counts = np.zeros(int(self.labels.max(initial=UNLABELED)) + 1, np.int64)
+        for start in range(0, len(self), _BLOCK):
+            labels = self.labels[start : start + _BLOCK]
+            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -89,14 +101,21 @@ class EpochPlan:
 
     @property
     def order(self) -> np.ndarray:
-        return self.samples.rows[self._arranged[0]]
+        return self.rows_at(slice(None))
+
+    def rows_at(self, places: np.ndarray | slice) -> np.ndarray:
+        """Return the part of `order` at these places."""
+        return self.samples.rows[self._arranged[0][places]]
 
     @property
     def copies(self) -> np.ndarray:
         return self._arranged[1]
 
     def __len__(self) -> int:
-        return len(self.samples) if self.sampling.kind != "balanced" else int(self._repeats.sum())
+        number = len(self.samples)
+        if self.sampling.kind == "balanced":
+            number += sum((each.integer - 1) * each.members + len(each.chosen) for each in self._repeated)
+        return number
 
     def num_batches(self, global_batch: int) -> int:
         """Return the number of global batches; the last one may be padded.
@@ -124,8 +143,9 @@ class EpochPlan:
     def _arranged(self) -> tuple[np.ndarray, np.ndarray]:
         """The positions in `samples` and copy numbers, in the order of the epoch."""
         number = len(self.samples)
+        once = np.broadcast_to(np.zeros(1, np.int32), number)
         if self.sampling.kind == "sequential":
-            return np.arange(number), np.zeros(number, np.int64)
+            return np.arange(number), once
         random = _generator(self.seed, self.epoch)
         keys = random.integers(0, 2**64, number, np.uint64)
         window = self.sampling.window
@@ -140,8 +160,9 @@ class EpochPlan:
             keys |= windows << (np.uint64(64) - window_bits) if window_bits else np.uint64(0)
             begin, end = begin // window * window, np.minimum(-(-end // window) * window, number)
         order = _sorted(keys)
+        del keys
         if self.sampling.kind == "shuffle":
-            return order, np.zeros(number, np.int32)
+            return order, once
         return self._with_repeats(order, begin, end, random)
 
     def _with_repeats(
@@ -154,10 +175,9 @@ class EpochPlan:
         random place in the first half of its stretch. So two repeats are at least half a stretch apart, and samples
         that share a batch once do not share the next one too.
         """
-        repeated = np.flatnonzero(self._repeats > 1)
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        repeats = self._repeats[repeated]
+        repeated, repeats = self._repeats
+        place = np.empty(len(order), order.dtype)
+        place[order] = np.arange(len(order), dtype=order.dtype)
         shard = np.zeros_like(repeated) if self.sampling.window is None else self.samples.shards[repeated]
         first, length = begin[shard], (end - begin)[shard]
         additional = repeats - 1
@@ -172,7 +192,7 @@ class EpochPlan:
         fraction_bits = min(24, 64 - int(_index_bits(len(order) + 1) + index_bits))
         by_place = _sorted((at * 2.0**fraction_bits).astype(np.uint64) << index_bits)
         into = np.minimum(at.astype(np.int64), len(order) - 1)[by_place] + np.arange(1, len(at) + 1)
-        result, numbers = np.empty(len(order) + len(at), np.int64), np.zeros(len(order) + len(at), np.int32)
+        result, numbers = np.empty(len(order) + len(at), order.dtype), np.zeros(len(order) + len(at), np.int32)
         once = np.ones(len(result), bool)
         once[into] = False
         result[once], result[into] = order, np.repeat(repeated, additional)[by_place]
@@ -180,21 +200,41 @@ class EpochPlan:
         return result, numbers
 
     @functools.cached_property
-    def _repeats(self) -> np.ndarray:
-        """How often each sample is taken in this epoch, (N,) int64."""
-        labels = self.samples.labels
-        factors = repeat_factors(labels, self.sampling.threshold, self.sampling.power)
-        repeats = np.ones(len(labels), np.int64)
-        for diagnosis in np.flatnonzero(factors > 1):
-            members = np.flatnonzero(labels == diagnosis)
-            integer = int(factors[diagnosis])
-            repeats[members] = integer
+    def _repeated(self) -> list[_Repeated]:
+        """The diagnoses whose samples are taken more than once."""
+        found, counts = [], self.samples.counts
+        factors = repeat_factors(counts, self.sampling.threshold, self.sampling.power)
+        for diagnosis in np.flatnonzero(factors > 1).tolist():
+            members, integer = int(counts[diagnosis]), int(factors[diagnosis])
             # The additional repeats rotate through the class, in one sequence that is cut into epochs.
-            extra = (factors[diagnosis] - integer) * len(members)
-            chosen = np.arange(int(self.epoch * extra), int((self.epoch + 1) * extra)) % len(members)
-            random = _generator(self.seed, 2**63 + int(diagnosis))  # the epochs have the streams from 0
-            repeats[random.permutation(members)[chosen]] += 1
-        return repeats
+            extra = (factors[diagnosis] - integer) * members
+            chosen = range(int(self.epoch * extra), int((self.epoch + 1) * extra))
+            found.append(_Repeated(diagnosis, members, integer, chosen))
+        return found
+
+    @property
+    def _repeats(self) -> tuple[np.ndarray, np.ndarray]:
+        """The samples (n,) that are taken more than once in this epoch, in order, and how often each is, (n,) int64."""
+        repeats = np.ones(len(self.samples), np.int32)
+        for each in self._repeated:
+            members = np.flatnonzero(self.samples.labels == each.diagnosis)
+            repeats[members] = each.integer
+            random = _generator(self.seed, 2**63 + each.diagnosis)  # the epochs have the streams from 0
+            repeats[random.permutation(members)[np.array(each.chosen, np.int64) % len(members)]] += 1
+        repeated = np.flatnonzero(repeats > 1)
+        return repeated, repeats[repeated].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """A diagnosis whose samples are repeated in an epoch: each of its `members` `integer` times, and one more time
+    those at the places `chosen` of a random order, modulo their number.
+    """
+
+    diagnosis: int
+    members: int
+    integer: int
+    chosen: range
 
 
 @dataclass(frozen=True)
@@ -213,23 +253,22 @@ class RankBatches:
         return -(-self.global_batch // self.world)
 
     def __iter__(self) -> Iterator[PlannedBatch]:
-        order, copies = self.plan.order, self.plan.copies
+        total, copies = len(self.plan), self.plan.copies
         own = self.rank * self.part + np.arange(self.part)
         for number in range(self.start, self.plan.num_batches(self.global_batch)):
             at = number * self.global_batch + own
-            count = min(self.global_batch, len(order) - number * self.global_batch)
-            padded = at % len(order)  # different lesions, since batch norms see the padding
-            yield PlannedBatch(number, order[padded], copies[padded], own < count, count)
+            count = min(self.global_batch, total - number * self.global_batch)
+            padded = at % total  # different lesions, since batch norms see the padding
+            yield PlannedBatch(number, self.plan.rows_at(padded), copies[padded], own < count, count)
 
     @property
     def rows_ahead(self) -> np.ndarray:
         """Index rows (n,) int64 that all ranks together will read, padding included: the order in which remote shards
         are fetched.
         """
-        order = self.plan.order
         padding = self.part * self.world - self.global_batch
         end = self.plan.num_batches(self.global_batch) * self.global_batch + padding
-        return np.take(order, np.arange(self.start * self.global_batch, end), mode="wrap")
+        return self.plan.rows_at(np.arange(self.start * self.global_batch, end) % len(self.plan))
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
@@ -243,7 +282,7 @@ def _index_bits(number: int) -> np.uint64:
 
 
 def _sorted(keys: np.ndarray) -> np.ndarray:
-    """Return the order (T,) int64 by the leading bits of the keys (T,) uint64, then by index; sorts in place.
+    """Return the order (T,) by the leading bits of the keys (T,) uint64, then by index; overwrites the keys.
 
     The index takes the place of the last bits: sorting keys is ten times faster than an argsort, and no two keys are
     equal, so the order is the same on every machine.
@@ -251,10 +290,12 @@ def _sorted(keys: np.ndarray) -> np.ndarray:
     bits = _index_bits(len(keys))
     keys >>= bits
     keys <<= bits
-    keys |= np.arange(len(keys), dtype=np.uint64)
+    for start in range(0, len(keys), _BLOCK):
+        part = keys[start : start + _BLOCK]
+        part |= np.arange(start, start + len(part), dtype=np.uint64)
     keys.sort()
     keys &= (np.uint64(1) << bits) - np.uint64(1)
-    return keys.view(np.int64)
+    return keys.astype(np.int32 if len(keys) < 2**31 else np.int64)
 
 
 def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -274,8 +315,7 @@ def _windows(shards: np.ndarray, window: int, random: np.random.Generator) -> tu
     return begin, begin + sizes, (read_order // window).astype(np.uint64)
 
 
-def repeat_factors(labels: np.ndarray, threshold: float, power: float) -> np.ndarray:
-    """Return max(1, (threshold / share) ** power) for each diagnosis up to the largest label; 1 without samples."""
-    counts = np.bincount(labels[labels >= 0])
+def repeat_factors(counts: np.ndarray, threshold: float, power: float) -> np.ndarray:
+    """Return max(1, (threshold / share) ** power) for each diagnosis, given its samples (C,); 1 without any."""
     share = counts / max(counts.sum(), 1)
     return np.maximum(1.0, (threshold / np.where(counts > 0, share, threshold)) ** power)

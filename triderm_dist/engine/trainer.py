@@ -328,7 +328,8 @@ class _Epochs:
         self.config, self.data, self.seed = config, data, seed
         self._samples = Samples.of(data.training.index, data.train_rows)
         self._sampling = Sampling(**config.sampling.model_dump())
-        self.class_counts = np.bincount(self._samples.labels, minlength=len(data.loaders.index.diagnoses))
+        counts = self._samples.counts
+        self.class_counts = np.pad(counts, (0, len(data.loaders.index.diagnoses) - len(counts)))
         self.steps = [self._plan(epoch).num_batches(config.global_batch) for epoch in range(config.epochs)]
         self.total_steps = sum(self.steps)
 
