@@ -160,48 +160,9 @@ def pack_plainly(dataset, folder: Path, short_side: int) -> None:  # type: ignor
 
 def write_synthetic_index(lesions: int, folder: Path) -> dict[str, float]:
     """Write an index of many lesions, whose photos are holes in sparse files."""
-    import numpy as np
-    import pyarrow as pa
+    from benchmarks.simulated_set import write_simulated_set
 
-    from triderm_dist.data.readers.milk10k import CONCEPTS
-    from triderm_dist.data.shards.format import ROW_GROUP, ShardFile, rows_schema
-    from triderm_dist.data.shards.write_index import write_index
-    from triderm_dist.tasks import milk10k_task
-
-    folder.mkdir()
-    task, per_shard, photo = milk10k_task(), 4096, 30_000
-    shards = []
-    for number, start in enumerate(range(0, lesions, per_shard)):
-        samples = min(per_shard, lesions - start)
-        path = folder / f"shard-{number:06d}.tar"
-        with path.open("wb") as file:
-            file.truncate(samples * 2 * photo)
-        shards.append(ShardFile(path.name, samples, samples * 2 * photo, "0" * 64))
-    random = np.random.default_rng(0)
-    share = np.array([303, 2522, 44, 544, 52, 50, 9, 450, 746, 473, 47]) / 5240
-
-    def tables():  # type: ignore[no-untyped-def]
-        schema = rows_schema(len(CONCEPTS), len(task.fields))
-        for start in range(0, lesions, ROW_GROUP):
-            rows = np.arange(start, min(start + ROW_GROUP, lesions))
-            names = pa.array([f"IL_{row:08d}" for row in rows])
-            offset = rows % per_shard * 2 * photo
-            columns = [
-                names, names, random.choice(len(share), len(rows), p=share).astype(np.int16),
-                (rows // per_shard).astype(np.int32), offset, np.full(len(rows), photo, np.int32), offset + photo,
-                np.full(len(rows), photo, np.int32),
-                *(
-                    pa.FixedSizeListArray.from_arrays(random.random(len(rows) * width, np.float32), width)
-                    for width in (len(CONCEPTS), 4)
-                ),
-                pa.FixedSizeListArray.from_arrays(
-                    np.stack([np.full(len(rows), 384), np.full(len(rows), 288), 2 * rows + 1] * 2, 1)
-                    .astype(np.uint64).ravel() + np.tile(np.uint64([0, 0, 0, 0, 0, 1]), len(rows)), 6,
-                ),
-            ]  # fmt: skip
-            yield pa.table(columns, schema=schema)
-
-    write_index(folder, tables(), shards, task, CONCEPTS, [], {})
+    write_simulated_set(folder, lesions, shard_samples=4096)
     return {}
 
 

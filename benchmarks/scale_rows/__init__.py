@@ -33,11 +33,11 @@ def packed_set(n: int, folder: Path) -> Path:
     """Return the folder of a packed set of n lesions, whose photos are holes in sparse files. Rows share one set of a
     size: the first call writes it.
     """
-    from benchmarks.pack import write_synthetic_index
+    from benchmarks.simulated_set import write_simulated_set
 
     path = folder.parent / "set"
     if not path.exists():
-        write_synthetic_index(n, path)
+        write_simulated_set(path, n)
     return path
 
 

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.scale_rows import Row, packed_set
 
-FOLDS, EPOCHS, WORLD, GLOBAL_BATCH = 5, 60, 1024, 8192
+WORLD, RANK, GLOBAL_BATCH = 1024, 5, 8192
 
 
-def prepare(n: int, folder: Path) -> None:
+def open_set(n: int, folder: Path) -> Any:
+    """Open the set with the caches of a node in `folder`, as a rank does; return its settings and its index."""
+    from triderm_dist.config import Experiment
+    from triderm_dist.data.shards.open import open_index
+
+    os.environ.update(XDG_CACHE_HOME=str(folder / "cache"), RANK=str(RANK), WORLD_SIZE=str(WORLD))
+    path = packed_set(n, folder)
+    experiment = Experiment.model_validate({"data": {"shards": str(path)}})
+    return experiment, open_index(path, experiment.data.remote)
+
+
+def prepare_set(n: int, folder: Path) -> None:
     packed_set(n, folder)
 
 
+def prepare_node(n: int, folder: Path) -> None:
+    first_start(n, folder)
+
+
+def first_start(n: int, folder: Path) -> None:
+    """Do what the first process of a node does for all: write the columns that they map, and assign the folds."""
+    from triderm_dist.engine.fold import assigned_folds
+
+    experiment, index = open_set(n, folder)
+    assigned_folds(index, experiment.data)
+
+
 def start_rank(n: int, folder: Path) -> None:
-    """Open the set, assign folds, count the steps of all epochs, and read the first batch's columns."""
+    """Do what `triderm train` does with the set up to the first micro-batch of a rank, its photos left out."""
     import numpy as np
 
-    from triderm_dist.data.folds import assign_folds
-    from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-    from triderm_dist.data.shards.index import read_index
+    from triderm_dist.data.loader import LoaderFactory
+    from triderm_dist.data.plan import EpochPlan
+    from triderm_dist.doctor.preflight import check_training, lesions_of
+    from triderm_dist.engine.fold import assigned_folds
+    from triderm_dist.engine.trainer import TrainingData, _Epochs
 
-    index = read_index(packed_set(n, folder))
-    folds = assign_folds(index.labels, index.fold_groups, FOLDS, 0)
-    samples = Samples.of(index, np.flatnonzero(folds > 0))
-    sampling = Sampling("balanced")
-    sum(EpochPlan(samples, sampling, 0, epoch).num_batches(GLOBAL_BATCH) for epoch in range(EPOCHS))
-    batch = next(iter(EpochPlan(samples, sampling, 0, 0).batches(WORLD - 1, WORLD, GLOBAL_BATCH)))
-    index.inputs(batch.rows)
-    index.offsets[batch.rows]
+    experiment, index = open_set(n, folder)
+    check_training(experiment, lesions_of(index))
+    index.notes(), index.flow()
+    folds = assigned_folds(index, experiment.data)
+    train, validation = np.flatnonzero((folds >= 0) & (folds != 0)), np.flatnonzero(folds == 0)
+    loaders: Any = LoaderFactory(index, None)  # type: ignore[arg-type]
+    model = experiment.models[next(iter(experiment.models))]
+    config = model.train.model_copy(update={"global_batch": GLOBAL_BATCH})
+    epochs = _Epochs(config, TrainingData(loaders, train, loaders, validation), seed=0)
+    plan: EpochPlan = epochs._plan(0)
+    batch = next(iter(plan.batches(RANK, WORLD, GLOBAL_BATCH)))
+    index.inputs(batch.rows), index.offsets[batch.rows], index.shard[batch.rows]
 
 
 def plan_epoch(n: int, folder: Path) -> dict[str, float]:
@@ -37,14 +68,17 @@ def plan_epoch(n: int, folder: Path) -> dict[str, float]:
     import numpy as np
 
     from triderm_dist.data.plan import EpochPlan, Samples, Sampling
-    from triderm_dist.data.shards.index import read_index
 
-    index = read_index(packed_set(n, folder))
+    _, index = open_set(n, folder)
     samples = Samples.of(index, np.arange(n))
     began = time.process_time()
-    for _ in EpochPlan(samples, Sampling("balanced"), 0, 0).batches(5, WORLD, GLOBAL_BATCH):
+    for _ in EpochPlan(samples, Sampling("balanced"), 0, 0).batches(RANK, WORLD, GLOBAL_BATCH):
         pass
     return {"cpu_s": time.process_time() - began}
 
 
-ROWS = (Row("start of a rank", start_rank, prepare), Row("plan", plan_epoch, prepare))
+ROWS = (
+    Row("first start", first_start, prepare_set),
+    Row("start of a rank", start_rank, prepare_node),
+    Row("plan", plan_epoch, prepare_node),
+)

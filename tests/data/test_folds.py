@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triderm_dist.data.folds import assign_folds, split_parts
+from triderm_dist.data.folds import _cheapest, _Content, _place, assign_folds, decimal_order, split_parts
 from triderm_dist.schema import DataError
 
 
@@ -126,3 +126,34 @@ def test_split_parts_of_integers_are_those_of_names_in_the_same_order() -> None:
     labels, names = generator.integers(0, 4, 200), generator.integers(0, 80, 200).astype(str)
     numbers = np.unique(names, return_inverse=True)[1]
     np.testing.assert_array_equal(split_parts(labels, numbers, 5, 0), split_parts(labels, names.astype(object), 5, 0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), folds=st.integers(2, 6), classes=st.integers(1, 12), size=st.integers(2, 9))
+def test_groups_are_placed_as_one_by_one_with_arrays(data: st.DataObject, folds: int, classes: int, size: int) -> None:
+    generator = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    groups = np.repeat(np.arange(40), generator.integers(2, size + 1, 40))
+    labels = generator.choice(classes, len(groups), p=generator.dirichlet(np.ones(classes)))
+    totals, tie_break = np.bincount(labels, minlength=classes) + 1, generator.permutation(folds)
+    content, order = _Content.of(np.arange(40), groups, labels, classes), generator.permutation(40)
+    found, counts = _place(content, order, totals, tie_break)
+    expected = np.zeros((folds, classes), np.int64)
+    for group in order:
+        row = np.bincount(labels[groups == group], minlength=classes)
+        fold = _cheapest(expected, row, totals, tie_break)
+        expected[fold] += row
+        assert found[group] == fold
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_groups_as_numbers_in_their_order_give_the_folds_of_the_strings() -> None:
+    generator = np.random.default_rng(2)
+    labels, groups = generator.integers(-1, 4, 300), np.array([f"P{i}" for i in generator.integers(0, 150, 300)])
+    numbers = np.unique(groups, return_inverse=True)[1].astype(np.int32)
+    np.testing.assert_array_equal(assign_folds(labels, numbers, 5, 1), assign_folds(labels, groups, 5, 1))
+
+
+@pytest.mark.parametrize("number", [0, 1, 9, 10, 11, 99, 100, 1234])
+def test_decimal_order_is_that_of_the_strings(number: int) -> None:
+    expected = np.argsort(np.argsort([str(each) for each in range(number)], kind="stable"), kind="stable")
+    np.testing.assert_array_equal(decimal_order(number), expected)

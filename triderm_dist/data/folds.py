@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from triderm_dist.schema import DataError
 
+PLACED_AT_ONCE = 1 << 16
+"""Groups whose labels are held as Python's numbers at a time."""
+
 
 def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Assign a fold (N,) int64 to each row, given its label (N,) and group (N,); rows without a label get -1.
+
+    Groups are strings, or integers that are in the order of the strings.
 
     Rows of one group share a fold. Where every group is one row, the counts of each label differ by at most 1 between
     folds, and so do the sizes of the folds. Groups of several rows are placed first, largest first, each where it least
@@ -23,27 +30,23 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
     labels = np.asarray(labels, dtype=np.int64)
     result = np.full(len(labels), -1, dtype=np.int64)
     rows = np.flatnonzero(labels >= 0)
-    names, group_of_row = np.unique(np.asarray(groups, dtype=str)[rows], return_inverse=True)
-    if folds > len(names):
-        raise DataError(f"{folds} folds need at least {folds} groups of labeled lesions, there are {len(names)}")
+    group_of_row, number = _numbered(np.asarray(groups), rows)
+    if folds > number:
+        raise DataError(f"{folds} folds need at least {folds} groups of labeled lesions, there are {number}")
     classes, class_of_row = np.unique(labels[rows], return_inverse=True)
-    totals = np.bincount(class_of_row)
-    size = np.bincount(group_of_row)
+    totals, size = np.bincount(class_of_row), np.bincount(group_of_row)
 
     generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(names))
+    shuffled = generator.permutation(number)
     tie_break = generator.permutation(folds)  # decides between equally good folds
-    counts = np.zeros((folds, len(classes)), dtype=np.int64)
-    fold_of_group = np.full(len(names), -1, dtype=np.int64)
+    fold_of_group = np.full(number, -1, dtype=np.int64)
 
     large = shuffled[size[shuffled] > 1]
-    content = _content(large, group_of_row, class_of_row, len(classes))
-    for position in np.argsort(-size[large], kind="stable"):
-        fold = _cheapest(counts, content[position], totals, tie_break)
-        counts[fold] += content[position]
-        fold_of_group[large[position]] = fold
+    content = _Content.of(large, group_of_row, class_of_row, len(classes))
+    by_size = np.argsort(-size[large], kind="stable")
+    fold_of_group[large], counts = _place(content, by_size, totals, tie_break)
 
-    class_of_group = np.zeros(len(names), dtype=np.int64)
+    class_of_group = np.zeros(number, dtype=np.int64)
     class_of_group[group_of_row] = class_of_row  # used for groups of one row
     singles = shuffled[size[shuffled] == 1]
     for label in np.argsort(totals, kind="stable"):
@@ -60,6 +63,18 @@ def assign_folds(labels: np.ndarray, groups: Sequence[str] | np.ndarray, folds: 
                 "groups also hold other rare labels; use more folds"
             )
     result[rows] = fold_of_group[group_of_row]
+    return result
+
+
+def decimal_order(number: int) -> np.ndarray:
+    """Return the place of each of the numbers from 0, (number,) int32, in the order of their decimal strings."""
+    numbers = np.arange(number)
+    digits = np.ones(number, np.int64)
+    for power in range(1, len(str(max(number - 1, 1)))):
+        digits += numbers >= 10**power
+    padded = numbers * 10 ** (digits.max(initial=1) - digits)  # as text: with zeros at the end
+    result = np.empty(number, np.int32)
+    result[np.lexsort((digits, padded))] = np.arange(number, dtype=np.int32)
     return result
 
 
@@ -83,14 +98,88 @@ def split_parts(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -
     return part_of_group[group_of_row]
 
 
-def _content(groups: np.ndarray, group_of_row: np.ndarray, class_of_row: np.ndarray, classes: int) -> np.ndarray:
-    """Count the rows of each label in each of the groups, (G, C)."""
-    position = np.full(int(group_of_row.max(initial=-1)) + 1, -1)
-    position[groups] = np.arange(len(groups))
-    content = np.zeros((len(groups), classes), dtype=np.int64)
-    inside = position[group_of_row] >= 0
-    np.add.at(content, (position[group_of_row[inside]], class_of_row[inside]), 1)
-    return content
+def _numbered(groups: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the groups of these rows (n,), numbered from 0 in their order, and how many there are."""
+    if groups.dtype.kind not in "iu":
+        names, numbers = np.unique(groups.astype(str)[rows], return_inverse=True)
+        return numbers, len(names)
+    numbers = groups[rows]
+    used = np.zeros(int(numbers.max(initial=-1)) + 1, bool)
+    used[numbers] = True
+    return (np.cumsum(used, dtype=np.int32) - 1)[numbers], int(used.sum())
+
+
+@dataclass(frozen=True)
+class _Content:
+    """How many rows of each of C labels G groups have: group g has counts[i] rows of label classes[i], for i from
+    starts[g] to starts[g + 1] (exclusive).
+    """
+
+    starts: np.ndarray
+    classes: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, groups: np.ndarray, group_of_row: np.ndarray, class_of_row: np.ndarray, classes: int) -> _Content:
+        """Count the rows of each label in each of the groups (G,)."""
+        position = np.full(int(group_of_row.max(initial=-1)) + 1, -1)
+        position[groups] = np.arange(len(groups))
+        keys = position[group_of_row] * classes + class_of_row
+        keys, counts = np.unique(keys[keys >= 0], return_counts=True)
+        starts = np.searchsorted(keys, np.arange(len(groups) + 1) * classes)
+        return cls(starts, (keys % classes).astype(np.int16), counts)
+
+    def row(self, group: int, classes: int) -> np.ndarray:
+        """Return the number of rows of each label in a group, (C,)."""
+        own = slice(self.starts[group], self.starts[group + 1])
+        result = np.zeros(classes, np.int64)
+        result[self.classes[own]] = self.counts[own]
+        return result
+
+    def groups_with(self, labels: np.ndarray) -> np.ndarray:
+        """Return the groups, in order, that have a row of one of these labels (C,) bool."""
+        return np.unique(np.searchsorted(self.starts, np.flatnonzero(labels[self.classes]), "right") - 1)
+
+
+def _place(
+    content: _Content, order: np.ndarray, totals: np.ndarray, tie_break: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Place groups in this order (G,), each in the fold where it least increases the stratification cost; of equally
+    good folds in the smallest, then in the first by `tie_break` (F,).
+
+    Each placement depends on those before it, so this is a loop; it computes with Python's numbers, since NumPy takes
+    ten times as long for so few. totals: rows of each label (C,). Returns the fold of each group (G,), and the rows of
+    each label in each fold (F, C).
+    """
+    fold_of = np.empty(len(order), np.int64)
+    counts, sizes, total_of = [[0] * len(totals) for _ in tie_break], [0] * len(tie_break), totals.tolist()
+    folds = list(enumerate(counts))
+    folds.sort(key=lambda fold: int(tie_break[fold[0]]))
+    for start in range(0, len(order), PLACED_AT_ONCE):
+        groups, chosen = order[start : start + PLACED_AT_ONCE], []
+        first, number = content.starts[groups], content.starts[groups + 1] - content.starts[groups]
+        entries = first[:, None] + np.minimum(np.arange(2), number[:, None] - 1)  # the second is the first again
+        classes, of_each = content.classes[entries].T.tolist(), content.counts[entries].T.tolist()
+        for group, labels, one, other, n, m in zip(groups.tolist(), number.tolist(), *classes, *of_each, strict=True):
+            fold, least, size = -1, math.inf, 0
+            if labels > 2:
+                row = content.row(group, len(totals))
+                fold = _cheapest(np.array(counts), row, totals, tie_break)
+                counts[fold][:] = (counts[fold] + row).tolist()
+                sizes[fold] += int(row.sum())
+            else:
+                second = m if labels == 2 else 0
+                total, other_total = total_of[one], total_of[other]
+                for each, placed in folds:
+                    cost = (2 * placed[one] + n) * n / total + (2 * placed[other] + second) * second / other_total
+                    if cost < least or (cost == least and sizes[each] < size):
+                        fold, least, size = each, cost, sizes[each]
+                counts[fold][one] += n
+                counts[fold][other] += second
+                sizes[fold] += n + second
+            chosen.append(fold)
+        fold_of[groups] = chosen
+    return fold_of, np.array(counts, np.int64)
 
 
 def _cheapest(counts: np.ndarray, content: np.ndarray, totals: np.ndarray, tie_break: np.ndarray) -> int:
@@ -122,21 +211,20 @@ def _confined(counts: np.ndarray) -> np.ndarray:
     return (counts > 0).sum(axis=0) == 1
 
 
-def _spread(fold_of_group: np.ndarray, large: np.ndarray, content: np.ndarray, counts: np.ndarray) -> None:
+def _spread(fold_of_group: np.ndarray, large: np.ndarray, content: _Content, counts: np.ndarray) -> None:
     """Move groups, in place, as long as that reduces the number of labels that are in one fold only."""
     moved = True
     while moved:
         moved = False
-        confined = _confined(counts)
-        for position in np.flatnonzero(content[:, confined].any(axis=1)):
-            old = fold_of_group[large[position]]
+        for group in content.groups_with(_confined(counts)):
+            old, row = fold_of_group[large[group]], content.row(group, counts.shape[1])
             for new in range(len(counts)):
                 trial = counts.copy()
-                trial[old] -= content[position]
-                trial[new] += content[position]
+                trial[old] -= row
+                trial[new] += row
                 if trial[old].sum() and _confined(trial).sum() < _confined(counts).sum():
                     counts[:] = trial
-                    fold_of_group[large[position]] = new
+                    fold_of_group[large[group]] = new
                     moved = True
                     break
             if moved:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from triderm_dist.config import Experiment
-from triderm_dist.data.folds import assign_folds
+from triderm_dist.data.folds import assign_folds, decimal_order
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Spellings
 from triderm_dist.data.readers.lesion_table import LesionTable
@@ -25,13 +26,18 @@ from triderm_dist.schema import UNLABELED, ConfigError, DataError, InputError, T
 
 @dataclass(frozen=True)
 class Lesions:
-    """What the checks need of a set, packed or not. where: the set.  labels: (N,).  groups: (N,) for the folds."""
+    """What the checks need of a set, packed or not.
+
+    where: the set.  labels: (N,).  groups: returns (N,) integers by which folds are assigned.  folds: assigns them, as
+    `ShardIndex.folds`.
+    """
 
     where: str
     task: Task
     lesion_ids: Sequence[str]
     labels: np.ndarray
-    groups: np.ndarray
+    groups: Callable[[], np.ndarray]
+    folds: Callable[[int, int], np.ndarray]
     concepts: tuple[str, ...]
 
 
@@ -78,7 +84,7 @@ def check_training(experiment: Experiment, train: Lesions) -> None:
         found = f"has lesions of {train.task.diagnosis_names[present[0]]} only" if len(present) else "has no labels"
         raise DataError(f"{train.where}: {found}; a training needs at least two diagnoses")
     try:
-        assign_folds(train.labels, train.groups, experiment.data.folds, experiment.data.fold_seed)
+        train.folds(experiment.data.folds, experiment.data.fold_seed)
     except DataError as error:
         raise DataError(f"{train.where}: {error}") from None
 
@@ -114,8 +120,10 @@ def check_disk(experiment: Experiment, index: ShardIndex) -> list[str]:
 
 def lesions_of(index: ShardIndex) -> Lesions:
     """Return what the checks need of a packed set."""
-    where, groups = str(index.folder), np.asarray(index.fold_groups)
-    return Lesions(where, index.task, index.lesion_ids, index.labels, groups, index.concepts)
+    return Lesions(
+        str(index.folder), index.task, index.lesion_ids, index.labels, lambda: index.fold_groups, index.folds,
+        index.concepts,
+    )  # fmt: skip
 
 
 def _read(experiment: Experiment, split: str, source: str | None, check: Callable[[Lesions], None]) -> Lesions | None:
@@ -145,16 +153,20 @@ def _read(experiment: Experiment, split: str, source: str | None, check: Callabl
     table = LesionTable.of(dataset.lesions)
     _, first, groups = np.unique(table.distinct_groups()[0], return_index=True, return_inverse=True)
     codes = np.argsort(np.argsort(first))[groups]  # in the order in which they appear
-    lesions = Lesions(source, task, table.ids.tolist(), table.labels.astype(np.int64), codes, dataset.concepts)
+    labels, groups = table.labels.astype(np.int64), decimal_order(len(first))[codes]
+    lesions = Lesions(
+        source, task, table.ids.tolist(), labels, lambda: groups, partial(assign_folds, labels, groups),
+        dataset.concepts,
+    )  # fmt: skip
     check(lesions)
     return lesions
 
 
 def _labeled(experiment: Experiment, train: Lesions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return labels, groups and folds of the labeled lesions."""
-    folds = assign_folds(train.labels, train.groups, experiment.data.folds, experiment.data.fold_seed)
+    folds = train.folds(experiment.data.folds, experiment.data.fold_seed)
     rows = folds >= 0
-    return train.labels[rows], train.groups[rows], folds[rows]
+    return train.labels[rows], train.groups()[rows], folds[rows]
 
 
 def _check_concepts(train: Lesions, test: Lesions) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from triderm_dist.config import COSMETIC, EXECUTION, DataConfig, Experiment, ModelConfig, Networks, stable_dump
-from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.open import is_packed, set_fingerprint
@@ -32,8 +31,8 @@ from triderm_dist.tasks import recorded_task
 
 
 def assigned_folds(index: ShardIndex, data: DataConfig) -> np.ndarray:
-    """Return the fold of each lesion, (N,) int64, -1 for lesions without a label."""
-    return assign_folds(index.labels, index.fold_groups, data.folds, data.fold_seed)
+    """Return the fold of each lesion, (N,), -1 for lesions without a label."""
+    return index.folds(data.folds, data.fold_seed)
 
 
 def new_network(model: ModelConfig, views: Views, pretrained: bool = True) -> Network:

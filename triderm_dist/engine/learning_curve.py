@@ -80,7 +80,7 @@ def part_of_lesions(index: ShardIndex, rows: np.ndarray, percent: int, seed: int
     The lesions are divided into four parts like folds: groups stay together, and the diagnoses have nearly equal
     shares in all parts. A larger share has the parts of the smaller ones.
     """
-    parts = assign_folds(index.labels[rows], np.asarray(index.fold_groups)[rows], QUARTERS, seed)
+    parts = assign_folds(index.labels[rows], index.fold_groups[rows], QUARTERS, seed)
     return np.asarray(rows[parts < percent * QUARTERS // 100])
 
 

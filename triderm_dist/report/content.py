@@ -447,7 +447,7 @@ class Content:
         if is_url(where) or not is_packed(where):
             return None
         try:
-            index = read_index(where, check_tars=False)
+            index = read_index(where, tars=slice(0))
         except InputError:
             return None
         return index if recorded in (None, index.fingerprint) else None

@@ -310,7 +310,7 @@ from triderm_dist.data.shards.open import index_file
 from triderm_dist.data.shards.remote import Store
 how = RemoteConfig(cache=sys.argv[2], stall_seconds=600)
 path = index_file(sys.argv[1], how)
-Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).open(read_index(path.parent, check_tars=False).shards[1])
+Cache(path.parents[1], path.parent, Store(sys.argv[1], how)).open(read_index(path.parent, tars=slice(0)).shards[1])
 """
 
 

@@ -57,3 +57,10 @@ def test_reading_a_packed_set_does_not_import_pandas(make_challenge: Callable[..
         "assert 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_codes_are_in_the_order_of_the_strings() -> None:
+    words = ["b", "", "a\U0001f600", "a\ufb00", "B", "b", "ab", "a"]
+    text = Text(pa.chunked_array([words[:3], words[3:]], pa.string()))
+    assert text.sorted_codes.tolist() == [sorted({*words}).index(word) for word in words]
+    assert text.equals(Text(pa.chunked_array([words]))) and not text.equals(Text(pa.chunked_array([words[::-1]])))

@@ -59,7 +59,7 @@ def test_index_has_the_content_of_the_data_set(dataset: Dataset, tmp_path: Path)
     np.testing.assert_array_equal(index.metadata, np.float32([lesion.metadata for lesion in lesions]))
     assert index.concepts == dataset.concepts and index.diagnoses == DIAGNOSES
     types = {name: getattr(index, name).dtype for name in ("labels", "shard", "offsets", "sizes", "concept_scores")}
-    assert list(types.values()) == [np.int64, np.int32, np.int64, np.int64, np.float32]
+    assert list(types.values()) == [np.int64, np.int32, np.int64, np.int32, np.float32]
     assert index.counts()["unlabeled"] == 1 and sum(index.counts().values()) == 22
     raw = json.loads((tmp_path / "out" / "index.json").read_text())
     assert raw["counts"] == {**dict.fromkeys(DIAGNOSES, 2), DIAGNOSES[7]: 1, "unlabelled": 1}

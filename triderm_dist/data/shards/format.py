@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from triderm_dist.schema import VIEWS
 
@@ -44,7 +45,8 @@ class Text(Sequence[str]):
     """N strings in one block of memory. Indexed by a row it gives a str, by rows (n,) an array (n,) of str objects."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column.cast(pa.large_string()).combine_chunks()
+        column = column.cast(pa.large_string())
+        self._column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # one is copied, too
         _, ends, text = self._column.buffers()
         self._ends = np.frombuffer(ends or bytes(8), np.int64)[self._column.offset :]
         self._text = memoryview(text or b"")
@@ -89,6 +91,19 @@ class Text(Sequence[str]):
     def codes(self) -> np.ndarray:
         """(N,) int32, equal where the strings are equal, from 0 in the order of first appearance."""
         return to_array(self._column.dictionary_encode().indices)
+
+    @property
+    def sorted_codes(self) -> np.ndarray:
+        """(N,) int32, equal where the strings are equal, from 0 in the order of the strings."""
+        encoded = self._column.dictionary_encode()
+        order = to_array(pc.array_sort_indices(encoded.dictionary))  # of their UTF-8: that of Python's strings
+        place = np.empty(len(order), np.int32)
+        place[order] = np.arange(len(order), dtype=np.int32)
+        return place[to_array(encoded.indices)]
+
+    def equals(self, other: Text) -> bool:
+        """Return whether all strings are equal."""
+        return bool(self._column.equals(other._column))
 
 
 def to_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -8,12 +8,12 @@ A packed set is a folder of plain WebDataset tars with an index:
     samples.parquet    one row per lesion: ids, label, scores, and the offsets of its photos in the shard
 
 `samples.parquet` gives random access without opening a tar: `pread(shard, size, offset)` returns a JPEG. The index
-scales to 10 million lesions: a column is read at its first use, and no Python object is built per row.
+scales to 10 million lesions: a column is read at its first use, or mapped (see `columns`), and no Python object is
+built per row.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -27,24 +27,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from triderm_dist.data.folds import assign_folds, decimal_order
 from triderm_dist.data.lesions import LesionInputs, one_hot
 from triderm_dist.data.problems import Problem
+from triderm_dist.data.shards.columns import (
+    MAPPED_FROM,
+    Columns,
+    ParquetColumns,
+    array_columns,
+    content_key,
+    share,
+    unreadable,
+)
 from triderm_dist.data.shards.format import (
     EXTENSIONS,
     FORMAT,
     INDEX,
-    ROW_GROUP,
     SAMPLES,
     VERSION,
     ShardFile,
     Text,
     samples_schema,
-    to_array,
 )
 from triderm_dist.data.shards.index_schema import IndexContent, check_content, read_json
 from triderm_dist.data.threads import available_cores, map_in_order
 from triderm_dist.files import file_sha256, json_text
-from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task, one_line
+from triderm_dist.schema import UNLABELED, VIEWS, ConfigError, DataError, Signature, Task
 from triderm_dist.tasks import milk10k_task, recorded_task
 
 if TYPE_CHECKING:
@@ -60,8 +68,7 @@ class ShardIndex:
 
     problems: why lesions were left out.  extensions: file extensions of a view's photo in the tars.  fingerprint:
     SHA-256 of what results depend on: index.json, which holds the checksums of all other files, and of its task the
-    meaning (`Task.meaning`).  Columns are read at their first use from
-    `samples`, the open samples.parquet, so that they do not change if the folder is replaced or removed.
+    meaning (`Task.meaning`).  columns: those of samples.parquet, each read or mapped at its first use.
     """
 
     folder: Path
@@ -73,7 +80,7 @@ class ShardIndex:
     """The metadata fields that samples.parquet holds, in its order."""
     shards: tuple[ShardFile, ...]
     rows: int
-    samples: pa.NativeFile
+    columns: Columns
     problems: tuple[Problem, ...]
     fingerprint: str
     photo_sizes: Mapping[tuple[int, int], int]
@@ -93,6 +100,8 @@ class ShardIndex:
     """The condition by which its lesions were taken from a larger set; None: all that the tars hold."""
     remote: Cache | None = None
     """The cache through which shards of a URL are read (see `open.open_index`); None: all tars are in `folder`."""
+    _folds: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    """The folds that were assigned, by their number and seed."""
 
     def __len__(self) -> int:
         return self.rows
@@ -112,35 +121,46 @@ class ShardIndex:
 
     @cached_property
     def lesion_ids(self) -> Text:
-        return Text(self._columns("lesion_id")["lesion_id"])
+        return self.columns.text("lesion_id")
 
     @cached_property
     def groups(self) -> Text:
-        return Text(self._columns("group")["group"])
+        return self.columns.text("group")
 
     @property
     def has_groups(self) -> bool:
         """Whether lesions have a group other than themselves."""
-        return self.group_salt is not None or any(map(str.__ne__, self.groups, self.lesion_ids))
+        return self.group_salt is not None or not self.groups.equals(self.lesion_ids)
 
     @property
-    def fold_groups(self) -> Text | np.ndarray:
-        """The groups by which folds are assigned, (N,): of hashes their numbers in the order of the lesions, so that
-        folds do not depend on the salt.
+    def fold_groups(self) -> np.ndarray:
+        """The groups by which folds are assigned, (N,) int32, as numbers in the order of their ids; of hashes, of the
+        numbers that they have in the order of the lesions, so that folds do not depend on the salt.
         """
-        return self.groups if self.group_salt is None else self.groups.codes
+        if self.group_salt is None:
+            return self.groups.sorted_codes
+        numbers = self.groups.codes
+        return decimal_order(int(numbers.max(initial=-1)) + 1)[numbers]
+
+    def folds(self, folds: int, seed: int) -> np.ndarray:
+        """Return the fold of each lesion (N,), -1 for one without a label. Raises DataError as `assign_folds` does."""
+        if (folds, seed) not in self._folds:
+            self._folds[folds, seed] = self.columns.folds(
+                folds, seed, lambda: assign_folds(self.labels, self.fold_groups, folds, seed)
+            )
+        return self._folds[folds, seed]
 
     @cached_property
     def labels(self) -> np.ndarray:
         """(N,) int64, `UNLABELED` where unknown."""
-        return to_array(self._columns("label")["label"]).astype(np.int64)
+        return self.columns.array("label")
 
     @cached_property
     def fine(self) -> np.ndarray:
         """(N,) int64 numbers of the task's finer labels, `UNLABELED` where unknown."""
         if self.task.fine is None:
             return np.full(len(self), UNLABELED)
-        fine = to_array(self._columns("fine")["fine"]).astype(np.int64)
+        fine = self.columns.array("fine")
         if fine.min(initial=0) < UNLABELED or fine.max(initial=0) >= len(self.task.fine.names):
             raise DataError(f"{self.folder / SAMPLES}: a finer label is out of range; pack the data again")
         return fine
@@ -148,17 +168,17 @@ class ShardIndex:
     @cached_property
     def shard(self) -> np.ndarray:
         """(N,) int32 into `shards`."""
-        return to_array(self._columns("shard")["shard"])
+        return self.columns.array("shard")
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """(N, 2) int64, where the JPEG of each of `VIEWS` begins in its tar."""
-        return self._view_columns("offset")
+        return self.columns.array("offsets")
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """(N, 2) int64, bytes of the JPEG of each of `VIEWS`, 0 if missing."""
-        return self._view_columns("size")
+        """(N, 2) int32, bytes of the JPEG of each of `VIEWS`, 0 if missing."""
+        return self.columns.array("sizes")
 
     @cached_property
     def concept_scores(self) -> np.ndarray:
@@ -223,52 +243,22 @@ class ShardIndex:
         counts = np.bincount(self.labels - UNLABELED, minlength=len(self.diagnoses) + 1).tolist()
         return {**dict(zip(self.diagnoses, counts[1:], strict=True)), "unlabeled": counts[0]}
 
-    def _view_columns(self, name: str) -> np.ndarray:
-        table = self._columns(*(f"{view}_{name}" for view in VIEWS))
-        matrix = np.empty((len(self), len(VIEWS)), np.int64)
-        for column, view in enumerate(VIEWS):
-            matrix[:, column] = to_array(table[f"{view}_{name}"])
-        return matrix
-
     def _list_column(self, name: str, width: int) -> np.ndarray:
-        """Read a column of lists chunk by chunk: these are the widest columns, and are not held twice."""
-        matrix, start = np.empty((len(self), width), np.float32), 0
-        if not width:
-            return matrix
-        with self._reading():
-            for batch in pq.ParquetFile(self.samples).iter_batches(ROW_GROUP, columns=[name], use_threads=False):
-                batch.validate(full=True)
-                self._check_filled(batch, name)
-                values, end = batch[name].flatten(), start + len(batch)
-                found = values.to_numpy(zero_copy_only=False) if values.null_count else to_array(values)
-                matrix[start:end], start = found.reshape(-1, width), end
-        pa.default_memory_pool().release_unused()
-        return matrix
-
-    def _columns(self, *names: str) -> pa.Table:
-        with self._reading():
-            table = pq.ParquetFile(self.samples).read(list(names), use_threads=False)
-            table.validate(full=True)  # text that is not UTF-8
-        self._check_filled(table, *names)
-        return table
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(self.folder / SAMPLES, error) from None
-
-    def _check_filled(self, table: pa.Table | pa.RecordBatch, *names: str) -> None:
-        if empty := next((name for name in names if table[name].null_count), None):
-            raise DataError(f"{self.folder / SAMPLES}: column {empty!r} has empty cells; pack the data again")
+        """Return a column of lists, which samples.parquet lacks where they would be empty."""
+        return self.columns.array(name) if width else np.empty((len(self), 0), np.float32)
 
 
-def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars: bool = True) -> ShardIndex:
+def read_index(
+    folder: str | os.PathLike[str],
+    verify: bool = False,
+    tars: slice = slice(None),
+    shared: Path | None = None,
+) -> ShardIndex:
     """Read the index of a folder of shards and check it against the sizes of the files.
 
-    verify: also hash every tar; the table of samples, which holds the labels, always is.  check_tars False: the tars
-    need not be there yet, only their names are checked.
+    verify: also hash every tar; the table of samples, which holds the labels, always is.  tars: those of which the size
+    is checked; of others, which need not be there yet, the names.  shared: the folder in which the processes of a node
+    share the columns of large sets (see `columns`); None: each process reads them.
 
     Raises DataError for a folder without an index, another format or version, a shard that is missing or of another
     size, a table of samples whose checksum differs, and, with `verify`, a shard whose checksum does.
@@ -292,18 +282,26 @@ def read_index(folder: str | os.PathLike[str], verify: bool = False, check_tars:
     content = check_content(raw, path)
     table = content.samples.file
     fields = _fields(content, _task(raw, path), path)
-    if check_tars:
-        for shard in fields["shards"]:
-            _check_size(folder, shard)
+    for shard in fields["shards"][tars]:
+        _check_size(folder, shard)
     _check_size(folder, table)
-    _check_sha256(folder, table)
     try:
-        samples = pa.OSFile(str(folder / SAMPLES))
+        file = pa.OSFile(str(folder / SAMPLES))
     except OSError as error:
-        raise _unreadable(folder / SAMPLES, error) from None
+        raise unreadable(folder / SAMPLES, error) from None
+    layout = array_columns(len(content.concepts), len(content.metadata_fields), bool(fields["task"].fine))
+    columns = ParquetColumns(folder / SAMPLES, file, table.samples, layout)
     fingerprint = index_fingerprint(path, raw)
-    index = ShardIndex(folder=folder, rows=table.samples, samples=samples, fingerprint=fingerprint, **fields)
-    _check_rows(index)
+    index = ShardIndex(folder=folder, rows=table.samples, columns=columns, fingerprint=fingerprint, **fields)
+
+    def check_samples() -> None:
+        _check_sha256(folder, table)
+        _check_rows(index, columns)
+
+    if verify or shared is None or len(index) < MAPPED_FROM:
+        check_samples()
+    if shared is not None and len(index) >= MAPPED_FROM:
+        index = replace(index, columns=share(columns, shared / content_key(path), check_samples))
     if verify:
         verify_shards(index)
     return index
@@ -404,11 +402,7 @@ def _check_sha256(folder: Path, file: ShardFile) -> None:
         )
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not readable ({one_line(error, 160)}); pack the data again")
-
-
-def _check_rows(index: ShardIndex) -> None:
+def _check_rows(index: ShardIndex, columns: ParquetColumns) -> None:
     """Check that rows, shards and offsets agree, in batches of rows; readers rely on it.
 
     Raises DataError where they do not.
@@ -418,27 +412,27 @@ def _check_rows(index: ShardIndex) -> None:
     lesions, photos = np.zeros(len(index.shards), np.int64), 0
     outside = f"{path}: a shard number, an offset or a label is out of range; pack the data again"
     try:
-        file = pq.ParquetFile(index.samples)
-        if file.metadata.num_rows != index.rows:
-            raise DataError(f"{path}: {file.metadata.num_rows} rows, {INDEX} lists {index.rows}; pack the data again")
-        if not file.schema_arrow.equals(
-            samples_schema(len(index.stored_concepts), len(index.stored_fields), bool(index.task.fine))
-        ):
-            raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
-        locations = [f"{view}_{what}" for view in VIEWS for what in ("offset", "size")]
-        for batch in file.iter_batches(ROW_GROUP, columns=["shard", "label", *locations]):
-            shard, label, *rest = (to_array(batch[name]) for name in ("shard", "label", *locations))
-            if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(shard_bytes):
-                raise DataError(outside)
-            lesions += np.bincount(shard, minlength=len(shard_bytes))
-            wrong = (label < UNLABELED) | (label >= len(index.diagnoses))
-            for offset, size in zip(rest[::2], rest[1::2], strict=True):
-                wrong |= (offset < 0) | (size < 0) | (offset > shard_bytes[shard] - size)  # a sum could overflow
-                photos += int(np.count_nonzero(size))
-            if wrong.any():
-                raise DataError(outside)
+        file = pq.ParquetFile(columns.file)
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
+    if file.metadata.num_rows != index.rows:
+        raise DataError(f"{path}: {file.metadata.num_rows} rows, {INDEX} lists {index.rows}; pack the data again")
+    if not file.schema_arrow.equals(
+        samples_schema(len(index.stored_concepts), len(index.stored_fields), bool(index.task.fine))
+    ):
+        raise DataError(f"{path}: its columns are not those of version {VERSION}; pack the data again")
+    checked = {each.name: each for each in columns.layout if each.name in ("shard", "label", "offsets", "sizes")}
+    for batch in columns.batches([source for each in checked.values() for source in each.sources]):
+        shard, label, offsets, sizes = (checked[name].of(batch) for name in ("shard", "label", "offsets", "sizes"))
+        if shard.min(initial=0) < 0 or shard.max(initial=0) >= len(shard_bytes):
+            raise DataError(outside)
+        lesions += np.bincount(shard, minlength=len(shard_bytes))
+        wrong = (label < UNLABELED) | (label >= len(index.diagnoses))
+        # A sum of offset and size could overflow.
+        wrong |= ((offsets < 0) | (sizes < 0) | (offsets > shard_bytes[shard][:, None] - sizes)).any(axis=1)
+        photos += int(np.count_nonzero(sizes))
+        if wrong.any():
+            raise DataError(outside)
     if lesions.tolist() != [shard.samples for shard in index.shards]:
         raise DataError(f"{path}: its rows do not match the counts of {INDEX}; pack the data again")
     if photos != sum(index.photo_sizes.values()):

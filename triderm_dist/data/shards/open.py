@@ -20,6 +20,8 @@ from triderm_dist.schema import DataError
 
 _FOLDER = 0o750
 """Mode of the folders of the cache, less the umask: they hold photos of patients."""
+COLUMNS = "columns"
+"""Folder of the cache with the columns of large sets (see `columns`)."""
 
 
 def is_url(where: str | os.PathLike[str]) -> bool:
@@ -35,17 +37,24 @@ def open_index(where: str | os.PathLike[str], remote: RemoteConfig, verify: bool
     is not allowed.
     """
     if not is_url(where):
-        return read_index(where, verify)
+        return read_index(where, verify, _own_share(), cache_folder() / COLUMNS)
     store = Store(str(where), remote)
     path = _fetch_index(store, cache_root(remote))
     cache = Cache(cache_root(remote), path.parent, store)
     cache.open(_samples_file(path, store)).close()
-    return replace(read_index(path.parent, check_tars=False), remote=cache)
+    index = read_index(path.parent, tars=slice(0), shared=cache.root / COLUMNS)
+    return replace(index, remote=cache)
 
 
 def index_file(where: str, remote: RemoteConfig) -> Path:
     """Return the local path of a packed set's index.json, after fetching it if the set is behind a URL."""
     return _fetch_index(Store(where, remote), cache_root(remote)) if is_url(where) else Path(where) / INDEX
+
+
+def _own_share() -> slice:
+    """Return which shards this process looks for: every one where it is alone, else every N-th of N ranks."""
+    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return slice(int(rank), None, int(ranks)) if rank.isdecimal() and ranks.isdecimal() else slice(None)
 
 
 def is_packed(where: str) -> bool:

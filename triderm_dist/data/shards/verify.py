@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from triderm_dist.data.folds import assign_folds
 from triderm_dist.data.group_hashes import GroupHashes, groups_file, read_salt
 from triderm_dist.data.problems import Problem
 from triderm_dist.data.shards.format import INDEX, SAMPLES, UNLABELED_KEY
@@ -32,7 +31,7 @@ def verify(
 ) -> list[Problem]:
     """Return all problems of a packed set, an empty list where it is valid.
 
-    folds, fold_seed: also check that `assign_folds` succeeds. progress: called with (lesions checked, all lesions).
+    folds, fold_seed: also check that folds can be assigned. progress: called with (lesions checked, all lesions).
     """
     return [
         *_checksums(index, workers or available_cores()),
@@ -224,6 +223,6 @@ def _folds(index: ShardIndex, folds: int, fold_seed: int) -> Iterator[Problem]:
     if not (index.labels >= 0).any():
         return
     try:
-        assign_folds(index.labels, index.fold_groups, folds, fold_seed)
+        index.folds(folds, fold_seed)
     except DataError as error:
         yield Problem("", "folds", str(index.folder), f"{error}; or verify with another folds=")
