@@ -103,6 +103,13 @@ def test_counts_and_confusion_agree_with_the_decisions(run: Path) -> None:
     np.testing.assert_allclose([lesion.label_probability for lesion in content.hardest], least)
 
 
+def test_groups_are_numbered_in_the_order_of_their_names(run: Path) -> None:
+    content = Content(run)
+    names = np.array([f"patient-{row % 13}" for row in range(len(content.labels))], object)
+    content.table = replace(content.table, groups=names)
+    np.testing.assert_array_equal(content.groups, np.unique(names.astype(str), return_inverse=True)[1])
+
+
 def test_yardsticks_beside_macro_f1(run: Path, tmp_path: Path) -> None:
     content = Content(run)
     decisions, labels = content.rows.decisions, content.labels
