@@ -4,11 +4,13 @@
 #   sbatch --nodes=1 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8_ddp \
 #       data.shards=SHARED/shards output=SHARED/run
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm/train.sh crossval --config h100x8_ddp \
-#       data.shards=SHARED/shards output=SHARED/run train.micro_batch=6
+#       data.shards=SHARED/shards output=SHARED/run \
+#       train.global_batch=1536 train.micro_batch=96 train.gradient_precision=bf16
 #   LAUNCHER=deepspeed_zero2 sbatch ... (the same)
 #
 # Shards and output are in folders that every node sees. train.global_batch is ranks x train.micro_batch x accumulation
-# steps, so more nodes need a smaller micro-batch; the results do not change.
+# steps. Over one network card a node, few lesions a GPU are no faster than one GPU: docs/clusters.md has the fewest that
+# pay, by network. A larger global batch needs other learning rates.
 #
 # Before the time limit, on preemption, or on `scancel --signal=USR1 JOB`, the ranks save a checkpoint and the job is
 # requeued; when it starts again it resumes. So --time may be far shorter than the training. A job whose node fails is

@@ -1,10 +1,12 @@
 """The model of several GPUs against what others have published."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.scaling import (
+    CLUSTERS,
     NVLINK,
     Cluster,
     Network,
@@ -15,6 +17,7 @@ from benchmarks.scaling import (
     smallest_micro_batch,
     step_seconds,
 )
+from tests.processes import ROOT
 
 BASE = Network(117_400_000, 15_000_000, 72_400_000, 16, 0.0054, 0.000487, 0.45, 640)
 
@@ -84,3 +87,13 @@ def test_smallest_micro_batch_keeps_90_percent(strategy):
     cluster = h100_nodes(2, nics=1, gbit=100)
     fewest = smallest_micro_batch(BASE, strategy, cluster)
     assert efficiency(BASE, fewest, strategy, cluster) >= 0.9 > efficiency(BASE, fewest - 1, strategy, cluster)
+
+
+@pytest.mark.parametrize("file", ["docs/clusters.md", "launch/slurm/train.sh", "launch/kubernetes/nodes.yaml"])
+def test_examples_for_two_nodes_keep_90_percent_over_one_network_card(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    found = re.findall(r"train.global_batch=(\d+),? train.micro_batch=(\d+),? train.gradient_precision=(\w+)", text)
+    assert found and text.count("train.micro_batch=") == len(found)
+    for batch, lesions, precision in found:
+        assert int(batch) == 16 * int(lesions) and precision == "bf16"
+        assert efficiency(BASE, int(lesions), "DDP", CLUSTERS["16 GPUs, one 100 Gb/s NIC a node"], 2) > 0.9
