@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from triderm_dist.data.readers import table
@@ -93,7 +94,7 @@ def test_unnamed_column_is_kept_if_it_has_values(tmp_path: Path) -> None:
         (b"PK\x03\x04abc", "an Excel workbook or a zip; name it .xlsx"),
         (b"<!doctype html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
-        (b"PAR1", "a parquet file"),
+        (b"PAR1", "a Parquet file; name it .parquet"),
         (b"id;age\na;1;2\n", "row 2: 3 cells, the header has 2"),
         (b"id;Id\na;b\n", "appears twice in the header"),
         (
@@ -290,3 +291,37 @@ def test_large_tables_are_read_part_by_part(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "t.csv").write_text("a,b\n" + "1,2\n" * 50 + "1,\0\n")
     with pytest.raises(DataError, match=r"t.csv, line 52: holds NUL characters"):
         read_table(tmp_path / "t.csv")
+
+
+def test_parquet_is_read_as_a_csv_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "lesion_id": pa.array([" a ", "b", "\u00e9", None], pa.large_string()),
+        "Sex": pa.array(["m", None, "f", None]).dictionary_encode(),
+        "age": pa.array([55.0, None, 3.0, math.nan]),
+        "score": pa.array([0.1, 1e-7, 1, None], pa.float32()),
+        "count": pa.array([1, 2, 2**60, None], pa.int64()),
+        "none": pa.array([None] * 4, pa.null()),
+        "biopsied": pa.array([True, False, None, None]),
+        "day": pa.array([datetime.date(2020, 1, 2), None, None, None]),
+    }
+    expected = {
+        "lesion_id": ["a", "b", "\u00e9"], "sex": ["m", "", "f"], "age": ["55", "", "3"],
+        "score": ["0.1", "1e-7", "1"], "count": ["1", "2", str(2**60)], "none": [""] * 3,
+        "biopsied": ["true", "false", ""], "day": ["2020-01-02", "", ""],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    for rows in (1 << 16, 1):
+        monkeypatch.setattr(table, "_CHUNK", rows)
+        found = read_table(tmp_path / "t.parquet").named(["sex"])
+        assert {name: cells.to_pylist() for name, cells in found.cells.items()} == expected
+        assert found.numbers[:] == [1, 2, 3] and read_header(tmp_path / "t.parquet") == list(columns)
+    assert find_tables(tmp_path) == [tmp_path / "t.parquet"]
+    (tmp_path / "t.csv").write_bytes((tmp_path / "t.parquet").read_bytes())
+    with pytest.raises(DataError, match=r"is a Parquet file; name it \.parquet"):
+        read_table(tmp_path / "t.csv")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(50))
+    with pytest.raises(DataError, match=r"not a readable Parquet file"):
+        read_table(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"a": [[1]]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t.parquet, column 'a': holds list<.*>, which no cell of a table can"):
+        read_table(tmp_path / "t.parquet")

@@ -1,6 +1,8 @@
-"""Read tables as people have them: CSV with any usual delimiter and encoding, as Excel and pandas write it, and .xlsx.
+"""Read tables as people have them: CSV with any usual delimiter and encoding, as Excel and pandas write it, .xlsx, and
+Parquet.
 
-A cell is text without blanks around it. Rows are numbered as in a spreadsheet, from 1 with the header.
+A cell is text without blanks around it. Rows are numbered as in a spreadsheet, from 1 with the header; those of
+Parquet, which has none, from 1.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from triderm_dist.schema import (
 )
 
 DEFAULT_FORMAT = TableFormat()
-SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx")
+SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _LOCK_OR_HIDDEN = ("~$", ".")
 _COPY = re.compile(
@@ -66,7 +68,7 @@ _IN_MEMORY = 1 << 24
 _OTHER_FILES: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "an Excel workbook or a zip; name it .xlsx if it is a workbook"),
     (b"\xd0\xcf\x11\xe0", "an Excel workbook of the old kind (.xls); save it as .xlsx or CSV"),
-    (b"PAR1", "a parquet file; save it as CSV"),
+    (b"PAR1", "a Parquet file; name it .parquet"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
     (b"version https://git-lfs", "a pointer of Git LFS instead of the file; run git lfs pull"),
     (b"<!DOCTYPE", "a web page; download the file itself"),
@@ -267,6 +269,9 @@ def _rows(path: Path, form: TableFormat) -> Iterator[tuple[int, list[str]]]:
     """Yield (number, cells) of the rows of a table."""
     if path.suffix.lower() == ".xlsx":
         yield from _sheet(path, form.sheet)
+    elif path.suffix.lower() == ".parquet":
+        with _open_parquet(path) as parquet:
+            yield 0, parquet.schema_arrow.names
     else:
         with _open_csv(path, form.encoding) as file:
             yield from file
@@ -279,6 +284,14 @@ def _columns(path: Path, form: TableFormat) -> Table:
         columns = _start(path, lines)
         for number, line in lines:
             columns.add_line(number, line)
+    elif path.suffix.lower() == ".parquet":
+        with _open_parquet(path) as parquet:
+            names = parquet.schema_arrow.names
+            columns, number = _start(path, iter([(0, names)])), 1
+            for batch in parquet.iter_batches(_CHUNK, use_threads=False):
+                parts = [_as_text(cells, path, name) for cells, name in zip(batch.columns, names, strict=True)]
+                columns.add_part(number, parts[: len(columns.names)])
+                number += len(batch)
     else:
         with _open_csv(path, form.encoding) as file:
             columns = _start(path, file)
@@ -557,6 +570,45 @@ def _encoding(start: bytes) -> str:
 def _delimiter(header: str) -> str:
     """Return the delimiter that cuts the header into most cells; a comma where none does."""
     return max(DELIMITERS, key=lambda each: len(next(csv.reader([header], delimiter=each), [])))
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Context with an open Parquet file. Raises DataError for a file that is none, also out of the block."""
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            yield file
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({one_line(error, 200)}); write it again") from None
+
+
+def _as_text(cells: pa.Array, path: Path, name: str) -> pa.Array:
+    """Return the cells of a column as a CSV of them has them; whole numbers, which gaps make 3.0, without a point.
+
+    Raises DataError for lists and other types without a text, or a cell that is too long.
+    """
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    kind = cells.type
+    try:
+        if pa.types.is_floating(kind):
+            cells = pc.if_else(pc.is_finite(cells), cells, None)
+            exact = cells.cast(pa.float64())
+            whole = pc.and_(pc.equal(pc.trunc(exact), exact), pc.less(pc.abs(exact), 2.0**53))
+            texts = pc.if_else(
+                whole, pc.if_else(whole, exact, None).cast(pa.int64()).cast(pa.string()), cells.cast(pa.string())
+            )
+        else:
+            texts = cells.cast(pa.string())
+    except pa.ArrowException:
+        raise DataError(
+            f"{path}, column {name!r}: holds {kind}, which no cell of a table can; write it as text or as columns of "
+            "numbers, or leave it out"
+        ) from None
+    tidy = _tidy(pc.fill_null(texts, ""))
+    if tidy is None:
+        raise DataError(f"{path}, column {name!r}: a cell of more than {MAX_CELL:,} characters")
+    return tidy
 
 
 def _sheet(path: Path, name: str | None) -> Iterator[tuple[int, list[str]]]:

@@ -31,7 +31,7 @@ class Texts(Sequence[str]):
         if len(self._last) == _BLOCK:
             common = os.path.commonprefix((min(self._last), max(self._last)))  # noqa: RUF071, of bytes
             own = [text[len(common) :] for text in self._last]
-            self._blocks.append((common, pa.array(own, pa.binary())))
+            self._blocks.append((common or b"", pa.array(own, pa.binary())))
             self._last = []
 
     def __len__(self) -> int:
