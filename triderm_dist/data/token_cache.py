@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ class _Chunk:
     size: int
     offset: int
 
-    def read(self, record: int, buffers: list[np.ndarray | bytearray]) -> None:
+    def read(self, record: int, buffers: list[Any]) -> None:
         """Read a record of the version and its checksum."""
         try:
             if os.preadv(self.file.fileno(), buffers, self.offset + record * self.size) != self.size:
