@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.synthetic_run import CLINIC, CONCEPTS, FOLDS, MODELS, folds_of, labels_of, predictions_of, write_run
-from triderm_dist import predictions
 from triderm_dist.checksums import write_checked_parquet
 from triderm_dist.predictions import (
     NO_FOLD,
@@ -16,6 +15,7 @@ from triderm_dist.predictions import (
     OofTable,
     PredictionFile,
     average_test,
+    files,
     find_predictions,
     gather,
     predictions_writer,
@@ -67,7 +67,7 @@ def test_prediction_file_round_trip(tmp_path: Path) -> None:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups of 7 rows, of 3 where a column has 34 numbers a row, and batches of 5 rows."""
     for name, value in {"GROUP_ROWS": 7, "GROUP_NUMBERS": 102, "READ_ROWS": 5}.items():
-        monkeypatch.setattr(predictions, name, value)
+        monkeypatch.setattr(files, name, value)
 
 
 def assert_equal_tables(one: OofTable, two: OofTable) -> None:
