@@ -20,6 +20,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -165,7 +166,7 @@ class MappedColumns:
             raise DamagedFile("of another version")
         self.folder, self.rows = folder, manifest["rows"]
         self._about, self._lock = manifest["files"], threading.Lock()
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[str, FileIO] = {}
         self._files.update({name: (folder / name).open("rb", buffering=0) for name in self._about})
 
     def array(self, name: str) -> np.ndarray:
@@ -262,8 +263,7 @@ def _write(columns: ParquetColumns, folder: Path) -> None:
                     text.write(content)
         shapes: dict[str, Sequence[int]] = {f"{column.name}.bin": column.shape(columns.rows) for column, _ in arrays}
         about = {name: {**file.about(), "shape": shapes.get(name, file.shape())} for name, file in files.items()}
-        content = {"version": _VERSION, "set": source, "rows": columns.rows, "files": about}
-        write_checked_json(part / MANIFEST, content)
+        write_checked_json(part / MANIFEST, {"version": _VERSION, "set": source, "rows": columns.rows, "files": about})
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         part.rename(folder)
     finally:
@@ -281,7 +281,7 @@ class _Writer:
         self._file, self._digest, self._dtype, self.bytes = file, hashlib.sha256(), np.dtype(np.uint8), 0
 
     def write(self, array: np.ndarray) -> None:
-        content = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+        content = memoryview(np.ascontiguousarray(array).data).cast("B") if array.size else memoryview(b"")
         self._file.write(content)
         self._digest.update(content)
         self._dtype, self.bytes = array.dtype, self.bytes + len(content)
