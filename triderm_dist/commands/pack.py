@@ -30,7 +30,9 @@ from triderm_dist.settings import PathText
 
 class PackConfig(Extensible):
     source: PathText = Field(description="folder with photos and a table, or that table where the folder holds several")
-    output: PathText = Field(description="folder of the shards; it appears when it is complete")
+    output: PathText = Field(
+        description="folder of the shards, which appears when it is complete, or its URL, where index.json comes last"
+    )
     short_side: int | None = Field(
         288,
         ge=32,
@@ -70,8 +72,9 @@ def main(config: PackConfig) -> None:
     from triderm_dist.data.readers.source import find_task, read_source
     from triderm_dist.data.shards.console import print_index, print_problems, progress_bar
     from triderm_dist.data.shards.pack import pack_shards, pack_slice
+    from triderm_dist.data.shards.publish import local_name
 
-    part = slice_of(config.slice)
+    part, beside = slice_of(config.slice), local_name(config.output)
     if part and config.finish:
         raise ConfigError("finish: writes the index of all slices; leave out slice=")
     if config.address and (part or config.finish):
@@ -82,7 +85,7 @@ def main(config: PackConfig) -> None:
         hashes = None
         if config.groups == "hash" and not (dataset.problems and config.invalid == "refuse"):
             asked = "groups" in config.model_fields_set
-            dataset, hashes = hash_groups(dataset, config.output, config.salt, asked)
+            dataset, hashes = hash_groups(dataset, beside, config.salt, asked)
         for note in dataset.notes:
             print(f"note: {note}")
         with ExitStack() as stack:
@@ -111,15 +114,15 @@ def main(config: PackConfig) -> None:
                     **options,
                 )
     except InvalidLesions as error:
-        print_problems(error.problems, Path(f"{config.output}.problems.csv"))
+        print_problems(error.problems, Path(f"{beside}.problems.csv"))
         raise
     if part:
-        print_problems(problems, Path(f"{config.output}.problems-{part[0]}-of-{part[1]}.csv"))
+        print_problems(problems, Path(f"{beside}.problems-{part[0]}-of-{part[1]}.csv"))
         print(
             f"slice {config.slice} is packed; after the last one: the same command with finish=true instead of slice="
         )
         return
-    print_problems(index.problems, Path(f"{config.output}.problems.csv"))
+    print_problems(index.problems, Path(f"{beside}.problems.csv"))
     print_index(index)
 
 

@@ -82,7 +82,7 @@ def test_server_that_does_not_answer_ends_packing(photos: Path) -> None:
     remote = RemoteConfig(total_seconds=1)
     with serve(photos) as server:
         server.faults["p1.jpg"] = [faulty_server.unavailable] * 99
-        with pytest.raises(DataError, match=r"p1.jpg\?\*\*\*: not read within 1 s and \d+ attempts, .*503"):
+        with pytest.raises(DataError, match=r"p1.jpg\?\*\*\*: no success within 1 s and \d+ attempts, .*503"):
             read_url(f"{server.url}/p1.jpg?token=hidden", remote)
     with pytest.raises(DataError, match="Protocol not known: nosuch"):
         read_url("nosuch://x/p.jpg")

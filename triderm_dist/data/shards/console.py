@@ -78,4 +78,5 @@ def print_index(index: ShardIndex) -> None:
     rows.append(("packed", f"{counted(len(index), 'lesion')}, {counted(photos, 'photo')}"))
     for what, line in rows:
         print(wrapped(f"{what:<10} {line}", " " * 11))
-    print(wrapped(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {index.folder}"))
+    where = index.remote.store.shown("").rstrip("/") if index.remote else index.folder
+    print(wrapped(f"{len(index)} lesions{text}, {len(index.shards)} shards, {size / 1e6:.1f} MB in {where}"))

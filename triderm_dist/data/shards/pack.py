@@ -10,6 +10,10 @@ written to OUTPUT.part:
 After an interruption, finished shards are kept if their input and checksum still match that record. So several
 machines can each write a slice of the shards into one OUTPUT.part (`pack_slice`), or tasks on a cluster one shard each
 (`Distribute`), before one process writes the index.
+
+An output may be a folder behind a URL (`publish`): each finished shard is uploaded and removed from OUTPUT.part, which
+is a local folder then, and after it the record, as OUTPUT/rows.part/000000.parquet. So any machine resumes, and no file
+system in common is needed. index.json comes last.
 """
 
 from __future__ import annotations
@@ -32,15 +36,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from triderm_dist.checksums import write_checked_json
+from triderm_dist.config import RemoteConfig
 from triderm_dist.data.group_hashes import GroupHashes
 from triderm_dist.data.photo_formats import describe_error, read_photo
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.lesion_table import LesionTable
-from triderm_dist.data.shards.format import FORMAT, INDEX, VERSION, ShardFile, rows_schema
+from triderm_dist.data.shards.format import FORMAT, INDEX, SAMPLES, VERSION, ShardFile, rows_schema
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.index_schema import read_json
+from triderm_dist.data.shards.open import is_url, open_index
 from triderm_dist.data.shards.photos import QUALITY, PhotoError, PreparedPhoto, prepare_photo, size_and_hash
+from triderm_dist.data.shards.publish import RemoteFolder, local_name
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
 from triderm_dist.data.threads import available_cores, map_in_order
@@ -55,6 +62,8 @@ Distribute = Callable[["ShardWriter", Path, Iterable[tuple[int, list[Lesion]]]],
 other machines too and in any order, and yields the number of each that was written."""
 
 _RECORD = b"triderm-shard"
+_ROWS = "rows.part"
+"""The folder of the records of finished shards behind a URL, until the index is there."""
 
 
 def pack_shards(
@@ -84,17 +93,17 @@ def pack_shards(
     Raises InvalidLesions; Busy where another process packs the folder; DataError for an output that holds something
     else, for no valid lesion, a full disk, and with `finish` for shards that are missing.
     """
-    folder = Path(output)
+    folder, url = local_name(output), os.fspath(output) if is_url(output) else None
     _check_lesions(dataset, folder, invalid)
-    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress, group_hashes)
-    if _exists(folder):
+    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress, group_hashes, url)
+    if _exists(folder, url):
         return _read_packed(folder, packer)
     part = folder.with_name(folder.name + ".part")
     try:
         with exclusive_lock(part / "lock", _refusal(part)), ExitStack() as stack:
             for lock in sorted(part.glob("slice-*.lock")):
                 stack.enter_context(exclusive_lock(lock, _refusal(part)))
-            if _exists(folder):  # packed by another process in the meantime
+            if _exists(folder, url):  # packed by another process in the meantime
                 return _read_packed(folder, packer)
             if finish:
                 shards, problems = packer.finish(part)
@@ -103,20 +112,23 @@ def pack_shards(
             else:
                 shards, problems = packer.write(part, range(len(packer.slices)))
             if problems and invalid == "refuse":
-                shutil.rmtree(part)
+                packer.remove(part)
                 raise InvalidLesions(problems, len(dataset.lesions))
             if not any(shard.file for shard in shards):
-                shutil.rmtree(part)
+                packer.remove(part)
                 raise DataError(
                     f"{folder}: no valid lesion to pack; {len(problems)} problems, the first: {problems[0]}"
                 )
             packer.write_index(part, shards, dataset.relative([*dataset.problems, *problems]))
-            (part / "shards").rename(folder)
+            if url:
+                _publish_index(part, RemoteFolder(url))
+            else:
+                (part / "shards").rename(folder)
             shutil.rmtree(part)
     except OSError as error:
         name = error.filename or part
         raise DataError(f"{name}: {error.strerror or error}; fix that and rerun the same command to resume") from None
-    return read_index(folder)
+    return open_index(url or folder, RemoteConfig())
 
 
 def pack_slice(
@@ -133,15 +145,16 @@ def pack_slice(
 ) -> list[Problem]:
     """Write every `of`-th shard from the `number`-th on (1 to `of`) into OUTPUT.part, for `pack_shards` to finish.
 
-    For processes on several machines with a file system in common; options as in `pack_shards`. Returns the problems of
-    these shards. Raises InvalidLesions, after all of them were written; Busy where another process packs the slice, or
-    the whole set; DataError for an output that exists, no valid lesion, or a full disk.
+    For processes on several machines with a file system in common, or with an output behind a URL; options as in
+    `pack_shards`. Returns the problems of these shards. Raises InvalidLesions, after all of them were written; Busy
+    where another process packs the slice, or the whole set; DataError for an output that exists, no valid lesion, or a
+    full disk.
     """
-    folder = Path(output)
+    folder, url = local_name(output), os.fspath(output) if is_url(output) else None
     _check_lesions(dataset, folder, invalid)
-    if _exists(folder):
+    if _exists(folder, url):
         raise DataError(f"{folder}: exists; choose another output folder or delete this one")
-    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress)
+    packer = _Packer(dataset, short_side, shard_samples, workers or available_cores(), progress, url=url)
     numbers = range(number - 1, len(packer.slices), of)
     packer.total = sum(map(packer.slices.size, numbers))
     part = folder.with_name(folder.name + ".part")
@@ -167,20 +180,27 @@ def _refusal(part: Path) -> str:
     return f"{part}: another process is packing this folder; wait for it or end it"
 
 
-def _exists(folder: Path) -> bool:
+def _exists(folder: Path, url: str | None) -> bool:
+    if url:
+        return RemoteFolder(url).size(INDEX) is not None
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _read_packed(folder: Path, packer: _Packer) -> ShardIndex:
     """Return the index of an output that exists. Raises DataError where its input or settings differ."""
     advice = "choose another output folder or delete this one"
-    if not (folder / INDEX).is_file():
+    if packer.url:
+        index = open_index(packer.url, RemoteConfig())
+        folder = index.folder
+    elif not (folder / INDEX).is_file():
         raise DataError(f"{folder}: exists and is not a packed set; {advice}")
     found, task = read_json(folder / INDEX), packer.task
     packed_for = recorded_task(found, str(folder / INDEX))
     check_packed_for(packed_for, task, str(folder), advice)
     if found.get("packed_with") != packer.settings or found.get("source") != packer.fingerprint():
         raise DataError(f"{folder}: was packed from other data, with other settings or by another version; {advice}")
+    if packer.url:
+        return index
     if packed_for != task:  # in titles, for example
         write_checked_json(folder / INDEX, {**found, "task": task.to_mapping()})
     part = folder.with_name(folder.name + ".part")
@@ -273,25 +293,45 @@ def _runs(keys: np.ndarray) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes shards of lesions, in this process or one on another machine. settings: short_side, quality and so on."""
+    """Writes shards of lesions, in this process or one on another machine.
+
+    settings: short_side, quality and so on.  url: of the folder that they are uploaded to, None where they stay.
+    """
 
     task: Task
     concepts: tuple[str, ...]
     settings: Mapping[str, Any]
     workers: int
+    url: str | None = None
 
     def keep_or_write(self, part: Path, number: int, lesions: list[Lesion]) -> None:
         """Write a shard and its record, unless an earlier process has."""
         for name in ("shards", "rows"):
             (part / name).mkdir(parents=True, exist_ok=True)
-        if not self.is_valid(part, number, lesions, _read_record(part, number)):
+        if not self.is_valid(part, number, lesions, self.read_record(part, number)):
             # A process that was given up may still write the file of this name.
             _tar_path(part, number).unlink(missing_ok=True)
             self.write(part, [(number, lesions)])
 
     def is_valid(self, part: Path, number: int, lesions: Sequence[Lesion], record: _FinishedShard | None) -> bool:
         """Return whether the file has the recorded checksum and its input is unchanged."""
-        return record is not None and _is_intact(part, number, record) and self.source(lesions) == record.source
+        return record is not None and self.is_intact(part, number, record) and self.source(lesions) == record.source
+
+    def is_intact(self, part: Path, number: int, record: _FinishedShard) -> bool:
+        """Return whether the file has the recorded checksum; behind a URL, the recorded size."""
+        if self.url and record.file:
+            return RemoteFolder(self.url).size(record.file.url) == record.file.bytes
+        return _is_intact(part, number, record)
+
+    def read_record(self, part: Path, number: int) -> _FinishedShard | None:
+        """Return what is known of a finished shard; behind a URL, also of one that another machine has written."""
+        if self.url:
+            path = _rows_path(part, number)
+            if (content := RemoteFolder(self.url).read(f"{_ROWS}/{path.name}")) is None:
+                return None
+            with atomic_path(path, PATIENT_DATA) as temporary:
+                temporary.write_bytes(content)
+        return _read_record(part, number)
 
     def write(
         self,
@@ -356,6 +396,12 @@ class ShardWriter:
         schema = schema.with_metadata({_RECORD: json.dumps(record).encode()})
         with atomic_path(_rows_path(part, number), PATIENT_DATA) as temporary:
             pq.write_table(pa.Table.from_pylist(shard.rows, schema), temporary)
+        if self.url:
+            remote = RemoteFolder(self.url)
+            if file:
+                remote.put(path, file.url)
+                path.unlink()
+            remote.put(_rows_path(part, number), f"{_ROWS}/{_rows_path(part, number).name}")
         return finished
 
     def digest(self) -> Any:
@@ -402,10 +448,12 @@ class _Packer:
         workers: int,
         progress: Progress | None,
         group_hashes: GroupHashes | None = None,
+        url: str | None = None,
     ) -> None:
         self.slices = _Slices(LesionTable.of(dataset.lesions), shard_samples)
         self.settings = {"short_side": short_side, "quality": QUALITY, "shard_samples": shard_samples}
-        self.writer = ShardWriter(dataset.task, dataset.concepts, self.settings, workers)
+        self.writer = ShardWriter(dataset.task, dataset.concepts, self.settings, workers, url)
+        self.url = url
         self.task, self.concepts, self.workers, self.progress = dataset.task, dataset.concepts, workers, progress
         self.done, self.total, self.group_hashes = 0, len(dataset.lesions), group_hashes
         _return_freed_memory()
@@ -421,7 +469,7 @@ class _Packer:
         """
         for name in ("shards", "rows"):
             (part / name).mkdir(exist_ok=True)
-        found = {number: _read_record(part, number) for number in numbers}
+        found = dict(self._records(part, numbers))
         kept: dict[int, _FinishedShard] = {}
         for number, valid in map_in_order(
             lambda number: self.writer.is_valid(part, number, self.slices[number], found[number]),
@@ -450,8 +498,8 @@ class _Packer:
         for number in distribute(self.writer, part, ((number, self.slices[number]) for number in numbers)):
             self._advance(self.slices.size(number))
         shards = []
-        for number in numbers:
-            if (shard := _read_record(part, number)) is None:
+        for number, shard in self._records(part, numbers):
+            if shard is None:
                 raise DataError(
                     f"{_rows_path(part, number)}: missing, though its task has ended; give an output folder that every "
                     "machine of the cluster sees under this name"
@@ -493,12 +541,26 @@ class _Packer:
             about["converted"] = dict(sorted(converted.items()))
         write_index(part / "shards", tables(), [file for _, file in files], self.task, self.concepts, problems, about)
 
+    def remove(self, part: Path) -> None:
+        """Remove all that was written."""
+        if self.url:
+            remote = RemoteFolder(self.url)
+            for _ in map_in_order(
+                lambda number: remote.remove(_tar_path(part, number).name), range(len(self.slices)), self.workers
+            ):
+                pass
+            remote.remove(_ROWS)
+        shutil.rmtree(part)
+
     # --- shards of an interrupted run ---
+
+    def _records(self, part: Path, numbers: Sequence[int]) -> Iterator[tuple[int, _FinishedShard | None]]:
+        return map_in_order(lambda number: self.writer.read_record(part, number), numbers, self.workers)
 
     def _written(self, part: Path, number: int) -> _FinishedShard:
         """Return a shard of a slice. Raises DataError unless it holds the lesions of this number."""
-        record = _read_record(part, number)
-        if record is None or not _is_intact(part, number, record):
+        record = self.writer.read_record(part, number)
+        if record is None or not self.writer.is_intact(part, number, record):
             raise DataError(
                 f"{_tar_path(part, number)}: missing or damaged; run its slice again, as slice={number + 1}/"
                 f"{len(self.slices)}"
@@ -520,6 +582,13 @@ class _Packer:
         self.done += lesions
         if self.progress:
             self.progress(self.done, self.total)
+
+
+def _publish_index(part: Path, remote: RemoteFolder) -> None:
+    """Upload the index, which makes the set complete, and remove the records of the shards."""
+    for name in (SAMPLES, INDEX):
+        remote.put(part / "shards" / name, name)
+    remote.remove(_ROWS)
 
 
 def _read_record(part: Path, number: int) -> _FinishedShard | None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from triderm_dist.config import RemoteConfig
 from triderm_dist.data.shards.format import INDEX, ShardFile
@@ -25,6 +25,8 @@ from triderm_dist.runtime.redact import REDACTED, URLS, redact, remember
 from triderm_dist.schema import ConfigError, DataError, one_line
 
 POLL_SECONDS = 0.05
+
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -56,8 +58,7 @@ class Store:
 
     def address(self, name: str) -> str:
         """Return the URL of one file; a query, such as an access token, is kept at the end."""
-        address, question, query = self.url.partition("?")
-        return f"{address.rstrip('/')}/{name}{question}{query}"
+        return address_of(self.url, name)
 
     def shown(self, name: str) -> str:
         """Return the address for messages: without query and password."""
@@ -188,6 +189,8 @@ def _kind_of(error: Exception) -> Literal["missing", "refused", "invalid", "unkn
         return "missing"
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _PERMANENT:
         return "refused"
+    if isinstance(error, NotImplementedError) or status == 501:  # a file system or server that is not written to
+        return "invalid"
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
         return "invalid"
     if isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol" in str(error)):
@@ -204,11 +207,22 @@ def _file_system_options(url: str, stall_seconds: float) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=stall_seconds, sock_read=stall_seconds)}}
 
 
-def read_url(url: str, remote: RemoteConfig | None = None) -> bytes:
-    """Return the content of a single file behind a URL, such as a photo.
+def address_of(url: str, name: str) -> str:
+    """Return the URL of a file in the folder of a URL, whose query stays at the end."""
+    folder, question, query = url.partition("?")
+    return f"{folder.rstrip('/')}/{name}{question}{query}"
 
-    An error that may pass is retried, as in `Store.fetch`. Raises FileNotFoundError; PermissionError; OSError for a
-    request that the server refuses; DataError after `remote.total_seconds`, or for a URL that no package reads.
+
+def read_url(url: str, remote: RemoteConfig | None = None) -> bytes:
+    """Return the content of a single file behind a URL, such as a photo. Raises as `retried`."""
+    return retried(url, lambda files, location: files.cat_file(location), remote)
+
+
+def retried(url: str, work: Callable[[Any, str], _Result], remote: RemoteConfig | None = None) -> _Result:
+    """Return `work(file system, location)` of a URL, after retries of errors that may pass, as in `Store.fetch`.
+
+    Raises FileNotFoundError; PermissionError; OSError for a request that the server refuses; DataError after
+    `remote.total_seconds`, or for a URL that no package reads.
     """
     import fsspec
 
@@ -217,9 +231,7 @@ def read_url(url: str, remote: RemoteConfig | None = None) -> bytes:
     while True:
         attempt += 1
         try:
-            file_system, location = fsspec.core.url_to_fs(url, **_file_system_options(url, remote.stall_seconds))
-            content: bytes = file_system.cat_file(location)
-            return content
+            return work(*fsspec.core.url_to_fs(url, **_file_system_options(url, remote.stall_seconds)))
         except Exception as error:  # network errors have no common base class
             shown, text = redact(url), one_line(error, 300, with_type=True)
             match _kind_of(error):
@@ -228,15 +240,16 @@ def read_url(url: str, remote: RemoteConfig | None = None) -> bytes:
                 case "refused":
                     raise PermissionError(errno.EACCES, "no permission", shown) from None
                 case "invalid":
-                    raise OSError(errno.EIO, "refused by the server", shown) from None
+                    raise OSError(errno.EIO, f"refused ({text})", shown) from None
                 case "unknown":
                     raise DataError(f"{shown}: {text}; {_INSTALL}") from None
             pause = pause_before(attempt)
             if time.monotonic() + pause > deadline:
                 raise DataError(
-                    f"{shown}: not read within {remote.total_seconds:g} s and {attempt} attempts, the last error: "
+                    f"{shown}: no success within {remote.total_seconds:g} s and {attempt} attempts, the last error: "
                     f"{text}; check the server and rerun the same command"
                 ) from None
+            _log.warning("%s: attempt %d failed: %s; retrying in %.1f s", shown, attempt, text, pause)
             time.sleep(pause)
 
 
