@@ -15,7 +15,6 @@ from tests.data.shards.faulty_server import serve
 from triderm_dist.data.problems import InvalidLesions
 from triderm_dist.data.readers.dataset import Dataset
 from triderm_dist.data.readers.milk10k import read_challenge
-from triderm_dist.data.shards import pack
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.data.shards.pack import pack_shards, pack_slice
 from triderm_dist.data.shards.publish import RemoteFolder, local_name
@@ -131,4 +130,3 @@ def test_local_name_of_a_url_holds_no_secret() -> None:
     assert local_name("s3://bucket/sets/train") == Path("bucket-sets-train")
     assert local_name("https://me:password@host/a b/?token=hidden") == Path("host-a-b")
     assert local_name("runs/x") == Path("runs/x") and os.fspath(local_name(Path("/a/b"))) == "/a/b"
-    assert pack.INDEX == "index.json"
