@@ -1,5 +1,6 @@
 """Training on a stub of a GPU, where one is beside the project: all host code of the CUDA paths runs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ STUB = ROOT.parent / "shared" / "nullgpu" / "nullgpu"
 
 
 def on_stub(*words) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([STUB, sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    # Trainings in this process have set it.
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    return subprocess.run([STUB, sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
