@@ -171,14 +171,16 @@ class CheckedParquet:
     def batches(self, columns: Sequence[str], kinds: Mapping[str, Column], rows: int) -> Iterator[Any]:
         """Yield tables of at most this number of rows, in order, of columns that hold what `kinds` says.
 
-        Raises DamagedFile for a column that is missing, of another kind or with empty cells, and, after the last table,
-        for content that does not match its checksums.
+        Raises DamagedFile for a column that is missing, there twice, of another kind or with empty cells, and, after
+        the last table, for content that does not match its checksums.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         if absent := [name for name in columns if name not in self.names]:
             raise DamagedFile(f"column {absent[0]!r} is missing")
+        if repeated := [name for name in columns if self.names.count(name) > 1]:
+            raise DamagedFile(f"column {repeated[0]!r} occurs twice")
         hashes = {name: _ColumnHash() for name in columns}
         with _parquet_errors():
             file = pq.ParquetFile(self.path, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False)

@@ -65,11 +65,11 @@ class DataSplit:
         known = pc.fill_null(pc.index_in(names, value_set=self._groups), -1).to_numpy()
         if (self._fold_of_group[known[known >= 0]] != fold_of_code[known >= 0]).any():
             return False
-        folds = int(fold.max(initial=0)) + 2
-        pairs = np.unique((part.model_of * len(part.hashes) + part.hash_of) * folds + fold + 1)
-        for pair, one in zip(*(each.tolist() for each in np.divmod(pairs, folds)), strict=True):
+        folds, fold_code = np.unique(fold, return_inverse=True)
+        pairs = np.unique((part.model_of * len(part.hashes) + part.hash_of) * len(folds) + fold_code)
+        for pair, code in zip(*(each.tolist() for each in np.divmod(pairs, max(1, len(folds)))), strict=True):
             model, weights = part.models[pair // len(part.hashes)], part.hashes[pair % len(part.hashes)]
-            if weights and self._fold_of_weights.setdefault((model, weights), one - 1) != one - 1:
+            if weights and self._fold_of_weights.setdefault((model, weights), int(folds[code])) != folds[code]:
                 return False
         self._groups = pa.concat_arrays([self._groups, names.filter(pa.array(known < 0))])
         self._fold_of_group = np.concatenate([self._fold_of_group, fold_of_code[known < 0]])
