@@ -298,6 +298,11 @@ class View:
     title: str = ""
     words: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """The name in reports and notes."""
+        return self.title or self.name
+
 
 @dataclass(frozen=True)
 class ConceptColumns:

@@ -122,9 +122,9 @@ class _Card:
                 yield from lines
 
     def _summary(self) -> Iterator[str]:
-        inputs = [f"{each.title or each.name} photo" for each in self.task.views]
+        inputs = [f"{each.label} photo" for each in self.task.views]
         inputs += ["concept scores"] if self.task.concepts.prefix or self.task.concepts.names else []
-        inputs += [each.title or each.name.replace("_", " ") for each in self.task.fields]
+        inputs += [each.label for each in self.task.fields]
         kind = f" ({self.fit['stacker']})" if self.fit.get("stacker") else ""  # files of the first version name none
         stacker = f" and a stacker{kind}" if STACKER in self.fit["members"] else ""
         kinds = ", ".join(f"{name} ({self.config.models[name].kind})" for name in self.members if self._has(name))

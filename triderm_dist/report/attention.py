@@ -35,7 +35,7 @@ def draw_attention(maps: AttentionMaps, path: Path, task: Task) -> None:
         figure = pyplot.figure(figsize=(11.5, height), layout="constrained")
         figure.suptitle(_title(maps), x=0.01, ha="left", fontsize=11)
         grid = figure.add_gridspec(views, 3 if rows else 2, width_ratios=(1, 1, 1.25) if rows else (1, 1))
-        for row, (view, title) in enumerate((view.name, view.title or view.name) for view in task.views):
+        for row, (view, title) in enumerate((view.name, view.label) for view in task.views):
             photo_axes, overlay_axes = figure.add_subplot(grid[row, 0]), figure.add_subplot(grid[row, 1])
             for axes in (photo_axes, overlay_axes):
                 axes.set_xticks([]), axes.set_yticks([])
@@ -127,5 +127,5 @@ def _token_title(name: str, task: Task) -> str:
         if field.name == name:
             return field.label
     view, slash, concept = name.partition("/")
-    titles = {each.name: each.title or each.name for each in task.views}
+    titles = {each.name: each.label for each in task.views}
     return f"{titles.get(view, view)}{': ' if slash else ''}{concept}".replace("_", " ")

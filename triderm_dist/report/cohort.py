@@ -74,7 +74,7 @@ def characteristics(task: Task, cohorts: Sequence[Cohort]) -> list[CohortRow]:
         rows += _field_rows(field, [each.metadata[:, number] for each in cohorts])
     for column, view in enumerate(VIEWS):
         if view in task.view_names and any(each.photos is not None for each in cohorts):
-            title = next(each.title or each.name for each in task.views if each.name == view)
+            title = next(each.label for each in task.views if each.name == view)
             cells = tuple(
                 None if each.photos is None else Share(int((~each.photos[:, column]).sum()), len(each))
                 for each in cohorts

@@ -546,7 +546,7 @@ class Content:
         fields = sorted(self.task.fields, key=lambda field: ("ordinal", "category", "number").index(field.kind))
         masks = {field.name: slice_masks(field, values[field.name]) for field in fields}
         if self.photos is not None and not self.photos.all():
-            has = {view.title or view.name: self.photos[:, VIEWS.index(view.name)] for view in self.task.views}
+            has = {view.label: self.photos[:, VIEWS.index(view.name)] for view in self.task.views}
             masks[PHOTOS] = {f"without {title} photo": ~present for title, present in has.items()}
         missing = np.isnan(self.table.concepts).any(axis=1)
         if missing.any():

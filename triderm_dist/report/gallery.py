@@ -136,4 +136,4 @@ def _encoded(view: str, image: Image.Image) -> Photo:
 
 
 def view_titles(content: Content) -> dict[str, str]:
-    return {view.name: view.title or view.name for view in content.task.views}
+    return {view.name: view.label for view in content.task.views}

@@ -33,7 +33,7 @@ def _description(model: ModelConfig, task: Task) -> str:
     train, tower = model.train, model.tower
     has = {*task.view_names, *(["metadata"] if task.fields else [])}
     has |= {"concepts"} if task.concepts.prefix or task.concepts.names else set()
-    titles = {view.name: f"{view.title or view.name} photo" for view in task.views}
+    titles = {view.name: f"{view.label} photo" for view in task.views}
     titles |= {"concepts": "concept scores", "metadata": "metadata"}
     inputs = [titles[name] for name in model.use if name in has]
     weights = "pretrained" if tower.pretrained else "randomly initialized"

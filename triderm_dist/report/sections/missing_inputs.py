@@ -36,7 +36,7 @@ def input_title(content: Content, name: str) -> str:
     """Return the words for a view, `concepts` or `metadata`."""
     if name in ("concepts", "metadata"):
         return {"concepts": "concept scores", "metadata": "metadata"}[name]
-    return f"the {next(view.title or view.name for view in content.task.views if view.name == name)} photo"
+    return f"the {next(view.label for view in content.task.views if view.name == name)} photo"
 
 
 def _verdict(low: float, high: float) -> Flag:
