@@ -1,5 +1,6 @@
+import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from triderm_dist.submission import (
     read_probabilities,
     read_submission,
     results_table,
+    write_numbers,
     write_results,
     write_submission,
     write_table,
@@ -111,6 +113,51 @@ def test_submission_file_reproduces_decisions_exactly(tmp_path_factory, data) ->
     assert (read[2] > 0.5).all() and not (read[1] > 0.5).any() and not (read[3] > 0.5).any()
 
 
+def write_cell_by_cell(path: Path, ids: Sequence[str], numbers: np.ndarray, decisions: Sequence[str] | None) -> None:
+    """Write what `write_numbers` writes, by Python's formatting and csv.writer."""
+    names = [f"d{column}" for column in range(numbers.shape[1])]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["lesion_id", *names, *(["decision"] if decisions else [])])
+        for row, lesion in enumerate(ids):
+            cells = [f"{value:.9f}" for value in numbers[row].tolist()]
+            writer.writerow([lesion, *cells, *([decisions[row]] if decisions else [])])
+
+
+TIES = st.builds(lambda odd, step: (2 * odd + 1) / 1024 + step * 2.0**-40, st.integers(0, 511), st.integers(-3, 3))
+"""Half a step of the ninth decimal, exactly or nearly: the even digit is written, or the nearer one."""
+ODD = TIES | st.sampled_from([-0.0, 5e-324, 5e-10, 4.9999999999e-10, 0.9999999995, np.nan, np.inf, -0.5, 1.5, 12345.6])
+CELLS = st.text(st.sampled_from('ab",;\r\n \t\x00\u2028ä🙂'), max_size=4)
+
+
+@settings(deadline=None)
+@given(arrays(np.float64, (5, 3), elements=UNIT | NEAR | ODD), st.lists(CELLS, min_size=10, max_size=10), st.booleans())
+def test_csv_files_have_the_bytes_of_csv_writer(tmp_path_factory, numbers, cells, decided) -> None:
+    folder = tmp_path_factory.mktemp("numbers")
+    decisions = cells[5:] if decided else None
+    write_numbers(folder / "blocks.csv", cells[:5], numbers, ["d0", "d1", "d2"], decisions)
+    write_cell_by_cell(folder / "cells.csv", cells[:5], numbers, decisions)
+    assert (folder / "blocks.csv").read_bytes() == (folder / "cells.csv").read_bytes()
+
+
+def test_more_lesions_than_are_written_at_once(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    numbers = generator.dirichlet(np.ones(3) / 4, 40_000)
+    ids = [f"L{row}" for row in range(len(numbers))]
+    write_numbers(tmp_path / "blocks.csv", ids, numbers, ["d0", "d1", "d2"])
+    write_cell_by_cell(tmp_path / "cells.csv", ids, numbers, None)
+    assert (tmp_path / "blocks.csv").read_bytes() == (tmp_path / "cells.csv").read_bytes()
+
+
+@pytest.mark.parametrize("cell", ["1", " 0.25", "1e-3", "+1", "1_0", "nan", "-inf", '"0.5"', "0.1234567890123456789"])
+def test_numbers_are_read_as_python_reads_them(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f'lesion_id,A\n"a\nb",{cell}\n')
+    ids, numbers = read_submission(path, ["A"])
+    assert ids == ["a\nb"]
+    np.testing.assert_array_equal(numbers, [[float(cell.strip('"'))]])
+
+
 def test_submission_file_format(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "submission.csv"
     write_submission(path, ["b", "a"], np.array([[0.0] * C, [1.0] * C]), np.full(C, 0.5), template=["a", "b"])
@@ -151,7 +198,10 @@ def test_unreadable_submissions_are_refused_by_file_name(tmp_path: Path) -> None
     for text, message in (
         ("id,x\n", "header"),
         (f"{header}\na,1.0\n", "line 2"),
+        (f"{header}\n\n", "line 2 has 0 fields"),
         (f"{header}\na{',x' * C}\n", "not a number"),
+        (f"{header}\na{',' * C}\n", "not a number"),
+        (f"{header}\na{',NULL' * C}\n", "not a number"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):

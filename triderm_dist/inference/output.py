@@ -23,10 +23,10 @@ from triderm_dist.files import PATIENT_DATA, atomic_path
 from triderm_dist.schema import ConfigError, DataError, Task
 from triderm_dist.submission import (
     PROBABILITIES_FILE,
-    SEPARATOR,
     TABLE_FILE,
     TABLE_KEY,
     Results,
+    decisions_of,
     write_numbers,
     write_results,
     write_table,
@@ -91,8 +91,7 @@ def write_predictions(output: Path, table: pa.Table, task: Task, about: Mapping[
 def results_of(table: pa.Table, task: Task) -> Results:
     """Return the probabilities and decisions of a table that `submission.results_table` built."""
     names = task.diagnosis_names
-    chosen = [set(cell.split(SEPARATOR)) for cell in table["decision"].to_pylist()]
-    decisions = np.array([[name in each for name in names] for each in chosen]).reshape(-1, len(names))
+    decisions = decisions_of(table["decision"].to_pylist(), names)
     probabilities = np.stack([table[name].to_numpy() for name in names], 1)
     return Results(table["lesion_id"].to_pylist(), probabilities, decisions)
 
