@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, name in enumerate(LONGEST) if name in names), len(LONGEST))
 
     items.sort(key=priority)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state() -> Iterator[None]:
+    """Let no test run in the precision of an `Accelerator` of the test before, which the process keeps."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
 
 
 IMAGE_TYPES = {"clinical": "clinical: close-up", "dermoscopic": "dermoscopic"}

@@ -15,13 +15,14 @@ _BLOCK = 1 << 16
 
 
 class Texts(Sequence[str]):
-    """Texts that are appended one by one; each takes 4 bytes and its own ones after those that its block has in common.
+    """Texts that are appended one by one, in blocks.
 
-    Names of files may be of any bytes.
+    A text takes the bytes between the prefix and the suffix that its block has in common, and 4 more in a block of
+    different lengths. Names of files may be of any bytes.
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._blocks: list[tuple[bytes, pa.Array]] = []
+        self._blocks: list[tuple[bytes, pa.Array, bytes]] = []
         self._last: list[bytes] = []
         for text in texts:
             self.append(text)
@@ -29,9 +30,13 @@ class Texts(Sequence[str]):
     def append(self, text: str) -> None:
         self._last.append(os.fsencode(text))
         if len(self._last) == _BLOCK:
-            common = os.path.commonprefix((min(self._last), max(self._last)))  # noqa: RUF071, of bytes
-            own = [text[len(common) :] for text in self._last]
-            self._blocks.append((common or b"", pa.array(own, pa.binary())))
+            prefix = _common_prefix(self._last)
+            own = [text[len(prefix) :] for text in self._last]
+            suffix = _common_prefix([text[::-1] for text in own])[::-1]
+            own = [text[: len(text) - len(suffix)] for text in own]
+            lengths = {len(text) for text in own}
+            width = lengths.pop() if len(lengths) == 1 else -1  # of different lengths
+            self._blocks.append((prefix, pa.array(own, pa.binary(width)), suffix))
             self._last = []
 
     def __len__(self) -> int:
@@ -47,13 +52,18 @@ class Texts(Sequence[str]):
         block, place = divmod(range(len(self))[at], _BLOCK)
         if block == len(self._blocks):
             return os.fsdecode(self._last[place])
-        common, own = self._blocks[block]
-        return os.fsdecode(common + own[place].as_py())
+        prefix, own, suffix = self._blocks[block]
+        return os.fsdecode(prefix + own[place].as_py() + suffix)
 
     def __iter__(self) -> Iterator[str]:
-        for common, own in self._blocks:
-            yield from (os.fsdecode(common + text) for text in own.to_pylist())
+        for prefix, own, suffix in self._blocks:
+            yield from (os.fsdecode(prefix + text + suffix) for text in own.to_pylist())
         yield from map(os.fsdecode, self._last)
+
+
+def _common_prefix(texts: Sequence[bytes]) -> bytes:
+    """Return the longest prefix of all."""
+    return os.path.commonprefix((min(texts), max(texts))) or b""  # noqa: RUF071, of bytes
 
 
 class HashIndex:

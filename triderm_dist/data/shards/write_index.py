@@ -62,7 +62,9 @@ def write_index(
             columns = pq.read_table(temporary, columns=["lesion_id", "group"])
             return Text(columns["lesion_id"]), Text(columns["group"])
 
-        shared = shared_photos(np.concatenate(digests), names)
+        all_digests = np.concatenate(digests)
+        digests.clear()  # before they are sorted
+        shared = shared_photos(all_digests, names)
         about_samples = {
             "url": SAMPLES,
             "rows": rows,
