@@ -11,9 +11,13 @@ label (or diagnosis), group (or patient_id), concepts, metadata, named as by tri
 is missing. The tars are not changed.
 
 A scan that was interrupted resumes at the next tar. On several machines, slice=1/8, slice=2/8 and so on scan a part of
-the tars each, and then the same command without slice= writes the index.
+the tars each, and then the same command without slice= writes the index. On a Ray cluster each tar is a task, and those
+of a machine that is lost run on others.
+
+triderm index folder=their_shards address=auto
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from pydantic import Field
 
 from triderm_dist.cli import run
 from triderm_dist.config import Extensible, Groups, Invalid, MissingView, Threads, slice_of
+from triderm_dist.schema import ConfigError
 from triderm_dist.settings import PathText
 
 
@@ -53,6 +58,11 @@ class IndexConfig(Extensible):
         description="scan one of several slices of the tars only, such as 3/8 for the third of eight, into "
         "FOLDER.index.part; null: scan those that no slice has scanned, and write the index",
     )
+    address: str | None = Field(
+        None,
+        description="a running Ray cluster whose machines scan the tars, and all see the folder: auto for the one that "
+        "this machine belongs to, or HOST:PORT; workers is then the cores per tar, null: 1",
+    )
 
 
 def main(config: IndexConfig) -> None:
@@ -63,6 +73,8 @@ def main(config: IndexConfig) -> None:
 
     part, own = slice_of(config.slice), Path(config.folder) / TASK_FILE
     table = Path(config.folder).with_name(f"{Path(config.folder).name}.problems.csv")
+    if config.address and part:
+        raise ConfigError("address: the cluster scans all tars; leave out slice=")
     options: dict[str, Any] = {
         "task": load_task(config.task or own) if config.task or own.is_file() else milk10k_task(),
         "extensions": {"clinical": config.clinical, "dermoscopic": config.dermoscopic},
@@ -70,7 +82,13 @@ def main(config: IndexConfig) -> None:
         "workers": config.workers,
     }
     try:
-        with progress_bar("scanning shards") as progress:
+        with ExitStack() as stack:
+            distribute = None
+            if config.address:
+                from triderm_dist.distributed.ray_tasks import ray_tasks
+
+                distribute = stack.enter_context(ray_tasks(config.address, config.workers or 1, "scanning"))
+            progress = stack.enter_context(progress_bar("scanning shards"))
             if part:
                 problems = index_slice(config.folder, *part, **options, progress=progress)
                 print_problems(problems, table.with_name(f"{table.stem}-{part[0]}-of-{part[1]}.csv"))
@@ -85,6 +103,7 @@ def main(config: IndexConfig) -> None:
                 hash_groups=config.groups == "hash",
                 salt=config.salt,
                 asked="groups" in config.model_fields_set,
+                distribute=distribute,
             )
     except InvalidLesions as error:
         print_problems(error.problems, table)

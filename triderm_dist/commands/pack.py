@@ -16,6 +16,7 @@ On a Ray cluster each shard is a task, and those of a machine that is lost run o
 triderm pack source=CLINIC output=runs/clinic/shards/train address=auto
 """
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def main(config: PackConfig) -> None:
         raise ConfigError("address: the cluster packs all shards; leave out slice= and finish=")
     try:
         task = find_task(config.source, config.task)
-        dataset = read_source(config.source, task, config.missing_view, config.invalid)
+        source = os.path.abspath(config.source) if config.address else config.source  # tasks have other working folders
+        dataset = read_source(source, task, config.missing_view, config.invalid)
         hashes = None
         if config.groups == "hash" and not (dataset.problems and config.invalid == "refuse"):
             asked = "groups" in config.model_fields_set
@@ -91,9 +93,9 @@ def main(config: PackConfig) -> None:
         with ExitStack() as stack:
             distribute = None
             if config.address:
-                from triderm_dist.distributed.ray_pack import ray_shards
+                from triderm_dist.distributed.ray_tasks import ray_tasks
 
-                distribute = stack.enter_context(ray_shards(config.address, config.workers or 1))
+                distribute = stack.enter_context(ray_tasks(config.address, config.workers or 1, "packing"))
             progress = stack.enter_context(progress_bar("packing lesions"))
             options: dict[str, Any] = {
                 "short_side": config.short_side,

@@ -1,4 +1,4 @@
-"""Thread pools: how many threads to use, and work on items in order."""
+"""Thread pools: how many threads to use, and work on items in order; the type of work on many machines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from triderm_dist.runtime.cgroup import cpu_quota
 from triderm_dist.runtime.usage import add_data_wait
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+Key = TypeVar("Key", int, str)
+Piece = TypeVar("Piece")
+
+
+class Distribute(Protocol):
+    """Calls `work(key, piece)` for each piece, on other machines too and in any order, perhaps more than once where a
+    machine is lost, and yields the key of each whose work is done.
+    """
+
+    def __call__(self, work: Callable[[Key, Piece], object], pieces: Iterable[tuple[Key, Piece]]) -> Iterable[Key]: ...
 
 
 def available_cores() -> int:

@@ -5,11 +5,13 @@ any order; one JPEG per view, recognized by its extension; `.json` with what `re
 label.
 
 Every tar is scanned on its own (`scan_tar`), and until the index is written, FOLDER.index.part holds what was found, so
-that a scan resumes where it was interrupted, and several processes can each scan a slice of the tars (`index_slice`).
+that a scan resumes where it was interrupted, and several processes can each scan a slice of the tars (`index_slice`),
+or tasks on a cluster one tar each (`Distribute`).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -38,7 +40,7 @@ from triderm_dist.data.shards.format import (
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.shards.scan_tar import TarScan, TarScanner, some
 from triderm_dist.data.shards.write_index import write_index
-from triderm_dist.data.threads import available_cores, map_in_order
+from triderm_dist.data.threads import Distribute, available_cores, map_in_order
 from triderm_dist.files import exclusive_lock
 from triderm_dist.schema import UNLABELED, DataError, Task, printable
 from triderm_dist.tasks import milk10k_task
@@ -62,6 +64,7 @@ def index_shards(
     hash_groups: bool = False,
     salt: str | None = None,
     asked: bool = True,
+    distribute: Distribute | None = None,
 ) -> ShardIndex:
     """Write index.json and samples.parquet into a folder of tars and return the index.
 
@@ -71,8 +74,9 @@ def index_shards(
     `index_slice` has scanned with these settings are not scanned again unless they have changed.
 
     task: gives labels, fields and views their meaning; None takes MILK10k's. A number is a label like any other word,
-    since its meaning is not known.  workers: threads, None for one per core.  hash_groups: write hashes in the place of
-    groups, as triderm pack does; the tars are not changed.  salt, asked: see `hashes_for`.
+    since its meaning is not known.  workers: threads, None for one per core; with `distribute` those of each task, None
+    for one.  hash_groups: write hashes in the place of groups, as triderm pack does; the tars are not changed.  salt,
+    asked: see `hashes_for`.  distribute: has the tars scanned, None for threads of this process.
 
     Raises InvalidLesions with all problems; Busy where another process indexes the folder; DataError for labels that
     name no diagnosis, with their counts, and for a folder without plain tars or one written by triderm pack.
@@ -85,7 +89,11 @@ def index_shards(
         for lock in sorted(part.glob("slice-*.lock")):
             stack.enter_context(exclusive_lock(lock, _refusal(part)))
         scanner = TarScanner(part, task, extensions, missing_view)
-        found = _Merged(folder, task, [*_scan(scanner, paths, workers or available_cores(), progress)])
+        if distribute:
+            scans = [*_distributed(replace(scanner, workers=workers or 1), paths, progress, distribute)]
+        else:
+            scans = [*_scan(scanner, paths, workers or available_cores(), progress)]
+        found = _Merged(folder, task, scans)
         _check(folder, found, invalid, len(paths))
         for text in found.notes():
             note(text)
@@ -167,6 +175,35 @@ def _scan(
 
     for _, found in map_in_order(scan, paths, at_once):
         yield found
+
+
+def _distributed(
+    scanner: TarScanner,
+    paths: Sequence[Path],
+    progress: Callable[[int, int], None] | None,
+    distribute: Distribute,
+) -> Iterator[TarScan]:
+    """Yield the scans of tars in order, after `distribute` has had those scanned that no earlier scan knows."""
+    sizes = {path.name: path.stat().st_size for path in paths}
+    missing = [path for path, scan in map_in_order(scanner.known, paths, available_cores()) if scan is None]
+    total = sum(sizes.values())
+    done = total - sum(sizes[path.name] for path in missing)
+    pieces = ((path.name, path.absolute()) for path in missing)
+    for name in distribute(functools.partial(_scan_piece, scanner), pieces):
+        done += sizes[name]
+        if progress:
+            progress(done, total)
+    for path, scan in map_in_order(scanner.known, paths, available_cores()):
+        if scan is None:
+            raise DataError(
+                f"{scanner.file(path)}: missing, or of another {path.name}, though its task has ended; give a folder "
+                "that every machine of the cluster sees under this name"
+            )
+        yield scan
+
+
+def _scan_piece(scanner: TarScanner, name: str, path: Path) -> None:
+    scanner.scan(path)
 
 
 def _check(folder: Path, found: _Merged, invalid: str, tars: int) -> None:

@@ -19,6 +19,7 @@ system in common is needed. index.json comes last.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -50,16 +51,13 @@ from triderm_dist.data.shards.photos import QUALITY, PhotoError, PreparedPhoto, 
 from triderm_dist.data.shards.publish import RemoteFolder, local_name
 from triderm_dist.data.shards.record import to_record
 from triderm_dist.data.shards.write_index import write_index
-from triderm_dist.data.threads import available_cores, map_in_order
+from triderm_dist.data.threads import Distribute, available_cores, map_in_order
 from triderm_dist.files import PATIENT_DATA, atomic_path, exclusive_lock, file_sha256, naming_file, open_new
 from triderm_dist.schema import UNLABELED, VIEWS, DataError, Lesion, Task
 from triderm_dist.tasks import check_packed_for, milk10k_task, recorded_task
 
 Progress = Callable[[int, int], None]
 """Called with (lesions done, all lesions)."""
-Distribute = Callable[["ShardWriter", Path, Iterable[tuple[int, list[Lesion]]]], Iterable[int]]
-"""Called with a writer, OUTPUT.part and (number, lesions) of shards: writes each by `ShardWriter.keep_or_write`, on
-other machines too and in any order, and yields the number of each that was written."""
 
 _RECORD = b"triderm-shard"
 _ROWS = "rows.part"
@@ -495,7 +493,8 @@ class _Packer:
             (part / name).mkdir(exist_ok=True)
         for path in _other_files(part, numbers):
             path.unlink()
-        for number in distribute(self.writer, part, ((number, self.slices[number]) for number in numbers)):
+        work = functools.partial(self.writer.keep_or_write, part.absolute())
+        for number in distribute(work, ((number, self.slices[number]) for number in numbers)):
             self._advance(self.slices.size(number))
         shards = []
         for number, shard in self._records(part, numbers):
