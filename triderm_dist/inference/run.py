@@ -23,7 +23,7 @@ from torch import Tensor
 from triderm_dist.config import Networks
 from triderm_dist.data.loader import fit_to_canvas
 from triderm_dist.data.photo_set import Photo, PhotoSet
-from triderm_dist.data.readers.table import parse_field, parse_score
+from triderm_dist.data.readers.cells import parse_field, parse_score
 from triderm_dist.data.shards.photos import PhotoError, describe_changes
 from triderm_dist.inference.chunks import BATCHES, prediction_table
 from triderm_dist.inference.export import Format

@@ -25,21 +25,19 @@ from triderm_dist.data.photo_formats import OTHER_SUFFIXES, PHOTO_SUFFIXES, READ
 from triderm_dist.data.photo_set import PhotoSet
 from triderm_dist.data.problems import InvalidLesions, Problem
 from triderm_dist.data.readers import milk10k
+from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
+from triderm_dist.data.readers.csv_file import NotUtf8
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name, walk_files
 from triderm_dist.data.readers.source import reader_of
 from triderm_dist.data.readers.table import (
     SUFFIXES,
-    NotUtf8,
-    SeveralSheets,
     Table,
     find_tables,
-    is_missing,
-    parse_field,
-    parse_score,
     read_header,
     read_table,
     without_garbage_collection,
 )
+from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.data.shards.format import INDEX
 from triderm_dist.runtime.terminal import counted
 from triderm_dist.schema import DataError, TableFormat, Task, did_you_mean

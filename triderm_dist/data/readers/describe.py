@@ -11,16 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triderm_dist.data.photo_formats import READ_FORMATS
+from triderm_dist.data.readers.cells import is_missing, parse_number
+from triderm_dist.data.readers.csv_file import NotUtf8
 from triderm_dist.data.readers.find_photos import PhotoFinder, photo_name
-from triderm_dist.data.readers.table import (
-    NotUtf8,
-    SeveralSheets,
-    Table,
-    find_tables,
-    is_missing,
-    parse_number,
-    read_table,
-)
+from triderm_dist.data.readers.table import Table, find_tables, read_table
+from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.schema import DataError, TableFormat, did_you_mean
 
 MAX_CATEGORIES = 40

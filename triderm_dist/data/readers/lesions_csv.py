@@ -20,23 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from triderm_dist.data.problems import InvalidLesions, Problem
+from triderm_dist.data.readers.cells import is_missing, parse_field, parse_number, parse_score, parsed_texts
+from triderm_dist.data.readers.csv_file import NotUtf8
 from triderm_dist.data.readers.dataset import Dataset, Spellings, spelled_alike, why_no_lesion_id
 from triderm_dist.data.readers.find_photos import MissingPhoto, PhotoFinder, photo_name
 from triderm_dist.data.readers.lesion_table import LesionTable, Numbers, agreed, no_groups, no_labels
-from triderm_dist.data.readers.table import (
-    NotUtf8,
-    SeveralSheets,
-    Table,
-    find_tables,
-    is_missing,
-    parse_field,
-    parse_number,
-    parse_score,
-    parsed_texts,
-    read_header,
-    read_table,
-    without_garbage_collection,
-)
+from triderm_dist.data.readers.table import Table, find_tables, read_header, read_table, without_garbage_collection
+from triderm_dist.data.readers.workbook import SeveralSheets
 from triderm_dist.data.shards.format import Text
 from triderm_dist.schema import (
     UNLABELED,

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from triderm_dist.data.readers.cells import is_missing, parse_field, parse_score
 from triderm_dist.data.readers.dataset import why_no_lesion_id
-from triderm_dist.data.readers.table import is_missing, parse_field, parse_score
 from triderm_dist.schema import UNLABELED, Lesion, Task, quoted
 
 LABEL_KEYS = ("label", "diagnosis")
