@@ -1,4 +1,4 @@
-"""What every reader returns."""
+"""The data set that every reader returns, and checks of ids that readers share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LESION_ID = re.compile(r"[^\s./\\]*")
 
 
 def why_no_lesion_id(text: str) -> str | None:
-    """Say why a text cannot be the id of a lesion, None where it can."""
+    """Return why a text cannot be the id of a lesion; None for a valid id."""
     if wrong := why_no_id(text):
         return wrong
     if _LESION_ID.fullmatch(text):
@@ -32,10 +32,9 @@ def why_no_lesion_id(text: str) -> str | None:
 
 
 def folded(text: str) -> str:
-    """Return an id without what programs change on the way: case, leading zeros, .0, separators, a leading apostrophe,
-    full width, invisible characters.
+    """Normalize an id: case, leading zeros, `.0`, separators, a leading apostrophe, full width, invisible characters.
 
-    Two ids with the same result are likely meant to be one.
+    Programs change these when they write tables; two ids with the same result are probably the same id.
     """
     text = re.sub(r"[\s_-]+", "_", text.lower().lstrip("'"))
     if not text.isascii():
@@ -47,15 +46,13 @@ def folded(text: str) -> str:
 
 
 _FOLDED_IN_BULK = (("^'", ""), (r"[\s_-]+", "_"), (r"^([0-9]+)\.0+$", r"\1"), ("0*([0-9]+)", r"\1"))
-"""Patterns and replacements that make most ids equal that `folded` does, for a million of them at once."""
-
-
+"""Patterns and replacements that approximate `folded` for many ids at once."""
 _CHUNK = 1 << 16
 """Ids that are compared at a time."""
 
 
 def spelled_alike(distinct: pa.Array, what: str) -> list[str]:
-    """Return a note on different ids of which two differ in spelling only (see `folded`), none where there are none."""
+    """Return a note on pairs of distinct ids that differ in spelling only (see `folded`); [] if there are none."""
     hashes = np.empty(len(distinct), np.int64)
     for start in range(0, len(distinct), _CHUNK):
         column = distinct.slice(start, _CHUNK)
@@ -77,14 +74,14 @@ def spelled_alike(distinct: pa.Array, what: str) -> list[str]:
 
 
 class Spellings:
-    """The different ids of a set, to name in a message the one that another spelling is probably meant to be."""
+    """The ids of a data set, for messages that suggest the one that a misspelled id means."""
 
     def __init__(self, ids: Sequence[str]) -> None:
         self._ids = ids
         self._by_folded: HashIndex | None = None
 
     def hint(self, name: str, otherwise: str = "") -> str:
-        """Return `is X meant?` for the id X that `folded` makes the same, else `otherwise`."""
+        """Return `is X meant ...?` for an id X that equals `name` after `folded`, else `otherwise`."""
         if self._by_folded is None:
             self._by_folded = HashIndex.of(map(folded, self._ids))
         key = folded(name)
@@ -98,8 +95,8 @@ class Dataset:
     """Checked lesions of one folder, in the order of its table; those of a reader are a `LesionTable`.
 
     task: gives labels and metadata their meaning.  concepts: names of the K concept scores.  labeled: whether the
-    folder has labels.  notes: what was tolerated, with counts.  problems: why lesions were dropped.  folder: to which
-    an index makes paths in problems relative; "" leaves them.
+    folder has labels.  notes: what was tolerated, with counts.  problems: why lesions were dropped.
+    folder: root that `relative` removes from paths in problems; "" removes nothing.
     """
 
     task: Task
@@ -111,7 +108,7 @@ class Dataset:
     folder: str = ""
 
     def relative(self, problems: Iterable[Problem]) -> list[Problem]:
-        """Return problems without the path of the folder, so that a copy of it elsewhere has the same ones."""
+        """Return problems with paths relative to the folder, so that copies of the folder give equal indexes."""
         name = re.escape(self.folder.rstrip("/"))
         if not name:
             return [*problems]

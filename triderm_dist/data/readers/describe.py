@@ -1,4 +1,4 @@
-"""Look at a folder's tables and photos and describe them as a task.yaml, with a comment at what is not certain."""
+"""Describe a folder's tables and photos as a task.yaml, with the comment CHECK on guesses."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _LIKELY = {
     "lesion_id": (r"lesion_id|lesion", r"l(e|é|ä|ae)si(o|ó)n\w*", r"case_num|case_id|case"),
     "group": (r"patient_id|patient", r"pa[tc]ient\w*", r"subject_id|subject|person_id"),
 }
-"""Patterns of the names of columns, in any case, the likeliest first."""
+"""Regular expressions for column names (case-insensitive), the most likely first."""
 _NOT_INPUTS = re.compile(
-    r"(^|_)(dx|diag\w*|histo(log\w*|path\w*)?|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|score|difficulty|notes?)($|_)",
+    r"(^|_)(dx|diag\w*|histo(log\w*|path\w*)?|biops\w*|confirm\w*|patholog\w*|management|treatment|outcome|"
+    r"score|difficulty|notes?)($|_)",
     re.IGNORECASE,
 )
-"""Columns that follow from the diagnosis, or that a doctor writes after it."""
+"""Columns that follow from the diagnosis or are written after it, which would leak the label."""
 _DERMOSCOPIC, _CLINICAL = (
     re.compile("derm", re.IGNORECASE),
     re.compile("clin|klin|close|nah|ma[ck]ro|phone|camera|kamera|overview", re.IGNORECASE),
@@ -46,13 +47,16 @@ _BENIGN = re.compile(
 
 
 _SCORES = {"absent": 0, "typical": 0, "regular": 0, "present": 1, "atypical": 1, "irregular": 1}
-"""Words of the criteria of dermoscopy, and the score that the seven-point checklist gives them."""
+"""Words of dermoscopic criteria, with the score that the seven-point checklist gives them."""
 _WIDTH = 120
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column's different texts with their counts, without missing words; numbers: all of them, where all are."""
+    """A column of a table.
+
+    counts: rows per distinct text, without missing words.  numbers: the texts as numbers, () if any is not one.
+    """
 
     name: str
     counts: Counter[str]
@@ -62,11 +66,10 @@ class _Column:
 def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str:
     """Return the text of a task.yaml that reads this folder.
 
-    roles: columns whose names do not say what they are, by the keys diagnosis, lesion_id, group and view of
-    `TaskColumns`.
+    roles: {diagnosis, lesion_id, group or view: column}, for columns whose names do not tell their role.
 
-    Raises DataError for a folder without photos or without a table of them, for a column in `roles` that the table
-    lacks, or where nothing looks like a diagnosis.
+    Raises DataError for a folder without photos or a table of them, for a column in `roles` that the table lacks, or if
+    no column looks like a diagnosis.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the table and the photos")
@@ -74,24 +77,18 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
     if not photos:
         raise DataError(f"{folder}: no photo ({READ_FORMATS}) in this folder")
     table, images = _find_images(folder, photos)
-    left = {name: _column(table, name) for name in table.header if name not in images}
-    given = {role: _spelled(table, left, role, name) for role, name in (roles or {}).items()}
+    unused = {name: _column(table, name) for name in table.header if name not in images}
+    given = {role: _spelled(table, unused, role, name) for role, name in (roles or {}).items()}
     if len(images) == 1:
-        view, views = _views_of_rows(left, f"{table.path.name} {images[0]}", given.get("view"))
+        view, views = _views_of_rows(unused, f"{table.path.name} {images[0]}", given.get("view"))
         image = _text(images[0])
     else:
         images.sort(key=lambda name: _DERMOSCOPIC.search(name) is not None)
         view, views = None, ["  - {name: clinical, title: close-up}", "  - {name: dermoscopic, title: dermoscopy}"]
         image = f"{{clinical: {_text(images[0])}, dermoscopic: {_text(images[1])}}} # CHECK"
-    group, lesion = _take(left, "group", given), _take(left, "lesion_id", given)
-    if lesion and not view and len(images) == 1 and len(set(table.cells[lesion].to_pylist())) < len(table):
-        # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
-        group, lesion = group or lesion, None
-    diagnosis, diagnoses = _diagnoses(table, left, given)
-    concepts = _concept_prefix(left) or _criteria(left)
-    fields, not_used = _fields(left)
+    columns = _identifying_columns(table, unused, given, several_views=bool(view) or len(images) == 2)
+    diagnosis, diagnoses = _diagnoses(table, unused, given)
     name = re.sub(r"[^a-z0-9_]+", "_", folder.resolve().name.lower()).strip("_")
-    no_group = "null # CHECK: no column of patients was found; lesions of one patient may be in several folds"
     lines = [
         f"# Described from {table.path.name} ({len(table)} rows) and {len(photos)} photos. Confirm what says CHECK.",
         f"name: {name or 'task'}",
@@ -102,21 +99,15 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
         "",
         "views:",
         *views,
-        *(["", *concepts] if concepts else []),
-        *(["", "fields:", *fields] if fields else []),
-        *(
-            ["", "# Columns that are left out; add a field for what is known before the diagnosis:", *not_used]
-            if not_used
-            else []
-        ),
+        *_input_lines(unused),
         "",
         *_format_lines(table.form),
         "columns:",
         f"  image: {image}",
-        f"  lesion_id: {_text(lesion)}" + ("" if lesion else " # every photo is a lesion"),
+        columns["lesion_id"],
         *([f"  view: {_text(view)}"] if view else []),
         f"  diagnosis: {_text(diagnosis)}" + ("" if diagnosis else " # one column of zeros and ones each"),
-        f"  group: {_text(group)} # never split over folds" if group else f"  group: {no_group}",
+        columns["group"],
         "",
         "# argmax, threshold (each p > 0.5) or fitted (thresholds fitted on out-of-fold predictions)",
         "decision: argmax",
@@ -124,8 +115,35 @@ def describe_folder(folder: Path, roles: Mapping[str, str] | None = None) -> str
     return "\n".join([*lines, ""])
 
 
+def _identifying_columns(
+    table: Table, unused: dict[str, _Column], given: Mapping[str, str], several_views: bool
+) -> dict[str, str]:
+    """Remove the columns of groups and lesions from `unused`; return their YAML lines, by key of `columns`."""
+    group, lesion = _take(unused, "group", given), _take(unused, "lesion_id", given)
+    if lesion and not several_views and len(set(table.cells[lesion].to_pylist())) < len(table):
+        # Several photos of one lesion: every photo is predicted, and those of one lesion stay in one fold.
+        group, lesion = group or lesion, None
+    no_group = "null # CHECK: no column of patients was found; lesions of one patient may be in several folds"
+    return {
+        "lesion_id": f"  lesion_id: {_text(lesion)}" + ("" if lesion else " # every photo is a lesion"),
+        "group": f"  group: {_text(group)} # never split over folds" if group else f"  group: {no_group}",
+    }
+
+
+def _input_lines(unused: dict[str, _Column]) -> list[str]:
+    """Return the YAML lines of the concepts and fields, and comments on the columns that are left out."""
+    concepts = _concept_prefix(unused) or _criteria(unused)
+    fields, not_used = _fields(unused)
+    why = "# Columns that are left out; add a field for what is known before the diagnosis:"
+    return [
+        *(["", *concepts] if concepts else []),
+        *(["", "fields:", *fields] if fields else []),
+        *(["", why, *not_used] if not_used else []),
+    ]
+
+
 def _find_images(folder: Path, photos: set[str]) -> tuple[Table, list[str]]:
-    """Return the table with the most cells that name photos, and its one or two columns of them."""
+    """Return the table with the most cells that name photos, and the one or two columns with these cells."""
     best: tuple[int, Table, list[str]] | None = None
     tables, errors = find_tables(folder), list[DataError]()
     for table in (table for path in tables for table in _read_tables(path, errors.append)):
@@ -147,7 +165,7 @@ def _find_images(folder: Path, photos: set[str]) -> tuple[Table, list[str]]:
 
 
 def _read_tables(path: Path, on_error: Callable[[DataError], object]) -> Iterator[Table]:
-    """Yield the table in a file, or that of each sheet of a workbook; `on_error` gets why there is none."""
+    """Yield the table in a file, or one per sheet of a workbook; call `on_error` for each that cannot be read."""
     others: list[TableFormat] = []
     try:
         yield read_table(path)
@@ -177,43 +195,43 @@ def _column(table: Table, name: str) -> _Column:
     return _Column(name, counts, known if len(known) == len(numbers) else ())
 
 
-def _spelled(table: Table, left: Mapping[str, _Column], role: str, name: str) -> str:
+def _spelled(table: Table, unused: Mapping[str, _Column], role: str, name: str) -> str:
     """Return a column's name as the table spells it. Raises DataError if the table has no such column."""
-    spelled = {column.lower(): column for column in left}
+    spelled = {column.lower(): column for column in unused}
     if name.lower() not in spelled:
-        hint = did_you_mean(name, left, f"its columns are {', '.join(left)}")
+        hint = did_you_mean(name, unused, f"its columns are {', '.join(unused)}")
         raise DataError(f"{table.path}: no column {name!r} ({role}=); {hint}")
     return spelled[name.lower()]
 
 
-def _take(left: dict[str, _Column], role: str, given: Mapping[str, str]) -> str | None:
-    """Remove and return the column of a role: the given one, or the likeliest."""
+def _take(unused: dict[str, _Column], role: str, given: Mapping[str, str]) -> str | None:
+    """Remove and return the column of a role: the given one, or the most likely."""
     taken = {name for other, name in given.items() if other != role}
-    found = given.get(role) or next((name for name in _likely(left, role) if name not in taken), None)
-    left.pop(found or "", None)
+    found = given.get(role) or next((name for name in _likely(unused, role) if name not in taken), None)
+    unused.pop(found or "", None)
     return found
 
 
-def _likely(left: Mapping[str, _Column], role: str) -> list[str]:
-    """Return the columns whose names say this role, the likeliest first."""
-    return [name for pattern in _LIKELY[role] for name in left if re.fullmatch(pattern, name, re.IGNORECASE)]
+def _likely(unused: Mapping[str, _Column], role: str) -> list[str]:
+    """Return the columns whose names match a role, the most likely first."""
+    return [name for pattern in _LIKELY[role] for name in unused if re.fullmatch(pattern, name, re.IGNORECASE)]
 
 
-def _views_of_rows(left: dict[str, _Column], texts: str, given: str | None) -> tuple[str | None, list[str]]:
-    """Return the column that says the view of a photo, removed from `left`, or None; and the lines of the views."""
+def _views_of_rows(unused: dict[str, _Column], texts: str, given: str | None) -> tuple[str | None, list[str]]:
+    """Remove the column of the photos' views from `unused`; return its name, None if there is none, and YAML lines."""
     if given:
-        words = sorted(left.pop(given).counts, key=lambda word: _DERMOSCOPIC.search(word) is not None)
+        words = sorted(unused.pop(given).counts, key=lambda word: _DERMOSCOPIC.search(word) is not None)
         titles = (("clinical", "close-up"), ("dermoscopic", "dermoscopy"))
         return given, [
             f"  - {{name: {view}, title: {title}, words: [{', '.join(map(_text, part))}]}} # CHECK"
             for (view, title), part in zip(titles, (words[:1], words[1:]), strict=True)
         ]
-    for name, column in left.items():
+    for name, column in unused.items():
         words = list(column.counts)
         dermoscopic = [word for word in words if _DERMOSCOPIC.search(word)]
         clinical = [word for word in words if _CLINICAL.search(word) and word not in dermoscopic]
         if len(words) == 2 and len(dermoscopic) == len(clinical) == 1:
-            del left[name]
+            del unused[name]
             return name, [
                 f"  - {{name: clinical, title: close-up, words: [{_text(clinical[0])}]}}",
                 f"  - {{name: dermoscopic, title: dermoscopy, words: [{_text(dermoscopic[0])}]}}",
@@ -223,25 +241,29 @@ def _views_of_rows(left: dict[str, _Column], texts: str, given: str | None) -> t
     return None, ["  - {name: dermoscopic, title: dermoscopy} # CHECK: or clinical"]
 
 
-def _diagnoses(table: Table, left: dict[str, _Column], given: Mapping[str, str]) -> tuple[str | None, list[str]]:
-    """Return the column of diagnoses, removed from `left`, or None for columns of zeros and ones; and their lines."""
-    for name in [given["diagnosis"]] if "diagnosis" in given else _likely(left, "diagnosis"):
-        words = left[name].counts
+def _diagnoses(table: Table, unused: dict[str, _Column], given: Mapping[str, str]) -> tuple[str | None, list[str]]:
+    """Remove the column(s) of diagnoses from `unused`; return its name, None for one-hot columns, and YAML lines."""
+    for name in [given["diagnosis"]] if "diagnosis" in given else _likely(unused, "diagnosis"):
+        words = unused[name].counts
         if 2 <= len(words) <= MAX_DIAGNOSES:
-            del left[name]
+            del unused[name]
             return name, _diagnosis_lines(words)
     truth = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
     binary = [
-        name for name, column in left.items() if column.counts and all(word.lower() in truth for word in column.counts)
+        name
+        for name, column in unused.items()
+        if column.counts and all(word.lower() in truth for word in column.counts)
     ]
     if len(binary) >= 2:
         rows = zip(*(table.cells[name].to_pylist() for name in binary), strict=True)
         if all(sum(truth.get(cell.lower(), 0) for cell in row) == 1 for row in rows):
-            counts = {name: sum(n for word, n in left[name].counts.items() if truth[word.lower()]) for name in binary}
+            counts = {name: sum(n for word, n in unused[name].counts.items() if truth[word.lower()]) for name in binary}
             for name in binary:
-                del left[name]
+                del unused[name]
             return None, _diagnosis_lines(counts)
-    likely = [name for name, column in left.items() if 2 <= len(column.counts) <= MAX_DIAGNOSES and not column.numbers]
+    likely = [
+        name for name, column in unused.items() if 2 <= len(column.counts) <= MAX_DIAGNOSES and not column.numbers
+    ]
     raise DataError(
         f"{table.path}: no column looks like the diagnosis; name it by diagnosis=COLUMN (columns of 2 to "
         f"{MAX_DIAGNOSES} words: {', '.join(likely) or 'none'}), or give one column of zeros and ones per diagnosis"
@@ -264,35 +286,35 @@ def _diagnosis_lines(words: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def _concept_prefix(left: dict[str, _Column]) -> list[str]:
-    """Remove columns of scores from 0 to 1 that share the beginning of their name, up to a _; return their lines."""
+def _concept_prefix(unused: dict[str, _Column]) -> list[str]:
+    """Remove columns of scores from 0 to 1 that share a prefix up to `_`; return the YAML lines of the concepts."""
     groups: dict[str, list[str]] = {}
-    for name, column in left.items():
+    for name, column in unused.items():
         if "_" in name and len(column.numbers) > 8 and all(0 <= number <= 1 for number in column.numbers):
             groups.setdefault(name.partition("_")[0] + "_", []).append(name)
     prefix = max(groups, key=lambda each: len(groups[each]), default=None)
     if (
         prefix is None
         or len(groups[prefix]) < 2
-        or any(name.lower().startswith(prefix.lower()) for name in left if name not in groups[prefix])
+        or any(name.lower().startswith(prefix.lower()) for name in unused if name not in groups[prefix])
     ):
         return []
     for name in groups[prefix]:
-        del left[name]
+        del unused[name]
     return ["# Scores from 0 to 1.", f"concepts: {{prefix: {prefix}}}"]
 
 
-def _criteria(left: dict[str, _Column]) -> list[str]:
-    """Remove columns whose words say whether a criterion is there, and return the lines of these concepts."""
+def _criteria(unused: dict[str, _Column]) -> list[str]:
+    """Remove columns of criteria that are present or absent; return the YAML lines of these concepts."""
     found = {
         name: {word.lower() for word in column.counts}
-        for name, column in left.items()
+        for name, column in unused.items()
         if len(column.counts) > 1 and {"absent", "present"} & {word.lower() for word in column.counts}
     }
     if len(found) < 2:
         return []
     for name in found:
-        del left[name]
+        del unused[name]
     words = sorted(set().union(*found.values()), key=lambda word: (_SCORES.get(word, 1), word))
     unsure = {word: " # CHECK" for word in words if word not in _SCORES}
     return [
@@ -305,10 +327,10 @@ def _criteria(left: dict[str, _Column]) -> list[str]:
     ]
 
 
-def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
-    """Return the lines of the fields, and comments on the columns that are left out."""
+def _fields(unused: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
+    """Return the YAML lines of the fields, and comments on the columns that are left out."""
     fields, not_used, names = [], [], set[str]()
-    for column in left.values():
+    for column in unused.values():
         counts = column.counts
         name = re.sub(r"\W+", "_", column.name.lower()).strip("_")
         name = name if name.isidentifier() and name not in names else f"field_{len(names) + 1}"
@@ -336,7 +358,7 @@ def _fields(left: Mapping[str, _Column]) -> tuple[list[str], list[str]]:
 
 
 def _above(number: float) -> float:
-    """Return a round number larger than this one; rows to come may exceed those seen."""
+    """Return a round number of at least 1.5 times `number`, since rows to come may exceed those seen."""
     if number <= 1:
         return float(number > 0)
     power = 10.0 ** math.floor(math.log10(1.5 * number))
@@ -344,7 +366,7 @@ def _above(number: float) -> float:
 
 
 def _categories(counts: Counter[str]) -> dict[str, int]:
-    """Return the categories with their counts; 1.0 is 1, as pandas writes integers with gaps, and case is ignored."""
+    """Return {category: count}, ignoring case, with `1.0` as `1`: pandas writes integers with gaps as floats."""
     spelling = {word.lower().removesuffix(".0"): word.removesuffix(".0") for word in sorted(counts)}
     total: Counter[str] = Counter()
     for word, count in counts.items():
@@ -353,7 +375,7 @@ def _categories(counts: Counter[str]) -> dict[str, int]:
 
 
 def _entry(keys: Mapping[str, str], comment: str, categories: Mapping[str, int] | None = None) -> list[str]:
-    """Return the lines of an entry of a list: one line if it is short, else one for each key and category."""
+    """Return the YAML lines of a list entry: one line if it is short, else one per key and category."""
     listed, lines = "", [f"{key}: {value}" for key, value in keys.items()]
     if categories:
         listed = f", categories: [{', '.join(map(_text, categories))}]"

@@ -21,7 +21,7 @@ _SUFFIXES = frozenset((*PHOTO_SUFFIXES, *OTHER_SUFFIXES))
 
 
 class MissingPhoto(ValueError):
-    """No file has the name of a photo, whatever its suffix or case."""
+    """No file is named like the photo, with any suffix or case."""
 
 
 def photo_name(cell: str) -> str:
@@ -35,7 +35,7 @@ def _without_suffix(name: str) -> str:
 
 
 class _Files:
-    """Files by the names without suffixes."""
+    """Files by their names without suffixes."""
 
     def __init__(self) -> None:
         self.paths = Texts()
@@ -82,15 +82,15 @@ class PhotoFinder:
         return set(map(_stem, self.paths))
 
     def __call__(self, cell: str, lesion_id: str = "") -> str:
-        """Return the path of a photo; of several of one name that at the cell's path or in the lesion's folder.
+        """Return the path of a photo. Of several with one name, choose by the cell's path or the lesion's folder.
 
-        Raises MissingPhoto where there is none, ValueError for another kind of file, a file whose name differs in
-        case, or several different photos.
+        Raises MissingPhoto if there is none; ValueError for another kind of file, a file whose name differs in
+        spelling, or several different photos.
         """
         return self.paths[self.find(cell, lesion_id)]
 
     def find(self, cell: str, lesion_id: str = "") -> int:
-        """Return the position in `paths` of a photo; otherwise as a call does. A URL is taken as it is."""
+        """Return the position of a photo in `paths`; a URL is appended to them. Raises as `__call__`."""
         if is_photo_url(cell):
             self.paths.append(cell)
             return len(self.paths) - 1
@@ -106,7 +106,7 @@ class PhotoFinder:
         return found[0]
 
     def find_all(self, cells: Sequence[str]) -> np.ndarray:
-        """Return the position in `paths` of each photo (N,), -1 where `find` has to look for it, or raises."""
+        """Return the position of each photo in `paths` (N,), -1 for those that only `find` resolves or refuses."""
         stems = [photo_name(_composed(cell)) for cell in cells]
         found = self._photos.index().only(stems)
         for at, (place, stem) in enumerate(zip(found.tolist(), stems, strict=True)):
@@ -116,7 +116,7 @@ class PhotoFinder:
         return found
 
     def _not_found(self, stem: str) -> ValueError:
-        """Return the error for a photo that no file has the name of; a file of nearly its name must not be lost."""
+        """Return the error for a photo without a file of its name; it names a file of a similar name, if any."""
         path = self._nearest(stem)
         suffix = os.path.splitext(path or "")[1].lower()
         if path and suffix in PHOTO_SUFFIXES:
@@ -129,7 +129,7 @@ class PhotoFinder:
         return MissingPhoto(f"no photo {stem} (.jpg, .png and others) below {self.where}; put it there")
 
     def _nearest(self, stem: str) -> str | None:
-        """Return the path of the file that is no photo and has this name, or of one whose name differs in spelling."""
+        """Return the path of another kind of file with this name, or of a file whose name differs in spelling."""
         if others := self._others.find(stem):
             return self._others.paths[others[0]]
         if not self._near:
@@ -147,7 +147,7 @@ class PhotoFinder:
         return None
 
     def clear(self) -> None:
-        """Free the memory that finding photos takes; the next one that is looked for takes it again."""
+        """Free the memory of the indexes, which the next search builds again."""
         self._photos.clear()
         self._others.clear()
         self._near.clear()
@@ -170,9 +170,10 @@ def _start_of(path: str) -> bytes:
 
 
 def _choose(paths: Sequence[str], cell: str, stem: str, lesion_id: str) -> str:
-    """Return the one of several photos of a name that the table means, or the first where all have the same bytes.
+    """Choose one of several photos of a name.
 
-    The cell's own path with its suffix counts most, then without it, then the suffix alone, then the lesion's folder.
+    Rules, in order: the cell's path with its suffix, the path without it, the lesion's folder, the cell's file name.
+    Photos that still compete must have the same bytes. Raises ValueError otherwise.
     """
     tail = cell.replace("\\", "/").lstrip("./")
     rules = [
@@ -194,7 +195,7 @@ def _choose(paths: Sequence[str], cell: str, stem: str, lesion_id: str) -> str:
 def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[str, str, str]]:
     """Yield (folder, name, suffix in lower case) of every file that is not hidden, in the order of names.
 
-    Each folder is walked once, whatever links lead to it; `seen` has those of earlier walks.
+    A folder that several links lead to is walked once. seen: folders that were walked before, and is updated.
     """
     for parent, files in walk_folders(folder, ("__MACOSX",), seen):
         for name in files:
@@ -203,10 +204,10 @@ def walk_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterat
 
 
 def _composed(text: str) -> str:
-    """Return the text with composed accents; macOS stores an accent as a character of its own."""
+    """Return the text in Unicode NFC; macOS stores file names decomposed."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _near(name: str) -> str:
-    """Return a name without what is changed on the way (`folded`), spaces around it and a second suffix of photos."""
+    """Return a name after `folded`, without surrounding spaces and a second photo suffix."""
     return folded(_without_suffix(name.strip()).strip())

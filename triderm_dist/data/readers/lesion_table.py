@@ -1,4 +1,4 @@
-"""Checked lesions in columns, which take a tenth of the memory of objects; an object is made when it is asked for."""
+"""Checked lesions stored by columns, a tenth of the memory of `Lesion` objects, which are created on access."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from triderm_dist.data.shards.format import Text
 from triderm_dist.schema import UNLABELED, VIEWS, Lesion
 
 CHUNK = 1 << 14
-"""Lesions that are made at a time."""
+"""Lesions that are created at a time."""
 _PART = 1 << 16
-"""Numbers that are looked at at a time."""
+"""Numbers that are processed at a time."""
 _DIVISORS = (1, 10, 100, 1_000, 10_000, 1_000_000)
 
 
 class Numbers:
-    """A column (N,) of float64, exactly, in as few bytes as its values allow; NaN where missing.
+    """A column (N,) of float64 values, NaN where missing, stored without loss in as few bytes as they need.
 
-    A decimal fraction of few digits, as tables hold, is a whole number over a power of ten.
+    Decimal fractions of few digits, as tables hold them, are stored as integers and a common power of ten.
 
-    values: (N,), or those of the rows of a table.  rows: (N,) the row of each, -1 for a missing value.
+    values: (N,), or one value per row of a table.  rows: (N,) the row of each value, -1 for a missing value.
     """
 
     def __init__(self, values: np.ndarray, rows: np.ndarray | None = None) -> None:
@@ -64,9 +64,9 @@ class Numbers:
 
 
 def _smallest(parts: Callable[[], Iterator[tuple[slice, np.ndarray]]]) -> tuple[int, np.dtype]:
-    """Return what whole numbers are divided by to give these values, or 0 for the values themselves, and their type.
+    """Return (divisor, dtype): the values are integers of the dtype over the divisor; divisor 0 stores floats.
 
-    The largest whole number is that of NaN.
+    The largest integer of the dtype stands for NaN.
     """
     high, whole, single = 0.0, True, True
     for _, own in parts():
@@ -89,7 +89,7 @@ class LesionTable(Sequence[Lesion]):
 
     ids: of the lesions.  paths: of all photos.  images: (N,) position in `paths` of each view's photo, -1 where it is
     missing.  concepts: K columns.  metadata: M columns.  labels, fine: (N,).  groups: names of the groups.
-    group: (N,) position in `groups`, -1 where a lesion is a group of its own.
+    group: (N,) position in `groups`, -1 for a lesion without a group.
     """
 
     ids: Text
@@ -104,7 +104,7 @@ class LesionTable(Sequence[Lesion]):
 
     @classmethod
     def of(cls, lesions: Sequence[Lesion]) -> LesionTable:
-        """Return the table of lesions, which may be one already."""
+        """Return lesions as a table."""
         if isinstance(lesions, LesionTable):
             return lesions
         paths, images = Texts(), dict[str, list[int]]()
@@ -170,26 +170,28 @@ class LesionTable(Sequence[Lesion]):
         ]
 
     def group_names(self, rows: np.ndarray) -> list[str]:
-        """Return the group of each of these rows (n,), the lesion itself where it is its own."""
+        """Return the group of each of these rows (n,); the id of a lesion without a group."""
         names, codes = self.ids[rows], self.group[rows]
         names[codes >= 0] = self.groups[codes[codes >= 0]]
         return names.tolist()
 
     def distinct_groups(self) -> tuple[np.ndarray, pa.Array]:
-        """Return the number of each lesion's group (N,) and the different groups, without those of no lesion."""
-        alone = np.flatnonzero(self.group < 0)
+        """Return the number of each lesion's group (N,) and the names of the groups that have lesions."""
+        ungrouped = np.flatnonzero(self.group < 0)
         used = np.zeros(len(self.groups), bool)
         used[self.group[self.group >= 0]] = True
         names = self.groups.column if used.all() else self.groups.column.take(pa.array(np.flatnonzero(used)))
         numbers = (np.cumsum(used, dtype=np.int32) - 1)[self.group] if len(used) else np.empty(0, np.int32)
-        if not len(alone):
+        if not len(ungrouped):
             return numbers, names
-        names = pa.chunked_array([names, self.ids.column.take(pa.array(alone))]).dictionary_encode().combine_chunks()
+        names = (
+            pa.chunked_array([names, self.ids.column.take(pa.array(ungrouped))]).dictionary_encode().combine_chunks()
+        )
         codes = names.indices.to_numpy()
         result = np.empty(len(self), np.int32)
         if len(used):
-            result[:] = codes[: len(codes) - len(alone)][numbers]
-        result[alone] = codes[len(codes) - len(alone) :]
+            result[:] = codes[: len(codes) - len(ungrouped)][numbers]
+        result[ungrouped] = codes[len(codes) - len(ungrouped) :]
         return result, names.dictionary
 
     def kept(self, rows: np.ndarray) -> LesionTable:
@@ -209,9 +211,9 @@ class LesionTable(Sequence[Lesion]):
 
 
 def agreed(rows: np.ndarray, values: np.ndarray, none: float = math.nan) -> tuple[np.ndarray, np.ndarray]:
-    """Return the value (L,) on which the rows (L, R) of each lesion that have one agree, and where they do not.
+    """Merge the values of each lesion's rows: return the values (L,) and the lesions whose rows differ.
 
-    values: of the rows of the table (N,), `none` where missing.
+    rows: (L, R), R of 1 or 2, -1 for no row.  values: (N,) of the table's rows, `none` where missing.
     """
     if rows.shape[1] == 1:
         return np.where(rows[:, 0] >= 0, values[rows[:, 0]], none).astype(values.dtype), np.empty(0, int)
@@ -227,12 +229,12 @@ def no_labels(rows: int) -> np.ndarray:
 
 
 def no_groups(rows: int) -> tuple[Text, np.ndarray]:
-    """Return `groups` and `group` of lesions that are groups of their own."""
+    """Return `LesionTable.groups` and `.group` of lesions without groups."""
     return Text(pa.chunked_array([], pa.string())), np.full(rows, -1, np.int8)
 
 
 def _equal(one: Lesion, other: Lesion) -> bool:
-    """Return whether two lesions are equal; missing values are."""
+    """Return whether two lesions are equal, where NaN equals NaN."""
 
     def key(lesion: Lesion) -> tuple[object, ...]:
         numbers = [None if math.isnan(number) else number for number in (*lesion.concepts, *lesion.metadata)]

@@ -1,8 +1,8 @@
-"""Read one table and its photos into checked lesions, as a task says: any columns, words and folders.
+"""Read one table and its photos into checked lesions. The task names the columns and the words in them.
 
-A row is a lesion, with a column for each view, or a photo, with a column that says its view. Photos lie anywhere below
-the folder; a cell holds a photo's id, file name or path. Columns are parsed by their different values, so
-that a million rows take seconds.
+A row is a lesion, with a column of photos per view, or a photo, with a column that holds its view. Photos lie anywhere
+below the folder; a cell holds a photo's id, file name or path. Each distinct text of a column is parsed once, so that a
+million rows take seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_lesions(
     missing_view: Literal["refuse", "mark"] = "refuse",
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Dataset:
-    """Read the lesions of a folder, or those of a table where the folder holds several with the task's columns.
+    """Read the lesions of a folder, or of one table in a folder with several tables that have the task's columns.
 
     missing_view="mark" keeps lesions with one of two photos. invalid="drop" drops lesions with an invalid row.
     Raises InvalidLesions with all problems, its text naming file and row of the first one; DataError for a folder or
@@ -72,9 +72,9 @@ def read_lesions(
 
 
 def read_labels(path: Path, task: Task) -> dict[str, int]:
-    """Read the label of each lesion from a table with the task's columns of ids and diagnoses; no photo is looked for.
+    """Read the label of each lesion from a table with the task's columns of ids and diagnoses. Needs no photos.
 
-    Raises DataError naming the row of an invalid label, or of one that differs from another of the lesion.
+    Raises DataError naming the row of an invalid label, or of one that contradicts an earlier row of the lesion.
     """
     table = read_table(path, task.table).named(task_columns(task))
     table.require([task.columns.lesion_id or image_columns(task)[0], *filter(None, [task.columns.diagnosis])])
@@ -114,9 +114,9 @@ def task_columns(task: Task) -> list[str]:
 
 
 def find_table(source: Path, task: Task) -> Path:
-    """Return the table to read: `source` itself, or the one in the folder that has the columns of the photos.
+    """Return the table to read: `source` itself, or the table in the folder that has the columns of photos.
 
-    Raises DataError where there is none, or several to choose from.
+    Raises DataError if there are none or several.
     """
     if source.is_file():
         return source
@@ -150,7 +150,7 @@ def find_table(source: Path, task: Task) -> Path:
 
 @dataclass
 class _Reading:
-    """The columns of a table, parsed."""
+    """Parses the columns of a table of N rows and collects what is wrong with them."""
 
     table: Table
     task: Task
@@ -169,7 +169,7 @@ class _Reading:
     """The id of each lesion."""
 
     def lesions(self) -> tuple[LesionTable, list[str], list[Problem]]:
-        """Return the lesions, the notes, and the problems that exclude others."""
+        """Return the valid lesions, the notes, and the problems of the other lesions."""
         task = self.task
         self.read_ids()
         rows, images = self._by_lesion()
@@ -217,14 +217,14 @@ class _Reading:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """The names of the scores of a lesion."""
+        """Names of the concept scores of a lesion."""
         prefix = self.task.concepts.prefix or ""
         return self.task.per_lesion(column[len(prefix) :] for column in self._concept_columns())
 
     # --- lesions ---
 
     def read_ids(self) -> None:
-        """Set `codes` and `names`; ids that cannot be one are problems of their rows."""
+        """Set `codes` and `names`; rows with an invalid id become problems."""
         column = self.task.columns.lesion_id
         name = column or image_columns(self.task)[0]
         self.used.add(name)
@@ -245,7 +245,7 @@ class _Reading:
         return self.names[int(self.codes[row])]
 
     def _by_lesion(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the rows (L, R) of each lesion, -1 where it has none, and by view the positions of its photos (L,)."""
+        """Return the rows of each lesion (L, R), -1 for none, and {view: positions of the photos (L,)}."""
         task = self.task
         images = [self._paths(column) for column in image_columns(task)]
         self.photos.clear()
@@ -279,7 +279,7 @@ class _Reading:
         return own[:, None], dict(zip(task.view_names, images, strict=True))
 
     def _missing(self, lesion_id: str, absent: np.ndarray) -> str:
-        """Return what is wrong with a lesion without photos of the views (V,)."""
+        """Return what is wrong with a lesion that lacks photos. absent: (V,) bool by view."""
         if absent.all():
             return f"lesion {lesion_id} has no photo; add one or remove its rows"
         view = self.task.view_names[int(absent.argmax())]
@@ -297,7 +297,7 @@ class _Reading:
         return np.nan_to_num(self._parsed(column, parse, "row"), nan=-1).astype(np.int8)
 
     def _paths(self, column: str) -> np.ndarray:
-        """Return the position of each row's photo (N,), -1 where its cell is empty or a file that may be missing is."""
+        """Return the position of each row's photo (N,), -1 for an empty cell or a file that may be missing."""
         self.used.add(column)
         found = np.full(len(self.table), -1, np.int32)
         wrong: list[tuple[int, str, str]] = []
@@ -331,7 +331,7 @@ class _Reading:
         return found
 
     def _agreed_groups(self, rows: np.ndarray, groups: tuple[np.ndarray, Text] | None) -> tuple[np.ndarray, Text]:
-        """Return the group of each lesion (L,), -1 where it is its own, and the names of groups."""
+        """Return the group of each lesion (L,), -1 for none, and the names of groups."""
         if groups is None:
             names, group = no_groups(len(rows))
             return group, names
@@ -348,7 +348,7 @@ class _Reading:
     # --- columns ---
 
     def _absent(self, column: str) -> str:
-        """Return the name of a column that the table lacks, with the most similar one of those that nothing uses."""
+        """Return the name of a column that the table lacks, with the most similar unused column, for messages."""
         known = {name.lower() for name in task_columns(self.task)}
         near = nearest(column, (name for name in self.table.header if name.lower() not in known))
         return f"{column!r} (is {near!r} meant?)" if near else repr(column)
@@ -369,9 +369,9 @@ class _Reading:
         span: tuple[float, float] | None = None,
         words: Iterable[str] = (),
     ) -> np.ndarray:
-        """Parse a column (N,), each different text once; NaN where that raises ValueError, which is a problem.
+        """Parse a column (N,), each distinct text of a part once; NaN and a problem where that raises ValueError.
 
-        span: numbers in it are taken as they are, unless they are one of `words`.
+        span: numbers in this range are parsed at once, without `parse`, unless they are one of `words`.
         """
         self.used.add(column)
         result, start = np.empty(len(self.table)), 0
@@ -407,7 +407,7 @@ class _Reading:
         return found
 
     def _concept_columns(self) -> list[str]:
-        """Return the columns of scores, in an order that does not depend on the table's."""
+        """Return the columns of concept scores, in an order that is independent of the table's."""
         concepts = self.task.concepts
         if concepts.prefix:
             prefix = concepts.prefix.lower()
@@ -415,7 +415,7 @@ class _Reading:
         return list(concepts.names)
 
     def _scores_of_rows(self, column: str, rows: np.ndarray) -> list[Numbers]:
-        """Return the scores (L,) of each row of a lesion."""
+        """Return the scores of a concept, one column (L,) per row of a lesion."""
         scores = self._scores(column)
         if rows.shape[1] == 1 and not self.task.row_per_photo:
             return [Numbers(scores, rows[:, 0])]
@@ -436,7 +436,7 @@ class _Reading:
         return self._parsed(column, parse, "cell", (0.0, 1.0), scores)
 
     def labels(self) -> np.ndarray:
-        """Return the (N,) index of each row's diagnosis, `UNLABELED` where it has none."""
+        """Return the label of each row (N,), `UNLABELED` for none."""
         task, column = self.task, self.task.columns.diagnosis
         if column is None:
             return self._one_hot()
@@ -453,9 +453,9 @@ class _Reading:
         return np.nan_to_num(self._parsed(column, parse, "label"), nan=UNLABELED).astype(np.int16)
 
     def _fine(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return the number of each lesion's finer label (L,), `UNLABELED` where it has none of the task's.
+        """Return the finer label of each lesion (L,), `UNLABELED` for none of the task's.
 
-        A finer label of another diagnosis than the lesion's (labels, (L,)) is a problem.
+        A finer label that contradicts the lesion's label (labels, (L,)) is a problem.
         """
         task, fine, none = self.task, self.task.fine, no_labels(len(rows))
         contradictions: list[tuple[int, str]] = []
@@ -509,7 +509,7 @@ class _Reading:
         return np.where(right, labels, UNLABELED).astype(np.int16)
 
     def _groups(self) -> tuple[np.ndarray, Text] | None:
-        """Return the group of each row (N,), -1 where it has none, and the names of groups."""
+        """Return the group of each row (N,), -1 for none, and the names of groups; None without a group column."""
         column = self.task.columns.group
         if column is None:
             return None
@@ -554,7 +554,7 @@ class _Reading:
 
 
 def parse_diagnosis(text: str, task: Task, column: str) -> int:
-    """Return the index of the diagnosis that a text names. Raises ValueError, with the nearest word."""
+    """Return the label that a text names. Raises ValueError, with the nearest word, for an unknown one."""
     label = task.label_of(text)
     if label is not None:
         return label
@@ -566,12 +566,15 @@ def _as_words(key: str) -> str:
     return f" Correct it, or add it to the words of one of the {key} in task.yaml"
 
 
-def _repeated(found: np.ndarray, places: int) -> dict[int, int]:
-    """Return the first row with the same place by each later one, given the place of each row (N,), -1 for none."""
+def _repeated(found: np.ndarray, photos: int) -> dict[int, int]:
+    """Return {row: first row that names the same photo} of rows that repeat a photo.
+
+    found: (N,) position of each row's photo, -1 for none.  photos: number of all photos.
+    """
     rows = np.flatnonzero(found >= 0)
     if len(rows) == 0:
         return {}
-    first = np.full(places, -1, np.int32)
+    first = np.full(photos, -1, np.int32)
     first[found[rows][::-1]] = rows[::-1]
     later = rows[first[found[rows]] != rows]
     return dict(zip(later.tolist(), first[found[later]].tolist(), strict=True))

@@ -16,11 +16,11 @@ from triderm_dist.tasks import TASK_FILE, load_task, milk10k_task
 
 @dataclass(frozen=True)
 class Reader:
-    """A layout of folders.
+    """The functions that read one layout of folders.
 
-    read: the lesions of (source, task, missing_view, invalid), as `read_source`.  inputs: the tables and folders of
-    photos of (source, task), on which the result of `read` depends.  labels: the label of each lesion of a table with
-    the ground truth of a test set, of (path, task).
+    read(source, task, missing_view, invalid): as `read_source`.  inputs(source, task): the tables and folders of photos
+    on which the result of `read` depends.  labels(path, task): {lesion id: label} of a table with the ground truth of a
+    test set.
     """
 
     read: Callable[[Path, Task, Literal["refuse", "mark"], Literal["refuse", "drop"]], Dataset]
@@ -32,7 +32,7 @@ READERS: dict[str, Reader] = {
     "milk10k": Reader(milk10k.read_challenge, milk10k.inputs, milk10k.read_labels),
     "lesions_csv": Reader(lesions_csv.read_lesions, lesions_csv.inputs),
 }
-"""The readers by the name that a task gives; plugins may add others."""
+"""Readers by the name that `Task.reader` holds; plugins may add others."""
 
 
 def reader_of(task: Task) -> Reader:
@@ -50,7 +50,7 @@ def read_source(
     missing_view: Literal["refuse", "mark"] = "refuse",
     invalid: Literal["refuse", "drop"] = "refuse",
 ) -> Dataset:
-    """Read the lesions of a folder, or of its table where it holds several, as the task says.
+    """Read the lesions of a folder, or of one table in a folder with several, with the task's reader.
 
     missing_view="mark" keeps lesions with one of two photos. invalid="drop" drops lesions with an invalid row.
     Raises InvalidLesions with all problems; DataError for a folder or table that cannot be read at all.
@@ -59,16 +59,16 @@ def read_source(
 
 
 def find_task(source: str | os.PathLike[str], setting: str | None = None) -> Task:
-    """Return the task by which a folder, or a table in it, is read; see `task_setting`."""
+    """Load the task of a folder, or of a table in it; see `task_setting`."""
     found = task_setting(source, setting)
     return milk10k_task() if found == "milk10k" else load_task(found)
 
 
 def task_setting(source: str | os.PathLike[str], setting: str | None = None) -> str:
-    """Return the name or file of the task by which a folder, or a table in it, is read.
+    """Return the name or file of the task of a folder, or of a table in it.
 
-    That is `setting`, else the task.yaml in the folder, else milk10k where the folder has that layout.
-    Raises DataError where there is none.
+    That is `setting`, else the task.yaml in the folder, else milk10k if the folder has that layout.
+    Raises DataError if none of them applies.
     """
     if setting:
         return setting

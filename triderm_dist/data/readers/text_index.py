@@ -1,4 +1,4 @@
-"""Millions of texts in little memory: one after the other in blocks, and found by their hashes."""
+"""Store millions of texts in little memory, and find them by their hashes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BLOCK = 1 << 16
 
 
 class Texts(Sequence[str]):
-    """Texts that are appended one by one, in blocks.
+    """A list of texts in blocks of 65,536; each block stores the common prefix and suffix of its texts once.
 
-    A text takes the bytes between the prefix and the suffix that its block has in common, and 4 more in a block of
-    different lengths. Names of files may be of any bytes.
+    A text takes the bytes between them, and 4 more in blocks whose texts differ in length. File names that are not
+    valid UTF-8 are kept (`os.fsencode`).
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -67,7 +67,7 @@ def _common_prefix(texts: Sequence[bytes]) -> bytes:
 
 
 class HashIndex:
-    """Finds texts among N by their hashes, in 12 bytes a text; who asks compares the texts found, which may differ.
+    """Finds texts among N by their hashes, in 12 bytes per text. Hashes may collide: callers compare the texts.
 
     hashes: (N,) int64, of `hash`.
     """
@@ -88,7 +88,7 @@ class HashIndex:
         return self._order[first:last].tolist()
 
     def only(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the position of the only text with the hash of each of these (N,), -1 where there is none or more."""
+        """Return the position (N,) of the only text with the hash of each, -1 for none or several."""
         wanted = np.fromiter(map(hash, texts), np.int64, len(texts))
         first = np.searchsorted(self._hashes, wanted)
         last = np.searchsorted(self._hashes, wanted, "right")
