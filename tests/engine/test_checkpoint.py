@@ -18,7 +18,7 @@ def training() -> Training:
     network = nn.Linear(300, 5)
     optimizer = torch.optim.AdamW(network.parameters())
     return Training(
-        network, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), None, TrainState()
+        network, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), None, TrainState(), {}
     )
 
 
@@ -67,7 +67,7 @@ def test_files_hold_the_training_as_it_was_when_they_were_asked_for(training, tm
         assert readable_checkpoints(tmp_path / "checkpoints")[-1].record["state"] == state
         may_write.clear()
         expected.append(contents(training))
-        checkpoints.keep_weights(accelerator, training.wrapped, epoch=7)
+        checkpoints.keep_weights(accelerator, training, epoch=7)
         take_step(training)
         may_write.set()
     for number in (0, 1):

@@ -89,33 +89,49 @@ def local_shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return value.clone()
 
 
+def untrained_tensors(network: nn.Module) -> Tensors:
+    """Return the frozen parameters and the buffers of a network by name, as copies on the host of rank 0 alone.
+
+    Call on all ranks before `wrap`: DeepSpeed then casts them to 16 bits.
+    """
+    trained = _trained(network)
+    return host_tensors((name, tensor) for name, tensor in network.state_dict().items() if name not in trained)
+
+
 @torch.no_grad()
-def full_weights(accelerator: Accelerator, wrapped: nn.Module) -> Tensors:
+def full_weights(accelerator: Accelerator, wrapped: nn.Module, untrained: Tensors) -> Tensors:
     """Return the network's full state dict, in fp32 where DeepSpeed keeps master weights.
 
-    Empty on ranks other than 0. Call on all ranks.
+    untrained: what `untrained_tensors` returned, of which frozen parameters are taken. Empty on ranks other than 0.
+    Call on all ranks.
     """
     network = unwrap(wrapped)
+    frozen = {name for name, each in network.named_parameters(remove_duplicate=False) if not each.requires_grad}
+    changing = [(name, tensor) for name, tensor in network.state_dict().items() if name not in frozen]
     if strategy_of(accelerator) == "deepspeed":
-        return host_tensors(_deepspeed_weights(network))
-    return host_tensors(network.state_dict().items()) if participates(accelerator) else {}
+        weights = host_tensors(_deepspeed_weights(network, changing, untrained))
+    else:
+        weights = host_tensors(changing) if participates(accelerator) else {}
+    return {**{name: untrained[name] for name in frozen}, **weights} if is_main() else {}
 
 
-def _deepspeed_weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights in fp32 by name, each gathered."""
-    import deepspeed
+def _deepspeed_weights(
+    network: nn.Module, changing: Iterable[tuple[str, torch.Tensor]], untrained: Tensors
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield trained parameters, gathered, and buffers in fp32 by name."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    parameters = dict(network.named_parameters())
-    for name, tensor in network.state_dict().items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            yield name, tensor
-        elif parameter.requires_grad:
-            yield name, safe_get_full_fp32_param(parameter)
-        else:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.float().clone()
+    trained = _trained(network)
+    for name, tensor in changing:
+        if name in trained:
+            yield name, safe_get_full_fp32_param(trained[name])
+        elif is_main():
+            yield name, _unrounded(tensor, untrained[name])
+
+
+def _unrounded(tensor: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Return a buffer in its own precision: as it was before DeepSpeed cast it, unless training has changed it."""
+    return before if torch.equal(tensor.cpu(), before.to(tensor.dtype)) else tensor.to(before.dtype)
 
 
 @torch.no_grad()

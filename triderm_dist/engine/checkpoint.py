@@ -76,7 +76,8 @@ class TrainState:
 class Training:
     """A running training: everything that a checkpoint holds. `optimizer` is the plain one inside Accelerate's wrapper.
 
-    sums: the loss sums of the last step, which the next one may use (train.loss.soft_f1_sums=previous).
+    untrained: see `untrained_tensors`.  sums: the loss sums of the last step, which the next one may use
+    (train.loss.soft_f1_sums=previous).
     """
 
     wrapped: nn.Module
@@ -84,6 +85,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LambdaLR
     average: WeightAverage | None
     state: TrainState
+    untrained: Tensors
     sums: Sums | None = None
 
     def __post_init__(self) -> None:
@@ -295,7 +297,7 @@ class Checkpoints:
         self._saved = time.monotonic()
         optimizer = full_optimizer_state(accelerator, training.wrapped, training.optimizer, training.initial_groups)
         parts = {
-            "weights": full_weights(accelerator, training.wrapped),
+            "weights": full_weights(accelerator, training.wrapped, training.untrained),
             "optimizer": optimizer.tensors,
             **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
         }
@@ -315,12 +317,12 @@ class Checkpoints:
             state, record = replace(training.state), copy.deepcopy(record)
             self._writer.start(lambda: self._write(state, parts, record))
 
-    def keep_weights(self, accelerator: Accelerator, wrapped: nn.Module, **info: Any) -> None:
+    def keep_weights(self, accelerator: Accelerator, training: Training, **info: Any) -> None:
         """Copy the full weights to the host and start to write them under canonical names, for prediction, as the
         selected ones. Call on all ranks. Raises OSError as `save` does.
         """
         self.wait()
-        weights = finished_weights(full_weights(accelerator, wrapped))
+        weights = finished_weights(full_weights(accelerator, training.wrapped, training.untrained))
         if is_main():
             self._writer.start(lambda: save_weights(self.folder.parent / "weights", weights, **info))
 

@@ -19,6 +19,7 @@ from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
+from triderm_dist.distributed.full_state import untrained_tensors
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState
@@ -141,6 +142,7 @@ class Trainer:
             "" if graphed else why_graph, self.expectation,
         )  # fmt: skip
         accelerator.print(text, flush=True)
+        untrained = untrained_tensors(network)
         with on_graph_stream(accelerator.device, graphed):
             self.wrapped, prepared, optimizer = wrap(
                 accelerator, network, self._build_optimizer, config.activation_checkpointing, config.compile,
@@ -150,7 +152,7 @@ class Trainer:
         average: WeightAverage | None = Ema(self.wrapped, config.ema_decay) if config.ema_decay else None
         if config.swa_epochs:
             average = EpochAverage(self.wrapped, config.epochs - config.swa_epochs)
-        self.training = Training(self.wrapped, optimizer, scheduler, average, TrainState())
+        self.training = Training(self.wrapped, optimizer, scheduler, average, TrainState(), untrained)
         if saved:
             saved.load_training(accelerator, self.training)
             if changes := self.checkpoints.describe_changes(saved):
@@ -295,7 +297,7 @@ class Trainer:
         info: dict[str, float] = {"epoch": state.best_epoch}
         if is_scored:
             info["validation_macro_f1"] = state.best_score
-        self.checkpoints.keep_weights(self.accelerator, self.wrapped, **info)
+        self.checkpoints.keep_weights(self.accelerator, self.training, **info)
 
 
 def check_names(config: TrainConfig) -> None:
