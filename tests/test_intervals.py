@@ -72,6 +72,41 @@ def test_paired_difference_of_many_lesions_has_the_interval_of_a_bootstrap() -> 
     assert difference.excludes_zero == (difference.low > 0 or difference.high < 0)
 
 
+def test_resamples_of_few_units_are_those_of_one_multinomial_draw() -> None:
+    generator = np.random.default_rng(0)
+    units, frequency = generator.integers(0, 4, (500, 6)).astype(float), generator.integers(1, 9, 500)
+    sums = intervals._resampled(units, frequency, 2000, 150, np.random.default_rng(3))
+    counts = np.random.default_rng(3).multinomial(2000, frequency / frequency.sum(), size=150)
+    np.testing.assert_array_equal(sums, counts @ units)
+
+
+def test_resamples_of_many_units_have_their_mean_and_covariance() -> None:
+    generator = np.random.default_rng(0)
+    frequency = np.append(generator.geometric(0.5, 21_000), [20_000, 300, 40])
+    drawn, columns = int(frequency.sum()), generator.integers(0, 4, (len(frequency), 3)).astype(float)
+    columns[:, 1] *= frequency == 1
+    columns[:, 2] *= frequency > intervals._SEVERAL
+    sums = intervals._resampled(np.column_stack([np.ones(len(frequency)), columns]), frequency, drawn, 600, generator)
+    assert (sums[:, 0] == drawn).all()
+    share = frequency / drawn
+    mean, covariance = drawn * share @ columns, drawn * np.cov(columns.T, aweights=share, ddof=0)
+    deviation = np.sqrt(np.diag(covariance))
+    assert (np.abs(sums[:, 1:].mean(axis=0) - mean) < 3 * deviation / np.sqrt(600)).all()
+    scaled = (np.cov(sums[:, 1:].T) - covariance) / np.outer(deviation, deviation)
+    assert np.abs(scaled).max() < 0.15
+
+
+def test_groups_are_numbered_in_the_order_of_their_names() -> None:
+    generator = np.random.default_rng(0)
+    for values in (np.array(["b", "ä", "Z", "🙂", "", "\uffff", "a b"], object), np.array([3, -1, 10**12], object)):
+        groups = generator.choice(values, 50)
+        numbers = intervals.group_numbers(groups)
+        np.testing.assert_array_equal(numbers, np.unique(groups, return_inverse=True)[1])
+        np.testing.assert_array_equal(
+            numbers, intervals.group_numbers(groups.astype(str) if values[0] == "b" else groups.astype(int))
+        )
+
+
 def test_copies_of_lesions_in_a_group_change_no_interval() -> None:
     decisions, labels = simulated([300, 90, 60])
     other = simulated([300, 90, 60], seed=1)[0]

@@ -23,11 +23,14 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 LARGEST_RESAMPLE = 10_000
 """Lesions or groups of a bootstrap resample, at most, where a metric is computed anew on each."""
+_RESAMPLES_AT_ONCE = 64
+_MANY_UNITS, _SEVERAL = 20_000, 16
+"""Of more units than the first number, those that occur as often as the second or less are drawn one by one."""
 _NORMAL = 1.959963984540054
 _PRIOR = 2 / 3
 """Added to both counts of a proportion."""
 _PRIOR_LESIONS = 0.5
-"""Lesions per diagnosis, with the mean outcome over diagnoses, that `paired_difference` adds to a resample."""
+"""Lesions per diagnosis, with the mean outcome over diagnoses, that `difference_draws` adds to a resample."""
 _ROC_PRIOR, _AP_PRIOR = 12, 3
 """Weights of the simpler variance in `area_under_roc` and `average_precision`, in lesions of the rarer kind."""
 
@@ -109,24 +112,33 @@ def paired_difference(
     groups: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    *,
-    confidence: float = CONFIDENCE,
 ) -> Interval:
-    """Return macro F1 of `first` minus macro F1 of `second` on the same lesions, with its interval.
+    """Return macro F1 of `first` minus macro F1 of `second` on the same lesions, with its interval: the percentiles of
+    `difference_draws`.
+    """
+    value = metrics.macro_f1(first, labels) - metrics.macro_f1(second, labels)
+    return Interval(float(value), *percentiles(difference_draws(first, second, labels, groups, resamples, seed)))
 
-    Percentiles of an unstratified bootstrap. A diagnosis with few lesions often has no lesion in a resample, or none
-    that only one of the two finds: half a lesion is added to each diagnosis, found by both, one or none in the mean
-    proportions over the diagnoses (its counts are gamma distributed). Decisions that are equal differ by exactly 0.
+
+def difference_draws(
+    first: np.ndarray,
+    second: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return (R,) draws of macro F1 of `first` minus macro F1 of `second` by an unstratified bootstrap.
+
+    A diagnosis with few lesions often has no lesion in a resample, or none that only one of the two finds: half a
+    lesion is added to each diagnosis, found by both, one or none in the mean proportions over the diagnoses (its counts
+    are gamma distributed). Decisions that are equal differ by exactly 0.
     """
     (one, two), frequency = _units([first, second], labels, groups)
-    value = metrics.macro_f1(first, labels) - metrics.macro_f1(second, labels)
-    return Interval(float(value), *percentiles(_differences(one, two, frequency, resamples, seed), confidence))
-
-
-def _differences(one: _Counts, two: _Counts, frequency: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Return the (R,) differences in macro F1 of `paired_difference`."""
     generator = np.random.default_rng(seed)
-    counts = generator.multinomial(int(frequency.sum()), frequency / frequency.sum(), size=resamples).astype(float)
+    columns = np.concatenate([one.found, one.total, two.found, two.total], axis=1)
+    sums = _resampled(columns, frequency, int(frequency.sum()), resamples, generator)
+    one_found, one_total, two_found, two_total = np.split(sums, 4, axis=1)
     positives = frequency @ one.positives
     occurs = positives > 0
     both = frequency @ one.both
@@ -135,10 +147,11 @@ def _differences(one: _Counts, two: _Counts, frequency: np.ndarray, resamples: i
     shape = _PRIOR_LESIONS * np.append(shares, max(1 - shares.sum(), 0.0))
     added = generator.standard_gamma(np.broadcast_to(shape[:, None, None], (4, resamples, len(occurs))))
 
-    def f1(part: _Counts, found: np.ndarray, missed: np.ndarray) -> np.ndarray:
-        return metrics.ratio(2 * (counts @ part.found + found), counts @ part.total + 2 * found + missed)[:, occurs]
+    def f1(found: np.ndarray, total: np.ndarray, more_found: np.ndarray, more_missed: np.ndarray) -> np.ndarray:
+        return metrics.ratio(2 * (found + more_found), total + 2 * more_found + more_missed)[:, occurs]
 
-    draws = f1(one, added[0] + added[1], added[2] + added[3]) - f1(two, added[0] + added[2], added[1] + added[3])
+    draws = f1(one_found, one_total, added[0] + added[1], added[2] + added[3])
+    draws -= f1(two_found, two_total, added[0] + added[2], added[1] + added[3])
     return np.asarray(np.nanmean(draws, axis=1))
 
 
@@ -168,7 +181,7 @@ def rates(decided: np.ndarray, positive: np.ndarray, groups: np.ndarray | None =
     outcome = 2 * decided.astype(np.int64) + positive
     units, frequency = np.eye(4), np.bincount(outcome, minlength=4).astype(float)
     if groups is not None:
-        codes = _codes(groups)
+        codes = group_numbers(groups)
         units = np.bincount(4 * codes + outcome, minlength=4 * (codes.max() + 1)).reshape(-1, 4).astype(float)
         frequency = np.ones(len(units))
     true_negative, missed, false_alarm, found = units.T[:, :, None]
@@ -339,7 +352,7 @@ def metric_draws(
     from their mean are multiplied by sqrt(m / U) (m out of n bootstrap, Bickel, Goetze and van Zwet 1997).
     """
     generator = np.random.default_rng(seed)
-    codes = np.arange(len(labels)) if groups is None else _codes(groups)
+    codes = np.arange(len(labels)) if groups is None else group_numbers(groups)
     order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes)
     starts = np.cumsum(sizes) - sizes
@@ -373,9 +386,7 @@ def spread(
     """
     (counts,), frequency = _units([decisions], labels, groups)
     drawn = max(1, round(lesions * frequency.sum() / (frequency @ counts.positives.sum(axis=1))))
-    generator = np.random.default_rng(seed)
-    sets = generator.multinomial(drawn, frequency / frequency.sum(), size=resamples).astype(float)
-    scores = _macro_f1_of(sets, counts)
+    scores = _macro_f1_draws([counts], frequency, drawn, resamples, seed)[:, 0]
     return Interval(float(np.median(scores)), *percentiles(scores))
 
 
@@ -388,16 +399,43 @@ def macro_f1_draws(
 ) -> np.ndarray:
     """Return (R, T) macro F1 of T decision tables on the same unstratified bootstrap resamples."""
     units, frequency = _units(list(tables), labels, groups)
-    generator = np.random.default_rng(seed)
-    sets = generator.multinomial(int(frequency.sum()), frequency / frequency.sum(), size=resamples).astype(float)
-    return np.stack([_macro_f1_of(sets, counts) for counts in units], axis=1)
+    return _macro_f1_draws(units, frequency, int(frequency.sum()), resamples, seed)
 
 
-def _macro_f1_of(sets: np.ndarray, counts: _Counts) -> np.ndarray:
-    """Return the macro F1 (R,) of sets that hold each unit so many times, (R, U), over the diagnoses that occur."""
-    f1 = metrics.ratio(2 * sets @ counts.found, sets @ counts.total)
-    f1[sets @ counts.positives == 0] = np.nan
-    return np.asarray(np.nanmean(f1, axis=1))
+def _macro_f1_draws(
+    tables: Sequence[_Counts], frequency: np.ndarray, drawn: int, resamples: int, seed: int
+) -> np.ndarray:
+    """Return (R, T) macro F1 of T tables over the diagnoses that occur in each resample of so many units."""
+    columns = np.concatenate([tables[0].positives, *(part for each in tables for part in (each.found, each.total))], 1)
+    sums = _resampled(columns, frequency, drawn, resamples, np.random.default_rng(seed))
+    positives, *parts = np.split(sums, 1 + 2 * len(tables), axis=1)
+    f1 = np.stack([metrics.ratio(2 * found, total) for found, total in zip(parts[::2], parts[1::2], strict=True)], 1)
+    f1[np.broadcast_to((positives == 0)[:, None], f1.shape)] = np.nan
+    return np.asarray(np.nanmean(f1, axis=2))
+
+
+def _resampled(
+    units: np.ndarray, frequency: np.ndarray, drawn: int, resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the sums (R, K) of columns of the units (U, K) over resamples of so many units, with replacement.
+
+    Of many distinct units most occur once or a few times. How many of all of these are in a resample is drawn together
+    with the frequent ones, then which: one number for each, in less time than a binomial number for every unit.
+    """
+    rare = frequency <= (_SEVERAL if len(frequency) > _MANY_UNITS else 0)
+    frequent, singles = units[~rare], np.repeat(np.arange(rare.sum()), frequency[rare])
+    sizes = np.append(frequency[~rare], len(singles)) if len(singles) else frequency
+    sums = []
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        number = min(_RESAMPLES_AT_ONCE, resamples - start)
+        counts = generator.multinomial(drawn, sizes / frequency.sum(), size=number)
+        part = counts[:, : len(frequent)].astype(float) @ frequent
+        if len(singles):
+            picked = [singles[generator.integers(0, len(singles), many)] for many in counts[:, -1]]
+            times = np.stack([np.bincount(each, minlength=rare.sum()) for each in picked])
+            part += times.astype(float) @ units[rare]
+        sums.append(part)
+    return np.concatenate(sums)
 
 
 def of_mean(values: Sequence[float] | np.ndarray) -> Interval:
@@ -535,7 +573,7 @@ def _design_effect(part: np.ndarray, whole: np.ndarray, frequency: np.ndarray) -
 
 def _variance_of_mean(residuals: np.ndarray, groups: np.ndarray | None) -> float:
     """Return the variance of the mean of values whose distances from it are (N,); over groups where they are given."""
-    sums = residuals if groups is None else np.bincount(_codes(groups), residuals)
+    sums = residuals if groups is None else np.bincount(group_numbers(groups), residuals)
     return float((sums**2).sum() / len(residuals) ** 2 * len(sums) / max(len(sums) - 1, 1))
 
 
@@ -589,7 +627,7 @@ def _units(tables: list[np.ndarray], labels: np.ndarray, groups: np.ndarray | No
     columns = [np.stack([truth & each, each.astype(int) + truth, truth, both]) for each in decided]
     counts = np.concatenate(columns).astype(np.int64)  # (4 tables, U, C)
     if groups is not None:
-        patterns, starts, repeats = _distinct_groups(_codes(np.asarray(groups)[known]), pattern_of)
+        patterns, starts, repeats = _distinct_groups(group_numbers(np.asarray(groups)[known]), pattern_of)
         rows = counts.transpose(1, 0, 2).reshape(len(first), -1)[patterns]
         summed = np.add.reduceat(rows, starts, axis=0)
         smallest = summed.astype(np.min_scalar_type(summed.max()))  # rows of fewer bytes sort faster
@@ -635,6 +673,14 @@ def _distinct_groups(groups: np.ndarray, patterns: np.ndarray) -> tuple[np.ndarr
     return patterns[np.repeat(starts[first], size[first]) + within], begins, repeats
 
 
-def _codes(groups: np.ndarray) -> np.ndarray:
-    """Return (N,) numbers of the groups."""
-    return np.unique(groups, return_inverse=True)[1].ravel()
+def group_numbers(groups: np.ndarray) -> np.ndarray:
+    """Return (N,) int64 numbers of the groups, in the order of their names."""
+    if groups.dtype != object:
+        return np.unique(groups, return_inverse=True)[1].ravel()
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    encoded = pa.array(groups).dictionary_encode()
+    numbers = np.empty(len(encoded.dictionary), np.int64)
+    numbers[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(numbers))
+    return numbers[encoded.indices.to_numpy()]

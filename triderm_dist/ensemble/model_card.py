@@ -195,7 +195,7 @@ class _Card:
 
     def _groups(self) -> np.ndarray:
         """Return the patient of each row of the nested estimate."""
-        table = read_oof(self.folder / OOF_FILE)
+        table = read_oof(self.folder / OOF_FILE, logits_only=True)
         group_of = dict(zip(table.lesion_ids, table.groups, strict=True))
         return np.array([group_of.get(lesion, lesion) for lesion in self.rows.lesion_ids], object)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from triderm_dist import intervals
 from triderm_dist.intervals import Interval
-from triderm_dist.metrics import METRICS
+from triderm_dist.metrics import METRICS, macro_f1
 from triderm_dist.report.content import Content
 from triderm_dist.schema import DataError, InputError, Task
 from triderm_dist.settings import flatten, parse_yaml, untyped
@@ -103,7 +103,7 @@ class Comparison:
                     f"{first.folder}, {first.task.name!r}; compare runs of one task"
                 )
         self.task: Task = first.task
-        self.lesion_ids, self.labels, self.groups = first.rows.lesion_ids, first.rows.labels, first.table.groups
+        self.lesion_ids, self.labels, self.groups = first.rows.lesion_ids, first.rows.labels, first.groups
         self.resamples = first.resamples
         self.runs = tuple(
             _aligned(content, name, first) for content, name in zip(contents, _names(folders), strict=True)
@@ -172,8 +172,7 @@ class Comparison:
     @property
     def grouped(self) -> int:
         """Lesions that share their group with another one."""
-        _, group, sizes = np.unique(self.groups.astype(str), return_inverse=True, return_counts=True)
-        return int((sizes[group] > 1).sum())
+        return int((np.bincount(self.groups)[self.groups] > 1).sum())
 
     @cached_property
     def _draws(self) -> list[dict[str, np.ndarray]]:
@@ -187,12 +186,13 @@ class Comparison:
 
     def _pair(self, one: int, two: int, pairs: int, mcnemar: McNemar) -> Pair:
         first, second = self.runs[one], self.runs[two]
-        tables = (first.decisions, second.decisions, self.labels, self.groups, RESAMPLES)
+        value = macro_f1(first.decisions, self.labels) - macro_f1(second.decisions, self.labels)
+        draws = intervals.difference_draws(first.decisions, second.decisions, self.labels, self.groups, RESAMPLES)
         return Pair(
             first=first.name,
             second=second.name,
-            macro_f1=intervals.paired_difference(*tables),
-            corrected=intervals.paired_difference(*tables, confidence=1 - 0.05 / pairs),
+            macro_f1=Interval(value, *intervals.percentiles(draws)),
+            corrected=Interval(value, *intervals.percentiles(draws, 1 - 0.05 / pairs)),
             metrics={
                 name: Interval(
                     self._value(name, first) - self._value(name, second),

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from triderm_dist import intervals, metrics
@@ -154,11 +152,7 @@ class Content:
     @cached_property
     def groups(self) -> np.ndarray:
         """(N,) int64 numbers of the lesions' groups, in the alphabetical order of their names."""
-        encoded = pa.array(self.table.groups, pa.string()).dictionary_encode()
-        order = pc.sort_indices(encoded.dictionary).to_numpy()
-        number = np.empty(len(order), np.int64)
-        number[order] = np.arange(len(order))
-        return number[encoded.indices.to_numpy()]
+        return intervals.group_numbers(self.table.groups)
 
     @property
     def name(self) -> str:
@@ -297,7 +291,10 @@ class Content:
     @cached_property
     def size_curves(self) -> list[LearningCurve]:
         """Macro F1 by the number of training lesions, of the networks that were trained on parts of them."""
-        found = [read_learning_curve(self.folder, name, self.table, self.resamples) for name in self.table.models]
+        found = [
+            read_learning_curve(self.folder, name, self.table, self.groups, self.resamples)
+            for name in self.table.models
+        ]
         return [curve for curve in found if curve is not None]
 
     @cached_property
@@ -397,7 +394,7 @@ class Content:
     def cohorts(self) -> list[Cohort]:
         """The scored lesions, those of each fold, and those of the test set, if it was predicted."""
         table = self.table
-        every = Cohort("all", self.labels, table.groups, table.metadata, table.concepts, self.photos)
+        every = Cohort("all", self.labels, self.groups, table.metadata, table.concepts, self.photos)
         folds = [every.take(f"fold {fold}", self.rows.folds == fold) for fold in np.unique(self.rows.folds)]
         test = [] if self.test_cohort is None else [self.test_cohort]
         return [every, *folds, *test]
@@ -418,8 +415,9 @@ class Content:
             row_of = {lesion: row for row, lesion in enumerate(index.lesion_ids)}
             found = [row_of.get(lesion, -1) for lesion in part.lesion_ids[rows]]
             photos = None if -1 in found else index.sizes[np.array(found)] > 0
+        groups = intervals.group_numbers(part.groups[rows])
         return Cohort(
-            "test set", labels if known else None, part.groups[rows], part.metadata[rows], part.concepts[rows],
+            "test set", labels if known else None, groups, part.metadata[rows], part.concepts[rows],
             photos, None if known else counts,
         )  # fmt: skip
 

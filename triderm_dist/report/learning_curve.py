@@ -54,10 +54,12 @@ class LearningCurve:
         return 1 - self.scale * lesions**-self.exponent
 
 
-def read_learning_curve(run_folder: Path, model: str, table: OofTable, resamples: int) -> LearningCurve | None:
+def read_learning_curve(
+    run_folder: Path, model: str, table: OofTable, groups: np.ndarray, resamples: int
+) -> LearningCurve | None:
     """Read the predictions of a network that was trained on parts of the lesions; None where it was not.
 
-    table: the out-of-fold table of the run, lesions with a label only.
+    table: the out-of-fold table of the run, lesions with a label only.  groups: (N,) theirs.
     """
     folds = np.unique(table.folds)
     parts = {percent: gather_part(run_folder, model, percent, table) for percent in PARTS}
@@ -69,7 +71,7 @@ def read_learning_curve(run_folder: Path, model: str, table: OofTable, resamples
     ]
     sizes.append(len(table) * (len(folds) - 1) / len(folds))
     decisions = [metrics.argmax_decisions(part.logits[model]) for part in (*parts.values(), table) if part]
-    return fit_learning_curve(model, sizes, decisions, table.labels, table.groups, resamples)
+    return fit_learning_curve(model, sizes, decisions, table.labels, groups, resamples)
 
 
 def fit_learning_curve(

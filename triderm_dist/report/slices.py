@@ -146,7 +146,7 @@ class _Scores:
         self.lesions = lesions
         self.classes = lesions.probabilities.shape[1]
         self.every = np.arange(len(lesions.labels))
-        self.codes = np.unique(lesions.groups, return_inverse=True)[1].ravel()
+        self.codes = intervals.group_numbers(lesions.groups)
         self.grouped = bool((np.bincount(self.codes) > 1).any()) if len(self.codes) else False
         self.found = lesions.decisions[self.every, lesions.labels].astype(float)
         self.counts = np.bincount(lesions.labels, minlength=self.classes)
