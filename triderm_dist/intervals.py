@@ -11,6 +11,7 @@ is its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,6 +22,8 @@ from triderm_dist.schema import UNLABELED, DataError
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+MOST_DECIMALS = 6
+"""Of a difference, see `Interval.decimals`."""
 LARGEST_RESAMPLE = 10_000
 """Lesions or groups of a bootstrap resample, at most, where a metric is computed anew on each."""
 _RESAMPLES_AT_ONCE = 64
@@ -50,6 +53,22 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether both ends are on one side of 0: a difference beyond the noise."""
         return self.low > 0 or self.high < 0
+
+    def decimals(self, least: int = 3) -> int:
+        """Return with how many decimals a difference is written: `least`, or more, up to `MOST_DECIMALS`, where its
+        interval is narrower, or where the end next to 0, which it excludes, would look like 0.
+        """
+        lengths = [
+            (self.high - self.low) / 2,
+            *([2 * min(abs(self.low), abs(self.high))] if self.excludes_zero else []),
+        ]
+        needed = (math.ceil(-math.log10(length)) for length in lengths if length > 0)
+        return min(max(least, *needed, 0), MOST_DECIMALS)
+
+    def signed(self) -> tuple[str, str, str]:
+        """Return the texts of a difference and of the ends of its interval."""
+        spec = f"+.{self.decimals()}f"
+        return format(self.value, spec), format(self.low, spec), format(self.high, spec)
 
     def json(self) -> dict[str, float]:
         return asdict(self)

@@ -18,6 +18,7 @@ from triderm_dist.ensemble.fit import Fit, fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import check_refit
+from triderm_dist.intervals import Interval
 from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
 from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
 from triderm_dist.tasks import milk10k_task
@@ -103,7 +104,8 @@ def assert_choice_is_told(folder: Path, fit: Fit) -> None:
     assert choice["used"] == fit.chosen
     (note,) = [note for note in fit.notes if "predicts" in note]
     for key in ("difference", "stacker"):
-        assert f"({choice[key]['value']:+.3f}, {choice[key]['low']:+.3f} to {choice[key]['high']:+.3f}, nested)" in note
+        value, low, high = Interval(**choice[key]).signed()
+        assert f"({value}, {low} to {high}, nested)" in note
     assert note.startswith("the ensemble predicts" if fit.chosen == choice["ensemble"] else "a single network predicts")
 
 

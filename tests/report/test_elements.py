@@ -28,6 +28,10 @@ NAN = float("nan")
         ("a <b>", "", "a <b>"),
         (Interval(0.494, 0.471, 0.52), "", "0.494 (0.471 to 0.520)"),
         (Interval(0.01, -0.02, 0.04), "+.3f", "+0.010 (-0.020 to +0.040)"),
+        (Interval(0.0002, 0.0001, 0.0004), "+.3f", "+0.0002 (+0.0001 to +0.0004)"),
+        (Interval(0.0002, 0.0001, 0.0004), "+.4f", "+0.0002 (+0.0001 to +0.0004)"),
+        (Interval(0.6332, 0.6331, 0.6334), "", "0.633 (0.633 to 0.633)"),
+        (Interval(NAN, NAN, NAN), "+.3f", "–"),
         (UNKNOWN, "", "–"),
         (Share(12, 300), "", "12 of 300 (4.0%)"),
         (Share(0, 0), "", "0 of 0"),
@@ -70,6 +74,11 @@ def test_cells_are_quoted_by_row_and_column() -> None:
     twice = Table("t", "T", [Column("x", "x")], [Row("a", (1,)), Row("a", (2,))])
     with pytest.raises(KeyError, match="2 rows 'a'"):
         twice.value("a", "x")
+
+
+def test_a_difference_is_quoted_with_the_decimals_of_its_cell() -> None:
+    table = Table("t", "T", [Column("x", "x", "+.3f")], [Row("a", (Interval(0.0002, 0.0001, 0.0004),))])
+    assert [table.text("a", "x", part) for part in ("value", "low", "high")] == ["+0.0002", "+0.0001", "+0.0004"]
 
 
 def test_a_row_that_does_not_fit_is_refused() -> None:

@@ -33,17 +33,12 @@ def main(config: CompareRun) -> None:
         for each, score in zip(comparison.runs, comparison.macro_f1, strict=True)
     ]
     print(table(("run", "macro F1, nested", "95% interval"), scores))
-    differences = [
-        (
-            f"{pair.first} minus {pair.second}",
-            f"{pair.macro_f1.value:+.3f}",
-            f"{pair.macro_f1.low:+.3f} to {pair.macro_f1.high:+.3f}",
-            "yes" if pair.beyond_noise else "no",
-            f"{pair.mcnemar.first} and {pair.mcnemar.second}",
-            f"{pair.mcnemar.adjusted:.2g}",
-        )
-        for pair in comparison.pairs
-    ]
+    differences = []
+    for pair in comparison.pairs:
+        value, low, high = pair.macro_f1.signed()
+        verdict, correct = "yes" if pair.beyond_noise else "no", f"{pair.mcnemar.first} and {pair.mcnemar.second}"
+        name = f"{pair.first} minus {pair.second}"
+        differences.append((name, value, f"{low} to {high}", verdict, correct, f"{pair.mcnemar.adjusted:.2g}"))
     header = ("difference", "macro F1", "95% interval", "beyond the noise", "correct in one only", "McNemar p")
     print(f"\n{table(header, differences)}")
     if config.output:

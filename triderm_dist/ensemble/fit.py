@@ -53,7 +53,7 @@ from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stack
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.ensemble.weights import Choice, NestedEstimate, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
-from triderm_dist.intervals import Interval
+from triderm_dist.intervals import MOST_DECIMALS, Interval
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
 from triderm_dist.schema import DataError
 from triderm_dist.submission import Results, write_results
@@ -292,13 +292,12 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
     scores, network = choice.scores, choice.network
     others = {name: score for name, score in scores.items() if name != FITTED}
     best = max(others, key=lambda name: others[name])
-    other = f"{TITLES.get(best, best)} ({others[best]:.3f})"
+    fitted, other = _told_apart(scores[FITTED], others[best])
+    other = f"{TITLES.get(best, best)} ({other})"
     if choice.ensemble == FITTED:
-        weights = (
-            f"the ensemble has fitted weights: they beat {other} with {scores[FITTED]:.3f} nested, on these lesions"
-        )
+        weights = f"the ensemble has fitted weights: they beat {other} with {fitted} nested, on these lesions"
     else:
-        weights = f"the ensemble is the plain mean: fitted weights ({scores[FITTED]:.3f}) do not beat {other} nested"
+        weights = f"the ensemble is the plain mean: fitted weights ({fitted}) do not beat {other} nested"
     compared = f"the ensemble {_beats(f'its best network, {network} ({scores[network]:.3f}),', choice.difference)}"
     if choice.stacker:
         compared += f"; it {_beats('the stacker', choice.stacker)}"
@@ -311,10 +310,17 @@ def _explain_choice(choice: Choice, use: str) -> list[str]:
     return [weights, f"the ensemble predicts; {compared}; {counted}"]
 
 
+def _told_apart(one: float, other: float) -> tuple[str, str]:
+    """Return the texts of two scores, with more decimals than three where these are the same."""
+    texts = ((f"{one:.{decimals}f}", f"{other:.{decimals}f}") for decimals in range(3, MOST_DECIMALS + 1))
+    return next((pair for pair in texts if pair[0] != pair[1]), (f"{one:.3f}", f"{other:.3f}"))
+
+
 def _beats(rival: str, gap: Interval) -> str:
     """Say whether the ensemble beats a rival. gap: their difference."""
     beats = f"{'beats' if gap.low > 0 else 'does not beat'} {rival} beyond the noise"
-    return f"{beats} ({gap.value:+.3f}, {gap.low:+.3f} to {gap.high:+.3f}, nested)"
+    value, low, high = gap.signed()
+    return f"{beats} ({value}, {low} to {high}, nested)"
 
 
 def _seed_spread(models: tuple[str, ...], nested: NestedEstimate, labels: np.ndarray, config: Experiment) -> list[str]:

@@ -82,12 +82,12 @@ class Row:
     def cells(self) -> dict[str, str]:
         """Return the text of each of `COLUMNS`, empty where there is no value."""
         scores = {key: getattr(self, key) for key in ("official", "argmax", "argmax_tau", "fitted")}
-        difference = self.ensemble_minus_this
+        _, low, high = self.ensemble_minus_this.signed()
         return {
             **{key: "" if value is None else f"{value:.3f}" for key, value in scores.items()},
             "nested": f"{self.nested.value:.3f}",
             "interval": f"{self.nested.low:.3f} to {self.nested.high:.3f}",
-            "ensemble_minus_this": "" if self.name == ENSEMBLE else f"{difference.low:+.3f} to {difference.high:+.3f}",
+            "ensemble_minus_this": "" if self.name == ENSEMBLE else f"{low} to {high}",
         }
 
 

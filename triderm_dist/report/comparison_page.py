@@ -48,7 +48,7 @@ def _head(comparison: Comparison) -> Section:
     figure = Figure(
         "differences",
         lambda canvas: _draw(canvas, pairs),
-        "Differences in macro F1: " + "; ".join(f"{_title(pair)} {pair.macro_f1.value:+.3f}" for pair in pairs) + ".",
+        "Differences in macro F1: " + "; ".join(f"{_title(pair)} {pair.macro_f1.signed()[0]}" for pair in pairs) + ".",
         "Nested macro F1, paired by lesion, with 95% intervals"
         + (" corrected for the number of pairs." if len(pairs) > 1 else "."),
         (MEDIUM, 1.1 + 0.42 * len(pairs)),

@@ -45,7 +45,8 @@ class Column:
     """A column of values.
 
     name: for CSV files and for looking up a cell.  title: on the page, with the unit.  spec: the format of its numbers,
-    as for `format`; without one, floats have three decimals and integers thousands separators.  bar: a bar from 0 to 1
+    as for `format`; without one, floats have three decimals and integers thousands separators. With a sign, they are
+    differences, which have more decimals where their interval needs them.  bar: a bar from 0 to 1
     is drawn beside the number.  long: its text may wrap.
     """
 
@@ -109,7 +110,8 @@ class Table:
     def text(self, row: str, column: str, part: str = "", group: str = "") -> str:
         """Return a cell as the table shows it, for a sentence.  part: `value`, `low` or `high` of an interval."""
         value = self.value(row, column, group)
-        return shown(getattr(value, part) if part else value, self.column(column).spec)
+        spec = self.column(column).spec
+        return part_text(value, part, spec) if part and isinstance(value, Interval) else shown(value, spec)
 
     def csv(self) -> str:
         """Return the raw values as CSV, with `NAME_low` and `NAME_high` for intervals and `NAME_of` for shares."""
@@ -180,7 +182,8 @@ def shown(value: Value, spec: str = "") -> str:
         case Flag():
             return value.text
         case Interval():
-            return shown(value.value, spec) + ("" if math.isnan(value.value) else f" {interval_text(value, spec)}")
+            ends = "" if math.isnan(value.value) else f" {interval_text(value, spec)}"
+            return part_text(value, "value", spec) + ends
         case Share():
             percent = f" ({100 * value.part / value.whole:.1f}%)" if value.whole else ""
             return f"{value.part:,} of {value.whole:,}{percent}"
@@ -193,7 +196,14 @@ def shown(value: Value, spec: str = "") -> str:
 
 def interval_text(interval: Interval, spec: str = "") -> str:
     """Return both ends of an interval in parentheses."""
-    return f"({shown(interval.low, spec)} to {shown(interval.high, spec)})"
+    return f"({part_text(interval, 'low', spec)} to {part_text(interval, 'high', spec)})"
+
+
+def part_text(interval: Interval, part: str, spec: str = "") -> str:
+    """Return the text of `value`, `low` or `high` of an interval."""
+    if spec.startswith("+."):
+        spec = f"+.{interval.decimals(int(spec[2:-1]))}f"
+    return shown(getattr(interval, part), spec)
 
 
 def plural(word: str, count: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from triderm_dist.files import NEW_FILE, atomic_path, write_text
-from triderm_dist.report.elements import Figure, Section, Table, interval_text, shown
+from triderm_dist.report.elements import Figure, Section, Table, interval_text, part_text, shown
 from triderm_dist.report.style import STYLE, THEMED, register_colors
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -83,7 +83,10 @@ def _environment() -> Any:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"shown": shown, "interval_text": interval_text, "kind": lambda value: type(value).__name__}
+    environment.filters |= {
+        "shown": shown, "part_text": part_text, "interval_text": interval_text,
+        "kind": lambda value: type(value).__name__,
+    }  # fmt: skip
     return environment
 
 

@@ -217,9 +217,10 @@ def verdict(summary: Summary) -> list[str]:
         return [*sentences, "No trial is better than the experiment's own settings."]
     if gain is None:
         return [*sentences, f"Best: trial {best.number}; the baseline is not complete, so the gain is unknown."]
+    value, low, high = gain.signed()
     sentences += [
-        f"Best: trial {best.number}, {gain.value:+.3f} over the baseline on {summary.lesions} validation lesions, "
-        f"95% interval over lesions [{gain.low:+.3f}, {gain.high:+.3f}]: {_noise(gain)} the noise of the lesions.",
+        f"Best: trial {best.number}, {value} over the baseline on {summary.lesions} validation lesions, "
+        f"95% interval over lesions [{low}, {high}]: {_noise(gain)} the noise of the lesions.",
         f"It was selected among {complete} on these lesions: expect a smaller gain on new ones.",
     ]
     if best.changes:
@@ -231,15 +232,16 @@ def verdict(summary: Summary) -> list[str]:
         sentences.append("Other seeds were not trained; search.seeds=3 resume=true trains them.")
     elif len(repeats.seeds) == 1:
         sentences.append(
-            f"With one other seed the difference is {repeats.gain.value:+.3f}; more seeds would show its noise."
+            f"With one other seed the difference is {repeats.gain.signed()[0]}; more seeds would show its noise."
         )
     else:
         first, second = (f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
                          for scores in (repeats.baseline, repeats.best))  # fmt: skip
+        value, low, high = repeats.gain.signed()
         sentences.append(
             f"With {len(repeats.seeds)} other seeds the baseline has {first}, the best settings have {second}; mean "
-            f"difference {repeats.gain.value:+.3f}, 95% interval over seeds [{repeats.gain.low:+.3f}, "
-            f"{repeats.gain.high:+.3f}]: {_noise(repeats.gain)} the noise of the seeds."
+            f"difference {value}, 95% interval over seeds [{low}, {high}]: {_noise(repeats.gain)} the noise of the "
+            "seeds."
         )
     return sentences
 

@@ -36,6 +36,7 @@ def slices(content: Content) -> Section | None:
         return result
 
     scores = [Column(name, SCORES[name]) for name in used]
+    adjusted = [Column(name, SCORES[name], ".2g") for name in used]
     gaps = [Column("verdict", "verdict", long=True), Column("lesions", "lesions")]
     gaps += [Column(name, SCORES[name], "+.3f") for name in used]
     beyond = [part for part in content.slices if part.verdict == BEYOND]
@@ -50,7 +51,7 @@ def slices(content: Content) -> Section | None:
     tables = [
         Table("slice_gaps", "Gaps to all other lesions, with 95% intervals", gaps, rows("gap", True), "part"),
         Table("slice_scores", "Scores of these lesions, with 95% intervals", scores, rows("score"), "part"),
-        Table("slice_p", "p-values of the gaps, adjusted by Holm's method", scores, rows("adjusted"), "part"),
+        Table("slice_p", "p-values of the gaps, adjusted by Holm's method", adjusted, rows("adjusted"), "part"),
     ]
     return Section("Parts of the lesions", "slices.html", tables=tables, values=values)
 
