@@ -22,7 +22,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.calibration import probabilities_of
-from triderm_dist.predictions import OofTable, gather, labeled
+from triderm_dist.predictions import DataSplit, OofTable, gather, labeled
 from triderm_dist.schema import ConfigError
 
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -86,9 +86,8 @@ def train_without(config: AblationRun, name: str, part: str, change: dict[str, A
     experiment = settings.build(Experiment, raw)
     index = open_index(config.train_shards, config.data.remote)
     run_folds(experiment, index, [name], range(experiment.data.folds))
-    table = gather(
-        experiment.folder, (name,), index.lesion_ids.tolist(), index.labels, assigned_folds(index, experiment.data)
-    )
+    data = DataSplit(index.lesion_ids, index.labels, assigned_folds(index, experiment.data))
+    table = gather(experiment.folder, (name,), data)
     return table.take(labeled(table))
 
 

@@ -25,7 +25,7 @@ from triderm_dist.config import Experiment, build
 from triderm_dist.ensemble.calibration import probabilities_of
 from triderm_dist.ensemble.run_files import NESTED_FILE, OOF_FILE, read_nested
 from triderm_dist.ensemble.thresholds import best_thresholds, decide
-from triderm_dist.predictions import OofTable, gather, read_oof
+from triderm_dist.predictions import DataSplit, OofTable, gather, read_oof
 from triderm_dist.schema import ConfigError
 
 COMPONENTS = 64
@@ -116,8 +116,8 @@ def mlp(config: Experiment, table: OofTable) -> dict[str, np.ndarray]:
     experiment = build(Experiment, {**raw, "train": {}})
     index = open_index(config.train_shards, config.data.remote)
     run_folds(experiment, index, list(experiment.models), range(experiment.data.folds))
-    folds = assigned_folds(index, experiment.data)
-    trained = gather(experiment.folder, tuple(experiment.models), index.lesion_ids.tolist(), index.labels, folds)
+    data = DataSplit(index.lesion_ids, index.labels, assigned_folds(index, experiment.data))
+    trained = gather(experiment.folder, tuple(experiment.models), data)
     row_of = {str(lesion): row for row, lesion in enumerate(trained.lesion_ids)}
     rows = [row_of[str(lesion)] for lesion in table.lesion_ids]
     seeds = [probabilities_of(trained.logits[name][rows], trained.heads[name]) for name in trained.models]

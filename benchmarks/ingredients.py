@@ -23,7 +23,7 @@ from triderm_dist import intervals, metrics
 from triderm_dist.cli import run
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.calibration import probabilities_of
-from triderm_dist.predictions import OofTable, gather, labeled
+from triderm_dist.predictions import DataSplit, OofTable, gather, labeled
 from triderm_dist.schema import ConfigError
 
 WITH: dict[str, dict[str, Any]] = {
@@ -78,9 +78,8 @@ def train(config: IngredientsRun, name: str) -> OofTable:
     index = open_index(experiment.train_shards, experiment.data.remote)
     names = list(experiment.models)
     run_folds(experiment, index, names, range(experiment.data.folds))
-    table = gather(
-        experiment.folder, names, index.lesion_ids.tolist(), index.labels, assigned_folds(index, experiment.data)
-    )
+    data = DataSplit(index.lesion_ids, index.labels, assigned_folds(index, experiment.data))
+    table = gather(experiment.folder, names, data)
     return table.take(labeled(table))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from triderm_dist.predictions import NO_FOLD, TEST, Predictions, gather, write_oof, write_predictions
+from triderm_dist.predictions import NO_FOLD, TEST, DataSplit, Predictions, gather, write_oof, write_predictions
 from triderm_dist.schema import Diagnosis, MetadataField, ReferenceResult, Task, TaskColumns, View
 from triderm_dist.tasks import milk10k_task
 
@@ -121,7 +121,7 @@ def write_run(
             test = predictions_of(model, test_labels, NO_FOLD, test_ids, 1000 + seed, informed, task)
             test.model_hash[:] = own.model_hash[0]
             write_predictions(folder / model / f"fold-{fold}" / "test.parquet", test, split=TEST, transforms=8)
-    write_oof(folder / "oof.parquet", gather(folder, models, ids, labels, folds))
+    write_oof(folder / "oof.parquet", gather(folder, models, DataSplit(ids, labels, folds)))
     return labels
 
 

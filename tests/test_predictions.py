@@ -12,6 +12,7 @@ from triderm_dist.checksums import write_checked_parquet
 from triderm_dist.predictions import (
     NO_FOLD,
     TEST,
+    DataSplit,
     OofTable,
     PredictionFile,
     average_test,
@@ -114,8 +115,8 @@ def test_gathering_in_chunks_equals_gathering_row_by_row(run, tmp_path: Path, sm
         rows = np.random.default_rng(0).permutation(len(read_predictions(path)))
         rewrite(path, **{name: lambda x, rows=rows: x[rows] for name in COLUMNS})
     expected = row_by_row(paths, ids)
-    table = gather(paths, list(MODELS), ids, labels, folds)
-    write_gathered(tmp_path / "gathered.parquet", paths, list(MODELS), ids, labels, folds)
+    table = gather(paths, list(MODELS), DataSplit(ids, labels, folds))
+    write_gathered(tmp_path / "gathered.parquet", paths, list(MODELS), DataSplit(ids, labels, folds))
     write_oof(tmp_path / "oof.parquet", table)
     assert (tmp_path / "gathered.parquet").read_bytes() == (tmp_path / "oof.parquet").read_bytes()
     read = read_oof(tmp_path / "gathered.parquet", features=True)
@@ -152,7 +153,7 @@ def test_gather_is_independent_of_file_order_and_round_trips(run) -> None:
     folder, ids, labels, folds = run
     paths = find_predictions(folder)
     assert len(paths) == len(MODELS) * FOLDS
-    forward, backward = (gather(order, list(MODELS), ids, labels, folds) for order in (paths, paths[::-1]))
+    forward, backward = (gather(order, list(MODELS), DataSplit(ids, labels, folds)) for order in (paths, paths[::-1]))
     read = read_oof(folder / "oof.parquet", features=True)
     assert read.models == tuple(MODELS)
     assert read.heads == {"trimodal": "softmax", "dual_cnn": "sigmoid"}
@@ -185,7 +186,7 @@ def test_names_of_groups_have_no_effect(run) -> None:
 def test_missing_fold_is_nan(run) -> None:
     folder, ids, labels, folds = run
     shutil.rmtree(folder / "dual_cnn" / "fold-1")
-    write_oof(folder / "oof.parquet", gather(folder, None, ids, labels, folds))
+    write_oof(folder / "oof.parquet", gather(folder, None, DataSplit(ids, labels, folds)))
     table = read_oof(folder / "oof.parquet")
     missing = folds == 1
     assert np.isnan(table.logits["dual_cnn"][missing]).all() and np.isfinite(table.logits["dual_cnn"][~missing]).all()
@@ -214,7 +215,7 @@ def test_files_of_different_data_are_refused_by_name(run, change: dict, message:
     path = folder / "trimodal" / "fold-0" / "predictions.parquet"
     rewrite(path, **change)
     with pytest.raises(DataError, match=message) as error:
-        gather(folder, None, ids, labels, folds)
+        gather(folder, None, DataSplit(ids, labels, folds))
     assert "predictions.parquet" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -226,7 +227,7 @@ def test_prediction_of_a_training_lesion_is_refused(run) -> None:
         folder / "trimodal" / "fold-1" / "predictions.parquet", model_hash=lambda x: np.array([weights, *x[1:]], object)
     )
     with pytest.raises(DataError, match="predict folds 0 and 1: they were trained on one of them"):
-        gather(folder, None, ids, labels, folds)
+        gather(folder, None, DataSplit(ids, labels, folds))
 
 
 def test_group_in_two_folds_is_refused(run) -> None:
@@ -235,7 +236,7 @@ def test_group_in_two_folds_is_refused(run) -> None:
         path = folder / "trimodal" / f"fold-{fold}" / "predictions.parquet"
         rewrite(path, groups=lambda x: np.array(["patient", *x[1:]], object))
     with pytest.raises(DataError, match="group patient is in folds 0 and 1"):
-        gather(folder, None, ids, labels, folds)
+        gather(folder, None, DataSplit(ids, labels, folds))
 
 
 def test_edited_table_is_refused(run) -> None:
@@ -274,9 +275,9 @@ def test_missing_and_foreign_files_are_refused_by_name(tmp_path: Path, run) -> N
     with pytest.raises(DataError, match="not a readable parquet"):
         read_predictions(tmp_path / "text.parquet")
     with pytest.raises(DataError, match="no MODEL/fold-K"):
-        gather(tmp_path / "empty", None, ids, labels, folds)
+        gather(tmp_path / "empty", None, DataSplit(ids, labels, folds))
     with pytest.raises(DataError, match="'absent'"):
-        gather(folder, ["trimodal", "absent"], ids, labels, folds)
+        gather(folder, ["trimodal", "absent"], DataSplit(ids, labels, folds))
 
 
 def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
@@ -300,7 +301,7 @@ def test_average_test_is_the_mean_of_logits_over_folds(run) -> None:
 def test_files_of_a_task_with_one_view_and_no_concepts_round_trip(tmp_path: Path) -> None:
     labels = write_run(tmp_path, LESIONS, task=CLINIC)
     ids = [f"lesion-{row:04d}" for row in range(LESIONS)]
-    gathered = gather(tmp_path, None, ids, labels, folds_of(labels))
+    gathered = gather(tmp_path, None, DataSplit(ids, labels, folds_of(labels)))
     for table in (gathered, read_oof(tmp_path / "oof.parquet")):
         assert table.task == CLINIC and table.concepts.shape == (LESIONS, 0) and table.metadata.shape == (LESIONS, 3)
         assert table.diagnoses == CLINIC.diagnosis_names and table.complete().all()
@@ -309,9 +310,9 @@ def test_files_of_a_task_with_one_view_and_no_concepts_round_trip(tmp_path: Path
     assert tests.task == CLINIC
 
     titled = replace(CLINIC, title="a new title", decision="fitted")
-    assert gather(tmp_path, None, ids, labels, folds_of(labels), titled).task == titled
+    assert gather(tmp_path, None, DataSplit(ids, labels, folds_of(labels), titled)).task == titled
     with pytest.raises(DataError, match=r"predictions\.parquet: is for task 'clinic', the data are of 'other'"):
-        gather(tmp_path, None, ids, labels, folds_of(labels), replace(CLINIC, name="other"))
+        gather(tmp_path, None, DataSplit(ids, labels, folds_of(labels), replace(CLINIC, name="other")))
 
 
 def test_a_header_that_contradicts_its_task_is_refused(tmp_path: Path) -> None:

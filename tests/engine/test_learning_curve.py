@@ -10,7 +10,7 @@ from triderm_dist.engine.checkpoint import read_info
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import assigned_folds
 from triderm_dist.engine.learning_curve import models_of_learning_curve, part_of_lesions, train_learning_curve
-from triderm_dist.predictions import PARTS, gather, gather_part, part_folder
+from triderm_dist.predictions import PARTS, DataSplit, gather, gather_part, part_folder
 from triderm_dist.schema import ConfigError, DataError
 
 LESIONS, FOLDS = 48, 2
@@ -40,7 +40,7 @@ def test_folds_are_trained_on_parts_and_predict_the_same_lesions(run) -> None:
     assert models_of_learning_curve(experiment) == ["frozen"]
     train_learning_curve(experiment, index, ["frozen"])
     folds = assigned_folds(index, experiment.data)
-    whole = gather(experiment.folder, ["frozen"], index.lesion_ids.tolist(), index.labels, folds)
+    whole = gather(experiment.folder, ["frozen"], DataSplit(index.lesion_ids, index.labels, folds))
     for percent in PARTS:
         for fold in range(FOLDS):
             folder = part_folder(experiment.folder, "frozen", percent, fold)
@@ -60,7 +60,7 @@ def test_finished_parts_are_skipped_and_missing_ones_trained_again(run, capsys) 
     lost = part_folder(experiment.folder, "frozen", 50, 1)
     before, again = kept.stat().st_mtime_ns, (lost / "predictions.parquet").read_bytes()
     folds = assigned_folds(index, experiment.data)
-    whole = gather(experiment.folder, ["frozen"], index.lesion_ids.tolist(), index.labels, folds)
+    whole = gather(experiment.folder, ["frozen"], DataSplit(index.lesion_ids, index.labels, folds))
     for file in lost.glob("*.*"):
         if file.is_file():
             file.unlink()

@@ -12,6 +12,7 @@ from triderm_dist.ensemble.fit import fit_ensemble
 from triderm_dist.ensemble.predict import predict_ensemble
 from triderm_dist.ensemble.stack_inputs import embeddings_path, write_embeddings
 from triderm_dist.predictions import (
+    DataSplit,
     Predictions,
     average_test,
     gather,
@@ -42,7 +43,7 @@ def write_rotated_run(folder: Path, dims: int = 6) -> np.ndarray:
                 own = of_test if name == "test" else centers[part.labels] + generator.normal(size=(len(part), dims))
                 write_predictions(path, replace(part, features=own @ rotation + shift), split=part.split)
     table = read_oof(folder / "oof.parquet", features=True)
-    gathered = gather(folder, None, table.lesion_ids.tolist(), table.labels, table.folds)
+    gathered = gather(folder, None, DataSplit(table.lesion_ids, table.labels, table.folds))
     write_oof(folder / "oof.parquet", gathered)
     return labels
 

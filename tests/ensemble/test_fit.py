@@ -19,7 +19,15 @@ from triderm_dist.ensemble.predict import predict_ensemble, score, submit
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import check_refit
 from triderm_dist.intervals import Interval
-from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
+from triderm_dist.predictions import (
+    DataSplit,
+    average_test,
+    gather,
+    read_oof,
+    read_predictions,
+    write_oof,
+    write_predictions,
+)
 from triderm_dist.schema import DIAGNOSES, DataError, TaskColumns
 from triderm_dist.tasks import milk10k_task
 
@@ -126,12 +134,12 @@ def test_incomplete_folds_are_reported_and_a_single_fold_is_refused(tmp_path: Pa
     labels = write_run(tmp_path)
     ids, folds = [f"lesion-{row:04d}" for row in range(len(labels))], folds_of(labels)
     (tmp_path / "dual_cnn" / "fold-1" / "predictions.parquet").unlink()
-    write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
+    write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, DataSplit(ids, labels, folds)))
     fit = fit_ensemble(tmp_path, experiment(tmp_path, enabled=False))
     assert any(f"{(folds == 1).sum()} of {len(labels)} lesions are excluded" in note for note in fit.notes)
     assert not (tmp_path / "stack.ubj").exists()
     (tmp_path / "dual_cnn" / "fold-2" / "predictions.parquet").unlink()
-    write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, ids, labels, folds))
+    write_oof(tmp_path / "oof.parquet", gather(tmp_path, None, DataSplit(ids, labels, folds)))
     with pytest.raises(DataError, match="lie in 1 fold, two are needed"):
         fit_ensemble(tmp_path, experiment(tmp_path))
 

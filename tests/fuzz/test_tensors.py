@@ -23,7 +23,15 @@ from tests.synthetic_run import predictions_of
 from triderm_dist.checksums import DamagedFile, read_checked_tensors, write_checked_tensors
 from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.models.weight_files import read_weights
-from triderm_dist.predictions import average_test, gather, read_oof, read_predictions, write_oof, write_predictions
+from triderm_dist.predictions import (
+    DataSplit,
+    average_test,
+    gather,
+    read_oof,
+    read_predictions,
+    write_oof,
+    write_predictions,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about damage
 
@@ -191,7 +199,7 @@ def test_predictions_with_other_columns(written: Path, tmp_path: Path, cases: in
 
     def read() -> None:
         average_test([read_predictions(path)])
-        write_oof(oof, gather([path], None, LESIONS, LABELS, np.zeros(9, int), TASK))
+        write_oof(oof, gather([path], None, DataSplit(LESIONS, LABELS, np.zeros(9, int), TASK)))
         read_oof(oof)
 
     def check(table: pa.Table) -> None:

@@ -12,7 +12,7 @@ from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import assigned_folds
 from triderm_dist.ensemble.fit import fit_ensemble
-from triderm_dist.predictions import gather, write_oof
+from triderm_dist.predictions import DataSplit, gather, write_oof
 from triderm_dist.schema import Task
 
 MODELS = (
@@ -41,10 +41,7 @@ def train(
     run = load(Experiment, None, words)
     run_folds(run, index, list(run.models), range(2))
     save(run, run.folder / CONFIG_FILE)
-    folds = assigned_folds(index, run.data)
-    write_oof(
-        run.folder / "oof.parquet",
-        gather(run.folder, tuple(run.models), index.lesion_ids.tolist(), index.labels, folds, index.task),
-    )
+    data = DataSplit(index.lesion_ids, index.labels, assigned_folds(index, run.data), index.task)
+    write_oof(run.folder / "oof.parquet", gather(run.folder, tuple(run.models), data))
     fit_ensemble(run.folder, run)
     return run.folder

@@ -52,7 +52,7 @@ def main(config: CrossvalRun) -> None:
     from triderm_dist.engine.parallel_folds import run_local_folds
     from triderm_dist.engine.ray_folds import run_ray_folds
     from triderm_dist.monitoring.tracking import log_scores
-    from triderm_dist.predictions import find_predictions, write_gathered
+    from triderm_dist.predictions import DataSplit, find_predictions, write_gathered
     from triderm_dist.schema import ConfigError
 
     if config.parallel_folds is True and "WORLD_SIZE" in os.environ:
@@ -85,7 +85,8 @@ def main(config: CrossvalRun) -> None:
             print(wrapped(f"oof.parquet is written when {', '.join(missing)} is trained too"))
             return
         path, folds = config.folder / "oof.parquet", assigned_folds(index, config.data)
-        write_gathered(path, config.folder, tuple(config.models), index.lesion_ids, index.labels, folds, index.task)
+        data = DataSplit(index.lesion_ids, index.labels, folds, index.task)
+        write_gathered(path, config.folder, tuple(config.models), data)
         print(wrapped(f"{counted(len(index), 'lesion')} by {counted(len(config.models), 'model')} in {path}"))
 
 

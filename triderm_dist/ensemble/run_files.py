@@ -44,10 +44,6 @@ RESERVED = (STACKER, MEAN, FITTED, CHOSEN, ENSEMBLE)
 """Names that no network may have."""
 
 
-LISTS = 1 << 20
-"""Rows of a chunk of a column of lists, whose offsets are 32-bit numbers."""
-
-
 @dataclass(frozen=True)
 class NestedRows:
     """The nested estimate per lesion (ensemble_oof.parquet): nothing in a row was fitted on the lesion's fold.
@@ -78,18 +74,6 @@ def write_nested(path: Path, rows: NestedRows) -> None:
         offsets = pa.array(np.arange(len(matrix) + 1) * matrix.shape[1], pa.int32())
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(np.ravel(matrix)))
     write_checked_parquet(path, pa.table(columns))
-
-
-def _as_lists(array: np.ndarray) -> Any:
-    """Return the rows (N, W) as a chunked column of lists."""
-    import pyarrow as pa
-
-    def lists(part: np.ndarray) -> Any:
-        offsets = pa.array(np.arange(len(part) + 1, dtype=np.int32) * part.shape[1])
-        return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(part).ravel(), from_pandas=False))
-
-    starts = range(0, max(len(array), 1), LISTS)
-    return pa.chunked_array([lists(array[start : start + LISTS]) for start in starts])
 
 
 def read_nested(path: Path) -> NestedRows:

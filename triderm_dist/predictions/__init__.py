@@ -14,6 +14,7 @@ from triderm_dist.predictions.files import (
     read_transforms,
     write_predictions,
 )
+from triderm_dist.predictions.gathering import DataSplit
 from triderm_dist.predictions.oof import (
     PARTS,
     average_test,
@@ -39,6 +40,7 @@ __all__ = [
     "NO_FOLD",
     "PARTS",
     "TEST",
+    "DataSplit",
     "OofTable",
     "PredictionFile",
     "Predictions",

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from triderm_dist.predictions.files import OUTPUTS, SCALARS, PredictionFile, group_rows
 from triderm_dist.predictions.rows import OUT_OF_FOLD, OofTable, Predictions, single
-from triderm_dist.schema import DataError
+from triderm_dist.schema import DataError, Task
 
 
+@dataclass(frozen=True)
 class DataSplit:
-    """The lesions of the data with their labels and folds, which prediction files are checked against."""
+    """The lesions of the data, whose order the out-of-fold table has.
 
-    def __init__(
-        self, lesion_ids: Sequence[str] | np.ndarray, labels: np.ndarray, folds: np.ndarray, where: str = "the data"
-    ) -> None:
+    lesion_ids: (N,) text.  labels, folds: (N,) int64.  task: that of the data, whose titles or decision may have
+    changed since the files were written; None takes that of the files.
+    """
+
+    lesion_ids: Sequence[str] | np.ndarray
+    labels: np.ndarray
+    folds: np.ndarray
+    task: Task | None = None
+
+
+class _Checks:
+    """Checks of parts against the lesions of the data, and against the parts checked before."""
+
+    def __init__(self, data: DataSplit, where: str) -> None:
         import pyarrow as pa
 
-        self.lesion_ids = np.array(lesion_ids, object)
-        self.labels = np.asarray(labels, np.int64)
-        self.folds = np.asarray(folds, np.int64)
+        self.lesion_ids = np.array(data.lesion_ids, object)
+        self.labels = np.asarray(data.labels, np.int64)
+        self.folds = np.asarray(data.folds, np.int64)
         self._known = pa.array(self.lesion_ids, pa.string())
         if len(self._known.unique()) != len(self.lesion_ids):
             raise DataError(f"{where}: a lesion id occurs twice")
@@ -154,21 +166,29 @@ class Gathered:
         where files do not match the data, or overlap or differ in names, heads or widths.
         """
         self._parts = []
+        checks = None if data is None else _Checks(data, "the data")
         for file in files:
             part = _Part(file)
-            if data is None:
+            if checks is None:
                 own = np.flatnonzero(part.model_of == 0)
                 ids = part.lesion_ids.take(own).to_numpy(zero_copy_only=False)
-                data = DataSplit(ids, part.labels[own], part.fold[own], str(part.path))
-            part.rows = data.rows(part.lesion_ids)
-            data.check(part)
+                checks = _Checks(DataSplit(ids, part.labels[own], part.fold[own]), str(part.path))
+            part.rows = checks.rows(part.lesion_ids)
+            checks.check(part)
             if models is not None and (unknown := sorted(set(part.models) - set(models))):
                 expected = ", ".join(models)
                 raise DataError(f"{part.path}: holds unexpected model {unknown[0]!r}; expected {expected}")
             self._parts.append(part)
-        assert data is not None
+        assert checks is not None
         self._feature_widths: dict[str, int] = {}
-        self.scalars = self._merge(models, data)
+        self.scalars = self._merge(models, checks)
+        if data is not None and data.task is not None:
+            if not self.scalars.task.matches(data.task):
+                name = self.scalars.task.name
+                raise DataError(
+                    f"{files[0].path}: is for task {name!r}, the data are of {data.task.name!r}; train again"
+                )
+            self.scalars = replace(self.scalars, task=data.task)
 
     def table(self, keys: Sequence[str] = OUTPUTS, rows: np.ndarray | None = None) -> OofTable:
         """Return the table with these outputs; others are (N, 0). rows: only these rows, in this order."""
@@ -245,7 +265,7 @@ class Gathered:
             elif found != width:
                 raise DataError(f"{part.path}: {key} of {model} has {found} numbers a row, expected {width}")
 
-    def _merge(self, models: Sequence[str] | None, data: DataSplit) -> OofTable:
+    def _merge(self, models: Sequence[str] | None, data: _Checks) -> OofTable:
         """Return the table without outputs. Raises DataError where files overlap or differ in names or heads."""
         first = self._parts[0]
         rows = len(data.lesion_ids)

@@ -15,7 +15,7 @@ from triderm_dist.checksums import (
 from triderm_dist.predictions.files import LISTS, OUTPUTS, PredictionFile, as_lists, file_header, group_rows
 from triderm_dist.predictions.gathering import DataSplit, Gathered, mismatch
 from triderm_dist.predictions.rows import NO_FOLD, OUT_OF_FOLD, OofTable, Predictions, single
-from triderm_dist.schema import DataError, Task
+from triderm_dist.schema import DataError
 
 PARTS = (25, 50)
 """Percent of the training lesions of a fold that the learning curve trains on, besides all."""
@@ -27,49 +27,28 @@ def find_predictions(run_folder: Path, models: Sequence[str] | None = None) -> l
     return [path for path in found if models is None or path.parent.parent.name in models]
 
 
-def gather(
-    source: Path | str | Iterable[Path],
-    models: Sequence[str] | None,
-    lesion_ids: Sequence[str],
-    labels: np.ndarray,
-    folds: np.ndarray,
-    task: Task | None = None,
-) -> OofTable:
+def gather(source: Path | str | Iterable[Path], models: Sequence[str] | None, data: DataSplit) -> OofTable:
     """Merge the prediction files of a run folder (or of a list of files, in any order) into the out-of-fold table.
 
-    lesion_ids (N,), labels (N,) int64 and folds (N,) int64 are those of the data, and the table has their order. A
-    missing file leaves NaN. `models` None takes all models that are found. task: that of the data, whose titles or
-    decision may have changed since the files were written; None takes the first file's.
+    The table has the lesions of the data in their order; a missing file leaves NaN. `models` None takes all models that
+    are found.
 
     Raises DataError for a wrong format or version, a test file, an unexpected lesion or model, a lesion predicted twice
-    by a model, a label or a fold that differs from the data's, a group in two folds, and weights that predict two folds
-    (they were trained on one of them).
+    by a model, a label, a fold or a task that differs from the data's, a group in two folds, and weights that predict
+    two folds (they were trained on one of them).
     """
-    return _gather(source, models, lesion_ids, labels, folds, task).table()
+    return Gathered(_open_files(source, models), models, data).table()
 
 
 def write_gathered(
-    path: Path,
-    source: Path | str | Iterable[Path],
-    models: Sequence[str] | None,
-    lesion_ids: Sequence[str],
-    labels: np.ndarray,
-    folds: np.ndarray,
-    task: Task | None = None,
+    path: Path, source: Path | str | Iterable[Path], models: Sequence[str] | None, data: DataSplit
 ) -> None:
     """Write the out-of-fold table that `gather` returns, without holding the outputs of more than a row group of it."""
-    gathered = _gather(source, models, lesion_ids, labels, folds, task)
+    gathered = Gathered(_open_files(source, models), models, data)
     _write_oof(path, gathered.scalars, gathered.chunks)
 
 
-def _gather(
-    source: Path | str | Iterable[Path],
-    models: Sequence[str] | None,
-    lesion_ids: Sequence[str],
-    labels: np.ndarray,
-    folds: np.ndarray,
-    task: Task | None,
-) -> Gathered:
+def _open_files(source: Path | str | Iterable[Path], models: Sequence[str] | None) -> list[PredictionFile]:
     if isinstance(source, str | Path):
         paths = find_predictions(Path(source), models)
         if not paths:
@@ -78,14 +57,7 @@ def _gather(
         paths = [Path(path) for path in source]
     if not paths:
         raise DataError("no prediction files to gather; run triderm crossval first")
-    gathered = Gathered([PredictionFile(path) for path in paths], models, DataSplit(lesion_ids, labels, folds))
-    if task is None:
-        return gathered
-    if not gathered.scalars.task.matches(task):
-        name = gathered.scalars.task.name
-        raise DataError(f"{paths[0]}: is for task {name!r}, the data are of {task.name!r}; train again")
-    gathered.scalars = replace(gathered.scalars, task=task)
-    return gathered
+    return [PredictionFile(path) for path in paths]
 
 
 def part_folder(run_folder: Path, model: str, percent: int, fold: int) -> Path:
@@ -101,7 +73,7 @@ def gather_part(run_folder: Path, model: str, percent: int, whole: OofTable) -> 
     paths = [part_folder(run_folder, model, percent, fold) / "predictions.parquet" for fold in np.unique(whole.folds)]
     if not all(path.exists() for path in paths):
         return None
-    table = gather(paths, [model], whole.lesion_ids.tolist(), whole.labels, whole.folds, whole.task)
+    table = gather(paths, [model], DataSplit(whole.lesion_ids, whole.labels, whole.folds, whole.task))
     return table if table.complete().all() else None
 
 
