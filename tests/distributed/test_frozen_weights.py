@@ -1,5 +1,9 @@
 """Under every strategy LoRA trains as under DDP, and what is not trained keeps its bits, also in 16 bits."""
 
+import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.test_strategies import job, losses, run
-from triderm_dist.config import TowerConfig
+from triderm_dist.cli import Interrupted
+from triderm_dist.config import Experiment, TowerConfig, load
+from triderm_dist.data.shards.index import read_index
+from triderm_dist.engine.crossval import run_folds
+from triderm_dist.files import file_sha256
 from triderm_dist.models import build_towers
 from triderm_dist.models.lora import merged
 from triderm_dist.predictions import read_predictions
-
-pytestmark = pytest.mark.slow
+from triderm_dist.schema import CheckpointError
 
 SETTINGS = """
 data: {folds: 2}
@@ -62,7 +69,7 @@ def pretrained(source) -> dict[str, torch.Tensor]:
     return build_towers(config)[0].state_dict()
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
+@pytest.fixture(scope="module", params=[pytest.param(strategy, marks=pytest.mark.slow) for strategy in STRATEGIES])
 def trained(request, settings, tmp_path_factory) -> dict[str, Path]:
     """Folders of folds by name: LoRA, stopped after one epoch and resumed, and in bf16 without and with LoRA."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -108,6 +115,7 @@ def test_frozen_weights_keep_their_bits(trained, pretrained):
 
 
 def test_lora_is_merged_with_the_weights_of_the_source(trained, pretrained):
+    """Checkpoints hold the products alone."""
     folder = trained["lora-bf16"]
     weights = load_file(folder / "weights.safetensors")
     (checkpoint,) = (folder / "checkpoints").glob("epoch-*")
@@ -115,8 +123,8 @@ def test_lora_is_merged_with_the_weights_of_the_source(trained, pretrained):
     assert {tensor.item() for name, tensor in state.items() if name.endswith(".scale")} == {torch.tensor(10 / 3).item()}
     for view in ("clinical", "dermoscopic"):
         prefix = f"towers.{view}."
-        added = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        products = {name: tensor for name, tensor in added.items() if name.endswith((".a", ".b", ".scale"))}
+        products = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        assert {name.rpartition(".")[2] for name in products} == {"a", "b", "scale"}
         bases = {}
         for name, tensor in pretrained.items():
             module, _, last = name.rpartition(".")
@@ -124,3 +132,61 @@ def test_lora_is_merged_with_the_weights_of_the_source(trained, pretrained):
             bases[f"{place}.original" if f"{place}.0.a" in products else name] = tensor
         for name, tensor in merged({**bases, **products}).items():
             assert torch.equal(weights[prefix + name], tensor), name
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    """train(stop=epoch or None): train fold 0 with LoRA in this process; return its folder."""
+    words = [*settings["settings"], f"output={tmp_path}", LORA, "train.trackers=[]", "train.keep_last=1"]
+    experiment = load(Experiment, settings["config"], words)
+
+    def train(stop: int | None = None) -> Path:
+        stop_after = lambda epoch, scores: epoch == stop and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        run_folds(experiment, read_index(experiment.train_shards), ["tri"], [0], stop_after)
+        return tmp_path / "tri" / "fold-0"
+
+    return train
+
+
+def interrupted(train, folder: Path) -> Path:
+    """Return the only checkpoint of a training that stopped after its first epoch."""
+    with pytest.raises(Interrupted):
+        train(stop=1)
+    (checkpoint,) = (folder / "tri" / "fold-0" / "checkpoints").glob("epoch-*")
+    return checkpoint
+
+
+def test_changed_source_is_refused(train, source, tmp_path):
+    checkpoint, before = interrupted(train, tmp_path), source.read_bytes()
+    tensors = load_file(source)
+    tensors["blocks.0.norm1.bias"][5] += 1e-6
+    save_file(tensors, source)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    expected = f"{checkpoint}: the frozen weights of tower.source or init are not those that this training began with"
+    try:
+        with pytest.raises(CheckpointError, match=re.escape(expected)):
+            train()
+        assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    finally:
+        source.write_bytes(before)
+    assert (train() / "fold.json").exists()
+
+
+def test_checkpoint_of_version_2_brings_its_frozen_weights(train, pretrained, tmp_path):
+    checkpoint = interrupted(train, tmp_path)
+    file, record = checkpoint / "weights.safetensors", json.loads((checkpoint / "state.json").read_text())
+    state = load_file(file)
+    size = file.stat().st_size
+    for view in ("clinical", "dermoscopic"):
+        for name, tensor in pretrained.items():
+            module, _, last = name.rpartition(".")
+            original = f"{module}.parametrizations.{last}.original"
+            is_product = f"towers.{view}.{module}.parametrizations.{last}.0.a" in state
+            state.setdefault(f"towers.{view}.{original if is_product else name}", tensor + 1e-3)
+    save_file(state, file)
+    assert file.stat().st_size > 1.3 * size
+    del record["frozen"], record["checksum"]
+    record |= {"version": 2, "files": {**record["files"], file.name: file_sha256(file)}}
+    (checkpoint / "state.json").write_text(json.dumps(record))
+    weights = load_file(train() / "weights.safetensors")
+    assert torch.equal(weights["towers.clinical.blocks.0.norm1.bias"], pretrained["blocks.0.norm1.bias"] + 1e-3)

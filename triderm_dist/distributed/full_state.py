@@ -98,21 +98,32 @@ def untrained_tensors(network: nn.Module) -> Tensors:
     return host_tensors((name, tensor) for name, tensor in network.state_dict().items() if name not in trained)
 
 
-@torch.no_grad()
-def full_weights(accelerator: Accelerator, wrapped: nn.Module, untrained: Tensors) -> Tensors:
-    """Return the network's full state dict, in fp32 where DeepSpeed keeps master weights.
+def frozen_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are not trained, by name."""
+    return {name: each for name, each in network.named_parameters(remove_duplicate=False) if not each.requires_grad}
 
-    untrained: what `untrained_tensors` returned, of which frozen parameters are taken. Empty on ranks other than 0.
-    Call on all ranks.
+
+def full_weights(accelerator: Accelerator, wrapped: nn.Module, untrained: Tensors) -> Tensors:
+    """Return the network's full state dict: `changing_weights`, and the frozen parameters out of `untrained`.
+
+    Empty on ranks other than 0. Call on all ranks.
+    """
+    weights = changing_weights(accelerator, wrapped, untrained)
+    return {**{name: untrained[name] for name in frozen_parameters(unwrap(wrapped))}, **weights} if is_main() else {}
+
+
+@torch.no_grad()
+def changing_weights(accelerator: Accelerator, wrapped: nn.Module, untrained: Tensors) -> Tensors:
+    """Return the network's full state dict without its frozen parameters, in fp32 where DeepSpeed keeps master weights.
+
+    untrained: what `untrained_tensors` returned. Empty on ranks other than 0. Call on all ranks.
     """
     network = unwrap(wrapped)
-    frozen = {name for name, each in network.named_parameters(remove_duplicate=False) if not each.requires_grad}
+    frozen = frozen_parameters(network)
     changing = [(name, tensor) for name, tensor in network.state_dict().items() if name not in frozen]
     if strategy_of(accelerator) == "deepspeed":
-        weights = host_tensors(_deepspeed_weights(network, changing, untrained))
-    else:
-        weights = host_tensors(changing) if participates(accelerator) else {}
-    return {**{name: untrained[name] for name in frozen}, **weights} if is_main() else {}
+        return host_tensors(_deepspeed_weights(network, changing, untrained))
+    return host_tensors(changing) if participates(accelerator) else {}
 
 
 def _deepspeed_weights(

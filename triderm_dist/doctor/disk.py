@@ -96,7 +96,7 @@ def estimate_disk(
     for model in experiment.models.values():
         sizes = _model_sizes(model, signature)
         train = model.train
-        checkpoint = sizes.weights * (2 if train.averages else 1) + sizes.optimizer
+        checkpoint = sizes.changing * (2 if train.averages else 1) + sizes.optimizer
         last = train.keep_last if train.save_every else min(train.keep_last, train.epochs)
         kept = last * checkpoint if train.keep_checkpoints else 0
         numbers = 3 * len(signature.diagnoses) + model.width + len(signature.concepts) + len(signature.fields)
@@ -123,9 +123,11 @@ def estimate_disk(
 
 @dataclass(frozen=True)
 class _ModelSizes:
-    """Bytes of the weights, of the optimizer's state and of a frozen tower; bytes cached of a lesion."""
+    """Bytes of the weights, of those that are not frozen, of the optimizer's state and of a frozen tower; bytes cached
+    of a lesion."""
 
     weights: int
+    changing: int
     optimizer: int
     tower: int
     tokens: int
@@ -140,6 +142,7 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
 
     network, _ = bare_network(model, signature)
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
+    frozen = sum(each.numel() * each.element_size() for each in network.parameters() if not each.requires_grad)
     tower, tokens, dtype = 0, 0, model.tower.token_dtype
     if model.tower.frozen:
         built = build_towers(local_tower(model.tower)[0], signature.views)[0]
@@ -149,7 +152,8 @@ def _model_sizes(model: ModelConfig, signature: Signature) -> _ModelSizes:
     elif model.tower.cached:
         keys = [SHARED if SHARED in network.towers else view for view in network.used_views]
         tokens = sum(TokenCodec(dtype, cast("Tower", network.towers[key]).input_shape).size for key in keys)
-    return _ModelSizes(_state_bytes(network), round(4 * state_size(model.train.optim) * trained), tower, tokens)
+    weights, optimizer = _state_bytes(network), round(4 * state_size(model.train.optim) * trained)
+    return _ModelSizes(weights, weights - frozen, optimizer, tower, tokens)
 
 
 def _state_bytes(module: object) -> int:

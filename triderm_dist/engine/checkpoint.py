@@ -1,9 +1,10 @@
 """Checkpoints that resume bit for bit, and weight files that load without the engine.
 
 A checkpoint is a folder FOLDER/checkpoints/epoch-E-step-N, written as *.part, flushed to disk and renamed:
-`weights.safetensors`, `optimizer.safetensors` (`KEY/PARAMETER`, such as `exp_avg/head.linear.weight`),
-`average.safetensors` (with `train.ema_decay` or `train.swa_epochs`) and `state.json` (position in the epoch plan,
-schedule, loss scale, loss sums, best epoch, non-tensor optimizer state). Tensors are full and under the network's own
+`weights.safetensors` (without frozen parameters), `optimizer.safetensors` (`KEY/PARAMETER`, such as
+`exp_avg/head.linear.weight`), `average.safetensors` (with `train.ema_decay` or `train.swa_epochs`) and `state.json`
+(position in the epoch plan, schedule, loss scale, loss sums, best epoch, non-tensor optimizer state). Frozen parameters
+come from their source again, and must have the SHA-256 in `state.json`. Tensors are full and under the network's own
 names: a checkpoint resumes on another number of ranks and under another strategy (see the table in
 `distributed/full_state.py`), and every file loads with safetensors only. It holds no random state: order, augmentation
 and dropout are functions of (seed, epoch, lesion).
@@ -40,6 +41,8 @@ from triderm_dist.distributed.collectives import is_main, on_main
 from triderm_dist.distributed.full_state import (
     OptimizerState,
     Tensors,
+    changing_weights,
+    frozen_parameters,
     full_optimizer_state,
     full_weights,
     group_entries,
@@ -54,7 +57,9 @@ from triderm_dist.models.network import finished_weights
 from triderm_dist.schema import CheckpointError
 
 FORMAT, VERSION = "triderm-model", 1
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Those of version 2 hold frozen parameters too."""
 BEFORE = {
     "dropout": "by micro-batch", "order of repeats": "at equal distances", "train.gradient_precision": "fp32",
 }  # fmt: skip
@@ -121,6 +126,7 @@ class _StateKeys(BaseModel):
     how: dict[str, Any] = {}
     changes: list[dict[str, Any]] = []
     files: dict[str, str] = {}
+    frozen: str | None = None
 
 
 class Checkpoint:
@@ -135,12 +141,12 @@ class Checkpoint:
         try:
             self.record = read_checked_json(folder / "state.json")
             version = self.record.get("version")
-            if version == CHECKPOINT_VERSION:
+            if version in READABLE_VERSIONS:
                 check_mapping(self.record, _StateKeys)
         except (FileNotFoundError, DamagedFile) as error:
             reason = str(error) if isinstance(error, DamagedFile) else "missing"
             raise CheckpointError(f"{folder}: damaged checkpoint (state.json: {reason})") from None
-        if version != CHECKPOINT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise CheckpointError(f"{folder}: checkpoint of version {version}, not {CHECKPOINT_VERSION}")
         self.checksums: dict[str, str] = self.record.get("files", {})
         average = ["average.safetensors"] if (folder / "average.safetensors").exists() else []
@@ -163,8 +169,8 @@ class Checkpoint:
         return TrainState(**self.record["state"])
 
     def load_network(self, network: nn.Module) -> None:
-        """Load the weights into a network that is not wrapped yet."""
-        network.load_state_dict(self._tensors("weights"))
+        """Load the weights into a network that is not wrapped yet and has its frozen ones."""
+        network.load_state_dict({**frozen_parameters(network), **self._tensors("weights")})
 
     def load_training(self, accelerator: Accelerator, training: Training) -> None:
         """Load everything but the network's weights into a training. Call on all ranks."""
@@ -256,15 +262,20 @@ class Checkpoints:
     As a context it leaves no file half written: on every rank it ends when the files asked for are there, or raises
     what writing them raised, unless the block raises something else.
 
-    execution: settings that may change on resume, such as the precision.  changes: where they did, {"step", setting:
-    [before, after]}.
+    execution: settings that may change on resume, such as the precision.  frozen: the SHA-256 of the network's frozen
+    parameters, None without any.  changes: where settings changed, {"step", setting: [before, after]}.
     """
 
     def __init__(
-        self, folder: Path, resume_hash: str, keep_last: int, execution: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        resume_hash: str,
+        keep_last: int,
+        execution: Mapping[str, Any] | None = None,
+        frozen: str | None = None,
     ) -> None:
         self.folder, self.resume_hash, self.keep_last = folder / "checkpoints", resume_hash, keep_last
-        self.execution, self.changes = dict(execution or {}), list[dict[str, Any]]()
+        self.execution, self.frozen, self.changes = dict(execution or {}), frozen, list[dict[str, Any]]()
         self._damaged: list[str] = []
         self._writer, self._saved = BackgroundWriter(), time.monotonic()
 
@@ -297,7 +308,7 @@ class Checkpoints:
         self._saved = time.monotonic()
         optimizer = full_optimizer_state(accelerator, training.wrapped, training.optimizer, training.initial_groups)
         parts = {
-            "weights": full_weights(accelerator, training.wrapped, training.untrained),
+            "weights": changing_weights(accelerator, training.wrapped, training.untrained),
             "optimizer": optimizer.tensors,
             **({"average": training.average.state()} if training.average and participates(accelerator) else {}),
         }
@@ -312,6 +323,7 @@ class Checkpoints:
             "sums": {name: sums.tolist() for name, sums in training.sums.items()} if training.sums else None,
             "how": self.execution,
             "changes": self.changes,
+            "frozen": self.frozen,
         }
         if is_main():
             state, record = replace(training.state), copy.deepcopy(record)
@@ -367,7 +379,8 @@ class Checkpoints:
     def newest(self, folder: Path | None) -> Checkpoint | None:
         """Return the newest intact checkpoint of this training in FOLDER/checkpoints, or None. Call on all ranks.
 
-        Prints which are skipped because they are damaged.
+        Prints which are skipped because they are damaged. Raises CheckpointError, on all ranks, where the frozen
+        parameters were others.
         """
         if folder is None:
             return None
@@ -377,6 +390,11 @@ class Checkpoints:
                 if saved.record["identity"] != self.resume_hash:
                     continue
                 if _is_intact(saved.folder, True):
+                    if saved.record["version"] > 2 and saved.record.get("frozen") != self.frozen:
+                        raise CheckpointError(
+                            f"{saved.folder}: the frozen weights of tower.source or init are not those that this "
+                            "training began with; restore their file, or set another output"
+                        )
                     return str(saved.folder)
                 self._damaged.append(saved.folder.name)
             return None

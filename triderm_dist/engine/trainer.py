@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from triderm_dist.data.mixing import Mixing
 from triderm_dist.data.plan import EpochPlan, Samples, Sampling
 from triderm_dist.data.shards.index import ShardIndex
 from triderm_dist.distributed.collectives import on_main
-from triderm_dist.distributed.full_state import untrained_tensors
+from triderm_dist.distributed.full_state import frozen_parameters, untrained_tensors
 from triderm_dist.distributed.parallel import check_supported, choose_precision, strategy_of, wrap
 from triderm_dist.distributed.stop import Stop
 from triderm_dist.engine.checkpoint import Checkpoints, Training, TrainState
@@ -34,6 +35,7 @@ from triderm_dist.losses import CompoundLoss, HeadKind, probabilities
 from triderm_dist.metrics import argmax_macro_f1, official_macro_f1
 from triderm_dist.models.dropout import has_dropout
 from triderm_dist.models.network import Network
+from triderm_dist.models.tower import tensors_hash
 from triderm_dist.monitoring.expectation import Expectation, expect
 from triderm_dist.monitoring.flops import budget
 from triderm_dist.monitoring.profiler import profiler
@@ -119,9 +121,8 @@ class Trainer:
         epoch_steps = self.epochs.steps[: self.last_epoch]
         heads = 1 + len(data.loaders.index.signature.views)
         self.loss = CompoundLoss(config.loss, head, self.epochs.class_counts, heads).to(accelerator.device)
-        self.checkpoints = Checkpoints(
-            folder.path, folder.resume_hash, config.keep_last, execution_settings(config, accelerator, network)
-        )
+        execution, frozen = execution_settings(config, accelerator, network), on_main(partial(_frozen_hash, network))
+        self.checkpoints = Checkpoints(folder.path, folder.resume_hash, config.keep_last, execution, frozen)
         saved = self.checkpoints.newest(on_main(folder.resumed))
         if saved:
             saved.load_network(network)
@@ -321,6 +322,12 @@ def execution_settings(config: TrainConfig, accelerator: Accelerator, network: N
         "train.optim.lr": config.optim.lr,
         "train.optim.min_lr": config.optim.min_lr,
     }
+
+
+def _frozen_hash(network: Network) -> str | None:
+    """Return the SHA-256 of the frozen parameters; None without any."""
+    frozen = frozen_parameters(network)
+    return tensors_hash(frozen) if frozen else None
 
 
 class _Epochs:

@@ -223,8 +223,13 @@ def frozen_hash(tower: Tower) -> str:
 
 def module_hash(module: nn.Module, *identity: object) -> str:
     """Return the SHA-256 of a module's tensors and of values, as JSON has them, that say what it computes."""
+    return tensors_hash(module.state_dict(), *identity)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], *identity: object) -> str:
+    """Return the SHA-256 of tensors by name, in their order, and of values, as JSON has them."""
     digest = hashlib.sha256(json.dumps(identity).encode())
-    for name, tensor in module.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # Viewed as bytes, since NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
