@@ -7,7 +7,7 @@ import numpy as np
 from triderm_dist.config import Experiment
 from triderm_dist.ensemble.nested_stack import inner_folds
 from triderm_dist.ensemble.run_files import CHOSEN
-from triderm_dist.ensemble.weights import nested_estimate
+from triderm_dist.ensemble.weights import Fitting, nested_estimate
 from triderm_dist.predictions import OofTable
 
 
@@ -18,8 +18,6 @@ def nested_decisions(probabilities: np.ndarray, table: OofTable, config: Experim
         table.labels,
         table.folds,
         lambda fold: inner_folds(table.labels, table.groups, table.folds, table.folds != fold, config.seed),
-        config.ensemble,
-        config.seed,
-        table.task.decision,
+        Fitting(config.ensemble, config.seed, table.task.decision),
     )
     return estimate.decisions[CHOSEN]

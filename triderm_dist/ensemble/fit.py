@@ -51,7 +51,7 @@ from triderm_dist.ensemble.sampling import search_rows
 from triderm_dist.ensemble.score_table import TITLES, Row, ScoreTable
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names, stacker_columns
 from triderm_dist.ensemble.stacker import TrainingRows
-from triderm_dist.ensemble.weights import Choice, NestedEstimate, fit_candidates, nested_estimate
+from triderm_dist.ensemble.weights import Choice, Fitting, NestedEstimate, fit_candidates, nested_estimate
 from triderm_dist.ensemble.xgboost_stacker import import_xgboost_alone
 from triderm_dist.intervals import MOST_DECIMALS, Interval
 from triderm_dist.predictions import OofTable, labeled, read_oof, read_predictions
@@ -95,7 +95,7 @@ def fit_ensemble(run_folder: Path, config: Experiment) -> Fit:
     uncalibrated = {model: member_probabilities(table, model) for model in models}
     if stack:
         members[STACKER] = uncalibrated[STACKER] = stack.out_of_fold
-    candidates = fit_candidates(members, table.labels, table.folds, config.ensemble, config.seed, table.task.decision)
+    candidates = fit_candidates(members, table.labels, table.folds, _fitting(table, config))
     choice = nested.choice
     chosen = choice.used if choice else next(iter(candidates))
     ensemble = candidates[chosen].ensemble.with_temperatures(temperatures)
@@ -192,9 +192,11 @@ def _nested_estimate(
     def parts_without(fold: int) -> np.ndarray:
         return inner_folds(labels, table.groups, folds, folds != fold, config.seed)
 
-    return nested_estimate(
-        members_without, labels, folds, parts_without, config.ensemble, config.seed, table.task.decision, table.groups
-    )
+    return nested_estimate(members_without, labels, folds, parts_without, _fitting(table, config), table.groups)
+
+
+def _fitting(table: OofTable, config: Experiment) -> Fitting:
+    return Fitting(config.ensemble, config.seed, table.task.decision)
 
 
 def _write_nested(run_folder: Path, table: OofTable, nested: NestedEstimate, stack: NestedStack | None) -> None:

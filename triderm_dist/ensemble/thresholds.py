@@ -41,13 +41,11 @@ class Thresholding(NamedTuple):
     shrinkage: float | None
     tau: float | None = None
 
-    def fit(
-        self, probabilities: np.ndarray, labels: np.ndarray, seed: int, resamples: Resamples | None = None
-    ) -> np.ndarray:
+    def fit(self, probabilities: np.ndarray, labels: np.ndarray, resamples: Resamples) -> np.ndarray:
         """Return (C,) thresholds fitted on these rows."""
         if self.tau is not None:
             return adjusted_thresholds(labels, probabilities.shape[1], self.tau)
-        return regularized_thresholds(probabilities, labels, self.shrinkage or 0.0, seed, resamples)
+        return regularized_thresholds(probabilities, labels, self.shrinkage or 0.0, resamples)
 
 
 def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -74,11 +72,7 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray
 
 
 def regularized_thresholds(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    shrinkage: float,
-    seed: int = 0,
-    resamples: Resamples | None = None,
+    probabilities: np.ndarray, labels: np.ndarray, shrinkage: float, resamples: Resamples | None = None
 ) -> np.ndarray:
     """Return (C,) thresholds that generalize better than the exact ones; both steps work on logit(threshold).
 
@@ -87,7 +81,7 @@ def regularized_thresholds(
     (n t + s pooled) / (n + s). The pooled threshold is linear in the log share of the diagnosis, because the best
     threshold of a calibrated score is half the best F1 (Lipton et al. 2014), which falls with the share.
     """
-    return _shrink(_averaged_thresholds(probabilities, labels, seed, resamples), labels, shrinkage)
+    return _shrink(_averaged_thresholds(probabilities, labels, resamples or Resamples()), labels, shrinkage)
 
 
 def adjusted_thresholds(labels: np.ndarray, classes: int, tau: float) -> np.ndarray:
@@ -127,15 +121,14 @@ def choose_thresholding(
     labels: np.ndarray,
     parts: np.ndarray,
     choices: Sequence[Thresholding],
-    seed: int,
-    resamples: Resamples | None = None,
+    resamples: Resamples,
 ) -> tuple[Thresholding, np.ndarray]:
     """Choose among thresholdings by macro F1 over held-out parts; the first wins ties.
 
     Returns its decisions (N, C) bool on the held-out parts as well.
 
     members: (M, N, C).  fit_weights: rows (N,) bool -> (M,) weights fitted on them.  parts: (N,); weights and
-    thresholds are fitted without a part and judged on it.  resamples: kept for further calls with the same labels.
+    thresholds are fitted without a part and judged on it.
     """
     classes = members.shape[2]
     decisions = {choice: np.zeros((len(labels), classes), bool) for choice in choices}
@@ -143,7 +136,7 @@ def choose_thresholding(
         held_out = parts == part
         combined = np.tensordot(fit_weights(~held_out), members, axes=1)
         if any(choice.tau is None for choice in choices):  # once for all shrinkages
-            averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], seed, resamples)
+            averaged = _averaged_thresholds(combined[~held_out], labels[~held_out], resamples)
         for choice, table in decisions.items():
             if choice.tau is not None:
                 thresholds = adjusted_thresholds(labels[~held_out], classes, choice.tau)
@@ -212,23 +205,23 @@ def _midway(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 class Resamples:
-    """Bootstrap resamples of some of the lesions, stratified by diagnosis; drawn once for the same lesions and seed."""
+    """Bootstrap resamples of some of the lesions, stratified by diagnosis; drawn once for the same lesions."""
 
-    def __init__(self) -> None:
-        self._drawn: dict[tuple[int, bytes], np.ndarray] = {}
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._drawn: dict[bytes, np.ndarray] = {}
         self._lock = Lock()
 
-    def of(self, labels: np.ndarray, seed: int) -> np.ndarray:
+    def of(self, labels: np.ndarray) -> np.ndarray:
         """Return (R, n) uint8, how often each of the lesions with these labels (n,) is drawn."""
-        key = (seed, hashlib.sha256(labels.tobytes()).digest())
+        key = hashlib.sha256(labels.tobytes()).digest()
         with self._lock:
             if key not in self._drawn:
-                self._drawn[key] = self._draw(labels, seed)
+                self._drawn[key] = self._draw(labels)
             return self._drawn[key]
 
-    @staticmethod
-    def _draw(labels: np.ndarray, seed: int) -> np.ndarray:
-        generator = np.random.default_rng(seed)
+    def _draw(self, labels: np.ndarray) -> np.ndarray:
+        generator = np.random.default_rng(self.seed)
         weights = np.zeros((_RESAMPLES, len(labels)), np.uint8)  # a lesion is drawn once on average, and never so often
         for label in np.unique(labels):
             rows = np.flatnonzero(labels == label)
@@ -236,11 +229,9 @@ class Resamples:
         return weights
 
 
-def _averaged_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, seed: int, resamples: Resamples | None = None
-) -> np.ndarray:
+def _averaged_thresholds(probabilities: np.ndarray, labels: np.ndarray, resamples: Resamples) -> np.ndarray:
     """Return the (C,) mean logit of the exact thresholds over bootstrap resamples; NaN without positives."""
-    weights = (resamples or Resamples()).of(labels, seed)
+    weights = resamples.of(labels)
     logits = _logit(_weighted_thresholds(probabilities, labels, weights)).mean(axis=0)
     logits[~np.isin(np.arange(probabilities.shape[1]), labels)] = np.nan
     return logits

@@ -37,6 +37,18 @@ def fit_weights(
 
 
 @dataclass(frozen=True)
+class Fitting:
+    """How candidates are fitted, and what is chosen among.
+
+    config: `ensemble` of the settings.  decision: one of `schema.DECISIONS`.
+    """
+
+    config: EnsembleConfig
+    seed: int = 0
+    decision: str = "threshold"
+
+
+@dataclass(frozen=True)
 class Candidate:
     """An ensemble fitted on all given rows, and decisions of its weighting on rows that it was not fitted on.
 
@@ -49,53 +61,42 @@ class Candidate:
 
 
 def fit_candidates(
-    members: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    parts: np.ndarray,
-    config: EnsembleConfig,
-    seed: int = 0,
-    decision: str = "threshold",
+    members: Mapping[str, np.ndarray], labels: np.ndarray, parts: np.ndarray, fitting: Fitting
 ) -> dict[str, Candidate]:
     """Fit one candidate per weighting: each member by its name, and with two members or more `mean` and `fitted`.
 
-    decision: one of `schema.DECISIONS`. The thresholding of each candidate is the one of `thresholdings(decision)` with
-    the best macro F1 over `parts` (N,): weights and thresholds are fitted without a part, and judged on it. Both the
-    thresholding and the weights are searched on `sampling.search_rows`; then thresholds are fitted on all rows.
+    The thresholding of each candidate is the one of `thresholdings(decision)` with the best macro F1 over `parts` (N,):
+    weights and thresholds are fitted without a part, and judged on it. Both the thresholding and the weights are
+    searched on `sampling.search_rows`; then thresholds are fitted on all rows.
     """
-    return _fit_candidates(tuple(members), np.stack(list(members.values())), labels, parts, config, seed, decision)
+    return _fit_candidates(tuple(members), np.stack(list(members.values())), labels, parts, fitting)
 
 
 def _fit_candidates(
-    names: tuple[str, ...],
-    stacked: np.ndarray,
-    labels: np.ndarray,
-    parts: np.ndarray,
-    config: EnsembleConfig,
-    seed: int,
-    decision: str,
+    names: tuple[str, ...], stacked: np.ndarray, labels: np.ndarray, parts: np.ndarray, fitting: Fitting
 ) -> dict[str, Candidate]:
     """Fit the candidates of `fit_candidates` on probabilities (M, N, C)."""
-    rows = search_rows(labels, seed)
+    rows = search_rows(labels, fitting.seed)
     searched, truth, parts = (stacked, labels, parts) if rows.all() else (stacked[:, rows], labels[rows], parts[rows])
     weightings: dict[str, Callable[[np.ndarray], np.ndarray]] = {}  # rows searched on, bool -> (M,) weights fitted on
     for name, weights in zip(names, np.eye(len(names)), strict=True):
         weightings[name] = lambda _, weights=weights: weights  # type: ignore[misc]
     if len(names) > 1:
         weightings[MEAN] = lambda _: np.full(len(names), 1 / len(names))
-        objective = ArgmaxObjective if decision == "argmax" else MacroF1Objective
+        objective = ArgmaxObjective if fitting.decision == "argmax" else MacroF1Objective
         weightings[FITTED] = lambda some: _fit_weights(
-            objective([table[some] for table in searched], truth[some]), config.rounds
+            objective([table[some] for table in searched], truth[some]), fitting.config.rounds
         )
-    choices, resamples = thresholdings(decision, config), Resamples()
+    choices, resamples = thresholdings(fitting.decision, fitting.config), Resamples(fitting.seed)
 
     def candidate(weighting: str) -> Candidate:
         fit = weightings[weighting]
-        thresholding, decisions = choose_thresholding(searched, fit, truth, parts, choices, seed, resamples)
+        thresholding, decisions = choose_thresholding(searched, fit, truth, parts, choices, resamples)
         weights = fit(np.ones(len(truth), bool))
         ensemble = Ensemble(
             members=names,
             weights=weights,
-            thresholds=thresholding.fit(np.tensordot(weights, stacked, axes=1), labels, seed, resamples),
+            thresholds=thresholding.fit(np.tensordot(weights, stacked, axes=1), labels, resamples),
             rule=thresholding.rule,
             shrinkage=thresholding.shrinkage,
             tau=thresholding.tau,
@@ -164,21 +165,19 @@ def nested_estimate(
     labels: np.ndarray,
     folds: np.ndarray,
     parts_without: Callable[[int], np.ndarray],
-    config: EnsembleConfig,
-    seed: int = 0,
-    decision: str = "threshold",
+    fitting: Fitting,
     groups: np.ndarray | None = None,
 ) -> NestedEstimate:
     """Fit weights and thresholds, and choose among them, on the other folds of each fold; apply them to the fold.
 
     members_without(k): the members' (N, C), which no label of fold k has influenced.  parts_without(k): (N,) parts for
-    the inner choice, used on the rows outside k.  decision: one of `schema.DECISIONS`.  groups: (N,), None where each
-    lesion is its own.
+    the inner choice, used on the rows outside k.  groups: (N,), None where each lesion is its own.
 
     In each fold, the weights of the ensemble and the best network are chosen on the other folds. Under
     `config.use=auto` the ensemble is `chosen` if it beats the network that is best over all lesions beyond the noise of
     their paired difference, else the best network: the one choice that is made on all lesions.
     """
+    config = fitting.config
     decisions: dict[str, np.ndarray] = {}
     probabilities: dict[str, np.ndarray] = {}
     picks: dict[str, dict[int, str]] = {}
@@ -189,7 +188,7 @@ def nested_estimate(
         stacked = np.stack([table[outside] for table in members.values()])
         del members
         parts = parts_without(fold)[outside]
-        candidates = _fit_candidates(names, stacked, labels[outside], parts, config, seed, decision)
+        candidates = _fit_candidates(names, stacked, labels[outside], parts, fitting)
         del stacked
         searched = np.flatnonzero(outside)[next(iter(candidates.values())).rows]
         scores = {name: metrics.macro_f1(each.decisions, labels[searched]) for name, each in candidates.items()}
@@ -198,7 +197,7 @@ def nested_estimate(
             picked[_NETWORK] = best_network(scores)
             first, second = (candidates[name].decisions for name in picked.values())
             grouped = None if groups is None else groups[searched]
-            gap = intervals.paired_difference(first, second, labels[searched], grouped, config.bootstrap, seed)
+            gap = intervals.paired_difference(first, second, labels[searched], grouped, config.bootstrap, fitting.seed)
             picked[AUTO] = picked[ENSEMBLE if gap.low > 0 else _NETWORK]
         if config.use not in (AUTO, ENSEMBLE):
             picked[config.use] = config.use
@@ -215,7 +214,7 @@ def nested_estimate(
         (only,) = picks
         decisions[CHOSEN] = decisions.pop(only)
         return NestedEstimate(decisions, probabilities[only], picks[only])
-    choice = _choose(decisions, labels, groups, config, seed)
+    choice = _choose(decisions, labels, groups, fitting)
     given = config.use if config.use != AUTO else _NETWORK if choice.used == choice.network else ENSEMBLE
     decisions[CHOSEN] = decisions[given]
     for name in (ENSEMBLE, _NETWORK, AUTO):
@@ -228,19 +227,18 @@ _NETWORK = "network"
 
 
 def _choose(
-    decisions: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    groups: np.ndarray | None,
-    config: EnsembleConfig,
-    seed: int,
+    decisions: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarray | None, fitting: Fitting
 ) -> Choice:
     """Choose what predicts by the nested decisions of each weighting, of the ensemble and of the automatic choice."""
+    config = fitting.config
     scores = {name: metrics.macro_f1(table, labels) for name, table in decisions.items()}
     counted = scores.pop(AUTO)
     del scores[ENSEMBLE], scores[_NETWORK]
     ensemble, network = choose_weighting(scores), best_network(scores)
     difference, stacker = (
-        intervals.paired_difference(decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, seed)
+        intervals.paired_difference(
+            decisions[ENSEMBLE], decisions[name], labels, groups, config.bootstrap, fitting.seed
+        )
         if name in scores
         else None
         for name in (network, STACKER)
