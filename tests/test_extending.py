@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,16 @@ from triderm_dist.config import Experiment, load
 from triderm_dist.data.augment import AUGMENTATIONS, LesionRng, PhotoTransform, lesion_keys
 from triderm_dist.data.readers.source import READERS
 from triderm_dist.data.shards.index import read_index
+from triderm_dist.engine.checkpoint import read_info
+from triderm_dist.engine.trained_network import TrainedNetwork
+from triderm_dist.engine.warm_start import fill_network
 from triderm_dist.ensemble.fitted_stacker import STACKERS, FittedStacker, fit_stacker
 from triderm_dist.ensemble.run_files import read_nested
 from triderm_dist.ensemble.stack_inputs import base_columns, column_names
 from triderm_dist.ensemble.stacker import TrainingRows
 from triderm_dist.losses import LOSS_TERMS
 from triderm_dist.metrics import METRICS
-from triderm_dist.models import NETWORKS
+from triderm_dist.models import NETWORKS, build_network, build_towers
 from triderm_dist.models.towers import TOWER_SOURCES
 from triderm_dist.monitoring.metrics_log import read_metrics
 from triderm_dist.optim import OPTIMIZERS, SCHEDULES
@@ -271,6 +274,13 @@ def network(run: Run) -> None:
     weighted = 0.3 * predictions.aux_clinical + 0.7 * predictions.aux_dermoscopic
     np.testing.assert_allclose(predictions.logits, weighted, rtol=1e-4, atol=1e-5)
     assert predictions.features.shape[1] == 2 * 32
+    settings = load(Experiment, run.folder / "config.yaml").models["late"]
+    source = TrainedNetwork(run.fold("late"), read_info(run.fold("late") / "fold"))
+    signature = replace(source.signature, diagnoses=source.signature.diagnoses[::-1])
+    other = build_network(settings, signature, build_towers(settings.tower, signature.views))
+    filled = fill_network(other, settings, source)
+    assert {name.partition(".")[0] for name in filled.taken} == {"towers", "views"}
+    assert {name.partition(".")[0] for name in filled.new} == {"heads"}
 
 
 @check("stacker")
