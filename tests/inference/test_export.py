@@ -206,7 +206,12 @@ def test_safe_name_is_kept():
 
 @pytest.mark.parametrize("model", ["trimodal", "dual_cnn"])
 def test_exported_network_predicts_what_the_fold_predicted(run, model):
-    """Map the pixels of held-out lesions to the logits in predictions.parquet; the tower of trimodal is frozen."""
+    """The tower of trimodal is frozen."""
+    compare_with_folds(run, model)
+
+
+def compare_with_folds(run: Path, model: str) -> None:
+    """Map the pixels of held-out lesions to the outputs in predictions.parquet."""
     opened = open_run_folder(run)
     loaded = NetworkLoader(opened, torch.device("cpu"), "fp32").load(model, share=False)
     index = read_index(opened.experiment.train_shards)
@@ -224,6 +229,25 @@ def test_exported_network_predicts_what_the_fold_predicted(run, model):
         named = dict(zip(network.outputs, outputs, strict=True))
         for name in ("logits", "aux_clinical", "aux_dermoscopic", "features"):
             np.testing.assert_allclose(named[name].numpy(), getattr(predicted, name), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_network_trained_with_lora_is_exported_as_any_other(small_tower, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tower = "{source: 'timm:test_vit', pretrained: false, image_size: 32, freeze_clinical: 1, lora: {rank: 2}}"
+    model = f"{{width: 16, heads: 2, tower: {tower}, train: {{epochs: 3, optim: {{lr: 1e-2, min_lr: 1e-3}}}}}}"
+    folder = train(tmp_path, [f"models.vit={model}", "stack.enabled=false"])
+    compare_with_folds(folder, "vit")
+    run, photo = load(folder), tmp_path / "a.jpg"
+    Image.new("RGB", (80, 60), (200, 120, 90)).save(photo)
+    run.export(tmp_path / "a.zip")
+    expected, found = (each.predict(photo, age=50) for each in (run, load(tmp_path / "a.zip")))
+    assert found.probabilities == expected.probabilities
+    for kind in ("onnx", "torch_export"):  # each file is compared with PyTorch when it is written
+        export_run(folder, tmp_path / kind, kind, folds=[1])
+        about = json.loads((tmp_path / kind / "vit.fold-1.json").read_text())
+        assert about["weights"] == read_info(folder / "vit/fold-1/weights")["sha256"]
+        assert about["checked"]["largest_difference"] <= 1e-4
 
 
 def test_description_of_a_network_is_that_of_its_run(run, tmp_path):
