@@ -36,7 +36,7 @@ from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel
 from triderm_dist.engine import bench
 from triderm_dist.engine.evaluate import evaluate
-from triderm_dist.engine.views import PLAIN, TokenExtractor
+from triderm_dist.engine.token_extraction import PLAIN, TokenExtractor
 from triderm_dist.models.towers import build_tower
 from triderm_dist.monitoring.memory_estimate import local_tower
 

@@ -26,7 +26,7 @@ from triderm_dist.data.loader import LoaderFactory, PhotoSource
 from triderm_dist.data.shards.index import ShardIndex, read_index
 from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel
-from triderm_dist.engine.views import PLAIN, TokenExtractor
+from triderm_dist.engine.token_extraction import PLAIN, TokenExtractor
 from triderm_dist.models.cpu_tower import CpuTower, fold_batch_norms
 from triderm_dist.models.towers import Tower, build_tower
 from triderm_dist.settings import PathText, Section

@@ -29,7 +29,7 @@ from triderm_dist.config import (
 )
 from triderm_dist.engine.crossval import run_folds
 from triderm_dist.engine.fold import check_task, is_fold_finished, result_hash, resume_hash
-from triderm_dist.engine.views import augmented_versions
+from triderm_dist.engine.token_extraction import augmented_versions
 from triderm_dist.schema import ConfigError, DataError
 from triderm_dist.settings import Section, describe
 from triderm_dist.tasks import milk10k_task

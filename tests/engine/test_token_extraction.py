@@ -15,7 +15,7 @@ from triderm_dist.data import token_cache
 from triderm_dist.data.token_cache import CHUNK, HEADER, TokenCache
 from triderm_dist.data.token_codec import TokenCodec
 from triderm_dist.distributed import parallel
-from triderm_dist.engine import views
+from triderm_dist.engine import token_extraction, views
 from triderm_dist.engine.bench import synthetic_shards
 from triderm_dist.models.cpu_tower import TOLERANCE
 
@@ -64,7 +64,7 @@ def fast(run: Path) -> dict[str, np.ndarray]:
 def test_cached_tokens_are_those_of_plain_pytorch(
     run: Path, fast: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(views, "MIN_PHOTOS", 10**9)
+    monkeypatch.setattr(token_extraction, "MIN_PHOTOS", 10**9)
     plain = extracted(run, "plain")
     assert "computed by" not in capsys.readouterr().out
     assert list(fast) == list(plain) and len(fast) == 2 * 3  # plain, augmented, one transform
@@ -121,7 +121,7 @@ def test_ranks_share_the_chunks_and_agree_after_each_round(
     calls, cache = [], TokenCache(tmp_path, 41, (4, 8))
     assert len(cache.chunks) == 7 and len(cache.parts(0)) == 3
     written: list[int] = []
-    monkeypatch.setattr(views, "_missing", lambda *_: (missing, set()))
+    monkeypatch.setattr(token_extraction, "_missing", lambda *_: (missing, set()))
     missing = cache.missing(["plain"])
     for rank in range(ranks):
         accelerator = SimpleNamespace(
@@ -133,7 +133,9 @@ def test_ranks_share_the_chunks_and_agree_after_each_round(
             rows.extend(part.tolist())
             return np.zeros((len(part), 2, codec.size), np.uint8)
 
-        extractor = views.TokenExtractor(torch.nn.Identity(), None, None, 0, accelerator, ("clinical", "dermoscopic"))
+        extractor = token_extraction.TokenExtractor(
+            torch.nn.Identity(), None, None, 0, accelerator, ("clinical", "dermoscopic")
+        )
         object.__setattr__(extractor, "extract", extract)
         object.__setattr__(extractor, "encoder", lambda *_: None)
         count: list[None] = []

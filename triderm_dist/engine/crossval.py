@@ -124,11 +124,11 @@ def run_trainings(
             if extra is None:
                 extra = without_shared_photos(matched, index, experiment, accelerator, stop.check)
             start = open_warm_start(experiment, name, index, accelerator, stop.check)
-            beside = open_extra_towers(experiment, name, index, accelerator, stop.check)
+            towers = open_extra_towers(experiment, name, index, accelerator, stop.check)
             views = open_views(
                 experiment, model, index, accelerator,
                 train=True, transforms=transforms, after_chunk=stop.check, extra=extra,
-                record=True, start=start, beside=beside, brief=brief,
+                record=True, start=start, extra_towers=towers, brief=brief,
             )  # fmt: skip
             for position, create in enumerate(trainings[name]):
                 stop.check_now()  # a request that arrived while the previous training ended
@@ -356,6 +356,6 @@ class FoldRun:
             changes=outcome.changes,
             **({"extra": [each.about() for each in self.views.extra]} if self.views.extra else {}),
             **({"init": outcome.init} if outcome.init else {}),
-            **({"extra_towers": list(self.views.beside)} if self.views.beside else {}),
+            **({"extra_towers": list(self.views.extra_towers)} if self.views.extra_towers else {}),
             **self.about,
         )

@@ -13,7 +13,8 @@ from triderm_dist.data.token_cache import TokenCache
 from triderm_dist.distributed import parallel
 from triderm_dist.distributed.collectives import interrupt_on_lost_rank, on_main
 from triderm_dist.engine.fold import check_task, model_config
-from triderm_dist.engine.views import PLAIN, open_views
+from triderm_dist.engine.token_extraction import PLAIN
+from triderm_dist.engine.views import open_views
 from triderm_dist.models.tower_record import FOLDER, find_tower
 
 

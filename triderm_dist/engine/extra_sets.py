@@ -89,10 +89,10 @@ def prepare(experiment: Experiment, index: ShardIndex, names: Sequence[str]) -> 
         if (model := experiment.models[name]).tower.cached:
             accelerator = start_training(model.train)
             start = open_warm_start(experiment, name, index, accelerator)
-            beside = open_extra_towers(experiment, name, index, accelerator)
+            towers = open_extra_towers(experiment, name, index, accelerator)
             open_views(  # computes what the cache lacks
                 experiment, model, index, accelerator,
-                train=True, transforms=experiment.oof.tta, extra=extra, record=True, start=start, beside=beside,
+                train=True, transforms=experiment.oof.tta, extra=extra, record=True, start=start, extra_towers=towers,
             )  # fmt: skip
 
 
